@@ -1,0 +1,1 @@
+"""Measurements: what is fast, how fast, and at what quality."""

@@ -1,0 +1,1 @@
+"""ONNX graphs, the bundle on disk, and TensorRT engines built from it."""

@@ -1,0 +1,152 @@
+"""The reference decoder: one plain PyTorch forward pass for every family, with taps.
+
+Every other backend is compared with this one, and traces and masked evaluations are read off it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shadowllm.models.spec import ModelSpec
+
+Unit = Literal["heads", "neurons"]
+# Sees the activation of one layer's units and returns what the layer goes on with:
+#   heads    attention context before the output projection (batch, seqlen, n_heads, head_dim)
+#   neurons  product before the down projection             (batch, seqlen, intermediate_size)
+Tap = Callable[[int, Unit, Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+
+
+@dataclass
+class KVCache:
+    """Keys and values of a fixed capacity, ``(batch, n_kv_heads, capacity, head_dim)`` per layer.
+
+    A step writes its tokens at their positions and attends to every position up to its own, so
+    the position ids alone say how long each sequence is.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def empty(cls, spec: ModelSpec, batch: int, capacity: int, dtype: torch.dtype = torch.float32) -> KVCache:
+        """A cache of zeros for ``batch`` sequences of up to ``capacity`` tokens."""
+        shape = (batch, spec.n_kv_heads, capacity, spec.head_dim)
+        return cls([torch.zeros(shape, dtype=dtype) for _ in range(spec.n_layers)],
+                   [torch.zeros(shape, dtype=dtype) for _ in range(spec.n_layers)])
+
+    def update(self, layer: int, key: Tensor, value: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``(batch, n_kv_heads, seqlen, head_dim)`` at ``position_ids``; return the whole layer."""
+        rows = torch.arange(key.shape[0])[:, None]
+        self.keys[layer][rows, :, position_ids] = key.transpose(1, 2)
+        self.values[layer][rows, :, position_ids] = value.transpose(1, 2)
+        return self.keys[layer], self.values[layer]
+
+
+class Decoder:
+    """Forward pass of a `ModelSpec` over canonical weights.
+
+    Args:
+        spec: the model.
+        weights: canonical tensors, all of one dtype (the dtype of the computation).
+        tap: called once per layer and unit; None leaves activations as they are.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], tap: Tap | None = None) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.tap = tap
+        if spec.rope:
+            cos, sin = spec.rope.tables(spec.head_dim, spec.max_seqlen)
+            self._cos, self._sin = torch.from_numpy(cos), torch.from_numpy(sin)
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits of every position.
+
+        Args:
+            input_ids: int64 ``(batch, seqlen)``.
+            position_ids: int64 ``(batch, seqlen)``, consecutive in a row; 0.. when None.
+            cache: written and read when given; without one the call is a whole sequence.
+
+        Returns:
+            Tensor ``(batch, seqlen, vocab_size)``.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        x = self.embed(input_ids, position_ids)
+        for layer in range(self.spec.n_layers):
+            x = self.layer(layer, x, position_ids, cache)
+        return self.logits(x)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Token (and learned position) embeddings, ``(batch, seqlen, hidden_size)``."""
+        x = F.embedding(input_ids, self.weights["embed_tokens.weight"])
+        if self.spec.positions == "learned":
+            x = x + F.embedding(position_ids + self.spec.position_offset, self.weights["embed_positions.weight"])
+        return x
+
+    def layer(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """One pre-norm block, ``(batch, seqlen, hidden_size)`` in and out."""
+        x = x + self._attention(layer, self._norm(f"layers.{layer}.input_norm", x), position_ids, cache)
+        return x + self._mlp(layer, self._norm(f"layers.{layer}.post_norm", x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Final norm and output projection."""
+        table = "embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
+        return F.linear(self._norm("final_norm", x), self.weights[table])
+
+    def _attention(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
+        place = f"layers.{layer}"
+        query = self._rotate(self._heads(f"{place}.q_proj", x, self.spec.n_heads), position_ids)
+        key = self._rotate(self._heads(f"{place}.k_proj", x, self.spec.n_kv_heads), position_ids)
+        value = self._heads(f"{place}.v_proj", x, self.spec.n_kv_heads)
+        key_positions = position_ids
+        if cache is not None:
+            key, value = cache.update(layer, key, value, position_ids)
+            key_positions = torch.arange(key.shape[2]).expand(x.shape[0], -1)
+        visible = key_positions[:, None, None, :] <= position_ids[:, None, :, None]
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True).transpose(1, 2)
+        context = self._tap(layer, "heads", context)
+        return self._rows(f"{place}.o_proj", context.flatten(2))
+
+    def _mlp(self, layer: int, x: Tensor) -> Tensor:
+        place, act = f"layers.{layer}", ACTIVATIONS[self.spec.activation]
+        up = self._linear(f"{place}.up_proj", x)
+        product = act(self._linear(f"{place}.gate_proj", x)) * up if self.spec.gated else act(up)
+        return self._rows(f"{place}.down_proj", self._tap(layer, "neurons", product))
+
+    def _tap(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        return self.tap(layer, unit, activation) if self.tap else activation
+
+    def _heads(self, name: str, x: Tensor, n_heads: int) -> Tensor:
+        return self._linear(name, x).unflatten(-1, (n_heads, self.spec.head_dim)).transpose(1, 2)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def _rows(self, name: str, x: Tensor) -> Tensor:
+        y = x @ self.weights[f"{name}.weight"]
+        bias = self.weights.get(f"{name}.bias")
+        return y if bias is None else y + bias
+
+    def _rotate(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        # Half-split rotation: element i pairs with element i + head_dim / 2, as in Hugging Face's Llama.
+        if self.spec.rope is None:
+            return x
+        cos = self._cos[position_ids].to(x.dtype)[:, None]
+        sin = self._sin[position_ids].to(x.dtype)[:, None]
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        weight = self.weights[f"{name}.weight"]
+        if self.spec.norm == "layernorm":
+            return F.layer_norm(x, weight.shape, weight, self.weights[f"{name}.bias"], self.spec.norm_eps)
+        return F.rms_norm(x, weight.shape, weight, self.spec.norm_eps)

@@ -1,0 +1,80 @@
+"""Llama 2/3 and its look-alikes (SmolLM2, TinyLlama): RMSNorm, RoPE, gated SiLU, optional GQA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shadowllm.errors import UserError
+from shadowllm.models.spec import ModelSpec, RopeSpec
+from shadowllm.models.weights import Source
+
+
+def spec(config: Any) -> ModelSpec:
+    """Read a Hugging Face ``LlamaConfig``.
+
+    Raises:
+        UserError: a variant this adapter does not cover, by name.
+    """
+    activation = {"silu": "silu", "gelu": "gelu", "relu": "relu"}.get(config.hidden_act)
+    if activation is None:
+        raise UserError(f"Llama activation {config.hidden_act!r} is not supported", "use silu, gelu or relu")
+    return ModelSpec(
+        family="llama",
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_seqlen=config.max_position_embeddings,
+        norm="rmsnorm",
+        norm_eps=config.rms_norm_eps,
+        activation=activation,  # type: ignore[arg-type]
+        gated=True,
+        positions="rope",
+        rope=_rope(config),
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
+        tied_embeddings=config.tie_word_embeddings,
+    )
+
+
+def _rope(config: Any) -> RopeSpec:
+    found = dict(config.rope_parameters)
+    scaling = found.get("rope_type", "default")
+    if scaling not in ("default", "linear", "llama3"):
+        raise UserError(f"RoPE scaling {scaling!r} is not supported", "supported: default, linear, llama3")
+    if found.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("partial rotary embeddings are not supported", "use a model that rotates whole heads")
+    if scaling == "default":
+        return RopeSpec(theta=found["rope_theta"])
+    if scaling == "linear":
+        return RopeSpec(theta=found["rope_theta"], scaling="linear", factor=found["factor"])
+    return RopeSpec(theta=found["rope_theta"], scaling="llama3", factor=found["factor"],
+                    low_freq_factor=found["low_freq_factor"], high_freq_factor=found["high_freq_factor"],
+                    original_max_seqlen=found["original_max_position_embeddings"])
+
+
+def sources(spec: ModelSpec) -> dict[str, Source]:
+    """Canonical tensor name -> where a Hugging Face Llama checkpoint keeps it."""
+    found = {
+        "embed_tokens.weight": Source("embed_tokens.weight"),
+        "final_norm.weight": Source("norm.weight"),
+    }
+    if not spec.tied_embeddings:
+        found["lm_head.weight"] = Source("lm_head.weight")
+    biased = {"q_proj": spec.qkv_bias, "k_proj": spec.qkv_bias, "v_proj": spec.qkv_bias, "o_proj": spec.o_bias,
+              "gate_proj": spec.mlp_bias, "up_proj": spec.mlp_bias, "down_proj": spec.mlp_bias}
+    for i in range(spec.n_layers):
+        place = f"layers.{i}"
+        found[f"{place}.input_norm.weight"] = Source(f"{place}.input_layernorm.weight")
+        found[f"{place}.post_norm.weight"] = Source(f"{place}.post_attention_layernorm.weight")
+        for name, bias in biased.items():
+            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            theirs = f"{place}.{block}.{name}"
+            found[f"{place}.{name}.weight"] = Source(f"{theirs}.weight", transpose=name in ("o_proj", "down_proj"))
+            if bias:
+                found[f"{place}.{name}.bias"] = Source(f"{theirs}.bias")
+    return found

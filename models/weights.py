@@ -1,0 +1,99 @@
+"""Canonical weights: one naming and one layout for every family, read tensor by tensor.
+
+Layout: every projection is stored so that one output neuron or one head is a run of rows.
+``q/k/v/gate/up_proj`` are ``(out, hidden_size)`` as Hugging Face has them; ``o_proj`` and
+``down_proj`` are transposed to ``(in, hidden_size)``, so that one active head or neuron is a
+contiguous block in all of its matrices, and the sparse ops read only what is active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from shadowllm.errors import UserError
+from shadowllm.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Source:
+    """Name of a tensor in the family's own checkpoint, and whether it lies transposed there."""
+
+    name: str
+    transpose: bool = False
+
+
+class TensorFile(Protocol):
+    """A checkpoint's tensors by their Hugging Face names (without the ``model.`` prefix)."""
+
+    def names(self) -> set[str]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+    def fingerprint(self) -> str: ...
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """Canonical name -> tensor, each read from the checkpoint when asked for and not kept.
+
+    Raises:
+        UserError: at construction when a tensor is missing, at access when its shape is wrong.
+    """
+
+    def __init__(self, spec: ModelSpec, tensors: TensorFile, sources: Mapping[str, Source]) -> None:
+        missing = [source.name for source in sources.values() if source.name not in tensors.names()]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"the checkpoint lacks the tensor {missing[0]}{more}",
+                            "it is incomplete, or its config.json belongs to another model")
+        self.spec = spec
+        self._tensors = tensors
+        self._sources = dict(sources)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        source = self._sources[name]
+        tensor = self._tensors.read(source.name)
+        if source.transpose:
+            tensor = tensor.t()
+        expected = self.shape(name)
+        if tuple(tensor.shape) != expected:
+            raise UserError(f"tensor {source.name} has shape {tuple(tensor.shape)}, the config says {expected}",
+                            "the checkpoint and its config.json do not belong together")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape the spec asks of a canonical tensor."""
+        return tensor_shape(self.spec, name)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the checkpoint's weight files: what a predictor is bound to."""
+        return self._tensors.fingerprint()
+
+    def load(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        """All tensors in memory as contiguous ``dtype``; one copy, made tensor by tensor."""
+        return {name: self[name].to(dtype).contiguous() for name in self}
+
+
+def tensor_shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
+    """Shape of a canonical tensor: ``(rows, hidden_size)`` for projections, ``(rows,)`` for biases."""
+    d, heads, kv = spec.hidden_size, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    part, kind = name.split(".")[-2:]
+    if part.endswith("norm"):
+        return (d,)
+    if kind == "bias" and part in ("o_proj", "down_proj"):
+        return (d,)
+    rows = {"embed_tokens": spec.vocab_size, "lm_head": spec.vocab_size,
+            "embed_positions": spec.max_seqlen + spec.position_offset,
+            "q_proj": heads, "k_proj": kv, "v_proj": kv, "o_proj": heads,
+            "gate_proj": spec.intermediate_size, "up_proj": spec.intermediate_size,
+            "down_proj": spec.intermediate_size}[part]
+    return (rows,) if kind == "bias" else (rows, d)

@@ -1,0 +1,1 @@
+"""The custom ops: schemas, references, ONNX function bodies and native implementations."""

@@ -1,0 +1,1 @@
+"""Selectors: calibration traces, importance criteria, trained predictors and their artefact."""

@@ -1,0 +1,1 @@
+"""Sessions that run a bundle, and the generation loop over them."""

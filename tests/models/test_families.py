@@ -1,0 +1,131 @@
+"""Every adapter against transformers: the same logits to within float32 noise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from shadowllm.errors import UserError
+from shadowllm.models import Decoder, KVCache, load_model
+from tests.conftest import VARIANTS, build_transformers_model
+
+
+def noise_bound(model, input_ids) -> tuple[torch.Tensor, float]:
+    """Float64 logits of the model, and twice transformers' own float32 error plus a rounding floor."""
+    with torch.no_grad():
+        own = model(input_ids).logits
+        exact = model.double()(input_ids).logits
+    floor = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    return exact, float(2 * (own - exact).abs().max() + floor)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_match_transformers(checkpoint, variant):
+    spec, weights, _ = load_model(checkpoint(variant))
+    input_ids = torch.randint(0, spec.vocab_size, (2, 33), generator=torch.Generator().manual_seed(1))
+    exact, bound = noise_bound(AutoModelForCausalLM.from_pretrained(checkpoint(variant)), input_ids)
+    with torch.no_grad():
+        logits = Decoder(spec, weights.load())(input_ids)
+    assert (logits - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameter_count_matches_transformers(checkpoint, variant):
+    spec, _, _ = load_model(checkpoint(variant))
+    assert spec.n_parameters == sum(p.numel() for p in build_transformers_model(*VARIANTS[variant]).parameters())
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
+def test_cached_steps_equal_the_whole_sequence(checkpoint, variant):
+    spec, weights, _ = load_model(checkpoint(variant))
+    decoder, cache = Decoder(spec, weights.load()), KVCache.empty(spec, batch=2, capacity=32)
+    input_ids = torch.randint(0, spec.vocab_size, (2, 20), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        whole = decoder(input_ids)
+        first = decoder(input_ids[:, :7], cache=cache)
+        steps = [decoder(input_ids[:, i:i + 1], torch.full((2, 1), i), cache) for i in range(7, 20)]
+    torch.testing.assert_close(torch.cat([first, *steps], dim=1), whole, atol=2e-5, rtol=1e-5)
+
+
+def test_smollm2_matches_transformers(smollm2):
+    spec, weights, checkpoint = load_model(smollm2)
+    assert (spec.n_layers, spec.n_heads, spec.n_kv_heads, spec.intermediate_size) == (30, 9, 3, 1536)
+    input_ids = torch.tensor([checkpoint.tokenizer()("The shadow of a model is a small network that").input_ids])
+    exact, bound = noise_bound(AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name,
+                                                                    dtype=torch.float32), input_ids)
+    with torch.no_grad():
+        logits = Decoder(spec, weights.load())(input_ids)
+    assert (logits - exact).abs().max() <= bound
+
+
+def test_sharded_checkpoint_reads_like_one_file(checkpoint, tmp_path):
+    whole = load_model(checkpoint("llama-gqa"))[1]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama-gqa"))
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    shards = load_model(tmp_path)[1]
+    assert all(torch.equal(whole[name], shards[name]) for name in whole)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"do_layer_norm_before": False}, "post-norm"),
+    ({"word_embed_proj_dim": 24}, "embedding projections"),
+    ({"layer_norm_elementwise_affine": False}, "LayerNorm weights"),
+    ({"activation_function": "tanh"}, "activation 'tanh'"),
+])
+def test_opt_variants_refused_by_name(checkpoint, tmp_path, options, words):
+    edit_config(checkpoint("opt"), tmp_path, options)
+    with pytest.raises(UserError, match=words):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "RoPE scaling 'yarn'"),
+    ({"model_type": "gpt2"}, "'gpt2' is not supported"),
+    ({"num_key_value_heads": 3}, "do not divide"),
+    ({"intermediate_size": 77}, "has shape"),
+])
+def test_llama_variants_refused_by_name(checkpoint, tmp_path, options, words):
+    edit_config(checkpoint("llama-mha"), tmp_path, options)
+    with pytest.raises(UserError, match=words):
+        load_model(tmp_path)[1].load()
+
+
+def edit_config(source, target, options):
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | options))
+
+
+class TestDamagedFiles:
+    def test_no_such_model(self):
+        with pytest.raises(UserError, match="no such model"):
+            load_model("/nowhere/at/all")
+
+    def test_folder_without_weights(self, tmp_path):
+        with pytest.raises(UserError, match="no model weights"):
+            load_model(tmp_path)
+
+    def test_truncated_safetensors(self, checkpoint, tmp_path):
+        edit_config(checkpoint("opt"), tmp_path, {})
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(UserError, match="damaged or truncated"):
+            load_model(tmp_path)
+
+    def test_truncated_gguf(self, smollm2, tmp_path):
+        path = tmp_path / "model.gguf"
+        with smollm2.open("rb") as file:
+            path.write_bytes(file.read(3_000_000))
+        with pytest.raises(UserError, match="damaged|cannot read"):
+            load_model(path)
+
+    def test_missing_shard(self, checkpoint, tmp_path):
+        AutoModelForCausalLM.from_pretrained(checkpoint("llama-gqa")).save_pretrained(tmp_path, max_shard_size="40KB")
+        next(tmp_path.glob("*.safetensors")).unlink()
+        with pytest.raises(UserError, match="is missing"):
+            load_model(tmp_path)
