@@ -19,6 +19,8 @@ INDEX = "model.safetensors.index.json"
 # What a download needs: no pickled weights, no other framework's copies.
 DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.gguf", "tokenizer*", "*.model", "*.txt"]
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -51,6 +53,10 @@ class Checkpoint:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"no tokenizer in {self.folder} ({_first_line(error)})",
                             "put tokenizer.json beside the weights") from error
+
+    def has_tokenizer(self) -> bool:
+        """Whether the folder holds a tokenizer: a GGUF file always does."""
+        return self.gguf is not None or any((self.folder / name).is_file() for name in TOKENIZER_FILES)
 
     def _gguf_argument(self) -> dict[str, str]:
         return {"gguf_file": self.gguf} if self.gguf else {}

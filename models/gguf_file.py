@@ -59,7 +59,7 @@ class GGUFTensors:
         module = name.split(".")[-2]
         if module in self._heads:
             array = _unpermute(array, self._heads[module])
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(np.require(array, requirements=("C", "W")))
 
     def fingerprint(self) -> str:
         from shadowllm.models.checkpoint import hash_files

@@ -1,1 +1,40 @@
 """Sessions that run a bundle, and the generation loop over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shadowllm.errors import UserError
+from shadowllm.models.budget import Budget
+from shadowllm.runtime.generation import Sampling, generate
+from shadowllm.runtime.session import Session
+
+__all__ = ["BACKENDS", "Budget", "Sampling", "Session", "generate", "open_session"]
+
+BACKENDS = ("ort", "ort-dense", "torch", "torch-dense", "tensorrt_rtx", "tensorrt")
+
+
+def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = None, profile: bool = False) -> Session:
+    """A session over a bundle; nothing is loaded but what the backend needs.
+
+    Args:
+        bundle: folder written by ``shadowllm export``.
+        backend: one of `BACKENDS`; a ``-dense`` one runs the plain model.
+        threads: per operator, for ONNX Runtime.
+        profile: have an ONNX Runtime session keep the seconds of each part of a step.
+
+    Raises:
+        UserError: an unknown backend, no bundle, or engines that cannot run.
+    """
+    if backend in ("ort", "ort-dense"):
+        from shadowllm.runtime.ort import OrtSession
+
+        return OrtSession(bundle, "dense" if backend == "ort-dense" else "sparse", threads, profile)
+    if backend in ("torch", "torch-dense"):
+        from shadowllm.runtime.torch import TorchSession
+
+        return TorchSession.open(bundle, "dense" if backend == "torch-dense" else "sparse")
+    if backend in ("tensorrt_rtx", "tensorrt"):
+        raise UserError(f"{backend} engines of this version carry their plugins without kernels, so they cannot run",
+                        "build and inspect them; run the bundle with --backend ort")
+    raise UserError(f"no backend {backend!r}", f"use one of {', '.join(BACKENDS)}")

@@ -1,0 +1,211 @@
+"""The blocks of a decoder layer as ONNX nodes, dense and sparse.
+
+Hidden states are 2-D, ``(batch*seqlen, hidden_size)``, throughout: ``Gemm`` takes the weights in
+the layout the sparse ops need (``transB``), so both read the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from shadowllm.exporter.builder import GraphBuilder
+from shadowllm.models import ModelSpec
+from shadowllm.plugins import schemas
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of a graph share: computed once, from the position ids alone.
+
+    Attributes:
+        tokens: int64 ``[2]``, batch and seqlen.
+        write_indices: int64 ``(batch,)``, where this step's first token goes in the cache.
+        visible: bool ``(batch, 1, seqlen, capacity)``, None where no dense layer needs it.
+        lengths: int32 ``(batch,)``, tokens in the cache once this step is written.
+        cos, sin: ``(batch, seqlen, head_dim/2)``, None without RoPE.
+    """
+
+    tokens: ir.Value
+    write_indices: ir.Value
+    visible: ir.Value | None
+    lengths: ir.Value | None
+    cos: ir.Value | None
+    sin: ir.Value | None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of one layer, ``(batch, n_kv_heads, capacity, head_dim)`` each."""
+
+    key: ir.Value
+    value: ir.Value
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Active indices and counts of all sparse layers, as graph values."""
+
+    head_indices: ir.Value
+    head_counts: ir.Value
+    neuron_indices: ir.Value
+    neuron_counts: ir.Value
+
+
+def step(g: GraphBuilder, spec: ModelSpec, position_ids: ir.Value, capacity_of: ir.Value, *, dense: bool,
+         sparse: bool) -> Step:
+    """Derive masks, lengths and rotary tables from ``position_ids`` int64 ``(batch, seqlen)``."""
+    first, last = (g.op("Gather", position_ids, g.ints(i), axis=1) for i in (0, -1))
+    visible = lengths = cos = sin = None
+    if dense:
+        capacity = g.op("Squeeze", g.op("Shape", capacity_of, start=2, end=3))
+        slots = g.op("Range", g.ints(0), capacity, g.ints(1))
+        visible = g.op("LessOrEqual", slots, g.op("Unsqueeze", position_ids, g.ints([1, 3])))
+    if sparse:
+        lengths = g.op("Cast", g.op("Add", last, g.ints(1)), to=ir.DataType.INT32)
+    if spec.rope:
+        # In float32 whatever the model's type: 16-bit angles are wrong within a few hundred positions.
+        frequencies = g.constant(spec.rope.inverse_frequencies(spec.head_dim).astype(np.float32), "inverse_frequencies")
+        angles = g.op("Mul", g.op("Cast", g.op("Unsqueeze", position_ids, g.ints([2])), to=ir.DataType.FLOAT), frequencies)
+        cos, sin = (cast(g, g.op(kind, angles)) for kind in ("Cos", "Sin"))
+    return Step(g.op("Shape", position_ids), first, visible, lengths, cos, sin)
+
+
+def cast(g: GraphBuilder, x: ir.Value) -> ir.Value:
+    """A float32 value in the graph's own type."""
+    return x if g.dtype == ir.DataType.FLOAT else g.op("Cast", x, to=g.dtype)
+
+
+def embed(g: GraphBuilder, spec: ModelSpec, input_ids: ir.Value, position_ids: ir.Value) -> ir.Value:
+    """Token and learned position embeddings, ``(batch*seqlen, hidden_size)``."""
+    flat = g.op("Reshape", input_ids, g.ints([-1]))
+    x = g.op("Gather", g.weight("embed_tokens.weight"), flat, axis=0)
+    if spec.positions == "rope":
+        return x
+    places = g.op("Add", g.op("Reshape", position_ids, g.ints([-1])), g.ints(spec.position_offset))
+    return g.op("Add", x, g.op("Gather", g.weight("embed_positions.weight"), places, axis=0))
+
+
+def norm(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
+    """LayerNorm or RMSNorm over the last axis."""
+    weight = g.weight(f"{name}.weight")
+    if spec.norm == "layernorm":
+        return g.op("LayerNormalization", x, weight, g.weight(f"{name}.bias"), epsilon=spec.norm_eps, axis=-1)
+    return g.op("RMSNormalization", x, weight, epsilon=spec.norm_eps, axis=-1)
+
+
+def gemm(g: GraphBuilder, x: ir.Value, names: list[str], bias: bool, *, rows_out: bool = True) -> ir.Value:
+    """``x`` times one stored matrix, or several stacked ones.
+
+    Args:
+        rows_out: the matrix's rows are output channels (q, k, v, gate, up); else they are input
+            channels (o, down).
+    """
+    weight = g.weight(*(f"{name}.weight" for name in names))
+    inputs = [x, weight] + ([g.weight(*(f"{name}.bias" for name in names))] if bias else [])
+    return g.op("Gemm", *inputs, transB=int(rows_out))
+
+
+def dense_layer(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, step: Step, cache: Cache) -> tuple[ir.Value, Cache]:
+    """One layer with every head and neuron; returns hidden states and the updated cache."""
+    place = f"layers.{layer}"
+    normed = norm(g, spec, f"{place}.input_norm", x)
+    both = gemm(g, normed, [f"{place}.{part}_proj" for part in "qkv"], spec.qkv_bias)
+    query, cache = to_cache(g, spec, step, cache, both, spec.n_heads)
+    context = g.op("Attention", query, cache.key, cache.value, step.visible, scale=1 / math.sqrt(spec.head_dim))
+    context = g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), g.ints([-1, spec.n_heads * spec.head_dim]))
+    x = g.op("Add", x, gemm(g, context, [f"{place}.o_proj"], spec.o_bias, rows_out=False))
+    return g.op("Add", x, _dense_mlp(g, spec, layer, norm(g, spec, f"{place}.post_norm", x))), cache
+
+
+def _dense_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.Value:
+    place, width = f"layers.{layer}", spec.intermediate_size
+    if spec.gated:
+        both = gemm(g, x, [f"{place}.gate_proj", f"{place}.up_proj"], spec.mlp_bias)
+        gate, up = g.split(both, [width, width], axis=1)
+        hidden = g.op("Mul", activate(g, spec, gate), up)
+    else:
+        hidden = activate(g, spec, gemm(g, x, [f"{place}.up_proj"], spec.mlp_bias))
+    return gemm(g, hidden, [f"{place}.down_proj"], spec.mlp_bias, rows_out=False)
+
+
+def activate(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:
+    """The MLP's activation."""
+    if spec.activation == "silu":
+        return g.op("Mul", x, g.op("Sigmoid", x))
+    return g.op({"relu": "Relu", "gelu": "Gelu"}[spec.activation], x)
+
+
+def sparse_layer(g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step, cache: Cache,
+                 selection: Selection) -> tuple[ir.Value, Cache]:
+    """One layer whose query heads and neurons are selected; K and V stay exact for every head.
+
+    Args:
+        row: of the selection that belongs to this layer.
+    """
+    place = f"layers.{layer}"
+    normed = norm(g, spec, f"{place}.input_norm", x)
+    both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias)
+    _, cache = to_cache(g, spec, step, cache, both, 0)
+    indices, count = _pick(g, selection.head_indices, row), _pick(g, selection.head_counts, row)
+    y = g.custom(schemas.SPARSE_ATTENTION, {
+        "x": _batched(g, spec, step, normed), "key": cache.key, "value": cache.value, "lengths": step.lengths,
+        "indices": indices, "count": count, "w_q": g.weight(f"{place}.q_proj.weight"),
+        "b_q": g.weight(f"{place}.q_proj.bias") if spec.qkv_bias else None, "w_o": g.weight(f"{place}.o_proj.weight"),
+        "b_o": g.weight(f"{place}.o_proj.bias") if spec.o_bias else None, "cos": step.cos, "sin": step.sin,
+    }, n_heads=spec.n_heads, layer=layer)
+    x = g.op("Add", x, _flat(g, spec, y))
+    return g.op("Add", x, _sparse_mlp(g, spec, layer, row, x, step, selection)), cache
+
+
+def _sparse_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step,
+                selection: Selection) -> ir.Value:
+    place = f"layers.{layer}"
+    normed = norm(g, spec, f"{place}.post_norm", x)
+    parts = {"gate": spec.gated, "up": True, "down": True}
+    weights = {f"w_{p}": g.weight(f"{place}.{p}_proj.weight") for p, there in parts.items() if there}
+    biases = {f"b_{p}": g.weight(f"{place}.{p}_proj.bias") for p, there in parts.items() if there and spec.mlp_bias}
+    y = g.custom(schemas.SPARSE_MLP, {
+        "x": _batched(g, spec, step, normed), "indices": _pick(g, selection.neuron_indices, row),
+        "count": _pick(g, selection.neuron_counts, row), **weights, **biases,
+    }, activation=spec.activation, layer=layer)
+    return _flat(g, spec, y)
+
+
+def to_cache(g: GraphBuilder, spec: ModelSpec, step: Step, cache: Cache, projected: ir.Value,
+             n_heads: int) -> tuple[ir.Value, Cache]:
+    """Rotate this step's heads and write its keys and values into the cache.
+
+    One transpose and one rotation serve query and key together: at one token a node costs more
+    than the few numbers it moves.
+
+    Args:
+        projected: ``(batch*seqlen, (n_heads + 2*n_kv_heads)*head_dim)``, query, key and value side by side.
+        n_heads: query heads in it; 0 where the sparse op projects them.
+
+    Returns:
+        The query ``(batch, n_heads, seqlen, head_dim)`` (the key when there is none) and the cache.
+    """
+    kv = spec.n_kv_heads
+    x = g.op("Reshape", projected, g.shape(step.tokens, [n_heads + 2 * kv, spec.head_dim]))
+    query_key, value = g.split(g.op("Transpose", x, perm=[0, 2, 1, 3]), [n_heads + kv, kv], axis=1)
+    if step.cos is not None:
+        query_key = g.op("RotaryEmbedding", query_key, step.cos, step.sin)
+    parts = g.split(query_key, [n_heads, kv] if n_heads else [kv], axis=1)
+    return parts[0], Cache(*(g.op("TensorScatter", past, new, step.write_indices, axis=2)
+                             for past, new in ((cache.key, parts[-1]), (cache.value, value))))
+
+
+def _pick(g: GraphBuilder, rows: ir.Value, row: int) -> ir.Value:
+    return g.op("Gather", rows, g.ints(row), axis=0)
+
+
+def _batched(g: GraphBuilder, spec: ModelSpec, step: Step, x: ir.Value) -> ir.Value:
+    return g.op("Reshape", x, g.shape(step.tokens, [spec.hidden_size]))
+
+
+def _flat(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:
+    return g.op("Reshape", x, g.ints([-1, spec.hidden_size]))

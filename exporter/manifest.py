@@ -1,0 +1,116 @@
+"""The manifest: what a bundle holds, and the checks a file passes before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from shadowllm.errors import UserError
+from shadowllm.models import ModelSpec
+
+NAME = "manifest.json"
+SCHEMA_VERSION = 1
+DATA_FILE = "model.onnx.data"
+PIECES = ("dense", "stem", "predictor", "body")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of ``manifest.json``.
+
+    Attributes:
+        model: name the model was exported under.
+        spec: its sizes and options.
+        dtype: of weights and activations ("float32", "float16", "bfloat16").
+        dense_layers: leading layers that stay dense.
+        selector: "ahead": indices are inputs of ``body``.
+        head_unit: what a head index counts ("query_head").
+        budgets: default fractions, ``{"neurons": ..., "heads": ...}``.
+        predictor: kind, criterion and training record.
+        base_fingerprint: SHA-256 of the checkpoint the predictor was trained on.
+        op_domain_version: version of the custom ops in the graphs.
+        tools: versions of the packages that wrote the bundle.
+        validation: errors against the reference, as measured after the export.
+        files: SHA-256 per file, by its path inside the bundle.
+    """
+
+    model: str
+    spec: ModelSpec
+    dtype: str
+    dense_layers: int
+    budgets: dict[str, float]
+    predictor: dict[str, Any]
+    base_fingerprint: str
+    op_domain_version: int
+    tools: dict[str, str]
+    files: dict[str, str]
+    selector: str = "ahead"
+    head_unit: str = "query_head"
+    validation: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json``, replacing an older one in a single step."""
+        data = {"schema_version": SCHEMA_VERSION} | {k: v for k, v in vars(self).items() if k != "spec"}
+        temporary = folder / f".{NAME}.partial"
+        temporary.write_text(json.dumps(data | {"spec": self.spec.to_dict()}, indent=2) + "\n")
+        os.replace(temporary, folder / NAME)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``manifest.json``; the files it names are checked by `verify_files`.
+
+    Raises:
+        UserError: no bundle there, an unreadable manifest, another schema version, or a path that
+            leaves the bundle.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise UserError(f"{folder} is not a bundle (no {NAME})", "make one with: shadowllm export MODEL OUT")
+    remedy = "export the model again"
+    try:
+        data = json.loads(path.read_text())
+        version = data.pop("schema_version")
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", remedy)
+        spec = ModelSpec.from_dict(data.pop("spec"))
+        manifest = Manifest(spec=spec, **data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error})", remedy) from error
+    for name in manifest.files:
+        _check_inside(path, name)
+    return manifest
+
+
+def _check_inside(manifest: Path, name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise UserError(f"{manifest} names {name!r}, which lies outside the bundle",
+                        "do not use this bundle: export the model again")
+
+
+def verify_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Compare files of a bundle with the SHA-256 their manifest gives.
+
+    Raises:
+        UserError: a file is missing, leaves the bundle through a link, or has other contents.
+    """
+    root = folder.resolve()
+    for name, expected in files.items():
+        path = root / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing from the bundle", "export the model again")
+        if not path.resolve().is_relative_to(root):
+            raise UserError(f"{path} is a link that leaves the bundle", "export the model again")
+        if file_hash(path) != expected:
+            raise UserError(f"{path} is damaged: its SHA-256 is not the one in {NAME}", "export the model again")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

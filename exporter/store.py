@@ -1,0 +1,115 @@
+"""The one external-data file that all pieces of a bundle share.
+
+Tensors that a dense graph multiplies together (q, k, v; gate, up) lie back to back, so that a graph
+may name the run of them as a single initializer while a sparse graph names one of them alone:
+several views of the same bytes, and every weight on disk once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from shadowllm.models import ModelSpec
+from shadowllm.models.weights import tensor_shape
+
+# Groups start on a page, so that runtimes can map them instead of reading them.
+PAGE = 4096
+Group = list[tuple[str, tuple[int, ...], ir.DataType]]
+TORCH_DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in the file."""
+
+    offset: int
+    length: int
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+
+class WeightStore:
+    """Plans the layout of the data file, hands out initializers, and writes the file as a stream.
+
+    Args:
+        path: the data file.
+        groups: runs of (name, shape, dtype) that lie back to back.
+    """
+
+    def __init__(self, path: Path, groups: Iterator[Group]) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        end = 0
+        for group in groups:
+            end = -(-end // PAGE) * PAGE
+            for name, shape, dtype in group:
+                length = math.prod(shape) * dtype.itemsize
+                self.entries[name] = Entry(end, int(length), dtype, shape)
+                end += int(length)
+        self.size = end
+
+    def tensor(self, name: str, *rest: str) -> ir.ExternalTensor:
+        """An initializer of one tensor, or of a run of tensors stacked along their rows."""
+        entries = [self.entries[n] for n in (name, *rest)]
+        for before, after in zip(entries, entries[1:], strict=False):
+            if before.offset + before.length != after.offset or before.shape[1:] != after.shape[1:]:
+                raise ValueError(f"{name} and {rest} do not lie back to back")
+        shape = (sum(e.shape[0] for e in entries), *entries[0].shape[1:])
+        return ir.ExternalTensor(self.path.name, entries[0].offset, sum(e.length for e in entries), entries[0].dtype,
+                                 shape=ir.Shape(shape), name="+".join((name, *rest)), base_dir=self.path.parent)
+
+    def write(self, tensors: Mapping[str, torch.Tensor], progress: Callable[[int], None] = lambda _: None) -> str:
+        """Write every planned tensor in turn, one in memory at a time; return the file's SHA-256."""
+        digest = hashlib.sha256()
+        with self.path.open("wb") as file:
+
+            def put(data: bytes | memoryview) -> None:
+                file.write(data)
+                digest.update(data)
+
+            for name, entry in self.entries.items():
+                put(bytes(entry.offset - file.tell()))
+                for block in _blocks(tensors[name], TORCH_DTYPES[entry.dtype]):
+                    put(block)
+                progress(entry.length)
+        return digest.hexdigest()
+
+
+def _blocks(tensor: torch.Tensor, dtype: torch.dtype, elements: int = 1 << 22) -> Iterator[memoryview]:
+    """The bytes of a tensor in ``dtype``, converted a few million elements at a time."""
+    rows = max(1, elements // max(1, math.prod(tensor.shape[1:])))
+    for part in tensor.split(rows):
+        yield memoryview(part.to(dtype).contiguous().view(torch.uint8).reshape(-1).numpy())
+
+
+def model_groups(spec: ModelSpec, dtype: ir.DataType) -> Iterator[Group]:
+    """Layout of a model's canonical tensors, layer by layer, in the order a decode step reads them."""
+
+    def group(*names: str) -> Group:
+        return [(name, tensor_shape(spec, name), dtype) for name in names]
+
+    def norm(place: str) -> list[str]:
+        return [f"{place}.weight"] + ([f"{place}.bias"] if spec.norm == "layernorm" else [])
+
+    yield group("embed_tokens.weight")
+    if spec.positions == "learned":
+        yield group("embed_positions.weight")
+    mlp = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
+    for i in range(spec.n_layers):
+        place = f"layers.{i}"
+        yield group(*norm(f"{place}.input_norm"), *norm(f"{place}.post_norm"))
+        for parts, biased in ((("q_proj", "k_proj", "v_proj"), spec.qkv_bias), (("o_proj",), spec.o_bias),
+                              (mlp, spec.mlp_bias), (("down_proj",), spec.mlp_bias)):
+            yield group(*(f"{place}.{part}.weight" for part in parts))
+            if biased:
+                yield group(*(f"{place}.{part}.bias" for part in parts))
+    yield group(*norm("final_norm"))
+    if not spec.tied_embeddings:
+        yield group("lm_head.weight")

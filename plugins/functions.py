@@ -1,0 +1,159 @@
+"""ONNX function bodies of the custom ops, in standard ops only (opset 24).
+
+A bundle carries them as model-local functions, so that an ONNX Runtime without the native library
+still runs it. They are correct rather than fast: ``Gather`` copies every row it selects. A function
+cannot branch on an attribute or on which inputs are present, so each body is written for one form
+of model (`FunctionForm`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from shadowllm.plugins import schemas
+
+OPSET = 24
+
+
+@dataclass(frozen=True)
+class FunctionForm:
+    """What the bodies are specialised to: the options of a `ModelSpec` that change their nodes."""
+
+    activation: str
+    gated: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    rope: bool
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+
+def function_bodies(form: FunctionForm) -> list[ir.Function]:
+    """The three functions of domain ``shadowllm`` for one form of model."""
+    return [_select_topk(), _sparse_mlp(form), _sparse_attention(form)]
+
+
+class _Body:
+    """A function under construction: named inputs, terse ops, int64 constants."""
+
+    def __init__(self, schema: schemas.OpSchema) -> None:
+        self._schema = schema
+        self._tape = Tape()
+        self.inputs = {port.name: ir.Value(name=port.name) for port in schema.inputs}
+
+    def __getitem__(self, name: str) -> ir.Value:
+        return self.inputs[name]
+
+    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: object) -> ir.Value:
+        return self._tape.op(op_type, inputs, attributes)  # type: ignore[arg-type]
+
+    def const(self, values: int | Iterable[int]) -> ir.Value:
+        tensor = np.asarray(list(values) if isinstance(values, Iterable) else values, dtype=np.int64)
+        return self.op("Constant", value=ir.tensor(tensor))
+
+    def active(self) -> ir.Value:
+        """The first ``count`` indices, as int64."""
+        end = self.op("Reshape", self.op("Cast", self["count"], to=ir.DataType.INT64), self.const([1]))
+        return self.op("Cast", self.op("Slice", self["indices"], self.const([0]), end), to=ir.DataType.INT64)
+
+    def project(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+        y = self.op("MatMul", x, self.op("Transpose", weight, perm=[1, 0]))
+        return y if bias is None else self.op("Add", y, bias)
+
+    def finish(self, output: ir.Value) -> ir.Function:
+        output.name = self._schema.outputs[0].name
+        graph = ir.Graph(tuple(self.inputs.values()), (output,), nodes=self._tape.nodes,
+                         opset_imports={"": OPSET, schemas.DOMAIN: schemas.VERSION})
+        kinds = {int: ir.AttributeType.INT, str: ir.AttributeType.STRING}
+        declared = [ir.Attr(a.name, kinds[a.type], None) for a in self._schema.attributes]
+        return ir.Function(schemas.DOMAIN, self._schema.name, graph=graph, attributes=declared)
+
+
+def _select_topk() -> ir.Function:
+    body = _Body(schemas.SELECT_TOPK)
+    cap = body._tape.op("Constant", (), {"value_int": ir.RefAttr("value_int", "cap", ir.AttributeType.INT)})
+    k = body.op("Reshape", cap, body.const([1]))
+    # The best first, ties to the lower index; those past the count are replaced by a bound that
+    # sorts last, so that one ascending sort leaves the chosen in front.
+    _, order = body._tape.op_multi_out("TopK", (body["scores"], k), {"largest": 1, "sorted": 1}, num_outputs=2)
+    rank = body.op("Unsqueeze", body.op("Range", body.const(0), cap, body.const(1)), body.const([0]))
+    counts = body.op("Unsqueeze", body.op("Cast", body["counts"], to=ir.DataType.INT64), body.const([1]))
+    chosen = body.op("Less", rank, counts)
+    bound = body.op("Shape", body["scores"], start=1, end=2)
+    ascending, _ = body._tape.op_multi_out("TopK", (body.op("Where", chosen, order, bound), k),
+                                           {"largest": 0, "sorted": 1}, num_outputs=2)
+    padded = body.op("Where", chosen, ascending, body.const(-1))
+    return body.finish(body.op("Cast", padded, to=ir.DataType.INT32))
+
+
+def _sparse_mlp(form: FunctionForm) -> ir.Function:
+    body = _Body(schemas.SPARSE_MLP)
+    rows = body.active()
+
+    def project(part: str) -> ir.Value:
+        weight = body.op("Gather", body[f"w_{part}"], rows, axis=0)
+        bias = body.op("Gather", body[f"b_{part}"], rows, axis=0) if form.mlp_bias else None
+        return body.project(body["x"], weight, bias)
+
+    up = project("up")
+    hidden = body.op("Mul", _activate(body, form.activation, project("gate")), up) if form.gated \
+        else _activate(body, form.activation, up)
+    y = body.op("MatMul", hidden, body.op("Gather", body["w_down"], rows, axis=0))
+    return body.finish(body.op("Add", y, body["b_down"]) if form.mlp_bias else y)
+
+
+def _activate(body: _Body, activation: str, x: ir.Value) -> ir.Value:
+    if activation == "silu":
+        return body.op("Mul", x, body.op("Sigmoid", x))
+    return body.op({"relu": "Relu", "gelu": "Gelu"}[activation], x)
+
+
+def _sparse_attention(form: FunctionForm) -> ir.Function:
+    body = _Body(schemas.SPARSE_ATTENTION)
+    heads = body.active()
+    query = body.project(body["x"], _head_rows(body, form, "w_q", heads), _head_bias(body, form, heads))
+    query = body.op("Reshape", query, body.const([0, 0, -1, form.head_dim]))
+    query = body.op("Transpose", query, perm=[0, 2, 1, 3])
+    if form.rope:
+        query = body.op("RotaryEmbedding", query, body["cos"], body["sin"])
+    group = body.const(form.n_heads // form.n_kv_heads)
+    kv_heads = body.op("Div", heads, group)
+    key, value = (body.op("Gather", body[name], kv_heads, axis=1) for name in ("key", "value"))
+    context = body.op("Attention", query, key, value, _visible(body), scale=1 / math.sqrt(form.head_dim))
+    context = body.op("Transpose", context, perm=[0, 2, 1, 3])
+    context = body.op("Reshape", context, body.op("Concat", body.op("Shape", body["x"], start=0, end=2), body.const([-1]), axis=0))
+    y = body.op("MatMul", context, _head_rows(body, form, "w_o", heads))
+    return body.finish(body.op("Add", y, body["b_o"]) if form.o_bias else y)
+
+
+def _head_rows(body: _Body, form: FunctionForm, name: str, heads: ir.Value) -> ir.Value:
+    """The active heads' rows of a ``(H*d, D)`` matrix, ``(count*d, D)``."""
+    size = body.op("Shape", body[name], start=1, end=2)
+    blocks = body.op("Reshape", body[name], body.op("Concat", body.const([form.n_heads, form.head_dim]), size, axis=0))
+    return body.op("Reshape", body.op("Gather", blocks, heads, axis=0), body.op("Concat", body.const([-1]), size, axis=0))
+
+
+def _head_bias(body: _Body, form: FunctionForm, heads: ir.Value) -> ir.Value | None:
+    if not form.qkv_bias:
+        return None
+    blocks = body.op("Reshape", body["b_q"], body.const([form.n_heads, form.head_dim]))
+    return body.op("Reshape", body.op("Gather", blocks, heads, axis=0), body.const([-1]))
+
+
+def _visible(body: _Body) -> ir.Value:
+    """Boolean mask (B, 1, S, C): query s of row b sees positions up to lengths[b] - S + s."""
+    seqlen = body.op("Squeeze", body.op("Shape", body["x"], start=1, end=2))
+    capacity = body.op("Squeeze", body.op("Shape", body["key"], start=2, end=3))
+    zero, one = body.const(0), body.const(1)
+    start = body.op("Sub", body.op("Cast", body["lengths"], to=ir.DataType.INT64), seqlen)
+    last = body.op("Add", body.op("Unsqueeze", start, body.const([1])), body.op("Range", zero, seqlen, one))
+    positions = body.op("Range", zero, capacity, one)
+    return body.op("LessOrEqual", positions, body.op("Unsqueeze", last, body.const([1, 3])))

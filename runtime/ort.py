@@ -1,0 +1,206 @@
+"""Run a bundle on ONNX Runtime (CPU): buffers bound once, nothing copied per token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import onnxruntime as ort
+
+from shadowllm.errors import UserError
+from shadowllm.exporter.manifest import DATA_FILE, Manifest, read_manifest, verify_files
+from shadowllm.models.budget import Budget
+from shadowllm.models.spec import ModelSpec
+from shadowllm.runtime.inputs import check_prompts, check_tokens
+from shadowllm.runtime.widen import widen
+
+# The cache grows by this many positions: attention reads all of its capacity, so a cache sized for
+# the longest text would make every short one slow.
+CACHE_BLOCK = 256
+
+Kind = Literal["sparse", "dense"]
+
+
+class OrtSession:
+    """A `Session` over ONNX Runtime.
+
+    "dense" runs ``dense.onnx`` alone. "sparse" prefills with it and decodes with ``stem``,
+    ``predictor`` and ``body``. 16-bit bundles are computed in float32: ONNX Runtime's CPU kernels
+    have no 16-bit arithmetic.
+
+    Args:
+        bundle: folder written by ``shadowllm export``.
+        kind: which graphs decode.
+        threads: of each operator; ONNX Runtime's own default when None.
+        profile: keep the seconds of each part of the last step in ``step_seconds``.
+
+    Attributes:
+        cache: float32 ``(batch, n_kv_heads, capacity, head_dim)`` by "layer.key" and "layer.value".
+        selection: padded indices of the last sparse step, by their name in the graphs.
+        step_seconds: of each part of the last step, when profiling.
+
+    Raises:
+        UserError: no bundle, a damaged file, or a graph this ONNX Runtime cannot run.
+    """
+
+    def __init__(self, bundle: Path, kind: Kind = "sparse", threads: int | None = None, profile: bool = False) -> None:
+        self.manifest: Manifest = read_manifest(bundle)
+        self.spec: ModelSpec = self.manifest.spec
+        self.step_seconds: dict[str, float] = {}
+        self._bundle, self._kind, self._threads, self._profile = bundle, kind, threads, profile
+        self._budget = Budget(**self.manifest.budgets)
+
+    def __enter__(self) -> Self:
+        pieces = ("dense",) if self._kind == "dense" else ("dense", "stem", "predictor", "body")
+        names = [DATA_FILE, *(f"{piece}.onnx" for piece in pieces)]
+        verify_files(self._bundle, {name: self.manifest.files[name] for name in names})
+        self._pieces = {piece: Piece(self._bundle / f"{piece}.onnx", self._options(piece), self.manifest.dtype) for piece in pieces}
+        self.reset()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pieces.clear()
+        self._steps: list[Step] = []
+        self.cache: dict[str, np.ndarray] = {}
+
+    def _options(self, piece: str) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        if self._threads:
+            options.intra_op_num_threads = self._threads
+        # The pieces take turns: the pool of one must not spin while the next one runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._kind == "sparse" and piece == "dense":
+            # Used for prefill only: mapped weights serve, a packed copy of them would double the memory.
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return options
+
+    def reset(self, batch: int = 1) -> None:
+        """See `Session.reset`."""
+        self._batch = batch
+        self._lengths = np.zeros(batch, dtype=np.int64)
+        self._capacity = 0
+        self.cache = {}
+        self._logits = np.zeros((batch, 1, self.spec.vocab_size), dtype=np.float32)
+        self.set_budget(self._budget)
+        self._reserve(1)
+
+    def set_budget(self, budget: Budget) -> None:
+        """See `Session.set_budget`."""
+        self._budget = budget
+        if not hasattr(self, "_counts"):
+            n_sparse = self.spec.n_layers - self.manifest.dense_layers
+            self._counts = {name: np.zeros(n_sparse, dtype=np.int32) for name in ("head_counts", "neuron_counts")}
+        heads, neurons = budget.counts(self.spec)
+        self._counts["head_counts"][:], self._counts["neuron_counts"][:] = heads, neurons
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """See `Session.prefill`."""
+        check_prompts(prompts, self._batch, self.spec)
+        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+        seqlen = int(lengths.max())
+        self._reserve(seqlen)
+        # Shorter prompts are padded at the end. What the padding writes into the cache lies past
+        # their own last position, where it is never visible and soon overwritten.
+        input_ids = np.zeros((self._batch, seqlen), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, :len(prompt)] = prompt
+        positions = np.broadcast_to(np.arange(seqlen), input_ids.shape).copy()
+        feeds = {"input_ids": input_ids, "position_ids": positions, "logits_to_keep": lengths[:, None] - 1} | self._past()
+        self._pieces["dense"].bind(feeds, {"logits": self._logits} | self._present())()
+        self._lengths[:] = lengths
+        return self._logits[:, 0]
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """See `Session.decode`."""
+        check_tokens(tokens, self._lengths, self.spec)
+        self._reserve(int(self._lengths.max()) + 1)
+        self._input_ids[:, 0] = tokens
+        self._positions[:, 0] = self._lengths
+        for step in self._steps:
+            start = time.perf_counter()
+            step.run()
+            if self._profile:
+                self.step_seconds[step.name] = time.perf_counter() - start
+        self._lengths += 1
+        return self._logits[:, 0]
+
+    def _reserve(self, length: int) -> None:
+        """Make the cache hold ``length`` positions, keeping what is in it."""
+        if length <= self._capacity:
+            return
+        self._capacity = -(-length // CACHE_BLOCK) * CACHE_BLOCK
+        shape = (self._batch, self.spec.n_kv_heads, self._capacity, self.spec.head_dim)
+        for layer in range(self.spec.n_layers):
+            for part in ("key", "value"):
+                name, grown = f"{layer}.{part}", np.zeros(shape, dtype=np.float32)
+                if name in self.cache:
+                    grown[:, :, :self.cache[name].shape[2]] = self.cache[name]
+                self.cache[name] = grown
+        self._bind_decode()
+
+    def _bind_decode(self) -> None:
+        """Bind the decode step's buffers: they stay the same arrays from token to token."""
+        batch, n_sparse = self._batch, self.spec.n_layers - self.manifest.dense_layers
+        self._input_ids, self._positions = (np.zeros((batch, 1), dtype=np.int64) for _ in range(2))
+        self.selection = {
+            "head_indices": np.zeros((n_sparse, self.spec.n_heads), dtype=np.int32),
+            "neuron_indices": np.zeros((n_sparse, self.spec.intermediate_size), dtype=np.int32),
+        } if self._kind == "sparse" else {}
+        buffers = {
+            "input_ids": self._input_ids, "position_ids": self._positions,
+            "logits_to_keep": np.zeros((batch, 1), dtype=np.int64), "logits": self._logits,
+            "hidden": np.zeros((batch, 1, self.spec.hidden_size), dtype=np.float32),
+        } | self.selection | self._counts | self._past() | self._present()
+        names = ("dense",) if self._kind == "dense" else ("stem", "predictor", "body")
+        self._steps = [Step(name, self._pieces[name], buffers) for name in names]
+
+    def _past(self) -> dict[str, np.ndarray]:
+        return {f"past_key_values.{name}": array for name, array in self.cache.items()}
+
+    def _present(self) -> dict[str, np.ndarray]:
+        # The same arrays as the past: TensorScatter then writes in place.
+        return {f"present.{name}": array for name, array in self.cache.items()}
+
+
+class Piece:
+    """One ONNX graph loaded into ONNX Runtime."""
+
+    def __init__(self, path: Path, options: ort.SessionOptions, dtype: str) -> None:
+        try:
+            model = str(path) if dtype == "float32" else widen(path, options)
+            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except ort.capi.onnxruntime_pybind11_state.OnnxruntimeException as error:
+            raise UserError(f"ONNX Runtime {ort.__version__} cannot load {path} ({str(error).splitlines()[0][:200]})",
+                            "use onnxruntime 1.23 or later, or export the model again") from error
+        self.inputs = [value.name for value in self._session.get_inputs()]
+        self.outputs = [value.name for value in self._session.get_outputs()]
+
+    def bind(self, feeds: Mapping[str, np.ndarray], fetches: Mapping[str, np.ndarray]) -> BoundRun:
+        """A run that reads and writes the given arrays; names the graph lacks are ignored."""
+        binding = self._session.io_binding()
+        for name in self.inputs:
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(feeds[name]))
+        for name in self.outputs:
+            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(fetches[name]))
+        return BoundRun(self._session, binding)
+
+
+class BoundRun:
+    """A session with all of its buffers bound; calling it runs the graph."""
+
+    def __init__(self, session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+        self._session, self._binding = session, binding
+
+    def __call__(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+class Step:
+    """One part of a decode step."""
+
+    def __init__(self, name: str, piece: Piece, buffers: Mapping[str, np.ndarray]) -> None:
+        self.name = name
+        self.run = piece.bind(buffers, buffers)

@@ -1,0 +1,141 @@
+"""The reference as a session: plain PyTorch in float32, the selection applied as masks.
+
+It reads every weight and zeroes what is not selected, so it is slow and exact: what the other
+backends are held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shadowllm.exporter.bundle import read_weights
+from shadowllm.exporter.manifest import read_manifest
+from shadowllm.models import Budget, Decoder, KVCache, ModelSpec
+from shadowllm.models.decoder import Unit
+from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.networks import scores
+from shadowllm.predictor.topk import top_mask
+from shadowllm.runtime.inputs import check_prompts, check_tokens
+
+Selection = dict[Unit, Tensor]
+
+
+class TorchSession:
+    """A `Session` over the reference decoder.
+
+    Args:
+        spec: the model.
+        weights: canonical float32 tensors.
+        predictor: scores heads and neurons; None decodes dense.
+        budget: fractions to keep at first.
+
+    Attributes:
+        forced: masks to use instead of the predictor's, bool ``(n_sparse, n_heads)`` and
+            ``(n_sparse, intermediate_size)``; for comparing a step under one and the same selection.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], predictor: Predictor | None,
+                 budget: Budget | None = None) -> None:
+        self.spec = spec
+        self.forced: Selection | None = None
+        self._weights, self._predictor = weights, predictor
+        self._budget = budget or Budget()
+        self._decoder = Decoder(spec, weights)
+        self.reset()
+
+    @classmethod
+    def open(cls, bundle: Path, kind: Literal["sparse", "dense"] = "sparse") -> TorchSession:
+        """The reference of a bundle, on the bundle's own weights.
+
+        Raises:
+            UserError: no bundle, or a damaged file in it.
+        """
+        manifest = read_manifest(bundle)
+        weights, predictor = read_weights(bundle, manifest)
+        return cls(manifest.spec, weights, predictor if kind == "sparse" else None, Budget(**manifest.budgets))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._weights, self._decoder = {}, Decoder(self.spec, {})
+
+    def reset(self, batch: int = 1) -> None:
+        """See `Session.reset`."""
+        self._lengths = np.zeros(batch, dtype=np.int64)
+        self.cache = KVCache.empty(self.spec, batch, 0)
+
+    def set_budget(self, budget: Budget) -> None:
+        """See `Session.set_budget`."""
+        self._budget = budget
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """See `Session.prefill`."""
+        check_prompts(prompts, len(self._lengths), self.spec)
+        self._lengths[:] = [len(prompt) for prompt in prompts]
+        seqlen = int(self._lengths.max())
+        self._reserve(seqlen)
+        input_ids = torch.tensor([[*prompt, *[0] * (seqlen - len(prompt))] for prompt in prompts])
+        positions = torch.arange(seqlen).expand_as(input_ids)
+        logits = self._decoder(input_ids, positions, self.cache)
+        return logits[torch.arange(len(prompts)), torch.from_numpy(self._lengths) - 1].numpy()
+
+    @torch.no_grad()
+    def select(self, tokens: np.ndarray) -> Selection:
+        """What the predictor would choose for the next step on int64 ``(batch,)`` tokens."""
+        if self._predictor is None:
+            return {}
+        self._reserve(int(self._lengths.max()) + 1)
+        positions = torch.from_numpy(self._lengths.copy())[:, None]
+        x = self._stem(torch.from_numpy(tokens)[:, None], positions, self._predictor.dense_layers)
+        return self._select(self._predictor, x)
+
+    @torch.no_grad()
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """See `Session.decode`."""
+        check_tokens(tokens, self._lengths, self.spec)
+        self._reserve(int(self._lengths.max()) + 1)
+        input_ids, positions = torch.from_numpy(tokens)[:, None], torch.from_numpy(self._lengths.copy())[:, None]
+        logits = self._decoder(input_ids, positions, self.cache) if self._predictor is None else \
+            self._sparse_step(input_ids, positions, self._predictor)
+        self._lengths += 1
+        return logits[:, -1].numpy()
+
+    def _sparse_step(self, input_ids: Tensor, positions: Tensor, predictor: Predictor) -> Tensor:
+        first = predictor.dense_layers
+        x = self._stem(input_ids, positions, first)
+        selection = self.forced or self._select(predictor, x)
+
+        def tap(layer: int, unit: Unit, activation: Tensor) -> Tensor:
+            mask = selection[unit][layer - first]
+            return activation * (mask[:, None] if unit == "heads" else mask)
+
+        body = Decoder(self.spec, self._weights, tap)
+        for layer in range(first, self.spec.n_layers):
+            x = body.layer(layer, x, positions, self.cache)
+        return body.logits(x)
+
+    def _stem(self, input_ids: Tensor, positions: Tensor, dense_layers: int) -> Tensor:
+        x = self._decoder.embed(input_ids, positions)
+        for layer in range(dense_layers):
+            x = self._decoder.layer(layer, x, positions, self.cache)
+        return x
+
+    def _select(self, predictor: Predictor, hidden: Tensor) -> Selection:
+        heads, neurons = (found.mean(dim=0) for found in scores(predictor, hidden.flatten(0, 1)))
+        n_heads, n_neurons = self._budget.counts(self.spec)
+        return {"heads": top_mask(heads, n_heads), "neurons": top_mask(neurons, n_neurons)}
+
+    def _reserve(self, length: int) -> None:
+        grown = KVCache.empty(self.spec, len(self._lengths), length)
+        for old, new in ((self.cache.keys, grown.keys), (self.cache.values, grown.values)):
+            for before, after in zip(old, new, strict=True):
+                after[:, :, :before.shape[2]] = before[:, :, :length]
+        self.cache = grown

@@ -1,0 +1,129 @@
+"""Hold a bundle against the PyTorch reference: what an export must pass before it gets its name.
+
+The reference reads the checkpoint, not the bundle, so that a weight in the wrong place shows. Its
+weights are rounded to the bundle's type first and both sides compute in float32: what is left is
+the error of the graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shadowllm.errors import UserError
+from shadowllm.exporter.bundle import DTYPES
+from shadowllm.exporter.manifest import read_manifest
+from shadowllm.exporter.store import TORCH_DTYPES
+from shadowllm.models import Budget, ModelSpec, Weights
+from shadowllm.predictor.artefact import Predictor
+from shadowllm.runtime.ort import OrtSession
+from shadowllm.runtime.torch import Selection, TorchSession
+
+# Relative to the largest reference value. float32 noise of a deep model is some 1e-5 of it.
+TOLERANCE = 1e-4
+# Scores that differ in their last bits may swap two units at the edge of a budget.
+SELECTION_AGREEMENT = 0.99
+PROMPT, STEPS = 24, 16
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far an output is from its reference.
+
+    Attributes:
+        output: case and tensor, for example "dense: logits".
+        max_abs: largest absolute difference.
+        max_rel: the same over the largest reference value.
+        greedy_agreement: share of steps with the same most probable token; None for other tensors.
+    """
+
+    output: str
+    max_abs: float
+    max_rel: float
+    greedy_agreement: float | None = None
+
+
+def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: float = TOLERANCE) -> dict[str, Any]:
+    """Compare dense steps, sparse steps with everything active, and sparse steps at the bundle's budget.
+
+    Returns:
+        For the manifest: the tolerance, one error per case and output, and how much of the
+        reference's own selection the exported predictor finds.
+
+    Raises:
+        UserError: an output differs by more than ``tolerance``, or the predictor selects otherwise.
+    """
+    manifest = read_manifest(bundle)
+    rounded = TORCH_DTYPES[DTYPES[manifest.dtype]]
+    reference = {name: weights[name].to(rounded).float().contiguous() for name in weights}
+    rounded_predictor = replace(predictor, tensors={name: t.to(rounded).float() for name, t in predictor.tensors.items()}) \
+        if predictor.kind == "shadow" else predictor
+    errors, agreement = [], 1.0
+    for name, budget in (("dense", None), ("all active", Budget()), ("at budget", Budget(**manifest.budgets))):
+        with OrtSession(bundle, "sparse" if budget else "dense") as ours:
+            theirs = TorchSession(manifest.spec, reference, rounded_predictor if budget else None, budget)
+            if budget:
+                ours.set_budget(budget)
+            found, agreed = _compare(name, ours, theirs)
+        errors += found
+        agreement = min(agreement, agreed)
+    _judge(errors, agreement, tolerance)
+    return {"tolerance": tolerance, "selection_agreement": agreement, "errors": [asdict(error) for error in errors]}
+
+
+def _judge(errors: list[Error], agreement: float, tolerance: float) -> None:
+    remedy = "this is a bug or an unsupported variant: do not use the bundle"
+    worst = max(errors, key=lambda error: np.nan_to_num(error.max_rel, nan=np.inf))
+    if not worst.max_rel <= tolerance:  # a NaN must fail too
+        raise UserError(f"the exported graphs do not reproduce the model: {worst.output} is off by {worst.max_rel:.1e} "
+                        f"(relative; {tolerance:.0e} is allowed)", remedy)
+    if agreement < SELECTION_AGREEMENT:
+        raise UserError(f"the exported predictor selects only {agreement:.2%} of what the reference selects", remedy)
+
+
+def _compare(name: str, ours: OrtSession, theirs: TorchSession) -> tuple[list[Error], float]:
+    """Prefill a random prompt, then decode the reference's own greedy tokens on both sides."""
+    spec = ours.spec
+    prompt = np.random.default_rng(SEED).integers(0, spec.vocab_size, min(PROMPT, spec.max_seqlen // 2)).tolist()
+    logits = [(ours.prefill([prompt])[0].copy(), theirs.prefill([prompt])[0])]
+    agreements = [1.0]
+    for _ in range(min(STEPS, spec.max_seqlen - len(prompt))):
+        token = logits[-1][1].argmax(keepdims=True)
+        mine = ours.decode(token)[0].copy()
+        if ours.selection:
+            # The same selection on both sides: a tie that falls the other way is no error of the graphs.
+            own, theirs.forced = theirs.select(token), _masks(ours.selection, spec)
+            agreements.append(_agreement(theirs.forced, own))
+        logits.append((mine, theirs.decode(token)[0]))
+    pairs = {"logits": logits, "cache": [(ours.cache[f"{layer}.{part}"][:, :, :kept.shape[2]], kept.numpy())
+                                         for part, tensors in (("key", theirs.cache.keys), ("value", theirs.cache.values))
+                                         for layer, kept in enumerate(tensors)]}
+    greedy = float(np.mean([a.argmax() == b.argmax() for a, b in logits]))
+    return [_error(f"{name}: {output}", found, greedy if output == "logits" else None)
+            for output, found in pairs.items()], min(agreements)
+
+
+def _error(output: str, pairs: list[tuple[np.ndarray, np.ndarray]], greedy: float | None) -> Error:
+    max_abs = float(max(np.abs(a - b).max() for a, b in pairs))
+    return Error(output, max_abs, max_abs / float(max(np.abs(b).max() for _, b in pairs)), greedy)
+
+
+def _masks(selection: Mapping[str, np.ndarray], spec: ModelSpec) -> Selection:
+    """Boolean masks of padded index rows."""
+    masks: Selection = {}
+    for unit, name, width in (("heads", "head_indices", spec.n_heads), ("neurons", "neuron_indices", spec.intermediate_size)):
+        rows = np.zeros((len(selection[name]), width), dtype=bool)
+        for row, indices in zip(rows, selection[name], strict=True):
+            row[indices[indices >= 0]] = True
+        masks[unit] = torch.from_numpy(rows)  # type: ignore[index]
+    return masks
+
+
+def _agreement(found: Selection, wanted: Selection) -> float:
+    return min(float((found[unit] & wanted[unit]).sum() / wanted[unit].sum()) for unit in wanted)

@@ -1,0 +1,36 @@
+"""Run a 16-bit graph where there is no 16-bit arithmetic: the same graph, computed in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def widen(path: Path, options: ort.SessionOptions) -> bytes:
+    """The graph at ``path`` with float32 activations and inputs; weights stay 16-bit on disk.
+
+    Every 16-bit initializer is followed by a ``Cast`` that ONNX Runtime folds when it loads the
+    graph, and every cast to 16 bits becomes one to float32. ``options`` learn where the external
+    data lies, since the returned bytes have no folder of their own.
+    """
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    model = ir.load(path)
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()) in HALF:
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
+    for value in list(graph.initializers.values()):
+        if value.dtype in HALF:
+            users = list(value.uses())
+            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+            for user, index in users:
+                user.replace_input_with(index, cast.outputs[0])
+            graph.insert_before(graph[0], cast)
+    for value in (*graph.inputs, *graph.outputs):
+        if value.dtype in HALF:
+            value.dtype = ir.DataType.FLOAT
+    return ir.to_proto(model).SerializeToString()
