@@ -151,7 +151,7 @@ def sparse_layer(g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.V
     both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias)
     _, cache = to_cache(g, spec, step, cache, both, 0)
     indices, count = _pick(g, selection.head_indices, row), _pick(g, selection.head_counts, row)
-    y = g.custom(schemas.SPARSE_ATTENTION, {
+    y = g.custom(schemas.SPARSE_ATTENTION, f"{place}.attention", {
         "x": _batched(g, spec, step, normed), "key": cache.key, "value": cache.value, "lengths": step.lengths,
         "indices": indices, "count": count, "w_q": g.weight(f"{place}.q_proj.weight"),
         "b_q": g.weight(f"{place}.q_proj.bias") if spec.qkv_bias else None, "w_o": g.weight(f"{place}.o_proj.weight"),
@@ -168,7 +168,7 @@ def _sparse_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Va
     parts = {"gate": spec.gated, "up": True, "down": True}
     weights = {f"w_{p}": g.weight(f"{place}.{p}_proj.weight") for p, there in parts.items() if there}
     biases = {f"b_{p}": g.weight(f"{place}.{p}_proj.bias") for p, there in parts.items() if there and spec.mlp_bias}
-    y = g.custom(schemas.SPARSE_MLP, {
+    y = g.custom(schemas.SPARSE_MLP, f"{place}.mlp", {
         "x": _batched(g, spec, step, normed), "indices": _pick(g, selection.neuron_indices, row),
         "count": _pick(g, selection.neuron_counts, row), **weights, **biases,
     }, activation=spec.activation, layer=layer)
@@ -204,7 +204,10 @@ def _pick(g: GraphBuilder, rows: ir.Value, row: int) -> ir.Value:
 
 
 def _batched(g: GraphBuilder, spec: ModelSpec, step: Step, x: ir.Value) -> ir.Value:
-    return g.op("Reshape", x, g.shape(step.tokens, [spec.hidden_size]))
+    y = g.op("Reshape", x, g.shape(step.tokens, [spec.hidden_size]))
+    # No shape inference looks through the computed shape, and a custom op's output goes by its input.
+    y.dtype, y.shape = g.dtype, ir.Shape(["batch", "seqlen", spec.hidden_size])
+    return y
 
 
 def _flat(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:

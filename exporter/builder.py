@@ -46,9 +46,9 @@ class GraphBuilder:
         value.name, value.shape, value.dtype = name, ir.Shape(list(shape)), dtype or self.dtype
         self._outputs.append(value)
 
-    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """A node with one output."""
-        return self._tape.op(op_type, inputs, attributes, domain=domain)
+        return self._tape.op(op_type, inputs, attributes)
 
     def split(self, x: ir.Value, sizes: Sequence[int], axis: int) -> Sequence[ir.Value]:
         """``Split`` into parts of the given sizes."""
@@ -56,8 +56,8 @@ class GraphBuilder:
             return (x,)
         return self._tape.op_multi_out("Split", (x, self.ints(sizes)), {"axis": axis}, num_outputs=len(sizes))
 
-    def custom(self, schema: schemas.OpSchema, inputs: dict[str, ir.Value | None], **attributes: Any) -> ir.Value:
-        """A node of one of our ops, its inputs by name; those not given are left out."""
+    def custom(self, schema: schemas.OpSchema, name: str, inputs: dict[str, ir.Value | None], **attributes: Any) -> ir.Value:
+        """A named node of one of our ops, its inputs by name; those not given are left out."""
         unknown = set(inputs) - {port.name for port in schema.inputs}
         missing = [p.name for p in schema.inputs if not p.optional and inputs.get(p.name) is None]
         if unknown or missing:
@@ -65,7 +65,7 @@ class GraphBuilder:
         ordered = [inputs.get(port.name) for port in schema.inputs]
         while ordered[-1] is None:
             ordered.pop()
-        return self.op(schema.name, *ordered, domain=schemas.DOMAIN, **attributes)
+        return self._tape.op(schema.name, ordered, attributes, domain=schemas.DOMAIN, name=name)
 
     def weight(self, name: str, *rest: str) -> ir.Value:
         """An initializer in the shared data file; several names are one stacked matrix."""

@@ -92,7 +92,7 @@ def predictor_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, pre
         {unit: g.weight(f"predictor.{unit}.scores") for unit in ("heads", "neurons")}
     for unit, name, width in (("heads", "head", spec.n_heads), ("neurons", "neuron", spec.intermediate_size)):
         counts = g.input(f"{name}_counts", [predictor.n_sparse], INT32)
-        indices = g.custom(schemas.SELECT_TOPK, {"scores": scores[unit], "counts": counts}, cap=width)
+        indices = g.custom(schemas.SELECT_TOPK, f"select_{unit}", {"scores": scores[unit], "counts": counts}, cap=width)
         g.output(indices, f"{name}_indices", [predictor.n_sparse, width], INT32)
     return g.model(function_bodies(function_form(spec)))
 

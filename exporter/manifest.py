@@ -79,9 +79,10 @@ def read_manifest(folder: Path) -> Manifest:
             raise UserError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", remedy)
         spec = ModelSpec.from_dict(data.pop("spec"))
         manifest = Manifest(spec=spec, **data)
+        names = list(manifest.files.keys())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error})", remedy) from error
-    for name in manifest.files:
+    for name in names:
         _check_inside(path, name)
     return manifest
 

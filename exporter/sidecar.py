@@ -1,0 +1,154 @@
+"""The JSON file beside an engine: what it is, checked before the engine itself is touched.
+
+Deserialising an engine of another TensorRT version, GPU or plugin version fails late and without a
+useful word, or not at all. The sidecar says all of it beforehand.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shadowllm.errors import UserError
+from shadowllm.exporter.engine_graph import CustomNode
+from shadowllm.exporter.manifest import file_hash
+from shadowllm.exporter.profiles import ShapeProfile
+from shadowllm.plugins.schemas import VERSION
+
+FORMAT = 1
+REMEDY = "build the engine again: `shadowllm build`"
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What is known of an engine.
+
+    Attributes:
+        flavour: "tensorrt_rtx" or "tensorrt".
+        version: of TensorRT; an engine runs on exactly the version that built it.
+        compute_capabilities: GPUs it runs on, as 89 for 8.9.
+        plugin_version: version of the custom ops' domain.
+        plugins: the custom ops in the engine.
+        profiles: by index, as the runtime selects them.
+        files: SHA-256 of the ONNX file and of its external data, by file name.
+        engine_sha256, engine_bytes: of the engine file.
+        build_seconds: parsing and building.
+    """
+
+    flavour: str
+    version: str
+    compute_capabilities: tuple[int, ...]
+    plugin_version: int
+    plugins: tuple[CustomNode, ...]
+    profiles: tuple[ShapeProfile, ...]
+    files: Mapping[str, str]
+    engine_sha256: str
+    engine_bytes: int
+    build_seconds: float
+
+
+def sidecar_path(engine_path: Path) -> Path:
+    """``body.engine`` -> ``body.engine.json``."""
+    return engine_path.with_name(engine_path.name + ".json")
+
+
+def write_sidecar(engine_path: Path, record: EngineRecord) -> None:
+    """Write the sidecar of an engine, whole or not at all."""
+    part = engine_path.with_name(f".{engine_path.name}.json.part")
+    part.write_text(json.dumps({"format": FORMAT} | asdict(record), indent=1) + "\n")
+    os.replace(part, sidecar_path(engine_path))
+
+
+def read_sidecar(engine_path: Path) -> EngineRecord:
+    """Read the sidecar of an engine.
+
+    Raises:
+        UserError: engine or sidecar is missing, or the sidecar is not readable.
+    """
+    path = sidecar_path(engine_path)
+    for file in (engine_path, path):
+        if not file.is_file():
+            raise UserError(f"there is no file {file}", REMEDY)
+    try:
+        return _record(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not readable ({error})", REMEDY) from error
+
+
+def check_sidecar(engine_path: Path, flavour: str, version: str, *, compute_capability: int | None = None,
+                  files: Mapping[str, str] | None = None) -> EngineRecord:
+    """Check that an engine may be deserialised here, from its sidecar and its bytes.
+
+    Args:
+        engine_path: the engine; its sidecar lies beside it.
+        flavour, version: of the TensorRT that is to run it (``trt.__version__``).
+        compute_capability: of the GPU, as 89 for 8.9; None if that is not to be checked.
+        files: SHA-256 by file name, as the bundle's manifest has them; those that the engine was
+            built from must be the same.
+
+    Raises:
+        UserError: names what differs.
+    """
+    record, name = read_sidecar(engine_path), engine_path.name
+    _same(name, "flavour", record.flavour, flavour)
+    _same(name, f"{flavour} version", record.version, version)
+    _same(name, "plugin version", record.plugin_version, VERSION)
+    if compute_capability is not None and compute_capability not in record.compute_capabilities:
+        built = ", ".join(f"sm_{sm}" for sm in record.compute_capabilities)
+        raise UserError(f"{name} was built for {built}, this GPU is sm_{compute_capability}",
+                        f"`shadowllm build --sm {compute_capability}`")
+    for file, digest in record.files.items():
+        if files is not None and files.get(file) != digest:
+            raise UserError(f"{name} was built from another {file} than this bundle has", REMEDY)
+    if engine_path.stat().st_size != record.engine_bytes or file_hash(engine_path) != record.engine_sha256:
+        raise UserError(f"{name} is damaged: its SHA-256 is not the one its sidecar has", REMEDY)
+    return record
+
+
+def engine_contents(engine_path: Path) -> EngineRecord:
+    """What an engine holds, plugins by layer, without a GPU: the sidecar, held against the engine's bytes.
+
+    Raises:
+        UserError: as `read_sidecar`, or the engine lacks a plugin or layer that the sidecar lists.
+    """
+    record = read_sidecar(engine_path)
+    missing = missing_plugins(engine_path, record.plugins)
+    if missing:
+        raise UserError(f"{engine_path.name} does not hold {missing[0]}, which its sidecar lists", REMEDY)
+    return record
+
+
+def missing_plugins(engine_path: Path, plugins: tuple[CustomNode, ...]) -> list[str]:
+    """Op and layer names that do not occur in the engine's bytes; an engine spells both in plain text."""
+    names = dict.fromkeys(name for node in plugins for name in (node.op, node.name))
+    with engine_path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped
+            return list(names)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            return [name for name in names if plan.find(name.encode()) < 0]
+
+
+def _same(name: str, what: str, built: object, here: object) -> None:
+    if built != here:
+        raise UserError(f"{name} was built with {what} {built}, here it is {here}", REMEDY)
+
+
+def _record(data: dict[str, Any]) -> EngineRecord:
+    fields = dict(data)
+    if fields.pop("format") != FORMAT:
+        raise ValueError(f"its format is not {FORMAT}")
+    fields["compute_capabilities"] = tuple(fields["compute_capabilities"])
+    fields["plugins"] = tuple(CustomNode(**node) for node in fields["plugins"])
+    fields["profiles"] = tuple(profile_from_json(profile) for profile in fields["profiles"])
+    return EngineRecord(**fields)
+
+
+def profile_from_json(data: dict[str, Any]) -> ShapeProfile:
+    """Inverse of ``asdict`` after a trip through JSON, which knows no tuples."""
+    shapes = {name: (tuple(low), tuple(best), tuple(high)) for name, (low, best, high) in data["shapes"].items()}
+    return ShapeProfile(data["name"], shapes)

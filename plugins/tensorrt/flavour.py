@@ -1,0 +1,97 @@
+"""The one module that imports TensorRT: everything else is handed the module as ``trt``.
+
+TensorRT-RTX (GeForce and RTX cards, builds without a GPU) and the full TensorRT (data-centre cards,
+builds on the card itself) share one Python interface under two module names, the *flavours*.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from shadowllm.errors import UserError
+
+Flavour = Literal["tensorrt_rtx", "tensorrt"]
+FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
+EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
+
+
+def require(flavour: Flavour) -> None:
+    """Check that engines of this flavour can be built here, without importing it.
+
+    Raises:
+        UserError: an unknown flavour, a missing package, or, for "tensorrt", no GPU.
+    """
+    if flavour not in FLAVOURS:
+        raise UserError(f"there is no engine flavour {flavour!r}", f"choose one of {', '.join(FLAVOURS)}")
+    blind = flavour == "tensorrt" and gpu_capability() is None
+    for package in (flavour, "polygraphy"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"the package {package} is not installed{', and there is no NVIDIA GPU here' * blind}",
+                            f"pip install 'shadowllm[{EXTRAS[flavour]}]'")
+    if blind:
+        raise UserError("the builder of tensorrt needs an NVIDIA GPU and driver, and this machine has none",
+                        "use --engine tensorrt_rtx, which builds without a GPU, or build on the target machine")
+
+
+def load(flavour: Flavour) -> Any:
+    """Import TensorRT of this flavour and point Polygraphy at the same one.
+
+    One process can hold one flavour, because Polygraphy decides for good when it is imported.
+
+    Raises:
+        UserError: as `require`.
+    """
+    require(flavour)
+    # Polygraphy reads this when it is first imported, and picks the module name by it.
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if flavour == "tensorrt_rtx" else "0"
+    config = importlib.import_module("polygraphy.config")
+    if config.USE_TENSORRT_RTX is not (flavour == "tensorrt_rtx"):
+        raise RuntimeError(f"Polygraphy was imported for the other flavour before {flavour} was asked for")
+    return importlib.import_module(flavour)
+
+
+@contextmanager
+def child_environment(flavour: Flavour) -> Iterator[dict[str, str]]:
+    """Environment for a child process that parses ONNX with this flavour.
+
+    The parser of TensorRT-RTX opens "libtensorrt_rtx.so", while the wheel ships only the name with
+    a version behind it; unresolved, the process dies without a word. A link of that name in a
+    temporary folder on the loader's path, which is read at process start alone, settles it.
+    """
+    with tempfile.TemporaryDirectory(prefix="shadowllm-") as folder:
+        for library in _libraries(flavour):
+            Path(folder, library.name.split(".so")[0] + ".so").symlink_to(library)
+        paths = [folder, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        yield os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(paths)}
+
+
+def gpu_capability() -> int | None:
+    """Compute capability of the first GPU, as 89 for 8.9; None without a driver or a device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, value, parts = ctypes.c_int(), ctypes.c_int(), []
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+            return None
+        parts.append(value.value)
+    return 10 * parts[0] + parts[1]
+
+
+def _libraries(flavour: Flavour) -> list[Path]:
+    """Versioned shared libraries of the flavour's wheel; none where the system's own are used."""
+    spec = importlib.util.find_spec(f"{flavour}_libs")
+    if spec is None or spec.origin is None:
+        return []
+    return sorted(Path(spec.origin).parent.glob("*.so.*"))

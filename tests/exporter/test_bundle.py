@@ -1,0 +1,173 @@
+"""Bundles on disk: one data file, checked names and hashes, all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from shadowllm.errors import UserError
+from shadowllm.exporter.bundle import read_weights
+from shadowllm.exporter.manifest import DATA_FILE, PIECES, read_manifest, verify_files
+from shadowllm.exporter.staging import staged
+from shadowllm.models import load_model
+from tests.bundles import make_bundle, make_predictor
+from tests.conftest import VARIANTS
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_onnx_checker_accepts_every_piece(bundle, variant):
+    for piece in PIECES:
+        onnx.checker.check_model(str(bundle(variant) / f"{piece}.onnx"))
+
+
+def test_weights_lie_on_disk_once(bundle):
+    folder = bundle()
+    stored = sum(path.stat().st_size for path in folder.glob("*.onnx*"))
+    spec = read_manifest(folder).spec
+    assert stored < 4 * spec.n_parameters + 400_000  # float32, the predictor, page padding and four small graphs
+    for piece in PIECES:
+        tensors = [value.const_value for value in ir.load(folder / f"{piece}.onnx").graph.initializers.values()]
+        assert all(isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < 300 for tensor in tensors)
+
+
+def test_weights_read_back(bundle, checkpoint):
+    folder = bundle("llama-biases")
+    weights, _ = read_weights(folder, read_manifest(folder))
+    original = load_model(checkpoint("llama-biases"))[1]
+    assert all(torch.equal(weights[name], original[name]) for name in original)
+
+
+def test_custom_ops_carry_their_layer(bundle):
+    nodes = [node for node in ir.load(bundle() / "body.onnx").graph if node.domain == "shadowllm"]
+    assert [(node.op_type, node.name) for node in nodes] == [
+        (op, f"layers.{layer}.{part}") for layer in (1, 2) for op, part in (("SparseAttention", "attention"), ("SparseMLP", "mlp"))]
+
+
+def test_tensor_names_are_the_usual_ones(bundle):
+    graph = ir.load(bundle() / "dense.onnx").graph
+    assert [value.name for value in graph.inputs][:2] == ["input_ids", "position_ids"]
+    assert {"past_key_values.0.key", "past_key_values.2.value"} <= {value.name for value in graph.inputs}
+    assert {"logits", "present.0.key", "present.2.value"} <= {value.name for value in graph.outputs}
+
+
+class TestManifest:
+    @pytest.fixture
+    def copy(self, bundle, tmp_path):
+        shutil.copytree(bundle(), tmp_path / "bundle")
+        return tmp_path / "bundle"
+
+    def edit(self, folder, **changes):
+        path = folder / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def test_round_trip(self, copy):
+        manifest = read_manifest(copy)
+        manifest.write(copy)
+        assert read_manifest(copy) == manifest
+
+    @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "..\\secret"])
+    def test_a_path_cannot_leave_the_bundle(self, copy, name):
+        self.edit(copy, files={name: "0" * 64})
+        with pytest.raises(UserError, match="outside the bundle"):
+            read_manifest(copy)
+
+    def test_a_link_cannot_leave_the_bundle(self, copy, tmp_path):
+        outside = tmp_path / "outside"
+        shutil.move(copy / DATA_FILE, outside)
+        (copy / DATA_FILE).symlink_to(outside)
+        with pytest.raises(UserError, match="leaves the bundle"):
+            verify_files(copy, read_manifest(copy).files)
+
+    @pytest.mark.parametrize(("changes", "words"), [
+        ({"schema_version": 99}, "schema version 99"), ({"spec": {}}, "not readable"), ({"files": None}, "damaged"),
+        ({"unknown": 1}, "damaged")])
+    def test_unreadable(self, copy, changes, words):
+        self.edit(copy, **changes)
+        with pytest.raises(UserError, match=words):
+            read_manifest(copy)
+
+    def test_not_json(self, copy):
+        (copy / "manifest.json").write_text("{")
+        with pytest.raises(UserError, match="damaged"):
+            read_manifest(copy)
+
+    def test_missing_file(self, copy):
+        (copy / "stem.onnx").unlink()
+        with pytest.raises(UserError, match="missing"):
+            verify_files(copy, read_manifest(copy).files)
+
+
+class TestStaging:
+    def test_appears_whole(self, tmp_path):
+        with staged(tmp_path / "out") as folder:
+            (folder / "file").write_text("x")
+            assert not (tmp_path / "out").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_an_error_leaves_nothing(self, tmp_path):
+        with pytest.raises(ValueError, match="no"), staged(tmp_path / "out") as folder:
+            (folder / "file").write_text("x")
+            raise ValueError("no")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_full_disk_is_one_line(self, tmp_path):
+        with pytest.raises(UserError, match="No space left"), staged(tmp_path / "out"):
+            raise OSError(28, os.strerror(28))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_existing_output_needs_overwrite(self, tmp_path):
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "manifest.json").write_text("old")
+        with pytest.raises(UserError, match="--overwrite"), staged(out):
+            pass
+        with staged(out, overwrite=True) as folder:
+            (folder / "manifest.json").write_text("new")
+        assert (out / "manifest.json").read_text() == "new"
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_overwrite_spares_what_is_no_bundle(self, tmp_path):
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home" / "letters").write_text("dear")
+        with pytest.raises(UserError, match="not a bundle"), staged(tmp_path / "home", overwrite=True):
+            pass
+        assert (tmp_path / "home" / "letters").read_text() == "dear"
+
+    def test_a_killed_process_leaves_no_output_and_the_next_cleans_up(self, tmp_path):
+        code = """
+import os, signal, sys
+from pathlib import Path
+from shadowllm.exporter.staging import staged
+
+with staged(Path(sys.argv[1])) as folder:
+    (folder / "file").write_text("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+        subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=False)
+        assert len(list(tmp_path.glob(".out.partial-*"))) == 1
+        assert not (tmp_path / "out").exists()
+        with staged(tmp_path / "out"):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_predictor_of_another_model(checkpoint, tmp_path):
+    spec, _, _ = load_model(checkpoint("llama-gqa"))
+    with pytest.raises(UserError, match="predictor of another model"):
+        make_predictor(spec, "0" * 64).check_base(spec, load_model(checkpoint("llama-gqa"))[1].fingerprint())
+
+
+def test_the_same_export_twice_is_the_same(checkpoint, tmp_path):
+    hashes = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        hashes.append(make_bundle(checkpoint("opt"), tmp_path / name).files)
+    assert hashes[0] == hashes[1]

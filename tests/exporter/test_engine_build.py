@@ -1,0 +1,156 @@
+"""Real engines from the real TensorRT-RTX builder, and every way a build can go wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from shadowllm.errors import UserError
+from shadowllm.exporter import engine
+from shadowllm.exporter.engine_graph import describe_onnx
+from shadowllm.exporter.manifest import file_hash
+from shadowllm.exporter.profiles import ShapeProfile, profiles_for
+from shadowllm.exporter.sidecar import check_sidecar, engine_contents, read_sidecar
+from tests.exporter.engine_samples import DTYPES, write_sample, write_sum
+
+needs_builder = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None,
+                                   reason="tensorrt_rtx is not installed (pip install 'shadowllm[tensorrt-rtx]')")
+
+
+def build(onnx_path, engine_path, **options):
+    profiles = profiles_for(describe_onnx(onnx_path), capacity=64, max_seqlen=32, max_batch=2)
+    return engine.build_engine(onnx_path, engine_path, flavour="tensorrt_rtx", profiles=profiles, **options)
+
+
+def values_of(plan: bytes, field: str) -> set[int]:
+    """Values of an int32 plugin field as they stand in the engine: name, type, four-byte value."""
+    found = re.findall(field.encode() + rb".{1,40}INT32.{6}\x04\0{7}(.{4})", plan, re.DOTALL)
+    return {int.from_bytes(value, "little") for value in found}
+
+
+@needs_builder
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_engine_holds_the_plugins(tmp_path, dtype):
+    onnx_path, engine_path = write_sample(tmp_path / "sample.onnx", dtype), tmp_path / "engines" / "sample.engine"
+    record = build(onnx_path, engine_path)
+    assert [node.op for node in record.plugins].count("SelectTopK") == 4
+    assert [(n.name, n.layer) for n in record.plugins if n.op == "SparseMLP"] == [("layers.5.SparseMLP", 5),
+                                                                                ("layers.6.SparseMLP", 6)]
+    plan = engine_path.read_bytes()
+    for word in (b"SelectTopK", b"SparseAttention", b"SparseMLP", b"layers.6.SparseMLP", b"silu"):
+        assert word in plan
+    # Plugin fields by name and value: inputs present of SelectTopK, SparseMLP and SparseAttention.
+    assert values_of(plan, "input_mask") == {0b11, 0b10101111, 0b101111111}
+    assert (values_of(plan, "layer"), values_of(plan, "cap")) == ({5, 6}, {4, 41})
+    assert record.engine_bytes == len(plan) > describe_onnx(onnx_path).weight_bytes
+    assert record.files == {name: file_hash(tmp_path / name) for name in ("sample.onnx", "sample.onnx.data")}
+    assert record.compute_capabilities == (80, 86, 89, 120, 121)
+    assert [profile.name for profile in record.profiles] == ["prefill", "decode"]
+    assert read_sidecar(engine_path) == engine_contents(engine_path) == record
+    here = {"compute_capability": 89, "files": record.files}
+    assert check_sidecar(engine_path, "tensorrt_rtx", record.version, **here) == record
+    assert sorted(p.name for p in engine_path.parent.iterdir()) == ["sample.engine", "sample.engine.json"]
+
+
+@needs_builder
+def test_target_gpus_can_be_chosen(tmp_path):
+    onnx_path = write_sample(tmp_path / "sample.onnx")
+    chosen = [build(onnx_path, tmp_path / f"{i}.engine", sms=sms) for i, sms in enumerate([(120, 80), (75,)])]
+    assert [record.compute_capabilities for record in chosen] == [(80, 120), (75,)]
+    headers = {(tmp_path / f"{i}.engine").read_bytes()[:64] for i in range(2)}
+    assert len(headers) == 2  # the targets stand in the engine's header
+
+
+@needs_builder
+def test_unknown_target_names_the_known_ones(tmp_path):
+    with pytest.raises(UserError, match=r"sm_90; it knows 75, 80, 86, 89, 120, 121"):
+        build(write_sample(tmp_path / "sample.onnx"), tmp_path / "sample.engine", sms=(90,))
+    assert not (tmp_path / "sample.engine").exists()
+
+
+@needs_builder
+def test_what_the_parser_refuses(tmp_path):
+    path, profile = write_sum(tmp_path / "sum.onnx", op="NoSuchOp"), dict.fromkeys("ab", ((1,), (2,), (3,)))
+    with pytest.raises(UserError, match=r"the ONNX parser refuses sum.onnx: NoSuchOp .*[Pp]lugin not found"):
+        engine.build_engine(path, tmp_path / "out" / "sum.engine", flavour="tensorrt_rtx",
+                            profiles=[ShapeProfile("own", profile)])
+    assert not list((tmp_path / "out").iterdir())
+
+
+@needs_builder
+def test_what_the_builder_refuses_leaves_the_old_engine(tmp_path):
+    path, target = write_sum(tmp_path / "sum.onnx"), tmp_path / "out" / "sum.engine"
+    good = [ShapeProfile("own", dict.fromkeys("ab", ((2,), (3,), (4,))))]
+    record = engine.build_engine(path, target, flavour="tensorrt_rtx", profiles=good)
+    bad = [ShapeProfile("own", {"a": ((3,),) * 3, "b": ((5,),) * 3}), ShapeProfile("other", good[0].shapes)]
+    with pytest.raises(UserError, match=r"cannot build sum.engine: TensorRT refuses: .*Error Code"):
+        engine.build_engine(path, target, flavour="tensorrt_rtx", profiles=bad)
+    assert check_sidecar(target, "tensorrt_rtx", record.version) == record
+    assert len(list(target.parent.iterdir())) == 2
+
+
+@needs_builder
+def test_a_killed_builder_is_reported(tmp_path):
+    def kill(_phase: str) -> None:
+        for child in psutil.Process().children():
+            child.send_signal(signal.SIGKILL)
+
+    graph = describe_onnx(write_sample(tmp_path / "sample.onnx"))
+    request = engine.request_for(tmp_path / "sample.onnx", graph, tmp_path / "sample.part", "tensorrt_rtx",
+                                 profiles_for(graph, capacity=8, max_seqlen=8))
+    with pytest.raises(UserError, match="builder process died of SIGKILL"):
+        engine.run_worker(request, "sample.engine", kill)
+    assert not (tmp_path / "sample.part").exists()
+
+
+@needs_builder
+def test_a_bug_in_the_worker_is_no_user_error(tmp_path):
+    graph = describe_onnx(write_sum(tmp_path / "sum.onnx"))
+    profile = ShapeProfile("own", dict.fromkeys("ab", ((1,), (2,), (3,))))
+    request = engine.request_for(tmp_path / "sum.onnx", graph, tmp_path / "no" / "folder", "tensorrt_rtx", [profile])
+    with pytest.raises(RuntimeError, match="FileNotFoundError"):
+        engine.run_worker(request, "sum.engine", lambda _phase: None)
+
+
+@needs_builder
+def test_missing_weights_are_named(tmp_path):
+    path = write_sample(tmp_path / "sample.onnx")
+    os.remove(tmp_path / "sample.onnx.data")
+    with pytest.raises(UserError, match=r"sample.onnx.data, which is missing"):
+        build(path, tmp_path / "sample.engine")
+
+
+@needs_builder
+def test_timing_cache_is_not_for_rtx(tmp_path):
+    with pytest.raises(UserError, match="keeps no timing cache"):
+        build(write_sample(tmp_path / "sample.onnx"), tmp_path / "sample.engine", timing_cache=tmp_path / "cache")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="the full tensorrt is installed here")
+def test_missing_package_names_the_extra(tmp_path):
+    path = write_sample(tmp_path / "sample.onnx")
+    with pytest.raises(UserError, match=r"tensorrt is not installed.*pip install 'shadowllm\[tensorrt\]'"):
+        engine.build_engine(path, tmp_path / "sample.engine", flavour="tensorrt",
+                            profiles=profiles_for(describe_onnx(path), capacity=8, max_seqlen=8))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sample.onnx", "sample.onnx.data"]
+
+
+CHILD = "from shadowllm.exporter.engine_worker import end_with_parent as end; end(); print(os.getpid(), flush=True)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_no_builder_outlives_its_caller():
+    child = f"import os, time; {CHILD}; time.sleep(60)"
+    caller = f"import subprocess, sys; subprocess.run([sys.executable, '-P', '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", caller], stdout=subprocess.PIPE, text=True) as process:
+        builder = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+    _, alive = psutil.wait_procs([builder], timeout=20)
+    assert not alive
