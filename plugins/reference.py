@@ -6,13 +6,14 @@ Computed in float32 whatever the input type, and returned in the type of ``x``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
-    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float32])(x / math.sqrt(2))),
 }
 
 

@@ -35,6 +35,7 @@ def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = No
 
         return TorchSession.open(bundle, "dense" if backend == "torch-dense" else "sparse")
     if backend in ("tensorrt_rtx", "tensorrt"):
-        raise UserError(f"{backend} engines of this version carry their plugins without kernels, so they cannot run",
-                        "build and inspect them; run the bundle with --backend ort")
+        from shadowllm.runtime.engines import open_engines
+
+        open_engines(bundle, "tensorrt" if backend == "tensorrt" else "tensorrt_rtx")
     raise UserError(f"no backend {backend!r}", f"use one of {', '.join(BACKENDS)}")

@@ -9,11 +9,13 @@ from typing import Literal, Self
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from shadowllm.errors import UserError
 from shadowllm.exporter.manifest import DATA_FILE, Manifest, read_manifest, verify_files
 from shadowllm.models.budget import Budget
 from shadowllm.models.spec import ModelSpec
+from shadowllm.plugins import native_ops
 from shadowllm.runtime.inputs import check_prompts, check_tokens
 from shadowllm.runtime.widen import widen
 
@@ -36,6 +38,8 @@ class OrtSession:
         kind: which graphs decode.
         threads: of each operator; ONNX Runtime's own default when None.
         profile: keep the seconds of each part of the last step in ``step_seconds``.
+        native: run the custom ops with the native library where it is built; else, and without
+            it, their function bodies run.
 
     Attributes:
         cache: float32 ``(batch, n_kv_heads, capacity, head_dim)`` by "layer.key" and "layer.value".
@@ -46,12 +50,16 @@ class OrtSession:
         UserError: no bundle, a damaged file, or a graph this ONNX Runtime cannot run.
     """
 
-    def __init__(self, bundle: Path, kind: Kind = "sparse", threads: int | None = None, profile: bool = False) -> None:
+    def __init__(self, bundle: Path, kind: Kind = "sparse", threads: int | None = None, profile: bool = False,
+                 native: bool = True) -> None:
         self.manifest: Manifest = read_manifest(bundle)
         self.spec: ModelSpec = self.manifest.spec
         self.step_seconds: dict[str, float] = {}
         self._bundle, self._kind, self._threads, self._profile = bundle, kind, threads, profile
-        self._budget = Budget(**self.manifest.budgets)
+        self._native = native
+        n_sparse = self.spec.n_layers - self.manifest.dense_layers
+        self._counts = {name: np.zeros(n_sparse, dtype=np.int32) for name in ("head_counts", "neuron_counts")}
+        self.set_budget(Budget(**self.manifest.budgets))
 
     def __enter__(self) -> Self:
         pieces = ("dense",) if self._kind == "dense" else ("dense", "stem", "predictor", "body")
@@ -72,6 +80,8 @@ class OrtSession:
             options.intra_op_num_threads = self._threads
         # The pieces take turns: the pool of one must not spin while the next one runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._native and piece in ("predictor", "body"):
+            native_ops.register(options)
         if self._kind == "sparse" and piece == "dense":
             # Used for prefill only: mapped weights serve, a packed copy of them would double the memory.
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -84,15 +94,10 @@ class OrtSession:
         self._capacity = 0
         self.cache = {}
         self._logits = np.zeros((batch, 1, self.spec.vocab_size), dtype=np.float32)
-        self.set_budget(self._budget)
         self._reserve(1)
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
-        self._budget = budget
-        if not hasattr(self, "_counts"):
-            n_sparse = self.spec.n_layers - self.manifest.dense_layers
-            self._counts = {name: np.zeros(n_sparse, dtype=np.int32) for name in ("head_counts", "neuron_counts")}
         heads, neurons = budget.counts(self.spec)
         self._counts["head_counts"][:], self._counts["neuron_counts"][:] = heads, neurons
 
@@ -145,15 +150,17 @@ class OrtSession:
         """Bind the decode step's buffers: they stay the same arrays from token to token."""
         batch, n_sparse = self._batch, self.spec.n_layers - self.manifest.dense_layers
         self._input_ids, self._positions = (np.zeros((batch, 1), dtype=np.int64) for _ in range(2))
-        self.selection = {
+        self.selection: dict[str, np.ndarray] = {
             "head_indices": np.zeros((n_sparse, self.spec.n_heads), dtype=np.int32),
             "neuron_indices": np.zeros((n_sparse, self.spec.intermediate_size), dtype=np.int32),
         } if self._kind == "sparse" else {}
-        buffers = {
+        buffers: dict[str, np.ndarray] = {
             "input_ids": self._input_ids, "position_ids": self._positions,
             "logits_to_keep": np.zeros((batch, 1), dtype=np.int64), "logits": self._logits,
             "hidden": np.zeros((batch, 1, self.spec.hidden_size), dtype=np.float32),
-        } | self.selection | self._counts | self._past() | self._present()
+        }
+        for more in (self.selection, self._counts, self._past(), self._present()):
+            buffers |= more
         names = ("dense",) if self._kind == "dense" else ("stem", "predictor", "body")
         self._steps = [Step(name, self._pieces[name], buffers) for name in names]
 
@@ -172,7 +179,8 @@ class Piece:
         try:
             model = str(path) if dtype == "float32" else widen(path, options)
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except ort.capi.onnxruntime_pybind11_state.OnnxruntimeException as error:
+        except (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.InvalidArgument,
+                errors.NotImplemented, errors.RuntimeException) as error:
             raise UserError(f"ONNX Runtime {ort.__version__} cannot load {path} ({str(error).splitlines()[0][:200]})",
                             "use onnxruntime 1.23 or later, or export the model again") from error
         self.inputs = [value.name for value in self._session.get_inputs()]

@@ -24,6 +24,36 @@ def load_tokenizer(bundle: Path, manifest: Manifest) -> Tokenizer:
     return Tokenizer.from_file(str(bundle / name))
 
 
+def encode_prompt(bundle: Path, manifest: Manifest, tokenizer: Tokenizer, text: str, chat: bool = False) -> list[int]:
+    """Token ids of a prompt, with the special tokens the tokenizer adds by itself.
+
+    Args:
+        chat: put the text through the model's chat template as a user's message.
+
+    Raises:
+        UserError: the prompt is empty, or the bundle has no chat template.
+    """
+    if not text:
+        raise UserError("the prompt is empty", "give some text")
+    if not chat:
+        return list(tokenizer.encode(text).ids)
+    name = "chat_template.jinja"
+    if name not in manifest.files:
+        raise UserError(f"{bundle} has no chat template", "leave out --chat")
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    verify_files(bundle, {name: manifest.files[name]})
+    # Sandboxed and trimmed as transformers renders chat templates: a template is code from the checkpoint.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    try:
+        rendered = environment.from_string((bundle / name).read_text()).render(
+            messages=[{"role": "user", "content": text}], add_generation_prompt=True, bos_token="", eos_token="")
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template of {bundle} does not render ({error})", "leave out --chat") from error
+    return list(tokenizer.encode(rendered, add_special_tokens=False).ids)
+
+
 class TextStream:
     """Turns token ids into text as they come; characters split over tokens wait for their last part."""
 

@@ -7,6 +7,10 @@ the error of the graphs.
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,10 +20,10 @@ import numpy as np
 import torch
 
 from shadowllm.errors import UserError
-from shadowllm.exporter.bundle import DTYPES
+from shadowllm.exporter.bundle import DTYPES, PREDICTOR_FILE
 from shadowllm.exporter.manifest import read_manifest
 from shadowllm.exporter.store import TORCH_DTYPES
-from shadowllm.models import Budget, ModelSpec, Weights
+from shadowllm.models import Budget, ModelSpec, Weights, load_model
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.runtime.ort import OrtSession
 from shadowllm.runtime.torch import Selection, TorchSession
@@ -47,6 +51,39 @@ class Error:
     max_abs: float
     max_rel: float
     greedy_agreement: float | None = None
+
+
+def validate_apart(bundle: Path, model: Path, tolerance: float = TOLERANCE) -> dict[str, Any]:
+    """`validate` in a process of its own: its two copies of the model leave no trace in the caller's memory.
+
+    Args:
+        model: local folder or GGUF file the bundle was exported from.
+
+    Raises:
+        UserError: as `validate`, or the process was killed.
+    """
+    command = [sys.executable, "-P", "-m", "shadowllm.runtime.validation", str(bundle), str(model), str(tolerance)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode < 0:
+        raise UserError(f"the validation process died of {signal.Signals(-done.returncode).name}",
+                        "on SIGKILL, memory ran out: validation holds the model in float32; --skip-validation leaves it out")
+    if done.returncode:
+        raise RuntimeError("the validation process failed; its traceback stands above")
+    answer = json.loads(done.stdout)
+    if "problem" in answer:
+        raise UserError(answer["problem"], answer["remedy"])
+    return dict(answer)
+
+
+def main() -> None:
+    """Child side of `validate_apart`: BUNDLE MODEL TOLERANCE in, one JSON line out."""
+    bundle, model, tolerance = sys.argv[1:]
+    try:
+        weights = load_model(model)[1]
+        answer = validate(Path(bundle), weights, Predictor.load(Path(bundle) / PREDICTOR_FILE), float(tolerance))
+    except UserError as error:
+        answer = {"problem": error.problem, "remedy": error.remedy}
+    print(json.dumps(answer))
 
 
 def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: float = TOLERANCE) -> dict[str, Any]:
@@ -127,3 +164,7 @@ def _masks(selection: Mapping[str, np.ndarray], spec: ModelSpec) -> Selection:
 
 def _agreement(found: Selection, wanted: Selection) -> float:
     return min(float((found[unit] & wanted[unit]).sum() / wanted[unit].sum()) for unit in wanted)
+
+
+if __name__ == "__main__":
+    main()

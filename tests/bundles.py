@@ -1,0 +1,36 @@
+"""Bundles with an untrained predictor: right in shape, wrong in judgement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from shadowllm.exporter.bundle import write_bundle
+from shadowllm.exporter.manifest import Manifest
+from shadowllm.models import Budget, ModelSpec, load_model
+from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.networks import initial_tensors
+
+BUDGET = Budget(neurons=0.5, heads=0.5)
+
+
+def make_predictor(spec: ModelSpec, fingerprint: str, kind: str = "shadow", rank: int = 16, dense_layers: int = 1) -> Predictor:
+    """Random scores that depend on the token where the kind allows it."""
+    generator = torch.Generator().manual_seed(3)
+    n_sparse = spec.n_layers - dense_layers
+    tensors = {"heads.scores": torch.randn(n_sparse, spec.n_heads, generator=generator),
+               "neurons.scores": torch.randn(n_sparse, spec.intermediate_size, generator=generator)}
+    if kind == "shadow":
+        tensors |= initial_tensors(spec, n_sparse, rank, tensors["heads.scores"], tensors["neurons.scores"], seed=3)
+        for name in ("heads.weight", "neurons.weight"):
+            tensors[name] = torch.randn(tensors[name].shape, generator=generator)
+    return Predictor(kind, n_sparse, dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size, tensors,
+                     fingerprint)
+
+
+def make_bundle(model: Path, folder: Path, dtype: str = "float32", kind: str = "shadow", rank: int = 16) -> Manifest:
+    """Export ``model`` into ``folder``."""
+    spec, weights, checkpoint = load_model(model)
+    predictor = make_predictor(spec, weights.fingerprint(), kind, rank)
+    return write_bundle(folder, model.name, weights, checkpoint, predictor, dtype=dtype, budget=BUDGET)

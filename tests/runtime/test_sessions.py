@@ -1,0 +1,129 @@
+"""Sessions: the same results on every backend, exact at full budget, and honest at the door."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from shadowllm.errors import UserError
+from shadowllm.exporter.manifest import DATA_FILE
+from shadowllm.runtime import Budget, generate, open_session
+from shadowllm.runtime import ort as ort_module
+
+PROMPT = [5, 17, 42, 8, 61]
+
+
+def logits_of(session, prompts, forced):
+    """Logits after the prompts and after each forced token, ``(steps, batch, vocab_size)``."""
+    session.reset(len(prompts))
+    found = [session.prefill(prompts).copy()]
+    for token in forced:
+        found.append(session.decode(np.full(len(prompts), token, dtype=np.int64)).copy())
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-biases", "opt"])
+@pytest.mark.parametrize("backend", ["ort", "torch"])
+def test_full_budget_equals_dense(bundle, variant, backend):
+    forced = [3, 90, 14, 14, 55]
+    with open_session(bundle(variant), backend) as sparse, open_session(bundle(variant), "torch-dense") as dense:
+        sparse.set_budget(Budget())
+        found, expected = logits_of(sparse, [PROMPT], forced), logits_of(dense, [PROMPT], forced)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
+def test_backends_agree_at_a_small_budget(bundle, variant):
+    with open_session(bundle(variant), "ort") as first, open_session(bundle(variant), "torch") as second:
+        found = []
+        for session in (first, second):
+            session.set_budget(Budget(neurons=0.25, heads=0.5))
+            found.append(logits_of(session, [PROMPT], [3, 90, 14]))
+    assert np.abs(found[0] - found[1]).max() < 1e-5 * np.abs(found[1]).max()
+
+
+def test_the_budget_changes_the_result_and_can_change_back(bundle):
+    with open_session(bundle(), "ort") as session:
+        def at(neurons):
+            session.set_budget(Budget(neurons=neurons, heads=1.0))
+            return logits_of(session, [PROMPT], [3, 90])
+
+        whole, small, again = at(1.0), at(0.1), at(1.0)
+    assert np.abs(whole[1:] - small[1:]).max() > 1e-2
+    np.testing.assert_array_equal(whole, again)
+    np.testing.assert_array_equal(whole[0], small[0])  # prefill is dense
+
+
+@pytest.mark.parametrize("backend", ["ort", "ort-dense", "torch"])
+def test_a_ragged_batch_equals_its_rows_alone(bundle, backend):
+    prompts = [PROMPT, PROMPT[:2], [9, 9, 30]]
+    with open_session(bundle("llama-gqa", kind="static"), backend) as session:
+        together = logits_of(session, prompts, [3, 90, 14])
+        for row, prompt in enumerate(prompts):
+            alone = logits_of(session, [prompt], [3, 90, 14])[:, 0]
+            assert np.abs(together[:, row] - alone).max() < 1e-5 * np.abs(alone).max()
+
+
+def test_the_cache_grows_and_keeps_its_contents(bundle, monkeypatch):
+    forced = list(range(10, 40))
+    with open_session(bundle(), "ort") as session:
+        expected = logits_of(session, [PROMPT], forced)
+        monkeypatch.setattr(ort_module, "CACHE_BLOCK", 7)
+        found = logits_of(session, [PROMPT], forced)
+        assert session.cache["0.key"].shape[2] == 35
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_generation_stops_at_the_last_position(bundle):
+    with open_session(bundle(), "ort") as session:
+        prompt = [1] * (session.spec.max_seqlen - 3)
+        assert len(list(generate(session, [prompt], 50))) == 4  # three in the free positions, one after them
+        with pytest.raises(UserError, match="all 64 positions"):
+            session.decode(np.array([1]))
+
+
+def test_profile_names_the_parts(bundle):
+    with open_session(bundle(), "ort", profile=True) as session:
+        logits_of(session, [PROMPT], [3])
+        assert set(session.step_seconds) == {"stem", "predictor", "body"}
+        assert all(seconds > 0 for seconds in session.step_seconds.values())
+
+
+@pytest.mark.parametrize("backend", ["ort", "torch"])
+class TestAtTheDoor:
+    @pytest.mark.parametrize(("prompts", "words"), [
+        ([[]], "empty"), ([[1], [2]], "2 prompts"), ([[97]], "token 97"), ([[-1]], "token -1"), ([[1] * 65], "65 tokens")])
+    def test_prefill_refuses(self, bundle, backend, prompts, words):
+        with open_session(bundle(), backend) as session, pytest.raises(UserError, match=words):
+            session.prefill(prompts)
+
+    def test_decode_before_prefill(self, bundle, backend):
+        with open_session(bundle(), backend) as session, pytest.raises(UserError, match="call prefill first"):
+            session.decode(np.array([1]))
+
+    @pytest.mark.parametrize("tokens", [np.array([1, 2]), np.array([1.5]), np.array([[1]])])
+    def test_decode_refuses_shapes_and_types(self, bundle, backend, tokens):
+        with open_session(bundle(), backend) as session:
+            session.prefill([PROMPT])
+            with pytest.raises(UserError, match="decode takes integers"):
+                session.decode(tokens)
+
+
+@pytest.mark.parametrize("backend", ["ort", "ort-dense", "torch"])
+def test_a_flipped_byte_is_refused(bundle, tmp_path, backend):
+    broken = tmp_path / "broken"
+    shutil.copytree(bundle(), broken)
+    with (broken / DATA_FILE).open("r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)
+        file.seek(5000)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(UserError, match="damaged"), open_session(broken, backend):
+        pass
+
+
+def test_unknown_backend(bundle):
+    with pytest.raises(UserError, match="no backend 'cuda'"):
+        open_session(bundle(), "cuda")

@@ -1,0 +1,73 @@
+"""Exported graphs against the PyTorch reference on the original checkpoint, for every variant and type."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from shadowllm.errors import UserError
+from shadowllm.exporter.bundle import PREDICTOR_FILE
+from shadowllm.exporter.manifest import DATA_FILE, file_hash, read_manifest
+from shadowllm.models import load_model
+from shadowllm.predictor.artefact import Predictor
+from shadowllm.runtime.validation import validate, validate_apart
+from tests.conftest import VARIANTS
+
+# Three layers deep, float32 noise is a few units in the seventh place.
+TIGHT = 1e-5
+
+
+def check(bundle, model, tolerance=TIGHT):
+    return validate(bundle, load_model(model)[1], Predictor.load(bundle / PREDICTOR_FILE), tolerance)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_graphs_reproduce_the_model(bundle, checkpoint, variant):
+    found = check(bundle(variant), checkpoint(variant))
+    assert [error["output"] for error in found["errors"]] == [
+        f"{case}: {output}" for case in ("dense", "all active", "at budget") for output in ("logits", "cache")]
+    assert all(error["greedy_agreement"] in (1.0, None) for error in found["errors"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("variant", ["llama-biases", "opt"])
+def test_16_bit_graphs_reproduce_the_rounded_model(bundle, checkpoint, variant, dtype):
+    check(bundle(variant, dtype), checkpoint(variant))
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
+def test_static_predictor(bundle, checkpoint, variant):
+    assert check(bundle(variant, kind="static"), checkpoint(variant))["selection_agreement"] == 1.0
+
+
+def test_a_wrong_weight_fails(bundle, checkpoint, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(bundle(), broken)
+    data = np.memmap(broken / DATA_FILE, dtype=np.float32, mode="r+")
+    data[len(data) // 2:len(data) // 2 + 64] += 0.5
+    data.flush()
+    manifest = read_manifest(broken)
+    manifest.files[DATA_FILE] = file_hash(broken / DATA_FILE)
+    manifest.write(broken)
+    with pytest.raises(UserError, match="do not reproduce the model"):
+        check(broken, checkpoint("llama-gqa"), tolerance=1e-4)
+
+
+def test_another_predictor_fails(bundle, checkpoint):
+    weights = load_model(checkpoint("llama-gqa"))[1]
+    predictor = Predictor.load(bundle() / PREDICTOR_FILE)
+    predictor.tensors["neurons.bias"] = -predictor.tensors["neurons.bias"]
+    predictor.tensors["neurons.weight"] = -predictor.tensors["neurons.weight"]
+    with pytest.raises(UserError, match="selects only"):
+        validate(bundle(), weights, predictor)
+
+
+def test_apart_reports_the_same(bundle, checkpoint):
+    assert validate_apart(bundle("opt"), checkpoint("opt"), TIGHT) == check(bundle("opt"), checkpoint("opt"))
+
+
+def test_apart_passes_a_user_error_on(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        validate_apart(tmp_path, checkpoint("opt"))
