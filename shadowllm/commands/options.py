@@ -1,0 +1,134 @@
+"""Options that several commands share, and how they become the pipeline's own types."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shadowllm.errors import UserError
+from shadowllm.models.budget import Budget
+
+if TYPE_CHECKING:
+    from shadowllm.pipeline import Calibration, EngineOptions, Source
+    from shadowllm.predictor.train import Recipe
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+FLAVOURS = ("tensorrt_rtx", "tensorrt")
+SIZES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def fraction(text: str) -> float:
+    """A budget on the command line.
+
+    Raises:
+        UserError: not a number in (0, 1].
+    """
+    try:
+        return Budget(float(text)).neurons
+    except (ValueError, UserError):
+        raise UserError(f"the budget {text!r} is not a fraction in (0, 1]",
+                        "0.5 keeps half; 1 keeps everything") from None
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL and how it is fetched."""
+    parser.add_argument("model", metavar="MODEL", help="folder with safetensors, .gguf file, or Hugging Face id")
+    group = parser.add_argument_group("model")
+    group.add_argument("--cache-dir", type=Path, help="where downloads are kept")
+    group.add_argument("--trust-remote-code", action="store_true", help="let transformers run code from the checkpoint")
+
+
+def source(args: argparse.Namespace) -> Source:
+    """The model that `add_model` describes."""
+    from shadowllm.pipeline import Source
+
+    return Source(args.model, args.cache_dir, args.trust_remote_code)
+
+
+def add_budget(parser: argparse.ArgumentParser, neurons: str | None = "0.5", heads: str | None = "0.75") -> None:
+    """Fractions to keep."""
+    group = parser.add_argument_group("budget")
+    group.add_argument("--neuron-budget", type=fraction, default=neurons, metavar="FRACTION",
+                       help=f"MLP neurons to keep, in (0, 1]{_default(neurons)}")
+    group.add_argument("--head-budget", type=fraction, default=heads, metavar="FRACTION",
+                       help=f"attention heads to keep, in (0, 1]{_default(heads)}")
+
+
+def budget(args: argparse.Namespace) -> Budget:
+    """The budget that `add_budget` describes."""
+    return Budget(neurons=args.neuron_budget, heads=args.head_budget)
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Text to trace and how."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--calibration-text", nargs="+", default=(), metavar="FILE",
+                       help="text files or a Hugging Face dataset id (default: text the model writes, and Python's documentation)")
+    group.add_argument("--calibration-tokens", type=int, default=8192, metavar="N", help="tokens to trace (default: 8192)")
+    group.add_argument("--calibration-seqlen", type=int, default=256, metavar="N", help="tokens of a window (default: 256)")
+    group.add_argument("--criterion", default="l2norm", help="importance score: l2norm or plainact (default: l2norm)")
+    group.add_argument("--dense-layers", type=int, default=1, metavar="N", help="leading layers that stay dense (default: 1)")
+    group.add_argument("--seed", type=int, default=0, help="of sampling and training (default: 0)")
+
+
+def calibration(args: argparse.Namespace) -> Calibration:
+    """The calibration that `add_calibration` describes."""
+    from shadowllm.pipeline import Calibration
+
+    return Calibration(args.calibration_text, args.calibration_tokens, args.calibration_seqlen, args.criterion,
+                       args.dense_layers, args.seed)
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """How a shadow is trained."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--selector", choices=("shadow", "static", "random"), default="shadow",
+                       help="predictor to train; random measures speed alone (default: shadow)")
+    group.add_argument("--rank", type=int, help="width of the shadow (default: under 5%% of the model's parameters)")
+    group.add_argument("--epochs", type=int, help="passes over the traces")
+    group.add_argument("--loss", help="bce or mse")
+
+
+def recipe(args: argparse.Namespace) -> Recipe:
+    """The training that `add_training` describes, at the command's budget; the rest is the recipe's own."""
+    from shadowllm.predictor.train import Recipe
+
+    given = {name: getattr(args, name) for name in ("rank", "epochs", "loss") if getattr(args, name) is not None}
+    return Recipe(budget=budget(args), seed=args.seed, **given)
+
+
+def add_engines(parser: argparse.ArgumentParser) -> None:
+    """How engines are built; names are those of trtexec."""
+    group = parser.add_argument_group("engines")
+    group.add_argument("--sm", nargs="+", type=int, default=(), metavar="SM",
+                       help="compute capabilities, as 89 for 8.9 (default: all the flavour supports)")
+    group.add_argument("--capacity", type=int, default=1024, help="positions of the KV cache (default: 1024)")
+    group.add_argument("--max-seqlen", type=int, default=512, help="longest prompt of one call (default: 512)")
+    group.add_argument("--max-batch", type=int, default=1, help="most sequences at once (default: 1)")
+    group.add_argument("--timingCacheFile", type=Path, metavar="FILE", help="kept across builds (full TensorRT)")
+    group.add_argument("--memPoolSize", metavar="workspace:SIZE", help="scratch memory, as workspace:512M")
+    group.add_argument("--profilingVerbosity", choices=("none", "layer_names_only", "detailed"), default="layer_names_only")
+
+
+def engines(args: argparse.Namespace, flavour: str) -> EngineOptions:
+    """The engine options that `add_engines` describes."""
+    from shadowllm.pipeline import EngineOptions
+
+    return EngineOptions(flavour, args.sm, args.capacity, args.max_seqlen, args.max_batch,  # type: ignore[arg-type]
+                         args.timingCacheFile, _workspace(args.memPoolSize), args.profilingVerbosity)
+
+
+def _workspace(text: str | None) -> int | None:
+    if text is None:
+        return None
+    pool, _, size = text.partition(":")
+    unit = size[-1:].upper() if size[-1:].isalpha() else ""
+    number = size[:len(size) - len(unit)]
+    if pool != "workspace" or unit not in SIZES or not number.isdigit():
+        raise UserError(f"--memPoolSize {text!r} is not understood", "write it as workspace:512M")
+    return int(number) * SIZES[unit]
+
+
+def _default(value: str | None) -> str:
+    return f" (default: {value})" if value else " (default: the bundle's own)"

@@ -1,0 +1,42 @@
+"""``shadowllm train``"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from shadowllm.commands import options
+
+EPILOG = """examples:
+  shadowllm train MODEL --traces traces.safetensors -o predictor.safetensors
+  shadowllm train MODEL --traces traces.safetensors -o static.safetensors --selector static
+  shadowllm export MODEL out/ --predictor predictor.safetensors"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    options.add_model(parser)
+    parser.add_argument("--traces", type=Path, required=True, metavar="FILE", help="what `shadowllm calibrate` wrote")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="predictor to write")
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights and order (default: 0)")
+    options.add_budget(parser)
+    options.add_training(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, write, and say how well it does on tokens it never saw."""
+    from shadowllm.pipeline import train_predictor
+    from shadowllm.predictor.tracefile import Traces
+
+    predictor = train_predictor(options.source(args), Traces.load(args.traces), args.selector, options.recipe(args))
+    predictor.save(args.output)
+    print(f"{args.output}: {predictor.kind} predictor, {args.output.stat().st_size / 1e6:.1f} MB")
+    print(held_out(predictor.record))
+
+
+def held_out(record: dict[str, Any]) -> str:
+    """The figures on held-out tokens, a line per predictor that was judged."""
+    lines = [f"  {name:7s} " + "  ".join(f"{key} {value:.3f}" for key, value in found.items())
+             for name, found in record.get("held_out", {}).items()]
+    return "\n".join(["held-out tokens:", *lines]) if lines else ""

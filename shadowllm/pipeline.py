@@ -1,0 +1,250 @@
+"""The main job as functions: calibrate, train, export, build. The command line only calls these."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from shadowllm.errors import UserError
+from shadowllm.exporter.bundle import DTYPES, write_bundle
+from shadowllm.exporter.engine import build_engine
+from shadowllm.exporter.engine_graph import describe_onnx
+from shadowllm.exporter.manifest import Manifest, read_manifest, verify_files
+from shadowllm.exporter.profiles import profiles_for
+from shadowllm.exporter.sidecar import EngineRecord
+from shadowllm.exporter.staging import check_output, staged
+from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights, load_model
+from shadowllm.plugins.tensorrt.flavour import Flavour, require
+from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.calibration import calibration_windows
+from shadowllm.predictor.progress import progress
+from shadowllm.predictor.tracefile import Traces, calibrate
+from shadowllm.predictor.train import Recipe, train_shadow, train_static
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENGINE_PIECES = ("stem", "predictor", "body")
+SELECTORS = ("shadow", "static", "random")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        model: local folder, GGUF file or Hugging Face id.
+        cache_dir: where downloads go.
+        trust_remote_code: let ``transformers`` run code from the checkpoint.
+    """
+
+    model: str
+    cache_dir: Path | None = None
+    trust_remote_code: bool = False
+
+    def open(self) -> tuple[ModelSpec, Weights, Checkpoint]:
+        """See `load_model`."""
+        return load_model(self.model, cache_dir=self.cache_dir, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a model is traced.
+
+    Attributes:
+        texts: files or dataset ids; empty for the built-in text.
+        tokens, seqlen: how many tokens, in windows of how many.
+        criterion: importance score.
+        dense_layers: leading layers that stay dense.
+        seed: of sampling and shuffling.
+    """
+
+    texts: Sequence[str] = ()
+    tokens: int = 8192
+    seqlen: int = 256
+    criterion: str = "l2norm"
+    dense_layers: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How engines are built.
+
+    Attributes:
+        flavour: "tensorrt_rtx" or "tensorrt".
+        sms: compute capabilities, as 89 for 8.9; empty for all the flavour supports.
+        capacity: positions of the KV cache.
+        max_seqlen: longest prompt of one prefill call.
+        max_batch: most sequences at once.
+        timing_cache: file kept across builds (full TensorRT).
+        workspace_bytes: scratch memory per layer.
+        verbosity: how much the engine tells an inspector.
+    """
+
+    flavour: Flavour
+    sms: Sequence[int] = ()
+    capacity: int = 1024
+    max_seqlen: int = 512
+    max_batch: int = 1
+    timing_cache: Path | None = None
+    workspace_bytes: int | None = None
+    verbosity: str = "layer_names_only"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export makes.
+
+    Attributes:
+        selector: what to train when no predictor is given: "shadow", "static", or "random" (an
+            arbitrary ranking, for measuring speed alone).
+        budget: default fractions to keep.
+        dtype: "float32", "float16" or "bfloat16".
+        validate: hold the result against the reference.
+        engines: one per flavour to build.
+    """
+
+    selector: str = "shadow"
+    budget: Budget = field(default_factory=Budget)
+    dtype: str = "float32"
+    validate: bool = True
+    engines: Sequence[EngineOptions] = ()
+
+
+def calibrate_model(source: Source, options: Calibration) -> Traces:
+    """Trace a model over calibration text.
+
+    Raises:
+        UserError: no such model, text or criterion.
+    """
+    spec, weights, checkpoint = source.open()
+    return _calibrate(spec, weights, checkpoint, options)
+
+
+def train_predictor(source: Source, traces: Traces, selector: str, recipe: Recipe) -> Predictor:
+    """Train a predictor on traces of the same model.
+
+    Raises:
+        UserError: the traces are of another model, or no such selector.
+    """
+    spec, weights, _ = source.open()
+    if traces.base_fingerprint != weights.fingerprint():
+        raise UserError("the traces are of another model", "calibrate this model, or give the one they were made of")
+    return _train(spec, weights, traces, selector, recipe)
+
+
+def export_model(source: Source, out: Path, options: Export, *, predictor: Predictor | None = None,
+                 calibration: Calibration | None = None, recipe: Recipe | None = None, overwrite: bool = False) -> Manifest:
+    """Make a bundle: train a predictor unless one is given, write, validate, build engines.
+
+    The bundle appears under its name when all of it is done, or not at all.
+
+    Raises:
+        UserError: any input that cannot be used, or a bundle that fails its validation.
+    """
+    if options.dtype not in DTYPES:
+        raise UserError(f"dtype {options.dtype!r} is not supported", f"use one of {', '.join(DTYPES)}")
+    check_output(out, overwrite)
+    for engine in options.engines:
+        require(engine.flavour)
+    spec, weights, checkpoint = source.open()
+    if predictor is None:
+        recipe = recipe or Recipe(budget=options.budget)
+        predictor = _make_predictor(spec, weights, checkpoint, options.selector, calibration or Calibration(), recipe)
+    predictor.check_base(spec, weights.fingerprint())
+    with staged(out, overwrite) as folder:
+        name = Path(source.model).name
+        manifest = write_bundle(folder, name, weights, checkpoint, predictor, dtype=options.dtype, budget=options.budget)
+        if options.validate:
+            from shadowllm.runtime.validation import validate_apart
+
+            model = checkpoint.folder / (checkpoint.gguf or "")
+            manifest = replace(manifest, validation=validate_apart(folder, model))
+            manifest.write(folder)
+        for engine in options.engines:
+            build_engines(folder, engine)
+    return manifest
+
+
+def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecord]:
+    """Build the engines of one flavour from a bundle's graphs, replacing older ones when all are done.
+
+    Raises:
+        UserError: the package or GPU is missing, or a file of the bundle is damaged.
+    """
+    require(options.flavour)
+    manifest = read_manifest(bundle)
+    verify_files(bundle, {name: digest for name, digest in manifest.files.items() if "onnx" in name})
+    target = bundle / "engines" / options.flavour
+    partial = target.with_name(f".{options.flavour}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    capacity = min(options.capacity, manifest.spec.max_seqlen)
+    try:
+        records = {}
+        for piece in ENGINE_PIECES:
+            onnx = bundle / f"{piece}.onnx"
+            profiles = profiles_for(describe_onnx(onnx), capacity=capacity, max_batch=options.max_batch,
+                                    max_seqlen=min(options.max_seqlen, capacity))
+            records[piece] = build_engine(
+                onnx, partial / f"{piece}.engine", flavour=options.flavour, profiles=profiles, sms=options.sms,
+                timing_cache=options.timing_cache, workspace_bytes=options.workspace_bytes,
+                profiling_verbosity=options.verbosity, file_hashes=manifest.files)  # type: ignore[arg-type]
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return records
+
+
+def _make_predictor(spec: ModelSpec, weights: Weights, checkpoint: Checkpoint, selector: str, calibration: Calibration,
+                    recipe: Recipe) -> Predictor:
+    if selector == "random":
+        return _random(spec, weights, calibration)
+    loaded = weights.load()
+    traces = _calibrate(spec, weights, checkpoint, calibration, loaded)
+    return _train(spec, weights, traces, selector, recipe, loaded)
+
+
+def _calibrate(spec: ModelSpec, weights: Weights, checkpoint: Checkpoint, options: Calibration,
+               loaded: dict[str, Tensor] | None = None) -> Traces:
+    if not 0 < options.dense_layers < spec.n_layers:
+        raise UserError(f"{options.dense_layers} dense layers of {spec.n_layers}", f"give 1 to {spec.n_layers - 1}")
+    tokenizer, loaded = checkpoint.tokenizer(), loaded or weights.load()
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    with progress("Writing calibration text", options.tokens) as advance:
+        windows = calibration_windows(spec, loaded, encode, texts=options.texts, tokens=options.tokens,
+                                      seqlen=min(options.seqlen, spec.max_seqlen), seed=options.seed, advance=advance)
+    with progress("Tracing", windows.train.numel() + windows.held_out.numel()) as advance:
+        return calibrate(spec, loaded, windows, weights.fingerprint(), criterion=options.criterion,
+                         dense_layers=options.dense_layers, advance=advance)
+
+
+def _train(spec: ModelSpec, weights: Weights, traces: Traces, selector: str, recipe: Recipe,
+           loaded: dict[str, Tensor] | None = None) -> Predictor:
+    if selector not in ("shadow", "static"):
+        raise UserError(f"selector {selector!r} cannot be trained", "use shadow or static")
+    if not traces.stored:  # too large to keep: training traces anew
+        loaded = loaded or weights.load()
+    if selector == "static":
+        return train_static(spec, traces, budget=recipe.budget, weights=loaded)
+    with progress("Training the predictor", recipe.epochs * traces.windows.train.numel()) as advance:
+        return train_shadow(spec, traces, recipe, weights=loaded, advance=advance)
+
+
+def _random(spec: ModelSpec, weights: Weights, options: Calibration) -> Predictor:
+    """A ranking drawn at random: the right shape and cost, no quality."""
+    generator = torch.Generator().manual_seed(options.seed)
+    n_sparse = spec.n_layers - options.dense_layers
+    tensors = {"heads.scores": torch.rand(n_sparse, spec.n_heads, generator=generator),
+               "neurons.scores": torch.rand(n_sparse, spec.intermediate_size, generator=generator)}
+    return Predictor("static", n_sparse, options.dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size,
+                     tensors, weights.fingerprint(), {"ranking": "random", "seed": options.seed})
