@@ -1,0 +1,250 @@
+"""Stacks of `SparseMLP` against ONNX Runtime's dense layers: time, GB/s and the share of the memory bandwidth.
+
+    python -m shadowllm.benchmarks.op_bench --json result.json
+
+Every stack lives in a process of its own (the spinning threads of two sessions disturb each other) and the
+processes take turns, so that a slow phase of the machine hits all of them; medians are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper
+from rich.console import Console
+from rich.progress import track
+
+from shadowllm.benchmarks.bandwidth import read_bandwidth
+from shadowllm.benchmarks.environment import environment
+from shadowllm.plugins import native_ops, schemas
+
+SIZES = {"large": (2048, 8192, 8), "small": (576, 1536, 30)}  # hidden size, intermediate size, layers
+DTYPES = {"float32": (TensorProto.FLOAT, 4), "bfloat16": (TensorProto.BFLOAT16, 2), "float16": (TensorProto.FLOAT16, 2)}
+INDEX_SETS = 5  # different random neurons, so that no cache learns them
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What one process runs: layers of one kind, each added to its input."""
+
+    size: str
+    kind: str  # "dense" or "sparse"
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights."""
+        hidden, neurons, layers = SIZES[self.size]
+        return 3 * hidden * neurons * layers * DTYPES[self.dtype][1]
+
+
+class Builder:
+    """A graph under construction, whose initializers are handed to the session rather than written to a file."""
+
+    def __init__(self, hidden: int) -> None:
+        self.hidden = hidden
+        self.nodes: list[Any] = []
+        self.inputs = [helper.make_tensor_value_info("x0", TensorProto.FLOAT, [1, 1, hidden])]
+        self.declared: list[Any] = []
+        self.values: dict[str, ort.OrtValue] = {}
+        self._pool = (np.random.default_rng(0).standard_normal(1 << 20) / np.sqrt(4 * hidden)).astype(np.float32)
+
+    def op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def weight(self, name: str, shape: tuple[int, int], dtype: str) -> str:
+        # Different in every weight: ONNX Runtime keeps packed weights of equal content once.
+        data = np.resize(np.roll(self._pool, 1000 * len(self.values)), shape)
+        kind = DTYPES[dtype][0]
+        if dtype == "bfloat16":
+            halves = (data.view(np.uint32) >> 16).astype(np.uint16)
+            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(halves, kind)
+        else:
+            value = ort.OrtValue.ortvalue_from_numpy(data.astype(dtype))
+        tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value="given to the session")
+        self.declared.append(tensor)
+        self.values[name] = value
+        return name
+
+    def session(self, output: str, threads: int) -> ort.InferenceSession:
+        graph = helper.make_graph(self.nodes, "stack", self.inputs,
+                                  [helper.make_tensor_value_info(output, TensorProto.FLOAT, [1, 1, self.hidden])],
+                                  self.declared)
+        model = helper.make_model(graph, ir_version=10, opset_imports=[
+            helper.make_opsetid("", 21), helper.make_opsetid(schemas.DOMAIN, schemas.VERSION)])
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_external_initializers(list(self.values), list(self.values.values()))
+        if not native_ops.register(options):
+            raise SystemExit("the native ops are not available: nothing to measure")
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def dense_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list[str]]:
+    """The plain graph: three MatMul a layer."""
+    hidden, neurons, layers = SIZES[stack.size]
+    build, x = Builder(hidden), "x0"
+    for i in range(layers):
+        gate = build.op("MatMul", [x, build.weight(f"w_gate{i}", (hidden, neurons), stack.dtype)], f"gate{i}")
+        up = build.op("MatMul", [x, build.weight(f"w_up{i}", (hidden, neurons), stack.dtype)], f"up{i}")
+        act = build.op("Mul", [gate, build.op("Sigmoid", [gate], f"sigmoid{i}")], f"act{i}")
+        h = build.op("Mul", [act, up], f"h{i}")
+        down = build.op("MatMul", [h, build.weight(f"w_down{i}", (neurons, hidden), stack.dtype)], f"down{i}")
+        x = build.op("Add", [x, down], f"x{i + 1}")
+    return build.session(x, threads), [x]
+
+
+def sparse_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list[str]]:
+    """The same layers as `SparseMLP`, with a list of active neurons each."""
+    hidden, neurons, layers = SIZES[stack.size]
+    build, x = Builder(hidden), "x0"
+    build.inputs.append(helper.make_tensor_value_info("count", TensorProto.INT32, []))
+    for i in range(layers):
+        build.inputs.append(helper.make_tensor_value_info(f"indices{i}", TensorProto.INT32, [neurons]))
+        gate, up, down = (build.weight(f"w_{part}{i}", (neurons, hidden), stack.dtype)
+                          for part in ("gate", "up", "down"))
+        y = build.op("SparseMLP", [x, f"indices{i}", "count", gate, "", up, "", down], f"y{i}",
+                     domain=schemas.DOMAIN, activation="silu", layer=i)
+        x = build.op("Add", [x, y], f"x{i + 1}")
+    return build.session(x, threads), [x]
+
+
+def bind(session: ort.InferenceSession, stack: Stack, output: str, kept: float, seed: int) -> ort.IOBinding:
+    hidden, neurons, layers = SIZES[stack.size]
+    rng = np.random.default_rng(seed)
+    binding = session.io_binding()
+    feeds: dict[str, np.ndarray] = {"x0": rng.standard_normal((1, 1, hidden)).astype(np.float32)}
+    if stack.kind == "sparse":
+        count = round(kept * neurons)
+        feeds["count"] = np.asarray(count, dtype=np.int32)
+        for i in range(layers):
+            indices = np.full(neurons, -1, dtype=np.int32)
+            indices[:count] = np.sort(rng.permutation(neurons)[:count])
+            feeds[f"indices{i}"] = indices
+    for name, array in feeds.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+    binding.bind_output(output)
+    return binding
+
+
+def worker(stack: Stack, threads: int) -> None:
+    """Answers each line ``kept repeats`` on stdin with a JSON list of seconds."""
+    session, (output,) = (dense_stack if stack.kind == "dense" else sparse_stack)(stack, threads)
+    print("ready", flush=True)
+    bindings: dict[float, list[ort.IOBinding]] = {}
+    for line in sys.stdin:
+        kept, repeats = float(line.split()[0]), int(line.split()[1])
+        if kept not in bindings:
+            bindings[kept] = [bind(session, stack, output, kept, seed) for seed in range(INDEX_SETS)]
+        session.run_with_iobinding(bindings[kept][0])  # wakes the threads
+        times = []
+        for i in range(repeats):
+            start = time.perf_counter()
+            session.run_with_iobinding(bindings[kept][i % INDEX_SETS])
+            times.append(time.perf_counter() - start)
+        print(json.dumps(times), flush=True)
+
+
+class Worker:
+    """A process that runs one stack."""
+
+    def __init__(self, stack: Stack, threads: int) -> None:
+        self.stack = stack
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "shadowllm.benchmarks.op_bench", "--worker", json.dumps(asdict(stack)),
+             "--threads", str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of {self.stack} died")
+        return line
+
+    def run(self, kept: float, repeats: int) -> list[float]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{kept} {repeats}\n")
+        self._process.stdin.flush()
+        times: list[float] = json.loads(self._read())
+        return times
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def measure_size(size: str, dtypes: list[str], kept: list[float], rounds: int, threads: int) -> list[dict[str, Any]]:
+    """Rows of the table for one size: a dense one, then one per dtype and fraction kept."""
+    stacks = [Stack(size, "dense", "float32"), *(Stack(size, "sparse", dtype) for dtype in dtypes)]
+    roof = read_bandwidth(threads)
+    workers = [Worker(stack, threads) for stack in stacks]
+    jobs = [(w, k) for w in workers for k in (kept if w.stack.kind == "sparse" else [1.0])]
+    times: dict[tuple[Worker, float], list[float]] = {job: [] for job in jobs}
+    for _ in track(range(rounds), size, console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        for w, k in jobs:
+            times[w, k] += w.run(k, 4)
+    for w in workers:
+        w.close()
+    roof = max(roof, read_bandwidth(threads))
+    dense = median(times[jobs[0]])
+    return [row_of(w.stack, k, seconds, dense, roof) for (w, k), seconds in times.items()]
+
+
+def row_of(stack: Stack, kept: float, seconds: list[float], dense: float, roof: float) -> dict[str, Any]:
+    middle = median(seconds)
+    low, high = np.percentile(seconds, [25, 75]) * 1e3
+    rate = stack.bytes * kept / middle / 1e9
+    return asdict(stack) | {"kept": kept, "median_ms": middle * 1e3, "q25_ms": low, "q75_ms": high,
+                            "samples": len(seconds), "speedup": dense / middle, "gb_per_s": rate,
+                            "share_of_bandwidth": rate / roof, "read_gb_per_s": roof}
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print(f"{'size':6} {'kind':7} {'dtype':9} {'kept':>5} {'median ms':>10} {'q25..q75':>16} {'speedup':>8} "
+          f"{'GB/s':>6} {'share':>6}")
+    for r in rows:
+        spread = f"{r['q25_ms']:.2f}..{r['q75_ms']:.2f}"
+        print(f"{r['size']:6} {r['kind']:7} {r['dtype']:9} {r['kept']:5.0%} {r['median_ms']:10.2f} {spread:>16} "
+              f"{r['speedup']:7.2f}x {r['gb_per_s']:6.1f} {r['share_of_bandwidth']:6.0%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"],
+                        help="of the sparse weights; dense is float32")
+    parser.add_argument("--kept", nargs="+", type=float, default=[1.0, 0.5, 0.3, 0.1], help="fractions of the neurons")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each stack, four runs a turn")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(Stack(**json.loads(args.worker)), args.threads)
+        return
+    rows = [row for size in args.sizes for row in measure_size(size, args.dtypes, args.kept, args.rounds, args.threads)]
+    print_table(rows)
+    if args.json:
+        kernels = os.environ.get(native_ops.ISA_VARIABLE) or native_ops.kernels()[0]
+        record = {"environment": environment(args.threads) | {"kernels": kernels}, "rows": rows}
+        args.json.write_text(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,379 @@
+// The kernels, written once over the compiler's vector types and compiled once per instruction set.
+//
+// Included by one source per instruction set, which defines SHADOWLLM_VECTOR_BYTES and is compiled with its flags.
+// Everything lies in an unnamed namespace and no C++ library header is used: an inline function shared with the rest
+// of the library could be compiled for AVX-512 here and then be picked by the linker for everyone.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "rows.hpp"
+
+namespace shadowllm {
+namespace {
+
+constexpr size_t W = SHADOWLLM_VECTOR_BYTES / sizeof(float);
+typedef float V __attribute__((vector_size(4 * W)));
+typedef int32_t VI __attribute__((vector_size(4 * W)));
+typedef uint32_t VU __attribute__((vector_size(4 * W)));
+typedef uint16_t VH __attribute__((vector_size(2 * W)));
+
+template <size_t N>
+struct Count {
+  static constexpr size_t value = N;
+};
+
+struct Bf16 { uint16_t bits; };
+struct F16 { uint16_t bits; };
+
+inline V splat(float x) { return V{} + x; }
+
+template <class To, class From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline V load(const float* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline VU load_halves(const void* p) {
+  VH h;
+  memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, VU);
+}
+
+inline V load(const Bf16* p) { return bits_as<V>(load_halves(p) << 16); }
+
+// Moving the exponent by a multiplication is exact and gets subnormals right; infinities and NaNs are put back by hand.
+inline V load(const F16* p) {
+#if defined(__AVX512F__)
+  __m256i h;
+  memcpy(&h, p, sizeof h);
+  return (V)_mm512_maskz_cvtph_ps(0xffff, h);  // GCC 12 warns about the plain form
+#elif defined(__F16C__)
+  __m128i h;
+  memcpy(&h, p, sizeof h);
+  return (V)_mm256_cvtph_ps(h);
+#else
+  const VU h = load_halves(p), magnitude = (h & 0x7fff) << 13;
+  const VU scaled = bits_as<VU>(bits_as<V>(magnitude) * splat(0x1p112f));
+  const VU special = (VU)((h & 0x7c00) == 0x7c00) & 0x7f800000;
+  return bits_as<V>(scaled | special | (h & 0x8000) << 16);
+#endif
+}
+
+inline float load_one(const float* p) { return *p; }
+template <class T>
+inline float load_one(const T* p) {
+  T lanes[W] = {*p};
+  return load(lanes)[0];
+}
+
+inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+
+inline float sum(V v) {
+  float lanes[W];
+  store(lanes, v);
+  for (size_t half = W / 2; half > 0; half /= 2)
+    for (size_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// exp(x) = 2^n exp(r), |r| <= ln(2)/2, with the Taylor polynomial of degree 7 (remainder 5e-9 relative). The argument
+// is held where the result is a normal float; adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low
+// bits.
+inline V exponential(V x) {
+  x = x > 88.0f ? splat(88.0f) : x;
+  x = x < -87.0f ? splat(-87.0f) : x;
+  const V shifted = x * 1.44269504f + 12582912.0f;
+  const V n = shifted - 12582912.0f;
+  const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, the first exact in few bits
+  V p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  const VI power = (bits_as<VI>(shifted) - 0x4b400000 + 127) << 23;
+  return p * bits_as<V>(power);
+}
+
+template <class T>
+inline const T* row(const Rows& rows, const int32_t* ids, size_t i) {
+  const size_t id = ids == nullptr ? i : static_cast<size_t>(ids[i]);
+  return reinterpret_cast<const T*>(static_cast<const char*>(rows.data) + id * rows.stride);
+}
+
+// Rows of a block. One token has eight rows read side by side, as many streams of loads; more tokens are compute bound
+// and take tiles of four rows and up to kTile tokens, whose sums fit into the registers.
+constexpr size_t kBlock = kLeastAhead;
+constexpr size_t kTile = W >= 16 ? 4 : 2;
+
+// Fetches into L2 the cache lines of `next` that correspond to `count` elements from k on. The hardware's prefetcher
+// cannot guess where the next active row lies, so while a block is worked on, the following one is on its way.
+template <class T>
+inline void fetch(const T* next, size_t k, size_t count) {
+  const char* from = reinterpret_cast<const char*>(next + k);
+  for (size_t i = 0; i < count * sizeof(T); i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+// Elements of the inner step: a cache line, or a vector where that is longer.
+template <class T>
+constexpr size_t kStep = 64 / sizeof(T) > W ? 64 / sizeof(T) : W;
+
+// Calls step(k) for every whole vector of a row, and ahead(k) for every kStep elements. Returns where the rest begins.
+template <class T, class Step, class Ahead>
+inline size_t for_row(size_t width, Step step, Ahead ahead) {
+  size_t k = 0;
+  for (; k + kStep<T> <= width;) {
+    ahead(k);
+    for (const size_t end = k + kStep<T>; k < end; k += W) step(k);
+  }
+  for (; k + W <= width; k += W) step(k);
+  return k;
+}
+
+template <class T, size_t R, size_t M>
+inline void project_tile(const T* const* rows, const T* const* next, const float* x, size_t width, float* out,
+                         size_t tokens) {
+  V acc[R][M] = {};
+  const auto step = [&](size_t k) {
+    V in[M];
+    for (size_t t = 0; t < M; ++t) in[t] = load(x + t * width + k);
+    for (size_t r = 0; r < R; ++r) {
+      const V w = load(rows[r] + k);
+      for (size_t t = 0; t < M; ++t) acc[r][t] += w * in[t];
+    }
+  };
+  const auto ahead = [&](size_t k) {
+    if (next == nullptr) return;
+    for (size_t r = 0; r < R; ++r) fetch(next[r], k, kStep<T>);
+  };
+  const size_t rest = for_row<T>(width, step, ahead);
+  for (size_t r = 0; r < R; ++r)
+    for (size_t t = 0; t < M; ++t) {
+      float total = sum(acc[r][t]);
+      for (size_t k = rest; k < width; ++k) total += load_one(rows[r] + k) * x[t * width + k];
+      out[r * tokens + t] = total;
+    }
+}
+
+// One row alone: the fastest way through rows that lie one after the other, where the hardware's prefetcher helps.
+template <class T>
+inline float project_row(const T* row, const T* next, const float* x, size_t width) {
+  V acc[4] = {};
+  size_t k = 0;
+  for (; k + 4 * W <= width; k += 4 * W) {
+    if (next != nullptr) fetch(next, k, 4 * W);
+    for (size_t u = 0; u < 4; ++u) acc[u] += load(row + k + u * W) * load(x + k + u * W);
+  }
+  for (; k + W <= width; k += W) acc[0] += load(row + k) * load(x + k);
+  float total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  for (; k < width; ++k) total += load_one(row + k) * x[k];
+  return total;
+}
+
+template <class T, size_t R, size_t M>
+inline void accumulate_tile(const T* const* rows, const T* const* next, const float* h, size_t tokens, size_t width,
+                            float* y) {
+  V weight[R][M];
+  for (size_t r = 0; r < R; ++r)
+    for (size_t t = 0; t < M; ++t) weight[r][t] = splat(h[r * tokens + t]);
+  const auto step = [&](size_t k) {
+    V total[M];
+    for (size_t t = 0; t < M; ++t) total[t] = load(y + t * width + k);
+    for (size_t r = 0; r < R; ++r) {
+      const V w = load(rows[r] + k);
+      for (size_t t = 0; t < M; ++t) total[t] += weight[r][t] * w;
+    }
+    for (size_t t = 0; t < M; ++t) store(y + t * width + k, total[t]);
+  };
+  const auto ahead = [&](size_t k) {
+    if (next == nullptr) return;
+    for (size_t r = 0; r < R; ++r) fetch(next[r], k, kStep<T>);
+  };
+  for (size_t k = for_row<T>(width, step, ahead); k < width; ++k)
+    for (size_t r = 0; r < R; ++r)
+      for (size_t t = 0; t < M; ++t) y[t * width + k] += h[r * tokens + t] * load_one(rows[r] + k);
+}
+
+// Calls block(row pointers, next row pointers or null, first row) with kBlock rows at a time, then single(pointer, row)
+// with each of the rest.
+template <class T, class Block, class Single>
+inline void walk(const Rows& rows, Picks picks, Ahead ahead, Block block, Single single) {
+  const T *now[kBlock], *next[kBlock];
+  size_t i = 0;
+  for (; i + kBlock <= picks.count; i += kBlock) {
+    for (size_t r = 0; r < kBlock; ++r) now[r] = row<T>(rows, picks.ids, i + r);
+    const T* const* to_fetch = next;
+    if (i + 2 * kBlock <= picks.count)
+      for (size_t r = 0; r < kBlock; ++r) next[r] = row<T>(rows, picks.ids, i + kBlock + r);
+    else if (ahead.rows != nullptr)
+      for (size_t r = 0; r < kBlock; ++r) next[r] = row<T>(*ahead.rows, ahead.ids, r);
+    else
+      to_fetch = nullptr;
+    block(now, to_fetch, i);
+  }
+  for (; i < picks.count; ++i) single(row<T>(rows, picks.ids, i), i);
+}
+
+template <class T>
+inline bool one_after_the_other(const T* const* rows, size_t stride) {
+  return reinterpret_cast<const char*>(rows[kBlock - 1]) - reinterpret_cast<const char*>(rows[0]) ==
+         static_cast<ptrdiff_t>((kBlock - 1) * stride);
+}
+
+// Calls tile(rows, next rows, first row of the block, first token, token count as a type) to cover a block.
+template <class T, class Tile>
+inline void cover(const T* const* now, const T* const* next, size_t tokens, Tile tile) {
+  for (size_t r = 0; r < kBlock; r += 4) {
+    const T* const* ahead = next == nullptr ? nullptr : next + r;
+    size_t t = 0;
+    for (; t + kTile <= tokens; t += kTile, ahead = nullptr) tile(now + r, ahead, r, t, Count<kTile>());
+    for (; t < tokens; ++t, ahead = nullptr) tile(now + r, ahead, r, t, Count<1>());
+  }
+}
+
+template <class T>
+void project_as(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
+  const size_t width = rows.width;
+  walk<T>(
+      rows, picks, ahead,
+      [&](const T* const* now, const T* const* next, size_t i) {
+        if (tokens > 1) {
+          cover(now, next, tokens, [&](const T* const* of, const T* const* then, size_t r, size_t t, auto m) {
+            project_tile<T, 4, m.value>(of, then, x + t * width, width, out + (i + r) * tokens + t, tokens);
+          });
+        } else if (one_after_the_other(now, rows.stride)) {
+          // A following block that continues this one is left to the hardware.
+          if (next != nullptr && one_after_the_other(next, rows.stride)) next = nullptr;
+          for (size_t r = 0; r < kBlock; ++r)
+            out[i + r] = project_row(now[r], next == nullptr ? nullptr : next[r], x, width);
+        } else {
+          project_tile<T, kBlock, 1>(now, next, x, width, out + i, 1);
+        }
+      },
+      [&](const T* now, size_t i) {
+        for (size_t t = 0; t < tokens; ++t)
+          out[i * tokens + t] = project_row(now, static_cast<const T*>(nullptr), x + t * width, width);
+      });
+}
+
+template <class T>
+void accumulate_as(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y, Ahead ahead) {
+  const size_t width = rows.width;
+  walk<T>(
+      rows, picks, ahead,
+      [&](const T* const* now, const T* const* next, size_t i) {
+        if (tokens == 1) return accumulate_tile<T, kBlock, 1>(now, next, h + i, 1, width, y);
+        cover(now, next, tokens, [&](const T* const* of, const T* const* then, size_t r, size_t t, auto m) {
+          accumulate_tile<T, 4, m.value>(of, then, h + (i + r) * tokens + t, tokens, width, y + t * width);
+        });
+      },
+      [&](const T* now, size_t i) {
+        for (size_t t = 0; t < tokens; ++t)
+          accumulate_tile<T, 1, 1>(&now, nullptr, h + i * tokens + t, tokens, width, y + t * width);
+      });
+}
+
+void project(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
+  switch (rows.type) {
+    case RowType::f32: return project_as<float>(rows, picks, x, tokens, out, ahead);
+    case RowType::bf16: return project_as<Bf16>(rows, picks, x, tokens, out, ahead);
+    case RowType::f16: return project_as<F16>(rows, picks, x, tokens, out, ahead);
+  }
+}
+
+void accumulate(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y, Ahead ahead) {
+  switch (rows.type) {
+    case RowType::f32: return accumulate_as<float>(rows, picks, h, tokens, y, ahead);
+    case RowType::bf16: return accumulate_as<Bf16>(rows, picks, h, tokens, y, ahead);
+    case RowType::f16: return accumulate_as<F16>(rows, picks, h, tokens, y, ahead);
+  }
+}
+
+// Runs f over whole vectors, then over the rest in a padded one, so that a value never depends on its place.
+template <class F>
+inline void for_vectors(float* h, size_t size, F f) {
+  size_t i = 0;
+  for (; i + W <= size; i += W) store(h + i, f(load(h + i), i));
+  if (i == size) return;
+  float rest[W] = {};
+  memcpy(rest, h + i, (size - i) * sizeof(float));
+  store(rest, f(load(rest), i));
+  memcpy(h + i, rest, (size - i) * sizeof(float));
+}
+
+void activate(Activation activation, float* h, const float* up, size_t size) {
+  switch (activation) {
+    case Activation::relu:
+      for_vectors(h, size, [](V x, size_t) { return x < 0.0f ? V{} : x; });  // keeps a NaN
+      break;
+    case Activation::silu:
+      for_vectors(h, size, [](V x, size_t) { return x / (exponential(-x) + 1.0f); });
+      break;
+    case Activation::gelu:
+      for (size_t i = 0; i < size; ++i) h[i] = 0.5f * h[i] * (1 + erff(h[i] * 0.70710678f));
+      break;
+  }
+  if (up != nullptr)
+    for (size_t i = 0; i < size; ++i) h[i] *= up[i];
+}
+
+float exponentials(float* h, size_t size) {
+  float largest = -INFINITY;
+  for (size_t i = 0; i < size; ++i) largest = h[i] > largest ? h[i] : largest;
+  for_vectors(h, size, [&](V x, size_t) { return exponential(x - largest); });
+  V total = {};
+  size_t i = 0;
+  for (; i + W <= size; i += W) total += load(h + i);
+  float result = sum(total);
+  for (; i < size; ++i) result += h[i];
+  return result;
+}
+
+void reduce(const float* parts, size_t count, size_t stride, const float* start, float* y, size_t size) {
+  if (start != nullptr)
+    memcpy(y, start, size * sizeof(float));
+  else
+    memset(y, 0, size * sizeof(float));
+  for (size_t p = 0; p < count; ++p) {
+    const float* part = parts + p * stride;
+    for_vectors(y, size, [&](V x, size_t i) {
+      if (i + W <= size) return x + load(part + i);
+      float rest[W] = {};
+      memcpy(rest, part + i, (size - i) * sizeof(float));
+      return x + load(rest);
+    });
+  }
+}
+
+template <class T>
+void widen_as(const T* data, float* out, size_t size) {
+  size_t i = 0;
+  for (; i + W <= size; i += W) store(out + i, load(data + i));
+  for (; i < size; ++i) out[i] = load_one(data + i);
+}
+
+void widen(const void* data, RowType type, float* out, size_t size) {
+  switch (type) {
+    case RowType::f32: return widen_as(static_cast<const float*>(data), out, size);
+    case RowType::bf16: return widen_as(static_cast<const Bf16*>(data), out, size);
+    case RowType::f16: return widen_as(static_cast<const F16*>(data), out, size);
+  }
+}
+
+}  // namespace
+}  // namespace shadowllm
+
+#define SHADOWLLM_KERNELS(name) {name, project, accumulate, activate, exponentials, reduce, widen}

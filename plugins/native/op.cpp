@@ -1,0 +1,181 @@
+#include "op.hpp"
+
+#include <algorithm>
+#include <cstdio>
+#include <thread>
+
+namespace shadowllm {
+namespace {
+
+std::string shape_text(const int64_t* dims, size_t rank) {
+  std::string text = "(";
+  for (size_t i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
+  return text + ")";
+}
+
+}  // namespace
+
+size_t Tensor::size() const {
+  size_t size = 1;
+  for (int i = 0; i < rank; ++i) size *= static_cast<size_t>(dims[i]);
+  return size;
+}
+
+Node::Node(const Api& api, const OrtKernelInfo* info, const char* op, const Port* ports, size_t count, bool has_layer)
+    : api_(api), info_(info), name_(op), ports_(ports), constants_(count) {
+  if (has_layer) name_ += " layer " + std::to_string(integer("layer"));
+  for (size_t i = 0; i < count; ++i) {
+    int is_constant = 0;
+    const OrtValue* value = nullptr;
+    api.check(api.kernel_info_get_constant_input(info, i, &is_constant, &value));
+    if (is_constant != 0 && value != nullptr) constants_[i] = view(value);
+  }
+}
+
+int64_t Node::integer(const char* attribute) const {
+  int64_t value = 0;
+  api_.check(api_.kernel_info_get_attribute_int64(info_, attribute, &value));
+  return value;
+}
+
+std::string Node::text(const char* attribute) const {
+  size_t size = 0;
+  api_.check(api_.kernel_info_get_attribute_string(info_, attribute, nullptr, &size));
+  std::string value(size, '\0');
+  api_.check(api_.kernel_info_get_attribute_string(info_, attribute, value.data(), &size));
+  value.resize(size == 0 ? 0 : size - 1);  // the size counts the final zero
+  return value;
+}
+
+Tensor Node::view(const OrtValue* value) const {
+  Tensor tensor;
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  api_.check(api_.get_tensor_type_and_shape(value, &info));
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api_.release_tensor_type_and_shape_info)> owner(
+      info, api_.release_tensor_type_and_shape_info);
+  size_t rank = 0;
+  api_.check(api_.get_tensor_element_type(info, &tensor.type));
+  api_.check(api_.get_dimensions_count(info, &rank));
+  if (rank > tensor.dims.size()) fail("an input has " + std::to_string(rank) + " dimensions");
+  api_.check(api_.get_dimensions(info, tensor.dims.data(), rank));
+  tensor.rank = static_cast<int>(rank);
+  api_.check(api_.get_tensor_mutable_data(const_cast<OrtValue*>(value), &tensor.data));
+  return tensor;
+}
+
+std::vector<Tensor> Node::inputs(const OrtKernelContext* context) const {
+  std::vector<Tensor> found = constants_;
+  size_t count = 0;
+  api_.check(api_.kernel_context_get_input_count(context, &count));
+  for (size_t i = 0; i < found.size() && i < count; ++i) {
+    if (found[i].present()) continue;
+    const OrtValue* value = nullptr;
+    api_.check(api_.kernel_context_get_input(context, i, &value));
+    if (value != nullptr) found[i] = view(value);
+  }
+  return found;
+}
+
+Tensor Node::output(OrtKernelContext* context, std::initializer_list<int64_t> dims) const {
+  OrtValue* value = nullptr;
+  api_.check(api_.kernel_context_get_output(context, 0, dims.begin(), dims.size(), &value));
+  return view(value);
+}
+
+void Node::expect(const std::vector<Tensor>& inputs, size_t port, std::initializer_list<int64_t> dims) const {
+  const Tensor& tensor = inputs[port];
+  if (!tensor.present()) return;
+  if (tensor.rank == static_cast<int>(dims.size()) && std::equal(dims.begin(), dims.end(), tensor.dims.begin())) return;
+  fail(std::string(ports_[port].name) + " has shape " + shape_text(tensor.dims.data(), tensor.rank) + ", not " +
+       shape_text(dims.begin(), dims.size()));
+}
+
+void Node::bound(const std::string& what, int64_t value, int64_t low, int64_t high) const {
+  if (value < low || value > high)
+    fail(what + " " + std::to_string(value) + " is outside " + std::to_string(low) + ".." + std::to_string(high));
+}
+
+Picks Node::active(const Tensor& indices, const Tensor& count, int64_t rows) const {
+  if (indices.rank != 1) fail("indices has " + std::to_string(indices.rank) + " dimensions, not 1");
+  if (count.size() != 1) fail("count has " + std::to_string(count.size()) + " elements, not 1");
+  const int32_t n = *count.as<int32_t>();
+  bound("count", n, 0, indices.dims[0]);
+  const int32_t* ids = indices.as<int32_t>();
+  bool bad = false;
+  for (int32_t i = 0; i < n; ++i) bad |= static_cast<uint32_t>(ids[i]) >= static_cast<uint64_t>(rows);
+  if (bad)
+    for (int32_t i = 0; i < n; ++i) bound("index", ids[i], 0, rows - 1);
+  return {ids, static_cast<size_t>(n)};
+}
+
+RowType Node::row_type(const Tensor& tensor, const char* name) const {
+  switch (tensor.type) {
+    case kFloat: return RowType::f32;
+    case kBFloat16: return RowType::bf16;
+    case kFloat16: return RowType::f16;
+    default: fail(std::string(name) + " is of none of the types float32, bfloat16 and float16");
+  }
+}
+
+Rows Node::matrix(const Tensor& tensor, const char* name) const {
+  const RowType type = row_type(tensor, name);
+  const size_t width = static_cast<size_t>(tensor.dims[tensor.rank - 1]);
+  return {tensor.data, width * element_size(type), width, type};
+}
+
+namespace {
+thread_local std::vector<float> kept;
+}
+
+Scratch::Scratch() : memory_(std::move(kept)) {}
+Scratch::~Scratch() { kept = std::move(memory_); }
+
+float* Scratch::take(size_t floats) {
+  constexpr size_t kLine = 64 / sizeof(float);
+  if (memory_.size() < floats + kLine) {
+    memory_.clear();  // nothing to copy into the new memory
+    memory_.resize(floats + kLine);
+  }
+  const size_t past = reinterpret_cast<uintptr_t>(memory_.data()) / sizeof(float) % kLine;
+  return memory_.data() + (past == 0 ? 0 : kLine - past);
+}
+
+// A quarter of a megabyte keeps a thread busy for longer than it takes to wake it; about six chunks a core
+// even out the speed of the cores, and counts with many divisors suit any number of threads. With many tokens partial
+// sums are what costs.
+Chunks::Chunks(size_t items, size_t bytes_each, size_t tokens) : items_(items), count_(1) {
+  static const size_t cores = std::max(1u, std::thread::hardware_concurrency());
+  const size_t most = tokens > 4 ? 12 : std::clamp<size_t>(6 * cores, 12, 48);
+  const size_t wanted = std::min({most, items / 8, items * bytes_each * tokens / (size_t{1} << 18)});
+  for (const size_t count : {1, 2, 4, 6, 12, 24, 48})
+    if (count <= wanted) count_ = count;
+}
+
+Chunk Chunks::operator[](size_t i) const {
+  const auto edge = [&](size_t k) { return k == count_ ? items_ : items_ * k / count_ / 8 * 8; };
+  return {edge(i), edge(i + 1)};
+}
+
+void add_up(const Pool& pool, const Kernels& kernels, const float* parts, size_t count, size_t tokens, size_t width,
+            const float* start, float* y) {
+  const size_t stride = tokens * width;
+  const size_t tasks = count * stride < (size_t{1} << 16) ? 1 : tokens;
+  pool.run(tasks, [&](size_t task) {
+    for (size_t t = tokens * task / tasks; t < tokens * (task + 1) / tasks; ++t)
+      kernels.reduce(parts + t * width, count, stride, start, y + t * width, width);
+  });
+}
+
+bool infers_despite_absent_inputs(const char* runtime_version) {
+  int major = 0, minor = 0;
+  std::sscanf(runtime_version, "%d.%d", &major, &minor);
+  return major > 1 || (major == 1 && minor >= 24);
+}
+
+void infer_like_first_input(const Api& api, OrtShapeInferContext* context) {
+  OrtTensorTypeAndShapeInfo* x = nullptr;  // owned by the context
+  api.check(api.shape_infer_get_input(context, 0, &x));
+  api.check(api.shape_infer_set_output(context, 0, x));
+}
+
+}  // namespace shadowllm

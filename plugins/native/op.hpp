@@ -1,0 +1,192 @@
+// Between the runtime and an op: attributes, inputs and outputs as plain values, errors as statuses, work on the pool.
+#pragma once
+
+#include <array>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "ort_api.hpp"
+#include "rows.hpp"
+
+namespace shadowllm {
+
+// A tensor of at most four dimensions; absent where data is null and rank is -1.
+struct Tensor {
+  void* data = nullptr;
+  int type = kUndefined;
+  int rank = -1;
+  std::array<int64_t, 4> dims{};
+
+  bool present() const { return rank >= 0; }
+  size_t size() const;
+  template <class T>
+  const T* as() const { return static_cast<const T*>(data); }
+};
+
+// One input of an op's signature. kUndefined: any of the weight types.
+struct Port {
+  const char* name;
+  int type;
+  Characteristic characteristic;
+};
+
+// A kernel's own view of its node: what it is called in messages, and those inputs that never change.
+class Node {
+ public:
+  // Named by the op, and by its attribute `layer` where it has one.
+  Node(const Api& api, const OrtKernelInfo* info, const char* op, const Port* ports, size_t count, bool has_layer);
+
+  int64_t integer(const char* attribute) const;
+  std::string text(const char* attribute) const;
+
+  // Inputs of this call. Those of constant initializers were looked up once, at creation.
+  std::vector<Tensor> inputs(const OrtKernelContext* context) const;
+  Tensor output(OrtKernelContext* context, std::initializer_list<int64_t> dims) const;
+
+  // Throws an Error that starts with the op and its layer.
+  [[noreturn]] void fail(const std::string& problem) const { throw Error(name_ + ": " + problem); }
+  // Throws unless the tensor, if present, has these dimensions.
+  void expect(const std::vector<Tensor>& inputs, size_t port, std::initializer_list<int64_t> dims) const;
+  // Throws unless value lies in low..high, naming what, the value and the bounds.
+  void bound(const std::string& what, int64_t value, int64_t low, int64_t high) const;
+  // The ids of a sparse op: `indices` up to `count`, every one in 0..rows-1 or it throws.
+  Picks active(const Tensor& indices, const Tensor& count, int64_t rows) const;
+  // A weight matrix (rows, width); throws where its type is none of ours.
+  Rows matrix(const Tensor& tensor, const char* name) const;
+  RowType row_type(const Tensor& tensor, const char* name) const;
+
+ private:
+  Tensor view(const OrtValue* value) const;
+
+  const Api& api_;
+  const OrtKernelInfo* info_;  // valid during creation only
+  std::string name_;
+  const Port* ports_;
+  std::vector<Tensor> constants_;
+};
+
+// ONNX Runtime's intra-op threads. Bodies must not throw.
+class Pool {
+ public:
+  Pool(const Api& api, const OrtKernelContext* context) : api_(api), context_(context) {}
+
+  template <class Body>
+  void run(size_t tasks, Body body) const {
+    if (tasks == 1) return body(0);
+    if (tasks > 1)
+      api_.check(api_.parallel_for(context_, [](void* data, size_t i) { (*static_cast<Body*>(data))(i); }, tasks, 0,
+                                   &body));
+  }
+
+ private:
+  const Api& api_;
+  const OrtKernelContext* context_;
+};
+
+// Floats for one call, kept by the thread for its next one. Nested use on a thread gets memory of its own.
+class Scratch {
+ public:
+  Scratch();
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // The whole request of a call at once, uninitialised, aligned to a cache line.
+  float* take(size_t floats);
+
+ private:
+  std::vector<float> memory_;
+};
+
+// A span of work that one thread does at a time.
+struct Chunk {
+  size_t begin, end;
+  size_t size() const { return end - begin; }
+};
+
+// Splits items among chunks that depend on the amount of work but never on the number of threads: partial sums are then
+// added in the same order whatever the session's options, and results repeat bit for bit.
+class Chunks {
+ public:
+  Chunks(size_t items, size_t bytes_each, size_t tokens);
+  size_t count() const { return count_; }
+  Chunk operator[](size_t i) const;
+
+ private:
+  size_t items_, count_;
+};
+
+// y[t] = start + sum of parts in order, for tokens rows of width; parts are tokens * width floats each.
+void add_up(const Pool& pool, const Kernels& kernels, const float* parts, size_t count, size_t tokens, size_t width,
+            const float* start, float* y);
+
+template <class Body>
+OrtStatus* guarded(const Api& api, Body body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const Error& error) {
+    return api.create_status(kInvalidArgument, error.what());
+  } catch (const std::exception& error) {
+    return api.create_status(kFail, error.what());
+  } catch (...) {
+    return api.create_status(kFail, "unknown C++ exception");
+  }
+}
+
+// Before 1.24, ONNX Runtime reads the type of every input ahead of an op's shape inference and dies of an absent one.
+bool infers_despite_absent_inputs(const char* runtime_version);
+
+// Describes Op to the runtime. Op has kName, kPorts, kOutputType, a constructor (api, info), compute(context) and a
+// static infer(api, context).
+template <class Op>
+struct Registration : OrtCustomOp {
+  Registration(const Api& api, bool infers) : OrtCustomOp{}, api(api) {
+    version = kApiVersion;
+    GetName = [](const OrtCustomOp*) { return Op::kName; };
+    GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // the CPU
+    GetInputType = [](const OrtCustomOp*, size_t i) { return Op::kPorts[i].type; };
+    GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Op::kPorts); };
+    GetOutputType = [](const OrtCustomOp*, size_t) -> int { return Op::kOutputType; };
+    GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
+    GetInputCharacteristic = [](const OrtCustomOp*, size_t i) -> int { return Op::kPorts[i].characteristic; };
+    GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return kRequired; };
+    GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+    GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
+    GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
+    CreateKernelV2 = [](const OrtCustomOp* self, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
+      const Api& api = static_cast<const Registration*>(self)->api;
+      return guarded(api, [&] { *kernel = new Held{api, Op(api, info)}; });
+    };
+    KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+      Held& held = *static_cast<Held*>(kernel);
+      return guarded(held.api, [&] { held.op.compute(context); });
+    };
+    KernelDestroy = [](void* kernel) { delete static_cast<Held*>(kernel); };
+    if (infers)
+      InferOutputShapeFn = [](const OrtCustomOp* self, OrtShapeInferContext* context) {
+        const Api& api = static_cast<const Registration*>(self)->api;
+        return guarded(api, [&] { Op::infer(api, context); });
+      };
+    GetStartVersion = GetEndVersion = [](const OrtCustomOp*) { return 1; };
+  }
+
+  struct Held {
+    const Api& api;
+    Op op;
+  };
+  const Api& api;
+};
+
+// Shape inference of an op whose output has the shape of its first input.
+void infer_like_first_input(const Api& api, OrtShapeInferContext* context);
+
+// The ops of this library. Shared pointers, because they remember how to delete what OrtCustomOp cannot.
+// `infers`: give the runtime the op's shape inference.
+std::shared_ptr<OrtCustomOp> make_select_topk(const Api& api);
+std::shared_ptr<OrtCustomOp> make_sparse_mlp(const Api& api, bool infers);
+std::shared_ptr<OrtCustomOp> make_sparse_attention(const Api& api, bool infers);
+
+}  // namespace shadowllm

@@ -1,0 +1,65 @@
+// What the ops compute with: matrices of which single rows are read, and the kernels over them, one set per instruction
+// set. A new weight format is a RowType, its decoding in kernels.hpp, and nothing in the ops.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace shadowllm {
+
+enum class RowType { f32, bf16, f16 };
+enum class Activation { relu, silu, gelu };
+
+struct Rows {
+  const void* data;
+  size_t stride;  // bytes from one row to the next
+  size_t width;   // elements of a row
+  RowType type;
+};
+
+// The rows to visit: ids[0..count), or 0..count where ids is null.
+struct Picks {
+  const int32_t* ids;
+  size_t count;
+};
+
+// Rows that will be read next, at least kLeastAhead of them or null: the last rows of a pass fetch the first of the
+// next pass.
+constexpr size_t kLeastAhead = 8;
+struct Ahead {
+  const Rows* rows;
+  const int32_t* ids;
+};
+
+struct Kernels {
+  const char* name;
+  // out[i * tokens + t] = sum over k of rows[pick i][k] * x[t * width + k]
+  void (*project)(const Rows&, Picks, const float* x, size_t tokens, float* out, Ahead);
+  // y[t * width + k] += sum over i of h[i * tokens + t] * rows[pick i][k]
+  void (*accumulate)(const Rows&, Picks, const float* h, size_t tokens, float* y, Ahead);
+  // h[i] = act(h[i]), times up[i] where up is not null
+  void (*activate)(Activation, float* h, const float* up, size_t size);
+  // h[i] = exp(h[i] - max h); returns the sum
+  float (*exponentials)(float* h, size_t size);
+  // y[i] = sum of parts[p * stride + i] in the order of p, on top of start[i] where start is not null
+  void (*reduce)(const float* parts, size_t count, size_t stride, const float* start, float* y, size_t size);
+  // out[i] = data[i] as float
+  void (*widen)(const void* data, RowType, float* out, size_t size);
+};
+
+inline size_t element_size(RowType type) { return type == RowType::f32 ? 4 : 2; }
+
+// The best kernels of this CPU, or those named by the environment variable SHADOWLLM_NATIVE_ISA.
+// Throws Error where that names none, or one that this CPU cannot run.
+const Kernels& choose_kernels();
+
+// Names of the kernels that this CPU can run, best first, separated by commas.
+const char* supported_kernels();
+
+#if defined(__x86_64__)
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx2Kernels;
+#endif
+extern const Kernels kPortableKernels;
+
+}  // namespace shadowllm

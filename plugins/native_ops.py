@@ -1,0 +1,86 @@
+"""Finds the native custom ops for ONNX Runtime on CPU and registers them with a session.
+
+Without them a graph still runs, through the function bodies it carries (`functions`), only slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shadowllm import plugins
+from shadowllm.errors import UserError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+FILE_NAME = "libshadowllm_native.so"
+PATH_VARIABLE = "SHADOWLLM_NATIVE_OPS"  # a library built by hand
+ISA_VARIABLE = "SHADOWLLM_NATIVE_ISA"  # kernels to use instead of the CPU's best; see `kernels`
+
+
+def library() -> Path | None:
+    """The native library: the one that ``SHADOWLLM_NATIVE_OPS`` names, else the one installed with this package.
+
+    Raises:
+        UserError: the variable names no file.
+    """
+    given = os.environ.get(PATH_VARIABLE)
+    if given:
+        if not Path(given).is_file():
+            raise UserError(f"{PATH_VARIABLE} names {given}, which is no file", f"unset {PATH_VARIABLE} or correct it")
+        return Path(given).resolve()
+    # An editable install keeps what it compiled apart from the sources, and both are on the package's path.
+    found = (Path(folder) / FILE_NAME for folder in plugins.__path__)
+    return next((path.resolve() for path in found if path.is_file()), None)
+
+
+def register(session_options: ort.SessionOptions) -> bool:
+    """Let sessions made with these options run the custom ops natively.
+
+    Returns:
+        Whether they will. If not, one warning a process tells how to get the library.
+
+    Raises:
+        UserError: as `library`.
+    """
+    path = library()
+    if path is None:
+        _warn_once("the native ops were not built, so sparse layers run at the speed of their function bodies; "
+                   "install a C++ compiler and CMake, then reinstall shadowllm")
+        return False
+    try:
+        session_options.register_custom_ops_library(str(path))
+    except _load_errors() as error:
+        _warn_once(f"the native ops in {path} do not load, so sparse layers run at the speed of their function "
+                   f"bodies; reinstall shadowllm on this machine, with onnxruntime 1.17 or later ({error})")
+        return False
+    return True
+
+
+def kernels() -> tuple[str, ...]:
+    """Names of the kernels that this CPU can run, best first, e.g. ``("avx512", "avx2", "portable")``.
+
+    Empty without the library. Setting ``SHADOWLLM_NATIVE_ISA`` to one of them chooses it for new sessions.
+    """
+    path = library()
+    if path is None:
+        return ()
+    query = ctypes.CDLL(str(path)).shadowllm_native_kernels
+    query.restype = ctypes.c_char_p
+    return tuple(query().decode().split(","))
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a library that it cannot open or that refuses to register."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+    return (state.Fail, state.InvalidArgument, state.RuntimeException, state.NotImplemented)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,0 +1,134 @@
+"""Finding and registering the native library, and what ONNX Runtime makes of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+from shadowllm.errors import UserError
+from shadowllm.plugins import functions, native_ops, schemas
+from tests.plugins.test_native_ops import MLP_WEIGHTS, attention_inputs, mlp_inputs, ort, run
+
+built = pytest.mark.skipif(not native_ops.kernels(), reason="the native ops are not built")
+FORM = functions.FunctionForm(activation="silu", gated=True, qkv_bias=True, o_bias=True, mlp_bias=True, rope=True,
+                              n_heads=6, n_kv_heads=3, head_dim=20)
+
+
+@built
+def test_sessions_can_share_options():
+    options = ort.SessionOptions()
+    assert native_ops.register(options)
+    assert native_ops.register(ort.SessionOptions())
+
+
+def test_missing_library_warns_once_and_names_the_remedy(monkeypatch):
+    native_ops._warn_once.cache_clear()
+    monkeypatch.delenv(native_ops.PATH_VARIABLE, raising=False)
+    monkeypatch.setattr(native_ops, "FILE_NAME", "no_such_library.so")
+    with pytest.warns(RuntimeWarning, match=r"C\+\+ compiler and CMake, then reinstall"):
+        assert not native_ops.register(ort.SessionOptions())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not native_ops.register(ort.SessionOptions())
+    assert native_ops.kernels() == ()
+
+
+def test_damaged_library_warns(monkeypatch, tmp_path):
+    path = tmp_path / "damaged.so"
+    path.write_bytes(b"\x7fELF, but no more than that")
+    monkeypatch.setenv(native_ops.PATH_VARIABLE, str(path))
+    with pytest.warns(RuntimeWarning, match="damaged.so do not load"):
+        assert not native_ops.register(ort.SessionOptions())
+
+
+def test_path_that_is_no_file(monkeypatch, tmp_path):
+    monkeypatch.setenv(native_ops.PATH_VARIABLE, str(tmp_path / "nothing.so"))
+    with pytest.raises(UserError, match=r"nothing\.so, which is no file"):
+        native_ops.library()
+
+
+@built
+def test_a_runtime_too_old_gets_an_error_not_a_crash(tmp_path):
+    """A stand-in for an old runtime: it offers version 1 of the table, whose first function makes a status."""
+    script = f"""
+import ctypes as c
+made = []
+create = c.CFUNCTYPE(c.c_void_p, c.c_int, c.c_char_p)(lambda code, text: made.append(text.decode()) or 1)
+table = (c.c_void_p * 1)(c.cast(create, c.c_void_p))
+get = c.CFUNCTYPE(c.c_void_p, c.c_uint32)(lambda version: c.addressof(table) if version == 1 else None)
+base = (c.c_void_p * 2)(c.cast(get, c.c_void_p), None)
+register = c.CDLL({str(native_ops.library())!r}).RegisterCustomOps
+register.restype = c.c_void_p
+assert register(None, c.byref(base)) == 1
+print(made)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "need ONNX Runtime 1.17 or later" in done.stdout
+
+
+def model_with_bodies(op: str, inputs: dict[str, np.ndarray], **attributes) -> bytes:
+    """One node and the function bodies of its domain, as a bundle carries them."""
+    schema = schemas.SCHEMAS[op]
+    types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
+    node = helper.make_node(op, [port.name for port in schema.inputs], [schema.outputs[0].name],
+                            domain=schemas.DOMAIN, **attributes)
+    graph = helper.make_graph([node], "test", [helper.make_tensor_value_info(n, types[a.dtype], a.shape)
+                                               for n, a in inputs.items()],
+                              [helper.make_tensor_value_info(schema.outputs[0].name, TensorProto.FLOAT, None)])
+    bodies = [ir.serde.serialize_function(f) for f in functions.function_bodies(FORM) if f.name == op]
+    model = helper.make_model(graph, ir_version=10, functions=bodies, opset_imports=[
+        helper.make_opsetid("", functions.OPSET), helper.make_opsetid(schemas.DOMAIN, schemas.VERSION)])
+    return model.SerializeToString()
+
+
+@built
+@pytest.mark.parametrize("op", ["SparseMLP", "SparseAttention"])
+def test_one_file_runs_the_body_or_the_native_op(op):
+    if op == "SparseMLP":
+        inputs, attributes = mlp_inputs("llama-biases", (123, 88, 2, 3, 40)), {"activation": "silu", "layer": 7}
+    else:
+        inputs = attention_inputs("llama-biases", (123, 6, 3, 20, 40, 2, 5, (5, 31), 4))
+        attributes = {"n_heads": 6, "layer": 7}
+    model = model_with_bodies(op, inputs, **attributes)
+    outputs = {}
+    for native in (False, True):
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        if native:
+            assert native_ops.register(options)
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        outputs[native] = session.run(None, inputs)[0]
+        with pytest.raises(Exception, match=r"out of|outside") as error:
+            session.run(None, inputs | {"indices": np.full_like(inputs["indices"], 10**6)})
+        assert (f"{op} layer 7: index 1000000 is outside" in str(error.value)) == native  # only the op says it so
+    np.testing.assert_allclose(outputs[True], outputs[False], rtol=0, atol=2e-6 * np.abs(outputs[False]).max())
+
+
+@built
+@pytest.mark.parametrize("size", [(576, 1536, 1, 1, 700), (123, 88, 3, 5, 80)])
+def test_threads_do_not_change_a_bit(size):
+    inputs = mlp_inputs("llama-biases", size)
+    one, two, three = (run("SparseMLP", inputs, MLP_WEIGHTS, threads=n, activation="silu", layer=0) for n in (1, 2, 3))
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(one, three)
+
+
+@built
+def test_threads_do_not_change_a_bit_of_attention():
+    inputs = attention_inputs("llama", (576, 9, 3, 64, 300, 2, 3, (257, 30), 7))
+    one, two = (run("SparseAttention", inputs, ("w_q", "w_o"), threads=n, n_heads=9, layer=0) for n in (1, 2))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_registration_is_silent_where_it_works():
+    if not native_ops.kernels():
+        pytest.skip("the native ops are not built")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native_ops.register(ort.SessionOptions())

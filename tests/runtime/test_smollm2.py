@@ -1,0 +1,56 @@
+"""A real trained model: with everything active, every sparse path is the dense model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from shadowllm.benchmarks.passage import passage
+from shadowllm.exporter.manifest import read_manifest
+from shadowllm.runtime import Budget, generate, open_session
+from shadowllm.runtime.ort import OrtSession
+from shadowllm.runtime.text import load_tokenizer
+from shadowllm.runtime.torch import TorchSession
+from tests.bundles import make_bundle
+
+TOKENS, GREEDY = 256, 64
+
+
+@pytest.fixture(scope="module")
+def folder(smollm2, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    make_bundle(smollm2, folder, rank=32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    tokenizer = load_tokenizer(folder, read_manifest(folder))
+    return passage(lambda part: tokenizer.encode(part, add_special_tokens=False).ids, TOKENS)
+
+
+def run(session, text):
+    """Teacher-forced logits at every position of the text, then a greedy continuation of its start."""
+    with session:
+        session.set_budget(Budget())
+        logits = [session.prefill([text[:1]])[0].copy()]
+        logits += [session.decode(np.array([token]))[0].copy() for token in text[1:]]
+        return np.stack(logits), [step[0] for step in generate(session, [text[:32]], GREEDY)]
+
+
+@pytest.fixture(scope="module")
+def dense(folder, text):
+    return run(open_session(folder, "ort-dense"), text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("session", [
+    pytest.param(lambda folder: OrtSession(folder), id="ort-native"),
+    pytest.param(lambda folder: OrtSession(folder, native=False), id="ort-function-bodies"),
+    pytest.param(lambda folder: TorchSession.open(folder), id="torch"),
+])
+def test_everything_active_equals_dense(folder, text, dense, session):
+    logits, tokens = run(session(folder), text)
+    assert np.abs(logits - dense[0]).max() < 1e-4 * np.abs(dense[0]).max()
+    assert tokens == dense[1]
+    assert len(tokens) == GREEDY
