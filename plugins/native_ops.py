@@ -57,7 +57,7 @@ def register(session_options: ort.SessionOptions) -> bool:
         session_options.register_custom_ops_library(str(path))
     except _load_errors() as error:
         _warn_once(f"the native ops in {path} do not load, so sparse layers run at the speed of their function "
-                   f"bodies; reinstall shadowllm on this machine, with onnxruntime 1.17 or later ({error})")
+                   f"bodies; reinstall shadowllm on this machine, with onnxruntime 1.32 or later ({error})")
         return False
     return True
 

@@ -182,7 +182,7 @@ class Piece:
         except (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.InvalidArgument,
                 errors.NotImplemented, errors.RuntimeException) as error:
             raise UserError(f"ONNX Runtime {ort.__version__} cannot load {path} ({str(error).splitlines()[0][:200]})",
-                            "use onnxruntime 1.23 or later, or export the model again") from error
+                            "use onnxruntime 1.32 or later, or export the model again") from error
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
 

@@ -175,6 +175,15 @@ bool infers_despite_absent_inputs(const char* runtime_version) {
 void infer_like_first_input(const Api& api, OrtShapeInferContext* context) {
   OrtTensorTypeAndShapeInfo* x = nullptr;  // owned by the context
   api.check(api.shape_infer_get_input(context, 0, &x));
+  size_t rank = 0;
+  api.check(api.get_dimensions_count(x, &rank));
+  std::vector<int64_t> dims(rank);
+  std::vector<const char*> names(rank);
+  api.check(api.get_dimensions(x, dims.data(), rank));
+  api.check(api.get_symbolic_dimensions(x, names.data(), rank));
+  // ONNX Runtime would take an unknown dimension without a name for the size -1: then better no shape.
+  for (size_t i = 0; i < rank; ++i)
+    if (dims[i] < 0 && *names[i] == '\0') return;
   api.check(api.shape_infer_set_output(context, 0, x));
 }
 

@@ -132,3 +132,31 @@ def test_registration_is_silent_where_it_works():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert native_ops.register(ort.SessionOptions())
+
+
+@built
+def test_an_input_of_unknown_unnamed_size_loads(tmp_path):
+    """A shape that is computed leaves dimensions without size or name; they must not be taken for a size."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((7, 5)).astype(np.float32)
+    x, shape = ir.val("x", dtype=ir.DataType.FLOAT, shape=["n", 5]), ir.val("shape", dtype=ir.DataType.INT64, shape=[3])
+    indices = ir.val("indices", dtype=ir.DataType.INT32, shape=[7])
+    count = ir.val("count", dtype=ir.DataType.INT32, shape=[])
+    rows = ir.Value(name="rows", const_value=ir.tensor(weight, name="rows"))
+    rows.dtype, rows.shape = ir.DataType.FLOAT, ir.Shape([7, 5])
+    flat = ir.Value(name="flat", const_value=ir.tensor(np.array([-1, 5]), name="flat"))
+    flat.dtype, flat.shape = ir.DataType.INT64, ir.Shape([2])
+    wide = ir.node("Reshape", [x, shape])
+    mlp = ir.node("SparseMLP", [wide.outputs[0], indices, count, None, None, rows, None, rows],
+                  {"activation": "relu", "layer": 0}, domain=schemas.DOMAIN)
+    back = ir.node("Reshape", [mlp.outputs[0], flat])
+    back.outputs[0].name, back.outputs[0].dtype = "y", ir.DataType.FLOAT
+    graph = ir.Graph([x, shape, indices, count], back.outputs, nodes=[wide, mlp, back], initializers=[rows, flat],
+                     opset_imports={"": functions.OPSET, schemas.DOMAIN: schemas.VERSION})
+    options = ort.SessionOptions()
+    assert native_ops.register(options)
+    session = ort.InferenceSession(ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString(), options)
+    feeds = {"x": rng.standard_normal((6, 5)).astype(np.float32), "shape": np.array([2, 3, 5]),
+             "indices": np.arange(7, dtype=np.int32), "count": np.array(7, dtype=np.int32)}
+    expected = np.maximum(feeds["x"] @ weight.T, 0) @ weight
+    np.testing.assert_allclose(session.run(None, feeds)[0], expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,225 @@
+"""Our dense graph and loop against those of other toolkits, each in a process and an environment of its own.
+
+    python -m shadowllm.benchmarks.peers MODEL BUNDLE --genai-python PYTHON --optimum-python PYTHON
+
+MODEL is what BUNDLE was exported from, in float32. The toolkits need different versions of
+transformers, hence the two environments (this project's own folder is the last ``.``):
+
+    python -m venv .peers/genai
+    .peers/genai/bin/pip install torch==2.13.0
+    .peers/genai/bin/pip install onnxruntime==1.32.0 onnxruntime-genai==0.18.0 "transformers>=5,<6" onnx onnx-ir
+    .peers/genai/bin/pip install --no-deps .
+    python -m venv .peers/optimum
+    .peers/optimum/bin/pip install torch==2.13.0
+    .peers/optimum/bin/pip install onnxruntime==1.32.0 optimum-onnx==0.1.0 "transformers<4.58"
+    .peers/optimum/bin/pip install --no-deps .
+
+All three environments should hold the same onnxruntime. A toolkit whose interpreter is not given
+is left out, and the report says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shadowllm.benchmarks.environment import environment
+from shadowllm.benchmarks.harness import Contender, race, speedup, summarise
+from shadowllm.benchmarks.passage import passage
+from shadowllm.benchmarks.report import Report, Result
+from shadowllm.benchmarks.traffic import mean_traffic
+from shadowllm.errors import UserError
+from shadowllm.exporter.manifest import read_manifest
+from shadowllm.models.registry import load_model
+from shadowllm.predictor.progress import progress
+from shadowllm.runtime.text import load_tokenizer
+
+# Ours, theirs, and how many times faster ours is meant to be.
+TARGETS = (("dense", "genai-graph", 0.95), ("dense", "optimum-run", 1.2), ("dense", "optimum-bound", 1.2),
+           ("dense-loop", "genai-loop", 1.2), ("dense-loop", "genai-default", 1.2))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders share."""
+
+    threads: int
+    prompt_len: int
+    new_tokens: int
+
+
+def own_contenders(bundle: Path, setting: Setting) -> list[Contender]:
+    """Our dense graph, and our whole generation loop over it."""
+    command = (sys.executable, "-P", "-m", "shadowllm.benchmarks.worker", str(bundle), "ort-dense",
+               "--threads", str(setting.threads))
+    return [Contender("dense", command), Contender("dense-loop", (*command, "--loop"))]
+
+
+def genai_contenders(python: Path, checkpoint: Path, folder: Path, setting: Setting) -> list[Contender]:
+    """The graph that onnxruntime-genai's builder writes, on plain ONNX Runtime, and its own generator.
+
+    The generator runs twice: told how long the text gets, and with its default, a cache for the
+    model's whole context.
+    """
+    _export(folder, (str(python), "-P", "-m", "onnxruntime_genai.models.builder", "-m", str(checkpoint),
+                     "-o", str(folder), "-p", "fp32", "-e", "cpu", "-c", str(folder.with_name("genai-cache"))))
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = setting.threads
+    (folder / "genai_config.json").write_text(json.dumps(config, indent=2))
+    return [Contender("genai-graph", _peer(python, "shared", folder, setting)),
+            Contender("genai-loop", _peer(python, "genai", folder, setting)),
+            Contender("genai-default", _peer(python, "genai", folder, setting, capacity=0))]
+
+
+def optimum_contenders(python: Path, checkpoint: Path, folder: Path, setting: Setting) -> list[Contender]:
+    """Optimum's traced export, run as optimum runs it on a CPU, and with IO binding."""
+    _export(folder, (str(python), "-P", "-m", "optimum.exporters.onnx", "--model", str(checkpoint),
+                     "--task", "text-generation-with-past", str(folder)))
+    return [Contender("optimum-run", _peer(python, "run", folder, setting)),
+            Contender("optimum-bound", _peer(python, "bound", folder, setting))]
+
+
+def _peer(python: Path, how: str, folder: Path, setting: Setting, capacity: int | None = None) -> tuple[str, ...]:
+    capacity = setting.prompt_len + setting.new_tokens if capacity is None else capacity
+    return (str(python), "-P", "-m", "shadowllm.benchmarks.peer_worker", how, str(folder),
+            "--threads", str(setting.threads), "--capacity", str(capacity))
+
+
+def _export(folder: Path, command: Sequence[str]) -> None:
+    """Run another toolkit's exporter, unless its graph is there already."""
+    if (folder / "model.onnx").is_file():
+        return
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"cannot start {command[0]} ({error.strerror})", "name an interpreter that exists") from error
+    if done.returncode:
+        # A half-written graph must not pass for a finished one the next time.
+        (folder / "model.onnx").unlink(missing_ok=True)
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        raise UserError(f"{command[3]} failed: {last}", "see the module's documentation for the packages it needs")
+
+
+def save_checkpoint(model: str, folder: Path) -> Path:
+    """Write a model as a plain float32 Hugging Face checkpoint that both toolkits read.
+
+    Raises:
+        UserError: what `load_model` refuses.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = load_model(model)[2]
+    extra = {"gguf_file": checkpoint.gguf} if checkpoint.gguf else {}
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, **extra)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # A fresh model of the same weights: transformers refuses to save what came out of a quantised file.
+    fresh = type(loaded)(config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(folder)
+    checkpoint.tokenizer().save_pretrained(folder)
+    _spell_rope_for_transformers_4(folder / "config.json")
+    return folder
+
+
+def _spell_rope_for_transformers_4(path: Path) -> None:
+    config = json.loads(path.read_text())
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    config["torch_dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2))
+
+
+def compare(model: str, bundle: Path, work: Path, genai_python: Path | None, optimum_python: Path | None,
+            setting: Setting, runs: int) -> tuple[Report, list[str]]:
+    """Export what is missing, race all contenders, and say what was left out.
+
+    Raises:
+        UserError: nothing to compare with, no float32 bundle, or an exporter or worker that failed.
+    """
+    manifest = read_manifest(bundle)
+    if manifest.dtype != "float32":
+        raise UserError(f"{bundle} is a {manifest.dtype} bundle", "the comparison is in float32: export it so")
+    toolkits = {"onnxruntime-genai (--genai-python)": (genai_python, genai_contenders, work / "genai"),
+                "optimum (--optimum-python)": (optimum_python, optimum_contenders, work / "optimum")}
+    skipped = [name for name, (python, _, _) in toolkits.items() if python is None]
+    if len(skipped) == len(toolkits):
+        raise UserError("no other toolkit to compare with", "give --genai-python or --optimum-python")
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = save_checkpoint(model, work / "checkpoint")
+    contenders = own_contenders(bundle, setting)
+    for python, make, folder in toolkits.values():
+        if python is not None:
+            contenders += make(python, checkpoint, folder, setting)
+    tokenizer = load_tokenizer(bundle, manifest)
+    prompt = passage(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, setting.prompt_len)
+    with progress("Peers", len(contenders) * (1 + runs)) as advance:
+        taken, _ = race(contenders, {"prompt": prompt, "new_tokens": setting.new_tokens}, runs=runs, warmup=1,
+                        tick=lambda _: advance(1))
+    _check_tokens({name: generations[0].tokens for name, generations in taken.items()})
+    traffic = mean_traffic(manifest.spec, 4, setting.prompt_len, setting.new_tokens)
+    results = [Result(name, summarise(generations), traffic) for name, generations in taken.items()]
+    pairs = [{"name": ours, "baseline": theirs, "speedup": speedup(taken[theirs], taken[ours]), "target": target}
+             for ours, theirs, target in TARGETS if theirs in taken]
+    settings = {"model": manifest.model, "runs": runs, "skipped": skipped} | vars(setting)
+    return Report(environment(setting.threads), settings, results, pairs), skipped
+
+
+def _check_tokens(tokens: dict[str, list[int]]) -> None:
+    """All contenders must have computed the same thing, or their times say nothing."""
+    reference = tokens["dense"]
+    for name, found in tokens.items():
+        # Rounding may part two greedy paths late in a text; another model or cache parts them at once.
+        if found[:8] != reference[:8]:
+            raise UserError(f"{name} generates other tokens than our dense graph ({found[:8]}, not {reference[:8]})",
+                            "give the model that the bundle was exported from, and an empty --work folder")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; prints the table and whether each target was met."""
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(prog="python -m shadowllm.benchmarks.peers", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Hugging Face id, folder or .gguf file")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--genai-python", type=Path, help="interpreter that has onnxruntime-genai")
+    parser.add_argument("--optimum-python", type=Path, help="interpreter that has optimum-onnx")
+    parser.add_argument("--work", type=Path, default=Path(".peers"), help="where the peers' exports lie and are reused")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt-len", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args(arguments)
+    console = Console(width=max(Console().width, 120))  # seven contenders side by side
+    try:
+        report, skipped = compare(given.model, given.bundle, given.work, given.genai_python, given.optimum_python,
+                                  Setting(given.threads, given.prompt_len, given.new_tokens), given.runs)
+        report.print(console)
+        for pair in report.comparison:
+            met = "met" if pair["speedup"]["median"] >= pair["target"] else "missed"
+            console.print(f"Target: {pair['name']} at least {pair['target']}x {pair['baseline']}: {met}",
+                          highlight=False)
+        for name in skipped:
+            console.print(f"Skipped: {name} was not given", highlight=False)
+        if given.json:
+            report.save_json(given.json)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
