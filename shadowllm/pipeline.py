@@ -22,6 +22,7 @@ from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights, load_model
 from shadowllm.plugins.tensorrt.flavour import Flavour, require
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.calibration import calibration_windows
+from shadowllm.predictor.memory import keep_freed_memory
 from shadowllm.predictor.progress import progress
 from shadowllm.predictor.tracefile import Traces, calibrate
 from shadowllm.predictor.train import Recipe, train_shadow, train_static
@@ -66,7 +67,7 @@ class Calibration:
 
     texts: Sequence[str] = ()
     tokens: int = 8192
-    seqlen: int = 256
+    seqlen: int = 128
     criterion: str = "l2norm"
     dense_layers: int = 1
     seed: int = 0
@@ -215,6 +216,7 @@ def _calibrate(spec: ModelSpec, weights: Weights, checkpoint: Checkpoint, option
                loaded: dict[str, Tensor] | None = None) -> Traces:
     if not 0 < options.dense_layers < spec.n_layers:
         raise UserError(f"{options.dense_layers} dense layers of {spec.n_layers}", f"give 1 to {spec.n_layers - 1}")
+    keep_freed_memory()
     tokenizer, loaded = checkpoint.tokenizer(), loaded or weights.load()
 
     def encode(text: str) -> list[int]:

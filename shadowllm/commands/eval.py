@@ -44,11 +44,13 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.exporter.manifest import read_manifest
     from shadowllm.predictor.calibration import token_windows
     from shadowllm.predictor.evaluate import evaluate, report
+    from shadowllm.predictor.memory import keep_freed_memory
     from shadowllm.predictor.progress import progress
     from shadowllm.runtime.text import load_tokenizer
 
     if args.tokens < args.seqlen:
         raise UserError(f"{args.tokens} tokens are less than one window of {args.seqlen}", "raise --tokens or lower --seqlen")
+    keep_freed_memory()
     manifest = read_manifest(args.bundle)
     tokenizer = load_tokenizer(args.bundle, manifest)
     weights, predictor = read_weights(args.bundle, manifest)

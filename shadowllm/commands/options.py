@@ -66,7 +66,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration-text", nargs="+", default=(), metavar="FILE",
                        help="text files or a Hugging Face dataset id (default: text the model writes, and Python's documentation)")
     group.add_argument("--calibration-tokens", type=int, default=8192, metavar="N", help="tokens to trace (default: 8192)")
-    group.add_argument("--calibration-seqlen", type=int, default=256, metavar="N", help="tokens of a window (default: 256)")
+    group.add_argument("--calibration-seqlen", type=int, default=128, metavar="N", help="tokens of a window (default: 128)")
     group.add_argument("--criterion", default="l2norm", help="importance score: l2norm or plainact (default: l2norm)")
     group.add_argument("--dense-layers", type=int, default=1, metavar="N", help="leading layers that stay dense (default: 1)")
     group.add_argument("--seed", type=int, default=0, help="of sampling and training (default: 0)")
@@ -87,7 +87,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
                        help="predictor to train; random measures speed alone (default: shadow)")
     group.add_argument("--rank", type=int, help="width of the shadow (default: under 5%% of the model's parameters)")
     group.add_argument("--epochs", type=int, help="passes over the traces")
-    group.add_argument("--loss", help="bce or mse")
+    group.add_argument("--loss", help="weighted_bce, bce or mse (default: weighted_bce)")
 
 
 def recipe(args: argparse.Namespace) -> Recipe:

@@ -1,0 +1,173 @@
+"""Quality of selectors against budgets: perplexity, distance from dense, recall of what matters.
+
+Teacher-forced over token windows with a choice per position, as decode makes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shadowllm.errors import UserError
+from shadowllm.models.budget import Budget
+from shadowllm.models.decoder import Decoder, Unit
+from shadowllm.models.spec import ModelSpec
+from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.criteria import find_criterion
+from shadowllm.predictor.progress import Advance, no_progress
+from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
+from shadowllm.predictor.topk import top_mask
+from shadowllm.predictor.traces import Tracer
+
+DENSE = "dense"
+UNITS: tuple[Unit, ...] = ("heads", "neurons")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One selector at one budget, means over all predicted tokens.
+
+    Attributes:
+        selector: its name; "dense" for the model as it is.
+        neuron_budget, head_budget: fractions kept in the sparse layers.
+        perplexity: exp of the mean next-token cross entropy (nats).
+        kl: KL divergence of the selector's next-token distribution from dense's, nats.
+        top1_agreement: share of positions whose likeliest token is dense's.
+        neuron_recall, head_recall: share of the truly important units (the criterion's top k in the
+            dense pass) among the chosen; 1 for dense.
+        gap_closure: (ln ppl_static - ln ppl) / (ln ppl_static - ln ppl_oracle) at the same budget;
+            None where static or oracle was not run or they do not differ.
+    """
+
+    selector: str
+    neuron_budget: float
+    head_budget: float
+    perplexity: float
+    kl: float
+    top1_agreement: float
+    neuron_recall: float
+    head_recall: float
+    gap_closure: float | None = None
+
+
+def evaluate(spec: ModelSpec, weights: Mapping[str, Tensor], predictor: Predictor | None, selector: str | Sequence[str],
+             windows: Tensor, neuron_budgets: Sequence[float], head_budgets: Sequence[float] = (1.0,), *,
+             dense_layers: int = 1, criterion: str | None = None, seed: int = 0,
+             advance: Advance = no_progress) -> list[Result]:
+    """Run selectors over a sweep of budgets (every neuron budget with every head budget).
+
+    Args:
+        weights: canonical float32 tensors in memory.
+        predictor: needed by ``static`` and ``shadow``; its own ``dense_layers`` then holds.
+        selector: one name or several.
+        windows: int64 ``(n, seqlen)``; each is a text of its own.
+        criterion: what oracle and recall go by; the predictor's own, else ``l2norm``.
+        seed: of the random selector.
+        advance: told 1 for each pass, ``n * (1 + selectors * budgets)`` in all.
+
+    Returns:
+        The dense result first, then the selectors, each with its budgets in the order given.
+
+    Raises:
+        UserError: no windows, windows of one token, an unknown name, a budget outside (0, 1] or a missing predictor.
+    """
+    if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
+        raise UserError("nothing to evaluate on", "give at least one window of two tokens")
+    names = [selector] if isinstance(selector, str) else list(selector)
+    if predictor is not None:
+        dense_layers = predictor.dense_layers
+        criterion = criterion or predictor.record.get("criterion")
+    context = Context(spec, weights, dense_layers, predictor, criterion or "l2norm", seed)
+    runs = [_Run(name, Budget(neurons, heads), context) for name in names for heads in head_budgets
+            for neurons in neuron_budgets]
+    dense = _Sums()
+    for window in windows.split(1):
+        logits, truth = _dense_pass(context, window)
+        dense.add(window, logits, logits)
+        advance(1)
+        for run in runs:
+            run.add(window, logits, truth)
+            advance(1)
+    return _with_gap_closure([dense.result(DENSE, Budget())] + [run.result() for run in runs])
+
+
+def report(results: Sequence[Result]) -> dict[str, Any]:
+    """The JSON of an evaluation: ``{"dense": {"perplexity": ...}, "results": [...]}``."""
+    dense = next(result for result in results if result.selector == DENSE)
+    return {"dense": {"perplexity": dense.perplexity},
+            "results": [asdict(result) for result in results if result.selector != DENSE]}
+
+
+@torch.no_grad()
+def _dense_pass(context: Context, window: Tensor) -> tuple[Tensor, dict[Unit, Tensor]]:
+    """Dense logits, and the true importance of every unit, ``(seqlen, n_sparse, n_units)``."""
+    tracer = Tracer(context.spec, context.weights, context.criterion, context.dense_layers)
+    with torch.set_grad_enabled(find_criterion(context.criterion).needs_gradients):
+        traced = tracer.trace(window)
+    return Decoder(context.spec, context.weights)(window), {"heads": traced.heads, "neurons": traced.neurons}
+
+
+@dataclass
+class _Sums:
+    """Totals over the windows seen."""
+
+    tokens: int = 0
+    nll: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+    hit: dict[Unit, int] = field(default_factory=lambda: {"heads": 0, "neurons": 0})
+    wanted: dict[Unit, int] = field(default_factory=lambda: {"heads": 0, "neurons": 0})
+
+    def add(self, window: Tensor, logits: Tensor, dense: Tensor) -> None:
+        """Compare the logits of one window ``(1, seqlen)`` with dense's."""
+        mine, theirs = (x[0, :-1].log_softmax(dim=-1) for x in (logits, dense))
+        self.tokens += len(mine)
+        self.nll += float(F.nll_loss(mine, window[0, 1:], reduction="sum"))
+        self.kl += float(F.kl_div(mine, theirs, reduction="sum", log_target=True))
+        self.agreed += int((mine.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
+
+    def result(self, name: str, budget: Budget) -> Result:
+        recalls = {unit: self.hit[unit] / self.wanted[unit] if self.wanted[unit] else 1.0 for unit in UNITS}
+        return Result(name, budget.neurons, budget.heads, math.exp(self.nll / self.tokens), self.kl / self.tokens,
+                      self.agreed / self.tokens, recalls["neurons"], recalls["heads"])
+
+
+class _Run:
+    """One selector at one budget."""
+
+    def __init__(self, name: str, budget: Budget, context: Context) -> None:
+        self._name, self._budget = name, budget
+        self._counts = dict(zip(UNITS, budget.counts(context.spec), strict=True))
+        self._first = context.dense_layers
+        self._decoder = MaskedDecoder(context, make_selector(name, context), budget)
+        self._sums = _Sums()
+
+    def add(self, window: Tensor, dense: Tensor, truth: Mapping[Unit, Tensor]) -> None:
+        self._sums.add(window, self._decoder(window), dense)
+        for (layer, unit), chosen in self._decoder.masks.items():
+            wanted = top_mask(truth[unit][:, layer - self._first], self._counts[unit])
+            self._sums.hit[unit] += int((chosen[0] & wanted).sum())
+            self._sums.wanted[unit] += int(wanted.sum())
+
+    def result(self) -> Result:
+        return self._sums.result(self._name, self._budget)
+
+
+def _with_gap_closure(results: list[Result]) -> list[Result]:
+    logs = {(r.selector, r.neuron_budget, r.head_budget): math.log(r.perplexity) for r in results}
+    return list(_closed(results, logs))
+
+
+def _closed(results: list[Result], logs: Mapping[tuple[str, float, float], float]) -> Iterator[Result]:
+    for result in results:
+        static, oracle = (logs.get((name, result.neuron_budget, result.head_budget)) for name in ("static", "oracle"))
+        closure = None
+        if static is not None and oracle is not None and static != oracle:
+            closure = (static - math.log(result.perplexity)) / (static - oracle)
+        yield Result(**(asdict(result) | {"gap_closure": closure}))

@@ -1,0 +1,211 @@
+"""Selectors: who chooses the active heads and neurons of each sparse layer, token by token.
+
+For evaluation in PyTorch a selector is applied to every position of a window, each with its own
+choice. That is what a decode step does, so a teacher-forced pass measures the decode regime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shadowllm.errors import UserError
+from shadowllm.models.budget import Budget
+from shadowllm.models.decoder import Decoder, Unit
+from shadowllm.models.spec import ModelSpec
+from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.criteria import find_criterion, unit_trace
+from shadowllm.predictor.networks import scores
+from shadowllm.predictor.topk import top_mask
+from shadowllm.predictor.traces import Tracer
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a selector may draw on; each takes what it needs."""
+
+    spec: ModelSpec
+    weights: Mapping[str, Tensor]
+    dense_layers: int = 1
+    predictor: Predictor | None = None
+    criterion: str = "l2norm"
+    seed: int = 0
+
+
+class Selector(Protocol):
+    """Scores the units of a layer; the highest stay active."""
+
+    def start(self, windows: Tensor, hidden: Tensor) -> None:
+        """Called once a pass with the tokens ``(batch, seqlen)`` and the input of the first sparse
+        layer ``(batch, seqlen, hidden_size)``."""
+        ...
+
+    def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        """Scores ``(batch, seqlen, n_units)``, or anything that broadcasts to it, of a tap's activation."""
+        ...
+
+
+SELECTORS: dict[str, Callable[[Context], Selector]] = {}
+
+
+def selector(name: str) -> Callable[[Callable[[Context], Selector]], Callable[[Context], Selector]]:
+    """Register a class or function that makes a `Selector` of a `Context`."""
+
+    def register(make: Callable[[Context], Selector]) -> Callable[[Context], Selector]:
+        SELECTORS[name] = make
+        return make
+
+    return register
+
+
+def make_selector(name: str, context: Context) -> Selector:
+    """Build a selector by name.
+
+    Raises:
+        UserError: no such selector, or it needs a predictor that was not given.
+    """
+    if name not in SELECTORS:
+        raise UserError(f"no selector {name!r}", f"known: {', '.join(sorted(SELECTORS))}")
+    return SELECTORS[name](context)
+
+
+@selector("static")
+class Static:
+    """The calibrated ranking, the same for every token."""
+
+    def __init__(self, context: Context) -> None:
+        predictor = _needs_predictor("static", context)
+        self._scores: dict[Unit, Tensor] = {unit: predictor.tensors[f"{unit}.scores"] for unit in ("heads", "neurons")}
+        self._dense_layers = context.dense_layers
+
+    def start(self, windows: Tensor, hidden: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        """One row for every token, ``(n_units,)``."""
+        return self._scores[unit][layer - self._dense_layers]
+
+
+@selector("shadow")
+class Shadow:
+    """One network at the first sparse layer that scores the whole model ahead."""
+
+    def __init__(self, context: Context) -> None:
+        self._predictor = _needs_predictor("shadow", context)
+        if self._predictor.kind != "shadow":
+            raise UserError(f"the predictor is {self._predictor.kind}, not shadow", "train one with --selector shadow")
+        self._dense_layers = context.dense_layers
+        self._scores: dict[Unit, Tensor] = {}
+
+    def start(self, windows: Tensor, hidden: Tensor) -> None:
+        """Run the network over the window."""
+        heads, neurons = scores(self._predictor, hidden.flatten(0, 1))
+        self._scores = {"heads": heads.unflatten(0, windows.shape), "neurons": neurons.unflatten(0, windows.shape)}
+
+    def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        """This layer's part of the network's output."""
+        return self._scores[unit][:, :, layer - self._dense_layers]
+
+
+@selector("random")
+class Random:
+    """A fresh random choice per token, layer and unit; the floor of every comparison."""
+
+    def __init__(self, context: Context) -> None:
+        self._seed = context.seed
+        self._generator = torch.Generator()
+
+    def start(self, windows: Tensor, hidden: Tensor) -> None:
+        """Start over, so that every pass makes the same choices."""
+        self._generator.manual_seed(self._seed)
+
+    def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        """Uniform in [0, 1)."""
+        return torch.rand(activation.shape[:3], generator=self._generator)
+
+
+@selector("oracle")
+def oracle(context: Context) -> Selector:
+    """True importance; analysis only."""
+    if find_criterion(context.criterion).needs_gradients:
+        return _DenseOracle(context)
+    return _InPlaceOracle(context)
+
+
+class _InPlaceOracle:
+    """Ranks what the layer computes at this moment, upstream masks included."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._score = find_criterion(context.criterion).score
+
+    def start(self, windows: Tensor, hidden: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        """The criterion of the current activation."""
+        return self._score(unit_trace(self._context.spec, self._context.weights, layer, unit, activation))
+
+
+class _DenseOracle:
+    """Ranks the dense pass: a gradient exists only once the whole window has been through the model."""
+
+    def __init__(self, context: Context) -> None:
+        self._tracer = Tracer(context.spec, context.weights, context.criterion, context.dense_layers)
+        self._scores: dict[Unit, Tensor] = {}
+
+    def start(self, windows: Tensor, hidden: Tensor) -> None:
+        """Trace the window densely."""
+        with torch.enable_grad():
+            traced = self._tracer.trace(windows)
+        self._scores = {"heads": traced.heads.unflatten(0, windows.shape),
+                        "neurons": traced.neurons.unflatten(0, windows.shape)}
+
+    def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        """This layer's part of the trace."""
+        return self._scores[unit][:, :, layer - self._tracer.dense_layers]
+
+
+def _needs_predictor(name: str, context: Context) -> Predictor:
+    if context.predictor is None:
+        raise UserError(f"the {name} selector needs a trained predictor", "give one (shadowllm train makes it)")
+    return context.predictor
+
+
+class MaskedDecoder:
+    """The reference decoder with all but the chosen units of its sparse layers zeroed, per token.
+
+    After a pass ``masks`` holds what was chosen: bool ``(batch, seqlen, n_units)`` by layer and unit.
+    """
+
+    def __init__(self, context: Context, chooser: Selector, budget: Budget) -> None:
+        self._context = context
+        self._chooser = chooser
+        heads, neurons = budget.counts(context.spec)
+        self._counts: dict[Unit, int] = {"heads": heads, "neurons": neurons}
+        self.masks: dict[tuple[int, Unit], Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, windows: Tensor) -> Tensor:
+        """Logits ``(batch, seqlen, vocab_size)`` of int64 windows ``(batch, seqlen)``."""
+        spec, first = self._context.spec, self._context.dense_layers
+        decoder = Decoder(spec, self._context.weights, self._mask)
+        positions = torch.arange(windows.shape[1]).expand_as(windows)
+        x = decoder.embed(windows, positions)
+        for layer in range(spec.n_layers):
+            if layer == first:
+                self._chooser.start(windows, x)
+            x = decoder.layer(layer, x, positions)
+        return decoder.logits(x)
+
+    def _mask(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        if layer < self._context.dense_layers:
+            return activation
+        mask = top_mask(self._chooser.scores(layer, unit, activation), self._counts[unit])
+        mask = mask.expand(activation.shape[:3])
+        self.masks[layer, unit] = mask
+        return activation * (mask.unsqueeze(-1) if unit == "heads" else mask)

@@ -1,0 +1,30 @@
+"""Choosing the largest scores, and how well one choice covers another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_mask(scores: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` largest entries along the last axis; ties go to the lower index, as in ``SelectTopK``.
+
+    Args:
+        scores: ``(..., n)``, finite.
+        count: entries to mark, ``1..n``.
+
+    Returns:
+        bool ``(..., n)``, exactly ``count`` true in each row.
+    """
+    n = scores.shape[-1]
+    if count >= n:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(n - count + 1, dim=-1, keepdim=True).values
+    above, tied = scores > threshold, scores == threshold
+    room = count - above.sum(dim=-1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=-1) <= room))
+
+
+def recall(chosen: Tensor, wanted: Tensor) -> float:
+    """Recall@k: the share of ``wanted`` that ``chosen`` holds; both bool of one shape."""
+    return float((chosen & wanted).sum() / wanted.sum())

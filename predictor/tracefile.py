@@ -1,0 +1,161 @@
+"""What calibration leaves for training: windows, statistics, and as many traces as a limit allows.
+
+A trace is kept as one byte per unit, 16 steps to the octave below the largest score of its token
+and layer: ranking and ratios are what training needs, and 4% steps keep both at a quarter of
+float32. Beyond the limit nothing but windows and statistics is kept, and training traces anew as it
+goes, so that the file stays small however long the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowllm.errors import UserError
+from shadowllm.models.spec import ModelSpec
+from shadowllm.predictor.artefact import read_tensors, write_tensors
+from shadowllm.predictor.calibration import Windows
+from shadowllm.predictor.progress import Advance, no_progress
+from shadowllm.predictor.traces import Chunk, Tracer, windows_per_chunk
+
+FORMAT = "shadowllm-traces"
+VERSION = 1
+LIMIT_BYTES = 1 << 30
+STEPS = 16  # per octave
+
+
+@dataclass(frozen=True)
+class Traces:
+    """A calibrated model.
+
+    Attributes:
+        criterion, dense_layers: how it was traced.
+        base_fingerprint: `Weights.fingerprint` of the model.
+        windows: the tokens, int64.
+        statistics: mean relative importance of each unit over the training tokens, each token and
+            layer scaled to a mean of 1: ``heads (n_sparse, n_heads)`` and ``neurons (n_sparse,
+            intermediate_size)``, float32.
+        stored: ``hidden`` float32 and uint8 codes ``heads`` and ``neurons`` of all tokens, held-out
+            windows first; empty when they would exceed the limit.
+    """
+
+    criterion: str
+    dense_layers: int
+    base_fingerprint: str
+    windows: Windows
+    statistics: dict[str, Tensor]
+    stored: dict[str, Tensor]
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, atomically."""
+        tensors = {"train": self.windows.train, "held_out": self.windows.held_out}
+        tensors |= {f"statistics.{key}": value for key, value in self.statistics.items()}
+        tensors |= {f"stored.{key}": value for key, value in self.stored.items()}
+        write_tensors(path, tensors, {"format": FORMAT, "version": VERSION, "criterion": self.criterion,
+                                      "dense_layers": self.dense_layers, "source": self.windows.source,
+                                      "base_fingerprint": self.base_fingerprint})
+
+    @classmethod
+    def load(cls, path: Path) -> Traces:
+        """Read a file that `save` wrote.
+
+        Raises:
+            UserError: it is missing, damaged, or holds no traces.
+        """
+        tensors, description = read_tensors(path, FORMAT, VERSION)
+        try:
+            windows = Windows(tensors["train"], tensors["held_out"], description.pop("source"))
+            return cls(windows=windows, statistics=_part(tensors, "statistics."), stored=_part(tensors, "stored."),
+                       **description)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a readable trace file ({error})", "calibrate again") from error
+
+    def training(self, tracer: Tracer | None, order: Tensor) -> Iterator[Chunk]:
+        """Traces of the training windows in the order of indices given."""
+        return self._chunks(self.windows.train, len(self.windows.held_out), tracer, order)
+
+    def held_out(self, tracer: Tracer | None) -> Iterator[Chunk]:
+        """Traces of the held-out windows."""
+        return self._chunks(self.windows.held_out, 0, tracer, torch.arange(len(self.windows.held_out)))
+
+    def _chunks(self, windows: Tensor, first: int, tracer: Tracer | None, order: Tensor) -> Iterator[Chunk]:
+        if not self.stored:
+            if tracer is None:
+                raise UserError("the traces were too large to keep", "give the model, so that training can trace anew")
+            yield from tracer.chunks(windows[order])
+            return
+        seqlen = windows.shape[1]
+        # As many windows together as a live trace has, so that a training step mixes texts alike.
+        for part in (order + first).split(windows_per_chunk(seqlen)):
+            rows = (part[:, None] * seqlen + torch.arange(seqlen)).flatten()
+            yield Chunk(self.stored["hidden"][rows], decode(self.stored["heads"][rows]),
+                        decode(self.stored["neurons"][rows]))
+
+
+def calibrate(spec: ModelSpec, weights: Mapping[str, Tensor], windows: Windows, fingerprint: str, *,
+              criterion: str = "l2norm", dense_layers: int = 1, limit_bytes: int = LIMIT_BYTES,
+              advance: Advance = no_progress) -> Traces:
+    """Trace the windows once, for statistics and, within ``limit_bytes``, for training.
+
+    Args:
+        weights: canonical float32 tensors in memory.
+        fingerprint: `Weights.fingerprint` of the model.
+        advance: told how many tokens were traced, as they are.
+
+    Raises:
+        UserError: no such criterion.
+    """
+    tracer = Tracer(spec, weights, criterion, dense_layers)
+    tokens = torch.cat([windows.held_out, windows.train])
+    n_sparse = spec.n_layers - dense_layers
+    stored = _allocate(spec, n_sparse, tokens.numel(), limit_bytes)
+    sums: dict[str, Any] = {"heads": 0.0, "neurons": 0.0}
+    start = 0
+    for split in (windows.held_out, windows.train):
+        for chunk in tracer.chunks(split):
+            end = start + len(chunk.hidden)
+            if stored:
+                stored["hidden"][start:end] = chunk.hidden
+                stored["heads"][start:end], stored["neurons"][start:end] = encode(chunk.heads), encode(chunk.neurons)
+            if split is windows.train:
+                sums = {unit: total + relative(getattr(chunk, unit)).sum(dim=0) for unit, total in sums.items()}
+            advance(end - start)
+            start = end
+    means = {unit: total / windows.train.numel() for unit, total in sums.items()}
+    return Traces(criterion, dense_layers, fingerprint, windows, means, stored)
+
+
+def relative(scores: Tensor) -> Tensor:
+    """Scores over the mean of their token and layer; zero where all are."""
+    tiny = torch.finfo(torch.float32).tiny
+    return scores / scores.mean(dim=-1, keepdim=True).clamp_min(tiny)
+
+
+def encode(scores: Tensor) -> Tensor:
+    """uint8 codes of scores, relative to the largest of each row; 0 for 16 octaves below and less."""
+    tiny = torch.finfo(torch.float32).tiny
+    peak = scores.amax(dim=-1, keepdim=True).clamp_min(tiny)
+    return (255 + STEPS * torch.log2((scores / peak).clamp_min(tiny))).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def decode(codes: Tensor) -> Tensor:
+    """Scores of codes, relative to the largest of each row, float32."""
+    return torch.exp2((codes.float() - 255) / STEPS)
+
+
+def _allocate(spec: ModelSpec, n_sparse: int, tokens: int, limit_bytes: int) -> dict[str, Tensor]:
+    per_token = 4 * spec.hidden_size + n_sparse * (spec.n_heads + spec.intermediate_size)
+    if tokens * per_token > limit_bytes:
+        return {}
+    return {"hidden": torch.empty(tokens, spec.hidden_size),
+            "heads": torch.empty(tokens, n_sparse, spec.n_heads, dtype=torch.uint8),
+            "neurons": torch.empty(tokens, n_sparse, spec.intermediate_size, dtype=torch.uint8)}
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,117 @@
+"""Per-token importance traces, made window by window and consumed as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shadowllm.models.decoder import Decoder, Unit
+from shadowllm.models.spec import ModelSpec
+from shadowllm.predictor.criteria import find_criterion, unit_trace
+
+CHUNK_TOKENS = 512
+
+
+def windows_per_chunk(seqlen: int) -> int:
+    """Windows of ``seqlen`` tokens in a chunk, at least one."""
+    return max(1, CHUNK_TOKENS // seqlen)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Traces of some tokens, float32.
+
+    Attributes:
+        hidden: input of layer ``dense_layers``, ``(tokens, hidden_size)``.
+        heads: importance of each head, ``(tokens, n_sparse, n_heads)``.
+        neurons: importance of each neuron, ``(tokens, n_sparse, intermediate_size)``.
+    """
+
+    hidden: Tensor
+    heads: Tensor
+    neurons: Tensor
+
+
+class Tracer:
+    """Runs the reference decoder over token windows and scores every head and neuron per token.
+
+    Args:
+        spec: the model.
+        weights: canonical float32 tensors in memory.
+        criterion: name of a registered criterion.
+        dense_layers: layers at the bottom that stay dense and are not traced.
+
+    Raises:
+        UserError: no such criterion.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], criterion: str, dense_layers: int = 1) -> None:
+        self.spec = spec
+        self.dense_layers = dense_layers
+        self._weights = weights
+        self._criterion = find_criterion(criterion)
+
+    def chunks(self, windows: Tensor) -> Iterator[Chunk]:
+        """Trace int64 ``(n_windows, seqlen)`` in the order given, about `CHUNK_TOKENS` tokens at a time."""
+        for part in windows.split(windows_per_chunk(windows.shape[1])):
+            yield self.trace(part)
+
+    def trace(self, windows: Tensor) -> Chunk:
+        """Trace int64 ``(n_windows, seqlen)`` in one pass; windows do not see each other."""
+        scores = self._with_gradients if self._criterion.needs_gradients else self._forward_only
+        hidden, found = scores(windows)
+        sparse = range(self.dense_layers, self.spec.n_layers)
+        heads, neurons = (torch.stack([found[layer, unit] for layer in sparse], dim=2).flatten(0, 1)
+                          for unit in ("heads", "neurons"))
+        return Chunk(hidden.flatten(0, 1), heads, neurons)
+
+    def _forward_only(self, windows: Tensor) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
+        found: dict[tuple[int, Unit], Tensor] = {}
+
+        def tap(layer: int, unit: Unit, activation: Tensor) -> Tensor:
+            # Scored at once, so that no activation outlives its layer.
+            if layer >= self.dense_layers:
+                found[layer, unit] = self._score(layer, unit, activation)
+            return activation
+
+        with torch.no_grad():
+            hidden, _ = self._run(Decoder(self.spec, self._weights, tap), windows)
+        return hidden, found
+
+    def _with_gradients(self, windows: Tensor) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
+        seen: dict[tuple[int, Unit], Tensor] = {}
+
+        def tap(layer: int, unit: Unit, activation: Tensor) -> Tensor:
+            if layer >= self.dense_layers:
+                seen[layer, unit] = activation
+            return activation
+
+        decoder = Decoder(self.spec, self._weights, tap)
+        hidden, last = self._run(decoder, windows)
+        logits = decoder.logits(last)
+        # A sum, not a mean: a token's score must not depend on how long its window is.
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+        gradients = torch.autograd.grad(loss, list(seen.values()))
+        with torch.no_grad():
+            return hidden.detach(), {key: self._score(*key, activation, gradient) for (key, activation), gradient
+                                     in zip(seen.items(), gradients, strict=True)}
+
+    def _score(self, layer: int, unit: Unit, activation: Tensor, gradient: Tensor | None = None) -> Tensor:
+        return self._criterion.score(unit_trace(self.spec, self._weights, layer, unit, activation, gradient))
+
+    def _run(self, decoder: Decoder, windows: Tensor) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(windows.shape[1]).expand_as(windows)
+        with torch.no_grad():
+            hidden = decoder.embed(windows, positions)
+            for layer in range(self.dense_layers):
+                hidden = decoder.layer(layer, hidden, positions)
+        # Only what comes after the dense layers is differentiated, and no weight ever is.
+        hidden = hidden.requires_grad_(self._criterion.needs_gradients)
+        last = hidden
+        for layer in range(self.dense_layers, self.spec.n_layers):
+            last = decoder.layer(layer, last, positions)
+        return hidden, last

@@ -1,0 +1,67 @@
+"""Tiny models in memory, and traces whose right answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shadowllm.models import load_model
+from shadowllm.predictor.calibration import Windows
+from shadowllm.predictor.traces import Chunk
+
+
+@pytest.fixture(scope="session", params=["llama-gqa", "opt"])
+def tiny(request, checkpoint):
+    """Spec and float32 weights of a tiny model of each family."""
+    return tiny_model(checkpoint, request.param)
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoint):
+    return tiny_model(checkpoint, "llama-gqa")
+
+
+def tiny_model(checkpoint, variant):
+    spec, weights, _ = load_model(checkpoint(variant))
+    return spec, weights.load()
+
+
+def token_windows(spec, n=4, seqlen=24, seed=3):
+    return torch.randint(0, spec.vocab_size, (n, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+def split(windows, held_out=1):
+    return Windows(windows[held_out:], windows[:held_out], "random tokens")
+
+
+class LearnableTraces:
+    """Traces where the importance of every unit is a linear function of the hidden state, exponentiated."""
+
+    criterion, dense_layers, base_fingerprint = "l2norm", 1, "f00d"
+
+    def __init__(self, spec, n_windows=40, seqlen=64, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        n_sparse = spec.n_layers - 1
+        hidden = torch.randn(n_windows * seqlen, spec.hidden_size, generator=generator)
+        parts = []
+        for units in (spec.n_heads, spec.intermediate_size):
+            factors = torch.randn(spec.hidden_size, 4, generator=generator) / spec.hidden_size ** 0.5
+            loadings = torch.randn(4, n_sparse * units, generator=generator)
+            offset = torch.randn(n_sparse * units, generator=generator)
+            parts.append((hidden @ factors @ loadings + offset).exp().unflatten(1, (n_sparse, units)))
+        self.all = Chunk(hidden, *parts)
+        tokens = torch.zeros(n_windows, seqlen, dtype=torch.int64)
+        self.windows = split(tokens, held_out=8)
+        train = self._rows(torch.arange(32) + 8)
+        self.statistics = {"heads": train.heads.mean(dim=0), "neurons": train.neurons.mean(dim=0)}
+
+    def _rows(self, windows):
+        rows = (windows[:, None] * 64 + torch.arange(64)).flatten()
+        return Chunk(self.all.hidden[rows], self.all.heads[rows], self.all.neurons[rows])
+
+    def training(self, _tracer, order):
+        for part in order.split(4):
+            yield self._rows(part + 8)
+
+    def held_out(self, _tracer):
+        yield self._rows(torch.arange(8))

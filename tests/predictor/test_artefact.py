@@ -1,0 +1,97 @@
+"""The predictor on disk: round trip, damage, and the model it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from shadowllm.errors import UserError
+from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.tracefile import Traces, calibrate
+from shadowllm.predictor.train import Recipe, train_shadow, train_static
+from tests.predictor.conftest import split, token_windows
+
+
+@pytest.fixture(scope="module")
+def predictors(llama):
+    spec, weights = llama
+    traces = calibrate(spec, weights, split(token_windows(spec)), "f00d")
+    return {"static": train_static(spec, traces), "shadow": train_shadow(spec, traces, Recipe(rank=5, epochs=1))}
+
+
+@pytest.mark.parametrize("kind", ["static", "shadow"])
+def test_round_trip(predictors, kind, tmp_path):
+    mine = predictors[kind]
+    mine.save(tmp_path / "p.safetensors")
+    read = Predictor.load(tmp_path / "p.safetensors")
+    assert read.tensors.keys() == mine.tensors.keys()
+    assert all(torch.equal(read.tensors[name], mine.tensors[name]) for name in mine.tensors)
+    plain = [field.name for field in dataclasses.fields(Predictor) if field.name != "tensors"]
+    assert all(getattr(read, name) == getattr(mine, name) for name in plain)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+@pytest.mark.parametrize("where", [0.0, 0.02, 0.5, 0.999])
+def test_a_flipped_byte_is_noticed(predictors, tmp_path, where):
+    path = tmp_path / "p.safetensors"
+    predictors["shadow"].save(path)
+    data = bytearray(path.read_bytes())
+    data[int(where * len(data))] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(UserError):
+        Predictor.load(path)
+
+
+def test_a_truncated_or_missing_file_is_named(predictors, tmp_path):
+    path = tmp_path / "p.safetensors"
+    predictors["static"].save(path)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(UserError, match="damaged"):
+        Predictor.load(path)
+    with pytest.raises(UserError, match="no such file"):
+        Predictor.load(tmp_path / "absent")
+
+
+def test_a_predictor_is_not_a_trace_file(predictors, tmp_path):
+    predictors["static"].save(tmp_path / "p")
+    with pytest.raises(UserError, match="not a shadowllm-traces file"):
+        Traces.load(tmp_path / "p")
+
+
+def test_an_interrupted_save_leaves_the_old_file(predictors, tmp_path, monkeypatch):
+    path = tmp_path / "p"
+    predictors["static"].save(path)
+    before = path.read_bytes()
+
+    def fail(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shadowllm.predictor.artefact.save_file", fail)
+    with pytest.raises(KeyboardInterrupt):
+        predictors["shadow"].save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_base_is_checked(predictors, llama):
+    spec, _ = llama
+    predictors["shadow"].check_base(spec, "f00d")
+    with pytest.raises(UserError, match="predictor of another model"):
+        predictors["shadow"].check_base(spec, "beef")
+    with pytest.raises(UserError, match="predictor of another model"):
+        predictors["shadow"].check_base(dataclasses.replace(spec, n_layers=spec.n_layers + 1), "f00d")
+
+
+def test_tensors_of_other_shapes_are_refused(predictors):
+    static = predictors["static"]
+    with pytest.raises(UserError, match="do not fit"):
+        dataclasses.replace(static, intermediate_size=static.intermediate_size + 1)
+    with pytest.raises(UserError, match="do not fit"):
+        dataclasses.replace(static, kind="shadow")
+
+
+def test_saving_nowhere_is_a_users_mistake(predictors, tmp_path):
+    with pytest.raises(UserError, match="cannot write"):
+        predictors["static"].save(tmp_path / "no" / "folder" / "p")

@@ -1,0 +1,97 @@
+"""Evaluation on tiny models of both families."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from shadowllm.errors import UserError
+from shadowllm.models import Decoder
+from shadowllm.predictor.evaluate import evaluate, report
+from shadowllm.predictor.tracefile import calibrate
+from shadowllm.predictor.train import Recipe, train_shadow
+from tests.predictor.conftest import split, token_windows
+
+SELECTORS = ["static", "shadow", "random", "oracle"]
+
+
+@pytest.fixture(scope="module", params=["l2norm", "plainact"])
+def evaluated(request, tiny):
+    spec, weights = tiny
+    traces = calibrate(spec, weights, split(token_windows(spec)), "f00d", criterion=request.param)
+    predictor = train_shadow(spec, traces, Recipe(rank=8, epochs=2))
+    windows = token_windows(spec, n=3, seed=8)
+    return windows, evaluate(spec, weights, predictor, SELECTORS, windows, [1.0, 0.4], [1.0, 0.5])
+
+
+def test_dense_perplexity_is_that_of_the_logits(evaluated, tiny):
+    spec, weights = tiny
+    windows, results = evaluated
+    with torch.no_grad():
+        logits = Decoder(spec, weights)(windows)[:, :-1].double()
+    expected = math.exp(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
+    assert results[0].selector == "dense"
+    assert results[0].perplexity == pytest.approx(expected, rel=1e-5)
+    assert (results[0].kl, results[0].top1_agreement) == (0.0, 1.0)
+
+
+def test_every_selector_runs_at_every_budget(evaluated):
+    _, results = evaluated
+    expected = [(name, n, h) for name in SELECTORS for h in (1.0, 0.5) for n in (1.0, 0.4)]
+    assert [(r.selector, r.neuron_budget, r.head_budget) for r in results[1:]] == expected
+
+
+def test_full_budget_is_dense_and_less_is_not(evaluated):
+    _, results = evaluated
+    dense = results[0].perplexity
+    for result in results[1:]:
+        if result.neuron_budget == result.head_budget == 1.0:
+            assert (result.perplexity, result.kl, result.top1_agreement) == (dense, 0.0, 1.0)
+            assert result.neuron_recall == result.head_recall == 1.0
+        else:
+            assert result.kl > 0
+            assert 0 < result.top1_agreement < 1
+
+
+def test_the_oracle_keeps_more_of_what_matters_than_chance(evaluated):
+    _, results = evaluated
+    found = {(r.selector, r.neuron_budget, r.head_budget): r for r in results}
+    oracle, random = (found[name, 0.4, 0.5] for name in ("oracle", "random"))
+    assert abs(random.neuron_recall - 0.4) < 0.05
+    assert oracle.neuron_recall > random.neuron_recall + 0.3
+    assert found["oracle", 0.4, 1.0].kl < found["random", 0.4, 1.0].kl
+
+
+def test_gap_closure_spans_static_to_oracle(evaluated):
+    _, results = evaluated
+    for result in results:
+        if result.neuron_budget == result.head_budget == 1.0:
+            assert result.gap_closure is None
+        elif result.selector in ("static", "oracle"):
+            assert result.gap_closure == pytest.approx(0.0 if result.selector == "static" else 1.0)
+    found = report(results)
+    assert found["dense"]["perplexity"] == results[0].perplexity
+    assert len(found["results"]) == len(results) - 1
+    assert {"selector", "neuron_budget", "head_budget", "perplexity", "kl", "top1_agreement",
+            "gap_closure"} <= found["results"][0].keys()
+
+
+def test_results_repeat(llama):
+    spec, weights = llama
+    windows = token_windows(spec, n=2)
+    first, again = (evaluate(spec, weights, None, "random", windows, [0.4], seed=5) for _ in range(2))
+    assert first == again
+    assert first != evaluate(spec, weights, None, "random", windows, [0.4], seed=6)
+
+
+def test_senseless_requests_are_refused(llama):
+    spec, weights = llama
+    with pytest.raises(UserError, match="budget"):
+        evaluate(spec, weights, None, "oracle", token_windows(spec), [1.5])
+    with pytest.raises(UserError, match="at least one window"):
+        evaluate(spec, weights, None, "oracle", torch.zeros(0, 8, dtype=torch.int64), [0.5])
+    with pytest.raises(UserError, match="needs a trained predictor"):
+        evaluate(spec, weights, None, "static", token_windows(spec), [0.5])

@@ -1,0 +1,118 @@
+"""Selectors as masks: exact counts, exact ties, and nothing changed when all is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shadowllm.errors import UserError
+from shadowllm.models import Decoder
+from shadowllm.models.budget import Budget
+from shadowllm.predictor.criteria import find_criterion, unit_trace
+from shadowllm.predictor.selectors import SELECTORS, Context, MaskedDecoder, make_selector
+from shadowllm.predictor.topk import top_mask
+from shadowllm.predictor.tracefile import calibrate
+from shadowllm.predictor.train import Recipe, train_shadow
+from tests.predictor.conftest import split, token_windows
+
+
+@pytest.fixture(scope="module")
+def context(tiny):
+    spec, weights = tiny
+    traces = calibrate(spec, weights, split(token_windows(spec)), "f00d")
+    return Context(spec, weights, predictor=train_shadow(spec, traces, Recipe(rank=8, epochs=20, learning_rate=1e-2)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 41, 123])
+@pytest.mark.parametrize("levels", [2, 5, 10 ** 6])
+def test_top_mask_breaks_ties_towards_the_lower_index(n, levels):
+    scores = torch.randint(0, levels, (7, n), generator=torch.Generator().manual_seed(n)).float()
+    for count in {1, max(1, n // 3), n}:
+        order = scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
+        assert torch.equal(top_mask(scores, count), torch.zeros_like(scores).scatter(1, order, 1.0).bool())
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_everything_kept_is_dense_to_the_bit(context, name):
+    windows = token_windows(context.spec, n=2, seed=8)
+    with torch.no_grad():
+        dense = Decoder(context.spec, context.weights)(windows)
+    assert torch.equal(MaskedDecoder(context, make_selector(name, context), Budget())(windows), dense)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_each_token_has_exactly_the_counted_units(context, name):
+    windows, budget = token_windows(context.spec, n=2, seed=8), Budget(neurons=0.3, heads=0.5)
+    decoder = MaskedDecoder(context, make_selector(name, context), budget)
+    decoder(windows)
+    heads, neurons = budget.counts(context.spec)
+    assert decoder.masks.keys() == {(layer, unit) for layer in (1, 2) for unit in ("heads", "neurons")}
+    for (_, unit), mask in decoder.masks.items():
+        assert mask.shape[:2] == windows.shape
+        assert bool((mask.sum(dim=-1) == (heads if unit == "heads" else neurons)).all())
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_choices_depend_on_the_token_unless_static(context, name):
+    decoder = MaskedDecoder(context, make_selector(name, context), Budget(0.3, 0.5))
+    decoder(token_windows(context.spec, n=2, seed=8))
+    mask = decoder.masks[2, "neurons"].flatten(0, 1)
+    assert bool((mask == mask[0]).all()) == (name == "static")
+
+
+def test_masked_units_contribute_nothing(context):
+    """Zeroed activations equal a model whose masked rows are gone, for a choice without context."""
+    spec, weights = context.spec, dict(context.weights)
+    windows = token_windows(spec, n=1, seed=8)
+    decoder = MaskedDecoder(context, make_selector("static", context), Budget(0.3, 0.5))
+    logits = decoder(windows)
+    for (layer, unit), mask in decoder.masks.items():
+        name = f"layers.{layer}.{'o_proj' if unit == 'heads' else 'down_proj'}.weight"
+        keep = mask[0, 0].repeat_interleave(spec.head_dim) if unit == "heads" else mask[0, 0]
+        weights[name] = weights[name] * keep[:, None]
+    with torch.no_grad():
+        expected = Decoder(spec, weights)(windows)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_oracle_ranks_the_masked_model_in_place(context):
+    windows, budget = token_windows(context.spec, n=1, seed=8), Budget(0.3, 0.5)
+    decoder = MaskedDecoder(context, make_selector("oracle", context), budget)
+    decoder(windows)
+    seen = {}
+
+    def replay(layer, unit, activation):
+        seen[layer, unit] = activation
+        mask = decoder.masks.get((layer, unit))
+        return activation if mask is None else activation * (mask[..., None] if unit == "heads" else mask)
+
+    with torch.no_grad():
+        Decoder(context.spec, context.weights, replay)(windows)
+    score = find_criterion("l2norm").score
+    _, neurons = budget.counts(context.spec)
+    trace = unit_trace(context.spec, context.weights, 2, "neurons", seen[2, "neurons"])
+    assert torch.equal(decoder.masks[2, "neurons"], top_mask(score(trace), neurons))
+
+
+def test_the_shadow_is_causal(context):
+    """A token's choice must not depend on what comes after it: at decode time nothing has."""
+    windows = token_windows(context.spec, n=1, seed=8)
+    changed = windows.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % context.spec.vocab_size
+    masks = []
+    for tokens in (windows, changed):
+        decoder = MaskedDecoder(context, make_selector("shadow", context), Budget(0.3, 0.5))
+        decoder(tokens)
+        masks.append(decoder.masks)
+    assert all(torch.equal(masks[0][key][:, :12], masks[1][key][:, :12]) for key in masks[0])
+
+
+@pytest.mark.parametrize("name", ["static", "shadow"])
+def test_trained_selectors_ask_for_a_predictor(llama, name):
+    with pytest.raises(UserError, match=f"{name} selector needs a trained predictor"):
+        make_selector(name, Context(*llama))
+
+
+def test_unknown_selector_is_named(llama):
+    with pytest.raises(UserError, match="'magic'"):
+        make_selector("magic", Context(*llama))

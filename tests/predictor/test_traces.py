@@ -1,0 +1,84 @@
+"""Streaming, and what a trace file keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shadowllm.errors import UserError
+from shadowllm.models import Decoder
+from shadowllm.predictor import traces as traces_module
+from shadowllm.predictor.tracefile import Traces, calibrate, decode, encode
+from shadowllm.predictor.traces import Tracer
+from tests.predictor.conftest import split, token_windows
+
+PARTS = ("hidden", "heads", "neurons")
+
+
+@pytest.mark.parametrize("criterion", ["l2norm", "plainact"])
+def test_streamed_chunks_equal_one_pass(tiny, criterion, monkeypatch):
+    spec, weights = tiny
+    monkeypatch.setattr(traces_module, "CHUNK_TOKENS", 48)
+    windows = token_windows(spec, n=5)
+    tracer = Tracer(spec, weights, criterion)
+    chunks, whole = list(tracer.chunks(windows)), tracer.trace(windows)
+    assert [len(chunk.hidden) for chunk in chunks] == [48, 48, 24]
+    for part in PARTS:
+        streamed = torch.cat([getattr(chunk, part) for chunk in chunks])
+        # Windows do not see each other; only the blocking of matrix products differs.
+        torch.testing.assert_close(streamed, getattr(whole, part), atol=1e-5, rtol=1e-4)
+
+
+def test_hidden_is_the_input_of_the_first_sparse_layer(tiny):
+    spec, weights = tiny
+    windows = token_windows(spec)
+    decoder, positions = Decoder(spec, weights), torch.arange(24).expand_as(windows)
+    x = decoder.layer(1, decoder.layer(0, decoder.embed(windows, positions), positions), positions)
+    traced = Tracer(spec, weights, "l2norm", dense_layers=2).trace(windows)
+    torch.testing.assert_close(traced.hidden, x.flatten(0, 1), atol=1e-6, rtol=1e-6)
+    assert traced.heads.shape == (96, spec.n_layers - 2, spec.n_heads)
+
+
+def test_codes_keep_scores_to_two_percent_over_fifteen_octaves():
+    scores = torch.logspace(0, -15, 200, base=2)[None]
+    torch.testing.assert_close(decode(encode(scores)), scores, rtol=0.022, atol=0)  # half a step: 2^(1/32)
+    assert encode(torch.zeros(1, 3)).tolist() == [[0, 0, 0]]
+    assert encode(torch.tensor([[4.0, 0.0]])).tolist() == [[255, 0]]
+
+
+def test_a_kept_trace_reads_like_a_fresh_one(tiny, tmp_path):
+    spec, weights = tiny
+    made = calibrate(spec, weights, split(token_windows(spec, n=6), held_out=2), "f00d")
+    made.save(tmp_path / "traces")
+    read = Traces.load(tmp_path / "traces")
+    order = torch.tensor([2, 0, 3, 1])
+    fresh = calibrate(spec, weights, read.windows, "f00d", limit_bytes=0)
+    assert not fresh.stored
+    tracer = Tracer(spec, weights, "l2norm")
+    for kept, live in ((read.training(None, order), fresh.training(tracer, order)),
+                       (read.held_out(None), fresh.held_out(tracer))):
+        kept, live = list(kept), list(live)
+        assert [len(c.hidden) for c in kept] == [len(c.hidden) for c in live]
+        torch.testing.assert_close(torch.cat([c.hidden for c in kept]), torch.cat([c.hidden for c in live]),
+                                   atol=1e-6, rtol=1e-6)
+        for unit in ("heads", "neurons"):
+            scores = torch.cat([getattr(c, unit) for c in live])
+            scores = scores / scores.amax(dim=-1, keepdim=True)
+            torch.testing.assert_close(torch.cat([getattr(c, unit) for c in kept]), scores, rtol=0.022, atol=2 ** -15)
+    assert all(torch.equal(read.statistics[unit], made.statistics[unit]) for unit in ("heads", "neurons"))
+
+
+def test_statistics_are_of_the_training_tokens_only(llama):
+    spec, weights = llama
+    windows = split(token_windows(spec, n=6), held_out=2)
+    scores = Tracer(spec, weights, "l2norm").trace(windows.train).neurons
+    expected = (scores / scores.mean(dim=-1, keepdim=True)).mean(dim=0)
+    found = calibrate(spec, weights, windows, "f00d").statistics["neurons"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_traces_that_were_not_kept_need_the_model(llama):
+    spec, weights = llama
+    made = calibrate(spec, weights, split(token_windows(spec)), "f00d", limit_bytes=1000)
+    with pytest.raises(UserError, match="too large to keep"):
+        next(made.training(None, torch.arange(1)))
