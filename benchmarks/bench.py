@@ -27,9 +27,18 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def bench(
-    bundle: Path, against: Sequence[str] = ("ort-dense",), *, backend: str = "ort", budget: Budget | None = None,
-    prompt_len: int = 128, new_tokens: int = 128, runs: int = 5, warmup: int = 1, quality_tokens: int = 128,
-    threads: int | None = None, percentiles: Sequence[float] = (50, 90, 99),
+    bundle: Path,
+    against: Sequence[str] = ("ort-dense",),
+    *,
+    backend: str = "ort",
+    budget: Budget | None = None,
+    prompt_len: int = 128,
+    new_tokens: int = 128,
+    runs: int = 5,
+    warmup: int = 1,
+    quality_tokens: int = 128,
+    threads: int | None = None,
+    percentiles: Sequence[float] = (50, 90, 99),
 ) -> Report:
     """Time a bundle's sparse path against other backends, each in a process of its own, interleaved.
 
@@ -59,19 +68,32 @@ def bench(
     texts = Texts(text[:prompt_len], text[prompt_len:], baseline=against[0])
     with progress("Benchmark", len(contenders) * (warmup + runs + 2 * bool(quality_tokens))) as advance:
         taken, scores = race(
-            contenders, {"prompt": texts.prompt, "new_tokens": new_tokens}, runs=runs, warmup=warmup,
+            contenders,
+            {"prompt": texts.prompt, "new_tokens": new_tokens},
+            runs=runs,
+            warmup=warmup,
             tick=lambda _: advance(1),
-            after=(lambda workers, taken: texts.score(workers, taken, advance)) if quality_tokens else None)
+            after=(lambda workers, taken: texts.score(workers, taken, advance)) if quality_tokens else None,
+        )
     bandwidth = read_bandwidth(threads) if backend.startswith(CPU_BACKENDS) else None
     wanted = sorted({50, 90, 99, *percentiles})
     results = []
     for name, generations in taken.items():
         traffic = _traffic(manifest, name, backends[name], budget, prompt_len, new_tokens)
         results.append(Result(name, summarise(generations, wanted), traffic, (scores or {}).get(name, {})))
-    settings = {"model": manifest.model, "dtype": manifest.dtype, "prompt_len": prompt_len, "new_tokens": new_tokens,
-                "runs": runs, "warmup": warmup, "quality_tokens": quality_tokens, "backend": backend,
-                "neuron_budget": budget.neurons, "head_budget": budget.heads,
-                "predictor": manifest.predictor.get("kind")}
+    settings = {
+        "model": manifest.model,
+        "dtype": manifest.dtype,
+        "prompt_len": prompt_len,
+        "new_tokens": new_tokens,
+        "runs": runs,
+        "warmup": warmup,
+        "quality_tokens": quality_tokens,
+        "backend": backend,
+        "neuron_budget": budget.neurons,
+        "head_budget": budget.heads,
+        "predictor": manifest.predictor.get("kind"),
+    }
     pairs = [{"name": SPARSE, "baseline": name, "speedup": speedup(taken[name], taken[SPARSE])} for name in against]
     return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
 
@@ -84,14 +106,15 @@ class Texts:
         self._documentation = documentation
         self._baseline = baseline
 
-    def score(self, workers: Mapping[str, Worker], taken: Mapping[str, Sequence[Generation]],
-              advance: Any) -> dict[str, dict[str, float]]:
+    def score(
+        self, workers: Mapping[str, Worker], taken: Mapping[str, Sequence[Generation]], advance: Any
+    ) -> dict[str, dict[str, float]]:
         """Quality of each contender, teacher-forced after the prompt.
 
         Perplexity is that of the documentation; agreement counts over both texts how often the
         most probable next token is the baseline's.
         """
-        generated = taken[self._baseline][0].tokens[:len(self._documentation)]
+        generated = taken[self._baseline][0].tokens[: len(self._documentation)]
         answers: dict[str, list[dict[str, Any]]] = {}
         for name, worker in workers.items():
             answers[name] = []
@@ -103,34 +126,67 @@ class Texts:
 
 def _quality(given: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     own, other = (np.concatenate([answer["predicted"] for answer in answers]) for answers in (given, baseline))
-    return {"next_token_agreement": float(np.mean(own == other)), "perplexity": float(np.exp(np.mean(given[0]["nll"]))),
-            "tokens": len(own)}
+    return {
+        "next_token_agreement": float(np.mean(own == other)),
+        "perplexity": float(np.exp(np.mean(given[0]["nll"]))),
+        "tokens": len(own),
+    }
 
 
-def _check(manifest: Manifest, against: Sequence[str], prompt_len: int, new_tokens: int, runs: int, warmup: int,
-           quality_tokens: int) -> None:
+def _check(
+    manifest: Manifest,
+    against: Sequence[str],
+    prompt_len: int,
+    new_tokens: int,
+    runs: int,
+    warmup: int,
+    quality_tokens: int,
+) -> None:
     if not against or len(set(against)) < len(against) or SPARSE in against:
-        raise UserError(f"cannot compare with {', '.join(against) or 'nothing'}",
-                        "give each backend once, for example --against ort-dense")
-    for name, value, least in (("prompt length", prompt_len, 1), ("number of new tokens", new_tokens, 2),
-                               ("number of runs", runs, 1), ("number of warm-up runs", warmup, 0),
-                               ("number of quality tokens", quality_tokens, 0)):
+        raise UserError(
+            f"cannot compare with {', '.join(against) or 'nothing'}",
+            "give each backend once, for example --against ort-dense",
+        )
+    for name, value, least in (
+        ("prompt length", prompt_len, 1),
+        ("number of new tokens", new_tokens, 2),
+        ("number of runs", runs, 1),
+        ("number of warm-up runs", warmup, 0),
+        ("number of quality tokens", quality_tokens, 0),
+    ):
         if value < least:
             raise UserError(f"the {name} is {value}", f"give at least {least}")
     longest = prompt_len + max(new_tokens, quality_tokens)
     if longest > manifest.spec.max_seqlen:
-        raise UserError(f"{longest} tokens are more than the model's {manifest.spec.max_seqlen} positions",
-                        "ask for fewer")
+        raise UserError(
+            f"{longest} tokens are more than the model's {manifest.spec.max_seqlen} positions", "ask for fewer"
+        )
 
 
 def _command(bundle: Path, backend: str, budget: Budget, threads: int | None) -> tuple[str, ...]:
     limit = ("--threads", str(threads)) if threads else ()
-    return (sys.executable, "-P", "-m", "shadowllm.benchmarks.worker", str(bundle), backend,
-            "--neuron-budget", str(budget.neurons), "--head-budget", str(budget.heads), *limit)
+    return (
+        sys.executable,
+        "-P",
+        "-m",
+        "shadowllm.benchmarks.worker",
+        str(bundle),
+        backend,
+        "--neuron-budget",
+        str(budget.neurons),
+        "--head-budget",
+        str(budget.heads),
+        *limit,
+    )
 
 
 def _traffic(
-    manifest: Manifest, name: str, backend: str, budget: Budget, prompt_len: int, new_tokens: int,
+    manifest: Manifest,
+    name: str,
+    backend: str,
+    budget: Budget,
+    prompt_len: int,
+    new_tokens: int,
 ) -> Traffic:
     # The CPU backends compute 16-bit bundles in float32, and read that many bytes.
     itemsize = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
@@ -154,5 +210,8 @@ def _predictor_cost(result: Result) -> dict[str, float]:
     parts = result.summary.parts_ms
     if "predictor" not in parts or not result.traffic:
         return {}
-    return {"ms_per_token": parts["predictor"], "share_of_step": parts["predictor"] / sum(parts.values()),
-            "bytes_per_token": result.traffic.parts["predictor"]}
+    return {
+        "ms_per_token": parts["predictor"],
+        "share_of_step": parts["predictor"] / sum(parts.values()),
+        "bytes_per_token": result.traffic.parts["predictor"],
+    }

@@ -20,10 +20,16 @@ def environment(threads: int | None = None) -> dict[str, Any]:
         threads: of each session; None is recorded as the number of cores.
     """
     return {
-        "cpu": cpu_model(), "cores": os.cpu_count(), "ram_gb": ram_gb(),
-        "os": f"{platform.system()} {platform.release()}", "machine": platform.machine(),
-        "python": platform.python_version(), "packages": package_versions(PACKAGES), "commit": git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "threads": threads or os.cpu_count(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "ram_gb": ram_gb(),
+        "os": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "packages": package_versions(PACKAGES),
+        "commit": git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": threads or os.cpu_count(),
     }
 
 
@@ -60,10 +66,16 @@ def git_commit() -> str | None:
     folder = Path(__file__).resolve().parent
     try:
         git = ["git", "-C", str(folder)]
-        done = subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-                              capture_output=True, text=True, timeout=10, check=False)
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name],
-                                 capture_output=True, timeout=10, check=False)
+        done = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+        tracked = subprocess.run(
+            [*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     # An installed copy may lie inside some other project's repository, whose commit says nothing.

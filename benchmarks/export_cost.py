@@ -39,8 +39,20 @@ def measure(model: str, dtype: str = "fp32") -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bundle"
-        command = [sys.executable, "-P", "-m", "shadowllm.cli", "export", model, str(out), "--selector", "random",
-                   "--skip-validation", "--dtype", dtype]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "shadowllm.cli",
+            "export",
+            model,
+            str(out),
+            "--selector",
+            "random",
+            "--skip-validation",
+            "--dtype",
+            dtype,
+        ]
         start = time.perf_counter()
         done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
         seconds = time.perf_counter() - start
@@ -49,8 +61,14 @@ def measure(model: str, dtype: str = "fp32") -> dict[str, Any]:
         # Linux counts ru_maxrss in KiB; the export is the largest child this process ever had.
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         weights = read_manifest(out).spec.n_parameters * ITEMSIZE[dtype]
-    return {"model": Path(model).name, "dtype": dtype, "seconds": seconds, "peak_rss_mb": peak / 1e6,
-            "weights_mb": weights / 1e6, "peak_over_weights": peak / weights}
+    return {
+        "model": Path(model).name,
+        "dtype": dtype,
+        "seconds": seconds,
+        "peak_rss_mb": peak / 1e6,
+        "weights_mb": weights / 1e6,
+        "peak_over_weights": peak / weights,
+    }
 
 
 def write_opt_1_3b(folder: Path) -> None:
@@ -59,16 +77,28 @@ def write_opt_1_3b(folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import OPTConfig, OPTForCausalLM
 
-    config = OPTConfig(hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32,
-                       word_embed_proj_dim=2048, max_position_embeddings=2048, dtype="float16")
+    config = OPTConfig(
+        hidden_size=2048,
+        ffn_dim=8192,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        word_embed_proj_dim=2048,
+        max_position_embeddings=2048,
+        dtype="float16",
+    )
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in OPTForCausalLM(config).state_dict().items() if name != "lm_head.weight"}
+        shapes = {
+            name: value.shape for name, value in OPTForCausalLM(config).state_dict().items() if name != "lm_head.weight"
+        }
     config.save_pretrained(folder)
-    generator, where = torch.Generator().manual_seed(0), {}
+    generator = torch.Generator().manual_seed(0)
+    where: dict[str, str] = {}
     names = list(shapes)
-    for number, part in enumerate(names[i:i + 64] for i in range(0, len(names), 64)):
+    for number, part in enumerate(names[i : i + 64] for i in range(0, len(names), 64)):
         file = f"model-{number:05d}.safetensors"
-        save_file({name: torch.randn(shapes[name], generator=generator).mul_(0.02).half() for name in part}, folder / file)
+        save_file(
+            {name: torch.randn(shapes[name], generator=generator).mul_(0.02).half() for name in part}, folder / file
+        )
         where |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
@@ -77,7 +107,9 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="folder, .gguf file or Hugging Face id")
-    parser.add_argument("--opt-1.3b", dest="opt", action="store_true", help="measure a random model of OPT-1.3B's shape instead")
+    parser.add_argument(
+        "--opt-1.3b", dest="opt", action="store_true", help="measure a random model of OPT-1.3B's shape instead"
+    )
     parser.add_argument("--dtype", choices=tuple(ITEMSIZE), default="fp32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
@@ -90,8 +122,10 @@ def main() -> None:
             Path(model).mkdir()
             write_opt_1_3b(Path(model))
         found = measure(model, args.dtype)
-    print(f"{found['model']} {found['dtype']}: {found['seconds']:.1f} s, peak {found['peak_rss_mb']:.0f} MB "
-          f"= {found['peak_over_weights']:.2f} x {found['weights_mb']:.0f} MB of weights")
+    print(
+        f"{found['model']} {found['dtype']}: {found['seconds']:.1f} s, peak {found['peak_rss_mb']:.0f} MB "
+        f"= {found['peak_over_weights']:.2f} x {found['weights_mb']:.0f} MB of weights"
+    )
     if args.json:
         args.json.write_text(json.dumps({"environment": environment(), "results": [found]}, indent=2) + "\n")
 

@@ -39,9 +39,14 @@ def draw(report: Report, path: Path) -> None:
     _bars(axes[1], names, rates, "Decode throughput,\ntokens/s", "{:.1f}")
     if measured:
         qualities = [result.quality for result in report.results]
-        _bars(axes[2], names, [100 * quality["next_token_agreement"] for quality in qualities],
-              "Next-token agreement, %\n(and perplexity)", "{:.0f}%",
-              [f"  ppl {quality['perplexity']:.1f}" for quality in qualities])
+        _bars(
+            axes[2],
+            names,
+            [100 * quality["next_token_agreement"] for quality in qualities],
+            "Next-token agreement, %\n(and perplexity)",
+            "{:.0f}%",
+            [f"  ppl {quality['perplexity']:.1f}" for quality in qualities],
+        )
         axes[2].set_xlim(0, 175)
         axes[2].set_xticks([0, 50, 100])
     axes[0].invert_yaxis()
@@ -53,7 +58,12 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _bars(
-    axis: Any, names: list[str], values: list[float], title: str, label: str, notes: list[str] | None = None,
+    axis: Any,
+    names: list[str],
+    values: list[float],
+    title: str,
+    label: str,
+    notes: list[str] | None = None,
 ) -> None:
     bars = axis.barh(names, values, color=[FIRST] + [OTHERS] * (len(names) - 1), height=0.6)
     texts = [label.format(value) + note for value, note in zip(values, notes or [""] * len(names), strict=True)]

@@ -60,12 +60,20 @@ class Worker:
         self._errors: IO[str] = tempfile.TemporaryFile("w+")
         try:
             # A session of its own: Ctrl-C reaches this process alone, which then ends its children in order.
-            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                             stderr=self._errors, text=True, start_new_session=True)
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                start_new_session=True,
+            )
         except OSError as error:
             self._errors.close()
-            raise UserError(f"cannot start the worker of {self.name} ({error.strerror}: {self._command[0]})",
-                            "name an interpreter that exists") from error
+            raise UserError(
+                f"cannot start the worker of {self.name} ({error.strerror}: {self._command[0]})",
+                "name an interpreter that exists",
+            ) from error
         try:
             self.load_report = self._answer()
         except BaseException:
@@ -124,8 +132,13 @@ After = Callable[[Mapping[str, Worker], Mapping[str, Sequence[Generation]]], Any
 
 
 def race(
-    contenders: Sequence[Contender], requests: Mapping[str, Any], *, runs: int, warmup: int,
-    after: After | None = None, tick: Callable[[str], None] = lambda _: None,
+    contenders: Sequence[Contender],
+    requests: Mapping[str, Any],
+    *,
+    runs: int,
+    warmup: int,
+    after: After | None = None,
+    tick: Callable[[str], None] = lambda _: None,
     settle: float = SETTLE_SECONDS,
 ) -> tuple[dict[str, list[Generation]], Any]:
     """Time every contender ``runs`` times in turn: A B C A B C ...
@@ -185,13 +198,18 @@ def summarise(generations: Sequence[Generation], percentiles: Sequence[float] = 
     rates = [1e3 * len(generation.itl_ms) / sum(generation.itl_ms) for generation in generations]
     itl = {"min": steps.min(), "median": np.median(steps), "mean": steps.mean(), "max": steps.max()}
     itl |= {f"p{percent:g}": np.percentile(steps, percent) for percent in percentiles}
-    parts = {name: float(np.median([generation.parts_ms[name] for generation in generations]))
-             for name in generations[0].parts_ms}
+    parts = {
+        name: float(np.median([generation.parts_ms[name] for generation in generations]))
+        for name in generations[0].parts_ms
+    }
     return Summary(
         ttft_ms={"min": min(ttft), "median": float(np.median(ttft)), "max": max(ttft)},
         itl_ms={name: float(value) for name, value in itl.items()},
-        tokens_per_second=float(np.median(rates)), tokens_per_second_spread=(min(rates), max(rates)), parts_ms=parts,
-        peak_rss_mb=max(generation.peak_rss_mb for generation in generations))
+        tokens_per_second=float(np.median(rates)),
+        tokens_per_second_spread=(min(rates), max(rates)),
+        parts_ms=parts,
+        peak_rss_mb=max(generation.peak_rss_mb for generation in generations),
+    )
 
 
 def speedup(baseline: Sequence[Generation], other: Sequence[Generation]) -> dict[str, float]:
@@ -200,6 +218,7 @@ def speedup(baseline: Sequence[Generation], other: Sequence[Generation]) -> dict
     Returns:
         ``median``, ``min`` and ``max`` over runs of the ratio of the median inter-token latencies.
     """
-    ratios = [float(np.median(slow.itl_ms) / np.median(fast.itl_ms))
-              for slow, fast in zip(baseline, other, strict=True)]
+    ratios = [
+        float(np.median(slow.itl_ms) / np.median(fast.itl_ms)) for slow, fast in zip(baseline, other, strict=True)
+    ]
     return {"median": float(np.median(ratios)), "min": min(ratios), "max": max(ratios)}

@@ -80,11 +80,18 @@ class Builder:
         return name
 
     def session(self, output: str, threads: int) -> ort.InferenceSession:
-        graph = helper.make_graph(self.nodes, "stack", self.inputs,
-                                  [helper.make_tensor_value_info(output, TensorProto.FLOAT, [1, 1, self.hidden])],
-                                  self.declared)
-        model = helper.make_model(graph, ir_version=10, opset_imports=[
-            helper.make_opsetid("", 21), helper.make_opsetid(schemas.DOMAIN, schemas.VERSION)])
+        graph = helper.make_graph(
+            self.nodes,
+            "stack",
+            self.inputs,
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, [1, 1, self.hidden])],
+            self.declared,
+        )
+        model = helper.make_model(
+            graph,
+            ir_version=10,
+            opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(schemas.DOMAIN, schemas.VERSION)],
+        )
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -115,10 +122,17 @@ def sparse_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list
     build.inputs.append(helper.make_tensor_value_info("count", TensorProto.INT32, []))
     for i in range(layers):
         build.inputs.append(helper.make_tensor_value_info(f"indices{i}", TensorProto.INT32, [neurons]))
-        gate, up, down = (build.weight(f"w_{part}{i}", (neurons, hidden), stack.dtype)
-                          for part in ("gate", "up", "down"))
-        y = build.op("SparseMLP", [x, f"indices{i}", "count", gate, "", up, "", down], f"y{i}",
-                     domain=schemas.DOMAIN, activation="silu", layer=i)
+        gate, up, down = (
+            build.weight(f"w_{part}{i}", (neurons, hidden), stack.dtype) for part in ("gate", "up", "down")
+        )
+        y = build.op(
+            "SparseMLP",
+            [x, f"indices{i}", "count", gate, "", up, "", down],
+            f"y{i}",
+            domain=schemas.DOMAIN,
+            activation="silu",
+            layer=i,
+        )
         x = build.op("Add", [x, y], f"x{i + 1}")
     return build.session(x, threads), [x]
 
@@ -165,8 +179,19 @@ class Worker:
     def __init__(self, stack: Stack, threads: int) -> None:
         self.stack = stack
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "shadowllm.benchmarks.op_bench", "--worker", json.dumps(asdict(stack)),
-             "--threads", str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            [
+                sys.executable,
+                "-m",
+                "shadowllm.benchmarks.op_bench",
+                "--worker",
+                json.dumps(asdict(stack)),
+                "--threads",
+                str(threads),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self._read()
 
     def _read(self) -> str:
@@ -210,26 +235,43 @@ def row_of(stack: Stack, kept: float, seconds: list[float], dense: float, roof: 
     middle = median(seconds)
     low, high = np.percentile(seconds, [25, 75]) * 1e3
     rate = stack.bytes * kept / middle / 1e9
-    return asdict(stack) | {"kept": kept, "median_ms": middle * 1e3, "q25_ms": low, "q75_ms": high,
-                            "samples": len(seconds), "speedup": dense / middle, "gb_per_s": rate,
-                            "share_of_bandwidth": rate / roof, "read_gb_per_s": roof}
+    return asdict(stack) | {
+        "kept": kept,
+        "median_ms": middle * 1e3,
+        "q25_ms": low,
+        "q75_ms": high,
+        "samples": len(seconds),
+        "speedup": dense / middle,
+        "gb_per_s": rate,
+        "share_of_bandwidth": rate / roof,
+        "read_gb_per_s": roof,
+    }
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'size':6} {'kind':7} {'dtype':9} {'kept':>5} {'median ms':>10} {'q25..q75':>16} {'speedup':>8} "
-          f"{'GB/s':>6} {'share':>6}")
+    print(
+        f"{'size':6} {'kind':7} {'dtype':9} {'kept':>5} {'median ms':>10} {'q25..q75':>16} {'speedup':>8} "
+        f"{'GB/s':>6} {'share':>6}"
+    )
     for r in rows:
         spread = f"{r['q25_ms']:.2f}..{r['q75_ms']:.2f}"
-        print(f"{r['size']:6} {r['kind']:7} {r['dtype']:9} {r['kept']:5.0%} {r['median_ms']:10.2f} {spread:>16} "
-              f"{r['speedup']:7.2f}x {r['gb_per_s']:6.1f} {r['share_of_bandwidth']:6.0%}")
+        print(
+            f"{r['size']:6} {r['kind']:7} {r['dtype']:9} {r['kept']:5.0%} {r['median_ms']:10.2f} {spread:>16} "
+            f"{r['speedup']:7.2f}x {r['gb_per_s']:6.1f} {r['share_of_bandwidth']:6.0%}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"],
-                        help="of the sparse weights; dense is float32")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=["float32", "bfloat16"],
+        help="of the sparse weights; dense is float32",
+    )
     parser.add_argument("--kept", nargs="+", type=float, default=[1.0, 0.5, 0.3, 0.1], help="fractions of the neurons")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each stack, four runs a turn")
     parser.add_argument("--threads", type=int, default=2)

@@ -32,13 +32,18 @@ def passage(encode: Callable[[str], Sequence[int]], length: int) -> list[int]:
         text += "\n\n" + _documentation(name)
         ids = list(encode(text))
     if len(ids) < length:
-        raise UserError(f"the benchmark's text has {len(ids)} tokens, {length} are needed",
-                        "ask for a shorter prompt or fewer tokens to judge quality by")
+        raise UserError(
+            f"the benchmark's text has {len(ids)} tokens, {length} are needed",
+            "ask for a shorter prompt or fewer tokens to judge quality by",
+        )
     return ids[:length]
 
 
 def _documentation(name: str) -> str:
     module = importlib.import_module(name)
-    members = [value for key, value in sorted(vars(module).items())
-               if not key.startswith("_") and getattr(value, "__module__", None) == name]
+    members = [
+        value
+        for key, value in sorted(vars(module).items())
+        if not key.startswith("_") and getattr(value, "__module__", None) == name
+    ]
     return "\n\n".join(text for text in map(inspect.getdoc, [module, *members]) if text)

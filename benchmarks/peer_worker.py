@@ -55,8 +55,11 @@ class CacheGraph:
 
     def _feeds(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         end = self.length + ids.shape[1]
-        feeds = {"input_ids": ids, "attention_mask": np.ones((1, end), dtype=np.int64),
-                 "position_ids": np.arange(self.length, end, dtype=np.int64)[None]}
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": np.ones((1, end), dtype=np.int64),
+            "position_ids": np.arange(self.length, end, dtype=np.int64)[None],
+        }
         self.length = end
         return {name: value for name, value in feeds.items() if name in self._inputs}
 

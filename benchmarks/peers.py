@@ -40,8 +40,13 @@ from shadowllm.predictor.progress import progress
 from shadowllm.runtime.text import load_tokenizer
 
 # Ours, theirs, and how many times faster ours is meant to be.
-TARGETS = (("dense", "genai-graph", 0.95), ("dense", "optimum-run", 1.2), ("dense", "optimum-bound", 1.2),
-           ("dense-loop", "genai-loop", 1.2), ("dense-loop", "genai-default", 1.2))
+TARGETS = (
+    ("dense", "genai-graph", 0.95),
+    ("dense", "optimum-run", 1.2),
+    ("dense", "optimum-bound", 1.2),
+    ("dense-loop", "genai-loop", 1.2),
+    ("dense-loop", "genai-default", 1.2),
+)
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,16 @@ class Setting:
 
 def own_contenders(bundle: Path, setting: Setting) -> list[Contender]:
     """Our dense graph, and our whole generation loop over it."""
-    command = (sys.executable, "-P", "-m", "shadowllm.benchmarks.worker", str(bundle), "ort-dense",
-               "--threads", str(setting.threads))
+    command = (
+        sys.executable,
+        "-P",
+        "-m",
+        "shadowllm.benchmarks.worker",
+        str(bundle),
+        "ort-dense",
+        "--threads",
+        str(setting.threads),
+    )
     return [Contender("dense", command), Contender("dense-loop", (*command, "--loop"))]
 
 
@@ -66,28 +79,71 @@ def genai_contenders(python: Path, checkpoint: Path, folder: Path, setting: Sett
     The generator runs twice: told how long the text gets, and with its default, a cache for the
     model's whole context.
     """
-    _export(folder, (str(python), "-P", "-m", "onnxruntime_genai.models.builder", "-m", str(checkpoint),
-                     "-o", str(folder), "-p", "fp32", "-e", "cpu", "-c", str(folder.with_name("genai-cache"))))
+    _export(
+        folder,
+        (
+            str(python),
+            "-P",
+            "-m",
+            "onnxruntime_genai.models.builder",
+            "-m",
+            str(checkpoint),
+            "-o",
+            str(folder),
+            "-p",
+            "fp32",
+            "-e",
+            "cpu",
+            "-c",
+            str(folder.with_name("genai-cache")),
+        ),
+    )
     config = json.loads((folder / "genai_config.json").read_text())
     config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = setting.threads
     (folder / "genai_config.json").write_text(json.dumps(config, indent=2))
-    return [Contender("genai-graph", _peer(python, "shared", folder, setting)),
-            Contender("genai-loop", _peer(python, "genai", folder, setting)),
-            Contender("genai-default", _peer(python, "genai", folder, setting, capacity=0))]
+    return [
+        Contender("genai-graph", _peer(python, "shared", folder, setting)),
+        Contender("genai-loop", _peer(python, "genai", folder, setting)),
+        Contender("genai-default", _peer(python, "genai", folder, setting, capacity=0)),
+    ]
 
 
 def optimum_contenders(python: Path, checkpoint: Path, folder: Path, setting: Setting) -> list[Contender]:
     """Optimum's traced export, run as optimum runs it on a CPU, and with IO binding."""
-    _export(folder, (str(python), "-P", "-m", "optimum.exporters.onnx", "--model", str(checkpoint),
-                     "--task", "text-generation-with-past", str(folder)))
-    return [Contender("optimum-run", _peer(python, "run", folder, setting)),
-            Contender("optimum-bound", _peer(python, "bound", folder, setting))]
+    _export(
+        folder,
+        (
+            str(python),
+            "-P",
+            "-m",
+            "optimum.exporters.onnx",
+            "--model",
+            str(checkpoint),
+            "--task",
+            "text-generation-with-past",
+            str(folder),
+        ),
+    )
+    return [
+        Contender("optimum-run", _peer(python, "run", folder, setting)),
+        Contender("optimum-bound", _peer(python, "bound", folder, setting)),
+    ]
 
 
 def _peer(python: Path, how: str, folder: Path, setting: Setting, capacity: int | None = None) -> tuple[str, ...]:
     capacity = setting.prompt_len + setting.new_tokens if capacity is None else capacity
-    return (str(python), "-P", "-m", "shadowllm.benchmarks.peer_worker", how, str(folder),
-            "--threads", str(setting.threads), "--capacity", str(capacity))
+    return (
+        str(python),
+        "-P",
+        "-m",
+        "shadowllm.benchmarks.peer_worker",
+        how,
+        str(folder),
+        "--threads",
+        str(setting.threads),
+        "--capacity",
+        str(capacity),
+    )
 
 
 def _export(folder: Path, command: Sequence[str]) -> None:
@@ -140,8 +196,15 @@ def _spell_rope_for_transformers_4(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2))
 
 
-def compare(model: str, bundle: Path, work: Path, genai_python: Path | None, optimum_python: Path | None,
-            setting: Setting, runs: int) -> tuple[Report, list[str]]:
+def compare(
+    model: str,
+    bundle: Path,
+    work: Path,
+    genai_python: Path | None,
+    optimum_python: Path | None,
+    setting: Setting,
+    runs: int,
+) -> tuple[Report, list[str]]:
     """Export what is missing, race all contenders, and say what was left out.
 
     Raises:
@@ -150,8 +213,10 @@ def compare(model: str, bundle: Path, work: Path, genai_python: Path | None, opt
     manifest = read_manifest(bundle)
     if manifest.dtype != "float32":
         raise UserError(f"{bundle} is a {manifest.dtype} bundle", "the comparison is in float32: export it so")
-    toolkits = {"onnxruntime-genai (--genai-python)": (genai_python, genai_contenders, work / "genai"),
-                "optimum (--optimum-python)": (optimum_python, optimum_contenders, work / "optimum")}
+    toolkits = {
+        "onnxruntime-genai (--genai-python)": (genai_python, genai_contenders, work / "genai"),
+        "optimum (--optimum-python)": (optimum_python, optimum_contenders, work / "optimum"),
+    }
     skipped = [name for name, (python, _, _) in toolkits.items() if python is None]
     if len(skipped) == len(toolkits):
         raise UserError("no other toolkit to compare with", "give --genai-python or --optimum-python")
@@ -164,13 +229,21 @@ def compare(model: str, bundle: Path, work: Path, genai_python: Path | None, opt
     tokenizer = load_tokenizer(bundle, manifest)
     prompt = passage(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, setting.prompt_len)
     with progress("Peers", len(contenders) * (1 + runs)) as advance:
-        taken, _ = race(contenders, {"prompt": prompt, "new_tokens": setting.new_tokens}, runs=runs, warmup=1,
-                        tick=lambda _: advance(1))
+        taken, _ = race(
+            contenders,
+            {"prompt": prompt, "new_tokens": setting.new_tokens},
+            runs=runs,
+            warmup=1,
+            tick=lambda _: advance(1),
+        )
     _check_tokens({name: generations[0].tokens for name, generations in taken.items()})
     traffic = mean_traffic(manifest.spec, 4, setting.prompt_len, setting.new_tokens)
     results = [Result(name, summarise(generations), traffic) for name, generations in taken.items()]
-    pairs = [{"name": ours, "baseline": theirs, "speedup": speedup(taken[theirs], taken[ours]), "target": target}
-             for ours, theirs, target in TARGETS if theirs in taken]
+    pairs = [
+        {"name": ours, "baseline": theirs, "speedup": speedup(taken[theirs], taken[ours]), "target": target}
+        for ours, theirs, target in TARGETS
+        if theirs in taken
+    ]
     settings = {"model": manifest.model, "runs": runs, "skipped": skipped} | vars(setting)
     return Report(environment(setting.threads), settings, results, pairs), skipped
 
@@ -181,16 +254,21 @@ def _check_tokens(tokens: dict[str, list[int]]) -> None:
     for name, found in tokens.items():
         # Rounding may part two greedy paths late in a text; another model or cache parts them at once.
         if found[:8] != reference[:8]:
-            raise UserError(f"{name} generates other tokens than our dense graph ({found[:8]}, not {reference[:8]})",
-                            "give the model that the bundle was exported from, and an empty --work folder")
+            raise UserError(
+                f"{name} generates other tokens than our dense graph ({found[:8]}, not {reference[:8]})",
+                "give the model that the bundle was exported from, and an empty --work folder",
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; prints the table and whether each target was met."""
     from rich.console import Console
 
-    parser = argparse.ArgumentParser(prog="python -m shadowllm.benchmarks.peers", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m shadowllm.benchmarks.peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("model", help="Hugging Face id, folder or .gguf file")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--genai-python", type=Path, help="interpreter that has onnxruntime-genai")
@@ -204,13 +282,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = Console(width=max(Console().width, 120))  # seven contenders side by side
     try:
-        report, skipped = compare(given.model, given.bundle, given.work, given.genai_python, given.optimum_python,
-                                  Setting(given.threads, given.prompt_len, given.new_tokens), given.runs)
+        report, skipped = compare(
+            given.model,
+            given.bundle,
+            given.work,
+            given.genai_python,
+            given.optimum_python,
+            Setting(given.threads, given.prompt_len, given.new_tokens),
+            given.runs,
+        )
         report.print(console)
         for pair in report.comparison:
             met = "met" if pair["speedup"]["median"] >= pair["target"] else "missed"
-            console.print(f"Target: {pair['name']} at least {pair['target']}x {pair['baseline']}: {met}",
-                          highlight=False)
+            console.print(
+                f"Target: {pair['name']} at least {pair['target']}x {pair['baseline']}: {met}", highlight=False
+            )
         for name in skipped:
             console.print(f"Skipped: {name} was not given", highlight=False)
         if given.json:

@@ -40,13 +40,17 @@ class Result:
         """One entry of the report's ``results``."""
         summary = self.summary
         return {
-            "name": self.name, "ttft_ms": summary.ttft_ms, "itl_ms": summary.itl_ms,
+            "name": self.name,
+            "ttft_ms": summary.ttft_ms,
+            "itl_ms": summary.itl_ms,
             "tokens_per_second": summary.tokens_per_second,
             "tokens_per_second_spread": list(summary.tokens_per_second_spread),
             "bytes_per_token": self.traffic.total if self.traffic else None,
             "bytes_by_part": self.traffic.parts if self.traffic else None,
-            "gb_per_second": self.gb_per_second, "peak_rss_mb": summary.peak_rss_mb,
-            "parts_ms": summary.parts_ms, "quality": self.quality,
+            "gb_per_second": self.gb_per_second,
+            "peak_rss_mb": summary.peak_rss_mb,
+            "parts_ms": summary.parts_ms,
+            "quality": self.quality,
         }
 
 
@@ -72,9 +76,14 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types, as ``--json`` writes them."""
-        return {"environment": self.environment, "settings": self.settings, "bandwidth_gb_s": self.bandwidth_gb_s,
-                "results": [result.to_dict() for result in self.results], "comparison": list(self.comparison),
-                "predictor": self.predictor}
+        return {
+            "environment": self.environment,
+            "settings": self.settings,
+            "bandwidth_gb_s": self.bandwidth_gb_s,
+            "results": [result.to_dict() for result in self.results],
+            "comparison": list(self.comparison),
+            "predictor": self.predictor,
+        }
 
     def save_json(self, path: Path) -> None:
         """Write the report.
@@ -118,48 +127,65 @@ class Report:
     def title(self) -> str:
         """Model and setting in one line."""
         s = self.settings
-        return (f"{s['model']}: prompt {s['prompt_len']} + {s['new_tokens']} new tokens, {s['runs']} runs, "
-                f"{self.environment['threads']} threads")
+        return (
+            f"{s['model']}: prompt {s['prompt_len']} + {s['new_tokens']} new tokens, {s['runs']} runs, "
+            f"{self.environment['threads']} threads"
+        )
 
     def _cells(self, result: Result) -> dict[str, str]:
         summary, itl, quality = result.summary, result.summary.itl_ms, result.quality
         cells = {
-            "TTFT, ms": f"{summary.ttft_ms['median']:.1f}", "ITL median, ms": f"{itl['median']:.2f}",
-            "ITL percentile(90%), ms": f"{itl['p90']:.2f}", "ITL percentile(99%), ms": f"{itl['p99']:.2f}",
-            "Throughput, tokens/s": f"{summary.tokens_per_second:.1f}", "Peak RSS, MB": f"{summary.peak_rss_mb:.0f}",
+            "TTFT, ms": f"{summary.ttft_ms['median']:.1f}",
+            "ITL median, ms": f"{itl['median']:.2f}",
+            "ITL percentile(90%), ms": f"{itl['p90']:.2f}",
+            "ITL percentile(99%), ms": f"{itl['p99']:.2f}",
+            "Throughput, tokens/s": f"{summary.tokens_per_second:.1f}",
+            "Peak RSS, MB": f"{summary.peak_rss_mb:.0f}",
         }
         if result.traffic and result.gb_per_second:
             share = f" ({result.gb_per_second / self.bandwidth_gb_s:.0%})" if self.bandwidth_gb_s else ""
-            cells |= {"Bytes touched, MB/token": f"{result.traffic.total / 1e6:.1f}",
-                      "Bandwidth reached, GB/s": f"{result.gb_per_second:.1f}{share}"}
+            cells |= {
+                "Bytes touched, MB/token": f"{result.traffic.total / 1e6:.1f}",
+                "Bandwidth reached, GB/s": f"{result.gb_per_second:.1f}{share}",
+            }
         if quality:
-            cells |= {"Next-token agreement": f"{quality['next_token_agreement']:.1%}",
-                      "Perplexity": f"{quality['perplexity']:.2f}"}
+            cells |= {
+                "Next-token agreement": f"{quality['next_token_agreement']:.1%}",
+                "Perplexity": f"{quality['perplexity']:.2f}",
+            }
         return cells
 
     def _closing_lines(self) -> list[str]:
         lines = []
         for pair in self.comparison:
             ratio = pair["speedup"]
-            lines.append(f"{pair['name']} against {pair['baseline']}: {ratio['median']:.2f}x per token "
-                         f"({ratio['min']:.2f}x to {ratio['max']:.2f}x over runs)")
+            lines.append(
+                f"{pair['name']} against {pair['baseline']}: {ratio['median']:.2f}x per token "
+                f"({ratio['min']:.2f}x to {ratio['max']:.2f}x over runs)"
+            )
         if self.predictor:
             p = self.predictor
-            lines.append(f"Predictor: {p['ms_per_token']:.3f} ms per token, {p['share_of_step']:.1%} of a step, "
-                         f"{p['bytes_per_token'] / 1e6:.2f} MB")
+            lines.append(
+                f"Predictor: {p['ms_per_token']:.3f} ms per token, {p['share_of_step']:.1%} of a step, "
+                f"{p['bytes_per_token'] / 1e6:.2f} MB"
+            )
         if self.bandwidth_gb_s:
-            lines.append(f"Memory: {self.bandwidth_gb_s:.1f} GB/s measured read bandwidth; "
-                         "percentages in the table are of it")
+            lines.append(
+                f"Memory: {self.bandwidth_gb_s:.1f} GB/s measured read bandwidth; percentages in the table are of it"
+            )
         return lines
 
 
 def latency_line(result: Result) -> str:
     """trtexec's summary wording for the inter-token latency."""
     itl = result.summary.itl_ms
-    tails = "".join(f", percentile({name[1:]}%) = {value:.3f} ms"
-                    for name, value in itl.items() if name[0] == "p" and name != "p50")
+    tails = "".join(
+        f", percentile({name[1:]}%) = {value:.3f} ms" for name, value in itl.items() if name[0] == "p" and name != "p50"
+    )
     low, high = result.summary.tokens_per_second_spread
-    return (f"{result.name}: Latency: min = {itl['min']:.3f} ms, max = {itl['max']:.3f} ms, "
-            f"mean = {itl['mean']:.3f} ms, median = {itl['median']:.3f} ms{tails}; "
-            f"Throughput: {result.summary.tokens_per_second:.1f} tokens/s "
-            f"({low:.1f} to {high:.1f} over runs)")
+    return (
+        f"{result.name}: Latency: min = {itl['min']:.3f} ms, max = {itl['max']:.3f} ms, "
+        f"mean = {itl['mean']:.3f} ms, median = {itl['median']:.3f} ms{tails}; "
+        f"Throughput: {result.summary.tokens_per_second:.1f} tokens/s "
+        f"({low:.1f} to {high:.1f} over runs)"
+    )

@@ -69,7 +69,11 @@ def step_traffic(spec: ModelSpec, itemsize: int, context: int, active: Active | 
 
 
 def mean_traffic(
-    spec: ModelSpec, itemsize: int, prompt_len: int, new_tokens: int, active: Active | None = None,
+    spec: ModelSpec,
+    itemsize: int,
+    prompt_len: int,
+    new_tokens: int,
+    active: Active | None = None,
 ) -> Traffic:
     """Mean over the decode steps of a generation: the cache grows from the prompt's length, one token a step."""
     # The cost is linear in the context, so the middle context has the mean cost. Steps see

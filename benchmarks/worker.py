@@ -74,8 +74,12 @@ class StepTimer:
             tokens.append(int(logits[0].argmax()))
             parts.append(dict(getattr(self._session, "step_seconds", {})))
         names = parts[0] if parts else {}
-        return {"ttft_ms": ttft / 1e6, "itl_ms": steps, "tokens": tokens,
-                "parts_ms": {name: 1e3 * float(np.mean([part[name] for part in parts])) for name in names}}
+        return {
+            "ttft_ms": ttft / 1e6,
+            "itl_ms": steps,
+            "tokens": tokens,
+            "parts_ms": {name: 1e3 * float(np.mean([part[name] for part in parts])) for name in names},
+        }
 
     def score(self, context: list[int], continuation: list[int]) -> Answer:
         """Teacher-forced pass: the context is prefilled, the continuation decoded token by token.

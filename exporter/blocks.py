@@ -55,8 +55,9 @@ class Selection:
     neuron_counts: ir.Value
 
 
-def step(g: GraphBuilder, spec: ModelSpec, position_ids: ir.Value, capacity_of: ir.Value, *, dense: bool,
-         sparse: bool) -> Step:
+def step(
+    g: GraphBuilder, spec: ModelSpec, position_ids: ir.Value, capacity_of: ir.Value, *, dense: bool, sparse: bool
+) -> Step:
     """Derive masks, lengths and rotary tables from ``position_ids`` int64 ``(batch, seqlen)``."""
     first, last = (g.op("Gather", position_ids, g.ints(i), axis=1) for i in (0, -1))
     visible = lengths = cos = sin = None
@@ -69,7 +70,9 @@ def step(g: GraphBuilder, spec: ModelSpec, position_ids: ir.Value, capacity_of: 
     if spec.rope:
         # In float32 whatever the model's type: 16-bit angles are wrong within a few hundred positions.
         frequencies = g.constant(spec.rope.inverse_frequencies(spec.head_dim).astype(np.float32), "inverse_frequencies")
-        angles = g.op("Mul", g.op("Cast", g.op("Unsqueeze", position_ids, g.ints([2])), to=ir.DataType.FLOAT), frequencies)
+        angles = g.op(
+            "Mul", g.op("Cast", g.op("Unsqueeze", position_ids, g.ints([2])), to=ir.DataType.FLOAT), frequencies
+        )
         cos, sin = (cast(g, g.op(kind, angles)) for kind in ("Cos", "Sin"))
     return Step(g.op("Shape", position_ids), first, visible, lengths, cos, sin)
 
@@ -109,7 +112,9 @@ def gemm(g: GraphBuilder, x: ir.Value, names: list[str], bias: bool, *, rows_out
     return g.op("Gemm", *inputs, transB=int(rows_out))
 
 
-def dense_layer(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, step: Step, cache: Cache) -> tuple[ir.Value, Cache]:
+def dense_layer(
+    g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, step: Step, cache: Cache
+) -> tuple[ir.Value, Cache]:
     """One layer with every head and neuron; returns hidden states and the updated cache."""
     place = f"layers.{layer}"
     normed = norm(g, spec, f"{place}.input_norm", x)
@@ -139,8 +144,9 @@ def activate(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:
     return g.op({"relu": "Relu", "gelu": "Gelu"}[spec.activation], x)
 
 
-def sparse_layer(g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step, cache: Cache,
-                 selection: Selection) -> tuple[ir.Value, Cache]:
+def sparse_layer(
+    g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step, cache: Cache, selection: Selection
+) -> tuple[ir.Value, Cache]:
     """One layer whose query heads and neurons are selected; K and V stay exact for every head.
 
     Args:
@@ -151,32 +157,57 @@ def sparse_layer(g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.V
     both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias)
     _, cache = to_cache(g, spec, step, cache, both, 0)
     indices, count = _pick(g, selection.head_indices, row), _pick(g, selection.head_counts, row)
-    y = g.custom(schemas.SPARSE_ATTENTION, f"{place}.attention", {
-        "x": _batched(g, spec, step, normed), "key": cache.key, "value": cache.value, "lengths": step.lengths,
-        "indices": indices, "count": count, "w_q": g.weight(f"{place}.q_proj.weight"),
-        "b_q": g.weight(f"{place}.q_proj.bias") if spec.qkv_bias else None, "w_o": g.weight(f"{place}.o_proj.weight"),
-        "b_o": g.weight(f"{place}.o_proj.bias") if spec.o_bias else None, "cos": step.cos, "sin": step.sin,
-    }, n_heads=spec.n_heads, layer=layer)
+    y = g.custom(
+        schemas.SPARSE_ATTENTION,
+        f"{place}.attention",
+        {
+            "x": _batched(g, spec, step, normed),
+            "key": cache.key,
+            "value": cache.value,
+            "lengths": step.lengths,
+            "indices": indices,
+            "count": count,
+            "w_q": g.weight(f"{place}.q_proj.weight"),
+            "b_q": g.weight(f"{place}.q_proj.bias") if spec.qkv_bias else None,
+            "w_o": g.weight(f"{place}.o_proj.weight"),
+            "b_o": g.weight(f"{place}.o_proj.bias") if spec.o_bias else None,
+            "cos": step.cos,
+            "sin": step.sin,
+        },
+        n_heads=spec.n_heads,
+        layer=layer,
+    )
     x = g.op("Add", x, _flat(g, spec, y))
     return g.op("Add", x, _sparse_mlp(g, spec, layer, row, x, step, selection)), cache
 
 
-def _sparse_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step,
-                selection: Selection) -> ir.Value:
+def _sparse_mlp(
+    g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step, selection: Selection
+) -> ir.Value:
     place = f"layers.{layer}"
     normed = norm(g, spec, f"{place}.post_norm", x)
     parts = {"gate": spec.gated, "up": True, "down": True}
     weights = {f"w_{p}": g.weight(f"{place}.{p}_proj.weight") for p, there in parts.items() if there}
     biases = {f"b_{p}": g.weight(f"{place}.{p}_proj.bias") for p, there in parts.items() if there and spec.mlp_bias}
-    y = g.custom(schemas.SPARSE_MLP, f"{place}.mlp", {
-        "x": _batched(g, spec, step, normed), "indices": _pick(g, selection.neuron_indices, row),
-        "count": _pick(g, selection.neuron_counts, row), **weights, **biases,
-    }, activation=spec.activation, layer=layer)
+    y = g.custom(
+        schemas.SPARSE_MLP,
+        f"{place}.mlp",
+        {
+            "x": _batched(g, spec, step, normed),
+            "indices": _pick(g, selection.neuron_indices, row),
+            "count": _pick(g, selection.neuron_counts, row),
+            **weights,
+            **biases,
+        },
+        activation=spec.activation,
+        layer=layer,
+    )
     return _flat(g, spec, y)
 
 
-def to_cache(g: GraphBuilder, spec: ModelSpec, step: Step, cache: Cache, projected: ir.Value,
-             n_heads: int) -> tuple[ir.Value, Cache]:
+def to_cache(
+    g: GraphBuilder, spec: ModelSpec, step: Step, cache: Cache, projected: ir.Value, n_heads: int
+) -> tuple[ir.Value, Cache]:
     """Rotate this step's heads and write its keys and values into the cache.
 
     One transpose and one rotation serve query and key together: at one token a node costs more
@@ -195,8 +226,12 @@ def to_cache(g: GraphBuilder, spec: ModelSpec, step: Step, cache: Cache, project
     if step.cos is not None:
         query_key = g.op("RotaryEmbedding", query_key, step.cos, step.sin)
     parts = g.split(query_key, [n_heads, kv] if n_heads else [kv], axis=1)
-    return parts[0], Cache(*(g.op("TensorScatter", past, new, step.write_indices, axis=2)
-                             for past, new in ((cache.key, parts[-1]), (cache.value, value))))
+    return parts[0], Cache(
+        *(
+            g.op("TensorScatter", past, new, step.write_indices, axis=2)
+            for past, new in ((cache.key, parts[-1]), (cache.value, value))
+        )
+    )
 
 
 def _pick(g: GraphBuilder, rows: ir.Value, row: int) -> ir.Value:

@@ -56,7 +56,9 @@ class GraphBuilder:
             return (x,)
         return self._tape.op_multi_out("Split", (x, self.ints(sizes)), {"axis": axis}, num_outputs=len(sizes))
 
-    def custom(self, schema: schemas.OpSchema, name: str, inputs: dict[str, ir.Value | None], **attributes: Any) -> ir.Value:
+    def custom(
+        self, schema: schemas.OpSchema, name: str, inputs: dict[str, ir.Value | None], **attributes: Any
+    ) -> ir.Value:
         """A named node of one of our ops, its inputs by name; those not given are left out."""
         unknown = set(inputs) - {port.name for port in schema.inputs}
         missing = [p.name for p in schema.inputs if not p.optional and inputs.get(p.name) is None]
@@ -94,6 +96,12 @@ class GraphBuilder:
     def model(self, functions: Sequence[ir.Function] = ()) -> ir.Model:
         """The finished model."""
         imports = {"": OPSET} | ({schemas.DOMAIN: schemas.VERSION} if functions else {})
-        graph = ir.Graph(self._inputs, self._outputs, nodes=self._tape.nodes, initializers=self._tape.initializers,
-                         opset_imports=imports, name=self.name)
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._tape.nodes,
+            initializers=self._tape.initializers,
+            opset_imports=imports,
+            name=self.name,
+        )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="shadowllm", functions=functions)

@@ -27,8 +27,16 @@ PREDICTOR_FILE = "predictor.safetensors"
 TOOLS = ("shadowllm", "onnx-ir", "torch", "transformers")
 
 
-def write_bundle(folder: Path, name: str, weights: Weights, checkpoint: Checkpoint, predictor: Predictor, *,
-                 dtype: str = "float32", budget: Budget) -> Manifest:
+def write_bundle(
+    folder: Path,
+    name: str,
+    weights: Weights,
+    checkpoint: Checkpoint,
+    predictor: Predictor,
+    *,
+    dtype: str = "float32",
+    budget: Budget,
+) -> Manifest:
     """Fill ``folder`` with a bundle; weights stream through memory one tensor at a time.
 
     Args:
@@ -53,10 +61,17 @@ def write_bundle(folder: Path, name: str, weights: Weights, checkpoint: Checkpoi
     _write_companions(folder, spec, checkpoint)
     hashes |= {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.name not in hashes}
     manifest = Manifest(
-        model=name, spec=spec, dtype=dtype, dense_layers=predictor.dense_layers,
+        model=name,
+        spec=spec,
+        dtype=dtype,
+        dense_layers=predictor.dense_layers,
         budgets={"neurons": budget.neurons, "heads": budget.heads},
-        predictor={"kind": predictor.kind, "rank": predictor.rank, **predictor.record}, base_fingerprint=fingerprint,
-        op_domain_version=schemas.VERSION, tools={tool: version(tool) for tool in TOOLS}, files=hashes)
+        predictor={"kind": predictor.kind, "rank": predictor.rank, **predictor.record},
+        base_fingerprint=fingerprint,
+        op_domain_version=schemas.VERSION,
+        tools={tool: version(tool) for tool in TOOLS},
+        files=hashes,
+    )
     manifest.write(folder)
     return manifest
 
@@ -71,12 +86,16 @@ def read_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], P
     predictor = Predictor.load(folder / PREDICTOR_FILE)
     store = WeightStore(folder / DATA_FILE, model_groups(manifest.spec, DTYPES[manifest.dtype]))
     data = np.memmap(store.path, dtype=np.uint8, mode="c")
-    weights = {name: torch.from_numpy(data[e.offset:e.offset + e.length]).view(TORCH_DTYPES[e.dtype]).view(e.shape).float()
-               for name, e in store.entries.items()}
+    weights = {
+        name: torch.from_numpy(data[e.offset : e.offset + e.length]).view(TORCH_DTYPES[e.dtype]).view(e.shape).float()
+        for name, e in store.entries.items()
+    }
     return weights, predictor
 
 
-def _models(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor) -> Iterator[tuple[str, ir.Model]]:
+def _models(
+    spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor
+) -> Iterator[tuple[str, ir.Model]]:
     yield "dense", graphs.dense_graph(spec, store, dtype)
     yield "stem", graphs.stem_graph(spec, store, dtype, predictor.dense_layers)
     yield "predictor", graphs.predictor_graph(spec, store, dtype, predictor)
@@ -92,8 +111,11 @@ def _groups(spec: ModelSpec, dtype: ir.DataType, predictor: Predictor) -> Iterat
 
 def _predictor_tensors(predictor: Predictor) -> Mapping[str, Tensor]:
     """What the predictor's graph reads: a ranking, or a network without the ranking it started from."""
-    return {f"predictor.{name}": tensor for name, tensor in predictor.tensors.items()
-            if name.endswith("scores") == (predictor.kind == "static")}
+    return {
+        f"predictor.{name}": tensor
+        for name, tensor in predictor.tensors.items()
+        if name.endswith("scores") == (predictor.kind == "static")
+    }
 
 
 def _write_companions(folder: Path, spec: ModelSpec, checkpoint: Checkpoint) -> None:

@@ -29,10 +29,18 @@ from shadowllm.plugins.tensorrt.flavour import Flavour, child_environment, requi
 Verbosity = Literal["none", "layer_names_only", "detailed"]
 
 
-def build_engine(onnx_path: Path, engine_path: Path, *, flavour: Flavour, profiles: Sequence[ShapeProfile],
-                 sms: Sequence[int] = (), timing_cache: Path | None = None, workspace_bytes: int | None = None,
-                 profiling_verbosity: Verbosity = "layer_names_only",
-                 file_hashes: Mapping[str, str] | None = None) -> EngineRecord:
+def build_engine(
+    onnx_path: Path,
+    engine_path: Path,
+    *,
+    flavour: Flavour,
+    profiles: Sequence[ShapeProfile],
+    sms: Sequence[int] = (),
+    timing_cache: Path | None = None,
+    workspace_bytes: int | None = None,
+    profiling_verbosity: Verbosity = "layer_names_only",
+    file_hashes: Mapping[str, str] | None = None,
+) -> EngineRecord:
     """Build ``engine_path`` and its sidecar from an ONNX piece; neither appears before it is whole.
 
     Args:
@@ -62,14 +70,29 @@ def build_engine(onnx_path: Path, engine_path: Path, *, flavour: Flavour, profil
     files = _hash_sources(onnx_path, graph, file_hashes or {})
     engine_path.parent.mkdir(parents=True, exist_ok=True)
     part = engine_path.with_name(f".{engine_path.name}.part")
-    request = request_for(onnx_path, graph, part, flavour, profiles, sms=list(sms), workspace_bytes=workspace_bytes,
-                          timing_cache=timing_cache and str(timing_cache), verbosity=profiling_verbosity)
+    request = request_for(
+        onnx_path,
+        graph,
+        part,
+        flavour,
+        profiles,
+        sms=list(sms),
+        workspace_bytes=workspace_bytes,
+        timing_cache=timing_cache and str(timing_cache),
+        verbosity=profiling_verbosity,
+    )
     try:
         with _progress(f"{flavour}: {engine_path.name}") as show:
             built = run_worker(request, engine_path.name, show)
-        record = EngineRecord(flavour=flavour, plugin_version=VERSION, profiles=tuple(profiles), files=files,
-                              plugins=tuple(CustomNode(**node) for node in built.pop("plugins")),
-                              compute_capabilities=tuple(built.pop("compute_capabilities")), **built)
+        record = EngineRecord(
+            flavour=flavour,
+            plugin_version=VERSION,
+            profiles=tuple(profiles),
+            files=files,
+            plugins=tuple(CustomNode(**node) for node in built.pop("plugins")),
+            compute_capabilities=tuple(built.pop("compute_capabilities")),
+            **built,
+        )
         if missing := missing_plugins(part, record.plugins):
             raise RuntimeError(f"the engine does not hold {missing[0]}, which the network had")
         os.replace(part, engine_path)
@@ -90,12 +113,22 @@ def _hash_sources(onnx_path: Path, graph: GraphInfo, known: Mapping[str, str]) -
     return hashes
 
 
-def request_for(onnx_path: Path, graph: GraphInfo, target: Path, flavour: Flavour, profiles: Sequence[ShapeProfile],
-                **options: Any) -> dict[str, Any]:
+def request_for(
+    onnx_path: Path, graph: GraphInfo, target: Path, flavour: Flavour, profiles: Sequence[ShapeProfile], **options: Any
+) -> dict[str, Any]:
     """What the worker is told, in JSON types; ``target`` is the file it writes the engine to."""
-    return {"sms": [], "workspace_bytes": None, "timing_cache": None, "verbosity": "layer_names_only", **options,
-            "onnx": str(onnx_path), "engine": str(target), "flavour": flavour, "bindings": bindings(graph, profiles),
-            "profiles": [asdict(profile) for profile in profiles]}
+    return {
+        "sms": [],
+        "workspace_bytes": None,
+        "timing_cache": None,
+        "verbosity": "layer_names_only",
+        **options,
+        "onnx": str(onnx_path),
+        "engine": str(target),
+        "flavour": flavour,
+        "bindings": bindings(graph, profiles),
+        "profiles": [asdict(profile) for profile in profiles],
+    }
 
 
 def run_worker(request: dict[str, Any], name: str, show: Callable[[str], None]) -> dict[str, Any]:
@@ -112,9 +145,13 @@ def run_worker(request: dict[str, Any], name: str, show: Callable[[str], None]) 
     """
     # -P keeps the current folder off the path, where another "shadowllm" may lie.
     command = [sys.executable, "-P", "-m", "shadowllm.exporter.engine_worker"]
-    with child_environment(request["flavour"]) as environment, tempfile.TemporaryFile("w+", errors="replace") as log, \
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                             env=environment) as worker:
+    with (
+        child_environment(request["flavour"]) as environment,
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        ) as worker,
+    ):
         try:
             result = _follow(worker, request, show)
             code = worker.wait()
@@ -126,8 +163,10 @@ def run_worker(request: dict[str, Any], name: str, show: Callable[[str], None]) 
         raise UserError(f"cannot build {name}: {result['error']}", result["remedy"])
     if code < 0:
         last = f" (its last words: {said[-1]})" if said else ""
-        raise UserError(f"cannot build {name}: the builder process died of {signal.Signals(-code).name}{last}",
-                        "on SIGKILL, memory ran out: build with more of it, or smaller profiles")
+        raise UserError(
+            f"cannot build {name}: the builder process died of {signal.Signals(-code).name}{last}",
+            "on SIGKILL, memory ran out: build with more of it, or smaller profiles",
+        )
     if code or not result:
         raise RuntimeError("the engine worker failed:\n" + "\n".join(said[-20:]))
     return result
@@ -162,8 +201,12 @@ def _progress(title: str) -> Iterator[Callable[[str], None]]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("[dim]{task.fields[phase]}"),
-               TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("[dim]{task.fields[phase]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(title, total=None, phase="starting")
         yield lambda phase: bar.update(task, phase=phase)

@@ -66,11 +66,15 @@ def describe_onnx(path: Path) -> GraphInfo:
     tensors = [value.const_value for value in graph.initializers.values() if value.const_value is not None]
     ops = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.all_nodes())
     return GraphInfo(
-        name=graph.name or path.stem, opset=graph.opset_imports.get("", 0),
-        inputs=tuple(map(_tensor_info, graph.inputs)), outputs=tuple(map(_tensor_info, graph.outputs)),
-        custom_ops=tuple(_custom_node(node) for node in _custom_nodes(graph)), ops=dict(sorted(ops.items())),
+        name=graph.name or path.stem,
+        opset=graph.opset_imports.get("", 0),
+        inputs=tuple(map(_tensor_info, graph.inputs)),
+        outputs=tuple(map(_tensor_info, graph.outputs)),
+        custom_ops=tuple(_custom_node(node) for node in _custom_nodes(graph)),
+        ops=dict(sorted(ops.items())),
         weight_bytes=sum(tensor.nbytes for tensor in tensors),
-        data_files=tuple(sorted({str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)})))
+        data_files=tuple(sorted({str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)})),
+    )
 
 
 def prepare(path: Path, bindings: Mapping[str, int]) -> tuple[bytes, tuple[CustomNode, ...]]:
@@ -124,8 +128,10 @@ def _custom_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     for node in graph.all_nodes():
         if node.domain == DOMAIN:
             if node.op_type not in SCHEMAS:
-                raise UserError(f"the graph uses {DOMAIN}::{node.op_type}, which this version does not know",
-                                "it was written by another version: export the model again")
+                raise UserError(
+                    f"the graph uses {DOMAIN}::{node.op_type}, which this version does not know",
+                    "it was written by another version: export the model again",
+                )
             yield node
 
 
@@ -145,8 +151,11 @@ def _make_plugin_node(node: ir.Node) -> None:
         node.replace_input_with(i, value)
     node.resize_inputs(len(present))
     node.name = _custom_node(node).name
-    for attribute in (ir.AttrString("plugin_namespace", DOMAIN), ir.AttrString("plugin_version", str(VERSION)),
-                      ir.AttrInt64(INPUT_MASK, mask)):
+    for attribute in (
+        ir.AttrString("plugin_namespace", DOMAIN),
+        ir.AttrString("plugin_version", str(VERSION)),
+        ir.AttrInt64(INPUT_MASK, mask),
+    ):
         node.attributes.add(attribute)
 
 

@@ -59,9 +59,14 @@ def build(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     emit({"phase": "writing"})
     Path(request["engine"]).write_bytes(plan)
-    return {"version": trt.__version__, "compute_capabilities": targets(trt, request),
-            "plugins": [asdict(node) for node in nodes], "engine_sha256": hashlib.sha256(plan).hexdigest(),
-            "engine_bytes": plan.nbytes, "build_seconds": round(seconds, 3)}
+    return {
+        "version": trt.__version__,
+        "compute_capabilities": targets(trt, request),
+        "plugins": [asdict(node) for node in nodes],
+        "engine_sha256": hashlib.sha256(plan).hexdigest(),
+        "engine_bytes": plan.nbytes,
+        "build_seconds": round(seconds, 3),
+    }
 
 
 def targets(trt: Any, request: dict[str, Any]) -> list[int]:
@@ -76,8 +81,10 @@ def targets(trt: Any, request: dict[str, Any]) -> list[int]:
     known = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
     unknown = [sm for sm in request["sms"] if sm not in known]
     if unknown:
-        raise UserError(f"TensorRT-RTX {trt.__version__} does not build for sm_{unknown[0]}",
-                        f"it knows {', '.join(map(str, known))}")
+        raise UserError(
+            f"TensorRT-RTX {trt.__version__} does not build for sm_{unknown[0]}",
+            f"it knows {', '.join(map(str, known))}",
+        )
     # Without a choice it builds for every GPU from Ampere on; Turing must be asked for.
     return sorted(set(request["sms"])) or [sm for sm in known if sm >= 80]
 
@@ -91,8 +98,10 @@ def _parse(trt: Any, network: Any, logger: Any, model: bytes, path: str) -> None
         error = parser.get_error(i)
         words = [line for line in error.desc().splitlines() if "catchCudaError" not in line]  # only: there is no GPU
         reasons.append(f"{error.node_operator()} {error.node_name()}: {' '.join(words)}")
-    raise UserError(f"the ONNX parser refuses {Path(path).name}: {'; '.join(reasons) or logger.last_error}",
-                    "export the model again with this version; if that does not help, this is a bug")
+    raise UserError(
+        f"the ONNX parser refuses {Path(path).name}: {'; '.join(reasons) or logger.last_error}",
+        "export the model again with this version; if that does not help, this is a bug",
+    )
 
 
 def _check_plugins(trt: Any, network: Any, nodes: tuple[CustomNode, ...]) -> None:

@@ -25,9 +25,17 @@ TOKENS = ["batch", "seqlen"]
 
 def function_form(spec: ModelSpec) -> FunctionForm:
     """The options of a model that its function bodies are written for."""
-    return FunctionForm(activation=spec.activation, gated=spec.gated, qkv_bias=spec.qkv_bias, o_bias=spec.o_bias,
-                        mlp_bias=spec.mlp_bias, rope=spec.rope is not None, n_heads=spec.n_heads,
-                        n_kv_heads=spec.n_kv_heads, head_dim=spec.head_dim)
+    return FunctionForm(
+        activation=spec.activation,
+        gated=spec.gated,
+        qkv_bias=spec.qkv_bias,
+        o_bias=spec.o_bias,
+        mlp_bias=spec.mlp_bias,
+        rope=spec.rope is not None,
+        n_heads=spec.n_heads,
+        n_kv_heads=spec.n_kv_heads,
+        head_dim=spec.head_dim,
+    )
 
 
 def dense_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType) -> ir.Model:
@@ -69,8 +77,11 @@ def body_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, dense_la
     keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
     n_sparse = spec.n_layers - dense_layers
     selection = blocks.Selection(
-        g.input("head_indices", [n_sparse, spec.n_heads], INT32), g.input("head_counts", [n_sparse], INT32),
-        g.input("neuron_indices", [n_sparse, spec.intermediate_size], INT32), g.input("neuron_counts", [n_sparse], INT32))
+        g.input("head_indices", [n_sparse, spec.n_heads], INT32),
+        g.input("head_counts", [n_sparse], INT32),
+        g.input("neuron_indices", [n_sparse, spec.intermediate_size], INT32),
+        g.input("neuron_counts", [n_sparse], INT32),
+    )
     layers = range(dense_layers, spec.n_layers)
     caches = _cache_inputs(g, spec, layers)
     step = blocks.step(g, spec, position_ids, caches[0].key, dense=False, sparse=True)
@@ -88,8 +99,11 @@ def predictor_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, pre
     A static predictor has no ``hidden`` input: its ranking is a constant.
     """
     g = GraphBuilder("predictor", dtype, store)
-    scores = _shadow_scores(g, spec, predictor) if predictor.kind == "shadow" else \
-        {unit: g.weight(f"predictor.{unit}.scores") for unit in ("heads", "neurons")}
+    scores = (
+        _shadow_scores(g, spec, predictor)
+        if predictor.kind == "shadow"
+        else {unit: g.weight(f"predictor.{unit}.scores") for unit in ("heads", "neurons")}
+    )
     for unit, name, width in (("heads", "head", spec.n_heads), ("neurons", "neuron", spec.intermediate_size)):
         counts = g.input(f"{name}_counts", [predictor.n_sparse], INT32)
         indices = g.custom(schemas.SELECT_TOPK, f"select_{unit}", {"scores": scores[unit], "counts": counts}, cap=width)
@@ -130,8 +144,10 @@ def _cache_dims(spec: ModelSpec) -> list[int | str]:
 
 
 def _cache_inputs(g: GraphBuilder, spec: ModelSpec, layers: range) -> list[blocks.Cache]:
-    return [blocks.Cache(*(g.input(f"past_key_values.{i}.{part}", _cache_dims(spec)) for part in ("key", "value")))
-            for i in layers]
+    return [
+        blocks.Cache(*(g.input(f"past_key_values.{i}.{part}", _cache_dims(spec)) for part in ("key", "value")))
+        for i in layers
+    ]
 
 
 def _cache_outputs(g: GraphBuilder, spec: ModelSpec, layers: range, caches: Sequence[blocks.Cache]) -> None:

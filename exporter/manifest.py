@@ -90,8 +90,10 @@ def read_manifest(folder: Path) -> Manifest:
 def _check_inside(manifest: Path, name: str) -> None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise UserError(f"{manifest} names {name!r}, which lies outside the bundle",
-                        "do not use this bundle: export the model again")
+        raise UserError(
+            f"{manifest} names {name!r}, which lies outside the bundle",
+            "do not use this bundle: export the model again",
+        )
 
 
 def verify_files(folder: Path, files: Mapping[str, str]) -> None:

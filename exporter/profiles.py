@@ -25,8 +25,9 @@ class ShapeProfile:
     shapes: Mapping[str, tuple[Shape, Shape, Shape]]
 
 
-def profiles_for(graph: GraphInfo, *, capacity: int, max_seqlen: int, max_batch: int = 1,
-                 max_kept: int = 1) -> list[ShapeProfile]:
+def profiles_for(
+    graph: GraphInfo, *, capacity: int, max_seqlen: int, max_batch: int = 1, max_kept: int = 1
+) -> list[ShapeProfile]:
     """A prefill and a decode profile for a piece.
 
     Args:
@@ -44,8 +45,10 @@ def profiles_for(graph: GraphInfo, *, capacity: int, max_seqlen: int, max_batch:
         if number < 1:
             raise UserError(f"{name} is {number}", "it must be at least 1")
     if max_seqlen > capacity:
-        raise UserError(f"prompts of {max_seqlen} tokens do not fit into a cache of {capacity}",
-                        "raise the capacity or lower the longest prompt")
+        raise UserError(
+            f"prompts of {max_seqlen} tokens do not fit into a cache of {capacity}",
+            "raise the capacity or lower the longest prompt",
+        )
     fixed: dict[str, Range] = {"batch": (1, 1, max_batch), "capacity": (capacity, capacity, capacity)}
     decode: dict[str, Range] = fixed | {"seqlen": (1, 1, 1), "kept": (1, 1, 1)}
     # Prompts are tuned for the middle: the builder's choice suits lengths near it best.
@@ -66,13 +69,18 @@ def check_profiles(graph: GraphInfo, profiles: Sequence[ShapeProfile]) -> None:
         missing = {t.name for t in dynamic_inputs(graph)} - set(profile.shapes)
         if missing or set(profile.shapes) - set(inputs):
             wrong = sorted(missing or set(profile.shapes) - set(inputs))[0]
-            raise UserError(f"the {profile.name} profile {'lacks' if missing else 'names'} {wrong!r}"
-                            f"{'' if missing else ', which is no input'}",
-                            f"inputs with open shapes: {', '.join(t.name for t in dynamic_inputs(graph))}")
+            raise UserError(
+                f"the {profile.name} profile {'lacks' if missing else 'names'} {wrong!r}"
+                f"{'' if missing else ', which is no input'}",
+                f"inputs with open shapes: {', '.join(t.name for t in dynamic_inputs(graph))}",
+            )
         for name, shapes in profile.shapes.items():
             if not all(_fits(inputs[name], shape) for shape in shapes) or not _ascending(shapes):
-                raise UserError(f"the {profile.name} profile gives {name!r} the shapes {list(map(list, shapes))}, "
-                                f"the graph has {list(inputs[name].shape)}", "give min <= opt <= max of that form")
+                raise UserError(
+                    f"the {profile.name} profile gives {name!r} the shapes {list(map(list, shapes))}, "
+                    f"the graph has {list(inputs[name].shape)}",
+                    "give min <= opt <= max of that form",
+                )
 
 
 def bindings(graph: GraphInfo, profiles: Sequence[ShapeProfile]) -> dict[str, int]:
@@ -96,8 +104,10 @@ def _profile(name: str, graph: GraphInfo, ranges: Mapping[str, Range]) -> ShapeP
     def shape(tensor: TensorInfo, which: int) -> Shape:
         for dim in tensor.shape:
             if isinstance(dim, str) and dim not in ranges:
-                raise UserError(f"the dimension {dim!r} of {tensor.name} is unknown",
-                                f"give shapes for it, or name it one of {', '.join(ranges)}")
+                raise UserError(
+                    f"the dimension {dim!r} of {tensor.name} is unknown",
+                    f"give shapes for it, or name it one of {', '.join(ranges)}",
+                )
         return tuple(ranges[dim][which] if isinstance(dim, str) else dim for dim in tensor.shape)
 
     return ShapeProfile(name, {t.name: (shape(t, 0), shape(t, 1), shape(t, 2)) for t in dynamic_inputs(graph)})
@@ -105,7 +115,8 @@ def _profile(name: str, graph: GraphInfo, ranges: Mapping[str, Range]) -> ShapeP
 
 def _fits(tensor: TensorInfo, shape: Shape) -> bool:
     return len(shape) == len(tensor.shape) and all(
-        size >= 1 if isinstance(dim, str) else size == dim for dim, size in zip(tensor.shape, shape, strict=True))
+        size >= 1 if isinstance(dim, str) else size == dim for dim, size in zip(tensor.shape, shape, strict=True)
+    )
 
 
 def _ascending(shapes: tuple[Shape, Shape, Shape]) -> bool:

@@ -80,8 +80,14 @@ def read_sidecar(engine_path: Path) -> EngineRecord:
         raise UserError(f"{path} is not readable ({error})", REMEDY) from error
 
 
-def check_sidecar(engine_path: Path, flavour: str, version: str, *, compute_capability: int | None = None,
-                  files: Mapping[str, str] | None = None) -> EngineRecord:
+def check_sidecar(
+    engine_path: Path,
+    flavour: str,
+    version: str,
+    *,
+    compute_capability: int | None = None,
+    files: Mapping[str, str] | None = None,
+) -> EngineRecord:
     """Check that an engine may be deserialised here, from its sidecar and its bytes.
 
     Args:
@@ -100,8 +106,10 @@ def check_sidecar(engine_path: Path, flavour: str, version: str, *, compute_capa
     _same(name, "plugin version", record.plugin_version, VERSION)
     if compute_capability is not None and compute_capability not in record.compute_capabilities:
         built = ", ".join(f"sm_{sm}" for sm in record.compute_capabilities)
-        raise UserError(f"{name} was built for {built}, this GPU is sm_{compute_capability}",
-                        f"`shadowllm build --sm {compute_capability}`")
+        raise UserError(
+            f"{name} was built for {built}, this GPU is sm_{compute_capability}",
+            f"`shadowllm build --sm {compute_capability}`",
+        )
     for file, digest in record.files.items():
         if files is not None and files.get(file) != digest:
             raise UserError(f"{name} was built from another {file} than this bundle has", REMEDY)

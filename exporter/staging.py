@@ -43,8 +43,9 @@ def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
         yield folder
         _replace(folder, out)
     except OSError as error:
-        raise UserError(f"cannot write {out} ({error.strerror or error})",
-                        "free disk space or name a folder you may write to") from error
+        raise UserError(
+            f"cannot write {out} ({error.strerror or error})", "free disk space or name a folder you may write to"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,7 +23,11 @@ from shadowllm.models.weights import tensor_shape
 # Groups start on a page, so that runtimes can map them instead of reading them.
 PAGE = 4096
 Group = list[tuple[str, tuple[int, ...], ir.DataType]]
-TORCH_DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+TORCH_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,19 @@ class WeightStore:
     def tensor(self, name: str, *rest: str) -> ir.ExternalTensor:
         """An initializer of one tensor, or of a run of tensors stacked along their rows."""
         entries = [self.entries[n] for n in (name, *rest)]
-        for before, after in zip(entries, entries[1:], strict=False):
+        for before, after in pairwise(entries):
             if before.offset + before.length != after.offset or before.shape[1:] != after.shape[1:]:
                 raise ValueError(f"{name} and {rest} do not lie back to back")
         shape = (sum(e.shape[0] for e in entries), *entries[0].shape[1:])
-        return ir.ExternalTensor(self.path.name, entries[0].offset, sum(e.length for e in entries), entries[0].dtype,
-                                 shape=ir.Shape(shape), name="+".join((name, *rest)), base_dir=self.path.parent)
+        return ir.ExternalTensor(
+            self.path.name,
+            entries[0].offset,
+            sum(e.length for e in entries),
+            entries[0].dtype,
+            shape=ir.Shape(shape),
+            name="+".join((name, *rest)),
+            base_dir=self.path.parent,
+        )
 
     def write(self, tensors: Mapping[str, torch.Tensor], progress: Callable[[int], None] = lambda _: None) -> str:
         """Write every planned tensor in turn, one in memory at a time; return the file's SHA-256."""
@@ -105,8 +117,12 @@ def model_groups(spec: ModelSpec, dtype: ir.DataType) -> Iterator[Group]:
     for i in range(spec.n_layers):
         place = f"layers.{i}"
         yield group(*norm(f"{place}.input_norm"), *norm(f"{place}.post_norm"))
-        for parts, biased in ((("q_proj", "k_proj", "v_proj"), spec.qkv_bias), (("o_proj",), spec.o_bias),
-                              (mlp, spec.mlp_bias), (("down_proj",), spec.mlp_bias)):
+        for parts, biased in (
+            (("q_proj", "k_proj", "v_proj"), spec.qkv_bias),
+            (("o_proj",), spec.o_bias),
+            (mlp, spec.mlp_bias),
+            (("down_proj",), spec.mlp_bias),
+        ):
             yield group(*(f"{place}.{part}.weight" for part in parts))
             if biased:
                 yield group(*(f"{place}.{part}.bias" for part in parts))

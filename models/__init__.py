@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 __all__ = ["Budget", "Checkpoint", "Decoder", "KVCache", "ModelSpec", "RopeSpec", "Weights", "load_model"]
 
 # These bring PyTorch, which takes seconds to import: running a bundle must not wait for it.
-_LAZY = {"Checkpoint": "checkpoint", "Decoder": "decoder", "KVCache": "decoder", "Weights": "weights",
-         "load_model": "registry"}
+_LAZY = {
+    "Checkpoint": "checkpoint",
+    "Decoder": "decoder",
+    "KVCache": "decoder",
+    "Weights": "weights",
+    "load_model": "registry",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,8 +22,9 @@ class Budget:
     def __post_init__(self) -> None:
         for name, value in (("neuron", self.neurons), ("head", self.heads)):
             if not 0 < value <= 1:
-                raise UserError(f"the {name} budget {value} is not a fraction in (0, 1]",
-                                "0.5 keeps half; 1 keeps everything")
+                raise UserError(
+                    f"the {name} budget {value} is not a fraction in (0, 1]", "0.5 keeps half; 1 keeps everything"
+                )
 
     def counts(self, spec: ModelSpec) -> tuple[int, int]:
         """Active heads and neurons of a layer, at least one each."""

@@ -49,10 +49,13 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **self._gguf_argument())
+            return AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code, **self._gguf_argument()
+            )
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"no tokenizer in {self.folder} ({_first_line(error)})",
-                            "put tokenizer.json beside the weights") from error
+            raise UserError(
+                f"no tokenizer in {self.folder} ({_first_line(error)})", "put tokenizer.json beside the weights"
+            ) from error
 
     def has_tokenizer(self) -> bool:
         """Whether the folder holds a tokenizer: a GGUF file always does."""
@@ -86,8 +89,11 @@ def _locate(model: str, cache_dir: Path | None) -> tuple[Path, str | None]:
     if len(found) > 1:
         raise UserError(f"{path} holds {len(found)} GGUF files", f"name one, for example {found[0]}")
     if not found:
-        raise UserError(f"no model weights in {path}", "a model folder holds *.safetensors or one *.gguf file "
-                        "(pickled *.bin weights are not read: convert them to safetensors)")
+        raise UserError(
+            f"no model weights in {path}",
+            "a model folder holds *.safetensors or one *.gguf file "
+            "(pickled *.bin weights are not read: convert them to safetensors)",
+        )
     return path, found[0].name
 
 
@@ -96,12 +102,16 @@ def _download(model: str, cache_dir: Path | None) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(f"no such model: {model}", "give a local folder, a .gguf file or a Hugging Face id (owner/name)")
+        raise UserError(
+            f"no such model: {model}", "give a local folder, a .gguf file or a Hugging Face id (owner/name)"
+        )
     try:
         return Path(snapshot_download(model, cache_dir=cache_dir, allow_patterns=DOWNLOAD_PATTERNS))
     except (OSError, ValueError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(f"no such model: {model} is no local folder, and it cannot be had from the hub ({_first_line(error)})",
-                        "check the name and the network, or download it and give the folder") from error
+        raise UserError(
+            f"no such model: {model} is no local folder, and it cannot be had from the hub ({_first_line(error)})",
+            "check the name and the network, or download it and give the folder",
+        ) from error
 
 
 def _read_config(folder: Path, gguf: str | None, trust_remote_code: bool) -> Any:
@@ -112,8 +122,10 @@ def _read_config(folder: Path, gguf: str | None, trust_remote_code: bool) -> Any
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         where = folder / (gguf or "config.json")
-        raise UserError(f"cannot read the model configuration of {where} ({_first_line(error)})",
-                        "the file is missing, damaged, or of an unsupported family") from error
+        raise UserError(
+            f"cannot read the model configuration of {where} ({_first_line(error)})",
+            "the file is missing, damaged, or of an unsupported family",
+        ) from error
 
 
 class SafetensorsFiles:
@@ -125,7 +137,7 @@ class SafetensorsFiles:
         self._stored: dict[str, str] = {}
         for path in self._files:
             with self._open(path) as file:
-                for stored in file.keys():
+                for stored in file.keys():  # noqa: SIM118  (not a dict)
                     name = stored.removeprefix("model.")
                     self._where[name], self._stored[name] = path, stored
 
@@ -148,8 +160,9 @@ class SafetensorsFiles:
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged or truncated ({_first_line(error)})",
-                            "download the checkpoint again") from error
+            raise UserError(
+                f"{path} is damaged or truncated ({_first_line(error)})", "download the checkpoint again"
+            ) from error
 
     def names(self) -> set[str]:
         return set(self._where)

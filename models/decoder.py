@@ -39,8 +39,10 @@ class KVCache:
     def empty(cls, spec: ModelSpec, batch: int, capacity: int, dtype: torch.dtype = torch.float32) -> KVCache:
         """A cache of zeros for ``batch`` sequences of up to ``capacity`` tokens."""
         shape = (batch, spec.n_kv_heads, capacity, spec.head_dim)
-        return cls([torch.zeros(shape, dtype=dtype) for _ in range(spec.n_layers)],
-                   [torch.zeros(shape, dtype=dtype) for _ in range(spec.n_layers)])
+        return cls(
+            [torch.zeros(shape, dtype=dtype) for _ in range(spec.n_layers)],
+            [torch.zeros(shape, dtype=dtype) for _ in range(spec.n_layers)],
+        )
 
     def update(self, layer: int, key: Tensor, value: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``(batch, n_kv_heads, seqlen, head_dim)`` at ``position_ids``; return the whole layer."""

@@ -11,8 +11,17 @@ import torch
 from shadowllm.errors import UserError
 
 # Hugging Face module names whose GGUF names the gguf package knows, without the layer number.
-_BLOCKS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
+_BLOCKS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    "input_layernorm",
+    "post_attention_layernorm",
+)
 _TABLES = ("embed_tokens", "norm", "lm_head")
 
 
@@ -35,8 +44,10 @@ class GGUFTensors:
         except (ValueError, IndexError, KeyError, OSError) as error:
             raise UserError(f"{path} is damaged or truncated", "download the GGUF file again") from error
         if "rope_freqs.weight" in self._tensors:
-            raise UserError(f"{path} carries RoPE frequency factors, which are not read from GGUF",
-                            "use the safetensors checkpoint of this model")
+            raise UserError(
+                f"{path} carries RoPE frequency factors, which are not read from GGUF",
+                "use the safetensors checkpoint of this model",
+            )
         self._path = path
         self._heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         self._names = self._map(gguf, config.num_hidden_layers)
@@ -45,7 +56,9 @@ class GGUFTensors:
     def _map(self, gguf: Any, n_layers: int) -> dict[str, str]:
         known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, n_layers)
         modules = [f"layers.{i}.{block}" for i in range(n_layers) for block in _BLOCKS]
-        theirs = {f"{m}.{kind}": f"{known.get_name('model.' + m)}.{kind}" for m in modules for kind in ("weight", "bias")}
+        theirs = {
+            f"{m}.{kind}": f"{known.get_name('model.' + m)}.{kind}" for m in modules for kind in ("weight", "bias")
+        }
         tables = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
         theirs |= {f"{table}.weight": f"{tables[table]}.weight" for table in _TABLES}
         return {name: stored for name, stored in theirs.items() if stored in self._tensors}

@@ -52,9 +52,14 @@ def _rope(config: Any) -> RopeSpec:
         return RopeSpec(theta=found["rope_theta"])
     if scaling == "linear":
         return RopeSpec(theta=found["rope_theta"], scaling="linear", factor=found["factor"])
-    return RopeSpec(theta=found["rope_theta"], scaling="llama3", factor=found["factor"],
-                    low_freq_factor=found["low_freq_factor"], high_freq_factor=found["high_freq_factor"],
-                    original_max_seqlen=found["original_max_position_embeddings"])
+    return RopeSpec(
+        theta=found["rope_theta"],
+        scaling="llama3",
+        factor=found["factor"],
+        low_freq_factor=found["low_freq_factor"],
+        high_freq_factor=found["high_freq_factor"],
+        original_max_seqlen=found["original_max_position_embeddings"],
+    )
 
 
 def sources(spec: ModelSpec) -> dict[str, Source]:
@@ -65,8 +70,15 @@ def sources(spec: ModelSpec) -> dict[str, Source]:
     }
     if not spec.tied_embeddings:
         found["lm_head.weight"] = Source("lm_head.weight")
-    biased = {"q_proj": spec.qkv_bias, "k_proj": spec.qkv_bias, "v_proj": spec.qkv_bias, "o_proj": spec.o_bias,
-              "gate_proj": spec.mlp_bias, "up_proj": spec.mlp_bias, "down_proj": spec.mlp_bias}
+    biased = {
+        "q_proj": spec.qkv_bias,
+        "k_proj": spec.qkv_bias,
+        "v_proj": spec.qkv_bias,
+        "o_proj": spec.o_bias,
+        "gate_proj": spec.mlp_bias,
+        "up_proj": spec.mlp_bias,
+        "down_proj": spec.mlp_bias,
+    }
     for i in range(spec.n_layers):
         place = f"layers.{i}"
         found[f"{place}.input_norm.weight"] = Source(f"{place}.input_layernorm.weight")

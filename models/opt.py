@@ -19,14 +19,19 @@ def spec(config: Any) -> ModelSpec:
         UserError: a variant this adapter does not cover, by name.
     """
     if not config.do_layer_norm_before:
-        raise UserError("OPT with post-norm layers (OPT-350m) is not supported",
-                        "use a pre-norm size such as opt-125m or opt-1.3b")
+        raise UserError(
+            "OPT with post-norm layers (OPT-350m) is not supported", "use a pre-norm size such as opt-125m or opt-1.3b"
+        )
     if config.word_embed_proj_dim != config.hidden_size:
-        raise UserError("OPT with embedding projections (word_embed_proj_dim) is not supported",
-                        "use a size whose embeddings have the hidden size")
+        raise UserError(
+            "OPT with embedding projections (word_embed_proj_dim) is not supported",
+            "use a size whose embeddings have the hidden size",
+        )
     if not config.layer_norm_elementwise_affine or config._remove_final_layer_norm:
-        raise UserError("OPT without LayerNorm weights or without its final LayerNorm is not supported",
-                        "use a standard OPT checkpoint")
+        raise UserError(
+            "OPT without LayerNorm weights or without its final LayerNorm is not supported",
+            "use a standard OPT checkpoint",
+        )
     activation = {"relu": "relu", "gelu": "gelu"}.get(config.activation_function)
     if activation is None:
         raise UserError(f"OPT activation {config.activation_function!r} is not supported", "use relu or gelu")
@@ -63,9 +68,16 @@ def sources(spec: ModelSpec) -> dict[str, Source]:
     }
     if not spec.tied_embeddings:
         found["lm_head.weight"] = Source("lm_head.weight")
-    parts = {"input_norm": "self_attn_layer_norm", "post_norm": "final_layer_norm",
-             "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
-             "o_proj": "self_attn.out_proj", "up_proj": "fc1", "down_proj": "fc2"}
+    parts = {
+        "input_norm": "self_attn_layer_norm",
+        "post_norm": "final_layer_norm",
+        "q_proj": "self_attn.q_proj",
+        "k_proj": "self_attn.k_proj",
+        "v_proj": "self_attn.v_proj",
+        "o_proj": "self_attn.out_proj",
+        "up_proj": "fc1",
+        "down_proj": "fc2",
+    }
     for i in range(spec.n_layers):
         for name, theirs in parts.items():
             place, prefix = f"layers.{i}.{name}", f"decoder.layers.{i}.{theirs}"

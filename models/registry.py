@@ -44,10 +44,15 @@ def load_model(
     checkpoint = open_checkpoint(model, cache_dir, trust_remote_code)
     family = FAMILIES.get(checkpoint.config.model_type)
     if family is None:
-        raise UserError(f"model family {checkpoint.config.model_type!r} is not supported",
-                        f"supported: {', '.join(sorted(FAMILIES))}")
-    spec = replace(family.spec(checkpoint.config), bos_token_id=checkpoint.config.bos_token_id,
-                   eos_token_ids=_ids(checkpoint.config.eos_token_id))
+        raise UserError(
+            f"model family {checkpoint.config.model_type!r} is not supported",
+            f"supported: {', '.join(sorted(FAMILIES))}",
+        )
+    spec = replace(
+        family.spec(checkpoint.config),
+        bos_token_id=checkpoint.config.bos_token_id,
+        eos_token_ids=_ids(checkpoint.config.eos_token_id),
+    )
     return spec, Weights(spec, checkpoint.tensors, family.sources(spec)), checkpoint
 
 

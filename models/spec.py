@@ -102,17 +102,26 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "n_layers", "n_heads",
-                     "n_kv_heads", "head_dim", "max_seqlen"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "max_seqlen",
+        ):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        _require(self.n_heads % self.n_kv_heads == 0,
-                 f"{self.n_heads} query heads do not divide over {self.n_kv_heads} KV heads")
+        _require(
+            self.n_heads % self.n_kv_heads == 0,
+            f"{self.n_heads} query heads do not divide over {self.n_kv_heads} KV heads",
+        )
         _require(self.norm in get_args(Norm), f"norm {self.norm!r}")
         _require(self.activation in get_args(Activation), f"activation {self.activation!r}")
         _require(self.positions in get_args(Positions), f"positions {self.positions!r}")
         _require((self.rope is not None) == (self.positions == "rope"), "rope spec and positions disagree")
-        _require(self.rope is None or self.head_dim % 2 == 0,
-                 f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+        _require(self.rope is None or self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
 
     @property
     def group_size(self) -> int:
@@ -122,7 +131,12 @@ class ModelSpec:
     @property
     def n_parameters(self) -> int:
         """Parameters of the model, biases and norms included, tied embeddings once."""
-        d, f, heads, kv = self.hidden_size, self.intermediate_size, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        d, f, heads, kv = (
+            self.hidden_size,
+            self.intermediate_size,
+            self.n_heads * self.head_dim,
+            self.n_kv_heads * self.head_dim,
+        )
         norm = d * (2 if self.norm == "layernorm" else 1)
         attention = d * (2 * heads + 2 * kv) + self.qkv_bias * (heads + 2 * kv) + self.o_bias * d
         matrices = 3 if self.gated else 2
@@ -150,8 +164,10 @@ class ModelSpec:
             fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
             return cls(**fields)
         except (TypeError, KeyError) as error:
-            raise UserError(f"the model description is not readable ({error})",
-                            "it was written by another version: export the model again") from error
+            raise UserError(
+                f"the model description is not readable ({error})",
+                "it was written by another version: export the model again",
+            ) from error
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -47,8 +47,10 @@ class Weights(Mapping[str, torch.Tensor]):
         missing = [source.name for source in sources.values() if source.name not in tensors.names()]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"the checkpoint lacks the tensor {missing[0]}{more}",
-                            "it is incomplete, or its config.json belongs to another model")
+            raise UserError(
+                f"the checkpoint lacks the tensor {missing[0]}{more}",
+                "it is incomplete, or its config.json belongs to another model",
+            )
         self.spec = spec
         self._tensors = tensors
         self._sources = dict(sources)
@@ -60,8 +62,10 @@ class Weights(Mapping[str, torch.Tensor]):
             tensor = tensor.t()
         expected = self.shape(name)
         if tuple(tensor.shape) != expected:
-            raise UserError(f"tensor {source.name} has shape {tuple(tensor.shape)}, the config says {expected}",
-                            "the checkpoint and its config.json do not belong together")
+            raise UserError(
+                f"tensor {source.name} has shape {tuple(tensor.shape)}, the config says {expected}",
+                "the checkpoint and its config.json do not belong together",
+            )
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -91,9 +95,16 @@ def tensor_shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
         return (d,)
     if kind == "bias" and part in ("o_proj", "down_proj"):
         return (d,)
-    rows = {"embed_tokens": spec.vocab_size, "lm_head": spec.vocab_size,
-            "embed_positions": spec.max_seqlen + spec.position_offset,
-            "q_proj": heads, "k_proj": kv, "v_proj": kv, "o_proj": heads,
-            "gate_proj": spec.intermediate_size, "up_proj": spec.intermediate_size,
-            "down_proj": spec.intermediate_size}[part]
+    rows = {
+        "embed_tokens": spec.vocab_size,
+        "lm_head": spec.vocab_size,
+        "embed_positions": spec.max_seqlen + spec.position_offset,
+        "q_proj": heads,
+        "k_proj": kv,
+        "v_proj": kv,
+        "o_proj": heads,
+        "gate_proj": spec.intermediate_size,
+        "up_proj": spec.intermediate_size,
+        "down_proj": spec.intermediate_size,
+    }[part]
     return (rows,) if kind == "bias" else (rows, d)

@@ -70,8 +70,12 @@ class _Body:
 
     def finish(self, output: ir.Value) -> ir.Function:
         output.name = self._schema.outputs[0].name
-        graph = ir.Graph(tuple(self.inputs.values()), (output,), nodes=self._tape.nodes,
-                         opset_imports={"": OPSET, schemas.DOMAIN: schemas.VERSION})
+        graph = ir.Graph(
+            tuple(self.inputs.values()),
+            (output,),
+            nodes=self._tape.nodes,
+            opset_imports={"": OPSET, schemas.DOMAIN: schemas.VERSION},
+        )
         kinds = {int: ir.AttributeType.INT, str: ir.AttributeType.STRING}
         declared = [ir.Attr(a.name, kinds[a.type], None) for a in self._schema.attributes]
         return ir.Function(schemas.DOMAIN, self._schema.name, graph=graph, attributes=declared)
@@ -88,8 +92,9 @@ def _select_topk() -> ir.Function:
     counts = body.op("Unsqueeze", body.op("Cast", body["counts"], to=ir.DataType.INT64), body.const([1]))
     chosen = body.op("Less", rank, counts)
     bound = body.op("Shape", body["scores"], start=1, end=2)
-    ascending, _ = body._tape.op_multi_out("TopK", (body.op("Where", chosen, order, bound), k),
-                                           {"largest": 0, "sorted": 1}, num_outputs=2)
+    ascending, _ = body._tape.op_multi_out(
+        "TopK", (body.op("Where", chosen, order, bound), k), {"largest": 0, "sorted": 1}, num_outputs=2
+    )
     padded = body.op("Where", chosen, ascending, body.const(-1))
     return body.finish(body.op("Cast", padded, to=ir.DataType.INT32))
 
@@ -104,8 +109,11 @@ def _sparse_mlp(form: FunctionForm) -> ir.Function:
         return body.project(body["x"], weight, bias)
 
     up = project("up")
-    hidden = body.op("Mul", _activate(body, form.activation, project("gate")), up) if form.gated \
+    hidden = (
+        body.op("Mul", _activate(body, form.activation, project("gate")), up)
+        if form.gated
         else _activate(body, form.activation, up)
+    )
     y = body.op("MatMul", hidden, body.op("Gather", body["w_down"], rows, axis=0))
     return body.finish(body.op("Add", y, body["b_down"]) if form.mlp_bias else y)
 
@@ -129,7 +137,9 @@ def _sparse_attention(form: FunctionForm) -> ir.Function:
     key, value = (body.op("Gather", body[name], kv_heads, axis=1) for name in ("key", "value"))
     context = body.op("Attention", query, key, value, _visible(body), scale=1 / math.sqrt(form.head_dim))
     context = body.op("Transpose", context, perm=[0, 2, 1, 3])
-    context = body.op("Reshape", context, body.op("Concat", body.op("Shape", body["x"], start=0, end=2), body.const([-1]), axis=0))
+    context = body.op(
+        "Reshape", context, body.op("Concat", body.op("Shape", body["x"], start=0, end=2), body.const([-1]), axis=0)
+    )
     y = body.op("MatMul", context, _head_rows(body, form, "w_o", heads))
     return body.finish(body.op("Add", y, body["b_o"]) if form.o_bias else y)
 
@@ -138,7 +148,9 @@ def _head_rows(body: _Body, form: FunctionForm, name: str, heads: ir.Value) -> i
     """The active heads' rows of a ``(H*d, D)`` matrix, ``(count*d, D)``."""
     size = body.op("Shape", body[name], start=1, end=2)
     blocks = body.op("Reshape", body[name], body.op("Concat", body.const([form.n_heads, form.head_dim]), size, axis=0))
-    return body.op("Reshape", body.op("Gather", blocks, heads, axis=0), body.op("Concat", body.const([-1]), size, axis=0))
+    return body.op(
+        "Reshape", body.op("Gather", blocks, heads, axis=0), body.op("Concat", body.const([-1]), size, axis=0)
+    )
 
 
 def _head_bias(body: _Body, form: FunctionForm, heads: ir.Value) -> ir.Value | None:

@@ -50,14 +50,18 @@ def register(session_options: ort.SessionOptions) -> bool:
     """
     path = library()
     if path is None:
-        _warn_once("the native ops were not built, so sparse layers run at the speed of their function bodies; "
-                   "install a C++ compiler and CMake, then reinstall shadowllm")
+        _warn_once(
+            "the native ops were not built, so sparse layers run at the speed of their function bodies; "
+            "install a C++ compiler and CMake, then reinstall shadowllm"
+        )
         return False
     try:
         session_options.register_custom_ops_library(str(path))
     except _load_errors() as error:
-        _warn_once(f"the native ops in {path} do not load, so sparse layers run at the speed of their function "
-                   f"bodies; reinstall shadowllm on this machine, with onnxruntime 1.32 or later ({error})")
+        _warn_once(
+            f"the native ops in {path} do not load, so sparse layers run at the speed of their function "
+            f"bodies; reinstall shadowllm on this machine, with onnxruntime 1.32 or later ({error})"
+        )
         return False
     return True
 
@@ -78,6 +82,7 @@ def kernels() -> tuple[str, ...]:
 def _load_errors() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises for a library that it cannot open or that refuses to register."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
+
     return (state.Fail, state.InvalidArgument, state.RuntimeException, state.NotImplemented)
 
 

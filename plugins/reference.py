@@ -42,9 +42,17 @@ def select_topk(scores: np.ndarray, counts: np.ndarray, cap: int) -> np.ndarray:
 
 
 def sparse_mlp(
-    x: np.ndarray, indices: np.ndarray, count: int,
-    w_gate: np.ndarray | None, b_gate: np.ndarray | None, w_up: np.ndarray, b_up: np.ndarray | None,
-    w_down: np.ndarray, b_down: np.ndarray | None, *, activation: str,
+    x: np.ndarray,
+    indices: np.ndarray,
+    count: int,
+    w_gate: np.ndarray | None,
+    b_gate: np.ndarray | None,
+    w_up: np.ndarray,
+    b_up: np.ndarray | None,
+    w_down: np.ndarray,
+    b_down: np.ndarray | None,
+    *,
+    activation: str,
 ) -> np.ndarray:
     """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)`` -> ``(B, S, D)``."""
     rows, act, wide = active(indices, count, len(w_up)), ACTIVATIONS[activation], x.astype(np.float32)
@@ -60,9 +68,20 @@ def sparse_mlp(
 
 
 def sparse_attention(
-    x: np.ndarray, key: np.ndarray, value: np.ndarray, lengths: np.ndarray, indices: np.ndarray, count: int,
-    w_q: np.ndarray, b_q: np.ndarray | None, w_o: np.ndarray, b_o: np.ndarray | None,
-    cos: np.ndarray | None = None, sin: np.ndarray | None = None, *, n_heads: int,
+    x: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    lengths: np.ndarray,
+    indices: np.ndarray,
+    count: int,
+    w_q: np.ndarray,
+    b_q: np.ndarray | None,
+    w_o: np.ndarray,
+    b_o: np.ndarray | None,
+    cos: np.ndarray | None = None,
+    sin: np.ndarray | None = None,
+    *,
+    n_heads: int,
 ) -> np.ndarray:
     """``SparseAttention``: x ``(B, S, D)``, cache ``(B, n_kv, C, d)`` -> ``(B, S, D)``."""
     batch, seqlen, _ = x.shape

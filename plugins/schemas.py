@@ -74,7 +74,7 @@ SPARSE_MLP = OpSchema(
     outputs=(Port("y", ("B", "S", "D")),),
     attributes=(Attribute("activation", str), Attribute("layer", int)),
     doc="b_down plus the sum over active neurons f of act(w_gate[f] x) * (w_up[f] x) * w_down[f]; "
-        "without w_gate, of act(w_up[f] x) * w_down[f].",
+    "without w_gate, of act(w_up[f] x) * w_down[f].",
 )
 
 SPARSE_ATTENTION = OpSchema(
@@ -96,7 +96,7 @@ SPARSE_ATTENTION = OpSchema(
     outputs=(Port("y", ("B", "S", "D")),),
     attributes=(Attribute("n_heads", int), Attribute("layer", int)),
     doc="b_o plus the output projection of the active query heads' attention over the cache. The cache already "
-        "holds this step's keys and values; query s of row b sees positions 0 .. lengths[b] - S + s.",
+    "holds this step's keys and values; query s of row b sees positions 0 .. lengths[b] - S + s.",
 )
 
 SCHEMAS = {schema.name: schema for schema in (SELECT_TOPK, SPARSE_MLP, SPARSE_ATTENTION)}

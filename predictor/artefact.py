@@ -64,12 +64,19 @@ class Predictor:
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         heads, neurons = self.n_sparse * self.n_heads, self.n_sparse * self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {"heads.scores": (self.n_sparse, self.n_heads),
-                                              "neurons.scores": (self.n_sparse, self.intermediate_size)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "heads.scores": (self.n_sparse, self.n_heads),
+            "neurons.scores": (self.n_sparse, self.intermediate_size),
+        }
         if self.kind == "shadow":
-            shapes |= {"trunk.weight": (self.rank, self.hidden_size), "trunk.bias": (self.rank,),
-                       "heads.weight": (heads, self.rank), "heads.bias": (heads,),
-                       "neurons.weight": (neurons, self.rank), "neurons.bias": (neurons,)}
+            shapes |= {
+                "trunk.weight": (self.rank, self.hidden_size),
+                "trunk.bias": (self.rank,),
+                "heads.weight": (heads, self.rank),
+                "heads.bias": (heads,),
+                "neurons.weight": (neurons, self.rank),
+                "neurons.bias": (neurons,),
+            }
         return shapes
 
     def check_base(self, spec: ModelSpec, fingerprint: str) -> None:
@@ -81,15 +88,25 @@ class Predictor:
         mine = (self.dense_layers + self.n_sparse, self.n_heads, self.intermediate_size, self.hidden_size)
         theirs = (spec.n_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size)
         if mine != theirs or self.base_fingerprint != fingerprint:
-            raise UserError("predictor of another model: its base weights differ from the ones given",
-                            "train a predictor for this model, or give the model it was trained on")
+            raise UserError(
+                "predictor of another model: its base weights differ from the ones given",
+                "train a predictor for this model, or give the model it was trained on",
+            )
 
     def save(self, path: Path) -> None:
         """Write the file; a killed process leaves no half file under the final name."""
-        description = {"format": FORMAT, "version": VERSION, "kind": self.kind, "n_sparse": self.n_sparse,
-                       "dense_layers": self.dense_layers, "n_heads": self.n_heads,
-                       "intermediate_size": self.intermediate_size, "hidden_size": self.hidden_size,
-                       "base_fingerprint": self.base_fingerprint, "record": self.record}
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": self.kind,
+            "n_sparse": self.n_sparse,
+            "dense_layers": self.dense_layers,
+            "n_heads": self.n_heads,
+            "intermediate_size": self.intermediate_size,
+            "hidden_size": self.hidden_size,
+            "base_fingerprint": self.base_fingerprint,
+            "record": self.record,
+        }
         write_tensors(path, self.tensors, description)
 
     @classmethod
@@ -120,8 +137,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str,
         raise UserError(f"cannot write {path} ({error.strerror})", "name a file in a folder that exists") from error
     os.close(handle)
     try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, name,
-                  metadata={"shadowllm": json.dumps(description, sort_keys=True)})
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()},
+            name,
+            metadata={"shadowllm": json.dumps(description, sort_keys=True)},
+        )
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # mkstemp made it private

@@ -98,8 +98,14 @@ def l2norm(trace: UnitTrace) -> Tensor:
     return (moved * trace.activation).sum(dim=-1).clamp_min(0).sqrt()
 
 
-def unit_trace(spec: ModelSpec, weights: Mapping[str, Tensor], layer: int, unit: Unit, activation: Tensor,
-               gradient: Tensor | None = None) -> UnitTrace:
+def unit_trace(
+    spec: ModelSpec,
+    weights: Mapping[str, Tensor],
+    layer: int,
+    unit: Unit,
+    activation: Tensor,
+    gradient: Tensor | None = None,
+) -> UnitTrace:
     """Bring a tap's activation (and its gradient) and the layer's weights into a criterion's form."""
     if unit == "heads":
         rows = weights[f"layers.{layer}.o_proj.weight"].unflatten(0, (spec.n_heads, spec.head_dim))

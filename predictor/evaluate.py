@@ -56,10 +56,20 @@ class Result:
     gap_closure: float | None = None
 
 
-def evaluate(spec: ModelSpec, weights: Mapping[str, Tensor], predictor: Predictor | None, selector: str | Sequence[str],
-             windows: Tensor, neuron_budgets: Sequence[float], head_budgets: Sequence[float] = (1.0,), *,
-             dense_layers: int = 1, criterion: str | None = None, seed: int = 0,
-             advance: Advance = no_progress) -> list[Result]:
+def evaluate(
+    spec: ModelSpec,
+    weights: Mapping[str, Tensor],
+    predictor: Predictor | None,
+    selector: str | Sequence[str],
+    windows: Tensor,
+    neuron_budgets: Sequence[float],
+    head_budgets: Sequence[float] = (1.0,),
+    *,
+    dense_layers: int = 1,
+    criterion: str | None = None,
+    seed: int = 0,
+    advance: Advance = no_progress,
+) -> list[Result]:
     """Run selectors over a sweep of budgets (every neuron budget with every head budget).
 
     Args:
@@ -84,8 +94,12 @@ def evaluate(spec: ModelSpec, weights: Mapping[str, Tensor], predictor: Predicto
         dense_layers = predictor.dense_layers
         criterion = criterion or predictor.record.get("criterion")
     context = Context(spec, weights, dense_layers, predictor, criterion or "l2norm", seed)
-    runs = [_Run(name, Budget(neurons, heads), context) for name in names for heads in head_budgets
-            for neurons in neuron_budgets]
+    runs = [
+        _Run(name, Budget(neurons, heads), context)
+        for name in names
+        for heads in head_budgets
+        for neurons in neuron_budgets
+    ]
     dense = _Sums()
     for window in windows.split(1):
         logits, truth = _dense_pass(context, window)
@@ -100,8 +114,10 @@ def evaluate(spec: ModelSpec, weights: Mapping[str, Tensor], predictor: Predicto
 def report(results: Sequence[Result]) -> dict[str, Any]:
     """The JSON of an evaluation: ``{"dense": {"perplexity": ...}, "results": [...]}``."""
     dense = next(result for result in results if result.selector == DENSE)
-    return {"dense": {"perplexity": dense.perplexity},
-            "results": [asdict(result) for result in results if result.selector != DENSE]}
+    return {
+        "dense": {"perplexity": dense.perplexity},
+        "results": [asdict(result) for result in results if result.selector != DENSE],
+    }
 
 
 @torch.no_grad()
@@ -134,8 +150,16 @@ class _Sums:
 
     def result(self, name: str, budget: Budget) -> Result:
         recalls = {unit: self.hit[unit] / self.wanted[unit] if self.wanted[unit] else 1.0 for unit in UNITS}
-        return Result(name, budget.neurons, budget.heads, math.exp(self.nll / self.tokens), self.kl / self.tokens,
-                      self.agreed / self.tokens, recalls["neurons"], recalls["heads"])
+        return Result(
+            name,
+            budget.neurons,
+            budget.heads,
+            math.exp(self.nll / self.tokens),
+            self.kl / self.tokens,
+            self.agreed / self.tokens,
+            recalls["neurons"],
+            recalls["heads"],
+        )
 
 
 class _Run:

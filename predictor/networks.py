@@ -53,13 +53,16 @@ def default_rank(spec: ModelSpec, dense_layers: int) -> int:
     rank = int((SHARE * spec.n_parameters - outputs) / (spec.hidden_size + 1 + outputs))
     rank = min(MAX_RANK, rank // RANK_STEP * RANK_STEP)
     if rank < RANK_STEP:
-        raise UserError(f"a shadow of rank {RANK_STEP} exceeds {SHARE:.0%} of this model's parameters",
-                        "give --rank, or use a static predictor")
+        raise UserError(
+            f"a shadow of rank {RANK_STEP} exceeds {SHARE:.0%} of this model's parameters",
+            "give --rank, or use a static predictor",
+        )
     return rank
 
 
-def initial_tensors(spec: ModelSpec, n_sparse: int, rank: int, heads: Tensor, neurons: Tensor,
-                    seed: int) -> dict[str, Tensor]:
+def initial_tensors(
+    spec: ModelSpec, n_sparse: int, rank: int, heads: Tensor, neurons: Tensor, seed: int
+) -> dict[str, Tensor]:
     """A network that starts as the static ranking: output weights zero, output biases as given.
 
     Args:
@@ -68,10 +71,12 @@ def initial_tensors(spec: ModelSpec, n_sparse: int, rank: int, heads: Tensor, ne
         seed: of the trunk's random projection (normal, unit variance in and out).
     """
     generator = torch.Generator().manual_seed(seed)
-    trunk = torch.randn(rank, spec.hidden_size, generator=generator) / spec.hidden_size ** 0.5
+    trunk = torch.randn(rank, spec.hidden_size, generator=generator) / spec.hidden_size**0.5
     return {
-        "trunk.weight": trunk, "trunk.bias": torch.zeros(rank),
-        "heads.weight": torch.zeros(n_sparse * spec.n_heads, rank), "heads.bias": heads.flatten().clone(),
+        "trunk.weight": trunk,
+        "trunk.bias": torch.zeros(rank),
+        "heads.weight": torch.zeros(n_sparse * spec.n_heads, rank),
+        "heads.bias": heads.flatten().clone(),
         "neurons.weight": torch.zeros(n_sparse * spec.intermediate_size, rank),
         "neurons.bias": neurons.flatten().clone(),
     }

@@ -162,8 +162,10 @@ class _DenseOracle:
         """Trace the window densely."""
         with torch.enable_grad():
             traced = self._tracer.trace(windows)
-        self._scores = {"heads": traced.heads.unflatten(0, windows.shape),
-                        "neurons": traced.neurons.unflatten(0, windows.shape)}
+        self._scores = {
+            "heads": traced.heads.unflatten(0, windows.shape),
+            "neurons": traced.neurons.unflatten(0, windows.shape),
+        }
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         """This layer's part of the trace."""

@@ -56,9 +56,18 @@ class Traces:
         tensors = {"train": self.windows.train, "held_out": self.windows.held_out}
         tensors |= {f"statistics.{key}": value for key, value in self.statistics.items()}
         tensors |= {f"stored.{key}": value for key, value in self.stored.items()}
-        write_tensors(path, tensors, {"format": FORMAT, "version": VERSION, "criterion": self.criterion,
-                                      "dense_layers": self.dense_layers, "source": self.windows.source,
-                                      "base_fingerprint": self.base_fingerprint})
+        write_tensors(
+            path,
+            tensors,
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "criterion": self.criterion,
+                "dense_layers": self.dense_layers,
+                "source": self.windows.source,
+                "base_fingerprint": self.base_fingerprint,
+            },
+        )
 
     @classmethod
     def load(cls, path: Path) -> Traces:
@@ -70,8 +79,12 @@ class Traces:
         tensors, description = read_tensors(path, FORMAT, VERSION)
         try:
             windows = Windows(tensors["train"], tensors["held_out"], description.pop("source"))
-            return cls(windows=windows, statistics=_part(tensors, "statistics."), stored=_part(tensors, "stored."),
-                       **description)
+            return cls(
+                windows=windows,
+                statistics=_part(tensors, "statistics."),
+                stored=_part(tensors, "stored."),
+                **description,
+            )
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is not a readable trace file ({error})", "calibrate again") from error
 
@@ -93,13 +106,22 @@ class Traces:
         # As many windows together as a live trace has, so that a training step mixes texts alike.
         for part in (order + first).split(windows_per_chunk(seqlen)):
             rows = (part[:, None] * seqlen + torch.arange(seqlen)).flatten()
-            yield Chunk(self.stored["hidden"][rows], decode(self.stored["heads"][rows]),
-                        decode(self.stored["neurons"][rows]))
+            yield Chunk(
+                self.stored["hidden"][rows], decode(self.stored["heads"][rows]), decode(self.stored["neurons"][rows])
+            )
 
 
-def calibrate(spec: ModelSpec, weights: Mapping[str, Tensor], windows: Windows, fingerprint: str, *,
-              criterion: str = "l2norm", dense_layers: int = 1, limit_bytes: int = LIMIT_BYTES,
-              advance: Advance = no_progress) -> Traces:
+def calibrate(
+    spec: ModelSpec,
+    weights: Mapping[str, Tensor],
+    windows: Windows,
+    fingerprint: str,
+    *,
+    criterion: str = "l2norm",
+    dense_layers: int = 1,
+    limit_bytes: int = LIMIT_BYTES,
+    advance: Advance = no_progress,
+) -> Traces:
     """Trace the windows once, for statistics and, within ``limit_bytes``, for training.
 
     Args:
@@ -152,9 +174,11 @@ def _allocate(spec: ModelSpec, n_sparse: int, tokens: int, limit_bytes: int) -> 
     per_token = 4 * spec.hidden_size + n_sparse * (spec.n_heads + spec.intermediate_size)
     if tokens * per_token > limit_bytes:
         return {}
-    return {"hidden": torch.empty(tokens, spec.hidden_size),
-            "heads": torch.empty(tokens, n_sparse, spec.n_heads, dtype=torch.uint8),
-            "neurons": torch.empty(tokens, n_sparse, spec.intermediate_size, dtype=torch.uint8)}
+    return {
+        "hidden": torch.empty(tokens, spec.hidden_size),
+        "heads": torch.empty(tokens, n_sparse, spec.n_heads, dtype=torch.uint8),
+        "neurons": torch.empty(tokens, n_sparse, spec.intermediate_size, dtype=torch.uint8),
+    }
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

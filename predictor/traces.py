@@ -65,8 +65,9 @@ class Tracer:
         scores = self._with_gradients if self._criterion.needs_gradients else self._forward_only
         hidden, found = scores(windows)
         sparse = range(self.dense_layers, self.spec.n_layers)
-        heads, neurons = (torch.stack([found[layer, unit] for layer in sparse], dim=2).flatten(0, 1)
-                          for unit in ("heads", "neurons"))
+        heads, neurons = (
+            torch.stack([found[layer, unit] for layer in sparse], dim=2).flatten(0, 1) for unit in ("heads", "neurons")
+        )
         return Chunk(hidden.flatten(0, 1), heads, neurons)
 
     def _forward_only(self, windows: Tensor) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
@@ -97,8 +98,10 @@ class Tracer:
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
         gradients = torch.autograd.grad(loss, list(seen.values()))
         with torch.no_grad():
-            return hidden.detach(), {key: self._score(*key, activation, gradient) for (key, activation), gradient
-                                     in zip(seen.items(), gradients, strict=True)}
+            return hidden.detach(), {
+                key: self._score(*key, activation, gradient)
+                for (key, activation), gradient in zip(seen.items(), gradients, strict=True)
+            }
 
     def _score(self, layer: int, unit: Unit, activation: Tensor, gradient: Tensor | None = None) -> Tensor:
         return self._criterion.score(unit_trace(self.spec, self._weights, layer, unit, activation, gradient))

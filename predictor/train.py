@@ -110,8 +110,9 @@ class Recipe:
             raise UserError("epochs, batch size, learning rate and rank must be positive", "mend the training options")
 
 
-def train_static(spec: ModelSpec, traces: Traces, *, budget: Budget = BUDGET,
-                 weights: Mapping[str, Tensor] | None = None) -> Predictor:
+def train_static(
+    spec: ModelSpec, traces: Traces, *, budget: Budget = BUDGET, weights: Mapping[str, Tensor] | None = None
+) -> Predictor:
     """The ranking by mean importance over the training tokens; needs no training.
 
     Args:
@@ -119,14 +120,28 @@ def train_static(spec: ModelSpec, traces: Traces, *, budget: Budget = BUDGET,
         weights: canonical float32 tensors; needed only when the traces were too large to keep.
     """
     tensors = {f"{unit}.scores": traces.statistics[unit] for unit in UNITS}
-    predictor = Predictor("static", spec.n_layers - traces.dense_layers, traces.dense_layers, spec.n_heads,
-                          spec.intermediate_size, spec.hidden_size, tensors, traces.base_fingerprint)
+    predictor = Predictor(
+        "static",
+        spec.n_layers - traces.dense_layers,
+        traces.dense_layers,
+        spec.n_heads,
+        spec.intermediate_size,
+        spec.hidden_size,
+        tensors,
+        traces.base_fingerprint,
+    )
     found = evaluate_recall(spec, predictor, traces, budget, tracer=_tracer(spec, traces, weights))
     return replace(predictor, record=_record(traces, budget) | {"held_out": {"static": found}})
 
 
-def train_shadow(spec: ModelSpec, traces: Traces, recipe: Recipe | None = None, *,
-                 weights: Mapping[str, Tensor] | None = None, advance: Advance = no_progress) -> Predictor:
+def train_shadow(
+    spec: ModelSpec,
+    traces: Traces,
+    recipe: Recipe | None = None,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    advance: Advance = no_progress,
+) -> Predictor:
     """Train the network that scores the whole model at its first sparse layer.
 
     It starts as the static ranking and learns what the hidden state adds to that.
@@ -148,21 +163,31 @@ def train_shadow(spec: ModelSpec, traces: Traces, recipe: Recipe | None = None, 
     trained = _fit(spec, start, traces, recipe, tracer, advance)
     found = evaluate_recall(spec, trained, traces, recipe.budget, recipe.loss, tracer)
     record = _record(traces, recipe.budget) | {
-        "loss": recipe.loss, "epochs": recipe.epochs, "learning_rate": recipe.learning_rate,
-        "weight_decay": recipe.weight_decay, "batch_tokens": recipe.batch_tokens, "rank": trained.rank,
-        "seed": recipe.seed, "held_out": {"shadow": found, "static": static}}
+        "loss": recipe.loss,
+        "epochs": recipe.epochs,
+        "learning_rate": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
+        "batch_tokens": recipe.batch_tokens,
+        "rank": trained.rank,
+        "seed": recipe.seed,
+        "held_out": {"shadow": found, "static": static},
+    }
     return replace(trained, record=record)
 
 
-def _fit(spec: ModelSpec, start: Predictor, traces: Traces, recipe: Recipe, tracer: Tracer | None,
-         advance: Advance) -> Predictor:
-    learned = {name: tensor.clone().requires_grad_() for name, tensor in start.tensors.items()
-               if not name.endswith(".scores")}
+def _fit(
+    spec: ModelSpec, start: Predictor, traces: Traces, recipe: Recipe, tracer: Tracer | None, advance: Advance
+) -> Predictor:
+    learned = {
+        name: tensor.clone().requires_grad_() for name, tensor in start.tensors.items() if not name.endswith(".scores")
+    }
     network = replace(start, tensors=start.tensors | learned)
     outputs = [tensor for name, tensor in learned.items() if name in ("heads.weight", "neurons.weight")]
     others = [tensor for name, tensor in learned.items() if name not in ("heads.weight", "neurons.weight")]
-    optimiser = torch.optim.AdamW([{"params": outputs, "weight_decay": recipe.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=recipe.learning_rate)
+    optimiser = torch.optim.AdamW(
+        [{"params": outputs, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=recipe.learning_rate,
+    )
     total = recipe.epochs * traces.windows.train.numel()
     generator = torch.Generator().manual_seed(recipe.seed)
     counts = dict(zip(UNITS, recipe.budget.counts(spec), strict=True))
@@ -173,8 +198,9 @@ def _fit(spec: ModelSpec, start: Predictor, traces: Traces, recipe: Recipe, trac
             shuffled = torch.randperm(len(chunk.hidden), generator=generator)
             for rows in shuffled.split(recipe.batch_tokens):
                 predicted = dict(zip(UNITS, scores(network, chunk.hidden[rows]), strict=True))
-                total_loss = torch.stack([LOSSES[recipe.loss](predicted[unit], getattr(chunk, unit)[rows], counts[unit])
-                                          for unit in UNITS]).sum()
+                total_loss = torch.stack(
+                    [LOSSES[recipe.loss](predicted[unit], getattr(chunk, unit)[rows], counts[unit]) for unit in UNITS]
+                ).sum()
                 for group in optimiser.param_groups:
                     group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * seen / total))
                 optimiser.zero_grad()
@@ -186,8 +212,14 @@ def _fit(spec: ModelSpec, start: Predictor, traces: Traces, recipe: Recipe, trac
 
 
 @torch.no_grad()
-def evaluate_recall(spec: ModelSpec, predictor: Predictor, traces: Traces, budget: Budget, loss: str | None = None,
-                    tracer: Tracer | None = None) -> dict[str, float]:
+def evaluate_recall(
+    spec: ModelSpec,
+    predictor: Predictor,
+    traces: Traces,
+    budget: Budget,
+    loss: str | None = None,
+    tracer: Tracer | None = None,
+) -> dict[str, float]:
     """Recall@k at a budget, and a loss if named, over the held-out tokens.
 
     Returns:
@@ -213,11 +245,21 @@ def _initial(spec: ModelSpec, traces: Traces, recipe: Recipe) -> Predictor:
     n_sparse = spec.n_layers - traces.dense_layers
     rank = recipe.rank or default_rank(spec, traces.dense_layers)
     static = {f"{unit}.scores": traces.statistics[unit] for unit in UNITS}
-    biases = {unit: _bias(traces.statistics[unit], count, recipe.loss) for unit, count
-              in zip(UNITS, recipe.budget.counts(spec), strict=True)}
+    biases = {
+        unit: _bias(traces.statistics[unit], count, recipe.loss)
+        for unit, count in zip(UNITS, recipe.budget.counts(spec), strict=True)
+    }
     tensors = initial_tensors(spec, n_sparse, rank, biases["heads"], biases["neurons"], recipe.seed)
-    return Predictor("shadow", n_sparse, traces.dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size,
-                     static | tensors, traces.base_fingerprint)
+    return Predictor(
+        "shadow",
+        n_sparse,
+        traces.dense_layers,
+        spec.n_heads,
+        spec.intermediate_size,
+        spec.hidden_size,
+        static | tensors,
+        traces.base_fingerprint,
+    )
 
 
 def _bias(statistic: Tensor, count: int, loss: str) -> Tensor:
@@ -237,7 +279,12 @@ def _tracer(spec: ModelSpec, traces: Traces, weights: Mapping[str, Tensor] | Non
 
 
 def _record(traces: Traces, budget: Budget) -> dict[str, Any]:
-    return {"criterion": traces.criterion, "tokens": traces.windows.train.numel(),
-            "held_out_tokens": traces.windows.held_out.numel(), "text": traces.windows.source,
-            "neuron_budget": budget.neurons, "head_budget": budget.heads,
-            "versions": {name: version(name) for name in ("shadowllm", "torch")}}
+    return {
+        "criterion": traces.criterion,
+        "tokens": traces.windows.train.numel(),
+        "held_out_tokens": traces.windows.held_out.numel(),
+        "text": traces.windows.source,
+        "neuron_budget": budget.neurons,
+        "head_budget": budget.heads,
+        "versions": {name: version(name) for name in ("shadowllm", "torch")},
+    }

@@ -27,6 +27,10 @@ def open_engines(bundle: Path, flavour: Literal["tensorrt_rtx", "tensorrt"]) -> 
         raise UserError(f"{bundle} has no {flavour} engines", f"shadowllm build {bundle} --engine {flavour}")
     version = load(flavour).__version__
     for piece in PIECES:
-        check_sidecar(folder / f"{piece}.engine", flavour, version, compute_capability=gpu_capability(), files=manifest.files)
-    raise UserError(f"{flavour} engines of this version carry their plugins without kernels, so they cannot run",
-                    "inspect them with `shadowllm inspect`, and run the bundle with --backend ort")
+        check_sidecar(
+            folder / f"{piece}.engine", flavour, version, compute_capability=gpu_capability(), files=manifest.files
+        )
+    raise UserError(
+        f"{flavour} engines of this version carry their plugins without kernels, so they cannot run",
+        "inspect them with `shadowllm inspect`, and run the bundle with --backend ort",
+    )

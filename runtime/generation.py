@@ -40,8 +40,13 @@ class Sampling:
             raise UserError(f"top-p {self.top_p} is not in (0, 1]", "1 keeps all tokens")
 
 
-def generate(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling | None = None,
-             stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:
+def generate(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop_ids: Sequence[int] = (),
+) -> Iterator[list[int | None]]:
     """Continue prompts, one token of every sequence at a time.
 
     The session is reset first. A sequence ends with a stop id, which is not yielded, or when the
@@ -81,7 +86,7 @@ def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
 def _draw(scores: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:
     order = np.argsort(-scores, kind="stable")
     if sampling.top_k:
-        order = order[:sampling.top_k]
+        order = order[: sampling.top_k]
     weights = np.exp(scores[order] - scores[order[0]])
     weights /= weights.sum()
     # The first token always stays; each further one as long as those before it fall short of top_p.

@@ -23,7 +23,9 @@ def check_prompts(prompts: Sequence[Sequence[int]], batch: int, spec: ModelSpec)
         if len(prompt) == 0:
             raise UserError("the prompt is empty", "give at least one token")
         if len(prompt) > spec.max_seqlen:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the model has {spec.max_seqlen} positions", "shorten it")
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, the model has {spec.max_seqlen} positions", "shorten it"
+            )
         _check_vocabulary(np.asarray(prompt), spec)
 
 
@@ -35,8 +37,10 @@ def check_tokens(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec) -> No
             the vocabulary.
     """
     if tokens.shape != lengths.shape or not np.issubdtype(tokens.dtype, np.integer):
-        raise UserError(f"decode takes integers of shape {lengths.shape}, got {tokens.dtype} {tokens.shape}",
-                        "give one token id per sequence")
+        raise UserError(
+            f"decode takes integers of shape {lengths.shape}, got {tokens.dtype} {tokens.shape}",
+            "give one token id per sequence",
+        )
     if lengths.min() == 0:
         raise UserError("nothing to continue", "call prefill first")
     if lengths.max() >= spec.max_seqlen:

@@ -50,8 +50,14 @@ class OrtSession:
         UserError: no bundle, a damaged file, or a graph this ONNX Runtime cannot run.
     """
 
-    def __init__(self, bundle: Path, kind: Kind = "sparse", threads: int | None = None, profile: bool = False,
-                 native: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        kind: Kind = "sparse",
+        threads: int | None = None,
+        profile: bool = False,
+        native: bool = True,
+    ) -> None:
         self.manifest: Manifest = read_manifest(bundle)
         self.spec: ModelSpec = self.manifest.spec
         self.step_seconds: dict[str, float] = {}
@@ -65,7 +71,9 @@ class OrtSession:
         pieces = ("dense",) if self._kind == "dense" else ("dense", "stem", "predictor", "body")
         names = [DATA_FILE, *(f"{piece}.onnx" for piece in pieces)]
         verify_files(self._bundle, {name: self.manifest.files[name] for name in names})
-        self._pieces = {piece: Piece(self._bundle / f"{piece}.onnx", self._options(piece), self.manifest.dtype) for piece in pieces}
+        self._pieces = {
+            piece: Piece(self._bundle / f"{piece}.onnx", self._options(piece), self.manifest.dtype) for piece in pieces
+        }
         self.reset()
         return self
 
@@ -111,9 +119,13 @@ class OrtSession:
         # their own last position, where it is never visible and soon overwritten.
         input_ids = np.zeros((self._batch, seqlen), dtype=np.int64)
         for row, prompt in enumerate(prompts):
-            input_ids[row, :len(prompt)] = prompt
+            input_ids[row, : len(prompt)] = prompt
         positions = np.broadcast_to(np.arange(seqlen), input_ids.shape).copy()
-        feeds = {"input_ids": input_ids, "position_ids": positions, "logits_to_keep": lengths[:, None] - 1} | self._past()
+        feeds = {
+            "input_ids": input_ids,
+            "position_ids": positions,
+            "logits_to_keep": lengths[:, None] - 1,
+        } | self._past()
         self._pieces["dense"].bind(feeds, {"logits": self._logits} | self._present())()
         self._lengths[:] = lengths
         return self._logits[:, 0]
@@ -142,7 +154,7 @@ class OrtSession:
             for part in ("key", "value"):
                 name, grown = f"{layer}.{part}", np.zeros(shape, dtype=np.float32)
                 if name in self.cache:
-                    grown[:, :, :self.cache[name].shape[2]] = self.cache[name]
+                    grown[:, :, : self.cache[name].shape[2]] = self.cache[name]
                 self.cache[name] = grown
         self._bind_decode()
 
@@ -150,13 +162,19 @@ class OrtSession:
         """Bind the decode step's buffers: they stay the same arrays from token to token."""
         batch, n_sparse = self._batch, self.spec.n_layers - self.manifest.dense_layers
         self._input_ids, self._positions = (np.zeros((batch, 1), dtype=np.int64) for _ in range(2))
-        self.selection: dict[str, np.ndarray] = {
-            "head_indices": np.zeros((n_sparse, self.spec.n_heads), dtype=np.int32),
-            "neuron_indices": np.zeros((n_sparse, self.spec.intermediate_size), dtype=np.int32),
-        } if self._kind == "sparse" else {}
+        self.selection: dict[str, np.ndarray] = (
+            {
+                "head_indices": np.zeros((n_sparse, self.spec.n_heads), dtype=np.int32),
+                "neuron_indices": np.zeros((n_sparse, self.spec.intermediate_size), dtype=np.int32),
+            }
+            if self._kind == "sparse"
+            else {}
+        )
         buffers: dict[str, np.ndarray] = {
-            "input_ids": self._input_ids, "position_ids": self._positions,
-            "logits_to_keep": np.zeros((batch, 1), dtype=np.int64), "logits": self._logits,
+            "input_ids": self._input_ids,
+            "position_ids": self._positions,
+            "logits_to_keep": np.zeros((batch, 1), dtype=np.int64),
+            "logits": self._logits,
             "hidden": np.zeros((batch, 1, self.spec.hidden_size), dtype=np.float32),
         }
         for more in (self.selection, self._counts, self._past(), self._present()):
@@ -179,10 +197,18 @@ class Piece:
         try:
             model = str(path) if dtype == "float32" else widen(path, options)
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.InvalidArgument,
-                errors.NotImplemented, errors.RuntimeException) as error:
-            raise UserError(f"ONNX Runtime {ort.__version__} cannot load {path} ({str(error).splitlines()[0][:200]})",
-                            "use onnxruntime 1.32 or later, or export the model again") from error
+        except (
+            errors.Fail,
+            errors.InvalidGraph,
+            errors.InvalidProtobuf,
+            errors.InvalidArgument,
+            errors.NotImplemented,
+            errors.RuntimeException,
+        ) as error:
+            raise UserError(
+                f"ONNX Runtime {ort.__version__} cannot load {path} ({str(error).splitlines()[0][:200]})",
+                "use onnxruntime 1.32 or later, or export the model again",
+            ) from error
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
 

@@ -48,7 +48,8 @@ def encode_prompt(bundle: Path, manifest: Manifest, tokenizer: Tokenizer, text: 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     try:
         rendered = environment.from_string((bundle / name).read_text()).render(
-            messages=[{"role": "user", "content": text}], add_generation_prompt=True, bos_token="", eos_token="")
+            messages=[{"role": "user", "content": text}], add_generation_prompt=True, bos_token="", eos_token=""
+        )
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template of {bundle} does not render ({error})", "leave out --chat") from error
     return list(tokenizer.encode(rendered, add_special_tokens=False).ids)

@@ -40,8 +40,9 @@ class TorchSession:
             ``(n_sparse, intermediate_size)``; for comparing a step under one and the same selection.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], predictor: Predictor | None,
-                 budget: Budget | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, weights: Mapping[str, Tensor], predictor: Predictor | None, budget: Budget | None = None
+    ) -> None:
         self.spec = spec
         self.forced: Selection | None = None
         self._weights, self._predictor = weights, predictor
@@ -103,8 +104,11 @@ class TorchSession:
         check_tokens(tokens, self._lengths, self.spec)
         self._reserve(int(self._lengths.max()) + 1)
         input_ids, positions = torch.from_numpy(tokens)[:, None], torch.from_numpy(self._lengths.copy())[:, None]
-        logits = self._decoder(input_ids, positions, self.cache) if self._predictor is None else \
-            self._sparse_step(input_ids, positions, self._predictor)
+        logits = (
+            self._decoder(input_ids, positions, self.cache)
+            if self._predictor is None
+            else self._sparse_step(input_ids, positions, self._predictor)
+        )
         self._lengths += 1
         return logits[:, -1].numpy()
 
@@ -137,5 +141,5 @@ class TorchSession:
         grown = KVCache.empty(self.spec, len(self._lengths), length)
         for old, new in ((self.cache.keys, grown.keys), (self.cache.values, grown.values)):
             for before, after in zip(old, new, strict=True):
-                after[:, :, :before.shape[2]] = before[:, :, :length]
+                after[:, :, : before.shape[2]] = before[:, :, :length]
         self.cache = grown

@@ -65,8 +65,10 @@ def validate_apart(bundle: Path, model: Path, tolerance: float = TOLERANCE) -> d
     command = [sys.executable, "-P", "-m", "shadowllm.runtime.validation", str(bundle), str(model), str(tolerance)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode < 0:
-        raise UserError(f"the validation process died of {signal.Signals(-done.returncode).name}",
-                        "on SIGKILL, memory ran out: validation holds the model in float32; --skip-validation leaves it out")
+        raise UserError(
+            f"the validation process died of {signal.Signals(-done.returncode).name}",
+            "on SIGKILL, memory ran out: validation holds the model in float32; --skip-validation leaves it out",
+        )
     if done.returncode:
         raise RuntimeError("the validation process failed; its traceback stands above")
     answer = json.loads(done.stdout)
@@ -99,8 +101,11 @@ def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: fl
     manifest = read_manifest(bundle)
     rounded = TORCH_DTYPES[DTYPES[manifest.dtype]]
     reference = {name: weights[name].to(rounded).float().contiguous() for name in weights}
-    rounded_predictor = replace(predictor, tensors={name: t.to(rounded).float() for name, t in predictor.tensors.items()}) \
-        if predictor.kind == "shadow" else predictor
+    rounded_predictor = (
+        replace(predictor, tensors={name: t.to(rounded).float() for name, t in predictor.tensors.items()})
+        if predictor.kind == "shadow"
+        else predictor
+    )
     errors, agreement = [], 1.0
     for name, budget in (("dense", None), ("all active", Budget()), ("at budget", Budget(**manifest.budgets))):
         with OrtSession(bundle, "sparse" if budget else "dense") as ours:
@@ -118,8 +123,11 @@ def _judge(errors: list[Error], agreement: float, tolerance: float) -> None:
     remedy = "this is a bug or an unsupported variant: do not use the bundle"
     worst = max(errors, key=lambda error: np.nan_to_num(error.max_rel, nan=np.inf))
     if not worst.max_rel <= tolerance:  # a NaN must fail too
-        raise UserError(f"the exported graphs do not reproduce the model: {worst.output} is off by {worst.max_rel:.1e} "
-                        f"(relative; {tolerance:.0e} is allowed)", remedy)
+        raise UserError(
+            f"the exported graphs do not reproduce the model: {worst.output} is off by {worst.max_rel:.1e} "
+            f"(relative; {tolerance:.0e} is allowed)",
+            remedy,
+        )
     if agreement < SELECTION_AGREEMENT:
         raise UserError(f"the exported predictor selects only {agreement:.2%} of what the reference selects", remedy)
 
@@ -138,12 +146,18 @@ def _compare(name: str, ours: OrtSession, theirs: TorchSession) -> tuple[list[Er
             own, theirs.forced = theirs.select(token), _masks(ours.selection, spec)
             agreements.append(_agreement(theirs.forced, own))
         logits.append((mine, theirs.decode(token)[0]))
-    pairs = {"logits": logits, "cache": [(ours.cache[f"{layer}.{part}"][:, :, :kept.shape[2]], kept.numpy())
-                                         for part, tensors in (("key", theirs.cache.keys), ("value", theirs.cache.values))
-                                         for layer, kept in enumerate(tensors)]}
+    pairs = {
+        "logits": logits,
+        "cache": [
+            (ours.cache[f"{layer}.{part}"][:, :, : kept.shape[2]], kept.numpy())
+            for part, tensors in (("key", theirs.cache.keys), ("value", theirs.cache.values))
+            for layer, kept in enumerate(tensors)
+        ],
+    }
     greedy = float(np.mean([a.argmax() == b.argmax() for a, b in logits]))
-    return [_error(f"{name}: {output}", found, greedy if output == "logits" else None)
-            for output, found in pairs.items()], min(agreements)
+    return [
+        _error(f"{name}: {output}", found, greedy if output == "logits" else None) for output, found in pairs.items()
+    ], min(agreements)
 
 
 def _error(output: str, pairs: list[tuple[np.ndarray, np.ndarray]], greedy: float | None) -> Error:
@@ -154,7 +168,10 @@ def _error(output: str, pairs: list[tuple[np.ndarray, np.ndarray]], greedy: floa
 def _masks(selection: Mapping[str, np.ndarray], spec: ModelSpec) -> Selection:
     """Boolean masks of padded index rows."""
     masks: Selection = {}
-    for unit, name, width in (("heads", "head_indices", spec.n_heads), ("neurons", "neuron_indices", spec.intermediate_size)):
+    for unit, name, width in (
+        ("heads", "head_indices", spec.n_heads),
+        ("neurons", "neuron_indices", spec.intermediate_size),
+    ):
         rows = np.zeros((len(selection[name]), width), dtype=bool)
         for row, indices in zip(rows, selection[name], strict=True):
             row[indices[indices >= 0]] = True

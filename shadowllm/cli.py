@@ -53,13 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
-        return _fail(f"cannot write {error.filename or 'the output'} ({error.strerror}); free space or choose another folder")
+        return _fail(
+            f"cannot write {error.filename or 'the output'} ({error.strerror}); free space or choose another folder"
+        )
     return 0
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="shadowllm", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     description="Contextual sparsity for OPT and Llama models: predict what matters, skip the rest.")
+    parser = argparse.ArgumentParser(
+        prog="shadowllm",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Contextual sparsity for OPT and Llama models: predict what matters, skip the rest.",
+    )
     parser.add_argument("--version", action="version", version=f"shadowllm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
@@ -78,7 +84,9 @@ def _fail(message: str) -> int:
     return 1
 
 
-def _format_warning(message: Warning | str, *_where: object) -> str:
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     return f"shadowllm: warning: {message}\n"
 
 

@@ -12,7 +12,7 @@ import torch
 
 from shadowllm.errors import UserError
 from shadowllm.exporter.bundle import DTYPES, write_bundle
-from shadowllm.exporter.engine import build_engine
+from shadowllm.exporter.engine import Verbosity, build_engine
 from shadowllm.exporter.engine_graph import describe_onnx
 from shadowllm.exporter.manifest import Manifest, read_manifest, verify_files
 from shadowllm.exporter.profiles import profiles_for
@@ -95,7 +95,7 @@ class EngineOptions:
     max_batch: int = 1
     timing_cache: Path | None = None
     workspace_bytes: int | None = None
-    verbosity: str = "layer_names_only"
+    verbosity: Verbosity = "layer_names_only"
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,16 @@ def train_predictor(source: Source, traces: Traces, selector: str, recipe: Recip
     return _train(spec, weights, traces, selector, recipe)
 
 
-def export_model(source: Source, out: Path, options: Export, *, predictor: Predictor | None = None,
-                 calibration: Calibration | None = None, recipe: Recipe | None = None, overwrite: bool = False) -> Manifest:
+def export_model(
+    source: Source,
+    out: Path,
+    options: Export,
+    *,
+    predictor: Predictor | None = None,
+    calibration: Calibration | None = None,
+    recipe: Recipe | None = None,
+    overwrite: bool = False,
+) -> Manifest:
     """Make a bundle: train a predictor unless one is given, write, validate, build engines.
 
     The bundle appears under its name when all of it is done, or not at all.
@@ -161,7 +169,9 @@ def export_model(source: Source, out: Path, options: Export, *, predictor: Predi
     predictor.check_base(spec, weights.fingerprint())
     with staged(out, overwrite) as folder:
         name = Path(source.model).name
-        manifest = write_bundle(folder, name, weights, checkpoint, predictor, dtype=options.dtype, budget=options.budget)
+        manifest = write_bundle(
+            folder, name, weights, checkpoint, predictor, dtype=options.dtype, budget=options.budget
+        )
         if options.validate:
             from shadowllm.runtime.validation import validate_apart
 
@@ -190,12 +200,23 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
         records = {}
         for piece in ENGINE_PIECES:
             onnx = bundle / f"{piece}.onnx"
-            profiles = profiles_for(describe_onnx(onnx), capacity=capacity, max_batch=options.max_batch,
-                                    max_seqlen=min(options.max_seqlen, capacity))
+            profiles = profiles_for(
+                describe_onnx(onnx),
+                capacity=capacity,
+                max_batch=options.max_batch,
+                max_seqlen=min(options.max_seqlen, capacity),
+            )
             records[piece] = build_engine(
-                onnx, partial / f"{piece}.engine", flavour=options.flavour, profiles=profiles, sms=options.sms,
-                timing_cache=options.timing_cache, workspace_bytes=options.workspace_bytes,
-                profiling_verbosity=options.verbosity, file_hashes=manifest.files)  # type: ignore[arg-type]
+                onnx,
+                partial / f"{piece}.engine",
+                flavour=options.flavour,
+                profiles=profiles,
+                sms=options.sms,
+                timing_cache=options.timing_cache,
+                workspace_bytes=options.workspace_bytes,
+                profiling_verbosity=options.verbosity,
+                file_hashes=manifest.files,
+            )
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:
@@ -203,8 +224,9 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
     return records
 
 
-def _make_predictor(spec: ModelSpec, weights: Weights, checkpoint: Checkpoint, selector: str, calibration: Calibration,
-                    recipe: Recipe) -> Predictor:
+def _make_predictor(
+    spec: ModelSpec, weights: Weights, checkpoint: Checkpoint, selector: str, calibration: Calibration, recipe: Recipe
+) -> Predictor:
     if selector == "random":
         return _random(spec, weights, calibration)
     loaded = weights.load()
@@ -212,8 +234,13 @@ def _make_predictor(spec: ModelSpec, weights: Weights, checkpoint: Checkpoint, s
     return _train(spec, weights, traces, selector, recipe, loaded)
 
 
-def _calibrate(spec: ModelSpec, weights: Weights, checkpoint: Checkpoint, options: Calibration,
-               loaded: dict[str, Tensor] | None = None) -> Traces:
+def _calibrate(
+    spec: ModelSpec,
+    weights: Weights,
+    checkpoint: Checkpoint,
+    options: Calibration,
+    loaded: dict[str, Tensor] | None = None,
+) -> Traces:
     if not 0 < options.dense_layers < spec.n_layers:
         raise UserError(f"{options.dense_layers} dense layers of {spec.n_layers}", f"give 1 to {spec.n_layers - 1}")
     keep_freed_memory()
@@ -223,15 +250,36 @@ def _calibrate(spec: ModelSpec, weights: Weights, checkpoint: Checkpoint, option
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     with progress("Writing calibration text", options.tokens) as advance:
-        windows = calibration_windows(spec, loaded, encode, texts=options.texts, tokens=options.tokens,
-                                      seqlen=min(options.seqlen, spec.max_seqlen), seed=options.seed, advance=advance)
+        windows = calibration_windows(
+            spec,
+            loaded,
+            encode,
+            texts=options.texts,
+            tokens=options.tokens,
+            seqlen=min(options.seqlen, spec.max_seqlen),
+            seed=options.seed,
+            advance=advance,
+        )
     with progress("Tracing", windows.train.numel() + windows.held_out.numel()) as advance:
-        return calibrate(spec, loaded, windows, weights.fingerprint(), criterion=options.criterion,
-                         dense_layers=options.dense_layers, advance=advance)
+        return calibrate(
+            spec,
+            loaded,
+            windows,
+            weights.fingerprint(),
+            criterion=options.criterion,
+            dense_layers=options.dense_layers,
+            advance=advance,
+        )
 
 
-def _train(spec: ModelSpec, weights: Weights, traces: Traces, selector: str, recipe: Recipe,
-           loaded: dict[str, Tensor] | None = None) -> Predictor:
+def _train(
+    spec: ModelSpec,
+    weights: Weights,
+    traces: Traces,
+    selector: str,
+    recipe: Recipe,
+    loaded: dict[str, Tensor] | None = None,
+) -> Predictor:
     if selector not in ("shadow", "static"):
         raise UserError(f"selector {selector!r} cannot be trained", "use shadow or static")
     if not traces.stored:  # too large to keep: training traces anew
@@ -246,7 +294,18 @@ def _random(spec: ModelSpec, weights: Weights, options: Calibration) -> Predicto
     """A ranking drawn at random: the right shape and cost, no quality."""
     generator = torch.Generator().manual_seed(options.seed)
     n_sparse = spec.n_layers - options.dense_layers
-    tensors = {"heads.scores": torch.rand(n_sparse, spec.n_heads, generator=generator),
-               "neurons.scores": torch.rand(n_sparse, spec.intermediate_size, generator=generator)}
-    return Predictor("static", n_sparse, options.dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size,
-                     tensors, weights.fingerprint(), {"ranking": "random", "seed": options.seed})
+    tensors = {
+        "heads.scores": torch.rand(n_sparse, spec.n_heads, generator=generator),
+        "neurons.scores": torch.rand(n_sparse, spec.intermediate_size, generator=generator),
+    }
+    return Predictor(
+        "static",
+        n_sparse,
+        options.dense_layers,
+        spec.n_heads,
+        spec.intermediate_size,
+        spec.hidden_size,
+        tensors,
+        weights.fingerprint(),
+        {"ranking": "random", "seed": options.seed},
+    )

@@ -15,18 +15,23 @@ from shadowllm.predictor.networks import initial_tensors
 BUDGET = Budget(neurons=0.5, heads=0.5)
 
 
-def make_predictor(spec: ModelSpec, fingerprint: str, kind: str = "shadow", rank: int = 16, dense_layers: int = 1) -> Predictor:
+def make_predictor(
+    spec: ModelSpec, fingerprint: str, kind: str = "shadow", rank: int = 16, dense_layers: int = 1
+) -> Predictor:
     """Random scores that depend on the token where the kind allows it."""
     generator = torch.Generator().manual_seed(3)
     n_sparse = spec.n_layers - dense_layers
-    tensors = {"heads.scores": torch.randn(n_sparse, spec.n_heads, generator=generator),
-               "neurons.scores": torch.randn(n_sparse, spec.intermediate_size, generator=generator)}
+    tensors = {
+        "heads.scores": torch.randn(n_sparse, spec.n_heads, generator=generator),
+        "neurons.scores": torch.randn(n_sparse, spec.intermediate_size, generator=generator),
+    }
     if kind == "shadow":
         tensors |= initial_tensors(spec, n_sparse, rank, tensors["heads.scores"], tensors["neurons.scores"], seed=3)
         for name in ("heads.weight", "neurons.weight"):
             tensors[name] = torch.randn(tensors[name].shape, generator=generator)
-    return Predictor(kind, n_sparse, dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size, tensors,
-                     fingerprint)
+    return Predictor(
+        kind, n_sparse, dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size, tensors, fingerprint
+    )
 
 
 def make_bundle(model: Path, folder: Path, dtype: str = "float32", kind: str = "shadow", rank: int = 16) -> Manifest:

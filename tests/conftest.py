@@ -11,12 +11,25 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
 
-COMMON = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-          "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 LLAMA = COMMON | {"intermediate_size": 88, "num_key_value_heads": 4, "tie_word_embeddings": False}
 ROPE_LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
-ROPE_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+ROPE_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 # One row a variant: family and what differs from the family's defaults.
 VARIANTS = {

@@ -34,11 +34,15 @@ def require(flavour: Flavour) -> None:
     blind = flavour == "tensorrt" and gpu_capability() is None
     for package in (flavour, "polygraphy"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"the package {package} is not installed{', and there is no NVIDIA GPU here' * blind}",
-                            f"pip install 'shadowllm[{EXTRAS[flavour]}]'")
+            raise UserError(
+                f"the package {package} is not installed{', and there is no NVIDIA GPU here' * blind}",
+                f"pip install 'shadowllm[{EXTRAS[flavour]}]'",
+            )
     if blind:
-        raise UserError("the builder of tensorrt needs an NVIDIA GPU and driver, and this machine has none",
-                        "use --engine tensorrt_rtx, which builds without a GPU, or build on the target machine")
+        raise UserError(
+            "the builder of tensorrt needs an NVIDIA GPU and driver, and this machine has none",
+            "use --engine tensorrt_rtx, which builds without a GPU, or build on the target machine",
+        )
 
 
 def load(flavour: Flavour) -> Any:

@@ -75,8 +75,9 @@ class PluginState:
         known: dict[str, Dimension | int] = {}
         for port, shape in zip(self.inputs, inputs, strict=True):
             if len(shape) != len(port.shape):
-                raise ValueError(f"input {port.name} of {self.schema.name} has {len(shape)} dimensions, "
-                                 f"expected {list(port.shape)}")
+                raise ValueError(
+                    f"input {port.name} of {self.schema.name} has {len(shape)} dimensions, expected {list(port.shape)}"
+                )
             for symbol, size in zip(port.shape, shape, strict=True):
                 known.setdefault(symbol, size)
         known |= {name: value for name, value in self.attributes.items() if isinstance(value, int)}

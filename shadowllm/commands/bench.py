@@ -23,14 +23,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle that `shadowllm export` made")
     parser.add_argument("--backend", choices=BACKENDS, default="ort", help="what runs the sparse path (default: ort)")
-    parser.add_argument("--against", choices=BACKENDS, nargs="+", default=["ort-dense"],
-                        help="what to hold it against (default: ort-dense)")
+    parser.add_argument(
+        "--against",
+        choices=BACKENDS,
+        nargs="+",
+        default=["ort-dense"],
+        help="what to hold it against (default: ort-dense)",
+    )
     parser.add_argument("--prompt-len", type=int, default=128, metavar="N", help="tokens of the prompt (default: 128)")
     parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens to generate (default: 128)")
     parser.add_argument("--iterations", type=int, default=5, metavar="N", help="runs that count (default: 5)")
     parser.add_argument("--warmUp", type=int, default=1, metavar="N", help="runs before them that do not (default: 1)")
-    parser.add_argument("--quality-tokens", type=int, default=128, metavar="N",
-                        help="length of each of the two texts quality is measured on; 0 for none (default: 128)")
+    parser.add_argument(
+        "--quality-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="length of each of the two texts quality is measured on; 0 for none (default: 128)",
+    )
     parser.add_argument("--percentile", type=float, nargs="+", default=[50, 90, 99], metavar="P", help="of the latency")
     parser.add_argument("--threads", type=int, help="of each operator (default: ONNX Runtime's own)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
@@ -47,9 +57,19 @@ def run(args: argparse.Namespace) -> None:
 
     default = read_manifest(args.bundle).budgets
     budget = Budget(args.neuron_budget or default["neurons"], args.head_budget or default["heads"])
-    report = bench(args.bundle, args.against, backend=args.backend, budget=budget, prompt_len=args.prompt_len,
-                   new_tokens=args.new_tokens, runs=args.iterations, warmup=args.warmUp,
-                   quality_tokens=args.quality_tokens, threads=args.threads, percentiles=args.percentile)
+    report = bench(
+        args.bundle,
+        args.against,
+        backend=args.backend,
+        budget=budget,
+        prompt_len=args.prompt_len,
+        new_tokens=args.new_tokens,
+        runs=args.iterations,
+        warmup=args.warmUp,
+        quality_tokens=args.quality_tokens,
+        threads=args.threads,
+        percentiles=args.percentile,
+    )
     report.print(Console())
     if args.json:
         report.save_json(args.json)

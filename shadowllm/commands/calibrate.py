@@ -27,5 +27,7 @@ def run(args: argparse.Namespace) -> None:
     traces = calibrate_model(options.source(args), options.calibration(args))
     traces.save(args.output)
     tokens = traces.windows.train.numel() + traces.windows.held_out.numel()
-    print(f"{args.output}: {tokens} tokens traced by {traces.criterion} ({traces.windows.source}), "
-          f"{args.output.stat().st_size / 1e6:.1f} MB")
+    print(
+        f"{args.output}: {tokens} tokens traced by {traces.criterion} ({traces.windows.source}), "
+        f"{args.output.stat().st_size / 1e6:.1f} MB"
+    )

@@ -25,11 +25,18 @@ Teacher-forced perplexity under the decode regime: every position has its own se
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle to evaluate")
-    parser.add_argument("--text", nargs="+", default=(), metavar="FILE",
-                        help="text files or a Hugging Face dataset id (default: documentation of Python's modules, which calibration does not use)")
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="text files or a Hugging Face dataset id (default: Python module docs, not calibrated on)",
+    )
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens to evaluate (default: 2048)")
     parser.add_argument("--seqlen", type=int, default=512, metavar="N", help="tokens of a window (default: 512)")
-    parser.add_argument("--selector", nargs="+", help="static, shadow, oracle, random (default: static, the bundle's own, oracle)")
+    parser.add_argument(
+        "--selector", nargs="+", help="static, shadow, oracle, random (default: static, the bundle's own, oracle)"
+    )
     parser.add_argument("--neuron-budget", nargs="+", type=options.fraction, default=[0.5], metavar="FRACTION")
     parser.add_argument("--head-budget", nargs="+", type=options.fraction, default=[1.0], metavar="FRACTION")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
@@ -49,7 +56,9 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.runtime.text import load_tokenizer
 
     if args.tokens < args.seqlen:
-        raise UserError(f"{args.tokens} tokens are less than one window of {args.seqlen}", "raise --tokens or lower --seqlen")
+        raise UserError(
+            f"{args.tokens} tokens are less than one window of {args.seqlen}", "raise --tokens or lower --seqlen"
+        )
     keep_freed_memory()
     manifest = read_manifest(args.bundle)
     tokenizer = load_tokenizer(args.bundle, manifest)
@@ -59,12 +68,17 @@ def run(args: argparse.Namespace) -> None:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     seqlen, limit = min(args.seqlen, manifest.spec.max_seqlen), args.tokens // args.seqlen
-    windows = token_windows(args.text, encode, seqlen, limit) if args.text \
+    windows = (
+        token_windows(args.text, encode, seqlen, limit)
+        if args.text
         else torch.tensor(passage(encode, limit * seqlen)).view(limit, seqlen)
+    )
     selectors = args.selector or list(dict.fromkeys(("static", predictor.kind, "oracle")))
     passes = len(windows) * (1 + len(selectors) * len(args.neuron_budget) * len(args.head_budget))
     with progress("Evaluating", passes) as advance:
-        results = evaluate(manifest.spec, weights, predictor, selectors, windows, args.neuron_budget, args.head_budget, advance=advance)
+        results = evaluate(
+            manifest.spec, weights, predictor, selectors, windows, args.neuron_budget, args.head_budget, advance=advance
+        )
     _print_table(results)
     if args.json:
         args.json.write_text(json.dumps(report(results), indent=2) + "\n")
@@ -76,10 +90,29 @@ def _print_table(results: Sequence[Result]) -> None:
     from rich.table import Table
 
     table = Table()
-    for column in ("selector", "neurons", "heads", "perplexity", "KL (nats)", "top-1 agreement", "neuron recall", "head recall", "gap closure"):
+    for column in (
+        "selector",
+        "neurons",
+        "heads",
+        "perplexity",
+        "KL (nats)",
+        "top-1 agreement",
+        "neuron recall",
+        "head recall",
+        "gap closure",
+    ):
         table.add_column(column, justify="left" if column == "selector" else "right")
     for r in results:
         closure = "" if r.gap_closure is None else f"{r.gap_closure:.0%}"
-        table.add_row(r.selector, f"{r.neuron_budget:.0%}", f"{r.head_budget:.0%}", f"{r.perplexity:.2f}", f"{r.kl:.3f}",
-                      f"{r.top1_agreement:.1%}", f"{r.neuron_recall:.1%}", f"{r.head_recall:.1%}", closure)
+        table.add_row(
+            r.selector,
+            f"{r.neuron_budget:.0%}",
+            f"{r.head_budget:.0%}",
+            f"{r.perplexity:.2f}",
+            f"{r.kl:.3f}",
+            f"{r.top1_agreement:.1%}",
+            f"{r.neuron_recall:.1%}",
+            f"{r.head_recall:.1%}",
+            closure,
+        )
     Console().print(table)

@@ -21,10 +21,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("out", type=Path, metavar="OUT", help="bundle folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a bundle")
-    parser.add_argument("--dtype", choices=tuple(options.DTYPES), default="fp32", help="of weights and activations (default: fp32)")
+    parser.add_argument(
+        "--dtype", choices=tuple(options.DTYPES), default="fp32", help="of weights and activations (default: fp32)"
+    )
     parser.add_argument("--predictor", type=Path, metavar="FILE", help="use this predictor instead of training one")
-    parser.add_argument("--engine", choices=options.FLAVOURS, action="append", default=[], help="build engines too; may be repeated")
-    parser.add_argument("--skip-validation", action="store_true", help="do not hold the graphs against PyTorch (the manifest then says so)")
+    parser.add_argument(
+        "--engine", choices=options.FLAVOURS, action="append", default=[], help="build engines too; may be repeated"
+    )
+    parser.add_argument(
+        "--skip-validation",
+        action="store_true",
+        help="do not hold the graphs against PyTorch (the manifest then says so)",
+    )
     options.add_budget(parser)
     options.add_calibration(parser)
     options.add_training(parser)
@@ -38,8 +46,20 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.predictor.artefact import Predictor
 
     predictor = Predictor.load(args.predictor) if args.predictor else None
-    plan = Export(args.selector, options.budget(args), options.DTYPES[args.dtype], not args.skip_validation,
-                  [options.engines(args, flavour) for flavour in args.engine])
-    export_model(options.source(args), args.out, plan, predictor=predictor, calibration=options.calibration(args),
-                 recipe=options.recipe(args), overwrite=args.overwrite)
+    plan = Export(
+        args.selector,
+        options.budget(args),
+        options.DTYPES[args.dtype],
+        not args.skip_validation,
+        [options.engines(args, flavour) for flavour in args.engine],
+    )
+    export_model(
+        options.source(args),
+        args.out,
+        plan,
+        predictor=predictor,
+        calibration=options.calibration(args),
+        recipe=options.recipe(args),
+        overwrite=args.overwrite,
+    )
     inspect.show(args.out)

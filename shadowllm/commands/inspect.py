@@ -35,8 +35,10 @@ def run(args: argparse.Namespace) -> None:
     kind = "bundle" if args.path.is_dir() else args.path.suffix
     describe = {"bundle": bundle, ".onnx": onnx, ".engine": engine, ".safetensors": predictor}.get(kind)
     if describe is None:
-        raise UserError(f"{args.path} is of no kind that can be inspected",
-                        "give a bundle, an .onnx file, an .engine file or a predictor")
+        raise UserError(
+            f"{args.path} is of no kind that can be inspected",
+            "give a bundle, an .onnx file, an .engine file or a predictor",
+        )
     found = describe(args.path)
     if args.json:
         print(json.dumps(found, indent=2))
@@ -62,10 +64,17 @@ def bundle(path: Path) -> dict[str, Any]:
     verify_files(path, manifest.files)
     engines = {f"{file.parent.name}/{file.name}": engine(file) for file in sorted(path.glob("engines/*/*.engine"))}
     return {
-        "model": manifest.model, "dtype": manifest.dtype, "spec": manifest.spec.to_dict(),
-        "parameters": manifest.spec.n_parameters, "dense_layers": manifest.dense_layers, "budgets": manifest.budgets,
-        "predictor": manifest.predictor, "validation": manifest.validation or "skipped", "tools": manifest.tools,
-        "files": {name: f"{(path / name).stat().st_size / 1e6:.2f} MB" for name in manifest.files}, "engines": engines,
+        "model": manifest.model,
+        "dtype": manifest.dtype,
+        "spec": manifest.spec.to_dict(),
+        "parameters": manifest.spec.n_parameters,
+        "dense_layers": manifest.dense_layers,
+        "budgets": manifest.budgets,
+        "predictor": manifest.predictor,
+        "validation": manifest.validation or "skipped",
+        "tools": manifest.tools,
+        "files": {name: f"{(path / name).stat().st_size / 1e6:.2f} MB" for name in manifest.files},
+        "engines": engines,
     }
 
 
@@ -75,10 +84,14 @@ def onnx(path: Path) -> dict[str, Any]:
 
     info = describe_onnx(path)
     return {
-        "graph": info.name, "opset": info.opset, "weights": f"{info.weight_bytes / 1e6:.2f} MB", "data_files": list(info.data_files),
+        "graph": info.name,
+        "opset": info.opset,
+        "weights": f"{info.weight_bytes / 1e6:.2f} MB",
+        "data_files": list(info.data_files),
         "inputs": {t.name: f"{t.dtype} {list(t.shape)}" for t in info.inputs},
         "outputs": {t.name: f"{t.dtype} {list(t.shape)}" for t in info.outputs},
-        "plugins": _by_layer(info.custom_ops), "ops": info.ops,
+        "plugins": _by_layer(info.custom_ops),
+        "ops": info.ops,
     }
 
 
@@ -88,9 +101,13 @@ def engine(path: Path) -> dict[str, Any]:
 
     record = engine_contents(path)
     return {
-        "flavour": record.flavour, "version": record.version, "size": f"{record.engine_bytes / 1e6:.2f} MB",
-        "build_seconds": round(record.build_seconds, 1), "compute_capabilities": list(record.compute_capabilities),
-        "profiles": [asdict(profile) for profile in record.profiles], "plugins": _by_layer(record.plugins),
+        "flavour": record.flavour,
+        "version": record.version,
+        "size": f"{record.engine_bytes / 1e6:.2f} MB",
+        "build_seconds": round(record.build_seconds, 1),
+        "compute_capabilities": list(record.compute_capabilities),
+        "profiles": [asdict(profile) for profile in record.profiles],
+        "plugins": _by_layer(record.plugins),
         "plugin_counts": dict(Counter(node.op for node in record.plugins)),
     }
 
@@ -100,9 +117,15 @@ def predictor(path: Path) -> dict[str, Any]:
     from shadowllm.predictor.artefact import Predictor
 
     found = Predictor.load(path)
-    return {"kind": found.kind, "rank": found.rank, "n_sparse": found.n_sparse, "dense_layers": found.dense_layers,
-            "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
-            "base_fingerprint": found.base_fingerprint, "record": found.record}
+    return {
+        "kind": found.kind,
+        "rank": found.rank,
+        "n_sparse": found.n_sparse,
+        "dense_layers": found.dense_layers,
+        "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
+        "base_fingerprint": found.base_fingerprint,
+        "record": found.record,
+    }
 
 
 def _by_layer(nodes: Iterable[CustomNode]) -> dict[str, list[str]]:
@@ -119,7 +142,9 @@ def _print(path: Path, found: dict[str, Any]) -> None:
 
     def grow(branch: Tree, value: Any) -> None:
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            simple = not isinstance(part, dict | list) or (isinstance(part, list) and not any(isinstance(p, dict | list) for p in part))
+            simple = not isinstance(part, dict | list) or (
+                isinstance(part, list) and not any(isinstance(p, dict | list) for p in part)
+            )
             if simple or not part:
                 shown = ", ".join(map(str, part)) if isinstance(part, list | dict) else part
                 branch.add(f"{key}: {shown if shown != '' else '-'}", highlight=False)

@@ -11,6 +11,7 @@ from shadowllm.models.budget import Budget
 
 if TYPE_CHECKING:
     from shadowllm.pipeline import Calibration, EngineOptions, Source
+    from shadowllm.plugins.tensorrt.flavour import Flavour
     from shadowllm.predictor.train import Recipe
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -27,8 +28,9 @@ def fraction(text: str) -> float:
     try:
         return Budget(float(text)).neurons
     except (ValueError, UserError):
-        raise UserError(f"the budget {text!r} is not a fraction in (0, 1]",
-                        "0.5 keeps half; 1 keeps everything") from None
+        raise UserError(
+            f"the budget {text!r} is not a fraction in (0, 1]", "0.5 keeps half; 1 keeps everything"
+        ) from None
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -49,10 +51,20 @@ def source(args: argparse.Namespace) -> Source:
 def add_budget(parser: argparse.ArgumentParser, neurons: str | None = "0.5", heads: str | None = "0.75") -> None:
     """Fractions to keep."""
     group = parser.add_argument_group("budget")
-    group.add_argument("--neuron-budget", type=fraction, default=neurons, metavar="FRACTION",
-                       help=f"MLP neurons to keep, in (0, 1]{_default(neurons)}")
-    group.add_argument("--head-budget", type=fraction, default=heads, metavar="FRACTION",
-                       help=f"attention heads to keep, in (0, 1]{_default(heads)}")
+    group.add_argument(
+        "--neuron-budget",
+        type=fraction,
+        default=neurons,
+        metavar="FRACTION",
+        help=f"MLP neurons to keep, in (0, 1]{_default(neurons)}",
+    )
+    group.add_argument(
+        "--head-budget",
+        type=fraction,
+        default=heads,
+        metavar="FRACTION",
+        help=f"attention heads to keep, in (0, 1]{_default(heads)}",
+    )
 
 
 def budget(args: argparse.Namespace) -> Budget:
@@ -63,12 +75,23 @@ def budget(args: argparse.Namespace) -> Budget:
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Text to trace and how."""
     group = parser.add_argument_group("calibration")
-    group.add_argument("--calibration-text", nargs="+", default=(), metavar="FILE",
-                       help="text files or a Hugging Face dataset id (default: text the model writes, and Python's documentation)")
-    group.add_argument("--calibration-tokens", type=int, default=8192, metavar="N", help="tokens to trace (default: 8192)")
-    group.add_argument("--calibration-seqlen", type=int, default=128, metavar="N", help="tokens of a window (default: 128)")
+    group.add_argument(
+        "--calibration-text",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="text files or a Hugging Face dataset id (default: text the model writes, and Python's documentation)",
+    )
+    group.add_argument(
+        "--calibration-tokens", type=int, default=8192, metavar="N", help="tokens to trace (default: 8192)"
+    )
+    group.add_argument(
+        "--calibration-seqlen", type=int, default=128, metavar="N", help="tokens of a window (default: 128)"
+    )
     group.add_argument("--criterion", default="l2norm", help="importance score: l2norm or plainact (default: l2norm)")
-    group.add_argument("--dense-layers", type=int, default=1, metavar="N", help="leading layers that stay dense (default: 1)")
+    group.add_argument(
+        "--dense-layers", type=int, default=1, metavar="N", help="leading layers that stay dense (default: 1)"
+    )
     group.add_argument("--seed", type=int, default=0, help="of sampling and training (default: 0)")
 
 
@@ -76,15 +99,25 @@ def calibration(args: argparse.Namespace) -> Calibration:
     """The calibration that `add_calibration` describes."""
     from shadowllm.pipeline import Calibration
 
-    return Calibration(args.calibration_text, args.calibration_tokens, args.calibration_seqlen, args.criterion,
-                       args.dense_layers, args.seed)
+    return Calibration(
+        args.calibration_text,
+        args.calibration_tokens,
+        args.calibration_seqlen,
+        args.criterion,
+        args.dense_layers,
+        args.seed,
+    )
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
     """How a shadow is trained."""
     group = parser.add_argument_group("training")
-    group.add_argument("--selector", choices=("shadow", "static", "random"), default="shadow",
-                       help="predictor to train; random measures speed alone (default: shadow)")
+    group.add_argument(
+        "--selector",
+        choices=("shadow", "static", "random"),
+        default="shadow",
+        help="predictor to train; random measures speed alone (default: shadow)",
+    )
     group.add_argument("--rank", type=int, help="width of the shadow (default: under 5%% of the model's parameters)")
     group.add_argument("--epochs", type=int, help="passes over the traces")
     group.add_argument("--loss", help="weighted_bce, bce or mse (default: weighted_bce)")
@@ -101,22 +134,38 @@ def recipe(args: argparse.Namespace) -> Recipe:
 def add_engines(parser: argparse.ArgumentParser) -> None:
     """How engines are built; names are those of trtexec."""
     group = parser.add_argument_group("engines")
-    group.add_argument("--sm", nargs="+", type=int, default=(), metavar="SM",
-                       help="compute capabilities, as 89 for 8.9 (default: all the flavour supports)")
+    group.add_argument(
+        "--sm",
+        nargs="+",
+        type=int,
+        default=(),
+        metavar="SM",
+        help="compute capabilities, as 89 for 8.9 (default: all the flavour supports)",
+    )
     group.add_argument("--capacity", type=int, default=1024, help="positions of the KV cache (default: 1024)")
     group.add_argument("--max-seqlen", type=int, default=512, help="longest prompt of one call (default: 512)")
     group.add_argument("--max-batch", type=int, default=1, help="most sequences at once (default: 1)")
     group.add_argument("--timingCacheFile", type=Path, metavar="FILE", help="kept across builds (full TensorRT)")
     group.add_argument("--memPoolSize", metavar="workspace:SIZE", help="scratch memory, as workspace:512M")
-    group.add_argument("--profilingVerbosity", choices=("none", "layer_names_only", "detailed"), default="layer_names_only")
+    group.add_argument(
+        "--profilingVerbosity", choices=("none", "layer_names_only", "detailed"), default="layer_names_only"
+    )
 
 
-def engines(args: argparse.Namespace, flavour: str) -> EngineOptions:
+def engines(args: argparse.Namespace, flavour: Flavour) -> EngineOptions:
     """The engine options that `add_engines` describes."""
     from shadowllm.pipeline import EngineOptions
 
-    return EngineOptions(flavour, args.sm, args.capacity, args.max_seqlen, args.max_batch,  # type: ignore[arg-type]
-                         args.timingCacheFile, _workspace(args.memPoolSize), args.profilingVerbosity)
+    return EngineOptions(
+        flavour,
+        args.sm,
+        args.capacity,
+        args.max_seqlen,
+        args.max_batch,
+        args.timingCacheFile,
+        _workspace(args.memPoolSize),
+        args.profilingVerbosity,
+    )
 
 
 def _workspace(text: str | None) -> int | None:
@@ -124,7 +173,7 @@ def _workspace(text: str | None) -> int | None:
         return None
     pool, _, size = text.partition(":")
     unit = size[-1:].upper() if size[-1:].isalpha() else ""
-    number = size[:len(size) - len(unit)]
+    number = size[: len(size) - len(unit)]
     if pool != "workspace" or unit not in SIZES or not number.isdigit():
         raise UserError(f"--memPoolSize {text!r} is not understood", "write it as workspace:512M")
     return int(number) * SIZES[unit]

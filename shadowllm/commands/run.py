@@ -79,8 +79,14 @@ def _generate(args: argparse.Namespace, backend: str, streaming: bool) -> dict[s
     if streaming:
         print()
     count = sum(map(len, tokens))
-    return {"backend": backend, "budget": vars(budget), "texts": texts, "tokens": tokens,
-            "seconds": seconds, "tokens_per_second": count / seconds}
+    return {
+        "backend": backend,
+        "budget": vars(budget),
+        "texts": texts,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": count / seconds,
+    }
 
 
 def _print_table(prompts: list[str], results: list[dict[str, Any]]) -> None:

@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
 
 def held_out(record: dict[str, Any]) -> str:
     """The figures on held-out tokens, a line per predictor that was judged."""
-    lines = [f"  {name:7s} " + "  ".join(f"{key} {value:.3f}" for key, value in found.items())
-             for name, found in record.get("held_out", {}).items()]
+    lines = [
+        f"  {name:7s} " + "  ".join(f"{key} {value:.3f}" for key, value in found.items())
+        for name, found in record.get("held_out", {}).items()
+    ]
     return "\n".join(["held-out tokens:", *lines]) if lines else ""

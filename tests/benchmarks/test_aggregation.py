@@ -13,11 +13,13 @@ def generation(itl_ms, ttft=10.0, parts=None, rss=100.0):
 
 
 def test_summary_of_two_runs():
-    summary = summarise([generation([2.0, 4.0], 10, {"body": 3.0}, 100),
-                         generation([4.0, 12.0], 30, {"body": 5.0}, 90)])
+    summary = summarise(
+        [generation([2.0, 4.0], 10, {"body": 3.0}, 100), generation([4.0, 12.0], 30, {"body": 5.0}, 90)]
+    )
     assert summary.ttft_ms == {"min": 10, "median": 20, "max": 30}
-    assert summary.itl_ms == pytest.approx({"min": 2, "median": 4, "mean": 5.5, "max": 12,
-                                            "p50": 4, "p90": 9.6, "p99": 11.76})
+    assert summary.itl_ms == pytest.approx(
+        {"min": 2, "median": 4, "mean": 5.5, "max": 12, "p50": 4, "p90": 9.6, "p99": 11.76}
+    )
     assert summary.tokens_per_second == pytest.approx((2 / 6e-3 + 2 / 16e-3) / 2)
     assert summary.tokens_per_second_spread == pytest.approx((125.0, 2 / 6e-3))
     assert summary.parts_ms == {"body": 4.0}

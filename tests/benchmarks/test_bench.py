@@ -17,8 +17,19 @@ from shadowllm.exporter.manifest import read_manifest
 from shadowllm.models.budget import Budget
 
 ENVIRONMENT = {"cpu", "cores", "ram_gb", "os", "machine", "python", "packages", "commit", "date", "threads"}
-RESULT = {"name", "ttft_ms", "itl_ms", "tokens_per_second", "tokens_per_second_spread", "bytes_per_token",
-          "bytes_by_part", "gb_per_second", "peak_rss_mb", "parts_ms", "quality"}
+RESULT = {
+    "name",
+    "ttft_ms",
+    "itl_ms",
+    "tokens_per_second",
+    "tokens_per_second_spread",
+    "bytes_per_token",
+    "bytes_by_part",
+    "gb_per_second",
+    "peak_rss_mb",
+    "parts_ms",
+    "quality",
+}
 SHORT = {"prompt_len": 12, "new_tokens": 6, "runs": 2, "warmup": 1, "quality_tokens": 8, "threads": 1}
 
 
@@ -75,8 +86,17 @@ def test_printed_report_fits_a_terminal(report):
     console = Console(width=80, file=StringIO())
     report.print(console)
     text = console.file.getvalue()
-    for words in ("sparse", "ort-dense", "ITL median, ms", "ITL percentile(99%), ms", "Next-token agreement",
-                  "Perplexity", "sparse against ort-dense:", "Predictor:", "Memory:"):
+    for words in (
+        "sparse",
+        "ort-dense",
+        "ITL median, ms",
+        "ITL percentile(99%), ms",
+        "Next-token agreement",
+        "Perplexity",
+        "sparse against ort-dense:",
+        "Predictor:",
+        "Memory:",
+    ):
         assert words in text
     line = latency_line(report.results[0])
     assert line.startswith("sparse: Latency: min = ")
@@ -96,14 +116,17 @@ def test_json_needs_its_folder(report, tmp_path):
         report.save_json(tmp_path / "missing" / "report.json")
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ({"against": ()}, "cannot compare with nothing"),
-    ({"against": ("ort-dense", "ort-dense")}, "each backend once"),
-    ({"against": ("fast",)}, "no backend 'fast'"),
-    ({"runs": 0}, "number of runs is 0"),
-    ({"new_tokens": 1}, "number of new tokens is 1"),
-    ({"prompt_len": 60}, "more than the model's 64 positions"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"against": ()}, "cannot compare with nothing"),
+        ({"against": ("ort-dense", "ort-dense")}, "each backend once"),
+        ({"against": ("fast",)}, "no backend 'fast'"),
+        ({"runs": 0}, "number of runs is 0"),
+        ({"new_tokens": 1}, "number of new tokens is 1"),
+        ({"prompt_len": 60}, "more than the model's 64 positions"),
+    ],
+)
 def test_bad_arguments(bundle, arguments, words):
     with pytest.raises(UserError, match=words):
         bench(bundle(), **SHORT | arguments)

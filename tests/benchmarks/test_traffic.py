@@ -9,11 +9,38 @@ import pytest
 from shadowllm.benchmarks.traffic import Active, mean_traffic, step_traffic
 from shadowllm.models import ModelSpec, RopeSpec
 
-LLAMA = ModelSpec(family="llama", vocab_size=11, hidden_size=6, intermediate_size=10, n_layers=3, n_heads=4,
-                  n_kv_heads=2, head_dim=2, max_seqlen=16, norm="rmsnorm", norm_eps=1e-5, activation="silu", gated=True,
-                  positions="rope", rope=RopeSpec(), tied_embeddings=True)
-OPT = replace(LLAMA, family="opt", n_kv_heads=4, norm="layernorm", activation="relu", gated=False, positions="learned",
-              rope=None, position_offset=2, qkv_bias=True, o_bias=True, mlp_bias=True)
+LLAMA = ModelSpec(
+    family="llama",
+    vocab_size=11,
+    hidden_size=6,
+    intermediate_size=10,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=2,
+    max_seqlen=16,
+    norm="rmsnorm",
+    norm_eps=1e-5,
+    activation="silu",
+    gated=True,
+    positions="rope",
+    rope=RopeSpec(),
+    tied_embeddings=True,
+)
+OPT = replace(
+    LLAMA,
+    family="opt",
+    n_kv_heads=4,
+    norm="layernorm",
+    activation="relu",
+    gated=False,
+    positions="learned",
+    rope=None,
+    position_offset=2,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+)
 
 
 def test_dense_llama_by_hand():
@@ -21,11 +48,12 @@ def test_dense_llama_by_hand():
     assert parts == {
         "embedding rows": 4 * 6,
         "norms": 4 * 7 * 6,
-        "k/v projections": 4 * 3 * 2 * 4 * 6,           # 3 layers, K and V, 2 heads x 2 dims, hidden 6
+        "k/v projections": 4 * 3 * 2 * 4 * 6,  # 3 layers, K and V, 2 heads x 2 dims, hidden 6
         "dense layers": 4 * 3 * (2 * 8 * 6 + 3 * 10 * 6),  # q and o rows, gate/up/down rows
-        "active q/o rows": 0, "active MLP rows": 0,
+        "active q/o rows": 0,
+        "active MLP rows": 0,
         "lm_head": 4 * 11 * 6,
-        "KV cache": 4 * 3 * 2 * 2 * 5 * 2,              # 3 layers, 2 KV heads, K and V, 5 tokens, 2 dims
+        "KV cache": 4 * 3 * 2 * 2 * 5 * 2,  # 3 layers, 2 KV heads, K and V, 5 tokens, 2 dims
         "predictor": 0,
     }
 
@@ -37,7 +65,7 @@ def test_sparse_llama_by_hand():
     assert parts["active q/o rows"] == 2 * 2 * (2 * 2 * 6)
     assert parts["active MLP rows"] == 2 * 2 * (3 * 3 * 6)
     assert parts["KV cache"] == 2 * (2 + 1 + 1) * 2 * 5 * 2  # one active head reads one of the two KV heads
-    assert parts["k/v projections"] == 2 * 3 * 2 * 4 * 6     # K and V stay exact
+    assert parts["k/v projections"] == 2 * 3 * 2 * 4 * 6  # K and V stay exact
     assert parts["predictor"] == 77
 
 

@@ -33,7 +33,7 @@ def greedy(n: int) -> list[int]:
     ids = list(PROMPT)
     for _ in range(n):
         ids.append(int(tiny_decoder()(torch.tensor([ids]))[0, -1].argmax()))
-    return ids[len(PROMPT):]
+    return ids[len(PROMPT) :]
 
 
 def test_load_report(worker):
@@ -61,7 +61,7 @@ def test_forced_tokens_replace_the_chosen_ones(worker):
 def test_score_is_the_log_likelihood(worker):
     continuation = [2, 30, 11, 11]
     answer = worker.ask("score", context=PROMPT, continuation=continuation)
-    logits = tiny_decoder()(torch.tensor([PROMPT + continuation]))[0, len(PROMPT) - 1:-1].double()
+    logits = tiny_decoder()(torch.tensor([PROMPT + continuation]))[0, len(PROMPT) - 1 : -1].double()
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(continuation), reduction="none")
     # Logits of size about 30, whose float32 spacing is 2e-6, out of two layers with different summation orders.
     np.testing.assert_allclose(answer["nll"], expected.numpy(), rtol=0, atol=5e-5)
@@ -126,8 +126,15 @@ class TestFailures:
 
 def test_runs_are_interleaved_and_warm_up_is_left_out(tmp_path):
     log, ticks = tmp_path / "log", []
-    taken, last = race([tiny("good", log), tiny("other", log)], {"prompt": PROMPT, "new_tokens": 2}, runs=3, warmup=1,
-                       settle=0, tick=ticks.append, after=lambda workers, taken: (list(workers), len(taken["other"])))
+    taken, last = race(
+        [tiny("good", log), tiny("other", log)],
+        {"prompt": PROMPT, "new_tokens": 2},
+        runs=3,
+        warmup=1,
+        settle=0,
+        tick=ticks.append,
+        after=lambda workers, taken: (list(workers), len(taken["other"])),
+    )
     assert log.read_text().split() == ["good", "other"] * 4
     assert ticks == ["good", "other"] * 4
     assert {name: len(generations) for name, generations in taken.items()} == {"good": 3, "other": 3}

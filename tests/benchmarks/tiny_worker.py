@@ -18,9 +18,24 @@ from shadowllm.errors import UserError
 from shadowllm.models import Decoder, KVCache, ModelSpec, RopeSpec
 from shadowllm.models.weights import tensor_shape
 
-SPEC = ModelSpec(family="llama", vocab_size=37, hidden_size=16, intermediate_size=24, n_layers=2, n_heads=4,
-                 n_kv_heads=2, head_dim=4, max_seqlen=32, norm="rmsnorm", norm_eps=1e-5, activation="silu", gated=True,
-                 positions="rope", rope=RopeSpec(), tied_embeddings=True)
+SPEC = ModelSpec(
+    family="llama",
+    vocab_size=37,
+    hidden_size=16,
+    intermediate_size=24,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=4,
+    max_seqlen=32,
+    norm="rmsnorm",
+    norm_eps=1e-5,
+    activation="silu",
+    gated=True,
+    positions="rope",
+    rope=RopeSpec(),
+    tied_embeddings=True,
+)
 
 
 def tiny_decoder() -> Decoder:
@@ -28,8 +43,20 @@ def tiny_decoder() -> Decoder:
     generator = torch.Generator().manual_seed(5)
     names = ["embed_tokens.weight", "final_norm.weight"]
     for layer in range(SPEC.n_layers):
-        names += [f"layers.{layer}.{part}.weight" for part in ("input_norm", "post_norm", "q_proj", "k_proj", "v_proj",
-                                                               "o_proj", "gate_proj", "up_proj", "down_proj")]
+        names += [
+            f"layers.{layer}.{part}.weight"
+            for part in (
+                "input_norm",
+                "post_norm",
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+            )
+        ]
     return Decoder(SPEC, {name: torch.randn(tensor_shape(SPEC, name), generator=generator) for name in names})
 
 

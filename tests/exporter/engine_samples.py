@@ -15,8 +15,17 @@ from shadowllm.plugins.schemas import DOMAIN, VERSION
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 HIDDEN, NEURONS, HEADS, HEAD_DIM = 32, 41, 4, 8
-FORM = FunctionForm(activation="silu", gated=True, qkv_bias=False, o_bias=False, mlp_bias=False, rope=False,
-                    n_heads=HEADS, n_kv_heads=2, head_dim=HEAD_DIM)
+FORM = FunctionForm(
+    activation="silu",
+    gated=True,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    rope=False,
+    n_heads=HEADS,
+    n_kv_heads=2,
+    head_dim=HEAD_DIM,
+)
 
 
 def write_sample(path: Path, dtype: str = "float16") -> Path:
@@ -40,11 +49,19 @@ def write_sample(path: Path, dtype: str = "float16") -> Path:
             picked.append([tape.op("Gather", [rows, row], {"axis": 0}) for rows in (indices, counts)])
         heads = [weight(f"{layer}.{p}", HEADS * HEAD_DIM) for p in ("q", "o")]
         mlp = [weight(f"{layer}.{p}", NEURONS) for p in ("gate", "up", "down")]
-        part = tape.op("SparseAttention", [y, key, value, lengths, *picked[0], heads[0], None, heads[1]],
-                       {"n_heads": HEADS, "layer": layer}, domain=DOMAIN)
+        part = tape.op(
+            "SparseAttention",
+            [y, key, value, lengths, *picked[0], heads[0], None, heads[1]],
+            {"n_heads": HEADS, "layer": layer},
+            domain=DOMAIN,
+        )
         y = tape.op("Add", [y, part])
-        part = tape.op("SparseMLP", [y, *picked[1], mlp[0], None, mlp[1], None, mlp[2]],
-                       {"activation": "silu", "layer": layer}, domain=DOMAIN)
+        part = tape.op(
+            "SparseMLP",
+            [y, *picked[1], mlp[0], None, mlp[1], None, mlp[2]],
+            {"activation": "silu", "layer": layer},
+            domain=DOMAIN,
+        )
         y = tape.op("Add", [y, part])
     y.name, y.dtype, y.shape = "y", kind, x.shape
     return _save(path, inputs, y, tape, function_bodies(FORM))
@@ -59,10 +76,17 @@ def write_sum(path: Path, op: str = "Add", domain: str = "") -> Path:
     return _save(path, [a, b], c, tape)
 
 
-def _save(path: Path, inputs: list[ir.Value], output: ir.Value, tape: Tape,
-          functions: Sequence[ir.Function] = ()) -> Path:
-    graph = ir.Graph(inputs, [output], nodes=tape.nodes, initializers=tape.initializers,
-                     opset_imports={"": 24, DOMAIN: VERSION}, name=path.stem)
+def _save(
+    path: Path, inputs: list[ir.Value], output: ir.Value, tape: Tape, functions: Sequence[ir.Function] = ()
+) -> Path:
+    graph = ir.Graph(
+        inputs,
+        [output],
+        nodes=tape.nodes,
+        initializers=tape.initializers,
+        opset_imports={"": 24, DOMAIN: VERSION},
+        name=path.stem,
+    )
     model = ir.Model(graph, ir_version=11, functions=functions)
     ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=64)
     return path

@@ -48,7 +48,10 @@ def test_weights_read_back(bundle, checkpoint):
 def test_custom_ops_carry_their_layer(bundle):
     nodes = [node for node in ir.load(bundle() / "body.onnx").graph if node.domain == "shadowllm"]
     assert [(node.op_type, node.name) for node in nodes] == [
-        (op, f"layers.{layer}.{part}") for layer in (1, 2) for op, part in (("SparseAttention", "attention"), ("SparseMLP", "mlp"))]
+        (op, f"layers.{layer}.{part}")
+        for layer in (1, 2)
+        for op, part in (("SparseAttention", "attention"), ("SparseMLP", "mlp"))
+    ]
 
 
 def test_tensor_names_are_the_usual_ones(bundle):
@@ -86,9 +89,15 @@ class TestManifest:
         with pytest.raises(UserError, match="leaves the bundle"):
             verify_files(copy, read_manifest(copy).files)
 
-    @pytest.mark.parametrize(("changes", "words"), [
-        ({"schema_version": 99}, "schema version 99"), ({"spec": {}}, "not readable"), ({"files": None}, "damaged"),
-        ({"unknown": 1}, "damaged")])
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"schema_version": 99}, "schema version 99"),
+            ({"spec": {}}, "not readable"),
+            ({"files": None}, "damaged"),
+            ({"unknown": 1}, "damaged"),
+        ],
+    )
     def test_unreadable(self, copy, changes, words):
         self.edit(copy, **changes)
         with pytest.raises(UserError, match=words):
@@ -113,9 +122,13 @@ class TestStaging:
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     def test_an_error_leaves_nothing(self, tmp_path):
-        with pytest.raises(ValueError, match="no"), staged(tmp_path / "out") as folder:
-            (folder / "file").write_text("x")
-            raise ValueError("no")
+        def fail():
+            with staged(tmp_path / "out") as folder:
+                (folder / "file").write_text("x")
+                raise ValueError("no")
+
+        with pytest.raises(ValueError, match="no"):
+            fail()
         assert list(tmp_path.iterdir()) == []
 
     def test_a_full_disk_is_one_line(self, tmp_path):

@@ -20,8 +20,10 @@ from shadowllm.exporter.profiles import ShapeProfile, profiles_for
 from shadowllm.exporter.sidecar import check_sidecar, engine_contents, read_sidecar
 from tests.exporter.engine_samples import DTYPES, write_sample, write_sum
 
-needs_builder = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None,
-                                   reason="tensorrt_rtx is not installed (pip install 'shadowllm[tensorrt-rtx]')")
+needs_builder = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="tensorrt_rtx is not installed (pip install 'shadowllm[tensorrt-rtx]')",
+)
 
 
 def build(onnx_path, engine_path, **options):
@@ -41,8 +43,10 @@ def test_engine_holds_the_plugins(tmp_path, dtype):
     onnx_path, engine_path = write_sample(tmp_path / "sample.onnx", dtype), tmp_path / "engines" / "sample.engine"
     record = build(onnx_path, engine_path)
     assert [node.op for node in record.plugins].count("SelectTopK") == 4
-    assert [(n.name, n.layer) for n in record.plugins if n.op == "SparseMLP"] == [("layers.5.SparseMLP", 5),
-                                                                                ("layers.6.SparseMLP", 6)]
+    assert [(n.name, n.layer) for n in record.plugins if n.op == "SparseMLP"] == [
+        ("layers.5.SparseMLP", 5),
+        ("layers.6.SparseMLP", 6),
+    ]
     plan = engine_path.read_bytes()
     for word in (b"SelectTopK", b"SparseAttention", b"SparseMLP", b"layers.6.SparseMLP", b"silu"):
         assert word in plan
@@ -79,8 +83,9 @@ def test_unknown_target_names_the_known_ones(tmp_path):
 def test_what_the_parser_refuses(tmp_path):
     path, profile = write_sum(tmp_path / "sum.onnx", op="NoSuchOp"), dict.fromkeys("ab", ((1,), (2,), (3,)))
     with pytest.raises(UserError, match=r"the ONNX parser refuses sum.onnx: NoSuchOp .*[Pp]lugin not found"):
-        engine.build_engine(path, tmp_path / "out" / "sum.engine", flavour="tensorrt_rtx",
-                            profiles=[ShapeProfile("own", profile)])
+        engine.build_engine(
+            path, tmp_path / "out" / "sum.engine", flavour="tensorrt_rtx", profiles=[ShapeProfile("own", profile)]
+        )
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -103,8 +108,13 @@ def test_a_killed_builder_is_reported(tmp_path):
             child.send_signal(signal.SIGKILL)
 
     graph = describe_onnx(write_sample(tmp_path / "sample.onnx"))
-    request = engine.request_for(tmp_path / "sample.onnx", graph, tmp_path / "sample.part", "tensorrt_rtx",
-                                 profiles_for(graph, capacity=8, max_seqlen=8))
+    request = engine.request_for(
+        tmp_path / "sample.onnx",
+        graph,
+        tmp_path / "sample.part",
+        "tensorrt_rtx",
+        profiles_for(graph, capacity=8, max_seqlen=8),
+    )
     with pytest.raises(UserError, match="builder process died of SIGKILL"):
         engine.run_worker(request, "sample.engine", kill)
     assert not (tmp_path / "sample.part").exists()
@@ -137,8 +147,12 @@ def test_timing_cache_is_not_for_rtx(tmp_path):
 def test_missing_package_names_the_extra(tmp_path):
     path = write_sample(tmp_path / "sample.onnx")
     with pytest.raises(UserError, match=r"tensorrt is not installed.*pip install 'shadowllm\[tensorrt\]'"):
-        engine.build_engine(path, tmp_path / "sample.engine", flavour="tensorrt",
-                            profiles=profiles_for(describe_onnx(path), capacity=8, max_seqlen=8))
+        engine.build_engine(
+            path,
+            tmp_path / "sample.engine",
+            flavour="tensorrt",
+            profiles=profiles_for(describe_onnx(path), capacity=8, max_seqlen=8),
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sample.onnx", "sample.onnx.data"]
 
 

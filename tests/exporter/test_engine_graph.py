@@ -34,8 +34,13 @@ def test_copy_for_the_parser(tmp_path):
     assert not model.functions
     mlp = next(node for node in model.graph.node if node.name == "layers.6.SparseMLP")
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in mlp.attribute}
-    assert attributes == {"activation": b"silu", "layer": 6, "plugin_namespace": b"shadowllm", "plugin_version": b"1",
-                          "input_mask": 0b10101111}
+    assert attributes == {
+        "activation": b"silu",
+        "layer": 6,
+        "plugin_namespace": b"shadowllm",
+        "plugin_version": b"1",
+        "input_mask": 0b10101111,
+    }
     assert len(mlp.input) == 6
     assert all(mlp.input)
     assert {node.name for node in nodes} == {node.name for node in model.graph.node if node.domain == "shadowllm"}
@@ -51,8 +56,9 @@ def test_weights_stay_outside_the_copy(tmp_path):
     assert places == {"sample.onnx.data"}
 
 
-@pytest.mark.parametrize(("content", "words"),
-                         [(None, "no ONNX file"), (b"", "holds no graph"), (b"garbage", "damaged")])
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "no ONNX file"), (b"", "holds no graph"), (b"garbage", "damaged")]
+)
 def test_unusable_files_are_named(tmp_path, content, words):
     path = tmp_path / "piece.onnx"
     if content is not None:
@@ -77,24 +83,30 @@ def test_prefill_and_decode_profiles(tmp_path):
     check_profiles(graph, profiles)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"capacity": 0, "max_seqlen": 1}, "capacity is 0"),
-    ({"capacity": 8, "max_seqlen": 9}, "do not fit"),
-    ({"capacity": 8, "max_seqlen": 8, "max_batch": 0}, "max_batch is 0"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"capacity": 0, "max_seqlen": 1}, "capacity is 0"),
+        ({"capacity": 8, "max_seqlen": 9}, "do not fit"),
+        ({"capacity": 8, "max_seqlen": 8, "max_batch": 0}, "max_batch is 0"),
+    ],
+)
 def test_impossible_profiles_are_refused(tmp_path, options, words):
     graph = describe_onnx(write_sample(tmp_path / "sample.onnx"))
     with pytest.raises(UserError, match=words):
         profiles_for(graph, **options)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"a": None}, "lacks 'a'"),
-    ({"z": ((1,), (1,), (1,))}, "'z', which is no input"),
-    ({"a": ((1, 1), (1, 1), (1, 1))}, "'a' the shapes"),
-    ({"a": ((3,), (2,), (4,))}, "min <= opt <= max"),
-    ({"a": ((0,), (2,), (4,))}, "'a' the shapes"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"a": None}, "lacks 'a'"),
+        ({"z": ((1,), (1,), (1,))}, "'z', which is no input"),
+        ({"a": ((1, 1), (1, 1), (1, 1))}, "'a' the shapes"),
+        ({"a": ((3,), (2,), (4,))}, "min <= opt <= max"),
+        ({"a": ((0,), (2,), (4,))}, "'a' the shapes"),
+    ],
+)
 def test_profiles_that_do_not_fit_the_graph(tmp_path, change, words):
     graph = describe_onnx(write_sum(tmp_path / "sum.onnx"))
     shapes = dict.fromkeys("ab", ((1,), (2,), (3,))) | change

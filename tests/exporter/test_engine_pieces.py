@@ -19,20 +19,30 @@ def random_predictor(weights) -> Predictor:
     """A shadow of rank 3 for all layers but the first."""
     spec, generator = weights.spec, torch.Generator().manual_seed(0)
     n, heads, neurons = spec.n_layers - 1, spec.n_heads, spec.intermediate_size
-    shapes = {"heads.scores": (n, heads), "neurons.scores": (n, neurons), "trunk.weight": (3, spec.hidden_size),
-              "trunk.bias": (3,), "heads.weight": (n * heads, 3), "heads.bias": (n * heads,),
-              "neurons.weight": (n * neurons, 3), "neurons.bias": (n * neurons,)}
+    shapes = {
+        "heads.scores": (n, heads),
+        "neurons.scores": (n, neurons),
+        "trunk.weight": (3, spec.hidden_size),
+        "trunk.bias": (3,),
+        "heads.weight": (n * heads, 3),
+        "heads.bias": (n * heads,),
+        "neurons.weight": (n * neurons, 3),
+        "neurons.bias": (n * neurons,),
+    }
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return Predictor("shadow", n, 1, heads, neurons, spec.hidden_size, tensors, weights.fingerprint())
 
 
 @needs_builder
-@pytest.mark.parametrize(("family", "options", "dtype"), [
-    # 16 per head: TensorRT-RTX 1.7 has no 16-bit attention for sizes that are no multiple of 8.
-    ("llama", {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2}, "float16"),
-    ("opt", {"hidden_size": 64, "word_embed_proj_dim": 64}, "bfloat16"),
-    ("opt", {"enable_bias": False}, "float32"),
-])
+@pytest.mark.parametrize(
+    ("family", "options", "dtype"),
+    [
+        # 16 per head: TensorRT-RTX 1.7 has no 16-bit attention for sizes that are no multiple of 8.
+        ("llama", {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2}, "float16"),
+        ("opt", {"hidden_size": 64, "word_embed_proj_dim": 64}, "bfloat16"),
+        ("opt", {"enable_bias": False}, "float32"),
+    ],
+)
 def test_pieces_build_with_all_plugins(tmp_path, family, options, dtype):
     build_transformers_model(family, options).save_pretrained(tmp_path / "model")
     _, weights, files = load_model(tmp_path / "model")
@@ -43,10 +53,17 @@ def test_pieces_build_with_all_plugins(tmp_path, family, options, dtype):
     for piece in ("stem", "predictor", "body"):
         path = bundle / f"{piece}.onnx"
         profiles = profiles_for(describe_onnx(path), capacity=64, max_seqlen=32, max_batch=2)
-        record = build_engine(path, bundle / "engines" / f"{piece}.engine", flavour="tensorrt_rtx", profiles=profiles,
-                              file_hashes=manifest.files)
+        record = build_engine(
+            path,
+            bundle / "engines" / f"{piece}.engine",
+            flavour="tensorrt_rtx",
+            profiles=profiles,
+            file_hashes=manifest.files,
+        )
         plugins[piece] = [node.name for node in record.plugins]
         assert record.files == {name: manifest.files[name] for name in (path.name, "model.onnx.data")}
     assert plugins == {
-        "stem": [], "predictor": ["head_indices.SelectTopK", "neuron_indices.SelectTopK"],
-        "body": [f"layers.{layer}.{op}" for layer in (1, 2) for op in ("SparseAttention", "SparseMLP")]}
+        "stem": [],
+        "predictor": ["head_indices.SelectTopK", "neuron_indices.SelectTopK"],
+        "body": [f"layers.{layer}.{op}" for layer in (1, 2) for op in ("SparseAttention", "SparseMLP")],
+    }

@@ -22,11 +22,21 @@ def engine_path(tmp_path):
     """An engine file that is none, with a fitting sidecar."""
     path = tmp_path / "body.engine"
     path.write_bytes(PLAN)
-    write_sidecar(path, EngineRecord(
-        flavour="tensorrt_rtx", version="1.7.1.116", compute_capabilities=(80, 89), plugin_version=1,
-        plugins=(CustomNode("SparseMLP", "layers.1.SparseMLP", 1),),
-        profiles=(ShapeProfile("decode", {"x": ((1, 1), (1, 1), (2, 1))}),), files=FILES,
-        engine_sha256=hashlib.sha256(PLAN).hexdigest(), engine_bytes=len(PLAN), build_seconds=1.5))
+    write_sidecar(
+        path,
+        EngineRecord(
+            flavour="tensorrt_rtx",
+            version="1.7.1.116",
+            compute_capabilities=(80, 89),
+            plugin_version=1,
+            plugins=(CustomNode("SparseMLP", "layers.1.SparseMLP", 1),),
+            profiles=(ShapeProfile("decode", {"x": ((1, 1), (1, 1), (2, 1))}),),
+            files=FILES,
+            engine_sha256=hashlib.sha256(PLAN).hexdigest(),
+            engine_bytes=len(PLAN),
+            build_seconds=1.5,
+        ),
+    )
     return path
 
 
@@ -47,13 +57,16 @@ def test_files_of_other_pieces_do_not_matter(engine_path):
     check_sidecar(engine_path, **HERE | {"files": None, "compute_capability": None})
 
 
-@pytest.mark.parametrize(("here", "words"), [
-    ({"flavour": "tensorrt"}, "flavour tensorrt_rtx, here it is tensorrt; build the engine again"),
-    ({"version": "1.8.0.1"}, "tensorrt_rtx version 1.7.1.116, here it is 1.8.0.1; .*`shadowllm build`"),
-    ({"compute_capability": 120}, "built for sm_80, sm_89, this GPU is sm_120; `shadowllm build --sm 120`"),
-    ({"files": FILES | {"model.onnx.data": "00" * 32}}, "another model.onnx.data"),
-    ({"files": {"model.onnx.data": "cd" * 32}}, "another body.onnx"),
-])
+@pytest.mark.parametrize(
+    ("here", "words"),
+    [
+        ({"flavour": "tensorrt"}, "flavour tensorrt_rtx, here it is tensorrt; build the engine again"),
+        ({"version": "1.8.0.1"}, "tensorrt_rtx version 1.7.1.116, here it is 1.8.0.1; .*`shadowllm build`"),
+        ({"compute_capability": 120}, "built for sm_80, sm_89, this GPU is sm_120; `shadowllm build --sm 120`"),
+        ({"files": FILES | {"model.onnx.data": "00" * 32}}, "another model.onnx.data"),
+        ({"files": {"model.onnx.data": "cd" * 32}}, "another body.onnx"),
+    ],
+)
 def test_another_place_is_refused(engine_path, here, words):
     with pytest.raises(UserError, match=words):
         check_sidecar(engine_path, **HERE | here)

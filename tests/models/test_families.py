@@ -46,7 +46,7 @@ def test_cached_steps_equal_the_whole_sequence(checkpoint, variant):
     with torch.no_grad():
         whole = decoder(input_ids)
         first = decoder(input_ids[:, :7], cache=cache)
-        steps = [decoder(input_ids[:, i:i + 1], torch.full((2, 1), i), cache) for i in range(7, 20)]
+        steps = [decoder(input_ids[:, i : i + 1], torch.full((2, 1), i), cache) for i in range(7, 20)]
     torch.testing.assert_close(torch.cat([first, *steps], dim=1), whole, atol=2e-5, rtol=1e-5)
 
 
@@ -54,8 +54,9 @@ def test_smollm2_matches_transformers(smollm2):
     spec, weights, checkpoint = load_model(smollm2)
     assert (spec.n_layers, spec.n_heads, spec.n_kv_heads, spec.intermediate_size) == (30, 9, 3, 1536)
     input_ids = torch.tensor([checkpoint.tokenizer()("The shadow of a model is a small network that").input_ids])
-    exact, bound = noise_bound(AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name,
-                                                                    dtype=torch.float32), input_ids)
+    exact, bound = noise_bound(
+        AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32), input_ids
+    )
     with torch.no_grad():
         logits = Decoder(spec, weights.load())(input_ids)
     assert (logits - exact).abs().max() <= bound
@@ -70,24 +71,30 @@ def test_sharded_checkpoint_reads_like_one_file(checkpoint, tmp_path):
     assert all(torch.equal(whole[name], shards[name]) for name in whole)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"do_layer_norm_before": False}, "post-norm"),
-    ({"word_embed_proj_dim": 24}, "embedding projections"),
-    ({"layer_norm_elementwise_affine": False}, "LayerNorm weights"),
-    ({"activation_function": "tanh"}, "activation 'tanh'"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"do_layer_norm_before": False}, "post-norm"),
+        ({"word_embed_proj_dim": 24}, "embedding projections"),
+        ({"layer_norm_elementwise_affine": False}, "LayerNorm weights"),
+        ({"activation_function": "tanh"}, "activation 'tanh'"),
+    ],
+)
 def test_opt_variants_refused_by_name(checkpoint, tmp_path, options, words):
     edit_config(checkpoint("opt"), tmp_path, options)
     with pytest.raises(UserError, match=words):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "RoPE scaling 'yarn'"),
-    ({"model_type": "gpt2"}, "'gpt2' is not supported"),
-    ({"num_key_value_heads": 3}, "do not divide"),
-    ({"intermediate_size": 77}, "has shape"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "RoPE scaling 'yarn'"),
+        ({"model_type": "gpt2"}, "'gpt2' is not supported"),
+        ({"num_key_value_heads": 3}, "do not divide"),
+        ({"intermediate_size": 77}, "has shape"),
+    ],
+)
 def test_llama_variants_refused_by_name(checkpoint, tmp_path, options, words):
     edit_config(checkpoint("llama-mha"), tmp_path, options)
     with pytest.raises(UserError, match=words):
@@ -121,7 +128,7 @@ class TestDamagedFiles:
         path = tmp_path / "model.gguf"
         with smollm2.open("rb") as file:
             path.write_bytes(file.read(3_000_000))
-        with pytest.raises(UserError, match="damaged|cannot read"):
+        with pytest.raises(UserError, match=r"damaged|cannot read"):
             load_model(path)
 
     def test_missing_shard(self, checkpoint, tmp_path):

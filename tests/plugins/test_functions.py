@@ -12,14 +12,25 @@ from shadowllm.plugins.functions import OPSET, FunctionForm, function_bodies
 
 # float32 sums of a few hundred products of numbers near 1.
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
-FORM = FunctionForm(activation="silu", gated=True, qkv_bias=False, o_bias=False, mlp_bias=False, rope=True, n_heads=6,
-                    n_kv_heads=2, head_dim=8)
+FORM = FunctionForm(
+    activation="silu",
+    gated=True,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    rope=True,
+    n_heads=6,
+    n_kv_heads=2,
+    head_dim=8,
+)
 
 
 def run(schema: schemas.OpSchema, form: FunctionForm, feeds: dict[str, np.ndarray], **attributes) -> np.ndarray:
     """One node of the op in a model that carries the function bodies."""
-    inputs = {name: ir.val(name, dtype=ir.DataType.from_numpy(array.dtype), shape=array.shape)
-              for name, array in feeds.items()}
+    inputs = {
+        name: ir.val(name, dtype=ir.DataType.from_numpy(array.dtype), shape=array.shape)
+        for name, array in feeds.items()
+    }
     node = ir.node(schema.name, [inputs.get(port.name) for port in schema.inputs], attributes, domain=schemas.DOMAIN)
     output = node.outputs[0]
     output.name, output.dtype = "output", ir.DataType.INT32 if schema is schemas.SELECT_TOPK else ir.DataType.FLOAT
@@ -31,7 +42,7 @@ def run(schema: schemas.OpSchema, form: FunctionForm, feeds: dict[str, np.ndarra
 
 def padded(chosen: np.ndarray, cap: int) -> np.ndarray:
     out = np.full(cap, -1, dtype=np.int32)
-    out[:len(chosen)] = np.sort(chosen)
+    out[: len(chosen)] = np.sort(chosen)
     return out
 
 
@@ -57,7 +68,9 @@ class TestSelectTopK:
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("batch", "seqlen", "hidden", "width", "count"), [(1, 1, 41, 7, 7), (2, 3, 24, 123, 0), (3, 17, 5, 88, 41)])
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "hidden", "width", "count"), [(1, 1, 41, 7, 7), (2, 3, 24, 123, 0), (3, 17, 5, 88, 41)]
+)
 def test_sparse_mlp(activation, gated, bias, batch, seqlen, hidden, width, count):
     rng = np.random.default_rng(width)
     form = FunctionForm(activation, gated, False, False, bias, True, 6, 2, 8)
@@ -68,8 +81,13 @@ def test_sparse_mlp(activation, gated, bias, batch, seqlen, hidden, width, count
     x = rng.standard_normal((batch, seqlen, hidden)).astype(np.float32)
     indices = padded(rng.choice(width, count, replace=False), width)
     feeds = {"x": x, "indices": indices, "count": np.array(count, dtype=np.int32)} | tensors
-    expected = reference.sparse_mlp(x, indices, count, *(tensors.get(name) for name in
-                                    ("w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down")), activation=activation)
+    expected = reference.sparse_mlp(
+        x,
+        indices,
+        count,
+        *(tensors.get(name) for name in ("w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down")),
+        activation=activation,
+    )
     found = run(schemas.SPARSE_MLP, form, feeds, activation=activation, layer=0)
     np.testing.assert_allclose(found, expected, **TOLERANCE)
 
@@ -86,8 +104,12 @@ def test_sparse_attention(heads, kv, rope, bias, batch, seqlen, length, count):
         return 0.5 * rng.standard_normal(shape).astype(np.float32)
 
     form = FunctionForm("silu", True, bias, bias, False, rope, heads, kv, dim)
-    tensors = {"key": random(batch, kv, capacity, dim), "value": random(batch, kv, capacity, dim),
-               "w_q": random(heads * dim, hidden), "w_o": random(heads * dim, hidden)}
+    tensors = {
+        "key": random(batch, kv, capacity, dim),
+        "value": random(batch, kv, capacity, dim),
+        "w_q": random(heads * dim, hidden),
+        "w_o": random(heads * dim, hidden),
+    }
     if bias:
         tensors |= {"b_q": random(heads * dim), "b_o": random(hidden)}
     if rope:
@@ -98,8 +120,20 @@ def test_sparse_attention(heads, kv, rope, bias, batch, seqlen, length, count):
     indices = padded(rng.choice(heads, count, replace=False), heads)
     feeds = {"x": x, "lengths": lengths, "indices": indices, "count": np.array(count, dtype=np.int32)} | tensors
     expected = reference.sparse_attention(
-        x, tensors["key"], tensors["value"], lengths, indices, count, tensors["w_q"], tensors.get("b_q"), tensors["w_o"],
-        tensors.get("b_o"), tensors.get("cos"), tensors.get("sin"), n_heads=heads)
+        x,
+        tensors["key"],
+        tensors["value"],
+        lengths,
+        indices,
+        count,
+        tensors["w_q"],
+        tensors.get("b_q"),
+        tensors["w_o"],
+        tensors.get("b_o"),
+        tensors.get("cos"),
+        tensors.get("sin"),
+        n_heads=heads,
+    )
     found = run(schemas.SPARSE_ATTENTION, form, feeds, n_heads=heads, layer=0)
     np.testing.assert_allclose(found, expected, **TOLERANCE)
 
@@ -113,7 +147,9 @@ class TestReference:
         found = reference.sparse_mlp(x, np.arange(7), 7, None, None, up, None, down, None, activation="relu")
         np.testing.assert_allclose(found, np.maximum(x @ up.T, 0) @ down, rtol=1e-5)
 
-    @pytest.mark.parametrize(("indices", "count", "words"), [([0, 9], 2, "index 9"), ([-1, 0], 1, "index -1"), ([0], 2, "count 2")])
+    @pytest.mark.parametrize(
+        ("indices", "count", "words"), [([0, 9], 2, "index 9"), ([-1, 0], 1, "index -1"), ([0], 2, "count 2")]
+    )
     def test_out_of_range_is_an_error(self, indices, count, words):
         with pytest.raises(IndexError, match=words):
             reference.active(np.array(indices), count, 9)

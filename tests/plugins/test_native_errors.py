@@ -27,8 +27,9 @@ def mlp(**changes):
 
 
 def attention(weights=ATTENTION_WEIGHTS, n_heads=6, **changes):
-    return run("SparseAttention", attention_inputs("llama-biases", ATTENTION_SIZE) | changes, weights, n_heads=n_heads,
-               layer=4)
+    return run(
+        "SparseAttention", attention_inputs("llama-biases", ATTENTION_SIZE) | changes, weights, n_heads=n_heads, layer=4
+    )
 
 
 def ints(*values: int) -> np.ndarray:
@@ -43,22 +44,25 @@ def zeros(*shape: int) -> np.ndarray:
     return np.zeros(shape, dtype=np.float32)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"indices": ints(0, 2, 7)}, r"SparseMLP layer 11: index 7 is outside 0\.\.6"),
-    ({"indices": ints(0, -1, 5)}, r"SparseMLP layer 11: index -1 is outside 0\.\.6"),
-    ({"indices": ints(0, 1, -2**31)}, r"SparseMLP layer 11: index -2147483648 is outside 0\.\.6"),
-    ({"count": scalar(8)}, r"SparseMLP layer 11: count 8 is outside 0\.\.7"),
-    ({"count": scalar(-1)}, r"SparseMLP layer 11: count -1 is outside 0\.\.7"),
-    ({"count": ints(1, 2)}, "layer 11: count has 2 elements"),
-    ({"indices": ints(0, 1, 2).reshape(1, 3)}, "layer 11: indices has 2 dimensions"),
-    ({"x": zeros(1, 2, 40)}, r"layer 11: w_gate has shape \(7, 41\), not \(7, 40\)"),
-    ({"x": zeros(2, 41)}, "layer 11: x has 2 dimensions"),
-    ({"w_down": zeros(41, 7)}, r"w_down has shape \(41, 7\), not \(7, 41\)"),
-    ({"b_up": zeros(41)}, r"b_up has shape \(41\), not \(7\)"),
-    ({"b_down": zeros(7)}, r"b_down has shape \(7\), not \(41\)"),
-    ({"w_gate": None}, "b_gate stands without w_gate"),
-    ({"w_up": ints(*range(287)).reshape(7, 41)}, "w_up is of none of the types"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"indices": ints(0, 2, 7)}, r"SparseMLP layer 11: index 7 is outside 0\.\.6"),
+        ({"indices": ints(0, -1, 5)}, r"SparseMLP layer 11: index -1 is outside 0\.\.6"),
+        ({"indices": ints(0, 1, -(2**31))}, r"SparseMLP layer 11: index -2147483648 is outside 0\.\.6"),
+        ({"count": scalar(8)}, r"SparseMLP layer 11: count 8 is outside 0\.\.7"),
+        ({"count": scalar(-1)}, r"SparseMLP layer 11: count -1 is outside 0\.\.7"),
+        ({"count": ints(1, 2)}, "layer 11: count has 2 elements"),
+        ({"indices": ints(0, 1, 2).reshape(1, 3)}, "layer 11: indices has 2 dimensions"),
+        ({"x": zeros(1, 2, 40)}, r"layer 11: w_gate has shape \(7, 41\), not \(7, 40\)"),
+        ({"x": zeros(2, 41)}, "layer 11: x has 2 dimensions"),
+        ({"w_down": zeros(41, 7)}, r"w_down has shape \(41, 7\), not \(7, 41\)"),
+        ({"b_up": zeros(41)}, r"b_up has shape \(41\), not \(7\)"),
+        ({"b_down": zeros(7)}, r"b_down has shape \(7\), not \(41\)"),
+        ({"w_gate": None}, "b_gate stands without w_gate"),
+        ({"w_up": ints(*range(287)).reshape(7, 41)}, "w_up is of none of the types"),
+    ],
+)
 def test_mlp_refuses(changes, words):
     with pytest.raises(REFUSED, match=words):
         mlp(**changes)
@@ -68,35 +72,42 @@ def test_indices_behind_the_count_are_never_read():
     inputs = mlp_inputs("llama", (41, 7, 1, 2, 3))
     inputs["indices"][3:] = 10**9
     spoilt = run("SparseMLP", inputs, MLP_WEIGHTS, activation="silu", layer=0)
-    np.testing.assert_array_equal(spoilt, run("SparseMLP", mlp_inputs("llama", (41, 7, 1, 2, 3)), MLP_WEIGHTS,
-                                              activation="silu", layer=0))
+    np.testing.assert_array_equal(
+        spoilt, run("SparseMLP", mlp_inputs("llama", (41, 7, 1, 2, 3)), MLP_WEIGHTS, activation="silu", layer=0)
+    )
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"indices": ints(0, 1, 2, 6, -1, -1)}, r"SparseAttention layer 4: index 6 is outside 0\.\.5"),
-    ({"count": scalar(7)}, r"SparseAttention layer 4: count 7 is outside 0\.\.6"),
-    ({"lengths": ints(5, 41)}, r"SparseAttention layer 4: length of row 1 41 is outside 5\.\.40"),
-    ({"lengths": ints(4, 31)}, r"SparseAttention layer 4: length of row 0 4 is outside 5\.\.40"),
-    ({"lengths": ints(5)}, r"lengths has shape \(1\), not \(2\)"),
-    ({"value": zeros(2, 3, 41, 20)}, r"value has shape \(2, 3, 41, 20\), not \(2, 3, 40, 20\)"),
-    ({"key": zeros(2, 4, 40, 20)}, "6 heads do not divide among 4"),
-    ({"key": zeros(2, 0, 40, 20)}, "6 heads do not divide among 0"),
-    ({"w_o": zeros(123, 120)}, r"w_o has shape \(123, 120\), not \(120, 123\)"),
-    ({"b_q": zeros(123)}, r"b_q has shape \(123\), not \(120\)"),
-    ({"b_o": zeros(120)}, r"b_o has shape \(120\), not \(123\)"),
-    ({"cos": zeros(2, 5, 20)}, r"cos has shape \(2, 5, 20\), not \(2, 5, 10\)"),
-    ({"sin": None}, "cos and sin come together"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"indices": ints(0, 1, 2, 6, -1, -1)}, r"SparseAttention layer 4: index 6 is outside 0\.\.5"),
+        ({"count": scalar(7)}, r"SparseAttention layer 4: count 7 is outside 0\.\.6"),
+        ({"lengths": ints(5, 41)}, r"SparseAttention layer 4: length of row 1 41 is outside 5\.\.40"),
+        ({"lengths": ints(4, 31)}, r"SparseAttention layer 4: length of row 0 4 is outside 5\.\.40"),
+        ({"lengths": ints(5)}, r"lengths has shape \(1\), not \(2\)"),
+        ({"value": zeros(2, 3, 41, 20)}, r"value has shape \(2, 3, 41, 20\), not \(2, 3, 40, 20\)"),
+        ({"key": zeros(2, 4, 40, 20)}, "6 heads do not divide among 4"),
+        ({"key": zeros(2, 0, 40, 20)}, "6 heads do not divide among 0"),
+        ({"w_o": zeros(123, 120)}, r"w_o has shape \(123, 120\), not \(120, 123\)"),
+        ({"b_q": zeros(123)}, r"b_q has shape \(123\), not \(120\)"),
+        ({"b_o": zeros(120)}, r"b_o has shape \(120\), not \(123\)"),
+        ({"cos": zeros(2, 5, 20)}, r"cos has shape \(2, 5, 20\), not \(2, 5, 10\)"),
+        ({"sin": None}, "cos and sin come together"),
+    ],
+)
 def test_attention_refuses(changes, words):
     with pytest.raises(REFUSED, match=words):
         attention(**changes)
 
 
-@pytest.mark.parametrize(("counts", "words"), [
-    ((1, 4), r"SelectTopK: row 1 count 4 is outside 0\.\.3"),
-    ((-1, 2), r"SelectTopK: row 0 count -1 is outside 0\.\.3"),
-    ((1,), r"counts has shape \(1\), not \(2\)"),
-])
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ((1, 4), r"SelectTopK: row 1 count 4 is outside 0\.\.3"),
+        ((-1, 2), r"SelectTopK: row 0 count -1 is outside 0\.\.3"),
+        ((1,), r"counts has shape \(1\), not \(2\)"),
+    ],
+)
 def test_select_topk_refuses(counts, words):
     with pytest.raises(REFUSED, match=words):
         run("SelectTopK", {"scores": zeros(2, 7), "counts": ints(*counts)}, cap=3)
@@ -117,10 +128,14 @@ def test_a_session_survives_an_error():
     np.testing.assert_array_equal(session.run(None, feeds)[0], good)
 
 
-@pytest.mark.parametrize(("attributes", "words"), [
-    ({"activation": "swish", "layer": 0}, "activation 'swish' is none of relu, silu and gelu"),
-    ({"layer": 0}, "activation"), ({"activation": "silu"}, "layer"),
-])
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ({"activation": "swish", "layer": 0}, "activation 'swish' is none of relu, silu and gelu"),
+        ({"layer": 0}, "activation"),
+        ({"activation": "silu"}, "layer"),
+    ],
+)
 def test_attributes_refused(attributes, words):
     with pytest.raises(Exception, match=words):
         make_session("SparseMLP", mlp_inputs("llama", (41, 7, 1, 1, 7)), MLP_WEIGHTS, **attributes)

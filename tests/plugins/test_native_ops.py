@@ -29,20 +29,37 @@ def isa(request, monkeypatch) -> str:
     return request.param
 
 
-def make_session(op: str, inputs: dict[str, np.ndarray | None], weights: tuple[str, ...] = (), threads: int = 1,
-                 **attributes):
+def make_session(
+    op: str, inputs: dict[str, np.ndarray | None], weights: tuple[str, ...] = (), threads: int = 1, **attributes
+):
     """A session of one node. Inputs named in ``weights`` are initializers, the others come with each run."""
     schema = schemas.SCHEMAS[op]
     given = {name: value for name, value in inputs.items() if value is not None}
-    node = helper.make_node(op, [port.name if port.name in given else "" for port in schema.inputs],
-                            [schema.outputs[0].name], domain=schemas.DOMAIN, **attributes)
-    fed = [helper.make_tensor_value_info(name, ONNX_TYPES[value.dtype], [None] * value.ndim)
-           for name, value in given.items() if name not in weights]
+    node = helper.make_node(
+        op,
+        [port.name if port.name in given else "" for port in schema.inputs],
+        [schema.outputs[0].name],
+        domain=schemas.DOMAIN,
+        **attributes,
+    )
+    fed = [
+        helper.make_tensor_value_info(name, ONNX_TYPES[value.dtype], [None] * value.ndim)
+        for name, value in given.items()
+        if name not in weights
+    ]
     kind = TensorProto.INT32 if op == "SelectTopK" else TensorProto.FLOAT
-    graph = helper.make_graph([node], "test", fed, [helper.make_tensor_value_info(schema.outputs[0].name, kind, None)],
-                              [onnx.numpy_helper.from_array(given[name], name) for name in weights if name in given])
-    model = helper.make_model(graph, ir_version=9, opset_imports=[
-        helper.make_opsetid("", 20), helper.make_opsetid(schemas.DOMAIN, schemas.VERSION)])
+    graph = helper.make_graph(
+        [node],
+        "test",
+        fed,
+        [helper.make_tensor_value_info(schema.outputs[0].name, kind, None)],
+        [onnx.numpy_helper.from_array(given[name], name) for name in weights if name in given],
+    )
+    model = helper.make_model(
+        graph,
+        ir_version=9,
+        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(schemas.DOMAIN, schemas.VERSION)],
+    )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # refused inputs are part of the tests
@@ -72,12 +89,24 @@ def pick(rng: np.random.Generator, bound: int, count: int, cap: int) -> np.ndarr
 
 MLP_WEIGHTS = ("w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down")
 MLP_FORMS = {  # activation, gated, biases
-    "llama": ("silu", True, False), "llama-biases": ("silu", True, True), "opt": ("relu", False, True),
-    "opt-untied": ("relu", False, False), "galactica": ("gelu", False, True), "relu-gated": ("relu", True, False),
+    "llama": ("silu", True, False),
+    "llama-biases": ("silu", True, True),
+    "opt": ("relu", False, True),
+    "opt-untied": ("relu", False, False),
+    "galactica": ("gelu", False, True),
+    "relu-gated": ("relu", True, False),
 }
 MLP_SIZES = [  # D, F, B, S, count
-    (41, 7, 1, 1, 7), (41, 7, 2, 3, 1), (123, 88, 1, 1, 45), (123, 88, 3, 5, 88), (123, 88, 1, 2, 0),
-    (576, 1536, 1, 1, 1536), (576, 1536, 1, 1, 501), (576, 1536, 4, 17, 300), (64, 88, 1, 4, 3), (1, 1, 1, 1, 1),
+    (41, 7, 1, 1, 7),
+    (41, 7, 2, 3, 1),
+    (123, 88, 1, 1, 45),
+    (123, 88, 3, 5, 88),
+    (123, 88, 1, 2, 0),
+    (576, 1536, 1, 1, 1536),
+    (576, 1536, 1, 1, 501),
+    (576, 1536, 4, 17, 300),
+    (64, 88, 1, 4, 3),
+    (1, 1, 1, 1, 1),
 ]
 
 
@@ -90,21 +119,28 @@ def mlp_inputs(form: str, size: tuple[int, ...], seed: int = 0) -> dict[str, np.
         return rng.standard_normal(shape).astype(np.float32) if given else None
 
     return {
-        "x": normal(batch, seqlen, hidden), "indices": pick(rng, neurons, count, neurons),
+        "x": normal(batch, seqlen, hidden),
+        "indices": pick(rng, neurons, count, neurons),
         "count": np.asarray(count, dtype=np.int32),
-        "w_gate": normal(neurons, hidden, given=gated), "b_gate": normal(neurons, given=gated and biases),
-        "w_up": normal(neurons, hidden), "b_up": normal(neurons, given=biases),
-        "w_down": normal(neurons, hidden), "b_down": normal(hidden, given=biases),
+        "w_gate": normal(neurons, hidden, given=gated),
+        "b_gate": normal(neurons, given=gated and biases),
+        "w_up": normal(neurons, hidden),
+        "b_up": normal(neurons, given=biases),
+        "w_down": normal(neurons, hidden),
+        "b_down": normal(hidden, given=biases),
     }
 
 
 def exact_mlp(inputs: dict[str, np.ndarray | None], activation: str) -> np.ndarray:
     wide = {k: v.astype(np.float64) for k, v in inputs.items() if v is not None and v.dtype != np.int32}
-    rows = inputs["indices"][:int(inputs["count"])]
+    rows = inputs["indices"][: int(inputs["count"])]
     up = wide["x"] @ wide["w_up"][rows].T + (wide["b_up"][rows] if "b_up" in wide else 0)
     act = reference.ACTIVATIONS[activation] if len(rows) else np.asarray  # np.vectorize refuses empty input
-    hidden = act(up) if "w_gate" not in wide else up * act(
-        wide["x"] @ wide["w_gate"][rows].T + (wide["b_gate"][rows] if "b_gate" in wide else 0))
+    hidden = (
+        act(up)
+        if "w_gate" not in wide
+        else up * act(wide["x"] @ wide["w_gate"][rows].T + (wide["b_gate"][rows] if "b_gate" in wide else 0))
+    )
     return hidden @ wide["w_down"][rows] + wide.get("b_down", 0)
 
 
@@ -122,8 +158,9 @@ def test_mlp(form, size, isa):
 def test_mlp_weights_that_are_no_initializers():
     inputs = mlp_inputs("llama-biases", (123, 88, 2, 3, 50))
     attributes = {"activation": "silu", "layer": 0}
-    np.testing.assert_array_equal(run("SparseMLP", inputs, (), **attributes),
-                                  run("SparseMLP", inputs, MLP_WEIGHTS, **attributes))
+    np.testing.assert_array_equal(
+        run("SparseMLP", inputs, (), **attributes), run("SparseMLP", inputs, MLP_WEIGHTS, **attributes)
+    )
 
 
 def test_mlp_far_from_zero(isa):
@@ -176,10 +213,15 @@ def test_mlp_of_no_tokens(shape):
 
 ATTENTION_WEIGHTS = ("w_q", "b_q", "w_o", "b_o")
 ATTENTION_SIZES = [  # D, H, n_kv, d, capacity, B, S, lengths, count
-    (41, 1, 1, 2, 1, 1, 1, (1,), 1), (41, 3, 3, 6, 9, 1, 1, (9,), 2), (123, 6, 3, 20, 40, 2, 5, (5, 31), 6),
-    (123, 9, 3, 8, 33, 3, 17, (17, 18, 33), 4), (576, 9, 3, 64, 300, 1, 1, (257,), 6),
+    (41, 1, 1, 2, 1, 1, 1, (1,), 1),
+    (41, 3, 3, 6, 9, 1, 1, (9,), 2),
+    (123, 6, 3, 20, 40, 2, 5, (5, 31), 6),
+    (123, 9, 3, 8, 33, 3, 17, (17, 18, 33), 4),
+    (576, 9, 3, 64, 300, 1, 1, (257,), 6),
     (576, 9, 3, 64, 64, 4, 1, (64, 1, 7, 40), 9),
-    (64, 4, 2, 16, 21, 1, 2, (20,), 0), (96, 5, 5, 12, 20, 1, 4, (11,), 5), (2048, 32, 4, 64, 130, 1, 1, (129,), 16),
+    (64, 4, 2, 16, 21, 1, 2, (20,), 0),
+    (96, 5, 5, 12, 20, 1, 4, (11,), 5),
+    (2048, 32, 4, 64, 130, 1, 1, (129,), 16),
 ]
 ATTENTION_FORMS = {"llama": (True, False), "llama-biases": (True, True), "opt": (False, True)}  # rope, biases
 
@@ -195,11 +237,17 @@ def attention_inputs(form: str, size: tuple, seed: int = 0) -> dict[str, np.ndar
     cache = (batch, kv_heads, capacity, head_dim)
     angles = rng.uniform(0, 7, (batch, seqlen, head_dim // 2))
     inputs = {
-        "x": normal(batch, seqlen, hidden), "key": normal(*cache), "value": normal(*cache),
-        "lengths": np.asarray(lengths, dtype=np.int32), "indices": pick(rng, heads, count, heads),
-        "count": np.asarray(count, dtype=np.int32), "w_q": normal(heads * head_dim, hidden),
-        "b_q": normal(heads * head_dim, given=biases), "w_o": normal(heads * head_dim, hidden),
-        "b_o": normal(hidden, given=biases), "cos": np.cos(angles).astype(np.float32) if rope else None,
+        "x": normal(batch, seqlen, hidden),
+        "key": normal(*cache),
+        "value": normal(*cache),
+        "lengths": np.asarray(lengths, dtype=np.int32),
+        "indices": pick(rng, heads, count, heads),
+        "count": np.asarray(count, dtype=np.int32),
+        "w_q": normal(heads * head_dim, hidden),
+        "b_q": normal(heads * head_dim, given=biases),
+        "w_o": normal(heads * head_dim, hidden),
+        "b_o": normal(hidden, given=biases),
+        "cos": np.cos(angles).astype(np.float32) if rope else None,
         "sin": np.sin(angles).astype(np.float32) if rope else None,
     }
     inputs["w_q"] /= math.sqrt(hidden)  # scores of a few units: neither uniform nor one-hot attention
@@ -211,7 +259,7 @@ def exact_attention(inputs: dict[str, np.ndarray | None], heads: int) -> np.ndar
     batch, seqlen, hidden = inputs["x"].shape
     d, group = inputs["key"].shape[3], heads // inputs["key"].shape[1]
     y = np.zeros((batch, seqlen, hidden)) + wide.get("b_o", 0)
-    for head in inputs["indices"][:int(inputs["count"])]:
+    for head in inputs["indices"][: int(inputs["count"])]:
         rows = slice(head * d, (head + 1) * d)
         for b in range(batch):
             for s in range(seqlen):
@@ -246,6 +294,7 @@ def test_attention_with_weights_of_two_bytes(dtype, isa):
 
 # Random shapes -----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_shapes_and_damage(seed, isa):
     """Sound inputs give the reference's result; damaged ones an error or a result, never a crash."""
@@ -254,11 +303,24 @@ def test_random_shapes_and_damage(seed, isa):
     neurons, hidden, capacity = int(rng.integers(1, 120)), int(rng.integers(1, 200)), seqlen + int(rng.integers(0, 60))
     heads = kv_heads * group
     mlp = mlp_inputs("llama-biases", (hidden, neurons, batch, seqlen, int(rng.integers(1, neurons + 1))), seed)
-    attention = attention_inputs("llama", (hidden, heads, kv_heads, 2 * head_dim, capacity, batch, seqlen,
-                                           rng.integers(seqlen, capacity + 1, batch), int(rng.integers(0, heads + 1))))
+    attention = attention_inputs(
+        "llama",
+        (
+            hidden,
+            heads,
+            kv_heads,
+            2 * head_dim,
+            capacity,
+            batch,
+            seqlen,
+            rng.integers(seqlen, capacity + 1, batch),
+            int(rng.integers(0, heads + 1)),
+        ),
+    )
     for op, inputs, weights, attributes, sound in (
-            ("SparseMLP", mlp, MLP_WEIGHTS, {"activation": "silu"}, reference.sparse_mlp),
-            ("SparseAttention", attention, ATTENTION_WEIGHTS, {"n_heads": heads}, reference.sparse_attention)):
+        ("SparseMLP", mlp, MLP_WEIGHTS, {"activation": "silu"}, reference.sparse_mlp),
+        ("SparseAttention", attention, ATTENTION_WEIGHTS, {"n_heads": heads}, reference.sparse_attention),
+    ):
         exact = sound(**inputs, **attributes)
         found = run(op, inputs, weights, threads=2, layer=1, **attributes)
         np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * max(1, np.abs(exact).max()))
@@ -273,11 +335,12 @@ def test_random_shapes_and_damage(seed, isa):
 def damage(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
     """Integers out of range, or floats of another shape."""
     if array.dtype == np.int32:
-        return rng.choice(np.array([-2**31, -1, 0, 1, 5, 1000, 2**31 - 1], dtype=np.int32), array.shape)
+        return rng.choice(np.array([-(2**31), -1, 0, 1, 5, 1000, 2**31 - 1], dtype=np.int32), array.shape)
     return np.ones(rng.integers(0, 4, int(rng.integers(0, 6))), dtype=np.float32)
 
 
 # SelectTopK --------------------------------------------------------------------------------------------------------
+
 
 def scores_of(kind: str, rows: int, n: int) -> np.ndarray:
     rng = np.random.default_rng(n)

@@ -16,8 +16,17 @@ from shadowllm.plugins import functions, native_ops, schemas
 from tests.plugins.test_native_ops import MLP_WEIGHTS, attention_inputs, mlp_inputs, ort, run
 
 built = pytest.mark.skipif(not native_ops.kernels(), reason="the native ops are not built")
-FORM = functions.FunctionForm(activation="silu", gated=True, qkv_bias=True, o_bias=True, mlp_bias=True, rope=True,
-                              n_heads=6, n_kv_heads=3, head_dim=20)
+FORM = functions.FunctionForm(
+    activation="silu",
+    gated=True,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+    rope=True,
+    n_heads=6,
+    n_kv_heads=3,
+    head_dim=20,
+)
 
 
 @built
@@ -76,14 +85,22 @@ def model_with_bodies(op: str, inputs: dict[str, np.ndarray], **attributes) -> b
     """One node and the function bodies of its domain, as a bundle carries them."""
     schema = schemas.SCHEMAS[op]
     types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
-    node = helper.make_node(op, [port.name for port in schema.inputs], [schema.outputs[0].name],
-                            domain=schemas.DOMAIN, **attributes)
-    graph = helper.make_graph([node], "test", [helper.make_tensor_value_info(n, types[a.dtype], a.shape)
-                                               for n, a in inputs.items()],
-                              [helper.make_tensor_value_info(schema.outputs[0].name, TensorProto.FLOAT, None)])
+    node = helper.make_node(
+        op, [port.name for port in schema.inputs], [schema.outputs[0].name], domain=schemas.DOMAIN, **attributes
+    )
+    graph = helper.make_graph(
+        [node],
+        "test",
+        [helper.make_tensor_value_info(n, types[a.dtype], a.shape) for n, a in inputs.items()],
+        [helper.make_tensor_value_info(schema.outputs[0].name, TensorProto.FLOAT, None)],
+    )
     bodies = [ir.serde.serialize_function(f) for f in functions.function_bodies(FORM) if f.name == op]
-    model = helper.make_model(graph, ir_version=10, functions=bodies, opset_imports=[
-        helper.make_opsetid("", functions.OPSET), helper.make_opsetid(schemas.DOMAIN, schemas.VERSION)])
+    model = helper.make_model(
+        graph,
+        ir_version=10,
+        functions=bodies,
+        opset_imports=[helper.make_opsetid("", functions.OPSET), helper.make_opsetid(schemas.DOMAIN, schemas.VERSION)],
+    )
     return model.SerializeToString()
 
 
@@ -147,16 +164,29 @@ def test_an_input_of_unknown_unnamed_size_loads(tmp_path):
     flat = ir.Value(name="flat", const_value=ir.tensor(np.array([-1, 5]), name="flat"))
     flat.dtype, flat.shape = ir.DataType.INT64, ir.Shape([2])
     wide = ir.node("Reshape", [x, shape])
-    mlp = ir.node("SparseMLP", [wide.outputs[0], indices, count, None, None, rows, None, rows],
-                  {"activation": "relu", "layer": 0}, domain=schemas.DOMAIN)
+    mlp = ir.node(
+        "SparseMLP",
+        [wide.outputs[0], indices, count, None, None, rows, None, rows],
+        {"activation": "relu", "layer": 0},
+        domain=schemas.DOMAIN,
+    )
     back = ir.node("Reshape", [mlp.outputs[0], flat])
     back.outputs[0].name, back.outputs[0].dtype = "y", ir.DataType.FLOAT
-    graph = ir.Graph([x, shape, indices, count], back.outputs, nodes=[wide, mlp, back], initializers=[rows, flat],
-                     opset_imports={"": functions.OPSET, schemas.DOMAIN: schemas.VERSION})
+    graph = ir.Graph(
+        [x, shape, indices, count],
+        back.outputs,
+        nodes=[wide, mlp, back],
+        initializers=[rows, flat],
+        opset_imports={"": functions.OPSET, schemas.DOMAIN: schemas.VERSION},
+    )
     options = ort.SessionOptions()
     assert native_ops.register(options)
     session = ort.InferenceSession(ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString(), options)
-    feeds = {"x": rng.standard_normal((6, 5)).astype(np.float32), "shape": np.array([2, 3, 5]),
-             "indices": np.arange(7, dtype=np.int32), "count": np.array(7, dtype=np.int32)}
+    feeds = {
+        "x": rng.standard_normal((6, 5)).astype(np.float32),
+        "shape": np.array([2, 3, 5]),
+        "indices": np.arange(7, dtype=np.int32),
+        "count": np.array(7, dtype=np.int32),
+    }
     expected = np.maximum(feeds["x"] @ weight.T, 0) @ weight
     np.testing.assert_allclose(session.run(None, feeds)[0], expected, rtol=1e-5, atol=1e-5)

@@ -45,13 +45,16 @@ def test_absent_inputs_are_closed_up():
     assert [port.name for port in mlp.ports] == ["x", "indices", "count", "w_up", "w_down", "b_down", "y"]
 
 
-@pytest.mark.parametrize(("schema", "attributes", "mask", "words"), [
-    (SPARSE_MLP, MLP, 0b1, "mask 0b1"),
-    (SPARSE_MLP, MLP, 1 << 9 | (1 << 9) - 1, "mask 0b1111111111"),
-    (SPARSE_MLP, {"activation": "silu"}, 511, "attributes"),
-    (SPARSE_MLP, MLP | {"layer": "3"}, 511, "attributes"),
-    (SELECT_TOPK, {"cap": 7, "layer": 3}, 3, "attributes"),
-])
+@pytest.mark.parametrize(
+    ("schema", "attributes", "mask", "words"),
+    [
+        (SPARSE_MLP, MLP, 0b1, "mask 0b1"),
+        (SPARSE_MLP, MLP, 1 << 9 | (1 << 9) - 1, "mask 0b1111111111"),
+        (SPARSE_MLP, {"activation": "silu"}, 511, "attributes"),
+        (SPARSE_MLP, MLP | {"layer": "3"}, 511, "attributes"),
+        (SELECT_TOPK, {"cap": 7, "layer": 3}, 3, "attributes"),
+    ],
+)
 def test_impossible_states_are_refused(schema, attributes, mask, words):
     with pytest.raises(ValueError, match=words):
         PluginState(schema, attributes, mask)
@@ -103,9 +106,14 @@ def test_creator_makes_the_plugin_it_serialised(trt, name):
 def describe(trt, plugin, type_t, **changes):
     """Descriptors of all inputs and outputs with T as ``type_t``, some changed by name."""
     types = {"T": type_t, "float32": trt.float32, "int32": trt.int32}
-    return [SimpleNamespace(desc=SimpleNamespace(type=changes.get(port.name, types[port.dtype]),
-                                                 format=changes.get("format", trt.TensorFormat.LINEAR)))
-            for port in plugin.state.ports]
+    return [
+        SimpleNamespace(
+            desc=SimpleNamespace(
+                type=changes.get(port.name, types[port.dtype]), format=changes.get("format", trt.TensorFormat.LINEAR)
+            )
+        )
+        for port in plugin.state.ports
+    ]
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

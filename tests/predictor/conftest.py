@@ -45,7 +45,7 @@ class LearnableTraces:
         hidden = torch.randn(n_windows * seqlen, spec.hidden_size, generator=generator)
         parts = []
         for units in (spec.n_heads, spec.intermediate_size):
-            factors = torch.randn(spec.hidden_size, 4, generator=generator) / spec.hidden_size ** 0.5
+            factors = torch.randn(spec.hidden_size, 4, generator=generator) / spec.hidden_size**0.5
             loadings = torch.randn(4, n_sparse * units, generator=generator)
             offset = torch.randn(n_sparse * units, generator=generator)
             parts.append((hidden @ factors @ loadings + offset).exp().unflatten(1, (n_sparse, units)))

@@ -53,7 +53,7 @@ def test_generated_text_is_what_the_model_says(llama):
 def test_files_replace_the_built_in_text(llama, tmp_path):
     (tmp_path / "a.txt").write_text("abcdefgh" * 40)
     (tmp_path / "b.txt").write_text("ABCDEFGH" * 40)
-    made = windows_of(llama, texts=[str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], tokens=10 ** 6)
+    made = windows_of(llama, texts=[str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], tokens=10**6)
     tokens = torch.cat([made.train, made.held_out])
     assert set(tokens.flatten().tolist()) == set(encode("abcdefghABCDEFGH"))
     assert len(tokens) == 20

@@ -75,8 +75,9 @@ def test_gap_closure_spans_static_to_oracle(evaluated):
     found = report(results)
     assert found["dense"]["perplexity"] == results[0].perplexity
     assert len(found["results"]) == len(results) - 1
-    assert {"selector", "neuron_budget", "head_budget", "perplexity", "kl", "top1_agreement",
-            "gap_closure"} <= found["results"][0].keys()
+    assert {"selector", "neuron_budget", "head_budget", "perplexity", "kl", "top1_agreement", "gap_closure"} <= found[
+        "results"
+    ][0].keys()
 
 
 def test_results_repeat(llama):

@@ -24,7 +24,7 @@ def context(tiny):
 
 
 @pytest.mark.parametrize("n", [1, 2, 41, 123])
-@pytest.mark.parametrize("levels", [2, 5, 10 ** 6])
+@pytest.mark.parametrize("levels", [2, 5, 10**6])
 def test_top_mask_breaks_ties_towards_the_lower_index(n, levels):
     scores = torch.randint(0, levels, (7, n), generator=torch.Generator().manual_seed(n)).float()
     for count in {1, max(1, n // 3), n}:

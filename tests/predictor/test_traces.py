@@ -55,16 +55,19 @@ def test_a_kept_trace_reads_like_a_fresh_one(tiny, tmp_path):
     fresh = calibrate(spec, weights, read.windows, "f00d", limit_bytes=0)
     assert not fresh.stored
     tracer = Tracer(spec, weights, "l2norm")
-    for kept, live in ((read.training(None, order), fresh.training(tracer, order)),
-                       (read.held_out(None), fresh.held_out(tracer))):
+    for kept, live in (
+        (read.training(None, order), fresh.training(tracer, order)),
+        (read.held_out(None), fresh.held_out(tracer)),
+    ):
         kept, live = list(kept), list(live)
         assert [len(c.hidden) for c in kept] == [len(c.hidden) for c in live]
-        torch.testing.assert_close(torch.cat([c.hidden for c in kept]), torch.cat([c.hidden for c in live]),
-                                   atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            torch.cat([c.hidden for c in kept]), torch.cat([c.hidden for c in live]), atol=1e-6, rtol=1e-6
+        )
         for unit in ("heads", "neurons"):
             scores = torch.cat([getattr(c, unit) for c in live])
             scores = scores / scores.amax(dim=-1, keepdim=True)
-            torch.testing.assert_close(torch.cat([getattr(c, unit) for c in kept]), scores, rtol=0.022, atol=2 ** -15)
+            torch.testing.assert_close(torch.cat([getattr(c, unit) for c in kept]), scores, rtol=0.022, atol=2**-15)
     assert all(torch.equal(read.statistics[unit], made.statistics[unit]) for unit in ("heads", "neurons"))
 
 

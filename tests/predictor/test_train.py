@@ -52,8 +52,9 @@ def test_scores_follow_the_formula(llama):
 
 def test_seed_decides_everything(llama):
     spec, _ = llama
-    first, again, other = (train_shadow(spec, LearnableTraces(spec), replace(RECIPE, epochs=1, seed=seed))
-                           for seed in (1, 1, 2))
+    first, again, other = (
+        train_shadow(spec, LearnableTraces(spec), replace(RECIPE, epochs=1, seed=seed)) for seed in (1, 1, 2)
+    )
     assert all(torch.equal(first.tensors[name], again.tensors[name]) for name in first.tensors)
     assert first.record == again.record
     assert not torch.equal(first.tensors["trunk.weight"], other.tensors["trunk.weight"])
@@ -86,8 +87,17 @@ def test_static_is_the_mean_relative_importance(llama):
 
 def test_default_rank_stays_under_five_percent(llama):
     spec, _ = llama
-    smollm = replace(spec, vocab_size=49152, hidden_size=576, intermediate_size=1536, n_layers=30, n_heads=9,
-                     n_kv_heads=3, head_dim=64, tied_embeddings=True)
+    smollm = replace(
+        spec,
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        n_layers=30,
+        n_heads=9,
+        n_kv_heads=3,
+        head_dim=64,
+        tied_embeddings=True,
+    )
     rank, outputs = default_rank(smollm, 1), 29 * (1536 + 9)
     size = lambda r: r * 577 + outputs * (r + 1)  # noqa: E731
     assert rank % 16 == 0

@@ -24,15 +24,22 @@ class TestSample:
         np.testing.assert_allclose(draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=1)), [0.5, 0.3, 0.2], atol=0.03)
 
     def test_temperature_sharpens(self):
-        np.testing.assert_allclose(draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=0.5)),
-                                   np.array([25, 9, 4]) / 38, atol=0.03)
+        np.testing.assert_allclose(
+            draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=0.5)), np.array([25, 9, 4]) / 38, atol=0.03
+        )
 
     def test_top_k_keeps_k(self):
-        np.testing.assert_allclose(draws(np.log([0.2, 0.5, 0.3]), Sampling(temperature=1, top_k=2)), [0, 0.625, 0.375], atol=0.03)
+        np.testing.assert_allclose(
+            draws(np.log([0.2, 0.5, 0.3]), Sampling(temperature=1, top_k=2)), [0, 0.625, 0.375], atol=0.03
+        )
 
-    @pytest.mark.parametrize(("top_p", "kept"), [(0.4, [1, 0, 0]), (0.5, [1, 0, 0]), (0.7, [0.625, 0.375, 0]), (1.0, [0.5, 0.3, 0.2])])
+    @pytest.mark.parametrize(
+        ("top_p", "kept"), [(0.4, [1, 0, 0]), (0.5, [1, 0, 0]), (0.7, [0.625, 0.375, 0]), (1.0, [0.5, 0.3, 0.2])]
+    )
     def test_top_p_keeps_the_nucleus(self, top_p, kept):
-        np.testing.assert_allclose(draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=1, top_p=top_p)), kept, atol=0.03)
+        np.testing.assert_allclose(
+            draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=1, top_p=top_p)), kept, atol=0.03
+        )
 
     @pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}])
     def test_refuses(self, options):

@@ -46,6 +46,7 @@ def test_backends_agree_at_a_small_budget(bundle, variant):
 
 def test_the_budget_changes_the_result_and_can_change_back(bundle):
     with open_session(bundle(), "ort") as session:
+
         def at(neurons):
             session.set_budget(Budget(neurons=neurons, heads=1.0))
             return logits_of(session, [PROMPT], [3, 90])
@@ -93,8 +94,16 @@ def test_profile_names_the_parts(bundle):
 
 @pytest.mark.parametrize("backend", ["ort", "torch"])
 class TestAtTheDoor:
-    @pytest.mark.parametrize(("prompts", "words"), [
-        ([[]], "empty"), ([[1], [2]], "2 prompts"), ([[97]], "token 97"), ([[-1]], "token -1"), ([[1] * 65], "65 tokens")])
+    @pytest.mark.parametrize(
+        ("prompts", "words"),
+        [
+            ([[]], "empty"),
+            ([[1], [2]], "2 prompts"),
+            ([[97]], "token 97"),
+            ([[-1]], "token -1"),
+            ([[1] * 65], "65 tokens"),
+        ],
+    )
     def test_prefill_refuses(self, bundle, backend, prompts, words):
         with open_session(bundle(), backend) as session, pytest.raises(UserError, match=words):
             session.prefill(prompts)

@@ -44,11 +44,14 @@ def dense(folder, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("session", [
-    pytest.param(lambda folder: OrtSession(folder), id="ort-native"),
-    pytest.param(lambda folder: OrtSession(folder, native=False), id="ort-function-bodies"),
-    pytest.param(lambda folder: TorchSession.open(folder), id="torch"),
-])
+@pytest.mark.parametrize(
+    "session",
+    [
+        pytest.param(lambda folder: OrtSession(folder), id="ort-native"),
+        pytest.param(lambda folder: OrtSession(folder, native=False), id="ort-function-bodies"),
+        pytest.param(lambda folder: TorchSession.open(folder), id="torch"),
+    ],
+)
 def test_everything_active_equals_dense(folder, text, dense, session):
     logits, tokens = run(session(folder), text)
     assert np.abs(logits - dense[0]).max() < 1e-4 * np.abs(dense[0]).max()

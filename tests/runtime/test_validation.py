@@ -27,7 +27,8 @@ def check(bundle, model, tolerance=TIGHT):
 def test_graphs_reproduce_the_model(bundle, checkpoint, variant):
     found = check(bundle(variant), checkpoint(variant))
     assert [error["output"] for error in found["errors"]] == [
-        f"{case}: {output}" for case in ("dense", "all active", "at budget") for output in ("logits", "cache")]
+        f"{case}: {output}" for case in ("dense", "all active", "at budget") for output in ("logits", "cache")
+    ]
     assert all(error["greedy_agreement"] in (1.0, None) for error in found["errors"])
 
 
@@ -46,7 +47,7 @@ def test_a_wrong_weight_fails(bundle, checkpoint, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(bundle(), broken)
     data = np.memmap(broken / DATA_FILE, dtype=np.float32, mode="r+")
-    data[len(data) // 2:len(data) // 2 + 64] += 0.5
+    data[len(data) // 2 : len(data) // 2 + 64] += 0.5
     data.flush()
     manifest = read_manifest(broken)
     manifest.files[DATA_FILE] = file_hash(broken / DATA_FILE)

@@ -64,8 +64,28 @@ class TestMainJob:
         assert first == second
 
     def test_run_json_for_a_batch_on_two_backends(self, copy, capsys):
-        assert main(["run", str(copy), "--prompt", "One", "--prompt", "Three", "--json", "--against", "torch",
-                     "--max-new-tokens", "5", "--neuron-budget", "1", "--head-budget", "1"]) == 0
+        assert (
+            main(
+                [
+                    "run",
+                    str(copy),
+                    "--prompt",
+                    "One",
+                    "--prompt",
+                    "Three",
+                    "--json",
+                    "--against",
+                    "torch",
+                    "--max-new-tokens",
+                    "5",
+                    "--neuron-budget",
+                    "1",
+                    "--head-budget",
+                    "1",
+                ]
+            )
+            == 0
+        )
         found = json.loads(capsys.readouterr().out)
         assert [result["backend"] for result in found["results"]] == ["ort", "torch"]
         assert found["results"][0]["tokens"] == found["results"][1]["tokens"]
@@ -73,8 +93,31 @@ class TestMainJob:
 
     def test_eval_json(self, copy, tmp_path, capsys):
         path = tmp_path / "eval.json"
-        assert main(["eval", str(copy), "--text", __file__, "--tokens", "64", "--seqlen", "32", "--json", str(path),
-                     "--selector", "static", "oracle", "--neuron-budget", "0.5", "1", "--head-budget", "1"]) == 0
+        assert (
+            main(
+                [
+                    "eval",
+                    str(copy),
+                    "--text",
+                    __file__,
+                    "--tokens",
+                    "64",
+                    "--seqlen",
+                    "32",
+                    "--json",
+                    str(path),
+                    "--selector",
+                    "static",
+                    "oracle",
+                    "--neuron-budget",
+                    "0.5",
+                    "1",
+                    "--head-budget",
+                    "1",
+                ]
+            )
+            == 0
+        )
         found = json.loads(path.read_text())
         whole = [row for row in found["results"] if row["neuron_budget"] == 1]
         assert len(found["results"]) == 4
@@ -120,7 +163,8 @@ class TestMistakes:
     def test_predictor_of_another_model(self, bundle, checkpoint, tmp_path, capsys):
         other = bundle("llama-biases") / "predictor.safetensors"
         assert "predictor of another model" in fails(
-            capsys, "export", checkpoint("llama-gqa"), tmp_path / "out", "--predictor", other)
+            capsys, "export", checkpoint("llama-gqa"), tmp_path / "out", "--predictor", other
+        )
 
     def test_flipped_byte(self, copy, capsys):
         data = bytearray((copy / DATA_FILE).read_bytes())
@@ -156,9 +200,16 @@ class TestMistakes:
         assert main(["export", str(model), str(tmp_path / "out"), "--selector", "random", "--skip-validation"]) == 0
         assert "has no tokenizer" in fails(capsys, "run", tmp_path / "out", "--prompt", "x")
 
-    @pytest.mark.parametrize("arguments", [
-        ["--prompt", ""], ["--prompt", "x", "--max-new-tokens", "0"], ["--prompt", "x", "--temperature", "-1"],
-        ["--prompt", "x" * 100], ["--prompt", "x", "--chat"]])
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["--prompt", ""],
+            ["--prompt", "x", "--max-new-tokens", "0"],
+            ["--prompt", "x", "--temperature", "-1"],
+            ["--prompt", "x" * 100],
+            ["--prompt", "x", "--chat"],
+        ],
+    )
     def test_run_options(self, copy, capsys, arguments):
         fails(capsys, "run", copy, *arguments)
 
@@ -182,8 +233,13 @@ class TestInterrupted:
 
     def start(self, model, out):
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen([sys.executable, "-m", "shadowllm.cli", "export", model, str(out), "--selector", "random"],
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "shadowllm.cli", "export", model, str(out), "--selector", "random"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         deadline = time.monotonic() + 60
         while not list(out.parent.glob(f".{out.name}.partial-*")):
             assert process.poll() is None, process.stderr.read()
