@@ -131,8 +131,7 @@ def genai_loop(folder: Path, capacity: int) -> Loop:
     """onnxruntime-genai's generator, greedy; threads come from the folder's ``genai_config.json``.
 
     Args:
-        capacity: its ``max_length``, which sizes the cache; 0 leaves the folder's default, the
-            model's whole context.
+        capacity: its ``max_length``, which sizes the cache.
     """
     import onnxruntime_genai as og
 
@@ -142,8 +141,7 @@ def genai_loop(folder: Path, capacity: int) -> Loop:
         parameters = og.GeneratorParams(model)
         # The minimum keeps an end-of-text token from ending a run early.
         shortest = len(prompt) + new_tokens
-        limit = {"max_length": max(capacity, shortest)} if capacity else {}
-        parameters.set_search_options(min_length=shortest, do_sample=False, **limit)
+        parameters.set_search_options(min_length=shortest, max_length=max(capacity, shortest), do_sample=False)
         generator = og.Generator(model, parameters)
         generator.append_tokens(np.array(prompt, dtype=np.int32))
         for _ in range(new_tokens):

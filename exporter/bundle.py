@@ -82,7 +82,7 @@ def read_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], P
     Raises:
         UserError: a file is damaged.
     """
-    verify_files(folder, {name: manifest.files[name] for name in (DATA_FILE, PREDICTOR_FILE)})
+    verify_files(folder, manifest.digests(DATA_FILE, PREDICTOR_FILE))
     predictor = Predictor.load(folder / PREDICTOR_FILE)
     store = WeightStore(folder / DATA_FILE, model_groups(manifest.spec, DTYPES[manifest.dtype]))
     data = np.memmap(store.path, dtype=np.uint8, mode="c")

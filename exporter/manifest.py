@@ -53,6 +53,17 @@ class Manifest:
     head_unit: str = "query_head"
     validation: dict[str, Any] = field(default_factory=dict)
 
+    def digests(self, *names: str) -> dict[str, str]:
+        """SHA-256 of some of the bundle's files.
+
+        Raises:
+            UserError: the manifest does not list one.
+        """
+        for name in names:
+            if name not in self.files:
+                raise UserError(f"the manifest does not list {name}", "export the model again")
+        return {name: self.files[name] for name in names}
+
     def write(self, folder: Path) -> None:
         """Write ``manifest.json``, replacing an older one in a single step."""
         data = {"schema_version": SCHEMA_VERSION} | {k: v for k, v in vars(self).items() if k != "spec"}

@@ -70,7 +70,7 @@ class OrtSession:
     def __enter__(self) -> Self:
         pieces = ("dense",) if self._kind == "dense" else ("dense", "stem", "predictor", "body")
         names = [DATA_FILE, *(f"{piece}.onnx" for piece in pieces)]
-        verify_files(self._bundle, {name: self.manifest.files[name] for name in names})
+        verify_files(self._bundle, self.manifest.digests(*names))
         self._pieces = {
             piece: Piece(self._bundle / f"{piece}.onnx", self._options(piece), self.manifest.dtype) for piece in pieces
         }

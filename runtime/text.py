@@ -20,7 +20,7 @@ def load_tokenizer(bundle: Path, manifest: Manifest) -> Tokenizer:
     name = "tokenizer.json"
     if name not in manifest.files:
         raise UserError(f"{bundle} has no tokenizer", "export from a checkpoint that has tokenizer.json")
-    verify_files(bundle, {name: manifest.files[name]})
+    verify_files(bundle, manifest.digests(name))
     return Tokenizer.from_file(str(bundle / name))
 
 
@@ -43,7 +43,7 @@ def encode_prompt(bundle: Path, manifest: Manifest, tokenizer: Tokenizer, text: 
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    verify_files(bundle, {name: manifest.files[name]})
+    verify_files(bundle, manifest.digests(name))
     # Sandboxed and trimmed as transformers renders chat templates: a template is code from the checkpoint.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     try:

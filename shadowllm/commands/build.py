@@ -25,4 +25,5 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.pipeline import build_engines
 
     build_engines(args.bundle, options.engines(args, args.engine))
-    inspect.show_engines(args.bundle)
+    for engine in sorted((args.bundle / "engines" / args.engine).glob("*.engine")):
+        inspect.show(engine)

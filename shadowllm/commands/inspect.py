@@ -4,153 +4,158 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from shadowllm.errors import UserError
-
-if TYPE_CHECKING:
-    from shadowllm.exporter.engine_graph import CustomNode
+from shadowllm.commands.describe import describe
 
 EPILOG = """examples:
   shadowllm inspect out/                                        # a bundle: sizes, budgets, validation, engines
   shadowllm inspect out/body.onnx                               # a graph, and what a build would need
   shadowllm inspect out/engines/tensorrt_rtx/body.engine        # plugins per layer, targets, profiles
-  shadowllm inspect predictor.safetensors --json"""
+  shadowllm inspect predictor.safetensors --json                # everything there is to say
+
+The text is a summary; --json leaves nothing out."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("path", type=Path, metavar="PATH", help="bundle, .onnx, .engine or predictor .safetensors")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
     """Describe whatever lies at the path."""
-    if not args.path.exists():
-        raise UserError(f"{args.path} does not exist", "give a bundle, an .onnx file, an .engine file or a predictor")
-    kind = "bundle" if args.path.is_dir() else args.path.suffix
-    describe = {"bundle": bundle, ".onnx": onnx, ".engine": engine, ".safetensors": predictor}.get(kind)
-    if describe is None:
-        raise UserError(
-            f"{args.path} is of no kind that can be inspected",
-            "give a bundle, an .onnx file, an .engine file or a predictor",
-        )
-    found = describe(args.path)
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(describe(args.path)[1], indent=2))
     else:
-        _print(args.path, found)
+        show(args.path)
 
 
 def show(path: Path) -> None:
-    """Print a bundle."""
-    _print(path, bundle(path))
-
-
-def show_engines(path: Path) -> None:
-    """Print the engines of a bundle alone."""
-    _print(path, {"engines": bundle(path)["engines"]})
-
-
-def bundle(path: Path) -> dict[str, Any]:
-    """A bundle after checking all of its files."""
-    from shadowllm.exporter.manifest import read_manifest, verify_files
-
-    manifest = read_manifest(path)
-    verify_files(path, manifest.files)
-    engines = {f"{file.parent.name}/{file.name}": engine(file) for file in sorted(path.glob("engines/*/*.engine"))}
-    return {
-        "model": manifest.model,
-        "dtype": manifest.dtype,
-        "spec": manifest.spec.to_dict(),
-        "parameters": manifest.spec.n_parameters,
-        "dense_layers": manifest.dense_layers,
-        "budgets": manifest.budgets,
-        "predictor": manifest.predictor,
-        "validation": manifest.validation or "skipped",
-        "tools": manifest.tools,
-        "files": {name: f"{(path / name).stat().st_size / 1e6:.2f} MB" for name in manifest.files},
-        "engines": engines,
-    }
-
-
-def onnx(path: Path) -> dict[str, Any]:
-    """An ONNX file, and what a build of it would need."""
-    from shadowllm.exporter.engine_graph import describe_onnx
-
-    info = describe_onnx(path)
-    return {
-        "graph": info.name,
-        "opset": info.opset,
-        "weights": f"{info.weight_bytes / 1e6:.2f} MB",
-        "data_files": list(info.data_files),
-        "inputs": {t.name: f"{t.dtype} {list(t.shape)}" for t in info.inputs},
-        "outputs": {t.name: f"{t.dtype} {list(t.shape)}" for t in info.outputs},
-        "plugins": _by_layer(info.custom_ops),
-        "ops": info.ops,
-    }
-
-
-def engine(path: Path) -> dict[str, Any]:
-    """An engine, by its sidecar and its own bytes; needs neither TensorRT nor a GPU."""
-    from shadowllm.exporter.sidecar import engine_contents
-
-    record = engine_contents(path)
-    return {
-        "flavour": record.flavour,
-        "version": record.version,
-        "size": f"{record.engine_bytes / 1e6:.2f} MB",
-        "build_seconds": round(record.build_seconds, 1),
-        "compute_capabilities": list(record.compute_capabilities),
-        "profiles": [asdict(profile) for profile in record.profiles],
-        "plugins": _by_layer(record.plugins),
-        "plugin_counts": dict(Counter(node.op for node in record.plugins)),
-    }
-
-
-def predictor(path: Path) -> dict[str, Any]:
-    """A predictor file."""
-    from shadowllm.predictor.artefact import Predictor
-
-    found = Predictor.load(path)
-    return {
-        "kind": found.kind,
-        "rank": found.rank,
-        "n_sparse": found.n_sparse,
-        "dense_layers": found.dense_layers,
-        "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
-        "base_fingerprint": found.base_fingerprint,
-        "record": found.record,
-    }
-
-
-def _by_layer(nodes: Iterable[CustomNode]) -> dict[str, list[str]]:
-    """Op names per decoder layer; those of the predictor serve all layers."""
-    found: dict[str, list[str]] = {}
-    for node in nodes:
-        found.setdefault("all layers" if node.layer is None else f"layer {node.layer}", []).append(node.op)
-    return found
-
-
-def _print(path: Path, found: dict[str, Any]) -> None:
+    """Print the summary of whatever lies at the path."""
     from rich.console import Console
-    from rich.tree import Tree
 
-    def grow(branch: Tree, value: Any) -> None:
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            simple = not isinstance(part, dict | list) or (
-                isinstance(part, list) and not any(isinstance(p, dict | list) for p in part)
-            )
-            if simple or not part:
-                shown = ", ".join(map(str, part)) if isinstance(part, list | dict) else part
-                branch.add(f"{key}: {shown if shown != '' else '-'}", highlight=False)
-            else:
-                grow(branch.add(f"{key}"), part)
+    kind, found = describe(path)
+    summarise = {"bundle": _bundle, "onnx": _onnx, "engine": _engine, "predictor": _predictor}[kind]
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console.print(f"{kind} {path}")
+    for label, text in summarise(found):
+        console.print(f"  {label + ':':<14}{text}")
 
-    tree = Tree(str(path), highlight=False)
-    grow(tree, found)
-    Console(soft_wrap=True, markup=False).print(tree)
+
+Lines = list[tuple[str, str]]
+
+
+def _bundle(found: dict[str, Any]) -> Lines:
+    spec, budgets = found["spec"], found["budgets"]
+    lines = [
+        (
+            "model",
+            f"{found['model']} ({spec['family']}, {found['parameters'] / 1e6:.0f} M parameters, {found['dtype']})",
+        ),
+        (
+            "layers",
+            f"{spec['n_layers']}, of which the first {found['dense_layers']} dense; "
+            f"{spec['n_heads']} heads over {spec['n_kv_heads']} KV heads, {spec['intermediate_size']} neurons",
+        ),
+        ("budget", f"{budgets['neurons']:.0%} of neurons, {budgets['heads']:.0%} of heads"),
+        ("predictor", _trained(found["predictor"])),
+        ("validation", _validation(found["validation"])),
+        ("files", ", ".join(f"{name} {_size(size)}" for name, size in found["files"].items() if size > 4096)),
+    ]
+    for name, engine in found["engines"].items():
+        lines.append(("engine", f"{name} {_size(engine['bytes'])}, {_targets(engine)}; plugins: {_counts(engine)}"))
+    return lines
+
+
+def _onnx(found: dict[str, Any]) -> Lines:
+    def ports(tensors: dict[str, list[Any]]) -> str:
+        shown = {name: f"{dtype} {shape}" for name, (dtype, *shape) in tensors.items()}
+        caches = [name for name in shown if name.startswith(("past_key_values", "present"))]
+        text = ", ".join(f"{name} {kind}" for name, kind in shown.items() if name not in caches)
+        more = f"{len(caches)} x {caches[0].split('.')[0]}.N.key/value {shown[caches[0]]}" if caches else ""
+        return ", ".join(filter(None, (text, more)))
+
+    return [
+        ("graph", f"{found['graph']}, opset {found['opset']}, {sum(found['ops'].values())} nodes"),
+        ("weights", f"{_size(found['weight_bytes'])} in {', '.join(found['data_files']) or 'the file itself'}"),
+        ("inputs", ports(found["inputs"])),
+        ("outputs", ports(found["outputs"])),
+        ("plugins", _layers(found["plugins"])),
+        ("ops", ", ".join(f"{name} x{count}" for name, count in found["ops"].items())),
+    ]
+
+
+def _engine(found: dict[str, Any]) -> Lines:
+    return [
+        ("TensorRT", f"{found['flavour']} {found['version']}, built in {found['build_seconds']} s"),
+        ("size", _size(found["bytes"])),
+        ("targets", _targets(found)),
+        ("plugins", f"{_layers(found['plugins'])}; in all: {_counts(found)}"),
+        *((f"profile {i}", f"{profile['name']}: {_range(profile)}") for i, profile in enumerate(found["profiles"])),
+    ]
+
+
+def _predictor(found: dict[str, Any]) -> Lines:
+    return [
+        ("kind", _trained({"kind": found["kind"], "rank": found["rank"], **found["record"]})),
+        ("size", f"{found['parameters'] / 1e6:.2f} M parameters for {found['n_sparse']} sparse layers"),
+        ("made for", f"a checkpoint with SHA-256 {found['base_fingerprint']}"),
+    ]
+
+
+def _trained(record: dict[str, Any]) -> str:
+    rank = f" of rank {record['rank']}" if record.get("rank") else ""
+    text = f"{record['kind']}{rank}"
+    if "tokens" in record:
+        text += f", trained on {record['tokens']} tokens by {record['criterion']}"
+    judged = record.get("held_out", {}).get(record["kind"])
+    return text + (f"; held out: {', '.join(f'{k} {v:.3f}' for k, v in judged.items())}" if judged else "")
+
+
+def _validation(found: dict[str, Any]) -> str:
+    if not found:
+        return "skipped"
+    worst = max(found["errors"], key=lambda error: error["max_rel"])
+    agreement = min(error["greedy_agreement"] for error in found["errors"] if error["greedy_agreement"] is not None)
+    return (
+        f"{len(found['errors'])} outputs within {worst['max_rel']:.1e} of the reference (relative; worst: "
+        f"{worst['output']}; {found['tolerance']:.0e} allowed), greedy tokens agree {agreement:.0%}"
+    )
+
+
+def _layers(plugins: dict[str, list[str]]) -> str:
+    """Runs of layers with the same plugins in one go."""
+    runs: list[tuple[str, str, list[str]]] = []
+    for place, ops in plugins.items():
+        if runs and runs[-1][2] == ops and place.startswith("layer"):
+            runs[-1] = (runs[-1][0], place, ops)
+        else:
+            runs.append((place, place, ops))
+    return (
+        "; ".join(
+            f"{first if first == last else f'layers {first.split()[-1]}-{last.split()[-1]}'}: {', '.join(ops)}"
+            for first, last, ops in runs
+        )
+        or "none"
+    )
+
+
+def _range(profile: dict[str, Any]) -> str:
+    shown = {name: f"{list(low)}..{list(high)}" for name, (low, _, high) in profile["shapes"].items()}
+    caches = [name for name in shown if name.startswith("past_key_values")]
+    rest = ", ".join(f"{name} {text}" for name, text in shown.items() if name not in caches)
+    return rest + (f", caches {shown[caches[0]]}" if caches else "")
+
+
+def _targets(engine: dict[str, Any]) -> str:
+    return ", ".join(f"sm_{sm}" for sm in engine["compute_capabilities"])
+
+
+def _counts(engine: dict[str, Any]) -> str:
+    return ", ".join(f"{op} x{count}" for op, count in engine["plugin_counts"].items()) or "none"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

@@ -108,6 +108,11 @@ class TestManifest:
         with pytest.raises(UserError, match="damaged"):
             read_manifest(copy)
 
+    def test_a_file_it_does_not_list(self, copy):
+        self.edit(copy, files={})
+        with pytest.raises(UserError, match="does not list stem.onnx"):
+            read_manifest(copy).digests("stem.onnx")
+
     def test_missing_file(self, copy):
         (copy / "stem.onnx").unlink()
         with pytest.raises(UserError, match="missing"):

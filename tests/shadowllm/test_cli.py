@@ -47,7 +47,7 @@ class TestMainJob:
         assert main(["train", model, "--traces", str(traces), "-o", str(predictor), *QUICK[4:]]) == 0
         assert "held-out tokens" in capsys.readouterr().out
         assert main(["export", model, str(out), "--predictor", str(predictor)]) == 0
-        assert "all active: logits" in capsys.readouterr().out
+        assert "6 outputs within" in capsys.readouterr().out
         assert main(["run", str(out), "--prompt", "Hello", "--max-new-tokens", "4"]) == 0
         assert capsys.readouterr().out.startswith("Hello")
         assert main(["eval", str(out), "--text", __file__, "--tokens", "64", "--seqlen", "32"]) == 0
@@ -55,7 +55,7 @@ class TestMainJob:
 
     def test_export_trains_when_no_predictor_is_given(self, model, tmp_path, capsys):
         assert main(["export", model, str(tmp_path / "out"), *QUICK]) == 0
-        assert "kind: shadow" in capsys.readouterr().out
+        assert "shadow of rank 16" in capsys.readouterr().out
 
     def test_the_seed_decides_everything(self, model, tmp_path):
         for name in ("a", "b"):

@@ -1,0 +1,50 @@
+"""The README's commands and its Python example run as they stand, on a small model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from shadowllm.cli import main
+from tests.conftest import build_tokenizer, build_transformers_model
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+# Large enough for a default shadow, 256 tokens and the token ids of the example.
+SMALL = {
+    "hidden_size": 192,
+    "intermediate_size": 384,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 8192,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    build_transformers_model("llama", SMALL).save_pretrained(folder / "MODEL")
+    build_tokenizer().save_pretrained(folder / "MODEL")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_readme_works(folder, monkeypatch, capfd):
+    pytest.importorskip("tensorrt_rtx", reason="the README builds engines (pip install '.[tensorrt-rtx]')")
+    monkeypatch.chdir(folder)
+    commands = re.findall(r"^ {4}shadowllm (.*)$", README, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["export", "run", "bench"]
+    for command in commands:
+        assert main(shlex.split(command)) == 0, capfd.readouterr().err
+    assert {path.name for path in Path("out/engines/tensorrt_rtx").glob("*.engine")} == {
+        "stem.engine",
+        "predictor.engine",
+        "body.engine",
+    }
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    capfd.readouterr()
+    exec(compile(example, "README.md", "exec"), {})
+    assert 1 <= len(capfd.readouterr().out.split()) <= 32
