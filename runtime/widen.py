@@ -30,7 +30,8 @@ def widen(path: Path, options: ort.SessionOptions) -> bytes:
             for user, index in users:
                 user.replace_input_with(index, cast.outputs[0])
             graph.insert_before(graph[0], cast)
-    for value in (*graph.inputs, *graph.outputs):
+    inner = (value for node in graph for value in node.outputs)
+    for value in (*graph.inputs, *graph.outputs, *inner):
         if value.dtype in HALF:
             value.dtype = ir.DataType.FLOAT
     return ir.to_proto(model).SerializeToString()

@@ -17,7 +17,10 @@ def noise_bound(model, input_ids) -> tuple[torch.Tensor, float]:
     """Float64 logits of the model, and twice transformers' own float32 error plus a rounding floor."""
     with torch.no_grad():
         own = model(input_ids).logits
-        exact = model.double()(input_ids).logits
+        # A fresh model: one that was read from GGUF refuses to change its type.
+        wide = type(model)(model.config).double().eval()
+        wide.load_state_dict(model.state_dict())
+        exact = wide(input_ids).logits
     floor = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
     return exact, float(2 * (own - exact).abs().max() + floor)
 
