@@ -95,13 +95,13 @@ def _print_table(results: Sequence[Result]) -> None:
         "neurons",
         "heads",
         "perplexity",
-        "KL (nats)",
-        "top-1 agreement",
+        "KL, nats",
+        "top-1",
         "neuron recall",
         "head recall",
-        "gap closure",
+        "gap",
     ):
-        table.add_column(column, justify="left" if column == "selector" else "right")
+        table.add_column(column, justify="left" if column == "selector" else "right", no_wrap=True)
     for r in results:
         closure = "" if r.gap_closure is None else f"{r.gap_closure:.0%}"
         table.add_row(
@@ -115,4 +115,9 @@ def _print_table(results: Sequence[Result]) -> None:
             f"{r.head_recall:.1%}",
             closure,
         )
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 110)  # a file has no width: columns must not be cut
+    console.print(table)
+    print(
+        "top-1: agreement with dense; gap: share of the gap between static and oracle that is closed (log perplexity)"
+    )
