@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
@@ -16,11 +17,11 @@ from shadowllm.exporter.manifest import DATA_FILE, Manifest, read_manifest, veri
 from shadowllm.models.budget import Budget
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
+from shadowllm.runtime.fuse import fuse_attention
 from shadowllm.runtime.inputs import check_prompts, check_tokens
 from shadowllm.runtime.widen import widen
 
-# The cache grows by this many positions: attention reads all of its capacity, so a cache sized for
-# the longest text would make every short one slow.
+# The cache grows by this many positions, so that a short text does not pay the memory of the longest.
 CACHE_BLOCK = 256
 
 Kind = Literal["sparse", "dense"]
@@ -72,7 +73,7 @@ class OrtSession:
         names = [DATA_FILE, *(f"{piece}.onnx" for piece in pieces)]
         verify_files(self._bundle, self.manifest.digests(*names))
         self._pieces = {
-            piece: Piece(self._bundle / f"{piece}.onnx", self._options(piece), self.manifest.dtype) for piece in pieces
+            piece: Piece(self._bundle / f"{piece}.onnx", self._options(piece), self.manifest) for piece in pieces
         }
         self.reset()
         return self
@@ -190,12 +191,23 @@ class OrtSession:
         return {f"present.{name}": array for name, array in self.cache.items()}
 
 
+def for_cpu(path: Path, manifest: Manifest) -> bytes:
+    """A piece's graph, serialised, as ONNX Runtime's CPU kernels run it best; the same inputs and outputs."""
+    model = ir.load(path)
+    if manifest.dtype != "float32":
+        widen(model)
+    fuse_attention(model, manifest.spec)
+    return ir.to_proto(model).SerializeToString()
+
+
 class Piece:
     """One ONNX graph loaded into ONNX Runtime."""
 
-    def __init__(self, path: Path, options: ort.SessionOptions, dtype: str) -> None:
+    def __init__(self, path: Path, options: ort.SessionOptions, manifest: Manifest) -> None:
+        # The rewritten graph has no folder of its own to look for the weights in.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
-            model = str(path) if dtype == "float32" else widen(path, options)
+            model = for_cpu(path, manifest)
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except (
             errors.Fail,

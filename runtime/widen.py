@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import onnx_ir as ir
-import onnxruntime as ort
 
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-def widen(path: Path, options: ort.SessionOptions) -> bytes:
-    """The graph at ``path`` with float32 activations and inputs; weights stay 16-bit on disk.
+def widen(model: ir.Model) -> None:
+    """Give a graph float32 activations and inputs; weights stay 16-bit on disk.
 
     Every 16-bit initializer is followed by a ``Cast`` that ONNX Runtime folds when it loads the
-    graph, and every cast to 16 bits becomes one to float32. ``options`` learn where the external
-    data lies, since the returned bytes have no folder of their own.
+    graph, and every cast to 16 bits becomes one to float32.
     """
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    model = ir.load(path)
     graph = model.graph
     for node in list(graph):
         if node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()) in HALF:
@@ -34,4 +28,3 @@ def widen(path: Path, options: ort.SessionOptions) -> bytes:
     for value in (*graph.inputs, *graph.outputs, *inner):
         if value.dtype in HALF:
             value.dtype = ir.DataType.FLOAT
-    return ir.to_proto(model).SerializeToString()

@@ -38,9 +38,11 @@ VARIANTS = {
     "llama-mqa-tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2}),
     "llama-head-dim": ("llama", {"head_dim": 20, "num_key_value_heads": 2}),
+    "llama-head-dim-16": ("llama", {"head_dim": 16, "num_key_value_heads": 2}),
     "llama-rope-linear": ("llama", {"rope_parameters": ROPE_LINEAR}),
     "llama-rope-llama3": ("llama", {"rope_parameters": ROPE_LLAMA3}),
     "opt": ("opt", {}),
+    "opt-head-dim-16": ("opt", {"num_attention_heads": 3}),
     "opt-untied-no-bias": ("opt", {"tie_word_embeddings": False, "enable_bias": False}),
 }
 

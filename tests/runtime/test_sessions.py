@@ -24,7 +24,7 @@ def logits_of(session, prompts, forced):
     return np.stack(found)
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "llama-biases", "opt"])
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-biases", "llama-head-dim-16", "opt"])
 @pytest.mark.parametrize("backend", ["ort", "torch"])
 def test_full_budget_equals_dense(bundle, variant, backend):
     forced = [3, 90, 14, 14, 55]
@@ -57,10 +57,11 @@ def test_the_budget_changes_the_result_and_can_change_back(bundle):
     np.testing.assert_array_equal(whole[0], small[0])  # prefill is dense
 
 
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-head-dim-16"])  # the latter's attention is fused
 @pytest.mark.parametrize("backend", ["ort", "ort-dense", "torch"])
-def test_a_ragged_batch_equals_its_rows_alone(bundle, backend):
+def test_a_ragged_batch_equals_its_rows_alone(bundle, variant, backend):
     prompts = [PROMPT, PROMPT[:2], [9, 9, 30]]
-    with open_session(bundle("llama-gqa", kind="static"), backend) as session:
+    with open_session(bundle(variant, kind="static"), backend) as session:
         together = logits_of(session, prompts, [3, 90, 14])
         for row, prompt in enumerate(prompts):
             alone = logits_of(session, [prompt], [3, 90, 14])[:, 0]
