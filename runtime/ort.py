@@ -91,9 +91,6 @@ class OrtSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self._native and piece in ("predictor", "body"):
             native_ops.register(options)
-        if self._kind == "sparse" and piece == "dense":
-            # Used for prefill only: mapped weights serve, a packed copy of them would double the memory.
-            options.add_session_config_entry("session.disable_prepacking", "1")
         return options
 
     def reset(self, batch: int = 1) -> None:
