@@ -26,7 +26,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], batch: int, spec: ModelSpec)
             raise UserError(
                 f"the prompt has {len(prompt)} tokens, the model has {spec.max_seqlen} positions", "shorten it"
             )
-        _check_vocabulary(np.asarray(prompt), spec)
+        _check_vocabulary(prompt, spec)
 
 
 def check_tokens(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec) -> None:
@@ -36,19 +36,21 @@ def check_tokens(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec) -> No
         UserError: a wrong shape or type, nothing prefilled, no position left, or a token outside
             the vocabulary.
     """
-    if tokens.shape != lengths.shape or not np.issubdtype(tokens.dtype, np.integer):
+    # On plain integers: between two steps the caches are cold, and each NumPy call costs microseconds.
+    if tokens.shape != lengths.shape or tokens.dtype.kind not in "iu":
         raise UserError(
             f"decode takes integers of shape {lengths.shape}, got {tokens.dtype} {tokens.shape}",
             "give one token id per sequence",
         )
-    if lengths.min() == 0:
+    used = lengths.tolist()
+    if min(used) == 0:
         raise UserError("nothing to continue", "call prefill first")
-    if lengths.max() >= spec.max_seqlen:
+    if max(used) >= spec.max_seqlen:
         raise UserError(f"all {spec.max_seqlen} positions of the model are used", "reset the session")
-    _check_vocabulary(tokens, spec)
+    _check_vocabulary(tokens.tolist(), spec)
 
 
-def _check_vocabulary(tokens: np.ndarray, spec: ModelSpec) -> None:
-    if tokens.min() < 0 or tokens.max() >= spec.vocab_size:
-        bad = tokens[(tokens < 0) | (tokens >= spec.vocab_size)][0]
+def _check_vocabulary(tokens: Sequence[int], spec: ModelSpec) -> None:
+    if min(tokens) < 0 or max(tokens) >= spec.vocab_size:
+        bad = next(token for token in tokens if not 0 <= token < spec.vocab_size)
         raise UserError(f"token {bad} is outside the vocabulary of {spec.vocab_size}", "use the bundle's own tokenizer")

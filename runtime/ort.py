@@ -87,8 +87,9 @@ class OrtSession:
         options = ort.SessionOptions()
         if self._threads:
             options.intra_op_num_threads = self._threads
-        # The pieces take turns: the pool of one must not spin while the next one runs.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._kind == "sparse":
+            # The pieces take turns: the pool of one must not spin while the next one runs.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if self._native and piece in ("predictor", "body"):
             native_ops.register(options)
         return options
@@ -131,7 +132,7 @@ class OrtSession:
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """See `Session.decode`."""
         check_tokens(tokens, self._lengths, self.spec)
-        self._reserve(int(self._lengths.max()) + 1)
+        self._reserve(max(self._lengths.tolist()) + 1)
         self._input_ids[:, 0] = tokens
         self._positions[:, 0] = self._lengths
         for step in self._steps:
