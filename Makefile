@@ -51,7 +51,7 @@ PEERS_ORT := onnxruntime==1.32.0
 peers: $(VENV)/.installed .peers/genai .peers/optimum
 	$(BIN)/python -m shadowllm.benchmarks.peers $(shell $(BIN)/python benchmarks/model_path.py) $(OUT)/bundle \
 	  --genai-python .peers/genai/bin/python --optimum-python .peers/optimum/bin/python \
-	  --work .peers --runs 15 --threads 2 --json $(OUT)/peers.json
+	  --work .peers --threads 2 --json $(OUT)/peers.json
 
 clean:
 	rm -rf $(VENV) .peers $(OUT) build

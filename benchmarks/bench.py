@@ -190,20 +190,22 @@ def _traffic(
 ) -> Traffic:
     # The CPU backends compute 16-bit bundles in float32, and read that many bytes.
     itemsize = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
-    if name != SPARSE:
-        return mean_traffic(manifest.spec, itemsize, prompt_len, new_tokens)
-    heads, neurons = budget.counts(manifest.spec)
-    active = Active(heads, neurons, manifest.dense_layers, predictor_bytes(manifest, itemsize))
-    return mean_traffic(manifest.spec, itemsize, prompt_len, new_tokens, active)
+    q = manifest.quantisation if backend.startswith("ort") else None
+    matrix_itemsize = q.bits / 8 + 4 / q.block if q else itemsize
+    active = None
+    if name == SPARSE:
+        heads, neurons = budget.counts(manifest.spec)
+        active = Active(heads, neurons, manifest.dense_layers, predictor_bytes(manifest, matrix_itemsize))
+    return mean_traffic(manifest.spec, itemsize, prompt_len, new_tokens, active, matrix_itemsize)
 
 
-def predictor_bytes(manifest: Manifest, itemsize: int) -> int:
+def predictor_bytes(manifest: Manifest, itemsize: float) -> int:
     """Bytes a bundle's predictor reads per step: its network, or a float32 ranking."""
     spec, rank = manifest.spec, int(manifest.predictor.get("rank", 0))
     outputs = (spec.n_layers - manifest.dense_layers) * (spec.n_heads + spec.intermediate_size)
     if not rank:
         return 4 * outputs
-    return itemsize * (rank * (spec.hidden_size + 1) + outputs * (rank + 1))
+    return round(itemsize * (rank * (spec.hidden_size + 1) + outputs * (rank + 1)))
 
 
 def _predictor_cost(result: Result) -> dict[str, float]:

@@ -39,7 +39,14 @@ class Traffic:
         return sum(self.parts.values())
 
 
-def step_traffic(spec: ModelSpec, itemsize: int, context: int, active: Active | None = None, batch: int = 1) -> Traffic:
+def step_traffic(
+    spec: ModelSpec,
+    itemsize: int,
+    context: int,
+    active: Active | None = None,
+    batch: int = 1,
+    matrix_itemsize: float | None = None,
+) -> Traffic:
     """Bytes of one decode step.
 
     Args:
@@ -47,6 +54,7 @@ def step_traffic(spec: ModelSpec, itemsize: int, context: int, active: Active | 
         context: tokens in the cache, this step's included.
         active: None for a dense step.
         batch: sequences that advance together; weights are read once for all.
+        matrix_itemsize: bytes of an element of a matrix, scales included, where they are integers.
     """
     dense_layers = spec.n_layers if active is None else active.dense_layers
     sparse_layers = spec.n_layers - dense_layers
@@ -64,7 +72,9 @@ def step_traffic(spec: ModelSpec, itemsize: int, context: int, active: Active | 
         "lm_head": spec.vocab_size * d,
         "KV cache": batch * kv_read * 2 * context * spec.head_dim,
     }
-    parts = {name: count * itemsize for name, count in elements.items()}
+    floats = ("norms", "KV cache")
+    size = itemsize if matrix_itemsize is None else matrix_itemsize
+    parts = {name: round(count * (itemsize if name in floats else size)) for name, count in elements.items()}
     return Traffic(parts | {"predictor": active.predictor_bytes if active else 0})
 
 
@@ -74,11 +84,12 @@ def mean_traffic(
     prompt_len: int,
     new_tokens: int,
     active: Active | None = None,
+    matrix_itemsize: float | None = None,
 ) -> Traffic:
     """Mean over the decode steps of a generation: the cache grows from the prompt's length, one token a step."""
     # The cost is linear in the context, so the middle context has the mean cost. Steps see
     # prompt_len + 1 .. prompt_len + new_tokens - 1 tokens.
-    return step_traffic(spec, itemsize, prompt_len + new_tokens // 2, active)
+    return step_traffic(spec, itemsize, prompt_len + new_tokens // 2, active, matrix_itemsize=matrix_itemsize)
 
 
 def _head_rows(spec: ModelSpec, heads: int) -> int:

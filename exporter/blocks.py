@@ -15,6 +15,10 @@ import onnx_ir as ir
 from shadowllm.exporter.builder import GraphBuilder
 from shadowllm.models import ModelSpec
 from shadowllm.plugins import schemas
+from shadowllm.plugins.quantisation import Quantisation
+
+# Of MatMulNBits: float32 activations. At level 4 it would round them to 8 bits.
+ACCURACY_LEVEL = 1
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,27 @@ def cast(g: GraphBuilder, x: ir.Value) -> ir.Value:
 def embed(g: GraphBuilder, spec: ModelSpec, input_ids: ir.Value, position_ids: ir.Value) -> ir.Value:
     """Token and learned position embeddings, ``(batch*seqlen, hidden_size)``."""
     flat = g.op("Reshape", input_ids, g.ints([-1]))
-    x = g.op("Gather", g.weight("embed_tokens.weight"), flat, axis=0)
+    x = _embedding_rows(g, flat)
     if spec.positions == "rope":
         return x
     places = g.op("Add", g.op("Reshape", position_ids, g.ints([-1])), g.ints(spec.position_offset))
     return g.op("Add", x, g.op("Gather", g.weight("embed_positions.weight"), places, axis=0))
+
+
+def _embedding_rows(g: GraphBuilder, ids: ir.Value) -> ir.Value:
+    name, q = "embed_tokens.weight", g.quantisation
+    if q is None:
+        return g.op("Gather", g.weight(name), ids, axis=0)
+    return g.microsoft(
+        "GatherBlockQuantized",
+        g.weight(f"{name}.q"),
+        ids,
+        g.weight(f"{name}.scales"),
+        gather_axis=0,
+        quantize_axis=1,
+        block_size=q.block,
+        bits=q.bits,
+    )
 
 
 def norm(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
@@ -100,16 +120,41 @@ def norm(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
     return g.op("RMSNormalization", x, weight, epsilon=spec.norm_eps, axis=-1)
 
 
-def gemm(g: GraphBuilder, x: ir.Value, names: list[str], bias: bool, *, rows_out: bool = True) -> ir.Value:
+def gemm(
+    g: GraphBuilder, x: ir.Value, names: list[str], bias: bool, *, rows_out: bool = True, width: int | None = None
+) -> ir.Value:
     """``x`` times one stored matrix, or several stacked ones.
 
     Args:
         rows_out: the matrix's rows are output channels (q, k, v, gate, up); else they are input
             channels (o, down).
+        width: of x, where integer weights may be padded beyond it.
     """
-    weight = g.weight(*(f"{name}.weight" for name in names))
-    inputs = [x, weight] + ([g.weight(*(f"{name}.bias" for name in names))] if bias else [])
-    return g.op("Gemm", *inputs, transB=int(rows_out))
+    biases = [g.weight(*(f"{name}.bias" for name in names))] if bias else []
+    matrices = [f"{name}.weight" for name in names]
+    if g.quantisation:
+        stored = matrices if rows_out else [f"{name}.T" for name in matrices]
+        return _integer_gemm(g, x, stored, biases, g.quantisation, width)
+    return g.op("Gemm", x, g.weight(*matrices), *biases, transB=int(rows_out))
+
+
+def _integer_gemm(
+    g: GraphBuilder, x: ir.Value, matrices: list[str], biases: list[ir.Value], q: Quantisation, width: int | None
+) -> ir.Value:
+    """``MatMulNBits``, whose matrices have output channels as rows."""
+    scales = g.weight(*(f"{name}.scales" for name in matrices))
+    n_out, blocks = map(int, scales.shape)  # type: ignore[arg-type]
+    data = g.weight(*(f"{name}.q" for name in matrices), inner=(blocks, q.block * q.bits // 8))
+    inputs = [x, data, scales] + ([None, None, *biases] if biases else [])
+    return g.microsoft(
+        "MatMulNBits",
+        *inputs,
+        K=width or blocks * q.block,
+        N=n_out,
+        bits=q.bits,
+        block_size=q.block,
+        accuracy_level=ACCURACY_LEVEL,
+    )
 
 
 def dense_layer(
@@ -167,10 +212,8 @@ def sparse_layer(
             "lengths": step.lengths,
             "indices": indices,
             "count": count,
-            "w_q": g.weight(f"{place}.q_proj.weight"),
-            "b_q": g.weight(f"{place}.q_proj.bias") if spec.qkv_bias else None,
-            "w_o": g.weight(f"{place}.o_proj.weight"),
-            "b_o": g.weight(f"{place}.o_proj.bias") if spec.o_bias else None,
+            **_rows(g, place, "q", spec.qkv_bias),
+            **_rows(g, place, "o", spec.o_bias),
             "cos": step.cos,
             "sin": step.sin,
         },
@@ -186,9 +229,7 @@ def _sparse_mlp(
 ) -> ir.Value:
     place = f"layers.{layer}"
     normed = norm(g, spec, f"{place}.post_norm", x)
-    parts = {"gate": spec.gated, "up": True, "down": True}
-    weights = {f"w_{p}": g.weight(f"{place}.{p}_proj.weight") for p, there in parts.items() if there}
-    biases = {f"b_{p}": g.weight(f"{place}.{p}_proj.bias") for p, there in parts.items() if there and spec.mlp_bias}
+    parts = ("gate", "up", "down") if spec.gated else ("up", "down")
     y = g.custom(
         schemas.SPARSE_MLP,
         f"{place}.mlp",
@@ -196,13 +237,22 @@ def _sparse_mlp(
             "x": _batched(g, spec, step, normed),
             "indices": _pick(g, selection.neuron_indices, row),
             "count": _pick(g, selection.neuron_counts, row),
-            **weights,
-            **biases,
+            **{name: value for part in parts for name, value in _rows(g, place, part, spec.mlp_bias).items()},
         },
         activation=spec.activation,
         layer=layer,
     )
     return _flat(g, spec, y)
+
+
+def _rows(g: GraphBuilder, place: str, part: str, bias: bool) -> dict[str, ir.Value | None]:
+    """A matrix of a sparse op by its inputs' names, with its scales and bias where it has them."""
+    name = f"{place}.{part}_proj"
+    if g.quantisation is None:
+        found: dict[str, ir.Value | None] = {f"w_{part}": g.weight(f"{name}.weight")}
+    else:
+        found = {f"w_{part}": g.weight(f"{name}.weight.q"), f"s_{part}": g.weight(f"{name}.weight.scales")}
+    return found | ({f"b_{part}": g.weight(f"{name}.bias")} if bias else {})
 
 
 def to_cache(

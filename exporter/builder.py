@@ -12,8 +12,10 @@ from onnx_ir.tape import Tape
 from shadowllm.exporter.store import WeightStore
 from shadowllm.plugins import schemas
 from shadowllm.plugins.functions import OPSET
+from shadowllm.plugins.quantisation import Quantisation
 
 IR_VERSION = 11
+MICROSOFT = "com.microsoft"
 Dims = Sequence[int | str]
 
 
@@ -24,11 +26,15 @@ class GraphBuilder:
         name: of the graph.
         dtype: of weights and activations.
         store: where initializers lie.
+        quantisation: of its matrices, if they are integers.
     """
 
-    def __init__(self, name: str, dtype: ir.DataType, store: WeightStore) -> None:
+    def __init__(
+        self, name: str, dtype: ir.DataType, store: WeightStore, quantisation: Quantisation | None = None
+    ) -> None:
         self.name = name
         self.dtype = dtype
+        self.quantisation = quantisation
         self._store = store
         self._tape = Tape()
         self._inputs: list[ir.Value] = []
@@ -69,11 +75,21 @@ class GraphBuilder:
             ordered.pop()
         return self._tape.op(schema.name, ordered, attributes, domain=schemas.DOMAIN, name=name)
 
-    def weight(self, name: str, *rest: str) -> ir.Value:
-        """An initializer in the shared data file; several names are one stacked matrix."""
-        key = "+".join((name, *rest))
+    def microsoft(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """A node of ONNX Runtime's own domain; only graphs of integer weights have any."""
+        return self._tape.op(op_type, inputs, attributes, domain=MICROSOFT)
+
+    def weight(self, name: str, *rest: str, inner: tuple[int, ...] | None = None) -> ir.Value:
+        """An initializer in the shared data file; several names are one stacked matrix.
+
+        Args:
+            inner: dimensions to give a row instead of its own.
+        """
+        key = "+".join((name, *rest)) + (f"{list(inner)}" if inner else "")
         if key not in self._constants:
-            self._constants[key] = self._tape.initializer(self._store.tensor(name, *rest))
+            tensor = self._store.tensor(name, *rest, inner=inner)
+            tensor.name = key
+            self._constants[key] = self._tape.initializer(tensor)
         return self._constants[key]
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
@@ -96,6 +112,7 @@ class GraphBuilder:
     def model(self, functions: Sequence[ir.Function] = ()) -> ir.Model:
         """The finished model."""
         imports = {"": OPSET} | ({schemas.DOMAIN: schemas.VERSION} if functions else {})
+        imports |= {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in self._tape.nodes) else {}
         graph = ir.Graph(
             self._inputs,
             self._outputs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,9 +17,16 @@ from torch import Tensor
 from shadowllm.errors import UserError
 from shadowllm.exporter import graphs
 from shadowllm.exporter.manifest import DATA_FILE, Manifest, file_hash, verify_files
-from shadowllm.exporter.store import TORCH_DTYPES, Group, WeightStore, model_groups
+from shadowllm.exporter.quantised import (
+    QuantisedTensors,
+    check_quantisable,
+    dequantised_predictor,
+    dequantised_weights,
+)
+from shadowllm.exporter.store import TORCH_DTYPES, Group, WeightStore, model_groups, quantised_groups
 from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights
 from shadowllm.plugins import schemas
+from shadowllm.plugins.quantisation import WEIGHT_DTYPES, Quantisation
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.progress import progress
 
@@ -35,6 +43,7 @@ def write_bundle(
     predictor: Predictor,
     *,
     dtype: str = "float32",
+    weight_dtype: str | None = None,
     budget: Budget,
 ) -> Manifest:
     """Fill ``folder`` with a bundle; weights stream through memory one tensor at a time.
@@ -42,20 +51,22 @@ def write_bundle(
     Args:
         name: what the manifest calls the model.
         dtype: of weights and activations: "float32", "float16" or "bfloat16".
+        weight_dtype: "int8" or "int4" to store matrices as integers.
         budget: default fractions to keep; any other can be asked for at run time.
 
     Raises:
-        UserError: an unknown dtype, a predictor of another model, or a damaged checkpoint.
+        UserError: an unknown or unsuitable dtype, a predictor of another model, or a damaged checkpoint.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not supported", f"use one of {', '.join(DTYPES)}")
+    check_dtypes(weights.spec, dtype, weight_dtype)
     spec, kind = weights.spec, DTYPES[dtype]
+    q = WEIGHT_DTYPES[weight_dtype] if weight_dtype else None
     fingerprint = weights.fingerprint()
     predictor.check_base(spec, fingerprint)
-    store = WeightStore(folder / DATA_FILE, _groups(spec, kind, predictor))
+    store = WeightStore(folder / DATA_FILE, _groups(spec, kind, predictor, q))
+    tensors: Mapping[str, Tensor] = ChainMap(_predictor_tensors(predictor), weights)  # type: ignore[arg-type]
     with progress("Writing weights", store.size) as advance:
-        hashes = {DATA_FILE: store.write(ChainMap(_predictor_tensors(predictor), weights), advance)}  # type: ignore[arg-type]
-    for piece, model in _models(spec, store, kind, predictor):
+        hashes = {DATA_FILE: store.write(QuantisedTensors(tensors, q) if q else tensors, advance)}
+    for piece, model in _models(spec, store, kind, predictor, q):
         ir.save(model, folder / f"{piece}.onnx")
     predictor.save(folder / PREDICTOR_FILE)
     _write_companions(folder, spec, checkpoint)
@@ -64,6 +75,7 @@ def write_bundle(
         model=name,
         spec=spec,
         dtype=dtype,
+        weight_dtype=weight_dtype,
         dense_layers=predictor.dense_layers,
         budgets={"neurons": budget.neurons, "heads": budget.heads},
         predictor={"kind": predictor.kind, "rank": predictor.rank, **predictor.record},
@@ -76,37 +88,72 @@ def write_bundle(
     return manifest
 
 
-def read_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], Predictor]:
-    """Canonical weights in float32 and the predictor of a bundle.
+def check_dtypes(spec: ModelSpec, dtype: str, weight_dtype: str | None) -> None:
+    """Refuse types that a bundle cannot have.
+
+    Raises:
+        UserError: an unknown type, or one that does not suit the model.
+    """
+    for given, known in ((dtype, DTYPES), (weight_dtype or "int8", WEIGHT_DTYPES)):
+        if given not in known:
+            raise UserError(f"dtype {given!r} is not supported", f"use one of {', '.join(known)}")
+    if weight_dtype:
+        check_quantisable(spec, dtype, WEIGHT_DTYPES[weight_dtype])
+
+
+@dataclass(frozen=True)
+class BundleWeights:
+    """A bundle's weights in float32, and its predictor.
+
+    Attributes:
+        sparse: canonical weights as ``body`` has them.
+        dense: as ``dense`` and ``stem`` have them; the same, but for how integers are rounded.
+    """
+
+    sparse: Mapping[str, Tensor]
+    dense: Mapping[str, Tensor]
+    predictor: Predictor
+
+
+def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
+    """Read back what `write_bundle` wrote.
 
     Raises:
         UserError: a file is damaged.
     """
     verify_files(folder, manifest.digests(DATA_FILE, PREDICTOR_FILE))
-    predictor = Predictor.load(folder / PREDICTOR_FILE)
-    store = WeightStore(folder / DATA_FILE, model_groups(manifest.spec, DTYPES[manifest.dtype]))
+    predictor, spec, q = Predictor.load(folder / PREDICTOR_FILE), manifest.spec, manifest.quantisation
+    store = WeightStore(folder / DATA_FILE, model_groups(spec, DTYPES[manifest.dtype], q))
     data = np.memmap(store.path, dtype=np.uint8, mode="c")
-    weights = {
-        name: torch.from_numpy(data[e.offset : e.offset + e.length]).view(TORCH_DTYPES[e.dtype]).view(e.shape).float()
+    stored = {
+        name: torch.from_numpy(data[e.offset : e.offset + e.length]).view(TORCH_DTYPES[e.dtype]).view(e.shape)
         for name, e in store.entries.items()
     }
-    return weights, predictor
+    if q is None:
+        weights = {name: tensor.float() for name, tensor in stored.items()}
+        return BundleWeights(weights, weights, predictor)
+    names = (name.removesuffix(".q") for name in stored if not name.endswith((".scales", ".T.q")))
+    sparse, dense = dequantised_weights(spec, names, stored, q)
+    return BundleWeights(sparse, dense, dequantised_predictor(predictor, q))
 
 
 def _models(
-    spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor
+    spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None
 ) -> Iterator[tuple[str, ir.Model]]:
-    yield "dense", graphs.dense_graph(spec, store, dtype)
-    yield "stem", graphs.stem_graph(spec, store, dtype, predictor.dense_layers)
-    yield "predictor", graphs.predictor_graph(spec, store, dtype, predictor)
-    yield "body", graphs.body_graph(spec, store, dtype, predictor.dense_layers)
+    yield "dense", graphs.dense_graph(spec, store, dtype, q)
+    yield "stem", graphs.stem_graph(spec, store, dtype, predictor.dense_layers, q)
+    yield "predictor", graphs.predictor_graph(spec, store, dtype, predictor, q)
+    yield "body", graphs.body_graph(spec, store, dtype, predictor.dense_layers, q)
 
 
-def _groups(spec: ModelSpec, dtype: ir.DataType, predictor: Predictor) -> Iterator[Group]:
-    yield from model_groups(spec, dtype)
+def _groups(spec: ModelSpec, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None) -> Iterator[Group]:
+    yield from model_groups(spec, dtype, q)
     for name, tensor in _predictor_tensors(predictor).items():
-        # A ranking is compared, not multiplied: it keeps its precision.
-        yield [(name, tuple(tensor.shape), ir.DataType.FLOAT if name.endswith("scores") else dtype)]
+        if q and name.endswith(".weight"):
+            yield from quantised_groups({name: tuple(tensor.shape)}, q)
+        else:
+            # A ranking is compared, not multiplied: it keeps its precision.
+            yield [(name, tuple(tensor.shape), ir.DataType.FLOAT if name.endswith("scores") else dtype)]
 
 
 def _predictor_tensors(predictor: Predictor) -> Mapping[str, Tensor]:

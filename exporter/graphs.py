@@ -17,13 +17,14 @@ from shadowllm.exporter.store import WeightStore
 from shadowllm.models import ModelSpec
 from shadowllm.plugins import schemas
 from shadowllm.plugins.functions import FunctionForm, function_bodies
+from shadowllm.plugins.quantisation import Quantisation
 from shadowllm.predictor.artefact import Predictor
 
 INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT
 TOKENS = ["batch", "seqlen"]
 
 
-def function_form(spec: ModelSpec) -> FunctionForm:
+def function_form(spec: ModelSpec, quantisation: Quantisation | None = None) -> FunctionForm:
     """The options of a model that its function bodies are written for."""
     return FunctionForm(
         activation=spec.activation,
@@ -35,12 +36,13 @@ def function_form(spec: ModelSpec) -> FunctionForm:
         n_heads=spec.n_heads,
         n_kv_heads=spec.n_kv_heads,
         head_dim=spec.head_dim,
+        quantisation=quantisation,
     )
 
 
-def dense_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType) -> ir.Model:
+def dense_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, q: Quantisation | None = None) -> ir.Model:
     """The plain model: input_ids, position_ids, logits_to_keep, cache -> logits, cache."""
-    g = GraphBuilder("dense", dtype, store)
+    g = GraphBuilder("dense", dtype, store, q)
     input_ids, position_ids = (g.input(name, TOKENS, INT64) for name in ("input_ids", "position_ids"))
     keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
     caches = _cache_inputs(g, spec, range(spec.n_layers))
@@ -53,9 +55,11 @@ def dense_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType) -> ir.M
     return g.model()
 
 
-def stem_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, dense_layers: int) -> ir.Model:
+def stem_graph(
+    spec: ModelSpec, store: WeightStore, dtype: ir.DataType, dense_layers: int, q: Quantisation | None = None
+) -> ir.Model:
     """The first ``dense_layers`` layers: input_ids, position_ids, cache -> hidden, cache."""
-    g = GraphBuilder("stem", dtype, store)
+    g = GraphBuilder("stem", dtype, store, q)
     input_ids, position_ids = (g.input(name, TOKENS, INT64) for name in ("input_ids", "position_ids"))
     layers = range(dense_layers)
     caches = _cache_inputs(g, spec, layers)
@@ -69,9 +73,11 @@ def stem_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, dense_la
     return g.model()
 
 
-def body_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, dense_layers: int) -> ir.Model:
+def body_graph(
+    spec: ModelSpec, store: WeightStore, dtype: ir.DataType, dense_layers: int, q: Quantisation | None = None
+) -> ir.Model:
     """The sparse layers: hidden, position_ids, logits_to_keep, selection, cache -> logits, cache."""
-    g = GraphBuilder("body", dtype, store)
+    g = GraphBuilder("body", dtype, store, q)
     hidden = g.input("hidden", [*TOKENS, spec.hidden_size])
     position_ids = g.input("position_ids", TOKENS, INT64)
     keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
@@ -90,15 +96,17 @@ def body_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, dense_la
         x, caches[row] = blocks.sparse_layer(g, spec, layer, row, x, step, caches[row], selection)
     _logits(g, spec, x, step, keep)
     _cache_outputs(g, spec, layers, caches)
-    return g.model(function_bodies(function_form(spec)))
+    return g.model(function_bodies(function_form(spec, q)))
 
 
-def predictor_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor) -> ir.Model:
+def predictor_graph(
+    spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None = None
+) -> ir.Model:
     """hidden, counts -> indices; one selection for all sequences of the batch.
 
     A static predictor has no ``hidden`` input: its ranking is a constant.
     """
-    g = GraphBuilder("predictor", dtype, store)
+    g = GraphBuilder("predictor", dtype, store, q)
     scores = (
         _shadow_scores(g, spec, predictor)
         if predictor.kind == "shadow"
@@ -108,7 +116,7 @@ def predictor_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, pre
         counts = g.input(f"{name}_counts", [predictor.n_sparse], INT32)
         indices = g.custom(schemas.SELECT_TOPK, f"select_{unit}", {"scores": scores[unit], "counts": counts}, cap=width)
         g.output(indices, f"{name}_indices", [predictor.n_sparse, width], INT32)
-    return g.model(function_bodies(function_form(spec)))
+    return g.model(function_bodies(function_form(spec, q)))
 
 
 def _shadow_scores(g: GraphBuilder, spec: ModelSpec, predictor: Predictor) -> dict[str, ir.Value]:
@@ -116,12 +124,12 @@ def _shadow_scores(g: GraphBuilder, spec: ModelSpec, predictor: Predictor) -> di
     x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
     ones = blocks.cast(g, g.constant(np.ones(spec.hidden_size, dtype=np.float32), "ones"))
     x = g.op("LayerNormalization", x, ones, epsilon=1e-5, axis=-1)
-    z = g.op("Relu", g.op("Gemm", x, g.weight("predictor.trunk.weight"), g.weight("predictor.trunk.bias"), transB=1))
+    z = g.op("Relu", blocks.gemm(g, x, ["predictor.trunk"], bias=True, width=spec.hidden_size))
     # The last projection is linear: averaging the tokens' scores is projecting their average.
     z = g.op("ReduceMean", z, g.ints([0]), keepdims=1)
     found = {}
     for unit, width in (("heads", spec.n_heads), ("neurons", spec.intermediate_size)):
-        y = g.op("Gemm", z, g.weight(f"predictor.{unit}.weight"), g.weight(f"predictor.{unit}.bias"), transB=1)
+        y = blocks.gemm(g, z, [f"predictor.{unit}"], bias=True, width=predictor.rank)
         y = g.op("Reshape", y, g.ints([predictor.n_sparse, width]))
         found[unit] = y if g.dtype == FLOAT else g.op("Cast", y, to=FLOAT)
     return found

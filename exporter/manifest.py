@@ -12,6 +12,7 @@ from typing import Any
 
 from shadowllm.errors import UserError
 from shadowllm.models import ModelSpec
+from shadowllm.plugins.quantisation import WEIGHT_DTYPES, Quantisation
 
 NAME = "manifest.json"
 SCHEMA_VERSION = 1
@@ -27,6 +28,7 @@ class Manifest:
         model: name the model was exported under.
         spec: its sizes and options.
         dtype: of weights and activations ("float32", "float16", "bfloat16").
+        weight_dtype: of matrices, where it is another one ("int8", "int4"); else None.
         dense_layers: leading layers that stay dense.
         selector: "ahead": indices are inputs of ``body``.
         head_unit: what a head index counts ("query_head").
@@ -49,9 +51,23 @@ class Manifest:
     op_domain_version: int
     tools: dict[str, str]
     files: dict[str, str]
+    weight_dtype: str | None = None
     selector: str = "ahead"
     head_unit: str = "query_head"
     validation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """How integer weights are stored; None where they are floats.
+
+        Raises:
+            UserError: a weight type this program does not know.
+        """
+        if self.weight_dtype is None:
+            return None
+        if self.weight_dtype not in WEIGHT_DTYPES:
+            raise UserError(f"the bundle has weights of type {self.weight_dtype!r}", "export the model again")
+        return WEIGHT_DTYPES[self.weight_dtype]
 
     def digests(self, *names: str) -> dict[str, str]:
         """SHA-256 of some of the bundle's files.

@@ -19,6 +19,7 @@ import torch
 
 from shadowllm.models import ModelSpec
 from shadowllm.models.weights import tensor_shape
+from shadowllm.plugins.quantisation import Quantisation
 
 # Groups start on a page, so that runtimes can map them instead of reading them.
 PAGE = 4096
@@ -27,6 +28,7 @@ TORCH_DTYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.UINT8: torch.uint8,
 }
 
 
@@ -60,13 +62,17 @@ class WeightStore:
                 end += int(length)
         self.size = end
 
-    def tensor(self, name: str, *rest: str) -> ir.ExternalTensor:
-        """An initializer of one tensor, or of a run of tensors stacked along their rows."""
+    def tensor(self, name: str, *rest: str, inner: tuple[int, ...] | None = None) -> ir.ExternalTensor:
+        """An initializer of one tensor, or of a run of tensors stacked along their rows.
+
+        Args:
+            inner: dimensions to give a row instead of its own.
+        """
         entries = [self.entries[n] for n in (name, *rest)]
         for before, after in pairwise(entries):
             if before.offset + before.length != after.offset or before.shape[1:] != after.shape[1:]:
                 raise ValueError(f"{name} and {rest} do not lie back to back")
-        shape = (sum(e.shape[0] for e in entries), *entries[0].shape[1:])
+        shape = (sum(e.shape[0] for e in entries), *(inner or entries[0].shape[1:]))
         return ir.ExternalTensor(
             self.path.name,
             entries[0].offset,
@@ -101,31 +107,51 @@ def _blocks(tensor: torch.Tensor, dtype: torch.dtype, elements: int = 1 << 22) -
         yield memoryview(part.to(dtype).contiguous().view(torch.uint8).reshape(-1).numpy())
 
 
-def model_groups(spec: ModelSpec, dtype: ir.DataType) -> Iterator[Group]:
-    """Layout of a model's canonical tensors, layer by layer, in the order a decode step reads them."""
+def model_groups(spec: ModelSpec, dtype: ir.DataType, q: Quantisation | None = None) -> Iterator[Group]:
+    """Layout of a model's canonical tensors, layer by layer, in the order a decode step reads them.
 
-    def group(*names: str) -> Group:
+    With a quantisation, matrices are integers and scales (see `quantised`), and those that lie by
+    input channel do so twice: ``MatMulNBits`` reads along the inputs, a sparse op along a neuron.
+    """
+
+    def floats(*names: str) -> Group:
         return [(name, tensor_shape(spec, name), dtype) for name in names]
+
+    def matrices(*names: str) -> Iterator[Group]:
+        if q is None:
+            yield floats(*names)
+        else:
+            yield from quantised_groups({name: tensor_shape(spec, name) for name in names}, q)
 
     def norm(place: str) -> list[str]:
         return [f"{place}.weight"] + ([f"{place}.bias"] if spec.norm == "layernorm" else [])
 
-    yield group("embed_tokens.weight")
+    yield from matrices("embed_tokens.weight")
     if spec.positions == "learned":
-        yield group("embed_positions.weight")
+        yield floats("embed_positions.weight")
     mlp = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
     for i in range(spec.n_layers):
         place = f"layers.{i}"
-        yield group(*norm(f"{place}.input_norm"), *norm(f"{place}.post_norm"))
+        yield floats(*norm(f"{place}.input_norm"), *norm(f"{place}.post_norm"))
         for parts, biased in (
             (("q_proj", "k_proj", "v_proj"), spec.qkv_bias),
             (("o_proj",), spec.o_bias),
             (mlp, spec.mlp_bias),
             (("down_proj",), spec.mlp_bias),
         ):
-            yield group(*(f"{place}.{part}.weight" for part in parts))
+            yield from matrices(*(f"{place}.{part}.weight" for part in parts))
             if biased:
-                yield group(*(f"{place}.{part}.bias" for part in parts))
-    yield group(*norm("final_norm"))
+                yield floats(*(f"{place}.{part}.bias" for part in parts))
+        if q is not None:
+            for part in ("o_proj", "down_proj"):
+                name = f"{place}.{part}.weight"
+                yield from quantised_groups({f"{name}.T": tensor_shape(spec, name)[::-1]}, q)
+    yield floats(*norm("final_norm"))
     if not spec.tied_embeddings:
-        yield group("lm_head.weight")
+        yield from matrices("lm_head.weight")
+
+
+def quantised_groups(shapes: Mapping[str, tuple[int, ...]], q: Quantisation) -> Iterator[Group]:
+    """Layout of the integers, and then of the scales, of matrices ``(rows, width)`` that are read together."""
+    yield [(f"{name}.q", (rows, q.bytes(width)), ir.DataType.UINT8) for name, (rows, width) in shapes.items()]
+    yield [(f"{name}.scales", (rows, q.blocks(width)), ir.DataType.FLOAT) for name, (rows, width) in shapes.items()]

@@ -9,7 +9,7 @@ of model (`FunctionForm`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from shadowllm.plugins import schemas
+from shadowllm.plugins.quantisation import Quantisation
 
 OPSET = 24
 
@@ -34,6 +35,7 @@ class FunctionForm:
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    quantisation: Quantisation | None = None
 
 
 def function_bodies(form: FunctionForm) -> list[ir.Function]:
@@ -63,6 +65,29 @@ class _Body:
         """The first ``count`` indices, as int64."""
         end = self.op("Reshape", self.op("Cast", self["count"], to=ir.DataType.INT64), self.const([1]))
         return self.op("Cast", self.op("Slice", self["indices"], self.const([0]), end), to=ir.DataType.INT64)
+
+    def matrix(self, part: str, pick: Callable[[ir.Value], ir.Value], form: FunctionForm) -> ir.Value:
+        """The picked rows of ``w_<part>`` as floats, ``(rows, D)``."""
+        weight = pick(self[f"w_{part}"])
+        if form.quantisation is None:
+            return weight
+        return self._dequantise(weight, pick(self[f"s_{part}"]), form.quantisation)
+
+    def _dequantise(self, data: ir.Value, scales: ir.Value, q: Quantisation) -> ir.Value:
+        if q.bits == 4:
+            low = self.op("BitwiseAnd", data, self.byte(15))
+            high = self.op("BitShift", data, self.byte(4), direction="RIGHT")
+            pair = (self.op("Unsqueeze", half, self.const([2])) for half in (low, high))
+            data = self.op("Concat", *pair, axis=2)
+        middle = self.op("Constant", value_float=float(1 << (q.bits - 1)))
+        values = self.op("Sub", self.op("Cast", data, to=ir.DataType.FLOAT), middle)
+        shape = self.op("Concat", self.op("Shape", scales), self.const([q.block]), axis=0)
+        scaled = self.op("Mul", self.op("Reshape", values, shape), self.op("Unsqueeze", scales, self.const([2])))
+        rows, width = self.op("Shape", scales, start=0, end=1), self.op("Shape", self["x"], start=2, end=3)
+        return self.op("Reshape", scaled, self.op("Concat", rows, width, axis=0))
+
+    def byte(self, value: int) -> ir.Value:
+        return self.op("Constant", value=ir.tensor(np.array(value, dtype=np.uint8)))
 
     def project(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
         y = self.op("MatMul", x, self.op("Transpose", weight, perm=[1, 0]))
@@ -103,8 +128,11 @@ def _sparse_mlp(form: FunctionForm) -> ir.Function:
     body = _Body(schemas.SPARSE_MLP)
     rows = body.active()
 
+    def pick(weight: ir.Value) -> ir.Value:
+        return body.op("Gather", weight, rows, axis=0)
+
     def project(part: str) -> ir.Value:
-        weight = body.op("Gather", body[f"w_{part}"], rows, axis=0)
+        weight = body.matrix(part, pick, form)
         bias = body.op("Gather", body[f"b_{part}"], rows, axis=0) if form.mlp_bias else None
         return body.project(body["x"], weight, bias)
 
@@ -114,7 +142,7 @@ def _sparse_mlp(form: FunctionForm) -> ir.Function:
         if form.gated
         else _activate(body, form.activation, up)
     )
-    y = body.op("MatMul", hidden, body.op("Gather", body["w_down"], rows, axis=0))
+    y = body.op("MatMul", hidden, body.matrix("down", pick, form))
     return body.finish(body.op("Add", y, body["b_down"]) if form.mlp_bias else y)
 
 
@@ -127,7 +155,11 @@ def _activate(body: _Body, activation: str, x: ir.Value) -> ir.Value:
 def _sparse_attention(form: FunctionForm) -> ir.Function:
     body = _Body(schemas.SPARSE_ATTENTION)
     heads = body.active()
-    query = body.project(body["x"], _head_rows(body, form, "w_q", heads), _head_bias(body, form, heads))
+
+    def pick(weight: ir.Value) -> ir.Value:
+        return _head_rows(body, form, weight, heads)
+
+    query = body.project(body["x"], body.matrix("q", pick, form), _head_bias(body, form, heads))
     query = body.op("Reshape", query, body.const([0, 0, -1, form.head_dim]))
     query = body.op("Transpose", query, perm=[0, 2, 1, 3])
     if form.rope:
@@ -140,14 +172,14 @@ def _sparse_attention(form: FunctionForm) -> ir.Function:
     context = body.op(
         "Reshape", context, body.op("Concat", body.op("Shape", body["x"], start=0, end=2), body.const([-1]), axis=0)
     )
-    y = body.op("MatMul", context, _head_rows(body, form, "w_o", heads))
+    y = body.op("MatMul", context, body.matrix("o", pick, form))
     return body.finish(body.op("Add", y, body["b_o"]) if form.o_bias else y)
 
 
-def _head_rows(body: _Body, form: FunctionForm, name: str, heads: ir.Value) -> ir.Value:
-    """The active heads' rows of a ``(H*d, D)`` matrix, ``(count*d, D)``."""
-    size = body.op("Shape", body[name], start=1, end=2)
-    blocks = body.op("Reshape", body[name], body.op("Concat", body.const([form.n_heads, form.head_dim]), size, axis=0))
+def _head_rows(body: _Body, form: FunctionForm, weight: ir.Value, heads: ir.Value) -> ir.Value:
+    """The active heads' rows of a matrix of ``H*d`` rows."""
+    size = body.op("Shape", weight, start=1, end=2)
+    blocks = body.op("Reshape", weight, body.op("Concat", body.const([form.n_heads, form.head_dim]), size, axis=0))
     return body.op(
         "Reshape", body.op("Gather", blocks, heads, axis=0), body.op("Concat", body.const([-1]), size, axis=0)
     )

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from shadowllm.plugins.quantisation import dense_rows
+
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
@@ -51,19 +53,22 @@ def sparse_mlp(
     b_up: np.ndarray | None,
     w_down: np.ndarray,
     b_down: np.ndarray | None,
+    s_gate: np.ndarray | None = None,
+    s_up: np.ndarray | None = None,
+    s_down: np.ndarray | None = None,
     *,
     activation: str,
 ) -> np.ndarray:
-    """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)`` -> ``(B, S, D)``."""
+    """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)`` or integers with scales -> ``(B, S, D)``."""
     rows, act, wide = active(indices, count, len(w_up)), ACTIVATIONS[activation], x.astype(np.float32)
 
-    def project(weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-        y = wide @ weight[rows].astype(np.float32).T
+    def project(weight: np.ndarray, scales: np.ndarray | None, bias: np.ndarray | None) -> np.ndarray:
+        y = wide @ dense_rows(weight, scales, x.shape[2])[rows].T
         return y if bias is None else y + bias[rows].astype(np.float32)
 
-    up = project(w_up, b_up)
-    hidden = act(up) if w_gate is None else act(project(w_gate, b_gate)) * up
-    y = hidden @ w_down[rows].astype(np.float32)
+    up = project(w_up, s_up, b_up)
+    hidden = act(up) if w_gate is None else act(project(w_gate, s_gate, b_gate)) * up
+    y = hidden @ dense_rows(w_down, s_down, x.shape[2])[rows]
     return (y if b_down is None else y + b_down.astype(np.float32)).astype(x.dtype)
 
 
@@ -80,18 +85,21 @@ def sparse_attention(
     b_o: np.ndarray | None,
     cos: np.ndarray | None = None,
     sin: np.ndarray | None = None,
+    s_q: np.ndarray | None = None,
+    s_o: np.ndarray | None = None,
     *,
     n_heads: int,
 ) -> np.ndarray:
     """``SparseAttention``: x ``(B, S, D)``, cache ``(B, n_kv, C, d)`` -> ``(B, S, D)``."""
-    batch, seqlen, _ = x.shape
+    batch, seqlen, width = x.shape
+    w_q, w_o = dense_rows(w_q, s_q, width), dense_rows(w_o, s_o, width)
     n_kv, capacity, head_dim = key.shape[1:]
     wide = x.astype(np.float32)
     y = np.zeros((batch, seqlen, w_o.shape[1]), dtype=np.float32)
     visible = np.arange(capacity) <= (lengths[:, None] - seqlen + np.arange(seqlen))[..., None]
     for head in active(indices, count, n_heads):
         rows = slice(head * head_dim, (head + 1) * head_dim)
-        query = wide @ w_q[rows].astype(np.float32).T
+        query = wide @ w_q[rows].T
         if b_q is not None:
             query = query + b_q[rows].astype(np.float32)
         if cos is not None and sin is not None:
@@ -99,7 +107,7 @@ def sparse_attention(
         keys, values = (cache[:, head // (n_heads // n_kv)].astype(np.float32) for cache in (key, value))
         scores = np.where(visible, query @ keys.transpose(0, 2, 1) / math.sqrt(head_dim), -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        y += (weights / weights.sum(axis=-1, keepdims=True)) @ values @ w_o[rows].astype(np.float32)
+        y += (weights / weights.sum(axis=-1, keepdims=True)) @ values @ w_o[rows]
     return (y if b_o is None else y + b_o.astype(np.float32)).astype(x.dtype)
 
 

@@ -3,6 +3,9 @@
 Domain ``shadowllm``, version 1. Shapes use batch B, seqlen S, hidden size D, intermediate size F,
 query heads H of dimension d, and capacity C of the KV cache. Every index input is int32, ascending,
 and carries a count; entries past the count are -1 and are never read.
+
+A weight matrix may be of integers (see `quantisation`): its ``w_`` input is then uint8, ``(rows, D)``
+for 8 bits or ``(rows, D/2)`` for 4, and its ``s_`` input holds the scales, ``(rows, blocks)``.
 """
 
 from __future__ import annotations
@@ -70,6 +73,7 @@ SPARSE_MLP = OpSchema(
         Port("b_up", ("F",), optional=True),
         Port("w_down", ("F", "D")),
         Port("b_down", ("D",), optional=True),
+        *(Port(f"s_{part}", ("F", "blocks"), "float32", optional=True) for part in ("gate", "up", "down")),
     ),
     outputs=(Port("y", ("B", "S", "D")),),
     attributes=(Attribute("activation", str), Attribute("layer", int)),
@@ -92,6 +96,7 @@ SPARSE_ATTENTION = OpSchema(
         Port("b_o", ("D",), optional=True),
         Port("cos", ("B", "S", "d/2"), optional=True),
         Port("sin", ("B", "S", "d/2"), optional=True),
+        *(Port(f"s_{part}", ("H*d", "blocks"), "float32", optional=True) for part in ("q", "o")),
     ),
     outputs=(Port("y", ("B", "S", "D")),),
     attributes=(Attribute("n_heads", int), Attribute("layer", int)),

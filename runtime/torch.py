@@ -34,6 +34,7 @@ class TorchSession:
         weights: canonical float32 tensors.
         predictor: scores heads and neurons; None decodes dense.
         budget: fractions to keep at first.
+        dense_weights: of dense steps, prefill and dense layers, where integer weights are rounded otherwise there.
 
     Attributes:
         forced: masks to use instead of the predictor's, bool ``(n_sparse, n_heads)`` and
@@ -41,13 +42,18 @@ class TorchSession:
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: Mapping[str, Tensor], predictor: Predictor | None, budget: Budget | None = None
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Tensor],
+        predictor: Predictor | None,
+        budget: Budget | None = None,
+        dense_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.spec = spec
         self.forced: Selection | None = None
         self._weights, self._predictor = weights, predictor
         self._budget = budget or Budget()
-        self._decoder = Decoder(spec, weights)
+        self._decoder = Decoder(spec, weights if dense_weights is None else dense_weights)
         self.reset()
 
     @classmethod
@@ -58,8 +64,9 @@ class TorchSession:
             UserError: no bundle, or a damaged file in it.
         """
         manifest = read_manifest(bundle)
-        weights, predictor = read_weights(bundle, manifest)
-        return cls(manifest.spec, weights, predictor if kind == "sparse" else None, Budget(**manifest.budgets))
+        read = read_weights(bundle, manifest)
+        predictor = read.predictor if kind == "sparse" else None
+        return cls(manifest.spec, read.sparse, predictor, Budget(**manifest.budgets), read.dense)
 
     def __enter__(self) -> Self:
         return self

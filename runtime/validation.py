@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from shadowllm.errors import UserError
-from shadowllm.exporter.bundle import DTYPES, PREDICTOR_FILE
-from shadowllm.exporter.manifest import read_manifest
+from shadowllm.exporter.bundle import DTYPES, PREDICTOR_FILE, BundleWeights
+from shadowllm.exporter.manifest import Manifest, read_manifest
+from shadowllm.exporter.quantised import QuantisedTensors, dequantised_predictor, dequantised_weights
 from shadowllm.exporter.store import TORCH_DTYPES
 from shadowllm.models import Budget, ModelSpec, Weights, load_model
 from shadowllm.predictor.artefact import Predictor
@@ -99,17 +100,12 @@ def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: fl
         UserError: an output differs by more than ``tolerance``, or the predictor selects otherwise.
     """
     manifest = read_manifest(bundle)
-    rounded = TORCH_DTYPES[DTYPES[manifest.dtype]]
-    reference = {name: weights[name].to(rounded).float().contiguous() for name in weights}
-    rounded_predictor = (
-        replace(predictor, tensors={name: t.to(rounded).float() for name, t in predictor.tensors.items()})
-        if predictor.kind == "shadow"
-        else predictor
-    )
+    reference = _reference(manifest, weights, predictor)
     errors, agreement = [], 1.0
     for name, budget in (("dense", None), ("all active", Budget()), ("at budget", Budget(**manifest.budgets))):
         with OrtSession(bundle, "sparse" if budget else "dense") as ours:
-            theirs = TorchSession(manifest.spec, reference, rounded_predictor if budget else None, budget)
+            selects = reference.predictor if budget else None
+            theirs = TorchSession(manifest.spec, reference.sparse, selects, budget, reference.dense)
             if budget:
                 ours.set_budget(budget)
             found, agreed = _compare(name, ours, theirs)
@@ -117,6 +113,19 @@ def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: fl
         agreement = min(agreement, agreed)
     _judge(errors, agreement, tolerance)
     return {"tolerance": tolerance, "selection_agreement": agreement, "errors": [asdict(error) for error in errors]}
+
+
+def _reference(manifest: Manifest, weights: Weights, predictor: Predictor) -> BundleWeights:
+    """The checkpoint's own weights, rounded as the bundle's are."""
+    q = manifest.quantisation
+    if q:
+        sparse, dense = dequantised_weights(manifest.spec, weights, QuantisedTensors(weights, q), q)
+        return BundleWeights(sparse, dense, dequantised_predictor(predictor, q))
+    rounded = TORCH_DTYPES[DTYPES[manifest.dtype]]
+    reference = {name: weights[name].to(rounded).float().contiguous() for name in weights}
+    if predictor.kind == "shadow":
+        predictor = replace(predictor, tensors={name: t.to(rounded).float() for name, t in predictor.tensors.items()})
+    return BundleWeights(reference, reference, predictor)
 
 
 def _judge(errors: list[Error], agreement: float, tolerance: float) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from shadowllm.errors import UserError
-from shadowllm.exporter.bundle import DTYPES, write_bundle
+from shadowllm.exporter.bundle import check_dtypes, write_bundle
 from shadowllm.exporter.engine import Verbosity, build_engine
 from shadowllm.exporter.engine_graph import describe_onnx
 from shadowllm.exporter.manifest import Manifest, read_manifest, verify_files
@@ -109,6 +109,7 @@ class Export:
         dtype: "float32", "float16" or "bfloat16".
         validate: hold the result against the reference.
         engines: one per flavour to build.
+        weight_dtype: "int8" or "int4" to store matrices as integers.
     """
 
     selector: str = "shadow"
@@ -116,6 +117,7 @@ class Export:
     dtype: str = "float32"
     validate: bool = True
     engines: Sequence[EngineOptions] = ()
+    weight_dtype: str | None = None
 
 
 def calibrate_model(source: Source, options: Calibration) -> Traces:
@@ -157,12 +159,12 @@ def export_model(
     Raises:
         UserError: any input that cannot be used, or a bundle that fails its validation.
     """
-    if options.dtype not in DTYPES:
-        raise UserError(f"dtype {options.dtype!r} is not supported", f"use one of {', '.join(DTYPES)}")
     check_output(out, overwrite)
     for engine in options.engines:
         require(engine.flavour)
+        _check_engine_weights(options.weight_dtype)
     spec, weights, checkpoint = source.open()
+    check_dtypes(spec, options.dtype, options.weight_dtype)
     if predictor is None:
         recipe = recipe or Recipe(budget=options.budget)
         predictor = _make_predictor(spec, weights, checkpoint, options.selector, calibration or Calibration(), recipe)
@@ -170,7 +172,14 @@ def export_model(
     with staged(out, overwrite) as folder:
         name = Path(source.model).name
         manifest = write_bundle(
-            folder, name, weights, checkpoint, predictor, dtype=options.dtype, budget=options.budget
+            folder,
+            name,
+            weights,
+            checkpoint,
+            predictor,
+            dtype=options.dtype,
+            weight_dtype=options.weight_dtype,
+            budget=options.budget,
         )
         if options.validate:
             from shadowllm.runtime.validation import validate_apart
@@ -191,6 +200,7 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
     """
     require(options.flavour)
     manifest = read_manifest(bundle)
+    _check_engine_weights(manifest.weight_dtype)
     verify_files(bundle, {name: digest for name, digest in manifest.files.items() if "onnx" in name})
     target = bundle / "engines" / options.flavour
     partial = target.with_name(f".{options.flavour}.partial")
@@ -222,6 +232,13 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return records
+
+
+def _check_engine_weights(weight_dtype: str | None) -> None:
+    if weight_dtype:
+        raise UserError(
+            f"engines are not built of {weight_dtype} weights", "export without --weight-dtype, for example in fp16"
+        )
 
 
 def _make_predictor(

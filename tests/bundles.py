@@ -34,8 +34,17 @@ def make_predictor(
     )
 
 
-def make_bundle(model: Path, folder: Path, dtype: str = "float32", kind: str = "shadow", rank: int = 16) -> Manifest:
+def make_bundle(
+    model: Path,
+    folder: Path,
+    dtype: str = "float32",
+    kind: str = "shadow",
+    rank: int = 16,
+    weight_dtype: str | None = None,
+) -> Manifest:
     """Export ``model`` into ``folder``."""
     spec, weights, checkpoint = load_model(model)
     predictor = make_predictor(spec, weights.fingerprint(), kind, rank)
-    return write_bundle(folder, model.name, weights, checkpoint, predictor, dtype=dtype, budget=BUDGET)
+    return write_bundle(
+        folder, model.name, weights, checkpoint, predictor, dtype=dtype, weight_dtype=weight_dtype, budget=BUDGET
+    )

@@ -41,8 +41,10 @@ VARIANTS = {
     "llama-head-dim-16": ("llama", {"head_dim": 16, "num_key_value_heads": 2}),
     "llama-rope-linear": ("llama", {"rope_parameters": ROPE_LINEAR}),
     "llama-rope-llama3": ("llama", {"rope_parameters": ROPE_LLAMA3}),
+    "llama-blocks": ("llama", {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2}),
     "opt": ("opt", {}),
     "opt-head-dim-16": ("opt", {"num_attention_heads": 3}),
+    "opt-blocks": ("opt", {"hidden_size": 64, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "opt-untied-no-bias": ("opt", {"tie_word_embeddings": False, "enable_bias": False}),
 }
 
@@ -102,16 +104,18 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint, tmp_path_factory):
-    """Folder of a bundle of a variant, in a dtype, with a kind of predictor; written once a run, not to be changed."""
+    """Folder of a bundle of a variant, types and kind of predictor; written once a run, not to be changed."""
     from tests.bundles import make_bundle
 
-    made: dict[tuple[str, str, str], Path] = {}
+    made: dict[tuple[str | None, ...], Path] = {}
 
-    def get(variant: str = "llama-gqa", dtype: str = "float32", kind: str = "shadow") -> Path:
-        key = (variant, dtype, kind)
+    def get(
+        variant: str = "llama-gqa", dtype: str = "float32", kind: str = "shadow", weight_dtype: str | None = None
+    ) -> Path:
+        key = (variant, dtype, kind, weight_dtype)
         if key not in made:
-            made[key] = tmp_path_factory.mktemp("-".join(key))
-            make_bundle(checkpoint(variant), made[key], dtype, kind)
+            made[key] = tmp_path_factory.mktemp("-".join(map(str, key)))
+            make_bundle(checkpoint(variant), made[key], dtype, kind, weight_dtype=weight_dtype)
         return made[key]
 
     return get

@@ -218,7 +218,7 @@ inline void walk(const Rows& rows, Picks picks, Ahead ahead, Block block, Single
     const T* const* to_fetch = next;
     if (i + 2 * kBlock <= picks.count)
       for (size_t r = 0; r < kBlock; ++r) next[r] = row<T>(rows, picks.ids, i + kBlock + r);
-    else if (ahead.rows != nullptr)
+    else if (ahead.rows != nullptr && ahead.rows->type == rows.type)
       for (size_t r = 0; r < kBlock; ++r) next[r] = row<T>(*ahead.rows, ahead.ids, r);
     else
       to_fetch = nullptr;
@@ -286,8 +286,18 @@ void accumulate_as(const Rows& rows, Picks picks, const float* h, size_t tokens,
       });
 }
 
+}  // namespace
+}  // namespace shadowllm
+
+#include "kernels_quantised.hpp"
+
+namespace shadowllm {
+namespace {
+
 void project(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
   switch (rows.type) {
+    case RowType::i8: return project_quantised<Bits8>(rows, picks, x, tokens, out, ahead);
+    case RowType::i4: return project_quantised<Bits4>(rows, picks, x, tokens, out, ahead);
     case RowType::f32: return project_as<float>(rows, picks, x, tokens, out, ahead);
     case RowType::bf16: return project_as<Bf16>(rows, picks, x, tokens, out, ahead);
     case RowType::f16: return project_as<F16>(rows, picks, x, tokens, out, ahead);
@@ -296,6 +306,8 @@ void project(const Rows& rows, Picks picks, const float* x, size_t tokens, float
 
 void accumulate(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y, Ahead ahead) {
   switch (rows.type) {
+    case RowType::i8: return accumulate_quantised<Bits8>(rows, picks, h, tokens, y, ahead);
+    case RowType::i4: return accumulate_quantised<Bits4>(rows, picks, h, tokens, y, ahead);
     case RowType::f32: return accumulate_as<float>(rows, picks, h, tokens, y, ahead);
     case RowType::bf16: return accumulate_as<Bf16>(rows, picks, h, tokens, y, ahead);
     case RowType::f16: return accumulate_as<F16>(rows, picks, h, tokens, y, ahead);
@@ -370,6 +382,7 @@ void widen(const void* data, RowType type, float* out, size_t size) {
     case RowType::f32: return widen_as(static_cast<const float*>(data), out, size);
     case RowType::bf16: return widen_as(static_cast<const Bf16*>(data), out, size);
     case RowType::f16: return widen_as(static_cast<const F16*>(data), out, size);
+    default: return;  // biases are never quantised
   }
 }
 

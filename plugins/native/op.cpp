@@ -113,14 +113,29 @@ RowType Node::row_type(const Tensor& tensor, const char* name) const {
     case kFloat: return RowType::f32;
     case kBFloat16: return RowType::bf16;
     case kFloat16: return RowType::f16;
-    default: fail(std::string(name) + " is of none of the types float32, bfloat16 and float16");
+    default: fail(std::string(name) + " is of none of the types float32, bfloat16, float16 and, for a matrix, uint8");
   }
 }
 
-Rows Node::matrix(const Tensor& tensor, const char* name) const {
-  const RowType type = row_type(tensor, name);
-  const size_t width = static_cast<size_t>(tensor.dims[tensor.rank - 1]);
-  return {tensor.data, width * element_size(type), width, type};
+Rows Node::matrix(const std::vector<Tensor>& in, size_t port, size_t scales_port, int64_t rows, int64_t width) const {
+  const Tensor &tensor = in[port], &scales = in[scales_port];
+  const size_t elements = static_cast<size_t>(width);
+  if (tensor.type != kUInt8) {
+    expect(in, port, {rows, width});
+    if (scales.present()) fail(std::string(ports_[scales_port].name) + " stands without integer weights");
+    const RowType type = row_type(tensor, ports_[port].name);
+    return {tensor.data, elements * element_size(type), elements, type};
+  }
+  const bool packed = tensor.rank == 2 && tensor.dims[1] * 2 == width;
+  expect(in, port, {rows, packed ? width / 2 : width});
+  const int64_t blocks = scales.rank == 2 ? scales.dims[1] : 0;
+  if (blocks < 1 || width % blocks != 0 || width / blocks % static_cast<int64_t>(kLeastQuantBlock) != 0)
+    fail(std::string(ports_[scales_port].name) + " must have shape (" + std::to_string(rows) + ", blocks), with " +
+         std::to_string(width) + " elements in equal blocks of a multiple of " + std::to_string(kLeastQuantBlock));
+  expect(in, scales_port, {rows, blocks});
+  const size_t stride = static_cast<size_t>(tensor.dims[1]);
+  return {tensor.data, stride, elements, packed ? RowType::i4 : RowType::i8, scales.as<float>(),
+          static_cast<size_t>(width / blocks)};
 }
 
 namespace {

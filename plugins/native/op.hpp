@@ -53,8 +53,9 @@ class Node {
   void bound(const std::string& what, int64_t value, int64_t low, int64_t high) const;
   // The ids of a sparse op: `indices` up to `count`, every one in 0..rows-1 or it throws.
   Picks active(const Tensor& indices, const Tensor& count, int64_t rows) const;
-  // A weight matrix (rows, width); throws where its type is none of ours.
-  Rows matrix(const Tensor& tensor, const char* name) const;
+  // A weight matrix of rows of `width` elements. Integers come with scales (rows, blocks); throws where the type is
+  // none of ours, or the shapes do not fit together.
+  Rows matrix(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const;
   RowType row_type(const Tensor& tensor, const char* name) const;
 
  private:

@@ -34,7 +34,7 @@ namespace shadowllm {
 constexpr uint32_t kApiVersion = 17;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
-enum ElementType : int { kUndefined = 0, kFloat = 1, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kUInt8 = 2, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 enum AttributeType : int { kAttributeInt = 1 };
 

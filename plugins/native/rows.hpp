@@ -7,15 +7,24 @@
 
 namespace shadowllm {
 
-enum class RowType { f32, bf16, f16 };
+enum class RowType { f32, bf16, f16, i8, i4 };
 enum class Activation { relu, silu, gelu };
 
+// Quantised rows (i8, i4) are unsigned integers around a middle of 128 or 8, two of four bits to a byte with the lower
+// half first, and a scale for every `block` of them: the layout of ONNX Runtime's MatMulNBits.
 struct Rows {
   const void* data;
   size_t stride;  // bytes from one row to the next
   size_t width;   // elements of a row
   RowType type;
+  const float* scales = nullptr;  // width / block to a row
+  size_t block = 0;
+
+  // Bytes read for one row.
+  size_t bytes() const { return stride + (scales == nullptr ? 0 : width / block * sizeof(float)); }
 };
+
+constexpr size_t kLeastQuantBlock = 16;  // blocks are multiples of it
 
 // The rows to visit: ids[0..count), or 0..count where ids is null.
 struct Picks {
@@ -43,7 +52,7 @@ struct Kernels {
   float (*exponentials)(float* h, size_t size);
   // y[i] = sum of parts[p * stride + i] in the order of p, on top of start[i] where start is not null
   void (*reduce)(const float* parts, size_t count, size_t stride, const float* start, float* y, size_t size);
-  // out[i] = data[i] as float
+  // out[i] = data[i] as float; not of quantised types
   void (*widen)(const void* data, RowType, float* out, size_t size);
 };
 

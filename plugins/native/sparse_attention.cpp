@@ -10,7 +10,7 @@
 namespace shadowllm {
 namespace {
 
-enum Input { kX, kKey, kValue, kLengths, kIndices, kCount, kWQ, kBQ, kWO, kBO, kCos, kSin };
+enum Input { kX, kKey, kValue, kLengths, kIndices, kCount, kWQ, kBQ, kWO, kBO, kCos, kSin, kSQ, kSO };
 
 // One call, checked: sizes as in schemas.py (hidden size D, H query heads of dimension d over n_kv cached ones),
 // and the inputs in the form in which the tasks read them.
@@ -35,6 +35,7 @@ class SparseAttention {
       {"lengths", kInt32, kRequired},  {"indices", kInt32, kRequired}, {"count", kInt32, kRequired},
       {"w_q", kUndefined, kRequired},  {"b_q", kUndefined, kOptional}, {"w_o", kUndefined, kRequired},
       {"b_o", kUndefined, kOptional},  {"cos", kFloat, kOptional},     {"sin", kFloat, kOptional},
+      {"s_q", kFloat, kOptional},      {"s_o", kFloat, kOptional},
   };
 
   SparseAttention(const Api& api, const OrtKernelInfo* info)
@@ -63,7 +64,6 @@ class SparseAttention {
       node_.fail(std::to_string(n_heads_) + " heads do not divide among " + std::to_string(kv_heads) + " cached ones");
     for (const size_t port : {kKey, kValue}) node_.expect(in, port, {batch, kv_heads, key.dims[2], d});
     node_.expect(in, kLengths, {batch});
-    for (const size_t port : {kWQ, kWO}) node_.expect(in, port, {n_heads_ * d, width});
     node_.expect(in, kBQ, {n_heads_ * d});
     node_.expect(in, kBO, {width});
     for (const size_t port : {kCos, kSin}) node_.expect(in, port, {batch, seqlen, d / 2});
@@ -79,19 +79,26 @@ class SparseAttention {
       return in[port].present() ? node_.row_type(in[port], name) : RowType::f32;
     };
     const int32_t* lengths = in[kLengths].as<int32_t>();
+    const int64_t rows = n_heads_ * in[kKey].dims[3];
     return {dim(kX, 0), dim(kX, 1), dim(kX, 2), static_cast<size_t>(n_heads_) / dim(kKey, 1), dim(kKey, 1),
             dim(kKey, 2), dim(kKey, 3), static_cast<size_t>(*std::max_element(lengths, lengths + dim(kX, 0))),
             node_.active(in[kIndices], in[kCount], n_heads_),
-            node_.matrix(in[kWQ], "w_q"), node_.matrix(in[kWO], "w_o"),
-            node_.matrix(in[kKey], "key"), node_.matrix(in[kValue], "value"),
+            node_.matrix(in, kWQ, kSQ, rows, in[kX].dims[2]), node_.matrix(in, kWO, kSO, rows, in[kX].dims[2]),
+            cache(in, kKey), cache(in, kValue),
             in[kX].as<float>(), in[kCos].as<float>(), in[kSin].as<float>(), lengths,
             in[kBQ], in[kBO], bias_type(kBQ, "b_q"), bias_type(kBO, "b_o")};
+  }
+
+  Rows cache(const std::vector<Tensor>& in, Input port) const {
+    const RowType type = node_.row_type(in[port], kPorts[port].name);
+    const size_t d = static_cast<size_t>(in[port].dims[3]);
+    return {in[port].data, d * element_size(type), d, type};
   }
 
   void run(const Pool& pool, const Call& call, float* y) const {
     const size_t d = call.head_dim, tokens = call.tokens(), n = call.heads.count * d, part = tokens * call.width;
     const size_t tasks = call.heads.count * call.batch, task_size = 2 * d + call.longest;
-    const Chunks in_chunks(n, call.w_q.stride, tokens), out_chunks(n, call.w_o.stride, tokens);
+    const Chunks in_chunks(n, call.w_q.bytes(), tokens), out_chunks(n, call.w_o.bytes(), tokens);
     // (row, token): the queries and then the contexts. Per task: a query, a context, and scores of the cache.
     Scratch scratch;
     float* queries = scratch.take(n * tokens + tasks * task_size + out_chunks.count() * part + call.width + n);

@@ -6,7 +6,7 @@
 namespace shadowllm {
 namespace {
 
-enum Input { kX, kIndices, kCount, kWGate, kBGate, kWUp, kBUp, kWDown, kBDown };
+enum Input { kX, kIndices, kCount, kWGate, kBGate, kWUp, kBUp, kWDown, kBDown, kSGate, kSUp, kSDown };
 constexpr size_t kTokenBlock = 64;  // tokens that share one reading of the weights
 
 Activation parse_activation(const Node& node, const std::string& name) {
@@ -52,6 +52,7 @@ class SparseMlp {
       {"x", kFloat, kRequired},          {"indices", kInt32, kRequired},    {"count", kInt32, kRequired},
       {"w_gate", kUndefined, kOptional}, {"b_gate", kUndefined, kOptional}, {"w_up", kUndefined, kRequired},
       {"b_up", kUndefined, kOptional},   {"w_down", kUndefined, kRequired}, {"b_down", kUndefined, kOptional},
+      {"s_gate", kFloat, kOptional},     {"s_up", kFloat, kOptional},       {"s_down", kFloat, kOptional},
   };
 
   SparseMlp(const Api& api, const OrtKernelInfo* info)
@@ -79,7 +80,6 @@ class SparseMlp {
     if (in[kX].rank != 3) node_.fail("x has " + std::to_string(in[kX].rank) + " dimensions, not 3");
     if (in[kWUp].rank != 2) node_.fail("w_up has " + std::to_string(in[kWUp].rank) + " dimensions, not 2");
     const int64_t width = in[kX].dims[2], neurons = in[kWUp].dims[0];
-    for (const size_t port : {kWGate, kWUp, kWDown}) node_.expect(in, port, {neurons, width});
     for (const size_t port : {kBGate, kBUp}) node_.expect(in, port, {neurons});
     node_.expect(in, kBDown, {width});
     if (in[kBGate].present() && !in[kWGate].present()) node_.fail("b_gate stands without w_gate");
@@ -93,11 +93,12 @@ class SparseMlp {
   void run(const Pool& pool, const std::vector<Tensor>& in, Picks picks, const float* x, size_t tokens,
            float* y) const {
     const bool gated = in[kWGate].present();
-    const Rows up = node_.matrix(in[kWUp], "w_up"), down = node_.matrix(in[kWDown], "w_down");
-    const Rows gate = gated ? node_.matrix(in[kWGate], "w_gate") : up;
+    const int64_t rows = in[kWUp].dims[0], columns = in[kX].dims[2];
+    const Rows up = node_.matrix(in, kWUp, kSUp, rows, columns), down = node_.matrix(in, kWDown, kSDown, rows, columns);
+    const Rows gate = gated ? node_.matrix(in, kWGate, kSGate, rows, columns) : up;
     const Bias b_gate = bias(in, kBGate), b_up = bias(in, kBUp), b_down = bias(in, kBDown);
     const size_t width = up.width, neurons = picks.count, part = tokens * width;
-    const Chunks chunks(neurons, up.stride + down.stride + (gated ? gate.stride : 0), tokens);
+    const Chunks chunks(neurons, up.bytes() + down.bytes() + (gated ? gate.bytes() : 0), tokens);
     // Partial sums, the two projections, the bias of the output, and the neurons left after drop_zeros.
     Scratch scratch;
     float* parts = scratch.take(chunks.count() * part + 2 * neurons * tokens + width + neurons);

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
     keep_freed_memory()
     manifest = read_manifest(args.bundle)
     tokenizer = load_tokenizer(args.bundle, manifest)
-    weights, predictor = read_weights(args.bundle, manifest)
+    read = read_weights(args.bundle, manifest)
+    predictor = read.predictor
 
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
@@ -77,7 +78,14 @@ def run(args: argparse.Namespace) -> None:
     passes = len(windows) * (1 + len(selectors) * len(args.neuron_budget) * len(args.head_budget))
     with progress("Evaluating", passes) as advance:
         results = evaluate(
-            manifest.spec, weights, predictor, selectors, windows, args.neuron_budget, args.head_budget, advance=advance
+            manifest.spec,
+            read.sparse,
+            predictor,
+            selectors,
+            windows,
+            args.neuron_budget,
+            args.head_budget,
+            advance=advance,
         )
     _print_table(results)
     if args.json:

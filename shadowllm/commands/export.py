@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 
 from shadowllm.commands import options
+from shadowllm.plugins.quantisation import WEIGHT_DTYPES
 
 EPILOG = """examples:
   shadowllm export MODEL out/ --neuron-budget 0.5 --head-budget 0.75
   shadowllm export MODEL out/ --predictor predictor.safetensors --dtype fp16 --engine tensorrt_rtx --sm 89 120
+  shadowllm export MODEL out/ --weight-dtype int4
   shadowllm export opt-1.3b/ out/ --selector static --calibration-text corpus.txt --overwrite
 
 A predictor is trained on the spot unless --predictor names one. The budgets are defaults: `run` and
@@ -23,6 +25,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a bundle")
     parser.add_argument(
         "--dtype", choices=tuple(options.DTYPES), default="fp32", help="of weights and activations (default: fp32)"
+    )
+    parser.add_argument(
+        "--weight-dtype",
+        choices=tuple(WEIGHT_DTYPES),
+        help="store matrices as integers with a scale per 32 of them (ONNX Runtime only; default: as --dtype)",
     )
     parser.add_argument("--predictor", type=Path, metavar="FILE", help="use this predictor instead of training one")
     parser.add_argument(
@@ -52,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
         options.DTYPES[args.dtype],
         not args.skip_validation,
         [options.engines(args, flavour) for flavour in args.engine],
+        args.weight_dtype,
     )
     export_model(
         options.source(args),

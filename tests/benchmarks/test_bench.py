@@ -140,7 +140,7 @@ def test_no_bundle(tmp_path):
 @pytest.mark.parametrize("kind", ["shadow", "static"])
 def test_predictor_bytes_are_those_of_its_tensors(bundle, kind):
     manifest = read_manifest(bundle(kind=kind))
-    tensors = read_weights(bundle(kind=kind), manifest)[1].tensors
+    tensors = read_weights(bundle(kind=kind), manifest).predictor.tensors
     read = {name: tensor for name, tensor in tensors.items() if name.endswith("scores") == (kind == "static")}
     assert predictor_bytes(manifest, 4) == sum(tensor.nbytes for tensor in read.values())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -9,6 +11,7 @@ import pytest
 
 from shadowllm.plugins import reference, schemas
 from shadowllm.plugins.functions import OPSET, FunctionForm, function_bodies
+from shadowllm.plugins.quantisation import Quantisation, quantise
 
 # float32 sums of a few hundred products of numbers near 1.
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
@@ -135,6 +138,37 @@ def test_sparse_attention(heads, kv, rope, bias, batch, seqlen, length, count):
         n_heads=heads,
     )
     found = run(schemas.SPARSE_ATTENTION, form, feeds, n_heads=heads, layer=0)
+    np.testing.assert_allclose(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("q", [Quantisation(8), Quantisation(4), Quantisation(4, 16)], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 41])
+def test_integer_weights(q, count):
+    rng = np.random.default_rng(count)
+    x = rng.standard_normal((2, 3, 64)).astype(np.float32)
+    feeds = {"x": x, "indices": padded(rng.choice(41, count, replace=False), 41), "count": np.array(count, np.int32)}
+    for part in ("gate", "up", "down"):
+        feeds[f"w_{part}"], feeds[f"s_{part}"] = quantise(0.3 * rng.standard_normal((41, 64)).astype(np.float32), q)
+    form = replace(FORM, quantisation=q)
+    found = run(schemas.SPARSE_MLP, form, feeds, activation="silu", layer=0)
+    expected = reference.sparse_mlp(**feeds, b_gate=None, b_up=None, b_down=None, activation="silu")
+    np.testing.assert_allclose(found, expected, **TOLERANCE)
+
+    angles, cache = rng.standard_normal((2, 3, 4)), rng.standard_normal((2, 2, 2, 9, 8)).astype(np.float32)
+    feeds = {
+        "x": x,
+        "key": cache[0],
+        "value": cache[1],
+        "lengths": np.array([3, 9], np.int32),
+        "indices": padded(np.array([1, 2, 5]), 6),  # the standard Attention takes no fewer than one head
+        "count": np.array(3, np.int32),
+        "cos": np.cos(angles).astype(np.float32),
+        "sin": np.sin(angles).astype(np.float32),
+    }
+    for part in ("q", "o"):
+        feeds[f"w_{part}"], feeds[f"s_{part}"] = quantise(0.3 * rng.standard_normal((48, 64)).astype(np.float32), q)
+    found = run(schemas.SPARSE_ATTENTION, form, feeds, n_heads=6, layer=0)
+    expected = reference.sparse_attention(**feeds, b_q=None, b_o=None, n_heads=6)
     np.testing.assert_allclose(found, expected, **TOLERANCE)
 
 

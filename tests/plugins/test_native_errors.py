@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from shadowllm.plugins import native_ops
+from shadowllm.plugins.quantisation import Quantisation
 from tests.plugins.test_native_ops import (
     ATTENTION_WEIGHTS,
     MLP_WEIGHTS,
     attention_inputs,
+    integers,
     make_session,
     mlp_inputs,
     ort,
@@ -54,8 +56,9 @@ def zeros(*shape: int) -> np.ndarray:
         ({"count": scalar(-1)}, r"SparseMLP layer 11: count -1 is outside 0\.\.7"),
         ({"count": ints(1, 2)}, "layer 11: count has 2 elements"),
         ({"indices": ints(0, 1, 2).reshape(1, 3)}, "layer 11: indices has 2 dimensions"),
-        ({"x": zeros(1, 2, 40)}, r"layer 11: w_gate has shape \(7, 41\), not \(7, 40\)"),
+        ({"x": zeros(1, 2, 40)}, r"layer 11: b_down has shape \(41\), not \(40\)"),
         ({"x": zeros(2, 41)}, "layer 11: x has 2 dimensions"),
+        ({"x": zeros(1, 2, 40), "b_down": None}, r"layer 11: w_up has shape \(7, 41\), not \(7, 40\)"),
         ({"w_down": zeros(41, 7)}, r"w_down has shape \(41, 7\), not \(7, 41\)"),
         ({"b_up": zeros(41)}, r"b_up has shape \(41\), not \(7\)"),
         ({"b_down": zeros(7)}, r"b_down has shape \(7\), not \(41\)"),
@@ -66,6 +69,26 @@ def zeros(*shape: int) -> np.ndarray:
 def test_mlp_refuses(changes, words):
     with pytest.raises(REFUSED, match=words):
         mlp(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"s_up": None}, r"s_up must have shape \(7, blocks\)"),
+        ({"s_up": zeros(7, 3)}, r"s_up must have shape \(7, blocks\)"),
+        ({"s_up": zeros(7, 8)}, "blocks of a multiple of 16"),
+        ({"s_up": zeros(7, 0)}, r"s_up must have shape \(7, blocks\)"),
+        ({"s_up": zeros(7)}, r"s_up must have shape \(7, blocks\)"),
+        ({"s_down": zeros(6, 2)}, r"s_down has shape \(6, 2\), not \(7, 2\)"),
+        ({"w_up": np.zeros((7, 16), np.uint8)}, r"w_up has shape \(7, 16\), not \(7, 64\)"),
+        ({"w_gate": zeros(7, 64)}, "s_gate stands without integer weights"),
+        ({"b_up": np.zeros(7, np.uint8)}, "b_up is of none of the types"),
+    ],
+)
+def test_mlp_refuses_integer_weights(changes, words):
+    inputs = integers(mlp_inputs("llama-biases", (64, 7, 1, 2, 3)), Quantisation(4)) | changes
+    with pytest.raises(REFUSED, match=words):
+        run("SparseMLP", inputs, MLP_WEIGHTS, activation="silu", layer=11)
 
 
 def test_indices_behind_the_count_are_never_read():

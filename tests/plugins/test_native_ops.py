@@ -15,10 +15,15 @@ import pytest
 from onnx import TensorProto, helper
 
 from shadowllm.plugins import native_ops, reference, schemas
+from shadowllm.plugins.quantisation import Quantisation, dense_rows, quantise
 
 ort = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.skipif(not native_ops.kernels(), reason="the native ops are not built")
-ONNX_TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
+ONNX_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.uint8): TensorProto.UINT8,
+}
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
@@ -87,6 +92,7 @@ def pick(rng: np.random.Generator, bound: int, count: int, cap: int) -> np.ndarr
 
 # SparseMLP ---------------------------------------------------------------------------------------------------------
 
+MLP_SCALES = ("s_gate", "s_up", "s_down")
 MLP_WEIGHTS = ("w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down")
 MLP_FORMS = {  # activation, gated, biases
     "llama": ("silu", True, False),
@@ -194,6 +200,41 @@ def test_mlp_with_weights_of_two_bytes(size, dtype, isa):
     assert_as_exact_as(found, reference.sparse_mlp(**inputs, activation="silu"), exact_mlp(inputs, "silu"))
 
 
+QUANTISATIONS = [Quantisation(8), Quantisation(4), Quantisation(4, 16), Quantisation(8, 64)]
+INTEGER_SIZES = [(64, 7, 2, 3, 5), (576, 1536, 1, 1, 501), (192, 88, 1, 1, 88), (64, 88, 4, 17, 41), (128, 9, 1, 2, 0)]
+
+
+def integers(inputs: dict[str, np.ndarray | None], q: Quantisation) -> dict[str, np.ndarray | None]:
+    """The same inputs with their matrices as integers and scales."""
+    matrices = [name for name, value in inputs.items() if name.startswith("w_") and value is not None]
+    found = dict(inputs)
+    for name in matrices:
+        found[name], found[name.replace("w_", "s_")] = quantise(inputs[name], q)
+    return found
+
+
+def restored(inputs: dict[str, np.ndarray | None], width: int) -> dict[str, np.ndarray | None]:
+    """Integer inputs as the floats that they stand for."""
+    found = {name: value for name, value in inputs.items() if not name.startswith("s_")}
+    for name, scales in inputs.items():
+        if name.startswith("s_"):
+            weight = name.replace("s_", "w_")
+            found[weight] = dense_rows(inputs[weight], scales, width)
+    return found
+
+
+@pytest.mark.parametrize("q", QUANTISATIONS, ids=str)
+@pytest.mark.parametrize("size", INTEGER_SIZES, ids=str)
+@pytest.mark.parametrize("form", ["llama-biases", "opt"])
+def test_mlp_with_integer_weights(form, size, q, isa):
+    activation = MLP_FORMS[form][0]
+    inputs = integers(mlp_inputs(form, size), q)
+    floats = restored(inputs, size[0])
+    found = run("SparseMLP", inputs, (*MLP_WEIGHTS, *MLP_SCALES), threads=2, activation=activation, layer=3)
+    exact = exact_mlp(floats, activation)
+    assert_as_exact_as(found, exact if size[-1] == 0 else reference.sparse_mlp(**floats, activation=activation), exact)
+
+
 def test_every_float16_is_widened_exactly(isa):
     """All finite values, subnormals included, as a bias that nothing is added to."""
     values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
@@ -290,6 +331,27 @@ def test_attention_with_weights_of_two_bytes(dtype, isa):
     inputs = stored(attention_inputs("llama-biases", size), ATTENTION_WEIGHTS, dtype)
     found = run("SparseAttention", inputs, ATTENTION_WEIGHTS, threads=2, n_heads=size[1], layer=3)
     assert_as_exact_as(found, reference.sparse_attention(**inputs, n_heads=size[1]), exact_attention(inputs, size[1]))
+
+
+@pytest.mark.parametrize("q", QUANTISATIONS, ids=str)
+@pytest.mark.parametrize("form", ATTENTION_FORMS)
+@pytest.mark.parametrize(
+    "size",
+    [
+        (64, 6, 3, 20, 40, 2, 5, (5, 31), 4),
+        (576, 9, 3, 64, 300, 1, 1, (257,), 6),
+        (192, 4, 2, 16, 21, 1, 2, (20,), 0),
+        (128, 9, 3, 8, 33, 3, 17, (17, 18, 33), 9),
+    ],
+    ids=str,
+)
+def test_attention_with_integer_weights(form, size, q, isa):
+    inputs = integers(attention_inputs(form, size), q)
+    floats = restored(inputs, size[0])
+    exact, float32 = exact_attention(floats, size[1]), reference.sparse_attention(**floats, n_heads=size[1])
+    weights = (*ATTENTION_WEIGHTS, "s_q", "s_o")
+    found = run("SparseAttention", inputs, weights, threads=2, n_heads=size[1], layer=3)
+    assert_as_exact_as(found, float32, exact)
 
 
 # Random shapes -----------------------------------------------------------------------------------------------------

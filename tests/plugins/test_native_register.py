@@ -86,7 +86,11 @@ def model_with_bodies(op: str, inputs: dict[str, np.ndarray], **attributes) -> b
     schema = schemas.SCHEMAS[op]
     types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
     node = helper.make_node(
-        op, [port.name for port in schema.inputs], [schema.outputs[0].name], domain=schemas.DOMAIN, **attributes
+        op,
+        [port.name if port.name in inputs else "" for port in schema.inputs],
+        [schema.outputs[0].name],
+        domain=schemas.DOMAIN,
+        **attributes,
     )
     graph = helper.make_graph(
         [node],

@@ -49,7 +49,7 @@ def test_absent_inputs_are_closed_up():
     ("schema", "attributes", "mask", "words"),
     [
         (SPARSE_MLP, MLP, 0b1, "mask 0b1"),
-        (SPARSE_MLP, MLP, 1 << 9 | (1 << 9) - 1, "mask 0b1111111111"),
+        (SPARSE_MLP, MLP, (1 << 13) - 1, "mask 0b1111111111111"),
         (SPARSE_MLP, {"activation": "silu"}, 511, "attributes"),
         (SPARSE_MLP, MLP | {"layer": "3"}, 511, "attributes"),
         (SELECT_TOPK, {"cap": 7, "layer": 3}, 3, "attributes"),

@@ -34,9 +34,13 @@ def test_full_budget_equals_dense(bundle, variant, backend):
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
-def test_backends_agree_at_a_small_budget(bundle, variant):
-    with open_session(bundle(variant), "ort") as first, open_session(bundle(variant), "torch") as second:
+@pytest.mark.parametrize(
+    ("variant", "weight_dtype"), [("llama-gqa", None), ("opt", None), ("llama-blocks", "int4"), ("opt-blocks", "int8")]
+)
+@pytest.mark.parametrize("native", [True, False])
+def test_backends_agree_at_a_small_budget(bundle, variant, weight_dtype, native):
+    folder = bundle(variant, weight_dtype=weight_dtype)
+    with ort_module.OrtSession(folder, native=native) as first, open_session(folder, "torch") as second:
         found = []
         for session in (first, second):
             session.set_budget(Budget(neurons=0.25, heads=0.5))

@@ -38,6 +38,12 @@ def test_16_bit_graphs_reproduce_the_rounded_model(bundle, checkpoint, variant, 
     check(bundle(variant, dtype), checkpoint(variant))
 
 
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("variant", ["llama-blocks", "opt-blocks"])
+def test_integer_graphs_reproduce_the_rounded_model(bundle, checkpoint, variant, weight_dtype):
+    check(bundle(variant, weight_dtype=weight_dtype), checkpoint(variant))
+
+
 @pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
 def test_static_predictor(bundle, checkpoint, variant):
     assert check(bundle(variant, kind="static"), checkpoint(variant))["selection_agreement"] == 1.0
