@@ -11,7 +11,7 @@ OUT    ?= out
 # Root folders that are subpackages of shadowllm; mypy must see them in their place.
 ROOMS  := models predictor exporter plugins runtime benchmarks
 
-.PHONY: demo test lint clean peers
+.PHONY: demo test lint sanitize clean peers
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,17 @@ lint: $(VENV)/.installed
 	rm -rf build/typecheck && mkdir -p build/typecheck/shadowllm
 	ln -s $(CURDIR)/shadowllm/* $(addprefix $(CURDIR)/,$(ROOMS)) build/typecheck/shadowllm/
 	MYPYPATH=build/typecheck $(BIN)/mypy --package shadowllm
+
+# The native ops' tests, and a minute of fuzzing, on a library built with sanitizers. Python itself leaks at exit.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check cmake ninja
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSHADOWLLM_SANITIZE=ON
+	$(BIN)/cmake --build $(SANITIZED)
+	set -e; export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 SHADOWLLM_NATIVE_OPS=$(SANITIZED)/plugins/native/libshadowllm_native.so; \
+	$(BIN)/python -m pytest -q tests/plugins/test_native_ops.py tests/plugins/test_native_errors.py; \
+	$(BIN)/python -m tests.plugins.fuzz_native --seconds 60
 
 # Our dense graph against other exporters', on the bundle of `make demo`; each toolkit in an environment of its own.
 PEERS_ORT := onnxruntime==1.32.0

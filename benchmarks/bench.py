@@ -18,6 +18,7 @@ from shadowllm.benchmarks.traffic import Active, Traffic, mean_traffic
 from shadowllm.errors import UserError
 from shadowllm.exporter.manifest import Manifest, read_manifest
 from shadowllm.models.budget import Budget
+from shadowllm.plugins import native_ops
 from shadowllm.predictor.progress import progress
 from shadowllm.runtime.text import load_tokenizer
 
@@ -64,7 +65,9 @@ def bench(
     tokenizer = load_tokenizer(bundle, manifest)
     text = passage(lambda part: tokenizer.encode(part, add_special_tokens=False).ids, prompt_len + quality_tokens)
     backends = {SPARSE: backend} | {name: name for name in against}
-    contenders = [Contender(name, _command(bundle, chosen, budget, threads)) for name, chosen in backends.items()]
+    contenders = [
+        Contender(name, session_command(bundle, chosen, budget, threads)) for name, chosen in backends.items()
+    ]
     texts = Texts(text[:prompt_len], text[prompt_len:], baseline=against[0])
     with progress("Benchmark", len(contenders) * (warmup + runs + 2 * bool(quality_tokens))) as advance:
         taken, scores = race(
@@ -79,11 +82,12 @@ def bench(
     wanted = sorted({50, 90, 99, *percentiles})
     results = []
     for name, generations in taken.items():
-        traffic = _traffic(manifest, name, backends[name], budget, prompt_len, new_tokens)
+        traffic = traffic_of(manifest, name, backends[name], budget, prompt_len, new_tokens)
         results.append(Result(name, summarise(generations, wanted), traffic, (scores or {}).get(name, {})))
     settings = {
         "model": manifest.model,
         "dtype": manifest.dtype,
+        "weight_dtype": manifest.weight_dtype or manifest.dtype,
         "prompt_len": prompt_len,
         "new_tokens": new_tokens,
         "runs": runs,
@@ -163,7 +167,7 @@ def _check(
         )
 
 
-def _command(bundle: Path, backend: str, budget: Budget, threads: int | None) -> tuple[str, ...]:
+def session_command(bundle: Path, backend: str, budget: Budget, threads: int | None) -> tuple[str, ...]:
     limit = ("--threads", str(threads)) if threads else ()
     return (
         sys.executable,
@@ -180,7 +184,7 @@ def _command(bundle: Path, backend: str, budget: Budget, threads: int | None) ->
     )
 
 
-def _traffic(
+def traffic_of(
     manifest: Manifest,
     name: str,
     backend: str,
@@ -188,15 +192,26 @@ def _traffic(
     prompt_len: int,
     new_tokens: int,
 ) -> Traffic:
-    # The CPU backends compute 16-bit bundles in float32, and read that many bytes.
-    itemsize = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
+    """Mean bytes per decode step of a contender: the sparse path where ``name`` is "sparse", else a dense one."""
+    # The CPU backends compute 16-bit bundles in float32, and read that many bytes; only native rows stay as they are.
+    itemsize = row_itemsize = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
     q = manifest.quantisation if backend.startswith("ort") else None
     matrix_itemsize = q.bits / 8 + 4 / q.block if q else itemsize
+    if backend == "ort" and native_ops.library():
+        row_itemsize = ITEMSIZE[manifest.dtype]
     active = None
     if name == SPARSE:
         heads, neurons = budget.counts(manifest.spec)
         active = Active(heads, neurons, manifest.dense_layers, predictor_bytes(manifest, matrix_itemsize))
-    return mean_traffic(manifest.spec, itemsize, prompt_len, new_tokens, active, matrix_itemsize)
+    return mean_traffic(
+        manifest.spec,
+        itemsize,
+        prompt_len,
+        new_tokens,
+        active,
+        matrix_itemsize,
+        matrix_itemsize if q else row_itemsize,
+    )
 
 
 def predictor_bytes(manifest: Manifest, itemsize: float) -> int:

@@ -1,7 +1,7 @@
 """What an export costs: seconds and peak memory against the size of the weights.
 
     python -m shadowllm.benchmarks.export_cost smollm2.gguf
-    python -m shadowllm.benchmarks.export_cost --opt-1.3b --dtype fp16 --json cost.json
+    python -m shadowllm.benchmarks.export_cost --shape opt-1.3b --dtype fp16 --json cost.json
 
 The export runs in a process of its own without validation (which runs in another one, and holds
 the model twice) and with a random ranking, so that writing the bundle is all it does.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.benchmarks.environment import environment
+from shadowllm.benchmarks.random_model import SHAPES, write_random_model
 from shadowllm.errors import UserError
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -71,56 +72,22 @@ def measure(model: str, dtype: str = "fp32") -> dict[str, Any]:
     }
 
 
-def write_opt_1_3b(folder: Path) -> None:
-    """A checkpoint of OPT-1.3B's shape with random float16 weights, in shards, written tensor by tensor."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import OPTConfig, OPTForCausalLM
-
-    config = OPTConfig(
-        hidden_size=2048,
-        ffn_dim=8192,
-        num_hidden_layers=24,
-        num_attention_heads=32,
-        word_embed_proj_dim=2048,
-        max_position_embeddings=2048,
-        dtype="float16",
-    )
-    with torch.device("meta"):
-        shapes = {
-            name: value.shape for name, value in OPTForCausalLM(config).state_dict().items() if name != "lm_head.weight"
-        }
-    config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    where: dict[str, str] = {}
-    names = list(shapes)
-    for number, part in enumerate(names[i : i + 64] for i in range(0, len(names), 64)):
-        file = f"model-{number:05d}.safetensors"
-        save_file(
-            {name: torch.randn(shapes[name], generator=generator).mul_(0.02).half() for name in part}, folder / file
-        )
-        where |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-
-
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="folder, .gguf file or Hugging Face id")
-    parser.add_argument(
-        "--opt-1.3b", dest="opt", action="store_true", help="measure a random model of OPT-1.3B's shape instead"
-    )
+    parser.add_argument("--shape", choices=SHAPES, help="measure a random model of this shape instead")
     parser.add_argument("--dtype", choices=tuple(ITEMSIZE), default="fp32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
-    if bool(args.model) == args.opt:
-        parser.error("give a model or --opt-1.3b")
+    if bool(args.model) == bool(args.shape):
+        parser.error("give a model or --shape")
     with tempfile.TemporaryDirectory() as folder:
         model = args.model
-        if args.opt:
-            model = str(Path(folder) / "opt-1.3b-shape")
+        if args.shape:
+            model = str(Path(folder) / args.shape)
             Path(model).mkdir()
-            write_opt_1_3b(Path(model))
+            write_random_model(args.shape, Path(model))
         found = measure(model, args.dtype)
     print(
         f"{found['model']} {found['dtype']}: {found['seconds']:.1f} s, peak {found['peak_rss_mb']:.0f} MB "

@@ -28,9 +28,18 @@ from rich.progress import track
 from shadowllm.benchmarks.bandwidth import read_bandwidth
 from shadowllm.benchmarks.environment import environment
 from shadowllm.plugins import native_ops, schemas
+from shadowllm.plugins.quantisation import WEIGHT_DTYPES, quantise
 
 SIZES = {"large": (2048, 8192, 8), "small": (576, 1536, 30)}  # hidden size, intermediate size, layers
-DTYPES = {"float32": (TensorProto.FLOAT, 4), "bfloat16": (TensorProto.BFLOAT16, 2), "float16": (TensorProto.FLOAT16, 2)}
+FLOATS = {
+    "float32": (TensorProto.FLOAT, 4),
+    "bfloat16": (TensorProto.BFLOAT16, 2),
+    "float16": (TensorProto.FLOAT16, 2),
+}
+DTYPES = (*FLOATS, *WEIGHT_DTYPES)
+# Of MatMulNBits: float32 or int8 activations. Both run, and the faster one counts.
+ACCURACY_LEVELS = (1, 4)
+MICROSOFT = "com.microsoft"
 INDEX_SETS = 5  # different random neurons, so that no cache learns them
 
 
@@ -41,12 +50,14 @@ class Stack:
     size: str
     kind: str  # "dense" or "sparse"
     dtype: str
+    accuracy_level: int = 0  # of a dense stack of integers
 
     @property
-    def bytes(self) -> int:
-        """Bytes of all weights."""
+    def bytes(self) -> float:
+        """Bytes of all weights, scales included."""
         hidden, neurons, layers = SIZES[self.size]
-        return 3 * hidden * neurons * layers * DTYPES[self.dtype][1]
+        q = WEIGHT_DTYPES.get(self.dtype)
+        return 3 * hidden * neurons * layers * (q.bits / 8 + 4 / q.block if q else FLOATS[self.dtype][1])
 
 
 class Builder:
@@ -64,16 +75,28 @@ class Builder:
         self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
 
-    def weight(self, name: str, shape: tuple[int, int], dtype: str) -> str:
+    def _values(self, shape: tuple[int, int]) -> np.ndarray:
         # Different in every weight: ONNX Runtime keeps packed weights of equal content once.
-        data = np.resize(np.roll(self._pool, 1000 * len(self.values)), shape)
-        kind = DTYPES[dtype][0]
+        return np.resize(np.roll(self._pool, 1000 * len(self.values)), shape)
+
+    def weight(self, name: str, shape: tuple[int, int], dtype: str) -> str:
+        data, kind = self._values(shape), FLOATS[dtype][0]
         if dtype == "bfloat16":
             halves = (data.view(np.uint32) >> 16).astype(np.uint16)
-            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(halves, kind)
-        else:
-            value = ort.OrtValue.ortvalue_from_numpy(data.astype(dtype))
-        tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+            return self._declare(name, kind, ort.OrtValue.ortvalue_from_numpy_with_onnx_type(halves, kind))
+        return self._declare(name, kind, ort.OrtValue.ortvalue_from_numpy(data.astype(dtype)))
+
+    def integers(self, name: str, shape: tuple[int, int], dtype: str, *, blocked: bool) -> tuple[str, str]:
+        """Integers and scales; in the shape of `MatMulNBits` where ``blocked``."""
+        data, scales = quantise(self._values(shape), WEIGHT_DTYPES[dtype])
+        data = data.reshape(*scales.shape, -1) if blocked else data
+        return (
+            self._declare(name, TensorProto.UINT8, ort.OrtValue.ortvalue_from_numpy(data)),
+            self._declare(f"{name}.scales", TensorProto.FLOAT, ort.OrtValue.ortvalue_from_numpy(scales)),
+        )
+
+    def _declare(self, name: str, kind: int, value: ort.OrtValue) -> str:
+        tensor = TensorProto(name=name, data_type=kind, dims=value.shape(), data_location=TensorProto.EXTERNAL)
         tensor.external_data.add(key="location", value="given to the session")
         self.declared.append(tensor)
         self.values[name] = value
@@ -90,7 +113,11 @@ class Builder:
         model = helper.make_model(
             graph,
             ir_version=10,
-            opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(schemas.DOMAIN, schemas.VERSION)],
+            opset_imports=[
+                helper.make_opsetid("", 21),
+                helper.make_opsetid(schemas.DOMAIN, schemas.VERSION),
+                helper.make_opsetid(MICROSOFT, 1),
+            ],
         )
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -102,16 +129,26 @@ class Builder:
 
 
 def dense_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list[str]]:
-    """The plain graph: three MatMul a layer."""
+    """The plain graph: three MatMul, or MatMulNBits, a layer."""
     hidden, neurons, layers = SIZES[stack.size]
     build, x = Builder(hidden), "x0"
+
+    def multiply(x: str, part: str, layer: int, width: int, n_out: int) -> str:
+        name, output = f"w_{part}{layer}", f"{part}{layer}"
+        if stack.dtype in FLOATS:
+            return build.op("MatMul", [x, build.weight(name, (width, n_out), stack.dtype)], output)
+        q = WEIGHT_DTYPES[stack.dtype]
+        attributes = {"K": width, "N": n_out, "bits": q.bits, "block_size": q.block}
+        inputs = [x, *build.integers(name, (n_out, width), stack.dtype, blocked=True)]
+        return build.op(
+            "MatMulNBits", inputs, output, domain=MICROSOFT, accuracy_level=stack.accuracy_level, **attributes
+        )
+
     for i in range(layers):
-        gate = build.op("MatMul", [x, build.weight(f"w_gate{i}", (hidden, neurons), stack.dtype)], f"gate{i}")
-        up = build.op("MatMul", [x, build.weight(f"w_up{i}", (hidden, neurons), stack.dtype)], f"up{i}")
+        gate, up = multiply(x, "gate", i, hidden, neurons), multiply(x, "up", i, hidden, neurons)
         act = build.op("Mul", [gate, build.op("Sigmoid", [gate], f"sigmoid{i}")], f"act{i}")
         h = build.op("Mul", [act, up], f"h{i}")
-        down = build.op("MatMul", [h, build.weight(f"w_down{i}", (neurons, hidden), stack.dtype)], f"down{i}")
-        x = build.op("Add", [x, down], f"x{i + 1}")
+        x = build.op("Add", [x, multiply(h, "down", i, neurons, hidden)], f"x{i + 1}")
     return build.session(x, threads), [x]
 
 
@@ -122,17 +159,15 @@ def sparse_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list
     build.inputs.append(helper.make_tensor_value_info("count", TensorProto.INT32, []))
     for i in range(layers):
         build.inputs.append(helper.make_tensor_value_info(f"indices{i}", TensorProto.INT32, [neurons]))
-        gate, up, down = (
-            build.weight(f"w_{part}{i}", (neurons, hidden), stack.dtype) for part in ("gate", "up", "down")
-        )
-        y = build.op(
-            "SparseMLP",
-            [x, f"indices{i}", "count", gate, "", up, "", down],
-            f"y{i}",
-            domain=schemas.DOMAIN,
-            activation="silu",
-            layer=i,
-        )
+        inputs = {"x": x, "indices": f"indices{i}", "count": "count"}
+        for part in ("gate", "up", "down"):
+            name, shape = f"w_{part}{i}", (neurons, hidden)
+            if stack.dtype in FLOATS:
+                inputs[f"w_{part}"] = build.weight(name, shape, stack.dtype)
+            else:
+                inputs[f"w_{part}"], inputs[f"s_{part}"] = build.integers(name, shape, stack.dtype, blocked=False)
+        ordered = [inputs.get(port.name, "") for port in schemas.SPARSE_MLP.inputs]
+        y = build.op("SparseMLP", ordered, f"y{i}", domain=schemas.DOMAIN, activation="silu", layer=i)
         x = build.op("Add", [x, y], f"x{i + 1}")
     return build.session(x, threads), [x]
 
@@ -214,11 +249,20 @@ class Worker:
         self._process.wait()
 
 
+def stacks_of(size: str, dtypes: list[str]) -> list[Stack]:
+    """Dense stacks first: float32, and each integer type at every accuracy level."""
+    integers = [dtype for dtype in dtypes if dtype in WEIGHT_DTYPES]
+    return [
+        Stack(size, "dense", "float32"),
+        *(Stack(size, "dense", dtype, level) for dtype in integers for level in ACCURACY_LEVELS),
+        *(Stack(size, "sparse", dtype) for dtype in dtypes),
+    ]
+
+
 def measure_size(size: str, dtypes: list[str], kept: list[float], rounds: int, threads: int) -> list[dict[str, Any]]:
-    """Rows of the table for one size: a dense one, then one per dtype and fraction kept."""
-    stacks = [Stack(size, "dense", "float32"), *(Stack(size, "sparse", dtype) for dtype in dtypes)]
+    """Rows of the table for one size: dense ones, then one per dtype and fraction kept."""
     roof = read_bandwidth(threads)
-    workers = [Worker(stack, threads) for stack in stacks]
+    workers = [Worker(stack, threads) for stack in stacks_of(size, dtypes)]
     jobs = [(w, k) for w in workers for k in (kept if w.stack.kind == "sparse" else [1.0])]
     times: dict[tuple[Worker, float], list[float]] = {job: [] for job in jobs}
     for _ in track(range(rounds), size, console=Console(stderr=True), disable=not sys.stderr.isatty()):
@@ -227,8 +271,15 @@ def measure_size(size: str, dtypes: list[str], kept: list[float], rounds: int, t
     for w in workers:
         w.close()
     roof = max(roof, read_bandwidth(threads))
-    dense = median(times[jobs[0]])
-    return [row_of(w.stack, k, seconds, dense, roof) for (w, k), seconds in times.items()]
+    dense: dict[str, float] = {}
+    for (w, _), seconds in times.items():
+        if w.stack.kind == "dense":
+            dense[w.stack.dtype] = min(median(seconds), dense.get(w.stack.dtype, np.inf))
+    # 16-bit rows are held against float32: ONNX Runtime's CPU kernels have no dense layer of 16 bits.
+    return [
+        row_of(w.stack, k, seconds, dense.get(w.stack.dtype, dense["float32"]), roof)
+        for (w, k), seconds in times.items()
+    ]
 
 
 def row_of(stack: Stack, kept: float, seconds: list[float], dense: float, roof: float) -> dict[str, Any]:
@@ -250,13 +301,14 @@ def row_of(stack: Stack, kept: float, seconds: list[float], dense: float, roof: 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     print(
-        f"{'size':6} {'kind':7} {'dtype':9} {'kept':>5} {'median ms':>10} {'q25..q75':>16} {'speedup':>8} "
+        f"{'size':6} {'kind':7} {'dtype':10} {'kept':>5} {'median ms':>10} {'q25..q75':>16} {'speedup':>8} "
         f"{'GB/s':>6} {'share':>6}"
     )
     for r in rows:
+        name = f"{r['dtype']}/{r['accuracy_level']}" if r["accuracy_level"] else r["dtype"]
         spread = f"{r['q25_ms']:.2f}..{r['q75_ms']:.2f}"
         print(
-            f"{r['size']:6} {r['kind']:7} {r['dtype']:9} {r['kept']:5.0%} {r['median_ms']:10.2f} {spread:>16} "
+            f"{r['size']:6} {r['kind']:7} {name:10} {r['kept']:5.0%} {r['median_ms']:10.2f} {spread:>16} "
             f"{r['speedup']:7.2f}x {r['gb_per_s']:6.1f} {r['share_of_bandwidth']:6.0%}"
         )
 
@@ -269,8 +321,8 @@ def main() -> None:
         "--dtypes",
         nargs="+",
         choices=DTYPES,
-        default=["float32", "bfloat16"],
-        help="of the sparse weights; dense is float32",
+        default=["float32", "bfloat16", "int8", "int4"],
+        help="of the sparse weights; floats are held against dense float32, integers against MatMulNBits",
     )
     parser.add_argument("--kept", nargs="+", type=float, default=[1.0, 0.5, 0.3, 0.1], help="fractions of the neurons")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each stack, four runs a turn")

@@ -46,6 +46,7 @@ def step_traffic(
     active: Active | None = None,
     batch: int = 1,
     matrix_itemsize: float | None = None,
+    row_itemsize: float | None = None,
 ) -> Traffic:
     """Bytes of one decode step.
 
@@ -54,7 +55,9 @@ def step_traffic(
         context: tokens in the cache, this step's included.
         active: None for a dense step.
         batch: sequences that advance together; weights are read once for all.
-        matrix_itemsize: bytes of an element of a matrix, scales included, where they are integers.
+        matrix_itemsize: bytes of an element of a matrix, where it is not as long as the others; of
+            integers, their share of a scale included.
+        row_itemsize: the same of the active rows of a sparse op, where they differ from other matrices.
     """
     dense_layers = spec.n_layers if active is None else active.dense_layers
     sparse_layers = spec.n_layers - dense_layers
@@ -72,9 +75,10 @@ def step_traffic(
         "lm_head": spec.vocab_size * d,
         "KV cache": batch * kv_read * 2 * context * spec.head_dim,
     }
-    floats = ("norms", "KV cache")
-    size = itemsize if matrix_itemsize is None else matrix_itemsize
-    parts = {name: round(count * (itemsize if name in floats else size)) for name, count in elements.items()}
+    matrix_itemsize = itemsize if matrix_itemsize is None else matrix_itemsize
+    row_itemsize = matrix_itemsize if row_itemsize is None else row_itemsize
+    sizes = {"norms": itemsize, "KV cache": itemsize, "active q/o rows": row_itemsize, "active MLP rows": row_itemsize}
+    parts = {name: round(count * sizes.get(name, matrix_itemsize)) for name, count in elements.items()}
     return Traffic(parts | {"predictor": active.predictor_bytes if active else 0})
 
 
@@ -85,11 +89,13 @@ def mean_traffic(
     new_tokens: int,
     active: Active | None = None,
     matrix_itemsize: float | None = None,
+    row_itemsize: float | None = None,
 ) -> Traffic:
     """Mean over the decode steps of a generation: the cache grows from the prompt's length, one token a step."""
     # The cost is linear in the context, so the middle context has the mean cost. Steps see
     # prompt_len + 1 .. prompt_len + new_tokens - 1 tokens.
-    return step_traffic(spec, itemsize, prompt_len + new_tokens // 2, active, matrix_itemsize=matrix_itemsize)
+    context = prompt_len + new_tokens // 2
+    return step_traffic(spec, itemsize, context, active, matrix_itemsize=matrix_itemsize, row_itemsize=row_itemsize)
 
 
 def _head_rows(spec: ModelSpec, heads: int) -> int:

@@ -31,8 +31,8 @@ class OrtSession:
     """A `Session` over ONNX Runtime.
 
     "dense" runs ``dense.onnx`` alone. "sparse" prefills with it and decodes with ``stem``,
-    ``predictor`` and ``body``. 16-bit bundles are computed in float32: ONNX Runtime's CPU kernels
-    have no 16-bit arithmetic.
+    ``predictor`` and ``body``. 16-bit bundles are computed in float32, because ONNX Runtime's CPU
+    kernels have no 16-bit arithmetic; the native ops read their 16-bit rows as they are.
 
     Args:
         bundle: folder written by ``shadowllm export``.
@@ -72,9 +72,7 @@ class OrtSession:
         pieces = ("dense",) if self._kind == "dense" else ("dense", "stem", "predictor", "body")
         names = [DATA_FILE, *(f"{piece}.onnx" for piece in pieces)]
         verify_files(self._bundle, self.manifest.digests(*names))
-        self._pieces = {
-            piece: Piece(self._bundle / f"{piece}.onnx", self._options(piece), self.manifest) for piece in pieces
-        }
+        self._pieces = {piece: self._open(piece) for piece in pieces}
         self.reset()
         return self
 
@@ -83,16 +81,15 @@ class OrtSession:
         self._steps: list[Step] = []
         self.cache: dict[str, np.ndarray] = {}
 
-    def _options(self, piece: str) -> ort.SessionOptions:
+    def _open(self, piece: str) -> Piece:
         options = ort.SessionOptions()
         if self._threads:
             options.intra_op_num_threads = self._threads
         if self._kind == "sparse":
             # The pieces take turns: the pool of one must not spin while the next one runs.
             options.add_session_config_entry("session.force_spinning_stop", "1")
-        if self._native and piece in ("predictor", "body"):
-            native_ops.register(options)
-        return options
+        native = self._native and piece in ("predictor", "body") and native_ops.register(options)
+        return Piece(self._bundle / f"{piece}.onnx", options, self.manifest, native)
 
     def reset(self, batch: int = 1) -> None:
         """See `Session.reset`."""
@@ -189,11 +186,15 @@ class OrtSession:
         return {f"present.{name}": array for name, array in self.cache.items()}
 
 
-def for_cpu(path: Path, manifest: Manifest) -> bytes:
-    """A piece's graph, serialised, as ONNX Runtime's CPU kernels run it best; the same inputs and outputs."""
+def for_cpu(path: Path, manifest: Manifest, native: bool) -> bytes:
+    """A piece's graph, serialised, as ONNX Runtime's CPU kernels run it best; the same inputs and outputs.
+
+    Args:
+        native: the native ops will run it.
+    """
     model = ir.load(path)
     if manifest.dtype != "float32":
-        widen(model)
+        widen(model, keep_rows=native)
     fuse_attention(model, manifest.spec)
     return ir.to_proto(model).SerializeToString()
 
@@ -201,11 +202,11 @@ def for_cpu(path: Path, manifest: Manifest) -> bytes:
 class Piece:
     """One ONNX graph loaded into ONNX Runtime."""
 
-    def __init__(self, path: Path, options: ort.SessionOptions, manifest: Manifest) -> None:
+    def __init__(self, path: Path, options: ort.SessionOptions, manifest: Manifest, native: bool) -> None:
         # The rewritten graph has no folder of its own to look for the weights in.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
-            model = for_cpu(path, manifest)
+            model = for_cpu(path, manifest, native)
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except (
             errors.Fail,

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from shadowllm.plugins.schemas import DOMAIN
+
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-def widen(model: ir.Model) -> None:
+def widen(model: ir.Model, keep_rows: bool) -> None:
     """Give a graph float32 activations and inputs; weights stay 16-bit on disk.
 
     Every 16-bit initializer is followed by a ``Cast`` that ONNX Runtime folds when it loads the
     graph, and every cast to 16 bits becomes one to float32.
+
+    Args:
+        keep_rows: leave the weights of the sparse ops as they are: the native ops read 16-bit rows.
     """
     graph = model.graph
     for node in list(graph):
@@ -19,7 +24,9 @@ def widen(model: ir.Model) -> None:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
     for value in list(graph.initializers.values()):
         if value.dtype in HALF:
-            users = list(value.uses())
+            users = [use for use in value.uses() if not (keep_rows and use.node.domain == DOMAIN)]
+            if not users:
+                continue
             cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
             for user, index in users:
                 user.replace_input_with(index, cast.outputs[0])

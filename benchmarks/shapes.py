@@ -1,0 +1,181 @@
+"""Decoding end to end on shapes of about 1B parameters: sparse against dense, and against what the bytes allow.
+
+    python -m shadowllm.benchmarks.shapes --json shapes.json
+    python -m shadowllm.benchmarks.shapes --shapes llama-1.1b --weight-dtype int4
+
+Weights are random and the predictor is an untrained network of its usual size: every cost is the
+real one, the text means nothing. The model is held twice, once packed for the dense steps: 1.3B
+parameters in float32 take about 17 GB for both contenders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shadowllm.benchmarks.bandwidth import read_bandwidth
+from shadowllm.benchmarks.bench import SPARSE, session_command, traffic_of
+from shadowllm.benchmarks.environment import environment
+from shadowllm.benchmarks.harness import Contender, race, speedup, summarise
+from shadowllm.benchmarks.random_model import SHAPES, write_random_model
+from shadowllm.errors import UserError
+from shadowllm.exporter.manifest import read_manifest
+from shadowllm.models.budget import Budget
+from shadowllm.models.spec import ModelSpec
+from shadowllm.plugins.quantisation import WEIGHT_DTYPES
+from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.progress import progress
+
+DENSE = "ort-dense"
+
+
+def untrained_shadow(spec: ModelSpec, fingerprint: str, dense_layers: int = 1) -> Predictor:
+    """A shadow of the usual size that has learned nothing but still looks at its input."""
+    import torch
+
+    from shadowllm.predictor.networks import default_rank, initial_tensors
+
+    generator = torch.Generator().manual_seed(0)
+    n_sparse, rank = spec.n_layers - dense_layers, default_rank(spec, dense_layers)
+    scores = {
+        "heads.scores": torch.rand(n_sparse, spec.n_heads, generator=generator),
+        "neurons.scores": torch.rand(n_sparse, spec.intermediate_size, generator=generator),
+    }
+    network = initial_tensors(spec, n_sparse, rank, scores["heads.scores"], scores["neurons.scores"], seed=0)
+    for name in ("heads.weight", "neurons.weight"):
+        network[name].normal_(generator=generator)
+    sizes = (n_sparse, dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size)
+    return Predictor("shadow", *sizes, scores | network, fingerprint)
+
+
+def export_random(shape: str, folder: Path, weight_dtype: str | None) -> Path:
+    """A bundle of a random model, in float32 or with integer weights."""
+    from shadowllm.exporter.bundle import write_bundle
+    from shadowllm.models import load_model
+
+    model, bundle = folder / shape, folder / "bundle"
+    for path in (model, bundle):
+        path.mkdir()
+    write_random_model(shape, model)
+    spec, weights, checkpoint = load_model(str(model))
+    predictor = untrained_shadow(spec, weights.fingerprint())
+    write_bundle(bundle, shape, weights, checkpoint, predictor, weight_dtype=weight_dtype, budget=Budget())
+    return bundle
+
+
+def measure(
+    shape: str,
+    *,
+    budget: Budget,
+    weight_dtype: str | None = None,
+    prompt_len: int = 128,
+    new_tokens: int = 128,
+    runs: int = 3,
+    threads: int = 2,
+) -> dict[str, Any]:
+    """Race the sparse path of a shape against its dense graph.
+
+    Returns:
+        Latencies (ms) and bytes of both, ``speedup`` (median, min and max over runs), ``allowed`` (dense
+        bytes over sparse bytes), ``share_of_allowed``, ``ttft_ratio`` and ``predictor_share`` of a step.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = export_random(shape, Path(folder), weight_dtype)
+        manifest = read_manifest(bundle)
+        backends = {SPARSE: "ort", DENSE: DENSE}
+        contenders = [Contender(n, session_command(bundle, b, budget, threads)) for n, b in backends.items()]
+        prompt = np.random.default_rng(0).integers(3, manifest.spec.vocab_size, prompt_len).tolist()
+        with progress(shape, len(contenders) * (1 + runs)) as advance:
+            request = {"prompt": prompt, "new_tokens": new_tokens}
+            taken, _ = race(contenders, request, runs=runs, warmup=1, tick=lambda _: advance(1))
+        roof = read_bandwidth(threads)
+    summaries = {name: summarise(generations) for name, generations in taken.items()}
+    traffic = {n: traffic_of(manifest, n, b, budget, prompt_len, new_tokens) for n, b in backends.items()}
+    gain, allowed = speedup(taken[DENSE], taken[SPARSE]), traffic[DENSE].total / traffic[SPARSE].total
+    parts = summaries[SPARSE].parts_ms
+    return {
+        "shape": shape,
+        "weight_dtype": weight_dtype or manifest.dtype,
+        "budget": vars(budget),
+        "prompt_len": prompt_len,
+        "new_tokens": new_tokens,
+        "runs": runs,
+        "read_gb_per_s": roof,
+        "contenders": {name: vars(s) | {"bytes_per_token": traffic[name].total} for name, s in summaries.items()},
+        "speedup": gain,
+        "allowed": allowed,
+        "share_of_allowed": gain["median"] / allowed,
+        "ttft_ratio": summaries[SPARSE].ttft_ms["median"] / summaries[DENSE].ttft_ms["median"],
+        "predictor_share": parts["predictor"] / sum(parts.values()),
+    }
+
+
+def print_result(found: dict[str, Any]) -> None:
+    """A few lines a person can read."""
+    sparse, dense = found["contenders"][SPARSE], found["contenders"][DENSE]
+    gain = found["speedup"]
+    print(f"{found['shape']} {found['weight_dtype']}, {found['budget']}, {found['runs']} runs")
+    for name, one in ((SPARSE, sparse), (DENSE, dense)):
+        rate = one["bytes_per_token"] / one["itl_ms"]["median"] / 1e6
+        print(
+            f"  {name:9} ITL median {one['itl_ms']['median']:7.2f} ms, TTFT {one['ttft_ms']['median']:7.0f} ms, "
+            f"{one['bytes_per_token'] / 1e6:6.0f} MB/token, {rate:.1f} of {found['read_gb_per_s']:.1f} GB/s, "
+            f"peak RSS {one['peak_rss_mb']:.0f} MB"
+        )
+    print(
+        f"  speedup {gain['median']:.2f}x ({gain['min']:.2f} to {gain['max']:.2f}), {found['share_of_allowed']:.2f} of "
+        f"the {found['allowed']:.2f}x the bytes allow; TTFT {found['ttft_ratio']:.2f} of dense; predictor and "
+        f"selection {found['predictor_share']:.1%} of a step"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m shadowllm.benchmarks.shapes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--weight-dtype", choices=WEIGHT_DTYPES, help="default: float32")
+    parser.add_argument("--neuron-budget", type=float, default=0.5)
+    parser.add_argument("--head-budget", type=float, default=0.5)
+    parser.add_argument("--prompt-len", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    args = parser.parse_args(arguments)
+    try:
+        results = []
+        for shape in args.shapes:
+            results.append(
+                measure(
+                    shape,
+                    budget=Budget(args.neuron_budget, args.head_budget),
+                    weight_dtype=args.weight_dtype,
+                    prompt_len=args.prompt_len,
+                    new_tokens=args.new_tokens,
+                    runs=args.runs,
+                    threads=args.threads,
+                )
+            )
+            print_result(results[-1])
+        if args.json:
+            record = {"environment": environment(args.threads), "results": results}
+            args.json.write_text(json.dumps(record, indent=2) + "\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

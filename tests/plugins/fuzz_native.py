@@ -1,0 +1,149 @@
+"""Fuzz target of the native ops: random forms, shapes and damage against the NumPy references.
+
+    python -m tests.plugins.fuzz_native --seconds 60 --seed 1
+
+Sound inputs must give the reference's result, damaged ones a refusal or a result, never a crash.
+`make sanitize` runs it on a library built with the address and undefined-behaviour sanitizers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from shadowllm.plugins import native_ops, reference
+from shadowllm.plugins.quantisation import Quantisation
+from tests.plugins import test_native_ops as ops
+
+Inputs = dict[str, np.ndarray | None]
+REFUSALS = (ops.STATES.Fail, ops.STATES.InvalidArgument, ops.STATES.RuntimeException)
+
+
+@dataclass
+class Case:
+    """One run of an op."""
+
+    op: str
+    inputs: Inputs
+    weights: tuple[str, ...]
+    attributes: dict[str, Any]
+    reference: Callable[..., np.ndarray]
+
+
+def draw(rng: np.random.Generator) -> Case:
+    """A sound case of any op."""
+    return (mlp, attention, topk)[rng.integers(3)](rng)
+
+
+def mlp(rng: np.random.Generator) -> Case:
+    form = str(rng.choice(list(ops.MLP_FORMS)))
+    neurons, batch, seqlen = int(rng.integers(1, 120)), int(rng.integers(0, 4)), int(rng.integers(0, 70))
+    hidden, convert = weight_form(rng)
+    size = (hidden, neurons, batch, seqlen, int(rng.integers(1, neurons + 1)))
+    inputs = convert(ops.mlp_inputs(form, size, int(rng.integers(1 << 30))))
+    return Case("SparseMLP", inputs, weights_of(inputs), {"activation": ops.MLP_FORMS[form][0]}, reference.sparse_mlp)
+
+
+def attention(rng: np.random.Generator) -> Case:
+    form = str(rng.choice(list(ops.ATTENTION_FORMS)))
+    kv_heads, group, half, batch, seqlen = (int(n) for n in rng.integers(1, [4, 4, 40, 4, 20]))
+    capacity, heads = seqlen + int(rng.integers(0, 60)), kv_heads * group
+    lengths = tuple(int(n) for n in rng.integers(seqlen, capacity + 1, batch))
+    hidden, convert = weight_form(rng)
+    size = (hidden, heads, kv_heads, 2 * half, capacity, batch, seqlen, lengths, int(rng.integers(0, heads + 1)))
+    inputs = convert(ops.attention_inputs(form, size, int(rng.integers(1 << 30))))
+    return Case("SparseAttention", inputs, weights_of(inputs), {"n_heads": heads}, reference.sparse_attention)
+
+
+def topk(rng: np.random.Generator) -> Case:
+    rows, n, cap = (int(n) for n in rng.integers([0, 1, 0], [20, 300, 320]))
+    scores = ops.scores_of(str(rng.choice(["normal", "ties", "close", "special"])), rows, n)
+    counts = rng.integers(0, min(cap, n) + 1, rows).astype(np.int32)
+    return Case("SelectTopK", {"scores": scores, "counts": counts}, (), {"cap": cap}, reference.select_topk)
+
+
+def weight_form(rng: np.random.Generator) -> tuple[int, Callable[[Inputs], Inputs]]:
+    """A hidden size and what turns the weights of such inputs into 4, 2 or 1 bytes, or half a byte."""
+    kind = rng.integers(4)
+    if kind < 2:
+        q = Quantisation(int(rng.choice([4, 8])), int(rng.choice([16, 32, 48, 64])))
+        return q.block * int(rng.integers(1, 5)), lambda inputs: ops.integers(inputs, q)
+    dtype = np.dtype(rng.choice(np.array([np.float32, np.float16, ml_dtypes.bfloat16], dtype=object)))
+
+    def convert(inputs: Inputs) -> Inputs:
+        return {k: v.astype(dtype) if v is not None and k.startswith(("w_", "b_")) else v for k, v in inputs.items()}
+
+    return int(rng.integers(1, 200)), convert
+
+
+def weights_of(inputs: Inputs) -> tuple[str, ...]:
+    return tuple(name for name in inputs if name.startswith(("w_", "b_", "s_")))
+
+
+def damage(rng: np.random.Generator, inputs: Inputs) -> Inputs:
+    """One input with other values, of another shape, or gone."""
+    name = str(rng.choice([name for name, value in inputs.items() if value is not None]))
+    value = inputs[name]
+    assert value is not None
+    kind = rng.integers(3)
+    if value.dtype == np.int32 and kind < 2:
+        spoilt = rng.choice(np.array([-(2**31), -1, 0, 1, 5, 1000, 2**31 - 1], dtype=np.int32), value.shape)
+    elif kind < 2:
+        spoilt = np.ones(rng.integers(0, 5, int(rng.integers(0, 6))), dtype=value.dtype)
+    else:
+        required = {"x", "key", "value", "lengths", "indices", "count", "counts", "scores", "w_up", "w_down"}
+        spoilt = value if name in required | {"w_q", "w_o"} else None
+    return inputs | {name: spoilt}
+
+
+def judge(case: Case, found: np.ndarray) -> str | None:
+    """What is wrong with the result of a sound case, if anything."""
+    if found.size == 0:
+        return None
+    expected = case.reference(**case.inputs, **case.attributes)
+    if case.op == "SelectTopK":
+        return None if np.array_equal(found, expected) else "other indices"
+    error, bound = np.abs(found - expected).max(), 2e-5 * max(1, np.abs(expected).max())
+    return None if error <= bound else f"off by {error}"
+
+
+def main() -> int:
+    """Fuzz for a while; the exit status says whether anything was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng, end = np.random.default_rng(args.seed), time.monotonic() + args.seconds
+    runs = refused = found = 0
+    while time.monotonic() < end and found < 10:
+        os.environ[native_ops.ISA_VARIABLE] = str(rng.choice(native_ops.kernels()))
+        case, spoil = draw(rng), rng.random() < 0.4
+        inputs = damage(rng, case.inputs) if spoil else case.inputs
+        fed = all(v is None or v.dtype in ops.ONNX_TYPES for v in inputs.values()) and rng.random() < 0.5
+        weights = () if fed else case.weights  # 16-bit tensors can only be initializers
+        layer = {} if case.op == "SelectTopK" else {"layer": 1}
+        problem = None
+        try:
+            result = ops.run(case.op, inputs, weights, int(rng.integers(1, 3)), **case.attributes, **layer)
+            problem = None if spoil else judge(case, result)
+        except REFUSALS as error:
+            refused += 1
+            problem = None if spoil else f"refused: {error}"
+        if problem:
+            found += 1
+            print(f"run {runs}: {case.op} {case.attributes} {problem}", file=sys.stderr)
+        runs += 1
+    print(f"{runs} runs, {refused} refused, {found} wrong")
+    return int(found > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
