@@ -122,7 +122,7 @@ constexpr size_t kTile = W >= 16 ? 4 : 2;
 // Fetches into L2 the cache lines of `next` that correspond to `count` elements from k on. The hardware's prefetcher
 // cannot guess where the next active row lies, so while a block is worked on, the following one is on its way.
 template <class T>
-inline void fetch(const T* next, size_t k, size_t count) {
+__attribute__((always_inline)) inline void fetch(const T* next, size_t k, size_t count) {
   const char* from = reinterpret_cast<const char*>(next + k);
   for (size_t i = 0; i < count * sizeof(T); i += 64) __builtin_prefetch(from + i, 0, 2);
 }

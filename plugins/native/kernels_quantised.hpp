@@ -5,39 +5,67 @@
 namespace shadowllm {
 namespace {
 
+// Thirty-two or fewer consecutive elements of a row, as two vectors: `step` elements at a time, of which vector j holds
+// those that `split` puts there. Vectors of x and y are split alike, once for all rows of a tile.
 struct Bits8 {
-  static constexpr size_t bits = 8;
-  static inline V load(const uint8_t* row, size_t k) {
+  static constexpr size_t bits = 8, step = 2 * W;
+
+  static inline void load(const uint8_t* row, size_t k, V out[2]) {
     typedef int8_t VB __attribute__((vector_size(W)));
-    VB bytes;
-    memcpy(&bytes, row + k, sizeof bytes);
-    bytes ^= (int8_t)-128;  // from around 128 to around 0
-    return __builtin_convertvector(__builtin_convertvector(bytes, VI), V);
+    for (size_t j = 0; j < 2; ++j) {
+      VB bytes;
+      memcpy(&bytes, row + k + j * W, sizeof bytes);
+      bytes ^= (int8_t)-128;  // from around 128 to around 0
+      out[j] = __builtin_convertvector(__builtin_convertvector(bytes, VI), V);
+    }
+  }
+  static inline void split(const float* x, V out[2]) {
+    out[0] = shadowllm::load(x);
+    out[1] = shadowllm::load(x + W);
+  }
+  static inline void join(const V in[2], float* y) {
+    store(y, in[0]);
+    store(y + W, in[1]);
   }
 };
 
+// A byte holds an even element and the odd one behind it: one vector of each.
 struct Bits4 {
-  static constexpr size_t bits = 4;
-  static inline V load(const uint8_t* row, size_t k) {
+  static constexpr size_t bits = 4, step = 2 * W;
+
+  static inline void load(const uint8_t* row, size_t k, V out[2]) {
 #if defined(__AVX512F__)
-    // Lane i takes half-byte i % 8 of its word; the table ignores the bits above.
-    const __m512i half = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-    const __m512i shift = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+    // The table ignores the bits above the lowest four.
     const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-    const __m128i words = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + k / 2));
-    const __m512i spread = _mm512_maskz_permutexvar_epi32(0xffff, half, _mm512_zextsi128_si512(words));
-    const __m512i index = _mm512_maskz_srlv_epi32(0xffff, spread, shift);
-    return (V)_mm512_maskz_permutexvar_ps(0xffff, index, values);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + k / 2));
+    const __m512i pairs = _mm512_maskz_cvtepu8_epi32(0xffff, bytes);
+    out[0] = (V)_mm512_maskz_permutexvar_ps(0xffff, pairs, values);
+    out[1] = (V)_mm512_maskz_permutexvar_ps(0xffff, _mm512_maskz_srli_epi32(0xffff, pairs, 4), values);
 #else
-    uint32_t word = 0;
-    memcpy(&word, row + k / 2, W / 2);
-    VU shift;
-    for (size_t i = 0; i < W; ++i) shift[i] = 4 * i;
-    const VU index = ((VU{} + word) >> shift) & 15;
-    return __builtin_convertvector((VI)index, V) - 8.0f;
+    typedef uint8_t VB __attribute__((vector_size(W)));
+    VB bytes;
+    memcpy(&bytes, row + k / 2, sizeof bytes);
+    const VU pairs = __builtin_convertvector(bytes, VU);
+    out[0] = __builtin_convertvector((VI)(pairs & 15), V) - 8.0f;
+    out[1] = __builtin_convertvector((VI)(pairs >> 4), V) - 8.0f;
 #endif
   }
+  static inline void split(const float* x, V out[2]) {
+    const V first = shadowllm::load(x), second = shadowllm::load(x + W);
+    VI even;
+    for (size_t i = 0; i < W; ++i) even[i] = 2 * i;
+    out[0] = __builtin_shuffle(first, second, even);
+    out[1] = __builtin_shuffle(first, second, even + 1);
+  }
+  static inline void join(const V in[2], float* y) {
+    VI front;
+    for (size_t i = 0; i < W; ++i) front[i] = i / 2 + (i % 2) * W;
+    store(y, __builtin_shuffle(in[0], in[1], front));
+    store(y + W, __builtin_shuffle(in[0], in[1], front + (int32_t)(W / 2)));
+  }
 };
+
+constexpr size_t kScales = 16;  // blocks whose products of input and scale are made together
 
 struct QuantisedRow {
   const uint8_t* data;
@@ -49,13 +77,13 @@ inline QuantisedRow quantised_row(const Rows& rows, const int32_t* ids, size_t i
   return {static_cast<const uint8_t*>(rows.data) + id * rows.stride, rows.scales + id * (rows.width / rows.block)};
 }
 
-inline void fetch_bytes(const void* from, size_t bytes) {
+__attribute__((always_inline)) inline void fetch_bytes(const void* from, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
 // What R rows fetch ahead of block b: the same block of the following rows, and all of their scales at first.
 template <class Q, size_t R>
-inline void fetch_block(const QuantisedRow* next, size_t b, size_t blocks, size_t block) {
+__attribute__((always_inline)) inline void fetch_block(const QuantisedRow* next, size_t b, size_t blocks, size_t block) {
   if (next == nullptr) return;
   const size_t bytes = block * Q::bits / 8, at = b * bytes;
   if (b != 0 && at / 64 == (at - bytes) / 64) return;  // the line is on its way
@@ -72,17 +100,20 @@ inline void project_quantised_tile(const QuantisedRow* rows, const QuantisedRow*
   const size_t blocks = width / block;
   for (size_t b = 0; b < blocks; ++b) {
     fetch_block<Q, R>(next, b, blocks, block);
-    V part[R][M] = {};
-    for (size_t k = b * block; k < (b + 1) * block; k += W) {
-      V in[M];
-      for (size_t t = 0; t < M; ++t) in[t] = load(x + t * width + k);
+    // Scaled step by step, not once a block: sums that live across the inner loop would not stay in registers.
+    for (size_t k = b * block; k < (b + 1) * block; k += Q::step) {
+      V in[M][2];
+      for (size_t t = 0; t < M; ++t) Q::split(x + t * width + k, in[t]);
       for (size_t r = 0; r < R; ++r) {
-        const V w = Q::load(rows[r].data, k);
-        for (size_t t = 0; t < M; ++t) part[r][t] += w * in[t];
+        V w[2];
+        Q::load(rows[r].data, k, w);
+        for (size_t t = 0; t < M; ++t) {
+          V part = w[0] * in[t][0];
+          part += w[1] * in[t][1];
+          acc[r][t] += part * rows[r].scales[b];
+        }
       }
     }
-    for (size_t r = 0; r < R; ++r)
-      for (size_t t = 0; t < M; ++t) acc[r][t] += part[r][t] * rows[r].scales[b];
   }
   for (size_t r = 0; r < R; ++r)
     for (size_t t = 0; t < M; ++t) out[r * tokens + t] = sum(acc[r][t]);
@@ -92,40 +123,59 @@ template <class Q, size_t R, size_t M>
 inline void accumulate_quantised_tile(const QuantisedRow* rows, const QuantisedRow* next, const float* h, size_t tokens,
                                       size_t width, size_t block, float* y) {
   const size_t blocks = width / block;
-  for (size_t b = 0; b < blocks; ++b) {
-    fetch_block<Q, R>(next, b, blocks, block);
-    V weight[R][M];
+  for (size_t first = 0; first < blocks; first += kScales) {
+    const size_t count = blocks - first < kScales ? blocks - first : kScales;
+    float weights[R][M][kScales];
     for (size_t r = 0; r < R; ++r)
-      for (size_t t = 0; t < M; ++t) weight[r][t] = splat(h[r * tokens + t] * rows[r].scales[b]);
-    for (size_t k = b * block; k < (b + 1) * block; k += W) {
-      V total[M];
-      for (size_t t = 0; t < M; ++t) total[t] = load(y + t * width + k);
-      for (size_t r = 0; r < R; ++r) {
-        const V w = Q::load(rows[r].data, k);
-        for (size_t t = 0; t < M; ++t) total[t] += weight[r][t] * w;
+      for (size_t t = 0; t < M; ++t)
+        for (size_t i = 0; i < count; ++i) weights[r][t][i] = h[r * tokens + t] * rows[r].scales[first + i];
+    for (size_t i = 0; i < count; ++i) {
+      const size_t b = first + i;
+      fetch_block<Q, R>(next, b, blocks, block);
+      for (size_t k = b * block; k < (b + 1) * block; k += Q::step) {
+        V total[M][2];
+        for (size_t t = 0; t < M; ++t) Q::split(y + t * width + k, total[t]);
+        for (size_t r = 0; r < R; ++r) {
+          V w[2];
+          Q::load(rows[r].data, k, w);
+          for (size_t t = 0; t < M; ++t)
+            for (size_t j = 0; j < 2; ++j) total[t][j] += splat(weights[r][t][i]) * w[j];
+        }
+        for (size_t t = 0; t < M; ++t) Q::join(total[t], y + t * width + k);
       }
-      for (size_t t = 0; t < M; ++t) store(y + t * width + k, total[t]);
     }
   }
 }
 
-// As walk: tile(rows, next rows or null, first row, count as a type) with kBlock rows at a time, then one by one.
+inline void fetch_row(const Rows& rows, const QuantisedRow& row) {
+  fetch_bytes(row.data, rows.stride);
+  fetch_bytes(row.scales, rows.width / rows.block * sizeof(float));
+}
+
+// As walk: tile(rows, rows to fetch or null, first row, count as a type) with kBlock rows at a time, then one by one.
+// Rows are short, so what is fetched lies several blocks ahead: memory takes longer to answer than one block takes.
 template <class Tile>
 inline void walk_quantised(const Rows& rows, Picks picks, Ahead ahead, Tile tile) {
+  constexpr size_t bytes_ahead = size_t{1} << 13, most_ahead = 4;
+  size_t distance = 1;
+  while (distance < most_ahead && distance * kBlock * rows.stride < bytes_ahead) ++distance;
+  distance *= kBlock;
   QuantisedRow now[kBlock], next[kBlock];
-  size_t i = 0;
-  for (; i + kBlock <= picks.count; i += kBlock) {
+  const size_t whole = picks.count / kBlock * kBlock;
+  for (size_t i = kBlock; i < distance && i < whole; ++i) fetch_row(rows, quantised_row(rows, picks.ids, i));
+  const bool follows = ahead.rows != nullptr && ahead.rows->type == rows.type;
+  for (size_t i = 0; i < whole; i += kBlock) {
     for (size_t r = 0; r < kBlock; ++r) now[r] = quantised_row(rows, picks.ids, i + r);
     const QuantisedRow* to_fetch = next;
-    if (i + 2 * kBlock <= picks.count)
-      for (size_t r = 0; r < kBlock; ++r) next[r] = quantised_row(rows, picks.ids, i + kBlock + r);
-    else if (ahead.rows != nullptr && ahead.rows->type == rows.type)
+    if (i + distance < whole)
+      for (size_t r = 0; r < kBlock; ++r) next[r] = quantised_row(rows, picks.ids, i + distance + r);
+    else if (i + kBlock == whole && follows)
       for (size_t r = 0; r < kBlock; ++r) next[r] = quantised_row(*ahead.rows, ahead.ids, r);
     else
       to_fetch = nullptr;
     tile(now, to_fetch, i, Count<kBlock>());
   }
-  for (; i < picks.count; ++i) {
+  for (size_t i = whole; i < picks.count; ++i) {
     now[0] = quantised_row(rows, picks.ids, i);
     tile(now, static_cast<const QuantisedRow*>(nullptr), i, Count<1>());
   }
@@ -148,9 +198,17 @@ inline void for_tiles(const Rows& rows, Picks picks, size_t tokens, Ahead ahead,
   });
 }
 
+#if defined(__AVX512VNNI__)
+#include "kernels_vnni.hpp"
+#endif
+
 template <class Q>
 void project_quantised(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
   const size_t width = rows.width;
+#if defined(__AVX512VNNI__)
+  if (tokens == 1 && rows.block == kIntegerBlock && width <= kMostIntegers)
+    return project_integers<Q>(rows, picks, x, out, ahead);
+#endif
   for_tiles(rows, picks, tokens, ahead,
             [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t t, auto r, auto m) {
               project_quantised_tile<Q, r.value, m.value>(now, next, x + t * width, width, rows.block,

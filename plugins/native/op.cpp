@@ -155,13 +155,13 @@ float* Scratch::take(size_t floats) {
   return memory_.data() + (past == 0 ? 0 : kLine - past);
 }
 
-// A quarter of a megabyte keeps a thread busy for longer than it takes to wake it; about six chunks a core
+// An eighth of a megabyte keeps a thread busy for longer than it takes to wake it; about six chunks a core
 // even out the speed of the cores, and counts with many divisors suit any number of threads. With many tokens partial
 // sums are what costs.
 Chunks::Chunks(size_t items, size_t bytes_each, size_t tokens) : items_(items), count_(1) {
   static const size_t cores = std::max(1u, std::thread::hardware_concurrency());
   const size_t most = tokens > 4 ? 12 : std::clamp<size_t>(6 * cores, 12, 48);
-  const size_t wanted = std::min({most, items / 8, items * bytes_each * tokens / (size_t{1} << 18)});
+  const size_t wanted = std::min({most, items / 8, items * bytes_each * tokens / (size_t{1} << 17)});
   for (const size_t count : {1, 2, 4, 6, 12, 24, 48})
     if (count <= wanted) count_ = count;
 }

@@ -20,11 +20,11 @@ struct Rows {
   const float* scales = nullptr;  // width / block to a row
   size_t block = 0;
 
-  // Bytes read for one row.
-  size_t bytes() const { return stride + (scales == nullptr ? 0 : width / block * sizeof(float)); }
+  // What a row costs, in bytes that could be read meanwhile: integers take as long to compute with as to read.
+  size_t cost() const { return scales == nullptr ? stride : 2 * (stride + width / block * sizeof(float)); }
 };
 
-constexpr size_t kLeastQuantBlock = 16;  // blocks are multiples of it
+constexpr size_t kLeastQuantBlock = 32;  // blocks are multiples of it: of two of the longest vectors
 
 // The rows to visit: ids[0..count), or 0..count where ids is null.
 struct Picks {
@@ -66,6 +66,7 @@ const Kernels& choose_kernels();
 const char* supported_kernels();
 
 #if defined(__x86_64__)
+extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;
 #endif

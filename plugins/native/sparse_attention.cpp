@@ -98,7 +98,7 @@ class SparseAttention {
   void run(const Pool& pool, const Call& call, float* y) const {
     const size_t d = call.head_dim, tokens = call.tokens(), n = call.heads.count * d, part = tokens * call.width;
     const size_t tasks = call.heads.count * call.batch, task_size = 2 * d + call.longest;
-    const Chunks in_chunks(n, call.w_q.bytes(), tokens), out_chunks(n, call.w_o.bytes(), tokens);
+    const Chunks in_chunks(n, call.w_q.cost(), tokens), out_chunks(n, call.w_o.cost(), tokens);
     // (row, token): the queries and then the contexts. Per task: a query, a context, and scores of the cache.
     Scratch scratch;
     float* queries = scratch.take(n * tokens + tasks * task_size + out_chunks.count() * part + call.width + n);

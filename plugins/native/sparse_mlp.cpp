@@ -98,7 +98,7 @@ class SparseMlp {
     const Rows gate = gated ? node_.matrix(in, kWGate, kSGate, rows, columns) : up;
     const Bias b_gate = bias(in, kBGate), b_up = bias(in, kBUp), b_down = bias(in, kBDown);
     const size_t width = up.width, neurons = picks.count, part = tokens * width;
-    const Chunks chunks(neurons, up.bytes() + down.bytes() + (gated ? gate.bytes() : 0), tokens);
+    const Chunks chunks(neurons, up.cost() + down.cost() + (gated ? gate.cost() : 0), tokens);
     // Partial sums, the two projections, the bias of the output, and the neurons left after drop_zeros.
     Scratch scratch;
     float* parts = scratch.take(chunks.count() * part + 2 * neurons * tokens + width + neurons);

@@ -74,7 +74,7 @@ def weight_form(rng: np.random.Generator) -> tuple[int, Callable[[Inputs], Input
     """A hidden size and what turns the weights of such inputs into 4, 2 or 1 bytes, or half a byte."""
     kind = rng.integers(4)
     if kind < 2:
-        q = Quantisation(int(rng.choice([4, 8])), int(rng.choice([16, 32, 48, 64])))
+        q = Quantisation(int(rng.choice([4, 8])), int(rng.choice([32, 64, 96])))
         return q.block * int(rng.integers(1, 5)), lambda inputs: ops.integers(inputs, q)
     dtype = np.dtype(rng.choice(np.array([np.float32, np.float16, ml_dtypes.bfloat16], dtype=object)))
 
@@ -111,7 +111,9 @@ def judge(case: Case, found: np.ndarray) -> str | None:
     expected = case.reference(**case.inputs, **case.attributes)
     if case.op == "SelectTopK":
         return None if np.array_equal(found, expected) else "other indices"
-    error, bound = np.abs(found - expected).max(), 2e-5 * max(1, np.abs(expected).max())
+    # Integer rows may be multiplied by inputs of 15 bits.
+    tolerance = 1e-4 if any(name.startswith("s_") for name in case.inputs) else 2e-5
+    error, bound = np.abs(found - expected).max(), tolerance * max(1, np.abs(expected).max())
     return None if error <= bound else f"off by {error}"
 
 

@@ -76,7 +76,7 @@ def test_mlp_refuses(changes, words):
     [
         ({"s_up": None}, r"s_up must have shape \(7, blocks\)"),
         ({"s_up": zeros(7, 3)}, r"s_up must have shape \(7, blocks\)"),
-        ({"s_up": zeros(7, 8)}, "blocks of a multiple of 16"),
+        ({"s_up": zeros(7, 4)}, "blocks of a multiple of 32"),
         ({"s_up": zeros(7, 0)}, r"s_up must have shape \(7, blocks\)"),
         ({"s_up": zeros(7)}, r"s_up must have shape \(7, blocks\)"),
         ({"s_down": zeros(6, 2)}, r"s_down has shape \(6, 2\), not \(7, 2\)"),

