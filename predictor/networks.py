@@ -13,7 +13,7 @@ from shadowllm.predictor.artefact import Predictor
 NORM_EPS = 1e-5
 MAX_RANK = 1024
 RANK_STEP = 16
-SHARE = 0.05
+SHARE = 0.04
 
 
 def scores(predictor: Predictor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def normalise(hidden: Tensor) -> Tensor:
 
 
 def default_rank(spec: ModelSpec, dense_layers: int) -> int:
-    """Largest multiple of 16, up to 1024, that keeps the network under 5% of the model's parameters.
+    """Largest multiple of 16, up to 1024, that keeps the network under 4% of the model's parameters.
 
     Raises:
         UserError: not even 16 fits: the model is too small to be worth a shadow.

@@ -85,8 +85,8 @@ class OrtSession:
         options = ort.SessionOptions()
         if self._threads:
             options.intra_op_num_threads = self._threads
-        if self._kind == "sparse":
-            # The pieces take turns: the pool of one must not spin while the next one runs.
+        if piece != "dense":
+            # The pieces of a step take turns: the pool of one must not spin while the next one runs.
             options.add_session_config_entry("session.force_spinning_stop", "1")
         native = self._native and piece in ("predictor", "body") and native_ops.register(options)
         return Piece(self._bundle / f"{piece}.onnx", options, self.manifest, native)

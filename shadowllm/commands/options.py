@@ -118,7 +118,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         default="shadow",
         help="predictor to train; random measures speed alone (default: shadow)",
     )
-    group.add_argument("--rank", type=int, help="width of the shadow (default: under 5%% of the model's parameters)")
+    group.add_argument("--rank", type=int, help="width of the shadow (default: under 4%% of the model's parameters)")
     group.add_argument("--epochs", type=int, help="passes over the traces")
     group.add_argument("--loss", help="weighted_bce, bce or mse (default: weighted_bce)")
 
