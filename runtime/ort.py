@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -41,6 +41,7 @@ class OrtSession:
         profile: keep the seconds of each part of the last step in ``step_seconds``.
         native: run the custom ops with the native library where it is built; else, and without
             it, their function bodies run.
+        exact: do not let ONNX Runtime round the inputs of integer layers to 8 bits: for validation, and slow.
 
     Attributes:
         cache: float32 ``(batch, n_kv_heads, capacity, head_dim)`` by "layer.key" and "layer.value".
@@ -58,12 +59,13 @@ class OrtSession:
         threads: int | None = None,
         profile: bool = False,
         native: bool = True,
+        exact: bool = False,
     ) -> None:
         self.manifest: Manifest = read_manifest(bundle)
         self.spec: ModelSpec = self.manifest.spec
         self.step_seconds: dict[str, float] = {}
         self._bundle, self._kind, self._threads, self._profile = bundle, kind, threads, profile
-        self._native = native
+        self._native, self._exact = native, exact
         n_sparse = self.spec.n_layers - self.manifest.dense_layers
         self._counts = {name: np.zeros(n_sparse, dtype=np.int32) for name in ("head_counts", "neuron_counts")}
         self.set_budget(Budget(**self.manifest.budgets))
@@ -89,7 +91,10 @@ class OrtSession:
             # The pieces of a step take turns: the pool of one must not spin while the next one runs.
             options.add_session_config_entry("session.force_spinning_stop", "1")
         native = self._native and piece in ("predictor", "body") and native_ops.register(options)
-        return Piece(self._bundle / f"{piece}.onnx", options, self.manifest, native)
+        path = self._bundle / f"{piece}.onnx"
+        # The rewritten graph has no folder of its own to look for the weights in.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        return Piece(path, options, lambda: for_cpu(path, self.manifest, native, self._exact))
 
     def reset(self, batch: int = 1) -> None:
         """See `Session.reset`."""
@@ -186,13 +191,17 @@ class OrtSession:
         return {f"present.{name}": array for name, array in self.cache.items()}
 
 
-def for_cpu(path: Path, manifest: Manifest, native: bool) -> bytes:
+def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False) -> bytes:
     """A piece's graph, serialised, as ONNX Runtime's CPU kernels run it best; the same inputs and outputs.
 
     Args:
         native: the native ops will run it.
+        exact: float32 inputs of integer layers.
     """
     model = ir.load(path)
+    for node in model.graph:
+        if exact and node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
     if manifest.dtype != "float32":
         widen(model, keep_rows=native)
     fuse_attention(model, manifest.spec)
@@ -202,12 +211,9 @@ def for_cpu(path: Path, manifest: Manifest, native: bool) -> bytes:
 class Piece:
     """One ONNX graph loaded into ONNX Runtime."""
 
-    def __init__(self, path: Path, options: ort.SessionOptions, manifest: Manifest, native: bool) -> None:
-        # The rewritten graph has no folder of its own to look for the weights in.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    def __init__(self, path: Path, options: ort.SessionOptions, read: Callable[[], bytes]) -> None:
         try:
-            model = for_cpu(path, manifest, native)
-            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(read(), options, providers=["CPUExecutionProvider"])
         except (
             errors.Fail,
             errors.InvalidGraph,

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from shadowllm.errors import UserError
-from shadowllm.exporter.bundle import read_weights
+from shadowllm.exporter.bundle import check_dtypes, read_weights
 from shadowllm.exporter.manifest import DATA_FILE, PIECES, read_manifest, verify_files
 from shadowllm.exporter.staging import staged
 from shadowllm.models import load_model
+from shadowllm.pipeline import EngineOptions, build_engines
 from tests.bundles import make_bundle, make_predictor
 from tests.conftest import VARIANTS
 
@@ -189,3 +190,39 @@ def test_the_same_export_twice_is_the_same(checkpoint, tmp_path):
         (tmp_path / name).mkdir()
         hashes.append(make_bundle(checkpoint("opt"), tmp_path / name).files)
     assert hashes[0] == hashes[1]
+
+
+class TestIntegerWeights:
+    @pytest.mark.parametrize(
+        ("variant", "dtype", "weight_dtype", "words"),
+        [
+            ("llama-gqa", "float32", "int4", "hidden size 48 is no multiple of 32"),
+            ("llama-blocks", "float16", "int8", "float32 activations, not float16"),
+            ("llama-blocks", "float32", "int3", "'int3' is not supported"),
+        ],
+    )
+    def test_refused(self, checkpoint, variant, dtype, weight_dtype, words):
+        with pytest.raises(UserError, match=words):
+            check_dtypes(load_model(checkpoint(variant))[0], dtype, weight_dtype)
+
+    def test_no_engines_of_them(self, bundle):
+        pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+        folder = bundle("llama-blocks", weight_dtype="int4")
+        with pytest.raises(UserError, match="not built of int4 weights"):
+            build_engines(folder, EngineOptions("tensorrt_rtx"))
+
+    def test_they_are_smaller(self, bundle):
+        sizes = [(bundle("llama-blocks", weight_dtype=w) / DATA_FILE).stat().st_size for w in (None, "int8", "int4")]
+        assert sizes[0] > 1.5 * sizes[1]  # o and down lie there twice, and the sizes are tiny
+        assert sizes[1] > sizes[2]
+
+    def test_they_read_back_as_they_round(self, bundle, checkpoint):
+        folder = bundle("llama-blocks", weight_dtype="int8")
+        read, original = read_weights(folder, read_manifest(folder)), load_model(checkpoint("llama-blocks"))[1]
+        for weights in (read.sparse, read.dense):
+            for name in original:
+                assert weights[name].shape == original[name].shape
+                error = (weights[name] - original[name]).abs().max()
+                assert error <= original[name].abs().max() / 100, name
+        down = next(name for name in original if name.endswith("1.down_proj.weight"))
+        assert not torch.equal(read.sparse[down], read.dense[down])

@@ -40,12 +40,13 @@ def test_full_budget_equals_dense(bundle, variant, backend):
 @pytest.mark.parametrize("native", [True, False])
 def test_backends_agree_at_a_small_budget(bundle, variant, weight_dtype, native):
     folder = bundle(variant, weight_dtype=weight_dtype)
-    with ort_module.OrtSession(folder, native=native) as first, open_session(folder, "torch") as second:
+    with ort_module.OrtSession(folder, native=native, exact=True) as first, open_session(folder, "torch") as second:
         found = []
         for session in (first, second):
             session.set_budget(Budget(neurons=0.25, heads=0.5))
             found.append(logits_of(session, [PROMPT], [3, 90, 14]))
-    assert np.abs(found[0] - found[1]).max() < 1e-5 * np.abs(found[1]).max()
+    tolerance = 3e-4 if native and weight_dtype else 1e-5  # native integer rows may round inputs to 15 bits
+    assert np.abs(found[0] - found[1]).max() < tolerance * np.abs(found[1]).max()
 
 
 def test_the_budget_changes_the_result_and_can_change_back(bundle):
