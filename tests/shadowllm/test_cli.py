@@ -239,6 +239,8 @@ class TestInterrupted:
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
+            # A suite run in a shell's background has inherited that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 60
         while not list(out.parent.glob(f".{out.name}.partial-*")):
