@@ -194,11 +194,11 @@ def traffic_of(
 ) -> Traffic:
     """Mean bytes per decode step of a contender: the sparse path where ``name`` is "sparse", else a dense one."""
     # The CPU backends compute 16-bit bundles in float32, and read that many bytes; only native rows stay as they are.
-    itemsize = row_itemsize = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
+    itemsize = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
     q = manifest.quantisation if backend.startswith("ort") else None
     matrix_itemsize = q.bits / 8 + 4 / q.block if q else itemsize
-    if backend == "ort" and native_ops.library():
-        row_itemsize = ITEMSIZE[manifest.dtype]
+    native = backend == "ort" and q is None and native_ops.library()
+    row_itemsize = ITEMSIZE[manifest.dtype] if native else matrix_itemsize
     active = None
     if name == SPARSE:
         heads, neurons = budget.counts(manifest.spec)
@@ -210,7 +210,7 @@ def traffic_of(
         new_tokens,
         active,
         matrix_itemsize,
-        matrix_itemsize if q else row_itemsize,
+        row_itemsize,
     )
 
 

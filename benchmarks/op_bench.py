@@ -27,6 +27,7 @@ from rich.progress import track
 
 from shadowllm.benchmarks.bandwidth import read_bandwidth
 from shadowllm.benchmarks.environment import environment
+from shadowllm.exporter.builder import MICROSOFT
 from shadowllm.plugins import native_ops, schemas
 from shadowllm.plugins.quantisation import WEIGHT_DTYPES, quantise
 
@@ -39,7 +40,6 @@ FLOATS = {
 DTYPES = (*FLOATS, *WEIGHT_DTYPES)
 # Of MatMulNBits: float32 or int8 activations. Both run, and the faster one counts.
 ACCURACY_LEVELS = (1, 4)
-MICROSOFT = "com.microsoft"
 INDEX_SETS = 5  # different random neurons, so that no cache learns them
 
 

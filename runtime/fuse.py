@@ -14,9 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from shadowllm.exporter.builder import MICROSOFT
 from shadowllm.models.spec import ModelSpec
-
-DOMAIN = "com.microsoft"
 
 
 def fuse_attention(model: ir.Model, spec: ModelSpec) -> None:
@@ -32,7 +31,7 @@ def fuse_attention(model: ir.Model, spec: ModelSpec) -> None:
     shared = _Shared(model.graph, spec)
     for node in blocks:
         _fuse(model.graph, node, shared)
-    model.graph.opset_imports[DOMAIN] = 1
+    model.graph.opset_imports[MICROSOFT] = 1
     RemoveUnusedNodesPass()(model)
 
 
@@ -90,7 +89,7 @@ def _fuse(graph: ir.Graph, attention: ir.Node, shared: _Shared) -> None:
             "scale": 1 / math.sqrt(spec.head_dim),
             "do_rotary": int(bool(shared.tables)),
         },
-        domain=DOMAIN,
+        domain=MICROSOFT,
         num_outputs=3,
         name=attention.name,
     )

@@ -147,29 +147,18 @@ inline void accumulate_quantised_tile(const QuantisedRow* rows, const QuantisedR
   }
 }
 
-inline void fetch_row(const Rows& rows, const QuantisedRow& row) {
-  fetch_bytes(row.data, rows.stride);
-  fetch_bytes(row.scales, rows.width / rows.block * sizeof(float));
-}
-
 // As walk: tile(rows, rows to fetch or null, first row, count as a type) with kBlock rows at a time, then one by one.
-// Rows are short, so what is fetched lies several blocks ahead: memory takes longer to answer than one block takes.
 template <class Tile>
 inline void walk_quantised(const Rows& rows, Picks picks, Ahead ahead, Tile tile) {
-  constexpr size_t bytes_ahead = size_t{1} << 13, most_ahead = 4;
-  size_t distance = 1;
-  while (distance < most_ahead && distance * kBlock * rows.stride < bytes_ahead) ++distance;
-  distance *= kBlock;
   QuantisedRow now[kBlock], next[kBlock];
   const size_t whole = picks.count / kBlock * kBlock;
-  for (size_t i = kBlock; i < distance && i < whole; ++i) fetch_row(rows, quantised_row(rows, picks.ids, i));
   const bool follows = ahead.rows != nullptr && ahead.rows->type == rows.type;
   for (size_t i = 0; i < whole; i += kBlock) {
     for (size_t r = 0; r < kBlock; ++r) now[r] = quantised_row(rows, picks.ids, i + r);
     const QuantisedRow* to_fetch = next;
-    if (i + distance < whole)
-      for (size_t r = 0; r < kBlock; ++r) next[r] = quantised_row(rows, picks.ids, i + distance + r);
-    else if (i + kBlock == whole && follows)
+    if (i + kBlock < whole)
+      for (size_t r = 0; r < kBlock; ++r) next[r] = quantised_row(rows, picks.ids, i + kBlock + r);
+    else if (follows)
       for (size_t r = 0; r < kBlock; ++r) next[r] = quantised_row(*ahead.rows, ahead.ids, r);
     else
       to_fetch = nullptr;
