@@ -82,11 +82,15 @@ inline float load_one(const T* p) {
 inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 
 inline float sum(V v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float lanes[W];
   store(lanes, v);
   for (size_t half = W / 2; half > 0; half /= 2)
     for (size_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+#endif
 }
 
 // exp(x) = 2^n exp(r), |r| <= ln(2)/2, with the Taylor polynomial of degree 7 (remainder 5e-9 relative). The argument
@@ -116,7 +120,7 @@ inline const T* row(const Rows& rows, const int32_t* ids, size_t i) {
 
 // Rows of a block. One token has eight rows read side by side, as many streams of loads; more tokens are compute bound
 // and take tiles of four rows and up to kTile tokens, whose sums fit into the registers.
-constexpr size_t kBlock = kLeastAhead;
+constexpr size_t kBlock = 8;
 constexpr size_t kTile = W >= 16 ? 4 : 2;
 
 // Fetches into L2 the cache lines of `next` that correspond to `count` elements from k on. The hardware's prefetcher
@@ -294,6 +298,14 @@ void accumulate_as(const Rows& rows, Picks picks, const float* h, size_t tokens,
 namespace shadowllm {
 namespace {
 
+const float* prepare(const Rows& rows, const float* x, size_t tokens, float* room) {
+  switch (rows.type) {
+    case RowType::i8: return prepare_quantised<Bits8>(rows, x, tokens, room);
+    case RowType::i4: return prepare_quantised<Bits4>(rows, x, tokens, room);
+    default: return x;
+  }
+}
+
 void project(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
   switch (rows.type) {
     case RowType::i8: return project_quantised<Bits8>(rows, picks, x, tokens, out, ahead);
@@ -389,4 +401,4 @@ void widen(const void* data, RowType type, float* out, size_t size) {
 }  // namespace
 }  // namespace shadowllm
 
-#define SHADOWLLM_KERNELS(name) {name, project, accumulate, activate, exponentials, reduce, widen}
+#define SHADOWLLM_KERNELS(name) {name, prepare, project, accumulate, activate, exponentials, reduce, widen}

@@ -74,7 +74,8 @@ struct QuantisedRow {
 
 inline QuantisedRow quantised_row(const Rows& rows, const int32_t* ids, size_t i) {
   const size_t id = ids == nullptr ? i : static_cast<size_t>(ids[i]);
-  return {static_cast<const uint8_t*>(rows.data) + id * rows.stride, rows.scales + id * (rows.width / rows.block)};
+  return {static_cast<const uint8_t*>(rows.data) + id * rows.stride,
+          reinterpret_cast<const float*>(reinterpret_cast<const char*>(rows.scales) + id * rows.scales_stride)};
 }
 
 __attribute__((always_inline)) inline void fetch_bytes(const void* from, size_t bytes) {
@@ -94,8 +95,8 @@ __attribute__((always_inline)) inline void fetch_block(const QuantisedRow* next,
 }
 
 template <class Q, size_t R, size_t M>
-inline void project_quantised_tile(const QuantisedRow* rows, const QuantisedRow* next, const float* x, size_t width,
-                                   size_t block, float* out, size_t tokens) {
+inline void project_quantised_tile(const QuantisedRow* rows, const QuantisedRow* next, size_t count, const float* x,
+                                   size_t width, size_t block, float* out, size_t tokens) {
   V acc[R][M] = {};
   const size_t blocks = width / block;
   for (size_t b = 0; b < blocks; ++b) {
@@ -116,17 +117,20 @@ inline void project_quantised_tile(const QuantisedRow* rows, const QuantisedRow*
     }
   }
   for (size_t r = 0; r < R; ++r)
-    for (size_t t = 0; t < M; ++t) out[r * tokens + t] = sum(acc[r][t]);
+    for (size_t t = 0; t < M; ++t) {
+      const float total = sum(acc[r][t]);
+      if (r < count) out[r * tokens + t] = total;
+    }
 }
 
 template <class Q, size_t R, size_t M>
-inline void accumulate_quantised_tile(const QuantisedRow* rows, const QuantisedRow* next, const float* h, size_t tokens,
-                                      size_t width, size_t block, float* y) {
+inline void accumulate_quantised_tile(const QuantisedRow* rows, const QuantisedRow* next, size_t row_count,
+                                      const float* h, size_t tokens, size_t width, size_t block, float* y) {
   const size_t blocks = width / block;
   for (size_t first = 0; first < blocks; first += kScales) {
     const size_t count = blocks - first < kScales ? blocks - first : kScales;
-    float weights[R][M][kScales];
-    for (size_t r = 0; r < R; ++r)
+    float weights[R][M][kScales] = {};
+    for (size_t r = 0; r < row_count; ++r)
       for (size_t t = 0; t < M; ++t)
         for (size_t i = 0; i < count; ++i) weights[r][t][i] = h[r * tokens + t] * rows[r].scales[first + i];
     for (size_t i = 0; i < count; ++i) {
@@ -147,42 +151,45 @@ inline void accumulate_quantised_tile(const QuantisedRow* rows, const QuantisedR
   }
 }
 
-// As walk: tile(rows, rows to fetch or null, first row, count as a type) with kBlock rows at a time, then one by one.
+// Rows of integers are worked on so fast that the block after the next is the one to fetch.
+constexpr size_t kFetched = 2 * kBlock;
+
+// As walk, but always kBlock rows at a time: tile(rows, rows to fetch or null, first row, how many count). The last
+// tile is filled up with its last row, whose sums are not wanted.
 template <class Tile>
 inline void walk_quantised(const Rows& rows, Picks picks, Ahead ahead, Tile tile) {
   QuantisedRow now[kBlock], next[kBlock];
-  const size_t whole = picks.count / kBlock * kBlock;
   const bool follows = ahead.rows != nullptr && ahead.rows->type == rows.type;
-  for (size_t i = 0; i < whole; i += kBlock) {
-    for (size_t r = 0; r < kBlock; ++r) now[r] = quantised_row(rows, picks.ids, i + r);
-    const QuantisedRow* to_fetch = next;
-    if (i + kBlock < whole)
-      for (size_t r = 0; r < kBlock; ++r) next[r] = quantised_row(rows, picks.ids, i + kBlock + r);
+  const size_t padded = (picks.count + kBlock - 1) / kBlock * kBlock;
+  const auto take = [&](size_t first, QuantisedRow* block) {
+    for (size_t r = 0; r < kBlock; ++r)
+      block[r] = quantised_row(rows, picks.ids, first + r < picks.count ? first + r : picks.count - 1);
+  };
+  for (size_t i = 0; i < picks.count; i += kBlock) {
+    const size_t then = i + kFetched;
+    take(i, now);
+    if (then < picks.count)
+      take(then, next);
     else if (follows)
-      for (size_t r = 0; r < kBlock; ++r) next[r] = quantised_row(*ahead.rows, ahead.ids, r);
-    else
-      to_fetch = nullptr;
-    tile(now, to_fetch, i, Count<kBlock>());
-  }
-  for (size_t i = whole; i < picks.count; ++i) {
-    now[0] = quantised_row(rows, picks.ids, i);
-    tile(now, static_cast<const QuantisedRow*>(nullptr), i, Count<1>());
+      for (size_t r = 0; r < kBlock; ++r) next[r] = quantised_row(*ahead.rows, ahead.ids, then - padded + r);
+    tile(now, then < picks.count || follows ? next : static_cast<const QuantisedRow*>(nullptr), i,
+         picks.count - i < kBlock ? picks.count - i : kBlock);
   }
 }
 
-// Calls tile(rows, next rows, first row, first token, row count and token count as types): four rows a tile where
-// there is more than one token, as in `cover`.
+// Calls tile(rows, next rows, first row, first token, rows that count, row count and token count as types): four rows a
+// tile where there is more than one token, as in `cover`.
 template <class Tile>
 inline void for_tiles(const Rows& rows, Picks picks, size_t tokens, Ahead ahead, Tile tile) {
-  walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, auto count) {
-    if (tokens == 1) return tile(now, next, i, size_t{0}, count, Count<1>());
-    constexpr size_t step = count.value < 4 ? count.value : 4;
-    for (size_t r = 0; r < count.value; r += step) {
+  walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t count) {
+    if (tokens == 1) return tile(now, next, i, size_t{0}, count, Count<kBlock>(), Count<1>());
+    for (size_t r = 0; r < count; r += 4) {
       const QuantisedRow* ahead_of = next == nullptr ? nullptr : next + r;
+      const size_t left = count - r < 4 ? count - r : 4;
       size_t t = 0;
       for (; t + kTile <= tokens; t += kTile, ahead_of = nullptr)
-        tile(now + r, ahead_of, i + r, t, Count<step>(), Count<kTile>());
-      for (; t < tokens; ++t, ahead_of = nullptr) tile(now + r, ahead_of, i + r, t, Count<step>(), Count<1>());
+        tile(now + r, ahead_of, i + r, t, left, Count<4>(), Count<kTile>());
+      for (; t < tokens; ++t, ahead_of = nullptr) tile(now + r, ahead_of, i + r, t, left, Count<4>(), Count<1>());
     }
   });
 }
@@ -192,15 +199,23 @@ inline void for_tiles(const Rows& rows, Picks picks, size_t tokens, Ahead ahead,
 #endif
 
 template <class Q>
+const float* prepare_quantised(const Rows& rows, const float* x, size_t tokens, float* room) {
+#if defined(__AVX512VNNI__)
+  if (in_integers(rows, tokens)) return round_input<Q>(x, rows.width, room);
+#endif
+  (void)rows, (void)tokens, (void)room;
+  return x;
+}
+
+template <class Q>
 void project_quantised(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
   const size_t width = rows.width;
 #if defined(__AVX512VNNI__)
-  if (tokens == 1 && rows.block == kIntegerBlock && width <= kMostIntegers)
-    return project_integers<Q>(rows, picks, x, out, ahead);
+  if (in_integers(rows, tokens)) return project_integers<Q>(rows, picks, x, out, ahead);
 #endif
   for_tiles(rows, picks, tokens, ahead,
-            [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t t, auto r, auto m) {
-              project_quantised_tile<Q, r.value, m.value>(now, next, x + t * width, width, rows.block,
+            [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t t, size_t count, auto r, auto m) {
+              project_quantised_tile<Q, r.value, m.value>(now, next, count, x + t * width, width, rows.block,
                                                           out + i * tokens + t, tokens);
             });
 }
@@ -208,10 +223,13 @@ void project_quantised(const Rows& rows, Picks picks, const float* x, size_t tok
 template <class Q>
 void accumulate_quantised(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y, Ahead ahead) {
   const size_t width = rows.width;
+#if defined(__AVX512VNNI__)
+  if (in_integers(rows, tokens)) return accumulate_integers<Q>(rows, picks, h, y, ahead);
+#endif
   for_tiles(rows, picks, tokens, ahead,
-            [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t t, auto r, auto m) {
-              accumulate_quantised_tile<Q, r.value, m.value>(now, next, h + i * tokens + t, tokens, width, rows.block,
-                                                             y + t * width);
+            [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t t, size_t count, auto r, auto m) {
+              accumulate_quantised_tile<Q, r.value, m.value>(now, next, count, h + i * tokens + t, tokens, width,
+                                                             rows.block, y + t * width);
             });
 }
 

@@ -1,10 +1,25 @@
-// One token's projection in integers, part of kernels_quantised.hpp: four products an instruction and lane (AVX-512 VNNI).
+// One token in integers, part of kernels_quantised.hpp: four products an instruction and lane (AVX-512 VNNI).
 //
-// The input is rounded to 15 bits and a scale for every block, and multiplied in two parts of 8 bits: 128 times finer
-// than rounding it to 8 bits, as dense int8 arithmetic does, at twice the multiplications.
+// What the rows are multiplied with is rounded to 16 bits and a scale for every block, and multiplied in two parts of 8
+// bits: 256 times finer than rounding it to 8 bits, as dense int8 arithmetic does, at twice the multiplications.
 #pragma once
 
 constexpr size_t kIntegerBlock = 32, kMostIntegers = 1 << 14;
+
+// The largest integer n whose parts n = 256 * high + low are signed bytes: n + 128 is the bytes of high and low + 128.
+constexpr int kLargest = 127 * 256 + 127;
+
+inline __m512i shifted_integers(__m512 x) {
+  return _mm512_add_epi32(_mm512_maskz_cvtps_epi32(0xffff, x), _mm512_set1_epi32(128));
+}
+
+inline __m512i joined(__m512i high, __m512i low) {
+  return _mm512_add_epi32(low, _mm512_maskz_slli_epi32(0xffff, high, 8));
+}
+
+inline bool in_integers(const Rows& rows, size_t tokens) {
+  return tokens == 1 && rows.block == kIntegerBlock && rows.width <= kMostIntegers;
+}
 
 // Bytes of a step: 64 of a row. At 8 bits they hold 64 elements, at 4 bits 128, even ones in the lower halves.
 template <class Q>
@@ -25,7 +40,9 @@ inline size_t integer_steps(size_t width) {
 }
 
 template <class Q>
-inline void round_input(const float* x, size_t width, IntegerStep<Q>* steps) {
+inline const float* round_input(const float* x, size_t width, float* room) {
+  static_assert(sizeof(IntegerStep<Q>) <= kElements<Q> * sizeof(float) && 128 % kElements<Q> == 0, "it fits into room");
+  IntegerStep<Q>* steps = reinterpret_cast<IntegerStep<Q>*>(room);
   constexpr size_t parts = IntegerStep<Q>::parts, lanes = 16 * kIntegerBlock / kElements<Q>;
   const size_t count = integer_steps<Q>(width);
   if (width % kElements<Q> != 0) memset(steps + count - 1, 0, sizeof *steps);
@@ -36,16 +53,16 @@ inline void round_input(const float* x, size_t width, IntegerStep<Q>* steps) {
     Q::split(x + first, in);
     const __m512 largest = _mm512_max_ps(_mm512_abs_ps((__m512)in[0]), _mm512_abs_ps((__m512)in[1]));
     const float most = _mm512_reduce_max_ps(largest);
-    const float inverse = most > 1e-30f ? 16256 / most : 0;
+    const float inverse = most > 1e-30f ? kLargest / most : 0;
     for (size_t j = 0; j < 2; ++j) {
-      const __m512i whole = _mm512_maskz_cvtps_epi32(0xffff, (__m512)(in[j] * inverse));
-      const __m512i high = _mm512_maskz_srai_epi32(0xffff, _mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
-      const __m512i low = _mm512_sub_epi32(whole, _mm512_maskz_slli_epi32(0xffff, high, 7));
+      const __m512i shifted = shifted_integers((__m512)(in[j] * inverse));
+      const __m512i high = _mm512_maskz_srai_epi32(0xffff, shifted, 8);
+      const __m512i low = _mm512_xor_si512(shifted, _mm512_set1_epi32(128));
       const size_t part = parts == 1 ? 0 : j, at = parts == 1 ? block * 32 + j * 16 : block * 16;
       _mm_store_si128(reinterpret_cast<__m128i*>(step.high[part] + at), _mm512_maskz_cvtepi32_epi8(0xffff, high));
       _mm_store_si128(reinterpret_cast<__m128i*>(step.low[part] + at), _mm512_maskz_cvtepi32_epi8(0xffff, low));
     }
-    for (size_t l = 0; l < lanes; ++l) step.scale[block * lanes + l] = most / 16256;
+    for (size_t l = 0; l < lanes; ++l) step.scale[block * lanes + l] = most / kLargest;
   }
   const __m512i ones = _mm512_set1_epi8(1), middle = _mm512_set1_epi32(-(1 << (Q::bits - 1)));
   for (size_t s = 0; s < count; ++s) {
@@ -54,56 +71,202 @@ inline void round_input(const float* x, size_t width, IntegerStep<Q>* steps) {
       high = _mm512_dpbusd_epi32(high, ones, _mm512_load_si512(steps[s].high[p]));
       low = _mm512_dpbusd_epi32(low, ones, _mm512_load_si512(steps[s].low[p]));
     }
-    const __m512i sum = _mm512_add_epi32(low, _mm512_maskz_slli_epi32(0xffff, high, 7));
-    _mm512_store_si512(steps[s].start, _mm512_mullo_epi32(sum, middle));
+    _mm512_store_si512(steps[s].start, _mm512_mullo_epi32(joined(high, low), middle));
+  }
+  return room;
+}
+
+template <class Q>
+inline __m512i load_step(const QuantisedRow& row, size_t s, size_t width) {
+  const size_t left = width * Q::bits / 8 - s * 64;
+  return _mm512_maskz_loadu_epi8(left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1, row.data + s * 64);
+}
+
+// Even or odd elements at four bits, all of them at eight.
+template <class Q>
+inline __m512i part_of(__m512i bytes, size_t part) {
+  if (Q::bits == 8) return bytes;
+  return _mm512_and_si512(part == 0 ? bytes : _mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+}
+
+// What eight rows fetch ahead of a step: the same step of the following rows, and all of their scales at first.
+__attribute__((always_inline)) inline void fetch_step(const QuantisedRow* next, size_t s, size_t blocks) {
+  if (next == nullptr) return;
+  for (size_t r = 0; r < kBlock; ++r) {
+    fetch_bytes(next[r].data + s * 64, 64);
+    if (s == 0) fetch_bytes(next[r].scales, blocks * sizeof(float));
   }
 }
 
-template <class Q, size_t R>
-inline void project_integer_tile(const QuantisedRow* rows, const QuantisedRow* next, const IntegerStep<Q>* steps,
-                                 size_t width, float* out) {
-  constexpr size_t blocks_each = kElements<Q> / kIntegerBlock, lanes_each = 16 / blocks_each;
-  const size_t blocks = width / kIntegerBlock, bytes = width * Q::bits / 8;
-  int32_t block_of_lane[16];
-  for (size_t l = 0; l < 16; ++l) block_of_lane[l] = static_cast<int32_t>(l / lanes_each);
-  const __m512i spread = _mm512_loadu_si512(block_of_lane), half = _mm512_set1_epi8(15);
-  __m512 acc[R];
-  for (size_t r = 0; r < R; ++r) acc[r] = _mm512_setzero_ps();
+// Which block of a step, counted from `first`, each of sixteen lanes belongs to, if every block has `lanes` of them.
+inline __m512i block_of_lane(size_t first, size_t lanes) {
+  int32_t blocks[16];
+  for (size_t l = 0; l < 16; ++l) blocks[l] = static_cast<int32_t>(first + l / lanes);
+  return _mm512_loadu_si512(blocks);
+}
+
+template <class Q>
+inline void project_integer_tile(const QuantisedRow* rows, const QuantisedRow* next, size_t count,
+                                 const IntegerStep<Q>* steps, size_t width, float* out) {
+  constexpr size_t blocks_each = kElements<Q> / kIntegerBlock;
+  const size_t blocks = width / kIntegerBlock;
+  const __m512i spread = block_of_lane(0, 16 / blocks_each);
+  __m512 acc[kBlock];
+  for (size_t r = 0; r < kBlock; ++r) acc[r] = _mm512_setzero_ps();
   for (size_t s = 0; s < integer_steps<Q>(width); ++s) {
-    if (next != nullptr)
-      for (size_t r = 0; r < R; ++r) {
-        fetch_bytes(next[r].data + s * 64, 64);
-        if (s == 0) fetch_bytes(next[r].scales, blocks * sizeof(float));
-      }
+    fetch_step(next, s, blocks);
     const IntegerStep<Q>& step = steps[s];
-    const size_t left = bytes - s * 64, blocks_left = blocks - s * blocks_each;
-    const __mmask64 there = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+    const size_t blocks_left = blocks - s * blocks_each;
     const __mmask16 scaled = static_cast<__mmask16>((1u << (blocks_left < blocks_each ? blocks_left : blocks_each)) - 1);
     const __m512i start = _mm512_load_si512(step.start);
     const __m512 scale = _mm512_load_ps(step.scale);
-    for (size_t r = 0; r < R; ++r) {
-      const __m512i data = _mm512_maskz_loadu_epi8(there, rows[r].data + s * 64);
+    for (size_t r = 0; r < kBlock; ++r) {
+      const __m512i data = load_step<Q>(rows[r], s, width);
       __m512i high = _mm512_setzero_si512(), low = start;
       for (size_t p = 0; p < IntegerStep<Q>::parts; ++p) {
-        __m512i w = data;
-        if (Q::bits == 4) w = _mm512_and_si512(p == 0 ? data : _mm512_srli_epi16(data, 4), half);
+        const __m512i w = part_of<Q>(data, p);
         high = _mm512_dpbusd_epi32(high, w, _mm512_load_si512(step.high[p]));
         low = _mm512_dpbusd_epi32(low, w, _mm512_load_si512(step.low[p]));
       }
-      const __m512i total = _mm512_add_epi32(low, _mm512_maskz_slli_epi32(0xffff, high, 7));
+      const __m512i total = joined(high, low);
       const __m512 scales = _mm512_maskz_loadu_ps(scaled, rows[r].scales + s * blocks_each);
       const __m512 product = _mm512_mul_ps(_mm512_maskz_cvtepi32_ps(0xffff, total), scale);
       acc[r] = _mm512_fmadd_ps(product, _mm512_maskz_permutexvar_ps(0xffff, spread, scales), acc[r]);
     }
   }
-  for (size_t r = 0; r < R; ++r) out[r] = sum((V)acc[r]);
+  float totals[kBlock];  // all of them: an array of which a part is read would not stay in registers
+  for (size_t r = 0; r < kBlock; ++r) totals[r] = sum((V)acc[r]);
+  memcpy(out, totals, count * sizeof(float));
 }
 
 template <class Q>
-void project_integers(const Rows& rows, Picks picks, const float* x, float* out, Ahead ahead) {
-  IntegerStep<Q> steps[kMostIntegers / kElements<Q>];
-  round_input<Q>(x, rows.width, steps);
-  walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, auto count) {
-    project_integer_tile<Q, count.value>(now, next, steps, rows.width, out + i);
+void project_integers(const Rows& rows, Picks picks, const float* input, float* out, Ahead ahead) {
+  const IntegerStep<Q>* steps = reinterpret_cast<const IntegerStep<Q>*>(input);
+  walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t count) {
+    project_integer_tile<Q>(now, next, count, steps, rows.width, out + i);
   });
+}
+
+// What the blocks of eight rows are multiplied with, a block to a lane: h times the scale of the block, rounded to 15
+// bits of the largest of the eight.
+struct IntegerWeights {
+  __m512i high[2], low[2];  // a byte for each of four rows
+  __m512i start;            // the middle of the integers times the weights, to be taken away
+  __m512 scale;
+};
+
+// The upper sixteen bits of one and the lower ones of the other.
+inline __m512i upper_halves_of(__m512i upper, __m512i lower) { return _mm512_mask_blend_epi16(0xaaaaaaaa, lower, upper); }
+
+// The two lower bytes of a and b as a's upper one, b's upper one, a's lower one, b's lower one.
+inline __m512i split_bytes(__m512i a, __m512i b) {
+  const __m512i both = upper_halves_of(_mm512_maskz_slli_epi32(0xffff, b, 16), a);
+  const __m128i order = _mm_set_epi8(14, 12, 15, 13, 10, 8, 11, 9, 6, 4, 7, 5, 2, 0, 3, 1);
+  return _mm512_shuffle_epi8(both, _mm512_maskz_broadcast_i32x4(0xffff, order));
+}
+
+template <class Q>
+inline IntegerWeights round_weights(const QuantisedRow* rows, const float* h, size_t first, size_t blocks) {
+  const size_t count = blocks - first;
+  const __mmask16 there = count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+  __m512 exact[kBlock], most = _mm512_setzero_ps();
+  for (size_t r = 0; r < kBlock; ++r) {
+    exact[r] = _mm512_mul_ps(_mm512_set1_ps(h[r]), _mm512_maskz_loadu_ps(there, rows[r].scales + first));
+    most = _mm512_maskz_max_ps(0xffff, most, _mm512_abs_ps(exact[r]));
+  }
+  const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_set1_ps(1e-30f), _CMP_GT_OQ);
+  const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(kLargest), most);
+  IntegerWeights weights;
+  __m512i shifted[kBlock], sum = _mm512_set1_epi32(-128 * static_cast<int>(kBlock));
+  for (size_t r = 0; r < kBlock; ++r) {
+    shifted[r] = shifted_integers(_mm512_mul_ps(exact[r], inverse));
+    sum = _mm512_add_epi32(sum, shifted[r]);
+  }
+  for (size_t g = 0; g < 2; ++g) {
+    const __m512i front = split_bytes(shifted[4 * g], shifted[4 * g + 1]);
+    const __m512i back = split_bytes(shifted[4 * g + 2], shifted[4 * g + 3]);
+    weights.high[g] = upper_halves_of(_mm512_maskz_slli_epi32(0xffff, back, 16), front);
+    const __m512i low = upper_halves_of(back, _mm512_maskz_srli_epi32(0xffff, front, 16));
+    weights.low[g] = _mm512_xor_si512(low, _mm512_set1_epi8(-128));
+  }
+  weights.start = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-(1 << (Q::bits - 1))));
+  weights.scale = _mm512_mul_ps(most, _mm512_set1_ps(1.0f / kLargest));
+  return weights;
+}
+
+// Brings the bytes of four rows that belong together side by side: out[j] has, in its 128-bit lane L, bytes 16 L + 4 j
+// and the following three.
+inline void interleave(const __m512i rows[4], __m512i out[4]) {
+  const __m512i front = _mm512_unpacklo_epi8(rows[0], rows[1]), back = _mm512_unpackhi_epi8(rows[0], rows[1]);
+  const __m512i front2 = _mm512_unpacklo_epi8(rows[2], rows[3]), back2 = _mm512_unpackhi_epi8(rows[2], rows[3]);
+  out[0] = _mm512_unpacklo_epi16(front, front2);
+  out[1] = _mm512_unpackhi_epi16(front, front2);
+  out[2] = _mm512_unpacklo_epi16(back, back2);
+  out[3] = _mm512_unpackhi_epi16(back, back2);
+}
+
+// Adds eight rows to `sums`, sixteen floats for each part and j of a step, in the order that `interleave` leaves.
+template <class Q>
+inline void accumulate_integer_tile(const QuantisedRow* rows, const QuantisedRow* next, const float* h, size_t width,
+                                    float* sums) {
+  constexpr size_t parts = IntegerStep<Q>::parts, blocks_each = kElements<Q> / kIntegerBlock;
+  const size_t blocks = width / kIntegerBlock;
+  IntegerWeights weights{};
+  for (size_t s = 0; s < integer_steps<Q>(width); ++s) {
+    const size_t first = s * blocks_each;
+    if (first % 16 == 0) weights = round_weights<Q>(rows, h, first, blocks);
+    fetch_step(next, s, blocks);
+    const __m512i spread = block_of_lane(first % 16, 16 / blocks_each);
+    const auto here = [&](__m512i of) { return _mm512_maskz_permutexvar_epi32(0xffff, spread, of); };
+    __m512i bytes[kBlock], mixed[2][4];
+    for (size_t r = 0; r < kBlock; ++r) bytes[r] = load_step<Q>(rows[r], s, width);
+    for (size_t g = 0; g < 2; ++g) interleave(bytes + 4 * g, mixed[g]);
+    const __m512i high[2] = {here(weights.high[0]), here(weights.high[1])};
+    const __m512i low[2] = {here(weights.low[0]), here(weights.low[1])}, start = here(weights.start);
+    const __m512 scale = _mm512_maskz_permutexvar_ps(0xffff, spread, weights.scale);
+    for (size_t p = 0; p < parts; ++p)
+      for (size_t j = 0; j < 4; ++j) {
+        __m512i upper = _mm512_setzero_si512(), lower = start;
+        for (size_t g = 0; g < 2; ++g) {
+          const __m512i w = part_of<Q>(mixed[g][j], p);
+          upper = _mm512_dpbusd_epi32(upper, w, high[g]);
+          lower = _mm512_dpbusd_epi32(lower, w, low[g]);
+        }
+        const __m512i total = joined(upper, lower);
+        float* sum = sums + ((s * parts + p) * 4 + j) * 16;
+        _mm512_store_ps(sum, _mm512_fmadd_ps(_mm512_maskz_cvtepi32_ps(0xffff, total), scale, _mm512_load_ps(sum)));
+      }
+  }
+}
+
+// y += sums, back in the order of the row.
+template <class Q>
+inline void add_in_order(const float* sums, size_t width, float* y) {
+  constexpr size_t parts = IntegerStep<Q>::parts;
+  for (size_t first = 0; first < width; first += 16 * parts) {  // the elements of a lane
+    const float* lane = sums + first / kElements<Q> * kElements<Q> + first % kElements<Q> / (4 * parts);
+    for (size_t j = 0; j < 4; ++j) {
+      const __m128 even = _mm_load_ps(lane + j * 16);
+      float* to = y + first + 4 * parts * j;
+      if (parts == 1) {
+        _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), even));
+      } else {
+        const __m128 odd = _mm_load_ps(lane + 64 + j * 16);
+        _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), _mm_unpacklo_ps(even, odd)));
+        _mm_storeu_ps(to + 4, _mm_add_ps(_mm_loadu_ps(to + 4), _mm_unpackhi_ps(even, odd)));
+      }
+    }
+  }
+}
+
+template <class Q>
+void accumulate_integers(const Rows& rows, Picks picks, const float* h, float* y, Ahead ahead) {
+  alignas(64) float sums[kMostIntegers];
+  memset(sums, 0, integer_steps<Q>(rows.width) * kElements<Q> * sizeof(float));
+  walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t count) {
+    float weights[kBlock] = {};
+    memcpy(weights, h + i, count * sizeof(float));
+    accumulate_integer_tile<Q>(now, next, weights, rows.width, sums);
+  });
+  add_in_order<Q>(sums, rows.width, y);
 }

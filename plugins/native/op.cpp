@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <thread>
 
 namespace shadowllm {
@@ -12,6 +13,16 @@ std::string shape_text(const int64_t* dims, size_t rank) {
   for (size_t i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
   return text + ")";
 }
+
+constexpr size_t kLineBytes = 64;
+
+float* first_line(float* memory) {
+  constexpr size_t kLine = kLineBytes / sizeof(float);
+  const size_t past = reinterpret_cast<uintptr_t>(memory) / sizeof(float) % kLine;
+  return memory + (past == 0 ? 0 : kLine - past);
+}
+
+size_t scales_bytes(const Tensor& scales) { return static_cast<size_t>(scales.dims[1]) * sizeof(float); }
 
 }  // namespace
 
@@ -133,9 +144,30 @@ Rows Node::matrix(const std::vector<Tensor>& in, size_t port, size_t scales_port
     fail(std::string(ports_[scales_port].name) + " must have shape (" + std::to_string(rows) + ", blocks), with " +
          std::to_string(width) + " elements in equal blocks of a multiple of " + std::to_string(kLeastQuantBlock));
   expect(in, scales_port, {rows, blocks});
-  const size_t stride = static_cast<size_t>(tensor.dims[1]);
-  return {tensor.data, stride, elements, packed ? RowType::i4 : RowType::i8, scales.as<float>(),
-          static_cast<size_t>(width / blocks)};
+  const size_t bytes = static_cast<size_t>(tensor.dims[1]), block = static_cast<size_t>(width / blocks);
+  const RowType type = packed ? RowType::i4 : RowType::i8;
+  const auto own = packed_.find(port);
+  if (own == packed_.end())
+    return {tensor.data, bytes, elements, type, scales.as<float>(), scales_bytes(scales), block};
+  const char* data = own->second.data;
+  const size_t stride = own->second.stride;
+  return {data, stride, elements, type, reinterpret_cast<const float*>(data + bytes), stride, block};
+}
+
+void Node::pack(size_t port, size_t scales_port) {
+  const Tensor &tensor = constants_[port], &scales = constants_[scales_port];
+  if (tensor.type != kUInt8 || tensor.rank != 2 || scales.rank != 2 || tensor.dims[0] != scales.dims[0]) return;
+  const size_t rows = static_cast<size_t>(tensor.dims[0]), bytes = static_cast<size_t>(tensor.dims[1]);
+  const size_t beside = scales_bytes(scales), stride = (bytes + beside + kLineBytes - 1) / kLineBytes * kLineBytes;
+  if (bytes % alignof(float) != 0) return;
+  PackedRows& own = packed_[port];
+  own.memory.resize((rows * stride + kLineBytes) / sizeof(float));
+  own.data = reinterpret_cast<char*>(first_line(own.memory.data()));
+  own.stride = stride;
+  for (size_t i = 0; i < rows; ++i) {
+    std::memcpy(own.data + i * stride, tensor.as<char>() + i * bytes, bytes);
+    std::memcpy(own.data + i * stride + bytes, scales.as<char>() + i * beside, beside);
+  }
 }
 
 namespace {
@@ -146,22 +178,21 @@ Scratch::Scratch() : memory_(std::move(kept)) {}
 Scratch::~Scratch() { kept = std::move(memory_); }
 
 float* Scratch::take(size_t floats) {
-  constexpr size_t kLine = 64 / sizeof(float);
+  constexpr size_t kLine = kLineBytes / sizeof(float);
   if (memory_.size() < floats + kLine) {
     memory_.clear();  // nothing to copy into the new memory
     memory_.resize(floats + kLine);
   }
-  const size_t past = reinterpret_cast<uintptr_t>(memory_.data()) / sizeof(float) % kLine;
-  return memory_.data() + (past == 0 ? 0 : kLine - past);
+  return first_line(memory_.data());
 }
 
-// An eighth of a megabyte keeps a thread busy for longer than it takes to wake it; about six chunks a core
-// even out the speed of the cores, and counts with many divisors suit any number of threads. With many tokens partial
-// sums are what costs.
+// Half a megabyte keeps a thread busy for so long that starting it costs nothing, and about six chunks a core even out
+// the speed of the cores; less work is one chunk a core. Counts with many divisors suit any number of threads. With
+// many tokens partial sums are what costs.
 Chunks::Chunks(size_t items, size_t bytes_each, size_t tokens) : items_(items), count_(1) {
   static const size_t cores = std::max(1u, std::thread::hardware_concurrency());
-  const size_t most = tokens > 4 ? 12 : std::clamp<size_t>(6 * cores, 12, 48);
-  const size_t wanted = std::min({most, items / 8, items * bytes_each * tokens / (size_t{1} << 17)});
+  const size_t most = tokens > 4 ? 12 : std::clamp<size_t>(6 * cores, 12, 48), bytes = items * bytes_each * tokens;
+  const size_t wanted = std::min({most, items / 8, std::max(bytes >> 19, std::min(cores, bytes >> 16))});
   for (const size_t count : {1, 2, 4, 6, 12, 24, 48})
     if (count <= wanted) count_ = count;
 }

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <initializer_list>
+#include <map>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -32,6 +33,13 @@ struct Port {
   Characteristic characteristic;
 };
 
+// Rows of integers with their scales behind them.
+struct PackedRows {
+  std::vector<float> memory;
+  char* data;     // the first cache line that starts in it
+  size_t stride;  // bytes
+};
+
 // A kernel's own view of its node: what it is called in messages, and those inputs that never change.
 class Node {
  public:
@@ -51,6 +59,9 @@ class Node {
   void expect(const std::vector<Tensor>& inputs, size_t port, std::initializer_list<int64_t> dims) const;
   // Throws unless value lies in low..high, naming what, the value and the bounds.
   void bound(const std::string& what, int64_t value, int64_t low, int64_t high) const;
+  // Copies a constant matrix of integers so that every row is followed by its scales and starts a cache line: read at
+  // random, that is one stretch of memory instead of two. Does nothing with any other input.
+  void pack(size_t port, size_t scales_port);
   // The ids of a sparse op: `indices` up to `count`, every one in 0..rows-1 or it throws.
   Picks active(const Tensor& indices, const Tensor& count, int64_t rows) const;
   // A weight matrix of rows of `width` elements. Integers come with scales (rows, blocks); throws where the type is
@@ -66,6 +77,7 @@ class Node {
   std::string name_;
   const Port* ports_;
   std::vector<Tensor> constants_;
+  std::map<size_t, PackedRows> packed_;
 };
 
 // ONNX Runtime's intra-op threads. Bodies must not throw.

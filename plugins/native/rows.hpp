@@ -18,11 +18,21 @@ struct Rows {
   size_t width;   // elements of a row
   RowType type;
   const float* scales = nullptr;  // width / block to a row
+  size_t scales_stride = 0;       // bytes
   size_t block = 0;
 
   // What a row costs, in bytes that could be read meanwhile: integers take as long to compute with as to read.
-  size_t cost() const { return scales == nullptr ? stride : 2 * (stride + width / block * sizeof(float)); }
+  size_t cost() const {
+    const size_t bytes = width * bits(type) / 8;
+    return scales == nullptr ? bytes : 2 * (bytes + width / block * sizeof(float));
+  }
+
+  static size_t bits(RowType type) {
+    return type == RowType::f32 ? 32 : type == RowType::i8 ? 8 : type == RowType::i4 ? 4 : 16;
+  }
 };
+
+inline size_t input_floats(size_t width) { return (width + 127) / 128 * 128; }
 
 constexpr size_t kLeastQuantBlock = 32;  // blocks are multiples of it: of two of the longest vectors
 
@@ -34,7 +44,7 @@ struct Picks {
 
 // Rows that will be read next, at least kLeastAhead of them or null: the last rows of a pass fetch the first of the
 // next pass.
-constexpr size_t kLeastAhead = 8;
+constexpr size_t kLeastAhead = 16;
 struct Ahead {
   const Rows* rows;
   const int32_t* ids;
@@ -42,8 +52,11 @@ struct Ahead {
 
 struct Kernels {
   const char* name;
-  // out[i * tokens + t] = sum over k of rows[pick i][k] * x[t * width + k]
-  void (*project)(const Rows&, Picks, const float* x, size_t tokens, float* out, Ahead);
+  // x as `project` reads it with rows of this kind: x itself, or what is made of it in `room`, input_floats(width) of
+  // them at the start of a cache line.
+  const float* (*prepare)(const Rows&, const float* x, size_t tokens, float* room);
+  // out[i * tokens + t] = sum over k of rows[pick i][k] * x[t * width + k], where `input` is x prepared
+  void (*project)(const Rows&, Picks, const float* input, size_t tokens, float* out, Ahead);
   // y[t * width + k] += sum over i of h[i * tokens + t] * rows[pick i][k]
   void (*accumulate)(const Rows&, Picks, const float* h, size_t tokens, float* y, Ahead);
   // h[i] = act(h[i]), times up[i] where up is not null
@@ -56,7 +69,7 @@ struct Kernels {
   void (*widen)(const void* data, RowType, float* out, size_t size);
 };
 
-inline size_t element_size(RowType type) { return type == RowType::f32 ? 4 : 2; }
+inline size_t element_size(RowType type) { return Rows::bits(type) / 8; }  // not of quantised types
 
 // The best kernels of this CPU, or those named by the environment variable SHADOWLLM_NATIVE_ISA.
 // Throws Error where that names none, or one that this CPU cannot run.

@@ -99,17 +99,20 @@ class SparseAttention {
     const size_t d = call.head_dim, tokens = call.tokens(), n = call.heads.count * d, part = tokens * call.width;
     const size_t tasks = call.heads.count * call.batch, task_size = 2 * d + call.longest;
     const Chunks in_chunks(n, call.w_q.cost(), tokens), out_chunks(n, call.w_o.cost(), tokens);
+    const size_t room = input_floats(call.width);
     // (row, token): the queries and then the contexts. Per task: a query, a context, and scores of the cache.
     Scratch scratch;
-    float* queries = scratch.take(n * tokens + tasks * task_size + out_chunks.count() * part + call.width + n);
+    float* prepared = scratch.take(room + n * tokens + tasks * task_size + out_chunks.count() * part + call.width + n);
+    float* queries = prepared + room;
     float *work = queries + n * tokens, *parts = work + tasks * task_size;
     float* start = parts + out_chunks.count() * part;
     int32_t* rows = reinterpret_cast<int32_t*>(start + call.width);
     for (size_t i = 0; i < n; ++i) rows[i] = static_cast<int32_t>(call.heads.ids[i / d] * d + i % d);
 
+    const float* input = kernels_.prepare(call.w_q, call.x, tokens, prepared);
     pool.run(n == 0 ? 0 : in_chunks.count(), [&](size_t c) {
       const Chunk chunk = in_chunks[c];
-      kernels_.project(call.w_q, {rows + chunk.begin, chunk.size()}, call.x, tokens, queries + chunk.begin * tokens,
+      kernels_.project(call.w_q, {rows + chunk.begin, chunk.size()}, input, tokens, queries + chunk.begin * tokens,
                        {});
     });
     pool.run(tasks, [&](size_t task) {

@@ -58,6 +58,8 @@ class SparseMlp {
   SparseMlp(const Api& api, const OrtKernelInfo* info)
       : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), true), kernels_(choose_kernels()) {
     activation_ = parse_activation(node_, node_.text("activation"));
+    for (const auto& [weights, scales] : {std::pair{kWGate, kSGate}, {kWUp, kSUp}, {kWDown, kSDown}})
+      node_.pack(weights, scales);
   }
 
   static void infer(const Api& api, OrtShapeInferContext* context) { infer_like_first_input(api, context); }
@@ -98,22 +100,28 @@ class SparseMlp {
     const Rows gate = gated ? node_.matrix(in, kWGate, kSGate, rows, columns) : up;
     const Bias b_gate = bias(in, kBGate), b_up = bias(in, kBUp), b_down = bias(in, kBDown);
     const size_t width = up.width, neurons = picks.count, part = tokens * width;
-    const Chunks chunks(neurons, up.cost() + down.cost() + (gated ? gate.cost() : 0), tokens);
-    // Partial sums, the two projections, the bias of the output, and the neurons left after drop_zeros.
+    const size_t row_cost = up.cost() + down.cost() + (gated ? gate.cost() : 0), room = input_floats(width);
+    const Chunks chunks(neurons, row_cost, tokens);
+    // Inputs as the kernels like them, partial sums, the two projections, the bias of the output, and the neurons left
+    // after drop_zeros.
     Scratch scratch;
-    float* parts = scratch.take(chunks.count() * part + 2 * neurons * tokens + width + neurons);
+    float* inputs = scratch.take(2 * room + chunks.count() * part + 2 * neurons * tokens + width + neurons);
+    float* parts = inputs + 2 * room;
     float *hidden = parts + chunks.count() * part, *ups = hidden + neurons * tokens, *start = ups + neurons * tokens;
     int32_t* kept = reinterpret_cast<int32_t*>(start + width);
+    const float* up_input = kernels_.prepare(up, x, tokens, inputs);
+    const bool alike = gate.type == up.type && gate.block == up.block;
+    const float* gate_input = alike ? up_input : kernels_.prepare(gate, x, tokens, inputs + room);
     pool.run(chunks.count(), [&](size_t c) {
       const Chunk chunk = chunks[c];
       const Picks mine{picks.ids + chunk.begin, chunk.size()};
       float *h = hidden + chunk.begin * tokens, *u = gated ? ups + chunk.begin * tokens : h;
       const bool enough = mine.count >= kLeastAhead, dense = activation_ != Activation::relu;
       if (gated) {
-        kernels_.project(gate, mine, x, tokens, h, {enough ? &up : nullptr, mine.ids});
+        kernels_.project(gate, mine, gate_input, tokens, h, {enough ? &up : nullptr, mine.ids});
         b_gate.add(kernels_, mine, tokens, h);
       }
-      kernels_.project(up, mine, x, tokens, u, {enough && dense ? &down : nullptr, mine.ids});
+      kernels_.project(up, mine, up_input, tokens, u, {enough && dense ? &down : nullptr, mine.ids});
       b_up.add(kernels_, mine, tokens, u);
       kernels_.activate(activation_, h, gated ? u : nullptr, mine.count * tokens);
       Picks left = mine;
