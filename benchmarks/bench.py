@@ -20,6 +20,7 @@ from shadowllm.exporter.manifest import Manifest, read_manifest
 from shadowllm.models.budget import Budget
 from shadowllm.plugins import native_ops
 from shadowllm.predictor.progress import progress
+from shadowllm.runtime.plan import predictor_elements, sparse_pays
 from shadowllm.runtime.text import load_tokenizer
 
 SPARSE = "sparse"
@@ -192,7 +193,10 @@ def traffic_of(
     prompt_len: int,
     new_tokens: int,
 ) -> Traffic:
-    """Mean bytes per decode step of a contender: the sparse path where ``name`` is "sparse", else a dense one."""
+    """Mean bytes per decode step of a contender: the sparse path where ``name`` is "sparse", else a dense one.
+
+    The sparse path of ONNX Runtime decodes dense where that reads less.
+    """
     # The CPU backends compute 16-bit bundles in float32, and read that many bytes; only native rows stay as they are.
     itemsize = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
     q = manifest.quantisation if backend.startswith("ort") else None
@@ -200,9 +204,10 @@ def traffic_of(
     native = backend == "ort" and q is None and native_ops.library()
     row_itemsize = ITEMSIZE[manifest.dtype] if native else matrix_itemsize
     active = None
-    if name == SPARSE:
+    if name == SPARSE and (backend != "ort" or sparse_pays(manifest, budget)):
         heads, neurons = budget.counts(manifest.spec)
-        active = Active(heads, neurons, manifest.dense_layers, predictor_bytes(manifest, matrix_itemsize))
+        scored = round(predictor_elements(manifest) * (matrix_itemsize if manifest.predictor["rank"] else 4))
+        active = Active(heads, neurons, manifest.dense_layers, scored)
     return mean_traffic(
         manifest.spec,
         itemsize,
@@ -212,15 +217,6 @@ def traffic_of(
         matrix_itemsize,
         row_itemsize,
     )
-
-
-def predictor_bytes(manifest: Manifest, itemsize: float) -> int:
-    """Bytes a bundle's predictor reads per step: its network, or a float32 ranking."""
-    spec, rank = manifest.spec, int(manifest.predictor.get("rank", 0))
-    outputs = (spec.n_layers - manifest.dense_layers) * (spec.n_heads + spec.intermediate_size)
-    if not rank:
-        return 4 * outputs
-    return round(itemsize * (rank * (spec.hidden_size + 1) + outputs * (rank + 1)))
 
 
 def _predictor_cost(result: Result) -> dict[str, float]:

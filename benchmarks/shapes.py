@@ -113,7 +113,7 @@ def measure(
         "allowed": allowed,
         "share_of_allowed": gain["median"] / allowed,
         "ttft_ratio": summaries[SPARSE].ttft_ms["median"] / summaries[DENSE].ttft_ms["median"],
-        "predictor_share": parts["predictor"] / sum(parts.values()),
+        "predictor_share": parts.get("predictor", 0) / sum(parts.values()),
     }
 
 

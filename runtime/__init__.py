@@ -29,7 +29,7 @@ def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = No
     if backend in ("ort", "ort-dense"):
         from shadowllm.runtime.ort import OrtSession
 
-        return OrtSession(bundle, "dense" if backend == "ort-dense" else "sparse", threads, profile)
+        return OrtSession(bundle, "dense" if backend == "ort-dense" else "auto", threads, profile)
     if backend in ("torch", "torch-dense"):
         from shadowllm.runtime.torch import TorchSession
 

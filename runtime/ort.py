@@ -19,24 +19,31 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.fuse import fuse_attention
 from shadowllm.runtime.inputs import check_prompts, check_tokens
+from shadowllm.runtime.plan import sparse_pays
 from shadowllm.runtime.widen import widen
 
 # The cache grows by this many positions, so that a short text does not pay the memory of the longest.
 CACHE_BLOCK = 256
 
-Kind = Literal["sparse", "dense"]
+# What a decode step runs, one after the other.
+PIECES = {"dense": ("dense",), "sparse": ("stem", "predictor", "body")}
+
+Kind = Literal["auto", "sparse", "dense"]
 
 
 class OrtSession:
     """A `Session` over ONNX Runtime.
 
     "dense" runs ``dense.onnx`` alone. "sparse" prefills with it and decodes with ``stem``,
-    ``predictor`` and ``body``. 16-bit bundles are computed in float32, because ONNX Runtime's CPU
-    kernels have no 16-bit arithmetic; the native ops read their 16-bit rows as they are.
+    ``predictor`` and ``body``. "auto" decodes so too, unless the budget leaves out less than the
+    predictor costs: then ``dense.onnx`` decodes, with every head and neuron.
+
+    16-bit bundles are computed in float32, because ONNX Runtime's CPU kernels have no 16-bit
+    arithmetic; the native ops read their 16-bit rows as they are.
 
     Args:
         bundle: folder written by ``shadowllm export``.
-        kind: which graphs decode.
+        kind: what decodes.
         threads: of each operator; ONNX Runtime's own default when None.
         profile: keep the seconds of each part of the last step in ``step_seconds``.
         native: run the custom ops with the native library where it is built; else, and without
@@ -45,6 +52,7 @@ class OrtSession:
 
     Attributes:
         cache: float32 ``(batch, n_kv_heads, capacity, head_dim)`` by "layer.key" and "layer.value".
+        decodes: "sparse" or "dense", at the present budget.
         selection: padded indices of the last sparse step, by their name in the graphs.
         step_seconds: of each part of the last step, when profiling.
 
@@ -55,7 +63,7 @@ class OrtSession:
     def __init__(
         self,
         bundle: Path,
-        kind: Kind = "sparse",
+        kind: Kind = "auto",
         threads: int | None = None,
         profile: bool = False,
         native: bool = True,
@@ -71,7 +79,7 @@ class OrtSession:
         self.set_budget(Budget(**self.manifest.budgets))
 
     def __enter__(self) -> Self:
-        pieces = ("dense",) if self._kind == "dense" else ("dense", "stem", "predictor", "body")
+        pieces = ("dense",) if self._kind == "dense" else ("dense", *PIECES["sparse"])
         names = [DATA_FILE, *(f"{piece}.onnx" for piece in pieces)]
         verify_files(self._bundle, self.manifest.digests(*names))
         self._pieces = {piece: self._open(piece) for piece in pieces}
@@ -80,7 +88,7 @@ class OrtSession:
 
     def __exit__(self, *error: object) -> None:
         self._pieces.clear()
-        self._steps: list[Step] = []
+        self._steps: dict[str, list[Step]] = {}
         self.cache: dict[str, np.ndarray] = {}
 
     def _open(self, piece: str) -> Piece:
@@ -109,6 +117,9 @@ class OrtSession:
         """See `Session.set_budget`."""
         heads, neurons = budget.counts(self.spec)
         self._counts["head_counts"][:], self._counts["neuron_counts"][:] = heads, neurons
+        self.decodes = self._kind
+        if self._kind == "auto":
+            self.decodes = "sparse" if sparse_pays(self.manifest, budget) else "dense"
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """See `Session.prefill`."""
@@ -137,7 +148,7 @@ class OrtSession:
         self._reserve(max(self._lengths.tolist()) + 1)
         self._input_ids[:, 0] = tokens
         self._positions[:, 0] = self._lengths
-        for step in self._steps:
+        for step in self._steps[self.decodes]:
             start = time.perf_counter()
             step.run()
             if self._profile:
@@ -168,7 +179,7 @@ class OrtSession:
                 "head_indices": np.zeros((n_sparse, self.spec.n_heads), dtype=np.int32),
                 "neuron_indices": np.zeros((n_sparse, self.spec.intermediate_size), dtype=np.int32),
             }
-            if self._kind == "sparse"
+            if self._kind != "dense"
             else {}
         )
         buffers: dict[str, np.ndarray] = {
@@ -180,8 +191,11 @@ class OrtSession:
         }
         for more in (self.selection, self._counts, self._past(), self._present()):
             buffers |= more
-        names = ("dense",) if self._kind == "dense" else ("stem", "predictor", "body")
-        self._steps = [Step(name, self._pieces[name], buffers) for name in names]
+        self._steps = {
+            kind: [Step(name, self._pieces[name], buffers) for name in names]
+            for kind, names in PIECES.items()
+            if self._kind in ("auto", kind)
+        }
 
     def _past(self) -> dict[str, np.ndarray]:
         return {f"past_key_values.{name}": array for name, array in self.cache.items()}

@@ -82,6 +82,7 @@ def _generate(args: argparse.Namespace, backend: str, streaming: bool) -> dict[s
     return {
         "backend": backend,
         "budget": vars(budget),
+        "decodes": getattr(session, "decodes", "dense" if backend.endswith("-dense") else "sparse"),
         "texts": texts,
         "tokens": tokens,
         "seconds": seconds,

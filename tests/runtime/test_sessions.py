@@ -11,6 +11,8 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.manifest import DATA_FILE
 from shadowllm.runtime import Budget, generate, open_session
 from shadowllm.runtime import ort as ort_module
+from shadowllm.runtime.ort import OrtSession
+from shadowllm.runtime.torch import TorchSession
 
 PROMPT = [5, 17, 42, 8, 61]
 
@@ -25,10 +27,10 @@ def logits_of(session, prompts, forced):
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-biases", "llama-head-dim-16", "opt"])
-@pytest.mark.parametrize("backend", ["ort", "torch"])
-def test_full_budget_equals_dense(bundle, variant, backend):
+@pytest.mark.parametrize("kind", [OrtSession, TorchSession.open], ids=["ort", "torch"])
+def test_full_budget_equals_dense(bundle, variant, kind):
     forced = [3, 90, 14, 14, 55]
-    with open_session(bundle(variant), backend) as sparse, open_session(bundle(variant), "torch-dense") as dense:
+    with kind(bundle(variant), "sparse") as sparse, open_session(bundle(variant), "torch-dense") as dense:
         sparse.set_budget(Budget())
         found, expected = logits_of(sparse, [PROMPT], forced), logits_of(dense, [PROMPT], forced)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
@@ -40,7 +42,7 @@ def test_full_budget_equals_dense(bundle, variant, backend):
 @pytest.mark.parametrize("native", [True, False])
 def test_backends_agree_at_a_small_budget(bundle, variant, weight_dtype, native):
     folder = bundle(variant, weight_dtype=weight_dtype)
-    with ort_module.OrtSession(folder, native=native, exact=True) as first, open_session(folder, "torch") as second:
+    with OrtSession(folder, "sparse", native=native, exact=True) as first, open_session(folder, "torch") as second:
         found = []
         for session in (first, second):
             session.set_budget(Budget(neurons=0.25, heads=0.5))
@@ -60,6 +62,18 @@ def test_the_budget_changes_the_result_and_can_change_back(bundle):
     assert np.abs(whole[1:] - small[1:]).max() > 1e-2
     np.testing.assert_array_equal(whole, again)
     np.testing.assert_array_equal(whole[0], small[0])  # prefill is dense
+
+
+def test_a_budget_that_leaves_nothing_out_is_decoded_dense(bundle):
+    forced = [3, 90, 14]
+    with open_session(bundle(), "ort") as session, open_session(bundle(), "ort-dense") as dense:
+        expected = logits_of(dense, [PROMPT], forced)
+        session.set_budget(Budget())
+        assert session.decodes == "dense"
+        np.testing.assert_array_equal(logits_of(session, [PROMPT], forced), expected)
+        session.set_budget(Budget(neurons=0.5))  # in mid-text, over the same cache
+        assert session.decodes == "sparse"
+        assert np.abs(session.decode(np.array([8])) - dense.decode(np.array([8]))).max() > 1e-3
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-head-dim-16"])  # the latter's attention is fused

@@ -47,8 +47,8 @@ def dense(folder, text):
 @pytest.mark.parametrize(
     "session",
     [
-        pytest.param(lambda folder: OrtSession(folder), id="ort-native"),
-        pytest.param(lambda folder: OrtSession(folder, native=False), id="ort-function-bodies"),
+        pytest.param(lambda folder: OrtSession(folder, "sparse"), id="ort-native"),
+        pytest.param(lambda folder: OrtSession(folder, "sparse", native=False), id="ort-function-bodies"),
         pytest.param(lambda folder: TorchSession.open(folder), id="torch"),
     ],
 )

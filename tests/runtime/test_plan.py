@@ -1,0 +1,37 @@
+"""When a sparse step is worth its predictor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from shadowllm.exporter.bundle import read_weights
+from shadowllm.exporter.manifest import read_manifest
+from shadowllm.models import Budget
+from shadowllm.runtime.plan import predictor_elements, sparse_pays
+
+
+@pytest.mark.parametrize("kind", ["shadow", "static"])
+def test_elements_are_those_of_its_tensors(bundle, kind):
+    manifest = read_manifest(bundle(kind=kind))
+    tensors = read_weights(bundle(kind=kind), manifest).predictor.tensors
+    read = [tensor for name, tensor in tensors.items() if name.endswith("scores") == (kind == "static")]
+    assert predictor_elements(manifest) == sum(tensor.numel() for tensor in read)
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
+def test_a_step_pays_from_the_first_weight_saved_beyond_the_predictor(bundle, variant):
+    manifest = read_manifest(bundle(variant))
+    spec, matrices = manifest.spec, 3 if variant.startswith("llama") else 2
+    a_neuron = 2 * matrices * spec.hidden_size  # of two sparse layers
+    enough = predictor_elements(manifest) // a_neuron + 1
+    kept = [(spec.intermediate_size - left_out) / spec.intermediate_size for left_out in (enough, enough - 1)]
+    assert [sparse_pays(manifest, Budget(neurons=neurons)) for neurons in kept] == [True, False]
+    assert not sparse_pays(manifest, Budget())
+
+
+def test_heads_count_too(bundle):
+    manifest = read_manifest(bundle())
+    assert not sparse_pays(manifest, Budget(heads=0.75))
+    assert sparse_pays(replace(manifest, predictor={"rank": 0}), Budget(heads=0.75))
