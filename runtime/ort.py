@@ -19,6 +19,7 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.fuse import fuse_attention
 from shadowllm.runtime.inputs import check_prompts, check_tokens
+from shadowllm.runtime.lean import SELECTION, flatten, split_selection
 from shadowllm.runtime.plan import sparse_pays
 from shadowllm.runtime.widen import widen
 
@@ -189,12 +190,22 @@ class OrtSession:
             "logits": self._logits,
             "hidden": np.zeros((batch, 1, self.spec.hidden_size), dtype=np.float32),
         }
-        for more in (self.selection, self._counts, self._past(), self._present()):
+        for more in (self._rows(), self.selection, self._counts, self._past(), self._present()):
             buffers |= more
         self._steps = {
             kind: [Step(name, self._pieces[name], buffers) for name in names]
             for kind, names in PIECES.items()
             if self._kind in ("auto", kind)
+        }
+
+    def _rows(self) -> dict[str, np.ndarray]:
+        """Each layer's own row of the selection, by the input that `lean.split_selection` makes of it."""
+        whole = self.selection | self._counts
+        return {
+            f"{name}.{row}": whole[name][row, ...]
+            for name in SELECTION
+            if name in whole
+            for row in range(len(whole[name]))
         }
 
     def _past(self) -> dict[str, np.ndarray]:
@@ -219,6 +230,10 @@ def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False) -
     if manifest.dtype != "float32":
         widen(model, keep_rows=native)
     fuse_attention(model, manifest.spec)
+    if path.stem == "body":
+        split_selection(model)
+        if native:
+            flatten(model)
     return ir.to_proto(model).SerializeToString()
 
 

@@ -52,7 +52,8 @@ inline const float* round_input(const float* x, size_t width, float* room) {
     V in[2];
     Q::split(x + first, in);
     const __m512 largest = _mm512_max_ps(_mm512_abs_ps((__m512)in[0]), _mm512_abs_ps((__m512)in[1]));
-    const float most = _mm512_reduce_max_ps(largest);
+    const bool ordered = _mm512_cmp_ps_mask((__m512)in[0], (__m512)in[1], _CMP_UNORD_Q) == 0;
+    const float most = ordered ? _mm512_reduce_max_ps(largest) : NAN;  // as an integer it would look like a number
     const float inverse = most > 1e-30f ? kLargest / most : 0;
     for (size_t j = 0; j < 2; ++j) {
       const __m512i shifted = shifted_integers((__m512)(in[j] * inverse));
@@ -261,6 +262,10 @@ inline void add_in_order(const float* sums, size_t width, float* y) {
 
 template <class Q>
 void accumulate_integers(const Rows& rows, Picks picks, const float* h, float* y, Ahead ahead) {
+  bool ordered = true;
+  for (size_t i = 0; i < picks.count; ++i) ordered &= h[i] == h[i];
+  if (!ordered)
+    for (size_t k = 0; k < rows.width; ++k) y[k] = NAN;
   alignas(64) float sums[kMostIntegers];
   memset(sums, 0, integer_steps<Q>(rows.width) * kElements<Q> * sizeof(float));
   walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t count) {

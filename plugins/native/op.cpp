@@ -93,6 +93,19 @@ Tensor Node::output(OrtKernelContext* context, std::initializer_list<int64_t> di
   return view(value);
 }
 
+Tensor Node::output_like(OrtKernelContext* context, const Tensor& tensor) const {
+  Tensor output = tensor;
+  OrtValue* value = nullptr;
+  api_.check(api_.kernel_context_get_output(context, 0, tensor.dims.data(), static_cast<size_t>(tensor.rank), &value));
+  api_.check(api_.get_tensor_mutable_data(value, &output.data));
+  return output;
+}
+
+int64_t Node::width_of(const Tensor& x) const {
+  if (x.rank != 2 && x.rank != 3) fail("x has " + std::to_string(x.rank) + " dimensions, not 2 or 3");
+  return x.dims[static_cast<size_t>(x.rank) - 1];
+}
+
 void Node::expect(const std::vector<Tensor>& inputs, size_t port, std::initializer_list<int64_t> dims) const {
   const Tensor& tensor = inputs[port];
   if (!tensor.present()) return;

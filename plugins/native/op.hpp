@@ -52,11 +52,14 @@ class Node {
   // Inputs of this call. Those of constant initializers were looked up once, at creation.
   std::vector<Tensor> inputs(const OrtKernelContext* context) const;
   Tensor output(OrtKernelContext* context, std::initializer_list<int64_t> dims) const;
+  Tensor output_like(OrtKernelContext* context, const Tensor& tensor) const;
 
   // Throws an Error that starts with the op and its layer.
   [[noreturn]] void fail(const std::string& problem) const { throw Error(name_ + ": " + problem); }
   // Throws unless the tensor, if present, has these dimensions.
   void expect(const std::vector<Tensor>& inputs, size_t port, std::initializer_list<int64_t> dims) const;
+  // The last dimension of hidden states (batch, seqlen, width) or (batch * seqlen, width); throws on any other rank.
+  int64_t width_of(const Tensor& x) const;
   // Throws unless value lies in low..high, naming what, the value and the bounds.
   void bound(const std::string& what, int64_t value, int64_t low, int64_t high) const;
   // Copies a constant matrix of integers so that every row is followed by its scales and starts a cache line: read at

@@ -49,17 +49,16 @@ class SparseAttention {
   void compute(OrtKernelContext* context) const {
     const std::vector<Tensor> in = node_.inputs(context);
     check(in);
-    const Tensor& x = in[kX];
-    const Tensor y = node_.output(context, {x.dims[0], x.dims[1], x.dims[2]});
+    const Tensor y = node_.output_like(context, in[kX]);
     if (y.size() != 0) run(Pool(api_, context), prepare(in), static_cast<float*>(y.data));
   }
 
  private:
   void check(const std::vector<Tensor>& in) const {
     const Tensor &x = in[kX], &key = in[kKey];
-    if (x.rank != 3) node_.fail("x has " + std::to_string(x.rank) + " dimensions, not 3");
+    const int64_t width = node_.width_of(x);
     if (key.rank != 4) node_.fail("key has " + std::to_string(key.rank) + " dimensions, not 4");
-    const int64_t batch = x.dims[0], seqlen = x.dims[1], width = x.dims[2], kv_heads = key.dims[1], d = key.dims[3];
+    const int64_t batch = key.dims[0], seqlen = seqlen_of(x, batch), kv_heads = key.dims[1], d = key.dims[3];
     if (kv_heads < 1 || n_heads_ % kv_heads != 0)
       node_.fail(std::to_string(n_heads_) + " heads do not divide among " + std::to_string(kv_heads) + " cached ones");
     for (const size_t port : {kKey, kValue}) node_.expect(in, port, {batch, kv_heads, key.dims[2], d});
@@ -73,17 +72,26 @@ class SparseAttention {
       node_.bound("length of row " + std::to_string(b), in[kLengths].as<int32_t>()[b], seqlen, key.dims[2]);
   }
 
+  // Positions of this step, of hidden states (batch, seqlen, width) or (batch * seqlen, width).
+  int64_t seqlen_of(const Tensor& x, int64_t batch) const {
+    const int64_t rows = x.rank == 3 ? x.dims[0] * x.dims[1] : x.dims[0];
+    if (x.rank == 3 ? x.dims[0] != batch : batch < 1 || rows % batch != 0)
+      node_.fail("x holds " + std::to_string(rows) + " positions, the cache " + std::to_string(batch) + " sequences");
+    return batch == 0 ? 0 : rows / batch;
+  }
+
   Call prepare(const std::vector<Tensor>& in) const {
     const auto dim = [&](Input port, int i) { return static_cast<size_t>(in[port].dims[i]); };
     const auto bias_type = [&](Input port, const char* name) {
       return in[port].present() ? node_.row_type(in[port], name) : RowType::f32;
     };
     const int32_t* lengths = in[kLengths].as<int32_t>();
-    const int64_t rows = n_heads_ * in[kKey].dims[3];
-    return {dim(kX, 0), dim(kX, 1), dim(kX, 2), static_cast<size_t>(n_heads_) / dim(kKey, 1), dim(kKey, 1),
-            dim(kKey, 2), dim(kKey, 3), static_cast<size_t>(*std::max_element(lengths, lengths + dim(kX, 0))),
+    const int64_t rows = n_heads_ * in[kKey].dims[3], width = node_.width_of(in[kX]), batch = in[kKey].dims[0];
+    return {dim(kKey, 0), static_cast<size_t>(seqlen_of(in[kX], batch)), static_cast<size_t>(width),
+            static_cast<size_t>(n_heads_) / dim(kKey, 1), dim(kKey, 1),
+            dim(kKey, 2), dim(kKey, 3), static_cast<size_t>(*std::max_element(lengths, lengths + batch)),
             node_.active(in[kIndices], in[kCount], n_heads_),
-            node_.matrix(in, kWQ, kSQ, rows, in[kX].dims[2]), node_.matrix(in, kWO, kSO, rows, in[kX].dims[2]),
+            node_.matrix(in, kWQ, kSQ, rows, width), node_.matrix(in, kWO, kSO, rows, width),
             cache(in, kKey), cache(in, kValue),
             in[kX].as<float>(), in[kCos].as<float>(), in[kSin].as<float>(), lengths,
             in[kBQ], in[kBO], bias_type(kBQ, "b_q"), bias_type(kBO, "b_o")};

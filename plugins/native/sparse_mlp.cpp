@@ -67,10 +67,11 @@ class SparseMlp {
   void compute(OrtKernelContext* context) const {
     const std::vector<Tensor> in = node_.inputs(context);
     const Tensor& x = in[kX];
+    const size_t width = static_cast<size_t>(node_.width_of(x));
     check(in);
-    const Tensor y = node_.output(context, {x.dims[0], x.dims[1], x.dims[2]});
-    const size_t tokens = static_cast<size_t>(x.dims[0] * x.dims[1]), width = static_cast<size_t>(x.dims[2]);
+    const Tensor y = node_.output_like(context, x);
     if (y.size() == 0) return;
+    const size_t tokens = y.size() / width;
     const Picks picks = node_.active(in[kIndices], in[kCount], in[kWUp].dims[0]);
     for (size_t first = 0; first < tokens; first += kTokenBlock)
       run(Pool(api_, context), in, picks, x.as<float>() + first * width, std::min(kTokenBlock, tokens - first),
@@ -79,9 +80,8 @@ class SparseMlp {
 
  private:
   void check(const std::vector<Tensor>& in) const {
-    if (in[kX].rank != 3) node_.fail("x has " + std::to_string(in[kX].rank) + " dimensions, not 3");
     if (in[kWUp].rank != 2) node_.fail("w_up has " + std::to_string(in[kWUp].rank) + " dimensions, not 2");
-    const int64_t width = in[kX].dims[2], neurons = in[kWUp].dims[0];
+    const int64_t width = node_.width_of(in[kX]), neurons = in[kWUp].dims[0];
     for (const size_t port : {kBGate, kBUp}) node_.expect(in, port, {neurons});
     node_.expect(in, kBDown, {width});
     if (in[kBGate].present() && !in[kWGate].present()) node_.fail("b_gate stands without w_gate");
@@ -95,7 +95,7 @@ class SparseMlp {
   void run(const Pool& pool, const std::vector<Tensor>& in, Picks picks, const float* x, size_t tokens,
            float* y) const {
     const bool gated = in[kWGate].present();
-    const int64_t rows = in[kWUp].dims[0], columns = in[kX].dims[2];
+    const int64_t rows = in[kWUp].dims[0], columns = node_.width_of(in[kX]);
     const Rows up = node_.matrix(in, kWUp, kSUp, rows, columns), down = node_.matrix(in, kWDown, kSDown, rows, columns);
     const Rows gate = gated ? node_.matrix(in, kWGate, kSGate, rows, columns) : up;
     const Bias b_gate = bias(in, kBGate), b_up = bias(in, kBUp), b_down = bias(in, kBDown);

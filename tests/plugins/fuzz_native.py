@@ -111,7 +111,7 @@ def judge(case: Case, found: np.ndarray) -> str | None:
     expected = case.reference(**case.inputs, **case.attributes)
     if case.op == "SelectTopK":
         return None if np.array_equal(found, expected) else "other indices"
-    # Integer rows may be multiplied by inputs of 15 bits.
+    # Integer rows may be multiplied by inputs of 16 bits.
     tolerance = 1e-4 if any(name.startswith("s_") for name in case.inputs) else 2e-5
     error, bound = np.abs(found - expected).max(), tolerance * max(1, np.abs(expected).max())
     return None if error <= bound else f"off by {error}"

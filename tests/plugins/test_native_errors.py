@@ -57,7 +57,7 @@ def zeros(*shape: int) -> np.ndarray:
         ({"count": ints(1, 2)}, "layer 11: count has 2 elements"),
         ({"indices": ints(0, 1, 2).reshape(1, 3)}, "layer 11: indices has 2 dimensions"),
         ({"x": zeros(1, 2, 40)}, r"layer 11: b_down has shape \(41\), not \(40\)"),
-        ({"x": zeros(2, 41)}, "layer 11: x has 2 dimensions"),
+        ({"x": zeros(41)}, "layer 11: x has 1 dimensions, not 2 or 3"),
         ({"x": zeros(1, 2, 40), "b_down": None}, r"layer 11: w_up has shape \(7, 41\), not \(7, 40\)"),
         ({"w_down": zeros(41, 7)}, r"w_down has shape \(41, 7\), not \(7, 41\)"),
         ({"b_up": zeros(41)}, r"b_up has shape \(41\), not \(7\)"),
@@ -116,6 +116,9 @@ def test_indices_behind_the_count_are_never_read():
         ({"b_o": zeros(120)}, r"b_o has shape \(120\), not \(123\)"),
         ({"cos": zeros(2, 5, 20)}, r"cos has shape \(2, 5, 20\), not \(2, 5, 10\)"),
         ({"sin": None}, "cos and sin come together"),
+        ({"x": zeros(9, 123)}, "layer 4: x holds 9 positions, the cache 2 sequences"),
+        ({"x": zeros(1, 5, 123)}, "layer 4: x holds 5 positions, the cache 2 sequences"),
+        ({"x": zeros(123)}, "layer 4: x has 1 dimensions, not 2 or 3"),
     ],
 )
 def test_attention_refuses(changes, words):

@@ -47,7 +47,7 @@ def test_backends_agree_at_a_small_budget(bundle, variant, weight_dtype, native)
         for session in (first, second):
             session.set_budget(Budget(neurons=0.25, heads=0.5))
             found.append(logits_of(session, [PROMPT], [3, 90, 14]))
-    tolerance = 3e-4 if native and weight_dtype else 1e-5  # native integer rows may round inputs to 15 bits
+    tolerance = 3e-4 if native and weight_dtype else 1e-5  # native integer rows may round inputs to 16 bits
     assert np.abs(found[0] - found[1]).max() < tolerance * np.abs(found[1]).max()
 
 

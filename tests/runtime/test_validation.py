@@ -42,7 +42,7 @@ def test_16_bit_graphs_reproduce_the_rounded_model(bundle, checkpoint, variant, 
 @pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
 @pytest.mark.parametrize("variant", ["llama-blocks", "opt-blocks"])
 def test_integer_graphs_reproduce_the_rounded_model(bundle, checkpoint, variant, weight_dtype):
-    # The fastest kernels round inputs to 15 bits; the others are held to the noise of float32.
+    # The fastest kernels round inputs to 16 bits; the others are held to the noise of float32.
     fastest = native_ops.kernels()[:1] == ("avx512vnni",)
     check(bundle(variant, weight_dtype=weight_dtype), checkpoint(variant), 3e-4 if fastest else TIGHT)
 
