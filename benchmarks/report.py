@@ -163,7 +163,7 @@ class Report:
                 f"{pair['name']} against {pair['baseline']}: {ratio['median']:.2f}x per token "
                 f"({ratio['min']:.2f}x to {ratio['max']:.2f}x over runs)"
             )
-        if "dense" in self.results[0].summary.parts_ms:
+        if self.settings.get("backend") == "ort" and "dense" in self.results[0].summary.parts_ms:
             lines.append(f"{self.results[0].name}: this budget leaves out less than the predictor reads: decoded dense")
         if self.predictor:
             p = self.predictor

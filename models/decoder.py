@@ -20,6 +20,8 @@ Unit = Literal["heads", "neurons"]
 #   heads    attention context before the output projection (batch, seqlen, n_heads, head_dim)
 #   neurons  product before the down projection             (batch, seqlen, intermediate_size)
 Tap = Callable[[int, Unit, Tensor], Tensor]
+# Sees a layer's normed MLP input, (batch, seqlen, hidden_size).
+Watch = Callable[[int, Tensor], None]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
@@ -59,12 +61,16 @@ class Decoder:
         spec: the model.
         weights: canonical tensors, all of one dtype (the dtype of the computation).
         tap: called once per layer and unit; None leaves activations as they are.
+        watch: called with the input of every layer's MLP, before its neurons' tap.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], tap: Tap | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, weights: Mapping[str, Tensor], tap: Tap | None = None, watch: Watch | None = None
+    ) -> None:
         self.spec = spec
         self.weights = weights
         self.tap = tap
+        self.watch = watch
         if spec.rope:
             cos, sin = spec.rope.tables(spec.head_dim, spec.max_seqlen)
             self._cos, self._sin = torch.from_numpy(cos), torch.from_numpy(sin)
@@ -118,11 +124,16 @@ class Decoder:
         context = self._tap(layer, "heads", context)
         return self._rows(f"{place}.o_proj", context.flatten(2))
 
-    def _mlp(self, layer: int, x: Tensor) -> Tensor:
+    def product(self, layer: int, x: Tensor) -> Tensor:
+        """What a layer's neurons make of the normed MLP input, ``(batch, seqlen, intermediate_size)``."""
         place, act = f"layers.{layer}", ACTIVATIONS[self.spec.activation]
         up = self._linear(f"{place}.up_proj", x)
-        product = act(self._linear(f"{place}.gate_proj", x)) * up if self.spec.gated else act(up)
-        return self._rows(f"{place}.down_proj", self._tap(layer, "neurons", product))
+        return act(self._linear(f"{place}.gate_proj", x)) * up if self.spec.gated else act(up)
+
+    def _mlp(self, layer: int, x: Tensor) -> Tensor:
+        if self.watch:
+            self.watch(layer, x)
+        return self._rows(f"layers.{layer}.down_proj", self._tap(layer, "neurons", self.product(layer, x)))
 
     def _tap(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         return self.tap(layer, unit, activation) if self.tap else activation

@@ -19,7 +19,7 @@ class Quantisation:
     """How weights are stored.
 
     Attributes:
-        bits: 8 or 4.
+        bits: 8 or 4 in files; fewer in `rounded` alone.
         block: consecutive elements of a row that share a scale.
     """
 
@@ -55,6 +55,13 @@ def quantise(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarra
 
 
 def _quantise(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarray]:
+    integers, scales = _integers(matrix, q)
+    found = integers.astype(np.uint8).reshape(len(matrix), -1)
+    return (found if q.bits == 8 else found[:, ::2] | found[:, 1::2] << 4), scales
+
+
+def _integers(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarray]:
+    """Integers ``(rows, blocks, block)``, as floats, and scales ``(rows, blocks)``."""
     rows, width = matrix.shape
     middle = 1 << (q.bits - 1)
     padded = np.zeros((rows, q.blocks(width) * q.block), dtype=np.float32)
@@ -63,8 +70,14 @@ def _quantise(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarr
     farthest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)
     scales = (farthest / np.float32(-middle)).astype(np.float32)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    found = np.clip(np.rint(blocks * inverse) + middle, 0, 2 * middle - 1).astype(np.uint8).reshape(rows, -1)
-    return (found if q.bits == 8 else found[:, ::2] | found[:, 1::2] << 4), scales[..., 0]
+    return np.clip(np.rint(blocks * inverse) + middle, 0, 2 * middle - 1), scales[..., 0]
+
+
+def rounded(matrix: np.ndarray, q: Quantisation) -> np.ndarray:
+    """Float32 ``(rows, width)`` as integers of any number of bits have it; nothing is packed."""
+    integers, scales = _integers(matrix, q)
+    values = (integers - np.float32(1 << (q.bits - 1))) * scales[..., None]
+    return values.reshape(len(matrix), -1)[:, : matrix.shape[1]]
 
 
 def dequantise(data: np.ndarray, scales: np.ndarray, width: int, q: Quantisation) -> np.ndarray:

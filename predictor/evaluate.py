@@ -21,7 +21,7 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.criteria import find_criterion
 from shadowllm.predictor.progress import Advance, no_progress
-from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
+from shadowllm.predictor.selectors import Context, MaskedDecoder, Selector, make_selector
 from shadowllm.predictor.topk import top_mask
 from shadowllm.predictor.traces import Tracer
 
@@ -74,7 +74,7 @@ def evaluate(
 
     Args:
         weights: canonical float32 tensors in memory.
-        predictor: needed by ``static`` and ``shadow``; its own ``dense_layers`` then holds.
+        predictor: needed by all selectors but ``random`` and ``oracle``; its own ``dense_layers`` then holds.
         selector: one name or several.
         windows: int64 ``(n, seqlen)``; each is a text of its own.
         criterion: what oracle and recall go by; the predictor's own, else ``l2norm``.
@@ -94,8 +94,9 @@ def evaluate(
         dense_layers = predictor.dense_layers
         criterion = criterion or predictor.record.get("criterion")
     context = Context(spec, weights, dense_layers, predictor, criterion or "l2norm", seed)
+    choosers = {name: make_selector(name, context) for name in names}
     runs = [
-        _Run(name, Budget(neurons, heads), context)
+        _Run(name, choosers[name], Budget(neurons, heads), context)
         for name in names
         for heads in head_budgets
         for neurons in neuron_budgets
@@ -165,11 +166,11 @@ class _Sums:
 class _Run:
     """One selector at one budget."""
 
-    def __init__(self, name: str, budget: Budget, context: Context) -> None:
+    def __init__(self, name: str, chooser: Selector, budget: Budget, context: Context) -> None:
         self._name, self._budget = name, budget
         self._counts = dict(zip(UNITS, budget.counts(context.spec), strict=True))
         self._first = context.dense_layers
-        self._decoder = MaskedDecoder(context, make_selector(name, context), budget)
+        self._decoder = MaskedDecoder(context, chooser, budget)
         self._sums = _Sums()
 
     def add(self, window: Tensor, dense: Tensor, truth: Mapping[Unit, Tensor]) -> None:

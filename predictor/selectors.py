@@ -6,9 +6,10 @@ choice. That is what a decode step does, so a teacher-forced pass measures the d
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from shadowllm.errors import UserError
 from shadowllm.models.budget import Budget
 from shadowllm.models.decoder import Decoder, Unit
 from shadowllm.models.spec import ModelSpec
+from shadowllm.plugins.quantisation import Quantisation, rounded
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.criteria import find_criterion, unit_trace
 from shadowllm.predictor.networks import scores
@@ -36,20 +38,23 @@ class Context:
     seed: int = 0
 
 
-class Selector(Protocol):
+class Selector(ABC):
     """Scores the units of a layer; the highest stay active."""
 
-    def start(self, windows: Tensor, hidden: Tensor) -> None:
+    def start(self, windows: Tensor, hidden: Tensor) -> None:  # noqa: B027 (most have nothing to prepare)
         """Called once a pass with the tokens ``(batch, seqlen)`` and the input of the first sparse
         layer ``(batch, seqlen, hidden_size)``."""
-        ...
 
+    def watch(self, layer: int, x: Tensor) -> None:  # noqa: B027
+        """Called with a layer's normed MLP input ``(batch, seqlen, hidden_size)`` before its neurons are scored."""
+
+    @abstractmethod
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         """Scores ``(batch, seqlen, n_units)``, or anything that broadcasts to it, of a tap's activation."""
-        ...
 
 
 SELECTORS: dict[str, Callable[[Context], Selector]] = {}
+COPY_BLOCK = 64  # a 4-bit copy of gate and up is then under a fifth of a 16-bit MLP, scales included
 
 
 def selector(name: str) -> Callable[[Callable[[Context], Selector]], Callable[[Context], Selector]]:
@@ -74,7 +79,7 @@ def make_selector(name: str, context: Context) -> Selector:
 
 
 @selector("static")
-class Static:
+class Static(Selector):
     """The calibrated ranking, the same for every token."""
 
     def __init__(self, context: Context) -> None:
@@ -82,16 +87,13 @@ class Static:
         self._scores: dict[Unit, Tensor] = {unit: predictor.tensors[f"{unit}.scores"] for unit in ("heads", "neurons")}
         self._dense_layers = context.dense_layers
 
-    def start(self, windows: Tensor, hidden: Tensor) -> None:
-        """Nothing to prepare."""
-
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         """One row for every token, ``(n_units,)``."""
         return self._scores[unit][layer - self._dense_layers]
 
 
 @selector("shadow")
-class Shadow:
+class Shadow(Selector):
     """One network at the first sparse layer that scores the whole model ahead."""
 
     def __init__(self, context: Context) -> None:
@@ -111,8 +113,45 @@ class Shadow:
         return self._scores[unit][:, :, layer - self._dense_layers]
 
 
+class QuantizedShadow(Selector):
+    """A low-bit copy of gate and up, evaluated on the MLP's own input: nearly what the neurons will be.
+
+    Nothing is trained. Neurons are ranked by ``|product| * ||w_down||`` of the copy, heads by the
+    predictor's static ranking.
+
+    Args:
+        bits: of the copy, with a scale for every `COPY_BLOCK` elements of a row.
+    """
+
+    def __init__(self, context: Context, bits: int) -> None:
+        self._context = context
+        self._heads = _needs_predictor("quantized-shadow", context).tensors["heads.scores"]
+        weights, q = dict(context.weights), Quantisation(bits, COPY_BLOCK)
+        for layer in range(context.dense_layers, context.spec.n_layers):
+            for name in (f"layers.{layer}.gate_proj.weight", f"layers.{layer}.up_proj.weight"):
+                if name in weights:
+                    weights[name] = torch.from_numpy(rounded(weights[name].numpy(), q))
+        self._copy = Decoder(context.spec, weights)
+        self._products: dict[int, Tensor] = {}
+
+    def watch(self, layer: int, x: Tensor) -> None:
+        """Run the copy."""
+        self._products = {layer: self._copy.product(layer, x)}
+
+    def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        """How long each neuron's contribution would be, going by the copy; the static ranking of heads."""
+        if unit == "heads":
+            return self._heads[layer - self._context.dense_layers]
+        trace = unit_trace(self._context.spec, self._context.weights, layer, unit, self._products[layer])
+        return find_criterion("l2norm").score(trace)
+
+
+for _bits in (4, 3, 2):
+    SELECTORS[f"quantized-shadow-{_bits}"] = partial(QuantizedShadow, bits=_bits)
+
+
 @selector("random")
-class Random:
+class Random(Selector):
     """A fresh random choice per token, layer and unit; the floor of every comparison."""
 
     def __init__(self, context: Context) -> None:
@@ -136,22 +175,19 @@ def oracle(context: Context) -> Selector:
     return _InPlaceOracle(context)
 
 
-class _InPlaceOracle:
+class _InPlaceOracle(Selector):
     """Ranks what the layer computes at this moment, upstream masks included."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._score = find_criterion(context.criterion).score
 
-    def start(self, windows: Tensor, hidden: Tensor) -> None:
-        """Nothing to prepare."""
-
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         """The criterion of the current activation."""
         return self._score(unit_trace(self._context.spec, self._context.weights, layer, unit, activation))
 
 
-class _DenseOracle:
+class _DenseOracle(Selector):
     """Ranks the dense pass: a gradient exists only once the whole window has been through the model."""
 
     def __init__(self, context: Context) -> None:
@@ -195,7 +231,7 @@ class MaskedDecoder:
     def __call__(self, windows: Tensor) -> Tensor:
         """Logits ``(batch, seqlen, vocab_size)`` of int64 windows ``(batch, seqlen)``."""
         spec, first = self._context.spec, self._context.dense_layers
-        decoder = Decoder(spec, self._context.weights, self._mask)
+        decoder = Decoder(spec, self._context.weights, self._mask, self._watch)
         positions = torch.arange(windows.shape[1]).expand_as(windows)
         x = decoder.embed(windows, positions)
         for layer in range(spec.n_layers):
@@ -203,6 +239,10 @@ class MaskedDecoder:
                 self._chooser.start(windows, x)
             x = decoder.layer(layer, x, positions)
         return decoder.logits(x)
+
+    def _watch(self, layer: int, x: Tensor) -> None:
+        if layer >= self._context.dense_layers:
+            self._chooser.watch(layer, x)
 
     def _mask(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         if layer < self._context.dense_layers:

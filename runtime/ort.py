@@ -120,7 +120,8 @@ class OrtSession:
         self._counts["head_counts"][:], self._counts["neuron_counts"][:] = heads, neurons
         self.decodes = self._kind
         if self._kind == "auto":
-            self.decodes = "sparse" if sparse_pays(self.manifest, budget) else "dense"
+            narrow_rows = self.manifest.dtype != "float32" and self._native and native_ops.library() is not None
+            self.decodes = "sparse" if sparse_pays(self.manifest, budget, narrow_rows) else "dense"
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """See `Session.prefill`."""
@@ -149,6 +150,7 @@ class OrtSession:
         self._reserve(max(self._lengths.tolist()) + 1)
         self._input_ids[:, 0] = tokens
         self._positions[:, 0] = self._lengths
+        self.step_seconds.clear()
         for step in self._steps[self.decodes]:
             start = time.perf_counter()
             step.run()
@@ -217,7 +219,9 @@ class OrtSession:
 
 
 def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False) -> bytes:
-    """A piece's graph, serialised, as ONNX Runtime's CPU kernels run it best; the same inputs and outputs.
+    """A piece's graph, serialised, as ONNX Runtime's CPU kernels run it best.
+
+    Inputs and outputs are the file's, but ``body`` takes its selection row by row.
 
     Args:
         native: the native ops will run it.

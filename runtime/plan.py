@@ -6,16 +6,22 @@ from shadowllm.exporter.manifest import Manifest
 from shadowllm.models.budget import Budget
 
 
-def sparse_pays(manifest: Manifest, budget: Budget) -> bool:
-    """Whether the weights a sparse step leaves out are more than those its predictor adds.
+def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -> bool:
+    """Whether a sparse step with its predictor reads less than a dense one.
 
-    A step is bound by memory, and all weights of a bundle are of one size, so elements are compared.
+    A step is bound by memory, so weights are counted: of the layers where the two differ, and nearly
+    all of them of one size.
+
+    Args:
+        narrow_rows: active rows are read at 16 bits where everything else is widened to 32.
     """
     spec = manifest.spec
     heads, neurons = budget.counts(spec)
-    rows = 2 * spec.head_dim * (spec.n_heads - heads) + (3 if spec.gated else 2) * (spec.intermediate_size - neurons)
-    left_out = (spec.n_layers - manifest.dense_layers) * rows * spec.hidden_size
-    return left_out > predictor_elements(manifest)
+    matrices = 3 if spec.gated else 2
+    every = 2 * spec.head_dim * spec.n_heads + matrices * spec.intermediate_size
+    active = 2 * spec.head_dim * heads + matrices * neurons
+    row_width = (spec.n_layers - manifest.dense_layers) * spec.hidden_size
+    return row_width * (every - active / (2 if narrow_rows else 1)) > predictor_elements(manifest)
 
 
 def predictor_elements(manifest: Manifest) -> int:

@@ -153,6 +153,7 @@ inline void accumulate_quantised_tile(const QuantisedRow* rows, const QuantisedR
 
 // Rows of integers are worked on so fast that the block after the next is the one to fetch.
 constexpr size_t kFetched = 2 * kBlock;
+static_assert(kFetched <= kLeastAhead, "as many rows of the next pass are known");
 
 // As walk, but always kBlock rows at a time: tile(rows, rows to fetch or null, first row, how many count). The last
 // tile is filled up with its last row, whose sums are not wanted.

@@ -99,10 +99,10 @@ __attribute__((always_inline)) inline void fetch_step(const QuantisedRow* next, 
   }
 }
 
-// Which block of a step, counted from `first`, each of sixteen lanes belongs to, if every block has `lanes` of them.
-inline __m512i block_of_lane(size_t first, size_t lanes) {
+// Which block of a step each of sixteen lanes belongs to, if every block has `lanes` of them.
+inline __m512i block_of_lane(size_t lanes) {
   int32_t blocks[16];
-  for (size_t l = 0; l < 16; ++l) blocks[l] = static_cast<int32_t>(first + l / lanes);
+  for (size_t l = 0; l < 16; ++l) blocks[l] = static_cast<int32_t>(l / lanes);
   return _mm512_loadu_si512(blocks);
 }
 
@@ -111,7 +111,7 @@ inline void project_integer_tile(const QuantisedRow* rows, const QuantisedRow* n
                                  const IntegerStep<Q>* steps, size_t width, float* out) {
   constexpr size_t blocks_each = kElements<Q> / kIntegerBlock;
   const size_t blocks = width / kIntegerBlock;
-  const __m512i spread = block_of_lane(0, 16 / blocks_each);
+  const __m512i spread = block_of_lane(16 / blocks_each);
   __m512 acc[kBlock];
   for (size_t r = 0; r < kBlock; ++r) acc[r] = _mm512_setzero_ps();
   for (size_t s = 0; s < integer_steps<Q>(width); ++s) {
@@ -148,7 +148,7 @@ void project_integers(const Rows& rows, Picks picks, const float* input, float* 
   });
 }
 
-// What the blocks of eight rows are multiplied with, a block to a lane: h times the scale of the block, rounded to 15
+// What the blocks of eight rows are multiplied with, a block to a lane: h times the scale of the block, rounded to 16
 // bits of the largest of the eight.
 struct IntegerWeights {
   __m512i high[2], low[2];  // a byte for each of four rows
@@ -171,10 +171,13 @@ inline IntegerWeights round_weights(const QuantisedRow* rows, const float* h, si
   const size_t count = blocks - first;
   const __mmask16 there = count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
   __m512 exact[kBlock], most = _mm512_setzero_ps();
+  __mmask16 unordered = 0;
   for (size_t r = 0; r < kBlock; ++r) {
     exact[r] = _mm512_mul_ps(_mm512_set1_ps(h[r]), _mm512_maskz_loadu_ps(there, rows[r].scales + first));
     most = _mm512_maskz_max_ps(0xffff, most, _mm512_abs_ps(exact[r]));
+    unordered |= _mm512_cmp_ps_mask(exact[r], exact[r], _CMP_UNORD_Q);
   }
+  most = _mm512_mask_mov_ps(most, unordered, _mm512_set1_ps(NAN));  // as an integer it would look like a number
   const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_set1_ps(1e-30f), _CMP_GT_OQ);
   const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(kLargest), most);
   IntegerWeights weights;
@@ -212,12 +215,13 @@ inline void accumulate_integer_tile(const QuantisedRow* rows, const QuantisedRow
                                     float* sums) {
   constexpr size_t parts = IntegerStep<Q>::parts, blocks_each = kElements<Q> / kIntegerBlock;
   const size_t blocks = width / kIntegerBlock;
+  const __m512i of_step = block_of_lane(16 / blocks_each);
   IntegerWeights weights{};
   for (size_t s = 0; s < integer_steps<Q>(width); ++s) {
     const size_t first = s * blocks_each;
     if (first % 16 == 0) weights = round_weights<Q>(rows, h, first, blocks);
     fetch_step(next, s, blocks);
-    const __m512i spread = block_of_lane(first % 16, 16 / blocks_each);
+    const __m512i spread = _mm512_add_epi32(of_step, _mm512_set1_epi32(static_cast<int>(first % 16)));
     const auto here = [&](__m512i of) { return _mm512_maskz_permutexvar_epi32(0xffff, spread, of); };
     __m512i bytes[kBlock], mixed[2][4];
     for (size_t r = 0; r < kBlock; ++r) bytes[r] = load_step<Q>(rows[r], s, width);
@@ -262,10 +266,6 @@ inline void add_in_order(const float* sums, size_t width, float* y) {
 
 template <class Q>
 void accumulate_integers(const Rows& rows, Picks picks, const float* h, float* y, Ahead ahead) {
-  bool ordered = true;
-  for (size_t i = 0; i < picks.count; ++i) ordered &= h[i] == h[i];
-  if (!ordered)
-    for (size_t k = 0; k < rows.width; ++k) y[k] = NAN;
   alignas(64) float sums[kMostIntegers];
   memset(sums, 0, integer_steps<Q>(rows.width) * kElements<Q> * sizeof(float));
   walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t count) {

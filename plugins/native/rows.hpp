@@ -32,6 +32,7 @@ struct Rows {
   }
 };
 
+// In whole steps of the longest integer kernels, which take 128 elements.
 inline size_t input_floats(size_t width) { return (width + 127) / 128 * 128; }
 
 constexpr size_t kLeastQuantBlock = 32;  // blocks are multiples of it: of two of the longest vectors

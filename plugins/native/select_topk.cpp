@@ -1,4 +1,4 @@
-// SelectTopK: the largest scores of each row in O(N), by finding the smallest chosen one and reading once in order.
+// SelectTopK: the largest scores of each row, by finding the smallest chosen one and reading once in order.
 #include <algorithm>
 #include <cmath>
 
@@ -9,46 +9,42 @@ namespace {
 
 enum Input { kScores, kCounts };
 
-// Unsigned integers in the order of the scores. Both zeros are equal, and a NaN is below everything.
-uint32_t sortable(float score) {
-  if (std::isnan(score)) return 0;
-  score += 0.0f;  // -0 becomes +0
-  uint32_t bits;
-  std::memcpy(&bits, &score, sizeof bits);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
+// Integers in the order of the scores. Both zeros are equal, and a NaN is below everything.
+int32_t sortable(float score) {
+  const float positive_zero = score + 0.0f;
+  int32_t bits;
+  std::memcpy(&bits, &positive_zero, sizeof bits);
+  return std::isnan(score) ? INT32_MIN : bits ^ (bits >> 31 & INT32_MAX);
 }
 
 struct Threshold {
-  uint32_t key;  // the smallest chosen
+  int32_t key;   // the smallest chosen
   size_t ties;   // how many of those equal to it are chosen
 };
 
-// The k-th largest of n keys, k in 1..n, by digits of 11, 11 and 10 bits from the top. Overwrites the keys.
-Threshold kth_largest(uint32_t* keys, size_t n, size_t k) {
-  uint32_t found = 0;
-  for (const int shift : {21, 10, 0}) {
-    const uint32_t mask = shift == 0 ? 1023 : 2047;
-    uint32_t histogram[2048] = {};
-    for (size_t i = 0; i < n; ++i) ++histogram[keys[i] >> shift & mask];
-    uint32_t digit = mask;
-    for (; histogram[digit] < k; --digit) k -= histogram[digit];
-    found |= digit << shift;
-    size_t left = 0;
-    for (size_t i = 0; i < n; ++i) {
-      const uint32_t key = keys[i];
-      keys[left] = key;
-      left += (key >> shift & mask) == digit;
-    }
-    n = left;
-  }
-  return {found, k};
+size_t count_above(const int32_t* keys, size_t n, int32_t bound) {
+  int32_t count = 0;
+  for (size_t i = 0; i < n; ++i) count += keys[i] > bound;
+  return static_cast<size_t>(count);
 }
 
-void select(const float* scores, size_t n, size_t k, uint32_t* keys, int32_t* out) {
+// The k-th largest of n keys, k in 1..n, bit by bit from the top: every try is a count, which is quick with vectors.
+Threshold kth_largest(const int32_t* keys, size_t n, size_t k) {
+  uint32_t found = 0;  // from the smallest integer up
+  for (int bit = 31; bit >= 0; --bit) {
+    const uint32_t higher = found | 1u << bit;
+    const size_t count = count_above(keys, n, static_cast<int32_t>((higher - 1) ^ 0x80000000u));
+    if (count >= k) found = higher;
+    if (count == k) break;
+  }
+  const int32_t key = static_cast<int32_t>(found ^ 0x80000000u);
+  return {key, k - count_above(keys, n, key)};
+}
+
+void select(const float* scores, size_t n, size_t k, int32_t* keys, int32_t* out) {
   if (k == 0) return;
-  uint32_t* spoilt = keys + n;
-  for (size_t i = 0; i < n; ++i) spoilt[i] = keys[i] = sortable(scores[i]);
-  Threshold threshold = kth_largest(spoilt, n, k);
+  for (size_t i = 0; i < n; ++i) keys[i] = sortable(scores[i]);
+  Threshold threshold = kth_largest(keys, n, k);
   size_t filled = 0;
   for (size_t i = 0; i < n && filled < k; ++i) {
     const bool tie = keys[i] == threshold.key && threshold.ties > 0;
@@ -83,9 +79,9 @@ class SelectTopK {
     const Tensor out = node_.output(context, {rows, cap_});
     int32_t* indices = static_cast<int32_t*>(out.data);
     std::fill(indices, indices + out.size(), -1);
-    const size_t tasks = std::min<size_t>(rows, 12), keys = 2 * static_cast<size_t>(n);
+    const size_t tasks = std::min<size_t>(rows, 12), keys = static_cast<size_t>(n);
     Scratch scratch;
-    uint32_t* memory = reinterpret_cast<uint32_t*>(scratch.take(tasks * keys));
+    int32_t* memory = reinterpret_cast<int32_t*>(scratch.take(tasks * keys));
     Pool(api_, context).run(tasks, [&](size_t task) {
       for (size_t r = task; r < static_cast<size_t>(rows); r += tasks)
         select(scores.as<float>() + r * n, n, counts[r], memory + task * keys, indices + r * cap_);

@@ -35,7 +35,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens to evaluate (default: 2048)")
     parser.add_argument("--seqlen", type=int, default=512, metavar="N", help="tokens of a window (default: 512)")
     parser.add_argument(
-        "--selector", nargs="+", help="static, shadow, oracle, random (default: static, the bundle's own, oracle)"
+        "--selector",
+        nargs="+",
+        help="static, shadow, oracle, random, quantized-shadow-4, -3 or -2 (default: static, the bundle's own, oracle)",
     )
     parser.add_argument("--neuron-budget", nargs="+", type=options.fraction, default=[0.5], metavar="FRACTION")
     parser.add_argument("--head-budget", nargs="+", type=options.fraction, default=[1.0], metavar="FRACTION")

@@ -205,7 +205,16 @@ def test_mlp_with_weights_of_two_bytes(size, dtype, isa):
 
 
 QUANTISATIONS = [Quantisation(8), Quantisation(4), Quantisation(8, 64)]
-INTEGER_SIZES = [(64, 7, 2, 3, 5), (576, 1536, 1, 1, 501), (192, 88, 1, 1, 88), (64, 88, 4, 17, 41), (128, 9, 1, 2, 0)]
+INTEGER_SIZES = [
+    (64, 7, 2, 3, 5),
+    (576, 1536, 1, 1, 501),
+    (192, 88, 1, 1, 88),
+    (64, 88, 4, 17, 41),
+    (128, 9, 1, 2, 0),
+    (64, 88, 5, 13, 41),  # one token more than share a reading of the weights
+    # One token: widths that end in the middle of a step, and last tiles of few rows.
+    *((width, 88, 1, 1, count) for width, count in ((32, 87), (96, 85), (160, 81), (224, 86), (608, 65))),
+]
 
 
 def integers(inputs: dict[str, np.ndarray | None], q: Quantisation) -> dict[str, np.ndarray | None]:
@@ -227,8 +236,9 @@ def restored(inputs: dict[str, np.ndarray | None], width: int) -> dict[str, np.n
     return found
 
 
-@pytest.mark.parametrize("q", QUANTISATIONS, ids=str)
-@pytest.mark.parametrize("size", INTEGER_SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "q"), [(size, q) for size in INTEGER_SIZES for q in QUANTISATIONS if size[0] % q.block == 0], ids=str
+)
 @pytest.mark.parametrize("form", ["llama-biases", "opt"])
 def test_mlp_with_integer_weights(form, size, q, isa):
     activation = MLP_FORMS[form][0]
@@ -238,6 +248,31 @@ def test_mlp_with_integer_weights(form, size, q, isa):
     exact = exact_mlp(floats, activation)
     float32 = exact if size[-1] == 0 else reference.sparse_mlp(**floats, activation=activation)
     assert_as_exact_as(found, float32, exact, INPUT_STEP.get(isa, 0))
+
+
+def test_rows_longer_than_integer_products_take(isa):
+    inputs = integers(mlp_inputs("opt", (16416, 9, 1, 1, 9)), Quantisation(4))
+    exact = exact_mlp(restored(inputs, 16416), "relu")
+    found = run("SparseMLP", inputs, (*MLP_WEIGHTS, *MLP_SCALES), activation="relu", layer=3)
+    assert np.abs(found - exact).max() < 1e-5 * np.abs(exact).max()
+
+
+def test_gate_and_up_of_different_integers(isa):
+    inputs = mlp_inputs("llama", (192, 88, 1, 1, 45))
+    fine, coarse = (integers(inputs, q) for q in (Quantisation(8), Quantisation(4)))
+    inputs = fine | {name: coarse[name] for name in ("w_gate", "s_gate")}
+    floats = restored(inputs, 192)
+    found = run("SparseMLP", inputs, (*MLP_WEIGHTS, *MLP_SCALES), activation="silu", layer=3)
+    exact, float32 = exact_mlp(floats, "silu"), reference.sparse_mlp(**floats, activation="silu")
+    assert_as_exact_as(found, float32, exact, INPUT_STEP.get(isa, 0))
+
+
+@pytest.mark.parametrize("name", MLP_SCALES)
+def test_a_scale_that_is_no_number_is_not_hidden(name, isa):
+    inputs = integers(mlp_inputs("llama", (128, 88, 1, 1, 45)), Quantisation(4))
+    inputs[name][inputs["indices"][2], 1] = np.nan
+    found = run("SparseMLP", inputs, (*MLP_WEIGHTS, *MLP_SCALES), activation="silu", layer=0)
+    assert np.isnan(found).any()
 
 
 @pytest.mark.parametrize("q", QUANTISATIONS, ids=str)

@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from shadowllm.plugins.quantisation import Quantisation, dense_rows, dequantise, quantise
+from shadowllm.plugins.quantisation import Quantisation, dense_rows, dequantise, quantise, rounded
 
 QUANTISATIONS = [Quantisation(8), Quantisation(4), Quantisation(4, 16), Quantisation(8, 64)]
 SIZES = [(1, 32), (7, 64), (41, 96), (5, 40)]  # the last is padded to whole blocks
@@ -29,6 +29,19 @@ def test_no_element_moves_further_than_a_step(size, q):
     # The end of the range on the other side lies half a step short of the farthest element's mirror image.
     assert (errors <= steps * 1.0001).all()
     assert (errors <= steps * 0.5001).mean() > 0.97
+
+
+@pytest.mark.parametrize("q", QUANTISATIONS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_rounded_is_what_packing_and_unpacking_leaves(size, q):
+    wide = matrix(*size)
+    np.testing.assert_array_equal(rounded(wide, q), dequantise(*quantise(wide, q), size[1], q))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_few_bits_are_few_values(bits):
+    found = rounded(matrix(3, 64), Quantisation(bits, 64))
+    assert all(len(np.unique(row)) <= 2**bits for row in found)
 
 
 def test_the_farthest_element_of_a_block_is_exact():

@@ -9,7 +9,7 @@ from shadowllm.errors import UserError
 from shadowllm.models import Decoder
 from shadowllm.models.budget import Budget
 from shadowllm.predictor.criteria import find_criterion, unit_trace
-from shadowllm.predictor.selectors import SELECTORS, Context, MaskedDecoder, make_selector
+from shadowllm.predictor.selectors import SELECTORS, Context, MaskedDecoder, QuantizedShadow, make_selector
 from shadowllm.predictor.topk import top_mask
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.train import Recipe, train_shadow
@@ -116,3 +116,29 @@ def test_trained_selectors_ask_for_a_predictor(llama, name):
 def test_unknown_selector_is_named(llama):
     with pytest.raises(UserError, match="'magic'"):
         make_selector("magic", Context(*llama))
+
+
+def choices(context, chooser):
+    decoder = MaskedDecoder(context, chooser, Budget(neurons=0.3))
+    decoder(token_windows(context.spec, n=2, seed=8))
+    return torch.stack([mask for (_, unit), mask in decoder.masks.items() if unit == "neurons"])
+
+
+def test_a_copy_of_many_bits_chooses_what_the_oracle_does_and_fewer_bits_less_of_it(context):
+    wanted = choices(context, make_selector("oracle", context))
+    # The second sparse layer's input depends on the choice in the first, so only a copy without error can be exact.
+    recalls = [
+        float((choices(context, QuantizedShadow(context, bits)) & wanted).sum() / wanted.sum()) for bits in (20, 4, 2)
+    ]
+    assert recalls[0] == 1
+    assert 0.3 < recalls[2] < recalls[1] < 1
+
+
+def test_the_copy_reads_the_mlps_own_input(context):
+    """Not its activation: another one must not change the choice."""
+    chooser = QuantizedShadow(context, 4)
+    chooser.watch(1, torch.randn(1, 2, context.spec.hidden_size, generator=torch.Generator().manual_seed(5)))
+    shape = (1, 2, context.spec.intermediate_size)
+    assert torch.equal(
+        chooser.scores(1, "neurons", torch.zeros(shape)), chooser.scores(1, "neurons", torch.ones(shape))
+    )

@@ -9,6 +9,8 @@ import pytest
 from shadowllm.exporter.bundle import read_weights
 from shadowllm.exporter.manifest import read_manifest
 from shadowllm.models import Budget
+from shadowllm.plugins import native_ops
+from shadowllm.runtime.ort import OrtSession
 from shadowllm.runtime.plan import predictor_elements, sparse_pays
 
 
@@ -35,3 +37,15 @@ def test_heads_count_too(bundle):
     manifest = read_manifest(bundle())
     assert not sparse_pays(manifest, Budget(heads=0.75))
     assert sparse_pays(replace(manifest, predictor={"rank": 0}), Budget(heads=0.75))
+
+
+def test_rows_of_16_bits_pay_among_widened_matrices(bundle):
+    assert sparse_pays(read_manifest(bundle()), Budget(), narrow_rows=True)
+
+
+def test_a_16_bit_session_decodes_its_rows_sparse_whenever_the_native_ops_read_them(bundle):
+    folder = bundle(dtype="bfloat16")
+    for native in (True, False):
+        session = OrtSession(folder, native=native)
+        session.set_budget(Budget())
+        assert session.decodes == ("sparse" if native and native_ops.library() else "dense")

@@ -110,6 +110,9 @@ def test_profile_names_the_parts(bundle):
         logits_of(session, [PROMPT], [3])
         assert set(session.step_seconds) == {"stem", "predictor", "body"}
         assert all(seconds > 0 for seconds in session.step_seconds.values())
+        session.set_budget(Budget())
+        session.decode(np.array([3]))
+        assert set(session.step_seconds) == {"dense"}
 
 
 @pytest.mark.parametrize("backend", ["ort", "torch"])
