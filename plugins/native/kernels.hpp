@@ -398,7 +398,13 @@ void widen(const void* data, RowType type, float* out, size_t size) {
   }
 }
 
+size_t count_above(const int32_t* keys, size_t size, int32_t bound) {
+  int32_t count = 0;
+  for (size_t i = 0; i < size; ++i) count += keys[i] > bound;
+  return static_cast<size_t>(count);
+}
+
 }  // namespace
 }  // namespace shadowllm
 
-#define SHADOWLLM_KERNELS(name) {name, prepare, project, accumulate, activate, exponentials, reduce, widen}
+#define SHADOWLLM_KERNELS(name) {name, prepare, project, accumulate, activate, exponentials, reduce, widen, count_above}

@@ -68,6 +68,8 @@ struct Kernels {
   void (*reduce)(const float* parts, size_t count, size_t stride, const float* start, float* y, size_t size);
   // out[i] = data[i] as float; not of quantised types
   void (*widen)(const void* data, RowType, float* out, size_t size);
+  // How many of the keys are greater than bound; fewer than 2^31
+  size_t (*count_above)(const int32_t* keys, size_t size, int32_t bound);
 };
 
 inline size_t element_size(RowType type) { return Rows::bits(type) / 8; }  // not of quantised types

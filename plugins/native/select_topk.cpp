@@ -22,34 +22,29 @@ struct Threshold {
   size_t ties;   // how many of those equal to it are chosen
 };
 
-size_t count_above(const int32_t* keys, size_t n, int32_t bound) {
-  int32_t count = 0;
-  for (size_t i = 0; i < n; ++i) count += keys[i] > bound;
-  return static_cast<size_t>(count);
-}
-
 // The k-th largest of n keys, k in 1..n, bit by bit from the top: every try is a count, which is quick with vectors.
-Threshold kth_largest(const int32_t* keys, size_t n, size_t k) {
+Threshold kth_largest(const Kernels& kernels, const int32_t* keys, size_t n, size_t k) {
   uint32_t found = 0;  // from the smallest integer up
   for (int bit = 31; bit >= 0; --bit) {
     const uint32_t higher = found | 1u << bit;
-    const size_t count = count_above(keys, n, static_cast<int32_t>((higher - 1) ^ 0x80000000u));
+    const size_t count = kernels.count_above(keys, n, static_cast<int32_t>((higher - 1) ^ 0x80000000u));
     if (count >= k) found = higher;
     if (count == k) break;
   }
   const int32_t key = static_cast<int32_t>(found ^ 0x80000000u);
-  return {key, k - count_above(keys, n, key)};
+  return {key, k - kernels.count_above(keys, n, key)};
 }
 
-void select(const float* scores, size_t n, size_t k, int32_t* keys, int32_t* out) {
+void select(const Kernels& kernels, const float* scores, size_t n, size_t k, int32_t* keys, int32_t* out) {
   if (k == 0) return;
   for (size_t i = 0; i < n; ++i) keys[i] = sortable(scores[i]);
-  Threshold threshold = kth_largest(keys, n, k);
+  Threshold threshold = kth_largest(kernels, keys, n, k);
   size_t filled = 0;
   for (size_t i = 0; i < n && filled < k; ++i) {
-    const bool tie = keys[i] == threshold.key && threshold.ties > 0;
+    // No branch on the data: which unit is chosen cannot be foreseen.
+    const bool tie = (keys[i] == threshold.key) & (threshold.ties > 0);
     out[filled] = static_cast<int32_t>(i);
-    filled += keys[i] > threshold.key || tie;
+    filled += (keys[i] > threshold.key) | tie;
     threshold.ties -= tie;
   }
 }
@@ -61,7 +56,8 @@ class SelectTopK {
   static constexpr Port kPorts[] = {{"scores", kFloat, kRequired}, {"counts", kInt32, kRequired}};
 
   SelectTopK(const Api& api, const OrtKernelInfo* info)
-      : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false), cap_(node_.integer("cap")) {
+      : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false), kernels_(choose_kernels()),
+        cap_(node_.integer("cap")) {
     node_.bound("cap", cap_, 0, INT32_MAX);
   }
 
@@ -84,13 +80,14 @@ class SelectTopK {
     int32_t* memory = reinterpret_cast<int32_t*>(scratch.take(tasks * keys));
     Pool(api_, context).run(tasks, [&](size_t task) {
       for (size_t r = task; r < static_cast<size_t>(rows); r += tasks)
-        select(scores.as<float>() + r * n, n, counts[r], memory + task * keys, indices + r * cap_);
+        select(kernels_, scores.as<float>() + r * n, n, counts[r], memory + task * keys, indices + r * cap_);
     });
   }
 
  private:
   const Api& api_;
   Node node_;
+  const Kernels& kernels_;
   int64_t cap_;
 };
 
