@@ -204,9 +204,7 @@ def traffic_of(
     native = backend == "ort" and q is None and native_ops.library()
     row_itemsize = ITEMSIZE[manifest.dtype] if native else matrix_itemsize
     active = None
-    if name == SPARSE and (
-        backend != "ort" or sparse_pays(manifest, budget, row_itemsize < itemsize == matrix_itemsize)
-    ):
+    if name == SPARSE and (backend != "ort" or sparse_pays(manifest, budget, row_itemsize < matrix_itemsize)):
         heads, neurons = budget.counts(manifest.spec)
         scored = round(predictor_elements(manifest) * (matrix_itemsize if manifest.predictor["rank"] else 4))
         active = Active(heads, neurons, manifest.dense_layers, scored)
