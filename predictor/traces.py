@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shadowllm.models.decoder import Decoder, Unit
 from shadowllm.models.spec import ModelSpec
@@ -92,19 +94,27 @@ class Tracer:
             return activation
 
         decoder = Decoder(self.spec, self._weights, tap)
-        hidden, last = self._run(decoder, windows)
-        logits = decoder.logits(last)
+        second = self._criterion.derivatives > 1
+        # The fused attention kernels have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH) if second else nullcontext():
+            hidden, last = self._run(decoder, windows)
+            logits = decoder.logits(last)
         # A sum, not a mean: a token's score must not depend on how long its window is.
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
-        gradients = torch.autograd.grad(loss, list(seen.values()))
+        gradients = torch.autograd.grad(loss, list(seen.values()), create_graph=second)
+        curvatures: Sequence[Tensor | None] = [None] * len(gradients)
+        if second:
+            half_square = torch.stack([gradient.square().sum() for gradient in gradients]).sum() / 2
+            curvatures = torch.autograd.grad(half_square, list(seen.values()))
+        targets = F.pad(windows[:, 1:], (0, 1), value=-1)
         with torch.no_grad():
             return hidden.detach(), {
-                key: self._score(*key, activation, gradient)
-                for (key, activation), gradient in zip(seen.items(), gradients, strict=True)
+                key: self._score(*key, activation, gradient, curvature, targets)
+                for (key, activation), gradient, curvature in zip(seen.items(), gradients, curvatures, strict=True)
             }
 
-    def _score(self, layer: int, unit: Unit, activation: Tensor, gradient: Tensor | None = None) -> Tensor:
-        return self._criterion.score(unit_trace(self.spec, self._weights, layer, unit, activation, gradient))
+    def _score(self, layer: int, unit: Unit, activation: Tensor, *more: Tensor | None) -> Tensor:
+        return self._criterion.score(unit_trace(self.spec, self._weights, layer, unit, activation, *more))
 
     def _run(self, decoder: Decoder, windows: Tensor) -> tuple[Tensor, Tensor]:
         positions = torch.arange(windows.shape[1]).expand_as(windows)
