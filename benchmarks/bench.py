@@ -20,7 +20,7 @@ from shadowllm.exporter.manifest import Manifest, read_manifest
 from shadowllm.models.budget import Budget
 from shadowllm.plugins import native_ops
 from shadowllm.predictor.progress import progress
-from shadowllm.runtime.plan import predictor_elements, sparse_pays
+from shadowllm.runtime.plan import predictor_bytes, sparse_pays
 from shadowllm.runtime.text import load_tokenizer
 
 SPARSE = "sparse"
@@ -200,13 +200,13 @@ def traffic_of(
     # The CPU backends compute 16-bit bundles in float32, and read that many bytes; only native rows stay as they are.
     itemsize = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
     q = manifest.quantisation if backend.startswith("ort") else None
-    matrix_itemsize = q.bits / 8 + 4 / q.block if q else itemsize
+    matrix_itemsize = q.itemsize if q else itemsize
     native = backend == "ort" and q is None and native_ops.library()
     row_itemsize = ITEMSIZE[manifest.dtype] if native else matrix_itemsize
     active = None
     if name == SPARSE and (backend != "ort" or sparse_pays(manifest, budget, row_itemsize < matrix_itemsize)):
         heads, neurons = budget.counts(manifest.spec)
-        scored = round(predictor_elements(manifest) * (matrix_itemsize if manifest.predictor["rank"] else 4))
+        scored = round(predictor_bytes(manifest, matrix_itemsize))
         active = Active(heads, neurons, manifest.dense_layers, scored)
     return mean_traffic(
         manifest.spec,

@@ -16,6 +16,7 @@ from shadowllm.exporter.builder import GraphBuilder
 from shadowllm.models import ModelSpec
 from shadowllm.plugins import schemas
 from shadowllm.plugins.quantisation import Quantisation
+from shadowllm.predictor.weight_copy import COPY, copied
 
 # Of MatMulNBits: its inputs rounded to 8 bits, which is what ONNX Runtime has fast kernels for.
 ACCURACY_LEVEL = 4
@@ -51,11 +52,11 @@ class Cache:
 
 @dataclass(frozen=True)
 class Selection:
-    """Active indices and counts of all sparse layers, as graph values."""
+    """Active indices and counts of all sparse layers, as graph values; without ``neuron_indices`` a copy chooses."""
 
     head_indices: ir.Value
     head_counts: ir.Value
-    neuron_indices: ir.Value
+    neuron_indices: ir.Value | None
     neuron_counts: ir.Value
 
 
@@ -84,6 +85,10 @@ def step(
 def cast(g: GraphBuilder, x: ir.Value) -> ir.Value:
     """A float32 value in the graph's own type."""
     return x if g.dtype == ir.DataType.FLOAT else g.op("Cast", x, to=g.dtype)
+
+
+def _float(g: GraphBuilder, x: ir.Value) -> ir.Value:
+    return x if g.dtype == ir.DataType.FLOAT else g.op("Cast", x, to=ir.DataType.FLOAT)
 
 
 def embed(g: GraphBuilder, spec: ModelSpec, input_ids: ir.Value, position_ids: ir.Value) -> ir.Value:
@@ -172,14 +177,18 @@ def dense_layer(
 
 
 def _dense_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.Value:
-    place, width = f"layers.{layer}", spec.intermediate_size
-    if spec.gated:
-        both = gemm(g, x, [f"{place}.gate_proj", f"{place}.up_proj"], spec.mlp_bias)
-        gate, up = g.split(both, [width, width], axis=1)
-        hidden = g.op("Mul", activate(g, spec, gate), up)
-    else:
-        hidden = activate(g, spec, gemm(g, x, [f"{place}.up_proj"], spec.mlp_bias))
+    place = f"layers.{layer}"
+    parts = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
+    hidden = _product(g, spec, gemm(g, x, [f"{place}.{part}" for part in parts], spec.mlp_bias))
     return gemm(g, hidden, [f"{place}.down_proj"], spec.mlp_bias, rows_out=False)
+
+
+def _product(g: GraphBuilder, spec: ModelSpec, projected: ir.Value) -> ir.Value:
+    """What the down projection reads, of gate and up side by side or of up alone."""
+    if not spec.gated:
+        return activate(g, spec, projected)
+    gate, up = g.split(projected, [spec.intermediate_size] * 2, axis=1)
+    return g.op("Mul", activate(g, spec, gate), up)
 
 
 def activate(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:
@@ -191,11 +200,14 @@ def activate(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:
 
 def sparse_layer(
     g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step, cache: Cache, selection: Selection
-) -> tuple[ir.Value, Cache]:
+) -> tuple[ir.Value, Cache, ir.Value]:
     """One layer whose query heads and neurons are selected; K and V stay exact for every head.
 
     Args:
         row: of the selection that belongs to this layer.
+
+    Returns:
+        Hidden states, the updated cache, and the indices of the neurons used.
     """
     place = f"layers.{layer}"
     normed = norm(g, spec, f"{place}.input_norm", x)
@@ -221,22 +233,43 @@ def sparse_layer(
         layer=layer,
     )
     x = g.op("Add", x, _flat(g, spec, y))
-    return g.op("Add", x, _sparse_mlp(g, spec, layer, row, x, step, selection)), cache
+    normed = norm(g, spec, f"{place}.post_norm", x)
+    count = _pick(g, selection.neuron_counts, row)
+    chosen = (
+        _pick(g, selection.neuron_indices, row)
+        if selection.neuron_indices is not None
+        else _choose_neurons(g, spec, layer, normed, count)
+    )
+    return g.op("Add", x, _sparse_mlp(g, spec, layer, normed, step, chosen, count)), cache, chosen
+
+
+def _choose_neurons(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
+    """The ``count`` neurons whose contribution is longest, going by the low-bit copy; one choice for all tokens."""
+    names = copied(spec, layer)
+    biases = [g.weight(*(name.replace("weight", "bias") for name in names))] if spec.mlp_bias else []
+    x, biases = _float(g, x), [_float(g, bias) for bias in biases]
+    projected = _integer_gemm(g, x, [f"copy.{name}" for name in names], biases, COPY, spec.hidden_size)
+    scores = g.op("Mul", g.op("Abs", _product(g, spec, projected)), g.weight(f"copy.layers.{layer}.lengths"))
+    scores = g.op("ReduceMean", scores, g.ints([0]), keepdims=1)
+    counts = g.op("Unsqueeze", count, g.ints([0]))
+    indices = g.custom(
+        schemas.SELECT_TOPK, f"layers.{layer}.select", {"scores": scores, "counts": counts}, cap=spec.intermediate_size
+    )
+    return g.op("Reshape", indices, g.ints([-1]))
 
 
 def _sparse_mlp(
-    g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step, selection: Selection
+    g: GraphBuilder, spec: ModelSpec, layer: int, normed: ir.Value, step: Step, indices: ir.Value, count: ir.Value
 ) -> ir.Value:
     place = f"layers.{layer}"
-    normed = norm(g, spec, f"{place}.post_norm", x)
     parts = ("gate", "up", "down") if spec.gated else ("up", "down")
     y = g.custom(
         schemas.SPARSE_MLP,
         f"{place}.mlp",
         {
             "x": _batched(g, spec, step, normed),
-            "indices": _pick(g, selection.neuron_indices, row),
-            "count": _pick(g, selection.neuron_counts, row),
+            "indices": indices,
+            "count": count,
             **{name: value for part in parts for name, value in _rows(g, place, part, spec.mlp_bias).items()},
         },
         activation=spec.activation,

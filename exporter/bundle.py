@@ -18,12 +18,14 @@ from shadowllm.errors import UserError
 from shadowllm.exporter import graphs
 from shadowllm.exporter.manifest import DATA_FILE, Manifest, file_hash, verify_files
 from shadowllm.exporter.quantised import (
+    CopyTensors,
     QuantisedTensors,
+    RoundedTensors,
     check_quantisable,
     dequantised_predictor,
     dequantised_weights,
 )
-from shadowllm.exporter.store import TORCH_DTYPES, Group, WeightStore, model_groups, quantised_groups
+from shadowllm.exporter.store import TORCH_DTYPES, Group, WeightStore, copy_groups, model_groups, quantised_groups
 from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights
 from shadowllm.plugins import schemas
 from shadowllm.plugins.quantisation import WEIGHT_DTYPES, Quantisation
@@ -64,8 +66,10 @@ def write_bundle(
     predictor.check_base(spec, fingerprint)
     store = WeightStore(folder / DATA_FILE, _groups(spec, kind, predictor, q))
     tensors: Mapping[str, Tensor] = ChainMap(_predictor_tensors(predictor), weights)  # type: ignore[arg-type]
+    stored = QuantisedTensors(tensors, q) if q else tensors
+    copies = CopyTensors(RoundedTensors(weights, TORCH_DTYPES[kind], q))
     with progress("Writing weights", store.size) as advance:
-        hashes = {DATA_FILE: store.write(QuantisedTensors(tensors, q) if q else tensors, advance)}
+        hashes = {DATA_FILE: store.write(ChainMap(copies, stored), advance)}  # type: ignore[arg-type]
     for piece, model in _models(spec, store, kind, predictor, q):
         ir.save(model, folder / f"{piece}.onnx")
     predictor.save(folder / PREDICTOR_FILE)
@@ -78,6 +82,7 @@ def write_bundle(
         weight_dtype=weight_dtype,
         dense_layers=predictor.dense_layers,
         budgets={"neurons": budget.neurons, "heads": budget.heads},
+        selector="in place" if predictor.kind == "quantized-shadow" else "ahead",
         predictor={"kind": predictor.kind, "rank": predictor.rank, **predictor.record},
         base_fingerprint=fingerprint,
         op_domain_version=schemas.VERSION,
@@ -143,7 +148,8 @@ def _models(
     yield "dense", graphs.dense_graph(spec, store, dtype, q)
     yield "stem", graphs.stem_graph(spec, store, dtype, predictor.dense_layers, q)
     yield "predictor", graphs.predictor_graph(spec, store, dtype, predictor, q)
-    yield "body", graphs.body_graph(spec, store, dtype, predictor.dense_layers, q)
+    in_place = predictor.kind == "quantized-shadow"
+    yield "body", graphs.body_graph(spec, store, dtype, predictor.dense_layers, q, in_place)
 
 
 def _groups(spec: ModelSpec, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None) -> Iterator[Group]:
@@ -154,15 +160,16 @@ def _groups(spec: ModelSpec, dtype: ir.DataType, predictor: Predictor, q: Quanti
         else:
             # A ranking is compared, not multiplied: it keeps its precision.
             yield [(name, tuple(tensor.shape), ir.DataType.FLOAT if name.endswith("scores") else dtype)]
+    if predictor.kind == "quantized-shadow":
+        yield from copy_groups(spec, predictor.dense_layers)
 
 
 def _predictor_tensors(predictor: Predictor) -> Mapping[str, Tensor]:
     """What the predictor's graph reads: a ranking, or a network without the ranking it started from."""
-    return {
-        f"predictor.{name}": tensor
-        for name, tensor in predictor.tensors.items()
-        if name.endswith("scores") == (predictor.kind == "static")
-    }
+    units = ("heads",) if predictor.kind == "quantized-shadow" else ("heads", "neurons")
+    rankings = [f"{unit}.scores" for unit in units]
+    names = [name for name in predictor.tensors if not name.endswith("scores")] or rankings
+    return {f"predictor.{name}": predictor.tensors[name] for name in names}
 
 
 def _write_companions(folder: Path, spec: ModelSpec, checkpoint: Checkpoint) -> None:

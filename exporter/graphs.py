@@ -74,9 +74,19 @@ def stem_graph(
 
 
 def body_graph(
-    spec: ModelSpec, store: WeightStore, dtype: ir.DataType, dense_layers: int, q: Quantisation | None = None
+    spec: ModelSpec,
+    store: WeightStore,
+    dtype: ir.DataType,
+    dense_layers: int,
+    q: Quantisation | None = None,
+    in_place: bool = False,
 ) -> ir.Model:
-    """The sparse layers: hidden, position_ids, logits_to_keep, selection, cache -> logits, cache."""
+    """The sparse layers: hidden, position_ids, logits_to_keep, selection, cache -> logits, cache.
+
+    Args:
+        in_place: a quantised shadow chooses each layer's neurons; they are outputs, a row each, as
+            ``neuron_indices.3``, not inputs.
+    """
     g = GraphBuilder("body", dtype, store, q)
     hidden = g.input("hidden", [*TOKENS, spec.hidden_size])
     position_ids = g.input("position_ids", TOKENS, INT64)
@@ -85,7 +95,7 @@ def body_graph(
     selection = blocks.Selection(
         g.input("head_indices", [n_sparse, spec.n_heads], INT32),
         g.input("head_counts", [n_sparse], INT32),
-        g.input("neuron_indices", [n_sparse, spec.intermediate_size], INT32),
+        None if in_place else g.input("neuron_indices", [n_sparse, spec.intermediate_size], INT32),
         g.input("neuron_counts", [n_sparse], INT32),
     )
     layers = range(dense_layers, spec.n_layers)
@@ -93,7 +103,9 @@ def body_graph(
     step = blocks.step(g, spec, position_ids, caches[0].key, dense=False, sparse=True)
     x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
     for row, layer in enumerate(layers):
-        x, caches[row] = blocks.sparse_layer(g, spec, layer, row, x, step, caches[row], selection)
+        x, caches[row], chosen = blocks.sparse_layer(g, spec, layer, row, x, step, caches[row], selection)
+        if in_place:
+            g.output(chosen, f"neuron_indices.{row}", [spec.intermediate_size], INT32)
     _logits(g, spec, x, step, keep)
     _cache_outputs(g, spec, layers, caches)
     return g.model(function_bodies(function_form(spec, q)))
@@ -104,15 +116,20 @@ def predictor_graph(
 ) -> ir.Model:
     """hidden, counts -> indices; one selection for all sequences of the batch.
 
-    A static predictor has no ``hidden`` input: its ranking is a constant.
+    A static ranking is a constant, so there is no ``hidden`` input. A quantised shadow leaves only the
+    heads to be chosen here.
     """
     g = GraphBuilder("predictor", dtype, store, q)
+    widths = {"heads": spec.n_heads, "neurons": spec.intermediate_size}
+    if predictor.kind == "quantized-shadow":
+        del widths["neurons"]
     scores = (
         _shadow_scores(g, spec, predictor)
         if predictor.kind == "shadow"
-        else {unit: g.weight(f"predictor.{unit}.scores") for unit in ("heads", "neurons")}
+        else {unit: g.weight(f"predictor.{unit}.scores") for unit in widths}
     )
-    for unit, name, width in (("heads", "head", spec.n_heads), ("neurons", "neuron", spec.intermediate_size)):
+    for unit, width in widths.items():
+        name = unit.removesuffix("s")
         counts = g.input(f"{name}_counts", [predictor.n_sparse], INT32)
         indices = g.custom(schemas.SELECT_TOPK, f"select_{unit}", {"scores": scores[unit], "counts": counts}, cap=width)
         g.output(indices, f"{name}_indices", [predictor.n_sparse, width], INT32)

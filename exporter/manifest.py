@@ -30,7 +30,7 @@ class Manifest:
         dtype: of weights and activations ("float32", "float16", "bfloat16").
         weight_dtype: of matrices, where it is another one ("int8", "int4"); else None.
         dense_layers: leading layers that stay dense.
-        selector: "ahead": indices are inputs of ``body``.
+        selector: "ahead": indices are inputs of ``body``; "in place": ``body`` chooses its neurons itself.
         head_unit: what a head index counts ("query_head").
         budgets: default fractions, ``{"neurons": ..., "heads": ...}``.
         predictor: kind, criterion and training record.

@@ -12,8 +12,9 @@ from torch import Tensor
 from shadowllm.errors import UserError
 from shadowllm.models import ModelSpec
 from shadowllm.models.weights import tensor_shape
-from shadowllm.plugins.quantisation import Quantisation, dequantise, quantise
+from shadowllm.plugins.quantisation import Quantisation, dequantise, quantise, rounded
 from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.weight_copy import COPY, lengths
 
 
 def check_quantisable(spec: ModelSpec, dtype: str, q: Quantisation) -> None:
@@ -68,6 +69,46 @@ class QuantisedTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+class RoundedTensors(Mapping[str, Tensor]):
+    """Canonical tensors in float32, each rounded, when asked for, as a bundle's sparse layers have it."""
+
+    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype, q: Quantisation | None) -> None:
+        self._weights, self._dtype, self._q = weights, dtype, q
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._weights[name]
+        if self._q and is_quantised(name):
+            return torch.from_numpy(rounded(tensor.float().numpy(), self._q))
+        return tensor.to(self._dtype).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+class CopyTensors(Mapping[str, Tensor]):
+    """A quantised shadow by the names that `copy_groups` gives it, made of a model's weights when asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights, self._matrices = weights, QuantisedTensors(weights, COPY)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if not name.startswith("copy."):
+            raise KeyError(name)
+        name = name.removeprefix("copy.")
+        if name.endswith(".lengths"):
+            return lengths(self._weights[name.replace("lengths", "down_proj.weight")])
+        return self._matrices[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"copy.{name}" for name in self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def dequantised_weights(

@@ -20,6 +20,7 @@ import torch
 from shadowllm.models import ModelSpec
 from shadowllm.models.weights import tensor_shape
 from shadowllm.plugins.quantisation import Quantisation
+from shadowllm.predictor.weight_copy import COPY, copied
 
 # Groups start on a page, so that runtimes can map them instead of reading them.
 PAGE = 4096
@@ -149,6 +150,13 @@ def model_groups(spec: ModelSpec, dtype: ir.DataType, q: Quantisation | None = N
     yield floats(*norm("final_norm"))
     if not spec.tied_embeddings:
         yield from matrices("lm_head.weight")
+
+
+def copy_groups(spec: ModelSpec, dense_layers: int) -> Iterator[Group]:
+    """Layout of a quantised shadow: the copy of gate and up, and ``||w_down||``, of each sparse layer."""
+    for layer in range(dense_layers, spec.n_layers):
+        yield from quantised_groups({f"copy.{name}": tensor_shape(spec, name) for name in copied(spec, layer)}, COPY)
+        yield [(f"copy.layers.{layer}.lengths", (spec.intermediate_size,), ir.DataType.FLOAT)]
 
 
 def quantised_groups(shapes: Mapping[str, tuple[int, ...]], q: Quantisation) -> Iterator[Group]:

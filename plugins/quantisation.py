@@ -26,6 +26,11 @@ class Quantisation:
     bits: int
     block: int = 32
 
+    @property
+    def itemsize(self) -> float:
+        """Bytes per element, its share of a scale included."""
+        return self.bits / 8 + 4 / self.block
+
     def blocks(self, width: int) -> int:
         """Scales of a row; the last block may be padded."""
         return -(-width // self.block)

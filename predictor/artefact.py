@@ -17,7 +17,7 @@ from torch import Tensor
 from shadowllm.errors import UserError
 from shadowllm.models.spec import ModelSpec
 
-Kind = Literal["static", "shadow"]
+Kind = Literal["static", "shadow", "quantized-shadow"]
 FORMAT = "shadowllm-predictor"
 VERSION = 1
 
@@ -27,9 +27,11 @@ class Predictor:
     """Scores for every head and neuron of a model's sparse layers.
 
     Attributes:
-        kind: "static" (a ranking) or "shadow" (a network, and the ranking it started from).
+        kind: "static" (a ranking), "shadow" (a network, and the ranking it started from) or
+            "quantized-shadow" (a ranking of heads; neurons are scored by a low-bit copy of the weights,
+            which is made when a bundle is written).
         n_sparse, dense_layers, n_heads, intermediate_size, hidden_size: sizes of the model it scores.
-        tensors: float32. Both kinds: ``heads.scores (n_sparse, n_heads)`` and ``neurons.scores
+        tensors: float32. All kinds: ``heads.scores (n_sparse, n_heads)`` and ``neurons.scores
             (n_sparse, intermediate_size)``. A shadow adds ``trunk.weight (rank, hidden_size)``,
             ``trunk.bias (rank,)``, ``heads.weight (n_sparse * n_heads, rank)``, ``heads.bias``,
             ``neurons.weight (n_sparse * intermediate_size, rank)`` and ``neurons.bias``.
@@ -59,7 +61,7 @@ class Predictor:
 
     @property
     def rank(self) -> int:
-        """Width of a shadow's trunk, 0 for a static ranking."""
+        """Width of a shadow's trunk, 0 for the other kinds."""
         return len(self.tensors["trunk.weight"]) if "trunk.weight" in self.tensors else 0
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:

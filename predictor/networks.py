@@ -29,7 +29,7 @@ def scores(predictor: Predictor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         Head scores ``(tokens, n_sparse, n_heads)`` and neuron scores ``(tokens, n_sparse, intermediate_size)``.
     """
     tensors = predictor.tensors
-    if predictor.kind == "static":
+    if predictor.kind != "shadow":
         heads, neurons = (tensors[f"{unit}.scores"].expand(len(hidden), -1, -1) for unit in ("heads", "neurons"))
         return heads, neurons
     z = F.relu(F.linear(normalise(hidden), tensors["trunk.weight"], tensors["trunk.bias"]))

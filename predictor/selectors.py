@@ -18,12 +18,13 @@ from shadowllm.errors import UserError
 from shadowllm.models.budget import Budget
 from shadowllm.models.decoder import Decoder, Unit
 from shadowllm.models.spec import ModelSpec
-from shadowllm.plugins.quantisation import Quantisation, rounded
+from shadowllm.plugins.quantisation import Quantisation
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.criteria import find_criterion, unit_trace
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.topk import top_mask
 from shadowllm.predictor.traces import Tracer
+from shadowllm.predictor.weight_copy import COPY, WeightCopy
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class Selector(ABC):
 
 
 SELECTORS: dict[str, Callable[[Context], Selector]] = {}
-COPY_BLOCK = 64  # a 4-bit copy of gate and up is then under a fifth of a 16-bit MLP, scales included
 
 
 def selector(name: str) -> Callable[[Callable[[Context], Selector]], Callable[[Context], Selector]]:
@@ -120,33 +120,26 @@ class QuantizedShadow(Selector):
     predictor's static ranking.
 
     Args:
-        bits: of the copy, with a scale for every `COPY_BLOCK` elements of a row.
+        bits: of the copy; bundles have `COPY`'s.
     """
 
-    def __init__(self, context: Context, bits: int) -> None:
-        self._context = context
+    def __init__(self, context: Context, bits: int = COPY.bits) -> None:
+        self._dense_layers = context.dense_layers
         self._heads = _needs_predictor("quantized-shadow", context).tensors["heads.scores"]
-        weights, q = dict(context.weights), Quantisation(bits, COPY_BLOCK)
-        for layer in range(context.dense_layers, context.spec.n_layers):
-            for name in (f"layers.{layer}.gate_proj.weight", f"layers.{layer}.up_proj.weight"):
-                if name in weights:
-                    weights[name] = torch.from_numpy(rounded(weights[name].numpy(), q))
-        self._copy = Decoder(context.spec, weights)
-        self._products: dict[int, Tensor] = {}
+        self._copy = WeightCopy(context.spec, context.weights, context.dense_layers, Quantisation(bits, COPY.block))
+        self._neurons: dict[int, Tensor] = {}
 
     def watch(self, layer: int, x: Tensor) -> None:
         """Run the copy."""
-        self._products = {layer: self._copy.product(layer, x)}
+        self._neurons = {layer: self._copy.scores(layer, x)}
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         """How long each neuron's contribution would be, going by the copy; the static ranking of heads."""
-        if unit == "heads":
-            return self._heads[layer - self._context.dense_layers]
-        trace = unit_trace(self._context.spec, self._context.weights, layer, unit, self._products[layer])
-        return find_criterion("l2norm").score(trace)
+        return self._heads[layer - self._dense_layers] if unit == "heads" else self._neurons[layer]
 
 
-for _bits in (4, 3, 2):
+SELECTORS["quantized-shadow"] = QuantizedShadow
+for _bits in (3, 2):
     SELECTORS[f"quantized-shadow-{_bits}"] = partial(QuantizedShadow, bits=_bits)
 
 

@@ -16,7 +16,7 @@ from shadowllm.errors import UserError
 from shadowllm.models.budget import Budget
 from shadowllm.models.decoder import Unit
 from shadowllm.models.spec import ModelSpec
-from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.artefact import Kind, Predictor
 from shadowllm.predictor.networks import default_rank, initial_tensors, scores
 from shadowllm.predictor.progress import Advance, no_progress
 from shadowllm.predictor.topk import recall, top_mask
@@ -111,17 +111,23 @@ class Recipe:
 
 
 def train_static(
-    spec: ModelSpec, traces: Traces, *, budget: Budget = BUDGET, weights: Mapping[str, Tensor] | None = None
+    spec: ModelSpec,
+    traces: Traces,
+    *,
+    kind: Kind = "static",
+    budget: Budget = BUDGET,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Predictor:
     """The ranking by mean importance over the training tokens; needs no training.
 
     Args:
+        kind: "static", or "quantized-shadow" for a predictor that ranks only heads by it.
         budget: the fractions at which recall on the held-out tokens is recorded.
         weights: canonical float32 tensors; needed only when the traces were too large to keep.
     """
     tensors = {f"{unit}.scores": traces.statistics[unit] for unit in UNITS}
     predictor = Predictor(
-        "static",
+        kind,
         spec.n_layers - traces.dense_layers,
         traces.dense_layers,
         spec.n_heads,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shadowllm.exporter.manifest import Manifest
 from shadowllm.models.budget import Budget
+from shadowllm.predictor.weight_copy import COPY
 
 
 def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -> bool:
@@ -21,11 +22,21 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -
     every = 2 * spec.head_dim * spec.n_heads + matrices * spec.intermediate_size
     active = 2 * spec.head_dim * heads + matrices * neurons
     row_width = (spec.n_layers - manifest.dense_layers) * spec.hidden_size
-    return row_width * (every - active / (2 if narrow_rows else 1)) > predictor_elements(manifest)
+    itemsize = manifest.quantisation.itemsize if manifest.quantisation else 4
+    saved = row_width * (every - active / (2 if narrow_rows else 1)) * itemsize
+    return saved > predictor_bytes(manifest, itemsize)
 
 
-def predictor_elements(manifest: Manifest) -> int:
-    """Weights a bundle's predictor reads per step: its network's, or one score per unit."""
+def predictor_bytes(manifest: Manifest, itemsize: float) -> float:
+    """Bytes a step reads to choose: a network, one score per unit, or a ranking of heads and the copy of the weights.
+
+    Args:
+        itemsize: bytes per element of a network's weights.
+    """
     spec, rank = manifest.spec, int(manifest.predictor["rank"])
-    outputs = (spec.n_layers - manifest.dense_layers) * (spec.n_heads + spec.intermediate_size)
-    return rank * (spec.hidden_size + 1) + outputs * (rank + 1)
+    n_sparse = spec.n_layers - manifest.dense_layers
+    units = n_sparse * (spec.n_heads + spec.intermediate_size)
+    if manifest.predictor["kind"] == "quantized-shadow":
+        copied_rows = n_sparse * (2 if spec.gated else 1) * spec.intermediate_size
+        return 4 * units + copied_rows * spec.hidden_size * COPY.itemsize
+    return (rank * (spec.hidden_size + 1) + units * (rank + 1)) * (itemsize if rank else 4)

@@ -21,6 +21,7 @@ from shadowllm.models.decoder import Unit
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.topk import top_mask
+from shadowllm.predictor.weight_copy import WeightCopy
 from shadowllm.runtime.inputs import check_prompts, check_tokens
 
 Selection = dict[Unit, Tensor]
@@ -37,8 +38,9 @@ class TorchSession:
         dense_weights: of dense steps, prefill and dense layers, where integer weights are rounded otherwise there.
 
     Attributes:
-        forced: masks to use instead of the predictor's, bool ``(n_sparse, n_heads)`` and
-            ``(n_sparse, intermediate_size)``; for comparing a step under one and the same selection.
+        chosen: masks the predictor chose in the last sparse step, bool ``(n_sparse, n_heads)`` and
+            ``(n_sparse, intermediate_size)``.
+        forced: masks to use instead; for comparing a step under one and the same selection.
     """
 
     def __init__(
@@ -50,7 +52,11 @@ class TorchSession:
         dense_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.spec = spec
+        self.chosen: Selection = {}
         self.forced: Selection | None = None
+        self._copy = None
+        if predictor is not None and predictor.kind == "quantized-shadow":
+            self._copy = WeightCopy(spec, weights, predictor.dense_layers)
         self._weights, self._predictor = weights, predictor
         self._budget = budget or Budget()
         self._decoder = Decoder(spec, weights if dense_weights is None else dense_weights)
@@ -96,16 +102,6 @@ class TorchSession:
         return logits[torch.arange(len(prompts)), torch.from_numpy(self._lengths) - 1].numpy()
 
     @torch.no_grad()
-    def select(self, tokens: np.ndarray) -> Selection:
-        """What the predictor would choose for the next step on int64 ``(batch,)`` tokens."""
-        if self._predictor is None:
-            return {}
-        self._reserve(int(self._lengths.max()) + 1)
-        positions = torch.from_numpy(self._lengths.copy())[:, None]
-        x = self._stem(torch.from_numpy(tokens)[:, None], positions, self._predictor.dense_layers)
-        return self._select(self._predictor, x)
-
-    @torch.no_grad()
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """See `Session.decode`."""
         check_tokens(tokens, self._lengths, self.spec)
@@ -122,13 +118,19 @@ class TorchSession:
     def _sparse_step(self, input_ids: Tensor, positions: Tensor, predictor: Predictor) -> Tensor:
         first = predictor.dense_layers
         x = self._stem(input_ids, positions, first)
-        selection = self.forced or self._select(predictor, x)
+        self.chosen = self._select(predictor, x)
+        selection = self.forced or self.chosen
+
+        def watch(layer: int, normed: Tensor) -> None:
+            if self._copy is not None:
+                found = self._copy.scores(layer, normed.flatten(0, 1)).mean(dim=0)
+                self.chosen["neurons"][layer - first] = top_mask(found, self._budget.counts(self.spec)[1])
 
         def tap(layer: int, unit: Unit, activation: Tensor) -> Tensor:
             mask = selection[unit][layer - first]
             return activation * (mask[:, None] if unit == "heads" else mask)
 
-        body = Decoder(self.spec, self._weights, tap)
+        body = Decoder(self.spec, self._weights, tap, watch)
         for layer in range(first, self.spec.n_layers):
             x = body.layer(layer, x, positions, self.cache)
         return body.logits(x)

@@ -159,9 +159,10 @@ def _compare(name: str, ours: OrtSession, theirs: TorchSession) -> tuple[list[Er
         mine = ours.decode(token)[0].copy()
         if ours.selection:
             # The same selection on both sides: a tie that falls the other way is no error of the graphs.
-            own, theirs.forced = theirs.select(token), _masks(ours.selection, spec)
-            agreements.append(_agreement(theirs.forced, own))
+            theirs.forced = _masks(ours.selection, spec)
         logits.append((mine, theirs.decode(token)[0]))
+        if theirs.forced:
+            agreements.append(_agreement(theirs.forced, theirs.chosen))
     pairs = {
         "logits": logits,
         "cache": [

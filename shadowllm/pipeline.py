@@ -20,7 +20,7 @@ from shadowllm.exporter.sidecar import EngineRecord
 from shadowllm.exporter.staging import check_output, staged
 from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights, load_model
 from shadowllm.plugins.tensorrt.flavour import Flavour, require
-from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.artefact import Kind, Predictor
 from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.memory import keep_freed_memory
 from shadowllm.predictor.progress import progress
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENGINE_PIECES = ("stem", "predictor", "body")
-SELECTORS = ("shadow", "static", "random")
+SELECTORS = ("shadow", "quantized-shadow", "static", "random")
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Export:
     """What an export makes.
 
     Attributes:
-        selector: what to train when no predictor is given: "shadow", "static", or "random" (an
-            arbitrary ranking, for measuring speed alone).
+        selector: what to train when no predictor is given: "shadow", "quantized-shadow", "static", or
+            "random" (an arbitrary ranking, for measuring speed alone).
         budget: default fractions to keep.
         dtype: "float32", "float16" or "bfloat16".
         validate: hold the result against the reference.
@@ -162,7 +162,7 @@ def export_model(
     check_output(out, overwrite)
     for engine in options.engines:
         require(engine.flavour)
-        _check_engine_weights(options.weight_dtype)
+        _check_engine_weights(options.weight_dtype, predictor.kind if predictor else options.selector)
     spec, weights, checkpoint = source.open()
     check_dtypes(spec, options.dtype, options.weight_dtype)
     if predictor is None:
@@ -200,7 +200,7 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
     """
     require(options.flavour)
     manifest = read_manifest(bundle)
-    _check_engine_weights(manifest.weight_dtype)
+    _check_engine_weights(manifest.weight_dtype, manifest.predictor["kind"])
     verify_files(bundle, {name: digest for name, digest in manifest.files.items() if "onnx" in name})
     target = bundle / "engines" / options.flavour
     partial = target.with_name(f".{options.flavour}.partial")
@@ -234,10 +234,14 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
     return records
 
 
-def _check_engine_weights(weight_dtype: str | None) -> None:
+def _check_engine_weights(weight_dtype: str | None, selector: str) -> None:
     if weight_dtype:
         raise UserError(
             f"engines are not built of {weight_dtype} weights", "export without --weight-dtype, for example in fp16"
+        )
+    if selector == "quantized-shadow":
+        raise UserError(
+            "engines are not built of a quantized shadow's integer weights", "export with another --selector"
         )
 
 
@@ -297,12 +301,13 @@ def _train(
     recipe: Recipe,
     loaded: dict[str, Tensor] | None = None,
 ) -> Predictor:
-    if selector not in ("shadow", "static"):
-        raise UserError(f"selector {selector!r} cannot be trained", "use shadow or static")
+    if selector not in ("shadow", "static", "quantized-shadow"):
+        raise UserError(f"selector {selector!r} cannot be trained", "use shadow, quantized-shadow or static")
     if not traces.stored:  # too large to keep: training traces anew
         loaded = loaded or weights.load()
-    if selector == "static":
-        return train_static(spec, traces, budget=recipe.budget, weights=loaded)
+    if selector != "shadow":
+        kind: Kind = "static" if selector == "static" else "quantized-shadow"
+        return train_static(spec, traces, kind=kind, budget=recipe.budget, weights=loaded)
     with progress("Training the predictor", recipe.epochs * traces.windows.train.numel()) as advance:
         return train_shadow(spec, traces, recipe, weights=loaded, advance=advance)
 

@@ -37,7 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--selector",
         nargs="+",
-        help="static, shadow, oracle, random, quantized-shadow-4, -3 or -2 (default: static, the bundle's own, oracle)",
+        help="static, shadow, oracle, random, quantized-shadow, or quantized-shadow-3 or -2 for fewer bits "
+        "(default: static, the bundle's own, oracle)",
     )
     parser.add_argument("--neuron-budget", nargs="+", type=options.fraction, default=[0.5], metavar="FRACTION")
     parser.add_argument("--head-budget", nargs="+", type=options.fraction, default=[1.0], metavar="FRACTION")

@@ -88,7 +88,12 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibration-seqlen", type=int, default=128, metavar="N", help="tokens of a window (default: 128)"
     )
-    group.add_argument("--criterion", default="l2norm", help="importance score: l2norm or plainact (default: l2norm)")
+    group.add_argument(
+        "--criterion",
+        default="l2norm",
+        help="importance score: l2norm, plainact, grad_norm, fisher, snip, grasp, nwot, jacov or epenas "
+        "(default: l2norm)",
+    )
     group.add_argument(
         "--dense-layers", type=int, default=1, metavar="N", help="leading layers that stay dense (default: 1)"
     )
@@ -114,9 +119,9 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument(
         "--selector",
-        choices=("shadow", "static", "random"),
+        choices=("shadow", "quantized-shadow", "static", "random"),
         default="shadow",
-        help="predictor to train; random measures speed alone (default: shadow)",
+        help="predictor to train; quantized-shadow needs none, random measures speed alone (default: shadow)",
     )
     group.add_argument("--rank", type=int, help="width of the shadow (default: under 4%% of the model's parameters)")
     group.add_argument("--epochs", type=int, help="passes over the traces")

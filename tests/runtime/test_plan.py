@@ -8,18 +8,32 @@ import pytest
 
 from shadowllm.exporter.bundle import read_weights
 from shadowllm.exporter.manifest import read_manifest
-from shadowllm.models import Budget
+from shadowllm.exporter.quantised import CopyTensors
+from shadowllm.models import Budget, load_model
 from shadowllm.plugins import native_ops
+from shadowllm.predictor.weight_copy import copied
 from shadowllm.runtime.ort import OrtSession
-from shadowllm.runtime.plan import predictor_elements, sparse_pays
+from shadowllm.runtime.plan import predictor_bytes, sparse_pays
 
 
 @pytest.mark.parametrize("kind", ["shadow", "static"])
-def test_elements_are_those_of_its_tensors(bundle, kind):
+def test_bytes_are_those_of_its_tensors(bundle, kind):
     manifest = read_manifest(bundle(kind=kind))
     tensors = read_weights(bundle(kind=kind), manifest).predictor.tensors
     read = [tensor for name, tensor in tensors.items() if name.endswith("scores") == (kind == "static")]
-    assert predictor_elements(manifest) == sum(tensor.numel() for tensor in read)
+    itemsize = {"shadow": 2, "static": 4}[kind]  # a ranking keeps its float32
+    assert predictor_bytes(manifest, 2) == itemsize * sum(tensor.numel() for tensor in read)
+
+
+@pytest.mark.parametrize("variant", ["llama-blocks", "opt-blocks"])
+def test_a_quantised_shadow_reads_its_copy(bundle, checkpoint, variant):
+    manifest = read_manifest(bundle(variant, kind="quantized-shadow"))
+    spec, weights, _ = load_model(checkpoint(variant))
+    copies = CopyTensors(weights)
+    names = [name for layer in (1, 2) for name in copied(spec, layer)]
+    stored = [copies[f"copy.{name}.{part}"] for name in names for part in ("q", "scales")]
+    rankings = 4 * 2 * (spec.n_heads + spec.intermediate_size)  # of the heads, and the neurons' lengths
+    assert predictor_bytes(manifest, 4) == rankings + sum(tensor.nbytes for tensor in stored)
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
@@ -27,7 +41,7 @@ def test_a_step_pays_from_the_first_weight_saved_beyond_the_predictor(bundle, va
     manifest = read_manifest(bundle(variant))
     spec, matrices = manifest.spec, 3 if variant.startswith("llama") else 2
     a_neuron = 2 * matrices * spec.hidden_size  # of two sparse layers
-    enough = predictor_elements(manifest) // a_neuron + 1
+    enough = int(predictor_bytes(manifest, 4)) // (4 * a_neuron) + 1
     kept = [(spec.intermediate_size - left_out) / spec.intermediate_size for left_out in (enough, enough - 1)]
     assert [sparse_pays(manifest, Budget(neurons=neurons)) for neurons in kept] == [True, False]
     assert not sparse_pays(manifest, Budget())
@@ -36,7 +50,7 @@ def test_a_step_pays_from_the_first_weight_saved_beyond_the_predictor(bundle, va
 def test_heads_count_too(bundle):
     manifest = read_manifest(bundle())
     assert not sparse_pays(manifest, Budget(heads=0.75))
-    assert sparse_pays(replace(manifest, predictor={"rank": 0}), Budget(heads=0.75))
+    assert sparse_pays(replace(manifest, predictor={"kind": "static", "rank": 0}), Budget(heads=0.75))
 
 
 def test_rows_of_16_bits_pay_among_widened_matrices(bundle):

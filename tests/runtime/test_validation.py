@@ -55,6 +55,21 @@ def test_integer_graphs_with_exact_kernels(bundle, checkpoint, isa, monkeypatch)
     check(bundle("llama-blocks", weight_dtype="int4"), checkpoint("llama-blocks"))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_quantised_shadow_chooses_in_the_graph_as_in_the_reference(bundle, checkpoint, variant):
+    assert check(bundle(variant, kind="quantized-shadow"), checkpoint(variant))["selection_agreement"] == 1.0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_quantised_shadow_of_16_bit_weights(bundle, checkpoint, dtype):
+    check(bundle("llama-biases", dtype, kind="quantized-shadow"), checkpoint("llama-biases"))
+
+
+def test_a_quantised_shadow_of_integer_weights(bundle, checkpoint):
+    folder = bundle("llama-blocks", weight_dtype="int8", kind="quantized-shadow")
+    check(folder, checkpoint("llama-blocks"), 3e-4)
+
+
 @pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
 def test_static_predictor(bundle, checkpoint, variant):
     assert check(bundle(variant, kind="static"), checkpoint(variant))["selection_agreement"] == 1.0
