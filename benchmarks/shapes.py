@@ -2,10 +2,11 @@
 
     python -m shadowllm.benchmarks.shapes --json shapes.json
     python -m shadowllm.benchmarks.shapes --shapes llama-1.1b --weight-dtype int4
+    python -m shadowllm.benchmarks.shapes --shapes llama-1.1b --selector quantized-shadow --dtype bfloat16
 
-Weights are random and the predictor is an untrained network of its usual size: every cost is the
-real one, the text means nothing. The model is held twice, once packed for the dense steps: 1.3B
-parameters in float32 take about 17 GB for both contenders.
+Weights are random and the predictor is an untrained network of its usual size, or a copy of the
+weights: every cost is the real one, the text means nothing. The model is held twice, once packed for
+the dense steps: 1.3B parameters in float32 take about 17 GB for both contenders.
 """
 
 from __future__ import annotations
@@ -26,38 +27,40 @@ from shadowllm.benchmarks.environment import environment
 from shadowllm.benchmarks.harness import Contender, race, speedup, summarise
 from shadowllm.benchmarks.random_model import SHAPES, write_random_model
 from shadowllm.errors import UserError
+from shadowllm.exporter.bundle import DTYPES, write_bundle
 from shadowllm.exporter.manifest import read_manifest
 from shadowllm.models.budget import Budget
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.quantisation import WEIGHT_DTYPES
-from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.artefact import Kind, Predictor
 from shadowllm.predictor.progress import progress
 
 DENSE = "ort-dense"
 
 
-def untrained_shadow(spec: ModelSpec, fingerprint: str, dense_layers: int = 1) -> Predictor:
-    """A shadow of the usual size that has learned nothing but still looks at its input."""
+def untrained(kind: Kind, spec: ModelSpec, fingerprint: str, dense_layers: int = 1) -> Predictor:
+    """A predictor of the usual size that has learned nothing; a shadow still looks at its input."""
     import torch
 
     from shadowllm.predictor.networks import default_rank, initial_tensors
 
     generator = torch.Generator().manual_seed(0)
-    n_sparse, rank = spec.n_layers - dense_layers, default_rank(spec, dense_layers)
-    scores = {
+    n_sparse = spec.n_layers - dense_layers
+    tensors = {
         "heads.scores": torch.rand(n_sparse, spec.n_heads, generator=generator),
         "neurons.scores": torch.rand(n_sparse, spec.intermediate_size, generator=generator),
     }
-    network = initial_tensors(spec, n_sparse, rank, scores["heads.scores"], scores["neurons.scores"], seed=0)
-    for name in ("heads.weight", "neurons.weight"):
-        network[name].normal_(generator=generator)
+    if kind == "shadow":
+        rank = default_rank(spec, dense_layers)
+        tensors |= initial_tensors(spec, n_sparse, rank, tensors["heads.scores"], tensors["neurons.scores"], seed=0)
+        for name in ("heads.weight", "neurons.weight"):
+            tensors[name].normal_(generator=generator)
     sizes = (n_sparse, dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size)
-    return Predictor("shadow", *sizes, scores | network, fingerprint)
+    return Predictor(kind, *sizes, tensors, fingerprint)
 
 
-def export_random(shape: str, folder: Path, weight_dtype: str | None) -> Path:
-    """A bundle of a random model, in float32 or with integer weights."""
-    from shadowllm.exporter.bundle import write_bundle
+def export_random(shape: str, folder: Path, kind: Kind, dtype: str, weight_dtype: str | None) -> Path:
+    """A bundle of a random model."""
     from shadowllm.models import load_model
 
     model, bundle = folder / shape, folder / "bundle"
@@ -65,8 +68,8 @@ def export_random(shape: str, folder: Path, weight_dtype: str | None) -> Path:
         path.mkdir()
     write_random_model(shape, model)
     spec, weights, checkpoint = load_model(str(model))
-    predictor = untrained_shadow(spec, weights.fingerprint())
-    write_bundle(bundle, shape, weights, checkpoint, predictor, weight_dtype=weight_dtype, budget=Budget())
+    predictor = untrained(kind, spec, weights.fingerprint())
+    write_bundle(bundle, shape, weights, checkpoint, predictor, dtype=dtype, weight_dtype=weight_dtype, budget=Budget())
     return bundle
 
 
@@ -74,6 +77,8 @@ def measure(
     shape: str,
     *,
     budget: Budget,
+    kind: Kind = "shadow",
+    dtype: str = "float32",
     weight_dtype: str | None = None,
     prompt_len: int = 128,
     new_tokens: int = 128,
@@ -84,10 +89,11 @@ def measure(
 
     Returns:
         Latencies (ms) and bytes of both, ``speedup`` (median, min and max over runs), ``allowed`` (dense
-        bytes over sparse bytes), ``share_of_allowed``, ``ttft_ratio`` and ``predictor_share`` of a step.
+        bytes over sparse bytes), ``share_of_allowed``, ``ttft_ratio`` and ``predictor_share`` of a step
+        (of a quantised shadow only its choice of heads: neurons are chosen inside ``body``).
     """
     with tempfile.TemporaryDirectory() as folder:
-        bundle = export_random(shape, Path(folder), weight_dtype)
+        bundle = export_random(shape, Path(folder), kind, dtype, weight_dtype)
         manifest = read_manifest(bundle)
         backends = {SPARSE: "ort", DENSE: DENSE}
         contenders = [Contender(n, session_command(bundle, b, budget, threads)) for n, b in backends.items()]
@@ -102,6 +108,7 @@ def measure(
     parts = summaries[SPARSE].parts_ms
     return {
         "shape": shape,
+        "selector": kind,
         "weight_dtype": weight_dtype or manifest.dtype,
         "budget": vars(budget),
         "prompt_len": prompt_len,
@@ -121,7 +128,7 @@ def print_result(found: dict[str, Any]) -> None:
     """A few lines a person can read."""
     sparse, dense = found["contenders"][SPARSE], found["contenders"][DENSE]
     gain = found["speedup"]
-    print(f"{found['shape']} {found['weight_dtype']}, {found['budget']}, {found['runs']} runs")
+    print(f"{found['shape']} {found['weight_dtype']}, {found['selector']}, {found['budget']}, {found['runs']} runs")
     for name, one in ((SPARSE, sparse), (DENSE, dense)):
         rate = one["bytes_per_token"] / one["itl_ms"]["median"] / 1e6
         print(
@@ -144,7 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--weight-dtype", choices=WEIGHT_DTYPES, help="default: float32")
+    parser.add_argument("--selector", choices=("shadow", "quantized-shadow"), default="shadow")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--weight-dtype", choices=WEIGHT_DTYPES, help="default: as --dtype")
     parser.add_argument("--neuron-budget", type=float, default=0.5)
     parser.add_argument("--head-budget", type=float, default=0.5)
     parser.add_argument("--prompt-len", type=int, default=128)
@@ -160,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 measure(
                     shape,
                     budget=Budget(args.neuron_budget, args.head_budget),
+                    kind=args.selector,
+                    dtype=args.dtype,
                     weight_dtype=args.weight_dtype,
                     prompt_len=args.prompt_len,
                     new_tokens=args.new_tokens,
