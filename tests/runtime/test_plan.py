@@ -63,3 +63,9 @@ def test_a_16_bit_session_decodes_its_rows_sparse_whenever_the_native_ops_read_t
         session = OrtSession(folder, native=native)
         session.set_budget(Budget())
         assert session.decodes == ("sparse" if native and native_ops.library() else "dense")
+
+
+@pytest.mark.parametrize(("weight_dtype", "pays"), [(None, True), ("int4", False)])
+def test_a_copy_of_4_bits_does_not_pay_next_to_weights_of_4_bits(bundle, weight_dtype, pays):
+    manifest = read_manifest(bundle("llama-blocks", weight_dtype=weight_dtype, kind="quantized-shadow"))
+    assert sparse_pays(manifest, Budget(neurons=0.5)) == pays
