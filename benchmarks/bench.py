@@ -17,7 +17,7 @@ from shadowllm.benchmarks.report import Report, Result
 from shadowllm.benchmarks.traffic import Active, Traffic, mean_traffic
 from shadowllm.errors import UserError
 from shadowllm.exporter.manifest import Manifest, read_manifest
-from shadowllm.models.budget import Budget
+from shadowllm.models.budget import Budget, format_fractions
 from shadowllm.plugins import native_ops
 from shadowllm.predictor.progress import progress
 from shadowllm.runtime.plan import predictor_bytes, sparse_pays
@@ -178,9 +178,9 @@ def session_command(bundle: Path, backend: str, budget: Budget, threads: int | N
         str(bundle),
         backend,
         "--neuron-budget",
-        str(budget.neurons),
+        format_fractions(budget.neurons),
         "--head-budget",
-        str(budget.heads),
+        format_fractions(budget.heads),
         *limit,
     )
 
@@ -205,7 +205,8 @@ def traffic_of(
     row_itemsize = ITEMSIZE[manifest.dtype] if native else matrix_itemsize
     active = None
     if name == SPARSE and (backend != "ort" or sparse_pays(manifest, budget, row_itemsize < matrix_itemsize)):
-        heads, neurons = budget.counts(manifest.spec)
+        n_sparse = manifest.spec.n_layers - manifest.dense_layers
+        heads, neurons = (tuple(counts.tolist()) for counts in budget.counts(manifest.spec, n_sparse))
         scored = round(predictor_bytes(manifest, matrix_itemsize))
         active = Active(heads, neurons, manifest.dense_layers, scored)
     return mean_traffic(

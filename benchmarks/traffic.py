@@ -6,6 +6,7 @@ tokens so far. Activations, scores and cache writes are left out (together under
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shadowllm.models.spec import ModelSpec
@@ -16,13 +17,13 @@ class Active:
     """What a sparse step keeps of each sparse layer.
 
     Attributes:
-        heads, neurons: active query heads and neurons of a layer.
+        heads, neurons: active query heads and neurons of each sparse layer.
         dense_layers: leading layers that stay dense.
         predictor_bytes: read once a step to score heads and neurons.
     """
 
-    heads: int
-    neurons: int
+    heads: Sequence[int]
+    neurons: Sequence[int]
     dense_layers: int = 1
     predictor_bytes: int = 0
 
@@ -60,18 +61,17 @@ def step_traffic(
         row_itemsize: the same of the active rows of a sparse op, where they differ from other matrices.
     """
     dense_layers = spec.n_layers if active is None else active.dense_layers
-    sparse_layers = spec.n_layers - dense_layers
-    heads, neurons = (active.heads, active.neurons) if active else (0, 0)
+    heads, neurons = (active.heads, active.neurons) if active else ((), ())
     d, kv = spec.hidden_size, spec.n_kv_heads * spec.head_dim
     # With query heads selected one by one, all KV heads may be in use, but never more than query heads are.
-    kv_read = dense_layers * spec.n_kv_heads + sparse_layers * min(spec.n_kv_heads, heads)
+    kv_read = dense_layers * spec.n_kv_heads + sum(min(spec.n_kv_heads, count) for count in heads)
     elements = {
         "embedding rows": batch * d * (2 if spec.positions == "learned" else 1),
         "norms": (2 * spec.n_layers + 1) * d * (2 if spec.norm == "layernorm" else 1),
         "k/v projections": spec.n_layers * 2 * kv * (d + spec.qkv_bias),
         "dense layers": dense_layers * (_head_rows(spec, spec.n_heads) + _neuron_rows(spec, spec.intermediate_size)),
-        "active q/o rows": sparse_layers * _head_rows(spec, heads),
-        "active MLP rows": sparse_layers * _neuron_rows(spec, neurons),
+        "active q/o rows": sum(_head_rows(spec, count) for count in heads),
+        "active MLP rows": sum(_neuron_rows(spec, count) for count in neurons),
         "lm_head": spec.vocab_size * d,
         "KV cache": batch * kv_read * 2 * context * spec.head_dim,
     }

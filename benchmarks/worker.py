@@ -177,18 +177,19 @@ def _negative_log_likelihood(logits: np.ndarray, token: int) -> float:
 
 def main() -> int:
     """Serve a bundle's session; the arguments are those of `open_session`, and the budget."""
+    from shadowllm.models.budget import Budget, parse_fractions
+
     parser = argparse.ArgumentParser(prog="python -m shadowllm.benchmarks.worker", description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("backend")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--neuron-budget", type=float, default=1.0)
-    parser.add_argument("--head-budget", type=float, default=1.0)
+    parser.add_argument("--neuron-budget", type=parse_fractions, default=1.0)
+    parser.add_argument("--head-budget", type=parse_fractions, default=1.0)
     parser.add_argument("--loop", action="store_true", help="time the generation loop, not the session's steps alone")
     arguments = parser.parse_args()
 
     @contextmanager
     def load() -> Iterator[Commands]:
-        from shadowllm.models.budget import Budget
         from shadowllm.runtime import generate, open_session
 
         with open_session(arguments.bundle, arguments.backend, threads=arguments.threads, profile=True) as session:

@@ -12,6 +12,7 @@ from typing import Any
 
 from shadowllm.errors import UserError
 from shadowllm.models import ModelSpec
+from shadowllm.models.budget import Fractions
 from shadowllm.plugins.quantisation import WEIGHT_DTYPES, Quantisation
 
 NAME = "manifest.json"
@@ -32,7 +33,7 @@ class Manifest:
         dense_layers: leading layers that stay dense.
         selector: "ahead": indices are inputs of ``body``; "in place": ``body`` chooses its neurons itself.
         head_unit: what a head index counts ("query_head").
-        budgets: default fractions, ``{"neurons": ..., "heads": ...}``.
+        budgets: default fractions, ``{"neurons": ..., "heads": ...}``; lists where layers differ.
         predictor: kind, criterion and training record.
         base_fingerprint: SHA-256 of the checkpoint the predictor was trained on.
         op_domain_version: version of the custom ops in the graphs.
@@ -45,7 +46,7 @@ class Manifest:
     spec: ModelSpec
     dtype: str
     dense_layers: int
-    budgets: dict[str, float]
+    budgets: dict[str, Fractions]
     predictor: dict[str, Any]
     base_fingerprint: str
     op_domain_version: int

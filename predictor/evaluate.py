@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,7 +36,7 @@ class Result:
 
     Attributes:
         selector: its name; "dense" for the model as it is.
-        neuron_budget, head_budget: fractions kept in the sparse layers.
+        neuron_budget, head_budget: fractions kept in the sparse layers, on average.
         perplexity: exp of the mean next-token cross entropy (nats).
         kl: KL divergence of the selector's next-token distribution from dense's, nats.
         top1_agreement: share of positions whose likeliest token is dense's.
@@ -153,8 +154,8 @@ class _Sums:
         recalls = {unit: self.hit[unit] / self.wanted[unit] if self.wanted[unit] else 1.0 for unit in UNITS}
         return Result(
             name,
-            budget.neurons,
-            budget.heads,
+            float(np.mean(budget.neurons)),
+            float(np.mean(budget.heads)),
             math.exp(self.nll / self.tokens),
             self.kl / self.tokens,
             self.agreed / self.tokens,
@@ -168,7 +169,8 @@ class _Run:
 
     def __init__(self, name: str, chooser: Selector, budget: Budget, context: Context) -> None:
         self._name, self._budget = name, budget
-        self._counts = dict(zip(UNITS, budget.counts(context.spec), strict=True))
+        n_sparse = context.spec.n_layers - context.dense_layers
+        self._counts = dict(zip(UNITS, budget.counts(context.spec, n_sparse), strict=True))
         self._first = context.dense_layers
         self._decoder = MaskedDecoder(context, chooser, budget)
         self._sums = _Sums()
@@ -176,7 +178,8 @@ class _Run:
     def add(self, window: Tensor, dense: Tensor, truth: Mapping[Unit, Tensor]) -> None:
         self._sums.add(window, self._decoder(window), dense)
         for (layer, unit), chosen in self._decoder.masks.items():
-            wanted = top_mask(truth[unit][:, layer - self._first], self._counts[unit])
+            row = layer - self._first
+            wanted = top_mask(truth[unit][:, row], int(self._counts[unit][row]))
             self._sums.hit[unit] += int((chosen[0] & wanted).sum())
             self._sums.wanted[unit] += int(wanted.sum())
 

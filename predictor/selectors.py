@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -216,8 +217,8 @@ class MaskedDecoder:
     def __init__(self, context: Context, chooser: Selector, budget: Budget) -> None:
         self._context = context
         self._chooser = chooser
-        heads, neurons = budget.counts(context.spec)
-        self._counts: dict[Unit, int] = {"heads": heads, "neurons": neurons}
+        heads, neurons = budget.counts(context.spec, context.spec.n_layers - context.dense_layers)
+        self._counts: dict[Unit, np.ndarray] = {"heads": heads, "neurons": neurons}
         self.masks: dict[tuple[int, Unit], Tensor] = {}
 
     @torch.no_grad()
@@ -240,7 +241,8 @@ class MaskedDecoder:
     def _mask(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         if layer < self._context.dense_layers:
             return activation
-        mask = top_mask(self._chooser.scores(layer, unit, activation), self._counts[unit])
+        count = int(self._counts[unit][layer - self._context.dense_layers])
+        mask = top_mask(self._chooser.scores(layer, unit, activation), count)
         mask = mask.expand(activation.shape[:3])
         self.masks[layer, unit] = mask
         return activation * (mask.unsqueeze(-1) if unit == "heads" else mask)

@@ -196,7 +196,7 @@ def _fit(
     )
     total = recipe.epochs * traces.windows.train.numel()
     generator = torch.Generator().manual_seed(recipe.seed)
-    counts = dict(zip(UNITS, recipe.budget.counts(spec), strict=True))
+    counts = _counts(spec, recipe.budget)
     seen = 0
     for _ in range(recipe.epochs):
         order = torch.randperm(len(traces.windows.train), generator=generator)
@@ -232,7 +232,7 @@ def evaluate_recall(
         ``head_recall``, ``neuron_recall`` and, with a loss, ``loss`` (heads and neurons added), each
         a mean over tokens and layers.
     """
-    counts = dict(zip(UNITS, budget.counts(spec), strict=True))
+    counts = _counts(spec, budget)
     sums: dict[str, float] = {"head_recall": 0.0, "neuron_recall": 0.0} | ({"loss": 0.0} if loss else {})
     tokens = 0
     for chunk in traces.held_out(tracer):
@@ -252,8 +252,7 @@ def _initial(spec: ModelSpec, traces: Traces, recipe: Recipe) -> Predictor:
     rank = recipe.rank or default_rank(spec, traces.dense_layers)
     static = {f"{unit}.scores": traces.statistics[unit] for unit in UNITS}
     biases = {
-        unit: _bias(traces.statistics[unit], count, recipe.loss)
-        for unit, count in zip(UNITS, recipe.budget.counts(spec), strict=True)
+        unit: _bias(traces.statistics[unit], count, recipe.loss) for unit, count in _counts(spec, recipe.budget).items()
     }
     tensors = initial_tensors(spec, n_sparse, rank, biases["heads"], biases["neurons"], recipe.seed)
     return Predictor(
@@ -280,6 +279,12 @@ def _bias(statistic: Tensor, count: int, loss: str) -> Tensor:
     return standard - standard.kthvalue(statistic.shape[-1] - count + 1, dim=-1, keepdim=True).values
 
 
+def _counts(spec: ModelSpec, budget: Budget) -> dict[Unit, int]:
+    """Units of a layer to keep: membership is learned at one budget for all layers."""
+    heads, neurons = budget.mean().counts(spec, 1)
+    return {"heads": int(heads[0]), "neurons": int(neurons[0])}
+
+
 def _tracer(spec: ModelSpec, traces: Traces, weights: Mapping[str, Tensor] | None) -> Tracer | None:
     return None if weights is None else Tracer(spec, weights, traces.criterion, traces.dense_layers)
 
@@ -290,7 +295,7 @@ def _record(traces: Traces, budget: Budget) -> dict[str, Any]:
         "tokens": traces.windows.train.numel(),
         "held_out_tokens": traces.windows.held_out.numel(),
         "text": traces.windows.source,
-        "neuron_budget": budget.neurons,
-        "head_budget": budget.heads,
+        "neuron_budget": budget.mean().neurons,
+        "head_budget": budget.mean().heads,
         "versions": {name: version(name) for name in ("shadowllm", "torch")},
     }

@@ -116,8 +116,8 @@ class OrtSession:
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
-        heads, neurons = budget.counts(self.spec)
-        self._counts["head_counts"][:], self._counts["neuron_counts"][:] = heads, neurons
+        n_sparse = self.spec.n_layers - self.manifest.dense_layers
+        self._counts["head_counts"][:], self._counts["neuron_counts"][:] = budget.counts(self.spec, n_sparse)
         self.decodes = self._kind
         if self._kind == "auto":
             narrow_rows = self.manifest.dtype != "float32" and self._native and native_ops.library() is not None

@@ -21,13 +21,13 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -
         narrow_rows: active rows are read at 16 bits where everything else is widened to 32.
     """
     spec = manifest.spec
-    heads, neurons = budget.counts(spec)
+    n_sparse = spec.n_layers - manifest.dense_layers
+    heads, neurons = (int(counts.sum()) for counts in budget.counts(spec, n_sparse))
     matrices = 3 if spec.gated else 2
-    every = 2 * spec.head_dim * spec.n_heads + matrices * spec.intermediate_size
+    every = n_sparse * (2 * spec.head_dim * spec.n_heads + matrices * spec.intermediate_size)
     active = 2 * spec.head_dim * heads + matrices * neurons
-    row_width = (spec.n_layers - manifest.dense_layers) * spec.hidden_size
     itemsize = manifest.quantisation.itemsize if manifest.quantisation else 4
-    saved = row_width * (every - active / (2 if narrow_rows else 1)) * itemsize
+    saved = spec.hidden_size * (every - active / (2 if narrow_rows else 1)) * itemsize
     in_place = manifest.selector == "in place"
     return saved > predictor_bytes(manifest, itemsize) * (IN_PLACE_COST if in_place else 1)
 

@@ -58,7 +58,7 @@ class TorchSession:
         if predictor is not None and predictor.kind == "quantized-shadow":
             self._copy = WeightCopy(spec, weights, predictor.dense_layers)
         self._weights, self._predictor = weights, predictor
-        self._budget = budget or Budget()
+        self.set_budget(budget or Budget())
         self._decoder = Decoder(spec, weights if dense_weights is None else dense_weights)
         self.reset()
 
@@ -87,7 +87,9 @@ class TorchSession:
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
-        self._budget = budget
+        n_sparse = self.spec.n_layers - (self._predictor.dense_layers if self._predictor else 0)
+        heads, neurons = (counts.tolist() for counts in budget.counts(self.spec, n_sparse))
+        self._counts: dict[Unit, list[int]] = {"heads": heads, "neurons": neurons}
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -123,8 +125,8 @@ class TorchSession:
 
         def watch(layer: int, normed: Tensor) -> None:
             if self._copy is not None:
-                found = self._copy.scores(layer, normed.flatten(0, 1)).mean(dim=0)
-                self.chosen["neurons"][layer - first] = top_mask(found, self._budget.counts(self.spec)[1])
+                found, row = self._copy.scores(layer, normed.flatten(0, 1)).mean(dim=0), layer - first
+                self.chosen["neurons"][row] = top_mask(found, self._counts["neurons"][row])
 
         def tap(layer: int, unit: Unit, activation: Tensor) -> Tensor:
             mask = selection[unit][layer - first]
@@ -142,9 +144,12 @@ class TorchSession:
         return x
 
     def _select(self, predictor: Predictor, hidden: Tensor) -> Selection:
-        heads, neurons = (found.mean(dim=0) for found in scores(predictor, hidden.flatten(0, 1)))
-        n_heads, n_neurons = self._budget.counts(self.spec)
-        return {"heads": top_mask(heads, n_heads), "neurons": top_mask(neurons, n_neurons)}
+        units: tuple[Unit, ...] = ("heads", "neurons")
+        found = (found.mean(dim=0) for found in scores(predictor, hidden.flatten(0, 1)))
+        return {
+            unit: torch.stack([top_mask(row, count) for row, count in zip(rows, self._counts[unit], strict=True)])
+            for unit, rows in zip(units, found, strict=True)
+        }
 
     def _reserve(self, length: int) -> None:
         grown = KVCache.empty(self.spec, len(self._lengths), length)

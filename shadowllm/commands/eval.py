@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shadowllm.commands import options
 from shadowllm.errors import UserError
+from shadowllm.models.budget import parse_fractions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,8 +40,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="static, shadow, oracle, random, quantized-shadow, or quantized-shadow-3 or -2 for fewer bits "
         "(default: static, the bundle's own, oracle)",
     )
-    parser.add_argument("--neuron-budget", nargs="+", type=options.fraction, default=[0.5], metavar="FRACTION")
-    parser.add_argument("--head-budget", nargs="+", type=options.fraction, default=[1.0], metavar="FRACTION")
+    parser.add_argument("--neuron-budget", nargs="+", type=parse_fractions, default=[0.5], metavar="FRACTION")
+    parser.add_argument("--head-budget", nargs="+", type=parse_fractions, default=[1.0], metavar="FRACTION")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.commands.describe import describe
+from shadowllm.models.budget import describe_fractions
 
 EPILOG = """examples:
   shadowllm inspect out/                                        # a bundle: sizes, budgets, validation, engines
@@ -59,7 +60,10 @@ def _bundle(found: dict[str, Any]) -> Lines:
             f"{spec['n_layers']}, of which the first {found['dense_layers']} dense; "
             f"{spec['n_heads']} heads over {spec['n_kv_heads']} KV heads, {spec['intermediate_size']} neurons",
         ),
-        ("budget", f"{budgets['neurons']:.0%} of neurons, {budgets['heads']:.0%} of heads"),
+        (
+            "budget",
+            f"{describe_fractions(budgets['neurons'])} of neurons, {describe_fractions(budgets['heads'])} of heads",
+        ),
         ("predictor", _trained(found["predictor"])),
         ("validation", _validation(found["validation"])),
         ("files", ", ".join(f"{name} {_size(size)}" for name, size in found["files"].items() if size > 4096)),

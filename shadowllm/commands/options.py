@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shadowllm.errors import UserError
-from shadowllm.models.budget import Budget
+from shadowllm.models.budget import Budget, parse_fractions
 
 if TYPE_CHECKING:
     from shadowllm.pipeline import Calibration, EngineOptions, Source
@@ -17,20 +17,6 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLAVOURS = ("tensorrt_rtx", "tensorrt")
 SIZES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-def fraction(text: str) -> float:
-    """A budget on the command line.
-
-    Raises:
-        UserError: not a number in (0, 1].
-    """
-    try:
-        return Budget(float(text)).neurons
-    except (ValueError, UserError):
-        raise UserError(
-            f"the budget {text!r} is not a fraction in (0, 1]", "0.5 keeps half; 1 keeps everything"
-        ) from None
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -53,17 +39,17 @@ def add_budget(parser: argparse.ArgumentParser, neurons: str | None = "0.5", hea
     group = parser.add_argument_group("budget")
     group.add_argument(
         "--neuron-budget",
-        type=fraction,
+        type=parse_fractions,
         default=neurons,
         metavar="FRACTION",
-        help=f"MLP neurons to keep, in (0, 1]{_default(neurons)}",
+        help=f"MLP neurons to keep, in (0, 1], or one per sparse layer with commas{_default(neurons)}",
     )
     group.add_argument(
         "--head-budget",
-        type=fraction,
+        type=parse_fractions,
         default=heads,
         metavar="FRACTION",
-        help=f"attention heads to keep, in (0, 1]{_default(heads)}",
+        help=f"attention heads to keep, in (0, 1], or as above{_default(heads)}",
     )
 
 

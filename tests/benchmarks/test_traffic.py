@@ -59,11 +59,11 @@ def test_dense_llama_by_hand():
 
 
 def test_sparse_llama_by_hand():
-    active = Active(heads=1, neurons=3, dense_layers=1, predictor_bytes=77)
+    active = Active(heads=(1, 1), neurons=(2, 4), dense_layers=1, predictor_bytes=77)
     parts = step_traffic(LLAMA, 2, context=5, active=active).parts
     assert parts["dense layers"] == 2 * (2 * 8 * 6 + 3 * 10 * 6)
     assert parts["active q/o rows"] == 2 * 2 * (2 * 2 * 6)
-    assert parts["active MLP rows"] == 2 * 2 * (3 * 3 * 6)
+    assert parts["active MLP rows"] == 2 * (2 + 4) * 3 * 6
     assert parts["KV cache"] == 2 * (2 + 1 + 1) * 2 * 5 * 2  # one active head reads one of the two KV heads
     assert parts["k/v projections"] == 2 * 3 * 2 * 4 * 6  # K and V stay exact
     assert parts["predictor"] == 77
@@ -72,7 +72,7 @@ def test_sparse_llama_by_hand():
 @pytest.mark.parametrize("spec", [LLAMA, OPT], ids=["llama", "opt"])
 def test_all_active_reads_what_dense_reads(spec):
     dense = step_traffic(spec, 4, context=9)
-    sparse = step_traffic(spec, 4, context=9, active=Active(spec.n_heads, spec.intermediate_size))
+    sparse = step_traffic(spec, 4, context=9, active=Active([spec.n_heads] * 2, [spec.intermediate_size] * 2))
     assert sparse.total == dense.total
 
 

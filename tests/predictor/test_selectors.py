@@ -42,14 +42,14 @@ def test_everything_kept_is_dense_to_the_bit(context, name):
 
 @pytest.mark.parametrize("name", SELECTORS)
 def test_each_token_has_exactly_the_counted_units(context, name):
-    windows, budget = token_windows(context.spec, n=2, seed=8), Budget(neurons=0.3, heads=0.5)
+    windows, budget = token_windows(context.spec, n=2, seed=8), Budget(neurons=(0.3, 0.7), heads=0.5)
     decoder = MaskedDecoder(context, make_selector(name, context), budget)
     decoder(windows)
-    heads, neurons = budget.counts(context.spec)
+    heads, neurons = budget.counts(context.spec, 2)
     assert decoder.masks.keys() == {(layer, unit) for layer in (1, 2) for unit in ("heads", "neurons")}
-    for (_, unit), mask in decoder.masks.items():
+    for (layer, unit), mask in decoder.masks.items():
         assert mask.shape[:2] == windows.shape
-        assert bool((mask.sum(dim=-1) == (heads if unit == "heads" else neurons)).all())
+        assert bool((mask.sum(dim=-1) == (heads if unit == "heads" else neurons)[layer - 1]).all())
 
 
 @pytest.mark.parametrize("name", SELECTORS)
@@ -89,9 +89,9 @@ def test_oracle_ranks_the_masked_model_in_place(context):
     with torch.no_grad():
         Decoder(context.spec, context.weights, replay)(windows)
     score = find_criterion("l2norm").score
-    _, neurons = budget.counts(context.spec)
+    _, neurons = budget.counts(context.spec, 2)
     trace = unit_trace(context.spec, context.weights, 2, "neurons", seen[2, "neurons"])
-    assert torch.equal(decoder.masks[2, "neurons"], top_mask(score(trace), neurons))
+    assert torch.equal(decoder.masks[2, "neurons"], top_mask(score(trace), int(neurons[1])))
 
 
 def test_the_shadow_is_causal(context):

@@ -37,15 +37,23 @@ def test_full_budget_equals_dense(bundle, variant, kind):
 
 
 @pytest.mark.parametrize(
-    ("variant", "weight_dtype"), [("llama-gqa", None), ("opt", None), ("llama-blocks", "int4"), ("opt-blocks", "int8")]
+    ("variant", "weight_dtype", "predictor"),
+    [
+        ("llama-gqa", None, "shadow"),
+        ("opt", None, "shadow"),
+        ("llama-blocks", "int4", "shadow"),
+        ("opt-blocks", "int8", "shadow"),
+        ("llama-gqa", None, "quantized-shadow"),
+        ("opt-blocks", "int8", "quantized-shadow"),
+    ],
 )
 @pytest.mark.parametrize("native", [True, False])
-def test_backends_agree_at_a_small_budget(bundle, variant, weight_dtype, native):
-    folder = bundle(variant, weight_dtype=weight_dtype)
+def test_backends_agree_at_a_small_budget(bundle, variant, weight_dtype, predictor, native):
+    folder = bundle(variant, weight_dtype=weight_dtype, kind=predictor)
     with OrtSession(folder, "sparse", native=native, exact=True) as first, open_session(folder, "torch") as second:
         found = []
         for session in (first, second):
-            session.set_budget(Budget(neurons=0.25, heads=0.5))
+            session.set_budget(Budget(neurons=(0.25, 0.6), heads=(0.75, 0.5)))  # layer by layer
             found.append(logits_of(session, [PROMPT], [3, 90, 14]))
     tolerance = 3e-4 if native and weight_dtype else 1e-5  # native integer rows may round inputs to 16 bits
     assert np.abs(found[0] - found[1]).max() < tolerance * np.abs(found[1]).max()
