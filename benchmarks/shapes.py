@@ -55,6 +55,10 @@ def untrained(kind: Kind, spec: ModelSpec, fingerprint: str, dense_layers: int =
         tensors |= initial_tensors(spec, n_sparse, rank, tensors["heads.scores"], tensors["neurons.scores"], seed=0)
         for name in ("heads.weight", "neurons.weight"):
             tensors[name].normal_(generator=generator)
+    if kind == "quantized-shadow":
+        heads = n_sparse * spec.n_heads
+        tensors["layers.heads.weight"] = torch.randn(heads, spec.hidden_size, generator=generator)
+        tensors["layers.heads.bias"] = torch.zeros(heads)
     sizes = (n_sparse, dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size)
     return Predictor(kind, *sizes, tensors, fingerprint)
 
@@ -90,7 +94,7 @@ def measure(
     Returns:
         Latencies (ms) and bytes of both, ``speedup`` (median, min and max over runs), ``allowed`` (dense
         bytes over sparse bytes), ``share_of_allowed``, ``ttft_ratio`` and ``predictor_share`` of a step
-        (of a quantised shadow only its choice of heads: neurons are chosen inside ``body``).
+        (0 of a quantised shadow, which chooses inside ``body``).
     """
     with tempfile.TemporaryDirectory() as folder:
         bundle = export_random(shape, Path(folder), kind, dtype, weight_dtype)

@@ -52,12 +52,20 @@ class Cache:
 
 @dataclass(frozen=True)
 class Selection:
-    """Active indices and counts of all sparse layers, as graph values; without ``neuron_indices`` a copy chooses."""
+    """Active indices and counts of all sparse layers, as graph values; without indices the layers choose."""
 
-    head_indices: ir.Value
+    head_indices: ir.Value | None
     head_counts: ir.Value
     neuron_indices: ir.Value | None
     neuron_counts: ir.Value
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Indices of one layer's active heads ``(n_heads,)`` and neurons ``(intermediate_size,)``."""
+
+    heads: ir.Value
+    neurons: ir.Value
 
 
 def step(
@@ -200,20 +208,25 @@ def activate(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:
 
 def sparse_layer(
     g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step, cache: Cache, selection: Selection
-) -> tuple[ir.Value, Cache, ir.Value]:
+) -> tuple[ir.Value, Cache, Chosen]:
     """One layer whose query heads and neurons are selected; K and V stay exact for every head.
 
     Args:
         row: of the selection that belongs to this layer.
 
     Returns:
-        Hidden states, the updated cache, and the indices of the neurons used.
+        Hidden states, the updated cache, and what was active.
     """
     place = f"layers.{layer}"
     normed = norm(g, spec, f"{place}.input_norm", x)
     both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias)
     _, cache = to_cache(g, spec, step, cache, both, 0)
-    indices, count = _pick(g, selection.head_indices, row), _pick(g, selection.head_counts, row)
+    count = _pick(g, selection.head_counts, row)
+    heads = (
+        _pick(g, selection.head_indices, row)
+        if selection.head_indices is not None
+        else _choose_heads(g, spec, layer, normed, count)
+    )
     y = g.custom(
         schemas.SPARSE_ATTENTION,
         f"{place}.attention",
@@ -222,7 +235,7 @@ def sparse_layer(
             "key": cache.key,
             "value": cache.value,
             "lengths": step.lengths,
-            "indices": indices,
+            "indices": heads,
             "count": count,
             **_rows(g, place, "q", spec.qkv_bias),
             **_rows(g, place, "o", spec.o_bias),
@@ -235,27 +248,40 @@ def sparse_layer(
     x = g.op("Add", x, _flat(g, spec, y))
     normed = norm(g, spec, f"{place}.post_norm", x)
     count = _pick(g, selection.neuron_counts, row)
-    chosen = (
+    neurons = (
         _pick(g, selection.neuron_indices, row)
         if selection.neuron_indices is not None
         else _choose_neurons(g, spec, layer, normed, count)
     )
-    return g.op("Add", x, _sparse_mlp(g, spec, layer, normed, step, chosen, count)), cache, chosen
+    x = g.op("Add", x, _sparse_mlp(g, spec, layer, normed, step, neurons, count))
+    return x, cache, Chosen(heads, neurons)
+
+
+def _choose_heads(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
+    """The ``count`` heads that a linear map of the attention's input puts highest."""
+    weight, bias = (g.weight(f"predictor.layers.{layer}.heads.{part}") for part in ("weight", "bias"))
+    return _choose(
+        g, f"layers.{layer}.select_heads", g.op("Gemm", _float(g, x), weight, bias, transB=1), count, spec.n_heads
+    )
 
 
 def _choose_neurons(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
-    """The ``count`` neurons whose contribution is longest, going by the low-bit copy; one choice for all tokens."""
+    """The ``count`` neurons whose contribution is longest, going by the low-bit copy."""
     names = copied(spec, layer)
     biases = [g.weight(*(name.replace("weight", "bias") for name in names))] if spec.mlp_bias else []
     x, biases = _float(g, x), [_float(g, bias) for bias in biases]
     projected = _integer_gemm(g, x, [f"copy.{name}" for name in names], biases, COPY, spec.hidden_size)
     scores = g.op("Mul", g.op("Abs", _product(g, spec, projected)), g.weight(f"copy.layers.{layer}.lengths"))
-    scores = g.op("ReduceMean", scores, g.ints([0]), keepdims=1)
-    counts = g.op("Unsqueeze", count, g.ints([0]))
-    indices = g.custom(
-        schemas.SELECT_TOPK, f"layers.{layer}.select", {"scores": scores, "counts": counts}, cap=spec.intermediate_size
-    )
-    return g.op("Reshape", indices, g.ints([-1]))
+    return _choose(g, f"layers.{layer}.select_neurons", scores, count, spec.intermediate_size)
+
+
+def _choose(g: GraphBuilder, name: str, scores: ir.Value, count: ir.Value, width: int) -> ir.Value:
+    """Indices ``(width,)`` of the largest of ``(tokens, width)`` scores on average: one choice for all tokens."""
+    inputs: dict[str, ir.Value | None] = {
+        "scores": g.op("ReduceMean", scores, g.ints([0]), keepdims=1),
+        "counts": g.op("Unsqueeze", count, g.ints([0])),
+    }
+    return g.op("Reshape", g.custom(schemas.SELECT_TOPK, name, inputs, cap=width), g.ints([-1]))
 
 
 def _sparse_mlp(

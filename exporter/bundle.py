@@ -147,29 +147,37 @@ def _models(
 ) -> Iterator[tuple[str, ir.Model]]:
     yield "dense", graphs.dense_graph(spec, store, dtype, q)
     yield "stem", graphs.stem_graph(spec, store, dtype, predictor.dense_layers, q)
-    yield "predictor", graphs.predictor_graph(spec, store, dtype, predictor, q)
     in_place = predictor.kind == "quantized-shadow"
+    if not in_place:
+        yield "predictor", graphs.predictor_graph(spec, store, dtype, predictor, q)
     yield "body", graphs.body_graph(spec, store, dtype, predictor.dense_layers, q, in_place)
 
 
 def _groups(spec: ModelSpec, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None) -> Iterator[Group]:
     yield from model_groups(spec, dtype, q)
     for name, tensor in _predictor_tensors(predictor).items():
-        if q and name.endswith(".weight"):
+        if q and predictor.kind == "shadow" and name.endswith(".weight"):
             yield from quantised_groups({name: tuple(tensor.shape)}, q)
         else:
-            # A ranking is compared, not multiplied: it keeps its precision.
-            yield [(name, tuple(tensor.shape), ir.DataType.FLOAT if name.endswith("scores") else dtype)]
+            # What is small keeps its precision.
+            yield [(name, tuple(tensor.shape), dtype if predictor.kind == "shadow" else ir.DataType.FLOAT)]
     if predictor.kind == "quantized-shadow":
         yield from copy_groups(spec, predictor.dense_layers)
 
 
 def _predictor_tensors(predictor: Predictor) -> Mapping[str, Tensor]:
-    """What the predictor's graph reads: a ranking, or a network without the ranking it started from."""
-    units = ("heads",) if predictor.kind == "quantized-shadow" else ("heads", "neurons")
-    rankings = [f"{unit}.scores" for unit in units]
-    names = [name for name in predictor.tensors if not name.endswith("scores")] or rankings
-    return {f"predictor.{name}": predictor.tensors[name] for name in names}
+    """What the graphs read of a predictor: a static ranking, or all but the ranking; layer by layer if in place."""
+    if predictor.kind == "quantized-shadow":
+        return {
+            f"predictor.layers.{predictor.dense_layers + row}.heads.{part}": tensor
+            for part in ("weight", "bias")
+            for row, tensor in enumerate(predictor.tensors[f"layers.heads.{part}"].chunk(predictor.n_sparse))
+        }
+    return {
+        f"predictor.{name}": tensor
+        for name, tensor in predictor.tensors.items()
+        if name.endswith("scores") == (predictor.kind == "static") and not name.startswith("layers.")
+    }
 
 
 def _write_companions(folder: Path, spec: ModelSpec, checkpoint: Checkpoint) -> None:

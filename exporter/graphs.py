@@ -84,7 +84,7 @@ def body_graph(
     """The sparse layers: hidden, position_ids, logits_to_keep, selection, cache -> logits, cache.
 
     Args:
-        in_place: a quantised shadow chooses each layer's neurons; they are outputs, a row each, as
+        in_place: a quantised shadow chooses in each layer; indices are outputs, a row each, as
             ``neuron_indices.3``, not inputs.
     """
     g = GraphBuilder("body", dtype, store, q)
@@ -93,7 +93,7 @@ def body_graph(
     keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
     n_sparse = spec.n_layers - dense_layers
     selection = blocks.Selection(
-        g.input("head_indices", [n_sparse, spec.n_heads], INT32),
+        None if in_place else g.input("head_indices", [n_sparse, spec.n_heads], INT32),
         g.input("head_counts", [n_sparse], INT32),
         None if in_place else g.input("neuron_indices", [n_sparse, spec.intermediate_size], INT32),
         g.input("neuron_counts", [n_sparse], INT32),
@@ -105,7 +105,8 @@ def body_graph(
     for row, layer in enumerate(layers):
         x, caches[row], chosen = blocks.sparse_layer(g, spec, layer, row, x, step, caches[row], selection)
         if in_place:
-            g.output(chosen, f"neuron_indices.{row}", [spec.intermediate_size], INT32)
+            g.output(chosen.heads, f"head_indices.{row}", [spec.n_heads], INT32)
+            g.output(chosen.neurons, f"neuron_indices.{row}", [spec.intermediate_size], INT32)
     _logits(g, spec, x, step, keep)
     _cache_outputs(g, spec, layers, caches)
     return g.model(function_bodies(function_form(spec, q)))
@@ -116,13 +117,10 @@ def predictor_graph(
 ) -> ir.Model:
     """hidden, counts -> indices; one selection for all sequences of the batch.
 
-    A static ranking is a constant, so there is no ``hidden`` input. A quantised shadow leaves only the
-    heads to be chosen here.
+    A static ranking is a constant, so there is no ``hidden`` input.
     """
     g = GraphBuilder("predictor", dtype, store, q)
     widths = {"heads": spec.n_heads, "neurons": spec.intermediate_size}
-    if predictor.kind == "quantized-shadow":
-        del widths["neurons"]
     scores = (
         _shadow_scores(g, spec, predictor)
         if predictor.kind == "shadow"

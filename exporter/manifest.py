@@ -18,7 +18,6 @@ from shadowllm.plugins.quantisation import WEIGHT_DTYPES, Quantisation
 NAME = "manifest.json"
 SCHEMA_VERSION = 1
 DATA_FILE = "model.onnx.data"
-PIECES = ("dense", "stem", "predictor", "body")
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Manifest:
         dtype: of weights and activations ("float32", "float16", "bfloat16").
         weight_dtype: of matrices, where it is another one ("int8", "int4"); else None.
         dense_layers: leading layers that stay dense.
-        selector: "ahead": indices are inputs of ``body``; "in place": ``body`` chooses its neurons itself.
+        selector: "ahead": ``predictor`` chooses, and indices are inputs of ``body``; "in place": ``body``
+            chooses by itself, layer by layer.
         head_unit: what a head index counts ("query_head").
         budgets: default fractions, ``{"neurons": ..., "heads": ...}``; lists where layers differ.
         predictor: kind, criterion and training record.
@@ -56,6 +56,11 @@ class Manifest:
     selector: str = "ahead"
     head_unit: str = "query_head"
     validation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sparse_pieces(self) -> tuple[str, ...]:
+        """The graphs of a sparse decode step, in their order."""
+        return ("stem", "body") if self.selector == "in place" else ("stem", "predictor", "body")
 
     @property
     def quantisation(self) -> Quantisation | None:

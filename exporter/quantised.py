@@ -141,7 +141,9 @@ def dequantised_weights(
 
 
 def dequantised_predictor(predictor: Predictor, q: Quantisation) -> Predictor:
-    """The predictor as the graph has it: matrices rounded to integers and back, biases and rankings as they are."""
+    """The predictor as the graph has it: a shadow's matrices rounded to integers and back, the rest as it is."""
+    if predictor.kind != "shadow":
+        return predictor
 
     def restore(tensor: Tensor) -> Tensor:
         data, scales = quantise(tensor.numpy(), q)

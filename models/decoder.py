@@ -20,8 +20,8 @@ Unit = Literal["heads", "neurons"]
 #   heads    attention context before the output projection (batch, seqlen, n_heads, head_dim)
 #   neurons  product before the down projection             (batch, seqlen, intermediate_size)
 Tap = Callable[[int, Unit, Tensor], Tensor]
-# Sees a layer's normed MLP input, (batch, seqlen, hidden_size).
-Watch = Callable[[int, Tensor], None]
+# Sees the normed input that one layer's units are computed from, (batch, seqlen, hidden_size).
+Watch = Callable[[int, Unit, Tensor], None]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
@@ -61,7 +61,7 @@ class Decoder:
         spec: the model.
         weights: canonical tensors, all of one dtype (the dtype of the computation).
         tap: called once per layer and unit; None leaves activations as they are.
-        watch: called with the input of every layer's MLP, before its neurons' tap.
+        watch: called once per layer and unit, before the tap, with the input of the attention or the MLP.
     """
 
     def __init__(
@@ -112,6 +112,8 @@ class Decoder:
 
     def _attention(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
         place = f"layers.{layer}"
+        if self.watch:
+            self.watch(layer, "heads", x)
         query = self._rotate(self._heads(f"{place}.q_proj", x, self.spec.n_heads), position_ids)
         key = self._rotate(self._heads(f"{place}.k_proj", x, self.spec.n_kv_heads), position_ids)
         value = self._heads(f"{place}.v_proj", x, self.spec.n_kv_heads)
@@ -132,7 +134,7 @@ class Decoder:
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
         if self.watch:
-            self.watch(layer, x)
+            self.watch(layer, "neurons", x)
         return self._rows(f"layers.{layer}.down_proj", self._tap(layer, "neurons", self.product(layer, x)))
 
     def _tap(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:

@@ -28,13 +28,15 @@ class Predictor:
 
     Attributes:
         kind: "static" (a ranking), "shadow" (a network, and the ranking it started from) or
-            "quantized-shadow" (a ranking of heads; neurons are scored by a low-bit copy of the weights,
-            which is made when a bundle is written).
+            "quantized-shadow" (heads by a linear map of their layer's input, neurons by a low-bit copy of
+            the weights, which is made when a bundle is written).
         n_sparse, dense_layers, n_heads, intermediate_size, hidden_size: sizes of the model it scores.
         tensors: float32. All kinds: ``heads.scores (n_sparse, n_heads)`` and ``neurons.scores
             (n_sparse, intermediate_size)``. A shadow adds ``trunk.weight (rank, hidden_size)``,
             ``trunk.bias (rank,)``, ``heads.weight (n_sparse * n_heads, rank)``, ``heads.bias``,
-            ``neurons.weight (n_sparse * intermediate_size, rank)`` and ``neurons.bias``.
+            ``neurons.weight (n_sparse * intermediate_size, rank)`` and ``neurons.bias``; a quantised
+            shadow ``layers.heads.weight (n_sparse * n_heads, hidden_size)`` and ``layers.heads.bias``, which
+            the other kinds may have too, to be evaluated beside it.
         base_fingerprint: `Weights.fingerprint` of the model it was trained on.
         record: how it was trained and how well it did; JSON types.
 
@@ -56,7 +58,8 @@ class Predictor:
         if self.kind not in get_args(Kind):
             raise UserError(f"unknown predictor kind {self.kind!r}", f"known: {', '.join(get_args(Kind))}")
         found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        if found != self._shapes():
+        fit = self._fit_shapes()
+        if found != self._shapes() | (fit if self.kind == "quantized-shadow" or fit.keys() & found else {}):
             raise UserError("the predictor's tensors do not fit its description", "train it again")
 
     @property
@@ -80,6 +83,10 @@ class Predictor:
                 "neurons.bias": (neurons,),
             }
         return shapes
+
+    def _fit_shapes(self) -> dict[str, tuple[int, ...]]:
+        heads = self.n_sparse * self.n_heads
+        return {"layers.heads.weight": (heads, self.hidden_size), "layers.heads.bias": (heads,)}
 
     def check_base(self, spec: ModelSpec, fingerprint: str) -> None:
         """Make sure the predictor belongs to a model.

@@ -37,6 +37,21 @@ def scores(predictor: Predictor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return heads.unflatten(1, (predictor.n_sparse, -1)), neurons.unflatten(1, (predictor.n_sparse, -1))
 
 
+def layer_head_scores(predictor: Predictor, layer: int, x: Tensor) -> Tensor:
+    """A quantised shadow's scores of one layer's heads, linear in the attention's input.
+
+    Args:
+        layer: of the model, a sparse one.
+        x: normed attention input, float32 ``(..., hidden_size)``.
+
+    Returns:
+        Float32 ``(..., n_heads)``.
+    """
+    row = layer - predictor.dense_layers
+    rows = slice(row * predictor.n_heads, (row + 1) * predictor.n_heads)
+    return F.linear(x, predictor.tensors["layers.heads.weight"][rows], predictor.tensors["layers.heads.bias"][rows])
+
+
 def normalise(hidden: Tensor) -> Tensor:
     """The network's input: a layer norm without parameters."""
     return F.layer_norm(hidden, hidden.shape[-1:], eps=NORM_EPS)

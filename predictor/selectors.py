@@ -22,7 +22,7 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.quantisation import Quantisation
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.criteria import find_criterion, unit_trace
-from shadowllm.predictor.networks import scores
+from shadowllm.predictor.networks import layer_head_scores, scores
 from shadowllm.predictor.topk import top_mask
 from shadowllm.predictor.traces import Tracer
 from shadowllm.predictor.weight_copy import COPY, WeightCopy
@@ -47,8 +47,9 @@ class Selector(ABC):
         """Called once a pass with the tokens ``(batch, seqlen)`` and the input of the first sparse
         layer ``(batch, seqlen, hidden_size)``."""
 
-    def watch(self, layer: int, x: Tensor) -> None:  # noqa: B027
-        """Called with a layer's normed MLP input ``(batch, seqlen, hidden_size)`` before its neurons are scored."""
+    def watch(self, layer: int, unit: Unit, x: Tensor) -> None:  # noqa: B027
+        """Called with the normed input ``(batch, seqlen, hidden_size)`` of a layer's attention or MLP, before its
+        units are scored."""
 
     @abstractmethod
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
@@ -115,28 +116,31 @@ class Shadow(Selector):
 
 
 class QuantizedShadow(Selector):
-    """A low-bit copy of gate and up, evaluated on the MLP's own input: nearly what the neurons will be.
+    """Chooses in place, on what a layer's units are computed from.
 
-    Nothing is trained. Neurons are ranked by ``|product| * ||w_down||`` of the copy, heads by the
-    predictor's static ranking.
+    Neurons are ranked by ``|product| * ||w_down||`` of a low-bit copy of gate and up, which is nearly
+    what they will be; heads by the predictor's linear fit of their importance to the attention's input.
 
     Args:
         bits: of the copy; bundles have `COPY`'s.
     """
 
     def __init__(self, context: Context, bits: int = COPY.bits) -> None:
-        self._dense_layers = context.dense_layers
-        self._heads = _needs_predictor("quantized-shadow", context).tensors["heads.scores"]
+        predictor = _needs_predictor("quantized-shadow", context)
+        if "layers.heads.weight" not in predictor.tensors:
+            raise UserError("the predictor has no fit of the heads to their layers' input", "train it again")
+        self._predictor = predictor
         self._copy = WeightCopy(context.spec, context.weights, context.dense_layers, Quantisation(bits, COPY.block))
-        self._neurons: dict[int, Tensor] = {}
+        self._found: dict[tuple[int, Unit], Tensor] = {}
 
-    def watch(self, layer: int, x: Tensor) -> None:
-        """Run the copy."""
-        self._neurons = {layer: self._copy.scores(layer, x)}
+    def watch(self, layer: int, unit: Unit, x: Tensor) -> None:
+        """Run the fit or the copy."""
+        found = self._copy.scores(layer, x) if unit == "neurons" else layer_head_scores(self._predictor, layer, x)
+        self._found = {(layer, unit): found}
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
-        """How long each neuron's contribution would be, going by the copy; the static ranking of heads."""
-        return self._heads[layer - self._dense_layers] if unit == "heads" else self._neurons[layer]
+        """What was found on the layer's input."""
+        return self._found[layer, unit]
 
 
 SELECTORS["quantized-shadow"] = QuantizedShadow
@@ -234,9 +238,9 @@ class MaskedDecoder:
             x = decoder.layer(layer, x, positions)
         return decoder.logits(x)
 
-    def _watch(self, layer: int, x: Tensor) -> None:
+    def _watch(self, layer: int, unit: Unit, x: Tensor) -> None:
         if layer >= self._context.dense_layers:
-            self._chooser.watch(layer, x)
+            self._chooser.watch(layer, unit, x)
 
     def _mask(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         if layer < self._context.dense_layers:

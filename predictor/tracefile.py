@@ -20,11 +20,12 @@ from shadowllm.errors import UserError
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.artefact import read_tensors, write_tensors
 from shadowllm.predictor.calibration import Windows
+from shadowllm.predictor.linear_fit import LinearFit
 from shadowllm.predictor.progress import Advance, no_progress
 from shadowllm.predictor.traces import Chunk, Tracer, windows_per_chunk
 
 FORMAT = "shadowllm-traces"
-VERSION = 1
+VERSION = 2
 LIMIT_BYTES = 1 << 30
 STEPS = 16  # per octave
 
@@ -40,6 +41,7 @@ class Traces:
         statistics: mean relative importance of each unit over the training tokens, each token and
             layer scaled to a mean of 1: ``heads (n_sparse, n_heads)`` and ``neurons (n_sparse,
             intermediate_size)``, float32.
+        fit: the heads' importance as a linear map of their layer's input, as `LinearFit.solve` gives it.
         stored: ``hidden`` float32 and uint8 codes ``heads`` and ``neurons`` of all tokens, held-out
             windows first; empty when they would exceed the limit.
     """
@@ -49,12 +51,14 @@ class Traces:
     base_fingerprint: str
     windows: Windows
     statistics: dict[str, Tensor]
+    fit: dict[str, Tensor]
     stored: dict[str, Tensor]
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
         tensors = {"train": self.windows.train, "held_out": self.windows.held_out}
         tensors |= {f"statistics.{key}": value for key, value in self.statistics.items()}
+        tensors |= {f"fit.{key}": value for key, value in self.fit.items()}
         tensors |= {f"stored.{key}": value for key, value in self.stored.items()}
         write_tensors(
             path,
@@ -82,6 +86,7 @@ class Traces:
             return cls(
                 windows=windows,
                 statistics=_part(tensors, "statistics."),
+                fit=_part(tensors, "fit."),
                 stored=_part(tensors, "stored."),
                 **description,
             )
@@ -137,6 +142,7 @@ def calibrate(
     n_sparse = spec.n_layers - dense_layers
     stored = _allocate(spec, n_sparse, tokens.numel(), limit_bytes)
     sums: dict[str, Any] = {"heads": 0.0, "neurons": 0.0}
+    fit = LinearFit(n_sparse, spec.hidden_size, spec.n_heads)
     start = 0
     for split in (windows.held_out, windows.train):
         for chunk in tracer.chunks(split):
@@ -146,10 +152,12 @@ def calibrate(
                 stored["heads"][start:end], stored["neurons"][start:end] = encode(chunk.heads), encode(chunk.neurons)
             if split is windows.train:
                 sums = {unit: total + relative(getattr(chunk, unit)).sum(dim=0) for unit, total in sums.items()}
+                assert chunk.inputs is not None  # of a live trace
+                fit.add(chunk.inputs, chunk.heads)
             advance(end - start)
             start = end
     means = {unit: total / windows.train.numel() for unit, total in sums.items()}
-    return Traces(criterion, dense_layers, fingerprint, windows, means, stored)
+    return Traces(criterion, dense_layers, fingerprint, windows, means, fit.solve(), stored)
 
 
 def relative(scores: Tensor) -> Tensor:

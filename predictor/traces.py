@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shadowllm.models.decoder import Decoder, Unit
+from shadowllm.models.decoder import Decoder, Unit, Watch
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.criteria import find_criterion, unit_trace
 
@@ -31,11 +31,14 @@ class Chunk:
         hidden: input of layer ``dense_layers``, ``(tokens, hidden_size)``.
         heads: importance of each head, ``(tokens, n_sparse, n_heads)``.
         neurons: importance of each neuron, ``(tokens, n_sparse, intermediate_size)``.
+        inputs: normed input of each layer's attention, ``(tokens, n_sparse, hidden_size)``; None where
+            traces are read back.
     """
 
     hidden: Tensor
     heads: Tensor
     neurons: Tensor
+    inputs: Tensor | None = None
 
 
 class Tracer:
@@ -65,14 +68,20 @@ class Tracer:
     def trace(self, windows: Tensor) -> Chunk:
         """Trace int64 ``(n_windows, seqlen)`` in one pass; windows do not see each other."""
         scores = self._with_gradients if self._criterion.needs_gradients else self._forward_only
-        hidden, found = scores(windows)
+        inputs: list[Tensor] = []
+
+        def watch(layer: int, unit: Unit, x: Tensor) -> None:
+            if unit == "heads" and layer >= self.dense_layers:
+                inputs.append(x.detach())
+
+        hidden, found = scores(windows, watch)
         sparse = range(self.dense_layers, self.spec.n_layers)
         heads, neurons = (
             torch.stack([found[layer, unit] for layer in sparse], dim=2).flatten(0, 1) for unit in ("heads", "neurons")
         )
-        return Chunk(hidden.flatten(0, 1), heads, neurons)
+        return Chunk(hidden.flatten(0, 1), heads, neurons, torch.stack(inputs, dim=2).flatten(0, 1))
 
-    def _forward_only(self, windows: Tensor) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
+    def _forward_only(self, windows: Tensor, watch: Watch) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
         found: dict[tuple[int, Unit], Tensor] = {}
 
         def tap(layer: int, unit: Unit, activation: Tensor) -> Tensor:
@@ -82,10 +91,10 @@ class Tracer:
             return activation
 
         with torch.no_grad():
-            hidden, _ = self._run(Decoder(self.spec, self._weights, tap), windows)
+            hidden, _ = self._run(Decoder(self.spec, self._weights, tap, watch), windows)
         return hidden, found
 
-    def _with_gradients(self, windows: Tensor) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
+    def _with_gradients(self, windows: Tensor, watch: Watch) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
         seen: dict[tuple[int, Unit], Tensor] = {}
 
         def tap(layer: int, unit: Unit, activation: Tensor) -> Tensor:
@@ -93,7 +102,7 @@ class Tracer:
                 seen[layer, unit] = activation
             return activation
 
-        decoder = Decoder(self.spec, self._weights, tap)
+        decoder = Decoder(self.spec, self._weights, tap, watch)
         second = self._criterion.derivatives > 1
         # The fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH) if second else nullcontext():

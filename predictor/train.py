@@ -121,11 +121,10 @@ def train_static(
     """The ranking by mean importance over the training tokens; needs no training.
 
     Args:
-        kind: "static", or "quantized-shadow" for a predictor that ranks only heads by it.
+        kind: "static", or "quantized-shadow", whose heads go by their fit instead.
         budget: the fractions at which recall on the held-out tokens is recorded.
         weights: canonical float32 tensors; needed only when the traces were too large to keep.
     """
-    tensors = {f"{unit}.scores": traces.statistics[unit] for unit in UNITS}
     predictor = Predictor(
         kind,
         spec.n_layers - traces.dense_layers,
@@ -133,7 +132,7 @@ def train_static(
         spec.n_heads,
         spec.intermediate_size,
         spec.hidden_size,
-        tensors,
+        _statistics(traces),
         traces.base_fingerprint,
     )
     found = evaluate_recall(spec, predictor, traces, budget, tracer=_tracer(spec, traces, weights))
@@ -185,7 +184,9 @@ def _fit(
     spec: ModelSpec, start: Predictor, traces: Traces, recipe: Recipe, tracer: Tracer | None, advance: Advance
 ) -> Predictor:
     learned = {
-        name: tensor.clone().requires_grad_() for name, tensor in start.tensors.items() if not name.endswith(".scores")
+        name: tensor.clone().requires_grad_()
+        for name, tensor in start.tensors.items()
+        if not name.endswith(".scores") and not name.startswith("layers.")
     }
     network = replace(start, tensors=start.tensors | learned)
     outputs = [tensor for name, tensor in learned.items() if name in ("heads.weight", "neurons.weight")]
@@ -250,7 +251,6 @@ def evaluate_recall(
 def _initial(spec: ModelSpec, traces: Traces, recipe: Recipe) -> Predictor:
     n_sparse = spec.n_layers - traces.dense_layers
     rank = recipe.rank or default_rank(spec, traces.dense_layers)
-    static = {f"{unit}.scores": traces.statistics[unit] for unit in UNITS}
     biases = {
         unit: _bias(traces.statistics[unit], count, recipe.loss) for unit, count in _counts(spec, recipe.budget).items()
     }
@@ -262,9 +262,15 @@ def _initial(spec: ModelSpec, traces: Traces, recipe: Recipe) -> Predictor:
         spec.n_heads,
         spec.intermediate_size,
         spec.hidden_size,
-        static | tensors,
+        _statistics(traces) | tensors,
         traces.base_fingerprint,
     )
+
+
+def _statistics(traces: Traces) -> dict[str, Tensor]:
+    """What calibration alone gives every predictor: the rankings, and the fit of the heads."""
+    rankings = {f"{unit}.scores": traces.statistics[unit] for unit in UNITS}
+    return rankings | {f"layers.heads.{name}": tensor for name, tensor in traces.fit.items()}
 
 
 def _bias(statistic: Tensor, count: int, loss: str) -> Tensor:

@@ -10,8 +10,6 @@ from shadowllm.exporter.manifest import read_manifest
 from shadowllm.exporter.sidecar import check_sidecar
 from shadowllm.plugins.tensorrt.flavour import gpu_capability, load
 
-PIECES = ("stem", "predictor", "body")
-
 
 def open_engines(bundle: Path, flavour: Literal["tensorrt_rtx", "tensorrt"]) -> NoReturn:
     """Check the engines of a bundle, and say what keeps them from running.
@@ -26,7 +24,7 @@ def open_engines(bundle: Path, flavour: Literal["tensorrt_rtx", "tensorrt"]) -> 
     if not folder.is_dir():
         raise UserError(f"{bundle} has no {flavour} engines", f"shadowllm build {bundle} --engine {flavour}")
     version = load(flavour).__version__
-    for piece in PIECES:
+    for piece in manifest.sparse_pieces:
         check_sidecar(
             folder / f"{piece}.engine", flavour, version, compute_capability=gpu_capability(), files=manifest.files
         )

@@ -26,9 +26,6 @@ from shadowllm.runtime.widen import widen
 # The cache grows by this many positions, so that a short text does not pay the memory of the longest.
 CACHE_BLOCK = 256
 
-# What a decode step runs, one after the other.
-PIECES = {"dense": ("dense",), "sparse": ("stem", "predictor", "body")}
-
 Kind = Literal["auto", "sparse", "dense"]
 
 
@@ -80,7 +77,7 @@ class OrtSession:
         self.set_budget(Budget(**self.manifest.budgets))
 
     def __enter__(self) -> Self:
-        pieces = ("dense",) if self._kind == "dense" else ("dense", *PIECES["sparse"])
+        pieces = ("dense",) if self._kind == "dense" else ("dense", *self.manifest.sparse_pieces)
         names = [DATA_FILE, *(f"{piece}.onnx" for piece in pieces)]
         verify_files(self._bundle, self.manifest.digests(*names))
         self._pieces = {piece: self._open(piece) for piece in pieces}
@@ -194,9 +191,11 @@ class OrtSession:
         }
         for more in (self._rows(), self.selection, self._counts, self._past(), self._present()):
             buffers |= more
+        # What a decode step runs, one after the other.
+        pieces = {"dense": ("dense",), "sparse": self.manifest.sparse_pieces}
         self._steps = {
             kind: [Step(name, self._pieces[name], buffers) for name in names]
-            for kind, names in PIECES.items()
+            for kind, names in pieces.items()
             if self._kind in ("auto", kind)
         }
 

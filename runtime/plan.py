@@ -33,7 +33,7 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -
 
 
 def predictor_bytes(manifest: Manifest, itemsize: float) -> float:
-    """Bytes a step reads to choose: a network, one score per unit, or a ranking of heads and the copy of the weights.
+    """Bytes a step reads to choose: a network, one score per unit, or a fit of the heads and a copy of weights.
 
     Args:
         itemsize: bytes per element of a network's weights.
@@ -42,6 +42,8 @@ def predictor_bytes(manifest: Manifest, itemsize: float) -> float:
     n_sparse = spec.n_layers - manifest.dense_layers
     units = n_sparse * (spec.n_heads + spec.intermediate_size)
     if manifest.predictor["kind"] == "quantized-shadow":
-        copied_rows = n_sparse * (2 if spec.gated else 1) * spec.intermediate_size
-        return 4 * units + copied_rows * spec.hidden_size * COPY.itemsize
+        fit = n_sparse * spec.n_heads * (spec.hidden_size + 1)
+        lengths = n_sparse * spec.intermediate_size
+        copied_rows = lengths * (2 if spec.gated else 1)
+        return 4 * (fit + lengths) + copied_rows * spec.hidden_size * COPY.itemsize
     return (rank * (spec.hidden_size + 1) + units * (rank + 1)) * (itemsize if rank else 4)

@@ -19,7 +19,7 @@ from shadowllm.exporter.manifest import read_manifest
 from shadowllm.models import Budget, Decoder, KVCache, ModelSpec
 from shadowllm.models.decoder import Unit
 from shadowllm.predictor.artefact import Predictor
-from shadowllm.predictor.networks import scores
+from shadowllm.predictor.networks import layer_head_scores, scores
 from shadowllm.predictor.topk import top_mask
 from shadowllm.predictor.weight_copy import WeightCopy
 from shadowllm.runtime.inputs import check_prompts, check_tokens
@@ -123,10 +123,11 @@ class TorchSession:
         self.chosen = self._select(predictor, x)
         selection = self.forced or self.chosen
 
-        def watch(layer: int, normed: Tensor) -> None:
+        def watch(layer: int, unit: Unit, normed: Tensor) -> None:
             if self._copy is not None:
-                found, row = self._copy.scores(layer, normed.flatten(0, 1)).mean(dim=0), layer - first
-                self.chosen["neurons"][row] = top_mask(found, self._counts["neurons"][row])
+                x, row = normed.flatten(0, 1), layer - first
+                found = self._copy.scores(layer, x) if unit == "neurons" else layer_head_scores(predictor, layer, x)
+                self.chosen[unit][row] = top_mask(found.mean(dim=0), self._counts[unit][row])
 
         def tap(layer: int, unit: Unit, activation: Tensor) -> Tensor:
             mask = selection[unit][layer - first]

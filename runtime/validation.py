@@ -130,7 +130,7 @@ def _reference(manifest: Manifest, weights: Weights, predictor: Predictor) -> Bu
         return BundleWeights(sparse, dense, dequantised_predictor(predictor, q))
     rounded = TORCH_DTYPES[DTYPES[manifest.dtype]]
     reference = {name: weights[name].to(rounded).float().contiguous() for name in weights}
-    if predictor.kind == "shadow":
+    if predictor.kind == "shadow":  # what the other kinds have is stored in float32
         predictor = replace(predictor, tensors={name: t.to(rounded).float() for name, t in predictor.tensors.items()})
     return BundleWeights(reference, reference, predictor)
 

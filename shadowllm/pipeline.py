@@ -30,7 +30,6 @@ from shadowllm.predictor.train import Recipe, train_shadow, train_static
 if TYPE_CHECKING:
     from torch import Tensor
 
-ENGINE_PIECES = ("stem", "predictor", "body")
 SELECTORS = ("shadow", "quantized-shadow", "static", "random")
 
 
@@ -208,7 +207,7 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
     capacity = min(options.capacity, manifest.spec.max_seqlen)
     try:
         records = {}
-        for piece in ENGINE_PIECES:
+        for piece in manifest.sparse_pieces:
             onnx = bundle / f"{piece}.onnx"
             profiles = profiles_for(
                 describe_onnx(onnx),

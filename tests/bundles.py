@@ -29,6 +29,10 @@ def make_predictor(
         tensors |= initial_tensors(spec, n_sparse, rank, tensors["heads.scores"], tensors["neurons.scores"], seed=3)
         for name in ("heads.weight", "neurons.weight"):
             tensors[name] = torch.randn(tensors[name].shape, generator=generator)
+    if kind == "quantized-shadow":
+        heads = n_sparse * spec.n_heads
+        tensors["layers.heads.weight"] = torch.randn(heads, spec.hidden_size, generator=generator)
+        tensors["layers.heads.bias"] = torch.randn(heads, generator=generator)
     return Predictor(
         kind, n_sparse, dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size, tensors, fingerprint
     )

@@ -15,7 +15,7 @@ import torch
 
 from shadowllm.errors import UserError
 from shadowllm.exporter.bundle import check_dtypes, read_weights
-from shadowllm.exporter.manifest import DATA_FILE, PIECES, read_manifest, verify_files
+from shadowllm.exporter.manifest import DATA_FILE, read_manifest, verify_files
 from shadowllm.exporter.staging import staged
 from shadowllm.models import load_model
 from shadowllm.pipeline import EngineOptions, build_engines
@@ -24,9 +24,13 @@ from tests.conftest import VARIANTS
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_onnx_checker_accepts_every_piece(bundle, variant):
-    for piece in PIECES:
-        onnx.checker.check_model(str(bundle(variant) / f"{piece}.onnx"))
+@pytest.mark.parametrize("kind", ["shadow", "quantized-shadow"])
+def test_onnx_checker_accepts_every_piece(bundle, variant, kind):
+    folder = bundle(variant, kind=kind)
+    found = {path.stem for path in folder.glob("*.onnx")}
+    assert found == {"dense", *read_manifest(folder).sparse_pieces}
+    for piece in found:
+        onnx.checker.check_model(str(folder / f"{piece}.onnx"))
 
 
 def test_weights_lie_on_disk_once(bundle):
@@ -34,7 +38,7 @@ def test_weights_lie_on_disk_once(bundle):
     stored = sum(path.stat().st_size for path in folder.glob("*.onnx*"))
     spec = read_manifest(folder).spec
     assert stored < 4 * spec.n_parameters + 400_000  # float32, the predictor, page padding and four small graphs
-    for piece in PIECES:
+    for piece in ("dense", "stem", "predictor", "body"):
         tensors = [value.const_value for value in ir.load(folder / f"{piece}.onnx").graph.initializers.values()]
         assert all(isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < 300 for tensor in tensors)
 

@@ -37,7 +37,7 @@ def split(windows, held_out=1):
 class LearnableTraces:
     """Traces where the importance of every unit is a linear function of the hidden state, exponentiated."""
 
-    criterion, dense_layers, base_fingerprint = "l2norm", 1, "f00d"
+    criterion, dense_layers, base_fingerprint, fit = "l2norm", 1, "f00d", {}
 
     def __init__(self, spec, n_windows=40, seqlen=64, seed=0):
         generator = torch.Generator().manual_seed(seed)

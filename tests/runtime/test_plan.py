@@ -32,8 +32,8 @@ def test_a_quantised_shadow_reads_its_copy(bundle, checkpoint, variant):
     copies = CopyTensors(weights)
     names = [name for layer in (1, 2) for name in copied(spec, layer)]
     stored = [copies[f"copy.{name}.{part}"] for name in names for part in ("q", "scales")]
-    rankings = 4 * 2 * (spec.n_heads + spec.intermediate_size)  # of the heads, and the neurons' lengths
-    assert predictor_bytes(manifest, 4) == rankings + sum(tensor.nbytes for tensor in stored)
+    fit, lengths = 4 * 2 * spec.n_heads * (spec.hidden_size + 1), 4 * 2 * spec.intermediate_size
+    assert predictor_bytes(manifest, 4) == fit + lengths + sum(tensor.nbytes for tensor in stored)
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
