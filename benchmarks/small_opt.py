@@ -1,0 +1,123 @@
+"""Train a small OPT: a real ReLU model where none can be downloaded.
+
+    python -m shadowllm.benchmarks.small_opt "$(python benchmarks/model_path.py)" out/small-opt
+
+OPT's architecture with the tokenizer of the model given, trained on the documentation that Python
+ships: its language reference, and the docstrings of its library but for the modules that benchmarks
+evaluate on. About twenty minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowllm.benchmarks.passage import MODULES
+from shadowllm.errors import UserError
+from shadowllm.exporter.staging import check_output, staged
+from shadowllm.models import load_model
+from shadowllm.predictor.progress import Advance, no_progress, progress
+
+SIZES = {
+    "hidden_size": 192,
+    "ffn_dim": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "word_embed_proj_dim": 192,
+    "max_position_embeddings": 512,
+    "dropout": 0.0,
+}
+SEQLEN, BATCH, STEPS = 128, 16, 1200
+LEARNING_RATE, WARMUP = 2e-3, 100
+
+
+def documents() -> Iterator[str]:
+    """The language reference, then the docstrings of every module of the library that is not evaluated on."""
+    from pydoc_data.topics import topics
+
+    yield from topics.values()
+    library = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idle_test", "site-packages", "lib2to3", "__pycache__"}
+    for path in sorted(library.rglob("*.py")):
+        inside = path.relative_to(library)
+        if skipped & set(inside.parts) or path.stem in {"heapq", *MODULES}:
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, holders))
+        yield "\n\n".join(text for text in found if text and len(text) > 40)
+
+
+def train(tokenizer: Any, steps: int = STEPS, seed: int = 0, advance: Advance = no_progress) -> Any:
+    """A trained ``OPTForCausalLM``.
+
+    Args:
+        steps: of `BATCH` windows of `SEQLEN` tokens each.
+        advance: told 1 for each step.
+    """
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(seed)
+    ids = torch.tensor([token for text in documents() for token in tokenizer(text, add_special_tokens=False).input_ids])
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), **SIZES, **special))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05)
+    for step in range(steps):
+        rate = min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimiser.param_groups:
+            group["lr"] = LEARNING_RATE * rate
+        batch = _batch(ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch).loss
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        advance(1)
+    return model.eval()
+
+
+def _batch(ids: Tensor) -> Tensor:
+    starts = torch.randint(0, len(ids) - SEQLEN, (BATCH,))
+    return torch.stack([ids[start : start + SEQLEN] for start in starts.tolist()])
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m shadowllm.benchmarks.small_opt",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("tokenizer", help="model whose tokenizer to use")
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    args = parser.parse_args()
+    try:
+        check_output(args.out, overwrite=False)
+        tokenizer = load_model(args.tokenizer)[2].tokenizer()
+        with staged(args.out) as folder:
+            with progress("Training", args.steps) as advance:
+                model = train(tokenizer, args.steps, advance=advance)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
