@@ -19,15 +19,9 @@ def draw(report: Report, path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("drawing the figure needs matplotlib", "pip install 'shadowllm[bench]'") from error
     measured = bool(report.results[0].quality)
     columns = 3 if measured else 2
-    figure = Figure(figsize=(3.3 * columns, 1.5 + 0.45 * len(report.results)), layout="constrained", dpi=160)
-    FigureCanvasAgg(figure)
+    figure = new_figure((3.3 * columns, 1.5 + 0.45 * len(report.results)))
     axes = figure.subplots(1, columns, sharey=True)
     names = [result.name for result in report.results]
     summaries = [result.summary for result in report.results]
@@ -51,6 +45,31 @@ def draw(report: Report, path: Path) -> None:
         axes[2].set_xticks([0, 50, 100])
     axes[0].invert_yaxis()
     figure.suptitle(report.title(), fontsize=9, x=0.01, ha="left")
+    save(figure, path)
+
+
+def new_figure(inches: tuple[float, float]) -> Any:
+    """An empty matplotlib figure that needs no display.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("drawing the figure needs matplotlib", "pip install 'shadowllm[bench]'") from error
+    figure = Figure(figsize=inches, layout="constrained", dpi=160)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
         figure.savefig(path, format="png")
     except OSError as error:

@@ -27,7 +27,7 @@ from shadowllm.exporter.staging import check_output, staged
 from shadowllm.models import load_model
 from shadowllm.predictor.progress import Advance, no_progress, progress
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 192,
     "ffn_dim": 768,
     "num_hidden_layers": 8,
@@ -71,7 +71,7 @@ def train(tokenizer: Any, steps: int = STEPS, seed: int = 0, advance: Advance = 
 
     torch.manual_seed(seed)
     ids = torch.tensor([token for text in documents() for token in tokenizer(text, add_special_tokens=False).input_ids])
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    special: dict[str, Any] = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), **SIZES, **special))
     optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05)
     for step in range(steps):

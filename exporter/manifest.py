@@ -38,6 +38,7 @@ class Manifest:
         base_fingerprint: SHA-256 of the checkpoint the predictor was trained on.
         op_domain_version: version of the custom ops in the graphs.
         tools: versions of the packages that wrote the bundle.
+        allocation: what the budgets were chosen for and what was measured then; empty where they were given.
         validation: errors against the reference, as measured after the export.
         files: SHA-256 per file, by its path inside the bundle.
     """
@@ -55,7 +56,15 @@ class Manifest:
     weight_dtype: str | None = None
     selector: str = "ahead"
     head_unit: str = "query_head"
+    allocation: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def itemsize(self) -> float:
+        """Bytes of an element of a matrix as it is stored; of integers, its share of a scale included."""
+        return (
+            self.quantisation.itemsize if self.quantisation else {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
+        )
 
     @property
     def sparse_pieces(self) -> tuple[str, ...]:

@@ -79,7 +79,7 @@ def describe_fractions(value: Fractions) -> str:
 
 
 def _each(value: Fractions) -> tuple[float, ...]:
-    return value if isinstance(value, tuple) else (value,)
+    return (value,) if isinstance(value, int | float) else tuple(value)
 
 
 def _counts(value: Fractions, units: int, n_sparse: int) -> np.ndarray:

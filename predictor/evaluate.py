@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -111,15 +110,6 @@ def evaluate(
             run.add(window, logits, truth)
             advance(1)
     return _with_gap_closure([dense.result(DENSE, Budget())] + [run.result() for run in runs])
-
-
-def report(results: Sequence[Result]) -> dict[str, Any]:
-    """The JSON of an evaluation: ``{"dense": {"perplexity": ...}, "results": [...]}``."""
-    dense = next(result for result in results if result.selector == DENSE)
-    return {
-        "dense": {"perplexity": dense.perplexity},
-        "results": [asdict(result) for result in results if result.selector != DENSE],
-    }
 
 
 @torch.no_grad()

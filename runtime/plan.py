@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from shadowllm.exporter.manifest import Manifest
 from shadowllm.models.budget import Budget
+from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.weight_copy import COPY
 
 # Time of choosing inside the layers, over that of its bytes: what the small nodes between the copy's product and the
@@ -33,17 +36,28 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -
 
 
 def predictor_bytes(manifest: Manifest, itemsize: float) -> float:
-    """Bytes a step reads to choose: a network, one score per unit, or a fit of the heads and a copy of weights.
+    """Bytes a step reads to choose, with a network's weights of ``itemsize`` bytes each."""
+    kind, rank = manifest.predictor["kind"], int(manifest.predictor["rank"])
+    return selector_bytes(kind, manifest.spec, manifest.dense_layers, itemsize, rank)
+
+
+def selector_bytes(selector: str, spec: ModelSpec, dense_layers: int, itemsize: float, rank: int) -> float:
+    """Bytes a selector reads per token: a network, one score per unit, or a fit of the heads and a copy of weights.
 
     Args:
-        itemsize: bytes per element of a network's weights.
+        selector: as `predictor.selectors` names it; an oracle or a random choice reads nothing.
+        itemsize: bytes per element of a shadow's weights.
+        rank: of a shadow.
     """
-    spec, rank = manifest.spec, int(manifest.predictor["rank"])
-    n_sparse = spec.n_layers - manifest.dense_layers
+    n_sparse = spec.n_layers - dense_layers
     units = n_sparse * (spec.n_heads + spec.intermediate_size)
-    if manifest.predictor["kind"] == "quantized-shadow":
+    if selector.startswith("quantized-shadow"):
+        bits = selector.removeprefix("quantized-shadow").removeprefix("-")
         fit = n_sparse * spec.n_heads * (spec.hidden_size + 1)
         lengths = n_sparse * spec.intermediate_size
         copied_rows = lengths * (2 if spec.gated else 1)
-        return 4 * (fit + lengths) + copied_rows * spec.hidden_size * COPY.itemsize
-    return (rank * (spec.hidden_size + 1) + units * (rank + 1)) * (itemsize if rank else 4)
+        copy = replace(COPY, bits=int(bits)) if bits else COPY
+        return 4 * (fit + lengths) + copied_rows * spec.hidden_size * copy.itemsize
+    if selector == "shadow":
+        return (rank * (spec.hidden_size + 1) + units * (rank + 1)) * itemsize
+    return 4 * units if selector == "static" else 0

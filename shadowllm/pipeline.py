@@ -30,6 +30,8 @@ from shadowllm.predictor.train import Recipe, train_shadow, train_static
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shadowllm.runtime.tuning import Target
+
 SELECTORS = ("shadow", "quantized-shadow", "static", "random")
 
 
@@ -109,6 +111,7 @@ class Export:
         validate: hold the result against the reference.
         engines: one per flavour to build.
         weight_dtype: "int8" or "int4" to store matrices as integers.
+        target: what to choose other default fractions for, once the bundle is written.
     """
 
     selector: str = "shadow"
@@ -117,6 +120,7 @@ class Export:
     validate: bool = True
     engines: Sequence[EngineOptions] = ()
     weight_dtype: str | None = None
+    target: Target | None = None
 
 
 def calibrate_model(source: Source, options: Calibration) -> Traces:
@@ -186,6 +190,10 @@ def export_model(
             model = checkpoint.folder / (checkpoint.gguf or "")
             manifest = replace(manifest, validation=validate_apart(folder, model))
             manifest.write(folder)
+        if options.target:
+            from shadowllm.runtime.tuning import tune
+
+            manifest = tune(folder, options.target)
         for engine in options.engines:
             build_engines(folder, engine)
     return manifest

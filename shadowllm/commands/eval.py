@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shadowllm.errors import UserError
-from shadowllm.models.budget import parse_fractions
+from shadowllm.models.budget import Budget, parse_fractions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +20,9 @@ EPILOG = """examples:
   shadowllm eval out/ --text book.txt --selector static shadow oracle --head-budget 0.67 --json eval.json
 
 Teacher-forced perplexity under the decode regime: every position has its own selection."""
+
+
+OWN = "fractions to keep, each with each; layer by layer with commas (default: the bundle's own)"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,20 +43,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="static, shadow, oracle, random, quantized-shadow, or quantized-shadow-3 or -2 for fewer bits "
         "(default: static, the bundle's own, oracle)",
     )
-    parser.add_argument("--neuron-budget", nargs="+", type=parse_fractions, default=[0.5], metavar="FRACTION")
-    parser.add_argument("--head-budget", nargs="+", type=parse_fractions, default=[1.0], metavar="FRACTION")
+    parser.add_argument("--neuron-budget", nargs="+", type=parse_fractions, metavar="FRACTION", help=OWN)
+    parser.add_argument("--head-budget", nargs="+", type=parse_fractions, metavar="FRACTION", help=OWN)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw perplexity over bytes per token there, as PNG")
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate a sweep and print it."""
     import torch
 
+    from shadowllm.benchmarks import quality
     from shadowllm.benchmarks.passage import passage
     from shadowllm.exporter.bundle import read_weights
     from shadowllm.exporter.manifest import read_manifest
     from shadowllm.predictor.calibration import token_windows
-    from shadowllm.predictor.evaluate import evaluate, report
+    from shadowllm.predictor.evaluate import evaluate
     from shadowllm.predictor.memory import keep_freed_memory
     from shadowllm.predictor.progress import progress
     from shadowllm.runtime.text import load_tokenizer
@@ -78,7 +83,9 @@ def run(args: argparse.Namespace) -> None:
         else torch.tensor(passage(encode, limit * seqlen)).view(limit, seqlen)
     )
     selectors = args.selector or list(dict.fromkeys(("static", predictor.kind, "oracle")))
-    passes = len(windows) * (1 + len(selectors) * len(args.neuron_budget) * len(args.head_budget))
+    neurons = args.neuron_budget or [Budget(**manifest.budgets).neurons]
+    heads = args.head_budget or [Budget(**manifest.budgets).heads]
+    passes = len(windows) * (1 + len(selectors) * len(neurons) * len(heads))
     with progress("Evaluating", passes) as advance:
         results = evaluate(
             manifest.spec,
@@ -86,13 +93,17 @@ def run(args: argparse.Namespace) -> None:
             predictor,
             selectors,
             windows,
-            args.neuron_budget,
-            args.head_budget,
+            neurons,
+            heads,
             advance=advance,
         )
     _print_table(results)
+    found = quality.rows(results, manifest)
+    if args.plot:
+        quality.plot(found, args.plot, f"{manifest.model}, {windows.numel()} tokens")
+        print(f"figure: {args.plot}")
     if args.json:
-        args.json.write_text(json.dumps(report(results), indent=2) + "\n")
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
         print(f"results: {args.json}")
 
 

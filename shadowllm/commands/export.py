@@ -12,6 +12,7 @@ EPILOG = """examples:
   shadowllm export MODEL out/ --neuron-budget 0.5 --head-budget 0.75
   shadowllm export MODEL out/ --predictor predictor.safetensors --dtype fp16 --engine tensorrt_rtx --sm 89 120
   shadowllm export MODEL out/ --weight-dtype int4
+  shadowllm export MODEL out/ --selector quantized-shadow --target-ppl-increase 2%
   shadowllm export opt-1.3b/ out/ --selector static --calibration-text corpus.txt --overwrite
 
 A predictor is trained on the spot unless --predictor names one. The budgets are defaults: `run` and
@@ -41,6 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="do not hold the graphs against PyTorch (the manifest then says so)",
     )
     options.add_budget(parser)
+    options.add_target(parser)
     options.add_calibration(parser)
     options.add_training(parser)
     options.add_engines(parser)
@@ -60,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
         not args.skip_validation,
         [options.engines(args, flavour) for flavour in args.engine],
         args.weight_dtype,
+        options.target(args),
     )
     export_model(
         options.source(args),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shadowllm.pipeline import Calibration, EngineOptions, Source
     from shadowllm.plugins.tensorrt.flavour import Flavour
     from shadowllm.predictor.train import Recipe
+    from shadowllm.runtime.tuning import Target
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLAVOURS = ("tensorrt_rtx", "tensorrt")
@@ -56,6 +57,39 @@ def add_budget(parser: argparse.ArgumentParser, neurons: str | None = "0.5", hea
 def budget(args: argparse.Namespace) -> Budget:
     """The budget that `add_budget` describes."""
     return Budget(neurons=args.neuron_budget, heads=args.head_budget)
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """What budgets are to be chosen for."""
+    group = parser.add_argument_group("target").add_mutually_exclusive_group()
+    group.add_argument(
+        "--target-ppl-increase",
+        type=_share,
+        metavar="SHARE",
+        help="choose budgets that raise perplexity by at most this, as 2%% or 0.02",
+    )
+    group.add_argument(
+        "--target-speedup",
+        type=float,
+        metavar="FACTOR",
+        help="choose budgets that decode at least this many times as fast as dense here, as 1.2",
+    )
+
+
+def target(args: argparse.Namespace) -> Target | None:
+    """The target that `add_target` describes, if any."""
+    from shadowllm.runtime.tuning import Target
+
+    if args.target_ppl_increase is None and args.target_speedup is None:
+        return None
+    return Target(args.target_ppl_increase, args.target_speedup)
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise UserError(f"{text!r} is not a share", "write it as 2% or 0.02") from None
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:

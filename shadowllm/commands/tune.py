@@ -1,0 +1,40 @@
+"""``shadowllm tune``"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from shadowllm.commands import options
+
+EPILOG = """examples:
+  shadowllm tune out/ --target-ppl-increase 2%
+  shadowllm tune out/ --target-speedup 1.2 --threads 2
+  shadowllm tune out/ --target-ppl-increase 0.05 --text corpus.txt --tokens 8192
+
+The budgets found, layer by layer, become the bundle's defaults. No graph or engine changes."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle to choose budgets for")
+    options.add_target(parser)
+    parser.add_argument(
+        "--text", nargs="+", default=(), metavar="FILE", help="text to measure losses on (default: as calibration's)"
+    )
+    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="of that text (default: 2048)")
+    parser.add_argument("--seqlen", type=int, default=128, metavar="N", help="tokens of a window (default: 128)")
+    parser.add_argument("--threads", type=int, help="of each operator, for a speedup (default: ONNX Runtime's own)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Tune and say what was chosen."""
+    from shadowllm.commands import inspect
+    from shadowllm.errors import UserError
+    from shadowllm.runtime.tuning import tune
+
+    target = options.target(args)
+    if target is None:
+        raise UserError("no target was given", "add --target-ppl-increase or --target-speedup")
+    tune(args.bundle, target, texts=args.text, tokens=args.tokens, seqlen=args.seqlen, threads=args.threads)
+    inspect.show(args.bundle)
