@@ -159,7 +159,7 @@ def _compare(name: str, ours: OrtSession, theirs: TorchSession) -> tuple[list[Er
         mine = ours.decode(token)[0].copy()
         if ours.selection:
             # The same selection on both sides: a tie that falls the other way is no error of the graphs.
-            theirs.forced = _masks(ours.selection, spec)
+            theirs.forced = selection_masks(ours.selection, spec)
         logits.append((mine, theirs.decode(token)[0]))
         if theirs.forced:
             agreements.append(_agreement(theirs.forced, theirs.chosen))
@@ -182,8 +182,8 @@ def _error(output: str, pairs: list[tuple[np.ndarray, np.ndarray]], greedy: floa
     return Error(output, max_abs, max_abs / float(max(np.abs(b).max() for _, b in pairs)), greedy)
 
 
-def _masks(selection: Mapping[str, np.ndarray], spec: ModelSpec) -> Selection:
-    """Boolean masks of padded index rows."""
+def selection_masks(selection: Mapping[str, np.ndarray], spec: ModelSpec) -> Selection:
+    """Boolean masks ``(n_sparse, n_units)`` of a session's padded index rows."""
     masks: Selection = {}
     for unit, name, width in (
         ("heads", "head_indices", spec.n_heads),

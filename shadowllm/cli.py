@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "generate text from a bundle",
     "bench": "measure a bundle against ONNX Runtime dense",
     "eval": "perplexity and agreement with the dense model, over budgets and selectors",
+    "drift": "say how well a bundle's predictor fits a text",
     "tune": "choose a bundle's budgets for a perplexity or a speedup",
     "inspect": "say what is in a bundle, an ONNX file, an engine or a predictor",
     "calibrate": "model -> importance traces (the first step of export on its own)",

@@ -1,0 +1,59 @@
+"""``shadowllm drift``"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+EPILOG = """examples:
+  shadowllm drift out/ --text served.txt
+  shadowllm drift out/ --text served.txt --tokens 4096 --json
+
+Recall is the share of the truly important heads and neurons that were active. Where it is clearly lower on
+your text than on text like the calibration's, calibrate on yours: export with --calibration-text."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle to watch")
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text that the bundle is to serve")
+    parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="of each text (default: 1024)")
+    parser.add_argument("--seqlen", type=int, default=128, metavar="N", help="tokens of a window (default: 128)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Decode both texts and say how well each was predicted."""
+    from dataclasses import asdict
+
+    from shadowllm.exporter.bundle import read_weights
+    from shadowllm.exporter.manifest import read_manifest
+    from shadowllm.predictor.calibration import calibration_windows, token_windows
+    from shadowllm.predictor.progress import progress
+    from shadowllm.runtime.drift import runtime_recall
+    from shadowllm.runtime.text import load_tokenizer
+
+    manifest = read_manifest(args.bundle)
+    tokenizer = load_tokenizer(args.bundle, manifest)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    seqlen = min(args.seqlen, manifest.spec.max_seqlen)
+    served = token_windows(args.text, encode, seqlen, max(1, args.tokens // seqlen))
+    weights = read_weights(args.bundle, manifest).sparse
+    like = calibration_windows(manifest.spec, weights, encode, tokens=args.tokens, seqlen=seqlen, seed=1).train
+    found = {}
+    for name, windows in (("text", served), ("calibration", like)):
+        with progress(f"Decoding ({name})", len(windows) * (seqlen // 2)) as advance:
+            found[name] = asdict(runtime_recall(args.bundle, windows, advance=advance))
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return
+    for name, recall in found.items():
+        print(
+            f"{name:12} {recall['tokens']} tokens: {recall['heads']:.1%} of the important heads "
+            f"(chance {recall['expected_heads']:.1%}), {recall['neurons']:.1%} of the neurons "
+            f"(chance {recall['expected_neurons']:.1%})"
+        )
