@@ -223,6 +223,7 @@ class MaskedDecoder:
         self._chooser = chooser
         heads, neurons = budget.counts(context.spec, context.spec.n_layers - context.dense_layers)
         self._counts: dict[Unit, np.ndarray] = {"heads": heads, "neurons": neurons}
+        self._sizes: dict[Unit, int] = {"heads": context.spec.n_heads, "neurons": context.spec.intermediate_size}
         self.masks: dict[tuple[int, Unit], Tensor] = {}
 
     @torch.no_grad()
@@ -239,14 +240,22 @@ class MaskedDecoder:
         return decoder.logits(x)
 
     def _watch(self, layer: int, unit: Unit, x: Tensor) -> None:
-        if layer >= self._context.dense_layers:
+        if self._count(layer, unit) < self._sizes[unit]:
             self._chooser.watch(layer, unit, x)
 
     def _mask(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         if layer < self._context.dense_layers:
             return activation
-        count = int(self._counts[unit][layer - self._context.dense_layers])
+        count = self._count(layer, unit)
+        if count == self._sizes[unit]:  # nothing to choose, so nobody is asked
+            self.masks[layer, unit] = torch.ones(activation.shape[:3], dtype=torch.bool)
+            return activation
         mask = top_mask(self._chooser.scores(layer, unit, activation), count)
         mask = mask.expand(activation.shape[:3])
         self.masks[layer, unit] = mask
         return activation * (mask.unsqueeze(-1) if unit == "heads" else mask)
+
+    def _count(self, layer: int, unit: Unit) -> int:
+        """Units that a layer keeps; a dense one keeps all."""
+        row = layer - self._context.dense_layers
+        return int(self._counts[unit][row]) if row >= 0 else self._sizes[unit]

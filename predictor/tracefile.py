@@ -28,6 +28,7 @@ FORMAT = "shadowllm-traces"
 VERSION = 2
 LIMIT_BYTES = 1 << 30
 STEPS = 16  # per octave
+OCTAVES = 255 / STEPS
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,8 @@ def encode(scores: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor) -> Tensor:
-    """Scores of codes, relative to the largest of each row, float32."""
-    return torch.exp2((codes.float() - 255) / STEPS)
+    """Scores of codes, relative to the largest of each row, float32; what was too small to code is 0."""
+    return torch.exp2((codes.float() - 255) / STEPS).where(codes > 0, 0)
 
 
 def _allocate(spec: ModelSpec, n_sparse: int, tokens: int, limit_bytes: int) -> dict[str, Tensor]:

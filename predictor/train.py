@@ -20,7 +20,7 @@ from shadowllm.predictor.artefact import Kind, Predictor
 from shadowllm.predictor.networks import default_rank, initial_tensors, scores
 from shadowllm.predictor.progress import Advance, no_progress
 from shadowllm.predictor.topk import recall, top_mask
-from shadowllm.predictor.tracefile import Traces
+from shadowllm.predictor.tracefile import OCTAVES, Traces
 from shadowllm.predictor.traces import Tracer
 
 TINY = torch.finfo(torch.float32).tiny
@@ -46,8 +46,8 @@ def bce(predicted: Tensor, importance: Tensor, count: int) -> Tensor:
     """
     if count >= importance.shape[-1]:
         return predicted.sum() * 0  # everything is kept: nothing to learn
-    threshold = importance.kthvalue(importance.shape[-1] - count + 1, dim=-1, keepdim=True).values
-    return F.binary_cross_entropy_with_logits(predicted, (importance >= threshold).to(predicted.dtype))
+    wanted = (importance >= _threshold(importance, count)).to(predicted.dtype)
+    return F.binary_cross_entropy_with_logits(predicted, wanted)
 
 
 @loss
@@ -60,17 +60,29 @@ def weighted_bce(predicted: Tensor, importance: Tensor, count: int) -> Tensor:
     """
     if count >= importance.shape[-1]:
         return predicted.sum() * 0
-    threshold = importance.kthvalue(importance.shape[-1] - count + 1, dim=-1, keepdim=True).values
+    threshold = _threshold(importance, count)
     weight = (importance - threshold).abs() / importance.mean(dim=-1, keepdim=True).clamp_min(TINY)
     return F.binary_cross_entropy_with_logits(predicted, (importance >= threshold).to(predicted.dtype), weight)
+
+
+def _threshold(importance: Tensor, count: int) -> Tensor:
+    """The ``count``-th largest importance of each token and layer, ``(tokens, n_sparse, 1)``.
+
+    After a ReLU that may be 0, and everything would count as important. What then tells units apart
+    is how often and how much they fire: the ``count``-th largest mean over the tokens takes its place.
+    """
+    rank = importance.shape[-1] - count + 1
+    of_token = importance.kthvalue(rank, dim=-1, keepdim=True).values
+    of_mean = importance.mean(dim=0).kthvalue(rank, dim=-1, keepdim=True).values
+    return torch.where(of_token > 0, of_token, of_mean)
 
 
 @loss
 def mse(predicted: Tensor, importance: Tensor, count: int) -> Tensor:
     """Mean squared error to the log importance, standardised within each token and layer; shapes as in `bce`."""
-    wanted = importance.clamp_min(TINY).log()
-    deviation, mean = torch.std_mean(wanted, dim=-1, keepdim=True, correction=0)
-    return F.mse_loss(predicted, (wanted - mean) / deviation.clamp_min(1e-6))
+    # What is below the range of a trace counts as its end: silent neurons must not outweigh all others.
+    floor = importance.amax(dim=-1, keepdim=True).clamp_min(TINY) * 2.0**-OCTAVES
+    return F.mse_loss(predicted, _standard_log(torch.maximum(importance, floor)))
 
 
 BUDGET = Budget(neurons=0.5, heads=0.75)
@@ -277,9 +289,7 @@ def _bias(statistic: Tensor, count: int, loss: str) -> Tensor:
     # A monotone map of the statistic: the untrained network ranks exactly as static does. The
     # logarithm, standardised, is the mean target of mse; shifted so that count units of a layer lie
     # above zero, it is a fair first logit for bce.
-    log = statistic.clamp_min(TINY).log()
-    deviation, mean = torch.std_mean(log, dim=-1, keepdim=True, correction=0)
-    standard = (log - mean) / deviation.clamp_min(1e-6)
+    standard = _standard_log(statistic.clamp_min(TINY))
     if loss == "mse" or count >= statistic.shape[-1]:
         return standard
     return standard - standard.kthvalue(statistic.shape[-1] - count + 1, dim=-1, keepdim=True).values
@@ -289,6 +299,13 @@ def _counts(spec: ModelSpec, budget: Budget) -> dict[Unit, int]:
     """Units of a layer to keep: membership is learned at one budget for all layers."""
     heads, neurons = budget.mean().counts(spec, 1)
     return {"heads": int(heads[0]), "neurons": int(neurons[0])}
+
+
+def _standard_log(importance: Tensor) -> Tensor:
+    """Logarithms with mean 0 and deviation 1 in each row."""
+    log = importance.log()
+    deviation, mean = torch.std_mean(log, dim=-1, keepdim=True, correction=0)
+    return (log - mean) / deviation.clamp_min(1e-6)
 
 
 def _tracer(spec: ModelSpec, traces: Traces, weights: Mapping[str, Tensor] | None) -> Tracer | None:

@@ -110,3 +110,14 @@ def test_default_rank_stays_under_four_percent(llama):
 def test_senseless_recipes_are_refused(options):
     with pytest.raises(UserError):
         Recipe(**options)
+
+
+@pytest.mark.parametrize("loss", ["bce", "weighted_bce"])
+def test_silent_units_are_not_all_important(loss):
+    """After a ReLU most of a token's importance may be 0: at a larger budget that must not make everything wanted."""
+    importance = torch.tensor([[[5.0, 0.0, 3.0, 0.0, 0.0, 0.0]], [[4.0, 0.0, 0.0, 1.0, 0.0, 0.0]]])
+    predicted = torch.zeros(2, 1, 6, requires_grad=True)
+    LOSSES[loss](predicted, importance, 3).backward()
+    towards = -predicted.grad
+    assert bool((towards[importance > 0] > 0).all())
+    assert bool((towards[importance == 0] < 0).all())
