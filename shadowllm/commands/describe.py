@@ -46,6 +46,7 @@ def bundle(path: Path) -> dict[str, Any]:
         "spec": manifest.spec.to_dict(),
         "dense_layers": manifest.dense_layers,
         "budgets": manifest.budgets,
+        "allocation": manifest.allocation,
         "predictor": manifest.predictor,
         "validation": manifest.validation,
         "tools": manifest.tools,

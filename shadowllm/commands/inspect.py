@@ -64,6 +64,7 @@ def _bundle(found: dict[str, Any]) -> Lines:
             "budget",
             f"{describe_fractions(budgets['neurons'])} of neurons, {describe_fractions(budgets['heads'])} of heads",
         ),
+        *([("tuned", _tuned(found["allocation"]))] if found["allocation"] else []),
         ("predictor", _trained(found["predictor"])),
         ("validation", _validation(found["validation"])),
         ("files", ", ".join(f"{name} {_size(size)}" for name, size in found["files"].items() if size > 4096)),
@@ -71,6 +72,15 @@ def _bundle(found: dict[str, Any]) -> Lines:
     for name, engine in found["engines"].items():
         lines.append(("engine", f"{name} {_size(engine['bytes'])}, {_targets(engine)}; plugins: {_counts(engine)}"))
     return lines
+
+
+def _tuned(allocation: dict[str, Any]) -> str:
+    words = {"ppl_increase": "perplexity {:+.1%}", "speedup": "{:.2f} times as fast as dense"}
+
+    def said(figures: dict[str, float]) -> str:
+        return ", ".join(words[name].format(value) for name, value in figures.items())
+
+    return f"for {said(allocation['target'])}; measured {said(allocation['measured'])}"
 
 
 def _onnx(found: dict[str, Any]) -> Lines:

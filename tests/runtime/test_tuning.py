@@ -56,7 +56,9 @@ def test_targets_that_ask_for_nothing(given):
 def test_command(copy, capsys):
     quick = ["--tokens", "512", "--seqlen", "32"]
     assert main(["tune", str(copy), "--target-ppl-increase", "1%", *quick]) == 0
-    assert "layer by layer" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "layer by layer" in shown
+    assert "for perplexity +1.0%; measured perplexity +" in shown
     assert main(["tune", str(copy)]) == 1
     assert "no target" in capsys.readouterr().err
     assert main(["tune", str(copy), "--target-ppl-increase", "much"]) == 1

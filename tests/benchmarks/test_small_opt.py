@@ -1,0 +1,36 @@
+"""The small OPT's recipe: text it may learn from, a loss that falls, a checkpoint of the family."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+
+import torch
+
+from shadowllm.benchmarks import small_opt
+from shadowllm.models import Decoder, load_model
+from tests.conftest import build_tokenizer
+
+
+def test_it_never_reads_what_benchmarks_evaluate_on():
+    held_out = inspect.getdoc(statistics.median)
+    texts = list(small_opt.documents())
+    assert len(texts) > 300
+    assert not any(held_out[:60] in text for text in texts)
+
+
+def test_it_learns_and_loads(monkeypatch, tmp_path):
+    monkeypatch.setattr(small_opt, "documents", lambda: ["What matters is said again and again. " * 40])
+    monkeypatch.setattr(small_opt, "WARMUP", 1)
+    ticks = []
+    model = small_opt.train(build_tokenizer(), steps=6, advance=ticks.append)
+    assert ticks == [1] * 6
+    model.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    spec, weights, checkpoint = load_model(tmp_path)
+    assert (spec.family, spec.activation, spec.n_layers) == ("opt", "relu", 8)
+    ids = torch.tensor([checkpoint.tokenizer()("What matters is said again and again.").input_ids])
+    with torch.no_grad():
+        logits = Decoder(spec, weights.load())(ids)
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+    assert loss < 0.8 * torch.tensor(float(spec.vocab_size)).log()
