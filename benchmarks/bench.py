@@ -16,7 +16,7 @@ from shadowllm.benchmarks.passage import passage
 from shadowllm.benchmarks.report import Report, Result
 from shadowllm.benchmarks.traffic import Active, Traffic, mean_traffic
 from shadowllm.errors import UserError
-from shadowllm.exporter.manifest import Manifest, read_manifest
+from shadowllm.exporter.manifest import ITEMSIZE, Manifest, read_manifest
 from shadowllm.models.budget import Budget, format_fractions
 from shadowllm.plugins import native_ops
 from shadowllm.predictor.progress import progress
@@ -25,7 +25,6 @@ from shadowllm.runtime.text import load_tokenizer
 
 SPARSE = "sparse"
 CPU_BACKENDS = ("ort", "torch")
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def bench(

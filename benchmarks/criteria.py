@@ -9,7 +9,6 @@ of that layer and token, averaged over places drawn at random.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 
 from shadowllm.benchmarks.environment import environment
 from shadowllm.benchmarks.passage import passage
-from shadowllm.errors import UserError
+from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.models import Decoder, ModelSpec, load_model
 from shadowllm.models.decoder import Unit
 from shadowllm.predictor.criteria import CRITERIA
@@ -113,36 +112,28 @@ def _ranks(x: np.ndarray) -> np.ndarray:
     return (np.searchsorted(ordered, x, "left") + np.searchsorted(ordered, x, "right") - 1) / 2
 
 
-def main() -> int:
+@script
+def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m shadowllm.benchmarks.criteria",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser("criteria", __doc__)
     parser.add_argument("model", help="folder with safetensors, or .gguf file")
     parser.add_argument("--places", type=int, default=24, help="layers and tokens to remove units at (default: 24)")
     parser.add_argument("--seqlen", type=int, default=64)
     parser.add_argument("--units", type=int, default=128, help="neurons to remove at each place (default: 128)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    try:
-        spec, weights, checkpoint = load_model(args.model)
-        tokenizer = checkpoint.tokenizer()
-        text = passage(lambda part: list(tokenizer(part, add_special_tokens=False).input_ids), args.seqlen)
-        places = draw_places(spec, args.seqlen, args.places)
-        with progress("Removing units", len(places) * len(UNITS)) as advance:
-            found = agreement(spec, weights.load(), torch.tensor(text), places, args.units, advance=advance)
-        for name, by in sorted(found.items(), key=lambda item: -item[1]["neurons"]):
-            print(f"{name:10} heads {by['heads']:6.3f}   neurons {by['neurons']:6.3f}")
-        if args.json:
-            settings: dict[str, Any] = {"places": args.places, "seqlen": args.seqlen, "units": args.units}
-            record = {"environment": environment(None), "settings": settings, "spearman": found}
-            args.json.write_text(json.dumps(record, indent=2) + "\n")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    spec, weights, checkpoint = load_model(args.model)
+    tokenizer = checkpoint.tokenizer()
+    text = passage(lambda part: list(tokenizer(part, add_special_tokens=False).input_ids), args.seqlen)
+    places = draw_places(spec, args.seqlen, args.places)
+    with progress("Removing units", len(places) * len(UNITS)) as advance:
+        found = agreement(spec, weights.load(), torch.tensor(text), places, args.units, advance=advance)
+    for name, by in sorted(found.items(), key=lambda item: -item[1]["neurons"]):
+        print(f"{name:10} heads {by['heads']:6.3f}   neurons {by['neurons']:6.3f}")
+    if args.json:
+        settings: dict[str, Any] = {"places": args.places, "seqlen": args.seqlen, "units": args.units}
+        record = {"environment": environment(None), "settings": settings, "spearman": found}
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

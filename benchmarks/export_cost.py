@@ -9,7 +9,6 @@ the model twice) and with a random ranking, so that writing the bundle is all it
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 
 from shadowllm.benchmarks.environment import environment
 from shadowllm.benchmarks.random_model import SHAPES, write_random_model
+from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.errors import UserError
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -72,9 +72,10 @@ def measure(model: str, dtype: str = "fp32") -> dict[str, Any]:
     }
 
 
+@script
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser("export_cost", __doc__)
     parser.add_argument("model", nargs="?", help="folder, .gguf file or Hugging Face id")
     parser.add_argument("--shape", choices=SHAPES, help="measure a random model of this shape instead")
     parser.add_argument("--dtype", choices=tuple(ITEMSIZE), default="fp32")
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,14 +9,13 @@ elements of a row: too little to change the model, and off the grid of any copy.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from shadowllm.errors import UserError
+from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.exporter.staging import check_output, staged
 from shadowllm.models import load_model
 
@@ -51,24 +50,16 @@ def write_noisy_model(model: str, folder: Path, seed: int = 0) -> None:
     checkpoint.tokenizer().save_pretrained(folder)
 
 
-def main() -> int:
+@script
+def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m shadowllm.benchmarks.noisy_model",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser("noisy_model", __doc__)
     parser.add_argument("model", help="folder with safetensors, or .gguf file")
     parser.add_argument("out", type=Path, help="folder to make")
     args = parser.parse_args()
-    try:
-        check_output(args.out, overwrite=False)
-        with staged(args.out, overwrite=False) as folder:
-            write_noisy_model(args.model, folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    check_output(args.out, overwrite=False)
+    with staged(args.out, overwrite=False) as folder:
+        write_noisy_model(args.model, folder)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ is left out, and the report says so.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -33,6 +32,7 @@ from shadowllm.benchmarks.environment import environment
 from shadowllm.benchmarks.harness import Contender, Generation, race, speedup, summarise
 from shadowllm.benchmarks.passage import passage
 from shadowllm.benchmarks.report import Report, Result
+from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.benchmarks.traffic import mean_traffic
 from shadowllm.errors import UserError
 from shadowllm.exporter.manifest import read_manifest
@@ -277,15 +277,12 @@ def _check_tokens(tokens: dict[str, list[int]]) -> None:
             )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@script
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; prints the table and whether each target was met."""
     from rich.console import Console
 
-    parser = argparse.ArgumentParser(
-        prog="python -m shadowllm.benchmarks.peers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser("peers", __doc__)
     parser.add_argument("model", help="Hugging Face id, folder or .gguf file")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--genai-python", type=Path, help="interpreter that has onnxruntime-genai")
@@ -299,31 +296,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     console = Console(width=max(Console().width, 120))  # seven contenders side by side
-    try:
-        report, skipped = compare(
-            given.model,
-            given.bundle,
-            given.work,
-            given.genai_python,
-            given.optimum_python,
-            Setting(given.threads, given.prompt_len, given.new_tokens),
-            given.runs,
-            given.starts,
-        )
-        report.print(console)
-        for pair in report.comparison:
-            met = "met" if pair["speedup"]["median"] >= pair["target"] else "missed"
-            console.print(
-                f"Target: {pair['name']} at least {pair['target']}x {pair['baseline']}: {met}", highlight=False
-            )
-        for name in skipped:
-            console.print(f"Skipped: {name} was not given", highlight=False)
-        if given.json:
-            report.save_json(given.json)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    report, skipped = compare(
+        given.model,
+        given.bundle,
+        given.work,
+        given.genai_python,
+        given.optimum_python,
+        Setting(given.threads, given.prompt_len, given.new_tokens),
+        given.runs,
+        given.starts,
+    )
+    report.print(console)
+    for pair in report.comparison:
+        met = "met" if pair["speedup"]["median"] >= pair["target"] else "missed"
+        console.print(f"Target: {pair['name']} at least {pair['target']}x {pair['baseline']}: {met}", highlight=False)
+    for name in skipped:
+        console.print(f"Skipped: {name} was not given", highlight=False)
+    if given.json:
+        report.save_json(given.json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the dense steps: 1.3B parameters in float32 take about 17 GB for both contenders
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from shadowllm.benchmarks.bench import SPARSE, session_command, traffic_of
 from shadowllm.benchmarks.environment import environment
 from shadowllm.benchmarks.harness import Contender, race, speedup, summarise
 from shadowllm.benchmarks.random_model import SHAPES, write_random_model
-from shadowllm.errors import UserError
+from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.exporter.bundle import DTYPES, write_bundle
 from shadowllm.exporter.manifest import read_manifest
 from shadowllm.models.budget import Budget
@@ -147,13 +146,10 @@ def print_result(found: dict[str, Any]) -> None:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@script
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m shadowllm.benchmarks.shapes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser("shapes", __doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--selector", choices=("shadow", "quantized-shadow"), default="shadow")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -166,30 +162,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args(arguments)
-    try:
-        results = []
-        for shape in args.shapes:
-            results.append(
-                measure(
-                    shape,
-                    budget=Budget(args.neuron_budget, args.head_budget),
-                    kind=args.selector,
-                    dtype=args.dtype,
-                    weight_dtype=args.weight_dtype,
-                    prompt_len=args.prompt_len,
-                    new_tokens=args.new_tokens,
-                    runs=args.runs,
-                    threads=args.threads,
-                )
+    results = []
+    for shape in args.shapes:
+        results.append(
+            measure(
+                shape,
+                budget=Budget(args.neuron_budget, args.head_budget),
+                kind=args.selector,
+                dtype=args.dtype,
+                weight_dtype=args.weight_dtype,
+                prompt_len=args.prompt_len,
+                new_tokens=args.new_tokens,
+                runs=args.runs,
+                threads=args.threads,
             )
-            print_result(results[-1])
-        if args.json:
-            record = {"environment": environment(args.threads), "results": results}
-            args.json.write_text(json.dumps(record, indent=2) + "\n")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        )
+        print_result(results[-1])
+    if args.json:
+        record = {"environment": environment(args.threads), "results": results}
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

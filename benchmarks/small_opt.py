@@ -9,7 +9,6 @@ evaluate on. About twenty minutes on two cores.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import math
 import sys
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shadowllm.benchmarks.passage import MODULES
-from shadowllm.errors import UserError
+from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.exporter.staging import check_output, staged
 from shadowllm.models import load_model
 from shadowllm.predictor.progress import Advance, no_progress, progress
@@ -94,29 +93,21 @@ def _batch(ids: Tensor) -> Tensor:
     return torch.stack([ids[start : start + SEQLEN] for start in starts.tolist()])
 
 
-def main() -> int:
+@script
+def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m shadowllm.benchmarks.small_opt",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser("small_opt", __doc__)
     parser.add_argument("tokenizer", help="model whose tokenizer to use")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
-    try:
-        check_output(args.out, overwrite=False)
-        tokenizer = load_model(args.tokenizer)[2].tokenizer()
-        with staged(args.out) as folder:
-            with progress("Training", args.steps) as advance:
-                model = train(tokenizer, args.steps, advance=advance)
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    check_output(args.out, overwrite=False)
+    tokenizer = load_model(args.tokenizer)[2].tokenizer()
+    with staged(args.out) as folder:
+        with progress("Training", args.steps) as advance:
+            model = train(tokenizer, args.steps, advance=advance)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def write_bundle(
         weight_dtype=weight_dtype,
         dense_layers=predictor.dense_layers,
         budgets={"neurons": budget.neurons, "heads": budget.heads},
-        selector="in place" if predictor.kind == "quantized-shadow" else "ahead",
+        selector="in place" if predictor.in_place else "ahead",
         predictor={"kind": predictor.kind, "rank": predictor.rank, **predictor.record},
         base_fingerprint=fingerprint,
         op_domain_version=schemas.VERSION,
@@ -147,10 +147,9 @@ def _models(
 ) -> Iterator[tuple[str, ir.Model]]:
     yield "dense", graphs.dense_graph(spec, store, dtype, q)
     yield "stem", graphs.stem_graph(spec, store, dtype, predictor.dense_layers, q)
-    in_place = predictor.kind == "quantized-shadow"
-    if not in_place:
+    if not predictor.in_place:
         yield "predictor", graphs.predictor_graph(spec, store, dtype, predictor, q)
-    yield "body", graphs.body_graph(spec, store, dtype, predictor.dense_layers, q, in_place)
+    yield "body", graphs.body_graph(spec, store, dtype, predictor.dense_layers, q, predictor.in_place)
 
 
 def _groups(spec: ModelSpec, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None) -> Iterator[Group]:
@@ -161,13 +160,13 @@ def _groups(spec: ModelSpec, dtype: ir.DataType, predictor: Predictor, q: Quanti
         else:
             # What is small keeps its precision.
             yield [(name, tuple(tensor.shape), dtype if predictor.kind == "shadow" else ir.DataType.FLOAT)]
-    if predictor.kind == "quantized-shadow":
+    if predictor.in_place:
         yield from copy_groups(spec, predictor.dense_layers)
 
 
 def _predictor_tensors(predictor: Predictor) -> Mapping[str, Tensor]:
     """What the graphs read of a predictor: a static ranking, or all but the ranking; layer by layer if in place."""
-    if predictor.kind == "quantized-shadow":
+    if predictor.in_place:
         return {
             f"predictor.layers.{predictor.dense_layers + row}.heads.{part}": tensor
             for part in ("weight", "bias")

@@ -18,6 +18,7 @@ from shadowllm.plugins.quantisation import WEIGHT_DTYPES, Quantisation
 NAME = "manifest.json"
 SCHEMA_VERSION = 1
 DATA_FILE = "model.onnx.data"
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,7 @@ class Manifest:
     @property
     def itemsize(self) -> float:
         """Bytes of an element of a matrix as it is stored; of integers, its share of a scale included."""
-        return (
-            self.quantisation.itemsize if self.quantisation else {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
-        )
+        return self.quantisation.itemsize if self.quantisation else ITEMSIZE[self.dtype]
 
     @property
     def sparse_pieces(self) -> tuple[str, ...]:

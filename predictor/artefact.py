@@ -67,6 +67,11 @@ class Predictor:
         """Width of a shadow's trunk, 0 for the other kinds."""
         return len(self.tensors["trunk.weight"]) if "trunk.weight" in self.tensors else 0
 
+    @property
+    def in_place(self) -> bool:
+        """Whether layers choose for themselves, instead of all being chosen for at the first sparse one."""
+        return self.kind == "quantized-shadow"
+
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         heads, neurons = self.n_sparse * self.n_heads, self.n_sparse * self.intermediate_size
         shapes: dict[str, tuple[int, ...]] = {

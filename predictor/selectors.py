@@ -22,10 +22,10 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.quantisation import Quantisation
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.criteria import find_criterion, unit_trace
-from shadowllm.predictor.networks import layer_head_scores, scores
+from shadowllm.predictor.networks import scores
 from shadowllm.predictor.topk import top_mask
 from shadowllm.predictor.traces import Tracer
-from shadowllm.predictor.weight_copy import COPY, WeightCopy
+from shadowllm.predictor.weight_copy import COPY, InPlace
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,12 @@ class QuantizedShadow(Selector):
         predictor = _needs_predictor("quantized-shadow", context)
         if "layers.heads.weight" not in predictor.tensors:
             raise UserError("the predictor has no fit of the heads to their layers' input", "train it again")
-        self._predictor = predictor
-        self._copy = WeightCopy(context.spec, context.weights, context.dense_layers, Quantisation(bits, COPY.block))
+        self._in_place = InPlace(context.spec, context.weights, predictor, Quantisation(bits, COPY.block))
         self._found: dict[tuple[int, Unit], Tensor] = {}
 
     def watch(self, layer: int, unit: Unit, x: Tensor) -> None:
         """Run the fit or the copy."""
-        found = self._copy.scores(layer, x) if unit == "neurons" else layer_head_scores(self._predictor, layer, x)
-        self._found = {(layer, unit): found}
+        self._found = {(layer, unit): self._in_place.scores(layer, unit, x)}
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         """What was found on the layer's input."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -22,6 +23,11 @@ def load_tokenizer(bundle: Path, manifest: Manifest) -> Tokenizer:
         raise UserError(f"{bundle} has no tokenizer", "export from a checkpoint that has tokenizer.json")
     verify_files(bundle, manifest.digests(name))
     return Tokenizer.from_file(str(bundle / name))
+
+
+def plain_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """Text to token ids without special tokens: what running text is made of."""
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def encode_prompt(bundle: Path, manifest: Manifest, tokenizer: Tokenizer, text: str, chat: bool = False) -> list[int]:

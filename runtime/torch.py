@@ -19,9 +19,9 @@ from shadowllm.exporter.manifest import read_manifest
 from shadowllm.models import Budget, Decoder, KVCache, ModelSpec
 from shadowllm.models.decoder import Unit
 from shadowllm.predictor.artefact import Predictor
-from shadowllm.predictor.networks import layer_head_scores, scores
+from shadowllm.predictor.networks import scores
 from shadowllm.predictor.topk import top_mask
-from shadowllm.predictor.weight_copy import WeightCopy
+from shadowllm.predictor.weight_copy import InPlace
 from shadowllm.runtime.inputs import check_prompts, check_tokens
 
 Selection = dict[Unit, Tensor]
@@ -54,9 +54,7 @@ class TorchSession:
         self.spec = spec
         self.chosen: Selection = {}
         self.forced: Selection | None = None
-        self._copy = None
-        if predictor is not None and predictor.kind == "quantized-shadow":
-            self._copy = WeightCopy(spec, weights, predictor.dense_layers)
+        self._in_place = InPlace(spec, weights, predictor) if predictor and predictor.in_place else None
         self._weights, self._predictor = weights, predictor
         self.set_budget(budget or Budget())
         self._decoder = Decoder(spec, weights if dense_weights is None else dense_weights)
@@ -124,9 +122,8 @@ class TorchSession:
         selection = self.forced or self.chosen
 
         def watch(layer: int, unit: Unit, normed: Tensor) -> None:
-            if self._copy is not None:
-                x, row = normed.flatten(0, 1), layer - first
-                found = self._copy.scores(layer, x) if unit == "neurons" else layer_head_scores(predictor, layer, x)
+            if self._in_place is not None:
+                found, row = self._in_place.scores(layer, unit, normed.flatten(0, 1)), layer - first
                 self.chosen[unit][row] = top_mask(found.mean(dim=0), self._counts[unit][row])
 
         def tap(layer: int, unit: Unit, activation: Tensor) -> Tensor:

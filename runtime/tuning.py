@@ -20,7 +20,7 @@ from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.progress import Advance, progress
 from shadowllm.predictor.selectors import Context, make_selector
 from shadowllm.runtime.ort import OrtSession
-from shadowllm.runtime.text import load_tokenizer
+from shadowllm.runtime.text import load_tokenizer, plain_encoder
 
 PROMPT, DECODED, ROUNDS = 64, 16, 6
 # A thread pool spins for a while after its last task, on cores that the other session needs.
@@ -80,7 +80,7 @@ def tune(
     windows = calibration_windows(
         manifest.spec,
         read.sparse,
-        lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids),
+        plain_encoder(tokenizer),
         texts=texts,
         tokens=tokens,
         seqlen=min(seqlen, manifest.spec.max_seqlen),

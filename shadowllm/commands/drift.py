@@ -32,14 +32,10 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.predictor.calibration import calibration_windows, token_windows
     from shadowllm.predictor.progress import progress
     from shadowllm.runtime.drift import runtime_recall
-    from shadowllm.runtime.text import load_tokenizer
+    from shadowllm.runtime.text import load_tokenizer, plain_encoder
 
     manifest = read_manifest(args.bundle)
-    tokenizer = load_tokenizer(args.bundle, manifest)
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
+    encode = plain_encoder(load_tokenizer(args.bundle, manifest))
     seqlen = min(args.seqlen, manifest.spec.max_seqlen)
     served = token_windows(args.text, encode, seqlen, max(1, args.tokens // seqlen))
     weights = read_weights(args.bundle, manifest).sparse

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.predictor.evaluate import evaluate
     from shadowllm.predictor.memory import keep_freed_memory
     from shadowllm.predictor.progress import progress
-    from shadowllm.runtime.text import load_tokenizer
+    from shadowllm.runtime.text import load_tokenizer, plain_encoder
 
     if args.tokens < args.seqlen:
         raise UserError(
@@ -69,12 +69,9 @@ def run(args: argparse.Namespace) -> None:
         )
     keep_freed_memory()
     manifest = read_manifest(args.bundle)
-    tokenizer = load_tokenizer(args.bundle, manifest)
+    encode = plain_encoder(load_tokenizer(args.bundle, manifest))
     read = read_weights(args.bundle, manifest)
     predictor = read.predictor
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     seqlen, limit = min(args.seqlen, manifest.spec.max_seqlen), args.tokens // args.seqlen
     windows = (

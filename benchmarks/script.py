@@ -1,0 +1,37 @@
+"""What the benchmarks that are run by hand share: how they introduce themselves, and how a user's mistake ends them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
+from shadowllm.errors import UserError
+
+P = ParamSpec("P")
+
+
+def script_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the module's docstring, for ``python -m shadowllm.benchmarks.NAME``."""
+    return argparse.ArgumentParser(
+        prog=f"python -m shadowllm.benchmarks.{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def script(main: Callable[P, None]) -> Callable[P, int]:
+    """Make a function a program: it returns 0, or 1 after one line on stderr for a `UserError`."""
+
+    @wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    return run
