@@ -1,0 +1,288 @@
+"""What a TensorRT plugin node runs: kernels compiled ahead of time, and how they are launched.
+
+A *program* is the whole state of a plugin. The exporter makes one per node and puts it into the ONNX
+node as one binary attribute; the engine stores it; the plugin, in Python or in C++, only interprets
+it. So an engine needs neither Triton nor a compiler, and both plugins are the same few rules:
+
+- types and shapes of the inputs and outputs stand in the program;
+- the first plan whose ``max_batch`` and ``max_seqlen`` cover a call is run, launch after launch, on one
+  stream; batch and seqlen are the first two dimensions of input 0 (seqlen is 1 if it has only two);
+- each kernel has an image per compute capability, and PTX for GPUs that none was made for.
+
+Serialised, a program is a sequence of little-endian int64 and of byte strings (their length as int64,
+then the bytes), in the order in which `Program.pack` writes them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+MAGIC = b"shadowllm program 1"
+# TensorRT's own numbers of its data types.
+DTYPES = {"float32": 0, "float16": 1, "int32": 3, "bfloat16": 7}
+KINDS = ("input", "output", "workspace", "int")
+PTX = 0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number that may depend on the call: ``ceil(factor * batch * seqlen / divisor)``.
+
+    Attributes:
+        batch, seqlen: whether that dimension is a factor.
+    """
+
+    factor: int = 1
+    batch: bool = False
+    seqlen: bool = False
+    divisor: int = 1
+
+    def __call__(self, batch: int, seqlen: int) -> int:
+        """The number for a call."""
+        product = self.factor * (batch if self.batch else 1) * (seqlen if self.seqlen else 1)
+        return -(-product // self.divisor)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A kernel parameter.
+
+    Attributes:
+        kind: "input" and "output" are pointers to the tensor number ``value``, "workspace" one to the
+            byte ``value`` of the plan's workspace, "int" is the int32 ``size``.
+    """
+
+    kind: Literal["input", "output", "workspace", "int"]
+    value: int = 0
+    size: Size = Size()
+
+
+@dataclass(frozen=True)
+class Image:
+    """A kernel compiled for one GPU architecture.
+
+    Attributes:
+        sm: compute capability, as 89 for 8.9; `PTX` (0) for PTX text, which the driver compiles.
+        data: a cubin, or PTX without a closing zero.
+    """
+
+    sm: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel.
+
+    Attributes:
+        name: symbol in all images.
+        threads: in a block, one-dimensional.
+        shared_bytes: dynamic shared memory.
+        hidden: pointers behind the arguments that the compiler added; null is passed.
+        images: one per architecture.
+    """
+
+    name: str
+    threads: int
+    shared_bytes: int
+    hidden: int
+    images: tuple[Image, ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: number of the kernel, grid of blocks, arguments in order."""
+
+    kernel: int
+    grid: tuple[Size, Size, Size]
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches that serve every call up to a batch and a seqlen.
+
+    Attributes:
+        workspace_bytes: scratch memory on the device, aligned to 256.
+    """
+
+    max_batch: int
+    max_seqlen: int
+    workspace_bytes: int
+    launches: tuple[Launch, ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Type and shape of an output; a dimension is a number, or ``(input, axis)`` that it is equal to."""
+
+    dtype: str
+    shape: tuple[int | tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """All a plugin node needs.
+
+    Attributes:
+        inputs: type of each input, a key of `DTYPES`.
+        plans: in ascending order of what they cover.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[Output, ...]
+    kernels: tuple[Kernel, ...]
+    plans: tuple[Plan, ...]
+
+    def plan(self, batch: int, seqlen: int) -> Plan:
+        """The plan that serves a call.
+
+        Raises:
+            ValueError: none does.
+        """
+        for plan in self.plans:
+            if batch <= plan.max_batch and seqlen <= plan.max_seqlen:
+                return plan
+        raise ValueError(f"no plan serves batch {batch}, seqlen {seqlen}")
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Scratch memory that is enough for every plan."""
+        return max(plan.workspace_bytes for plan in self.plans)
+
+    def pack(self) -> bytes:
+        """Serialise; `unpack` reads it back."""
+        out = _Writer()
+        out.bytes(MAGIC)
+        out.many(self.inputs, lambda dtype: out.int(DTYPES[dtype]))
+        out.many(self.outputs, out.output)
+        out.many(self.kernels, out.kernel)
+        out.many(self.plans, out.plan)
+        return bytes(out.data)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Program:
+        """Read a program.
+
+        Raises:
+            ValueError: the bytes are none, or of another version.
+        """
+        source = _Reader(data)
+        try:
+            if source.bytes() != MAGIC:
+                raise ValueError("not a program of this version")
+            program = cls(
+                source.many(source.dtype),
+                source.many(source.output),
+                source.many(source.kernel),
+                source.many(source.plan),
+            )
+        except (struct.error, IndexError, KeyError, OverflowError) as error:
+            raise ValueError("the program is damaged") from error
+        if source.place != len(data):
+            raise ValueError("the program is longer than it should be")
+        return program
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def int(self, *values: int) -> None:
+        self.data += struct.pack(f"<{len(values)}q", *values)
+
+    def bytes(self, value: bytes) -> None:
+        self.int(len(value))
+        self.data += value
+
+    def many(self, values: Sequence[T], write: Callable[[T], None]) -> None:
+        self.int(len(values))
+        for value in values:
+            write(value)
+
+    def size(self, size: Size) -> None:
+        self.int(size.factor, size.batch, size.seqlen, size.divisor)
+
+    def output(self, output: Output) -> None:
+        self.int(DTYPES[output.dtype])
+        # A constant dimension is written as axis -1.
+        self.many(output.shape, lambda dim: self.int(*((dim, -1) if isinstance(dim, int) else dim)))
+
+    def kernel(self, kernel: Kernel) -> None:
+        self.bytes(kernel.name.encode())
+        self.int(kernel.threads, kernel.shared_bytes, kernel.hidden)
+        self.many(kernel.images, self.image)
+
+    def image(self, image: Image) -> None:
+        self.int(image.sm)
+        self.bytes(image.data)
+
+    def plan(self, plan: Plan) -> None:
+        self.int(plan.max_batch, plan.max_seqlen, plan.workspace_bytes)
+        self.many(plan.launches, self.launch)
+
+    def launch(self, launch: Launch) -> None:
+        self.int(launch.kernel)
+        for size in launch.grid:
+            self.size(size)
+        self.many(launch.arguments, self.argument)
+
+    def argument(self, argument: Argument) -> None:
+        self.int(KINDS.index(argument.kind), argument.value)
+        self.size(argument.size)
+
+
+class _Reader:
+    def __init__(self, data: bytes) -> None:
+        self.data, self.place = data, 0
+
+    def int(self) -> int:
+        (value,) = struct.unpack_from("<q", self.data, self.place)
+        self.place += 8
+        return value
+
+    def bytes(self) -> bytes:
+        start, size = self.place + 8, self.int()
+        if not 0 <= size <= len(self.data) - start:
+            raise IndexError
+        self.place = start + size
+        return self.data[start : self.place]
+
+    def many(self, read: Callable[[], T]) -> tuple[T, ...]:
+        count = self.int()
+        if not 0 <= count <= len(self.data):
+            raise IndexError
+        return tuple(read() for _ in range(count))
+
+    def dtype(self) -> str:
+        return {number: name for name, number in DTYPES.items()}[self.int()]
+
+    def size(self) -> Size:
+        return Size(self.int(), bool(self.int()), bool(self.int()), self.int())
+
+    def output(self) -> Output:
+        return Output(self.dtype(), self.many(self.dimension))
+
+    def dimension(self) -> int | tuple[int, int]:
+        first, axis = self.int(), self.int()
+        return first if axis < 0 else (first, axis)
+
+    def kernel(self) -> Kernel:
+        return Kernel(self.bytes().decode(), self.int(), self.int(), self.int(), self.many(self.image))
+
+    def image(self) -> Image:
+        return Image(self.int(), self.bytes())
+
+    def plan(self) -> Plan:
+        return Plan(self.int(), self.int(), self.int(), self.many(self.launch))
+
+    def launch(self) -> Launch:
+        return Launch(self.int(), (self.size(), self.size(), self.size()), self.many(self.argument))
+
+    def argument(self) -> Argument:
+        return Argument(KINDS[self.int()], self.int(), self.size())  # type: ignore[arg-type]
