@@ -158,8 +158,8 @@ class Program:
     def pack(self) -> bytes:
         """Serialise; `unpack` reads it back."""
         out = _Writer()
-        out.bytes(MAGIC)
-        out.many(self.inputs, lambda dtype: out.int(DTYPES[dtype]))
+        out.blob(MAGIC)
+        out.many(self.inputs, lambda dtype: out.number(DTYPES[dtype]))
         out.many(self.outputs, out.output)
         out.many(self.kernels, out.kernel)
         out.many(self.plans, out.plan)
@@ -174,7 +174,7 @@ class Program:
         """
         source = _Reader(data)
         try:
-            if source.bytes() != MAGIC:
+            if source.blob() != MAGIC:
                 raise ValueError("not a program of this version")
             program = cls(
                 source.many(source.dtype),
@@ -193,47 +193,47 @@ class _Writer:
     def __init__(self) -> None:
         self.data = bytearray()
 
-    def int(self, *values: int) -> None:
+    def number(self, *values: int) -> None:
         self.data += struct.pack(f"<{len(values)}q", *values)
 
-    def bytes(self, value: bytes) -> None:
-        self.int(len(value))
+    def blob(self, value: bytes) -> None:
+        self.number(len(value))
         self.data += value
 
     def many(self, values: Sequence[T], write: Callable[[T], None]) -> None:
-        self.int(len(values))
+        self.number(len(values))
         for value in values:
             write(value)
 
     def size(self, size: Size) -> None:
-        self.int(size.factor, size.batch, size.seqlen, size.divisor)
+        self.number(size.factor, size.batch, size.seqlen, size.divisor)
 
     def output(self, output: Output) -> None:
-        self.int(DTYPES[output.dtype])
+        self.number(DTYPES[output.dtype])
         # A constant dimension is written as axis -1.
-        self.many(output.shape, lambda dim: self.int(*((dim, -1) if isinstance(dim, int) else dim)))
+        self.many(output.shape, lambda dim: self.number(*((dim, -1) if isinstance(dim, int) else dim)))
 
     def kernel(self, kernel: Kernel) -> None:
-        self.bytes(kernel.name.encode())
-        self.int(kernel.threads, kernel.shared_bytes, kernel.hidden)
+        self.blob(kernel.name.encode())
+        self.number(kernel.threads, kernel.shared_bytes, kernel.hidden)
         self.many(kernel.images, self.image)
 
     def image(self, image: Image) -> None:
-        self.int(image.sm)
-        self.bytes(image.data)
+        self.number(image.sm)
+        self.blob(image.data)
 
     def plan(self, plan: Plan) -> None:
-        self.int(plan.max_batch, plan.max_seqlen, plan.workspace_bytes)
+        self.number(plan.max_batch, plan.max_seqlen, plan.workspace_bytes)
         self.many(plan.launches, self.launch)
 
     def launch(self, launch: Launch) -> None:
-        self.int(launch.kernel)
+        self.number(launch.kernel)
         for size in launch.grid:
             self.size(size)
         self.many(launch.arguments, self.argument)
 
     def argument(self, argument: Argument) -> None:
-        self.int(KINDS.index(argument.kind), argument.value)
+        self.number(KINDS.index(argument.kind), argument.value)
         self.size(argument.size)
 
 
@@ -241,48 +241,48 @@ class _Reader:
     def __init__(self, data: bytes) -> None:
         self.data, self.place = data, 0
 
-    def int(self) -> int:
+    def number(self) -> int:
         (value,) = struct.unpack_from("<q", self.data, self.place)
         self.place += 8
         return value
 
-    def bytes(self) -> bytes:
-        start, size = self.place + 8, self.int()
+    def blob(self) -> bytes:
+        start, size = self.place + 8, self.number()
         if not 0 <= size <= len(self.data) - start:
             raise IndexError
         self.place = start + size
         return self.data[start : self.place]
 
     def many(self, read: Callable[[], T]) -> tuple[T, ...]:
-        count = self.int()
+        count = self.number()
         if not 0 <= count <= len(self.data):
             raise IndexError
         return tuple(read() for _ in range(count))
 
     def dtype(self) -> str:
-        return {number: name for name, number in DTYPES.items()}[self.int()]
+        return {number: name for name, number in DTYPES.items()}[self.number()]
 
     def size(self) -> Size:
-        return Size(self.int(), bool(self.int()), bool(self.int()), self.int())
+        return Size(self.number(), bool(self.number()), bool(self.number()), self.number())
 
     def output(self) -> Output:
         return Output(self.dtype(), self.many(self.dimension))
 
     def dimension(self) -> int | tuple[int, int]:
-        first, axis = self.int(), self.int()
+        first, axis = self.number(), self.number()
         return first if axis < 0 else (first, axis)
 
     def kernel(self) -> Kernel:
-        return Kernel(self.bytes().decode(), self.int(), self.int(), self.int(), self.many(self.image))
+        return Kernel(self.blob().decode(), self.number(), self.number(), self.number(), self.many(self.image))
 
     def image(self) -> Image:
-        return Image(self.int(), self.bytes())
+        return Image(self.number(), self.blob())
 
     def plan(self) -> Plan:
-        return Plan(self.int(), self.int(), self.int(), self.many(self.launch))
+        return Plan(self.number(), self.number(), self.number(), self.many(self.launch))
 
     def launch(self) -> Launch:
-        return Launch(self.int(), (self.size(), self.size(), self.size()), self.many(self.argument))
+        return Launch(self.number(), (self.size(), self.size(), self.size()), self.many(self.argument))
 
     def argument(self) -> Argument:
-        return Argument(KINDS[self.int()], self.int(), self.size())  # type: ignore[arg-type]
+        return Argument(KINDS[self.number()], self.number(), self.size())  # type: ignore[arg-type]
