@@ -1,0 +1,143 @@
+"""The projection back to the hidden size from the active rows of a weight, for MLP and attention alike."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from shadowllm.plugins.program import Size
+from shadowllm.plugins.triton.schedule import GEMV, PREFILL, Call, Operand, Scratch, Tier, Workspace
+from shadowllm.plugins.triton.tiles import active_rows, dot
+
+# Blocks of a launch that keep every multiprocessor of a large GPU loading.
+BLOCKS = 512
+MAX_SPLITS = 32
+
+
+def back_calls(
+    workspace: Workspace,
+    tier: Tier,
+    hidden: Scratch,
+    weight: str,
+    bias: str | None,
+    *,
+    cap: int,
+    units: int,
+    group: int,
+    width: int,
+    skip_zeros: bool = False,
+) -> tuple[Call, Call]:
+    """The launches of `project_back` and `sum_partials`, into the output "y".
+
+    Args:
+        hidden: ``(tokens, cap * group)`` of type T.
+        weight, bias: names of inputs; no bias if None.
+        cap: length of the indices.
+        units, group: the weight has ``units * group`` rows.
+        skip_zeros: whether rows of hidden values that are zero need not be read.
+    """
+    rows, cols = (16, min(256, triton.next_power_of_2(width))) if tier.block == GEMV else (64, 64)
+    tiles = triton.cdiv(width, cols)
+    splits = 1 if tier.block == PREFILL else min(MAX_SPLITS, triton.cdiv(BLOCKS, tiles), triton.cdiv(cap * group, rows))
+    partials = workspace.take(splits * tier.tokens * width, "float32", 4)
+    constants = {"WIDTH": width, "SPLITS": splits, "BLOCK_D": cols}
+    multiply = Call(
+        project_back,
+        (Size(tiles), Size(splits), tier.tiles),
+        {
+            "hidden": hidden,
+            "indices": "indices",
+            "count": "count",
+            "weight": weight,
+            "partials": partials,
+            "tokens": tier.size,
+        },
+        constants
+        | {
+            "CAP": cap,
+            "UNITS": units,
+            "GROUP": group,
+            "SKIP_ZEROS": int(skip_zeros and tier.block == GEMV),
+            "BLOCK_M": tier.block,
+            "BLOCK_N": rows,
+        },
+        stages=3,
+    )
+    summed: dict[str, Operand] = {"partials": partials, "y": "y", "tokens": tier.size}
+    if bias:
+        summed["bias"] = bias
+    total = Call(sum_partials, (Size(tiles), tier.size, Size()), summed, constants)
+    return multiply, total
+
+
+@triton.jit
+def project_back(
+    hidden,
+    indices,
+    count,
+    weight,
+    partials,
+    tokens,
+    CAP: tl.constexpr,
+    UNITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SKIP_ZEROS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One share of ``hidden (tokens, CAP * GROUP)`` times the active rows of ``weight (UNITS * GROUP, WIDTH)``.
+
+    Block (column tile, split, token tile) sums its share of the active rows into
+    ``partials (SPLITS, tokens, WIDTH)``; `sum_partials` adds the shares in a fixed order, so that results do
+    not depend on scheduling. Both the down projection (a unit is a neuron, one row) and the output
+    projection (a head, ``head_dim`` rows) are this.
+    """
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.program_id(1)
+    rows_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.minimum(tl.load(count), CAP)
+    share = tl.cdiv(tl.cdiv(n * GROUP, SPLITS), BLOCK_N) * BLOCK_N
+    stop = tl.minimum(n * GROUP, (split + 1) * share)
+    if BLOCK_M == 1:
+        acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(split * share, stop, BLOCK_N):
+        slots = start + tl.arange(0, BLOCK_N)
+        rows, live = active_rows(indices, n, slots, GROUP, UNITS)
+        h = tl.load(
+            hidden + rows_m[:, None].to(tl.int64) * (CAP * GROUP) + slots[None, :],
+            mask=(rows_m < tokens)[:, None] & live[None, :],
+            other=0.0,
+        )
+        if SKIP_ZEROS:  # what ReLU silenced needs no weights
+            live = live & (tl.sum(h.to(tl.float32), 0) != 0)
+        w = tl.load(
+            weight + rows[:, None] * WIDTH + cols[None, :], mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0
+        )
+        if BLOCK_M == 1:
+            acc += tl.trans(h).to(tl.float32) * w.to(tl.float32)
+        else:
+            acc = dot(h, w, acc)
+    if BLOCK_M == 1:
+        total = tl.sum(acc, 0)[None, :]
+    else:
+        total = acc
+    place = (split * tokens + rows_m)[:, None].to(tl.int64) * WIDTH + cols[None, :]
+    tl.store(partials + place, total, mask=(rows_m < tokens)[:, None] & (cols < WIDTH)[None, :])
+
+
+@triton.jit
+def sum_partials(partials, bias, y, tokens, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``y (tokens, WIDTH)``: the shares of `project_back` added up, and the bias."""
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    token = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(partials + (split * tokens + token) * WIDTH + cols, mask=cols < WIDTH, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+    tl.store(y + token * WIDTH + cols, total.to(y.dtype.element_ty), mask=cols < WIDTH)

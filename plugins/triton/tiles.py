@@ -1,0 +1,69 @@
+"""What the kernels share: products of tokens with gathered rows, for one token and for many.
+
+A tile of one token is a matrix-vector product: it keeps one partial sum per loaded weight and adds up
+at the end, so that the loop has no traffic between threads. More tokens go through ``tl.dot``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter takes the bits of bfloat16 for integers in tl.dot: there it multiplies in float32.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(a, b, acc):
+    """``acc + a b``, sums in float32; float32 inputs are not rounded to TF32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def zeros_along(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Sums for `add_along`."""
+    if BLOCK_M == 1:
+        return tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    else:
+        return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+
+@triton.jit
+def add_along(acc, x, w, BLOCK_M: tl.constexpr):
+    """Add the products of tokens ``x (M, K)`` with rows ``w (N, K)``."""
+    if BLOCK_M == 1:
+        return acc + x.to(tl.float32) * w.to(tl.float32)
+    else:
+        return dot(x, tl.trans(w), acc)
+
+
+@triton.jit
+def sum_along(acc, BLOCK_M: tl.constexpr):
+    """The products ``(M, N)``."""
+    if BLOCK_M == 1:
+        return tl.sum(acc, 1)[None, :]
+    else:
+        return acc
+
+
+@triton.jit
+def active_rows(indices, count, slots, GROUP: tl.constexpr, UNITS: tl.constexpr):
+    """Rows of a weight that stand at slots of a selection of units of ``GROUP`` rows each.
+
+    Returns:
+        Rows int64 and whether they are active. A slot past the count, or an index outside the weight,
+        is not active, its row 0: nothing outside a buffer is read.
+    """
+    units = tl.load(indices + slots // GROUP, mask=slots < count * GROUP, other=-1)
+    live = (units >= 0) & (units < UNITS)
+    return tl.where(live, units, 0).to(tl.int64) * GROUP + slots % GROUP, live
+
+
+def block_along(width: int, tokens: int) -> int:
+    """Columns that a loop over a row of this width takes at a time, for a tile of so many tokens."""
+    return min(256 if tokens == 1 else 64, max(16, triton.next_power_of_2(width)))
