@@ -64,7 +64,7 @@ def step_traffic(
     heads, neurons = (active.heads, active.neurons) if active else ((), ())
     d, kv = spec.hidden_size, spec.n_kv_heads * spec.head_dim
     # With query heads selected one by one, all KV heads may be in use, but never more than query heads are.
-    kv_read = dense_layers * spec.n_kv_heads + sum(min(spec.n_kv_heads, count) for count in heads)
+    kv_read = dense_layers * spec.n_kv_heads + sum(min(spec.n_kv_heads, n // spec.heads_together) for n in heads)
     elements = {
         "embedding rows": batch * d * (2 if spec.positions == "learned" else 1),
         "norms": (2 * spec.n_layers + 1) * d * (2 if spec.norm == "layernorm" else 1),

@@ -260,9 +260,8 @@ def sparse_layer(
 def _choose_heads(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
     """The ``count`` heads that a linear map of the attention's input puts highest."""
     weight, bias = (g.weight(f"predictor.layers.{layer}.heads.{part}") for part in ("weight", "bias"))
-    return _choose(
-        g, f"layers.{layer}.select_heads", g.op("Gemm", _float(g, x), weight, bias, transB=1), count, spec.n_heads
-    )
+    scores = g.op("Gemm", _float(g, x), weight, bias, transB=1)
+    return _choose(g, f"layers.{layer}.select_heads", scores, count, spec.n_heads, spec.heads_together)
 
 
 def _choose_neurons(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
@@ -275,13 +274,24 @@ def _choose_neurons(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, c
     return _choose(g, f"layers.{layer}.select_neurons", scores, count, spec.intermediate_size)
 
 
-def _choose(g: GraphBuilder, name: str, scores: ir.Value, count: ir.Value, width: int) -> ir.Value:
+def _choose(g: GraphBuilder, name: str, scores: ir.Value, count: ir.Value, width: int, together: int = 1) -> ir.Value:
     """Indices ``(width,)`` of the largest of ``(tokens, width)`` scores on average: one choice for all tokens."""
-    inputs: dict[str, ir.Value | None] = {
-        "scores": g.op("ReduceMean", scores, g.ints([0]), keepdims=1),
-        "counts": g.op("Unsqueeze", count, g.ints([0])),
-    }
-    return g.op("Reshape", g.custom(schemas.SELECT_TOPK, name, inputs, cap=width), g.ints([-1]))
+    mean = g.op("ReduceMean", scores, g.ints([0]), keepdims=1)
+    return g.op("Reshape", select(g, name, mean, g.op("Unsqueeze", count, g.ints([0])), width, together), g.ints([-1]))
+
+
+def select(g: GraphBuilder, name: str, scores: ir.Value, counts: ir.Value, width: int, together: int = 1) -> ir.Value:
+    """Indices ``(rows, width)`` of the ``counts`` largest of each row of scores.
+
+    Args:
+        together: so many neighbours are chosen as one. All get the sum of their scores, so that ties, which go
+            to the lower index, fall in whole groups.
+    """
+    if together > 1:
+        groups = g.op("Reshape", scores, g.ints([-1, width // together, together]))
+        sums = g.op("ReduceSum", groups, g.ints([2]), keepdims=1)
+        scores = g.op("Reshape", g.op("Expand", sums, g.ints([1, 1, together])), g.ints([-1, width]))
+    return g.custom(schemas.SELECT_TOPK, name, {"scores": scores, "counts": counts}, cap=width)
 
 
 def _sparse_mlp(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from shadowllm.exporter.quantised import (
 )
 from shadowllm.exporter.store import TORCH_DTYPES, Group, WeightStore, copy_groups, model_groups, quantised_groups
 from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights
+from shadowllm.models.spec import HeadUnit
 from shadowllm.plugins import schemas
 from shadowllm.plugins.quantisation import WEIGHT_DTYPES, Quantisation
 from shadowllm.predictor.artefact import Predictor
@@ -47,6 +48,7 @@ def write_bundle(
     dtype: str = "float32",
     weight_dtype: str | None = None,
     budget: Budget,
+    head_unit: HeadUnit = "query_head",
 ) -> Manifest:
     """Fill ``folder`` with a bundle; weights stream through memory one tensor at a time.
 
@@ -55,12 +57,13 @@ def write_bundle(
         dtype: of weights and activations: "float32", "float16" or "bfloat16".
         weight_dtype: "int8" or "int4" to store matrices as integers.
         budget: default fractions to keep; any other can be asked for at run time.
+        head_unit: what is chosen among heads: query heads, or whole KV groups.
 
     Raises:
         UserError: an unknown or unsuitable dtype, a predictor of another model, or a damaged checkpoint.
     """
     check_dtypes(weights.spec, dtype, weight_dtype)
-    spec, kind = weights.spec, DTYPES[dtype]
+    spec, kind = replace(weights.spec, head_unit=head_unit), DTYPES[dtype]
     q = WEIGHT_DTYPES[weight_dtype] if weight_dtype else None
     fingerprint = weights.fingerprint()
     predictor.check_base(spec, fingerprint)

@@ -15,7 +15,6 @@ from shadowllm.exporter import blocks
 from shadowllm.exporter.builder import GraphBuilder
 from shadowllm.exporter.store import WeightStore
 from shadowllm.models import ModelSpec
-from shadowllm.plugins import schemas
 from shadowllm.plugins.functions import FunctionForm, function_bodies
 from shadowllm.plugins.quantisation import Quantisation
 from shadowllm.predictor.artefact import Predictor
@@ -129,7 +128,8 @@ def predictor_graph(
     for unit, width in widths.items():
         name = unit.removesuffix("s")
         counts = g.input(f"{name}_counts", [predictor.n_sparse], INT32)
-        indices = g.custom(schemas.SELECT_TOPK, f"select_{unit}", {"scores": scores[unit], "counts": counts}, cap=width)
+        together = spec.heads_together if unit == "heads" else 1
+        indices = blocks.select(g, f"select_{unit}", scores[unit], counts, width, together)
         g.output(indices, f"{name}_indices", [predictor.n_sparse, width], INT32)
     return g.model(function_bodies(function_form(spec, q)))
 

@@ -33,7 +33,6 @@ class Manifest:
         dense_layers: leading layers that stay dense.
         selector: "ahead": ``predictor`` chooses, and indices are inputs of ``body``; "in place": ``body``
             chooses by itself, layer by layer.
-        head_unit: what a head index counts ("query_head").
         budgets: default fractions, ``{"neurons": ..., "heads": ...}``; lists where layers differ.
         predictor: kind, criterion and training record.
         base_fingerprint: SHA-256 of the checkpoint the predictor was trained on.
@@ -56,7 +55,6 @@ class Manifest:
     files: dict[str, str]
     weight_dtype: str | None = None
     selector: str = "ahead"
-    head_unit: str = "query_head"
     allocation: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
 
@@ -118,6 +116,7 @@ def read_manifest(folder: Path) -> Manifest:
         version = data.pop("schema_version")
         if version != SCHEMA_VERSION:
             raise UserError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", remedy)
+        data.pop("head_unit", None)  # now of the spec; where it stood here it was always a query head
         spec = ModelSpec.from_dict(data.pop("spec"))
         manifest = Manifest(spec=spec, **data)
         names = list(manifest.files.keys())

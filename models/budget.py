@@ -39,10 +39,13 @@ class Budget:
     def counts(self, spec: ModelSpec, n_sparse: int) -> tuple[np.ndarray, np.ndarray]:
         """Active heads and neurons of each sparse layer, int32 ``(n_sparse,)``, at least one each.
 
+        Heads are query heads, rounded to whole groups where groups are chosen (``ModelSpec.head_unit``).
+
         Raises:
             UserError: fractions for another number of layers.
         """
-        return _counts(self.heads, spec.n_heads, n_sparse), _counts(self.neurons, spec.intermediate_size, n_sparse)
+        heads = _counts(self.heads, spec.n_heads // spec.heads_together, n_sparse) * spec.heads_together
+        return heads, _counts(self.neurons, spec.intermediate_size, n_sparse)
 
     def mean(self) -> Budget:
         """The same fractions on average, for all layers alike."""

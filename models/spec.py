@@ -14,6 +14,7 @@ Norm = Literal["layernorm", "rmsnorm"]
 Activation = Literal["relu", "silu", "gelu"]
 Positions = Literal["learned", "rope"]
 RopeScaling = Literal["default", "linear", "llama3"]
+HeadUnit = Literal["query_head", "kv_group"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class ModelSpec:
         rope: rotary parameters, None for learned positions.
         qkv_bias, o_bias, mlp_bias: which projections carry a bias.
         tied_embeddings: the output projection is the embedding table.
+        head_unit: what is active or not as one: a query head, or all query heads of a KV head.
     """
 
     family: str
@@ -100,6 +102,7 @@ class ModelSpec:
     tied_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
+    head_unit: HeadUnit = "query_head"
 
     def __post_init__(self) -> None:
         for name in (
@@ -120,6 +123,7 @@ class ModelSpec:
         _require(self.norm in get_args(Norm), f"norm {self.norm!r}")
         _require(self.activation in get_args(Activation), f"activation {self.activation!r}")
         _require(self.positions in get_args(Positions), f"positions {self.positions!r}")
+        _require(self.head_unit in get_args(HeadUnit), f"head unit {self.head_unit!r}")
         _require((self.rope is not None) == (self.positions == "rope"), "rope spec and positions disagree")
         _require(self.rope is None or self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
 
@@ -127,6 +131,11 @@ class ModelSpec:
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.n_heads // self.n_kv_heads
+
+    @property
+    def heads_together(self) -> int:
+        """Neighbouring query heads that are active or not as one."""
+        return self.group_size if self.head_unit == "kv_group" else 1
 
     @property
     def n_parameters(self) -> int:

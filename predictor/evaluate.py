@@ -22,7 +22,7 @@ from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.criteria import find_criterion
 from shadowllm.predictor.progress import Advance, no_progress
 from shadowllm.predictor.selectors import Context, MaskedDecoder, Selector, make_selector
-from shadowllm.predictor.topk import top_mask
+from shadowllm.predictor.topk import active_mask
 from shadowllm.predictor.traces import Tracer
 
 DENSE = "dense"
@@ -161,7 +161,7 @@ class _Run:
         self._name, self._budget = name, budget
         n_sparse = context.spec.n_layers - context.dense_layers
         self._counts = dict(zip(UNITS, budget.counts(context.spec, n_sparse), strict=True))
-        self._first = context.dense_layers
+        self._spec, self._first = context.spec, context.dense_layers
         self._decoder = MaskedDecoder(context, chooser, budget)
         self._sums = _Sums()
 
@@ -169,7 +169,7 @@ class _Run:
         self._sums.add(window, self._decoder(window), dense)
         for (layer, unit), chosen in self._decoder.masks.items():
             row = layer - self._first
-            wanted = top_mask(truth[unit][:, row], int(self._counts[unit][row]))
+            wanted = active_mask(self._spec, unit, truth[unit][:, row], int(self._counts[unit][row]))
             self._sums.hit[unit] += int((chosen[0] & wanted).sum())
             self._sums.wanted[unit] += int(wanted.sum())
 

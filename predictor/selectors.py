@@ -23,7 +23,7 @@ from shadowllm.plugins.quantisation import Quantisation
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.criteria import find_criterion, unit_trace
 from shadowllm.predictor.networks import scores
-from shadowllm.predictor.topk import top_mask
+from shadowllm.predictor.topk import active_mask
 from shadowllm.predictor.traces import Tracer
 from shadowllm.predictor.weight_copy import COPY, InPlace
 
@@ -248,7 +248,7 @@ class MaskedDecoder:
         if count == self._sizes[unit]:  # nothing to choose, so nobody is asked
             self.masks[layer, unit] = torch.ones(activation.shape[:3], dtype=torch.bool)
             return activation
-        mask = top_mask(self._chooser.scores(layer, unit, activation), count)
+        mask = active_mask(self._context.spec, unit, self._chooser.scores(layer, unit, activation), count)
         mask = mask.expand(activation.shape[:3])
         self.masks[layer, unit] = mask
         return activation * (mask.unsqueeze(-1) if unit == "heads" else mask)

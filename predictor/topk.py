@@ -5,6 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shadowllm.models.decoder import Unit
+from shadowllm.models.spec import ModelSpec
+
+
+def active_mask(spec: ModelSpec, unit: Unit, scores: Tensor, count: int) -> Tensor:
+    """The ``count`` active units of a layer by their scores ``(..., n_units)``: a mask of the same shape.
+
+    Heads that are chosen together all get the sum of their scores, so that the tie rule of `top_mask` takes
+    whole groups (``count`` being one of `Budget.counts`).
+    """
+    together = spec.heads_together if unit == "heads" else 1
+    if together > 1:
+        sums = scores.unflatten(-1, (-1, together)).sum(dim=-1, keepdim=True)
+        scores = sums.expand(*sums.shape[:-1], together).flatten(-2)
+    return top_mask(scores, count)
+
 
 def top_mask(scores: Tensor, count: int) -> Tensor:
     """Mark the ``count`` largest entries along the last axis; ties go to the lower index, as in ``SelectTopK``.

@@ -16,7 +16,7 @@ from shadowllm.exporter.manifest import read_manifest
 from shadowllm.models.budget import Budget
 from shadowllm.models.decoder import Unit
 from shadowllm.predictor.progress import Advance, no_progress
-from shadowllm.predictor.topk import top_mask
+from shadowllm.predictor.topk import active_mask
 from shadowllm.predictor.traces import Tracer
 from shadowllm.runtime.ort import OrtSession
 from shadowllm.runtime.validation import selection_masks
@@ -98,6 +98,10 @@ def _important(tracer: Tracer, window: Tensor, counts: Mapping[Unit, np.ndarray]
     for unit in UNITS:
         layers = getattr(traced, unit).unbind(dim=1)
         found[unit] = torch.stack(
-            [top_mask(scores, int(count)) for scores, count in zip(layers, counts[unit], strict=True)], dim=1
+            [
+                active_mask(tracer.spec, unit, scores, int(count))
+                for scores, count in zip(layers, counts[unit], strict=True)
+            ],
+            dim=1,
         )
     return found

@@ -20,7 +20,7 @@ from shadowllm.models import Budget, Decoder, KVCache, ModelSpec
 from shadowllm.models.decoder import Unit
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.networks import scores
-from shadowllm.predictor.topk import top_mask
+from shadowllm.predictor.topk import active_mask
 from shadowllm.predictor.weight_copy import InPlace
 from shadowllm.runtime.inputs import check_prompts, check_tokens
 
@@ -124,7 +124,7 @@ class TorchSession:
         def watch(layer: int, unit: Unit, normed: Tensor) -> None:
             if self._in_place is not None:
                 found, row = self._in_place.scores(layer, unit, normed.flatten(0, 1)), layer - first
-                self.chosen[unit][row] = top_mask(found.mean(dim=0), self._counts[unit][row])
+                self.chosen[unit][row] = active_mask(self.spec, unit, found.mean(dim=0), self._counts[unit][row])
 
         def tap(layer: int, unit: Unit, activation: Tensor) -> Tensor:
             mask = selection[unit][layer - first]
@@ -145,7 +145,9 @@ class TorchSession:
         units: tuple[Unit, ...] = ("heads", "neurons")
         found = (found.mean(dim=0) for found in scores(predictor, hidden.flatten(0, 1)))
         return {
-            unit: torch.stack([top_mask(row, count) for row, count in zip(rows, self._counts[unit], strict=True)])
+            unit: torch.stack(
+                [active_mask(self.spec, unit, row, n) for row, n in zip(rows, self._counts[unit], strict=True)]
+            )
             for unit, rows in zip(units, found, strict=True)
         }
 

@@ -19,6 +19,7 @@ from shadowllm.exporter.profiles import profiles_for
 from shadowllm.exporter.sidecar import EngineRecord
 from shadowllm.exporter.staging import check_output, staged
 from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights, load_model
+from shadowllm.models.spec import HeadUnit
 from shadowllm.plugins.tensorrt.flavour import Flavour, require
 from shadowllm.predictor.artefact import Kind, Predictor
 from shadowllm.predictor.calibration import calibration_windows
@@ -112,6 +113,7 @@ class Export:
         engines: one per flavour to build.
         weight_dtype: "int8" or "int4" to store matrices as integers.
         target: what to choose other default fractions for, once the bundle is written.
+        head_unit: "query_head", or "kv_group" to choose the query heads of a KV head together.
     """
 
     selector: str = "shadow"
@@ -121,6 +123,7 @@ class Export:
     engines: Sequence[EngineOptions] = ()
     weight_dtype: str | None = None
     target: Target | None = None
+    head_unit: HeadUnit = "query_head"
 
 
 def calibrate_model(source: Source, options: Calibration) -> Traces:
@@ -183,6 +186,7 @@ def export_model(
             dtype=options.dtype,
             weight_dtype=options.weight_dtype,
             budget=options.budget,
+            head_unit=options.head_unit,
         )
         if options.validate:
             from shadowllm.runtime.validation import validate_apart

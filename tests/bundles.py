@@ -45,10 +45,19 @@ def make_bundle(
     kind: str = "shadow",
     rank: int = 16,
     weight_dtype: str | None = None,
+    head_unit: str = "query_head",
 ) -> Manifest:
     """Export ``model`` into ``folder``."""
     spec, weights, checkpoint = load_model(model)
     predictor = make_predictor(spec, weights.fingerprint(), kind, rank)
     return write_bundle(
-        folder, model.name, weights, checkpoint, predictor, dtype=dtype, weight_dtype=weight_dtype, budget=BUDGET
+        folder,
+        model.name,
+        weights,
+        checkpoint,
+        predictor,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        budget=BUDGET,
+        head_unit=head_unit,
     )

@@ -112,12 +112,16 @@ def bundle(checkpoint, tmp_path_factory):
     made: dict[tuple[str | None, ...], Path] = {}
 
     def get(
-        variant: str = "llama-gqa", dtype: str = "float32", kind: str = "shadow", weight_dtype: str | None = None
+        variant: str = "llama-gqa",
+        dtype: str = "float32",
+        kind: str = "shadow",
+        weight_dtype: str | None = None,
+        head_unit: str = "query_head",
     ) -> Path:
-        key = (variant, dtype, kind, weight_dtype)
+        key = (variant, dtype, kind, weight_dtype, head_unit)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("-".join(map(str, key)))
-            make_bundle(checkpoint(variant), made[key], dtype, kind, weight_dtype=weight_dtype)
+            make_bundle(checkpoint(variant), made[key], dtype, kind, weight_dtype=weight_dtype, head_unit=head_unit)
         return made[key]
 
     return get

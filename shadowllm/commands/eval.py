@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shadowllm.commands import options
 from shadowllm.errors import UserError
 from shadowllm.models.budget import Budget, parse_fractions
 
@@ -45,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--neuron-budget", nargs="+", type=parse_fractions, metavar="FRACTION", help=OWN)
     parser.add_argument("--head-budget", nargs="+", type=parse_fractions, metavar="FRACTION", help=OWN)
+    options.add_head_unit(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw perplexity over bytes per token there, as PNG")
 
@@ -69,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         )
     keep_freed_memory()
     manifest = read_manifest(args.bundle)
+    manifest = replace(manifest, spec=replace(manifest.spec, head_unit=args.head_unit or manifest.spec.head_unit))
     encode = plain_encoder(load_tokenizer(args.bundle, manifest))
     read = read_weights(args.bundle, manifest)
     predictor = read.predictor

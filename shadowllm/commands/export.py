@@ -42,6 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="do not hold the graphs against PyTorch (the manifest then says so)",
     )
     options.add_budget(parser)
+    options.add_head_unit(parser, "query_head")
     options.add_target(parser)
     options.add_calibration(parser)
     options.add_training(parser)
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
         [options.engines(args, flavour) for flavour in args.engine],
         args.weight_dtype,
         options.target(args),
+        args.head_unit,
     )
     export_model(
         options.source(args),

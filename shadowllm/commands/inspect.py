@@ -58,7 +58,8 @@ def _bundle(found: dict[str, Any]) -> Lines:
         (
             "layers",
             f"{spec['n_layers']}, of which the first {found['dense_layers']} dense; "
-            f"{spec['n_heads']} heads over {spec['n_kv_heads']} KV heads, {spec['intermediate_size']} neurons",
+            f"{spec['n_heads']} heads over {spec['n_kv_heads']} KV heads, {spec['intermediate_size']} neurons"
+            + (", heads chosen in KV groups" if spec["head_unit"] == "kv_group" else ""),
         ),
         (
             "budget",

@@ -54,6 +54,17 @@ def add_budget(parser: argparse.ArgumentParser, neurons: str | None = "0.5", hea
     )
 
 
+def add_head_unit(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """What is chosen among heads; without a default, a bundle's own."""
+    parser.add_argument(
+        "--head-unit",
+        choices=("query_head", "kv_group"),
+        default=default,
+        help="what is chosen among heads: each query head, or all that share a KV head together; budgets round to "
+        f"whole ones{_default(default)}",
+    )
+
+
 def budget(args: argparse.Namespace) -> Budget:
     """The budget that `add_budget` describes."""
     return Budget(neurons=args.neuron_budget, heads=args.head_budget)

@@ -69,6 +69,15 @@ def test_sparse_llama_by_hand():
     assert parts["predictor"] == 77
 
 
+def test_whole_groups_leave_their_caches_unread():
+    active = Active(heads=(2, 2), neurons=(2, 4))
+    found = [
+        step_traffic(spec, 1, context=5, active=active).parts["KV cache"] / (2 * 5 * 2)
+        for spec in (LLAMA, replace(LLAMA, head_unit="kv_group"))
+    ]
+    assert found == [2 + 2 + 2, 2 + 1 + 1]
+
+
 @pytest.mark.parametrize("spec", [LLAMA, OPT], ids=["llama", "opt"])
 def test_all_active_reads_what_dense_reads(spec):
     dense = step_traffic(spec, 4, context=9)

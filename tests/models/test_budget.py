@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from shadowllm.errors import UserError
@@ -25,6 +28,14 @@ def test_each_layer_may_have_its_own(spec):
     assert Budget(neurons=(0.25, 1.0)).mean() == Budget(neurons=0.625)
     with pytest.raises(UserError, match="2 fractions, the model 3 sparse layers"):
         Budget(neurons=(0.25, 1.0)).counts(spec, 3)
+
+
+def test_kv_groups_stay_whole(spec):
+    grouped = replace(spec, head_unit="kv_group")  # two groups of two
+    heads, neurons = Budget(neurons=0.25, heads=(0.1, 0.8, 1.0)).counts(grouped, 3)
+    assert (heads.tolist(), heads.dtype, neurons.tolist()) == ([2, 4, 4], np.int32, [22, 22, 22])
+    with pytest.raises(UserError, match="head unit 'layer'"):
+        replace(spec, head_unit="layer")
 
 
 @pytest.mark.parametrize("value", [0.0, 1.1, float("nan"), (0.5, 0.0)])

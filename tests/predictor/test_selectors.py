@@ -12,7 +12,7 @@ from shadowllm.models import Decoder
 from shadowllm.models.budget import Budget
 from shadowllm.predictor.criteria import find_criterion, unit_trace
 from shadowllm.predictor.selectors import SELECTORS, Context, MaskedDecoder, QuantizedShadow, make_selector
-from shadowllm.predictor.topk import top_mask
+from shadowllm.predictor.topk import active_mask, top_mask
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.train import Recipe, train_shadow, train_static
 from tests.predictor.conftest import split, token_windows
@@ -52,6 +52,20 @@ def test_each_token_has_exactly_the_counted_units(context, name):
     for (layer, unit), mask in decoder.masks.items():
         assert mask.shape[:2] == windows.shape
         assert bool((mask.sum(dim=-1) == (heads if unit == "heads" else neurons)[layer - 1]).all())
+
+
+def test_heads_of_a_group_are_chosen_together_by_their_sum(llama):
+    spec, weights = llama
+    context = Context(replace(spec, head_unit="kv_group"), weights)
+    scores = torch.tensor([[0.0, 4.0, 3.0, 2.0], [9.0, 0.0, 1.0, 2.0], [1.0, 2.0, 2.0, 1.0]])  # the last one a tie
+    found = active_mask(context.spec, "heads", scores, 2)
+    assert found.int().tolist() == [[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
+    assert torch.equal(active_mask(context.spec, "neurons", scores, 2), top_mask(scores, 2))
+    decoder = MaskedDecoder(context, make_selector("oracle", context), Budget(heads=0.5))
+    decoder(token_windows(spec, n=2, seed=8))
+    for layer in (1, 2):
+        pairs = decoder.masks[layer, "heads"].unflatten(-1, (2, 2))
+        assert torch.equal(pairs.sum(dim=-1).sort(dim=-1).values, torch.tensor([0, 2]).expand(2, 24, 2))
 
 
 @pytest.mark.parametrize("name", SELECTORS)

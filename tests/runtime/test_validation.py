@@ -13,7 +13,8 @@ from shadowllm.exporter.manifest import DATA_FILE, file_hash, read_manifest
 from shadowllm.models import load_model
 from shadowllm.plugins import native_ops
 from shadowllm.predictor.artefact import Predictor
-from shadowllm.runtime.validation import validate, validate_apart
+from shadowllm.runtime.ort import OrtSession
+from shadowllm.runtime.validation import selection_masks, validate, validate_apart
 from tests.conftest import VARIANTS
 
 # Three layers deep, float32 noise is a few units in the seventh place.
@@ -58,6 +59,20 @@ def test_integer_graphs_with_exact_kernels(bundle, checkpoint, isa, monkeypatch)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_quantised_shadow_chooses_in_the_graph_as_in_the_reference(bundle, checkpoint, variant):
     assert check(bundle(variant, kind="quantized-shadow"), checkpoint(variant))["selection_agreement"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["static", "shadow", "quantized-shadow"])
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-mqa-tied", "opt"])  # opt: each head is a group
+def test_whole_groups_are_chosen_as_in_the_reference(bundle, checkpoint, variant, kind):
+    folder = bundle(variant, kind=kind, head_unit="kv_group")
+    assert check(folder, checkpoint(variant))["selection_agreement"] == 1.0
+    spec = read_manifest(folder).spec
+    with OrtSession(folder, "sparse") as session:
+        session.prefill([[5, 17]])
+        session.decode(np.array([3]))
+        masks = selection_masks(session.selection, spec)["heads"].unflatten(-1, (spec.n_kv_heads, -1))
+    assert masks.all(dim=-1).equal(masks.any(dim=-1))
+    assert masks.all(dim=-1).sum(dim=-1).tolist() == [max(1, spec.n_kv_heads // 2)] * 2
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
