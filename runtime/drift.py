@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shadowllm.errors import UserError
-from shadowllm.exporter.bundle import read_weights
-from shadowllm.exporter.manifest import read_manifest
 from shadowllm.models.budget import Budget
 from shadowllm.models.decoder import Unit
 from shadowllm.predictor.progress import Advance, no_progress
@@ -43,35 +40,40 @@ class Recall:
 
 
 def runtime_recall(
-    bundle: Path, windows: Tensor, budget: Budget | None = None, *, native: bool = True, advance: Advance = no_progress
+    session: OrtSession,
+    weights: Mapping[str, Tensor],
+    windows: Tensor,
+    budget: Budget | None = None,
+    advance: Advance = no_progress,
 ) -> Recall:
-    """Decode texts as a session would, and hold what it chose against the oracle.
+    """Decode texts with a session, and hold what it chose against the oracle.
 
     Args:
+        session: open, of the kind "sparse".
+        weights: the bundle's canonical float32 tensors, as its sparse layers have them.
         windows: int64 ``(n, seqlen)``, each a text of its own: the first half is the prompt, the rest
             is decoded token by token, teacher-forced.
         budget: fractions to keep; the bundle's own when None.
         advance: told how many tokens were decoded, as they are: ``n * (seqlen // 2)`` in all.
 
     Raises:
-        UserError: no bundle, or windows of fewer than two tokens.
+        UserError: windows of fewer than two tokens.
     """
     if windows.ndim != 2 or windows.shape[1] < 2:
         raise UserError("nothing to decode", "give windows of at least two tokens")
-    manifest = read_manifest(bundle)
+    manifest = session.manifest
     spec, n_sparse = manifest.spec, manifest.spec.n_layers - manifest.dense_layers
     budget = budget or Budget(**manifest.budgets)
     counts = dict(zip(UNITS, budget.counts(spec, n_sparse), strict=True))
     criterion = str(manifest.predictor.get("criterion", "l2norm"))
-    tracer = Tracer(spec, read_weights(bundle, manifest).sparse, criterion, manifest.dense_layers)
+    tracer = Tracer(spec, weights, criterion, manifest.dense_layers)
     hits = dict.fromkeys(UNITS, 0)
-    with OrtSession(bundle, "sparse", native=native) as session:
-        session.set_budget(budget)
-        for window in windows:
-            important = _important(tracer, window, counts)
-            for token, chosen in _decoded(session, window.tolist(), advance):
-                for unit in UNITS:
-                    hits[unit] += int((chosen[unit] & important[unit][token]).sum())
+    session.set_budget(budget)
+    for window in windows:
+        important = _important(tracer, window, counts)
+        for token, chosen in _decoded(session, window.tolist(), advance):
+            for unit in UNITS:
+                hits[unit] += int((chosen[unit] & important[unit][token]).sum())
     tokens = len(windows) * (windows.shape[1] // 2)
     widths = {"heads": spec.n_heads, "neurons": spec.intermediate_size}
     shares = {unit: hits[unit] / (tokens * int(counts[unit].sum())) for unit in UNITS}

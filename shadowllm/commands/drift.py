@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.predictor.calibration import calibration_windows, token_windows
     from shadowllm.predictor.progress import progress
     from shadowllm.runtime.drift import runtime_recall
+    from shadowllm.runtime.ort import OrtSession
     from shadowllm.runtime.text import load_tokenizer, plain_encoder
 
     manifest = read_manifest(args.bundle)
@@ -41,9 +42,10 @@ def run(args: argparse.Namespace) -> None:
     weights = read_weights(args.bundle, manifest).sparse
     like = calibration_windows(manifest.spec, weights, encode, tokens=args.tokens, seqlen=seqlen, seed=1).train
     found = {}
-    for name, windows in (("text", served), ("calibration", like)):
-        with progress(f"Decoding ({name})", len(windows) * (seqlen // 2)) as advance:
-            found[name] = asdict(runtime_recall(args.bundle, windows, advance=advance))
+    with OrtSession(args.bundle, "sparse") as session:
+        for name, windows in (("text", served), ("calibration", like)):
+            with progress(f"Decoding ({name})", len(windows) * (seqlen // 2)) as advance:
+                found[name] = asdict(runtime_recall(session, weights, windows, advance=advance))
     if args.json:
         print(json.dumps(found, indent=2))
         return

@@ -14,6 +14,7 @@ from shadowllm.exporter.manifest import read_manifest
 from shadowllm.models import Budget
 from shadowllm.predictor.traces import Tracer
 from shadowllm.runtime.drift import runtime_recall
+from shadowllm.runtime.ort import OrtSession
 
 
 def windows(n=3, seqlen=12):
@@ -24,7 +25,8 @@ def test_a_static_choice_is_scored_as_counted_by_hand(bundle):
     folder = bundle(kind="static")
     manifest = read_manifest(folder)
     read = read_weights(folder, manifest)
-    found = runtime_recall(folder, windows())
+    with OrtSession(folder, "sparse") as session:
+        found = runtime_recall(session, read.sparse, windows())
     hits = wanted = 0
     for window in windows():
         traced = Tracer(manifest.spec, read.sparse, "l2norm").trace(window[None]).neurons[6:]
@@ -39,15 +41,17 @@ def test_a_static_choice_is_scored_as_counted_by_hand(bundle):
 
 def test_in_place_choices_beat_chance_and_everything_kept_is_all_there_is(bundle):
     folder = bundle("llama-blocks", kind="quantized-shadow")
-    found = runtime_recall(folder, windows(), Budget(neurons=(0.25, 0.5), heads=0.5))
-    assert found.neurons > found.expected_neurons + 0.2
-    assert found.expected_neurons == pytest.approx((0.25 * 24 + 0.5 * 48) / 72)
-    assert runtime_recall(folder, windows(1), Budget()).neurons == 1
+    weights = read_weights(folder, read_manifest(folder)).sparse
+    with OrtSession(folder, "sparse") as session:
+        found = runtime_recall(session, weights, windows(), Budget(neurons=(0.25, 0.5), heads=0.5))
+        assert found.neurons > found.expected_neurons + 0.2
+        assert found.expected_neurons == pytest.approx((0.25 * 24 + 0.5 * 48) / 72)
+        assert runtime_recall(session, weights, windows(1), Budget()).neurons == 1
 
 
 def test_one_token_is_no_text(bundle):
-    with pytest.raises(UserError, match="nothing to decode"):
-        runtime_recall(bundle(), windows(seqlen=1))
+    with OrtSession(bundle(), "sparse") as session, pytest.raises(UserError, match="nothing to decode"):
+        runtime_recall(session, {}, windows(seqlen=1))
 
 
 def test_command(bundle, tmp_path, capsys):
