@@ -39,6 +39,7 @@ class Manifest:
         op_domain_version: version of the custom ops in the graphs.
         tools: versions of the packages that wrote the bundle.
         allocation: what the budgets were chosen for and what was measured then; empty where they were given.
+        dense: why layers are dense, or better were, at these budgets; by layer.
         validation: errors against the reference, as measured after the export.
         files: SHA-256 per file, by its path inside the bundle.
     """
@@ -56,6 +57,7 @@ class Manifest:
     weight_dtype: str | None = None
     selector: str = "ahead"
     allocation: dict[str, Any] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
 
     @property

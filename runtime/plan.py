@@ -23,16 +23,53 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -
     Args:
         narrow_rows: active rows are read at 16 bits where everything else is widened to 32.
     """
-    spec = manifest.spec
+    spec, itemsize = manifest.spec, _itemsize(manifest)
+    counts = zip(*budget.counts(spec, spec.n_layers - manifest.dense_layers), strict=True)
+    active = sum(_row_elements(spec, heads, neurons) for heads, neurons in counts)
+    every = (spec.n_layers - manifest.dense_layers) * _row_elements(spec, spec.n_heads, spec.intermediate_size)
+    return (every - active / (2 if narrow_rows else 1)) * itemsize > _choosing_bytes(manifest)
+
+
+def dense_layers(manifest: Manifest, budget: Budget, whole: str = "the budget keeps all of it") -> dict[str, str]:
+    """Layers that are dense at a budget, or read no less for being sparse, each with the reason.
+
+    Args:
+        whole: the reason for a layer whose budget keeps all heads and neurons.
+    """
+    spec, itemsize = manifest.spec, _itemsize(manifest)
+    reasons = {str(layer): "comes before the choice" for layer in range(manifest.dense_layers)}
     n_sparse = spec.n_layers - manifest.dense_layers
-    heads, neurons = (int(counts.sum()) for counts in budget.counts(spec, n_sparse))
+    dense = _row_elements(spec, spec.n_heads, spec.intermediate_size) * itemsize
+    share = _choosing_bytes(manifest) / n_sparse
+    for layer, heads, neurons in zip(
+        range(manifest.dense_layers, spec.n_layers), *budget.counts(spec, n_sparse), strict=True
+    ):
+        sparse = _row_elements(spec, heads, neurons) * itemsize
+        if sparse == dense:
+            reasons[str(layer)] = whole
+        elif sparse + share >= dense:
+            reasons[str(layer)] = (
+                f"does not pay: its rows and its share of the predictor cost as {(sparse + share) / 1e6:.2f} MB do, "
+                f"dense {dense / 1e6:.2f} MB"
+            )
+    return reasons
+
+
+def _row_elements(spec: ModelSpec, heads: int, neurons: int) -> int:
+    """Elements of a layer's rows that a choice of heads and neurons reads."""
     matrices = 3 if spec.gated else 2
-    every = n_sparse * (2 * spec.head_dim * spec.n_heads + matrices * spec.intermediate_size)
-    active = 2 * spec.head_dim * heads + matrices * neurons
-    itemsize = manifest.quantisation.itemsize if manifest.quantisation else 4
-    saved = spec.hidden_size * (every - active / (2 if narrow_rows else 1)) * itemsize
+    return spec.hidden_size * (2 * spec.head_dim * int(heads) + matrices * int(neurons))
+
+
+def _itemsize(manifest: Manifest) -> float:
+    """Bytes of a weight as ONNX Runtime reads it: floats at 32 bits."""
+    return manifest.quantisation.itemsize if manifest.quantisation else 4
+
+
+def _choosing_bytes(manifest: Manifest) -> float:
+    """What choosing costs a step, as bytes."""
     in_place = manifest.selector == "in place"
-    return saved > predictor_bytes(manifest, itemsize) * (IN_PLACE_COST if in_place else 1)
+    return predictor_bytes(manifest, _itemsize(manifest)) * (IN_PLACE_COST if in_place else 1)
 
 
 def predictor_bytes(manifest: Manifest, itemsize: float) -> float:

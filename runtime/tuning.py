@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.progress import Advance, progress
 from shadowllm.predictor.selectors import Context, make_selector
 from shadowllm.runtime.ort import OrtSession
+from shadowllm.runtime.plan import dense_layers
 from shadowllm.runtime.text import load_tokenizer, plain_encoder
 
 PROMPT, DECODED, ROUNDS = 64, 16, 6
@@ -105,8 +106,8 @@ def tune(
             "target": {name: value for name, value in vars(target).items() if value is not None},
             "measured": measured,
             "tokens": windows.numel(),
-            "kept_whole": _kept_whole(manifest, budget),
         },
+        dense=dense_layers(manifest, budget, "leaving out units here costs more perplexity per byte than elsewhere"),
     )
     tuned.write(bundle)
     return tuned
@@ -174,12 +175,3 @@ def _seconds(session: OrtSession, steps: int) -> float:
     for _ in range(steps):
         session.decode(token)
     return time.perf_counter() - start
-
-
-def _kept_whole(manifest: Manifest, budget: Budget) -> dict[str, Any]:
-    """Sparse layers that lose more by leaving anything out than it saves."""
-    n_sparse = manifest.spec.n_layers - manifest.dense_layers
-    heads, neurons = budget.counts(manifest.spec, n_sparse)
-    whole = (heads == manifest.spec.n_heads) & (neurons == manifest.spec.intermediate_size)
-    layers = (np.flatnonzero(whole) + manifest.dense_layers).tolist()
-    return {"layers": layers, "why": "leaving out units here costs more perplexity per byte than elsewhere"}

@@ -165,6 +165,8 @@ def export_model(
     Raises:
         UserError: any input that cannot be used, or a bundle that fails its validation.
     """
+    from shadowllm.runtime.plan import dense_layers
+
     check_output(out, overwrite)
     for engine in options.engines:
         require(engine.flavour)
@@ -188,6 +190,8 @@ def export_model(
             budget=options.budget,
             head_unit=options.head_unit,
         )
+        manifest = replace(manifest, dense=dense_layers(manifest, options.budget))
+        manifest.write(folder)
         if options.validate:
             from shadowllm.runtime.validation import validate_apart
 

@@ -47,6 +47,7 @@ def bundle(path: Path) -> dict[str, Any]:
         "dense_layers": manifest.dense_layers,
         "budgets": manifest.budgets,
         "allocation": manifest.allocation,
+        "dense": manifest.dense,
         "predictor": manifest.predictor,
         "validation": manifest.validation,
         "tools": manifest.tools,

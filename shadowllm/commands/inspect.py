@@ -66,6 +66,7 @@ def _bundle(found: dict[str, Any]) -> Lines:
             f"{describe_fractions(budgets['neurons'])} of neurons, {describe_fractions(budgets['heads'])} of heads",
         ),
         *([("tuned", _tuned(found["allocation"]))] if found["allocation"] else []),
+        *([("dense", _layers({f"layer {n}": [why] for n, why in found["dense"].items()}))] if found["dense"] else []),
         ("predictor", _trained(found["predictor"])),
         ("validation", _validation(found["validation"])),
         ("files", ", ".join(f"{name} {_size(size)}" for name, size in found["files"].items() if size > 4096)),

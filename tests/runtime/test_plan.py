@@ -13,7 +13,7 @@ from shadowllm.models import Budget, load_model
 from shadowllm.plugins import native_ops
 from shadowllm.predictor.weight_copy import copied
 from shadowllm.runtime.ort import OrtSession
-from shadowllm.runtime.plan import predictor_bytes, sparse_pays
+from shadowllm.runtime.plan import dense_layers, predictor_bytes, sparse_pays
 
 
 @pytest.mark.parametrize("kind", ["shadow", "static"])
@@ -63,6 +63,24 @@ def test_a_16_bit_session_decodes_its_rows_sparse_whenever_the_native_ops_read_t
         session = OrtSession(folder, native=native)
         session.set_budget(Budget())
         assert session.decodes == ("sparse" if native and native_ops.library() else "dense")
+
+
+def test_dense_layers_have_a_reason(bundle):
+    manifest = read_manifest(bundle("llama-blocks", kind="quantized-shadow"))
+    found = dense_layers(manifest, Budget(neurons=(0.99, 0.5)))
+    assert list(found) == ["0", "1"]
+    assert found["0"] == "comes before the choice"
+    assert found["1"].startswith("does not pay: its rows and its share of the predictor cost as ")
+    assert dense_layers(manifest, Budget(neurons=(1.0, 0.5)), "because")["1"] == "because"
+
+
+@pytest.mark.parametrize("kind", ["static", "shadow", "quantized-shadow"])
+def test_layers_pay_where_the_step_does(bundle, kind):
+    """With one budget for all layers, they and the step as a whole agree."""
+    manifest = read_manifest(bundle("llama-blocks", kind=kind))
+    paying = [sparse_pays(manifest, Budget(neurons=fraction / 96)) for fraction in range(48, 97)]
+    assert paying == [len(dense_layers(manifest, Budget(neurons=fraction / 96))) == 1 for fraction in range(48, 97)]
+    assert {True, False} == set(paying)
 
 
 @pytest.mark.parametrize(("weight_dtype", "pays"), [(None, True), ("int4", False)])
