@@ -17,13 +17,18 @@ from shadowllm.runtime.plan import selector_bytes
 CONTEXT = 256  # tokens in the cache
 
 
-def rows(results: Sequence[Result], manifest: Manifest) -> dict[str, Any]:
+def rows(results: Sequence[Result], manifest: Manifest, layers: bool = False) -> dict[str, Any]:
     """The JSON of an evaluation: ``{"dense": {...}, "results": [...]}``, each with ``bytes_per_token``.
 
     Bytes are those of a decode step over `CONTEXT` tokens, weights as wide as the bundle stores them, and
     what the selector itself reads; an oracle and a random choice read nothing.
+
+    Args:
+        layers: what each selector found layer by layer, too.
     """
     listed = [asdict(result) | {"bytes_per_token": _bytes(result, manifest)} for result in results]
+    if not layers:
+        listed = [{name: value for name, value in row.items() if name != "layers"} for row in listed]
     dense = next(row for row in listed if row["selector"] == DENSE)
     return {
         "dense": {"perplexity": dense["perplexity"], "bytes_per_token": dense["bytes_per_token"]},

@@ -6,8 +6,9 @@ Teacher-forced over token windows with a choice per position, as decode makes it
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,6 +28,24 @@ from shadowllm.predictor.traces import Tracer
 
 DENSE = "dense"
 UNITS: tuple[Unit, ...] = ("heads", "neurons")
+Place = tuple[int, Unit]  # a layer's heads or neurons
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What a selector finds in one sparse layer.
+
+    Attributes:
+        neuron_recall, head_recall: share of the truly important units among the chosen.
+        neuron_gap_closure, head_gap_closure: (recall - static's) / (1 - static's) at the same budget, the oracle's own
+            choice being 1; None where static was not run or misses nothing.
+    """
+
+    layer: int
+    neuron_recall: float
+    head_recall: float
+    neuron_gap_closure: float | None = None
+    head_gap_closure: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,7 @@ class Result:
             dense pass) among the chosen; 1 for dense.
         gap_closure: (ln ppl_static - ln ppl) / (ln ppl_static - ln ppl_oracle) at the same budget;
             None where static or oracle was not run or they do not differ.
+        layers: recall layer by layer; empty for dense.
     """
 
     selector: str
@@ -54,6 +74,7 @@ class Result:
     neuron_recall: float
     head_recall: float
     gap_closure: float | None = None
+    layers: tuple[LayerResult, ...] = ()
 
 
 def evaluate(
@@ -67,6 +88,7 @@ def evaluate(
     *,
     dense_layers: int = 1,
     criterion: str | None = None,
+    aggregate: str = "token",
     seed: int = 0,
     advance: Advance = no_progress,
 ) -> list[Result]:
@@ -78,6 +100,7 @@ def evaluate(
         selector: one name or several.
         windows: int64 ``(n, seqlen)``; each is a text of its own.
         criterion: what oracle and recall go by; the predictor's own, else ``l2norm``.
+        aggregate: whether every token has its own choice; see `MaskedDecoder`.
         seed: of the random selector.
         advance: told 1 for each pass, ``n * (1 + selectors * budgets)`` in all.
 
@@ -96,7 +119,7 @@ def evaluate(
     context = Context(spec, weights, dense_layers, predictor, criterion or "l2norm", seed)
     choosers = {name: make_selector(name, context) for name in names}
     runs = [
-        _Run(name, choosers[name], Budget(neurons, heads), context)
+        _Run(name, choosers[name], Budget(neurons, heads), context, aggregate)
         for name in names
         for heads in head_budgets
         for neurons in neuron_budgets
@@ -129,8 +152,8 @@ class _Sums:
     nll: float = 0.0
     kl: float = 0.0
     agreed: int = 0
-    hit: dict[Unit, int] = field(default_factory=lambda: {"heads": 0, "neurons": 0})
-    wanted: dict[Unit, int] = field(default_factory=lambda: {"heads": 0, "neurons": 0})
+    hit: Counter[Place] = field(default_factory=Counter)
+    wanted: Counter[Place] = field(default_factory=Counter)
 
     def add(self, window: Tensor, logits: Tensor, dense: Tensor) -> None:
         """Compare the logits of one window ``(1, seqlen)`` with dense's."""
@@ -140,8 +163,14 @@ class _Sums:
         self.kl += float(F.kl_div(mine, theirs, reduction="sum", log_target=True))
         self.agreed += int((mine.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
 
+    def recall(self, unit: Unit, layer: int | None = None) -> float:
+        """Of one layer, or of all."""
+        places = [place for place in self.wanted if place[1] == unit and layer in (None, place[0])]
+        wanted = sum(self.wanted[place] for place in places)
+        return sum(self.hit[place] for place in places) / wanted if wanted else 1.0
+
     def result(self, name: str, budget: Budget) -> Result:
-        recalls = {unit: self.hit[unit] / self.wanted[unit] if self.wanted[unit] else 1.0 for unit in UNITS}
+        layers = sorted({layer for layer, _ in self.wanted})
         return Result(
             name,
             float(np.mean(budget.neurons)),
@@ -149,20 +178,23 @@ class _Sums:
             math.exp(self.nll / self.tokens),
             self.kl / self.tokens,
             self.agreed / self.tokens,
-            recalls["neurons"],
-            recalls["heads"],
+            self.recall("neurons"),
+            self.recall("heads"),
+            layers=tuple(
+                LayerResult(layer, self.recall("neurons", layer), self.recall("heads", layer)) for layer in layers
+            ),
         )
 
 
 class _Run:
     """One selector at one budget."""
 
-    def __init__(self, name: str, chooser: Selector, budget: Budget, context: Context) -> None:
+    def __init__(self, name: str, chooser: Selector, budget: Budget, context: Context, aggregate: str) -> None:
         self._name, self._budget = name, budget
         n_sparse = context.spec.n_layers - context.dense_layers
         self._counts = dict(zip(UNITS, budget.counts(context.spec, n_sparse), strict=True))
         self._spec, self._first = context.spec, context.dense_layers
-        self._decoder = MaskedDecoder(context, chooser, budget)
+        self._decoder = MaskedDecoder(context, chooser, budget, aggregate)
         self._sums = _Sums()
 
     def add(self, window: Tensor, dense: Tensor, truth: Mapping[Unit, Tensor]) -> None:
@@ -170,22 +202,37 @@ class _Run:
         for (layer, unit), chosen in self._decoder.masks.items():
             row = layer - self._first
             wanted = active_mask(self._spec, unit, truth[unit][:, row], int(self._counts[unit][row]))
-            self._sums.hit[unit] += int((chosen[0] & wanted).sum())
-            self._sums.wanted[unit] += int(wanted.sum())
+            self._sums.hit[layer, unit] += int((chosen[0] & wanted).sum())
+            self._sums.wanted[layer, unit] += int(wanted.sum())
 
     def result(self) -> Result:
         return self._sums.result(self._name, self._budget)
 
 
 def _with_gap_closure(results: list[Result]) -> list[Result]:
-    logs = {(r.selector, r.neuron_budget, r.head_budget): math.log(r.perplexity) for r in results}
-    return list(_closed(results, logs))
+    return list(_closed(results, {(r.selector, r.neuron_budget, r.head_budget): r for r in results}))
 
 
-def _closed(results: list[Result], logs: Mapping[tuple[str, float, float], float]) -> Iterator[Result]:
+def _closed(results: list[Result], found: Mapping[tuple[str, float, float], Result]) -> Iterator[Result]:
     for result in results:
-        static, oracle = (logs.get((name, result.neuron_budget, result.head_budget)) for name in ("static", "oracle"))
+        static, oracle = (found.get((name, result.neuron_budget, result.head_budget)) for name in ("static", "oracle"))
+        if static is None or result.selector == DENSE:
+            yield result
+            continue
         closure = None
-        if static is not None and oracle is not None and static != oracle:
-            closure = (static - math.log(result.perplexity)) / (static - oracle)
-        yield Result(**(asdict(result) | {"gap_closure": closure}))
+        if oracle is not None and static.perplexity != oracle.perplexity:
+            mine, low, high = (math.log(r.perplexity) for r in (result, static, oracle))
+            closure = (low - mine) / (low - high)
+        layers = (_closed_layer(mine, theirs) for mine, theirs in zip(result.layers, static.layers, strict=True))
+        yield replace(result, gap_closure=closure, layers=tuple(layers))
+
+
+def _closed_layer(mine: LayerResult, static: LayerResult) -> LayerResult:
+    def closure(recall: float, base: float) -> float | None:
+        return (recall - base) / (1 - base) if base < 1 else None
+
+    return replace(
+        mine,
+        neuron_gap_closure=closure(mine.neuron_recall, static.neuron_recall),
+        head_gap_closure=closure(mine.head_recall, static.head_recall),
+    )

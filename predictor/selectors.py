@@ -23,7 +23,7 @@ from shadowllm.plugins.quantisation import Quantisation
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.criteria import find_criterion, unit_trace
 from shadowllm.predictor.networks import scores
-from shadowllm.predictor.topk import active_mask
+from shadowllm.predictor.topk import AGGREGATES, active_mask
 from shadowllm.predictor.traces import Tracer
 from shadowllm.predictor.weight_copy import COPY, InPlace
 
@@ -213,12 +213,18 @@ def _needs_predictor(name: str, context: Context) -> Predictor:
 class MaskedDecoder:
     """The reference decoder with all but the chosen units of its sparse layers zeroed, per token.
 
+    Args:
+        aggregate: name in `AGGREGATES`: per "token", or one choice for all tokens of a window. Such a choice knows
+            the text that follows: it reproduces figures, no decode step can make it.
+
     After a pass ``masks`` holds what was chosen: bool ``(batch, seqlen, n_units)`` by layer and unit.
     """
 
-    def __init__(self, context: Context, chooser: Selector, budget: Budget) -> None:
+    def __init__(self, context: Context, chooser: Selector, budget: Budget, aggregate: str = "token") -> None:
+        if aggregate not in AGGREGATES:
+            raise UserError(f"no aggregation {aggregate!r}", f"known: {', '.join(AGGREGATES)}")
         self._context = context
-        self._chooser = chooser
+        self._chooser, self._aggregate = chooser, AGGREGATES[aggregate]
         heads, neurons = budget.counts(context.spec, context.spec.n_layers - context.dense_layers)
         self._counts: dict[Unit, np.ndarray] = {"heads": heads, "neurons": neurons}
         self._sizes: dict[Unit, int] = {"heads": context.spec.n_heads, "neurons": context.spec.intermediate_size}
@@ -248,8 +254,10 @@ class MaskedDecoder:
         if count == self._sizes[unit]:  # nothing to choose, so nobody is asked
             self.masks[layer, unit] = torch.ones(activation.shape[:3], dtype=torch.bool)
             return activation
-        mask = active_mask(self._context.spec, unit, self._chooser.scores(layer, unit, activation), count)
-        mask = mask.expand(activation.shape[:3])
+        scores = self._chooser.scores(layer, unit, activation)
+        if scores.ndim == 3:  # else the same for all tokens anyway
+            scores = self._aggregate(scores)
+        mask = active_mask(self._context.spec, unit, scores, count).expand(activation.shape[:3])
         self.masks[layer, unit] = mask
         return activation * (mask.unsqueeze(-1) if unit == "heads" else mask)
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
 from shadowllm.models.decoder import Unit
 from shadowllm.models.spec import ModelSpec
+
+# What becomes of scores (batch, seqlen, n_units) before units are chosen. A decode step chooses token by token; one
+# choice for a whole sequence is the setting of the ShadowLLM paper, and the last token's that of its released code.
+AGGREGATES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "token": lambda scores: scores,
+    "sequence": lambda scores: scores.mean(dim=1, keepdim=True),
+    "last-token": lambda scores: scores[:, -1:],
+}
 
 
 def active_mask(spec: ModelSpec, unit: Unit, scores: Tensor, count: int) -> Tensor:

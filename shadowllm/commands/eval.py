@@ -48,6 +48,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--neuron-budget", nargs="+", type=parse_fractions, metavar="FRACTION", help=OWN)
     parser.add_argument("--head-budget", nargs="+", type=parse_fractions, metavar="FRACTION", help=OWN)
     options.add_head_unit(parser)
+    parser.add_argument(
+        "--aggregate",
+        choices=("token", "sequence", "last-token"),
+        default="token",
+        help="what chooses: each token for itself as decoding does, or once for a whole window the mean of its "
+        "tokens' scores (the paper's setting) or its last token's (default: token)",
+    )
+    parser.add_argument("--layers", action="store_true", help="recall layer by layer too, here and in the JSON")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw perplexity over bytes per token there, as PNG")
 
@@ -57,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from shadowllm.benchmarks import quality
+    from shadowllm.benchmarks.environment import environment
     from shadowllm.benchmarks.passage import passage
     from shadowllm.exporter.bundle import read_weights
     from shadowllm.exporter.manifest import read_manifest
@@ -96,10 +105,25 @@ def run(args: argparse.Namespace) -> None:
             windows,
             neurons,
             heads,
+            aggregate=args.aggregate,
             advance=advance,
         )
     _print_table(results)
-    found = quality.rows(results, manifest)
+    if args.layers:
+        _print_layers(results)
+    settings = {
+        "model": manifest.model,
+        "text": list(args.text) or "Python module documentation",
+        "tokens": windows.numel(),
+        "seqlen": seqlen,
+        "head_unit": manifest.spec.head_unit,
+        "aggregate": args.aggregate,
+        "predictor": manifest.predictor,
+    }
+    found = quality.rows(results, manifest, args.layers) | {
+        "settings": settings,
+        "environment": environment(torch.get_num_threads()),
+    }
     if args.plot:
         quality.plot(found, args.plot, f"{manifest.model}, {windows.numel()} tokens")
         print(f"figure: {args.plot}")
@@ -144,3 +168,21 @@ def _print_table(results: Sequence[Result]) -> None:
     print(
         "top-1: agreement with dense; gap: share of the gap between static and oracle that is closed (log perplexity)"
     )
+
+
+def _print_layers(results: Sequence[Result]) -> None:
+    """Recall of each sparse layer, neurons and heads, a column for each selector and budget."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = results[1:]
+    table = Table(title="recall of neurons / of heads")
+    table.add_column("layer", justify="right")
+    for r in shown:
+        table.add_column(f"{r.selector}\n{r.neuron_budget:.0%}, {r.head_budget:.0%}", justify="right", no_wrap=True)
+    for row, first in enumerate(shown[0].layers):
+        cells = (f"{r.layers[row].neuron_recall:.0%} / {r.layers[row].head_recall:.0%}" for r in shown)
+        table.add_row(str(first.layer), *cells)
+    console = Console()
+    console.width = max(console.width, 20 * (1 + len(shown)))
+    console.print(table)

@@ -9,9 +9,12 @@ import torch
 from torch.nn import functional as F
 
 from shadowllm.errors import UserError
-from shadowllm.models import Decoder
+from shadowllm.models import Budget, Decoder
 from shadowllm.predictor.evaluate import evaluate
+from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
+from shadowllm.predictor.topk import top_mask
 from shadowllm.predictor.tracefile import calibrate
+from shadowllm.predictor.traces import Tracer
 from shadowllm.predictor.train import Recipe, train_shadow
 from tests.predictor.conftest import split, token_windows
 
@@ -72,6 +75,50 @@ def test_gap_closure_spans_static_to_oracle(evaluated):
             assert result.gap_closure is None
         elif result.selector in ("static", "oracle"):
             assert result.gap_closure == pytest.approx(0.0 if result.selector == "static" else 1.0)
+
+
+def test_layers_add_up(evaluated):
+    _, results = evaluated
+    assert results[0].layers == ()
+    for result in results[1:]:
+        assert [found.layer for found in result.layers] == [1, 2]
+        # Every layer keeps as many units, so the mean of layers is that of units.
+        for unit in ("neuron", "head"):
+            recalls = [getattr(found, f"{unit}_recall") for found in result.layers]
+            assert sum(recalls) / 2 == pytest.approx(getattr(result, f"{unit}_recall"))
+        static = next(r for r in results if (r.selector, r.neuron_budget, r.head_budget) == ("static", 0.4, 0.5))
+        if (result.neuron_budget, result.head_budget) == (0.4, 0.5):
+            mine, base = result.layers[1], static.layers[1]
+            expected = (mine.neuron_recall - base.neuron_recall) / (1 - base.neuron_recall)
+            assert mine.neuron_gap_closure == pytest.approx(expected)
+        if result.neuron_budget == 1:
+            assert result.layers[0].neuron_gap_closure is None
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "last-token"])
+def test_one_choice_for_a_window(llama, aggregate):
+    spec, weights = llama
+    context, windows = Context(spec, weights), token_windows(spec, n=2, seed=8)
+    decoder = MaskedDecoder(context, make_selector("oracle", context), Budget(0.4, 0.5), aggregate)
+    decoder(windows)
+    first = {key: mask for key, mask in decoder.masks.items() if key[0] == 1}
+    assert all(torch.equal(mask, mask[:, :1].expand_as(mask)) for mask in decoder.masks.values())
+    # Up to the first sparse layer nothing is masked, so its importance is the dense model's.
+    traced = Tracer(spec, weights, "l2norm").trace(windows).heads[:, 0].unflatten(0, windows.shape)
+    scores = traced.mean(dim=1) if aggregate == "sequence" else traced[:, -1]
+    assert torch.equal(first[1, "heads"][:, 0], top_mask(scores, 2))
+
+
+def test_one_choice_for_a_window_is_worse_than_one_for_each_token(llama):
+    spec, weights = llama
+    windows = token_windows(spec, n=3, seed=8)
+    token, sequence, last = (
+        evaluate(spec, weights, None, "oracle", windows, [0.4], aggregate=name)[1]
+        for name in ("token", "sequence", "last-token")
+    )
+    assert token.kl < sequence.kl < last.kl
+    with pytest.raises(UserError, match="no aggregation 'word'"):
+        evaluate(spec, weights, None, "oracle", windows, [0.4], aggregate="word")
 
 
 def test_results_repeat(llama):
