@@ -93,7 +93,10 @@ def programs(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[s
     else:
         mlp |= {"b_up": Tensor(dtype, (neurons,)), "b_down": Tensor(dtype, (width,))}
         attention |= {"b_q": Tensor(dtype, (heads * dim,)), "b_o": Tensor(dtype, (width,))}
-    scores = {"scores": Tensor("float32", (shape.n_layers - 1, neurons)), "counts": Tensor("int32", (shape.n_layers - 1,))}
+    scores = {
+        "scores": Tensor("float32", (shape.n_layers - 1, neurons)),
+        "counts": Tensor("int32", (shape.n_layers - 1,)),
+    }
     wanted: dict[str, tuple[Mapping[str, Tensor], Mapping[str, int | str]]] = {
         "SelectTopK": (scores, {"cap": neurons}),
         "SparseMLP": (mlp, {"activation": "silu" if shape.gated else "relu"}),

@@ -29,7 +29,8 @@ x, rows = Tensor(dtype, ("batch", "seqlen", {WIDTH})), Tensor(dtype, ({NEURONS},
 cache, heads = Tensor(dtype, ("batch", 2, 600, {HEAD_DIM})), Tensor(dtype, ({HEADS * HEAD_DIM}, {WIDTH}))
 angles = Tensor(dtype, ("batch", "seqlen", {HEAD_DIM // 2}))
 graphs = [
-    ("SelectTopK", {{"scores": Tensor("float32", (2, {NEURONS})), "counts": Tensor("int32", (2,))}}, {{"cap": {NEURONS}}}),
+    ("SelectTopK", {{"scores": Tensor("float32", (2, {NEURONS})), "counts": Tensor("int32", (2,))}},
+      {{"cap": {NEURONS}}}),
     ("SparseMLP", {{"x": x, "indices": Tensor("int32", ({NEURONS},)), "count": count, "w_up": rows,
       "b_up": Tensor(dtype, ({NEURONS},)), "w_down": rows}}, {{"activation": "relu", "layer": 1}}),
     ("SparseAttention", {{"x": x, "key": cache, "value": cache, "lengths": lengths, "indices":
@@ -44,7 +45,7 @@ for op, inputs, attributes in graphs:
 """
 
 
-@pytest.fixture(scope="module", params=["float16", "bfloat16", "float32"])
+@pytest.fixture(scope="module", params=["float16", "float32"])
 def programs(request):
     """Of each op, for batches of up to 3: ``(dtype, {op: Program})``."""
     told = child("-c", COMPILE, request.param, "3")
@@ -75,7 +76,7 @@ def test_plans_cover_one_token_a_batch_and_prompts(programs):
 
 
 def test_launches_fit_their_kernels(programs):
-    """Grids are not empty, pointers and integers stand where the compiled kernel has them, buffers fit the workspace."""
+    """Grids are not empty, arguments are of the types that the compiled kernel has, buffers lie in the workspace."""
     _, found = programs
     for program in found.values():
         for plan in program.plans:
@@ -115,7 +116,8 @@ def test_ptx_is_for_the_oldest_gpu(programs):
 def test_unknown_inputs_are_refused():
     code = (
         "from shadowllm.plugins.triton.compile import Tensor, compile_program\n"
-        "try: compile_program('SelectTopK', {'x': Tensor('float32', (1, 2))}, {'cap': 2}, max_batch=1, max_seqlen=1, sms=())\n"
+        "inputs = {'x': Tensor('float32', (1, 2))}\n"
+        "try: compile_program('SelectTopK', inputs, {'cap': 2}, max_batch=1, max_seqlen=1, sms=())\n"
         "except ValueError as error: print(error)"
     )
     assert "SelectTopK has inputs ['x']" in child("-c", code)
