@@ -129,20 +129,29 @@ def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
     Raises:
         UserError: a file is damaged.
     """
-    verify_files(folder, manifest.digests(DATA_FILE, PREDICTOR_FILE))
-    predictor, spec, q = Predictor.load(folder / PREDICTOR_FILE), manifest.spec, manifest.quantisation
-    store = WeightStore(folder / DATA_FILE, model_groups(spec, DTYPES[manifest.dtype], q))
-    data = np.memmap(store.path, dtype=np.uint8, mode="c")
-    stored = {
-        name: torch.from_numpy(data[e.offset : e.offset + e.length]).view(TORCH_DTYPES[e.dtype]).view(e.shape)
-        for name, e in store.entries.items()
-    }
+    stored, predictor, spec, q = *map_weights(folder, manifest), manifest.spec, manifest.quantisation
     if q is None:
         weights = {name: tensor.float() for name, tensor in stored.items()}
         return BundleWeights(weights, weights, predictor)
     names = (name.removesuffix(".q") for name in stored if not name.endswith((".scales", ".T.q")))
     sparse, dense = dequantised_weights(spec, names, stored, q)
     return BundleWeights(sparse, dense, dequantised_predictor(predictor, q))
+
+
+def map_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], Predictor]:
+    """The model's tensors as they are stored, mapped and not read, and the predictor.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    verify_files(folder, manifest.digests(DATA_FILE, PREDICTOR_FILE))
+    store = WeightStore(folder / DATA_FILE, model_groups(manifest.spec, DTYPES[manifest.dtype], manifest.quantisation))
+    data = np.memmap(store.path, dtype=np.uint8, mode="c")
+    stored = {
+        name: torch.from_numpy(data[e.offset : e.offset + e.length]).view(TORCH_DTYPES[e.dtype]).view(e.shape)
+        for name, e in store.entries.items()
+    }
+    return stored, Predictor.load(folder / PREDICTOR_FILE)
 
 
 def _models(

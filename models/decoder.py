@@ -5,7 +5,7 @@ Every other backend is compared with this one, and traces and masked evaluations
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,13 +38,18 @@ class KVCache:
     values: list[Tensor]
 
     @classmethod
-    def empty(cls, spec: ModelSpec, batch: int, capacity: int, dtype: torch.dtype = torch.float32) -> KVCache:
+    def empty(
+        cls,
+        spec: ModelSpec,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> KVCache:
         """A cache of zeros for ``batch`` sequences of up to ``capacity`` tokens."""
         shape = (batch, spec.n_kv_heads, capacity, spec.head_dim)
-        return cls(
-            [torch.zeros(shape, dtype=dtype) for _ in range(spec.n_layers)],
-            [torch.zeros(shape, dtype=dtype) for _ in range(spec.n_layers)],
-        )
+        keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.n_layers)] for _ in "kv")
+        return cls(keys, values)
 
     def update(self, layer: int, key: Tensor, value: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``(batch, n_kv_heads, seqlen, head_dim)`` at ``position_ids``; return the whole layer."""
@@ -114,9 +119,9 @@ class Decoder:
         place = f"layers.{layer}"
         if self.watch:
             self.watch(layer, "heads", x)
-        query = self._rotate(self._heads(f"{place}.q_proj", x, self.spec.n_heads), position_ids)
-        key = self._rotate(self._heads(f"{place}.k_proj", x, self.spec.n_kv_heads), position_ids)
-        value = self._heads(f"{place}.v_proj", x, self.spec.n_kv_heads)
+        projected = self._projected(place, ("q", "k", "v"), x)
+        query, key, value = (y.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for y in projected)
+        query, key = self._rotate(query, position_ids), self._rotate(key, position_ids)
         key_positions = position_ids
         if cache is not None:
             key, value = cache.update(layer, key, value, position_ids)
@@ -129,8 +134,8 @@ class Decoder:
     def product(self, layer: int, x: Tensor) -> Tensor:
         """What a layer's neurons make of the normed MLP input, ``(batch, seqlen, intermediate_size)``."""
         place, act = f"layers.{layer}", ACTIVATIONS[self.spec.activation]
-        up = self._linear(f"{place}.up_proj", x)
-        return act(self._linear(f"{place}.gate_proj", x)) * up if self.spec.gated else act(up)
+        *gate, up = self._projected(place, ("gate", "up") if self.spec.gated else ("up",), x)
+        return act(gate[0]) * up if gate else act(up)
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
         if self.watch:
@@ -140,8 +145,9 @@ class Decoder:
     def _tap(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         return self.tap(layer, unit, activation) if self.tap else activation
 
-    def _heads(self, name: str, x: Tensor, n_heads: int) -> Tensor:
-        return self._linear(name, x).unflatten(-1, (n_heads, self.spec.head_dim)).transpose(1, 2)
+    def _projected(self, place: str, parts: Sequence[str], x: Tensor) -> Sequence[Tensor]:
+        """Several projections of one input."""
+        return [self._linear(f"{place}.{part}_proj", x) for part in parts]
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))

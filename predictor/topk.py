@@ -22,14 +22,22 @@ AGGREGATES: Mapping[str, Callable[[Tensor], Tensor]] = {
 def active_mask(spec: ModelSpec, unit: Unit, scores: Tensor, count: int) -> Tensor:
     """The ``count`` active units of a layer by their scores ``(..., n_units)``: a mask of the same shape.
 
-    Heads that are chosen together all get the sum of their scores, so that the tie rule of `top_mask` takes
-    whole groups (``count`` being one of `Budget.counts`).
+    Args:
+        count: one of `Budget.counts`.
+    """
+    return top_mask(shared_scores(spec, unit, scores), count)
+
+
+def shared_scores(spec: ModelSpec, unit: Unit, scores: Tensor) -> Tensor:
+    """Scores ``(..., n_units)`` by which units that are chosen together stand together.
+
+    Such heads all get the sum of their scores, so that the tie rule of ``SelectTopK`` takes whole groups.
     """
     together = spec.heads_together if unit == "heads" else 1
-    if together > 1:
-        sums = scores.unflatten(-1, (-1, together)).sum(dim=-1, keepdim=True)
-        scores = sums.expand(*sums.shape[:-1], together).flatten(-2)
-    return top_mask(scores, count)
+    if together == 1:
+        return scores
+    sums = scores.unflatten(-1, (-1, together)).sum(dim=-1, keepdim=True)
+    return sums.expand(*sums.shape[:-1], together).flatten(-2)
 
 
 def top_mask(scores: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from shadowllm.runtime.session import Session
 
 __all__ = ["BACKENDS", "Budget", "Sampling", "Session", "generate", "open_session"]
 
-BACKENDS = ("ort", "ort-dense", "torch", "torch-dense", "tensorrt_rtx", "tensorrt")
+BACKENDS = ("ort", "ort-dense", "torch", "torch-dense", "triton", "triton-dense", "tensorrt_rtx", "tensorrt")
 
 
 def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = None, profile: bool = False) -> Session:
@@ -34,6 +34,13 @@ def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = No
         from shadowllm.runtime.torch import TorchSession
 
         return TorchSession.open(bundle, "dense" if backend == "torch-dense" else "sparse")
+    if backend in ("triton", "triton-dense"):
+        from shadowllm.runtime.replay import kernel_device
+
+        kernel_device()  # before Triton is imported, which may not be there
+        from shadowllm.runtime.triton import TritonSession
+
+        return TritonSession.open(bundle, "dense" if backend == "triton-dense" else "sparse")
     if backend in ("tensorrt_rtx", "tensorrt"):
         from shadowllm.runtime.engines import open_engines
 

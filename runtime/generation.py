@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 
 from shadowllm.errors import UserError
-from shadowllm.runtime.session import Session
+from shadowllm.runtime.session import Greedy, Session
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,27 @@ def generate(
     sampling = sampling or Sampling()
     generator = np.random.default_rng(sampling.seed)
     session.reset(len(prompts))
-    logits = session.prefill(prompts)
-    lengths = max(len(prompt) for prompt in prompts)
+    first = sample(session.prefill(prompts), sampling, generator)
+    steps = min(max_new_tokens - 1, session.spec.max_seqlen - max(map(len, prompts)))
     running = np.ones(len(prompts), dtype=bool)
-    for count in range(1, max_new_tokens + 1):
-        tokens = sample(logits, sampling, generator)
+    following = _following(session, first, steps, sampling, generator)
+    for tokens in islice(chain([first], following), max_new_tokens):
         running &= ~np.isin(tokens, stop_ids)
         if not running.any():
             return
         yield [int(token) if alive else None for token, alive in zip(tokens, running, strict=True)]
-        if count < max_new_tokens and lengths + count <= session.spec.max_seqlen:
-            logits = session.decode(tokens)
-        else:
-            return
+
+
+def _following(
+    session: Session, tokens: np.ndarray, steps: int, sampling: Sampling, generator: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """The tokens that follow ``tokens``, as many as there are steps."""
+    if steps > 0 and sampling.temperature == 0 and isinstance(session, Greedy):
+        yield from session.decode_greedy(tokens, steps)
+        return
+    for _ in range(steps):
+        tokens = sample(session.decode(tokens), sampling, generator)
+        yield tokens
 
 
 def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, Self
+from collections.abc import Iterator, Sequence
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -45,5 +45,22 @@ class Session(Protocol):
         """Append one token per sequence, int64 ``(batch,)``, and return float32 ``(batch, vocab_size)``.
 
         The array is the session's own and is overwritten by the next call.
+        """
+        ...
+
+
+@runtime_checkable
+class Greedy(Session, Protocol):
+    """A session that can go on by itself with the most probable tokens, without the host in every step."""
+
+    def decode_greedy(self, tokens: np.ndarray, steps: int) -> Iterator[np.ndarray]:
+        """Append ``tokens``, then whatever is most probable, ``steps`` tokens per sequence in all.
+
+        Yields:
+            What is most probable next after each step, int64 ``(batch,)``. The last one yielded has not
+            been appended. A caller may stop early, and the session stands where it stopped.
+
+        Raises:
+            UserError: as `Session.decode`, or more steps than the model has positions.
         """
         ...

@@ -1,0 +1,240 @@
+"""A bundle on a GPU with PyTorch and the Triton kernels: a decode step is one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shadowllm.errors import UserError
+from shadowllm.models import Budget, KVCache, ModelSpec
+from shadowllm.models.decoder import Unit
+from shadowllm.plugins.triton.ops import select_topk
+from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.networks import scores
+from shadowllm.predictor.topk import shared_scores
+from shadowllm.runtime.inputs import check_prompts, check_tokens
+from shadowllm.runtime.replay import AHEAD, captured, kernel_device, run_ahead
+from shadowllm.runtime.step import Selection, StepDecoder, merged
+
+# The cache grows by this many positions, and a longer cache is another graph.
+CACHE_BLOCK = 1024
+
+
+class TritonSession:
+    """A `Session` on one GPU.
+
+    Prefill is dense. A decode step takes its tokens and positions from the device and leaves the most
+    probable next ones there, so that greedy text needs nothing but replays of one graph. Budgets are
+    counts that the kernels read: a change writes a few numbers.
+
+    Args:
+        spec: the model.
+        weights: canonical tensors of one type, which is computed in, moved to the device when entered; or
+            from `step.merged`, there already, for sessions that share them.
+        predictor: chooses heads and neurons, once a step at the first sparse layer; None decodes dense.
+        budget: fractions to keep at first.
+        cache_block: positions by which the cache grows.
+
+    Raises:
+        UserError: no GPU, or a predictor that chooses inside the layers.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Tensor],
+        predictor: Predictor | None,
+        budget: Budget | None = None,
+        cache_block: int = CACHE_BLOCK,
+    ) -> None:
+        if predictor and predictor.in_place:
+            raise UserError(
+                "the triton backend does not run a quantized shadow", "export with --selector shadow, or use ort"
+            )
+        self.spec = spec
+        self.device = kernel_device()
+        self._source, self._predictor, self._block = weights, predictor, cache_block
+        self._dense_layers = predictor.dense_layers if predictor else spec.n_layers
+        n_sparse = spec.n_layers - self._dense_layers
+        self._counts = torch.zeros((2, n_sparse), dtype=torch.int32, device=self.device)
+        self.set_budget(budget or Budget())
+
+    @classmethod
+    def open(cls, bundle: Path, kind: Literal["sparse", "dense"] = "sparse") -> TritonSession:
+        """A session over a bundle.
+
+        Raises:
+            UserError: as the constructor, no bundle, a damaged file in it, or integer weights.
+        """
+        # Here, because without a bundle a session needs no ONNX.
+        from shadowllm.exporter.bundle import map_weights
+        from shadowllm.exporter.manifest import read_manifest
+
+        manifest = read_manifest(bundle)
+        if manifest.quantisation:
+            raise UserError(
+                f"the triton backend does not run {manifest.weight_dtype} weights", "export without --weight-dtype"
+            )
+        kernel_device()  # now, and not after gigabytes were hashed
+        weights, predictor = map_weights(bundle, manifest)
+        return cls(manifest.spec, weights, predictor if kind == "sparse" else None, Budget(**manifest.budgets))
+
+    def __enter__(self) -> Self:
+        weights = merged(self.spec, self._source, self.device)
+        self.dtype = weights["embed_tokens.weight"].dtype
+        if self._predictor:
+            # A network has the type of the model, a ranking keeps its own: as in a bundle.
+            dtype = self.dtype if self._predictor.kind == "shadow" else torch.float32
+            tensors = {name: t.to(self.device, dtype) for name, t in self._predictor.tensors.items()}
+            self._predictor = replace(self._predictor, tensors=tensors)
+        self._decoder = StepDecoder(self.spec, weights, self._dense_layers)
+        self.reset()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._forget("_replay", "_decoder", "cache", "_tokens", "_positions", "_logits", "_host_logits", "_source")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def reset(self, batch: int = 1) -> None:
+        """See `Session.reset`. The same number of sequences as before costs nothing."""
+        self._lengths = np.zeros(batch, dtype=np.int64)
+        if "cache" not in self.__dict__ or len(self._tokens) != batch:
+            self._allocate(min(self._block, self.spec.max_seqlen))
+
+    def set_budget(self, budget: Budget) -> None:
+        """See `Session.set_budget`."""
+        counts = np.stack(budget.counts(self.spec, self._counts.shape[1]))
+        self._counts.copy_(torch.from_numpy(counts))
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """See `Session.prefill`."""
+        check_prompts(prompts, len(self._lengths), self.spec)
+        self._lengths[:] = [len(prompt) for prompt in prompts]
+        seqlen = int(self._lengths.max())
+        self._reserve(seqlen)
+        # Padding is written past a row's last position, where it is never seen and soon overwritten.
+        padded = torch.tensor([[*prompt, *[0] * (seqlen - len(prompt))] for prompt in prompts])
+        positions = torch.arange(seqlen, device=self.device).repeat(len(prompts), 1)
+        decoder = self._decoder
+        decoder.begin(positions)
+        x = decoder.embed(padded.to(self.device), positions)
+        for layer in range(self.spec.n_layers):
+            x = decoder.layer(layer, x, positions, self.cache)
+        last = torch.from_numpy(self._lengths - 1).to(self.device)
+        self._logits.copy_(decoder.logits(x[torch.arange(len(prompts), device=self.device), last]))
+        return self._fetched()
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """See `Session.decode`."""
+        self._start(tokens, 1)
+        self._replay()
+        self._lengths += 1
+        return self._fetched()
+
+    def decode_greedy(self, tokens: np.ndarray, steps: int) -> Iterator[np.ndarray]:
+        """See `Greedy.decode_greedy`."""
+        self._start(tokens, steps)
+        cuda = self.device.type == "cuda"
+        slots = torch.zeros((AHEAD + 1, *self._tokens.shape), dtype=torch.int64, pin_memory=cuda)
+        done = [torch.cuda.Event() for _ in slots] if cuda else []
+
+        def launch(step: int) -> None:
+            slot = step % len(slots)
+            self._replay()
+            slots[slot].copy_(self._tokens, non_blocking=True)
+            if done:
+                done[slot].record()
+
+        def result(step: int) -> np.ndarray:
+            slot = step % len(slots)
+            if done:
+                done[slot].synchronize()
+            self._lengths += 1  # what was launched beyond it stands past the end, where nothing looks
+            return slots[slot, :, 0].numpy().copy()
+
+        return run_ahead(steps, launch, result)
+
+    def _start(self, tokens: np.ndarray, steps: int) -> None:
+        """Make room for the steps, and put the first one's tokens and positions on the device."""
+        check_tokens(tokens, self._lengths, self.spec)
+        end = int(self._lengths.max()) + steps
+        if end > self.spec.max_seqlen:
+            raise UserError(
+                f"{steps} more steps exceed the model's {self.spec.max_seqlen} positions", "ask for fewer tokens"
+            )
+        self._reserve(end)
+        self._tokens.copy_(torch.from_numpy(tokens)[:, None])
+        self._positions.copy_(torch.from_numpy(self._lengths)[:, None])
+
+    def _fetched(self) -> np.ndarray:
+        self._host_logits.copy_(self._logits)  # waits for the step
+        return self._host_logits.numpy()
+
+    def _reserve(self, length: int) -> None:
+        """Make the cache hold ``length`` positions, keeping what is in it."""
+        before = self.cache
+        if length <= before.keys[0].shape[2]:
+            return
+        self._allocate(min(-(-length // self._block) * self._block, self.spec.max_seqlen))
+        for old, new in ((before.keys, self.cache.keys), (before.values, self.cache.values)):
+            for short, long in zip(old, new, strict=True):
+                long[:, :, : short.shape[2]] = short
+
+    @torch.no_grad()
+    def _allocate(self, capacity: int) -> None:
+        """Everything whose size depends on batch or capacity, and the graph over it.
+
+        The capture runs steps at position 0 of the empty cache; nothing is in it yet that they could harm.
+        """
+        self._forget("_replay", "cache")
+        batch = len(self._lengths)
+        self.cache = KVCache.empty(self.spec, batch, capacity, self.dtype, self.device)
+        self._tokens, self._positions = (
+            torch.zeros((batch, 1), dtype=torch.int64, device=self.device) for _ in range(2)
+        )
+        self._logits = torch.zeros((batch, self.spec.vocab_size), device=self.device)
+        self._host_logits = torch.zeros(self._logits.shape, pin_memory=self.device.type == "cuda")
+        self._replay = captured(self._step, self.device)
+
+    def _forget(self, *names: str) -> None:
+        """Let go of tensors and the graph, once nothing works on them any more."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        for name in names:
+            self.__dict__.pop(name, None)
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One decode step, from the tokens and positions on the device to the next ones."""
+        decoder = self._decoder
+        decoder.begin(self._positions, self.cache.keys[0].shape[2])
+        x = decoder.embed(self._tokens, self._positions)
+        for layer in range(self.spec.n_layers):
+            if layer == self._dense_layers:
+                decoder.selection = self.select(x)
+            x = decoder.layer(layer, x, self._positions, self.cache)
+        self._logits.copy_(decoder.logits(x)[:, -1])
+        self._tokens.copy_(self._logits.argmax(dim=-1, keepdim=True))
+        self._positions += 1
+
+    def select(self, hidden: Tensor) -> Selection:
+        """What the predictor chooses at the present counts; one selection for all sequences.
+
+        Args:
+            hidden: input of the first sparse layer, ``(batch, 1, hidden_size)`` on the device.
+        """
+        assert self._predictor is not None
+        units: tuple[Unit, ...] = ("heads", "neurons")
+        chosen = []
+        for unit, found, counts in zip(units, scores(self._predictor, hidden.flatten(0, 1)), self._counts, strict=True):
+            shared = shared_scores(self.spec, unit, found.mean(dim=0).float())
+            chosen.append(select_topk(shared.contiguous(), counts, shared.shape[-1]))
+        return Selection(chosen[0], self._counts[0], chosen[1], self._counts[1])
