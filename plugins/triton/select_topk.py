@@ -11,7 +11,7 @@ from shadowllm.plugins.program import Size
 from shadowllm.plugins.triton.schedule import Call, Schedule, Shape, Tier
 
 # Scores that a block holds at a time; longer rows are gone through piece by piece.
-MAX_BLOCK = 16384
+MAX_BLOCK = 8192
 
 
 @triton.jit
@@ -84,6 +84,6 @@ def plan_select_topk(shapes: Mapping[str, Shape], tier: Tier, cap: int) -> Sched
         (Size(batch=True), Size(), Size()),
         {"scores": "scores", "counts": "counts", "indices": "indices"},
         {"N": width, "CAP": cap, "BLOCK": block},
-        warps=max(1, min(16, block // 512)),
+        warps=max(1, block // 512),
     )
     return Schedule(tier.max_batch, tier.max_seqlen, 0, (call,))

@@ -14,7 +14,7 @@ import triton.language as tl
 from shadowllm.plugins.program import Size
 from shadowllm.plugins.triton.project_back import back_calls
 from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace
-from shadowllm.plugins.triton.tiles import add_along, block_along, dot, sum_along, zeros_along
+from shadowllm.plugins.triton.tiles import add_along, block_along, dot, sum_along, token_tile, zeros_along
 
 # Positions of the cache that one block of a decode step goes through, and that it loads at a time.
 SPAN, POSITIONS = 256, 32
@@ -67,7 +67,7 @@ def head_queries(
     for start in range(0, WIDTH, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
         inside = (cols < WIDTH)[None, :]
-        tile = tl.load(x + rows_m[:, None].to(tl.int64) * WIDTH + cols[None, :], mask=inside_m & inside, other=0.0)
+        tile = token_tile(x, tokens, cols, WIDTH, BLOCK_M, BLOCK_N)
         weight = w_q + rows[:, None] * WIDTH + cols[None, :]
         first = add_along(first, tile, tl.load(weight, mask=in_first[:, None] & inside, other=0.0), BLOCK_M)
         weight += HALF * WIDTH
@@ -325,5 +325,6 @@ def _prompt(tier: Tier, operands: Mapping[str, Operand], constants: Mapping[str,
         prompt_attention,
         (Size(seqlen=True, divisor=tier.block), Size(int(constants["CAP"])), Size(batch=True)),
         {**operands, "seqlen": Size(seqlen=True)},
-        {**constants, "BLOCK_M": tier.block, "BLOCK_P": 64},
+        {**constants, "BLOCK_M": tier.block, "BLOCK_P": 32},
+        warps=4 if int(constants["HEAD_DIM"]) <= 64 else 8,
     )

@@ -10,7 +10,7 @@ import triton.language as tl
 from shadowllm.plugins.program import Size
 from shadowllm.plugins.triton.project_back import back_calls
 from shadowllm.plugins.triton.schedule import GEMV, Call, Schedule, Shape, Tier, Workspace
-from shadowllm.plugins.triton.tiles import active_rows, add_along, block_along, sum_along, zeros_along
+from shadowllm.plugins.triton.tiles import active_rows, add_along, block_along, sum_along, token_tile, zeros_along
 
 
 @triton.jit
@@ -59,11 +59,7 @@ def mlp_hidden(
     for start in range(0, WIDTH, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
         inside = (cols < WIDTH)[None, :]
-        tile = tl.load(
-            x + rows_m[:, None].to(tl.int64) * WIDTH + cols[None, :],
-            mask=(rows_m < tokens)[:, None] & inside,
-            other=0.0,
-        )
+        tile = token_tile(x, tokens, cols, WIDTH, BLOCK_M, BLOCK_N)
         place = rows[:, None] * WIDTH + cols[None, :]
         up = add_along(up, tile, tl.load(w_up + place, mask=live[:, None] & inside, other=0.0), BLOCK_M)
         if w_gate is not None:

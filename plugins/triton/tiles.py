@@ -25,6 +25,22 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def token_tile(x, tokens, cols, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns of this block's tokens ``x (tokens, WIDTH)`` for `add_along`: ``(M, K)``.
+
+    One token is repeated to ``(N, K)``: the copies come from the cache, and every thread has what its weights
+    are multiplied with, where a ``(1, K)`` tile would have to be passed around in every turn of a loop.
+    """
+    if BLOCK_M == 1:
+        place = tl.zeros((BLOCK_N,), tl.int32)[:, None] + cols[None, :]
+        return tl.load(x + place, mask=place < WIDTH, other=0.0)
+    else:
+        rows = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+        mask = (rows < tokens) & (cols < WIDTH)[None, :]
+        return tl.load(x + rows.to(tl.int64) * WIDTH + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def zeros_along(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Sums for `add_along`."""
     if BLOCK_M == 1:
@@ -35,7 +51,7 @@ def zeros_along(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.conste
 
 @triton.jit
 def add_along(acc, x, w, BLOCK_M: tl.constexpr):
-    """Add the products of tokens ``x (M, K)`` with rows ``w (N, K)``."""
+    """Add the products of a `token_tile` with rows ``w (N, K)``."""
     if BLOCK_M == 1:
         return acc + x.to(tl.float32) * w.to(tl.float32)
     else:

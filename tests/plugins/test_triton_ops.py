@@ -6,7 +6,6 @@ what lies between the kernels. (The interpreter truncates to bfloat16 where a GP
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 import torch

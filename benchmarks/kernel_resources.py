@@ -1,0 +1,171 @@
+"""Compile every GPU kernel at real shapes, and record what it takes of a GPU; needs no GPU.
+
+    python -m shadowllm.benchmarks.kernel_resources --json kernels.json
+
+For each shape, type and architecture: registers a thread, shared memory a block, and bytes spilled to local
+memory, which a memory-bound kernel cannot afford.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shadowllm.benchmarks.environment import environment
+from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.plugins.program import PTX, Program
+from shadowllm.plugins.triton.compile import Tensor, compile_program
+from shadowllm.predictor.progress import progress
+
+SMS = (80, 86, 89, 90, 120)
+DTYPES = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder whose kernels are compiled."""
+
+    hidden_size: int
+    intermediate_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    gated: bool
+    capacity: int = 1024
+
+
+SHAPES = {
+    "smollm2-135m": Shape(576, 1536, 30, 9, 3, 64, gated=True),
+    "opt-6.7b": Shape(4096, 16384, 32, 32, 32, 128, gated=False),
+    "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 128, gated=True),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes.
+
+    Attributes:
+        registers: a thread.
+        shared_bytes: of a block, static and dynamic.
+        spilled_bytes: of local memory a thread.
+    """
+
+    op: str
+    kernel: str
+    dtype: str
+    sm: int
+    threads: int
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+
+
+def programs(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[str, Program]]:
+    """The programs of a model of this shape, for one sequence and prompts."""
+    width, neurons, heads, dim = shape.hidden_size, shape.intermediate_size, shape.n_heads, shape.head_dim
+    count = Tensor("int32", ())
+    x = Tensor(dtype, ("batch", "seqlen", width))
+    rows = Tensor(dtype, (neurons, width))
+    mlp = {"x": x, "indices": Tensor("int32", (neurons,)), "count": count, "w_up": rows, "w_down": rows}
+    cache = Tensor(dtype, ("batch", shape.n_kv_heads, shape.capacity, dim))
+    attention = {
+        "x": x,
+        "key": cache,
+        "value": cache,
+        "lengths": Tensor("int32", ("batch",)),
+        "indices": Tensor("int32", (heads,)),
+        "count": count,
+        "w_q": Tensor(dtype, (heads * dim, width)),
+        "w_o": Tensor(dtype, (heads * dim, width)),
+    }
+    if shape.gated:
+        mlp["w_gate"] = rows
+        attention |= {name: Tensor(dtype, ("batch", "seqlen", dim // 2)) for name in ("cos", "sin")}
+    else:
+        mlp |= {"b_up": Tensor(dtype, (neurons,)), "b_down": Tensor(dtype, (width,))}
+        attention |= {"b_q": Tensor(dtype, (heads * dim,)), "b_o": Tensor(dtype, (width,))}
+    scores = {
+        "scores": Tensor("float32", (shape.n_layers - 1, neurons)),
+        "counts": Tensor("int32", (shape.n_layers - 1,)),
+    }
+    wanted: dict[str, tuple[Mapping[str, Tensor], Mapping[str, int | str]]] = {
+        "SelectTopK": (scores, {"cap": neurons}),
+        "SparseMLP": (mlp, {"activation": "silu" if shape.gated else "relu"}),
+        "SparseAttention": (attention, {"n_heads": heads}),
+    }
+    for op, (inputs, attributes) in wanted.items():
+        yield op, compile_program(op, inputs, attributes, max_batch=1, max_seqlen=512, sms=sms)
+
+
+def resources(op: str, program: Program, dtype: str) -> Iterator[Resources]:
+    """What the images of a program's kernels take."""
+    for kernel in program.kernels:
+        for image in kernel.images:
+            if image.sm != PTX:
+                used = _usage(image.data)
+                yield Resources(
+                    op,
+                    kernel.name,
+                    dtype,
+                    image.sm,
+                    kernel.threads,
+                    used["REG"],
+                    used["SHARED"] + kernel.shared_bytes,
+                    used["LOCAL"] + used["STACK"],
+                )
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """What NVIDIA's ``cuobjdump``, which Triton ships, says of a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", told)}
+
+
+@script
+def main() -> None:
+    """Command line."""
+    parser = script_parser("kernel_resources", __doc__)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--sms", nargs="+", type=int, default=list(SMS), metavar="SM")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    found: dict[str, list[dict[str, Any]]] = {}
+    with progress("Compiling", 3 * len(args.shapes) * len(args.dtypes)) as advance:
+        for name in args.shapes:
+            found[name] = []
+            for dtype in args.dtypes:
+                for op, program in programs(SHAPES[name], dtype, tuple(args.sms)):
+                    found[name] += map(asdict, resources(op, program, dtype))
+                    advance(1)
+    for name, rows in found.items():
+        worst = max(rows, key=lambda row: row["registers"])
+        spilling = sorted({f"{row['kernel']} (sm_{row['sm']})" for row in rows if row["spilled_bytes"]})
+        print(
+            f"{name}: {len(rows)} kernels, at most {worst['registers']} registers ({worst['kernel']}); "
+            f"spilling: {', '.join(spilling) or 'none'}"
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"environment": environment(), "kernels": found}, indent=1) + "\n")
+        print(f"results: {args.json}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

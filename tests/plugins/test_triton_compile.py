@@ -1,0 +1,145 @@
+"""Kernels compiled ahead of time for every architecture, without a GPU.
+
+Triton's interpreter, which the other tests use, and its compiler exclude each other within a process: this
+one's are children.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from shadowllm.plugins.program import PTX, Program, Size
+
+pytest.importorskip("triton")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+SMS = (80, 86, 89, 90, 120)
+HEADS, HEAD_DIM, WIDTH, NEURONS = 4, 12, 48, 88
+COMPILE = f"""
+import sys
+from shadowllm.plugins.triton.compile import Tensor, compile_program
+dtype, batch = sys.argv[1], int(sys.argv[2])
+count, lengths = Tensor("int32", ()), Tensor("int32", ("batch",))
+x, rows = Tensor(dtype, ("batch", "seqlen", {WIDTH})), Tensor(dtype, ({NEURONS}, {WIDTH}))
+cache, heads = Tensor(dtype, ("batch", 2, 600, {HEAD_DIM})), Tensor(dtype, ({HEADS * HEAD_DIM}, {WIDTH}))
+angles = Tensor(dtype, ("batch", "seqlen", {HEAD_DIM // 2}))
+graphs = [
+    ("SelectTopK", {{"scores": Tensor("float32", (2, {NEURONS})), "counts": Tensor("int32", (2,))}},
+      {{"cap": {NEURONS}}}),
+    ("SparseMLP", {{"x": x, "indices": Tensor("int32", ({NEURONS},)), "count": count, "w_up": rows,
+      "b_up": Tensor(dtype, ({NEURONS},)), "w_down": rows}}, {{"activation": "relu", "layer": 1}}),
+    ("SparseAttention", {{"x": x, "key": cache, "value": cache, "lengths": lengths, "indices":
+      Tensor("int32", ({HEADS},)), "count": count, "w_q": heads, "w_o": heads, "cos": angles, "sin": angles}},
+      {{"n_heads": {HEADS}, "layer": 1}}),
+]
+for op, inputs, attributes in graphs:
+    program = compile_program(op, inputs, attributes, max_batch=batch, max_seqlen=9, sms=(90,))
+    again = compile_program(op, inputs, attributes | {{"layer": 2}}, max_batch=batch, max_seqlen=9, sms=(90,))
+    assert again is program or "layer" not in attributes, "the layers of a model share a program"
+    print(program.pack().hex())
+"""
+
+
+@pytest.fixture(scope="module", params=["float16", "float32"])
+def programs(request):
+    """Of each op, for batches of up to 3: ``(dtype, {op: Program})``."""
+    told = child("-c", COMPILE, request.param, "3")
+    ops = ("SelectTopK", "SparseMLP", "SparseAttention")
+    return request.param, dict(zip(ops, (Program.unpack(bytes.fromhex(line)) for line in told.split()), strict=True))
+
+
+def child(*arguments: str) -> str:
+    ended = subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_ports(programs):
+    dtype, found = programs
+    assert found["SelectTopK"].inputs == ("float32", "int32")
+    assert found["SparseMLP"].inputs == (dtype, "int32", "int32", dtype, dtype, dtype)
+    (indices,), (y,) = found["SelectTopK"].outputs, found["SparseAttention"].outputs
+    assert (indices.dtype, indices.shape) == ("int32", ((0, 0), NEURONS))
+    assert (y.dtype, y.shape) == (dtype, ((0, 0), (0, 1), (0, 2)))
+
+
+def test_plans_cover_one_token_a_batch_and_prompts(programs):
+    _, found = programs
+    covered = [(plan.max_batch, plan.max_seqlen) for plan in found["SparseMLP"].plans]
+    assert covered == [(1, 1), (3, 1), (3, 9)]
+    assert [(plan.max_batch, plan.max_seqlen) for plan in found["SelectTopK"].plans] == [(2, 1)]
+
+
+def test_launches_fit_their_kernels(programs):
+    """Grids are not empty, arguments are of the types that the compiled kernel has, buffers lie in the workspace."""
+    _, found = programs
+    for program in found.values():
+        for plan in program.plans:
+            for launch in plan.launches:
+                kernel = program.kernels[launch.kernel]
+                text = next(image.data for image in kernel.images if image.sm == PTX).decode()
+                wanted = ["u32" if a.kind == "int" else "u64" for a in launch.arguments] + ["u64"] * kernel.hidden
+                entry = text[text.index(f".entry {kernel.name}(") : text.index(")\n", text.index(".entry"))]
+                assert re.findall(r"\.param \.(u\d+)", entry) == wanted
+                for a in launch.arguments:
+                    assert a.kind != "workspace" or (a.value % 256 == 0 and a.value < plan.workspace_bytes)
+                    assert a.kind != "input" or a.value < len(program.inputs)
+                for batch in (1, plan.max_batch):
+                    for seqlen in (1, plan.max_seqlen):
+                        assert all(size(batch, seqlen) >= 1 for size in launch.grid)
+
+
+def test_grids_cover_the_work(programs):
+    """The first launch of SparseMLP has a block per tile of slots and of tokens."""
+    _, found = programs
+    program = found["SparseMLP"]
+    one, batch, prompt = (plan.launches[0].grid for plan in program.plans)
+    assert one == (Size(NEURONS, divisor=8), Size(), Size())
+    assert batch == (Size(NEURONS, divisor=64), Size(batch=True, divisor=16), Size())
+    assert prompt == (Size(NEURONS, divisor=64), Size(batch=True, seqlen=True, divisor=64), Size())
+
+
+def test_ptx_is_for_the_oldest_gpu(programs):
+    _, found = programs
+    for program in found.values():
+        for kernel in program.kernels:
+            assert [image.sm for image in kernel.images] == [90, PTX]
+            assert ".target sm_80" in kernel.images[1].data.decode()
+            assert kernel.images[0].data.startswith(b"\x7fELF")
+
+
+def test_unknown_inputs_are_refused():
+    code = (
+        "from shadowllm.plugins.triton.compile import Tensor, compile_program\n"
+        "inputs = {'x': Tensor('float32', (1, 2))}\n"
+        "try: compile_program('SelectTopK', inputs, {'cap': 2}, max_batch=1, max_seqlen=1, sms=())\n"
+        "except ValueError as error: print(error)"
+    )
+    assert "SelectTopK has inputs ['x']" in child("-c", code)
+
+
+def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path):
+    """At the shape of SmolLM2; the script also takes those of 7B models."""
+    arguments = ["--shapes", "smollm2-135m", "--json", str(tmp_path / "kernels.json")]
+    child("-m", "shadowllm.benchmarks.kernel_resources", *arguments)
+    rows = json.loads((tmp_path / "kernels.json").read_text())["kernels"]["smollm2-135m"]
+    for dtype in ("float16", "bfloat16"):
+        for sm in SMS:
+            of_one = [row for row in rows if (row["dtype"], row["sm"]) == (dtype, sm)]
+            assert {row["kernel"] for row in of_one} == {
+                "select_topk",
+                "mlp_hidden",
+                "head_queries",
+                "decode_attention",
+                "merge_splits",
+                "prompt_attention",
+                "project_back",
+                "sum_partials",
+            }
+    assert not [row for row in rows if row["spilled_bytes"]]
+    assert all(0 < row["registers"] <= 255 and row["shared_bytes"] <= 99 * 1024 for row in rows)
