@@ -1,10 +1,18 @@
-"""Checkpoints of well-known shapes with random weights: speed and memory do not depend on what the numbers are."""
+"""Models of well-known shapes with random weights: speed and memory do not depend on what the numbers are."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from shadowllm.models.spec import ModelSpec
+    from shadowllm.predictor.artefact import Kind, Predictor
 
 SHAPES: dict[str, dict[str, Any]] = {
     "opt-1.3b": {
@@ -30,18 +38,116 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Those that want a GPU, or, the tiny ones, a moment.
+GPU_SHAPES: dict[str, dict[str, Any]] = {
+    "opt-1.3b": SHAPES["opt-1.3b"],
+    "opt-6.7b": SHAPES["opt-1.3b"]
+    | {
+        "hidden_size": 4096,
+        "ffn_dim": 16384,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "word_embed_proj_dim": 4096,
+    },
+    "opt-13b": SHAPES["opt-1.3b"]
+    | {
+        "hidden_size": 5120,
+        "ffn_dim": 20480,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "word_embed_proj_dim": 5120,
+    },
+    "llama-2-7b": SHAPES["llama-1.1b"]
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+    },
+}
+TINY_SHAPES: dict[str, dict[str, Any]] = {
+    "tiny-opt": SHAPES["opt-1.3b"]
+    | {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 32,
+        "max_position_embeddings": 32,
+        "vocab_size": 64,
+    },
+    "tiny-llama": SHAPES["llama-1.1b"]
+    | {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+        "vocab_size": 64,
+    },
+}
+ALL_SHAPES = SHAPES | GPU_SHAPES | TINY_SHAPES
+
+
+def shape_spec(shape: str) -> ModelSpec:
+    """The model of a shape.
+
+    Args:
+        shape: a key of `ALL_SHAPES`.
+    """
+    from transformers import AutoConfig
+
+    from shadowllm.models.registry import FAMILIES
+
+    config = AutoConfig.for_model(**ALL_SHAPES[shape])
+    return FAMILIES[config.model_type].spec(config)
+
+
+class RandomWeights(Mapping[str, "Tensor"]):
+    """Canonical tensors that are drawn when asked for, on the device that is to hold them.
+
+    Args:
+        dtype: of all of them.
+    """
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        from shadowllm.models.registry import FAMILIES
+
+        self._spec, self._dtype, self._device = spec, dtype, device
+        self._names = list(FAMILIES[spec.family].sources(spec))
+
+    def __getitem__(self, name: str) -> Tensor:
+        import torch
+
+        from shadowllm.models.weights import tensor_shape
+
+        if name not in self._names:
+            raise KeyError(name)
+        shape = tensor_shape(self._spec, name)
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=self._dtype, device=self._device)
+        return torch.randn(shape, dtype=self._dtype, device=self._device) * 0.02
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
 
 def write_random_model(shape: str, folder: Path, seed: int = 0) -> None:
     """Write a checkpoint with random float16 weights into ``folder``, in shards, tensor by tensor.
 
     Args:
-        shape: a key of `SHAPES`.
+        shape: a key of `ALL_SHAPES`.
     """
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**SHAPES[shape], dtype="float16")
+    config = AutoConfig.for_model(**ALL_SHAPES[shape], dtype="float16")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = "lm_head.weight" if config.tie_word_embeddings else None
@@ -58,3 +164,34 @@ def write_random_model(shape: str, folder: Path, seed: int = 0) -> None:
         )
         where |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def untrained(
+    kind: Kind, spec: ModelSpec, fingerprint: str, dense_layers: int = 1, rank: int | None = None
+) -> Predictor:
+    """A predictor that has learned nothing, of the usual size unless a shadow's ``rank`` is given.
+
+    A shadow still looks at its input.
+    """
+    import torch
+
+    from shadowllm.predictor.artefact import Predictor
+    from shadowllm.predictor.networks import default_rank, initial_tensors
+
+    generator = torch.Generator().manual_seed(0)
+    n_sparse = spec.n_layers - dense_layers
+    tensors = {
+        "heads.scores": torch.rand(n_sparse, spec.n_heads, generator=generator),
+        "neurons.scores": torch.rand(n_sparse, spec.intermediate_size, generator=generator),
+    }
+    if kind == "shadow":
+        rank = rank or default_rank(spec, dense_layers)
+        tensors |= initial_tensors(spec, n_sparse, rank, tensors["heads.scores"], tensors["neurons.scores"], seed=0)
+        for name in ("heads.weight", "neurons.weight"):
+            tensors[name].normal_(generator=generator)
+    if kind == "quantized-shadow":
+        heads = n_sparse * spec.n_heads
+        tensors["layers.heads.weight"] = torch.randn(heads, spec.hidden_size, generator=generator)
+        tensors["layers.heads.bias"] = torch.zeros(heads)
+    sizes = (n_sparse, dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size)
+    return Predictor(kind, *sizes, tensors, fingerprint)

@@ -24,42 +24,16 @@ from shadowllm.benchmarks.bandwidth import read_bandwidth
 from shadowllm.benchmarks.bench import SPARSE, session_command, traffic_of
 from shadowllm.benchmarks.environment import environment
 from shadowllm.benchmarks.harness import Contender, race, speedup, summarise
-from shadowllm.benchmarks.random_model import SHAPES, write_random_model
+from shadowllm.benchmarks.random_model import SHAPES, untrained, write_random_model
 from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.exporter.bundle import DTYPES, write_bundle
 from shadowllm.exporter.manifest import read_manifest
 from shadowllm.models.budget import Budget
-from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.quantisation import WEIGHT_DTYPES
-from shadowllm.predictor.artefact import Kind, Predictor
+from shadowllm.predictor.artefact import Kind
 from shadowllm.predictor.progress import progress
 
 DENSE = "ort-dense"
-
-
-def untrained(kind: Kind, spec: ModelSpec, fingerprint: str, dense_layers: int = 1) -> Predictor:
-    """A predictor of the usual size that has learned nothing; a shadow still looks at its input."""
-    import torch
-
-    from shadowllm.predictor.networks import default_rank, initial_tensors
-
-    generator = torch.Generator().manual_seed(0)
-    n_sparse = spec.n_layers - dense_layers
-    tensors = {
-        "heads.scores": torch.rand(n_sparse, spec.n_heads, generator=generator),
-        "neurons.scores": torch.rand(n_sparse, spec.intermediate_size, generator=generator),
-    }
-    if kind == "shadow":
-        rank = default_rank(spec, dense_layers)
-        tensors |= initial_tensors(spec, n_sparse, rank, tensors["heads.scores"], tensors["neurons.scores"], seed=0)
-        for name in ("heads.weight", "neurons.weight"):
-            tensors[name].normal_(generator=generator)
-    if kind == "quantized-shadow":
-        heads = n_sparse * spec.n_heads
-        tensors["layers.heads.weight"] = torch.randn(heads, spec.hidden_size, generator=generator)
-        tensors["layers.heads.bias"] = torch.zeros(heads)
-    sizes = (n_sparse, dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size)
-    return Predictor(kind, *sizes, tensors, fingerprint)
 
 
 def export_random(shape: str, folder: Path, kind: Kind, dtype: str, weight_dtype: str | None) -> Path:

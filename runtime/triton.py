@@ -98,7 +98,8 @@ class TritonSession:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._forget("_replay", "_decoder", "cache", "_tokens", "_positions", "_logits", "_host_logits", "_source")
+        names = ("_replay", "_decoder", "cache", "_tokens", "_positions", "_logits", "_host_logits")
+        self._forget(*names, "_source", "_predictor")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

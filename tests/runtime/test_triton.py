@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from shadowllm.runtime.torch import TorchSession
 from shadowllm.runtime.triton import TritonSession
 
 PROMPTS = [[5, 17, 42], [8, 61]]
+# Of float32 results; a GPU adds up in another order.
+TOLERANCE = 1e-4 if torch.cuda.is_available() else 1e-5
 FORCED = np.array([[3, 90], [14, 7]])
 
 
@@ -38,7 +42,7 @@ def test_a_ragged_batch_at_a_budget_follows_the_reference(bundle, variant):
     with open_session(bundle(variant), "triton") as ours, open_session(bundle(variant), "torch") as theirs:
         for session in (ours, theirs):
             session.set_budget(budget)
-        assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < 1e-5
+        assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", ["llama-biases", "llama-mqa-tied", "opt-untied-no-bias"])
@@ -46,25 +50,28 @@ def test_full_budget_equals_dense_and_the_budget_changes_in_mid_text(bundle, var
     with open_session(bundle(variant), "triton") as ours, open_session(bundle(variant), "torch") as theirs:
         ours.set_budget(Budget())
         with open_session(bundle(variant), "torch-dense") as dense:
-            assert distance(steps(ours, PROMPTS[:1], FORCED[:1, :1]), steps(dense, PROMPTS[:1], FORCED[:1, :1])) < 1e-5
+            assert (
+                distance(steps(ours, PROMPTS[:1], FORCED[:1, :1]), steps(dense, PROMPTS[:1], FORCED[:1, :1]))
+                < TOLERANCE
+            )
         theirs.set_budget(Budget())
         steps(theirs, PROMPTS[:1], FORCED[:1, :1])
         for session in (ours, theirs):
             session.set_budget(Budget(0.3, 0.5))
         after = [session.decode(np.array([11])).copy() for session in (ours, theirs)]
-        assert distance(*after) < 1e-5
+        assert distance(*after) < TOLERANCE
 
 
 def test_dense_follows_the_reference(bundle):
     with open_session(bundle(), "triton-dense") as ours, open_session(bundle(), "torch-dense") as theirs:
-        assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < 1e-5
+        assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
 
 
 @pytest.mark.parametrize("options", [{"kind": "static"}, {"head_unit": "kv_group"}])
 def test_other_choices(bundle, options):
     folder = bundle(**options)
     with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
-        assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < 1e-5
+        assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float16", 4e-3), ("bfloat16", 4e-2)])
@@ -91,7 +98,16 @@ def test_the_cache_grows_and_keeps_its_contents(bundle):
     with TritonSession(read.spec, read._weights, read._predictor, Budget(0.5, 0.5), cache_block=4) as ours:
         found = steps(ours, PROMPTS[:1], FORCED[:, :1])
         assert ours.cache.keys[0].shape[2] == 8
-    assert distance(found, expected) < 1e-5
+    assert distance(found, expected) < TOLERANCE
+
+
+def test_leaving_frees_weights_and_cache(bundle):
+    with open_session(bundle(), "triton") as session:
+        tensors = (session._decoder.weights["layers.0.qkv_proj.weight"], session.cache.keys[0])
+        held = [weakref.ref(tensor) for tensor in (*tensors, session._predictor.tensors["trunk.weight"])]
+        del tensors
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 3
 
 
 def test_what_is_refused(bundle):

@@ -1,0 +1,139 @@
+"""Everything that is to be known of ShadowLLM on a machine with a GPU, in one go.
+
+    python -m shadowllm.benchmarks.gpu --json gpu.json
+    python -m shadowllm.benchmarks.gpu --quick --only checks rates
+    TRITON_INTERPRET=1 python -m shadowllm.benchmarks.gpu --tiny      # the same code on a CPU, without times
+
+Sections: ``tensorrt`` (does it run its own engines on this card), ``checks`` (every kernel against its
+reference), ``rates`` (GB/s against the card's copy bandwidth), ``decode`` (random models of known shapes, sparse
+against PyTorch dense, both as CUDA graphs).
+
+A section that fails is recorded with its error and the others go on; the exit status is then 1. PyTorch,
+Triton, NumPy, transformers and safetensors are enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shadowllm.benchmarks.environment import PACKAGES, environment, package_versions
+from shadowllm.benchmarks.gpu.probe import probe
+from shadowllm.benchmarks.random_model import GPU_SHAPES, TINY_SHAPES
+from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.errors import UserError
+from shadowllm.plugins.tensorrt.flavour import FLAVOURS
+from shadowllm.runtime.replay import kernel_device
+
+SECTIONS = ("tensorrt", "checks", "rates", "decode")
+
+
+def gpu_environment(device: torch.device) -> dict[str, Any]:
+    """`environment`, and the card: name, compute capability, memory and driver."""
+    packages = (*PACKAGES, "triton", "cuda-bindings", "onnxruntime-gpu")
+    found = environment() | {"packages": package_versions(packages), "device": str(device)}
+    if device.type == "cpu":
+        return found | {"gpu": None}
+    card = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.memory,power.limit", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        driver = f"unknown ({error})"
+    return found | {
+        "gpu": card.name,
+        "sm": 10 * card.major + card.minor,
+        "gpu_memory_gb": round(card.total_memory / 1e9, 1),
+        "multiprocessors": card.multi_processor_count,
+        "driver, memory clock, power limit": driver,
+        "cuda": torch.version.cuda,
+    }
+
+
+class Recorder:
+    """Runs parts of the whole, and keeps what each found or the error it ended with."""
+
+    def __init__(self, path: Path | None, record: dict[str, Any]) -> None:
+        self._path, self.record, self.failed = path, record, list[str]()
+
+    def run(self, name: str, work: Callable[[], Any]) -> None:
+        """Run and keep; whatever goes wrong is an entry in the record and not the end."""
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        try:
+            found = work()
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # any failure of one part must not lose the rest
+            found = {"error": "".join(traceback.format_exception_only(error)).strip(), "trace": traceback.format_exc()}
+        if isinstance(found, dict) and ("error" in found or found.get("passed") is False):
+            self.failed.append(name)
+        self.record["results"][name] = found
+        self.record["failed"] = self.failed
+        _free()
+        if self._path:
+            self._path.write_text(json.dumps(self.record, indent=1) + "\n")
+
+
+def _probe(flavour: str) -> dict[str, Any]:
+    """A refusal is a finding, and no failure."""
+    return {"probe": probe(flavour)}
+
+
+def _free() -> None:
+    import gc
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measure(recorder: Recorder, sections: Sequence[str], device: torch.device, args: argparse.Namespace) -> None:
+    """Run the sections in order."""
+    from shadowllm.benchmarks.gpu import checks, decode, rates
+
+    setting = decode.TINY if args.tiny else decode.QUICK if args.quick else decode.Setting()
+    shapes = args.shapes or list(TINY_SHAPES if args.tiny else GPU_SHAPES)
+    if "tensorrt" in sections:
+        for flavour in FLAVOURS:
+            recorder.run(f"tensorrt: {flavour}", partial(_probe, flavour))
+    if "checks" in sections:
+        cases = checks.TINY if args.tiny else checks.CASES
+        recorder.run("checks", lambda: checks.summary(list(checks.check_all(device, cases))))
+    if "rates" in sections:
+        sizes = rates.TINY if args.tiny else rates.OPT_67B
+        recorder.run("rates", lambda: rates.measure_rates(device, sizes))
+    if "decode" in sections:
+        for shape in shapes:
+            recorder.run(f"decode: {shape}", partial(decode.measure_shape, shape, device, setting))
+
+
+@script
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = script_parser("gpu", __doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, after each part")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help="run these")
+    parser.add_argument("--shapes", nargs="+", choices=(*GPU_SHAPES, *TINY_SHAPES), help="models (default: all large)")
+    parser.add_argument("--quick", action="store_true", help="fewer runs and tokens")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, for the interpreter")
+    args = parser.parse_args(arguments)
+    device = kernel_device()
+    if device.type == "cpu" and not args.tiny:
+        raise UserError("the interpreter is too slow for anything but --tiny", "run this on a machine with a GPU")
+    recorder = Recorder(args.json, {"environment": gpu_environment(device), "results": {}, "failed": []})
+    measure(recorder, args.only, device, args)
+    if not args.json:
+        print(json.dumps(recorder.record, indent=1))
+    if recorder.failed:
+        raise UserError(f"failed: {', '.join(recorder.failed)}", "the record has the errors")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

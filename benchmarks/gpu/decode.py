@@ -1,0 +1,172 @@
+"""Decoding end to end: a random model of a known shape, sparse against dense, on one copy of the weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from shadowllm.benchmarks.gpu.timing import milliseconds
+from shadowllm.benchmarks.random_model import RandomWeights, shape_spec, untrained
+from shadowllm.benchmarks.traffic import Active, mean_traffic
+from shadowllm.models.budget import Budget
+from shadowllm.models.spec import ModelSpec
+from shadowllm.predictor.artefact import Predictor
+from shadowllm.runtime.generation import generate
+from shadowllm.runtime.plan import selector_bytes
+from shadowllm.runtime.session import Session
+from shadowllm.runtime.step import merged
+from shadowllm.runtime.triton import TritonSession
+
+SPARSE, DENSE = "triton", "torch dense"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Of a comparison; the defaults are those of the paper's own table.
+
+    Attributes:
+        runs: generations of each contender that count, after one that does not.
+        rank: of the predictor; the usual one when None.
+    """
+
+    prompt_len: int = 128
+    new_tokens: int = 128
+    runs: int = 5
+    budget: Budget = field(default_factory=lambda: Budget(neurons=0.5, heads=0.5))
+    dtype: torch.dtype = torch.float16
+    rank: int | None = None
+
+
+QUICK = Setting(128, 32, 2)
+TINY = Setting(4, 4, 1, rank=2)
+
+
+def measure_shape(shape: str, device: torch.device, setting: Setting) -> dict[str, Any]:
+    """The Triton session at a budget against the same session dense.
+
+    Returns:
+        JSON types. Of each contender: milliseconds per token and to the first one, GB/s, and memory. Also
+        ``speedup``, what the bytes ``allow``, the predictor's and selection's share of a sparse step, and how
+        far logits with everything active are from dense ones.
+    """
+    spec = shape_spec(shape)
+    torch.manual_seed(0)
+    weights = merged(spec, RandomWeights(spec, setting.dtype, device), device)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in weights.values()}
+    held = sum(storage.nbytes() for storage in storages.values())
+    predictor = untrained("shadow", spec, "", rank=setting.rank)
+    end = setting.prompt_len + setting.new_tokens
+    block = -(-end // 256) * 256
+    with ExitStack() as stack:
+        sessions: dict[str, TritonSession] = {}
+        memory: dict[str, float | None] = {}
+        for name, chooser in ((SPARSE, predictor), (DENSE, None)):
+            before = _allocated(device)
+            session = stack.enter_context(TritonSession(spec, weights, chooser, setting.budget, cache_block=block))
+            sessions[name] = session
+            _generate(session, setting)  # warm-up: whatever is allocated lazily is there afterwards
+            after = _allocated(device)
+            memory[name] = None if after is None or before is None else (held + after - before) / 1e6
+        error = _all_active_error(sessions[SPARSE], sessions[DENSE], setting)
+        taken = interleaved(sessions, setting)
+        chosen = _selection_ms(sessions[SPARSE])
+    return _report(shape, spec, predictor, setting, taken, memory, chosen) | {"all_active_error": error}
+
+
+def interleaved(sessions: Mapping[str, Session], setting: Setting) -> dict[str, list[tuple[float, float]]]:
+    """Times of every contender, turn by turn: milliseconds to the first token, and per token after it."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
+    names = list(sessions)
+    for run in range(setting.runs):
+        first = run % len(names)
+        for name in names[first:] + names[:first]:
+            taken[name].append(_generate(sessions[name], setting))
+    return taken
+
+
+def _generate(session: Session, setting: Setting) -> tuple[float, float]:
+    prompt = np.random.default_rng(0).integers(3, session.spec.vocab_size, setting.prompt_len).tolist()
+    start = time.perf_counter()
+    tokens = generate(session, [prompt], setting.new_tokens)
+    next(tokens)
+    first = time.perf_counter()
+    count = sum(1 for _ in tokens)
+    return 1e3 * (first - start), 1e3 * (time.perf_counter() - first) / count
+
+
+def _all_active_error(sparse: TritonSession, dense: TritonSession, setting: Setting) -> float:
+    """Largest difference of logits over the largest logit, one decode step after the prompt."""
+    prompt, token = [5] * setting.prompt_len, np.array([7])
+    found = []
+    sparse.set_budget(Budget())
+    for session in (sparse, dense):
+        session.reset()
+        session.prefill([prompt])
+        found.append(session.decode(token).copy())
+    sparse.set_budget(setting.budget)
+    return float(np.abs(found[0] - found[1]).max() / np.abs(found[1]).max())
+
+
+def _selection_ms(session: TritonSession) -> dict[str, float] | None:
+    hidden = torch.randn((1, 1, session.spec.hidden_size), device=session.device).to(session.dtype)
+    return milliseconds(lambda: session.select(hidden), session.device)
+
+
+def _allocated(device: torch.device) -> int | None:
+    if device.type == "cpu":
+        return None
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _report(
+    shape: str,
+    spec: ModelSpec,
+    predictor: Predictor,
+    setting: Setting,
+    taken: Mapping[str, Sequence[tuple[float, float]]],
+    memory: Mapping[str, float | None],
+    chosen: dict[str, float] | None,
+) -> dict[str, Any]:
+    heads, neurons = (tuple(c.tolist()) for c in setting.budget.counts(spec, predictor.n_sparse))
+    item = setting.dtype.itemsize
+    scored = round(selector_bytes("shadow", spec, predictor.dense_layers, item, predictor.rank))
+    active = {SPARSE: Active(heads, neurons, predictor.dense_layers, scored), DENSE: None}
+    read = {n: mean_traffic(spec, item, setting.prompt_len, setting.new_tokens, active[n]).total for n in taken}
+    timed = chosen is not None
+    contenders = {
+        name: {
+            "bytes_per_token": read[name],
+            "memory_mb": memory[name],
+            "ttft_ms": _spread([first for first, _ in times]) if timed else None,
+            "ms_per_token": _spread([each for _, each in times]) if timed else None,
+            "gb_per_s": read[name] / _spread([each for _, each in times])["median"] / 1e6 if timed else None,
+        }
+        for name, times in taken.items()
+    }
+    pairs = [slow / fast for (_, slow), (_, fast) in zip(taken[DENSE], taken[SPARSE], strict=True)]
+    step = float(np.median([each for _, each in taken[SPARSE]]))
+    return {
+        "shape": shape,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "prompt_len": setting.prompt_len,
+        "new_tokens": setting.new_tokens,
+        "runs": setting.runs,
+        "budget": vars(setting.budget),
+        "predictor_rank": predictor.rank,
+        "contenders": contenders,
+        "speedup": _spread(pairs) if timed else None,
+        "allowed": read[DENSE] / read[SPARSE],
+        "selection_ms": chosen,
+        "selection_share": chosen["median"] / step if chosen else None,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": float(np.median(values)), "min": min(values), "max": max(values)}

@@ -1,0 +1,74 @@
+"""Does TensorRT run an engine on this card? A child process, since a refusal may be a crash.
+
+    python -m shadowllm.benchmarks.gpu.probe tensorrt_rtx
+
+builds an engine of one node, deserialises and runs it, and prints JSON: ``{"version": ..., "runs": true}``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from typing import Any
+
+
+def probe(flavour: str, timeout: float = 300) -> dict[str, Any]:
+    """What the child finds: ``runs``, and ``version`` or the exact ``error``."""
+    if importlib.util.find_spec(flavour) is None:
+        return {"runs": False, "error": f"{flavour} is not installed"}
+    command = [sys.executable, "-P", "-m", "shadowllm.benchmarks.gpu.probe", flavour]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return {"runs": False, "error": f"no answer within {timeout:g} s"}
+    said = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode == 0 and said.startswith("{"):
+        return dict(json.loads(said))
+    words = [line for line in done.stderr.splitlines() if line.strip()]
+    return {"runs": False, "error": f"exit status {done.returncode}: {' | '.join(words[-5:])[:2000]}"}
+
+
+def run_one(flavour: str) -> dict[str, Any]:
+    """Build, deserialise and run the negation of a vector.
+
+    Raises:
+        RuntimeError: TensorRT refuses, with everything it logged.
+    """
+    import torch
+
+    trt: Any = importlib.import_module(flavour)
+    logged: list[str] = []
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.WARNING:
+                logged.append(message)
+
+    def need(value: Any, what: str) -> Any:
+        if not value:
+            raise RuntimeError(f"{what} failed: {' | '.join(logged)}")
+        return value
+
+    logger = Logger()
+    builder = need(trt.Builder(logger), "making a builder")
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    layer = network.add_unary(network.add_input("x", trt.float32, (8,)), trt.UnaryOperation.NEG)
+    layer.get_output(0).name = "y"
+    network.mark_output(layer.get_output(0))
+    plan = need(builder.build_serialized_network(network, builder.create_builder_config()), "building")
+    engine = need(trt.Runtime(logger).deserialize_cuda_engine(plan), "deserialising")
+    context = need(engine.create_execution_context(), "making a context")
+    x = torch.arange(8, dtype=torch.float32, device="cuda")
+    y = torch.zeros_like(x)
+    for name, tensor in (("x", x), ("y", y)):
+        need(context.set_tensor_address(name, tensor.data_ptr()), f"binding {name}")
+    need(context.execute_async_v3(torch.cuda.current_stream().cuda_stream), "running")
+    torch.cuda.synchronize()
+    return {"version": trt.__version__, "runs": torch.equal(y, -x)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_one(sys.argv[1])))

@@ -1,0 +1,142 @@
+"""What share of the card's copy bandwidth the kernels reach, for the bytes they have to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shadowllm.benchmarks.gpu.timing import milliseconds
+from shadowllm.plugins.triton import ops
+
+# A work set is as many copies of an op's data as fill this, used in turn: far beyond the last-level cache of any card.
+WORK_SET_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the layer that is measured.
+
+    Attributes:
+        context: tokens in the cache where attention is measured.
+    """
+
+    hidden: int = 4096
+    neurons: int = 16384
+    heads: int = 32
+    head_dim: int = 128
+    capacity: int = 2048
+    context: int = 2048
+    sparse_layers: int = 31
+    work_set: int = WORK_SET_BYTES
+
+
+OPT_67B = Sizes()
+TINY = Sizes(48, 88, 4, 12, 40, 33, 2, 1)
+
+
+def copy_bandwidth(device: torch.device, size: int = WORK_SET_BYTES) -> float | None:
+    """GB/s (1e9) at which the card copies a buffer, bytes read and bytes written counted."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    taken = milliseconds(lambda: target.copy_(source), device)
+    return None if taken is None else 2 * size / taken["median"] / 1e6
+
+
+def measure_rates(device: torch.device, sizes: Sizes = OPT_67B) -> dict[str, Any]:
+    """Every op at one token and half of its units, and PyTorch's dense product of the same matrices.
+
+    Returns:
+        JSON types: ``copy_gb_per_s``; per op and type its milliseconds, bytes, GB/s and ``share`` of the
+        copy bandwidth. Times are None on a CPU.
+    """
+    copy = copy_bandwidth(device, sizes.work_set)
+    found: dict[str, Any] = {"sizes": vars(sizes), "copy_gb_per_s": copy}
+    for dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        for op, (data, call) in _ops(device, dtype, sizes).items():
+            found[f"{op} {name}"] = _rate(data, call, device, sizes.work_set, copy)
+    selected = _selection_work(device, sizes)
+    found["SelectTopK"] = {"milliseconds": milliseconds(selected, device), "rows": [sizes.sparse_layers, sizes.neurons]}
+    return found
+
+
+# Makes one set of an op's weights and caches; what a call with one of them reads, in bytes, is told apart from
+# what it holds, since half of the rows stay unread.
+Data = tuple[Callable[[], tuple[Tensor, ...]], int]
+
+
+def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> dict[str, tuple[Data, Callable[..., Any]]]:
+    """By name: the data, and the op on it."""
+    width, item = s.heads * s.head_dim, dtype.itemsize
+
+    def make(*shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: tuple(torch.randn(shape, dtype=dtype, device=device) * 0.02 for shape in shapes)
+
+    x = make((1, 1, s.hidden))()[0]
+    heads, neurons = (_spread(n, device) for n in (s.heads, s.neurons))
+    one, many = (torch.tensor([n], dtype=torch.int32, device=device) for n in (1, s.context))
+
+    def mlp(up: Tensor, down: Tensor) -> Tensor:
+        return ops.sparse_mlp(x, *neurons, None, None, up, None, down, None, activation="relu")
+
+    def attention(lengths: Tensor) -> Callable[..., Tensor]:
+        return lambda key, value, q, o: ops.sparse_attention(
+            x, key, value, lengths, *heads, q, None, o, None, n_heads=s.heads
+        )
+
+    def dense(up: Tensor, down: Tensor) -> Tensor:
+        return F.relu(F.linear(x, up)) @ down
+
+    matrices = ((s.neurons, s.hidden),) * 2
+    cache = ((1, s.heads, s.capacity, s.head_dim),) * 2
+    rows = ((width, s.hidden),) * 2
+    mlp_bytes, row_bytes = s.neurons * s.hidden * item, width * s.hidden * item
+    cache_bytes = s.context * width * item  # of keys and values together, half of the heads
+    return {
+        "SparseMLP": ((make(*matrices), mlp_bytes), mlp),
+        "projections (SparseAttention over one token)": ((make(*cache, *rows), row_bytes), attention(one)),
+        "SparseAttention over the context": ((make(*cache, *rows), row_bytes + cache_bytes), attention(many)),
+        "PyTorch dense MLP": ((make(*matrices), 2 * mlp_bytes), dense),
+    }
+
+
+def _rate(
+    data: Data, call: Callable[..., Any], device: torch.device, work_set: int, copy: float | None
+) -> dict[str, Any]:
+    make, read = data
+    first = make()
+    copies = max(1, math.ceil(work_set / sum(t.nbytes for t in first)))
+    sets = [first, *(make() for _ in range(copies - 1))]
+
+    def work() -> None:
+        for tensors in sets:
+            call(*tensors)
+
+    taken = milliseconds(work, device)
+    found: dict[str, Any] = {"bytes": read, "milliseconds": None, "gb_per_s": None, "share": None}
+    if taken is not None and copy is not None:
+        each = {name: value / copies for name, value in taken.items()}
+        rate = read / each["median"] / 1e6
+        found |= {"milliseconds": each, "gb_per_s": rate, "share": rate / copy}
+    return found
+
+
+def _selection_work(device: torch.device, s: Sizes) -> Callable[[], Any]:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn((s.sparse_layers, s.neurons), generator=generator).to(device)
+    counts = torch.full((s.sparse_layers,), s.neurons // 2, dtype=torch.int32, device=device)
+    return lambda: ops.select_topk(scores, counts, s.neurons)
+
+
+def _spread(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A random half of the units, ascending, and its size."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(width, generator=generator)[: width // 2].sort().values.to(torch.int32)
+    padded = torch.cat([chosen, torch.full((width - len(chosen),), -1, dtype=torch.int32)])
+    return padded.to(device), torch.tensor(len(chosen), dtype=torch.int32, device=device)

@@ -1,0 +1,105 @@
+"""The GPU benchmark at tiny sizes, its kernels in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (pip install 'shadowllm[triton]')")
+
+from shadowllm.benchmarks.gpu import checks, decode
+from shadowllm.benchmarks.gpu.__main__ import Recorder, main
+from shadowllm.benchmarks.gpu.probe import probe
+from shadowllm.plugins.triton import ops
+from shadowllm.runtime.replay import kernel_device
+
+# What a bare GPU machine lacks.
+ABSENT = (
+    "onnx_ir",
+    "onnxscript",
+    "onnxruntime",
+    "rich",
+    "matplotlib",
+    "tensorrt_rtx",
+    "tensorrt",
+    "polygraphy",
+    "psutil",
+)
+BARE = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); from shadowllm.benchmarks.gpu.__main__ import main; "
+
+
+def test_all_of_it_on_a_bare_machine(tmp_path):
+    path = tmp_path / "gpu.json"
+    code = BARE + f"sys.exit(main(['--tiny', '--json', {str(path)!r}]))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=os.environ, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    assert record["failed"] == []
+    found = record["results"]
+    assert set(found) == {
+        "tensorrt: tensorrt_rtx", "tensorrt: tensorrt", "checks", "rates", "decode: tiny-opt", "decode: tiny-llama",
+    }  # fmt: skip
+    assert found["checks"]["passed"]
+    assert len(found["checks"]["checks"]) == 2 * 6 + 2
+    on_gpu = torch.cuda.is_available()
+    for shape in ("tiny-opt", "tiny-llama"):
+        result = found[f"decode: {shape}"]
+        assert result["all_active_error"] < 1e-2
+        assert result["allowed"] > 1
+        assert (result["speedup"] is not None) is on_gpu
+    assert (found["rates"]["copy_gb_per_s"] is not None) is on_gpu
+
+
+def test_a_failure_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    def broken(*_arguments):
+        raise RuntimeError("no such luck")
+
+    path = tmp_path / "gpu.json"
+    monkeypatch.setattr(decode, "measure_shape", broken)
+    assert main(["--tiny", "--only", "tensorrt", "decode", "--json", str(path)]) == 1
+    record = json.loads(path.read_text())
+    assert record["failed"] == ["decode: tiny-opt", "decode: tiny-llama"]
+    assert record["results"]["decode: tiny-llama"]["error"] == "RuntimeError: no such luck"
+    assert "failed: decode: tiny-opt, decode: tiny-llama" in capsys.readouterr().err
+
+
+def test_a_wrong_kernel_fails_its_check(monkeypatch):
+    device, right = kernel_device(), ops.sparse_mlp
+    monkeypatch.setattr(ops, "sparse_mlp", lambda *a, **k: right(*a, **k) * 1.02)
+    case = checks.TINY[0]
+    assert not checks.check_mlp(case, torch.float16, device).passed
+    monkeypatch.setattr(ops, "select_topk", lambda scores, counts, cap: torch.zeros(len(scores), cap).int())
+    found = [checks.check_topk(replace(checks.TINY[-1], count=3), device)]
+    assert checks.summary(found) | {"checks": []} == {
+        "passed": False, "worst_share_of_allowed": 0.0, "failed": [found[0].case], "checks": [],
+    }  # fmt: skip
+
+
+def test_a_recorder_counts_what_did_not_pass():
+    recorder = Recorder(None, {"results": {}})
+    recorder.run("good", lambda: {"passed": True})
+    recorder.run("bad", lambda: {"passed": False})
+    assert recorder.failed == recorder.record["failed"] == ["bad"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_probe_tells_why_tensorrt_does_not_run():
+    assert probe("tensorrt_of_another_kind")["error"] == "tensorrt_of_another_kind is not installed"
+    pytest.importorskip("tensorrt_rtx")
+    found = probe("tensorrt_rtx")
+    assert found["runs"] is False
+    assert "deserialising failed" in found["error"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_large_sizes_are_not_for_the_interpreter(capsys):
+    assert main(["--quick"]) == 1
+    assert "too slow for anything but --tiny" in capsys.readouterr().err

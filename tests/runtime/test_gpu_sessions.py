@@ -1,0 +1,46 @@
+"""Sessions on a GPU: CUDA graphs, 16-bit weights, engines. Their logic is tested without one elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from shadowllm.runtime import Budget, generate, open_session
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that PyTorch sees"),
+]
+
+PROMPTS = [[5, 17, 42], [8, 61]]
+
+
+def follow(session):
+    """Logits after prompts, at one budget, and at another in mid-text, ``(steps, batch, vocab_size)``."""
+    session.reset(2)
+    session.set_budget(Budget(0.5, 0.5))
+    found = [session.prefill(PROMPTS).copy(), session.decode(np.array([3, 90])).copy()]
+    session.set_budget(Budget(0.25, 0.75))
+    return np.stack([*found, session.decode(np.array([14, 7])).copy()])
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-biases", "opt"])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float16", 4e-3), ("bfloat16", 3e-2)])
+def test_triton_follows_the_reference(bundle, variant, dtype, bound):
+    folder = bundle(variant, dtype=dtype, kind="static")  # whose choice does not hang on rounding
+    with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
+        found, expected = follow(ours), follow(theirs)
+    assert np.abs(found - expected).max() < bound * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton-dense"])
+def test_replays_give_the_text_of_single_steps(bundle, backend):
+    with open_session(bundle(), backend) as session:
+        fast = list(generate(session, PROMPTS, 24))
+        session.reset(2)
+        tokens, slow = session.prefill(PROMPTS).argmax(axis=1), []
+        for _ in fast:
+            slow.append(tokens.tolist())
+            tokens = session.decode(tokens).argmax(axis=1)
+    assert fast == slow
