@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shadowllm.errors import UserError
-from shadowllm.models.budget import Budget
+from shadowllm.models.budget import Budget, Fractions
 from shadowllm.models.decoder import Decoder, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.artefact import Predictor
@@ -83,8 +83,8 @@ def evaluate(
     predictor: Predictor | None,
     selector: str | Sequence[str],
     windows: Tensor,
-    neuron_budgets: Sequence[float],
-    head_budgets: Sequence[float] = (1.0,),
+    neuron_budgets: Sequence[Fractions],
+    head_budgets: Sequence[Fractions] = (1.0,),
     *,
     dense_layers: int = 1,
     criterion: str | None = None,

@@ -15,11 +15,14 @@ from shadowllm.models.budget import Budget, parse_fractions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from shadowllm.exporter.manifest import Manifest
+    from shadowllm.models.budget import Fractions
     from shadowllm.predictor.evaluate import Result
 
 EPILOG = """examples:
   shadowllm eval out/ --text book.txt --neuron-budget 0.3 0.5 0.7
   shadowllm eval out/ --text book.txt --selector static shadow oracle --head-budget 0.67 --json eval.json
+  shadowllm eval out/ --tasks arc_easy lambada_openai --limit 100
 
 Teacher-forced perplexity under the decode regime: every position has its own selection."""
 
@@ -56,12 +59,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "tokens' scores (the paper's setting) or its last token's (default: token)",
     )
     parser.add_argument("--layers", action="store_true", help="recall layer by layer too, here and in the JSON")
+    group = parser.add_argument_group("tasks of lm-evaluation-harness, instead of text")
+    group.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks to run, by name or as YAML files")
+    group.add_argument("--limit", type=int, metavar="N", help="documents of each task (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw perplexity over bytes per token there, as PNG")
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate a sweep and print it."""
+    if args.tasks:
+        _tasks(args)
+    else:
+        _text(args)
+
+
+def _text(args: argparse.Namespace) -> None:
     import torch
 
     from shadowllm.benchmarks import quality
@@ -84,23 +97,19 @@ def run(args: argparse.Namespace) -> None:
     manifest = replace(manifest, spec=replace(manifest.spec, head_unit=args.head_unit or manifest.spec.head_unit))
     encode = plain_encoder(load_tokenizer(args.bundle, manifest))
     read = read_weights(args.bundle, manifest)
-    predictor = read.predictor
-
     seqlen, limit = min(args.seqlen, manifest.spec.max_seqlen), args.tokens // args.seqlen
     windows = (
         token_windows(args.text, encode, seqlen, limit)
         if args.text
         else torch.tensor(passage(encode, limit * seqlen)).view(limit, seqlen)
     )
-    selectors = args.selector or list(dict.fromkeys(("static", predictor.kind, "oracle")))
-    neurons = args.neuron_budget or [Budget(**manifest.budgets).neurons]
-    heads = args.head_budget or [Budget(**manifest.budgets).heads]
+    selectors, neurons, heads = _sweep(args, manifest)
     passes = len(windows) * (1 + len(selectors) * len(neurons) * len(heads))
     with progress("Evaluating", passes) as advance:
         results = evaluate(
             manifest.spec,
             read.sparse,
-            predictor,
+            read.predictor,
             selectors,
             windows,
             neurons,
@@ -130,6 +139,40 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
         print(f"results: {args.json}")
+
+
+def _tasks(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from shadowllm.benchmarks.environment import environment
+    from shadowllm.exporter.manifest import read_manifest
+
+    try:
+        from shadowllm.benchmarks.lm_tasks import run_tasks
+    except ImportError as error:
+        raise UserError(f"--tasks needs lm-evaluation-harness ({error})", "pip install 'shadowllm[lm-eval]'") from error
+
+    selectors, neurons, heads = _sweep(args, read_manifest(args.bundle))
+    selections = [(name, Budget(n, h)) for name in selectors for h in heads for n in neurons]
+    table = Table("selector", "neurons", "heads", "task", "metrics")
+    rows = []
+    for row in run_tasks(args.bundle, args.tasks, selections, args.limit):
+        rows.append(row)
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
+        table.add_row(row["selector"], f"{row['neuron_budget']:.0%}", f"{row['head_budget']:.0%}", row["task"], figures)
+    Console().print(table)
+    if args.json:
+        args.json.write_text(json.dumps({"tasks": rows, "environment": environment()}, indent=2) + "\n")
+        print(f"results: {args.json}")
+
+
+def _sweep(args: argparse.Namespace, manifest: Manifest) -> tuple[list[str], list[Fractions], list[Fractions]]:
+    """Selectors, neuron budgets and head budgets to try; of tasks, the bundle's own selector by itself."""
+    own = manifest.predictor["kind"]
+    selectors = args.selector or ([own] if args.tasks else list(dict.fromkeys(("static", own, "oracle"))))
+    budget = Budget(**manifest.budgets)
+    return selectors, args.neuron_budget or [budget.neurons], args.head_budget or [budget.heads]
 
 
 def _print_table(results: Sequence[Result]) -> None:

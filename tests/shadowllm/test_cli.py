@@ -189,6 +189,11 @@ class TestMistakes:
         assert "tensorrt is not installed" in error
         assert not (tmp_path / "out").exists()
 
+    def test_tasks_without_the_harness(self, copy, capsys):
+        if _installed("lm_eval"):
+            pytest.skip("lm-evaluation-harness is installed here")
+        assert "pip install 'shadowllm[lm-eval]'" in fails(capsys, "eval", copy, "--tasks", "arc_easy")
+
     def test_run_without_engines(self, copy, capsys):
         assert "no tensorrt_rtx engines" in fails(capsys, "run", copy, "--prompt", "x", "--backend", "tensorrt_rtx")
 
