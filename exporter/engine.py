@@ -21,8 +21,8 @@ from typing import IO, Any, Literal
 from shadowllm.errors import UserError
 from shadowllm.exporter.engine_graph import CustomNode, GraphInfo, describe_onnx
 from shadowllm.exporter.manifest import file_hash
-from shadowllm.exporter.profiles import ShapeProfile, bindings, check_profiles
-from shadowllm.exporter.sidecar import EngineRecord, missing_plugins, write_sidecar
+from shadowllm.exporter.profiles import ShapeProfile, bindings, check_profiles, largest
+from shadowllm.exporter.sidecar import EngineRecord, missing_contents, write_sidecar
 from shadowllm.plugins.schemas import VERSION
 from shadowllm.plugins.tensorrt.flavour import Flavour, child_environment, require
 
@@ -39,6 +39,7 @@ def build_engine(
     timing_cache: Path | None = None,
     workspace_bytes: int | None = None,
     profiling_verbosity: Verbosity = "layer_names_only",
+    plugin_library: Path | None = None,
     file_hashes: Mapping[str, str] | None = None,
 ) -> EngineRecord:
     """Build ``engine_path`` and its sidecar from an ONNX piece; neither appears before it is whole.
@@ -54,6 +55,7 @@ def build_engine(
             compiles kernels at run time and keeps them in its runtime cache.
         workspace_bytes: most memory a layer may use for scratch; the builder's default otherwise.
         profiling_verbosity: how much the engine tells an inspector of its layers.
+        plugin_library: the C++ plugins, to build with them instead of those in Python; the engine is the same.
         file_hashes: SHA-256 by file name where already known; other source files are hashed.
 
     Raises:
@@ -79,6 +81,7 @@ def build_engine(
         sms=list(sms),
         workspace_bytes=workspace_bytes,
         timing_cache=timing_cache and str(timing_cache),
+        plugin_library=plugin_library and str(plugin_library.resolve()),
         verbosity=profiling_verbosity,
     )
     try:
@@ -91,10 +94,11 @@ def build_engine(
             files=files,
             plugins=tuple(CustomNode(**node) for node in built.pop("plugins")),
             compute_capabilities=tuple(built.pop("compute_capabilities")),
+            kernels={name: tuple(images) for name, images in built.pop("kernels").items()},
             **built,
         )
-        if missing := missing_plugins(part, record.plugins):
-            raise RuntimeError(f"the engine does not hold {missing[0]}, which the network had")
+        if missing := missing_contents(part, record.plugins, record.kernels):
+            raise RuntimeError(f"the engine does not hold {missing}, which the network had")
         os.replace(part, engine_path)
         write_sidecar(engine_path, record)
     finally:
@@ -121,12 +125,15 @@ def request_for(
         "sms": [],
         "workspace_bytes": None,
         "timing_cache": None,
+        "plugin_library": None,
         "verbosity": "layer_names_only",
         **options,
         "onnx": str(onnx_path),
         "engine": str(target),
         "flavour": flavour,
         "bindings": bindings(graph, profiles),
+        "max_batch": largest(graph, profiles, "batch"),
+        "max_seqlen": largest(graph, profiles, "seqlen"),
         "profiles": [asdict(profile) for profile in profiles],
     }
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
+from onnx_ir.passes.common import ShapeInferencePass
 
 from shadowllm.errors import UserError
+from shadowllm.plugins.program import PROGRAM, Program
 from shadowllm.plugins.schemas import DOMAIN, SCHEMAS, VERSION
-from shadowllm.plugins.tensorrt.state import INPUT_MASK, input_mask
+
+ONNX_FLOAT = {"float": "float32"}  # every other type has one name
 
 
 @dataclass(frozen=True)
@@ -77,34 +80,52 @@ def describe_onnx(path: Path) -> GraphInfo:
     )
 
 
-def prepare(path: Path, bindings: Mapping[str, int]) -> tuple[bytes, tuple[CustomNode, ...]]:
+Attributes = Mapping[str, int | str]
+# Makes the program of a node: its op, its inputs by the schema's names, its attributes.
+Compiler = Callable[[str, Mapping[str, TensorInfo], Attributes], Program]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model as TensorRT's parser wants it: serialised, and the program of each custom node by its layer's name."""
+
+    model: bytes
+    programs: Mapping[CustomNode, Program]
+
+
+def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prepared:
     """A copy of the model in the form TensorRT's parser wants; weights stay in their external file.
 
     - Function bodies of our ops go, so that the parser can only take the plugins.
-    - Our nodes name the plugin's namespace and version. TensorRT has no empty inputs, so they are
-      closed up and a mask attribute tells the plugin which are there.
+    - Our nodes name the plugin's namespace and version and carry its program, which says all that their
+      attributes said. TensorRT has no empty inputs, so they are closed up.
     - ``Attention`` may be taken apart where no fused kernel fits (float32 has none).
     - Symbols in ``bindings`` become numbers: the capacity of a cache must be one.
 
-    Returns:
-        The serialised model, and its custom nodes by the names their layers will have.
-
     Raises:
-        UserError: as `read_onnx`, or a node of our domain that is not one of our ops.
+        UserError: as `read_onnx`, a node of our domain that is not one of our ops, or one whose inputs'
+            types and shapes cannot be told.
     """
     model = read_onnx(path)
-    for key in [key for key in model.functions if key[0] == DOMAIN]:
-        del model.functions[key]
-    nodes = tuple(_custom_nodes(model.graph))
-    for node in nodes:
-        _make_plugin_node(node)
-    for node in model.graph.all_nodes():
-        if node.op_type == "Attention" and not node.domain:
-            node.attributes.add(ir.AttrInt64("TRT_decomposable", 1))
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([bindings.get(str(_dim(d)), _dim(d)) for d in value.shape])
-    return ir.to_proto(model).SerializeToString(), tuple(map(_custom_node, nodes))
+    model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
+    for key in [key for key in model.functions if key[0] == DOMAIN]:
+        del model.functions[key]
+    nodes = {_custom_node(node): node for node in _custom_nodes(model.graph)}
+    programs = {named: compiler(node.op_type, _inputs(node), _attributes(node)) for named, node in nodes.items()}
+    for named, node in nodes.items():
+        _make_plugin_node(node, named.name)
+    for node in model.graph.all_nodes():
+        if node.op_type == "Attention" and not node.domain:
+            node.attributes.add(ir.AttrInt64("TRT_decomposable", 1))
+    proto = ir.to_proto(model)
+    packed = {named.name: programs[named].pack() for named in nodes}
+    for node_proto in proto.graph.node:
+        if node_proto.name in packed:  # bytes, which onnx_ir takes for a mistake
+            node_proto.attribute.add(name=PROGRAM, type=ir.AttributeType.STRING.value, s=packed[node_proto.name])
+    return Prepared(proto.SerializeToString(), programs)
 
 
 def read_onnx(path: Path) -> ir.Model:
@@ -143,25 +164,42 @@ def _custom_node(node: ir.Node) -> CustomNode:
     return CustomNode(node.op_type, f"layers.{layer.as_int()}.{node.op_type}", layer.as_int())
 
 
-def _make_plugin_node(node: ir.Node) -> None:
-    """Name the plugin, close up the inputs and record which are present."""
-    mask = input_mask(value is not None for value in node.inputs)
+def _inputs(node: ir.Node) -> dict[str, TensorInfo]:
+    """The inputs that are there, by the schema's names."""
+    ports = zip(SCHEMAS[node.op_type].inputs, node.inputs, strict=False)
+    found = {port.name: _tensor_info(value) for port, value in ports if value is not None}
+    for name, value in zip(found, filter(None, node.inputs), strict=True):
+        if value.dtype is None or value.shape is None:
+            raise UserError(
+                f"type or shape of {name} of {_custom_node(node).name} cannot be told", "export the model again"
+            )
+    return found
+
+
+def _attributes(node: ir.Node) -> dict[str, int | str]:
+    known = SCHEMAS[node.op_type].attributes
+    missing = [attribute.name for attribute in known if attribute.name not in node.attributes]
+    if missing:
+        raise UserError(f"{_custom_node(node).name} has no attribute {missing[0]!r}", "export the model again")
+    return {attribute.name: node.attributes[attribute.name].value for attribute in known}
+
+
+def _make_plugin_node(node: ir.Node, name: str) -> None:
+    """Name the plugin and close up the inputs."""
     present = [value for value in node.inputs if value is not None]
     for i, value in enumerate(present):
         node.replace_input_with(i, value)
     node.resize_inputs(len(present))
-    node.name = _custom_node(node).name
-    for attribute in (
-        ir.AttrString("plugin_namespace", DOMAIN),
-        ir.AttrString("plugin_version", str(VERSION)),
-        ir.AttrInt64(INPUT_MASK, mask),
-    ):
-        node.attributes.add(attribute)
+    node.name = name
+    node.attributes.clear()
+    node.attributes.add(ir.AttrString("plugin_namespace", DOMAIN))
+    node.attributes.add(ir.AttrString("plugin_version", str(VERSION)))
 
 
 def _tensor_info(value: ir.Value) -> TensorInfo:
     shape = () if value.shape is None else tuple(_dim(d) for d in value.shape)
-    return TensorInfo(value.name or "", "" if value.dtype is None else value.dtype.name.lower(), shape)
+    dtype = "" if value.dtype is None else value.dtype.name.lower()
+    return TensorInfo(value.name or "", ONNX_FLOAT.get(dtype, dtype), shape)
 
 
 def _dim(dim: int | ir.SymbolicDim) -> int | str:

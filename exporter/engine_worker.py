@@ -12,14 +12,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from shadowllm.errors import UserError
-from shadowllm.exporter.engine_graph import CustomNode, prepare
+from shadowllm.exporter.engine_graph import Attributes, Compiler, CustomNode, TensorInfo, prepare
 from shadowllm.exporter.sidecar import profile_from_json
+from shadowllm.plugins.program import Program, carried
 from shadowllm.plugins.tensorrt import creators, flavour
 
 Emit = Callable[[dict[str, Any]], None]
@@ -47,14 +48,15 @@ def build(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """
     trt = flavour.load(request["flavour"])
     logger = _logger_class(trt)()
-    keep = creators.register(trt)  # noqa: F841  # the registry does not own them
+    keep = _register(trt, request["plugin_library"])  # noqa: F841  # the registry does not own them
     start = time.perf_counter()
-    model, nodes = prepare(Path(request["onnx"]), request["bindings"])
+    emit({"phase": "compiling kernels"})
+    prepared = prepare(Path(request["onnx"]), request["bindings"], compiler(request, targets(trt, request)))
     emit({"phase": "parsing"})
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(trt, network, logger, model, request["onnx"])
-    _check_plugins(trt, network, nodes)
+    _parse(trt, network, logger, prepared.model, request["onnx"])
+    _check_plugins(trt, network, prepared.programs)
     plan = _build(trt, builder, network, logger, request, emit)
     seconds = time.perf_counter() - start
     emit({"phase": "writing"})
@@ -62,7 +64,8 @@ def build(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     return {
         "version": trt.__version__,
         "compute_capabilities": targets(trt, request),
-        "plugins": [asdict(node) for node in nodes],
+        "plugins": [asdict(node) for node in prepared.programs],
+        "kernels": carried(prepared.programs.values()),
         "engine_sha256": hashlib.sha256(plan).hexdigest(),
         "engine_bytes": plan.nbytes,
         "build_seconds": round(seconds, 3),
@@ -89,6 +92,42 @@ def targets(trt: Any, request: dict[str, Any]) -> list[int]:
     return sorted(set(request["sms"])) or [sm for sm in known if sm >= 80]
 
 
+def compiler(request: dict[str, Any], sms: Sequence[int]) -> Compiler:
+    """Compiles the kernels of a node for these GPUs, and to PTX for all others.
+
+    Raises:
+        UserError: Triton is not installed.
+    """
+    try:
+        from shadowllm.plugins.triton.compile import Tensor, compile_program
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise UserError(
+            "the package triton, which compiles the kernels, is not installed", "pip install triton"
+        ) from error
+
+    def compile_node(op: str, inputs: Mapping[str, TensorInfo], attributes: Attributes) -> Program:
+        tensors = {name: Tensor(info.dtype, info.shape) for name, info in inputs.items()}
+        return compile_program(
+            op, tensors, attributes, max_batch=request["max_batch"], max_seqlen=request["max_seqlen"], sms=sms
+        )
+
+    return compile_node
+
+
+def _register(trt: Any, library: str | None) -> Any:
+    """Make the plugins known: those in Python, or those of a library."""
+    if library is None:
+        return creators.register(trt)
+    if not Path(library).is_file():
+        raise UserError(f"there is no plugin library {library}", "build it with `make plugin`")
+    try:
+        return trt.get_plugin_registry().load_library(library)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"TensorRT cannot load {library}: {error}", "build it again with `make plugin`") from error
+
+
 def _parse(trt: Any, network: Any, logger: Any, model: bytes, path: str) -> None:
     parser = trt.OnnxParser(network, logger)
     if parser.parse(model, path=path):  # the path tells where external data lies
@@ -104,7 +143,7 @@ def _parse(trt: Any, network: Any, logger: Any, model: bytes, path: str) -> None
     )
 
 
-def _check_plugins(trt: Any, network: Any, nodes: tuple[CustomNode, ...]) -> None:
+def _check_plugins(trt: Any, network: Any, nodes: Collection[CustomNode]) -> None:
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     plugins = {layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3}
     if plugins != {node.name for node in nodes}:

@@ -113,6 +113,18 @@ def _profile(name: str, graph: GraphInfo, ranges: Mapping[str, Range]) -> ShapeP
     return ShapeProfile(name, {t.name: (shape(t, 0), shape(t, 1), shape(t, 2)) for t in dynamic_inputs(graph)})
 
 
+def largest(graph: GraphInfo, profiles: Sequence[ShapeProfile], symbol: str) -> int:
+    """The largest size that a symbol has in any profile; 1 if no input has the symbol."""
+    sizes = [
+        size
+        for tensor in dynamic_inputs(graph)
+        for profile in profiles
+        for dim, size in zip(tensor.shape, profile.shapes[tensor.name][2], strict=True)
+        if dim == symbol
+    ]
+    return max(sizes, default=1)
+
+
 def _fits(tensor: TensorInfo, shape: Shape) -> bool:
     return len(shape) == len(tensor.shape) and all(
         size >= 1 if isinstance(dim, str) else size == dim for dim, size in zip(tensor.shape, shape, strict=True)

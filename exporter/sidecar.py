@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.engine_graph import CustomNode
 from shadowllm.exporter.manifest import file_hash
 from shadowllm.exporter.profiles import ShapeProfile
+from shadowllm.plugins.program import PTX, carried, programs_in, serving
 from shadowllm.plugins.schemas import VERSION
 
-FORMAT = 1
+FORMAT = 2
 REMEDY = "build the engine again: `shadowllm build`"
 
 
@@ -34,6 +35,7 @@ class EngineRecord:
         compute_capabilities: GPUs it runs on, as 89 for 8.9.
         plugin_version: version of the custom ops' domain.
         plugins: the custom ops in the engine.
+        kernels: those the plugins carry: compute capabilities each is compiled for, and `PTX`.
         profiles: by index, as the runtime selects them.
         files: SHA-256 of the ONNX file and of its external data, by file name.
         engine_sha256, engine_bytes: of the engine file.
@@ -45,6 +47,7 @@ class EngineRecord:
     compute_capabilities: tuple[int, ...]
     plugin_version: int
     plugins: tuple[CustomNode, ...]
+    kernels: Mapping[str, tuple[int, ...]]
     profiles: tuple[ShapeProfile, ...]
     files: Mapping[str, str]
     engine_sha256: str
@@ -104,12 +107,8 @@ def check_sidecar(
     _same(name, "flavour", record.flavour, flavour)
     _same(name, f"{flavour} version", record.version, version)
     _same(name, "plugin version", record.plugin_version, VERSION)
-    if compute_capability is not None and compute_capability not in record.compute_capabilities:
-        built = ", ".join(f"sm_{sm}" for sm in record.compute_capabilities)
-        raise UserError(
-            f"{name} was built for {built}, this GPU is sm_{compute_capability}",
-            f"`shadowllm build --sm {compute_capability}`",
-        )
+    if compute_capability is not None:
+        _check_gpu(name, record, compute_capability)
     for file, digest in record.files.items():
         if files is not None and files.get(file) != digest:
             raise UserError(f"{name} was built from another {file} than this bundle has", REMEDY)
@@ -118,27 +117,54 @@ def check_sidecar(
     return record
 
 
+def _check_gpu(name: str, record: EngineRecord, sm: int) -> None:
+    remedy = f"`shadowllm build --sm {sm}`"
+    if sm not in record.compute_capabilities:
+        raise UserError(
+            f"{name} was built for {architectures(record.compute_capabilities)}, this GPU is sm_{sm}", remedy
+        )
+    for kernel, images in record.kernels.items():
+        if serving(images, sm) is None:
+            raise UserError(
+                f"{name} carries {kernel} for {architectures(images)}, which does not run on this GPU, sm_{sm}", remedy
+            )
+
+
+def architectures(images: Iterable[int]) -> str:
+    """Compute capabilities in words."""
+    return ", ".join("PTX" if sm == PTX else f"sm_{sm}" for sm in images) or "no GPU"
+
+
 def engine_contents(engine_path: Path) -> EngineRecord:
     """What an engine holds, plugins by layer, without a GPU: the sidecar, held against the engine's bytes.
 
     Raises:
-        UserError: as `read_sidecar`, or the engine lacks a plugin or layer that the sidecar lists.
+        UserError: as `read_sidecar`, or the engine lacks a plugin, layer or kernel that the sidecar lists.
     """
     record = read_sidecar(engine_path)
-    missing = missing_plugins(engine_path, record.plugins)
-    if missing:
-        raise UserError(f"{engine_path.name} does not hold {missing[0]}, which its sidecar lists", REMEDY)
+    if missing := missing_contents(engine_path, record.plugins, record.kernels):
+        raise UserError(f"{engine_path.name} does not hold {missing}, which its sidecar lists", REMEDY)
     return record
 
 
-def missing_plugins(engine_path: Path, plugins: tuple[CustomNode, ...]) -> list[str]:
-    """Op and layer names that do not occur in the engine's bytes; an engine spells both in plain text."""
+def missing_contents(
+    engine_path: Path, plugins: Iterable[CustomNode], kernels: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """The first plugin, layer or kernel that does not stand in the engine's bytes, which spell all of them."""
     names = dict.fromkeys(name for node in plugins for name in (node.op, node.name))
     with engine_path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped
-            return list(names)
+            return next(iter(names), None)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            return [name for name in names if plan.find(name.encode()) < 0]
+            for name in names:
+                if plan.find(name.encode()) < 0:
+                    return name
+            try:
+                found = carried(programs_in(plan))
+            except ValueError as error:
+                return f"whole programs ({error})"
+    wrong = [name for name in kernels if found.get(name) != kernels[name]]
+    return f"the kernel {wrong[0]} for {architectures(kernels[wrong[0]])}" if wrong else None
 
 
 def _same(name: str, what: str, built: object, here: object) -> None:
@@ -151,6 +177,7 @@ def _record(data: dict[str, Any]) -> EngineRecord:
     if fields.pop("format") != FORMAT:
         raise ValueError(f"its format is not {FORMAT}")
     fields["compute_capabilities"] = tuple(fields["compute_capabilities"])
+    fields["kernels"] = {name: tuple(images) for name, images in fields["kernels"].items()}
     fields["plugins"] = tuple(CustomNode(**node) for node in fields["plugins"])
     fields["profiles"] = tuple(profile_from_json(profile) for profile in fields["profiles"])
     return EngineRecord(**fields)

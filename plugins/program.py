@@ -7,24 +7,31 @@ it. So an engine needs neither Triton nor a compiler, and both plugins are the s
 - types and shapes of the inputs and outputs stand in the program;
 - the first plan whose ``max_batch`` and ``max_seqlen`` cover a call is run, launch after launch, on one
   stream; batch and seqlen are the first two dimensions of input 0 (seqlen is 1 if it has only two);
-- each kernel has an image per compute capability, and PTX for GPUs that none was made for.
+- each kernel has an image per compute capability, and PTX for GPUs that none was made for (`serving`).
 
 Serialised, a program is a sequence of little-endian int64 and of byte strings (their length as int64,
-then the bytes), in the order in which `Program.pack` writes them.
+then the bytes), in the order in which `Program.pack` writes them. One zero byte may follow: TensorRT's
+ONNX parser closes an attribute with it.
 """
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Literal, TypeVar
 
 MAGIC = b"shadowllm program 1"
+# The attribute of an ONNX node, and the field of a plugin, that holds one.
+PROGRAM = "program"
 # TensorRT's own numbers of its data types.
 DTYPES = {"float32": 0, "float16": 1, "int32": 3, "bfloat16": 7}
 KINDS = ("input", "output", "workspace", "int")
-PTX = 0
+# "Capability" of PTX, and the one that it is for: it serves that and every later one.
+PTX, PTX_SM = 0, 80
+INT32, MAX_RANK = 2**31 - 1, 8
 
 T = TypeVar("T")
 
@@ -139,6 +146,44 @@ class Program:
     kernels: tuple[Kernel, ...]
     plans: tuple[Plan, ...]
 
+    def __post_init__(self) -> None:
+        """Hold numbers and references against each other, so that no interpreter need do so in a call.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        _within("inputs", len(self.inputs), 1)
+        _within("plans", len(self.plans), 1)
+        for output in self.outputs:
+            _within("dimensions", len(output.shape), 0, MAX_RANK)
+            for dim in output.shape:
+                size, axis = (dim, 0) if isinstance(dim, int) else dim
+                _within("dimension", size, 0, INT32 if isinstance(dim, int) else len(self.inputs) - 1)
+                _within("axis", axis, 0, MAX_RANK - 1)
+        for kernel in self.kernels:
+            _within("threads", kernel.threads, 1, 1024)
+            _within("shared_bytes", kernel.shared_bytes, 0)
+            _within("hidden", kernel.hidden, 0, 64)
+            if re.fullmatch("[!-~]+", kernel.name) is None:
+                raise ValueError(f"kernel name {kernel.name!r}")
+        for plan in self.plans:
+            self._check_plan(plan)
+
+    def _check_plan(self, plan: Plan) -> None:
+        for number in (plan.max_batch, plan.max_seqlen):
+            _within("largest call", number, 1)
+        _within("workspace_bytes", plan.workspace_bytes, 0, 2**62)
+        limits = {"input": len(self.inputs) - 1, "output": len(self.outputs) - 1, "int": 0}
+        for launch in plan.launches:
+            _within("kernel", launch.kernel, 0, len(self.kernels) - 1)
+            for size, least in (*((size, 1) for size in launch.grid), *((a.size, 0) for a in launch.arguments)):
+                _within("factor", size.factor, least)
+                _within("divisor", size.divisor, 1)
+                # Sizes grow with the call, so the largest one says that all fit into an int32.
+                _within("size", size(plan.max_batch, plan.max_seqlen) * size.divisor, 0)
+            for argument in launch.arguments:
+                _within(argument.kind, argument.value, 0, limits.get(argument.kind, plan.workspace_bytes))
+
     def plan(self, batch: int, seqlen: int) -> Plan:
         """The plan that serves a call.
 
@@ -172,7 +217,19 @@ class Program:
         Raises:
             ValueError: the bytes are none, or of another version.
         """
-        source = _Reader(data)
+        program, end = cls.read(data)
+        if data[end:] not in (b"", b"\0"):
+            raise ValueError("the program is longer than it should be")
+        return program
+
+    @classmethod
+    def read(cls, data: bytes | mmap, place: int = 0) -> tuple[Program, int]:
+        """The program that starts at a byte, and where it ends.
+
+        Raises:
+            ValueError: as `unpack`.
+        """
+        source = _Reader(data, place)
         try:
             if source.blob() != MAGIC:
                 raise ValueError("not a program of this version")
@@ -184,9 +241,58 @@ class Program:
             )
         except (struct.error, IndexError, KeyError, OverflowError) as error:
             raise ValueError("the program is damaged") from error
-        if source.place != len(data):
-            raise ValueError("the program is longer than it should be")
-        return program
+        return program, source.place
+
+
+def programs_in(data: bytes | mmap) -> Iterator[Program]:
+    """All programs in an engine's bytes, where they stand as they were packed.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    start = struct.pack("<q", len(MAGIC)) + MAGIC
+    place = data.find(start)
+    while place >= 0:
+        program, end = Program.read(data, place)
+        yield program
+        place = data.find(start, end)
+
+
+def carried(programs: Iterable[Program]) -> dict[str, tuple[int, ...]]:
+    """Kernels by name, each with the GPUs that all of its variants have images for."""
+    found: dict[str, set[int]] = {}
+    for program in programs:
+        for kernel in program.kernels:
+            images = {image.sm for image in kernel.images}
+            found[kernel.name] = found.get(kernel.name, images) & images
+    return {name: tuple(sorted(images)) for name, images in sorted(found.items())}
+
+
+def serving(images: Iterable[int], sm: int) -> int | None:
+    """Which image a GPU runs.
+
+    Its own; else the newest before it of the same major version, as cubins are made to be compatible,
+    except that from 9.0 on compilers make them for one GPU alone; else PTX.
+
+    Args:
+        images: compute capabilities there are images for, as 89 for 8.9, and `PTX`.
+        sm: of the GPU.
+
+    Returns:
+        One of them, or None where none will do.
+    """
+    there = set(images)
+    if sm in there:
+        return sm
+    older = [image for image in there if image != PTX and image // 10 == sm // 10 and image < sm < 90]
+    if older:
+        return max(older)
+    return PTX if PTX in there and sm >= PTX_SM else None
+
+
+def _within(what: str, number: int, low: int, high: int = INT32) -> None:
+    if not low <= number <= high:
+        raise ValueError(f"{what} is {number}, and should be {low}..{high}")
 
 
 class _Writer:
@@ -238,8 +344,8 @@ class _Writer:
 
 
 class _Reader:
-    def __init__(self, data: bytes) -> None:
-        self.data, self.place = data, 0
+    def __init__(self, data: bytes | mmap, place: int) -> None:
+        self.data, self.place = data, place
 
     def number(self) -> int:
         (value,) = struct.unpack_from("<q", self.data, self.place)

@@ -88,6 +88,7 @@ class EngineOptions:
         timing_cache: file kept across builds (full TensorRT).
         workspace_bytes: scratch memory per layer.
         verbosity: how much the engine tells an inspector.
+        plugin_library: C++ plugins to build with, instead of those in Python.
     """
 
     flavour: Flavour
@@ -98,6 +99,7 @@ class EngineOptions:
     timing_cache: Path | None = None
     workspace_bytes: int | None = None
     verbosity: Verbosity = "layer_names_only"
+    plugin_library: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
                 timing_cache=options.timing_cache,
                 workspace_bytes=options.workspace_bytes,
                 profiling_verbosity=options.verbosity,
+                plugin_library=options.plugin_library,
                 file_hashes=manifest.files,
             )
         shutil.rmtree(target, ignore_errors=True)

@@ -32,8 +32,8 @@ def require(flavour: Flavour) -> None:
     if flavour not in FLAVOURS:
         raise UserError(f"there is no engine flavour {flavour!r}", f"choose one of {', '.join(FLAVOURS)}")
     blind = flavour == "tensorrt" and gpu_capability() is None
-    for package in (flavour, "polygraphy"):
-        if importlib.util.find_spec(package) is None:
+    for package in (flavour, "polygraphy", "cuda.bindings"):
+        if not _installed(package):
             raise UserError(
                 f"the package {package} is not installed{', and there is no NVIDIA GPU here' * blind}",
                 f"pip install 'shadowllm[{EXTRAS[flavour]}]'",
@@ -74,7 +74,8 @@ def child_environment(flavour: Flavour) -> Iterator[dict[str, str]]:
         for library in _libraries(flavour):
             Path(folder, library.name.split(".so")[0] + ".so").symlink_to(library)
         paths = [folder, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-        yield os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(paths)}
+        # Kernels are compiled there, whether or not this process interprets them.
+        yield os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0"}
 
 
 def gpu_capability() -> int | None:
@@ -91,6 +92,13 @@ def gpu_capability() -> int | None:
             return None
         parts.append(value.value)
     return 10 * parts[0] + parts[1]
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even what it lies in
+        return False
 
 
 def _libraries(flavour: Flavour) -> list[Path]:

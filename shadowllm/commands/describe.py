@@ -85,6 +85,7 @@ def engine(path: Path) -> dict[str, Any]:
         "build_seconds": round(record.build_seconds, 1),
         "compute_capabilities": list(record.compute_capabilities),
         "plugins": _by_layer(record.plugins),
+        "kernels": {name: list(images) for name, images in record.kernels.items()},
         "plugin_counts": dict(Counter(node.op for node in record.plugins)),
         "profiles": [asdict(profile) for profile in record.profiles],
     }

@@ -109,6 +109,7 @@ def _engine(found: dict[str, Any]) -> Lines:
         ("size", _size(found["bytes"])),
         ("targets", _targets(found)),
         ("plugins", f"{_layers(found['plugins'])}; in all: {_counts(found)}"),
+        ("kernels", _kernels(found["kernels"])),
         *((f"profile {i}", f"{profile['name']}: {_range(profile)}") for i, profile in enumerate(found["profiles"])),
     ]
 
@@ -166,7 +167,19 @@ def _range(profile: dict[str, Any]) -> str:
 
 
 def _targets(engine: dict[str, Any]) -> str:
-    return ", ".join(f"sm_{sm}" for sm in engine["compute_capabilities"])
+    from shadowllm.exporter.sidecar import architectures
+
+    return architectures(engine["compute_capabilities"])
+
+
+def _kernels(kernels: dict[str, list[int]]) -> str:
+    """Kernels by what they are compiled for."""
+    from shadowllm.exporter.sidecar import architectures
+
+    alike: dict[str, list[str]] = {}
+    for name, images in kernels.items():
+        alike.setdefault(architectures(images), []).append(name)
+    return "; ".join(f"{', '.join(names)} for {built}" for built, names in alike.items()) or "none"
 
 
 def _counts(engine: dict[str, Any]) -> str:

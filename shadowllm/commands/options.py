@@ -186,6 +186,12 @@ def add_engines(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--profilingVerbosity", choices=("none", "layer_names_only", "detailed"), default="layer_names_only"
     )
+    group.add_argument(
+        "--plugin-library",
+        type=Path,
+        metavar="FILE",
+        help="build with the C++ plugins (`make plugin`), not the Python ones",
+    )
 
 
 def engines(args: argparse.Namespace, flavour: Flavour) -> EngineOptions:
@@ -201,6 +207,7 @@ def engines(args: argparse.Namespace, flavour: Flavour) -> EngineOptions:
         args.timingCacheFile,
         _workspace(args.memPoolSize),
         args.profilingVerbosity,
+        args.plugin_library,
     )
 
 

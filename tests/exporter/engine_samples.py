@@ -67,6 +67,15 @@ def write_sample(path: Path, dtype: str = "float16") -> Path:
     return _save(path, inputs, y, tape, function_bodies(FORM))
 
 
+def write_selection(path: Path) -> Path:
+    """One ``SelectTopK``, which compiles in a second."""
+    tape, x = Tape(), ir.val("scores", dtype=ir.DataType.FLOAT, shape=[3, 41])
+    counts = ir.val("counts", dtype=ir.DataType.INT32, shape=[3])
+    y = tape.op("SelectTopK", [x, counts], {"cap": 41}, domain=DOMAIN)
+    y.name, y.dtype, y.shape = "indices", ir.DataType.INT32, x.shape
+    return _save(path, [x, counts], y, tape)
+
+
 def write_sum(path: Path, op: str = "Add", domain: str = "") -> Path:
     """``c = op(a, b)`` of two float32 vectors of unrelated open lengths."""
     tape = Tape()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,12 +12,13 @@ import psutil
 import pytest
 
 from shadowllm.errors import UserError
-from shadowllm.exporter import engine
+from shadowllm.exporter import engine, engine_worker
 from shadowllm.exporter.engine_graph import describe_onnx
 from shadowllm.exporter.manifest import file_hash
 from shadowllm.exporter.profiles import ShapeProfile, profiles_for
 from shadowllm.exporter.sidecar import check_sidecar, engine_contents, read_sidecar
-from tests.exporter.engine_samples import DTYPES, write_sample, write_sum
+from shadowllm.plugins.program import PTX, carried, programs_in
+from tests.exporter.engine_samples import DTYPES, write_sample, write_selection, write_sum
 
 needs_builder = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -26,36 +26,32 @@ needs_builder = pytest.mark.skipif(
 )
 
 
-def build(onnx_path, engine_path, **options):
+def build(onnx_path, engine_path, *, sms=(80,), **options):
     profiles = profiles_for(describe_onnx(onnx_path), capacity=64, max_seqlen=32, max_batch=2)
-    return engine.build_engine(onnx_path, engine_path, flavour="tensorrt_rtx", profiles=profiles, **options)
-
-
-def values_of(plan: bytes, field: str) -> set[int]:
-    """Values of an int32 plugin field as they stand in the engine: name, type, four-byte value."""
-    found = re.findall(field.encode() + rb".{1,40}INT32.{6}\x04\0{7}(.{4})", plan, re.DOTALL)
-    return {int.from_bytes(value, "little") for value in found}
+    return engine.build_engine(onnx_path, engine_path, flavour="tensorrt_rtx", profiles=profiles, sms=sms, **options)
 
 
 @needs_builder
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_engine_holds_the_plugins(tmp_path, dtype):
     onnx_path, engine_path = write_sample(tmp_path / "sample.onnx", dtype), tmp_path / "engines" / "sample.engine"
-    record = build(onnx_path, engine_path)
+    record = build(onnx_path, engine_path, sms=(89,))
     assert [node.op for node in record.plugins].count("SelectTopK") == 4
     assert [(n.name, n.layer) for n in record.plugins if n.op == "SparseMLP"] == [
         ("layers.5.SparseMLP", 5),
         ("layers.6.SparseMLP", 6),
     ]
     plan = engine_path.read_bytes()
-    for word in (b"SelectTopK", b"SparseAttention", b"SparseMLP", b"layers.6.SparseMLP", b"silu"):
+    for word in (b"SelectTopK", b"SparseAttention", b"SparseMLP", b"layers.6.SparseMLP"):
         assert word in plan
-    # Plugin fields by name and value: inputs present of SelectTopK, SparseMLP and SparseAttention.
-    assert values_of(plan, "input_mask") == {0b11, 0b10101111, 0b101111111}
-    assert (values_of(plan, "layer"), values_of(plan, "cap")) == ({5, 6}, {4, 41})
+    programs = set(programs_in(plan))
+    assert {program.inputs[0] for program in programs} == {"float32", dtype}  # scores, or hidden states
+    assert carried(programs) == record.kernels
     assert record.engine_bytes == len(plan) > describe_onnx(onnx_path).weight_bytes
     assert record.files == {name: file_hash(tmp_path / name) for name in ("sample.onnx", "sample.onnx.data")}
-    assert record.compute_capabilities == (80, 86, 89, 120, 121)
+    assert record.compute_capabilities == (89,)
+    assert {"select_topk", "mlp_hidden", "decode_attention"} < set(record.kernels)
+    assert set(record.kernels.values()) == {(PTX, 89)}
     assert [profile.name for profile in record.profiles] == ["prefill", "decode"]
     assert read_sidecar(engine_path) == engine_contents(engine_path) == record
     here = {"compute_capability": 89, "files": record.files}
@@ -65,11 +61,22 @@ def test_engine_holds_the_plugins(tmp_path, dtype):
 
 @needs_builder
 def test_target_gpus_can_be_chosen(tmp_path):
-    onnx_path = write_sample(tmp_path / "sample.onnx")
+    onnx_path = write_selection(tmp_path / "selection.onnx")
     chosen = [build(onnx_path, tmp_path / f"{i}.engine", sms=sms) for i, sms in enumerate([(120, 80), (75,)])]
     assert [record.compute_capabilities for record in chosen] == [(80, 120), (75,)]
+    assert [set(record.kernels.values()) for record in chosen] == [{(PTX, 80, 120)}, {(PTX, 75)}]
     headers = {(tmp_path / f"{i}.engine").read_bytes()[:64] for i in range(2)}
     assert len(headers) == 2  # the targets stand in the engine's header
+
+
+@needs_builder
+@pytest.mark.parametrize(
+    ("flavour", "capability", "wanted"), [("tensorrt_rtx", None, [80, 86, 89, 120, 121]), ("tensorrt", 90, [90])]
+)
+def test_default_targets(monkeypatch, flavour, capability, wanted):
+    monkeypatch.setattr(engine_worker.flavour, "gpu_capability", lambda: capability)
+    trt = pytest.importorskip("tensorrt_rtx")
+    assert engine_worker.targets(trt, {"flavour": flavour, "sms": []}) == wanted
 
 
 @needs_builder

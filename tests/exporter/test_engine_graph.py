@@ -7,9 +7,11 @@ import pytest
 
 from shadowllm.errors import UserError
 from shadowllm.exporter.engine_graph import CustomNode, describe_onnx, prepare
-from shadowllm.exporter.profiles import ShapeProfile, bindings, check_profiles, profiles_for
+from shadowllm.exporter.profiles import ShapeProfile, bindings, check_profiles, largest, profiles_for
 from tests.exporter.engine_samples import HEAD_DIM, HEADS, HIDDEN, NEURONS, write_sample, write_sum
+from tests.plugins.programs import program
 
+PROGRAMS = {op: program(sms=(sm,)) for op, sm in (("SelectTopK", 80), ("SparseMLP", 86), ("SparseAttention", 89))}
 PLUGINS = ["layers.5.SparseAttention", "layers.5.SparseMLP", "layers.6.SparseAttention", "layers.6.SparseMLP"]
 
 
@@ -28,28 +30,45 @@ def test_description_of_a_graph(tmp_path):
 def test_copy_for_the_parser(tmp_path):
     path = write_sample(tmp_path / "sample.onnx")
     before = path.read_bytes()
-    data, nodes = prepare(path, {"capacity": 48})
-    model = onnx.load_from_string(data)
+    asked = []
+
+    def compiler(op, inputs, attributes):
+        asked.append((op, inputs, attributes))
+        return PROGRAMS[op]
+
+    prepared = prepare(path, {"capacity": 48}, compiler)
+    model = onnx.load_from_string(prepared.model)
     assert path.read_bytes() == before
     assert not model.functions
     mlp = next(node for node in model.graph.node if node.name == "layers.6.SparseMLP")
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in mlp.attribute}
     assert attributes == {
-        "activation": b"silu",
-        "layer": 6,
         "plugin_namespace": b"shadowllm",
         "plugin_version": b"1",
-        "input_mask": 0b10101111,
+        "program": PROGRAMS["SparseMLP"].pack(),
     }
     assert len(mlp.input) == 6
     assert all(mlp.input)
-    assert {node.name for node in nodes} == {node.name for node in model.graph.node if node.domain == "shadowllm"}
+    custom = {node.name: PROGRAMS[node.op_type] for node in model.graph.node if node.domain == "shadowllm"}
+    assert {node.name: made for node, made in prepared.programs.items()} == custom
+    told = {(op, attributes.get("layer")): (inputs, attributes) for op, inputs, attributes in asked}
+    inputs, attributes = told["SparseMLP", 6]
+    assert attributes == {"activation": "silu", "layer": 6}
+    assert {name: (t.dtype, t.shape) for name, t in inputs.items()} == {
+        "x": ("float16", ("batch", "seqlen", HIDDEN)),
+        "indices": ("int32", (NEURONS,)),
+        "count": ("int32", ()),
+        **{f"w_{part}": ("float16", (NEURONS, HIDDEN)) for part in ("gate", "up", "down")},
+    }
+    assert told["SparseAttention", 6][0]["key"].shape == ("batch", 2, 48, HEAD_DIM)
+    assert told["SelectTopK", None][0]["scores"].dtype == "float32"
     dims = [d.dim_param or d.dim_value for d in model.graph.input[1].type.tensor_type.shape.dim]
     assert dims == ["batch", 2, 48, HEAD_DIM]
 
 
 def test_weights_stay_outside_the_copy(tmp_path):
-    model = onnx.load_from_string(prepare(write_sample(tmp_path / "sample.onnx"), {})[0])
+    prepared = prepare(write_sample(tmp_path / "sample.onnx"), {}, lambda op, _inputs, _attributes: PROGRAMS[op])
+    model = onnx.load_from_string(prepared.model)
     external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     assert len(external) == 10
     places = {entry.value for t in external for entry in t.external_data if entry.key == "location"}
@@ -67,6 +86,20 @@ def test_unusable_files_are_named(tmp_path, content, words):
         describe_onnx(path)
 
 
+def test_inputs_of_unknown_type_are_named(tmp_path):
+    path = write_sum(tmp_path / "sum.onnx", op="SelectTopK", domain="shadowllm")
+    with pytest.raises(UserError, match=r"c.SelectTopK has no attribute 'cap'; export"):
+        prepare(path, {}, lambda *_: PROGRAMS["SelectTopK"])
+    path = write_sample(tmp_path / "sample.onnx")
+    model = onnx.load(path, load_external_data=False)
+    attention = next(node for node in model.graph.node if node.op_type == "SparseAttention")
+    attention.input[0] = "guess"
+    model.graph.node.insert(0, onnx.helper.make_node("Mystery", ["x"], ["guess"], domain="elsewhere"))
+    onnx.save(model, path)
+    with pytest.raises(UserError, match=r"type or shape of x of layers.5.SparseAttention cannot be told; export"):
+        prepare(path, {}, lambda op, *_: PROGRAMS[op])
+
+
 def test_unknown_op_of_our_domain_is_refused(tmp_path):
     with pytest.raises(UserError, match="shadowllm::SparseNorm"):
         describe_onnx(write_sum(tmp_path / "sum.onnx", op="SparseNorm", domain="shadowllm"))
@@ -81,6 +114,7 @@ def test_prefill_and_decode_profiles(tmp_path):
     assert bindings(graph, profiles) == {"capacity": 64}
     assert bindings(graph, [decode]) == {"capacity": 64, "seqlen": 1}
     check_profiles(graph, profiles)
+    assert [largest(graph, profiles, symbol) for symbol in ("batch", "seqlen", "kept")] == [3, 40, 1]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_pieces_build_with_all_plugins(tmp_path, family, options, dtype):
             bundle / "engines" / f"{piece}.engine",
             flavour="tensorrt_rtx",
             profiles=profiles,
+            sms=(89,),
             file_hashes=manifest.files,
         )
         plugins[piece] = [node.name for node in record.plugins]

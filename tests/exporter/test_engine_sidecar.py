@@ -11,8 +11,9 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.engine_graph import CustomNode
 from shadowllm.exporter.profiles import ShapeProfile
 from shadowllm.exporter.sidecar import EngineRecord, check_sidecar, engine_contents, read_sidecar, write_sidecar
+from tests.plugins.programs import program
 
-PLAN = b"plan: SparseMLP layers.1.SparseMLP " * 7
+PLAN = b"plan: SparseMLP layers.1.SparseMLP " * 7 + program(sms=(0, 80, 89)).pack() + b"the rest"
 FILES = {"body.onnx": "ab" * 32, "model.onnx.data": "cd" * 32}
 HERE = {"flavour": "tensorrt_rtx", "version": "1.7.1.116", "compute_capability": 89, "files": FILES}
 
@@ -30,6 +31,7 @@ def engine_path(tmp_path):
             compute_capabilities=(80, 89),
             plugin_version=1,
             plugins=(CustomNode("SparseMLP", "layers.1.SparseMLP", 1),),
+            kernels={"first": (0, 80, 89), "second": (0, 80, 89)},
             profiles=(ShapeProfile("decode", {"x": ((1, 1), (1, 1), (2, 1))}),),
             files=FILES,
             engine_sha256=hashlib.sha256(PLAN).hexdigest(),
@@ -78,6 +80,16 @@ def test_another_plugin_version_is_refused(engine_path):
         check_sidecar(engine_path, **HERE)
 
 
+def test_kernels_that_do_not_serve_the_gpu_are_refused(engine_path):
+    edit(engine_path, kernels={"first": [86, 90]})
+    with pytest.raises(
+        UserError,
+        match=r"carries first for sm_86, sm_90, which does not run on this GPU, sm_80; .*--sm 80",
+    ):
+        check_sidecar(engine_path, **HERE | {"compute_capability": 80})
+    assert check_sidecar(engine_path, **HERE).kernels == {"first": (86, 90)}  # 8.6 serves 8.9
+
+
 @pytest.mark.parametrize("damage", [PLAN[:-1], PLAN + b"x", b"", PLAN[:40] + b"X" + PLAN[41:]])
 def test_damaged_engine_is_refused(engine_path, damage):
     engine_path.write_bytes(damage)
@@ -92,7 +104,7 @@ def test_a_missing_file_is_named(engine_path, name):
         check_sidecar(engine_path, **HERE)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "flavour": "tensorrt"}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 2, "flavour": "tensorrt"}'])
 def test_an_unreadable_sidecar_is_refused(engine_path, text):
     engine_path.with_name("body.engine.json").write_text(text)
     with pytest.raises(UserError, match=r"body.engine.json is not readable"):
@@ -109,4 +121,23 @@ def test_an_unknown_field_is_refused(engine_path):
 def test_contents_are_held_against_the_engine(engine_path, plan):
     engine_path.write_bytes(plan)
     with pytest.raises(UserError, match=r"does not hold .*SparseMLP, which its sidecar lists"):
+        engine_contents(engine_path)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "words"),
+    [
+        ({"first": [0, 80, 89, 120]}, "the kernel first for PTX, sm_80, sm_89, sm_120"),
+        ({"third": [80]}, "the kernel third for sm_80"),
+    ],
+)
+def test_kernels_are_held_against_the_engine(engine_path, kernels, words):
+    edit(engine_path, kernels=kernels)
+    with pytest.raises(UserError, match=f"body.engine does not hold {words}, which its sidecar lists"):
+        engine_contents(engine_path)
+
+
+def test_a_damaged_program_in_an_engine_is_named(engine_path):
+    engine_path.write_bytes(PLAN[:-200])
+    with pytest.raises(UserError, match=r"does not hold whole programs \(the program is damaged\)"):
         engine_contents(engine_path)

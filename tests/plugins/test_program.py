@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from shadowllm.plugins.program import PTX, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
+from shadowllm.plugins.program import PTX, Output, Program, Size, serving
+from tests.plugins.programs import program
 
 
-@pytest.fixture
-def program():
-    launch = Launch(
-        0,
-        (Size(576, divisor=64), Size(batch=True), Size(batch=True, seqlen=True, divisor=16)),
-        (Argument("input", 2), Argument("output", 0), Argument("workspace", 512), Argument("int", 0, Size(576))),
-    )
-    kernel = Kernel("mlp", 128, 4096, 2, (Image(80, b"\x7fELF\0\1\2\0"), Image(PTX, b".version 8.0")))
-    plans = (Plan(1, 1, 1024, (launch,)), Plan(4, 128, 65536, (launch, launch)))
-    outputs = (Output("bfloat16", ((0, 0), (0, 1), 576)), Output("int32", (7,)))
-    return Program(("bfloat16", "int32", "float32"), outputs, (kernel,), plans)
+@pytest.fixture(name="program")
+def sample():
+    return program()
 
 
 def test_a_program_survives_serialisation(program):
@@ -52,13 +47,19 @@ def test_sizes_are_rounded_up(size, wanted):
     assert size(batch=3, seqlen=7) == wanted
 
 
+def test_the_zero_of_the_onnx_parser_does_no_harm(program):
+    assert Program.unpack(program.pack() + b"\0") == program
+
+
 def test_damage_is_noticed(program):
     whole = program.pack()
     for end in range(0, len(whole), 7):
         with pytest.raises(ValueError):
             Program.unpack(whole[:end])
     with pytest.raises(ValueError, match="longer"):
-        Program.unpack(whole + b"\0")
+        Program.unpack(whole + b"\0\0")
+    with pytest.raises(ValueError, match="longer"):
+        Program.unpack(whole + b"\1")
     with pytest.raises(ValueError, match="version"):
         Program.unpack(whole.replace(b"program 1", b"program 2"))
 
@@ -68,3 +69,47 @@ def test_a_damaged_length_is_noticed(program):
     data[0:8] = (2**62).to_bytes(8, "little")
     with pytest.raises(ValueError, match="damaged"):
         Program.unpack(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: {"inputs": ()}, "inputs"),
+        (lambda p: {"plans": ()}, "plans"),
+        (lambda p: {"kernels": ()}, "kernel is 1"),
+        (lambda p: {"outputs": (Output("float16", ((3, 0),)),)}, "dimension is 3"),
+        (lambda p: {"outputs": ()}, "output is 0"),
+        (lambda p: {"kernels": (replace(p.kernels[0], name="m l p"),)}, "kernel name"),
+        (lambda p: {"kernels": (replace(p.kernels[0], threads=2048),)}, "threads is 2048"),
+        (lambda p: {"plans": (replace(p.plans[0], max_batch=0),)}, "largest call is 0"),
+        (lambda p: {"plans": (replace(p.plans[1], workspace_bytes=511),)}, "workspace is 512"),
+        (lambda p: {"plans": (replace(p.plans[1], max_seqlen=2**30),)}, "size is"),
+        (lambda p: {"plans": (with_grid(p, Size(0)),)}, "factor is 0"),
+        (lambda p: {"plans": (with_grid(p, Size(1, divisor=0)),)}, "divisor is 0"),
+    ],
+)
+def test_what_cannot_be_run_is_no_program(program, change, words):
+    with pytest.raises(ValueError, match=words):
+        replace(program, **change(program))
+
+
+def with_grid(program, size):
+    return replace(program.plans[0], launches=(replace(program.plans[0].launches[0], grid=(size,) * 3),))
+
+
+@pytest.mark.parametrize(
+    ("images", "sm", "wanted"),
+    [
+        ((80, 86, PTX), 86, 86),
+        ((80, 86, PTX), 89, 86),
+        ((80, 86), 87, 86),
+        ((86, 89, PTX), 80, PTX),
+        ((80, 86, 89), 90, None),
+        ((90, PTX), 90, 90),
+        ((100, 120, PTX), 121, PTX),  # a cubin for 12.0 is for it alone
+        ((80, PTX), 75, None),
+        ((), 80, None),
+    ],
+)
+def test_which_image_a_gpu_runs(images, sm, wanted):
+    assert serving(images, sm) == wanted

@@ -1,4 +1,4 @@
-"""The plugins' state without TensorRT, and the plugin classes with it."""
+"""The plugin classes: programs in and out, shapes, types and formats; and TensorRT's flavours."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import os
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from shadowllm.errors import UserError
-from shadowllm.plugins.schemas import SCHEMAS, SELECT_TOPK, SPARSE_MLP
+from shadowllm.plugins.program import DTYPES, PROGRAM, Program
+from shadowllm.plugins.schemas import SCHEMAS
 from shadowllm.plugins.tensorrt import creators, flavour
-from shadowllm.plugins.tensorrt.state import PluginState, input_mask
-
-MLP = {"activation": "silu", "layer": 3}
-FULL = {"SelectTopK": {"cap": 7}, "SparseMLP": MLP, "SparseAttention": {"n_heads": 9, "layer": 3}}
-REQUIRED = {name: input_mask(not port.optional for port in schema.inputs) for name, schema in SCHEMAS.items()}
+from shadowllm.plugins.tensorrt.launcher import Launcher
+from tests.plugins.programs import program
 
 
 @pytest.fixture(scope="module")
@@ -26,60 +25,20 @@ def trt():
     return flavour.load("tensorrt_rtx")
 
 
-def state(name, mask=None):
-    schema = SCHEMAS[name]
-    return PluginState(schema, FULL[name], (1 << len(schema.inputs)) - 1 if mask is None else mask)
+@pytest.fixture
+def creator(trt):
+    return creators.creator_class(trt)("SparseMLP", creators.plugin_class(trt))
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
-@pytest.mark.parametrize("full", [False, True])
-def test_state_survives_its_fields(name, full):
-    before = state(name, None if full else REQUIRED[name])
-    after = PluginState.from_fields(SCHEMAS[name], dict(reversed(before.fields.items())) | {"plugin_version": "1"})
-    assert after == before
+@pytest.fixture
+def plugin(trt):
+    return creators.plugin_class(trt)("SparseMLP", Launcher(program()))
 
 
-def test_absent_inputs_are_closed_up():
-    mlp = state("SparseMLP", REQUIRED["SparseMLP"] | 1 << 8)
-    assert [port.name for port in mlp.inputs] == ["x", "indices", "count", "w_up", "w_down", "b_down"]
-    assert [port.name for port in mlp.ports] == ["x", "indices", "count", "w_up", "w_down", "b_down", "y"]
-
-
-@pytest.mark.parametrize(
-    ("schema", "attributes", "mask", "words"),
-    [
-        (SPARSE_MLP, MLP, 0b1, "mask 0b1"),
-        (SPARSE_MLP, MLP, (1 << 13) - 1, "mask 0b1111111111111"),
-        (SPARSE_MLP, {"activation": "silu"}, 511, "attributes"),
-        (SPARSE_MLP, MLP | {"layer": "3"}, 511, "attributes"),
-        (SELECT_TOPK, {"cap": 7, "layer": 3}, 3, "attributes"),
-    ],
-)
-def test_impossible_states_are_refused(schema, attributes, mask, words):
-    with pytest.raises(ValueError, match=words):
-        PluginState(schema, attributes, mask)
-
-
-def test_a_node_that_was_not_prepared_is_refused():
-    with pytest.raises(ValueError, match="no input_mask"):
-        PluginState.from_fields(SPARSE_MLP, MLP)
-
-
-def test_output_shapes_follow_the_inputs():
-    assert state("SelectTopK").output_shapes([("rows", "width"), ("rows",)]) == [["rows", 7]]
-    mlp = state("SparseMLP", REQUIRED["SparseMLP"])
-    assert mlp.output_shapes([("b", "s", "d"), ("c",), (), ("f", "d"), ("f", "d")]) == [["b", "s", "d"]]
-    attention = state("SparseAttention", REQUIRED["SparseAttention"])
-    cache = ("b", "kv", "c", "h")
-    shapes = [("b", "s", "d"), cache, cache, ("b",), ("i",), (), ("w", "d"), ("w", "d")]
-    assert attention.output_shapes(shapes) == [["b", "s", "d"]]
-
-
-def test_wrong_inputs_are_named():
-    with pytest.raises(ValueError, match="1 inputs, expected 2"):
-        state("SelectTopK").output_shapes([("r", "n")])
-    with pytest.raises(ValueError, match=r"counts of SelectTopK has 0 dimensions, expected \['R'\]"):
-        state("SelectTopK").output_shapes([("r", "n"), ()])
+def fields(trt, **values):
+    """A collection of fields, and what must live as long."""
+    kept = [trt.PluginField(name, value, trt.PluginFieldType.CHAR) for name, value in values.items()]
+    return trt.PluginFieldCollection(kept), kept
 
 
 def test_creators_are_in_the_registry(trt):
@@ -89,62 +48,61 @@ def test_creators_are_in_the_registry(trt):
     assert {creator.name for creator in kept} == set(SCHEMAS)
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_creator_makes_the_plugin_it_serialised(trt, name):
-    plugin, schema = creators.plugin_class(trt), SCHEMAS[name]
-    creator = creators.creator_class(trt)(schema, plugin)
-    before = plugin(state(name))
-    after = creator.create_plugin("node", before.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
-    assert [field.name for field in creator.field_names] == [*FULL[name], "input_mask"]
-    assert after.state == before.state
-    assert (after.plugin_name, after.plugin_version, after.plugin_namespace) == (name, "1", "shadowllm")
-    assert after.num_outputs == len(schema.outputs)
+def test_creator_makes_the_plugin_it_serialised(trt, creator, plugin):
+    after = creator.create_plugin("node", plugin.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
+    assert [field.name for field in creator.field_names] == [PROGRAM]
+    assert after.program == plugin.program
+    assert (after.plugin_name, after.plugin_version, after.plugin_namespace) == ("SparseMLP", "1", "shadowllm")
+    assert after.num_outputs == 1
     assert after.clone() is not after
-    assert after.clone().state == after.attach_to_context(None).state == before.state
+    assert after.clone().launcher is after.launcher
 
 
-def describe(trt, plugin, type_t, **changes):
-    """Descriptors of all inputs and outputs with T as ``type_t``, some changed by name."""
-    types = {"T": type_t, "float32": trt.float32, "int32": trt.int32}
-    return [
-        SimpleNamespace(
-            desc=SimpleNamespace(
-                type=changes.get(port.name, types[port.dtype]), format=changes.get("format", trt.TensorFormat.LINEAR)
-            )
-        )
-        for port in plugin.state.ports
-    ]
+def test_a_node_without_a_program_is_refused(trt, creator):
+    for given in ({}, {"activation": np.frombuffer(b"silu", np.int8)}, {PROGRAM: np.empty(0, np.int8)}):
+        collection, _kept = fields(trt, **given)
+        with pytest.raises(ValueError, match=r"SparseMLP node carries no program: build .* `shadowllm build`"):
+            creator.create_plugin("node", collection, trt.TensorRTPhase.BUILD)
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_formats_and_types(trt, name):
-    plugin = creators.plugin_class(trt)(state(name))
-    count, n_inputs = len(plugin.state.ports), len(plugin.state.inputs)
-
-    def supported(type_t, **changes):
-        tensors = describe(trt, plugin, type_t, **changes)
-        return [plugin.supports_format_combination(i, tensors, n_inputs) for i in range(count)]
-
-    for type_t in (trt.float32, trt.float16, trt.bfloat16):
-        assert all(supported(type_t))
-    assert not any(supported(trt.float16, format=trt.TensorFormat.CHW4))
-    last = plugin.state.ports[-1].name
-    assert supported(trt.float16, **{last: trt.int64}) == [True] * (count - 1) + [False]
-    if plugin.state.typed_input >= 0:
-        assert not supported(trt.int8)[plugin.state.typed_input]
-        assert supported(trt.float16, w_down=trt.float32, w_o=trt.float32).count(False) == 1
+def test_a_damaged_program_is_refused(trt, creator):
+    collection, _kept = fields(trt, **{PROGRAM: np.frombuffer(program().pack()[:-9], np.int8)})
+    with pytest.raises(ValueError, match="SparseMLP layer 3: the program is damaged"):
+        creator.create_plugin("layer 3", collection, trt.TensorRTPhase.BUILD)
 
 
-def test_output_types(trt):
-    plugin = creators.plugin_class(trt)
-    assert plugin(state("SelectTopK")).get_output_data_types([trt.float32, trt.int32]) == [trt.int32]
-    inputs = [trt.bfloat16, trt.int32, trt.int32, *[trt.bfloat16] * 6]
-    assert plugin(state("SparseMLP")).get_output_data_types(inputs) == [trt.bfloat16]
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_formats_and_types_are_the_program_s(trt, dtype):
+    plugin = creators.plugin_class(trt)("SparseMLP", Launcher(program(dtype)))
+    types = [DTYPES[name] for name in (dtype, "int32", "float32", dtype)]
+
+    def supported(layout, *wrong):
+        given = [trt.int8 if i in wrong else trt.DataType(number) for i, number in enumerate(types)]
+        tensors = [SimpleNamespace(desc=SimpleNamespace(type=one, format=layout)) for one in given]
+        return [plugin.supports_format_combination(i, tensors, 3) for i in range(4)]
+
+    assert all(supported(trt.TensorFormat.LINEAR))
+    assert not any(supported(trt.TensorFormat.CHW4))
+    assert supported(trt.TensorFormat.LINEAR, 1, 3) == [True, False, True, False]
+    assert plugin.get_output_data_types([]) == [trt.DataType(types[3])]
 
 
-def test_running_says_that_there_are_no_kernels(trt):
-    with pytest.raises(NotImplementedError, match=r"SparseAttention: .* no TensorRT kernels yet"):
-        creators.plugin_class(trt)(state("SparseAttention")).enqueue(*[None] * 6)
+def test_calls_that_no_plan_covers_are_refused_by_the_builder(plugin):
+    def inputs(*largest):
+        return [SimpleNamespace(max=largest), SimpleNamespace(max=(7,)), SimpleNamespace(max=())]
+
+    plugin.configure_plugin(inputs(4, 128, 576), [])
+    assert plugin.get_workspace_size([], []) == 65536
+    with pytest.raises(ValueError, match="no plan serves batch 4, seqlen 129"):
+        plugin.configure_plugin(inputs(4, 129, 576), [])
+    with pytest.raises(ValueError, match="SparseMLP has 1 inputs, expected 3"):
+        plugin.configure_plugin(inputs(4, 128, 576)[:1], [])
+
+
+def test_a_packed_program_is_one_field(trt, plugin):
+    (field,) = plugin.get_fields_to_serialize()
+    assert (field.name, field.type) == (PROGRAM, trt.PluginFieldType.CHAR)
+    assert Program.unpack(np.asarray(field.data).tobytes()) == plugin.program
 
 
 def test_unknown_flavour_and_missing_package():

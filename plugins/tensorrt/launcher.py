@@ -1,0 +1,130 @@
+"""Runs a program through the CUDA driver; ``cpp/launcher.cpp`` is the same in C++."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from cuda.bindings import driver
+
+from shadowllm.plugins.program import PTX, Argument, Kernel, Launch, Program, serving
+
+# Dynamic shared memory that a kernel may use without being allowed to.
+USUAL_SHARED_BYTES = 48 * 1024
+
+
+class Launcher:
+    """Launches the kernels of a program; modules are loaded once per CUDA context and shared by all."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._functions: dict[int, tuple[Any, ...]] = {}
+
+    def load(self) -> tuple[Any, ...]:
+        """The program's kernels in the thread's current CUDA context.
+
+        Loading may wait for the device, which a stream under capture must not: do it beforehand.
+
+        Raises:
+            RuntimeError: no kernel serves the GPU, or the driver refuses one.
+        """
+        context = int(_done(driver.cuCtxGetCurrent()))
+        if context not in self._functions:
+            sm = _capability(context)
+            self._functions[context] = tuple(_function(context, sm, kernel) for kernel in self.program.kernels)
+        return self._functions[context]
+
+    def run(
+        self, shape: Sequence[int], inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int
+    ) -> None:
+        """Launch a call.
+
+        Args:
+            shape: of input 0, whose first dimensions are batch and seqlen.
+            inputs, outputs, workspace: addresses on the device.
+            stream: handle of a CUDA stream.
+
+        Raises:
+            ValueError: no plan covers the call.
+            RuntimeError: as `load`, or the driver refuses a launch.
+        """
+        batch, seqlen = call_size(shape)
+        plan, functions = self.program.plan(batch, seqlen), self.load()
+
+        def value(argument: Argument) -> int:
+            if argument.kind == "int":
+                return argument.size(batch, seqlen)
+            return (
+                workspace + argument.value if argument.kind == "workspace" else tensors[argument.kind][argument.value]
+            )
+
+        tensors = {"input": inputs, "output": outputs}
+        for launch in plan.launches:
+            kernel = self.program.kernels[launch.kernel]
+            values = [*map(value, launch.arguments), *[0] * kernel.hidden]
+            _launch(functions[launch.kernel], kernel, launch, (batch, seqlen), values, stream)
+
+
+def call_size(shape: Sequence[int]) -> tuple[int, int]:
+    """Batch and seqlen of a call from the shape of input 0."""
+    return shape[0] if shape else 1, shape[1] if len(shape) > 2 else 1
+
+
+def _launch(
+    function: Any, kernel: Kernel, launch: Launch, size: tuple[int, int], values: Sequence[int], stream: int
+) -> None:
+    # Every parameter is at most eight bytes, little-endian: an int32 is read from the first four of its own.
+    cells = (ctypes.c_uint64 * len(values))(*values)
+    places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(cells) + 8 * i for i in range(len(values))))
+    grid, block = (one(*size) for one in launch.grid), (kernel.threads, 1, 1)
+    _done(
+        driver.cuLaunchKernel(
+            function, *grid, *block, kernel.shared_bytes, driver.CUstream(stream), ctypes.addressof(places), 0
+        )
+    )
+
+
+def _function(context: int, sm: int, kernel: Kernel) -> Any:
+    images = {image.sm: image.data for image in kernel.images}
+    chosen = serving(images, sm)
+    if chosen is None:
+        carried = ", ".join("PTX" if image == PTX else f"sm_{image}" for image in images) or "nothing"
+        raise RuntimeError(f"kernel {kernel.name} is compiled for {carried}; none of it runs on this GPU, sm_{sm}")
+    function = _done(driver.cuModuleGetFunction(_module(context, images[chosen]), kernel.name.encode()))
+    if kernel.shared_bytes > USUAL_SHARED_BYTES:
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _done(driver.cuFuncSetAttribute(function, attribute, kernel.shared_bytes))
+    return function
+
+
+@cache
+def _module(_context: int, image: bytes) -> Any:
+    return _done(driver.cuModuleLoadData(image + b"\0"))  # PTX is a text with an end
+
+
+@cache
+def _capability(_context: int) -> int:
+    device, attribute = _done(driver.cuCtxGetDevice()), driver.CUdevice_attribute
+    parts = [
+        _done(driver.cuDeviceGetAttribute(one, device))
+        for one in (
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    ]
+    return 10 * parts[0] + parts[1]
+
+
+def _done(result: tuple[Any, ...]) -> Any:
+    """What a driver function returned, but for its status.
+
+    Raises:
+        RuntimeError: the status is an error.
+    """
+    status, *values = result
+    if status != driver.CUresult.CUDA_SUCCESS:
+        _, text = driver.cuGetErrorString(status)
+        raise RuntimeError(f"CUDA driver: {status.name}{f' ({text.decode()})' if text else ''}")
+    return values[0] if values else None

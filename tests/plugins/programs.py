@@ -1,0 +1,29 @@
+"""Small programs, made by hand: their images are no real kernels, which nothing but a GPU would notice."""
+
+from __future__ import annotations
+
+from shadowllm.plugins.program import PTX, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
+
+CUBIN = b"\x7fELF\0\1\2\0"
+
+
+def program(dtype: str = "float16", sms: tuple[int, ...] = (80, 90, PTX)) -> Program:
+    """Two kernels, the second with much shared memory; a plan for one token, and one for all up to (4, 128)."""
+    grid = (Size(576, divisor=64), Size(batch=True), Size(batch=True, seqlen=True, divisor=16))
+    first = Launch(0, grid, (Argument("input", 2), Argument("workspace", 512), Argument("int", 0, Size(576))))
+    second = Launch(
+        1,
+        (Size(3), Size(), Size()),
+        (
+            Argument("workspace"),
+            Argument("output"),
+            Argument("input"),
+            Argument("int", 0, Size(2, batch=True, seqlen=True, divisor=3)),
+        ),
+    )
+    kernels = (
+        Kernel("first", 128, 4096, 2, tuple(Image(sm, b"one %d" % sm + CUBIN) for sm in sms)),
+        Kernel("second", 256, 99000, 0, tuple(Image(sm, b"two %d" % sm + CUBIN) for sm in sms)),
+    )
+    plans = (Plan(1, 1, 1024, (second,)), Plan(4, 128, 65536, (first, second)))
+    return Program((dtype, "int32", "float32"), (Output(dtype, ((0, 0), (0, 1), 576)),), kernels, plans)
