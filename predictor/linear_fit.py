@@ -6,11 +6,14 @@ the traces, not the traces, so it streams, has one solution, and takes no traini
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-# Of the mean variance of an input, added to all of them: calibration text leaves many directions nearly empty.
-RIDGE = 3e-3
+# Of the mean square of an input, added to all of them: calibration text leaves many directions nearly empty, and how
+# many depends on its length and on the layer.
+RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 2e-1, 4e-1)
 
 
 class LinearFit:
@@ -36,13 +39,31 @@ class LinearFit:
         self._products.baddbmm_(x.mT, y.float().sqrt().transpose(0, 1))
         self._tokens += len(inputs)
 
-    def solve(self) -> dict[str, Tensor]:
-        """``weight (n_sparse * n_heads, hidden_size)`` and ``bias (n_sparse * n_heads,)``, float32."""
+    def solve(self, judge: LinearFit) -> dict[str, Tensor]:
+        """The regression whose ridge, layer by layer, has the least error on the tokens of ``judge``.
+
+        Returns:
+            ``weight (n_sparse * n_heads, hidden_size)`` and ``bias (n_sparse * n_heads,)``, float32.
+        """
         solutions = []
-        for squares, products in zip(self._squares, self._products, strict=True):
-            system = squares.double() / self._tokens
-            ridge = RIDGE * system.diagonal()[:-1].mean().clamp_min(torch.finfo(torch.float32).tiny)
-            system.diagonal()[:-1].add_(ridge)  # the constant goes free
-            solutions.append(torch.linalg.solve(system, products.double() / self._tokens).float())
+        for layer in range(len(self._squares)):
+            system, products = self._moments(layer)
+            tried = [_ridge_regression(system, products, ridge) for ridge in RIDGES]
+            solutions.append(min(tried, key=partial(judge._error, layer)).float())
         found = torch.stack(solutions).mT  # (n_sparse, n_heads, hidden_size + 1)
         return {"weight": found[..., :-1].flatten(0, 1).contiguous(), "bias": found[..., -1].flatten().contiguous()}
+
+    def _moments(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self._squares[layer].double() / self._tokens, self._products[layer].double() / self._tokens
+
+    def _error(self, layer: int, solution: Tensor) -> float:
+        """Mean squared error of a solution on the tokens taken in, but for a constant."""
+        system, products = self._moments(layer)
+        return float((solution * (system @ solution - 2 * products)).sum())
+
+
+def _ridge_regression(system: Tensor, products: Tensor, ridge: float) -> Tensor:
+    system = system.clone()
+    added = ridge * system.diagonal()[:-1].mean().clamp_min(torch.finfo(torch.float32).tiny)
+    system.diagonal()[:-1].add_(added)  # the constant goes free
+    return torch.linalg.solve(system, products)

@@ -143,7 +143,7 @@ def calibrate(
     n_sparse = spec.n_layers - dense_layers
     stored = _allocate(spec, n_sparse, tokens.numel(), limit_bytes)
     sums: dict[str, Any] = {"heads": 0.0, "neurons": 0.0}
-    fit = LinearFit(n_sparse, spec.hidden_size, spec.n_heads)
+    fit, judge = (LinearFit(n_sparse, spec.hidden_size, spec.n_heads) for _ in range(2))
     start = 0
     for split in (windows.held_out, windows.train):
         for chunk in tracer.chunks(split):
@@ -153,12 +153,12 @@ def calibrate(
                 stored["heads"][start:end], stored["neurons"][start:end] = encode(chunk.heads), encode(chunk.neurons)
             if split is windows.train:
                 sums = {unit: total + relative(getattr(chunk, unit)).sum(dim=0) for unit, total in sums.items()}
-                assert chunk.inputs is not None  # of a live trace
-                fit.add(chunk.inputs, chunk.heads)
+            assert chunk.inputs is not None  # of a live trace
+            (fit if split is windows.train else judge).add(chunk.inputs, chunk.heads)
             advance(end - start)
             start = end
     means = {unit: total / windows.train.numel() for unit, total in sums.items()}
-    return Traces(criterion, dense_layers, fingerprint, windows, means, fit.solve(), stored)
+    return Traces(criterion, dense_layers, fingerprint, windows, means, fit.solve(judge), stored)
 
 
 def relative(scores: Tensor) -> Tensor:
