@@ -25,6 +25,9 @@ from shadowllm.predictor.selectors import Context, MaskedDecoder, Selector
 
 # Where losses are measured: low enough to stand out, and a second fraction for the rate.
 PROBES: Mapping[Unit, tuple[float, float]] = {"heads": (0.5, 0.75), "neurons": (0.25, 0.5)}
+# Of two groups of heads one alone can be left out, which says nothing of a rate. This one makes the price at which that
+# happens nearly the loss over what is saved.
+RATE_OF_TWO = 4.0
 LEAST = 0.05
 STEPS = 8  # of the search for a price
 TINY = 1e-9
@@ -122,17 +125,27 @@ def measure(context: Context, loss: Loss, advance: Advance = no_progress) -> All
         "neurons": matrices * spec.intermediate_size * spec.hidden_size,
     }
     found: dict[str, Sensitivity] = {}
-    for unit, (low, high) in PROBES.items():
+    units: Mapping[Unit, int] = {"heads": spec.n_heads // spec.heads_together, "neurons": spec.intermediate_size}
+    for unit, n_units in units.items():
+        low, high = _probes(unit, n_units)
 
         def lost(fractions: tuple[float, ...], unit: Unit = unit) -> float:
             advance(1)
             return max(loss.divergence(Budget(**{unit: fractions})), TINY)
 
         whole = [lost((fraction,) * n_sparse) for fraction in (low, high)]
-        rate = max(math.log(whole[0] / whole[1]) / (high - low), 1.0)
+        rate = max(math.log(whole[0] / whole[1]) / (high - low), 1.0) if n_units > 2 else RATE_OF_TWO
         alone = [lost(tuple(low if i == row else 1.0 for i in range(n_sparse))) for row in range(n_sparse)]
         found[unit] = Sensitivity(np.array(alone) * math.exp(rate * low), rate, weights[unit])
     return Allocation(found["heads"], found["neurons"])
+
+
+def _probes(unit: Unit, n_units: int) -> tuple[float, float]:
+    """Two fractions that leave out different numbers of units; of few groups of heads, all but two and all but one."""
+    low, high = PROBES[unit]
+    if round(low * n_units) < round(high * n_units) < n_units:
+        return low, high
+    return max(n_units - 2, 1) / n_units, max(n_units - 1, 1) / n_units
 
 
 def bisect(allocation: Allocation, go_sparser: Callable[[Budget], bool]) -> tuple[Budget | None, Budget | None]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from shadowllm.models.budget import Budget
 from shadowllm.models.decoder import Decoder
-from shadowllm.predictor.allocation import LEAST, STEPS, Allocation, Loss, Sensitivity, bisect, measure, passes
+from shadowllm.predictor.allocation import LEAST, STEPS, Allocation, Loss, Sensitivity, _probes, bisect, measure, passes
 from shadowllm.predictor.selectors import Context, make_selector
 from tests.predictor.conftest import token_windows
 
@@ -80,6 +80,11 @@ def test_a_model_is_measured_layer_by_layer(tiny):
         low = {"heads": 0.5, "neurons": 0.25}[unit]
         alone = [loss.divergence(Budget(**{unit: f})) for f in ((low, 1.0), (1.0, low))]
         np.testing.assert_allclose(sense.scales * math.exp(-sense.rate * low), alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("groups", "kept"), [(9, (4, 7)), (4, (2, 3)), (3, (1, 2)), (2, (1, 1)), (1, (1, 1))])
+def test_probes_leave_out_different_numbers_of_units_where_they_can(groups, kept):
+    assert tuple(round(fraction * groups) for fraction in _probes("heads", groups)) == kept
 
 
 def test_losses_are_those_of_the_masked_model(llama):

@@ -35,6 +35,14 @@ def test_a_perplexity_target_is_met_and_used(copy):
         session.prefill([[3, 4]])
 
 
+def test_groups_of_heads_are_tuned_beside_neurons(bundle, tmp_path):
+    """Two groups: half of the heads, or all of them."""
+    copy = shutil.copytree(bundle("llama-blocks", kind="quantized-shadow", head_unit="kv_group"), tmp_path / "bundle")
+    tuned = tune(copy, Target(ppl_increase=0.01), **QUICK)
+    assert tuned.allocation["measured"]["ppl_increase"] <= 0.01
+    assert Budget(**tuned.budgets).mean().neurons < 1
+
+
 def test_a_looser_target_keeps_less(copy):
     kept = [Budget(**tune(copy, Target(ppl_increase=share), **QUICK).budgets).mean().neurons for share in (0.003, 0.1)]
     assert kept[1] < kept[0]
