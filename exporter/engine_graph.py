@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import ShapeInferencePass
+from onnx_ir.tape import Tape
 
 from shadowllm.errors import UserError
 from shadowllm.plugins.program import PROGRAM, Program
@@ -96,6 +98,7 @@ class Prepared:
 def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prepared:
     """A copy of the model in the form TensorRT's parser wants; weights stay in their external file.
 
+    - A graph with logits picks the most probable tokens as well (`pick_greedily`).
     - Function bodies of our ops go, so that the parser can only take the plugins.
     - Our nodes name the plugin's namespace and version and carry its program, which says all that their
       attributes said. TensorRT has no empty inputs, so they are closed up.
@@ -107,6 +110,7 @@ def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prep
             types and shapes cannot be told.
     """
     model = read_onnx(path)
+    pick_greedily(model.graph)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([bindings.get(str(_dim(d)), _dim(d)) for d in value.shape])
@@ -126,6 +130,29 @@ def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prep
         if node_proto.name in packed:  # bytes, which onnx_ir takes for a mistake
             node_proto.attribute.add(name=PROGRAM, type=ir.AttributeType.STRING.value, s=packed[node_proto.name])
     return Prepared(proto.SerializeToString(), programs)
+
+
+def pick_greedily(graph: ir.Graph) -> None:
+    """Give a graph that ends in logits what the next decode step begins with: ``next_tokens``, ``next_position_ids``.
+
+    Both int64, ``(batch, kept)`` and ``(batch, 1)``: so tokens need not leave the device to go on.
+    """
+    inputs, outputs = ({value.name: value for value in values} for values in (graph.inputs, graph.outputs))
+    if "logits" not in outputs or "position_ids" not in inputs:
+        return
+    tape = Tape()
+    last, one = (tape.initializer(ir.tensor(np.array([n], np.int64), name=f"pick.{n}")) for n in (-1, 1))
+    tokens = tape.op("ArgMax", [outputs["logits"]], {"axis": -1, "keepdims": 0})
+    position = tape.op("Gather", [inputs["position_ids"], last], {"axis": 1})
+    for value, name, width in (
+        (tokens, "next_tokens", "kept"),
+        (tape.op("Add", [position, one]), "next_position_ids", 1),
+    ):
+        value.name, value.dtype, value.shape = name, ir.DataType.INT64, ir.Shape(["batch", width])
+        graph.outputs.append(value)
+    for value in tape.initializers:
+        graph.initializers.add(value)
+    graph.extend(tape.nodes)
 
 
 def read_onnx(path: Path) -> ir.Model:

@@ -42,7 +42,7 @@ def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = No
 
         return TritonSession.open(bundle, "dense" if backend == "triton-dense" else "sparse")
     if backend in ("tensorrt_rtx", "tensorrt"):
-        from shadowllm.runtime.engines import open_engines
+        from shadowllm.runtime.tensorrt import TrtSession
 
-        open_engines(bundle, "tensorrt" if backend == "tensorrt" else "tensorrt_rtx")
+        return TrtSession.open(bundle, "tensorrt" if backend == "tensorrt" else "tensorrt_rtx")
     raise UserError(f"no backend {backend!r}", f"use one of {', '.join(BACKENDS)}")

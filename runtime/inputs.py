@@ -50,6 +50,18 @@ def check_tokens(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec) -> No
     _check_vocabulary(tokens.tolist(), spec)
 
 
+def check_steps(steps: int, lengths: np.ndarray, spec: ModelSpec) -> int:
+    """Length of the longest sequence after so many more steps.
+
+    Raises:
+        UserError: the model has fewer positions.
+    """
+    end = int(lengths.max()) + steps
+    if end > spec.max_seqlen:
+        raise UserError(f"{steps} more steps exceed the model's {spec.max_seqlen} positions", "ask for fewer tokens")
+    return end
+
+
 def _check_vocabulary(tokens: Sequence[int], spec: ModelSpec) -> None:
     if min(tokens) < 0 or max(tokens) >= spec.vocab_size:
         bad = next(token for token in tokens if not 0 <= token < spec.vocab_size)

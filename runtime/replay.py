@@ -1,18 +1,16 @@
-"""Steps without Python: work captured once as a CUDA graph and replayed, a few steps ahead of their results."""
+"""Where Triton's kernels run, and work captured once as a CUDA graph to be replayed without Python."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from shadowllm.errors import UserError
 
-# Steps launched before the first of their results is waited for: enough that the GPU never waits for Python.
-AHEAD = 4
 # Kernels compile, and libraries allocate, before a capture: neither is possible during one.
 WARMUP = 2
 
@@ -53,19 +51,3 @@ def captured(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     with torch.cuda.graph(graph):
         work()
     return graph.replay
-
-
-def run_ahead(
-    steps: int, launch: Callable[[int], None], result: Callable[[int], Any], ahead: int = AHEAD
-) -> Iterator[Any]:
-    """Launch steps up to ``ahead`` before the one whose result is yielded.
-
-    Args:
-        launch: start step i and the copy of its result, into slot ``i % (ahead + 1)``, without waiting.
-        result: wait for step i and give its result; slots are free again once it returned.
-    """
-    for step in range(steps + ahead):
-        if step < steps:
-            launch(step)
-        if step >= ahead:
-            yield result(step - ahead)

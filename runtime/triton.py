@@ -18,8 +18,9 @@ from shadowllm.plugins.triton.ops import select_topk
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.topk import shared_scores
-from shadowllm.runtime.inputs import check_prompts, check_tokens
-from shadowllm.runtime.replay import AHEAD, captured, kernel_device, run_ahead
+from shadowllm.runtime.ahead import AHEAD, run_ahead
+from shadowllm.runtime.inputs import check_prompts, check_steps, check_tokens
+from shadowllm.runtime.replay import captured, kernel_device
 from shadowllm.runtime.step import Selection, StepDecoder, merged
 
 # The cache grows by this many positions, and a longer cache is another graph.
@@ -166,12 +167,7 @@ class TritonSession:
     def _start(self, tokens: np.ndarray, steps: int) -> None:
         """Make room for the steps, and put the first one's tokens and positions on the device."""
         check_tokens(tokens, self._lengths, self.spec)
-        end = int(self._lengths.max()) + steps
-        if end > self.spec.max_seqlen:
-            raise UserError(
-                f"{steps} more steps exceed the model's {self.spec.max_seqlen} positions", "ask for fewer tokens"
-            )
-        self._reserve(end)
+        self._reserve(check_steps(steps, self._lengths, self.spec))
         self._tokens.copy_(torch.from_numpy(tokens)[:, None])
         self._positions.copy_(torch.from_numpy(self._lengths)[:, None])
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'shad
 from shadowllm.errors import UserError
 from shadowllm.plugins.triton.cache import write_cache
 from shadowllm.runtime import Budget, generate, open_session
-from shadowllm.runtime.replay import kernel_device, run_ahead
+from shadowllm.runtime.replay import kernel_device
 from shadowllm.runtime.torch import TorchSession
 from shadowllm.runtime.triton import TritonSession
 
@@ -128,14 +128,6 @@ def test_without_a_gpu_or_the_interpreter(bundle, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(UserError, match=r"needs an NVIDIA GPU.*TRITON_INTERPRET=1"):
         open_session(bundle(), "triton")
-
-
-def test_steps_run_ahead_of_their_results():
-    log = []
-    found = run_ahead(3, lambda i: log.append(f"start {i}"), lambda i: log.append(f"end {i}") or i, ahead=2)
-    assert list(found) == [0, 1, 2]
-    assert log == ["start 0", "start 1", "start 2", "end 0", "end 1", "end 2"]
-    assert list(run_ahead(1, lambda i: None, lambda i: i, ahead=5)) == [0]
 
 
 @pytest.mark.parametrize(

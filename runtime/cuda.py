@@ -1,0 +1,136 @@
+"""The few CUDA calls that an engine session makes, on one stream of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from shadowllm.errors import UserError
+
+
+class CudaError(RuntimeError):
+    """A CUDA call failed; the message names it."""
+
+
+class Cuda:
+    """Device memory, copies and graphs of the current GPU.
+
+    Addresses are integers, as TensorRT takes them. What is copied from or to the host without waiting must lie
+    in memory from `pinned`.
+
+    Raises:
+        UserError: no GPU, or no ``cuda-bindings``.
+    """
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+            raise UserError("the package cuda-bindings is not installed", "pip install cuda-bindings")
+        from cuda.bindings import runtime
+
+        self._api = runtime
+        error, count = runtime.cudaGetDeviceCount()
+        if error != runtime.cudaError_t.cudaSuccess or not count:
+            raise UserError(
+                f"engines need an NVIDIA GPU, and CUDA finds none here ({error.name})",
+                "run the bundle with --backend ort",
+            )
+        self.stream = int(self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking))
+        self._held: list[tuple[str, Any]] = []
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """A call of the runtime API: its result.
+
+        Raises:
+            UserError: memory ran out.
+            CudaError: anything else.
+        """
+        error, *found = getattr(self._api, name)(*arguments)
+        codes = self._api.cudaError_t
+        if error == codes.cudaErrorMemoryAllocation:
+            raise UserError(
+                f"{name}: the GPU's memory is not enough", "build the engines with a smaller --capacity or --max-batch"
+            )
+        if error != codes.cudaSuccess:
+            raise CudaError(f"{name} failed: {error.name}: {self._api.cudaGetErrorString(error)[1].decode()}")
+        return found[0] if found else None
+
+    def allocate(self, size: int) -> int:
+        """Address of ``size`` bytes of zeros on the device."""
+        address = int(self._call("cudaMalloc", max(size, 1)))
+        self._held.append(("cudaFree", address))
+        self._call("cudaMemsetAsync", address, 0, size, self.stream)
+        return address
+
+    def pinned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+        """Zeros in host memory that the GPU copies from and to by itself."""
+        size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        address = int(self._call("cudaMallocHost", size))
+        self._held.append(("cudaFreeHost", address))
+        array = np.frombuffer(memoryview((ctypes.c_byte * size).from_address(address)), dtype=dtype)
+        array[:] = 0
+        return array.reshape(shape)
+
+    def write(self, address: int, array: np.ndarray) -> None:
+        """Copy a contiguous array to the device; it may be changed again when this returns."""
+        self._copy(address, array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
+        self.wait()
+
+    def read(self, array: np.ndarray, address: int) -> None:
+        """Fill a contiguous pinned array from the device, once all before is done; does not wait."""
+        self._copy(array.ctypes.data, address, array.nbytes, "cudaMemcpyDeviceToHost")
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy on the device, once all before is done; does not wait."""
+        self._copy(target, source, size, "cudaMemcpyDeviceToDevice")
+
+    def _copy(self, target: int, source: int, size: int, kind: str) -> None:
+        self._call("cudaMemcpyAsync", target, source, size, getattr(self._api.cudaMemcpyKind, kind), self.stream)
+
+    def wait(self) -> None:
+        """Until everything asked for is done."""
+        self._call("cudaStreamSynchronize", self.stream)
+
+    def event(self) -> Any:
+        """A mark that `record` sets and `wait_for` waits at."""
+        event = self._call("cudaEventCreateWithFlags", self._api.cudaEventDisableTiming)
+        self._held.append(("cudaEventDestroy", event))
+        return event
+
+    def record(self, event: Any) -> None:
+        """Set the mark behind everything asked for so far."""
+        self._call("cudaEventRecord", event, self.stream)
+
+    def wait_for(self, event: Any) -> None:
+        """Until everything before the mark is done."""
+        self._call("cudaEventSynchronize", event)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """``work``, which only asks and never waits, as one graph; calling it launches it."""
+        mode = self._api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self.stream, mode)
+        try:
+            work()
+        except BaseException:
+            self._api.cudaStreamEndCapture(self.stream)  # the error to be seen is the one on its way
+            raise
+        graph = self._call("cudaStreamEndCapture", self.stream)
+        executable = self._call("cudaGraphInstantiate", graph, 0)
+        self._call("cudaGraphDestroy", graph)
+        self._held.append(("cudaGraphExecDestroy", executable))
+        return lambda: self._call("cudaGraphLaunch", executable, self.stream)
+
+    def release(self) -> None:
+        """Free all memory and graphs, once nothing uses them; the stream stays."""
+        self.wait()
+        while self._held:
+            name, what = self._held.pop()
+            self._call(name, what)
+
+    def close(self) -> None:
+        """Free everything."""
+        self.release()
+        self._call("cudaStreamDestroy", self.stream)
