@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,9 @@ def _context(trt: Any, engine: Any, eager: bool) -> Any:
     return engine.create_execution_context(config)
 
 
+@cache
 def load_plugins(trt: Any) -> Any:
-    """Make the plugins known to TensorRT: those in Python, or a library of them.
+    """Make the plugins known to TensorRT, once a process: those in Python, or a library of them.
 
     Raises:
         UserError: the library cannot be loaded.
@@ -100,10 +102,13 @@ def load_plugins(trt: Any) -> Any:
     library = os.environ.get(PLUGINS_VARIABLE)
     if not library:
         return creators.register(trt)
+    remedy = f"correct or unset {PLUGINS_VARIABLE}"
+    if not Path(library).is_file():
+        raise UserError(f"there is no plugin library {library}", remedy)
     try:
         return trt.get_plugin_registry().load_library(library)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"TensorRT cannot load {library} ({error})", f"correct or unset {PLUGINS_VARIABLE}") from error
+        raise UserError(f"TensorRT cannot load {library} ({error})", remedy) from error
 
 
 def logger_class(trt: Any) -> Any:

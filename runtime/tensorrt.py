@@ -70,7 +70,7 @@ class TrtSession:
     def __enter__(self) -> Self:
         try:
             logger = logger_class(self._trt)()
-            self._plugins = load_plugins(self._trt)  # the registry does not own them
+            load_plugins(self._trt)
             self._runtime = self._trt.Runtime(logger)
             for name in self._records:
                 path = self._folder / f"{name}.engine"

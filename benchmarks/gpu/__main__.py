@@ -6,10 +6,11 @@
 
 Sections: ``tensorrt`` (does it run its own engines on this card), ``checks`` (every kernel against its
 reference), ``rates`` (GB/s against the card's copy bandwidth), ``decode`` (random models of known shapes, sparse
-against PyTorch dense, both as CUDA graphs).
+against PyTorch dense, both as CUDA graphs), ``engines`` (the same through TensorRT and ONNX Runtime, where
+they run; it writes the models to the temporary folder, and wants the whole of ShadowLLM installed).
 
 A section that fails is recorded with its error and the others go on; the exit status is then 1. PyTorch,
-Triton, NumPy, transformers and safetensors are enough.
+Triton, NumPy, transformers and safetensors are enough for the others.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from shadowllm.errors import UserError
 from shadowllm.plugins.tensorrt.flavour import FLAVOURS
 from shadowllm.runtime.replay import kernel_device
 
-SECTIONS = ("tensorrt", "checks", "rates", "decode")
+SECTIONS = ("tensorrt", "checks", "rates", "decode", "engines")
 
 
 def gpu_environment(device: torch.device) -> dict[str, Any]:
@@ -112,6 +113,11 @@ def measure(recorder: Recorder, sections: Sequence[str], device: torch.device, a
     if "decode" in sections:
         for shape in shapes:
             recorder.run(f"decode: {shape}", partial(decode.measure_shape, shape, device, setting))
+    if "engines" in sections and not args.tiny:
+        from shadowllm.benchmarks.gpu import engines
+
+        for shape in shapes:
+            recorder.run(f"engines: {shape}", partial(engines.measure_shape, shape, setting))
 
 
 @script

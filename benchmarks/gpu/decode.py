@@ -144,9 +144,9 @@ def _report(
         name: {
             "bytes_per_token": read[name],
             "memory_mb": memory[name],
-            "ttft_ms": _spread([first for first, _ in times]) if timed else None,
-            "ms_per_token": _spread([each for _, each in times]) if timed else None,
-            "gb_per_s": read[name] / _spread([each for _, each in times])["median"] / 1e6 if timed else None,
+            "ttft_ms": spread([first for first, _ in times]) if timed else None,
+            "ms_per_token": spread([each for _, each in times]) if timed else None,
+            "gb_per_s": read[name] / spread([each for _, each in times])["median"] / 1e6 if timed else None,
         }
         for name, times in taken.items()
     }
@@ -161,12 +161,13 @@ def _report(
         "budget": vars(setting.budget),
         "predictor_rank": predictor.rank,
         "contenders": contenders,
-        "speedup": _spread(pairs) if timed else None,
+        "speedup": spread(pairs) if timed else None,
         "allowed": read[DENSE] / read[SPARSE],
         "selection_ms": chosen,
         "selection_share": chosen["median"] / step if chosen else None,
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, min and max."""
     return {"median": float(np.median(values)), "min": min(values), "max": max(values)}

@@ -76,6 +76,7 @@ def _generate(args: argparse.Namespace, backend: str, streaming: bool) -> dict[s
                     if streaming:
                         print(piece, end="", flush=True)
         seconds = time.perf_counter() - start
+        memory = getattr(session, "memory", None)
     if streaming:
         print()
     count = sum(map(len, tokens))
@@ -87,6 +88,7 @@ def _generate(args: argparse.Namespace, backend: str, streaming: bool) -> dict[s
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": count / seconds,
+        "device_memory": vars(memory) if memory else None,
     }
 
 

@@ -8,15 +8,17 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'shadowllm[triton]')")
 
-from shadowllm.benchmarks.gpu import checks, decode
+from shadowllm.benchmarks.gpu import checks, decode, engines
 from shadowllm.benchmarks.gpu.__main__ import Recorder, main
 from shadowllm.benchmarks.gpu.probe import probe
 from shadowllm.plugins.triton import ops
+from shadowllm.runtime import open_session
 from shadowllm.runtime.replay import kernel_device
 
 # What a bare GPU machine lacks.
@@ -88,6 +90,20 @@ def test_a_recorder_counts_what_did_not_pass():
     recorder.run("good", lambda: {"passed": True})
     recorder.run("bad", lambda: {"passed": False})
     assert recorder.failed == recorder.record["failed"] == ["bad"]
+
+
+def test_onnxruntime_as_a_contender(bundle):
+    prompt, forced = [[5, 17, 42]], [3, 90]
+    with (
+        engines.OrtDense(bundle(), 16, "CPUExecutionProvider", "cpu") as ours,
+        open_session(bundle(), "torch-dense") as theirs,
+    ):
+        for _ in range(2):  # the second time over what the first one left in the cache
+            found = []
+            for session in (ours, theirs):
+                session.reset()
+                found.append([session.prefill(prompt).copy(), *(session.decode(np.array([t])).copy() for t in forced)])
+            np.testing.assert_allclose(*found, atol=1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
+from shadowllm.pipeline import EngineOptions, build_engines
+from shadowllm.plugins.tensorrt.flavour import FLAVOURS, gpu_capability
 from shadowllm.runtime import Budget, generate, open_session
 
 pytestmark = [
@@ -44,3 +49,26 @@ def test_replays_give_the_text_of_single_steps(bundle, backend):
             slow.append(tokens.tolist())
             tokens = session.decode(tokens).argmax(axis=1)
     assert fast == slow
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("variant", ["llama-head-dim-16", "opt-head-dim-16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_engines_follow_the_reference(bundle, tmp_path, flavour, variant, dtype):
+    if importlib.util.find_spec(flavour) is None:
+        pytest.skip(f"{flavour} is not installed")
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle(variant, dtype=dtype, kind="static"), folder)
+    sms = (gpu_capability(),) if flavour == "tensorrt_rtx" else ()
+    build_engines(folder, EngineOptions(flavour, sms=sms, capacity=64, max_seqlen=32, max_batch=2))
+    with open_session(folder, flavour) as ours, open_session(folder, "torch") as theirs:
+        found, expected = follow(ours), follow(theirs)
+        assert np.abs(found - expected).max() < (4e-3 if dtype == "float16" else 3e-2) * np.abs(expected).max()
+        ours.reset(2)
+        fast = list(generate(ours, PROMPTS, 16))
+        ours.reset(2)
+        tokens, slow = ours.prefill(PROMPTS).argmax(axis=1), []
+        for _ in fast:
+            slow.append(tokens.tolist())
+            tokens = ours.decode(tokens).argmax(axis=1)
+        assert fast == slow

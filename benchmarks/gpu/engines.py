@@ -1,0 +1,154 @@
+"""The comparison through TensorRT engines and ONNX Runtime's CUDA provider, where they run on this card."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from shadowllm.benchmarks.gpu.decode import Setting, interleaved, spread
+from shadowllm.benchmarks.gpu.probe import probe
+from shadowllm.plugins.tensorrt.flavour import FLAVOURS, Flavour, gpu_capability
+from shadowllm.runtime.session import Session
+
+DTYPE = "float16"
+
+
+def measure_shape(shape: str, setting: Setting) -> dict[str, Any]:
+    """Sparse and dense engines of each flavour, and ``dense.onnx`` on ONNX Runtime, over one random bundle.
+
+    Returns:
+        JSON types: per toolkit its contenders' milliseconds per token and to the first one, or its ``error``.
+        Contenders of one toolkit take turns; toolkits follow one another, for the sake of the card's memory.
+    """
+    from shadowllm.benchmarks.shapes import export_random
+
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = export_random(shape, Path(folder), "shadow", DTYPE, None)
+        found: dict[str, Any] = {"shape": shape, "dtype": DTYPE, "budget": vars(setting.budget)}
+        for flavour in FLAVOURS:
+            answer = probe(flavour)
+            found[flavour] = _guarded(partial(_engines, bundle, flavour, setting)) if answer["runs"] else answer
+        found["onnxruntime"] = _guarded(partial(_onnxruntime, bundle, setting))
+    return found
+
+
+def _guarded(work: Callable[[], Any]) -> Any:
+    """What a toolkit that is not ours cannot do is a finding."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001  # whatever it was, the other toolkits are still to be measured
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _engines(bundle: Path, flavour: Flavour, setting: Setting) -> dict[str, Any]:
+    from shadowllm.exporter.engine import build_engine
+    from shadowllm.exporter.engine_graph import describe_onnx
+    from shadowllm.exporter.profiles import profiles_for
+    from shadowllm.pipeline import EngineOptions, build_engines
+    from shadowllm.runtime.tensorrt import TrtSession
+
+    sm = gpu_capability()
+    sms = (sm,) if flavour == "tensorrt_rtx" and sm else ()
+    capacity, longest = _capacity(setting), setting.prompt_len
+    build_engines(bundle, EngineOptions(flavour, sms=sms, capacity=capacity, max_seqlen=longest))
+    profiles = profiles_for(describe_onnx(bundle / "dense.onnx"), capacity=capacity, max_seqlen=longest)
+    target = bundle / "engines" / flavour / "dense.engine"
+    build_engine(bundle / "dense.onnx", target, flavour=flavour, profiles=profiles, sms=sms)
+    with ExitStack() as stack:
+        sparse, dense = (stack.enter_context(TrtSession.open(bundle, flavour, k)) for k in ("sparse", "dense"))
+        sparse.set_budget(setting.budget)
+        taken = _measured({"sparse": sparse, "dense": dense}, setting)
+        return taken | {"memory": {"sparse": vars(sparse.memory), "dense": vars(dense.memory)}}
+
+
+def _onnxruntime(bundle: Path, setting: Setting) -> dict[str, Any]:
+    import onnxruntime as ort
+
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return {"error": f"onnxruntime {ort.__version__} has no CUDAExecutionProvider"}
+    with OrtDense(bundle, _capacity(setting), "CUDAExecutionProvider", "cuda") as session:
+        return _measured({"dense": session}, setting)
+
+
+def _measured(sessions: dict[str, Session], setting: Setting) -> dict[str, Any]:
+    interleaved(sessions, Setting(setting.prompt_len, setting.new_tokens, 1))  # warm-up
+    taken = interleaved(sessions, setting)
+    return {
+        name: {"ttft_ms": spread([a for a, _ in times]), "ms_per_token": spread([b for _, b in times])}
+        for name, times in taken.items()
+    }
+
+
+def _capacity(setting: Setting) -> int:
+    return -(-(setting.prompt_len + setting.new_tokens) // 256) * 256
+
+
+class OrtDense:
+    """``dense.onnx`` on one of ONNX Runtime's providers, one sequence, the cache updated where it lies on the device.
+
+    Args:
+        device: where the provider computes, in ONNX Runtime's words.
+    """
+
+    def __init__(self, bundle: Path, capacity: int, provider: str, device: str) -> None:
+        import onnxruntime as ort
+
+        from shadowllm.exporter.manifest import read_manifest
+
+        manifest = read_manifest(bundle)
+        self.spec, self._ort, self._device = manifest.spec, ort, device
+        self._session = ort.InferenceSession(bundle / "dense.onnx", providers=[provider])
+        self._shape = (1, self.spec.n_kv_heads, capacity, self.spec.head_dim)
+        self._dtype = {"float16": np.float16, "float32": np.float32}[manifest.dtype]
+
+    def __enter__(self) -> Self:
+        self._binding = self._session.io_binding()
+        values = [value.name for value in self._session.get_inputs() if value.name.startswith("past_key_values.")]
+        self._cache = {
+            name: self._ort.OrtValue.ortvalue_from_numpy(np.zeros(self._shape, self._dtype), self._device, 0)
+            for name in values
+        }
+        self._logits = np.zeros((1, 1, self.spec.vocab_size), dtype=np.float32)
+        self._binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(self._logits))
+        for name, value in self._cache.items():
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+        self.reset()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._cache.clear()
+        del self._binding, self._session
+
+    def reset(self, batch: int = 1) -> None:
+        """See `Session.reset`."""
+        assert batch == 1
+        self._length = 0
+
+    def set_budget(self, budget: Any) -> None:
+        """A dense session has none."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """See `Session.prefill`."""
+        return self._run(np.array(prompts, dtype=np.int64))
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """See `Session.decode`."""
+        return self._run(tokens[:, None].astype(np.int64))
+
+    def _run(self, ids: np.ndarray) -> np.ndarray:
+        seqlen = ids.shape[1]
+        positions = np.arange(self._length, self._length + seqlen, dtype=np.int64)[None]
+        inputs = {"input_ids": ids, "position_ids": positions, "logits_to_keep": np.array([[seqlen - 1]])}
+        for name, array in inputs.items():
+            self._binding.bind_cpu_input(name, array)
+        self._session.run_with_iobinding(self._binding)
+        self._binding.synchronize_outputs()
+        self._length += seqlen
+        return self._logits[:, 0]

@@ -1,0 +1,142 @@
+"""The engine session around engines that ONNX Runtime plays (`played_engines`), against the reference."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+
+from shadowllm.errors import UserError
+from shadowllm.exporter.manifest import read_manifest
+from shadowllm.runtime import Budget, generate, open_session
+from shadowllm.runtime import tensorrt as module
+from shadowllm.runtime.piece import PLUGINS_VARIABLE, load_plugins
+from shadowllm.runtime.tensorrt import TrtSession
+from tests.runtime.played_engines import FLAVOUR, HostCuda, played, write_engines
+
+PROMPTS = [[5, 17, 42], [8, 61]]
+FORCED = np.array([[3, 90], [14, 7]])
+
+
+@pytest.fixture
+def engines(bundle, tmp_path, monkeypatch):
+    """Opens a session over played engines of a variant; what differs goes to `write_engines`."""
+    monkeypatch.setenv(PLUGINS_VARIABLE, __file__)  # the played registry loads anything
+    monkeypatch.setattr(module, "gpu_capability", lambda: None)
+
+    def opened(variant="llama-gqa", kind="sparse", bundle_options=None, **options):
+        folder = tmp_path / variant
+        shutil.copytree(bundle(variant, **(bundle_options or {})), folder)
+        pieces = ("dense",) if kind == "dense" else None
+        write_engines(folder, read_manifest(folder), pieces=pieces, **options)
+        cuda = HostCuda()
+        return TrtSession(folder, FLAVOUR, played(folder, cuda), lambda: cuda, kind)
+
+    return opened
+
+
+def steps(session, prompts, forced):
+    """Logits after the prompts and after each row of forced tokens, ``(steps, batch, vocab_size)``."""
+    session.reset(len(prompts))
+    found = [session.prefill(prompts).copy()]
+    return np.stack(found + [session.decode(tokens).copy() for tokens in forced])
+
+
+def distance(found, expected):
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("variant", "options"), [("llama-gqa", {}), ("opt", {}), ("llama-gqa", {"kind": "static"})])
+def test_a_ragged_batch_at_changing_budgets(engines, bundle, variant, options):
+    first, second = Budget(neurons=(0.25, 0.6), heads=(0.75, 0.5)), Budget(1.0, 0.5)
+    with engines(variant, bundle_options=options) as ours, open_session(bundle(variant, **options), "torch") as theirs:
+        found = []
+        for session in (ours, theirs):
+            session.set_budget(first)
+            logits = steps(session, PROMPTS, FORCED)
+            session.set_budget(second)  # in mid-text: counts, and nothing else
+            found.append(np.stack([*logits, session.decode(np.array([11, 12]))]))
+    assert distance(*found) < 1e-5
+
+
+def test_dense_engines(engines, bundle):
+    with engines(kind="dense") as ours, open_session(bundle(), "torch-dense") as theirs:
+        assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < 1e-5
+
+
+def test_greedy_text_is_one_replay_a_token(engines, bundle):
+    with engines() as ours, open_session(bundle(), "torch") as theirs:
+        for prompts in (PROMPTS, PROMPTS[:1], PROMPTS):  # another batch is another graph
+            expected = list(generate(theirs, prompts, 10))
+            before = ours._cuda.replays
+            assert list(generate(ours, prompts, 10)) == expected
+            assert ours._cuda.replays - before == 9
+        ours.reset(2)
+        first = ours.prefill(PROMPTS).argmax(axis=1)
+        found = list(itertools.islice(ours.decode_greedy(first, 6), 2))
+        assert [row.tolist() for row in found] == expected[1:3]
+        # The steps that were launched beyond the last one asked for are forgotten.
+        assert ours.decode(found[-1]).argmax(axis=1).tolist() == expected[3]
+
+
+def test_limits_of_the_engines_are_told(engines):
+    with engines(capacity=12, max_seqlen=8, max_batch=2) as session:
+        assert session.spec.max_seqlen == 12
+        assert len(list(generate(session, [[1] * 8], 50))) == 5  # four in the free positions, one after them
+        session.reset()
+        with pytest.raises(UserError, match=r"a prompt of 9 tokens, the engines take 8.*--max-seqlen 9"):
+            session.prefill([[1] * 9])
+        with pytest.raises(UserError, match=r"3 sequences, the engines serve 2.*--max-batch 3"):
+            session.reset(3)
+        session.prefill([[1, 2]])
+        with pytest.raises(UserError, match="11 more steps exceed"):
+            session.decode_greedy(np.array([1]), 11)
+
+
+def test_the_cache_is_one_buffer_and_hidden_states_are_shared(engines):
+    with engines() as session:
+        stem, body = (session._pieces[name]._contexts["decode"].addresses for name in ("stem", "body"))
+        predictor = session._pieces["predictor"]._contexts["decode"].addresses
+        assert stem["hidden"] == predictor["hidden"] == body["hidden"]
+        assert predictor["head_indices"] == body["head_indices"]
+        assert body["past_key_values.1.key"] == body["present.1.key"]
+        prefill = session._pieces["body"]._contexts["prefill"].addresses
+        assert prefill["present.1.key"] == body["present.1.key"]
+        assert prefill["head_indices"] != body["head_indices"]
+        assert session.memory.cache == 3 * 2 * 2 * 16 * 12 * 4  # layers, k and v, KV heads, capacity, head, float32
+        assert session.memory.weights == sum(record.engine_bytes for record in session._records.values())
+        assert str(session.memory).startswith("device memory: weights ")
+
+
+def test_leaving_frees_everything(engines):
+    with engines() as session:
+        assert session._cuda.held
+    assert session._cuda.closed
+    assert not session._cuda.held
+
+
+def test_engines_of_other_shapes_do_not_go_together(engines, bundle, tmp_path):
+    session = engines()
+    folder = session._folder.parents[1]
+    write_engines(folder, read_manifest(folder), max_seqlen=4, pieces=("body",))
+    with pytest.raises(UserError, match="built for different shapes"):
+        TrtSession(folder, FLAVOUR, session._trt, HostCuda)
+
+
+def test_engines_of_an_older_program_are_refused(engines, monkeypatch):
+    monkeypatch.setattr("shadowllm.runtime.binding.OWN", {"prefill": {}, "decode": {}})
+    with pytest.raises(UserError, match=r"has a tensor .* which is not known here; build the engine again"):
+        engines().__enter__()
+
+
+def test_no_engines_and_no_such_library(bundle, monkeypatch):
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(UserError, match=r"has no tensorrt_rtx engines; shadowllm build"):
+        open_session(bundle(), "tensorrt_rtx")
+    import tensorrt_rtx
+
+    monkeypatch.setenv(PLUGINS_VARIABLE, "/no/such/library.so")
+    with pytest.raises(UserError, match=rf"no plugin library /no/such/library.so; correct or unset {PLUGINS_VARIABLE}"):
+        load_plugins.__wrapped__(tensorrt_rtx)
