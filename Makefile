@@ -11,7 +11,7 @@ OUT    ?= out
 # Root folders that are subpackages of shadowllm; mypy must see them in their place.
 ROOMS  := models predictor exporter plugins runtime benchmarks
 
-.PHONY: demo test lint sanitize clean peers
+.PHONY: demo test lint plugin sanitize clean peers
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,8 @@ demo: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" OUT="$(OUT)" sh benchmarks/demo.sh
 
 test: $(VENV)/.installed lint
+	$(MAKE) $(HEADERS) || echo "TensorRT's headers cannot be had: the C++ plugins are neither built nor tested"
+	test ! -d $(HEADERS) || $(MAKE) plugin
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed
@@ -32,6 +34,25 @@ lint: $(VENV)/.installed
 	rm -rf build/typecheck && mkdir -p build/typecheck/shadowllm
 	ln -s $(CURDIR)/shadowllm/* $(addprefix $(CURDIR)/,$(ROOMS)) build/typecheck/shadowllm/
 	MYPYPATH=build/typecheck $(BIN)/mypy --package shadowllm
+
+# The TensorRT plugins in C++. Of TensorRT only the headers are needed; TENSORRT_ROOT names a folder that has them, else
+# they are those of 10.14 from a package that ships them.
+PLUGIN := build/plugin
+HEADERS := $(or $(TENSORRT_ROOT),build/tensorrt)
+HEADERS_PACKAGE ?= kernel-lens==2.0.1
+
+plugin: $(VENV)/.installed $(HEADERS)
+	$(BIN)/pip install --quiet --disable-pip-version-check cmake ninja
+	$(BIN)/cmake -S plugins/tensorrt/cpp -B $(PLUGIN) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DTENSORRT_ROOT=$(abspath $(HEADERS))
+	$(BIN)/cmake --build $(PLUGIN)
+
+build/tensorrt: | $(VENV)/.installed
+	rm -rf $@ $@.part
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part $(HEADERS_PACKAGE)
+	mkdir $@
+	mv "$$(dirname "$$(find $@.part -name NvInferRuntime.h)")" $@/include
+	rm -rf $@.part
 
 # The native ops' tests, and a minute of fuzzing, on a library built with sanitizers. Python itself leaks at exit.
 SANITIZED := build/sanitized

@@ -21,6 +21,7 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.engine_graph import Attributes, Compiler, CustomNode, TensorInfo, prepare
 from shadowllm.exporter.sidecar import profile_from_json
 from shadowllm.plugins.program import Program, carried
+from shadowllm.plugins.schemas import DOMAIN, SCHEMAS, VERSION
 from shadowllm.plugins.tensorrt import creators, flavour
 
 Emit = Callable[[dict[str, Any]], None]
@@ -122,10 +123,11 @@ def _register(trt: Any, library: str | None) -> Any:
         return creators.register(trt)
     if not Path(library).is_file():
         raise UserError(f"there is no plugin library {library}", "build it with `make plugin`")
-    try:
-        return trt.get_plugin_registry().load_library(library)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"TensorRT cannot load {library}: {error}", "build it again with `make plugin`") from error
+    registry = trt.get_plugin_registry()
+    handle = registry.load_library(library)
+    if any(registry.get_creator(op, str(VERSION), DOMAIN) is None for op in SCHEMAS):
+        raise UserError(f"{library} does not hold the plugins of this version", "build it with `make plugin`")
+    return handle
 
 
 def _parse(trt: Any, network: Any, logger: Any, model: bytes, path: str) -> None:

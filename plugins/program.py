@@ -166,6 +166,8 @@ class Program:
             _within("hidden", kernel.hidden, 0, 64)
             if re.fullmatch("[!-~]+", kernel.name) is None:
                 raise ValueError(f"kernel name {kernel.name!r}")
+            for image in kernel.images:
+                _within("capability", image.sm, 0, 10_000)
         for plan in self.plans:
             self._check_plan(plan)
 
@@ -391,4 +393,5 @@ class _Reader:
         return Launch(self.number(), (self.size(), self.size(), self.size()), self.many(self.argument))
 
     def argument(self) -> Argument:
-        return Argument(KINDS[self.number()], self.number(), self.size())  # type: ignore[arg-type]
+        kind = dict(enumerate(KINDS))[self.number()]  # where no negative number is an index
+        return Argument(kind, self.number(), self.size())  # type: ignore[arg-type]

@@ -125,6 +125,5 @@ def _done(result: tuple[Any, ...]) -> Any:
     """
     status, *values = result
     if status != driver.CUresult.CUDA_SUCCESS:
-        _, text = driver.cuGetErrorString(status)
-        raise RuntimeError(f"CUDA driver: {status.name}{f' ({text.decode()})' if text else ''}")
+        raise RuntimeError(f"CUDA driver: {status.name}")
     return values[0] if values else None

@@ -1,0 +1,36 @@
+// The CUDA driver, found when it is first needed: the library loads, and builds engines, on machines without a GPU.
+#pragma once
+
+#include <string>
+
+namespace shadowllm {
+
+// Handles of the driver's API.
+using Context = struct CUctx_st*;
+using Module = struct CUmod_st*;
+using Function = struct CUfunc_st*;
+using Stream = struct CUstream_st*;
+
+// Its functions by their own names, and what the headers of CUDA call the constants.
+struct Driver {
+  int (*cuCtxGetCurrent)(Context*);
+  int (*cuCtxGetDevice)(int*);
+  int (*cuDeviceGetAttribute)(int*, int attribute, int device);
+  int (*cuModuleLoadData)(Module*, const void* image);
+  int (*cuModuleGetFunction)(Function*, Module, const char* name);
+  int (*cuFuncSetAttribute)(Function, int attribute, int value);
+  int (*cuLaunchKernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared_bytes,
+                        Stream, void** parameters, void** extra);
+  int (*cuGetErrorName)(int, const char**);
+
+  // Throws an Error unless the status is success.
+  void check(int status) const;
+};
+
+constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+constexpr int kMaxDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+// The driver of this machine. Throws an Error where there is none.
+const Driver& driver();
+
+}  // namespace shadowllm

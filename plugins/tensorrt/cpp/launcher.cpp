@@ -1,0 +1,92 @@
+#include "launcher.hpp"
+
+namespace shadowllm {
+namespace {
+
+// Dynamic shared memory that a kernel may use without being allowed to.
+constexpr int64_t kUsualSharedBytes = 48 * 1024;
+
+int64_t capability() {
+  const Driver& cuda = driver();
+  int device = 0, major = 0, minor = 0;
+  cuda.check(cuda.cuCtxGetDevice(&device));
+  cuda.check(cuda.cuDeviceGetAttribute(&major, kComputeCapabilityMajor, device));
+  cuda.check(cuda.cuDeviceGetAttribute(&minor, kComputeCapabilityMinor, device));
+  return 10 * major + minor;
+}
+
+// Modules are loaded once per context and image and kept for good: the layers of a model share their kernels.
+Module module_of(Context context, std::string image) {
+  static std::mutex mutex;
+  static std::map<std::pair<Context, std::string>, Module> loaded;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Module& found = loaded[{context, image}];
+  // PTX is a text with an end; a std::string has one.
+  if (found == nullptr) driver().check(driver().cuModuleLoadData(&found, image.c_str()));
+  return found;
+}
+
+std::string carried(const Kernel& kernel) {
+  std::string text;
+  for (const Image& image : kernel.images)
+    text += (text.empty() ? "" : ", ") + (image.sm == kPtx ? "PTX" : "sm_" + std::to_string(image.sm));
+  return text.empty() ? "nothing" : text;
+}
+
+Function function_of(Context context, int64_t sm, const Kernel& kernel) {
+  const Image* image = kernel.serving(sm);
+  if (image == nullptr)
+    throw Error("kernel " + kernel.name + " is compiled for " + carried(kernel) +
+                "; none of it runs on this GPU, sm_" + std::to_string(sm));
+  const Driver& cuda = driver();
+  Function found = nullptr;
+  cuda.check(cuda.cuModuleGetFunction(&found, module_of(context, std::string(image->data)), kernel.name.c_str()));
+  if (kernel.shared_bytes > kUsualSharedBytes)
+    cuda.check(cuda.cuFuncSetAttribute(found, kMaxDynamicSharedBytes, int(kernel.shared_bytes)));
+  return found;
+}
+
+}  // namespace
+
+const std::vector<Function>& Launcher::load() {
+  Context context = nullptr;
+  driver().check(driver().cuCtxGetCurrent(&context));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto known = functions_.find(context);
+  if (known != functions_.end()) return known->second;
+  std::vector<Function> functions;
+  const int64_t sm = capability();
+  for (const Kernel& kernel : program.kernels) functions.push_back(function_of(context, sm, kernel));
+  return functions_[context] = std::move(functions);
+}
+
+void Launcher::run(const int64_t* dims, int rank, const void* const* inputs, void* const* outputs, void* workspace,
+                   Stream stream) {
+  const CallSize call(dims, rank);
+  const Plan& plan = program.plan(call.batch, call.seqlen);
+  const std::vector<Function>& functions = load();
+  const auto value = [&](const Argument& argument) -> uint64_t {
+    switch (argument.kind) {
+      case kInput: return uint64_t(inputs[argument.value]);
+      case kOutput: return uint64_t(outputs[argument.value]);
+      case kWorkspace: return uint64_t(workspace) + uint64_t(argument.value);
+      default: return uint64_t(argument.size(call.batch, call.seqlen));
+    }
+  };
+  for (const Launch& launch : plan.launches) {
+    const Kernel& kernel = program.kernels[launch.kernel];
+    // Every parameter is at most eight bytes, little-endian: an int32 is read from the first four of its own.
+    std::vector<uint64_t> cells;
+    for (const Argument& argument : launch.arguments) cells.push_back(value(argument));
+    cells.resize(cells.size() + size_t(kernel.hidden), 0);
+    std::vector<void*> places;
+    for (uint64_t& cell : cells) places.push_back(&cell);
+    unsigned grid[3];
+    for (int i = 0; i < 3; ++i) grid[i] = unsigned(launch.grid[i](call.batch, call.seqlen));
+    driver().check(driver().cuLaunchKernel(functions[launch.kernel], grid[0], grid[1], grid[2],
+                                           unsigned(kernel.threads), 1, 1, unsigned(kernel.shared_bytes), stream,
+                                           places.data(), nullptr));
+  }
+}
+
+}  // namespace shadowllm

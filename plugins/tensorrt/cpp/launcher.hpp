@@ -1,0 +1,40 @@
+// Runs a program through the CUDA driver; ../launcher.py is the same in Python.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "driver.hpp"
+#include "program.hpp"
+
+namespace shadowllm {
+
+class Launcher {
+ public:
+  explicit Launcher(std::string packed) : program(std::move(packed)) {}
+
+  // Loads the kernels into the thread's current CUDA context. That may wait for the device, which a stream under
+  // capture must not. Throws an Error where no image serves the GPU, or the driver refuses one.
+  const std::vector<Function>& load();
+
+  // Launches a call. `dims` is the shape of input 0, of which the first two are batch and seqlen; the pointers are
+  // addresses on the device. Throws an Error.
+  void run(const int64_t* dims, int rank, const void* const* inputs, void* const* outputs, void* workspace,
+           Stream stream);
+
+  const Program program;
+
+ private:
+  std::mutex mutex_;
+  std::map<Context, std::vector<Function>> functions_;
+};
+
+// Batch and seqlen of a call from the shape of input 0.
+struct CallSize {
+  CallSize(const int64_t* dims, int rank) : batch(rank > 0 ? dims[0] : 1), seqlen(rank > 2 ? dims[1] : 1) {}
+  int64_t batch, seqlen;
+};
+
+}  // namespace shadowllm

@@ -1,0 +1,84 @@
+// A CUDA driver that launches nothing and says on stdout what it was asked for. FAKE_SM is its GPU's compute capability;
+// FAKE_FAIL names a function that fails. An image is known by its first word, and has as many parameters as it
+// says ".param ." (as PTX does).
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+  char name[64];
+  char* image;
+} Function;
+
+static int status(const char* function) {
+  const char* failing = getenv("FAKE_FAIL");
+  return failing && strcmp(failing, function) == 0 ? 719 : 0;
+}
+
+static int said(const char* function) {
+  printf("\n");
+  fflush(stdout);
+  return status(function);
+}
+
+int cuInit(unsigned flags) { return (int)(flags * 0); }
+
+int cuDriverGetVersion(int* version) { return *version = 13000, 0; }
+
+int cuGetProcAddress_v2(const char* name, void** found, int version, uint64_t flags, int* result) {
+  (void)version, (void)flags;
+  *found = dlsym(RTLD_DEFAULT, name);
+  if (result) *result = *found ? 0 : 1;
+  return 0;
+}
+
+int cuGetErrorName(int error, const char** name) {
+  *name = error == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : NULL;
+  return *name ? 0 : 1;
+}
+
+int cuCtxGetCurrent(void** context) { return *context = (void*)16, 0; }
+
+int cuCtxGetDevice(int* device) { return *device = 3, 0; }
+
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  const int sm = atoi(getenv("FAKE_SM"));
+  if (device != 3) return 101;
+  return *value = attribute == 75 ? sm / 10 : attribute == 76 ? sm % 10 : -1, 0;
+}
+
+int cuModuleLoadData(void** module, const void* image) {
+  *module = strdup(image);
+  printf("load %.*s", (int)strcspn(image, " \n"), (const char*)image);
+  return said(__func__);
+}
+
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  Function* found = calloc(1, sizeof *found);
+  strncpy(found->name, name, sizeof found->name - 1);
+  found->image = module;
+  *function = found;
+  printf("function %s of %.*s", name, (int)strcspn(module, " \n"), found->image);
+  return said(__func__);
+}
+
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+  printf("%s attribute %d = %d", ((Function*)function)->name, attribute, value);
+  return said(__func__);
+}
+
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** parameters, void** extra) {
+  const Function* kernel = function;
+  printf("launch %s of %.*s grid %u %u %u block %u %u %u shared %u stream %p extra %p:", kernel->name,
+         (int)strcspn(kernel->image, " \n"), kernel->image, gx, gy, gz, bx, by, bz, shared, stream, (void*)extra);
+  for (const char* at = kernel->image; (at = strstr(at, ".param .")); ++at) {
+    uint64_t cell;
+    memcpy(&cell, *parameters++, 8);
+    printf(" %llx", (unsigned long long)cell);
+  }
+  return said(__func__);
+}

@@ -1,0 +1,147 @@
+"""What the two interpreters of programs launch, told by a CUDA driver that only records: no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shadowllm.plugins.program import PTX
+from tests.plugins.programs import program
+
+HERE = Path(__file__).parent / "driver"
+SOURCES = HERE.parents[2] / "plugins" / "tensorrt" / "cpp"
+CXX = os.environ.get("CXX", "g++")
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler"),
+    pytest.mark.skipif(sys.platform != "linux", reason="the fake driver is a libcuda.so.1"),
+]
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed (pip install 'shadowllm[tensorrt-rtx]')")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Folder of the fake driver and of the C++ probe, which watches its memory."""
+    folder = tmp_path_factory.mktemp("driver")
+    fake = [CXX, "-x", "c", "-shared", "-fPIC", "-O1", str(HERE / "fake_cuda.c"), "-o", str(folder / "libcuda.so.1")]
+    subprocess.run([*fake, "-ldl"], check=True)
+    sources = [HERE / "probe.cpp", *(SOURCES / f"{name}.cpp" for name in ("program", "launcher", "driver"))]
+    watch = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    command = [CXX, "-std=c++17", "-O1", f"-I{SOURCES}", *map(str, sources), "-o", str(folder / "probe"), "-ldl"]
+    if subprocess.run([*command, *watch], capture_output=True, check=False).returncode:
+        subprocess.run(command, check=True)  # a compiler without sanitizers
+    return folder
+
+
+def record(built, tmp_path, calls, **environment):
+    """What Python and C++ launch for calls ``(program, batch, seqlen)``, line by line."""
+    path = tmp_path / "calls"
+    path.write_bytes(b"".join(struct.pack("<3q", batch, seqlen, len(data)) + data for data, batch, seqlen in calls))
+    library_path = os.pathsep.join(filter(None, [str(built), os.environ.get("LD_LIBRARY_PATH")]))
+    variables = os.environ | {"LD_LIBRARY_PATH": library_path, "FAKE_SM": "80", "ASAN_OPTIONS": "detect_leaks=0"}
+    variables |= environment
+    outputs = []
+    for command in ([sys.executable, "-m", "tests.plugins.driver.probe"], [str(built / "probe")]):
+        done = subprocess.run(
+            [*command, str(path)], env=variables, capture_output=True, text=True, check=False, cwd=HERE.parents[2]
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout.splitlines())
+    return outputs
+
+
+def test_one_token_and_a_prompt(built, tmp_path):
+    data = program().pack()
+    python, cpp = record(built, tmp_path, [(data, 1, 1), (data, 2, 50), (data + b"\0", 5, 1)])
+    block = "shared 99000 stream 0x55 extra (nil)"
+    assert python == [
+        "call 0",
+        "load one-80",
+        "function first of one-80",
+        "load two-80",
+        "function second of two-80",
+        "second attribute 8 = 99000",
+        f"launch second of two-80 grid 3 1 1 block 256 1 1 {block}: 7f0000000000 1000000000 100000000 1",
+        "call 1",
+        "function first of one-80",
+        "function second of two-80",
+        "second attribute 8 = 99000",
+        "launch first of one-80 grid 9 2 7 block 128 1 1 shared 4096 stream 0x55 extra (nil): "
+        "300000000 7f0000000200 240 0 0",
+        f"launch second of two-80 grid 3 1 1 block 256 1 1 {block}: 7f0000000000 1000000000 100000000 43",
+        "call 2",
+        "error: no plan serves batch 5, seqlen 1",
+    ]
+    assert cpp == python
+
+
+@pytest.mark.parametrize(("sm", "image"), [(86, "80"), (90, "90"), (100, "0"), (121, "0")])
+def test_the_image_that_serves_the_gpu_is_loaded(built, tmp_path, sm, image):
+    python, cpp = record(built, tmp_path, [(program().pack(), 1, 1)], FAKE_SM=str(sm))
+    assert python[1] == f"load one-{image}"
+    assert cpp == python
+
+
+def test_a_gpu_that_nothing_serves_is_named(built, tmp_path):
+    calls = [(program(sms=sms).pack(), 1, 1) for sms in ((80, PTX), (86, 90), ())]
+    python, cpp = record(built, tmp_path, calls, FAKE_SM="75")
+    words = "error: kernel first is compiled for {}; none of it runs on this GPU, sm_75"
+    assert python[1::2] == [words.format(text) for text in ("sm_80, PTX", "sm_86, sm_90", "nothing")]
+    assert cpp == python
+
+
+@pytest.mark.parametrize(
+    "function", ["cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernel"]
+)
+def test_what_the_driver_refuses_is_an_error(built, tmp_path, function):
+    python, cpp = record(built, tmp_path, [(program().pack(), 1, 1)], FAKE_FAIL=function)
+    assert python[-1] == "error: CUDA driver: CUDA_ERROR_LAUNCH_FAILED"
+    assert cpp == python
+
+
+def test_a_machine_without_a_driver(built, tmp_path):
+    data = program().pack()
+    (tmp_path / "calls").write_bytes(struct.pack("<3q", 1, 1, len(data)) + data)
+    variables = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+    done = subprocess.run(
+        [built / "probe", tmp_path / "calls"], env=variables, capture_output=True, text=True, check=True
+    )
+    if shutil.which("nvidia-smi") is None:
+        assert done.stdout == "call 0\nerror: there is no CUDA driver: libcuda.so.1 cannot be loaded\n"
+
+
+def test_damaged_programs_are_taken_or_refused_alike(built, tmp_path):
+    """Bytes changed at random, numbers replaced by wild ones, ends cut off."""
+    rng, whole = random.Random(0), small().pack()
+    wild = [0, 1, -1, 2, 7, 2**31, -(2**63), 2**63 - 1, 2**32 + 1]
+    calls = []
+    for i in range(3000):
+        data, place = bytearray(whole), rng.randrange(len(whole))
+        if i % 3 == 0:
+            data[place] ^= 1 << rng.randrange(8)
+        elif i % 3 == 1:
+            data[place : place + 8] = struct.pack("<q", rng.choice(wild))
+        else:
+            data[place : place + 8] = b""
+        calls.append((bytes(data), rng.choice((1, 4)), rng.choice((1, 128))))
+    python, cpp = record(built, tmp_path, calls)
+    assert cpp == python
+    assert python.count("refused") > 1000
+    assert sum(line.startswith("launch") for line in python) > 500
+
+
+def small():
+    """A program most of which is numbers; its kernels have no parameters to look at."""
+    whole = program(sms=(80,))
+    kernels = tuple(
+        replace(k, images=(replace(k.images[0], data=f"{i}".encode()),)) for i, k in enumerate(whole.kernels)
+    )
+    return replace(whole, kernels=kernels)
