@@ -18,7 +18,8 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.engine_graph import CustomNode
 from shadowllm.exporter.manifest import file_hash
 from shadowllm.exporter.profiles import ShapeProfile
-from shadowllm.plugins.program import PTX, carried, programs_in, serving
+from shadowllm.plugins.images import carried, programs_in, serving
+from shadowllm.plugins.program import PTX
 from shadowllm.plugins.schemas import VERSION
 
 FORMAT = 2

@@ -7,7 +7,7 @@ it. So an engine needs neither Triton nor a compiler, and both plugins are the s
 - types and shapes of the inputs and outputs stand in the program;
 - the first plan whose ``max_batch`` and ``max_seqlen`` cover a call is run, launch after launch, on one
   stream; batch and seqlen are the first two dimensions of input 0 (seqlen is 1 if it has only two);
-- each kernel has an image per compute capability, and PTX for GPUs that none was made for (`serving`).
+- each kernel has an image per compute capability, and PTX for GPUs that none was made for (`images.serving`).
 
 Serialised, a program is a sequence of little-endian int64 and of byte strings (their length as int64,
 then the bytes), in the order in which `Program.pack` writes them. One zero byte may follow: TensorRT's
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from mmap import mmap
 from typing import Literal, TypeVar
@@ -244,52 +244,6 @@ class Program:
         except (struct.error, IndexError, KeyError, OverflowError) as error:
             raise ValueError("the program is damaged") from error
         return program, source.place
-
-
-def programs_in(data: bytes | mmap) -> Iterator[Program]:
-    """All programs in an engine's bytes, where they stand as they were packed.
-
-    Raises:
-        ValueError: one is damaged.
-    """
-    start = struct.pack("<q", len(MAGIC)) + MAGIC
-    place = data.find(start)
-    while place >= 0:
-        program, end = Program.read(data, place)
-        yield program
-        place = data.find(start, end)
-
-
-def carried(programs: Iterable[Program]) -> dict[str, tuple[int, ...]]:
-    """Kernels by name, each with the GPUs that all of its variants have images for."""
-    found: dict[str, set[int]] = {}
-    for program in programs:
-        for kernel in program.kernels:
-            images = {image.sm for image in kernel.images}
-            found[kernel.name] = found.get(kernel.name, images) & images
-    return {name: tuple(sorted(images)) for name, images in sorted(found.items())}
-
-
-def serving(images: Iterable[int], sm: int) -> int | None:
-    """Which image a GPU runs.
-
-    Its own; else the newest before it of the same major version, as cubins are made to be compatible,
-    except that from 9.0 on compilers make them for one GPU alone; else PTX.
-
-    Args:
-        images: compute capabilities there are images for, as 89 for 8.9, and `PTX`.
-        sm: of the GPU.
-
-    Returns:
-        One of them, or None where none will do.
-    """
-    there = set(images)
-    if sm in there:
-        return sm
-    older = [image for image in there if image != PTX and image // 10 == sm // 10 and image < sm < 90]
-    if older:
-        return max(older)
-    return PTX if PTX in there and sm >= PTX_SM else None
 
 
 def _within(what: str, number: int, low: int, high: int = INT32) -> None:

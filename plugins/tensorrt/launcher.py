@@ -9,7 +9,8 @@ from typing import Any
 
 from cuda.bindings import driver
 
-from shadowllm.plugins.program import PTX, Argument, Kernel, Launch, Program, serving
+from shadowllm.plugins.images import serving
+from shadowllm.plugins.program import PTX, Argument, Kernel, Launch, Program
 
 # Dynamic shared memory that a kernel may use without being allowed to.
 USUAL_SHARED_BYTES = 48 * 1024

@@ -17,7 +17,7 @@ from shadowllm.exporter.engine_graph import describe_onnx
 from shadowllm.exporter.manifest import file_hash
 from shadowllm.exporter.profiles import ShapeProfile, profiles_for
 from shadowllm.exporter.sidecar import check_sidecar, engine_contents, read_sidecar
-from shadowllm.plugins.program import PTX, carried, programs_in
+from shadowllm.plugins.images import carried, programs_in
 from tests.exporter.engine_samples import DTYPES, write_sample, write_selection, write_sum
 
 needs_builder = pytest.mark.skipif(
@@ -51,7 +51,7 @@ def test_engine_holds_the_plugins(tmp_path, dtype):
     assert record.files == {name: file_hash(tmp_path / name) for name in ("sample.onnx", "sample.onnx.data")}
     assert record.compute_capabilities == (89,)
     assert {"select_topk", "mlp_hidden", "decode_attention"} < set(record.kernels)
-    assert set(record.kernels.values()) == {(PTX, 89)}
+    assert set(record.kernels.values()) == {(89,)}
     assert [profile.name for profile in record.profiles] == ["prefill", "decode"]
     assert read_sidecar(engine_path) == engine_contents(engine_path) == record
     here = {"compute_capability": 89, "files": record.files}
@@ -64,7 +64,7 @@ def test_target_gpus_can_be_chosen(tmp_path):
     onnx_path = write_selection(tmp_path / "selection.onnx")
     chosen = [build(onnx_path, tmp_path / f"{i}.engine", sms=sms) for i, sms in enumerate([(120, 80), (75,)])]
     assert [record.compute_capabilities for record in chosen] == [(80, 120), (75,)]
-    assert [set(record.kernels.values()) for record in chosen] == [{(PTX, 80, 120)}, {(PTX, 75)}]
+    assert [set(record.kernels.values()) for record in chosen] == [{(80, 120)}, {(75,)}]
     headers = {(tmp_path / f"{i}.engine").read_bytes()[:64] for i in range(2)}
     assert len(headers) == 2  # the targets stand in the engine's header
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from shadowllm.plugins.program import PTX, Output, Program, Size, serving
+from shadowllm.plugins.program import Output, Program, Size
 from tests.plugins.programs import program
 
 
@@ -95,21 +95,3 @@ def test_what_cannot_be_run_is_no_program(program, change, words):
 
 def with_grid(program, size):
     return replace(program.plans[0], launches=(replace(program.plans[0].launches[0], grid=(size,) * 3),))
-
-
-@pytest.mark.parametrize(
-    ("images", "sm", "wanted"),
-    [
-        ((80, 86, PTX), 86, 86),
-        ((80, 86, PTX), 89, 86),
-        ((80, 86), 87, 86),
-        ((86, 89, PTX), 80, PTX),
-        ((80, 86, 89), 90, None),
-        ((90, PTX), 90, 90),
-        ((100, 120, PTX), 121, PTX),  # a cubin for 12.0 is for it alone
-        ((80, PTX), 75, None),
-        ((), 80, None),
-    ],
-)
-def test_which_image_a_gpu_runs(images, sm, wanted):
-    assert serving(images, sm) == wanted

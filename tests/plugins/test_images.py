@@ -1,0 +1,50 @@
+"""Which image of a kernel a GPU runs, and what an engine carries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from shadowllm.plugins.images import carried, for_gpus, programs_in, serving
+from shadowllm.plugins.program import PTX
+from tests.plugins.programs import program
+
+
+@pytest.mark.parametrize(
+    ("images", "sm", "wanted"),
+    [
+        ((80, 86, PTX), 86, 86),
+        ((80, 86, PTX), 89, 86),
+        ((80, 86), 87, 86),
+        ((86, 89, PTX), 80, PTX),
+        ((80, 86, 89), 90, None),
+        ((90, PTX), 90, 90),
+        ((100, 120, PTX), 121, PTX),  # a cubin for 12.0 is for it alone
+        ((80, PTX), 75, None),
+        ((), 80, None),
+    ],
+)
+def test_which_image_a_gpu_runs(images, sm, wanted):
+    assert serving(images, sm) == wanted
+
+
+def test_images_that_no_gpu_runs_are_left_out():
+    whole = program()
+
+    def left(*sms):
+        return [[image.sm for image in kernel.images] for kernel in for_gpus(whole, sms).kernels]
+
+    assert left(90) == [[90], [90]]
+    assert left(89, 120) == [[80, PTX], [80, PTX]]
+    assert replace(for_gpus(whole, (90,)), kernels=whole.kernels) == whole
+
+
+def test_programs_are_found_in_an_engine():
+    one, other = program(), program("bfloat16", sms=(80, 120))
+    found = list(programs_in(b"head" + one.pack() + other.pack() + b"tail" + one.pack()))
+    assert found == [one, other, one]
+    assert carried(found) == {"first": (80,), "second": (80,)}
+    assert not list(programs_in(b"no program at all"))
+    with pytest.raises(ValueError, match="damaged"):
+        list(programs_in(b"head" + one.pack()[:-1]))
