@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -175,3 +177,14 @@ def test_no_builder_outlives_its_caller():
         process.kill()
     _, alive = psutil.wait_procs([builder], timeout=20)
     assert not alive
+
+
+def test_polygraphy_reads_the_graph(tmp_path):
+    polygraphy = shutil.which("polygraphy", path=Path(sys.executable).parent)
+    if polygraphy is None:
+        pytest.skip("polygraphy is not installed (pip install 'shadowllm[tensorrt-rtx]')")
+    path = write_sample(tmp_path / "sample.onnx")
+    told = subprocess.run(
+        [polygraphy, "inspect", "model", str(path), "--show", "layers"], capture_output=True, text=True, check=True
+    )
+    assert told.stdout.count("[Op: SparseMLP]") == 2
