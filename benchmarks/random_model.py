@@ -169,9 +169,9 @@ def write_random_model(shape: str, folder: Path, seed: int = 0) -> None:
 def untrained(
     kind: Kind, spec: ModelSpec, fingerprint: str, dense_layers: int = 1, rank: int | None = None
 ) -> Predictor:
-    """A predictor that has learned nothing, of the usual size unless a shadow's ``rank`` is given.
+    """A predictor that has learned nothing, of the usual size unless a network's ``rank`` is given.
 
-    A shadow still looks at its input.
+    A network still looks at its input.
     """
     import torch
 
@@ -184,12 +184,12 @@ def untrained(
         "heads.scores": torch.rand(n_sparse, spec.n_heads, generator=generator),
         "neurons.scores": torch.rand(n_sparse, spec.intermediate_size, generator=generator),
     }
-    if kind == "shadow":
-        rank = rank or default_rank(spec, dense_layers)
-        tensors |= initial_tensors(spec, n_sparse, rank, tensors["heads.scores"], tensors["neurons.scores"], seed=0)
-        for name in ("heads.weight", "neurons.weight"):
+    if kind in ("shadow", "layerwise"):
+        rank, biases = rank or default_rank(spec, dense_layers, kind), (tensors["heads.scores"], tensors["neurons.scores"])
+        tensors |= initial_tensors(kind, spec, n_sparse, rank, *biases, seed=0)
+        for name in [name for name in tensors if name.endswith(("heads.weight", "neurons.weight"))]:
             tensors[name].normal_(generator=generator)
-    if kind == "quantized-shadow":
+    if kind in ("layerwise", "quantized-shadow"):
         heads = n_sparse * spec.n_heads
         tensors["layers.heads.weight"] = torch.randn(heads, spec.hidden_size, generator=generator)
         tensors["layers.heads.bias"] = torch.zeros(heads)

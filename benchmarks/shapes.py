@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = script_parser("shapes", __doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--selector", choices=("shadow", "quantized-shadow"), default="shadow")
+    parser.add_argument("--selector", choices=("shadow", "layerwise", "quantized-shadow"), default="shadow")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--weight-dtype", choices=WEIGHT_DTYPES, help="default: as --dtype")
     parser.add_argument("--neuron-budget", type=float, default=0.5)

@@ -16,6 +16,7 @@ from shadowllm.exporter.builder import GraphBuilder
 from shadowllm.models import ModelSpec
 from shadowllm.plugins import schemas
 from shadowllm.plugins.quantisation import Quantisation
+from shadowllm.predictor.networks import NORM_EPS
 from shadowllm.predictor.weight_copy import COPY, copied
 
 # Of MatMulNBits: its inputs rounded to 8 bits, which is what ONNX Runtime has fast kernels for.
@@ -52,12 +53,17 @@ class Cache:
 
 @dataclass(frozen=True)
 class Selection:
-    """Active indices and counts of all sparse layers, as graph values; without indices the layers choose."""
+    """Active indices and counts of all sparse layers, as graph values; without indices the layers choose.
+
+    Attributes:
+        rank: of the networks by which layers choose their neurons; 0 where it is a low-bit copy.
+    """
 
     head_indices: ir.Value | None
     head_counts: ir.Value
     neuron_indices: ir.Value | None
     neuron_counts: ir.Value
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -251,7 +257,7 @@ def sparse_layer(
     neurons = (
         _pick(g, selection.neuron_indices, row)
         if selection.neuron_indices is not None
-        else _choose_neurons(g, spec, layer, normed, count)
+        else _choose_neurons(g, spec, layer, normed, count, selection.rank)
     )
     x = g.op("Add", x, _sparse_mlp(g, spec, layer, normed, step, neurons, count))
     return x, cache, Chosen(heads, neurons)
@@ -264,14 +270,30 @@ def _choose_heads(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, cou
     return _choose(g, f"layers.{layer}.select_heads", scores, count, spec.n_heads, spec.heads_together)
 
 
-def _choose_neurons(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
-    """The ``count`` neurons whose contribution is longest, going by the low-bit copy."""
+def _choose_neurons(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value, rank: int) -> ir.Value:
+    """The ``count`` neurons that the layer's network, or the low-bit copy, puts highest."""
+    if rank:
+        place = f"predictor.layers.{layer}"
+        scores = _float(g, gemm(g, trunk(g, spec, f"{place}.trunk", x), [f"{place}.neurons"], bias=True, width=rank))
+    else:
+        scores = _copy_scores(g, spec, layer, x)
+    return _choose(g, f"layers.{layer}.select_neurons", scores, count, spec.intermediate_size)
+
+
+def trunk(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
+    """The hidden layer of a learned network, ``relu(T layer_norm(x) + t)``; see `networks.scores`."""
+    ones = cast(g, g.constant(np.ones(spec.hidden_size, dtype=np.float32), "ones"))
+    normed = g.op("LayerNormalization", x, ones, epsilon=NORM_EPS, axis=-1)
+    return g.op("Relu", gemm(g, normed, [name], bias=True, width=spec.hidden_size))
+
+
+def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.Value:
+    """The length of each neuron's contribution, going by the low-bit copy."""
     names = copied(spec, layer)
     biases = [g.weight(*(name.replace("weight", "bias") for name in names))] if spec.mlp_bias else []
     x, biases = _float(g, x), [_float(g, bias) for bias in biases]
     projected = _integer_gemm(g, x, [f"copy.{name}" for name in names], biases, COPY, spec.hidden_size)
-    scores = g.op("Mul", g.op("Abs", _product(g, spec, projected)), g.weight(f"copy.layers.{layer}.lengths"))
-    return _choose(g, f"layers.{layer}.select_neurons", scores, count, spec.intermediate_size)
+    return g.op("Mul", g.op("Abs", _product(g, spec, projected)), g.weight(f"copy.layers.{layer}.lengths"))
 
 
 def _choose(g: GraphBuilder, name: str, scores: ir.Value, count: ir.Value, width: int, together: int = 1) -> ir.Value:

@@ -68,7 +68,8 @@ def write_bundle(
     fingerprint = weights.fingerprint()
     predictor.check_base(spec, fingerprint)
     store = WeightStore(folder / DATA_FILE, _groups(spec, kind, predictor, q))
-    tensors: Mapping[str, Tensor] = ChainMap(_predictor_tensors(predictor), weights)  # type: ignore[arg-type]
+    parts = {name: tensor for name, _, tensor in _predictor_parts(predictor)}
+    tensors: Mapping[str, Tensor] = ChainMap(parts, weights)  # type: ignore[arg-type]
     stored = QuantisedTensors(tensors, q) if q else tensors
     copies = CopyTensors(RoundedTensors(weights, TORCH_DTYPES[kind], q))
     with progress("Writing weights", store.size) as advance:
@@ -161,34 +162,35 @@ def _models(
     yield "stem", graphs.stem_graph(spec, store, dtype, predictor.dense_layers, q)
     if not predictor.in_place:
         yield "predictor", graphs.predictor_graph(spec, store, dtype, predictor, q)
-    yield "body", graphs.body_graph(spec, store, dtype, predictor.dense_layers, q, predictor.in_place)
+    chooser = predictor if predictor.in_place else None
+    yield "body", graphs.body_graph(spec, store, dtype, predictor.dense_layers, q, chooser)
 
 
 def _groups(spec: ModelSpec, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None) -> Iterator[Group]:
     yield from model_groups(spec, dtype, q)
-    for name, tensor in _predictor_tensors(predictor).items():
-        if q and predictor.kind == "shadow" and name.endswith(".weight"):
+    for name, source, tensor in _predictor_parts(predictor):
+        if q and source in predictor.learned and name.endswith(".weight"):
             yield from quantised_groups({name: tuple(tensor.shape)}, q)
         else:
             # What is small keeps its precision.
-            yield [(name, tuple(tensor.shape), dtype if predictor.kind == "shadow" else ir.DataType.FLOAT)]
-    if predictor.in_place:
+            yield [(name, tuple(tensor.shape), dtype if source in predictor.learned else ir.DataType.FLOAT)]
+    if predictor.kind == "quantized-shadow":
         yield from copy_groups(spec, predictor.dense_layers)
 
 
-def _predictor_tensors(predictor: Predictor) -> Mapping[str, Tensor]:
-    """What the graphs read of a predictor: a static ranking, or all but the ranking; layer by layer if in place."""
-    if predictor.in_place:
-        return {
-            f"predictor.layers.{predictor.dense_layers + row}.heads.{part}": tensor
-            for part in ("weight", "bias")
-            for row, tensor in enumerate(predictor.tensors[f"layers.heads.{part}"].chunk(predictor.n_sparse))
-        }
-    return {
-        f"predictor.{name}": tensor
-        for name, tensor in predictor.tensors.items()
-        if name.endswith("scores") == (predictor.kind == "static") and not name.startswith("layers.")
-    }
+def _predictor_parts(predictor: Predictor) -> Iterator[tuple[str, str, Tensor]]:
+    """What the graphs read of a predictor: its name there, the name of the predictor's tensor it is cut from, itself.
+
+    A network or a static ranking is read as a whole, and layer by layer where layers choose.
+    """
+    if not predictor.in_place:
+        for name in predictor.learned or ("heads.scores", "neurons.scores"):
+            yield f"predictor.{name}", name, predictor.tensors[name]
+        return
+    for name, tensor in predictor.tensors.items():
+        if name.startswith("layers."):
+            for layer, part in enumerate(tensor.chunk(predictor.n_sparse), predictor.dense_layers):
+                yield f"predictor.layers.{layer}.{name.removeprefix('layers.')}", name, part
 
 
 def _write_companions(folder: Path, spec: ModelSpec, checkpoint: Checkpoint) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from shadowllm.exporter import blocks
@@ -78,12 +77,12 @@ def body_graph(
     dtype: ir.DataType,
     dense_layers: int,
     q: Quantisation | None = None,
-    in_place: bool = False,
+    chooser: Predictor | None = None,
 ) -> ir.Model:
     """The sparse layers: hidden, position_ids, logits_to_keep, selection, cache -> logits, cache.
 
     Args:
-        in_place: a quantised shadow chooses in each layer; indices are outputs, a row each, as
+        chooser: a predictor by which each layer chooses in place; indices are then outputs, a row each, as
             ``neuron_indices.3``, not inputs.
     """
     g = GraphBuilder("body", dtype, store, q)
@@ -92,10 +91,11 @@ def body_graph(
     keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
     n_sparse = spec.n_layers - dense_layers
     selection = blocks.Selection(
-        None if in_place else g.input("head_indices", [n_sparse, spec.n_heads], INT32),
+        None if chooser else g.input("head_indices", [n_sparse, spec.n_heads], INT32),
         g.input("head_counts", [n_sparse], INT32),
-        None if in_place else g.input("neuron_indices", [n_sparse, spec.intermediate_size], INT32),
+        None if chooser else g.input("neuron_indices", [n_sparse, spec.intermediate_size], INT32),
         g.input("neuron_counts", [n_sparse], INT32),
+        chooser.rank if chooser else 0,
     )
     layers = range(dense_layers, spec.n_layers)
     caches = _cache_inputs(g, spec, layers)
@@ -103,7 +103,7 @@ def body_graph(
     x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
     for row, layer in enumerate(layers):
         x, caches[row], chosen = blocks.sparse_layer(g, spec, layer, row, x, step, caches[row], selection)
-        if in_place:
+        if chooser:
             g.output(chosen.heads, f"head_indices.{row}", [spec.n_heads], INT32)
             g.output(chosen.neurons, f"neuron_indices.{row}", [spec.intermediate_size], INT32)
     _logits(g, spec, x, step, keep)
@@ -137,11 +137,8 @@ def predictor_graph(
 def _shadow_scores(g: GraphBuilder, spec: ModelSpec, predictor: Predictor) -> dict[str, ir.Value]:
     hidden = g.input("hidden", [*TOKENS, spec.hidden_size])
     x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
-    ones = blocks.cast(g, g.constant(np.ones(spec.hidden_size, dtype=np.float32), "ones"))
-    x = g.op("LayerNormalization", x, ones, epsilon=1e-5, axis=-1)
-    z = g.op("Relu", blocks.gemm(g, x, ["predictor.trunk"], bias=True, width=spec.hidden_size))
     # The last projection is linear: averaging the tokens' scores is projecting their average.
-    z = g.op("ReduceMean", z, g.ints([0]), keepdims=1)
+    z = g.op("ReduceMean", blocks.trunk(g, spec, "predictor.trunk", x), g.ints([0]), keepdims=1)
     found = {}
     for unit, width in (("heads", spec.n_heads), ("neurons", spec.intermediate_size)):
         y = blocks.gemm(g, z, [f"predictor.{unit}"], bias=True, width=predictor.rank)

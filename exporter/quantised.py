@@ -141,16 +141,14 @@ def dequantised_weights(
 
 
 def dequantised_predictor(predictor: Predictor, q: Quantisation) -> Predictor:
-    """The predictor as the graph has it: a shadow's matrices rounded to integers and back, the rest as it is."""
-    if predictor.kind != "shadow":
-        return predictor
+    """The predictor as the graph has it: a network's matrices rounded to integers and back, the rest as it is."""
 
     def restore(tensor: Tensor) -> Tensor:
         data, scales = quantise(tensor.numpy(), q)
         return torch.from_numpy(dequantise(data, scales, tensor.shape[1], q).copy())
 
-    tensors = {name: restore(t) if name.endswith(".weight") else t for name, t in predictor.tensors.items()}
-    return replace(predictor, tensors=tensors)
+    matrices = [name for name in predictor.learned if name.endswith(".weight")]
+    return replace(predictor, tensors=predictor.tensors | {name: restore(predictor.tensors[name]) for name in matrices})
 
 
 def is_quantised(name: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from shadowllm.errors import UserError
 from shadowllm.models.spec import ModelSpec
 
-Kind = Literal["static", "shadow", "quantized-shadow"]
+Kind = Literal["static", "shadow", "layerwise", "quantized-shadow"]
 FORMAT = "shadowllm-predictor"
 VERSION = 1
 
@@ -27,16 +27,20 @@ class Predictor:
     """Scores for every head and neuron of a model's sparse layers.
 
     Attributes:
-        kind: "static" (a ranking), "shadow" (a network, and the ranking it started from) or
-            "quantized-shadow" (heads by a linear map of their layer's input, neurons by a low-bit copy of
-            the weights, which is made when a bundle is written).
+        kind: "static" (a ranking), "shadow" (one network, and the ranking it started from), "layerwise"
+            (neurons by a network in each layer, heads by a linear map of their layer's input) or
+            "quantized-shadow" (heads likewise, neurons by a low-bit copy of the weights, which is made
+            when a bundle is written).
         n_sparse, dense_layers, n_heads, intermediate_size, hidden_size: sizes of the model it scores.
         tensors: float32. All kinds: ``heads.scores (n_sparse, n_heads)`` and ``neurons.scores
             (n_sparse, intermediate_size)``. A shadow adds ``trunk.weight (rank, hidden_size)``,
             ``trunk.bias (rank,)``, ``heads.weight (n_sparse * n_heads, rank)``, ``heads.bias``,
-            ``neurons.weight (n_sparse * intermediate_size, rank)`` and ``neurons.bias``; a quantised
-            shadow ``layers.heads.weight (n_sparse * n_heads, hidden_size)`` and ``layers.heads.bias``, which
-            the other kinds may have too, to be evaluated beside it.
+            ``neurons.weight (n_sparse * intermediate_size, rank)`` and ``neurons.bias``. Those that choose
+            in place add ``layers.heads.weight (n_sparse * n_heads, hidden_size)`` and ``layers.heads.bias``,
+            which the other kinds may have too, to be evaluated beside them; layerwise its networks as well,
+            one layer's rows after another's: ``layers.trunk.weight (n_sparse * rank, hidden_size)``,
+            ``layers.trunk.bias``, ``layers.neurons.weight (n_sparse * intermediate_size, rank)`` and
+            ``layers.neurons.bias``.
         base_fingerprint: `Weights.fingerprint` of the model it was trained on.
         record: how it was trained and how well it did; JSON types.
 
@@ -59,35 +63,49 @@ class Predictor:
             raise UserError(f"unknown predictor kind {self.kind!r}", f"known: {', '.join(get_args(Kind))}")
         found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         fit = self._fit_shapes()
-        if found != self._shapes() | (fit if self.kind == "quantized-shadow" or fit.keys() & found else {}):
+        if found != self._shapes() | (fit if self.in_place or fit.keys() & found else {}):
             raise UserError("the predictor's tensors do not fit its description", "train it again")
 
     @property
     def rank(self) -> int:
-        """Width of a shadow's trunk, 0 for the other kinds."""
+        """Width of a network's trunk, 0 where there is none."""
+        if "layers.trunk.weight" in self.tensors:
+            return len(self.tensors["layers.trunk.weight"]) // self.n_sparse
         return len(self.tensors["trunk.weight"]) if "trunk.weight" in self.tensors else 0
 
     @property
     def in_place(self) -> bool:
         """Whether layers choose for themselves, instead of all being chosen for at the first sparse one."""
-        return self.kind == "quantized-shadow"
+        return self.kind in ("layerwise", "quantized-shadow")
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Names of a network's tensors: what training changes, and what a bundle stores as it does weights."""
+        return tuple(self._network_shapes())
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        heads, neurons = self.n_sparse * self.n_heads, self.n_sparse * self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {
+        rankings: dict[str, tuple[int, ...]] = {
             "heads.scores": (self.n_sparse, self.n_heads),
             "neurons.scores": (self.n_sparse, self.intermediate_size),
         }
-        if self.kind == "shadow":
-            shapes |= {
-                "trunk.weight": (self.rank, self.hidden_size),
-                "trunk.bias": (self.rank,),
-                "heads.weight": (heads, self.rank),
-                "heads.bias": (heads,),
-                "neurons.weight": (neurons, self.rank),
-                "neurons.bias": (neurons,),
-            }
-        return shapes
+        return rankings | self._network_shapes()
+
+    def _network_shapes(self) -> dict[str, tuple[int, ...]]:
+        heads, neurons = self.n_sparse * self.n_heads, self.n_sparse * self.intermediate_size
+        sizes = {
+            "shadow": {
+                "trunk": (self.rank, self.hidden_size),
+                "heads": (heads, self.rank),
+                "neurons": (neurons, self.rank),
+            },
+            "layerwise": {
+                "layers.trunk": (self.n_sparse * self.rank, self.hidden_size),
+                "layers.neurons": (neurons, self.rank),
+            },
+        }.get(self.kind, {})
+        return {f"{name}.weight": size for name, size in sizes.items()} | {
+            f"{name}.bias": size[:1] for name, size in sizes.items()
+        }
 
     def _fit_shapes(self) -> dict[str, tuple[int, ...]]:
         heads = self.n_sparse * self.n_heads

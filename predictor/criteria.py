@@ -151,10 +151,10 @@ def l2norm(trace: UnitTrace) -> Tensor:
 
     Source: the magnitude criterion of DejaVu (Liu et al., arXiv 2310.17157), with the projection in it.
     """
+    if trace.rows.shape[1] == 1:
+        return trace.activation[..., 0].abs() * trace.rows[:, 0].norm(dim=-1)
     gram = trace.rows @ trace.rows.transpose(-1, -2)
-    if gram.shape[-1] == 1:
-        return trace.activation[..., 0].abs() * gram[:, 0, 0].sqrt()
-    moved = (trace.activation.unsqueeze(-2) @ gram).squeeze(-2)
+    moved = torch.einsum("...hd,hde->...he", trace.activation, gram)
     # Rounding may leave the square of a vanishing contribution just below zero.
     return (moved * trace.activation).sum(dim=-1).clamp_min(0).sqrt()
 

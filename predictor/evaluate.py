@@ -81,7 +81,7 @@ def evaluate(
     spec: ModelSpec,
     weights: Mapping[str, Tensor],
     predictor: Predictor | None,
-    selector: str | Sequence[str],
+    selector: str | Sequence[str] | Mapping[str, Selector],
     windows: Tensor,
     neuron_budgets: Sequence[Fractions],
     head_budgets: Sequence[Fractions] = (1.0,),
@@ -97,7 +97,7 @@ def evaluate(
     Args:
         weights: canonical float32 tensors in memory.
         predictor: needed by all selectors but ``random`` and ``oracle``; its own ``dense_layers`` then holds.
-        selector: one name or several.
+        selector: one name or several, or selectors ready-made by the names they are to have in the results.
         windows: int64 ``(n, seqlen)``; each is a text of its own.
         criterion: what oracle and recall go by; the predictor's own, else ``l2norm``.
         aggregate: whether every token has its own choice; see `MaskedDecoder`.
@@ -112,15 +112,16 @@ def evaluate(
     """
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise UserError("nothing to evaluate on", "give at least one window of two tokens")
-    names = [selector] if isinstance(selector, str) else list(selector)
     if predictor is not None:
         dense_layers = predictor.dense_layers
         criterion = criterion or predictor.record.get("criterion")
     context = Context(spec, weights, dense_layers, predictor, criterion or "l2norm", seed)
-    choosers = {name: make_selector(name, context) for name in names}
+    if not isinstance(selector, Mapping):
+        names = [selector] if isinstance(selector, str) else selector
+        selector = {name: make_selector(name, context) for name in names}
     runs = [
-        _Run(name, choosers[name], Budget(neurons, heads), context, aggregate)
-        for name in names
+        _Run(name, chooser, Budget(neurons, heads), context, aggregate)
+        for name, chooser in selector.items()
         for heads in head_budgets
         for neurons in neuron_budgets
     ]

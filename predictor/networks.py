@@ -1,4 +1,4 @@
-"""The shadow network: one small causal network that scores every head and neuron of the model."""
+"""The learned networks: one that scores the whole model ahead (shadow), and one in each layer (layerwise)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from shadowllm.errors import UserError
 from shadowllm.models.spec import ModelSpec
-from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.artefact import Kind, Predictor
 
 NORM_EPS = 1e-5
 MAX_RANK = 1024
@@ -17,7 +17,7 @@ SHARE = 0.04
 
 
 def scores(predictor: Predictor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of a static or shadow predictor; a token's depend on its own hidden state alone.
+    """Scores ahead of the layers: a shadow's, or the static ranking; a token's depend on its own hidden state alone.
 
     ``out = W relu(T layer_norm(hidden) + t) + b``; the layer norm has no parameters and eps 1e-5,
     for what the network is to see is the direction of a hidden state, not its length.
@@ -32,13 +32,13 @@ def scores(predictor: Predictor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     if predictor.kind != "shadow":
         heads, neurons = (tensors[f"{unit}.scores"].expand(len(hidden), -1, -1) for unit in ("heads", "neurons"))
         return heads, neurons
-    z = F.relu(F.linear(normalise(hidden), tensors["trunk.weight"], tensors["trunk.bias"]))
+    z = _trunk(hidden, tensors["trunk.weight"], tensors["trunk.bias"])
     heads, neurons = (F.linear(z, tensors[f"{unit}.weight"], tensors[f"{unit}.bias"]) for unit in ("heads", "neurons"))
     return heads.unflatten(1, (predictor.n_sparse, -1)), neurons.unflatten(1, (predictor.n_sparse, -1))
 
 
 def layer_head_scores(predictor: Predictor, layer: int, x: Tensor) -> Tensor:
-    """A quantised shadow's scores of one layer's heads, linear in the attention's input.
+    """Scores of one layer's heads, linear in the attention's input (see `linear_fit`).
 
     Args:
         layer: of the model, a sparse one.
@@ -47,51 +47,74 @@ def layer_head_scores(predictor: Predictor, layer: int, x: Tensor) -> Tensor:
     Returns:
         Float32 ``(..., n_heads)``.
     """
-    row = layer - predictor.dense_layers
-    rows = slice(row * predictor.n_heads, (row + 1) * predictor.n_heads)
-    return F.linear(x, predictor.tensors["layers.heads.weight"][rows], predictor.tensors["layers.heads.bias"][rows])
+    return F.linear(x, _layer(predictor, layer, "heads.weight"), _layer(predictor, layer, "heads.bias"))
 
 
-def normalise(hidden: Tensor) -> Tensor:
-    """The network's input: a layer norm without parameters."""
-    return F.layer_norm(hidden, hidden.shape[-1:], eps=NORM_EPS)
+def layer_neuron_scores(predictor: Predictor, layer: int, x: Tensor) -> Tensor:
+    """A layerwise network's scores of one layer's neurons, by the formula of `scores` on the layer's own input.
+
+    Source: the MLP predictor of DejaVu (Liu et al., arXiv 2310.17157), which looks one layer ahead;
+    here it reads the very input of its own layer.
+
+    Args:
+        layer: of the model, a sparse one.
+        x: normed MLP input, float32 ``(..., hidden_size)``.
+
+    Returns:
+        Float32 ``(..., intermediate_size)``.
+    """
+    z = _trunk(x, _layer(predictor, layer, "trunk.weight"), _layer(predictor, layer, "trunk.bias"))
+    return F.linear(z, _layer(predictor, layer, "neurons.weight"), _layer(predictor, layer, "neurons.bias"))
 
 
-def default_rank(spec: ModelSpec, dense_layers: int) -> int:
-    """Largest multiple of 16, up to 1024, that keeps the network under 4% of the model's parameters.
+def _layer(predictor: Predictor, layer: int, name: str) -> Tensor:
+    """The rows of a stacked tensor that belong to a layer."""
+    return predictor.tensors[f"layers.{name}"].unflatten(0, (predictor.n_sparse, -1))[layer - predictor.dense_layers]
+
+
+def _trunk(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.relu(F.linear(F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), weight, bias))
+
+
+def default_rank(spec: ModelSpec, dense_layers: int, kind: Kind = "shadow", share: float = SHARE) -> int:
+    """Largest multiple of 16, up to 1024, that keeps a model's networks under a share of its parameters.
 
     Raises:
-        UserError: not even 16 fits: the model is too small to be worth a shadow.
+        UserError: not even 16 fits: the model is too small to be worth a network.
     """
-    outputs = (spec.n_layers - dense_layers) * (spec.n_heads + spec.intermediate_size)
-    # rank * (hidden_size + 1) in the trunk, outputs * (rank + 1) behind it
-    rank = int((SHARE * spec.n_parameters - outputs) / (spec.hidden_size + 1 + outputs))
+    n_sparse = spec.n_layers - dense_layers
+    outputs = n_sparse * (spec.intermediate_size + (spec.n_heads if kind == "shadow" else 0))
+    trunks = n_sparse if kind == "layerwise" else 1
+    # rank * (hidden_size + 1) in each trunk, outputs * (rank + 1) behind them
+    rank = int((share * spec.n_parameters - outputs) / (trunks * (spec.hidden_size + 1) + outputs))
     rank = min(MAX_RANK, rank // RANK_STEP * RANK_STEP)
     if rank < RANK_STEP:
         raise UserError(
-            f"a shadow of rank {RANK_STEP} exceeds {SHARE:.0%} of this model's parameters",
+            f"{kind} networks of rank {RANK_STEP} exceed {share:.0%} of this model's parameters",
             "give --rank, or use a static predictor",
         )
     return rank
 
 
 def initial_tensors(
-    spec: ModelSpec, n_sparse: int, rank: int, heads: Tensor, neurons: Tensor, seed: int
+    kind: Kind, spec: ModelSpec, n_sparse: int, rank: int, heads: Tensor, neurons: Tensor, seed: int
 ) -> dict[str, Tensor]:
-    """A network that starts as the static ranking: output weights zero, output biases as given.
+    """Networks that start as the static ranking: output weights zero, output biases as given.
 
     Args:
-        heads: bias of each head, ``(n_sparse, n_heads)``.
+        kind: "shadow" or "layerwise".
+        heads: bias of each head, ``(n_sparse, n_heads)``; a shadow's alone.
         neurons: bias of each neuron, ``(n_sparse, intermediate_size)``.
-        seed: of the trunk's random projection (normal, unit variance in and out).
+        seed: of the trunks' random projections (normal, unit variance in and out).
     """
+    prefix, trunks = ("layers.", n_sparse) if kind == "layerwise" else ("", 1)
     generator = torch.Generator().manual_seed(seed)
-    trunk = torch.randn(rank, spec.hidden_size, generator=generator) / spec.hidden_size**0.5
-    return {
-        "trunk.weight": trunk,
-        "trunk.bias": torch.zeros(rank),
-        "heads.weight": torch.zeros(n_sparse * spec.n_heads, rank),
-        "heads.bias": heads.flatten().clone(),
-        "neurons.weight": torch.zeros(n_sparse * spec.intermediate_size, rank),
-        "neurons.bias": neurons.flatten().clone(),
+    found = {
+        "trunk.weight": torch.randn(trunks * rank, spec.hidden_size, generator=generator) / spec.hidden_size**0.5,
+        "trunk.bias": torch.zeros(trunks * rank),
     }
+    for unit, bias in (("heads", heads), ("neurons", neurons)):
+        if unit == "neurons" or kind == "shadow":
+            found[f"{unit}.weight"] = torch.zeros(bias.numel(), rank)
+            found[f"{unit}.bias"] = bias.flatten().clone()
+    return {f"{prefix}{name}": tensor for name, tensor in found.items()}

@@ -20,12 +20,13 @@ from shadowllm.models.budget import Budget
 from shadowllm.models.decoder import Decoder, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.quantisation import Quantisation
-from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.artefact import Kind, Predictor
 from shadowllm.predictor.criteria import find_criterion, unit_trace
+from shadowllm.predictor.in_place import in_place
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.topk import AGGREGATES, active_mask
 from shadowllm.predictor.traces import Tracer
-from shadowllm.predictor.weight_copy import COPY, InPlace
+from shadowllm.predictor.weight_copy import COPY
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,7 @@ class Shadow(Selector):
 
     def __init__(self, context: Context) -> None:
         self._predictor = _needs_predictor("shadow", context)
-        if self._predictor.kind != "shadow":
-            raise UserError(f"the predictor is {self._predictor.kind}, not shadow", "train one with --selector shadow")
+        _needs_kind("shadow", self._predictor)
         self._dense_layers = context.dense_layers
         self._scores: dict[Unit, Tensor] = {}
 
@@ -115,25 +115,28 @@ class Shadow(Selector):
         return self._scores[unit][:, :, layer - self._dense_layers]
 
 
-class QuantizedShadow(Selector):
+class InPlaceSelector(Selector):
     """Chooses in place, on what a layer's units are computed from.
 
-    Neurons are ranked by ``|product| * ||w_down||`` of a low-bit copy of gate and up, which is nearly
-    what they will be; heads by the predictor's linear fit of their importance to the attention's input.
+    Heads go by the predictor's linear fit of their importance to the attention's input. Neurons go by its
+    networks ("layerwise"), or by ``|product| * ||w_down||`` of a low-bit copy of gate and up, which is
+    nearly what they will add ("quantized-shadow").
 
     Args:
         bits: of the copy; bundles have `COPY`'s.
     """
 
-    def __init__(self, context: Context, bits: int = COPY.bits) -> None:
-        predictor = _needs_predictor("quantized-shadow", context)
+    def __init__(self, context: Context, kind: Kind, bits: int = COPY.bits) -> None:
+        predictor = _needs_predictor(kind, context)
         if "layers.heads.weight" not in predictor.tensors:
             raise UserError("the predictor has no fit of the heads to their layers' input", "train it again")
-        self._in_place = InPlace(context.spec, context.weights, predictor, Quantisation(bits, COPY.block))
+        if kind == "layerwise":
+            _needs_kind(kind, predictor)
+        self._in_place = in_place(kind, context.spec, context.weights, predictor, Quantisation(bits, COPY.block))
         self._found: dict[tuple[int, Unit], Tensor] = {}
 
     def watch(self, layer: int, unit: Unit, x: Tensor) -> None:
-        """Run the fit or the copy."""
+        """Score the layer's units, before it computes them."""
         self._found = {(layer, unit): self._in_place.scores(layer, unit, x)}
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
@@ -141,9 +144,10 @@ class QuantizedShadow(Selector):
         return self._found[layer, unit]
 
 
-SELECTORS["quantized-shadow"] = QuantizedShadow
+SELECTORS["layerwise"] = partial(InPlaceSelector, kind="layerwise")
+SELECTORS["quantized-shadow"] = partial(InPlaceSelector, kind="quantized-shadow")
 for _bits in (3, 2):
-    SELECTORS[f"quantized-shadow-{_bits}"] = partial(QuantizedShadow, bits=_bits)
+    SELECTORS[f"quantized-shadow-{_bits}"] = partial(InPlaceSelector, kind="quantized-shadow", bits=_bits)
 
 
 @selector("random")
@@ -208,6 +212,11 @@ def _needs_predictor(name: str, context: Context) -> Predictor:
     if context.predictor is None:
         raise UserError(f"the {name} selector needs a trained predictor", "give one (shadowllm train makes it)")
     return context.predictor
+
+
+def _needs_kind(kind: Kind, predictor: Predictor) -> None:
+    if predictor.kind != kind:
+        raise UserError(f"the predictor is {predictor.kind}, not {kind}", f"train one with --selector {kind}")
 
 
 class MaskedDecoder:

@@ -95,7 +95,7 @@ class Traces:
             raise UserError(f"{path} is not a readable trace file ({error})", "calibrate again") from error
 
     def training(self, tracer: Tracer | None, order: Tensor) -> Iterator[Chunk]:
-        """Traces of the training windows in the order of indices given."""
+        """Traces of the training windows in the order of indices given: made anew by a tracer, else read back."""
         return self._chunks(self.windows.train, len(self.windows.held_out), tracer, order)
 
     def held_out(self, tracer: Tracer | None) -> Iterator[Chunk]:
@@ -103,11 +103,11 @@ class Traces:
         return self._chunks(self.windows.held_out, 0, tracer, torch.arange(len(self.windows.held_out)))
 
     def _chunks(self, windows: Tensor, first: int, tracer: Tracer | None, order: Tensor) -> Iterator[Chunk]:
-        if not self.stored:
-            if tracer is None:
-                raise UserError("the traces were too large to keep", "give the model, so that training can trace anew")
+        if tracer is not None:
             yield from tracer.chunks(windows[order])
             return
+        if not self.stored:
+            raise UserError("the traces were too large to keep", "give the model, so that training can trace anew")
         seqlen = windows.shape[1]
         # As many windows together as a live trace has, so that a training step mixes texts alike.
         for part in (order + first).split(windows_per_chunk(seqlen)):
@@ -153,8 +153,7 @@ def calibrate(
                 stored["heads"][start:end], stored["neurons"][start:end] = encode(chunk.heads), encode(chunk.neurons)
             if split is windows.train:
                 sums = {unit: total + relative(getattr(chunk, unit)).sum(dim=0) for unit, total in sums.items()}
-            assert chunk.inputs is not None  # of a live trace
-            (fit if split is windows.train else judge).add(chunk.inputs, chunk.heads)
+            (fit if split is windows.train else judge).add(chunk.inputs["heads"], chunk.heads)
             advance(end - start)
             start = end
     means = {unit: total / windows.train.numel() for unit, total in sums.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,14 +31,24 @@ class Chunk:
         hidden: input of layer ``dense_layers``, ``(tokens, hidden_size)``.
         heads: importance of each head, ``(tokens, n_sparse, n_heads)``.
         neurons: importance of each neuron, ``(tokens, n_sparse, intermediate_size)``.
-        inputs: normed input of each layer's attention, ``(tokens, n_sparse, hidden_size)``; None where
-            traces are read back.
+        inputs: what each layer's units are computed from, the normed input of its attention ("heads") and
+            of its MLP ("neurons"), ``(tokens, n_sparse, hidden_size)`` each; empty where traces are read back.
     """
 
     hidden: Tensor
     heads: Tensor
     neurons: Tensor
-    inputs: Tensor | None = None
+    inputs: dict[Unit, Tensor] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.hidden)
+
+    def __getitem__(self, rows: Tensor) -> Chunk:
+        """Some of the tokens."""
+        inputs = {unit: x[rows] for unit, x in self.inputs.items()}
+        return Chunk(self.hidden[rows], self.heads[rows], self.neurons[rows], inputs)
 
 
 class Tracer:
@@ -68,18 +78,21 @@ class Tracer:
     def trace(self, windows: Tensor) -> Chunk:
         """Trace int64 ``(n_windows, seqlen)`` in one pass; windows do not see each other."""
         scores = self._with_gradients if self._criterion.needs_gradients else self._forward_only
-        inputs: list[Tensor] = []
+        inputs: dict[tuple[int, Unit], Tensor] = {}
 
         def watch(layer: int, unit: Unit, x: Tensor) -> None:
-            if unit == "heads" and layer >= self.dense_layers:
-                inputs.append(x.detach())
+            if layer >= self.dense_layers:
+                inputs[layer, unit] = x.detach()
 
         hidden, found = scores(windows, watch)
-        sparse = range(self.dense_layers, self.spec.n_layers)
-        heads, neurons = (
-            torch.stack([found[layer, unit] for layer in sparse], dim=2).flatten(0, 1) for unit in ("heads", "neurons")
-        )
-        return Chunk(hidden.flatten(0, 1), heads, neurons, torch.stack(inputs, dim=2).flatten(0, 1))
+        units: tuple[Unit, ...] = ("heads", "neurons")
+        heads, neurons = (self._by_token(found, unit) for unit in units)
+        return Chunk(hidden.flatten(0, 1), heads, neurons, {unit: self._by_token(inputs, unit) for unit in units})
+
+    def _by_token(self, found: Mapping[tuple[int, Unit], Tensor], unit: Unit) -> Tensor:
+        """One unit's ``(batch, seqlen, width)`` of every sparse layer as ``(tokens, n_sparse, width)``."""
+        layers = range(self.dense_layers, self.spec.n_layers)
+        return torch.stack([found[layer, unit].flatten(0, 1) for layer in layers], dim=1)
 
     def _forward_only(self, windows: Tensor, watch: Watch) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
         found: dict[tuple[int, Unit], Tensor] = {}

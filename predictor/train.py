@@ -3,101 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from shadowllm.errors import UserError
 from shadowllm.models.budget import Budget
 from shadowllm.models.decoder import Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.artefact import Kind, Predictor
-from shadowllm.predictor.networks import default_rank, initial_tensors, scores
+from shadowllm.predictor.losses import LOSSES, initial_bias
+from shadowllm.predictor.networks import default_rank, initial_tensors, layer_head_scores, layer_neuron_scores, scores
+from shadowllm.predictor.parallel import Workers
 from shadowllm.predictor.progress import Advance, no_progress
 from shadowllm.predictor.topk import recall, top_mask
-from shadowllm.predictor.tracefile import OCTAVES, Traces
-from shadowllm.predictor.traces import Tracer
+from shadowllm.predictor.tracefile import Traces
+from shadowllm.predictor.traces import Chunk, Tracer
 
-TINY = torch.finfo(torch.float32).tiny
 UNITS: tuple[Unit, ...] = ("heads", "neurons")
-# Scores of one layer and what they should be -> a scalar. The count is the budget's.
-Loss = Callable[[Tensor, Tensor, int], Tensor]
-LOSSES: dict[str, Loss] = {}
-
-
-def loss(function: Loss) -> Loss:
-    """Register a training loss under its name."""
-    LOSSES[function.__name__] = function
-    return function
-
-
-@loss
-def bce(predicted: Tensor, importance: Tensor, count: int) -> Tensor:
-    """Binary cross entropy of being among the ``count`` most important, mean over units.
-
-    Args:
-        predicted: logits ``(tokens, n_sparse, n_units)``.
-        importance: the criterion's scores, of the same shape.
-    """
-    if count >= importance.shape[-1]:
-        return predicted.sum() * 0  # everything is kept: nothing to learn
-    wanted = (importance >= _threshold(importance, count)).to(predicted.dtype)
-    return F.binary_cross_entropy_with_logits(predicted, wanted)
-
-
-@loss
-def weighted_bce(predicted: Tensor, importance: Tensor, count: int) -> Tensor:
-    """`bce` with each unit weighted by how much a wrong choice costs, ``|importance - threshold|``.
-
-    The optimum's sign is that of the expected ``importance - threshold``: near ties count for
-    nothing, and a rarely but hugely important unit is kept. Weights are relative to the mean
-    importance of their token and layer.
-    """
-    if count >= importance.shape[-1]:
-        return predicted.sum() * 0
-    threshold = _threshold(importance, count)
-    weight = (importance - threshold).abs() / importance.mean(dim=-1, keepdim=True).clamp_min(TINY)
-    return F.binary_cross_entropy_with_logits(predicted, (importance >= threshold).to(predicted.dtype), weight)
-
-
-def _threshold(importance: Tensor, count: int) -> Tensor:
-    """The ``count``-th largest importance of each token and layer, ``(tokens, n_sparse, 1)``.
-
-    After a ReLU that may be 0, and everything would count as important. What then tells units apart
-    is how often and how much they fire: the ``count``-th largest mean over the tokens takes its place.
-    """
-    rank = importance.shape[-1] - count + 1
-    of_token = importance.kthvalue(rank, dim=-1, keepdim=True).values
-    of_mean = importance.mean(dim=0).kthvalue(rank, dim=-1, keepdim=True).values
-    return torch.where(of_token > 0, of_token, of_mean)
-
-
-@loss
-def mse(predicted: Tensor, importance: Tensor, count: int) -> Tensor:
-    """Mean squared error to the log importance, standardised within each token and layer; shapes as in `bce`."""
-    # What is below the range of a trace counts as its end: silent neurons must not outweigh all others.
-    floor = importance.amax(dim=-1, keepdim=True).clamp_min(TINY) * 2.0**-OCTAVES
-    return F.mse_loss(predicted, _standard_log(torch.maximum(importance, floor)))
-
-
 BUDGET = Budget(neurons=0.5, heads=0.75)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train a shadow.
+    """How to train a network.
 
     Attributes:
-        budget: the fractions at which membership is learned and recall is judged; the scores rank
-            all units and serve other budgets too.
-        loss: name in `LOSSES`. The default costs recall against ``bce`` and wins perplexity: what a
-            wrong choice costs differs from unit to unit.
-        epochs: passes over the training windows.
+        budget: the fractions at which recall is judged, and membership is learned where the loss is one of
+            membership; the scores rank all units and serve other budgets too.
+        loss: name in `LOSSES`.
+        epochs: passes over the training windows; None for 4 over kept traces and 1 where every pass
+            traces anew, which costs more than the training itself.
         learning_rate: peak of AdamW's; it falls to zero along a cosine.
         weight_decay: AdamW's, on the output weights: pulls towards the static ranking.
         batch_tokens: tokens of a step.
@@ -106,9 +46,9 @@ class Recipe:
     """
 
     budget: Budget = BUDGET
-    loss: str = "weighted_bce"
-    epochs: int = 4
-    learning_rate: float = 1e-3
+    loss: str = "listnet"
+    epochs: int | None = None
+    learning_rate: float = 3e-3
     weight_decay: float = 0.1
     batch_tokens: int = 128
     rank: int | None = None
@@ -117,9 +57,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise UserError(f"no training loss {self.loss!r}", f"known: {', '.join(sorted(LOSSES))}")
-        least = min(self.epochs, self.batch_tokens, 1 if self.rank is None else self.rank)
-        if least < 1 or self.learning_rate <= 0:
+        given = [value for value in (self.epochs, self.batch_tokens, self.rank) if value is not None]
+        if min(given) < 1 or self.learning_rate <= 0:
             raise UserError("epochs, batch size, learning rate and rank must be positive", "mend the training options")
+
+    def passes(self, anew: bool) -> int:
+        """Epochs, where every one traces the text anew or not."""
+        return self.epochs or (1 if anew else 4)
 
 
 def train_static(
@@ -137,97 +81,138 @@ def train_static(
         budget: the fractions at which recall on the held-out tokens is recorded.
         weights: canonical float32 tensors; needed only when the traces were too large to keep.
     """
-    predictor = Predictor(
-        kind,
-        spec.n_layers - traces.dense_layers,
-        traces.dense_layers,
-        spec.n_heads,
-        spec.intermediate_size,
-        spec.hidden_size,
-        _statistics(traces),
-        traces.base_fingerprint,
-    )
+    predictor = _predictor(kind, spec, traces, {})
     found = evaluate_recall(spec, predictor, traces, budget, tracer=_tracer(spec, traces, weights))
     return replace(predictor, record=_record(traces, budget) | {"held_out": {"static": found}})
 
 
-def train_shadow(
+def train_network(
     spec: ModelSpec,
     traces: Traces,
     recipe: Recipe | None = None,
     *,
+    kind: Kind = "shadow",
     weights: Mapping[str, Tensor] | None = None,
     advance: Advance = no_progress,
 ) -> Predictor:
-    """Train the network that scores the whole model at its first sparse layer.
+    """Train the network that scores the whole model at its first sparse layer, or one in each layer.
 
-    It starts as the static ranking and learns what the hidden state adds to that.
+    They start as the static ranking and learn what their input adds to that. Processes started together
+    (see `Workers`) share the windows and learn one network.
 
     Args:
-        weights: canonical float32 tensors; needed only when the traces were too large to keep.
-        advance: told how many tokens were learned from, as they are (``epochs`` times the training tokens).
+        kind: "shadow" or "layerwise".
+        weights: canonical float32 tensors, to trace anew; needed by layerwise networks, whose inputs are
+            not kept, and when the traces were too large to keep.
+        advance: told how many tokens were learned from, as they are (epochs times the training tokens).
 
     Returns:
-        A shadow whose record holds loss and recall@k of shadow and static on the same held-out tokens.
+        A predictor whose record holds loss and recall@k on the held-out tokens, its own and what they were
+        before training ("static").
 
     Raises:
-        UserError: a model too small for a shadow, or traces to be made anew without ``weights``.
+        UserError: a model too small for a network, or traces to be made anew without ``weights``.
     """
     recipe = recipe or Recipe()
-    tracer = _tracer(spec, traces, weights)
-    start = _initial(spec, traces, recipe)
-    static = evaluate_recall(spec, start, traces, recipe.budget, recipe.loss, tracer)
-    trained = _fit(spec, start, traces, recipe, tracer, advance)
-    found = evaluate_recall(spec, trained, traces, recipe.budget, recipe.loss, tracer)
-    record = _record(traces, recipe.budget) | {
+    tracer, workers = _tracer(spec, traces, weights), Workers()
+    epochs = recipe.passes(tracer is not None)
+    start = initial(kind, spec, traces, recipe)
+    windows = workers.share(torch.arange(len(traces.windows.train)))
+    learner = Learner(spec, start, recipe, epochs * len(windows) * traces.windows.train.shape[1], workers)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    for _ in range(epochs):
+        order = windows[torch.randperm(len(windows), generator=generator)]
+        for chunk in traces.training(tracer, order):
+            learner.learn(chunk)
+            advance(chunk.tokens * workers.count)
+    trained = learner.predictor()
+    judged = {
+        name: evaluate_recall(spec, predictor, traces, recipe.budget, recipe.loss, tracer)
+        for name, predictor in ((kind, trained), ("static", start))
+    }
+    settings = {
         "loss": recipe.loss,
-        "epochs": recipe.epochs,
+        "epochs": epochs,
         "learning_rate": recipe.learning_rate,
         "weight_decay": recipe.weight_decay,
         "batch_tokens": recipe.batch_tokens,
+        "processes": workers.count,
         "rank": trained.rank,
         "seed": recipe.seed,
-        "held_out": {"shadow": found, "static": static},
     }
-    return replace(trained, record=record)
+    return replace(trained, record=_record(traces, recipe.budget) | settings | {"held_out": judged})
 
 
-def _fit(
-    spec: ModelSpec, start: Predictor, traces: Traces, recipe: Recipe, tracer: Tracer | None, advance: Advance
-) -> Predictor:
-    learned = {
-        name: tensor.clone().requires_grad_()
-        for name, tensor in start.tensors.items()
-        if not name.endswith(".scores") and not name.startswith("layers.")
-    }
-    network = replace(start, tensors=start.tensors | learned)
-    outputs = [tensor for name, tensor in learned.items() if name in ("heads.weight", "neurons.weight")]
-    others = [tensor for name, tensor in learned.items() if name not in ("heads.weight", "neurons.weight")]
-    optimiser = torch.optim.AdamW(
-        [{"params": outputs, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=recipe.learning_rate,
-    )
-    total = recipe.epochs * traces.windows.train.numel()
-    generator = torch.Generator().manual_seed(recipe.seed)
-    counts = _counts(spec, recipe.budget)
-    seen = 0
-    for _ in range(recipe.epochs):
-        order = torch.randperm(len(traces.windows.train), generator=generator)
-        for chunk in traces.training(tracer, order):
-            shuffled = torch.randperm(len(chunk.hidden), generator=generator)
-            for rows in shuffled.split(recipe.batch_tokens):
-                predicted = dict(zip(UNITS, scores(network, chunk.hidden[rows]), strict=True))
-                total_loss = torch.stack(
-                    [LOSSES[recipe.loss](predicted[unit], getattr(chunk, unit)[rows], counts[unit]) for unit in UNITS]
-                ).sum()
-                for group in optimiser.param_groups:
-                    group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * seen / total))
-                optimiser.zero_grad()
-                total_loss.backward()
-                optimiser.step()
-                seen += len(rows)
-                advance(len(rows))
-    return replace(network, tensors={name: tensor.detach() for name, tensor in network.tensors.items()})
+class Learner:
+    """One network while it learns: takes traces in as they come.
+
+    Args:
+        start: a network, as `initial` makes it.
+        total: tokens that this process will see, by which the learning rate falls.
+        workers: the processes that learn the same network, each from its own tokens.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, start: Predictor, recipe: Recipe, total: int, workers: Workers | None = None
+    ) -> None:
+        self._recipe, self._total, self._workers = recipe, total, workers or Workers()
+        self._loss, self._counts = LOSSES[recipe.loss], _counts(spec, recipe.budget)
+        self._learned = {name: start.tensors[name].clone().requires_grad_() for name in sorted(start.learned)}
+        self._network = replace(start, tensors=start.tensors | self._learned)
+        outputs = [
+            tensor for name, tensor in self._learned.items() if name.endswith(("heads.weight", "neurons.weight"))
+        ]
+        others = [
+            tensor for name, tensor in self._learned.items() if not name.endswith(("heads.weight", "neurons.weight"))
+        ]
+        self._optimiser = torch.optim.AdamW(
+            [{"params": outputs, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=recipe.learning_rate,
+            fused=True,
+        )
+        self._order = torch.Generator().manual_seed(recipe.seed)
+        self.seen = 0
+
+    def learn(self, chunk: Chunk) -> None:
+        """Go through the tokens of a chunk once, in a random order."""
+        for rows in torch.randperm(chunk.tokens, generator=self._order).split(self._recipe.batch_tokens):
+            self._step(chunk[rows])
+
+    def predictor(self) -> Predictor:
+        """The network as it is now."""
+        return replace(self._network, tensors={name: t.detach().clone() for name, t in self._network.tensors.items()})
+
+    def _step(self, batch: Chunk) -> None:
+        found = [
+            self._loss(predicted, getattr(batch, unit), self._counts[unit])
+            for unit, predicted in chunk_scores(self._network, batch).items()
+            if predicted.requires_grad
+        ]
+        self._optimiser.zero_grad()
+        torch.stack(found).sum().backward()
+        self._workers.average([tensor.grad for tensor in self._learned.values()])
+        for group in self._optimiser.param_groups:
+            group["lr"] = self._recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * self.seen / self._total))
+        self._optimiser.step()
+        self.seen += batch.tokens
+
+
+def chunk_scores(predictor: Predictor, chunk: Chunk) -> dict[Unit, Tensor]:
+    """What a predictor makes of traced tokens: ``(tokens, n_sparse, n_units)`` for heads and for neurons.
+
+    Raises:
+        UserError: layerwise networks, and traces that were read back, without their layers' inputs.
+    """
+    if predictor.kind != "layerwise":
+        heads, neurons = scores(predictor, chunk.hidden)
+        return {"heads": heads, "neurons": neurons}
+    if not chunk.inputs:
+        raise UserError("traces keep no inputs of the layers", "give the model, so that training can trace anew")
+    found: dict[Unit, Tensor] = {}
+    for unit, score in (("heads", layer_head_scores), ("neurons", layer_neuron_scores)):
+        inputs = enumerate(chunk.inputs[unit].unbind(dim=1), predictor.dense_layers)
+        found[unit] = torch.stack([score(predictor, layer, x) for layer, x in inputs], dim=1)
+    return found
 
 
 @torch.no_grad()
@@ -242,70 +227,60 @@ def evaluate_recall(
     """Recall@k at a budget, and a loss if named, over the held-out tokens.
 
     Returns:
-        ``head_recall``, ``neuron_recall`` and, with a loss, ``loss`` (heads and neurons added), each
-        a mean over tokens and layers.
+        ``head_recall``, ``neuron_recall`` and, with a loss, ``loss`` (of all that was learned, added),
+        each a mean over tokens and layers.
     """
     counts = _counts(spec, budget)
     sums: dict[str, float] = {"head_recall": 0.0, "neuron_recall": 0.0} | ({"loss": 0.0} if loss else {})
     tokens = 0
     for chunk in traces.held_out(tracer):
-        n = len(chunk.hidden)
-        for unit, predicted in zip(UNITS, scores(predictor, chunk.hidden), strict=True):
+        n = chunk.tokens
+        for unit, predicted in chunk_scores(predictor, chunk).items():
             wanted = getattr(chunk, unit)
             sums[f"{unit[:-1]}_recall"] += n * recall(top_mask(predicted, counts[unit]), top_mask(wanted, counts[unit]))
-            if loss:
+            if loss and any(unit in name for name in predictor.learned):
                 sums["loss"] += n * float(LOSSES[loss](predicted, wanted, counts[unit]))
         tokens += n
     return {name: value / tokens for name, value in sums.items()}
 
 
 @torch.no_grad()
-def _initial(spec: ModelSpec, traces: Traces, recipe: Recipe) -> Predictor:
-    n_sparse = spec.n_layers - traces.dense_layers
-    rank = recipe.rank or default_rank(spec, traces.dense_layers)
+def initial(kind: Kind, spec: ModelSpec, traces: Traces, recipe: Recipe) -> Predictor:
+    """An untrained network ("shadow" or "layerwise") that ranks neurons, and a shadow's heads, as static does.
+
+    Raises:
+        UserError: a model too small for a network of the usual size, where the recipe names none.
+    """
+    rank = recipe.rank or default_rank(spec, traces.dense_layers, kind)
     biases = {
-        unit: _bias(traces.statistics[unit], count, recipe.loss) for unit, count in _counts(spec, recipe.budget).items()
+        unit: initial_bias(traces.statistics[unit], count, recipe.loss)
+        for unit, count in _counts(spec, recipe.budget).items()
     }
-    tensors = initial_tensors(spec, n_sparse, rank, biases["heads"], biases["neurons"], recipe.seed)
+    n_sparse = spec.n_layers - traces.dense_layers
+    tensors = initial_tensors(kind, spec, n_sparse, rank, biases["heads"], biases["neurons"], recipe.seed)
+    return _predictor(kind, spec, traces, tensors)
+
+
+def _predictor(kind: Kind, spec: ModelSpec, traces: Traces, tensors: Mapping[str, Tensor]) -> Predictor:
+    """With what calibration alone gives every predictor: the rankings, and the fit of the heads."""
+    rankings = {f"{unit}.scores": traces.statistics[unit] for unit in UNITS}
+    fit = {f"layers.heads.{name}": tensor for name, tensor in traces.fit.items()}
     return Predictor(
-        "shadow",
-        n_sparse,
+        kind,
+        spec.n_layers - traces.dense_layers,
         traces.dense_layers,
         spec.n_heads,
         spec.intermediate_size,
         spec.hidden_size,
-        _statistics(traces) | tensors,
+        rankings | fit | dict(tensors),
         traces.base_fingerprint,
     )
-
-
-def _statistics(traces: Traces) -> dict[str, Tensor]:
-    """What calibration alone gives every predictor: the rankings, and the fit of the heads."""
-    rankings = {f"{unit}.scores": traces.statistics[unit] for unit in UNITS}
-    return rankings | {f"layers.heads.{name}": tensor for name, tensor in traces.fit.items()}
-
-
-def _bias(statistic: Tensor, count: int, loss: str) -> Tensor:
-    # A monotone map of the statistic: the untrained network ranks exactly as static does. The
-    # logarithm, standardised, is the mean target of mse; shifted so that count units of a layer lie
-    # above zero, it is a fair first logit for bce.
-    standard = _standard_log(statistic.clamp_min(TINY))
-    if loss == "mse" or count >= statistic.shape[-1]:
-        return standard
-    return standard - standard.kthvalue(statistic.shape[-1] - count + 1, dim=-1, keepdim=True).values
 
 
 def _counts(spec: ModelSpec, budget: Budget) -> dict[Unit, int]:
     """Units of a layer to keep: membership is learned at one budget for all layers."""
     heads, neurons = budget.mean().counts(spec, 1)
     return {"heads": int(heads[0]), "neurons": int(neurons[0])}
-
-
-def _standard_log(importance: Tensor) -> Tensor:
-    """Logarithms with mean 0 and deviation 1 in each row."""
-    log = importance.log()
-    deviation, mean = torch.std_mean(log, dim=-1, keepdim=True, correction=0)
-    return (log - mean) / deviation.clamp_min(1e-6)
 
 
 def _tracer(spec: ModelSpec, traces: Traces, weights: Mapping[str, Tensor] | None) -> Tracer | None:

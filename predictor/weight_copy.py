@@ -7,11 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from shadowllm.models.decoder import Decoder, Unit
+from shadowllm.models.decoder import Decoder
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.quantisation import Quantisation, rounded
-from shadowllm.predictor.artefact import Predictor
-from shadowllm.predictor.networks import layer_head_scores
 
 # With a scale for every 64 elements of a row the copy is under a fifth of a 16-bit MLP.
 COPY = Quantisation(bits=4, block=64)
@@ -60,23 +58,3 @@ class WeightCopy:
             Float32 ``(..., intermediate_size)``.
         """
         return self._decoder.product(layer, x).abs() * self._lengths[layer]
-
-
-class InPlace:
-    """A quantised shadow's scores of a layer's units, from what the layer computes them from.
-
-    Args:
-        weights: canonical float32 tensors.
-        predictor: any with a fit of the heads.
-        q: of the copy that scores neurons.
-    """
-
-    def __init__(
-        self, spec: ModelSpec, weights: Mapping[str, Tensor], predictor: Predictor, q: Quantisation = COPY
-    ) -> None:
-        self._predictor = predictor
-        self._copy = WeightCopy(spec, weights, predictor.dense_layers, q)
-
-    def scores(self, layer: int, unit: Unit, x: Tensor) -> Tensor:
-        """Float32 ``(..., n_units)`` of normed attention or MLP input ``(..., hidden_size)``."""
-        return self._copy.scores(layer, x) if unit == "neurons" else layer_head_scores(self._predictor, layer, x)

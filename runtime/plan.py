@@ -79,18 +79,20 @@ def predictor_bytes(manifest: Manifest, itemsize: float) -> float:
 
 
 def selector_bytes(selector: str, spec: ModelSpec, dense_layers: int, itemsize: float, rank: int) -> float:
-    """Bytes a selector reads per token: a network, one score per unit, or a fit of the heads and a copy of weights.
+    """Bytes a selector reads per token: networks, one score per unit, or a fit of the heads and a copy of weights.
 
     Args:
         selector: as `predictor.selectors` names it; an oracle or a random choice reads nothing.
-        itemsize: bytes per element of a shadow's weights.
-        rank: of a shadow.
+        itemsize: bytes per element of a network's weights.
+        rank: of the networks.
     """
     n_sparse = spec.n_layers - dense_layers
     units = n_sparse * (spec.n_heads + spec.intermediate_size)
+    fit = n_sparse * spec.n_heads * (spec.hidden_size + 1)
+    if selector == "layerwise":
+        return 4 * fit + n_sparse * (rank * (spec.hidden_size + 1) + spec.intermediate_size * (rank + 1)) * itemsize
     if selector.startswith("quantized-shadow"):
         bits = selector.removeprefix("quantized-shadow").removeprefix("-")
-        fit = n_sparse * spec.n_heads * (spec.hidden_size + 1)
         lengths = n_sparse * spec.intermediate_size
         copied_rows = lengths * (2 if spec.gated else 1)
         copy = replace(COPY, bits=int(bits)) if bits else COPY

@@ -19,9 +19,9 @@ from shadowllm.exporter.manifest import read_manifest
 from shadowllm.models import Budget, Decoder, KVCache, ModelSpec
 from shadowllm.models.decoder import Unit
 from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.in_place import in_place
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.topk import active_mask
-from shadowllm.predictor.weight_copy import InPlace
 from shadowllm.runtime.inputs import check_prompts, check_tokens
 
 Selection = dict[Unit, Tensor]
@@ -54,7 +54,9 @@ class TorchSession:
         self.spec = spec
         self.chosen: Selection = {}
         self.forced: Selection | None = None
-        self._in_place = InPlace(spec, weights, predictor) if predictor and predictor.in_place else None
+        self._in_place = (
+            in_place(predictor.kind, spec, weights, predictor) if predictor and predictor.in_place else None
+        )
         self._weights, self._predictor = weights, predictor
         self.set_budget(budget or Budget())
         self._decoder = Decoder(spec, weights if dense_weights is None else dense_weights)

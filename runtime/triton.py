@@ -56,7 +56,8 @@ class TritonSession:
     ) -> None:
         if predictor and predictor.in_place:
             raise UserError(
-                "the triton backend does not run a quantized shadow", "export with --selector shadow, or use ort"
+                f"the triton backend does not run {predictor.kind}, which chooses inside the layers",
+                "export with --selector shadow, or use ort",
             )
         self.spec = spec
         self.device = kernel_device()

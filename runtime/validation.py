@@ -130,8 +130,8 @@ def _reference(manifest: Manifest, weights: Weights, predictor: Predictor) -> Bu
         return BundleWeights(sparse, dense, dequantised_predictor(predictor, q))
     rounded = TORCH_DTYPES[DTYPES[manifest.dtype]]
     reference = {name: weights[name].to(rounded).float().contiguous() for name in weights}
-    if predictor.kind == "shadow":  # what the other kinds have is stored in float32
-        predictor = replace(predictor, tensors={name: t.to(rounded).float() for name, t in predictor.tensors.items()})
+    networks = {name: predictor.tensors[name].to(rounded).float() for name in predictor.learned}
+    predictor = replace(predictor, tensors=predictor.tensors | networks)  # all else is stored in float32
     return BundleWeights(reference, reference, predictor)
 
 

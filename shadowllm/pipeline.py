@@ -26,14 +26,15 @@ from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.memory import keep_freed_memory
 from shadowllm.predictor.progress import progress
 from shadowllm.predictor.tracefile import Traces, calibrate
-from shadowllm.predictor.train import Recipe, train_shadow, train_static
+from shadowllm.predictor.train import Recipe, train_network, train_static
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from shadowllm.runtime.tuning import Target
 
-SELECTORS = ("shadow", "quantized-shadow", "static", "random")
+TRAINABLE: tuple[Kind, ...] = ("shadow", "layerwise", "quantized-shadow", "static")
+SELECTORS = (*TRAINABLE, "random")
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ class Export:
     """What an export makes.
 
     Attributes:
-        selector: what to train when no predictor is given: "shadow", "quantized-shadow", "static", or
-            "random" (an arbitrary ranking, for measuring speed alone).
+        selector: what to train when no predictor is given: "shadow", "layerwise", "quantized-shadow", "static",
+            or "random" (an arbitrary ranking, for measuring speed alone).
         budget: default fractions to keep.
         dtype: "float32", "float16" or "bfloat16".
         validate: hold the result against the reference.
@@ -319,15 +320,14 @@ def _train(
     recipe: Recipe,
     loaded: dict[str, Tensor] | None = None,
 ) -> Predictor:
-    if selector not in ("shadow", "static", "quantized-shadow"):
-        raise UserError(f"selector {selector!r} cannot be trained", "use shadow, quantized-shadow or static")
-    if not traces.stored:  # too large to keep: training traces anew
-        loaded = loaded or weights.load()
-    if selector != "shadow":
-        kind: Kind = "static" if selector == "static" else "quantized-shadow"
-        return train_static(spec, traces, kind=kind, budget=recipe.budget, weights=loaded)
-    with progress("Training the predictor", recipe.epochs * traces.windows.train.numel()) as advance:
-        return train_shadow(spec, traces, recipe, weights=loaded, advance=advance)
+    if selector not in TRAINABLE:
+        raise UserError(f"selector {selector!r} cannot be trained", f"use {', '.join(TRAINABLE)}")
+    # Traces too large to keep are made anew while training, and so is what only a network in a layer reads.
+    anew = (loaded or weights.load()) if selector == "layerwise" or not traces.stored else None
+    if selector in ("static", "quantized-shadow"):
+        return train_static(spec, traces, kind=selector, budget=recipe.budget, weights=anew)
+    with progress("Training the predictor", recipe.passes(anew is not None) * traces.windows.train.numel()) as advance:
+        return train_network(spec, traces, recipe, kind=selector, weights=anew, advance=advance)
 
 
 def _random(spec: ModelSpec, weights: Weights, options: Calibration) -> Predictor:

@@ -25,11 +25,12 @@ def make_predictor(
         "heads.scores": torch.randn(n_sparse, spec.n_heads, generator=generator),
         "neurons.scores": torch.randn(n_sparse, spec.intermediate_size, generator=generator),
     }
-    if kind == "shadow":
-        tensors |= initial_tensors(spec, n_sparse, rank, tensors["heads.scores"], tensors["neurons.scores"], seed=3)
-        for name in ("heads.weight", "neurons.weight"):
+    if kind in ("shadow", "layerwise"):
+        biases = tensors["heads.scores"], tensors["neurons.scores"]
+        tensors |= initial_tensors(kind, spec, n_sparse, rank, *biases, seed=3)
+        for name in [name for name in tensors if name.endswith(("heads.weight", "neurons.weight"))]:
             tensors[name] = torch.randn(tensors[name].shape, generator=generator)
-    if kind == "quantized-shadow":
+    if kind in ("layerwise", "quantized-shadow"):
         heads = n_sparse * spec.n_heads
         tensors["layers.heads.weight"] = torch.randn(heads, spec.hidden_size, generator=generator)
         tensors["layers.heads.bias"] = torch.randn(heads, generator=generator)

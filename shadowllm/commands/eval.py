@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--selector",
         nargs="+",
-        help="static, shadow, oracle, random, quantized-shadow, or quantized-shadow-3 or -2 for fewer bits "
+        help="static, shadow, layerwise, oracle, random, quantized-shadow, or quantized-shadow-3 or -2 for fewer bits "
         "(default: static, the bundle's own, oracle)",
     )
     parser.add_argument("--neuron-budget", nargs="+", type=parse_fractions, metavar="FRACTION", help=OWN)

@@ -146,17 +146,19 @@ def calibration(args: argparse.Namespace) -> Calibration:
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
-    """How a shadow is trained."""
+    """How a network is trained."""
     group = parser.add_argument_group("training")
     group.add_argument(
         "--selector",
-        choices=("shadow", "quantized-shadow", "static", "random"),
+        choices=("shadow", "layerwise", "quantized-shadow", "static", "random"),
         default="shadow",
-        help="predictor to train; quantized-shadow needs none, random measures speed alone (default: shadow)",
+        help="predictor to train; quantized-shadow needs no training, random measures speed alone (default: shadow)",
     )
-    group.add_argument("--rank", type=int, help="width of the shadow (default: under 4%% of the model's parameters)")
-    group.add_argument("--epochs", type=int, help="passes over the traces")
-    group.add_argument("--loss", help="weighted_bce, bce or mse (default: weighted_bce)")
+    group.add_argument(
+        "--rank", type=int, help="width of a network (default: all of them under 4%% of the model's parameters)"
+    )
+    group.add_argument("--epochs", type=int, help="passes over the text (default: 4, or 1 where it is traced anew)")
+    group.add_argument("--loss", help="listnet, weighted_bce, bce or mse (default: listnet)")
 
 
 def recipe(args: argparse.Namespace) -> Recipe:

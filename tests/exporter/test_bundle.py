@@ -24,7 +24,7 @@ from tests.conftest import VARIANTS
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", ["shadow", "quantized-shadow"])
+@pytest.mark.parametrize("kind", ["shadow", "layerwise", "quantized-shadow"])
 def test_onnx_checker_accepts_every_piece(bundle, variant, kind):
     folder = bundle(variant, kind=kind)
     found = {path.stem for path in folder.glob("*.onnx")}

@@ -7,6 +7,7 @@ import torch
 
 from shadowllm.models import load_model
 from shadowllm.predictor.calibration import Windows
+from shadowllm.predictor.linear_fit import LinearFit
 from shadowllm.predictor.traces import Chunk
 
 
@@ -37,7 +38,7 @@ def split(windows, held_out=1):
 class LearnableTraces:
     """Traces where the importance of every unit is a linear function of the hidden state, exponentiated."""
 
-    criterion, dense_layers, base_fingerprint, fit = "l2norm", 1, "f00d", {}
+    criterion, dense_layers, base_fingerprint = "l2norm", 1, "f00d"
 
     def __init__(self, spec, n_windows=40, seqlen=64, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -49,15 +50,18 @@ class LearnableTraces:
             loadings = torch.randn(4, n_sparse * units, generator=generator)
             offset = torch.randn(n_sparse * units, generator=generator)
             parts.append((hidden @ factors @ loadings + offset).exp().unflatten(1, (n_sparse, units)))
-        self.all = Chunk(hidden, *parts)
+        inputs = hidden.unsqueeze(1).expand(-1, n_sparse, -1)
+        self.all = Chunk(hidden, *parts, {"heads": inputs, "neurons": inputs})
         tokens = torch.zeros(n_windows, seqlen, dtype=torch.int64)
         self.windows = split(tokens, held_out=8)
         train = self._rows(torch.arange(32) + 8)
+        fit = LinearFit(n_sparse, spec.hidden_size, spec.n_heads)
+        fit.add(train.inputs["heads"], train.heads)
+        self.fit = fit.solve()
         self.statistics = {"heads": train.heads.mean(dim=0), "neurons": train.neurons.mean(dim=0)}
 
     def _rows(self, windows):
-        rows = (windows[:, None] * 64 + torch.arange(64)).flatten()
-        return Chunk(self.all.hidden[rows], self.all.heads[rows], self.all.neurons[rows])
+        return self.all[(windows[:, None] * 64 + torch.arange(64)).flatten()]
 
     def training(self, _tracer, order):
         for part in order.split(4):

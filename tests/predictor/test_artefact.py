@@ -10,7 +10,7 @@ import torch
 from shadowllm.errors import UserError
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.tracefile import Traces, calibrate
-from shadowllm.predictor.train import Recipe, train_shadow, train_static
+from shadowllm.predictor.train import Recipe, train_network, train_static
 from tests.predictor.conftest import split, token_windows
 
 
@@ -18,7 +18,7 @@ from tests.predictor.conftest import split, token_windows
 def predictors(llama):
     spec, weights = llama
     traces = calibrate(spec, weights, split(token_windows(spec)), "f00d")
-    return {"static": train_static(spec, traces), "shadow": train_shadow(spec, traces, Recipe(rank=5, epochs=1))}
+    return {"static": train_static(spec, traces), "shadow": train_network(spec, traces, Recipe(rank=5, epochs=1))}
 
 
 @pytest.mark.parametrize("kind", ["static", "shadow"])

@@ -15,7 +15,7 @@ from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
 from shadowllm.predictor.topk import top_mask
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.traces import Tracer
-from shadowllm.predictor.train import Recipe, train_shadow
+from shadowllm.predictor.train import Recipe, train_network
 from tests.predictor.conftest import split, token_windows
 
 SELECTORS = ["static", "shadow", "random", "oracle"]
@@ -25,7 +25,7 @@ SELECTORS = ["static", "shadow", "random", "oracle"]
 def evaluated(request, tiny):
     spec, weights = tiny
     traces = calibrate(spec, weights, split(token_windows(spec)), "f00d", criterion=request.param)
-    predictor = train_shadow(spec, traces, Recipe(rank=8, epochs=2))
+    predictor = train_network(spec, traces, Recipe(rank=8, epochs=2))
     windows = token_windows(spec, n=3, seed=8)
     return windows, evaluate(spec, weights, predictor, SELECTORS, windows, [1.0, 0.4], [1.0, 0.5])
 

@@ -11,10 +11,10 @@ from shadowllm.errors import UserError
 from shadowllm.models import Decoder
 from shadowllm.models.budget import Budget
 from shadowllm.predictor.criteria import find_criterion, unit_trace
-from shadowllm.predictor.selectors import SELECTORS, Context, MaskedDecoder, QuantizedShadow, make_selector
+from shadowllm.predictor.selectors import SELECTORS, Context, InPlaceSelector, MaskedDecoder, make_selector
 from shadowllm.predictor.topk import active_mask, top_mask
 from shadowllm.predictor.tracefile import calibrate
-from shadowllm.predictor.train import Recipe, train_shadow, train_static
+from shadowllm.predictor.train import Recipe, train_network, train_static
 from tests.predictor.conftest import split, token_windows
 
 
@@ -22,7 +22,17 @@ from tests.predictor.conftest import split, token_windows
 def context(tiny):
     spec, weights = tiny
     traces = calibrate(spec, weights, split(token_windows(spec)), "f00d")
-    return Context(spec, weights, predictor=train_shadow(spec, traces, Recipe(rank=8, epochs=20, learning_rate=1e-2)))
+    return Context(spec, weights, predictor=train_network(spec, traces, Recipe(rank=8, epochs=20, learning_rate=1e-2)))
+
+
+def chooser(name, context):
+    """A selector by name, on a predictor of its kind."""
+    if name == "layerwise":
+        traces = calibrate(context.spec, context.weights, split(token_windows(context.spec)), "f00d")
+        recipe = Recipe(rank=8, epochs=10, learning_rate=1e-2)
+        networks = train_network(context.spec, traces, recipe, kind="layerwise", weights=context.weights)
+        context = replace(context, predictor=networks)
+    return make_selector(name, context)
 
 
 @pytest.mark.parametrize("n", [1, 2, 41, 123])
@@ -39,13 +49,13 @@ def test_everything_kept_is_dense_to_the_bit(context, name):
     windows = token_windows(context.spec, n=2, seed=8)
     with torch.no_grad():
         dense = Decoder(context.spec, context.weights)(windows)
-    assert torch.equal(MaskedDecoder(context, make_selector(name, context), Budget())(windows), dense)
+    assert torch.equal(MaskedDecoder(context, chooser(name, context), Budget())(windows), dense)
 
 
 @pytest.mark.parametrize("name", SELECTORS)
 def test_each_token_has_exactly_the_counted_units(context, name):
     windows, budget = token_windows(context.spec, n=2, seed=8), Budget(neurons=(0.3, 0.7), heads=0.5)
-    decoder = MaskedDecoder(context, make_selector(name, context), budget)
+    decoder = MaskedDecoder(context, chooser(name, context), budget)
     decoder(windows)
     heads, neurons = budget.counts(context.spec, 2)
     assert decoder.masks.keys() == {(layer, unit) for layer in (1, 2) for unit in ("heads", "neurons")}
@@ -70,7 +80,7 @@ def test_heads_of_a_group_are_chosen_together_by_their_sum(llama):
 
 @pytest.mark.parametrize("name", SELECTORS)
 def test_choices_depend_on_the_token_unless_static(context, name):
-    decoder = MaskedDecoder(context, make_selector(name, context), Budget(0.3, 0.5))
+    decoder = MaskedDecoder(context, chooser(name, context), Budget(0.3, 0.5))
     decoder(token_windows(context.spec, n=2, seed=8))
     mask = decoder.masks[2, "neurons"].flatten(0, 1)
     assert bool((mask == mask[0]).all()) == (name == "static")
@@ -123,7 +133,7 @@ def test_the_shadow_is_causal(context):
     assert all(torch.equal(masks[0][key][:, :12], masks[1][key][:, :12]) for key in masks[0])
 
 
-@pytest.mark.parametrize("name", ["static", "shadow"])
+@pytest.mark.parametrize("name", ["static", "shadow", "layerwise"])
 def test_trained_selectors_ask_for_a_predictor(llama, name):
     with pytest.raises(UserError, match=f"{name} selector needs a trained predictor"):
         make_selector(name, Context(*llama))
@@ -144,21 +154,34 @@ def test_a_copy_of_many_bits_chooses_what_the_oracle_does_and_fewer_bits_less_of
     wanted = choices(context, make_selector("oracle", context))
     # The second sparse layer's input depends on the choice in the first, so only a copy without error can be exact.
     recalls = [
-        float((choices(context, QuantizedShadow(context, bits)) & wanted).sum() / wanted.sum()) for bits in (20, 4, 2)
+        float((choices(context, InPlaceSelector(context, "quantized-shadow", bits)) & wanted).sum() / wanted.sum())
+        for bits in (20, 4, 2)
     ]
     assert recalls[0] == 1
     assert 0.3 < recalls[2] < recalls[1] < 1
 
 
+@pytest.mark.parametrize("name", ["layerwise", "quantized-shadow"])
 @pytest.mark.parametrize("unit", ["heads", "neurons"])
-def test_a_quantised_shadow_reads_its_layers_own_input(context, unit):
+def test_choosing_in_place_reads_the_layers_own_input(context, name, unit):
     """Not the activation: another one must not change the choice."""
-    chooser = QuantizedShadow(context)
-    chooser.watch(1, unit, torch.randn(1, 2, context.spec.hidden_size, generator=torch.Generator().manual_seed(5)))
+    in_place = chooser(name, context)
+    in_place.watch(1, unit, torch.randn(1, 2, context.spec.hidden_size, generator=torch.Generator().manual_seed(5)))
     activation = torch.zeros(1, 2, {"heads": context.spec.n_heads, "neurons": context.spec.intermediate_size}[unit])
-    found = chooser.scores(1, unit, activation)
+    found = in_place.scores(1, unit, activation)
     assert found.shape == activation.shape
-    assert torch.equal(found, chooser.scores(1, unit, activation + 1))
+    assert torch.equal(found, in_place.scores(1, unit, activation + 1))
+
+
+@pytest.mark.parametrize("kind", ["shadow", "layerwise"])
+def test_a_network_of_another_kind_is_refused(context, kind):
+    static = train_static(context.spec, calibrate(*_model(context), split(token_windows(context.spec)), "f00d"))
+    with pytest.raises(UserError, match=f"predictor is static, not {kind}"):
+        make_selector(kind, replace(context, predictor=static))
+
+
+def _model(context):
+    return context.spec, context.weights
 
 
 def test_the_heads_fit_finds_more_than_the_ranking_of_the_same_text(llama):
@@ -168,7 +191,7 @@ def test_the_heads_fit_finds_more_than_the_ranking_of_the_same_text(llama):
     context = Context(spec, weights, predictor=train_static(spec, traces, kind="quantized-shadow"))
 
     def masks(name):
-        decoder = MaskedDecoder(context, make_selector(name, context), Budget(heads=0.5))
+        decoder = MaskedDecoder(context, chooser(name, context), Budget(heads=0.5))
         decoder(traces.windows.train)
         return decoder.masks[1, "heads"]  # of the first sparse layer: every selector sees the same input there
 
@@ -180,4 +203,4 @@ def test_the_heads_fit_finds_more_than_the_ranking_of_the_same_text(llama):
 def test_a_predictor_without_the_fit_is_refused(context):
     bare = {name: tensor for name, tensor in context.predictor.tensors.items() if not name.startswith("layers.")}
     with pytest.raises(UserError, match="no fit of the heads"):
-        QuantizedShadow(replace(context, predictor=replace(context.predictor, tensors=bare)))
+        InPlaceSelector(replace(context, predictor=replace(context.predictor, tensors=bare)), "quantized-shadow")

@@ -9,39 +9,44 @@ import torch
 
 from shadowllm.errors import UserError
 from shadowllm.models.budget import Budget
-from shadowllm.predictor.networks import default_rank, scores
+from shadowllm.predictor.losses import LOSSES
+from shadowllm.predictor.networks import default_rank, layer_neuron_scores, scores
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.traces import Tracer
-from shadowllm.predictor.train import LOSSES, Recipe, train_shadow, train_static
+from shadowllm.predictor.train import Recipe, chunk_scores, initial, train_network, train_static
 from tests.predictor.conftest import LearnableTraces, split, token_windows
 
-RECIPE = Recipe(rank=16, epochs=12, learning_rate=1e-2, weight_decay=0.0, batch_tokens=64)
+RECIPE = Recipe(rank=16, epochs=8, learning_rate=1e-2, weight_decay=0.0, batch_tokens=64)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_learnable_task_is_learned(llama, loss):
+@pytest.mark.parametrize("kind", ["shadow", "layerwise"])
+def test_a_learnable_task_is_learned(llama, kind, loss):
     spec, _ = llama
-    record = train_shadow(spec, LearnableTraces(spec), replace(RECIPE, loss=loss)).record["held_out"]
-    assert record["shadow"]["loss"] < 0.7 * record["static"]["loss"]
-    assert record["shadow"]["neuron_recall"] > record["static"]["neuron_recall"] + 0.1
-    assert record["shadow"]["head_recall"] > record["static"]["head_recall"] + 0.02
+    record = train_network(spec, LearnableTraces(spec), replace(RECIPE, loss=loss), kind=kind).record["held_out"]
+    assert record[kind]["loss"] < 0.7 * record["static"]["loss"]
+    assert record[kind]["neuron_recall"] > record["static"]["neuron_recall"] + 0.1
+    if kind == "shadow":  # the heads of the other have their fit
+        assert record[kind]["head_recall"] > record["static"]["head_recall"] + 0.02
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_untrained_shadow_ranks_as_static(llama, loss):
+@pytest.mark.parametrize("kind", ["shadow", "layerwise"])
+def test_an_untrained_network_ranks_as_static(llama, kind, loss):
     spec, _ = llama
     traces = LearnableTraces(spec)
-    shadow = train_shadow(spec, traces, replace(RECIPE, epochs=1, learning_rate=1e-12, loss=loss))
-    static = train_static(spec, traces)
-    for mine, theirs in zip(scores(shadow, traces.all.hidden[:7]), scores(static, traces.all.hidden[:7]), strict=True):
-        assert mine.shape == theirs.shape
-        assert torch.equal(mine.argsort(dim=-1), theirs.argsort(dim=-1))
+    untrained = initial(kind, spec, traces, replace(RECIPE, loss=loss))
+    few = traces.all[torch.arange(7)]
+    mine, theirs = (chunk_scores(predictor, few) for predictor in (untrained, train_static(spec, traces)))
+    for unit in ("heads", "neurons") if kind == "shadow" else ("neurons",):
+        assert mine[unit].shape == theirs[unit].shape
+        assert torch.equal(mine[unit].argsort(dim=-1), theirs[unit].argsort(dim=-1))
 
 
 def test_scores_follow_the_formula(llama):
     spec, _ = llama
     traces = LearnableTraces(spec)
-    shadow = train_shadow(spec, traces, replace(RECIPE, epochs=1))
+    shadow = train_network(spec, traces, replace(RECIPE, epochs=1))
     x = traces.all.hidden[:5].double()
     t = {name: tensor.double() for name, tensor in shadow.tensors.items()}
     x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
@@ -50,10 +55,24 @@ def test_scores_follow_the_formula(llama):
     torch.testing.assert_close(scores(shadow, traces.all.hidden[:5])[1].double(), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_scores_of_a_layer_follow_the_formula(llama):
+    spec, _ = llama
+    networks = train_network(spec, LearnableTraces(spec), replace(RECIPE, epochs=1), kind="layerwise")
+    x = torch.randn(5, spec.hidden_size, generator=torch.Generator().manual_seed(4)).double()
+    t = {name: tensor.double() for name, tensor in networks.tensors.items()}
+    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    for row, layer in enumerate(range(1, spec.n_layers)):
+        trunk, outputs = slice(row * 16, (row + 1) * 16), slice(*(spec.intermediate_size * i for i in (row, row + 1)))
+        z = (normed @ t["layers.trunk.weight"][trunk].T + t["layers.trunk.bias"][trunk]).clamp_min(0)
+        expected = z @ t["layers.neurons.weight"][outputs].T + t["layers.neurons.bias"][outputs]
+        found = layer_neuron_scores(networks, layer, x.float())
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_seed_decides_everything(llama):
     spec, _ = llama
     first, again, other = (
-        train_shadow(spec, LearnableTraces(spec), replace(RECIPE, epochs=1, seed=seed)) for seed in (1, 1, 2)
+        train_network(spec, LearnableTraces(spec), replace(RECIPE, epochs=1, seed=seed)) for seed in (1, 1, 2)
     )
     assert all(torch.equal(first.tensors[name], again.tensors[name]) for name in first.tensors)
     assert first.record == again.record
@@ -64,12 +83,33 @@ def test_training_on_kept_and_on_live_traces(tiny):
     spec, weights = tiny
     windows = split(token_windows(spec, n=12), held_out=4)
     recipe = Recipe(rank=8, epochs=3, batch_tokens=24)
-    live = train_shadow(spec, calibrate(spec, weights, windows, "f00d", limit_bytes=0), recipe, weights=weights)
-    kept = train_shadow(spec, calibrate(spec, weights, windows, "f00d"), recipe)
+    live = train_network(spec, calibrate(spec, weights, windows, "f00d", limit_bytes=0), recipe, weights=weights)
+    kept = train_network(spec, calibrate(spec, weights, windows, "f00d"), recipe)
     for name in ("loss", "neuron_recall", "head_recall"):
         # One byte a score, and another chunking of the shuffle: close, not equal.
         assert abs(live.record["held_out"]["shadow"][name] - kept.record["held_out"]["shadow"][name]) < 0.03
     assert live.record["tokens"] == 8 * 24
+
+
+def test_layerwise_networks_learn_from_live_traces_alone(llama):
+    spec, weights = llama
+    traces = calibrate(spec, weights, split(token_windows(spec, n=12), held_out=4), "f00d")
+    recipe = Recipe(rank=8, epochs=6, batch_tokens=24)
+    judged = train_network(spec, traces, recipe, kind="layerwise", weights=weights).record["held_out"]
+    assert judged["layerwise"]["loss"] < judged["static"]["loss"]
+    with pytest.raises(UserError, match="give the model"):
+        train_network(spec, traces, recipe, kind="layerwise")
+
+
+def test_text_that_is_traced_anew_is_read_once(llama):
+    spec, weights = llama
+    traces = calibrate(spec, weights, split(token_windows(spec, n=12), held_out=4), "f00d")
+    read = []
+    for live in (weights, None):
+        tokens = []
+        train_network(spec, traces, Recipe(rank=8), weights=live, advance=tokens.append)
+        read.append(sum(tokens))
+    assert read == [8 * 24, 4 * 8 * 24]
 
 
 def test_static_is_the_mean_relative_importance(llama):
@@ -98,10 +138,14 @@ def test_default_rank_stays_under_four_percent(llama):
         head_dim=64,
         tied_embeddings=True,
     )
-    rank, outputs = default_rank(smollm, 1), 29 * (1536 + 9)
-    size = lambda r: r * 577 + outputs * (r + 1)  # noqa: E731
-    assert rank % 16 == 0
-    assert size(rank) <= 0.04 * smollm.n_parameters < size(rank + 16)
+    sizes = {
+        "shadow": lambda r: r * 577 + 29 * (1536 + 9) * (r + 1),
+        "layerwise": lambda r: 29 * (r * 577 + 1536 * (r + 1)),
+    }
+    for kind, size in sizes.items():
+        rank = default_rank(smollm, 1, kind)
+        assert rank % 16 == 0
+        assert size(rank) <= 0.04 * smollm.n_parameters < size(rank + 16)
     with pytest.raises(UserError, match="--rank"):
         default_rank(spec, 1)
 
@@ -110,14 +154,3 @@ def test_default_rank_stays_under_four_percent(llama):
 def test_senseless_recipes_are_refused(options):
     with pytest.raises(UserError):
         Recipe(**options)
-
-
-@pytest.mark.parametrize("loss", ["bce", "weighted_bce"])
-def test_silent_units_are_not_all_important(loss):
-    """After a ReLU most of a token's importance may be 0: at a larger budget that must not make everything wanted."""
-    importance = torch.tensor([[[5.0, 0.0, 3.0, 0.0, 0.0, 0.0]], [[4.0, 0.0, 0.0, 1.0, 0.0, 0.0]]])
-    predicted = torch.zeros(2, 1, 6, requires_grad=True)
-    LOSSES[loss](predicted, importance, 3).backward()
-    towards = -predicted.grad
-    assert bool((towards[importance > 0] > 0).all())
-    assert bool((towards[importance == 0] < 0).all())

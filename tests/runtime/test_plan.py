@@ -25,6 +25,13 @@ def test_bytes_are_those_of_its_tensors(bundle, kind):
     assert predictor_bytes(manifest, 2) == itemsize * sum(tensor.numel() for tensor in read)
 
 
+def test_layers_read_their_networks_as_weights_and_the_fit_of_the_heads_in_float32(bundle):
+    manifest = read_manifest(bundle(kind="layerwise"))
+    tensors = read_weights(bundle(kind="layerwise"), manifest).predictor.tensors
+    sizes = {name: 4 if ".heads." in name else 2 for name in tensors if name.startswith("layers.")}
+    assert predictor_bytes(manifest, 2) == sum(size * tensors[name].numel() for name, size in sizes.items())
+
+
 @pytest.mark.parametrize("variant", ["llama-blocks", "opt-blocks"])
 def test_a_quantised_shadow_reads_its_copy(bundle, checkpoint, variant):
     manifest = read_manifest(bundle(variant, kind="quantized-shadow"))
@@ -74,7 +81,7 @@ def test_dense_layers_have_a_reason(bundle):
     assert dense_layers(manifest, Budget(neurons=(1.0, 0.5)), "because")["1"] == "because"
 
 
-@pytest.mark.parametrize("kind", ["static", "shadow", "quantized-shadow"])
+@pytest.mark.parametrize("kind", ["static", "shadow", "layerwise", "quantized-shadow"])
 def test_layers_pay_where_the_step_does(bundle, kind):
     """With one budget for all layers, they and the step as a whole agree."""
     manifest = read_manifest(bundle("llama-blocks", kind=kind))

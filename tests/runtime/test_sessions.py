@@ -45,6 +45,8 @@ def test_full_budget_equals_dense(bundle, variant, kind):
         ("opt-blocks", "int8", "shadow"),
         ("llama-gqa", None, "quantized-shadow"),
         ("opt-blocks", "int8", "quantized-shadow"),
+        ("llama-gqa", None, "layerwise"),
+        ("opt-blocks", "int4", "layerwise"),
     ],
 )
 @pytest.mark.parametrize("native", [True, False])

@@ -56,12 +56,13 @@ def test_integer_graphs_with_exact_kernels(bundle, checkpoint, isa, monkeypatch)
     check(bundle("llama-blocks", weight_dtype="int4"), checkpoint("llama-blocks"))
 
 
+@pytest.mark.parametrize("kind", ["layerwise", "quantized-shadow"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_quantised_shadow_chooses_in_the_graph_as_in_the_reference(bundle, checkpoint, variant):
-    assert check(bundle(variant, kind="quantized-shadow"), checkpoint(variant))["selection_agreement"] == 1.0
+def test_layers_choose_in_the_graph_as_in_the_reference(bundle, checkpoint, variant, kind):
+    assert check(bundle(variant, kind=kind), checkpoint(variant))["selection_agreement"] == 1.0
 
 
-@pytest.mark.parametrize("kind", ["static", "shadow", "quantized-shadow"])
+@pytest.mark.parametrize("kind", ["static", "shadow", "layerwise", "quantized-shadow"])
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-mqa-tied", "opt"])  # opt: each head is a group
 def test_whole_groups_are_chosen_as_in_the_reference(bundle, checkpoint, variant, kind):
     folder = bundle(variant, kind=kind, head_unit="kv_group")
@@ -75,13 +76,15 @@ def test_whole_groups_are_chosen_as_in_the_reference(bundle, checkpoint, variant
     assert masks.all(dim=-1).sum(dim=-1).tolist() == [max(1, spec.n_kv_heads // 2)] * 2
 
 
+@pytest.mark.parametrize("kind", ["layerwise", "quantized-shadow"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_quantised_shadow_of_16_bit_weights(bundle, checkpoint, dtype):
-    check(bundle("llama-biases", dtype, kind="quantized-shadow"), checkpoint("llama-biases"))
+def test_layers_choose_with_16_bit_weights(bundle, checkpoint, dtype, kind):
+    check(bundle("llama-biases", dtype, kind=kind), checkpoint("llama-biases"))
 
 
-def test_a_quantised_shadow_of_integer_weights(bundle, checkpoint):
-    folder = bundle("llama-blocks", weight_dtype="int8", kind="quantized-shadow")
+@pytest.mark.parametrize("kind", ["layerwise", "quantized-shadow"])
+def test_layers_choose_with_integer_weights(bundle, checkpoint, kind):
+    folder = bundle("llama-blocks", weight_dtype="int8", kind=kind)
     check(folder, checkpoint("llama-blocks"), 3e-4)
 
 

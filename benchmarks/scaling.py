@@ -1,0 +1,190 @@
+"""How well learned selectors do for the text they see and the size they have.
+
+    python -m shadowllm.benchmarks.scaling "$(python benchmarks/model_path.py)" out/scaling --json scaling.json
+
+Networks of several kinds, sizes and losses learn side by side from one pass over the documentation that
+Python ships (`small_opt.documents`, without the modules that are evaluated on); each has its own learning
+rate schedule and stops at its own number of tokens, as `shadowllm train` would train it. They are written to a
+folder, and those found there are not trained again. Then each chooses neurons, with all heads kept and
+layer 0 dense, on the benchmarks' passage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from shadowllm.benchmarks.environment import environment
+from shadowllm.benchmarks.passage import passage
+from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.benchmarks.small_opt import documents
+from shadowllm.errors import UserError
+from shadowllm.models import ModelSpec, load_model
+from shadowllm.predictor.artefact import Kind, Predictor
+from shadowllm.predictor.calibration import Encode, Windows
+from shadowllm.predictor.evaluate import evaluate
+from shadowllm.predictor.losses import LOSSES
+from shadowllm.predictor.memory import keep_freed_memory
+from shadowllm.predictor.networks import default_rank
+from shadowllm.predictor.progress import progress
+from shadowllm.predictor.selectors import Context, make_selector
+from shadowllm.predictor.tracefile import Traces, calibrate
+from shadowllm.predictor.traces import Tracer
+from shadowllm.predictor.train import Learner, Recipe, initial, train_static
+
+SEQLEN = 256
+STATISTICS = 16384  # tokens behind the static ranking
+BUDGETS = (0.5, 0.3)
+EVALUATED, WINDOW = 2048, 512
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network to train.
+
+    Attributes:
+        kind: "shadow" or "layerwise".
+        share: its size over that of the model, at most.
+        tokens: to learn from.
+        loss: by which.
+    """
+
+    kind: Kind
+    share: float
+    tokens: int
+    loss: str = "listnet"
+
+    @classmethod
+    def parse(cls, text: str) -> Point:
+        """``KIND:SHARE:TOKENS`` or ``KIND:SHARE:TOKENS:LOSS``, as ``layerwise:0.04:131072``."""
+        kind, share, tokens, *loss = text.split(":")
+        if kind not in ("shadow", "layerwise") or len(loss) > 1 or any(name not in LOSSES for name in loss):
+            raise UserError(f"{text!r} is no network to train", "write it as layerwise:0.04:131072 or ...:weighted_bce")
+        return cls(cast(Kind, kind), float(share), int(tokens), *loss)
+
+    @property
+    def file(self) -> str:
+        """Name of its predictor in the folder."""
+        return f"{self.kind}-{self.share:g}-{self.tokens}-{self.loss}.safetensors"
+
+
+POINTS = (
+    *(f"{kind}:0.04:{tokens}" for kind in ("shadow", "layerwise") for tokens in (8192, 32768, 131072)),
+    *(f"{kind}:{share}:32768" for kind in ("shadow", "layerwise") for share in (0.08, 0.16)),
+    "layerwise:0.08:131072",
+    *(f"{kind}:0.04:32768:weighted_bce" for kind in ("shadow", "layerwise")),
+)
+
+
+def text_windows(encode: Encode, seqlen: int, seed: int) -> Tensor:
+    """The documentation cut into windows, int64 ``(n, seqlen)``, in a random order."""
+    ids = torch.tensor([token for text in documents() for token in encode(text)])
+    windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+
+
+def train(
+    spec: ModelSpec, traces: Traces, points: Sequence[Point], tracer: Tracer, windows: Tensor, folder: Path
+) -> None:
+    """Train all points in one pass over the windows; each is written to the folder as it is done.
+
+    Its record holds what the run took until then: seconds, and CPU seconds (of all threads) per token, for tracing
+    and for this network alone.
+    """
+    learners = {point: _learner(spec, traces, point) for point in points}
+    cost: dict[Point | None, float] = defaultdict(float)
+    began, before, seen = time.time(), time.process_time(), 0
+    with progress("Training", max(point.tokens for point in points)) as advance:
+        for chunk in tracer.chunks(windows):
+            seen += chunk.tokens
+            for point in (None, *learners):
+                if point is not None:
+                    learners[point].learn(chunk)
+                now = time.process_time()
+                cost[point], before = cost[point] + now - before, now
+            advance(chunk.tokens)
+            for point in [point for point in learners if seen >= point.tokens]:
+                spent = {"trace": cost[None] / seen, "network": cost[point] / seen, "wall_seconds": time.time() - began}
+                predictor = learners.pop(point).predictor()
+                replace(predictor, record=asdict(point) | {"cpu_seconds_per_token": spent}).save(folder / point.file)
+                print(f"{point.file}: {time.time() - began:.0f} s", flush=True)
+                before = time.process_time()
+            if not learners:
+                return
+
+
+def _learner(spec: ModelSpec, traces: Traces, point: Point) -> Learner:
+    rank = default_rank(spec, traces.dense_layers, point.kind, point.share)
+    recipe = Recipe(loss=point.loss, rank=rank, seed=SEED)
+    return Learner(spec, initial(point.kind, spec, traces, recipe), recipe, point.tokens)
+
+
+def judge(
+    spec: ModelSpec, weights: dict[str, Tensor], static: Predictor, folder: Path, windows: Tensor
+) -> dict[str, Any]:
+    """Every predictor of the folder beside static and oracle, at each of `BUDGETS`."""
+    found = {path.name: Predictor.load(path) for path in sorted(folder.glob("*.safetensors"))}
+    contenders = {
+        name: make_selector(predictor.kind, Context(spec, weights, predictor=predictor))
+        for name, predictor in found.items()
+    }
+    contenders |= {name: make_selector(name, Context(spec, weights, predictor=static)) for name in ("static", "oracle")}
+    passes = len(windows) * (1 + len(contenders) * len(BUDGETS))
+    with progress("Evaluating", passes) as advance:
+        results = evaluate(spec, weights, static, contenders, windows, BUDGETS, advance=advance)
+    rows = [asdict(result) for result in results]
+    for row in rows:
+        if row["selector"] in found:
+            predictor = found[row["selector"]]
+            size = sum(predictor.tensors[name].numel() for name in predictor.learned)
+            row |= predictor.record | {"rank": predictor.rank, "parameters": size}
+    return {"dense": rows[0], "results": rows[1:]}
+
+
+@script
+def main() -> None:
+    """Command line."""
+    parser = script_parser("scaling", __doc__)
+    parser.add_argument("model", help="folder or GGUF file")
+    parser.add_argument("folder", type=Path, help="where the predictors lie")
+    parser.add_argument("--points", nargs="*", default=POINTS, help="networks to train, as layerwise:0.04:131072")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="judge all predictors in the folder, and write how they do"
+    )
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    points = [point for point in map(Point.parse, args.points) if not (args.folder / point.file).exists()]
+    keep_freed_memory()
+    spec, stored, checkpoint = load_model(args.model)
+    weights, tokenizer = stored.load(), checkpoint.tokenizer()
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    windows = text_windows(encode, SEQLEN, SEED)
+    if points and max(point.tokens for point in points) > windows.numel():
+        raise UserError(f"the text has {windows.numel()} tokens", "ask for points of fewer")
+    sample = Windows(windows[1 : STATISTICS // SEQLEN], windows[:1], "documentation that Python ships")
+    traces = calibrate(spec, weights, sample, stored.fingerprint(), limit_bytes=0)
+    if points:
+        tracer = Tracer(spec, weights, traces.criterion, traces.dense_layers)
+        train(spec, traces, points, tracer, windows, args.folder)
+    if args.json:
+        passages = torch.tensor(passage(encode, EVALUATED)).view(-1, WINDOW)
+        static = train_static(spec, traces, weights=weights)
+        found = judge(spec, weights, static, args.folder, passages)
+        args.json.write_text(json.dumps({"environment": environment()} | found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
