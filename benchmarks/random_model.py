@@ -185,7 +185,10 @@ def untrained(
         "neurons.scores": torch.rand(n_sparse, spec.intermediate_size, generator=generator),
     }
     if kind in ("shadow", "layerwise"):
-        rank, biases = rank or default_rank(spec, dense_layers, kind), (tensors["heads.scores"], tensors["neurons.scores"])
+        rank, biases = (
+            rank or default_rank(spec, dense_layers, kind),
+            (tensors["heads.scores"], tensors["neurons.scores"]),
+        )
         tensors |= initial_tensors(kind, spec, n_sparse, rank, *biases, seed=0)
         for name in [name for name in tensors if name.endswith(("heads.weight", "neurons.weight"))]:
             tensors[name].normal_(generator=generator)

@@ -5,13 +5,14 @@
 Networks of several kinds, sizes and losses learn side by side from one pass over the documentation that
 Python ships (`small_opt.documents`, without the modules that are evaluated on); each has its own learning
 rate schedule and stops at its own number of tokens, as `shadowllm train` would train it. They are written to a
-folder, and those found there are not trained again. Then each chooses neurons, with all heads kept and
-layer 0 dense, on the benchmarks' passage.
+folder, and those found there are not trained again (nor judged again what the JSON has). Then each chooses
+neurons, with all heads kept and layer 0 dense, on the benchmarks' passage.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import defaultdict
@@ -46,6 +47,7 @@ STATISTICS = 16384  # tokens behind the static ranking
 BUDGETS = (0.5, 0.3)
 EVALUATED, WINDOW = 2048, 512
 SEED = 0
+STATIC = "static"
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ def train(
     learners = {point: _learner(spec, traces, point) for point in points}
     cost: dict[Point | None, float] = defaultdict(float)
     began, before, seen = time.time(), time.process_time(), 0
-    with progress("Training", max(point.tokens for point in points)) as advance:
-        for chunk in tracer.chunks(windows):
+    with progress("Training", max((point.tokens for point in points), default=0)) as advance:
+        for chunk in tracer.chunks(windows if points else windows[:0]):
             seen += chunk.tokens
             for point in (None, *learners):
                 if point is not None:
@@ -130,25 +132,35 @@ def _learner(spec: ModelSpec, traces: Traces, point: Point) -> Learner:
 
 
 def judge(
-    spec: ModelSpec, weights: dict[str, Tensor], static: Predictor, folder: Path, windows: Tensor
+    spec: ModelSpec, weights: dict[str, Tensor], folder: Path, windows: Tensor, known: dict[str, Any]
 ) -> dict[str, Any]:
-    """Every predictor of the folder beside static and oracle, at each of `BUDGETS`."""
-    found = {path.name: Predictor.load(path) for path in sorted(folder.glob("*.safetensors"))}
-    contenders = {
-        name: make_selector(predictor.kind, Context(spec, weights, predictor=predictor))
-        for name, predictor in found.items()
-    }
-    contenders |= {name: make_selector(name, Context(spec, weights, predictor=static)) for name in ("static", "oracle")}
-    passes = len(windows) * (1 + len(contenders) * len(BUDGETS))
-    with progress("Evaluating", passes) as advance:
-        results = evaluate(spec, weights, static, contenders, windows, BUDGETS, advance=advance)
-    rows = [asdict(result) for result in results]
+    """Every predictor of the folder beside static and oracle, at each of `BUDGETS`.
+
+    Args:
+        known: what an earlier call returned; what it judged is not judged again.
+    """
+    predictors = {path.stem: Predictor.load(path) for path in sorted(folder.glob("*.safetensors"))}
+    rows: list[dict[str, Any]] = known.get("results", [])
+    left = {name: p for name, p in predictors.items() if name not in {row["selector"] for row in rows}}
+    contenders = {name: make_selector(p.kind, Context(spec, weights, predictor=p)) for name, p in left.items()}
+    if STATIC in left:
+        contenders["oracle"] = make_selector("oracle", Context(spec, weights))
+    dense = known.get("dense")
+    if contenders:
+        with progress("Evaluating", len(windows) * (1 + len(contenders) * len(BUDGETS))) as advance:
+            results = evaluate(spec, weights, predictors[STATIC], contenders, windows, BUDGETS, advance=advance)
+        dense, found = asdict(results[0]), [asdict(result) for result in results[1:]]
+        rows += [row | _described(predictors[row["selector"]]) if row["selector"] in left else row for row in found]
+    logs = {(row["selector"], row["neuron_budget"]): math.log(row["perplexity"]) for row in rows}
     for row in rows:
-        if row["selector"] in found:
-            predictor = found[row["selector"]]
-            size = sum(predictor.tensors[name].numel() for name in predictor.learned)
-            row |= predictor.record | {"rank": predictor.rank, "parameters": size}
-    return {"dense": rows[0], "results": rows[1:]}
+        static, mine, oracle = (logs[name, row["neuron_budget"]] for name in (STATIC, row["selector"], "oracle"))
+        row["gap_closure"] = (static - mine) / (static - oracle)
+    return {"dense": dense, "results": rows}
+
+
+def _described(predictor: Predictor) -> dict[str, Any]:
+    size = sum(predictor.tensors[name].numel() for name in predictor.learned)
+    return {"rank": predictor.rank, "parameters": size} | predictor.record
 
 
 @script
@@ -158,9 +170,7 @@ def main() -> None:
     parser.add_argument("model", help="folder or GGUF file")
     parser.add_argument("folder", type=Path, help="where the predictors lie")
     parser.add_argument("--points", nargs="*", default=POINTS, help="networks to train, as layerwise:0.04:131072")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="judge all predictors in the folder, and write how they do"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="judge the predictors, and write how they do")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     points = [point for point in map(Point.parse, args.points) if not (args.folder / point.file).exists()]
@@ -171,18 +181,19 @@ def main() -> None:
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
-    windows = text_windows(encode, SEQLEN, SEED)
-    if points and max(point.tokens for point in points) > windows.numel():
-        raise UserError(f"the text has {windows.numel()} tokens", "ask for points of fewer")
-    sample = Windows(windows[1 : STATISTICS // SEQLEN], windows[:1], "documentation that Python ships")
-    traces = calibrate(spec, weights, sample, stored.fingerprint(), limit_bytes=0)
-    if points:
-        tracer = Tracer(spec, weights, traces.criterion, traces.dense_layers)
-        train(spec, traces, points, tracer, windows, args.folder)
+    static = args.folder / f"{STATIC}.safetensors"
+    if points or not static.exists():
+        windows = text_windows(encode, SEQLEN, SEED)
+        if points and max(point.tokens for point in points) > windows.numel():
+            raise UserError(f"the text has {windows.numel()} tokens", "ask for points of fewer")
+        sample = Windows(windows[1 : STATISTICS // SEQLEN], windows[:1], "documentation that Python ships")
+        traces = calibrate(spec, weights, sample, stored.fingerprint(), limit_bytes=0)
+        train_static(spec, traces, weights=weights).save(static)
+        train(spec, traces, points, Tracer(spec, weights, traces.criterion, traces.dense_layers), windows, args.folder)
     if args.json:
         passages = torch.tensor(passage(encode, EVALUATED)).view(-1, WINDOW)
-        static = train_static(spec, traces, weights=weights)
-        found = judge(spec, weights, static, args.folder, passages)
+        known = json.loads(args.json.read_text()) if args.json.exists() else {}
+        found = judge(spec, weights, args.folder, passages, known)
         args.json.write_text(json.dumps({"environment": environment()} | found, indent=2) + "\n")
 
 

@@ -1,7 +1,9 @@
 """Training in several processes at once: each learns from its own share of the text, all learn one network.
 
-`accelerate launch --num_processes 2 -m shadowllm.cli train ...` starts them (torchrun does as well). Accelerate is an
-optional dependency, and one process never asks for it.
+    torchrun --nproc-per-node 2 -m shadowllm.cli train MODEL --traces traces.safetensors ...
+
+starts them, and so does any launcher that sets torchrun's variables. (`accelerate launch` itself starts several
+processes on CPUs through MPI alone.) Accelerate is an optional dependency, and one process never asks for it.
 """
 
 from __future__ import annotations
@@ -16,19 +18,29 @@ from torch import Tensor
 from shadowllm.errors import UserError
 
 
+def process_count() -> int:
+    """How many processes were started together, as their launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process, of those started together, is the one that writes and reports."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 class Workers:
     """The processes that train together; usually this one alone.
 
     Attributes:
-        count: how many they are, as their launcher says (``WORLD_SIZE``).
-        index: which of them this is, from 0; the first one writes what was learned.
+        count: how many they are.
+        index: which of them this is, from 0.
 
     Raises:
         UserError: there are several, and accelerate is not installed.
     """
 
     def __init__(self) -> None:
-        self.count, self.index = int(os.environ.get("WORLD_SIZE", "1")), 0
+        self.count, self.index = process_count(), 0
         self._accelerator: Any = None
         if self.count > 1:
             try:
@@ -37,11 +49,15 @@ class Workers:
                 raise UserError(
                     f"training in {self.count} processes needs the accelerate package", "pip install accelerate"
                 ) from error
-            self._accelerator = Accelerator()
+            self._accelerator = Accelerator(cpu=True)  # where the reference decoder runs
             self.index = int(self._accelerator.process_index)
 
     def share(self, items: Tensor) -> Tensor:
-        """This process's part of some items along the first axis: as many as every other's, none in two."""
+        """This process's part of some items along the first axis: as many as every other's, none in two.
+
+        Raises:
+            UserError: fewer items than processes.
+        """
         each = len(items) // self.count
         if not each:
             raise UserError(f"{len(items)} training windows for {self.count} processes", "give more text")

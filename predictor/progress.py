@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from shadowllm.predictor.parallel import is_first
+
 Advance = Callable[[int], None]
 
 
@@ -17,12 +19,12 @@ def no_progress(_amount: int) -> None:
 def progress(title: str, total: int) -> Iterator[Advance]:
     """A bar from 0 to ``total``; the function yielded moves it on.
 
-    Nothing is written unless stderr is a terminal.
+    Nothing is written unless stderr is a terminal, and of several processes only the first one writes.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    if not sys.stderr.isatty():
+    if not (sys.stderr.isatty() and is_first()):
         yield no_progress
         return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

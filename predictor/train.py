@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -208,11 +208,18 @@ def chunk_scores(predictor: Predictor, chunk: Chunk) -> dict[Unit, Tensor]:
         return {"heads": heads, "neurons": neurons}
     if not chunk.inputs:
         raise UserError("traces keep no inputs of the layers", "give the model, so that training can trace anew")
-    found: dict[Unit, Tensor] = {}
-    for unit, score in (("heads", layer_head_scores), ("neurons", layer_neuron_scores)):
-        inputs = enumerate(chunk.inputs[unit].unbind(dim=1), predictor.dense_layers)
-        found[unit] = torch.stack([score(predictor, layer, x) for layer, x in inputs], dim=1)
-    return found
+    layers: dict[Unit, Callable[[Predictor, int, Tensor], Tensor]]
+    layers = {"heads": layer_head_scores, "neurons": layer_neuron_scores}
+    return {
+        unit: torch.stack(
+            [
+                score(predictor, layer, x)
+                for layer, x in enumerate(chunk.inputs[unit].unbind(1), predictor.dense_layers)
+            ],
+            dim=1,
+        )
+        for unit, score in layers.items()
+    }
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from shadowllm.plugins.tensorrt.flavour import Flavour, require
 from shadowllm.predictor.artefact import Kind, Predictor
 from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.memory import keep_freed_memory
+from shadowllm.predictor.parallel import process_count
 from shadowllm.predictor.progress import progress
 from shadowllm.predictor.tracefile import Traces, calibrate
 from shadowllm.predictor.train import Recipe, train_network, train_static
@@ -170,6 +171,8 @@ def export_model(
     """
     from shadowllm.runtime.plan import dense_layers
 
+    if process_count() > 1:
+        raise UserError("an export runs in one process", "train a predictor in several, then export with --predictor")
     check_output(out, overwrite)
     for engine in options.engines:
         require(engine.flavour)

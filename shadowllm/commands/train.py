@@ -11,6 +11,7 @@ from shadowllm.commands import options
 EPILOG = """examples:
   shadowllm train MODEL --traces traces.safetensors -o predictor.safetensors
   shadowllm train MODEL --traces traces.safetensors -o static.safetensors --selector static
+  torchrun --nproc-per-node 2 -m shadowllm.cli train MODEL --traces traces.safetensors -o predictor.safetensors
   shadowllm export MODEL out/ --predictor predictor.safetensors"""
 
 
@@ -27,9 +28,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, write, and say how well it does on tokens it never saw."""
     from shadowllm.pipeline import train_predictor
+    from shadowllm.predictor.parallel import is_first
     from shadowllm.predictor.tracefile import Traces
 
     predictor = train_predictor(options.source(args), Traces.load(args.traces), args.selector, options.recipe(args))
+    if not is_first():  # of several processes that learned the same
+        return
     predictor.save(args.output)
     print(f"{args.output}: {predictor.kind} predictor, {args.output.stat().st_size / 1e6:.1f} MB")
     print(held_out(predictor.record))
