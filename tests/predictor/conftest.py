@@ -57,7 +57,7 @@ class LearnableTraces:
         train = self._rows(torch.arange(32) + 8)
         fit = LinearFit(n_sparse, spec.hidden_size, spec.n_heads)
         fit.add(train.inputs["heads"], train.heads)
-        self.fit = fit.solve()
+        self.fit = fit.solve(fit)
         self.statistics = {"heads": train.heads.mean(dim=0), "neurons": train.neurons.mean(dim=0)}
 
     def _rows(self, windows):
