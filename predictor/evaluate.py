@@ -37,8 +37,8 @@ class LayerResult:
 
     Attributes:
         neuron_recall, head_recall: share of the truly important units among the chosen.
-        neuron_gap_closure, head_gap_closure: (recall - static's) / (1 - static's) at the same budget, the oracle's own
-            choice being 1; None where static was not run or misses nothing.
+        neuron_gap_closure, head_gap_closure: (recall - static's) / (1 - static's) at the same budget: how much of what
+            static misses is found; None where static was not run or misses nothing.
     """
 
     layer: int
