@@ -13,14 +13,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shadowllm.plugins.program import PTX, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
+from shadowllm.plugins.program import PTX, PTX_SM, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
 from shadowllm.plugins.schemas import SCHEMAS, OpSchema
 from shadowllm.plugins.triton.ops import schedules
 from shadowllm.plugins.triton.schedule import Call, Operand, Schedule, Scratch, Shape
 
-# Capability whose PTX serves all GPUs that no image was made for, and its language's version, which
-# drivers of CUDA 12 understand.
-BASE_SM, PTX_VERSION = 80, 80
+# Of the PTX, so that drivers of CUDA 12 understand it.
+PTX_VERSION = 80
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
 # Indices and counts may be rows of a larger tensor: of them nothing is known.
@@ -169,7 +168,7 @@ class _Builder:
             )
 
         builds = {sm: compiled(sm) for sm in self._sms}
-        builds[PTX] = compiled(BASE_SM, ptx_version=PTX_VERSION)
+        builds[PTX] = compiled(PTX_SM, ptx_version=PTX_VERSION)
         if any(b.metadata.global_scratch_size or b.metadata.profile_scratch_size for b in builds.values()):
             raise RuntimeError(f"kernel {call.kernel.fn.__name__} wants scratch memory of its own")
         ptx = builds[PTX].asm["ptx"]

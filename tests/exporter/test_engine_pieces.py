@@ -13,6 +13,7 @@ from shadowllm.models import Budget, load_model
 from shadowllm.predictor.artefact import Predictor
 from tests.conftest import build_transformers_model
 from tests.exporter.test_engine_build import needs_builder
+from tests.exporter.test_engine_library import LIBRARY, needs_library
 
 
 def random_predictor(weights) -> Predictor:
@@ -33,17 +34,27 @@ def random_predictor(weights) -> Predictor:
     return Predictor("shadow", n, 1, heads, neurons, spec.hidden_size, tensors, weights.fingerprint())
 
 
+MODELS = {
+    # 16 per head: TensorRT-RTX 1.7 has no 16-bit attention for sizes that are no multiple of 8.
+    "llama": {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
+    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64},
+}
+
+
 @needs_builder
-@pytest.mark.parametrize(
-    ("family", "options", "dtype"),
-    [
-        # 16 per head: TensorRT-RTX 1.7 has no 16-bit attention for sizes that are no multiple of 8.
-        ("llama", {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2}, "float16"),
-        ("opt", {"hidden_size": 64, "word_embed_proj_dim": 64}, "bfloat16"),
-        ("opt", {"enable_bias": False}, "float32"),
-    ],
-)
-def test_pieces_build_with_all_plugins(tmp_path, family, options, dtype):
+@pytest.mark.parametrize("library", [None, pytest.param(LIBRARY, marks=needs_library)], ids=["python", "c++"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("family", MODELS)
+def test_pieces_build_with_all_plugins(tmp_path, family, dtype, library):
+    check_pieces(tmp_path, family, MODELS[family], dtype, library)
+
+
+@needs_builder
+def test_pieces_without_biases_build_in_float32(tmp_path):
+    check_pieces(tmp_path, "opt", {"enable_bias": False}, "float32", None)
+
+
+def check_pieces(tmp_path, family, options, dtype, library) -> None:
     build_transformers_model(family, options).save_pretrained(tmp_path / "model")
     _, weights, files = load_model(tmp_path / "model")
     bundle = tmp_path / "bundle"
@@ -60,6 +71,7 @@ def test_pieces_build_with_all_plugins(tmp_path, family, options, dtype):
             profiles=profiles,
             sms=(89,),
             file_hashes=manifest.files,
+            plugin_library=library,
         )
         plugins[piece] = [node.name for node in record.plugins]
         assert record.files == {name: manifest.files[name] for name in (path.name, "model.onnx.data")}
