@@ -172,7 +172,7 @@ class TrtSession:
     def _fetched(self) -> np.ndarray:
         self._cuda.read(self._logits, self._address("logits"))
         self._cuda.wait()
-        return self._logits[:, 0]
+        return self._logits[:, 0].copy()  # pinned memory, which is gone once the session ends
 
     def _allocate(self, batch: int) -> None:
         """All memory, bindings and the graph for a number of sequences.

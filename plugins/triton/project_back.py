@@ -66,7 +66,8 @@ def back_calls(
     summed: dict[str, Operand] = {"partials": partials, "y": "y", "tokens": tier.size}
     if bias:
         summed["bias"] = bias
-    total = Call(sum_partials, (Size(tiles), tier.size, Size()), summed, constants)
+    # Tokens along x: the other two axes of a grid end at 65,535.
+    total = Call(sum_partials, (tier.size, Size(tiles), Size()), summed, constants)
     return multiply, total
 
 
@@ -133,8 +134,8 @@ def project_back(
 @triton.jit
 def sum_partials(partials, bias, y, tokens, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
     """``y (tokens, WIDTH)``: the shares of `project_back` added up, and the bias."""
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    token = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for split in range(SPLITS):
         total += tl.load(partials + (split * tokens + token) * WIDTH + cols, mask=cols < WIDTH, other=0.0)

@@ -215,6 +215,7 @@ def prompt_attention(
     if head < 0:
         return
     step = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    length = tl.minimum(tl.load(lengths + row), CAPACITY)
     last = tl.minimum(tl.load(lengths + row) - seqlen + step, CAPACITY - 1)
     dims = tl.arange(0, BLOCK_H)
     inside = (dims < HEAD_DIM)[None, :]
@@ -228,7 +229,8 @@ def prompt_attention(
     for start in range(0, tl.max(tl.where(step < seqlen, last, -1), 0) + 1, BLOCK_P):
         positions = start + tl.arange(0, BLOCK_P)
         kv = cache + positions[:, None] * HEAD_DIM + dims[None, :]
-        mask = (positions < CAPACITY)[:, None] & inside
+        # What an earlier text left behind is not read: a weight of zero would not make it harmless if it is no number.
+        mask = (positions < length)[:, None] & inside
         k = tl.load(key + kv, mask=mask, other=0.0)
         score = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_P), tl.float32)) * SCALE
         # Rows past the prompt see position 0, so that no softmax is empty; they are not stored.

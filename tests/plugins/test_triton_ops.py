@@ -253,6 +253,16 @@ def test_attention_reads_nothing_past_the_cache():
     torch.testing.assert_close(beyond, full, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("seqlen", [1, 5])
+def test_attention_reads_nothing_that_an_earlier_text_left(seqlen):
+    inputs = attention_inputs((48, 4, 2, 12, 31, 1, seqlen, 4, True, True), torch.float32)
+    inputs["lengths"] = torch.tensor([9]).int()
+    clean = sparse_attention(**on_device(inputs), n_heads=4)
+    for name in ("key", "value"):
+        inputs[name][:, :, 9:] = float("nan")
+    torch.testing.assert_close(sparse_attention(**on_device(inputs), n_heads=4), clean, rtol=0, atol=0)
+
+
 def test_results_do_not_depend_on_the_run():
     inputs = on_device(mlp_inputs("llama", (300, 700, 1, 1, 301), torch.float16))
     first, second = (sparse_mlp(**inputs, activation="silu") for _ in range(2))
