@@ -150,7 +150,7 @@ def judge(
         with progress("Evaluating", len(windows) * (1 + len(contenders) * len(BUDGETS))) as advance:
             results = evaluate(spec, weights, predictors[STATIC], contenders, windows, BUDGETS, advance=advance)
         dense, found = asdict(results[0]), [asdict(result) for result in results[1:]]
-        rows += [row | _described(predictors[row["selector"]]) if row["selector"] in left else row for row in found]
+        rows += [_described(predictors[row["selector"]]) | row if row["selector"] in left else row for row in found]
     logs = {(row["selector"], row["neuron_budget"]): math.log(row["perplexity"]) for row in rows}
     for row in rows:
         static, mine, oracle = (logs[name, row["neuron_budget"]] for name in (STATIC, row["selector"], "oracle"))

@@ -27,6 +27,7 @@ from shadowllm.predictor.traces import Chunk, Tracer, windows_per_chunk
 FORMAT = "shadowllm-traces"
 VERSION = 2
 LIMIT_BYTES = 1 << 30
+SAMPLE_TOKENS = 65536
 STEPS = 16  # per octave
 OCTAVES = 255 / STEPS
 
@@ -130,10 +131,13 @@ def calibrate(
 ) -> Traces:
     """Trace the windows once, for statistics and, within ``limit_bytes``, for training.
 
+    Text too long to keep is traced anew by training: then `SAMPLE_TOKENS` of it, the windows being in no order,
+    are enough for the statistics.
+
     Args:
         weights: canonical float32 tensors in memory.
         fingerprint: `Weights.fingerprint` of the model.
-        advance: told how many tokens were traced, as they are.
+        advance: told how many tokens are done with, as they are.
 
     Raises:
         UserError: no such criterion.
@@ -145,18 +149,20 @@ def calibrate(
     sums: dict[str, Any] = {"heads": 0.0, "neurons": 0.0}
     fit, judge = (LinearFit(n_sparse, spec.hidden_size, spec.n_heads) for _ in range(2))
     start = 0
-    for split in (windows.held_out, windows.train):
+    sampled = windows.train if stored else windows.train[: max(1, SAMPLE_TOKENS // windows.train.shape[1])]
+    for split in (windows.held_out, sampled):
         for chunk in tracer.chunks(split):
             end = start + len(chunk.hidden)
             if stored:
                 stored["hidden"][start:end] = chunk.hidden
                 stored["heads"][start:end], stored["neurons"][start:end] = encode(chunk.heads), encode(chunk.neurons)
-            if split is windows.train:
+            if split is sampled:
                 sums = {unit: total + relative(getattr(chunk, unit)).sum(dim=0) for unit, total in sums.items()}
-            (fit if split is windows.train else judge).add(chunk.inputs["heads"], chunk.heads)
+            (fit if split is sampled else judge).add(chunk.inputs["heads"], chunk.heads)
             advance(end - start)
             start = end
-    means = {unit: total / windows.train.numel() for unit, total in sums.items()}
+    advance(tokens.numel() - start)
+    means = {unit: total / sampled.numel() for unit, total in sums.items()}
     return Traces(criterion, dense_layers, fingerprint, windows, means, fit.solve(judge), stored)
 
 

@@ -62,6 +62,13 @@ def test_engine_holds_the_plugins(tmp_path, dtype):
 
 
 @needs_builder
+def test_networks_inside_the_layers_become_an_engine(bundle, tmp_path):
+    record = build(bundle("llama-head-dim-16", kind="layerwise") / "body.onnx", tmp_path / "body.engine")
+    of_a_layer = ["SelectTopK", "SparseAttention", "SelectTopK", "SparseMLP"]
+    assert [node.op for node in record.plugins] == of_a_layer * 2
+
+
+@needs_builder
 def test_target_gpus_can_be_chosen(tmp_path):
     onnx_path = write_selection(tmp_path / "selection.onnx")
     chosen = [build(onnx_path, tmp_path / f"{i}.engine", sms=sms) for i, sms in enumerate([(120, 80), (75,)])]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from shadowllm.errors import UserError
 from shadowllm.models import Decoder
+from shadowllm.predictor import tracefile
 from shadowllm.predictor import traces as traces_module
 from shadowllm.predictor.tracefile import Traces, calibrate, decode, encode
 from shadowllm.predictor.traces import Tracer
@@ -85,3 +88,15 @@ def test_traces_that_were_not_kept_need_the_model(llama):
     made = calibrate(spec, weights, split(token_windows(spec)), "f00d", limit_bytes=1000)
     with pytest.raises(UserError, match="too large to keep"):
         next(made.training(None, torch.arange(1)))
+
+
+def test_statistics_of_text_too_long_to_keep_are_those_of_a_sample(llama, monkeypatch):
+    spec, weights = llama
+    windows = split(token_windows(spec, n=6), held_out=2)
+    monkeypatch.setattr(tracefile, "SAMPLE_TOKENS", 48)  # two windows
+    told: list[int] = []
+    made = calibrate(spec, weights, windows, "f00d", limit_bytes=0, advance=told.append)
+    few = calibrate(spec, weights, replace(windows, train=windows.train[:2]), "f00d")
+    assert all(torch.equal(made.statistics[unit], few.statistics[unit]) for unit in ("heads", "neurons"))
+    assert torch.equal(made.windows.train, windows.train)  # all of it is there to learn from
+    assert sum(told) == 6 * 24
