@@ -99,6 +99,9 @@ def buffers(spec: ModelSpec, dtype: str, dense_layers: int, batch: int, limits: 
             found.append(Buffer(f"{prefix}head{suffix}", "int32", (n_sparse, heads)))
             found.append(Buffer(f"{prefix}neuron{suffix}", "int32", (n_sparse, neurons)))
             found.extend(Buffer(f"{prefix}{unit}_counts", "int32", (n_sparse,)) for unit in ("head", "neuron"))
+        for row in range(n_sparse):  # what layers that choose by themselves say they chose
+            found.append(Buffer(f"head_indices.{row}", "int32", (heads,)))
+            found.append(Buffer(f"neuron_indices.{row}", "int32", (neurons,)))
     return {buffer.name: buffer for buffer in found}
 
 

@@ -48,7 +48,10 @@ def distance(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("variant", "options"), [("llama-gqa", {}), ("opt", {}), ("llama-gqa", {"kind": "static"})])
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [("llama-gqa", {}), ("opt", {}), ("llama-gqa", {"kind": "static"}), ("llama-gqa", {"kind": "layerwise"})],
+)
 def test_a_ragged_batch_at_changing_budgets(engines, bundle, variant, options):
     first, second = Budget(neurons=(0.25, 0.6), heads=(0.75, 0.5)), Budget(1.0, 0.5)
     with engines(variant, bundle_options=options) as ours, open_session(bundle(variant, **options), "torch") as theirs:

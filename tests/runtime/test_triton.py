@@ -111,7 +111,7 @@ def test_leaving_frees_weights_and_cache(bundle):
 
 
 def test_what_is_refused(bundle):
-    with pytest.raises(UserError, match="quantized shadow"):
+    with pytest.raises(UserError, match="does not run quantized-shadow, which chooses inside the layers"):
         TritonSession.open(bundle(kind="quantized-shadow"))
     with pytest.raises(UserError, match="does not run int8 weights"):
         TritonSession.open(bundle("llama-blocks", weight_dtype="int8"))
