@@ -149,7 +149,7 @@ def judge(
     if contenders:
         with progress("Evaluating", len(windows) * (1 + len(contenders) * len(BUDGETS))) as advance:
             results = evaluate(spec, weights, predictors[STATIC], contenders, windows, BUDGETS, advance=advance)
-        dense, found = asdict(results[0]), [asdict(result) for result in results[1:]]
+        dense, *found = ({k: v for k, v in asdict(result).items() if k != "layers"} for result in results)
         rows += [_described(predictors[row["selector"]]) | row if row["selector"] in left else row for row in found]
     logs = {(row["selector"], row["neuron_budget"]): math.log(row["perplexity"]) for row in rows}
     for row in rows:
