@@ -1,0 +1,99 @@
+"""Are combinations worth having? A static hot set with the rest by networks; two kinds of networks together.
+
+    python -m shadowllm.benchmarks.combinations MODEL out/scaling --tokens 131072 --json combinations.json
+
+on predictors that `shadowllm.benchmarks.scaling` trained, as it judges them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shadowllm.benchmarks.environment import environment
+from shadowllm.benchmarks.passage import passage
+from shadowllm.benchmarks.scaling import EVALUATED, STATIC, WINDOW, Point
+from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.models import load_model
+from shadowllm.models.decoder import Unit
+from shadowllm.predictor.artefact import Kind, Predictor
+from shadowllm.predictor.evaluate import evaluate
+from shadowllm.predictor.memory import keep_freed_memory
+from shadowllm.predictor.selectors import Context, Selector, make_selector
+from shadowllm.predictor.topk import top_mask
+
+BUDGET = 0.5
+
+
+class Mean(Selector):
+    """Ranks by the mean of other selectors' log shares."""
+
+    def __init__(self, *parts: Selector) -> None:
+        self._parts = parts
+
+    def start(self, windows: Tensor, hidden: Tensor) -> None:
+        """Start all."""
+        for part in self._parts:
+            part.start(windows, hidden)
+
+    def watch(self, layer: int, unit: Unit, x: Tensor) -> None:
+        """Show the input to all."""
+        for part in self._parts:
+            part.watch(layer, unit, x)
+
+    def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        """Sum of the logarithms of what each takes the shares to be."""
+        found = [part.scores(layer, unit, activation).log_softmax(dim=-1) for part in self._parts]
+        return torch.stack(found).sum(dim=0)
+
+
+class HotSet(Mean):
+    """Always takes the first of a static ranking, ``count`` of each layer; the rest goes by another selector."""
+
+    def __init__(self, rest: Selector, ranking: Tensor, count: int, dense_layers: int) -> None:
+        super().__init__(rest)
+        self._hot, self._dense_layers = top_mask(ranking, count), dense_layers
+
+    def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        """The other's scores, the hot set's out of reach."""
+        found = super().scores(layer, unit, activation)
+        return found.masked_fill(self._hot[layer - self._dense_layers], torch.inf)
+
+
+@script
+def main() -> None:
+    """Command line."""
+    parser = script_parser("combinations", __doc__)
+    parser.add_argument("model", help="folder or GGUF file")
+    parser.add_argument("folder", type=Path, help="where the predictors lie")
+    parser.add_argument("--tokens", type=int, required=True, help="that they learned from")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="write the results there")
+    args = parser.parse_args()
+    keep_freed_memory()
+    spec, stored, checkpoint = load_model(args.model)
+    weights, tokenizer = stored.load(), checkpoint.tokenizer()
+    static = Predictor.load(args.folder / f"{STATIC}.safetensors")
+
+    def trained(kind: Kind) -> Selector:
+        predictor = Predictor.load(args.folder / Point(kind, 0.04, args.tokens).file)
+        return make_selector(kind, Context(spec, weights, predictor=predictor))
+
+    ranking, kept = static.tensors["neurons.scores"], BUDGET * spec.intermediate_size
+    contenders: dict[str, Selector] = {
+        f"layerwise, {share:.0%} hot": HotSet(trained("layerwise"), ranking, int(share * kept), static.dense_layers)
+        for share in (0.25, 0.5)
+    }
+    contenders["shadow and layerwise"] = Mean(trained("shadow"), trained("layerwise"))
+    tokens = passage(lambda text: tokenizer(text, add_special_tokens=False).input_ids, EVALUATED)
+    results = evaluate(spec, weights, static, contenders, torch.tensor(tokens).view(-1, WINDOW), (BUDGET,))
+    rows = [{key: value for key, value in asdict(result).items() if key != "layers"} for result in results]
+    args.json.write_text(json.dumps({"environment": environment(), "results": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
