@@ -10,8 +10,16 @@ from shadowllm.errors import UserError
 from shadowllm.models.spec import ModelSpec
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], batch: int, spec: ModelSpec) -> None:
-    """Refuse prompts a session cannot prefill.
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], batch: int, spec: ModelSpec
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Prompts as a session prefills them: shorter ones padded at the end.
+
+    What the padding writes into a cache lies past a row's own last position, where it is never visible and
+    soon overwritten.
+
+    Returns:
+        Token ids and positions, int64 ``(batch, seqlen)``, and the lengths of the prompts, int64 ``(batch,)``.
 
     Raises:
         UserError: another number of prompts than sequences, an empty or too long prompt, or a
@@ -19,7 +27,9 @@ def check_prompts(prompts: Sequence[Sequence[int]], batch: int, spec: ModelSpec)
     """
     if len(prompts) != batch:
         raise UserError(f"{len(prompts)} prompts for {batch} sequences", "reset the session with the number of prompts")
-    for prompt in prompts:
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    ids = np.zeros((batch, lengths.max()), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError("the prompt is empty", "give at least one token")
         if len(prompt) > spec.max_seqlen:
@@ -27,13 +37,21 @@ def check_prompts(prompts: Sequence[Sequence[int]], batch: int, spec: ModelSpec)
                 f"the prompt has {len(prompt)} tokens, the model has {spec.max_seqlen} positions", "shorten it"
             )
         _check_vocabulary(prompt, spec)
+        ids[row, : len(prompt)] = prompt
+    return ids, np.tile(np.arange(ids.shape[1], dtype=np.int64), (batch, 1)), lengths
 
 
-def check_tokens(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec) -> None:
+def check_tokens(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec, steps: int = 1) -> int:
     """Refuse tokens a session cannot append to sequences of the given lengths.
 
+    Args:
+        steps: that follow, the one that appends the tokens included.
+
+    Returns:
+        Length of the longest sequence after all of them.
+
     Raises:
-        UserError: a wrong shape or type, nothing prefilled, no position left, or a token outside
+        UserError: a wrong shape or type, nothing prefilled, too few positions left, or a token outside
             the vocabulary.
     """
     # On plain integers: between two steps the caches are cold, and each NumPy call costs microseconds.
@@ -45,21 +63,13 @@ def check_tokens(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec) -> No
     used = lengths.tolist()
     if min(used) == 0:
         raise UserError("nothing to continue", "call prefill first")
-    if max(used) >= spec.max_seqlen:
-        raise UserError(f"all {spec.max_seqlen} positions of the model are used", "reset the session")
+    longest, positions = max(used), spec.max_seqlen
+    if longest >= positions:
+        raise UserError(f"all {positions} positions of the model are used", "reset the session")
+    if longest + steps > positions:
+        raise UserError(f"{steps} more steps exceed the model's {positions} positions", "ask for fewer tokens")
     _check_vocabulary(tokens.tolist(), spec)
-
-
-def check_steps(steps: int, lengths: np.ndarray, spec: ModelSpec) -> int:
-    """Length of the longest sequence after so many more steps.
-
-    Raises:
-        UserError: the model has fewer positions.
-    """
-    end = int(lengths.max()) + steps
-    if end > spec.max_seqlen:
-        raise UserError(f"{steps} more steps exceed the model's {spec.max_seqlen} positions", "ask for fewer tokens")
-    return end
+    return int(longest + steps)
 
 
 def _check_vocabulary(tokens: Sequence[int], spec: ModelSpec) -> None:

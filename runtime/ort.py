@@ -18,7 +18,7 @@ from shadowllm.models.budget import Budget
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.fuse import fuse_attention
-from shadowllm.runtime.inputs import check_prompts, check_tokens
+from shadowllm.runtime.inputs import check_tokens, pad_prompts
 from shadowllm.runtime.lean import SELECTION, flatten, split_selection
 from shadowllm.runtime.plan import sparse_pays
 from shadowllm.runtime.widen import widen
@@ -122,16 +122,8 @@ class OrtSession:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """See `Session.prefill`."""
-        check_prompts(prompts, self._batch, self.spec)
-        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        seqlen = int(lengths.max())
-        self._reserve(seqlen)
-        # Shorter prompts are padded at the end. What the padding writes into the cache lies past
-        # their own last position, where it is never visible and soon overwritten.
-        input_ids = np.zeros((self._batch, seqlen), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, : len(prompt)] = prompt
-        positions = np.broadcast_to(np.arange(seqlen), input_ids.shape).copy()
+        input_ids, positions, lengths = pad_prompts(prompts, self._batch, self.spec)
+        self._reserve(input_ids.shape[1])
         feeds = {
             "input_ids": input_ids,
             "position_ids": positions,
@@ -143,8 +135,7 @@ class OrtSession:
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """See `Session.decode`."""
-        check_tokens(tokens, self._lengths, self.spec)
-        self._reserve(max(self._lengths.tolist()) + 1)
+        self._reserve(check_tokens(tokens, self._lengths, self.spec))
         self._input_ids[:, 0] = tokens
         self._positions[:, 0] = self._lengths
         self.step_seconds.clear()

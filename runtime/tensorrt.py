@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,16 +14,16 @@ from shadowllm.exporter.manifest import read_manifest
 from shadowllm.exporter.sidecar import EngineRecord, check_sidecar
 from shadowllm.models.budget import Budget
 from shadowllm.plugins.tensorrt.flavour import Flavour, gpu_capability, load
-from shadowllm.runtime.ahead import AHEAD, run_ahead
+from shadowllm.runtime.ahead import SLOTS, Replayed
 from shadowllm.runtime.binding import Limits, Memory, buffers, constants, layout
 from shadowllm.runtime.cuda import Cuda
-from shadowllm.runtime.inputs import check_prompts, check_steps, check_tokens
+from shadowllm.runtime.inputs import check_tokens, pad_prompts
 from shadowllm.runtime.piece import Piece, load_plugins, logger_class
 
 Kind = Literal["sparse", "dense"]
 
 
-class TrtSession:
+class TrtSession(Replayed):
     """A `Session` over the engines of one flavour.
 
     Prefill runs ``stem`` and ``body`` with everything selected, by the engines' first profile. A decode step
@@ -115,20 +115,15 @@ class TrtSession:
         Raises:
             UserError: also for a prompt longer than the engines take at once.
         """
-        check_prompts(prompts, len(self._lengths), self.spec)
-        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        seqlen = int(lengths.max())
+        ids, positions, lengths = pad_prompts(prompts, len(self._lengths), self.spec)
+        seqlen = ids.shape[1]
         if seqlen > self._limits.seqlen:
             raise UserError(
                 f"a prompt of {seqlen} tokens, the engines take {self._limits.seqlen}",
                 f"`shadowllm build --max-seqlen {seqlen}`",
             )
-        # Padding is written past a row's last position, where it is never seen and soon overwritten.
-        ids = np.zeros((len(prompts), seqlen), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
         self._write("prompt_ids", ids)
-        self._write("prompt_positions", np.tile(np.arange(seqlen, dtype=np.int64), (len(prompts), 1)))
+        self._write("prompt_positions", positions)
         self._write("last_tokens", lengths[:, None] - 1)
         for name, piece in self._pieces.items():
             if name != "predictor":
@@ -137,37 +132,18 @@ class TrtSession:
         self._lengths[:] = lengths
         return self._fetched()
 
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """See `Session.decode`."""
-        self._start(tokens, 1)
-        self._replay()
-        self._lengths += 1
-        return self._fetched()
-
-    def decode_greedy(self, tokens: np.ndarray, steps: int) -> Iterator[np.ndarray]:
-        """See `Greedy.decode_greedy`."""
-        self._start(tokens, steps)
-
-        def launch(step: int) -> None:
-            slot = step % len(self._events)
-            self._replay()
-            self._cuda.read(self._slots[slot], self._address("tokens"))
-            self._cuda.record(self._events[slot])
-
-        def result(step: int) -> np.ndarray:
-            slot = step % len(self._events)
-            self._cuda.wait_for(self._events[slot])
-            self._lengths += 1  # what was launched beyond it stands past the end, where nothing looks
-            return self._slots[slot, :, 0].copy()
-
-        return run_ahead(steps, launch, result)
-
     def _start(self, tokens: np.ndarray, steps: int) -> None:
-        """Put the first step's tokens and positions on the device."""
-        check_tokens(tokens, self._lengths, self.spec)
-        check_steps(steps, self._lengths, self.spec)
+        check_tokens(tokens, self._lengths, self.spec, steps)
         self._write("tokens", tokens[:, None].astype(np.int64))
         self._write("positions", self._lengths[:, None])
+
+    def _send(self, slot: int) -> None:
+        self._cuda.read(self._slots[slot], self._address("tokens"))
+        self._cuda.record(self._events[slot])
+
+    def _received(self, slot: int) -> np.ndarray:
+        self._cuda.wait_for(self._events[slot])
+        return self._slots[slot, :, 0].copy()
 
     def _fetched(self) -> np.ndarray:
         self._cuda.read(self._logits, self._address("logits"))
@@ -191,7 +167,7 @@ class TrtSession:
             self._write(name, contents)
         self._write_counts()
         self._logits = cuda.pinned(self._buffers["logits"].shape, np.float32)
-        self._slots = cuda.pinned((AHEAD + 1, batch, 1), np.int64)
+        self._slots = cuda.pinned((SLOTS, batch, 1), np.int64)
         self._events = [cuda.event() for _ in self._slots]
         addresses = {name: self._address(name) for name in self._buffers}
         for piece in self._pieces.values():

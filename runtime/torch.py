@@ -22,7 +22,7 @@ from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.in_place import in_place
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.topk import active_mask
-from shadowllm.runtime.inputs import check_prompts, check_tokens
+from shadowllm.runtime.inputs import check_tokens, pad_prompts
 
 Selection = dict[Unit, Tensor]
 
@@ -94,20 +94,17 @@ class TorchSession:
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """See `Session.prefill`."""
-        check_prompts(prompts, len(self._lengths), self.spec)
-        self._lengths[:] = [len(prompt) for prompt in prompts]
-        seqlen = int(self._lengths.max())
-        self._reserve(seqlen)
-        input_ids = torch.tensor([[*prompt, *[0] * (seqlen - len(prompt))] for prompt in prompts])
-        positions = torch.arange(seqlen).expand_as(input_ids)
+        padded = pad_prompts(prompts, len(self._lengths), self.spec)
+        input_ids, positions, lengths = map(torch.from_numpy, padded)
+        self._reserve(input_ids.shape[1])
         logits = self._decoder(input_ids, positions, self.cache)
-        return logits[torch.arange(len(prompts)), torch.from_numpy(self._lengths) - 1].numpy()
+        self._lengths[:] = lengths
+        return logits[torch.arange(len(lengths)), lengths - 1].numpy()
 
     @torch.no_grad()
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """See `Session.decode`."""
-        check_tokens(tokens, self._lengths, self.spec)
-        self._reserve(int(self._lengths.max()) + 1)
+        self._reserve(check_tokens(tokens, self._lengths, self.spec))
         input_ids, positions = torch.from_numpy(tokens)[:, None], torch.from_numpy(self._lengths.copy())[:, None]
         logits = (
             self._decoder(input_ids, positions, self.cache)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
@@ -18,8 +18,8 @@ from shadowllm.plugins.triton.ops import select_topk
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.topk import shared_scores
-from shadowllm.runtime.ahead import AHEAD, run_ahead
-from shadowllm.runtime.inputs import check_prompts, check_steps, check_tokens
+from shadowllm.runtime.ahead import SLOTS, Replayed
+from shadowllm.runtime.inputs import check_tokens, pad_prompts
 from shadowllm.runtime.replay import captured, kernel_device
 from shadowllm.runtime.step import Selection, StepDecoder, merged
 
@@ -27,7 +27,7 @@ from shadowllm.runtime.step import Selection, StepDecoder, merged
 CACHE_BLOCK = 1024
 
 
-class TritonSession:
+class TritonSession(Replayed):
     """A `Session` on one GPU.
 
     Prefill is dense. A decode step takes its tokens and positions from the device and leaves the most
@@ -100,7 +100,7 @@ class TritonSession:
         return self
 
     def __exit__(self, *error: object) -> None:
-        names = ("_replay", "_decoder", "cache", "_tokens", "_positions", "_logits", "_host_logits")
+        names = ("_replay", "_decoder", "cache", "_tokens", "_positions", "_logits", "_host_logits", "_slots")
         self._forget(*names, "_source", "_predictor")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -119,58 +119,33 @@ class TritonSession:
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """See `Session.prefill`."""
-        check_prompts(prompts, len(self._lengths), self.spec)
-        self._lengths[:] = [len(prompt) for prompt in prompts]
-        seqlen = int(self._lengths.max())
-        self._reserve(seqlen)
-        # Padding is written past a row's last position, where it is never seen and soon overwritten.
-        padded = torch.tensor([[*prompt, *[0] * (seqlen - len(prompt))] for prompt in prompts])
-        positions = torch.arange(seqlen, device=self.device).repeat(len(prompts), 1)
+        padded = pad_prompts(prompts, len(self._lengths), self.spec)
+        input_ids, positions, lengths = (torch.from_numpy(array).to(self.device) for array in padded)
+        self._reserve(input_ids.shape[1])
         decoder = self._decoder
         decoder.begin(positions)
-        x = decoder.embed(padded.to(self.device), positions)
+        x = decoder.embed(input_ids, positions)
         for layer in range(self.spec.n_layers):
             x = decoder.layer(layer, x, positions, self.cache)
-        last = torch.from_numpy(self._lengths - 1).to(self.device)
-        self._logits.copy_(decoder.logits(x[torch.arange(len(prompts), device=self.device), last]))
+        self._logits.copy_(decoder.logits(x[torch.arange(len(lengths), device=self.device), lengths - 1]))
+        self._lengths[:] = padded[-1]
         return self._fetched()
-
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """See `Session.decode`."""
-        self._start(tokens, 1)
-        self._replay()
-        self._lengths += 1
-        return self._fetched()
-
-    def decode_greedy(self, tokens: np.ndarray, steps: int) -> Iterator[np.ndarray]:
-        """See `Greedy.decode_greedy`."""
-        self._start(tokens, steps)
-        cuda = self.device.type == "cuda"
-        slots = torch.zeros((AHEAD + 1, *self._tokens.shape), dtype=torch.int64, pin_memory=cuda)
-        done = [torch.cuda.Event() for _ in slots] if cuda else []
-
-        def launch(step: int) -> None:
-            slot = step % len(slots)
-            self._replay()
-            slots[slot].copy_(self._tokens, non_blocking=True)
-            if done:
-                done[slot].record()
-
-        def result(step: int) -> np.ndarray:
-            slot = step % len(slots)
-            if done:
-                done[slot].synchronize()
-            self._lengths += 1  # what was launched beyond it stands past the end, where nothing looks
-            return slots[slot, :, 0].numpy().copy()
-
-        return run_ahead(steps, launch, result)
 
     def _start(self, tokens: np.ndarray, steps: int) -> None:
         """Make room for the steps, and put the first one's tokens and positions on the device."""
-        check_tokens(tokens, self._lengths, self.spec)
-        self._reserve(check_steps(steps, self._lengths, self.spec))
+        self._reserve(check_tokens(tokens, self._lengths, self.spec, steps))
         self._tokens.copy_(torch.from_numpy(tokens)[:, None])
         self._positions.copy_(torch.from_numpy(self._lengths)[:, None])
+
+    def _send(self, slot: int) -> None:
+        self._slots[slot].copy_(self._tokens, non_blocking=True)
+        if self._events:
+            self._events[slot].record()
+
+    def _received(self, slot: int) -> np.ndarray:
+        if self._events:
+            self._events[slot].synchronize()
+        return self._slots[slot, :, 0].numpy().copy()
 
     def _fetched(self) -> np.ndarray:
         self._host_logits.copy_(self._logits)  # waits for the step
@@ -199,7 +174,10 @@ class TritonSession:
             torch.zeros((batch, 1), dtype=torch.int64, device=self.device) for _ in range(2)
         )
         self._logits = torch.zeros((batch, self.spec.vocab_size), device=self.device)
-        self._host_logits = torch.zeros(self._logits.shape, pin_memory=self.device.type == "cuda")
+        cuda = self.device.type == "cuda"
+        self._host_logits = torch.zeros(self._logits.shape, pin_memory=cuda)
+        self._slots = torch.zeros((SLOTS, batch, 1), dtype=torch.int64, pin_memory=cuda)
+        self._events = [torch.cuda.Event() for _ in self._slots] if cuda else []
         self._replay = captured(self._step, self.device)
 
     def _forget(self, *names: str) -> None:

@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
-from shadowllm.runtime.ahead import run_ahead
+import itertools
+
+import numpy as np
+import pytest
+
+from shadowllm.runtime.ahead import AHEAD, SLOTS, Replayed
+
+
+class Counting(Replayed):
+    """Its step counts; a slot that is written before it was read is an error."""
+
+    def __init__(self):
+        self._lengths, self.count, self.slots = np.zeros(1, dtype=np.int64), 0, {}
+
+    def _start(self, tokens, steps):
+        self.count = int(tokens[0])
+        if steps > 20:
+            raise ValueError
+
+    def _replay(self):
+        self.count += 1
+
+    def _send(self, slot):
+        assert slot not in self.slots
+        assert slot < SLOTS
+        self.slots[slot] = np.array([self.count])
+
+    def _received(self, slot):
+        return self.slots.pop(slot)
+
+    def _fetched(self):
+        return np.array([[self.count]])
 
 
 def test_steps_run_ahead_of_their_results():
-    log = []
-    found = run_ahead(3, lambda i: log.append(f"start {i}"), lambda i: log.append(f"end {i}") or i, ahead=2)
-    assert list(found) == [0, 1, 2]
-    assert log == ["start 0", "start 1", "start 2", "end 0", "end 1", "end 2"]
-    assert list(run_ahead(1, lambda i: None, lambda i: i, ahead=5)) == [0]
+    session = Counting()
+    found = session.decode_greedy(np.array([10]), 12)
+    assert [int(tokens[0]) for tokens in itertools.islice(found, 3)] == [11, 12, 13]
+    assert session.count == 10 + 3 + AHEAD
+    assert session._lengths == [3]
+    assert [int(tokens[0]) for tokens in found] == list(range(14, 23))
+    assert session.count == 10 + 12
+    assert session._lengths == [12]
+    assert session.decode(np.array([5])) == [[6]]
+
+
+def test_fewer_steps_than_are_launched_ahead_and_refusal_at_once():
+    session = Counting()
+    assert [int(tokens[0]) for tokens in session.decode_greedy(np.array([0]), 1)] == [1]
+    assert session.count == 1
+    with pytest.raises(ValueError):
+        session.decode_greedy(np.array([0]), 21)
