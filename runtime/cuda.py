@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ class Cuda:
     in memory from `pinned`.
 
     Raises:
-        UserError: no GPU, or no ``cuda-bindings``.
+        UserError: no GPU, no driver or too old a one, or no ``cuda-bindings``.
     """
 
     def __init__(self) -> None:
@@ -33,6 +35,8 @@ class Cuda:
 
         self._api = runtime
         error, count = runtime.cudaGetDeviceCount()
+        if error == runtime.cudaError_t.cudaErrorInsufficientDriver:
+            raise self._driver_error()
         if error != runtime.cudaError_t.cudaSuccess or not count:
             raise UserError(
                 f"engines need an NVIDIA GPU, and CUDA finds none here ({error.name})",
@@ -40,6 +44,22 @@ class Cuda:
             )
         self.stream = int(self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking))
         self._held: list[tuple[str, Any]] = []
+
+    def _driver_error(self) -> UserError:
+        """What is wrong with the driver, which CUDA finds insufficient."""
+        remedy = "or run the bundle with --backend ort"
+        # As 12090 for 12.9; 0 without a driver.
+        known, needed = (ask()[1] for ask in (self._api.cudaDriverGetVersion, self._api.cudaRuntimeGetVersion))
+        if not known:
+            return UserError(
+                "engines need an NVIDIA GPU and its driver, and no driver is installed here",
+                f"install the NVIDIA driver, {remedy}",
+            )
+        old, new = (f"{version // 1000}.{version % 1000 // 10}" for version in (known, needed))
+        return UserError(
+            f"the NVIDIA driver knows CUDA up to {old}, and cuda-bindings needs {new}",
+            f"update the NVIDIA driver, {remedy}",
+        )
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """A call of the runtime API: its result.
@@ -111,13 +131,14 @@ class Cuda:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """``work``, which only asks and never waits, as one graph; calling it launches it."""
         mode = self._api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", self.stream, mode)
-        try:
-            work()
-        except BaseException:
-            self._api.cudaStreamEndCapture(self.stream)  # the error to be seen is the one on its way
-            raise
-        graph = self._call("cudaStreamEndCapture", self.stream)
+        with no_garbage_collection():
+            self._call("cudaStreamBeginCapture", self.stream, mode)
+            try:
+                work()
+            except BaseException:
+                self._api.cudaStreamEndCapture(self.stream)  # the error to be seen is the one on its way
+                raise
+            graph = self._call("cudaStreamEndCapture", self.stream)
         executable = self._call("cudaGraphInstantiate", graph, 0)
         self._call("cudaGraphDestroy", graph)
         self._held.append(("cudaGraphExecDestroy", executable))
@@ -134,3 +155,19 @@ class Cuda:
         """Free everything."""
         self.release()
         self._call("cudaStreamDestroy", self.stream)
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect Python's garbage now, so that none is collected within.
+
+    An object that frees device memory as it goes would spoil a graph that is being captured.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

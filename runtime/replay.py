@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from shadowllm.errors import UserError
+from shadowllm.runtime.cuda import no_garbage_collection
 
 # Kernels compile, and libraries allocate, before a capture: neither is possible during one.
 WARMUP = 2
@@ -48,6 +49,6 @@ def captured(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]
             work()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with no_garbage_collection(), torch.cuda.graph(graph):
         work()
     return graph.replay

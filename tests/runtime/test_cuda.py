@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
 from shadowllm.errors import UserError
 from shadowllm.plugins.tensorrt.flavour import gpu_capability
-from shadowllm.runtime.cuda import Cuda, CudaError
+from shadowllm.runtime.cuda import Cuda, CudaError, no_garbage_collection
 
 runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
 pytestmark = pytest.mark.skipif(gpu_capability() is not None, reason="there is a GPU here")
@@ -21,8 +24,29 @@ def cuda():
     return made
 
 
-def test_without_a_gpu():
-    with pytest.raises(UserError, match=r"engines need an NVIDIA GPU, and CUDA finds none here.*--backend ort"):
+@pytest.mark.skipif(runtime.cudaDriverGetVersion()[1] != 0, reason="there is a driver here")
+def test_without_a_driver():
+    with pytest.raises(UserError, match=r"no driver is installed here; install the NVIDIA driver, or .*--backend ort"):
+        Cuda()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            "cudaErrorInsufficientDriver",
+            r"knows CUDA up to 11\.8, .* needs 1.*; update the NVIDIA driver",
+        ),
+        (
+            "cudaErrorNoDevice",
+            r"CUDA finds none here \(cudaErrorNoDevice\).*--backend ort",
+        ),
+    ],
+)
+def test_with_an_old_driver_or_no_gpu(monkeypatch, error, words):
+    monkeypatch.setattr(runtime, "cudaGetDeviceCount", lambda: (getattr(runtime.cudaError_t, error), None))
+    monkeypatch.setattr(runtime, "cudaDriverGetVersion", lambda: (runtime.cudaError_t.cudaSuccess, 11080))
+    with pytest.raises(UserError, match=words):
         Cuda()
 
 
@@ -93,3 +117,49 @@ def test_memory_and_graphs_are_freed_in_reverse(cuda, monkeypatch):
         ("cudaFree", 4096),
         ("cudaStreamDestroy", 0),
     ]
+
+
+class Node:
+    """Garbage that only the collector frees."""
+
+    def __init__(self):
+        self.itself = self
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_collected_during_a_capture(cuda, monkeypatch, fails):
+    good = runtime.cudaError_t.cudaSuccess
+    for name in ("cudaStreamBeginCapture", "cudaGraphDestroy"):
+        monkeypatch.setattr(runtime, name, lambda *arguments: (good,))
+    for name in ("cudaStreamEndCapture", "cudaGraphInstantiate"):
+        monkeypatch.setattr(runtime, name, lambda *arguments: (good, "graph"))
+    before, within = Node(), []
+    gone = weakref.ref(before)
+    del before
+
+    def work():
+        assert gone() is None, "what was garbage before the capture was collected before it"
+        within.append(weakref.ref(Node()))
+        garbage = [Node() for _ in range(10 * gc.get_threshold()[0])]  # would start the collector a few times
+        del garbage
+        _ = [[] for _ in range(10 * gc.get_threshold()[0])]
+        assert within[0]() is not None
+        if fails:
+            raise ZeroDivisionError
+
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            cuda.capture(work)
+    else:
+        cuda.capture(work)
+    assert gc.isenabled()
+
+
+def test_a_collector_that_was_off_stays_off():
+    gc.disable()
+    try:
+        with no_garbage_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
