@@ -36,8 +36,10 @@ from shadowllm.predictor.progress import progress
 DENSE = "ort-dense"
 
 
-def export_random(shape: str, folder: Path, kind: Kind, dtype: str, weight_dtype: str | None) -> Path:
-    """A bundle of a random model."""
+def export_random(
+    shape: str, folder: Path, kind: Kind, dtype: str, weight_dtype: str | None, rank: int | None = None
+) -> Path:
+    """A bundle of a random model; ``rank`` is the predictor's, the usual one when None."""
     from shadowllm.models import load_model
 
     model, bundle = folder / shape, folder / "bundle"
@@ -45,7 +47,7 @@ def export_random(shape: str, folder: Path, kind: Kind, dtype: str, weight_dtype
         path.mkdir()
     write_random_model(shape, model)
     spec, weights, checkpoint = load_model(str(model))
-    predictor = untrained(kind, spec, weights.fingerprint())
+    predictor = untrained(kind, spec, weights.fingerprint(), rank=rank)
     write_bundle(bundle, shape, weights, checkpoint, predictor, dtype=dtype, weight_dtype=weight_dtype, budget=Budget())
     return bundle
 

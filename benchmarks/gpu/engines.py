@@ -1,7 +1,15 @@
-"""The comparison through TensorRT engines and ONNX Runtime's CUDA provider, where they run on this card."""
+"""The comparison through TensorRT engines and ONNX Runtime's CUDA provider, where they run on this card.
+
+    python -m shadowllm.benchmarks.gpu.engines BUNDLE FLAVOUR SETTING
+
+is what `measure_shape` starts for each flavour of TensorRT, of which a process can hold one. It builds the
+engines into the bundle, SETTING is JSON, and it prints JSON: the contenders' times, or ``{"error": ...}``.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,39 +19,59 @@ from typing import Any, Self
 
 import numpy as np
 
+from shadowllm.benchmarks.gpu.child import answer
 from shadowllm.benchmarks.gpu.decode import Setting, interleaved, spread
 from shadowllm.benchmarks.gpu.probe import probe
+from shadowllm.errors import UserError
+from shadowllm.models.budget import Budget
 from shadowllm.plugins.tensorrt.flavour import FLAVOURS, Flavour, gpu_capability
 from shadowllm.runtime.session import Session
 
 DTYPE = "float16"
+TIMEOUT = 3600.0  # seconds for a flavour to build its engines and be measured
 
 
 def measure_shape(shape: str, setting: Setting) -> dict[str, Any]:
     """Sparse and dense engines of each flavour, and ``dense.onnx`` on ONNX Runtime, over one random bundle.
 
     Returns:
-        JSON types: per toolkit its contenders' milliseconds per token and to the first one, or its ``error``.
+        JSON types: per toolkit its contenders' milliseconds per token and to the first one, or its ``error``,
+        a line that names it.
         Contenders of one toolkit take turns; toolkits follow one another, for the sake of the card's memory.
     """
     from shadowllm.benchmarks.shapes import export_random
 
     with tempfile.TemporaryDirectory() as folder:
-        bundle = export_random(shape, Path(folder), "shadow", DTYPE, None)
+        bundle = export_random(shape, Path(folder), "shadow", DTYPE, None, setting.rank)
         found: dict[str, Any] = {"shape": shape, "dtype": DTYPE, "budget": vars(setting.budget)}
         for flavour in FLAVOURS:
-            answer = probe(flavour)
-            found[flavour] = _guarded(partial(_engines, bundle, flavour, setting)) if answer["runs"] else answer
-        found["onnxruntime"] = _guarded(partial(_onnxruntime, bundle, setting))
+            found[flavour] = probe(flavour)
+            if found[flavour]["runs"]:
+                found[flavour] = in_child(bundle, flavour, setting)
+        found["onnxruntime"] = _guarded("onnxruntime", partial(_onnxruntime, bundle, setting))
     return found
 
 
-def _guarded(work: Callable[[], Any]) -> Any:
+def in_child(bundle: Path, flavour: Flavour, setting: Setting) -> dict[str, Any]:
+    """Build and time a bundle's engines of one flavour, in a process of its own; JSON as of `measure_shape`."""
+    told = {name: getattr(setting, name) for name in ("prompt_len", "new_tokens", "runs")}
+    request = json.dumps(told | {"budget": vars(setting.budget)})
+    return answer(flavour, "shadowllm.benchmarks.gpu.engines", str(bundle), flavour, request, timeout=TIMEOUT)
+
+
+def main(bundle: str, flavour: Flavour, request: str) -> None:
+    """The child's part."""
+    told = json.loads(request)
+    setting = Setting(**told | {"budget": Budget(**told["budget"])})
+    print(json.dumps(_guarded(flavour, partial(_engines, Path(bundle), flavour, setting))))
+
+
+def _guarded(name: str, work: Callable[[], Any]) -> Any:
     """What a toolkit that is not ours cannot do is a finding."""
     try:
         return work()
     except Exception as error:  # noqa: BLE001  # whatever it was, the other toolkits are still to be measured
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": " ".join(f"{name}: {type(error).__name__}: {error}".split())}
 
 
 def _engines(bundle: Path, flavour: Flavour, setting: Setting) -> dict[str, Any]:
@@ -54,7 +82,9 @@ def _engines(bundle: Path, flavour: Flavour, setting: Setting) -> dict[str, Any]
     from shadowllm.runtime.tensorrt import TrtSession
 
     sm = gpu_capability()
-    sms = (sm,) if flavour == "tensorrt_rtx" and sm else ()
+    if sm is None:
+        raise UserError("there is no NVIDIA GPU here to run engines on", "run this on a machine with one")
+    sms = (sm,) if flavour == "tensorrt_rtx" else ()
     capacity, longest = _capacity(setting), setting.prompt_len
     build_engines(bundle, EngineOptions(flavour, sms=sms, capacity=capacity, max_seqlen=longest))
     profiles = profiles_for(describe_onnx(bundle / "dense.onnx"), capacity=capacity, max_seqlen=longest)
@@ -71,7 +101,7 @@ def _onnxruntime(bundle: Path, setting: Setting) -> dict[str, Any]:
     import onnxruntime as ort
 
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        return {"error": f"onnxruntime {ort.__version__} has no CUDAExecutionProvider"}
+        raise UserError(f"version {ort.__version__} has no CUDAExecutionProvider", "pip install onnxruntime-gpu")
     with OrtDense(bundle, _capacity(setting), "CUDAExecutionProvider", "cuda") as session:
         return _measured({"dense": session}, setting)
 
@@ -152,3 +182,7 @@ class OrtDense:
         self._binding.synchronize_outputs()
         self._length += seqlen
         return self._logits[:, 0]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])  # type: ignore[arg-type]

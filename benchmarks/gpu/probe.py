@@ -10,25 +10,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import subprocess
 import sys
 from typing import Any
+
+from shadowllm.benchmarks.gpu.child import answer
 
 
 def probe(flavour: str, timeout: float = 300) -> dict[str, Any]:
     """What the child finds: ``runs``, and ``version`` or the exact ``error``."""
     if importlib.util.find_spec(flavour) is None:
         return {"runs": False, "error": f"{flavour} is not installed"}
-    command = [sys.executable, "-P", "-m", "shadowllm.benchmarks.gpu.probe", flavour]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {"runs": False, "error": f"no answer within {timeout:g} s"}
-    said = (done.stdout.strip().splitlines() or [""])[-1]
-    if done.returncode == 0 and said.startswith("{"):
-        return dict(json.loads(said))
-    words = [line for line in done.stderr.splitlines() if line.strip()]
-    return {"runs": False, "error": f"exit status {done.returncode}: {' | '.join(words[-5:])[:2000]}"}
+    return {"runs": False} | answer(flavour, "shadowllm.benchmarks.gpu.probe", flavour, timeout=timeout)
 
 
 def run_one(flavour: str) -> dict[str, Any]:

@@ -16,7 +16,9 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'shad
 
 from shadowllm.benchmarks.gpu import checks, decode, engines
 from shadowllm.benchmarks.gpu.__main__ import Recorder, main
+from shadowllm.benchmarks.gpu.child import answer
 from shadowllm.benchmarks.gpu.probe import probe
+from shadowllm.plugins.tensorrt.flavour import FLAVOURS
 from shadowllm.plugins.triton import ops
 from shadowllm.runtime import open_session
 from shadowllm.runtime.replay import kernel_device
@@ -113,6 +115,48 @@ def test_the_probe_tells_why_tensorrt_does_not_run():
     found = probe("tensorrt_rtx")
     assert found["runs"] is False
     assert "deserialising failed" in found["error"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_each_flavour_has_a_process_and_its_errors_name_it(bundle):
+    pytest.importorskip("tensorrt_rtx")
+    before = os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX"), "polygraphy.config" in sys.modules
+    for flavour in FLAVOURS:
+        found = engines.in_child(bundle(), flavour, decode.TINY)
+        assert found == {
+            "error": f"{flavour}: UserError: there is no NVIDIA GPU here to run engines on; "
+            "run this on a machine with one"
+        }
+    assert (os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX"), "polygraphy.config" in sys.modules) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_toolkits_that_do_not_run_are_findings():
+    found = engines.measure_shape("tiny-llama", decode.TINY)
+    assert found["shape"] == "tiny-llama"
+    for name in (*FLAVOURS, "onnxruntime"):
+        assert "\n" not in found[name]["error"]
+        assert found[name]["error"].startswith(name)
+    assert "has no CUDAExecutionProvider" in found["onnxruntime"]["error"]
+
+
+class TestChildren:
+    """Modules of Python's own that end in various ways."""
+
+    def test_the_last_object_printed_is_the_answer(self, tmp_path):
+        (tmp_path / "in.json").write_text('{"a": 1}')
+        assert answer("it", "json.tool", "--compact", str(tmp_path / "in.json"), timeout=60) == {"a": 1}
+
+    def test_a_crash_is_one_line(self):
+        code = "import os, sys; print('last words', file=sys.stderr, flush=True); os.abort()"
+        found = answer("it", "timeit", "-n1", "-r1", code, timeout=60)
+        assert found == {"error": "it: killed by SIGABRT: last words"}
+
+    def test_no_answer(self):
+        assert answer("it", "timeit", "-n1", "-r1", "import time; time.sleep(60)", timeout=0.5) == {
+            "error": "it: no answer within 0.5 s"
+        }
+        assert answer("it", "this", timeout=60)["error"].startswith("it: exit status 0: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
