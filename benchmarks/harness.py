@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, Self
 
 import numpy as np
@@ -35,6 +35,7 @@ class Generation:
         itl_ms: one per decode step, so one fewer than ``tokens``.
         parts_ms: mean per decode step of each part the session tells apart; empty if it does not.
         peak_rss_mb: of the worker so far, in 1e6 bytes.
+        device_memory: bytes on the GPU by what they hold; empty where the session does not say.
     """
 
     ttft_ms: float
@@ -42,6 +43,7 @@ class Generation:
     tokens: list[int]
     parts_ms: dict[str, float]
     peak_rss_mb: float
+    device_memory: dict[str, int] = field(default_factory=dict)
 
 
 class Worker:
@@ -183,6 +185,7 @@ class Summary:
         tokens_per_second: decode throughput, median over runs; TTFT is not in it.
         tokens_per_second_spread: slowest and fastest run.
         parts_ms: median over runs.
+        device_memory: bytes by what they hold, the same in every run.
     """
 
     ttft_ms: dict[str, float]
@@ -191,6 +194,7 @@ class Summary:
     tokens_per_second_spread: tuple[float, float]
     parts_ms: dict[str, float]
     peak_rss_mb: float
+    device_memory: dict[str, int] = field(default_factory=dict)
 
 
 def summarise(generations: Sequence[Generation], percentiles: Sequence[float] = (50, 90, 99)) -> Summary:
@@ -211,6 +215,7 @@ def summarise(generations: Sequence[Generation], percentiles: Sequence[float] = 
         tokens_per_second_spread=(min(rates), max(rates)),
         parts_ms=parts,
         peak_rss_mb=max(generation.peak_rss_mb for generation in generations),
+        device_memory=generations[-1].device_memory,
     )
 
 

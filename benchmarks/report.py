@@ -49,6 +49,7 @@ class Result:
             "bytes_by_part": self.traffic.parts if self.traffic else None,
             "gb_per_second": self.gb_per_second,
             "peak_rss_mb": summary.peak_rss_mb,
+            "device_memory": summary.device_memory,
             "parts_ms": summary.parts_ms,
             "quality": self.quality,
         }
@@ -117,7 +118,9 @@ class Report:
             table.add_column(result.name, justify="right", no_wrap=True)
         columns = [self._cells(result) for result in self.results]
         for row in columns[0]:
-            table.add_row(row, *(column.get(row, "-") for column in columns))
+            cells = [column.get(row, "-") for column in columns]
+            if set(cells) != {"-"}:
+                table.add_row(row, *cells)
         console.print(table)
         for result in self.results:
             console.print(latency_line(result), highlight=False, soft_wrap=True)
@@ -141,6 +144,7 @@ class Report:
             "ITL percentile(99%), ms": f"{itl['p99']:.2f}",
             "Throughput, tokens/s": f"{summary.tokens_per_second:.1f}",
             "Peak RSS, MB": f"{summary.peak_rss_mb:.0f}",
+            "GPU memory, MB": f"{sum(summary.device_memory.values()) / 1e6:.0f}" if summary.device_memory else "-",
         }
         if result.traffic and result.gb_per_second:
             share = f" ({result.gb_per_second / self.bandwidth_gb_s:.0%})" if self.bandwidth_gb_s else ""

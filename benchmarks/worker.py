@@ -59,7 +59,8 @@ class StepTimer:
 
         Returns:
             ``ttft_ms``; ``itl_ms``, one per decode step; ``tokens``, as the model chose them;
-            ``parts_ms``, mean per decode step and part, where the session measures its parts.
+            ``parts_ms``, mean per decode step and part, where the session measures its parts;
+            ``device_memory``, bytes on the GPU by what they hold, where the session knows.
         """
         self._session.reset(1)
         start = time.perf_counter_ns()
@@ -73,12 +74,13 @@ class StepTimer:
             steps.append((time.perf_counter_ns() - start) / 1e6)
             tokens.append(int(logits[0].argmax()))
             parts.append(dict(getattr(self._session, "step_seconds", {})))
-        names = parts[0] if parts else {}
+        names, memory = parts[0] if parts else {}, getattr(self._session, "memory", None)
         return {
             "ttft_ms": ttft / 1e6,
             "itl_ms": steps,
             "tokens": tokens,
             "parts_ms": {name: 1e3 * float(np.mean([part[name] for part in parts])) for name in names},
+            "device_memory": vars(memory) if memory else {},
         }
 
     def score(self, context: list[int], continuation: list[int]) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from shadowllm.benchmarks.bench import bench
 from shadowllm.benchmarks.peers import Setting, _check_tokens, compare
-from shadowllm.benchmarks.report import latency_line
+from shadowllm.benchmarks.report import Result, latency_line
 from shadowllm.errors import UserError
 from shadowllm.models.budget import Budget
 
@@ -25,6 +26,7 @@ RESULT = {
     "bytes_by_part",
     "gb_per_second",
     "peak_rss_mb",
+    "device_memory",
     "parts_ms",
     "quality",
 }
@@ -49,6 +51,7 @@ def test_json_schema(data):
     assert [result["name"] for result in data["results"]] == ["sparse", "ort-dense"]
     for result in data["results"]:
         assert set(result) == RESULT
+        assert result["device_memory"] == {}  # on a CPU
         assert {"p50", "p90", "p99"} <= set(result["itl_ms"])
         assert set(result["quality"]) == {"next_token_agreement", "perplexity", "tokens"}
         assert result["gb_per_second"] == pytest.approx(result["bytes_per_token"] / result["itl_ms"]["p50"] / 1e6)
@@ -96,10 +99,21 @@ def test_printed_report_fits_a_terminal(report):
         "Memory:",
     ):
         assert words in text
+    assert "GPU memory" not in text
     line = latency_line(report.results[0])
     assert line.startswith("sparse: Latency: min = ")
     assert "percentile(90%) = " in line
     assert "percentile(50%)" not in line
+
+
+def test_gpu_memory_is_told_of_whoever_reports_it(report):
+    on_gpu = replace(report.results[1].summary, device_memory={"weights": 1_200_000_000, "cache": 34_000_000})
+    results = [report.results[0], Result("tensorrt", on_gpu)]
+    console = Console(width=80, file=StringIO())
+    replace(report, results=results).print(console)
+    row = next(line for line in console.file.getvalue().splitlines() if "GPU memory, MB" in line)
+    assert [cell.strip() for cell in row.split("│")[2:4]] == ["-", "1234"]
+    assert results[1].to_dict()["device_memory"] == {"weights": 1_200_000_000, "cache": 34_000_000}
 
 
 def test_figure(report, tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+from shadowllm.benchmarks.worker import StepTimer
 from shadowllm.errors import UserError
 from shadowllm.exporter.manifest import read_manifest
 from shadowllm.runtime import Budget, generate, open_session
@@ -111,6 +112,7 @@ def test_the_cache_is_one_buffer_and_hidden_states_are_shared(engines):
         assert session.memory.cache == 3 * 2 * 2 * 16 * 12 * 4  # layers, k and v, KV heads, capacity, head, float32
         assert session.memory.weights == sum(record.engine_bytes for record in session._records.values())
         assert str(session.memory).startswith("device memory: weights ")
+        assert StepTimer(session).generate([5, 17], 3)["device_memory"] == vars(session.memory)  # for `bench`
 
 
 def test_leaving_frees_everything(engines):
