@@ -1,8 +1,4 @@
-"""The blocks of a decoder layer as ONNX nodes, dense and sparse.
-
-Hidden states are 2-D, ``(batch*seqlen, hidden_size)``, throughout: ``Gemm`` takes the weights in
-the layout the sparse ops need (``transB``), so both read the same bytes.
-"""
+"""The layers of a decoder as ONNX nodes, dense and sparse."""
 
 from __future__ import annotations
 
@@ -13,14 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from shadowllm.exporter.builder import GraphBuilder
+from shadowllm.exporter.choosing import choose_heads, choose_neurons
+from shadowllm.exporter.nodes import cast, gemm, norm, product
 from shadowllm.models import ModelSpec
 from shadowllm.plugins import schemas
-from shadowllm.plugins.quantisation import Quantisation
-from shadowllm.predictor.networks import NORM_EPS
-from shadowllm.predictor.weight_copy import COPY, copied
-
-# Of MatMulNBits: its inputs rounded to 8 bits, which is what ONNX Runtime has fast kernels for.
-ACCURACY_LEVEL = 4
 
 
 @dataclass(frozen=True)
@@ -96,86 +88,6 @@ def step(
     return Step(g.op("Shape", position_ids), first, visible, lengths, cos, sin)
 
 
-def cast(g: GraphBuilder, x: ir.Value) -> ir.Value:
-    """A float32 value in the graph's own type."""
-    return x if g.dtype == ir.DataType.FLOAT else g.op("Cast", x, to=g.dtype)
-
-
-def _float(g: GraphBuilder, x: ir.Value) -> ir.Value:
-    return x if g.dtype == ir.DataType.FLOAT else g.op("Cast", x, to=ir.DataType.FLOAT)
-
-
-def embed(g: GraphBuilder, spec: ModelSpec, input_ids: ir.Value, position_ids: ir.Value) -> ir.Value:
-    """Token and learned position embeddings, ``(batch*seqlen, hidden_size)``."""
-    flat = g.op("Reshape", input_ids, g.ints([-1]))
-    x = _embedding_rows(g, flat)
-    if spec.positions == "rope":
-        return x
-    places = g.op("Add", g.op("Reshape", position_ids, g.ints([-1])), g.ints(spec.position_offset))
-    return g.op("Add", x, g.op("Gather", g.weight("embed_positions.weight"), places, axis=0))
-
-
-def _embedding_rows(g: GraphBuilder, ids: ir.Value) -> ir.Value:
-    name, q = "embed_tokens.weight", g.quantisation
-    if q is None:
-        return g.op("Gather", g.weight(name), ids, axis=0)
-    return g.microsoft(
-        "GatherBlockQuantized",
-        g.weight(f"{name}.q"),
-        ids,
-        g.weight(f"{name}.scales"),
-        gather_axis=0,
-        quantize_axis=1,
-        block_size=q.block,
-        bits=q.bits,
-    )
-
-
-def norm(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
-    """LayerNorm or RMSNorm over the last axis."""
-    weight = g.weight(f"{name}.weight")
-    if spec.norm == "layernorm":
-        return g.op("LayerNormalization", x, weight, g.weight(f"{name}.bias"), epsilon=spec.norm_eps, axis=-1)
-    return g.op("RMSNormalization", x, weight, epsilon=spec.norm_eps, axis=-1)
-
-
-def gemm(
-    g: GraphBuilder, x: ir.Value, names: list[str], bias: bool, *, rows_out: bool = True, width: int | None = None
-) -> ir.Value:
-    """``x`` times one stored matrix, or several stacked ones.
-
-    Args:
-        rows_out: the matrix's rows are output channels (q, k, v, gate, up); else they are input
-            channels (o, down).
-        width: of x, where integer weights may be padded beyond it.
-    """
-    biases = [g.weight(*(f"{name}.bias" for name in names))] if bias else []
-    matrices = [f"{name}.weight" for name in names]
-    if g.quantisation:
-        stored = matrices if rows_out else [f"{name}.T" for name in matrices]
-        return _integer_gemm(g, x, stored, biases, g.quantisation, width)
-    return g.op("Gemm", x, g.weight(*matrices), *biases, transB=int(rows_out))
-
-
-def _integer_gemm(
-    g: GraphBuilder, x: ir.Value, matrices: list[str], biases: list[ir.Value], q: Quantisation, width: int | None
-) -> ir.Value:
-    """``MatMulNBits``, whose matrices have output channels as rows."""
-    scales = g.weight(*(f"{name}.scales" for name in matrices))
-    n_out, blocks = map(int, scales.shape)  # type: ignore[arg-type]
-    data = g.weight(*(f"{name}.q" for name in matrices), inner=(blocks, q.block * q.bits // 8))
-    inputs = [x, data, scales] + ([None, None, *biases] if biases else [])
-    return g.microsoft(
-        "MatMulNBits",
-        *inputs,
-        K=width or blocks * q.block,
-        N=n_out,
-        bits=q.bits,
-        block_size=q.block,
-        accuracy_level=ACCURACY_LEVEL,
-    )
-
-
 def dense_layer(
     g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, step: Step, cache: Cache
 ) -> tuple[ir.Value, Cache]:
@@ -193,23 +105,8 @@ def dense_layer(
 def _dense_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.Value:
     place = f"layers.{layer}"
     parts = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
-    hidden = _product(g, spec, gemm(g, x, [f"{place}.{part}" for part in parts], spec.mlp_bias))
+    hidden = product(g, spec, gemm(g, x, [f"{place}.{part}" for part in parts], spec.mlp_bias))
     return gemm(g, hidden, [f"{place}.down_proj"], spec.mlp_bias, rows_out=False)
-
-
-def _product(g: GraphBuilder, spec: ModelSpec, projected: ir.Value) -> ir.Value:
-    """What the down projection reads, of gate and up side by side or of up alone."""
-    if not spec.gated:
-        return activate(g, spec, projected)
-    gate, up = g.split(projected, [spec.intermediate_size] * 2, axis=1)
-    return g.op("Mul", activate(g, spec, gate), up)
-
-
-def activate(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:
-    """The MLP's activation."""
-    if spec.activation == "silu":
-        return g.op("Mul", x, g.op("Sigmoid", x))
-    return g.op({"relu": "Relu", "gelu": "Gelu"}[spec.activation], x)
 
 
 def sparse_layer(
@@ -231,8 +128,31 @@ def sparse_layer(
     heads = (
         _pick(g, selection.head_indices, row)
         if selection.head_indices is not None
-        else _choose_heads(g, spec, layer, normed, count)
+        else choose_heads(g, spec, layer, normed, count)
     )
+    x = g.op("Add", x, _sparse_attention(g, spec, layer, normed, step, cache, heads, count))
+    normed = norm(g, spec, f"{place}.post_norm", x)
+    count = _pick(g, selection.neuron_counts, row)
+    neurons = (
+        _pick(g, selection.neuron_indices, row)
+        if selection.neuron_indices is not None
+        else choose_neurons(g, spec, layer, normed, count, selection.rank)
+    )
+    x = g.op("Add", x, _sparse_mlp(g, spec, layer, normed, step, neurons, count))
+    return x, cache, Chosen(heads, neurons)
+
+
+def _sparse_attention(
+    g: GraphBuilder,
+    spec: ModelSpec,
+    layer: int,
+    normed: ir.Value,
+    step: Step,
+    cache: Cache,
+    indices: ir.Value,
+    count: ir.Value,
+) -> ir.Value:
+    place = f"layers.{layer}"
     y = g.custom(
         schemas.SPARSE_ATTENTION,
         f"{place}.attention",
@@ -241,7 +161,7 @@ def sparse_layer(
             "key": cache.key,
             "value": cache.value,
             "lengths": step.lengths,
-            "indices": heads,
+            "indices": indices,
             "count": count,
             **_rows(g, place, "q", spec.qkv_bias),
             **_rows(g, place, "o", spec.o_bias),
@@ -251,69 +171,7 @@ def sparse_layer(
         n_heads=spec.n_heads,
         layer=layer,
     )
-    x = g.op("Add", x, _flat(g, spec, y))
-    normed = norm(g, spec, f"{place}.post_norm", x)
-    count = _pick(g, selection.neuron_counts, row)
-    neurons = (
-        _pick(g, selection.neuron_indices, row)
-        if selection.neuron_indices is not None
-        else _choose_neurons(g, spec, layer, normed, count, selection.rank)
-    )
-    x = g.op("Add", x, _sparse_mlp(g, spec, layer, normed, step, neurons, count))
-    return x, cache, Chosen(heads, neurons)
-
-
-def _choose_heads(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
-    """The ``count`` heads that a linear map of the attention's input puts highest."""
-    weight, bias = (g.weight(f"predictor.layers.{layer}.heads.{part}") for part in ("weight", "bias"))
-    scores = g.op("Gemm", _float(g, x), weight, bias, transB=1)
-    return _choose(g, f"layers.{layer}.select_heads", scores, count, spec.n_heads, spec.heads_together)
-
-
-def _choose_neurons(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value, rank: int) -> ir.Value:
-    """The ``count`` neurons that the layer's network, or the low-bit copy, puts highest."""
-    if rank:
-        place = f"predictor.layers.{layer}"
-        scores = _float(g, gemm(g, trunk(g, spec, f"{place}.trunk", x), [f"{place}.neurons"], bias=True, width=rank))
-    else:
-        scores = _copy_scores(g, spec, layer, x)
-    return _choose(g, f"layers.{layer}.select_neurons", scores, count, spec.intermediate_size)
-
-
-def trunk(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
-    """The hidden layer of a learned network, ``relu(T layer_norm(x) + t)``; see `networks.scores`."""
-    ones = cast(g, g.constant(np.ones(spec.hidden_size, dtype=np.float32), "ones"))
-    normed = g.op("LayerNormalization", x, ones, epsilon=NORM_EPS, axis=-1)
-    return g.op("Relu", gemm(g, normed, [name], bias=True, width=spec.hidden_size))
-
-
-def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.Value:
-    """The length of each neuron's contribution, going by the low-bit copy."""
-    names = copied(spec, layer)
-    biases = [g.weight(*(name.replace("weight", "bias") for name in names))] if spec.mlp_bias else []
-    x, biases = _float(g, x), [_float(g, bias) for bias in biases]
-    projected = _integer_gemm(g, x, [f"copy.{name}" for name in names], biases, COPY, spec.hidden_size)
-    return g.op("Mul", g.op("Abs", _product(g, spec, projected)), g.weight(f"copy.layers.{layer}.lengths"))
-
-
-def _choose(g: GraphBuilder, name: str, scores: ir.Value, count: ir.Value, width: int, together: int = 1) -> ir.Value:
-    """Indices ``(width,)`` of the largest of ``(tokens, width)`` scores on average: one choice for all tokens."""
-    mean = g.op("ReduceMean", scores, g.ints([0]), keepdims=1)
-    return g.op("Reshape", select(g, name, mean, g.op("Unsqueeze", count, g.ints([0])), width, together), g.ints([-1]))
-
-
-def select(g: GraphBuilder, name: str, scores: ir.Value, counts: ir.Value, width: int, together: int = 1) -> ir.Value:
-    """Indices ``(rows, width)`` of the ``counts`` largest of each row of scores.
-
-    Args:
-        together: so many neighbours are chosen as one. All get the sum of their scores, so that ties, which go
-            to the lower index, fall in whole groups.
-    """
-    if together > 1:
-        groups = g.op("Reshape", scores, g.ints([-1, width // together, together]))
-        sums = g.op("ReduceSum", groups, g.ints([2]), keepdims=1)
-        scores = g.op("Reshape", g.op("Expand", sums, g.ints([1, 1, together])), g.ints([-1, width]))
-    return g.custom(schemas.SELECT_TOPK, name, {"scores": scores, "counts": counts}, cap=width)
+    return _flat(g, spec, y)
 
 
 def _sparse_mlp(

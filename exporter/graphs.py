@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from shadowllm.exporter import blocks
+from shadowllm.exporter import blocks, choosing, nodes
 from shadowllm.exporter.builder import GraphBuilder
 from shadowllm.exporter.store import WeightStore
 from shadowllm.models import ModelSpec
@@ -45,7 +45,7 @@ def dense_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, q: Quan
     keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
     caches = _cache_inputs(g, spec, range(spec.n_layers))
     step = blocks.step(g, spec, position_ids, caches[0].key, dense=True, sparse=False)
-    x = blocks.embed(g, spec, input_ids, position_ids)
+    x = nodes.embed(g, spec, input_ids, position_ids)
     for layer in range(spec.n_layers):
         x, caches[layer] = blocks.dense_layer(g, spec, layer, x, step, caches[layer])
     _logits(g, spec, x, step, keep)
@@ -62,7 +62,7 @@ def stem_graph(
     layers = range(dense_layers)
     caches = _cache_inputs(g, spec, layers)
     step = blocks.step(g, spec, position_ids, caches[0].key, dense=True, sparse=False)
-    x = blocks.embed(g, spec, input_ids, position_ids)
+    x = nodes.embed(g, spec, input_ids, position_ids)
     for layer in layers:
         x, caches[layer] = blocks.dense_layer(g, spec, layer, x, step, caches[layer])
     shape = g.shape(step.tokens, [spec.hidden_size])
@@ -129,7 +129,7 @@ def predictor_graph(
         name = unit.removesuffix("s")
         counts = g.input(f"{name}_counts", [predictor.n_sparse], INT32)
         together = spec.heads_together if unit == "heads" else 1
-        indices = blocks.select(g, f"select_{unit}", scores[unit], counts, width, together)
+        indices = choosing.select(g, f"select_{unit}", scores[unit], counts, width, together)
         g.output(indices, f"{name}_indices", [predictor.n_sparse, width], INT32)
     return g.model(function_bodies(function_form(spec, q)))
 
@@ -138,12 +138,12 @@ def _shadow_scores(g: GraphBuilder, spec: ModelSpec, predictor: Predictor) -> di
     hidden = g.input("hidden", [*TOKENS, spec.hidden_size])
     x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
     # The last projection is linear: averaging the tokens' scores is projecting their average.
-    z = g.op("ReduceMean", blocks.trunk(g, spec, "predictor.trunk", x), g.ints([0]), keepdims=1)
+    z = g.op("ReduceMean", choosing.trunk(g, spec, "predictor.trunk", x), g.ints([0]), keepdims=1)
     found = {}
     for unit, width in (("heads", spec.n_heads), ("neurons", spec.intermediate_size)):
-        y = blocks.gemm(g, z, [f"predictor.{unit}"], bias=True, width=predictor.rank)
+        y = nodes.gemm(g, z, [f"predictor.{unit}"], bias=True, width=predictor.rank)
         y = g.op("Reshape", y, g.ints([predictor.n_sparse, width]))
-        found[unit] = y if g.dtype == FLOAT else g.op("Cast", y, to=FLOAT)
+        found[unit] = nodes.as_float(g, y)
     return found
 
 
@@ -151,12 +151,11 @@ def _logits(g: GraphBuilder, spec: ModelSpec, x: ir.Value, step: blocks.Step, ke
     """Norm and output projection of the kept positions only: a prompt needs its last row alone."""
     x = g.op("Reshape", x, g.shape(step.tokens, [spec.hidden_size]))
     x = g.op("GatherND", x, g.op("Unsqueeze", keep, g.ints([2])), batch_dims=1)
-    x = blocks.norm(g, spec, "final_norm", g.op("Reshape", x, g.ints([-1, spec.hidden_size])))
+    x = nodes.norm(g, spec, "final_norm", g.op("Reshape", x, g.ints([-1, spec.hidden_size])))
     table = "embed_tokens" if spec.tied_embeddings else "lm_head"
-    logits = blocks.gemm(g, x, [table], bias=False)
+    logits = nodes.gemm(g, x, [table], bias=False)
     logits = g.op("Reshape", logits, g.shape(g.op("Shape", keep), [spec.vocab_size]))
-    logits = logits if g.dtype == FLOAT else g.op("Cast", logits, to=FLOAT)
-    g.output(logits, "logits", ["batch", "kept", spec.vocab_size], FLOAT)
+    g.output(nodes.as_float(g, logits), "logits", ["batch", "kept", spec.vocab_size], FLOAT)
 
 
 def _cache_dims(spec: ModelSpec) -> list[int | str]:
