@@ -63,10 +63,7 @@ def build_engine(
             builder refuses, crashes or is killed, with the last thing it said.
     """
     require(flavour)
-    if timing_cache is not None and flavour == "tensorrt_rtx":
-        raise UserError("TensorRT-RTX keeps no timing cache", "leave it out: its runtime cache does that work")
-    if sms and flavour == "tensorrt":
-        raise UserError("tensorrt builds for the GPU of this machine only", "leave out --sm, or use tensorrt_rtx")
+    _check_options(flavour, sms, timing_cache)
     graph = describe_onnx(onnx_path)
     check_profiles(graph, profiles)
     files = _hash_sources(onnx_path, graph, file_hashes or {})
@@ -87,16 +84,7 @@ def build_engine(
     try:
         with _progress(f"{flavour}: {engine_path.name}") as show:
             built = run_worker(request, engine_path.name, show)
-        record = EngineRecord(
-            flavour=flavour,
-            plugin_version=VERSION,
-            profiles=tuple(profiles),
-            files=files,
-            plugins=tuple(CustomNode(**node) for node in built.pop("plugins")),
-            compute_capabilities=tuple(built.pop("compute_capabilities")),
-            kernels={name: tuple(images) for name, images in built.pop("kernels").items()},
-            **built,
-        )
+        record = _record(built, flavour, profiles, files)
         if missing := missing_contents(part, record.plugins, record.kernels):
             raise RuntimeError(f"the engine does not hold {missing}, which the network had")
         os.replace(part, engine_path)
@@ -104,6 +92,29 @@ def build_engine(
     finally:
         part.unlink(missing_ok=True)
     return record
+
+
+def _check_options(flavour: Flavour, sms: Sequence[int], timing_cache: Path | None) -> None:
+    if timing_cache is not None and flavour == "tensorrt_rtx":
+        raise UserError("TensorRT-RTX keeps no timing cache", "leave it out: its runtime cache does that work")
+    if sms and flavour == "tensorrt":
+        raise UserError("tensorrt builds for the GPU of this machine only", "leave out --sm, or use tensorrt_rtx")
+
+
+def _record(
+    built: dict[str, Any], flavour: Flavour, profiles: Sequence[ShapeProfile], files: Mapping[str, str]
+) -> EngineRecord:
+    """The sidecar's contents, of the worker's outcome and what it was asked."""
+    return EngineRecord(
+        flavour=flavour,
+        plugin_version=VERSION,
+        profiles=tuple(profiles),
+        files=files,
+        plugins=tuple(CustomNode(**node) for node in built.pop("plugins")),
+        compute_capabilities=tuple(built.pop("compute_capabilities")),
+        kernels={name: tuple(images) for name, images in built.pop("kernels").items()},
+        **built,
+    )
 
 
 def _hash_sources(onnx_path: Path, graph: GraphInfo, known: Mapping[str, str]) -> dict[str, str]:

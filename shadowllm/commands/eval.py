@@ -15,6 +15,8 @@ from shadowllm.models.budget import Budget, parse_fractions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     from shadowllm.exporter.manifest import Manifest
     from shadowllm.models.budget import Fractions
     from shadowllm.predictor.evaluate import Result
@@ -75,18 +77,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _text(args: argparse.Namespace) -> None:
-    import torch
-
-    from shadowllm.benchmarks import quality
-    from shadowllm.benchmarks.environment import environment
-    from shadowllm.benchmarks.passage import passage
     from shadowllm.exporter.bundle import read_weights
     from shadowllm.exporter.manifest import read_manifest
-    from shadowllm.predictor.calibration import token_windows
     from shadowllm.predictor.evaluate import evaluate
     from shadowllm.predictor.memory import keep_freed_memory
     from shadowllm.predictor.progress import progress
-    from shadowllm.runtime.text import load_tokenizer, plain_encoder
 
     if args.tokens < args.seqlen:
         raise UserError(
@@ -95,14 +90,8 @@ def _text(args: argparse.Namespace) -> None:
     keep_freed_memory()
     manifest = read_manifest(args.bundle)
     manifest = replace(manifest, spec=replace(manifest.spec, head_unit=args.head_unit or manifest.spec.head_unit))
-    encode = plain_encoder(load_tokenizer(args.bundle, manifest))
+    windows = _windows(args, manifest)
     read = read_weights(args.bundle, manifest)
-    seqlen, limit = min(args.seqlen, manifest.spec.max_seqlen), args.tokens // args.seqlen
-    windows = (
-        token_windows(args.text, encode, seqlen, limit)
-        if args.text
-        else torch.tensor(passage(encode, limit * seqlen)).view(limit, seqlen)
-    )
     selectors, neurons, heads = _sweep(args, manifest)
     passes = len(windows) * (1 + len(selectors) * len(neurons) * len(heads))
     with progress("Evaluating", passes) as advance:
@@ -120,11 +109,36 @@ def _text(args: argparse.Namespace) -> None:
     _print_table(results)
     if args.layers:
         _print_layers(results)
+    _keep(args, manifest, results, windows)
+
+
+def _windows(args: argparse.Namespace, manifest: Manifest) -> Tensor:
+    """The tokens to evaluate, int64 ``(windows, seqlen)``."""
+    import torch
+
+    from shadowllm.benchmarks.passage import passage
+    from shadowllm.predictor.calibration import token_windows
+    from shadowllm.runtime.text import load_tokenizer, plain_encoder
+
+    encode = plain_encoder(load_tokenizer(args.bundle, manifest))
+    seqlen, limit = min(args.seqlen, manifest.spec.max_seqlen), args.tokens // args.seqlen
+    if args.text:
+        return token_windows(args.text, encode, seqlen, limit)
+    return torch.tensor(passage(encode, limit * seqlen)).view(limit, seqlen)
+
+
+def _keep(args: argparse.Namespace, manifest: Manifest, results: Sequence[Result], windows: Tensor) -> None:
+    """Write the results, and draw them, where that was asked for."""
+    import torch
+
+    from shadowllm.benchmarks import quality
+    from shadowllm.benchmarks.environment import environment
+
     settings = {
         "model": manifest.model,
         "text": list(args.text) or "Python module documentation",
         "tokens": windows.numel(),
-        "seqlen": seqlen,
+        "seqlen": windows.shape[1],
         "head_unit": manifest.spec.head_unit,
         "aggregate": args.aggregate,
         "predictor": manifest.predictor,
