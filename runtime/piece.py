@@ -15,6 +15,7 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.sidecar import REMEDY
 from shadowllm.plugins.tensorrt import creators
 from shadowllm.runtime.binding import PHASES, Buffer, Phase, buffer_of, shape_of
+from shadowllm.runtime.kernel_cache import KernelCache
 
 # A library of the plugins to run engines with, instead of those in Python.
 PLUGINS_VARIABLE = "SHADOWLLM_TENSORRT_PLUGINS"
@@ -22,9 +23,16 @@ TRT_DTYPES = {"int64": "INT64", "int32": "INT32", "float32": "FLOAT", "float16":
 
 
 class Piece:
-    """One engine: its weights once, and an execution context for each phase."""
+    """One engine: its weights once, and an execution context for each phase.
 
-    def __init__(self, trt: Any, runtime: Any, path: Path, logger: Any, stream: int) -> None:
+    Args:
+        trt: the TensorRT module.
+        path: of the engine.
+        logger: from `logger_class`.
+        kernels: where TensorRT-RTX keeps what it compiles.
+    """
+
+    def __init__(self, trt: Any, runtime: Any, path: Path, logger: Any, stream: int, kernels: Path) -> None:
         self._name, self._logger = path.name, logger
         self._engine = runtime.deserialize_cuda_engine(np.memmap(path, dtype=np.uint8, mode="r"))
         if self._engine is None:
@@ -34,11 +42,19 @@ class Piece:
         self._inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
         self._dtypes = {name: engine.get_tensor_dtype(name).name for name in names}
         self._contexts: dict[Phase, Any] = {}
+        # The full TensorRT compiles when it builds.
+        self._kernels = KernelCache(engine.create_runtime_config(), kernels) if hasattr(trt, "IRuntimeCache") else None
         for index, phase in enumerate(PHASES):
-            context = self._need(_context(trt, engine, eager=phase == "decode"), "a context")
+            context = self._need(self._context(trt, eager=phase == "decode"), "a context")
             self._need(context.set_optimization_profile_async(index, stream), f"the {phase} profile")
             self._contexts[phase] = context
         self.workspace = engine.device_memory_size_v2
+
+    def close(self) -> None:
+        """Keep what was compiled, and let go of the contexts, which must not outlive it."""
+        if self._kernels:
+            self._kernels.save()
+        self._contexts.clear()
 
     def bind(self, found: Mapping[str, Buffer], addresses: Mapping[str, int], scratch: int) -> None:
         """Give every tensor of both phases its address.
@@ -70,26 +86,27 @@ class Piece:
         """Ask for one run; does not wait."""
         self._need(self._contexts[phase].execute_async_v3(stream), f"the {phase} step")
 
+    def _context(self, trt: Any, eager: bool) -> Any:
+        """A context whose scratch memory is ours to give.
+
+        Args:
+            eager: have TensorRT-RTX compile for the shapes at hand at once, and not behind a running step, which
+                could then not be captured.
+        """
+        user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._kernels is None:
+            return self._engine.create_execution_context(user_managed)
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(user_managed)
+        if eager:
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._need(self._kernels.serve(config), "a cache of its kernels")
+        return self._engine.create_execution_context(config)
+
     def _need(self, answer: Any, what: str) -> Any:
         if not answer:
             raise RuntimeError(f"{self._name}: TensorRT refuses {what}: {self._logger.last_error}")
         return answer
-
-
-def _context(trt: Any, engine: Any, eager: bool) -> Any:
-    """A context whose scratch memory is ours to give.
-
-    Args:
-        eager: have TensorRT-RTX compile for the shapes at hand at once, and not behind a running step, which
-            could then not be captured.
-    """
-    user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-    if not eager or not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-        return engine.create_execution_context(user_managed)
-    config = engine.create_runtime_config()
-    config.set_execution_context_allocation_strategy(user_managed)
-    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-    return engine.create_execution_context(config)
 
 
 @cache

@@ -18,6 +18,7 @@ from shadowllm.runtime.ahead import SLOTS, Replayed
 from shadowllm.runtime.binding import Limits, Memory, buffers, constants, layout
 from shadowllm.runtime.cuda import Cuda
 from shadowllm.runtime.inputs import check_tokens, pad_prompts
+from shadowllm.runtime.kernel_cache import kernel_file
 from shadowllm.runtime.piece import Piece, load_plugins, logger_class
 
 Kind = Literal["sparse", "dense"]
@@ -72,9 +73,10 @@ class TrtSession(Replayed):
             logger = logger_class(self._trt)()
             load_plugins(self._trt)
             self._runtime = self._trt.Runtime(logger)
-            for name in self._records:
+            for name, record in self._records.items():
                 path = self._folder / f"{name}.engine"
-                self._pieces[name] = Piece(self._trt, self._runtime, path, logger, self._cuda.stream)
+                kernels = kernel_file(record.version, gpu_capability(), record.engine_sha256)
+                self._pieces[name] = Piece(self._trt, self._runtime, path, logger, self._cuda.stream, kernels)
             self.reset()
         except BaseException:
             self.__exit__()
@@ -83,6 +85,8 @@ class TrtSession(Replayed):
 
     def __exit__(self, *error: object) -> None:
         self._cuda.release()
+        for piece in self._pieces.values():
+            piece.close()
         self._pieces.clear()
         self._cuda.close()
 

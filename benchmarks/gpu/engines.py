@@ -9,6 +9,7 @@ engines into the bundle, SETTING is JSON, and it prints JSON: the contenders' ti
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -61,6 +62,7 @@ def in_child(bundle: Path, flavour: Flavour, setting: Setting) -> dict[str, Any]
 
 def main(bundle: str, flavour: Flavour, request: str) -> None:
     """The child's part."""
+    os.environ["XDG_CACHE_HOME"] = str(Path(bundle).parent)  # nobody starts these engines again: keep no kernels
     told = json.loads(request)
     setting = Setting(**told | {"budget": Budget(**told["budget"])})
     print(json.dumps(_guarded(flavour, partial(_engines, Path(bundle), flavour, setting))))

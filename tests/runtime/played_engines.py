@@ -6,6 +6,7 @@ what a captured step repeats, who copies what. It says nothing of the engines an
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import types
 from dataclasses import dataclass, field
@@ -106,11 +107,49 @@ DTYPES = {"tensor(int64)": "INT64", "tensor(int32)": "INT32", "tensor(float)": "
 NUMPY = {"INT64": np.int64, "INT32": np.int32, "FLOAT": np.float32}
 
 
+class RuntimeCache:
+    """Remembers the shapes that were "compiled" for. Like the real one it refuses what it did not write."""
+
+    MAGIC = b"played "
+
+    def __init__(self):
+        self.compiled = set()
+
+    def serialize(self):
+        return memoryview(self.MAGIC + repr(sorted(self.compiled)).encode()) if self.compiled else None
+
+    def deserialize(self, blob):
+        if not blob.startswith(self.MAGIC):
+            return False
+        self.compiled = set(ast.literal_eval(blob.removeprefix(self.MAGIC).decode()))
+        return True
+
+
+class RuntimeConfig:
+    """What a context of TensorRT-RTX is made with."""
+
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
+
+    def __init__(self):
+        self.allocation = self.cache = None
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.allocation = strategy
+
+    def create_runtime_cache(self):
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+        return True
+
+
 @dataclass
 class Context:
     """An execution context; one is made per phase."""
 
     engine: object
+    config: RuntimeConfig | None = None
     profile: int = -1
     scratch: tuple = ()
     shapes: dict = field(default_factory=dict)
@@ -136,6 +175,10 @@ class Context:
         assert stream == HostCuda.stream
         assert self.scratch
         shapes, addresses = dict(self.shapes), dict(self.addresses)
+        if self.config and (key := repr((self.profile, sorted(shapes.items())))) not in self.config.cache.compiled:
+            assert self.engine.cuda.graph is None, "nothing may compile while a step is captured"
+            self.config.cache.compiled.add(key)
+            self.engine.compilations += 1
         self.engine.cuda.do(lambda: self.engine.run(shapes, addresses))
         return True
 
@@ -144,6 +187,7 @@ class Engine:
     """A graph in ONNX Runtime behind the part of ``ICudaEngine`` that a session uses."""
 
     device_memory_size_v2 = 1000
+    compilations = 0
 
     def __init__(self, model, bundle, cuda):
         options = ort.SessionOptions()
@@ -163,9 +207,14 @@ class Engine:
     def get_tensor_dtype(self, name):
         return DataType[DTYPES[(self.inputs | self.outputs)[name].type]]
 
-    def create_execution_context(self, strategy):
-        assert strategy == "user managed"
-        return Context(self)
+    def create_runtime_config(self):
+        return RuntimeConfig()
+
+    def create_execution_context(self, how):
+        if how == "user managed":
+            return Context(self)
+        assert how.allocation == "user managed"
+        return Context(self, how)
 
     def run(self, shapes, addresses):
         def there(name, shape):
@@ -176,8 +225,12 @@ class Engine:
             there(name, value.shape)[...] = value
 
 
-def played(bundle, cuda):
-    """A TensorRT module whose engines are those that `write_engines` wrote."""
+def played(bundle, cuda, rtx=True):
+    """A TensorRT module whose engines are those that `write_engines` wrote.
+
+    Args:
+        rtx: with what only TensorRT-RTX has.
+    """
 
     class Runtime:
         def __init__(self, logger):
@@ -200,6 +253,9 @@ def played(bundle, cuda):
         ExecutionContextAllocationStrategy=strategies,
         get_plugin_registry=lambda: registry,
     )
+    if rtx:
+        trt.IRuntimeCache = RuntimeCache
+        trt.DynamicShapesKernelSpecializationStrategy = types.SimpleNamespace(EAGER="eager")
     return trt
 
 

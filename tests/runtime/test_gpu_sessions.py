@@ -54,7 +54,8 @@ def test_replays_give_the_text_of_single_steps(bundle, backend):
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("variant", ["llama-head-dim-16", "opt-head-dim-16"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_engines_follow_the_reference(bundle, tmp_path, flavour, variant, dtype):
+def test_engines_follow_the_reference(bundle, tmp_path, monkeypatch, flavour, variant, dtype):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if importlib.util.find_spec(flavour) is None:
         pytest.skip(f"{flavour} is not installed")
     folder = tmp_path / "bundle"
@@ -72,3 +73,7 @@ def test_engines_follow_the_reference(bundle, tmp_path, flavour, variant, dtype)
             slow.append(tokens.tolist())
             tokens = ours.decode(tokens).argmax(axis=1)
         assert fast == slow
+    kept = list((tmp_path / "cache").rglob("*.kernels"))
+    assert len(kept) == (3 if flavour == "tensorrt_rtx" else 0)
+    with open_session(folder, flavour) as again:  # with the kernels that were compiled before
+        assert np.array_equal(follow(again), found)

@@ -15,7 +15,16 @@ from shadowllm.runtime import Budget, generate, open_session
 from shadowllm.runtime import tensorrt as module
 from shadowllm.runtime.piece import PLUGINS_VARIABLE, load_plugins
 from shadowllm.runtime.tensorrt import TrtSession
-from tests.runtime.played_engines import FLAVOUR, HostCuda, played, write_engines
+from tests.runtime.played_engines import (
+    FLAVOUR,
+    Context,
+    Engine,
+    HostCuda,
+    RuntimeCache,
+    RuntimeConfig,
+    played,
+    write_engines,
+)
 
 PROMPTS = [[5, 17, 42], [8, 61]]
 FORCED = np.array([[3, 90], [14, 7]])
@@ -26,14 +35,15 @@ def engines(bundle, tmp_path, monkeypatch):
     """Opens a session over played engines of a variant; what differs goes to `write_engines`."""
     monkeypatch.setenv(PLUGINS_VARIABLE, __file__)  # the played registry loads anything
     monkeypatch.setattr(module, "gpu_capability", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def opened(variant="llama-gqa", kind="sparse", bundle_options=None, **options):
+    def opened(variant="llama-gqa", kind="sparse", bundle_options=None, rtx=True, **options):
         folder = tmp_path / variant
         shutil.copytree(bundle(variant, **(bundle_options or {})), folder)
         pieces = ("dense",) if kind == "dense" else None
         write_engines(folder, read_manifest(folder), pieces=pieces, **options)
         cuda = HostCuda()
-        return TrtSession(folder, FLAVOUR, played(folder, cuda), lambda: cuda, kind)
+        return TrtSession(folder, FLAVOUR, played(folder, cuda, rtx), lambda: cuda, kind)
 
     return opened
 
@@ -65,8 +75,9 @@ def test_a_ragged_batch_at_changing_budgets(engines, bundle, variant, options):
     assert distance(*found) < 1e-5
 
 
-def test_dense_engines(engines, bundle):
-    with engines(kind="dense") as ours, open_session(bundle(), "torch-dense") as theirs:
+@pytest.mark.parametrize("rtx", [True, False])
+def test_dense_engines(engines, bundle, rtx):
+    with engines(kind="dense", rtx=rtx) as ours, open_session(bundle(), "torch-dense") as theirs:
         assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < 1e-5
 
 
@@ -120,6 +131,68 @@ def test_leaving_frees_everything(engines):
         assert session._cuda.held
     assert session._cuda.closed
     assert not session._cuda.held
+
+
+class TestKeptKernels:
+    """What TensorRT-RTX compiles when a session starts is there when the next one does."""
+
+    @staticmethod
+    def compilations(session):
+        """Of all engines, while a text is generated."""
+        list(generate(session, PROMPTS, 3))
+        return sum(piece._engine.compilations for piece in session._pieces.values())
+
+    @staticmethod
+    def again(session):
+        cuda = HostCuda()
+        folder = session._folder.parents[1]
+        return TrtSession(folder, FLAVOUR, played(folder, cuda), lambda: cuda)
+
+    def test_the_next_start_compiles_nothing(self, engines, tmp_path):
+        first = engines()
+        with first:
+            decode = [piece._contexts["decode"].config for piece in first._pieces.values()]
+            assert [config.dynamic_shapes_kernel_specialization_strategy for config in decode] == ["eager"] * 3
+            assert self.compilations(first) == 8  # of batches of 1 and 2: three pieces decode, two prefill one
+        files = sorted((tmp_path / "cache" / "shadowllm").iterdir())
+        digests = sorted(record.engine_sha256 for record in first._records.values())
+        assert sorted(path.name for path in files) == [
+            f"tensorrt_rtx-0.0.played-smNone-{digest}.kernels" for digest in digests
+        ]
+        before = [path.stat().st_mtime_ns for path in files]
+        with self.again(first) as second:
+            assert self.compilations(second) == 0
+        assert [path.stat().st_mtime_ns for path in files] == before  # nothing new, nothing written
+
+    def test_a_damaged_file_is_replaced(self, engines, tmp_path):
+        with engines() as first:
+            pass
+        files = list((tmp_path / "cache" / "shadowllm").iterdir())
+        whole = [path.read_bytes() for path in files]
+        for path in files:
+            path.write_bytes(b"damaged")
+        with self.again(first) as second:
+            assert self.compilations(second) == 8
+        assert all(path.read_bytes().startswith(b"played ") for path in files)
+        assert [path.read_bytes() for path in files] != whole  # of a text too, and not of a start alone
+
+    def test_where_nothing_can_be_kept_a_warning_says_so(self, engines, tmp_path):
+        (tmp_path / "cache").write_text("a file")
+        words = r"cannot keep compiled kernels in .*cache/shadowllm.*XDG_CACHE_HOME"
+        with pytest.warns(RuntimeWarning, match=words), engines() as session:
+            assert self.compilations(session) == 8
+
+
+def test_what_is_played_is_there():
+    """Every name that a session uses of TensorRT-RTX's classes, by which the played ones go, is in the real ones."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    pairs = {"IRuntimeCache": RuntimeCache, "IRuntimeConfig": RuntimeConfig, "IExecutionContext": Context}
+    for name, ours in (*pairs.items(), ("ICudaEngine", Engine)):
+        own = {"engine", "config", "profile", "scratch", "MAGIC", "compilations", "run"}
+        used = {attribute for attribute in vars(ours) if not attribute.startswith("_")} - own
+        assert used <= set(dir(getattr(trt, name))), name
+    assert hasattr(trt.DynamicShapesKernelSpecializationStrategy, "EAGER")
+    assert hasattr(trt.ExecutionContextAllocationStrategy, "USER_MANAGED")
 
 
 def test_engines_of_other_shapes_do_not_go_together(engines, bundle, tmp_path):
