@@ -3,7 +3,8 @@
     python -m shadowllm.benchmarks.scaling "$(python benchmarks/model_path.py)" out/scaling --json scaling.json
 
 Networks of several kinds, sizes and losses learn side by side from one pass over the documentation that
-Python ships (`small_opt.documents`, without the modules that are evaluated on); each has its own learning
+Python ships (`small_opt.documents`, without the modules that are evaluated on), and with --packages from that of
+installed packages too, for the more tokens; each has its own learning
 rate schedule and stops at its own number of tokens, as `shadowllm train` would train it. They are written to a
 folder, and those found there are not trained again (nor judged again what the JSON has). Then each chooses
 neurons, with all heads kept and layer 0 dense, on the benchmarks' passage.
@@ -18,16 +19,19 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from shadowllm.benchmarks.environment import environment
-from shadowllm.benchmarks.passage import passage
+from shadowllm.benchmarks.passage import MODULES, passage
 from shadowllm.benchmarks.script import script, script_parser
-from shadowllm.benchmarks.small_opt import documents
+from shadowllm.benchmarks.small_opt import docstrings, documents
 from shadowllm.errors import UserError
 from shadowllm.models import ModelSpec, load_model
 from shadowllm.predictor.artefact import Kind, Predictor
@@ -88,11 +92,26 @@ POINTS = (
 )
 
 
-def text_windows(encode: Encode, seqlen: int, seed: int) -> Tensor:
-    """The documentation cut into windows, int64 ``(n, seqlen)``, in a random order."""
-    ids = torch.tensor([token for text in documents() for token in encode(text)])
+def text_windows(encode: Encode, seqlen: int, seed: int, packages: Sequence[str] = ()) -> Tensor:
+    """The documentation cut into windows, int64 ``(n, seqlen)``, in a random order.
+
+    Args:
+        packages: names of installed ones whose docstrings are read too.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    texts = chain(documents(), *(docstrings(_package(name), MODULES) for name in packages))
+    ids = torch.tensor([token for text in texts for token in encode(text)])
     windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+
+
+def _package(name: str) -> Path:
+    found = find_spec(name)
+    if found is None or found.origin is None:
+        raise UserError(f"no package {name!r} is installed", "install it, or name another")
+    return Path(found.origin).parent
 
 
 def train(
@@ -100,8 +119,8 @@ def train(
 ) -> None:
     """Train all points in one pass over the windows; each is written to the folder as it is done.
 
-    Its record holds what the run took until then: seconds, and CPU seconds (of all threads) per token, for tracing
-    and for this network alone.
+    Its record holds what the run took until then: seconds, the most memory, and CPU seconds (of all threads) per
+    token, for tracing and for this network alone.
     """
     learners = {point: _learner(spec, traces, point) for point in points}
     cost: dict[Point | None, float] = defaultdict(float)
@@ -116,9 +135,13 @@ def train(
                 cost[point], before = cost[point] + now - before, now
             advance(chunk.tokens)
             for point in [point for point in learners if seen >= point.tokens]:
-                spent = {"trace": cost[None] / seen, "network": cost[point] / seen, "wall_seconds": time.time() - began}
+                spent = {
+                    "cpu_seconds_per_token": {"trace": cost[None] / seen, "network": cost[point] / seen},
+                    "wall_seconds": time.time() - began,
+                    "peak_rss_bytes": getrusage(RUSAGE_SELF).ru_maxrss * 1024,
+                }
                 predictor = learners.pop(point).predictor()
-                replace(predictor, record=asdict(point) | {"cpu_seconds_per_token": spent}).save(folder / point.file)
+                replace(predictor, record=asdict(point) | spent).save(folder / point.file)
                 print(f"{point.file}: {time.time() - began:.0f} s", flush=True)
                 before = time.process_time()
             if not learners:
@@ -170,6 +193,7 @@ def main() -> None:
     parser.add_argument("model", help="folder or GGUF file")
     parser.add_argument("folder", type=Path, help="where the predictors lie")
     parser.add_argument("--points", nargs="*", default=POINTS, help="networks to train, as layerwise:0.04:131072")
+    parser.add_argument("--packages", nargs="*", default=(), metavar="NAME", help="learn from their docstrings too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="judge the predictors, and write how they do")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -183,9 +207,9 @@ def main() -> None:
 
     static = args.folder / f"{STATIC}.safetensors"
     if points or not static.exists():
-        windows = text_windows(encode, SEQLEN, SEED)
+        windows = text_windows(encode, SEQLEN, SEED, args.packages)
         if points and max(point.tokens for point in points) > windows.numel():
-            raise UserError(f"the text has {windows.numel()} tokens", "ask for points of fewer")
+            raise UserError(f"the text has {windows.numel()} tokens", "ask for points of fewer, or name --packages")
         sample = Windows(windows[1 : STATISTICS // SEQLEN], windows[:1], "documentation that Python ships")
         traces = calibrate(spec, weights, sample, stored.fingerprint(), limit_bytes=0)
         train_static(spec, traces, weights=weights).save(static)

@@ -13,7 +13,7 @@ import ast
 import math
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,20 @@ def documents() -> Iterator[str]:
     from pydoc_data.topics import topics
 
     yield from topics.values()
-    library = Path(sysconfig.get_path("stdlib"))
+    yield from docstrings(Path(sysconfig.get_path("stdlib")), {"heapq", *MODULES})
+
+
+def docstrings(folder: Path, without: Iterable[str] = ()) -> Iterator[str]:
+    """The docstrings of each module in a folder, but for its tests and the modules of the names given."""
     skipped = {"test", "tests", "idle_test", "site-packages", "lib2to3", "__pycache__"}
-    for path in sorted(library.rglob("*.py")):
-        inside = path.relative_to(library)
-        if skipped & set(inside.parts) or path.stem in {"heapq", *MODULES}:
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(folder.rglob("*.py")):
+        if skipped & set(path.relative_to(folder).parts) or path.stem in without:
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             continue
-        holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, holders))
         yield "\n\n".join(text for text in found if text and len(text) > 40)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from shadowllm.errors import UserError
+from shadowllm.models.decoder import Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.artefact import Kind, Predictor
 
@@ -65,6 +68,30 @@ def layer_neuron_scores(predictor: Predictor, layer: int, x: Tensor) -> Tensor:
     """
     z = _trunk(x, _layer(predictor, layer, "trunk.weight"), _layer(predictor, layer, "trunk.bias"))
     return F.linear(z, _layer(predictor, layer, "neurons.weight"), _layer(predictor, layer, "neurons.bias"))
+
+
+def layerwise_scores(predictor: Predictor, inputs: Mapping[Unit, Tensor]) -> dict[Unit, Tensor]:
+    """`layer_head_scores` and `layer_neuron_scores` of all sparse layers at once, as training wants them.
+
+    Args:
+        inputs: what each layer's units are computed from, float32 ``(tokens, n_sparse, hidden_size)``.
+
+    Returns:
+        Float32 ``(tokens, n_sparse, n_units)`` of heads and of neurons.
+    """
+    # One batched product: the gradient of a layer's slice would be a tensor of all layers' size, for every layer.
+    x = {unit: stacked.transpose(0, 1) for unit, stacked in inputs.items()}
+    z = F.relu(_linears(predictor, "trunk", F.layer_norm(x["neurons"], x["neurons"].shape[-1:], eps=NORM_EPS)))
+    heads, neurons = _linears(predictor, "heads", x["heads"]), _linears(predictor, "neurons", z)
+    return {"heads": heads.transpose(0, 1), "neurons": neurons.transpose(0, 1)}
+
+
+def _linears(predictor: Predictor, name: str, x: Tensor) -> Tensor:
+    """Each layer's own linear map of its own ``x[layer]``, ``(n_sparse, tokens, width)``."""
+    weight, bias = (
+        predictor.tensors[f"layers.{name}.{part}"].unflatten(0, (predictor.n_sparse, -1)) for part in ("weight", "bias")
+    )
+    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
 def _layer(predictor: Predictor, layer: int, name: str) -> Tensor:

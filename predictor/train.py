@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -17,7 +17,7 @@ from shadowllm.models.decoder import Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.artefact import Kind, Predictor
 from shadowllm.predictor.losses import LOSSES, initial_bias
-from shadowllm.predictor.networks import default_rank, initial_tensors, layer_head_scores, layer_neuron_scores, scores
+from shadowllm.predictor.networks import default_rank, initial_tensors, layerwise_scores, scores
 from shadowllm.predictor.parallel import Workers
 from shadowllm.predictor.progress import Advance, no_progress
 from shadowllm.predictor.topk import recall, top_mask
@@ -208,18 +208,7 @@ def chunk_scores(predictor: Predictor, chunk: Chunk) -> dict[Unit, Tensor]:
         return {"heads": heads, "neurons": neurons}
     if not chunk.inputs:
         raise UserError("traces keep no inputs of the layers", "give the model, so that training can trace anew")
-    layers: dict[Unit, Callable[[Predictor, int, Tensor], Tensor]]
-    layers = {"heads": layer_head_scores, "neurons": layer_neuron_scores}
-    return {
-        unit: torch.stack(
-            [
-                score(predictor, layer, x)
-                for layer, x in enumerate(chunk.inputs[unit].unbind(1), predictor.dense_layers)
-            ],
-            dim=1,
-        )
-        for unit, score in layers.items()
-    }
+    return layerwise_scores(predictor, chunk.inputs)
 
 
 @torch.no_grad()
