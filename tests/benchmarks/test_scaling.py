@@ -36,7 +36,7 @@ def test_points_learn_side_by_side_and_are_judged_once(checkpoint, tmp_path):
         predictor = Predictor.load(tmp_path / point.file)
         assert (predictor.kind, predictor.record["tokens"]) == (point.kind, point.tokens)
         assert predictor.record["cpu_seconds_per_token"].keys() == {"trace", "network"}
-        assert predictor.record["wall_seconds"] > 0 and predictor.record["peak_rss_bytes"] > 0
+        assert min(predictor.record[name] for name in ("wall_seconds", "peak_rss_bytes")) > 0
     evaluated = token_windows(spec, n=2, seed=9)
     found = judge(spec, weights, tmp_path, evaluated, {})
     names = {"static", "oracle", *(point.file.removesuffix(".safetensors") for point in points)}
