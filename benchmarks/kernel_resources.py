@@ -13,15 +13,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shadowllm.benchmarks.environment import environment
 from shadowllm.benchmarks.script import script, script_parser
-from shadowllm.plugins.program import PTX, Program
-from shadowllm.plugins.triton.compile import Tensor, compile_program
+from shadowllm.plugins.program import Kernel, Program
+from shadowllm.plugins.triton import cache
+from shadowllm.plugins.triton.compile import POINTERS, Tensor, compile_kernel, compile_program
 from shadowllm.predictor.progress import progress
 
 SMS = (80, 86, 89, 90, 120)
@@ -106,22 +107,31 @@ def programs(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[s
         yield op, compile_program(op, inputs, attributes, max_batch=1, max_seqlen=512, sms=sms)
 
 
-def resources(op: str, program: Program, dtype: str) -> Iterator[Resources]:
-    """What the images of a program's kernels take."""
-    for kernel in program.kernels:
+def cache_writer(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Kernel:
+    """What writes a step's keys and values where PyTorch holds the cache; no program has it."""
+    rows = ("projected", "query", "keys", "values", "cos", "sin")
+    sizes = ("seqlen", "capacity", "n_query", "n_kv")
+    types = dict.fromkeys(rows, POINTERS[dtype]) | {"positions": "*i64"} | dict.fromkeys(sizes, "i32")
+    passed = {name: types[name] for name in cache.write_step.arg_names if name in types}
+    constants = cache.constants(shape.head_dim, rotary=shape.gated)
+    return compile_kernel(cache.write_step, passed, constants, warps=cache.WARPS, stages=1, sms=sms)
+
+
+def resources(op: str, kernels: Iterable[Kernel], dtype: str) -> Iterator[Resources]:
+    """What the images of kernels, all of them cubins, take."""
+    for kernel in kernels:
         for image in kernel.images:
-            if image.sm != PTX:
-                used = _usage(image.data)
-                yield Resources(
-                    op,
-                    kernel.name,
-                    dtype,
-                    image.sm,
-                    kernel.threads,
-                    used["REG"],
-                    used["SHARED"] + kernel.shared_bytes,
-                    used["LOCAL"] + used["STACK"],
-                )
+            used = _usage(image.data)
+            yield Resources(
+                op,
+                kernel.name,
+                dtype,
+                image.sm,
+                kernel.threads,
+                used["REG"],
+                used["SHARED"] + image.shared_bytes,
+                used["LOCAL"] + used["STACK"],
+            )
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
@@ -152,9 +162,11 @@ def main() -> None:
         for name in args.shapes:
             found[name] = []
             for dtype in args.dtypes:
-                for op, program in programs(SHAPES[name], dtype, tuple(args.sms)):
-                    found[name] += map(asdict, resources(op, program, dtype))
+                shape, sms = SHAPES[name], tuple(args.sms)
+                for op, program in programs(shape, dtype, sms):
+                    found[name] += map(asdict, resources(op, program.kernels, dtype))
                     advance(1)
+                found[name] += map(asdict, resources("write_cache", [cache_writer(shape, dtype, sms)], dtype))
     for name, rows in found.items():
         worst = max(rows, key=lambda row: row["registers"])
         spilling = sorted({f"{row['kernel']} (sm_{row['sm']})" for row in rows if row["spilled_bytes"]})

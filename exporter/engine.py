@@ -66,6 +66,8 @@ def build_engine(
     _check_options(flavour, sms, timing_cache)
     graph = describe_onnx(onnx_path)
     check_profiles(graph, profiles)
+    if 75 in sms and any(tensor.dtype == "bfloat16" for tensor in (*graph.inputs, *graph.outputs)):
+        raise UserError("GPUs of sm_75 have no bfloat16", "export with --dtype fp16, or leave 75 out of --sm")
     files = _hash_sources(onnx_path, graph, file_hashes or {})
     engine_path.parent.mkdir(parents=True, exist_ok=True)
     part = engine_path.with_name(f".{engine_path.name}.part")

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from shadowllm.errors import UserError
 from shadowllm.exporter.engine_graph import Attributes, Compiler, CustomNode, TensorInfo, prepare
 from shadowllm.exporter.sidecar import profile_from_json
-from shadowllm.plugins.images import carried, for_gpus
+from shadowllm.plugins.images import carried
 from shadowllm.plugins.program import Program
 from shadowllm.plugins.schemas import DOMAIN, SCHEMAS, VERSION
 from shadowllm.plugins.tensorrt import creators, flavour
@@ -111,10 +111,9 @@ def compiler(request: dict[str, Any], sms: Sequence[int]) -> Compiler:
 
     def compile_node(op: str, inputs: Mapping[str, TensorInfo], attributes: Attributes) -> Program:
         tensors = {name: Tensor(info.dtype, info.shape) for name, info in inputs.items()}
-        program = compile_program(
+        return compile_program(
             op, tensors, attributes, max_batch=request["max_batch"], max_seqlen=request["max_seqlen"], sms=sms
         )
-        return for_gpus(program, sms)
 
     return compile_node
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from mmap import mmap
 
 from shadowllm.plugins.program import MAGIC, PTX, PTX_SM, Program
@@ -30,15 +29,6 @@ def serving(images: Iterable[int], sm: int) -> int | None:
     if older:
         return max(older)
     return PTX if PTX in there and sm >= PTX_SM else None
-
-
-def for_gpus(program: Program, sms: Iterable[int]) -> Program:
-    """The program without the images that none of these GPUs runs."""
-    kernels = []
-    for kernel in program.kernels:
-        run = {serving((image.sm for image in kernel.images), sm) for sm in sms}
-        kernels.append(replace(kernel, images=tuple(image for image in kernel.images if image.sm in run)))
-    return replace(program, kernels=tuple(kernels))
 
 
 def carried(programs: Iterable[Program]) -> dict[str, tuple[int, ...]]:

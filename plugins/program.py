@@ -7,7 +7,8 @@ it. So an engine needs neither Triton nor a compiler, and both plugins are the s
 - types and shapes of the inputs and outputs stand in the program;
 - the first plan whose ``max_batch`` and ``max_seqlen`` cover a call is run, launch after launch, on one
   stream; batch and seqlen are the first two dimensions of input 0 (seqlen is 1 if it has only two);
-- each kernel has an image per compute capability, and PTX for GPUs that none was made for (`images.serving`).
+- each kernel has an image per compute capability, and may have PTX for GPUs that none was made for (`images.serving`);
+- tensors of floating-point types begin at multiples of `ALIGNED` bytes, which kernels are compiled for.
 
 Serialised, a program is a sequence of little-endian int64 and of byte strings (their length as int64,
 then the bytes), in the order in which `Program.pack` writes them. One zero byte may follow: TensorRT's
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from mmap import mmap
 from typing import Literal, TypeVar
 
-MAGIC = b"shadowllm program 1"
+MAGIC = b"shadowllm program 2"
 # The attribute of an ONNX node, and the field of a plugin, that holds one.
 PROGRAM = "program"
 # TensorRT's own numbers of its data types.
@@ -32,6 +33,9 @@ KINDS = ("input", "output", "workspace", "int")
 # "Capability" of PTX, and the one that it is for: it serves that and every later one.
 PTX, PTX_SM = 0, 80
 INT32, MAX_RANK = 2**31 - 1, 8
+# The most blocks along x, y and z of a grid.
+GRID = (INT32, 65535, 65535)
+ALIGNED = 16
 
 T = TypeVar("T")
 
@@ -75,10 +79,12 @@ class Image:
 
     Attributes:
         sm: compute capability, as 89 for 8.9; `PTX` (0) for PTX text, which the driver compiles.
+        shared_bytes: dynamic shared memory of a block.
         data: a cubin, or PTX without a closing zero.
     """
 
     sm: int
+    shared_bytes: int
     data: bytes
 
 
@@ -89,14 +95,12 @@ class Kernel:
     Attributes:
         name: symbol in all images.
         threads: in a block, one-dimensional.
-        shared_bytes: dynamic shared memory.
         hidden: pointers behind the arguments that the compiler added; null is passed.
         images: one per architecture.
     """
 
     name: str
     threads: int
-    shared_bytes: int
     hidden: int
     images: tuple[Image, ...]
 
@@ -162,12 +166,12 @@ class Program:
                 _within("axis", axis, 0, MAX_RANK - 1)
         for kernel in self.kernels:
             _within("threads", kernel.threads, 1, 1024)
-            _within("shared_bytes", kernel.shared_bytes, 0)
             _within("hidden", kernel.hidden, 0, 64)
             if re.fullmatch("[!-~]+", kernel.name) is None:
                 raise ValueError(f"kernel name {kernel.name!r}")
             for image in kernel.images:
                 _within("capability", image.sm, 0, 10_000)
+                _within("shared_bytes", image.shared_bytes, 0)
         for plan in self.plans:
             self._check_plan(plan)
 
@@ -183,6 +187,8 @@ class Program:
                 _within("divisor", size.divisor, 1)
                 # Sizes grow with the call, so the largest one says that all fit into an int32.
                 _within("size", size(plan.max_batch, plan.max_seqlen) * size.divisor, 0)
+            for size, most in zip(launch.grid, GRID, strict=True):
+                _within("grid", size(plan.max_batch, plan.max_seqlen), 1, most)
             for argument in launch.arguments:
                 _within(argument.kind, argument.value, 0, limits.get(argument.kind, plan.workspace_bytes))
 
@@ -277,11 +283,11 @@ class _Writer:
 
     def kernel(self, kernel: Kernel) -> None:
         self.blob(kernel.name.encode())
-        self.number(kernel.threads, kernel.shared_bytes, kernel.hidden)
+        self.number(kernel.threads, kernel.hidden)
         self.many(kernel.images, self.image)
 
     def image(self, image: Image) -> None:
-        self.number(image.sm)
+        self.number(image.sm, image.shared_bytes)
         self.blob(image.data)
 
     def plan(self, plan: Plan) -> None:
@@ -335,10 +341,10 @@ class _Reader:
         return first if axis < 0 else (first, axis)
 
     def kernel(self) -> Kernel:
-        return Kernel(self.blob().decode(), self.number(), self.number(), self.number(), self.many(self.image))
+        return Kernel(self.blob().decode(), self.number(), self.number(), self.many(self.image))
 
     def image(self) -> Image:
-        return Image(self.number(), self.blob())
+        return Image(self.number(), self.number(), self.blob())
 
     def plan(self) -> Plan:
         return Plan(self.number(), self.number(), self.number(), self.many(self.launch))

@@ -5,15 +5,22 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from cuda.bindings import driver
 
 from shadowllm.plugins.images import serving
-from shadowllm.plugins.program import PTX, Argument, Kernel, Launch, Program
+from shadowllm.plugins.program import ALIGNED, PTX, Argument, Kernel, Launch, Program
 
 # Dynamic shared memory that a kernel may use without being allowed to.
 USUAL_SHARED_BYTES = 48 * 1024
+
+
+class Loaded(NamedTuple):
+    """A kernel in a CUDA context: the driver's handle, and the dynamic shared memory of its image."""
+
+    function: Any
+    shared_bytes: int
 
 
 class Launcher:
@@ -21,9 +28,9 @@ class Launcher:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._functions: dict[int, tuple[Any, ...]] = {}
+        self._loaded: dict[int, tuple[Loaded, ...]] = {}
 
-    def load(self) -> tuple[Any, ...]:
+    def load(self) -> tuple[Loaded, ...]:
         """The program's kernels in the thread's current CUDA context.
 
         Loading may wait for the device, which a stream under capture must not: do it beforehand.
@@ -32,10 +39,10 @@ class Launcher:
             RuntimeError: no kernel serves the GPU, or the driver refuses one.
         """
         context = int(_done(driver.cuCtxGetCurrent()))
-        if context not in self._functions:
+        if context not in self._loaded:
             sm = _capability(context)
-            self._functions[context] = tuple(_function(context, sm, kernel) for kernel in self.program.kernels)
-        return self._functions[context]
+            self._loaded[context] = tuple(_load(context, sm, kernel) for kernel in self.program.kernels)
+        return self._loaded[context]
 
     def run(
         self, shape: Sequence[int], inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int
@@ -48,11 +55,14 @@ class Launcher:
             stream: handle of a CUDA stream.
 
         Raises:
-            ValueError: no plan covers the call.
+            ValueError: no plan covers the call, or an address is not aligned.
             RuntimeError: as `load`, or the driver refuses a launch.
         """
         batch, seqlen = call_size(shape)
-        plan, functions = self.program.plan(batch, seqlen), self.load()
+        plan = self.program.plan(batch, seqlen)
+        _check_addresses("input", self.program.inputs, inputs)
+        _check_addresses("output", [output.dtype for output in self.program.outputs], outputs)
+        loaded = self.load()
 
         def value(argument: Argument) -> int:
             if argument.kind == "int":
@@ -65,7 +75,14 @@ class Launcher:
         for launch in plan.launches:
             kernel = self.program.kernels[launch.kernel]
             values = [*map(value, launch.arguments), *[0] * kernel.hidden]
-            _launch(functions[launch.kernel], kernel, launch, (batch, seqlen), values, stream)
+            _launch(loaded[launch.kernel], kernel, launch, (batch, seqlen), values, stream)
+
+
+def _check_addresses(what: str, dtypes: Sequence[str], addresses: Sequence[int]) -> None:
+    # Kernels load 16 bytes at a time: at any other address the GPU would fault, and take its context along.
+    for i, (dtype, address) in enumerate(zip(dtypes, addresses, strict=True)):
+        if dtype != "int32" and address % ALIGNED:
+            raise ValueError(f"{what} {i} does not begin at a multiple of {ALIGNED} bytes")
 
 
 def call_size(shape: Sequence[int]) -> tuple[int, int]:
@@ -74,7 +91,7 @@ def call_size(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _launch(
-    function: Any, kernel: Kernel, launch: Launch, size: tuple[int, int], values: Sequence[int], stream: int
+    loaded: Loaded, kernel: Kernel, launch: Launch, size: tuple[int, int], values: Sequence[int], stream: int
 ) -> None:
     # Every parameter is at most eight bytes, little-endian: an int32 is read from the first four of its own.
     cells = (ctypes.c_uint64 * len(values))(*values)
@@ -82,22 +99,23 @@ def _launch(
     grid, block = (one(*size) for one in launch.grid), (kernel.threads, 1, 1)
     _done(
         driver.cuLaunchKernel(
-            function, *grid, *block, kernel.shared_bytes, driver.CUstream(stream), ctypes.addressof(places), 0
+            loaded.function, *grid, *block, loaded.shared_bytes, driver.CUstream(stream), ctypes.addressof(places), 0
         )
     )
 
 
-def _function(context: int, sm: int, kernel: Kernel) -> Any:
-    images = {image.sm: image.data for image in kernel.images}
+def _load(context: int, sm: int, kernel: Kernel) -> Loaded:
+    images = {image.sm: image for image in kernel.images}
     chosen = serving(images, sm)
     if chosen is None:
         carried = ", ".join("PTX" if image == PTX else f"sm_{image}" for image in images) or "nothing"
         raise RuntimeError(f"kernel {kernel.name} is compiled for {carried}; none of it runs on this GPU, sm_{sm}")
-    function = _done(driver.cuModuleGetFunction(_module(context, images[chosen]), kernel.name.encode()))
-    if kernel.shared_bytes > USUAL_SHARED_BYTES:
+    image = images[chosen]
+    function = _done(driver.cuModuleGetFunction(_module(context, image.data), kernel.name.encode()))
+    if image.shared_bytes > USUAL_SHARED_BYTES:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _done(driver.cuFuncSetAttribute(function, attribute, kernel.shared_bytes))
-    return function
+        _done(driver.cuFuncSetAttribute(function, attribute, image.shared_bytes))
+    return Loaded(function, image.shared_bytes)
 
 
 @cache

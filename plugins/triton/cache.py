@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+WARPS = 1
+
 
 @triton.jit
-def _write_cache(
+def write_step(
     projected,
     query,
     keys,
@@ -59,6 +61,11 @@ def _write_cache(
             tl.store(values + row * HEAD_DIM + lane, x.to(values.dtype.element_ty), mask=inside)
 
 
+def constants(head_dim: int, rotary: bool) -> dict[str, int]:
+    """Values of the ``constexpr`` parameters of `write_step`."""
+    return {"HEAD_DIM": head_dim, "BLOCK": triton.next_power_of_2(head_dim), "ROTARY": rotary}
+
+
 def write_cache(
     projected: Tensor, keys: Tensor, values: Tensor, position_ids: Tensor, cos: Tensor | None, sin: Tensor | None
 ) -> Tensor:
@@ -83,7 +90,7 @@ def write_cache(
         if not tensor.is_contiguous():
             raise ValueError("write_cache takes contiguous tensors")
     query = torch.empty((batch, n_heads - 2 * n_kv, seqlen, head_dim), dtype=projected.dtype, device=projected.device)
-    _write_cache[(batch * seqlen, n_heads)](
+    write_step[(batch * seqlen, n_heads)](
         projected,
         query,
         keys,
@@ -95,9 +102,7 @@ def write_cache(
         capacity,
         n_heads - 2 * n_kv,
         n_kv,
-        HEAD_DIM=head_dim,
-        BLOCK=triton.next_power_of_2(head_dim),
-        ROTARY=cos is not None,
-        num_warps=1,
+        **constants(head_dim, cos is not None),
+        num_warps=WARPS,
     )
     return query

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,7 +15,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shadowllm.plugins.program import PTX, PTX_SM, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
+from shadowllm.errors import UserError
+from shadowllm.plugins.program import (
+    ALIGNED,
+    PTX,
+    PTX_SM,
+    Argument,
+    Image,
+    Kernel,
+    Launch,
+    Output,
+    Plan,
+    Program,
+    Size,
+)
 from shadowllm.plugins.schemas import SCHEMAS, OpSchema
 from shadowllm.plugins.triton.ops import schedules
 from shadowllm.plugins.triton.schedule import Call, Operand, Schedule, Scratch, Shape
@@ -23,7 +38,10 @@ PTX_VERSION = 80
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
 # Indices and counts may be rows of a larger tensor: of them nothing is known.
-ALIGNED = [["tt.divisibility", 16]]
+ALIGNED_POINTERS = ("*fp32", "*fp16", "*bf16")
+# KiB of dynamic shared memory that a block may be given, by compute capability (CUDA C++ Programming Guide, table of
+# technical specifications). A GPU that is not in it says so itself, when a kernel is loaded.
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 
 
 @dataclass(frozen=True)
@@ -51,11 +69,14 @@ def compile_program(
             may be symbols, and batch of ``key``, ``value``, ``lengths``, ``cos`` and ``sin``.
         attributes: of the node; ``layer`` is not read.
         max_batch, max_seqlen: most sequences, and tokens of each, in a call.
-        sms: compute capabilities to compile for; others are served by PTX, from 8.0 on.
+        sms: compute capabilities to compile for; `PTX` among them serves all others from 8.0 on.
 
     Raises:
-        ValueError: inputs that the op cannot have.
+        ValueError: inputs that the op cannot have, or nothing to compile for.
+        UserError: as `compile_kernel`.
     """
+    if not sms:
+        raise ValueError("there is no GPU to compile for")
     schema = SCHEMAS[op]
     known = tuple((name, value) for name, value in attributes.items() if name != "layer")
     order = [port.name for port in schema.inputs if port.name in inputs]
@@ -155,30 +176,9 @@ class _Builder:
         return self._dtype if dtype == "T" else dtype
 
     def _build(self, call: Call, types: Mapping[str, str]) -> Kernel:
-        names = call.kernel.arg_names
-        # Parameters that are not passed are constants: the given ones, sizes that are always one, and None.
-        fixed = {name: 1 for name, operand in call.operands.items() if _folded(operand)}
-        constants = {name: ({**fixed, **call.constants}).get(name) for name in names if name not in types}
-        aligned = {(names.index(name),): ALIGNED for name, kind in types.items() if kind not in ("*i32", "i32")}
-        signature = {name: types.get(name, "constexpr") for name in names}
-
-        def compiled(sm: int, **options: Any) -> Any:
-            return _triton_compile(
-                call.kernel, signature, constants, aligned, sm, num_warps=call.warps, num_stages=call.stages, **options
-            )
-
-        builds = {sm: compiled(sm) for sm in self._sms}
-        builds[PTX] = compiled(PTX_SM, ptx_version=PTX_VERSION)
-        if any(b.metadata.global_scratch_size or b.metadata.profile_scratch_size for b in builds.values()):
-            raise RuntimeError(f"kernel {call.kernel.fn.__name__} wants scratch memory of its own")
-        ptx = builds[PTX].asm["ptx"]
-        images = {sm: ptx.encode() if sm == PTX else build.asm["cubin"] for sm, build in builds.items()}
-        return Kernel(
-            builds[PTX].metadata.name,
-            32 * call.warps,
-            max(build.metadata.shared for build in builds.values()),
-            len(re.findall(r"^\s*\.param ", ptx, re.MULTILINE)) - len(types),
-            tuple(Image(sm, data) for sm, data in images.items()),
+        ones = {name: 1 for name, operand in call.operands.items() if _folded(operand)}
+        return compile_kernel(
+            call.kernel, types, {**ones, **call.constants}, warps=call.warps, stages=call.stages, sms=self._sms
         )
 
 
@@ -187,9 +187,64 @@ def _folded(operand: Operand) -> bool:
     return operand == Size()
 
 
-def _triton_compile(kernel: Any, signature: Any, constants: Any, attributes: Any, sm: int, **options: Any) -> Any:
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    with triton.knobs.compilation.scope(), warnings.catch_warnings():
+def compile_kernel(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, int | str | float],
+    *,
+    warps: int,
+    stages: int,
+    sms: Sequence[int],
+) -> Kernel:
+    """Compile a kernel for several architectures at a time.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        types: of the parameters that are passed, as Triton spells them.
+        constants: values of the other parameters, None where there is none.
+        warps, stages: as in `Call`.
+        sms: as in `compile_program`.
+
+    Raises:
+        UserError: a block needs more shared memory than an architecture has.
+        RuntimeError: Triton made a kernel that a program cannot launch.
+    """
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    values = {name: constants.get(name) for name in names if name not in types}
+    known = {
+        (names.index(name),): [["tt.divisibility", ALIGNED]] for name, kind in types.items() if kind in ALIGNED_POINTERS
+    }
+
+    def build(sm: int) -> Any:
+        source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=known)
+        options = {"num_warps": warps, "num_stages": stages} | ({"ptx_version": PTX_VERSION} if sm == PTX else {})
+        return triton.compile(source, target=GPUTarget("cuda", PTX_SM if sm == PTX else sm, 32), options=options)
+
+    # Triton lets go of Python's lock while it compiles. What is set here is set for all threads.
+    with triton.knobs.compilation.scope(), warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         triton.knobs.compilation.disable_line_info = True  # half of a cubin
         warnings.simplefilter("ignore")  # on what the next version of Triton will do
-        return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+        builds = dict(zip(sms, pool.map(build, sms), strict=True))
+    for sm, one in builds.items():
+        if one.metadata.global_scratch_size or one.metadata.profile_scratch_size:
+            raise RuntimeError(f"kernel {one.metadata.name} wants scratch memory of its own")
+        _check_shared(one.metadata.name, one.metadata.shared, sm)
+    any_build = builds[sms[0]]
+    return Kernel(
+        any_build.metadata.name,
+        32 * warps,
+        len(re.findall(r"^\s*\.param ", any_build.asm["ptx"], re.MULTILINE)) - len(types),
+        tuple(
+            Image(sm, one.metadata.shared, one.asm["ptx"].encode() if sm == PTX else one.asm["cubin"])
+            for sm, one in builds.items()
+        ),
+    )
+
+
+def _check_shared(name: str, shared_bytes: int, sm: int) -> None:
+    if sm in SHARED_KIB and shared_bytes > 1024 * SHARED_KIB[sm]:
+        raise UserError(
+            f"kernel {name} needs {-(-shared_bytes // 1024)} KiB of shared memory, and sm_{sm} has {SHARED_KIB[sm]}",
+            f"export with --dtype fp16, or leave {sm} out of --sm",
+        )

@@ -277,9 +277,10 @@ def plan_sparse_attention(shapes: Mapping[str, Shape], itemsize: int, tier: Tier
         "BLOCK_H": max(16, triton.next_power_of_2(head_dim)),
     }
     operands = read | {"query": query, "context": context}
-    attend = (
-        _decode(workspace, tier, operands, constants) if tier.max_seqlen == 1 else [_prompt(tier, operands, constants)]
-    )
+    if tier.max_seqlen == 1:
+        attend = _decode(workspace, tier, operands, constants)
+    else:
+        attend = [_prompt(tier, operands, constants, itemsize)]
     back = back_calls(
         workspace,
         tier,
@@ -322,11 +323,16 @@ def _decode(
     return [attend, merge]
 
 
-def _prompt(tier: Tier, operands: Mapping[str, Operand], constants: Mapping[str, int | float]) -> Call:
+def _prompt(tier: Tier, operands: Mapping[str, Operand], constants: Mapping[str, int | float], itemsize: int) -> Call:
+    # Queries, keys and values of a tile lie in shared memory, of which a block has 64 KiB on sm_75 and 99 on most GPUs:
+    # long heads have tiles of fewer queries, and of no more than 16 KiB of keys.
+    block_h = int(constants["BLOCK_H"])
+    rows = max(16, min(tier.block, 8192 // block_h))
+    positions = max(16, min(32, 16384 // (block_h * itemsize)))
     return Call(
         prompt_attention,
-        (Size(seqlen=True, divisor=tier.block), Size(int(constants["CAP"])), Size(batch=True)),
+        (Size(seqlen=True, divisor=rows), Size(int(constants["CAP"])), Size(batch=True)),
         {**operands, "seqlen": Size(seqlen=True)},
-        {**constants, "BLOCK_M": tier.block, "BLOCK_P": 32},
+        {**constants, "BLOCK_M": rows, "BLOCK_P": positions},
         warps=4 if int(constants["HEAD_DIM"]) <= 64 else 8,
     )

@@ -22,8 +22,8 @@ def program(dtype: str = "float16", sms: tuple[int, ...] = (80, 90, PTX)) -> Pro
         ),
     )
     kernels = (
-        Kernel("first", 128, 4096, 2, tuple(Image(sm, image("one", sm, 5)) for sm in sms)),
-        Kernel("second", 256, 99000, 0, tuple(Image(sm, image("two", sm, 4)) for sm in sms)),
+        Kernel("first", 128, 2, tuple(Image(sm, 4096 + sm, image("one", sm, 5)) for sm in sms)),
+        Kernel("second", 256, 0, tuple(Image(sm, 99000 - sm, image("two", sm, 4)) for sm in sms)),
     )
     plans = (Plan(1, 1, 1024, (second,)), Plan(4, 128, 65536, (first, second)))
     return Program((dtype, "int32", "float32"), (Output(dtype, ((0, 0), (0, 1), 576)),), kernels, plans)

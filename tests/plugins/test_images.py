@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from shadowllm.plugins.images import carried, for_gpus, programs_in, serving
+from shadowllm.plugins.images import carried, programs_in, serving
 from shadowllm.plugins.program import PTX
 from tests.plugins.programs import program
 
@@ -27,17 +25,6 @@ from tests.plugins.programs import program
 )
 def test_which_image_a_gpu_runs(images, sm, wanted):
     assert serving(images, sm) == wanted
-
-
-def test_images_that_no_gpu_runs_are_left_out():
-    whole = program()
-
-    def left(*sms):
-        return [[image.sm for image in kernel.images] for kernel in for_gpus(whole, sms).kernels]
-
-    assert left(90) == [[90], [90]]
-    assert left(89, 120) == [[80, PTX], [80, PTX]]
-    assert replace(for_gpus(whole, (90,)), kernels=whole.kernels) == whole
 
 
 def test_programs_are_found_in_an_engine():

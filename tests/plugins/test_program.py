@@ -61,7 +61,7 @@ def test_damage_is_noticed(program):
     with pytest.raises(ValueError, match="longer"):
         Program.unpack(whole + b"\1")
     with pytest.raises(ValueError, match="version"):
-        Program.unpack(whole.replace(b"program 1", b"program 2"))
+        Program.unpack(whole.replace(b"program 2", b"program 1"))
 
 
 def test_a_damaged_length_is_noticed(program):
@@ -81,11 +81,14 @@ def test_a_damaged_length_is_noticed(program):
         (lambda p: {"outputs": ()}, "output is 0"),
         (lambda p: {"kernels": (replace(p.kernels[0], name="m l p"),)}, "kernel name"),
         (lambda p: {"kernels": (replace(p.kernels[0], threads=2048),)}, "threads is 2048"),
+        (lambda p: {"kernels": (with_shared(p.kernels[0], -1),)}, "shared_bytes is -1"),
         (lambda p: {"plans": (replace(p.plans[0], max_batch=0),)}, "largest call is 0"),
         (lambda p: {"plans": (replace(p.plans[1], workspace_bytes=511),)}, "workspace is 512"),
         (lambda p: {"plans": (replace(p.plans[1], max_seqlen=2**30),)}, "size is"),
         (lambda p: {"plans": (with_grid(p, Size(0)),)}, "factor is 0"),
         (lambda p: {"plans": (with_grid(p, Size(1, divisor=0)),)}, "divisor is 0"),
+        (lambda p: {"plans": (with_grid(p, Size(65536)),)}, "grid is 65536, and should be 1..65535"),
+        (lambda p: {"plans": (with_grid(p, z=Size(131071, divisor=1)),)}, "grid is 131071"),
     ],
 )
 def test_what_cannot_be_run_is_no_program(program, change, words):
@@ -93,5 +96,17 @@ def test_what_cannot_be_run_is_no_program(program, change, words):
         replace(program, **change(program))
 
 
-def with_grid(program, size):
-    return replace(program.plans[0], launches=(replace(program.plans[0].launches[0], grid=(size,) * 3),))
+def test_grids_are_long_along_x_alone(program):
+    plan = replace(program.plans[1], max_batch=65535)
+    for grid in ((Size(2**31 - 1), Size(65535), Size(131070, divisor=2)), (Size(), Size(batch=True), Size())):
+        launch = replace(plan.launches[0], grid=grid)
+        assert replace(program, plans=(replace(plan, launches=(launch,)),)).plans[0].launches == (launch,)
+
+
+def with_shared(kernel, shared_bytes):
+    return replace(kernel, images=(replace(kernel.images[0], shared_bytes=shared_bytes),))
+
+
+def with_grid(program, y=None, z=None):
+    grid = (Size(100_000), y or Size(), z or Size())
+    return replace(program.plans[0], launches=(replace(program.plans[0].launches[0], grid=grid),))

@@ -62,20 +62,20 @@ def record(built, tmp_path, calls, **environment):
 def test_one_token_and_a_prompt(built, tmp_path):
     data = program().pack()
     python, cpp = record(built, tmp_path, [(data, 1, 1), (data, 2, 50), (data + b"\0", 5, 1)])
-    block = "shared 99000 stream 0x55 extra (nil)"
+    block = "shared 98920 stream 0x55 extra (nil)"
     assert python == [
         "call 0",
         "load one-80",
         "function first of one-80",
         "load two-80",
         "function second of two-80",
-        "second attribute 8 = 99000",
+        "second attribute 8 = 98920",
         f"launch second of two-80 grid 3 1 1 block 256 1 1 {block}: 7f0000000000 1000000000 100000000 1",
         "call 1",
         "function first of one-80",
         "function second of two-80",
-        "second attribute 8 = 99000",
-        "launch first of one-80 grid 9 2 7 block 128 1 1 shared 4096 stream 0x55 extra (nil): "
+        "second attribute 8 = 98920",
+        "launch first of one-80 grid 9 2 7 block 128 1 1 shared 4176 stream 0x55 extra (nil): "
         "300000000 7f0000000200 240 0 0",
         f"launch second of two-80 grid 3 1 1 block 256 1 1 {block}: 7f0000000000 1000000000 100000000 43",
         "call 2",
@@ -95,11 +95,35 @@ def test_compiled_kernels(built, tmp_path):
     assert not [line for line in python if line.startswith(("error", "refused"))]
 
 
-@pytest.mark.parametrize(("sm", "image"), [(86, "80"), (90, "90"), (100, "0"), (121, "0")])
+@pytest.mark.parametrize(("sm", "image"), [(86, 80), (90, 90), (100, 0), (121, 0)])
 def test_the_image_that_serves_the_gpu_is_loaded(built, tmp_path, sm, image):
+    """With the shared memory that it needs, which is not that of the others."""
     python, cpp = record(built, tmp_path, [(program().pack(), 1, 1)], FAKE_SM=str(sm))
     assert python[1] == f"load one-{image}"
+    assert python[5] == f"second attribute 8 = {99000 - image}"
+    assert f"block 256 1 1 shared {99000 - image} " in python[6]
     assert cpp == python
+
+
+@pytest.mark.parametrize(
+    ("offsets", "words"),
+    [
+        ({"PROBE_INPUT": "8"}, "error: input 0 does not begin at a multiple of 16 bytes"),
+        ({"PROBE_OUTPUT": "4"}, "error: output 0 does not begin at a multiple of 16 bytes"),
+        ({"PROBE_INPUT": "32", "PROBE_OUTPUT": "16"}, None),
+    ],
+)
+def test_floats_begin_where_kernels_can_load_them(built, tmp_path, offsets, words):
+    python, cpp = record(built, tmp_path, [(program().pack(), 1, 1)], **offsets)
+    assert cpp == python
+    assert python[1:] == [words] if words else python[-1].startswith("launch")
+
+
+def test_integers_may_begin_anywhere(built, tmp_path):
+    whole = replace(program(), inputs=("int32",) * 3)
+    python, cpp = record(built, tmp_path, [(whole.pack(), 1, 1)], PROBE_INPUT="4")
+    assert cpp == python
+    assert python[-1].endswith(": 7f0000000000 1000000000 100000004 1")
 
 
 def test_a_gpu_that_nothing_serves_is_named(built, tmp_path):

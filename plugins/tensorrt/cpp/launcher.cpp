@@ -33,7 +33,7 @@ std::string carried(const Kernel& kernel) {
   return text.empty() ? "nothing" : text;
 }
 
-Function function_of(Context context, int64_t sm, const Kernel& kernel) {
+Loaded load_kernel(Context context, int64_t sm, const Kernel& kernel) {
   const Image* image = kernel.serving(sm);
   if (image == nullptr)
     throw Error("kernel " + kernel.name + " is compiled for " + carried(kernel) +
@@ -41,30 +41,42 @@ Function function_of(Context context, int64_t sm, const Kernel& kernel) {
   const Driver& cuda = driver();
   Function found = nullptr;
   cuda.check(cuda.cuModuleGetFunction(&found, module_of(context, std::string(image->data)), kernel.name.c_str()));
-  if (kernel.shared_bytes > kUsualSharedBytes)
-    cuda.check(cuda.cuFuncSetAttribute(found, kMaxDynamicSharedBytes, int(kernel.shared_bytes)));
-  return found;
+  if (image->shared_bytes > kUsualSharedBytes)
+    cuda.check(cuda.cuFuncSetAttribute(found, kMaxDynamicSharedBytes, int(image->shared_bytes)));
+  return {found, unsigned(image->shared_bytes)};
 }
 
 }  // namespace
 
-const std::vector<Function>& Launcher::load() {
+const std::vector<Loaded>& Launcher::load() {
   Context context = nullptr;
   driver().check(driver().cuCtxGetCurrent(&context));
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto known = functions_.find(context);
-  if (known != functions_.end()) return known->second;
-  std::vector<Function> functions;
+  const auto known = loaded_.find(context);
+  if (known != loaded_.end()) return known->second;
+  std::vector<Loaded> loaded;
   const int64_t sm = capability();
-  for (const Kernel& kernel : program.kernels) functions.push_back(function_of(context, sm, kernel));
-  return functions_[context] = std::move(functions);
+  for (const Kernel& kernel : program.kernels) loaded.push_back(load_kernel(context, sm, kernel));
+  return loaded_[context] = std::move(loaded);
+}
+
+// Kernels load 16 bytes at a time: at any other address the GPU would fault, and take its context along.
+void Launcher::check_addresses(const void* const* inputs, void* const* outputs) const {
+  const size_t count = program.inputs.size();
+  for (size_t i = 0; i < count + program.outputs.size(); ++i) {
+    const auto address = uint64_t(i < count ? inputs[i] : outputs[i - count]);
+    if (program.dtype(i) != kInt32Type && address % kAligned != 0)
+      throw Error((i < count ? "input " + std::to_string(i) : "output " + std::to_string(i - count)) +
+                  " does not begin at a multiple of " + std::to_string(kAligned) + " bytes");
+  }
 }
 
 void Launcher::run(const int64_t* dims, int rank, const void* const* inputs, void* const* outputs, void* workspace,
                    Stream stream) {
   const CallSize call(dims, rank);
   const Plan& plan = program.plan(call.batch, call.seqlen);
-  const std::vector<Function>& functions = load();
+  check_addresses(inputs, outputs);
+  const std::vector<Loaded>& loaded = load();
   const auto value = [&](const Argument& argument) -> uint64_t {
     switch (argument.kind) {
       case kInput: return uint64_t(inputs[argument.value]);
@@ -83,9 +95,9 @@ void Launcher::run(const int64_t* dims, int rank, const void* const* inputs, voi
     for (uint64_t& cell : cells) places.push_back(&cell);
     unsigned grid[3];
     for (int i = 0; i < 3; ++i) grid[i] = unsigned(launch.grid[i](call.batch, call.seqlen));
-    driver().check(driver().cuLaunchKernel(functions[launch.kernel], grid[0], grid[1], grid[2],
-                                           unsigned(kernel.threads), 1, 1, unsigned(kernel.shared_bytes), stream,
-                                           places.data(), nullptr));
+    const Loaded& one = loaded[launch.kernel];
+    driver().check(driver().cuLaunchKernel(one.function, grid[0], grid[1], grid[2], unsigned(kernel.threads), 1, 1,
+                                           one.shared_bytes, stream, places.data(), nullptr));
   }
 }
 

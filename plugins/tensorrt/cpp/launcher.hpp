@@ -11,13 +11,19 @@
 
 namespace shadowllm {
 
+// A kernel in a CUDA context: the driver's handle, and the dynamic shared memory of its image.
+struct Loaded {
+  Function function;
+  unsigned shared_bytes;
+};
+
 class Launcher {
  public:
   explicit Launcher(std::string packed) : program(std::move(packed)) {}
 
   // Loads the kernels into the thread's current CUDA context. That may wait for the device, which a stream under
   // capture must not. Throws an Error where no image serves the GPU, or the driver refuses one.
-  const std::vector<Function>& load();
+  const std::vector<Loaded>& load();
 
   // Launches a call. `dims` is the shape of input 0, of which the first two are batch and seqlen; the pointers are
   // addresses on the device. Throws an Error.
@@ -27,8 +33,10 @@ class Launcher {
   const Program program;
 
  private:
+  void check_addresses(const void* const* inputs, void* const* outputs) const;
+
   std::mutex mutex_;
-  std::map<Context, std::vector<Function>> functions_;
+  std::map<Context, std::vector<Loaded>> loaded_;
 };
 
 // Batch and seqlen of a call from the shape of input 0.

@@ -6,8 +6,9 @@
 namespace shadowllm {
 namespace {
 
-constexpr std::string_view kMagic = "shadowllm program 1";
+constexpr std::string_view kMagic = "shadowllm program 2";
 constexpr int64_t kInt32 = INT32_MAX, kMaxRank = 8, kNewest = 10000;
+constexpr std::array<int64_t, 3> kGrid{kInt32, 65535, 65535};  // the most blocks along x, y and z
 
 // Little-endian int64 and byte strings, one behind the other; throws instead of reading past the end.
 class Reader {
@@ -88,15 +89,14 @@ Plan read_plan(Reader& from) {
 }
 
 Image read_image(Reader& from) {
-  const int64_t sm = from.number();
-  return {sm, from.blob()};
+  const int64_t sm = from.number(), shared_bytes = from.number();
+  return {sm, shared_bytes, from.blob()};
 }
 
 Kernel read_kernel(Reader& from) {
   Kernel kernel{};
   kernel.name = std::string(from.blob());
   kernel.threads = from.number();
-  kernel.shared_bytes = from.number();
   kernel.hidden = from.number();
   kernel.images = from.many([&] { return read_image(from); });
   return kernel;
@@ -179,10 +179,12 @@ void Program::check() const {
   }
   for (const Kernel& kernel : kernels) {
     within("threads", kernel.threads, 1, 1024);
-    within("shared_bytes", kernel.shared_bytes, 0);
     within("hidden", kernel.hidden, 0, 64);
     if (!printable(kernel.name)) throw Error("a kernel has no proper name");
-    for (const Image& image : kernel.images) within("capability", image.sm, 0, kNewest);
+    for (const Image& image : kernel.images) {
+      within("capability", image.sm, 0, kNewest);
+      within("shared_bytes", image.shared_bytes, 0);
+    }
   }
   for (const Plan& plan : plans) check(plan);
 }
@@ -195,7 +197,10 @@ void Program::check(const Plan& plan) const {
                                            plan.workspace_bytes, 0};
   for (const Launch& launch : plan.launches) {
     within("kernel", launch.kernel, 0, int64_t(kernels.size()) - 1);
-    for (const Size& size : launch.grid) check_size(size, plan, 1);
+    for (size_t i = 0; i < launch.grid.size(); ++i) {
+      check_size(launch.grid[i], plan, 1);
+      within("grid", launch.grid[i](plan.max_batch, plan.max_seqlen), 1, kGrid[i]);
+    }
     for (const Argument& argument : launch.arguments) {
       check_size(argument.size, plan, 0);
       within("argument", argument.value, 0, limits[argument.kind]);

@@ -16,6 +16,7 @@ struct Error : std::runtime_error {
 };
 
 constexpr int64_t kPtx = 0, kPtxSm = 80;
+constexpr int64_t kInt32Type = 3, kAligned = 16;
 
 struct Size {
   int64_t factor;
@@ -37,13 +38,13 @@ struct Argument {
 };
 
 struct Image {
-  int64_t sm;
+  int64_t sm, shared_bytes;
   std::string_view data;
 };
 
 struct Kernel {
   std::string name;
-  int64_t threads, shared_bytes, hidden;
+  int64_t threads, hidden;
   std::vector<Image> images;
 
   // The image that a GPU runs; null where none will do.

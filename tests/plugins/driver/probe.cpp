@@ -1,6 +1,8 @@
-// Runs the calls in a file through the C++ launcher: int64 batch, seqlen, length of the program, then the program.
+// Runs the calls in a file through the C++ launcher: int64 batch, seqlen, length of the program, then the program. The
+// inputs begin PROBE_INPUT bytes, the outputs PROBE_OUTPUT bytes, behind a round address.
 // probe.py does the same in Python.
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <memory>
 
@@ -17,6 +19,11 @@ int64_t number(std::istream& from) {
   return value;
 }
 
+size_t offset(const char* name) {
+  const char* text = std::getenv(name);
+  return text == nullptr ? 0 : size_t(std::atoi(text));
+}
+
 std::unique_ptr<Launcher> open(std::string packed) {
   try {
     return std::make_unique<Launcher>(std::move(packed));
@@ -31,9 +38,9 @@ void run(Launcher& launcher, int64_t batch, int64_t seqlen) {
   std::vector<const void*> inputs;
   std::vector<void*> outputs;
   for (size_t i = 0; i < launcher.program.inputs.size(); ++i)
-    inputs.push_back(reinterpret_cast<void*>(0x100000000 * (i + 1)));
+    inputs.push_back(reinterpret_cast<void*>(0x100000000 * (i + 1) + offset("PROBE_INPUT")));
   for (size_t i = 0; i < launcher.program.outputs.size(); ++i)
-    outputs.push_back(reinterpret_cast<void*>(0x1000000000 * (i + 1)));
+    outputs.push_back(reinterpret_cast<void*>(0x1000000000 * (i + 1) + offset("PROBE_OUTPUT")));
   try {
     launcher.run(dims, 3, inputs.data(), outputs.data(), reinterpret_cast<void*>(0x7f0000000000),
                  reinterpret_cast<shadowllm::Stream>(0x55));

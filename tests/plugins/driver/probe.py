@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 from pathlib import Path
@@ -27,8 +28,9 @@ def run(packed: bytes, batch: int, seqlen: int) -> None:
     except ValueError:
         print("refused", flush=True)
         return
-    inputs = [0x100000000 * (i + 1) for i in range(len(program.inputs))]
-    outputs = [0x1000000000 * (i + 1) for i in range(len(program.outputs))]
+    read, written = (int(os.environ.get(name, "0")) for name in ("PROBE_INPUT", "PROBE_OUTPUT"))
+    inputs = [0x100000000 * (i + 1) + read for i in range(len(program.inputs))]
+    outputs = [0x1000000000 * (i + 1) + written for i in range(len(program.outputs))]
     try:
         Launcher(program).run((batch, seqlen, 576), inputs, outputs, 0x7F0000000000, 0x55)
     except (ValueError, RuntimeError) as error:
