@@ -96,6 +96,15 @@ def test_launches_fit_their_kernels(programs):
                         assert all(size(batch, seqlen) >= 1 for size in launch.grid)
 
 
+def test_every_gpu_has_the_shared_memory(programs):
+    """What most have, 99 KiB; the least of all, 64 KiB of sm_75, is `test_long_heads_fit_small_gpus`'s affair."""
+    _, found = programs
+    for program in found.values():
+        for kernel in program.kernels:
+            assert all(image.shared_bytes <= 99 * 1024 for image in kernel.images)
+            assert {image.sm for image in kernel.images} == {PTX, 90}
+
+
 def test_grids_cover_the_work(programs):
     """The first launch of SparseMLP has a block per tile of slots and of tokens."""
     _, found = programs
@@ -146,3 +155,38 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
             }
     assert not [row for row in rows if row["spilled_bytes"]]
     assert all(0 < row["registers"] <= 255 and row["shared_bytes"] <= 99 * 1024 for row in rows)
+
+
+# How much of a GPU's shared memory a tile of a prompt's attention takes, with its own constants and with others.
+ATTEND = """
+import sys
+from shadowllm.errors import UserError
+from shadowllm.plugins.triton.compile import ITEMSIZE, POINTERS, compile_kernel
+from shadowllm.plugins.triton.schedule import PREFILL, Tier
+from shadowllm.plugins.triton.sparse_attention import plan_sparse_attention, prompt_attention
+dtype, head_dim, sm, *other = sys.argv[1], *map(int, sys.argv[2:])
+heads = {"w_q": (2 * head_dim, 64), "w_o": (2 * head_dim, 64), "key": (1, 1, 300, head_dim), "indices": (2,)}
+planned = plan_sparse_attention(heads, ITEMSIZE[dtype], Tier(1, 64, PREFILL), 2)
+(call,) = [call for call in planned.calls if call.kernel is prompt_attention]
+floats, integers = ("query", "key", "value", "context"), ("lengths", "indices", "count")
+types = dict.fromkeys(floats, POINTERS[dtype]) | dict.fromkeys(integers, "*i32") | {"seqlen": "i32"}
+types = {name: types[name] for name in call.kernel.arg_names if name in types}
+constants = {**call.constants, **dict(zip(("BLOCK_H", "BLOCK_M"), other))}
+try: kernel = compile_kernel(call.kernel, types, constants, warps=call.warps, stages=call.stages, sms=(sm,))
+except UserError as error: print(error)
+else: print(kernel.images[0].shared_bytes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "sm", "limit"),
+    [("float32", 256, 86, 99), ("float32", 256, 75, 64), ("float16", 256, 75, 64), ("float32", 80, 75, 64)],
+)
+def test_long_heads_fit_small_gpus(dtype, head_dim, sm, limit):
+    assert 16 * 1024 < int(child("-c", ATTEND, dtype, str(head_dim), str(sm))) <= limit * 1024
+
+
+def test_a_kernel_too_large_for_a_gpu_is_refused_by_name():
+    told = child("-c", ATTEND, "float16", "256", "86", "512", "64")
+    assert re.match(r"kernel prompt_attention needs 1\d\d KiB of shared memory, and sm_86 has 99; ", told)
+    assert "leave 86 out of --sm" in told
