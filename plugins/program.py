@@ -240,7 +240,7 @@ class Program:
         source = _Reader(data, place)
         try:
             if source.blob() != MAGIC:
-                raise ValueError("not a program of this version")
+                raise ValueError("not a program of this version: build the engine again")
             program = cls(
                 source.many(source.dtype),
                 source.many(source.output),

@@ -96,6 +96,13 @@ def test_unknown_target_names_the_known_ones(tmp_path):
 
 
 @needs_builder
+def test_bfloat16_is_not_for_sm_75(tmp_path):
+    with pytest.raises(UserError, match=r"sm_75 have no bfloat16; export with --dtype fp16, or leave 75 out"):
+        build(write_sample(tmp_path / "sample.onnx", "bfloat16"), tmp_path / "sample.engine", sms=(75, 80))
+    assert not (tmp_path / "sample.engine").exists()
+
+
+@needs_builder
 def test_what_the_parser_refuses(tmp_path):
     path, profile = write_sum(tmp_path / "sum.onnx", op="NoSuchOp"), dict.fromkeys("ab", ((1,), (2,), (3,)))
     with pytest.raises(UserError, match=r"the ONNX parser refuses sum.onnx: NoSuchOp .*[Pp]lugin not found"):

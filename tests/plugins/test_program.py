@@ -60,7 +60,7 @@ def test_damage_is_noticed(program):
         Program.unpack(whole + b"\0\0")
     with pytest.raises(ValueError, match="longer"):
         Program.unpack(whole + b"\1")
-    with pytest.raises(ValueError, match="version"):
+    with pytest.raises(ValueError, match="version: build the engine again"):
         Program.unpack(whole.replace(b"program 2", b"program 1"))
 
 

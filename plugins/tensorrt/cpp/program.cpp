@@ -155,7 +155,7 @@ const Image* Kernel::serving(int64_t sm) const {
 
 Program::Program(std::string packed) : packed_(std::move(packed)) {
   Reader from(packed_);
-  if (from.blob() != kMagic) throw Error("not a program of this version");
+  if (from.blob() != kMagic) throw Error("not a program of this version: build the engine again");
   inputs = from.many([&] { return read_dtype(from); });
   outputs = from.many([&] { return read_output(from); });
   kernels = from.many([&] { return read_kernel(from); });
