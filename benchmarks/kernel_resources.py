@@ -26,7 +26,7 @@ from shadowllm.plugins.triton.compile import POINTERS, Tensor, compile_kernel, c
 from shadowllm.predictor.progress import progress
 
 SMS = (80, 86, 89, 90, 120)
-DTYPES = ("float16", "bfloat16")
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)

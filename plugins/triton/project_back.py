@@ -7,7 +7,7 @@ import triton.language as tl
 
 from shadowllm.plugins.program import Size
 from shadowllm.plugins.triton.schedule import GEMV, PREFILL, Call, Operand, Scratch, Tier, Workspace
-from shadowllm.plugins.triton.tiles import active_rows, dot
+from shadowllm.plugins.triton.tiles import LINE, active_rows, dot, tile_warps
 
 # Blocks of a launch that keep every multiprocessor of a large GPU loading.
 BLOCKS = 512
@@ -24,6 +24,7 @@ def back_calls(
     cap: int,
     units: int,
     group: int,
+    itemsize: int,
     width: int,
     skip_zeros: bool = False,
 ) -> tuple[Call, Call]:
@@ -34,9 +35,10 @@ def back_calls(
         weight, bias: names of inputs; no bias if None.
         cap: length of the indices.
         units, group: the weight has ``units * group`` rows.
+        itemsize: bytes of an element of type T.
         skip_zeros: whether rows of hidden values that are zero need not be read.
     """
-    rows, cols = (16, min(256, triton.next_power_of_2(width))) if tier.block == GEMV else (64, 64)
+    rows, cols = (16, min(256, triton.next_power_of_2(width))) if tier.block == GEMV else (LINE // itemsize, 64)
     tiles = triton.cdiv(width, cols)
     splits = 1 if tier.block == PREFILL else min(MAX_SPLITS, triton.cdiv(BLOCKS, tiles), triton.cdiv(cap * group, rows))
     partials = workspace.take(splits * tier.tokens * width, "float32", 4)
@@ -61,6 +63,7 @@ def back_calls(
             "BLOCK_M": tier.block,
             "BLOCK_N": rows,
         },
+        warps=tile_warps(tier.block, itemsize),
         stages=3,
     )
     summed: dict[str, Operand] = {"partials": partials, "y": "y", "tokens": tier.size}

@@ -14,7 +14,16 @@ import triton.language as tl
 from shadowllm.plugins.program import Size
 from shadowllm.plugins.triton.project_back import back_calls
 from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace
-from shadowllm.plugins.triton.tiles import add_along, block_along, dot, sum_along, token_tile, zeros_along
+from shadowllm.plugins.triton.tiles import (
+    LINE,
+    add_along,
+    block_along,
+    dot,
+    sum_along,
+    tile_warps,
+    token_tile,
+    zeros_along,
+)
 
 # Positions of the cache that one block of a decode step goes through, and that it loads at a time.
 SPAN, POSITIONS = 256, 32
@@ -266,7 +275,14 @@ def plan_sparse_attention(shapes: Mapping[str, Shape], itemsize: int, tier: Tier
         head_queries,
         (Size(cap * triton.cdiv(half, rows)), tier.tiles, Size()),
         {name: name for name in inputs} | {"query": query, "tokens": tier.size},
-        heads | {"WIDTH": width, "BLOCK_M": tier.block, "BLOCK_N": rows, "BLOCK_K": block_along(width, tier.block)},
+        heads
+        | {
+            "WIDTH": width,
+            "BLOCK_M": tier.block,
+            "BLOCK_N": rows,
+            "BLOCK_K": block_along(width, tier.block, itemsize),
+        },
+        warps=tile_warps(tier.block, itemsize),
         stages=3,
     )
     read: dict[str, Operand] = {name: name for name in ("key", "value", "lengths", "indices", "count")}
@@ -289,6 +305,7 @@ def plan_sparse_attention(shapes: Mapping[str, Shape], itemsize: int, tier: Tier
         "b_o" if "b_o" in shapes else None,
         cap=cap,
         units=n_heads,
+        itemsize=itemsize,
         group=head_dim,
         width=width,
     )
@@ -324,15 +341,12 @@ def _decode(
 
 
 def _prompt(tier: Tier, operands: Mapping[str, Operand], constants: Mapping[str, int | float], itemsize: int) -> Call:
-    # Queries, keys and values of a tile lie in shared memory, of which a block has 64 KiB on sm_75 and 99 on most GPUs:
-    # long heads have tiles of fewer queries, and of no more than 16 KiB of keys.
-    block_h = int(constants["BLOCK_H"])
-    rows = max(16, min(tier.block, 8192 // block_h))
-    positions = max(16, min(32, 16384 // (block_h * itemsize)))
+    # At most 16 KiB of queries: with keys and values they lie in shared memory, of which a block has 64 KiB on sm_75.
+    rows = max(16, min(tier.block, 16384 // (int(constants["BLOCK_H"]) * itemsize)))
     return Call(
         prompt_attention,
         (Size(seqlen=True, divisor=rows), Size(int(constants["CAP"])), Size(batch=True)),
         {**operands, "seqlen": Size(seqlen=True)},
-        {**constants, "BLOCK_M": rows, "BLOCK_P": positions},
-        warps=4 if int(constants["HEAD_DIM"]) <= 64 else 8,
+        {**constants, "BLOCK_M": rows, "BLOCK_P": LINE // (2 * itemsize)},
+        warps=8 if int(constants["HEAD_DIM"]) > 64 else tile_warps(rows, itemsize),
     )

@@ -10,7 +10,15 @@ import triton.language as tl
 from shadowllm.plugins.program import Size
 from shadowllm.plugins.triton.project_back import back_calls
 from shadowllm.plugins.triton.schedule import GEMV, Call, Schedule, Shape, Tier, Workspace
-from shadowllm.plugins.triton.tiles import active_rows, add_along, block_along, sum_along, token_tile, zeros_along
+from shadowllm.plugins.triton.tiles import (
+    active_rows,
+    add_along,
+    block_along,
+    sum_along,
+    tile_warps,
+    token_tile,
+    zeros_along,
+)
 
 
 @triton.jit
@@ -106,8 +114,9 @@ def plan_sparse_mlp(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, acti
             "ACTIVATION": activation,
             "BLOCK_M": tier.block,
             "BLOCK_N": rows,
-            "BLOCK_K": block_along(width, tier.block),
+            "BLOCK_K": block_along(width, tier.block, itemsize),
         },
+        warps=tile_warps(tier.block, itemsize),
         stages=3,
     )
     back = back_calls(
@@ -118,6 +127,7 @@ def plan_sparse_mlp(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, acti
         "b_down" if "b_down" in shapes else None,
         cap=cap,
         units=neurons,
+        itemsize=itemsize,
         group=1,
         width=width,
         skip_zeros=activation == "relu" and "w_gate" not in shapes,

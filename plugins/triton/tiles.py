@@ -14,6 +14,9 @@ import triton.language as tl
 # Triton's interpreter takes the bits of bfloat16 for integers in tl.dot: there it multiplies in float32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
+# Bytes, along what is summed over, that a loop around ``tl.dot`` takes at a time.
+LINE = 128
+
 
 @triton.jit
 def dot(a, b, acc):
@@ -80,6 +83,11 @@ def active_rows(indices, count, slots, GROUP: tl.constexpr, UNITS: tl.constexpr)
     return tl.where(live, units, 0).to(tl.int64) * GROUP + slots % GROUP, live
 
 
-def block_along(width: int, tokens: int) -> int:
+def block_along(width: int, tokens: int, itemsize: int) -> int:
     """Columns that a loop over a row of this width takes at a time, for a tile of so many tokens."""
-    return min(256 if tokens == 1 else 64, max(16, triton.next_power_of_2(width)))
+    return min(256 if tokens == 1 else LINE // itemsize, max(16, triton.next_power_of_2(width)))
+
+
+def tile_warps(tokens: int, itemsize: int) -> int:
+    """Warps for a tile of so many tokens; float32 is multiplied without tensor cores, which takes more registers."""
+    return 8 if tokens > 1 and itemsize == 4 else 4
