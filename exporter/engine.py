@@ -66,8 +66,7 @@ def build_engine(
     _check_options(flavour, sms, timing_cache)
     graph = describe_onnx(onnx_path)
     check_profiles(graph, profiles)
-    if 75 in sms and any(tensor.dtype == "bfloat16" for tensor in (*graph.inputs, *graph.outputs)):
-        raise UserError("GPUs of sm_75 have no bfloat16", "export with --dtype fp16, or leave 75 out of --sm")
+    _check_types(graph, sms)
     files = _hash_sources(onnx_path, graph, file_hashes or {})
     engine_path.parent.mkdir(parents=True, exist_ok=True)
     part = engine_path.with_name(f".{engine_path.name}.part")
@@ -101,6 +100,11 @@ def _check_options(flavour: Flavour, sms: Sequence[int], timing_cache: Path | No
         raise UserError("TensorRT-RTX keeps no timing cache", "leave it out: its runtime cache does that work")
     if sms and flavour == "tensorrt":
         raise UserError("tensorrt builds for the GPU of this machine only", "leave out --sm, or use tensorrt_rtx")
+
+
+def _check_types(graph: GraphInfo, sms: Sequence[int]) -> None:
+    if 75 in sms and any(tensor.dtype == "bfloat16" for tensor in (*graph.inputs, *graph.outputs)):
+        raise UserError("GPUs of sm_75 have no bfloat16", "export with --dtype fp16, or leave 75 out of --sm")
 
 
 def _record(
