@@ -3,11 +3,11 @@
     python -m shadowllm.benchmarks.scaling "$(python benchmarks/model_path.py)" out/scaling --json scaling.json
 
 Networks of several kinds, sizes and losses learn side by side from one pass over the documentation that
-Python ships (`small_opt.documents`, without the modules that are evaluated on), and with --packages from that of
-installed packages too, for the more tokens; each has its own learning
-rate schedule and stops at its own number of tokens, as `shadowllm train` would train it. They are written to a
-folder, and those found there are not trained again (nor judged again what the JSON has). Then each chooses
-neurons, with all heads kept and layer 0 dense, on the benchmarks' passage.
+Python ships (`small_opt.documents`, without the modules that are evaluated on) and, with --packages, that of
+installed packages. Each has its own learning rate schedule and stops at its own number of tokens, as
+`shadowllm train` would train it. They are written to a folder, and those found there are not trained again
+(nor judged again what the JSON has). Then each chooses neurons, with all heads kept and layer 0 dense, on
+the benchmarks' passage.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import Any, cast
 
 import torch
@@ -32,6 +31,7 @@ from shadowllm.benchmarks.environment import environment
 from shadowllm.benchmarks.passage import MODULES, passage
 from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.benchmarks.small_opt import docstrings, documents
+from shadowllm.benchmarks.worker import peak_rss_mb
 from shadowllm.errors import UserError
 from shadowllm.models import ModelSpec, load_model
 from shadowllm.predictor.artefact import Kind, Predictor
@@ -108,10 +108,11 @@ def text_windows(encode: Encode, seqlen: int, seed: int, packages: Sequence[str]
 
 
 def _package(name: str) -> Path:
-    found = find_spec(name)
-    if found is None or found.origin is None:
+    found = find_spec(name) if name.isidentifier() else None
+    # A module in a file of its own has no folder to itself: beside it lies everything that is installed.
+    if found is None or not found.submodule_search_locations:
         raise UserError(f"no package {name!r} is installed", "install it, or name another")
-    return Path(found.origin).parent
+    return Path(found.submodule_search_locations[0])
 
 
 def train(
@@ -138,7 +139,7 @@ def train(
                 spent = {
                     "cpu_seconds_per_token": {"trace": cost[None] / seen, "network": cost[point] / seen},
                     "wall_seconds": time.time() - began,
-                    "peak_rss_bytes": getrusage(RUSAGE_SELF).ru_maxrss * 1024,
+                    "peak_rss_mb": peak_rss_mb(),
                 }
                 predictor = learners.pop(point).predictor()
                 replace(predictor, record=asdict(point) | spent).save(folder / point.file)

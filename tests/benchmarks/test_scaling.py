@@ -36,7 +36,7 @@ def test_points_learn_side_by_side_and_are_judged_once(checkpoint, tmp_path):
         predictor = Predictor.load(tmp_path / point.file)
         assert (predictor.kind, predictor.record["tokens"]) == (point.kind, point.tokens)
         assert predictor.record["cpu_seconds_per_token"].keys() == {"trace", "network"}
-        assert min(predictor.record[name] for name in ("wall_seconds", "peak_rss_bytes")) > 0
+        assert min(predictor.record[name] for name in ("wall_seconds", "peak_rss_mb")) > 0
     evaluated = token_windows(spec, n=2, seed=9)
     found = judge(spec, weights, tmp_path, evaluated, {})
     names = {"static", "oracle", *(point.file.removesuffix(".safetensors") for point in points)}
@@ -52,5 +52,6 @@ def test_points_learn_side_by_side_and_are_judged_once(checkpoint, tmp_path):
 def test_packages_add_their_docstrings():
     alone, both = (text_windows(lambda text: list(text.encode()), 512, 0, names) for names in ((), ("pluggy",)))
     assert len(both) > len(alone)
-    with pytest.raises(UserError, match="no package 'no_such_package' is installed"):
-        text_windows(list, 512, 0, ["no_such_package"])
+    for name in ("no_such_package", "no_such_package.inside", "ast", ""):
+        with pytest.raises(UserError, match=f"no package '{name}' is installed"):
+            text_windows(list, 512, 0, [name])

@@ -10,7 +10,13 @@ import torch
 from shadowllm.errors import UserError
 from shadowllm.models.budget import Budget
 from shadowllm.predictor.losses import LOSSES
-from shadowllm.predictor.networks import default_rank, layer_neuron_scores, scores
+from shadowllm.predictor.networks import (
+    default_rank,
+    layer_head_scores,
+    layer_neuron_scores,
+    layerwise_scores,
+    scores,
+)
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.traces import Tracer
 from shadowllm.predictor.train import Recipe, chunk_scores, initial, train_network, train_static
@@ -154,3 +160,19 @@ def test_default_rank_stays_under_four_percent(llama):
 def test_senseless_recipes_are_refused(options):
     with pytest.raises(UserError):
         Recipe(**options)
+
+
+def test_layers_scored_at_once_are_those_scored_one_by_one(llama):
+    spec, _ = llama
+    start = initial("layerwise", spec, LearnableTraces(spec), RECIPE)
+    generator = torch.Generator().manual_seed(1)
+    # Every tensor random, so that no layer, weight or bias can stand in for another.
+    tensors = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in start.tensors.items()}
+    networks = replace(start, tensors=tensors)
+    shape = (7, networks.n_sparse, spec.hidden_size)
+    inputs = {unit: torch.randn(shape, generator=generator) for unit in ("heads", "neurons")}
+    found = layerwise_scores(networks, inputs)
+    for unit, score in {"heads": layer_head_scores, "neurons": layer_neuron_scores}.items():
+        for i in range(networks.n_sparse):
+            expected = score(networks, networks.dense_layers + i, inputs[unit][:, i])
+            torch.testing.assert_close(found[unit][:, i], expected, rtol=1e-4, atol=1e-4)
