@@ -38,7 +38,7 @@ shows the options and examples of a command."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 a mistake the user can mend, 2 wrong usage."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    _interrupt_on_signals()
     warnings.formatwarning = _format_warning
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -92,8 +92,19 @@ def _format_warning(
     return f"shadowllm: warning: {message}\n"
 
 
+class _Interrupted(KeyboardInterrupt):
+    """A signal's. Python ends by SIGINT itself if its own kind has passed an `exec` of text, caught or not."""
+
+
+def _interrupt_on_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # What a shell starts in the background has Ctrl-C ignored, and stays that way.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise _Interrupted
 
 
 if __name__ == "__main__":

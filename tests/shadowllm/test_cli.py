@@ -263,6 +263,23 @@ class TestInterrupted:
         assert re.fullmatch(r"shadowllm: error: interrupted; .*\n", error.splitlines(keepends=True)[-1])
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_the_exit_code_is_ours_within_an_exec_of_text(self, number, tmp_path):
+        """As when it strikes while a dataclass is defined: Python remembers a KeyboardInterrupt that passed there."""
+        text = f"import os; os.kill(os.getpid(), {number.value})"
+        (tmp_path / "interrupted.py").write_text(f"""
+import signal, sys
+from shadowllm import cli
+from shadowllm.commands import inspect
+signal.signal(signal.SIGINT, signal.default_int_handler)
+inspect.run = lambda args: exec({text!r})
+sys.exit(cli.main(["inspect", "."]))
+""")
+        command = [sys.executable, "-m", "interrupted"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr == "shadowllm: error: interrupted; nothing was left half-written\n"
+
     def test_a_killed_export_can_be_run_again(self, model, tmp_path):
         process = self.start(model, tmp_path / "out")
         process.kill()
