@@ -34,3 +34,24 @@ def test_it_learns_and_loads(monkeypatch, tmp_path):
         logits = Decoder(spec, weights.load())(ids)
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
     assert loss < 0.8 * torch.tensor(float(spec.vocab_size)).log()
+
+
+def test_tokens_that_the_text_never_has_share_a_row(monkeypatch):
+    """A row of their own would have come to the same: the loss over all tokens is that which was learned by."""
+    monkeypatch.setattr(small_opt, "documents", lambda: ["What matters is said again and again. " * 40])
+    tokenizer, losses = build_tokenizer(), []
+    over_few = small_opt.cross_entropy
+    monkeypatch.setattr(small_opt, "cross_entropy", lambda *args: losses.append(over_few(*args)) or losses[-1])
+    batches = []
+    draw = small_opt._batch
+    monkeypatch.setattr(small_opt, "_batch", lambda ids: batches.append(draw(ids)) or batches[-1])
+    monkeypatch.setattr(small_opt, "LEARNING_RATE", 0.0)
+    model = small_opt.train(tokenizer, steps=1)
+    seen = torch.tensor(sorted(set(tokenizer("What matters is said again and again. " * 40).input_ids)))
+    never = [token for token in range(len(tokenizer)) if token not in seen]
+    rows = model.lm_head.weight.detach()
+    assert len(never) > 1
+    assert (rows[never] == rows[never[0]]).all()
+    assert len(rows[seen].unique(dim=0)) == len(seen)
+    ids = seen[batches[0]]
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, losses[0])
