@@ -24,6 +24,7 @@ from shadowllm.plugins.program import Kernel, Program
 from shadowllm.plugins.triton import cache
 from shadowllm.plugins.triton.compile import POINTERS, Tensor, compile_kernel, compile_program
 from shadowllm.predictor.progress import progress
+from shadowllm.predictor.weight_copy import COPY
 
 SMS = (80, 86, 89, 90, 120)
 DTYPES = ("float16", "bfloat16", "float32")
@@ -98,9 +99,20 @@ def programs(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[s
         "scores": Tensor("float32", (shape.n_layers - 1, neurons)),
         "counts": Tensor("int32", (shape.n_layers - 1,)),
     }
+    matrices = 2 if shape.gated else 1
+    words = COPY.block * COPY.bits // 32
+    scored = {
+        "x": x,
+        "copy": Tensor("int32", (matrices * neurons, COPY.blocks(width), words)),
+        "scales": Tensor("float32", (matrices * neurons, COPY.blocks(width))),
+        "lengths": Tensor("float32", (neurons,)),
+        "count": count,
+    }
+    activation = "silu" if shape.gated else "relu"
     wanted: dict[str, tuple[Mapping[str, Tensor], Mapping[str, int | str]]] = {
         "SelectTopK": (scores, {"cap": neurons}),
-        "SparseMLP": (mlp, {"activation": "silu" if shape.gated else "relu"}),
+        "ScoreNeurons": (scored, {"activation": activation}),
+        "SparseMLP": (mlp, {"activation": activation}),
         "SparseAttention": (attention, {"n_heads": heads}),
     }
     for op, (inputs, attributes) in wanted.items():
@@ -158,7 +170,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
-    with progress("Compiling", 3 * len(args.shapes) * len(args.dtypes)) as advance:
+    with progress("Compiling", 4 * len(args.shapes) * len(args.dtypes)) as advance:
         for name in args.shapes:
             found[name] = []
             for dtype in args.dtypes:

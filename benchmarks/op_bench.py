@@ -27,8 +27,8 @@ from rich.progress import track
 
 from shadowllm.benchmarks.bandwidth import read_bandwidth
 from shadowllm.benchmarks.environment import environment
-from shadowllm.exporter.builder import MICROSOFT
 from shadowllm.plugins import native_ops, schemas
+from shadowllm.plugins.functions import MICROSOFT
 from shadowllm.plugins.quantisation import WEIGHT_DTYPES, quantise
 
 SIZES = {"large": (2048, 8192, 8), "small": (576, 1536, 30)}  # hidden size, intermediate size, layers

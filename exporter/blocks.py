@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from shadowllm.exporter.builder import GraphBuilder
 from shadowllm.exporter.choosing import choose_heads, choose_neurons
-from shadowllm.exporter.nodes import cast, gemm, norm, product
+from shadowllm.exporter.nodes import batched, cast, gemm, norm, product
 from shadowllm.models import ModelSpec
 from shadowllm.plugins import schemas
 
@@ -136,7 +136,7 @@ def sparse_layer(
     neurons = (
         _pick(g, selection.neuron_indices, row)
         if selection.neuron_indices is not None
-        else choose_neurons(g, spec, layer, normed, count, selection.rank)
+        else choose_neurons(g, spec, layer, normed, step.tokens, count, selection.rank)
     )
     x = g.op("Add", x, _sparse_mlp(g, spec, layer, normed, step, neurons, count))
     return x, cache, Chosen(heads, neurons)
@@ -157,7 +157,7 @@ def _sparse_attention(
         schemas.SPARSE_ATTENTION,
         f"{place}.attention",
         {
-            "x": _batched(g, spec, step, normed),
+            "x": batched(g, spec, step.tokens, normed),
             "key": cache.key,
             "value": cache.value,
             "lengths": step.lengths,
@@ -183,7 +183,7 @@ def _sparse_mlp(
         schemas.SPARSE_MLP,
         f"{place}.mlp",
         {
-            "x": _batched(g, spec, step, normed),
+            "x": batched(g, spec, step.tokens, normed),
             "indices": indices,
             "count": count,
             **{name: value for part in parts for name, value in _rows(g, place, part, spec.mlp_bias).items()},
@@ -235,13 +235,6 @@ def to_cache(
 
 def _pick(g: GraphBuilder, rows: ir.Value, row: int) -> ir.Value:
     return g.op("Gather", rows, g.ints(row), axis=0)
-
-
-def _batched(g: GraphBuilder, spec: ModelSpec, step: Step, x: ir.Value) -> ir.Value:
-    y = g.op("Reshape", x, g.shape(step.tokens, [spec.hidden_size]))
-    # No shape inference looks through the computed shape, and a custom op's output goes by its input.
-    y.dtype, y.shape = g.dtype, ir.Shape(["batch", "seqlen", spec.hidden_size])
-    return y
 
 
 def _flat(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:

@@ -11,11 +11,10 @@ from onnx_ir.tape import Tape
 
 from shadowllm.exporter.store import WeightStore
 from shadowllm.plugins import schemas
-from shadowllm.plugins.functions import OPSET
+from shadowllm.plugins.functions import MICROSOFT, OPSET
 from shadowllm.plugins.quantisation import Quantisation
 
 IR_VERSION = 11
-MICROSOFT = "com.microsoft"
 Dims = Sequence[int | str]
 
 
@@ -112,7 +111,8 @@ class GraphBuilder:
     def model(self, functions: Sequence[ir.Function] = ()) -> ir.Model:
         """The finished model."""
         imports = {"": OPSET} | ({schemas.DOMAIN: schemas.VERSION} if functions else {})
-        imports |= {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in self._tape.nodes) else {}
+        ours = [*self._tape.nodes, *(node for function in functions for node in function)]
+        imports |= {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in ours) else {}
         graph = ir.Graph(
             self._inputs,
             self._outputs,

@@ -7,6 +7,7 @@ from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -146,13 +147,25 @@ def map_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], Pr
         UserError: a file is damaged.
     """
     verify_files(folder, manifest.digests(DATA_FILE, PREDICTOR_FILE))
-    store = WeightStore(folder / DATA_FILE, model_groups(manifest.spec, DTYPES[manifest.dtype], manifest.quantisation))
+    stored = _mapped(folder, model_groups(manifest.spec, DTYPES[manifest.dtype], manifest.quantisation))
+    return stored, Predictor.load(folder / PREDICTOR_FILE)
+
+
+def map_copies(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """A quantised shadow's copy, mapped like the tensors of `map_weights`, which checks the file."""
+    spec = manifest.spec
+    weights = model_groups(spec, DTYPES[manifest.dtype], manifest.quantisation)
+    return _mapped(folder, chain(weights, copy_groups(spec, manifest.dense_layers)))
+
+
+def _mapped(folder: Path, groups: Iterator[Group]) -> dict[str, Tensor]:
+    """The tensors of the data file by name, mapped and not read."""
+    store = WeightStore(folder / DATA_FILE, groups)
     data = np.memmap(store.path, dtype=np.uint8, mode="c")
-    stored = {
+    return {
         name: torch.from_numpy(data[e.offset : e.offset + e.length]).view(TORCH_DTYPES[e.dtype]).view(e.shape)
         for name, e in store.entries.items()
     }
-    return stored, Predictor.load(folder / PREDICTOR_FILE)
 
 
 def _models(
@@ -168,14 +181,14 @@ def _models(
 
 def _groups(spec: ModelSpec, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None) -> Iterator[Group]:
     yield from model_groups(spec, dtype, q)
+    if predictor.kind == "quantized-shadow":
+        yield from copy_groups(spec, predictor.dense_layers)
     for name, source, tensor in _predictor_parts(predictor):
         if q and source in predictor.learned and name.endswith(".weight"):
             yield from quantised_groups({name: tuple(tensor.shape)}, q)
         else:
             # What is small keeps its precision.
             yield [(name, tuple(tensor.shape), dtype if source in predictor.learned else ir.DataType.FLOAT)]
-    if predictor.kind == "quantized-shadow":
-        yield from copy_groups(spec, predictor.dense_layers)
 
 
 def _predictor_parts(predictor: Predictor) -> Iterator[tuple[str, str, Tensor]]:

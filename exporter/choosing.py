@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from shadowllm.exporter.builder import GraphBuilder
-from shadowllm.exporter.nodes import as_float, cast, gemm, integer_gemm, product
+from shadowllm.exporter.nodes import as_float, batched, cast, gemm
 from shadowllm.models import ModelSpec
 from shadowllm.plugins import schemas
 from shadowllm.predictor.networks import NORM_EPS
@@ -16,17 +16,25 @@ from shadowllm.predictor.weight_copy import COPY, copied
 def choose_heads(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
     """The ``count`` heads that a linear map of the attention's input puts highest."""
     weight, bias = (g.weight(f"predictor.layers.{layer}.heads.{part}") for part in ("weight", "bias"))
-    scores = g.op("Gemm", as_float(g, x), weight, bias, transB=1)
+    scores = _shared(g, g.op("Gemm", as_float(g, x), weight, bias, transB=1))
     return _choose(g, f"layers.{layer}.select_heads", scores, count, spec.n_heads, spec.heads_together)
 
 
-def choose_neurons(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value, rank: int) -> ir.Value:
-    """The ``count`` neurons that the layer's network, or the low-bit copy, puts highest."""
+def choose_neurons(
+    g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, tokens: ir.Value, count: ir.Value, rank: int
+) -> ir.Value:
+    """The ``count`` neurons that the layer's network, or the low-bit copy, puts highest.
+
+    Args:
+        tokens: int64 ``[2]``, batch and seqlen of x.
+        rank: of the network, 0 for the copy.
+    """
     if rank:
         place = f"predictor.layers.{layer}"
-        scores = as_float(g, gemm(g, trunk(g, spec, f"{place}.trunk", x), [f"{place}.neurons"], bias=True, width=rank))
+        z = trunk(g, spec, f"{place}.trunk", x)
+        scores = _shared(g, as_float(g, gemm(g, z, [f"{place}.neurons"], bias=True, width=rank)))
     else:
-        scores = _copy_scores(g, spec, layer, x)
+        scores = _copy_scores(g, spec, layer, batched(g, spec, tokens, x), count)
     return _choose(g, f"layers.{layer}.select_neurons", scores, count, spec.intermediate_size)
 
 
@@ -37,19 +45,40 @@ def trunk(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
     return g.op("Relu", gemm(g, normed, [name], bias=True, width=spec.hidden_size))
 
 
-def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.Value:
-    """The length of each neuron's contribution, going by the low-bit copy."""
+def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
+    """The length of each neuron's contribution, going by the low-bit copy, ``(1, intermediate_size)``."""
     names = copied(spec, layer)
-    biases = [g.weight(*(name.replace("weight", "bias") for name in names))] if spec.mlp_bias else []
-    x, biases = as_float(g, x), [as_float(g, bias) for bias in biases]
-    projected = integer_gemm(g, x, [f"copy.{name}" for name in names], biases, COPY, spec.hidden_size)
-    return g.op("Mul", g.op("Abs", product(g, spec, projected)), g.weight(f"copy.layers.{layer}.lengths"))
+    biased = (("gate", "up") if spec.gated else ("up",)) if spec.mlp_bias else ()
+    blocks = (COPY.blocks(spec.hidden_size), COPY.block * COPY.bits // 8)
+    scores = g.custom(
+        schemas.SCORE_NEURONS,
+        f"layers.{layer}.score_neurons",
+        {
+            "x": x,
+            "copy": g.weight(*(f"copy.{name}.q" for name in names), inner=blocks),
+            "scales": g.weight(*(f"copy.{name}.scales" for name in names)),
+            # One by one, as the layer itself reads them: TensorRT wants a place in the data file to have one size.
+            **{f"b_{part}": g.weight(f"layers.{layer}.{part}_proj.bias") for part in biased},
+            "lengths": g.weight(f"copy.layers.{layer}.lengths"),
+            "count": count,
+        },
+        activation=spec.activation,
+        layer=layer,
+    )
+    # Nothing else infers them where the function body has gone.
+    scores.dtype, scores.shape = ir.DataType.FLOAT, ir.Shape([1, spec.intermediate_size])
+    return scores
+
+
+def _shared(g: GraphBuilder, scores: ir.Value) -> ir.Value:
+    """The mean ``(1, width)`` of ``(tokens, width)`` scores: there is one choice for all tokens."""
+    return g.op("ReduceMean", scores, g.ints([0]), keepdims=1)
 
 
 def _choose(g: GraphBuilder, name: str, scores: ir.Value, count: ir.Value, width: int, together: int = 1) -> ir.Value:
-    """Indices ``(width,)`` of the largest of ``(tokens, width)`` scores on average: one choice for all tokens."""
-    mean = g.op("ReduceMean", scores, g.ints([0]), keepdims=1)
-    return g.op("Reshape", select(g, name, mean, g.op("Unsqueeze", count, g.ints([0])), width, together), g.ints([-1]))
+    """Indices ``(width,)`` of the largest of ``(1, width)`` scores."""
+    counts = g.op("Unsqueeze", count, g.ints([0]))
+    return g.op("Reshape", select(g, name, scores, counts, width, together), g.ints([-1]))
 
 
 def select(g: GraphBuilder, name: str, scores: ir.Value, counts: ir.Value, width: int, together: int = 1) -> ir.Value:

@@ -103,6 +103,7 @@ def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prep
     - Our nodes name the plugin's namespace and version and carry its program, which says all that their
       attributes said. TensorRT has no empty inputs, so they are closed up.
     - ``Attention`` may be taken apart where no fused kernel fits (float32 has none).
+    - Bytes become int32, four to a number: TensorRT has no weights of uint8, and kernels read words anyway.
     - Symbols in ``bindings`` become numbers: the capacity of a cache must be one.
 
     Raises:
@@ -118,6 +119,8 @@ def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prep
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
     nodes = {_custom_node(node): node for node in _custom_nodes(model.graph)}
+    for node in nodes.values():
+        _read_bytes_as_words(node)
     programs = {named: compiler(node.op_type, _inputs(node), _attributes(node)) for named, node in nodes.items()}
     for named, node in nodes.items():
         _make_plugin_node(node, named.name)
@@ -209,6 +212,27 @@ def _attributes(node: ir.Node) -> dict[str, int | str]:
     if missing:
         raise UserError(f"{_custom_node(node).name} has no attribute {missing[0]!r}", "export the model again")
     return {attribute.name: node.attributes[attribute.name].value for attribute in known}
+
+
+def _read_bytes_as_words(node: ir.Node) -> None:
+    """Take the uint8 weights that a node reads for int32, the same bytes of the data file."""
+    for value in node.inputs:
+        if value is None or value.dtype != ir.DataType.UINT8:
+            continue
+        before = value.const_value
+        if not isinstance(before, ir.ExternalTensor):
+            raise UserError(f"{value.name} of {node.name} is no weight of a data file", "export the model again")
+        *outer, width = before.shape.numpy()
+        value.const_value = ir.ExternalTensor(
+            before.location,
+            before.offset,
+            before.length,
+            ir.DataType.INT32,
+            shape=ir.Shape([*outer, width // ir.DataType.INT32.itemsize]),
+            name=before.name,
+            base_dir=before.base_dir,
+        )
+        value.dtype, value.shape = value.const_value.dtype, value.const_value.shape
 
 
 def _make_plugin_node(node: ir.Node, name: str) -> None:

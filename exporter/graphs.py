@@ -14,16 +14,24 @@ from shadowllm.exporter import blocks, choosing, nodes
 from shadowllm.exporter.builder import GraphBuilder
 from shadowllm.exporter.store import WeightStore
 from shadowllm.models import ModelSpec
-from shadowllm.plugins.functions import FunctionForm, function_bodies
+from shadowllm.plugins.functions import CopyForm, FunctionForm, function_bodies
 from shadowllm.plugins.quantisation import Quantisation
 from shadowllm.predictor.artefact import Predictor
+from shadowllm.predictor.weight_copy import COPY
 
 INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT
 TOKENS = ["batch", "seqlen"]
 
 
-def function_form(spec: ModelSpec, quantisation: Quantisation | None = None) -> FunctionForm:
-    """The options of a model that its function bodies are written for."""
+def function_form(
+    spec: ModelSpec, quantisation: Quantisation | None = None, copy: Quantisation | None = None
+) -> FunctionForm:
+    """The options of a model that its function bodies are written for.
+
+    Args:
+        copy: how gate and up are rounded for scoring neurons, if they are.
+    """
+    rows = (1 + spec.gated) * spec.intermediate_size
     return FunctionForm(
         activation=spec.activation,
         gated=spec.gated,
@@ -35,6 +43,7 @@ def function_form(spec: ModelSpec, quantisation: Quantisation | None = None) -> 
         n_kv_heads=spec.n_kv_heads,
         head_dim=spec.head_dim,
         quantisation=quantisation,
+        copy=CopyForm(spec.hidden_size, rows, copy) if copy else None,
     )
 
 
@@ -108,7 +117,8 @@ def body_graph(
             g.output(chosen.neurons, f"neuron_indices.{row}", [spec.intermediate_size], INT32)
     _logits(g, spec, x, step, keep)
     _cache_outputs(g, spec, layers, caches)
-    return g.model(function_bodies(function_form(spec, q)))
+    copy = COPY if chooser and not chooser.rank else None
+    return g.model(function_bodies(function_form(spec, q, copy)))
 
 
 def predictor_graph(

@@ -10,10 +10,7 @@ import onnx_ir as ir
 
 from shadowllm.exporter.builder import GraphBuilder
 from shadowllm.models import ModelSpec
-from shadowllm.plugins.quantisation import Quantisation
-
-# Of MatMulNBits: its inputs rounded to 8 bits, which is what ONNX Runtime has fast kernels for.
-ACCURACY_LEVEL = 4
+from shadowllm.plugins.quantisation import ACCURACY_LEVEL, Quantisation
 
 
 def cast(g: GraphBuilder, x: ir.Value) -> ir.Value:
@@ -50,6 +47,18 @@ def _embedding_rows(g: GraphBuilder, ids: ir.Value) -> ir.Value:
         block_size=q.block,
         bits=q.bits,
     )
+
+
+def batched(g: GraphBuilder, spec: ModelSpec, tokens: ir.Value, x: ir.Value) -> ir.Value:
+    """Hidden states as the custom ops take them, ``(batch, seqlen, hidden_size)``.
+
+    Args:
+        tokens: int64 ``[2]``, batch and seqlen.
+    """
+    y = g.op("Reshape", x, g.shape(tokens, [spec.hidden_size]))
+    # No shape inference looks through the computed shape, and a custom op's output goes by its input.
+    y.dtype, y.shape = g.dtype, ir.Shape(["batch", "seqlen", spec.hidden_size])
+    return y
 
 
 def norm(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:

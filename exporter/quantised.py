@@ -60,7 +60,7 @@ class QuantisedTensors(Mapping[str, Tensor]):
 
     def _make(self, name: str) -> tuple[Tensor, Tensor]:
         tensor = self._tensors[name.removesuffix(".T")]
-        matrix = (tensor.T if name.endswith(".T") else tensor).float().contiguous().numpy()
+        matrix = (tensor.T if name.endswith(".T") else tensor).float().contiguous().cpu().numpy()
         data, scales = quantise(matrix, self._q)
         return torch.from_numpy(data), torch.from_numpy(scales)
 

@@ -17,9 +17,10 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from shadowllm.plugins import schemas
-from shadowllm.plugins.quantisation import Quantisation
+from shadowllm.plugins.quantisation import ACCURACY_LEVEL, Quantisation
 
 OPSET = 24
+MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,22 @@ class FunctionForm:
     n_kv_heads: int
     head_dim: int
     quantisation: Quantisation | None = None
+    copy: CopyForm | None = None
+
+
+@dataclass(frozen=True)
+class CopyForm:
+    """Sizes of the low-bit copy that ``ScoreNeurons`` reads, which ``MatMulNBits`` has as attributes."""
+
+    hidden_size: int
+    rows: int
+    quantisation: Quantisation
 
 
 def function_bodies(form: FunctionForm) -> list[ir.Function]:
-    """The three functions of domain ``shadowllm`` for one form of model."""
-    return [_select_topk(), _sparse_mlp(form), _sparse_attention(form)]
+    """The functions of domain ``shadowllm`` for one form of model; ``ScoreNeurons`` where there is a copy."""
+    bodies = [_select_topk(), _sparse_mlp(form), _sparse_attention(form)]
+    return bodies + ([_score_neurons(form, form.copy)] if form.copy else [])
 
 
 class _Body:
@@ -54,8 +66,8 @@ class _Body:
     def __getitem__(self, name: str) -> ir.Value:
         return self.inputs[name]
 
-    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: object) -> ir.Value:
-        return self._tape.op(op_type, inputs, attributes)  # type: ignore[arg-type]
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: object) -> ir.Value:
+        return self._tape.op(op_type, inputs, attributes, domain=domain)  # type: ignore[arg-type]
 
     def const(self, values: int | Iterable[int]) -> ir.Value:
         tensor = np.asarray(list(values) if isinstance(values, Iterable) else values, dtype=np.int64)
@@ -95,12 +107,9 @@ class _Body:
 
     def finish(self, output: ir.Value) -> ir.Function:
         output.name = self._schema.outputs[0].name
-        graph = ir.Graph(
-            tuple(self.inputs.values()),
-            (output,),
-            nodes=self._tape.nodes,
-            opset_imports={"": OPSET, schemas.DOMAIN: schemas.VERSION},
-        )
+        imports = {"": OPSET, schemas.DOMAIN: schemas.VERSION}
+        imports |= {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in self._tape.nodes) else {}
+        graph = ir.Graph(tuple(self.inputs.values()), (output,), nodes=self._tape.nodes, opset_imports=imports)
         kinds = {int: ir.AttributeType.INT, str: ir.AttributeType.STRING}
         declared = [ir.Attr(a.name, kinds[a.type], None) for a in self._schema.attributes]
         return ir.Function(schemas.DOMAIN, self._schema.name, graph=graph, attributes=declared)
@@ -122,6 +131,37 @@ def _select_topk() -> ir.Function:
     )
     padded = body.op("Where", chosen, ascending, body.const(-1))
     return body.finish(body.op("Cast", padded, to=ir.DataType.INT32))
+
+
+def _score_neurons(form: FunctionForm, copy: CopyForm) -> ir.Function:
+    """The one body with a node of ONNX Runtime's own domain: its product with integers is as fast as it gets."""
+    body = _Body(schemas.SCORE_NEURONS)
+    x = body.op("Reshape", body["x"], body.const([-1, copy.hidden_size]))
+    bias = [None, None, body.op("Cast", _copy_bias(body, form), to=ir.DataType.FLOAT)] if form.mlp_bias else []
+    projected = body.op(
+        "MatMulNBits",
+        body.op("Cast", x, to=ir.DataType.FLOAT),
+        body["copy"],
+        body["scales"],
+        *bias,
+        domain=MICROSOFT,
+        K=copy.hidden_size,
+        N=copy.rows,
+        bits=copy.quantisation.bits,
+        block_size=copy.quantisation.block,
+        accuracy_level=ACCURACY_LEVEL,
+    )
+    if form.gated:
+        gate, up = body._tape.op_multi_out("Split", (projected,), {"axis": 1, "num_outputs": 2}, num_outputs=2)
+        product = body.op("Mul", _activate(body, form.activation, gate), up)
+    else:
+        product = _activate(body, form.activation, projected)
+    mean = body.op("ReduceMean", body.op("Abs", product), body.const([0]), keepdims=1)
+    return body.finish(body.op("Mul", mean, body["lengths"]))
+
+
+def _copy_bias(body: _Body, form: FunctionForm) -> ir.Value:
+    return body.op("Concat", body["b_gate"], body["b_up"], axis=0) if form.gated else body["b_up"]
 
 
 def _sparse_mlp(form: FunctionForm) -> ir.Function:

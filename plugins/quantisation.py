@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Of ``MatMulNBits``: its inputs rounded to 8 bits, which is what ONNX Runtime has fast kernels for.
+ACCURACY_LEVEL = 4
 CHUNK = 1 << 22  # elements quantised at a time: the temporaries are several times as large
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from shadowllm.plugins.quantisation import dense_rows
+from shadowllm.plugins.quantisation import Quantisation, dense_rows, dequantise
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda x: np.maximum(x, 0),
@@ -41,6 +41,26 @@ def select_topk(scores: np.ndarray, counts: np.ndarray, cap: int) -> np.ndarray:
         order = np.argsort(-scores[row], kind="stable")  # stable: ties keep the lower index first
         out[row, :count] = np.sort(order[:count])
     return out
+
+
+def score_neurons(
+    x: np.ndarray,
+    copy: np.ndarray,
+    scales: np.ndarray,
+    b_gate: np.ndarray | None,
+    b_up: np.ndarray | None,
+    lengths: np.ndarray,
+    *,
+    activation: str,
+) -> np.ndarray:
+    """``ScoreNeurons``: x ``(B, S, D)``, a copy ``(rows, blocks, bytes)`` of 4 bits -> float32 ``(1, F)``."""
+    wide, act = x.reshape(-1, x.shape[2]).astype(np.float32), ACTIVATIONS[activation]
+    q = Quantisation(bits=4, block=2 * copy.shape[2])
+    y = wide @ dequantise(copy.reshape(len(copy), -1), scales, wide.shape[1], q).T
+    biases = [bias.astype(np.float32) for bias in (b_gate, b_up) if bias is not None]
+    first, *rest = np.split(y + np.concatenate(biases) if biases else y, len(copy) // len(lengths), axis=1)
+    product = act(first) * rest[0] if rest else act(first)
+    return (np.abs(product).mean(axis=0) * lengths)[None].astype(np.float32)
 
 
 def sparse_mlp(

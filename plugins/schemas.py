@@ -5,7 +5,8 @@ query heads H of dimension d, and capacity C of the KV cache. Every index input 
 and carries a count; entries past the count are -1 and are never read.
 
 A weight matrix may be of integers (see `quantisation`): its ``w_`` input is then uint8, ``(rows, D)``
-for 8 bits or ``(rows, D/2)`` for 4, and its ``s_`` input holds the scales, ``(rows, blocks)``.
+for 8 bits or ``(rows, D/2)`` for 4, and its ``s_`` input holds the scales, ``(rows, blocks)``. A low-bit copy
+always is, and its rows are cut into their blocks.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Port:
 
     name: str
     shape: tuple[str, ...]
-    dtype: Literal["T", "float32", "int32"] = "T"
+    dtype: Literal["T", "float32", "int32", "uint8"] = "T"
     optional: bool = False
 
 
@@ -59,6 +60,24 @@ SELECT_TOPK = OpSchema(
     outputs=(Port("indices", ("R", "cap"), "int32"),),
     attributes=(Attribute("cap", int),),
     doc="Ascending indices of the counts[r] largest scores of each row; equal scores go to the lower index.",
+)
+
+SCORE_NEURONS = OpSchema(
+    name="ScoreNeurons",
+    inputs=(
+        Port("x", ("B", "S", "D")),
+        Port("copy", ("rows", "blocks", "bytes"), "uint8"),
+        Port("scales", ("rows", "blocks"), "float32"),
+        Port("b_gate", ("F",), optional=True),
+        Port("b_up", ("F",), optional=True),
+        Port("lengths", ("F",), "float32"),
+        Port("count", (), "int32"),
+    ),
+    outputs=(Port("scores", ("1", "F"), "float32"),),
+    attributes=(Attribute("activation", str), Attribute("layer", int)),
+    doc="How much each neuron will add, going by a 4-bit copy of gate and up, their rows one after the other: the "
+    "mean over all tokens of lengths[f] * |act(gate[f] x) * (up[f] x)|; without gate of lengths[f] * |act(up[f] x)|. "
+    "If count is F, all will be chosen, and scores may be anything.",
 )
 
 SPARSE_MLP = OpSchema(
@@ -104,4 +123,4 @@ SPARSE_ATTENTION = OpSchema(
     "holds this step's keys and values; query s of row b sees positions 0 .. lengths[b] - S + s.",
 )
 
-SCHEMAS = {schema.name: schema for schema in (SELECT_TOPK, SPARSE_MLP, SPARSE_ATTENTION)}
+SCHEMAS = {schema.name: schema for schema in (SELECT_TOPK, SCORE_NEURONS, SPARSE_MLP, SPARSE_ATTENTION)}

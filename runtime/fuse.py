@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from shadowllm.exporter.builder import MICROSOFT
 from shadowllm.models.spec import ModelSpec
+from shadowllm.plugins.functions import MICROSOFT
 
 
 def fuse_attention(model: ir.Model, spec: ModelSpec) -> None:

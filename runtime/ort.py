@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal, Self
 
@@ -218,7 +219,7 @@ def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False) -
         exact: float32 inputs of integer layers.
     """
     model = ir.load(path)
-    for node in model.graph:
+    for node in chain(model.graph, *model.functions.values()):
         if exact and node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
     if manifest.dtype != "float32":

@@ -18,21 +18,7 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import tensor_shape
 from shadowllm.plugins.triton.cache import write_cache
 from shadowllm.plugins.triton.ops import sparse_attention, sparse_mlp
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Active units of the sparse layers, on the device.
-
-    Attributes:
-        heads, neurons: int32 ``(n_sparse, width)``, ascending, -1 past the count.
-        head_counts, neuron_counts: int32 ``(n_sparse,)``.
-    """
-
-    heads: Tensor
-    head_counts: Tensor
-    neurons: Tensor
-    neuron_counts: Tensor
+from shadowllm.runtime.choosing import Selection
 
 
 @dataclass(frozen=True)
@@ -101,8 +87,7 @@ class StepDecoder(Decoder):
             keys,
             values,
             shared.lengths,
-            chosen.heads[row],
-            chosen.head_counts[row],
+            *chosen.active("heads", row, x),
             **self._matrices(place, "q", "o"),
             cos=shared.cos,
             sin=shared.sin,
@@ -124,8 +109,7 @@ class StepDecoder(Decoder):
         if chosen is None or row < 0:
             return super()._mlp(layer, x)
         matrices = self._matrices(f"layers.{layer}", "gate", "up", "down")
-        indices, count = chosen.neurons[row], chosen.neuron_counts[row]
-        return sparse_mlp(x, indices, count, **matrices, activation=self.spec.activation)
+        return sparse_mlp(x, *chosen.active("neurons", row, x), **matrices, activation=self.spec.activation)
 
     def _matrices(self, place: str, *parts: str) -> dict[str, Any]:
         """Weight and bias of each part by the ops' names for them; None for what the model lacks."""

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from shadowllm.errors import UserError
+from shadowllm.exporter.quantised import CopyTensors
 from shadowllm.models import Budget, KVCache, ModelSpec
 from shadowllm.models.decoder import Unit
-from shadowllm.plugins.triton.ops import select_topk
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.networks import scores
-from shadowllm.predictor.topk import shared_scores
 from shadowllm.runtime.ahead import SLOTS, Replayed
+from shadowllm.runtime.choosing import Ahead, InPlace, choose, device_copies
 from shadowllm.runtime.inputs import check_tokens, pad_prompts
 from shadowllm.runtime.replay import captured, kernel_device
-from shadowllm.runtime.step import Selection, StepDecoder, merged
+from shadowllm.runtime.step import StepDecoder, merged
 
 # The cache grows by this many positions, and a longer cache is another graph.
 CACHE_BLOCK = 1024
@@ -38,12 +38,13 @@ class TritonSession(Replayed):
         spec: the model.
         weights: canonical tensors of one type, which is computed in, moved to the device when entered; or
             from `step.merged`, there already, for sessions that share them.
-        predictor: chooses heads and neurons, once a step at the first sparse layer; None decodes dense.
+        predictor: chooses heads and neurons, at the first sparse layer or in each; None decodes dense.
         budget: fractions to keep at first.
         cache_block: positions by which the cache grows.
+        copies: a quantised shadow's copy, by the names it has in a bundle; made of the weights if None.
 
     Raises:
-        UserError: no GPU, or a predictor that chooses inside the layers.
+        UserError: no GPU.
     """
 
     def __init__(
@@ -53,15 +54,11 @@ class TritonSession(Replayed):
         predictor: Predictor | None,
         budget: Budget | None = None,
         cache_block: int = CACHE_BLOCK,
+        copies: Mapping[str, Tensor] | None = None,
     ) -> None:
-        if predictor and predictor.in_place:
-            raise UserError(
-                f"the triton backend does not run {predictor.kind}, which chooses inside the layers",
-                "export with --selector shadow, or use ort",
-            )
         self.spec = spec
         self.device = kernel_device()
-        self._source, self._predictor, self._block = weights, predictor, cache_block
+        self._source, self._predictor, self._block, self._copies = weights, predictor, cache_block, copies
         self._dense_layers = predictor.dense_layers if predictor else spec.n_layers
         n_sparse = spec.n_layers - self._dense_layers
         self._counts = torch.zeros((2, n_sparse), dtype=torch.int32, device=self.device)
@@ -75,7 +72,7 @@ class TritonSession(Replayed):
             UserError: as the constructor, no bundle, a damaged file in it, or integer weights.
         """
         # Here, because without a bundle a session needs no ONNX.
-        from shadowllm.exporter.bundle import map_weights
+        from shadowllm.exporter.bundle import map_copies, map_weights
         from shadowllm.exporter.manifest import read_manifest
 
         manifest = read_manifest(bundle)
@@ -85,23 +82,28 @@ class TritonSession(Replayed):
             )
         kernel_device()  # now, and not after gigabytes were hashed
         weights, predictor = map_weights(bundle, manifest)
-        return cls(manifest.spec, weights, predictor if kind == "sparse" else None, Budget(**manifest.budgets))
+        if kind == "dense":
+            return cls(manifest.spec, weights, None)
+        copies = map_copies(bundle, manifest) if predictor.kind == "quantized-shadow" else None
+        return cls(manifest.spec, weights, predictor, Budget(**manifest.budgets), copies=copies)
 
     def __enter__(self) -> Self:
         weights = merged(self.spec, self._source, self.device)
         self.dtype = weights["embed_tokens.weight"].dtype
         if self._predictor:
-            # A network has the type of the model, a ranking keeps its own: as in a bundle.
-            dtype = self.dtype if self._predictor.kind == "shadow" else torch.float32
-            tensors = {name: t.to(self.device, dtype) for name, t in self._predictor.tensors.items()}
+            # A network has the type of the model, a ranking and a fit keep their own: as in a bundle.
+            learned, tensors = self._predictor.learned, self._predictor.tensors
+            kinds = {name: self.dtype if name in learned else torch.float32 for name in tensors}
+            tensors = {name: tensor.to(self.device, kinds[name]) for name, tensor in tensors.items()}
             self._predictor = replace(self._predictor, tensors=tensors)
+            self._in_place = self._chooser(self._predictor, weights) if self._predictor.in_place else None
         self._decoder = StepDecoder(self.spec, weights, self._dense_layers)
         self.reset()
         return self
 
     def __exit__(self, *error: object) -> None:
         names = ("_replay", "_decoder", "cache", "_tokens", "_positions", "_logits", "_host_logits", "_slots")
-        self._forget(*names, "_source", "_predictor")
+        self._forget(*names, "_source", "_predictor", "_copies", "_in_place")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -195,22 +197,31 @@ class TritonSession(Replayed):
         x = decoder.embed(self._tokens, self._positions)
         for layer in range(self.spec.n_layers):
             if layer == self._dense_layers:
-                decoder.selection = self.select(x)
+                decoder.selection = self._in_place or self.select(x)
             x = decoder.layer(layer, x, self._positions, self.cache)
         self._logits.copy_(decoder.logits(x)[:, -1])
         self._tokens.copy_(self._logits.argmax(dim=-1, keepdim=True))
         self._positions += 1
 
-    def select(self, hidden: Tensor) -> Selection:
-        """What the predictor chooses at the present counts; one selection for all sequences.
+    def select(self, hidden: Tensor) -> Ahead:
+        """What a predictor that chooses ahead does at the present counts.
 
         Args:
             hidden: input of the first sparse layer, ``(batch, 1, hidden_size)`` on the device.
         """
         assert self._predictor is not None
-        units: tuple[Unit, ...] = ("heads", "neurons")
-        chosen = []
-        for unit, found, counts in zip(units, scores(self._predictor, hidden.flatten(0, 1)), self._counts, strict=True):
-            shared = shared_scores(self.spec, unit, found.mean(dim=0).float())
-            chosen.append(select_topk(shared.contiguous(), counts, shared.shape[-1]))
-        return Selection(chosen[0], self._counts[0], chosen[1], self._counts[1])
+        counts = self._unit_counts()
+        found = zip(counts, scores(self._predictor, hidden.flatten(0, 1)), strict=True)
+        chosen = {unit: choose(self.spec, unit, one.mean(dim=0).float(), counts[unit]) for unit, one in found}
+        return Ahead(chosen, counts)
+
+    def _chooser(self, predictor: Predictor, weights: Mapping[str, Tensor]) -> InPlace:
+        copies = None
+        if predictor.kind == "quantized-shadow":
+            source = self._copies or CopyTensors(weights)
+            copies = device_copies(self.spec, self._dense_layers, source, weights, self.device)
+        return InPlace(self.spec, predictor, self._unit_counts(), copies)
+
+    def _unit_counts(self) -> dict[Unit, Tensor]:
+        heads, neurons = self._counts
+        return {"heads": heads, "neurons": neurons}

@@ -176,7 +176,7 @@ def export_model(
     check_output(out, overwrite)
     for engine in options.engines:
         require(engine.flavour)
-        _check_engine_weights(options.weight_dtype, predictor.kind if predictor else options.selector)
+        _check_engine_weights(options.weight_dtype)
     spec, weights, checkpoint = source.open()
     check_dtypes(spec, options.dtype, options.weight_dtype)
     if predictor is None:
@@ -221,7 +221,7 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
     """
     require(options.flavour)
     manifest = read_manifest(bundle)
-    _check_engine_weights(manifest.weight_dtype, manifest.predictor["kind"])
+    _check_engine_weights(manifest.weight_dtype)
     verify_files(bundle, {name: digest for name, digest in manifest.files.items() if "onnx" in name})
     target = bundle / "engines" / options.flavour
     partial = target.with_name(f".{options.flavour}.partial")
@@ -256,14 +256,10 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
     return records
 
 
-def _check_engine_weights(weight_dtype: str | None, selector: str) -> None:
+def _check_engine_weights(weight_dtype: str | None) -> None:
     if weight_dtype:
         raise UserError(
             f"engines are not built of {weight_dtype} weights", "export without --weight-dtype, for example in fp16"
-        )
-    if selector == "quantized-shadow":
-        raise UserError(
-            "engines are not built of a quantized shadow's integer weights", "export with another --selector"
         )
 
 

@@ -14,11 +14,13 @@ from torch.nn import functional as F
 
 from shadowllm.models.decoder import ACTIVATIONS
 from shadowllm.plugins import reference
+from shadowllm.plugins.quantisation import dequantise, quantise
 from shadowllm.plugins.triton import ops
+from shadowllm.predictor.weight_copy import COPY
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # One rounding of a result, relative to it: what anyone may be off by.
-ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,19 @@ class MlpCase:
     hidden: int
     neurons: int
     count: int
+    activation: str = "silu"
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreCase:
+    """Sizes and options of a ``ScoreNeurons`` call."""
+
+    batch: int
+    seqlen: int
+    hidden: int
+    neurons: int
     activation: str = "silu"
     gated: bool = True
     bias: bool = False
@@ -89,6 +104,8 @@ TINY = (
     AttentionCase(1, 1, 4, 2, 12, 48, 40, 33, 3),
     AttentionCase(2, 1, 3, 3, 16, 48, 24, 24, 2, rope=False, bias=True),
     AttentionCase(2, 3, 4, 1, 20, 40, 16, 9, 4),
+    ScoreCase(1, 1, 48, 88),
+    ScoreCase(2, 3, 130, 33, "relu", gated=False, bias=True),
     TopKCase(2, 88, 40),
     TopKCase(3, 31, 31, levels=4),
 )
@@ -113,6 +130,11 @@ CASES = (
     AttentionCase(8, 1, 32, 8, 128, 4096, 512, 500, 16),
     AttentionCase(2, 37, 9, 3, 64, 576, 64, 50, 6),
     AttentionCase(1, 128, 32, 32, 64, 2048, 256, 128, 32, rope=False, bias=True),
+    ScoreCase(1, 1, 576, 1536),
+    ScoreCase(1, 1, 4096, 16384, "relu", gated=False, bias=True),
+    ScoreCase(1, 1, 4096, 11008),
+    ScoreCase(8, 1, 2048, 5632),
+    ScoreCase(2, 37, 1000, 777, bias=True),
     TopKCase(31, 16384, 8192),
     TopKCase(23, 32, 16),
     TopKCase(1, 65536, 12345, levels=50),
@@ -128,8 +150,7 @@ def check_all(device: torch.device, cases: tuple[Any, ...] = CASES) -> Iterator[
             yield check_topk(case, device)
             continue
         for name, dtype in DTYPES.items():
-            check = check_mlp if isinstance(case, MlpCase) else check_attention
-            found = check(case, dtype, device)
+            found = CHECKS[type(case)](case, dtype, device)
             yield Check(f"{name} {found.case}", found.error, found.allowed)
 
 
@@ -205,6 +226,30 @@ def _torch_attention(
     return own if b_o is None else own + b_o
 
 
+def check_scores(case: ScoreCase, dtype: torch.dtype, device: torch.device) -> Check:
+    """``ScoreNeurons``."""
+    make = _random(dtype, device)
+    rows = (1 + case.gated) * case.neurons
+    data, scales = quantise(_wide(make(rows, case.hidden, scale=case.hidden**-0.5)), COPY)
+    x, bias = make(case.batch, case.seqlen, case.hidden), make(rows, scale=0.1) if case.bias else None
+    *gates, b_up = [None] if bias is None else bias.split(case.neurons)
+    lengths = make(case.neurons).float().abs()
+    copy, given = data.reshape(rows, COPY.blocks(case.hidden), -1), torch.from_numpy(scales).to(device)
+    count = torch.tensor(case.neurons // 2, dtype=torch.int32, device=device)
+    words, b_gate = torch.from_numpy(copy).to(device), gates[0] if gates else None
+    found = ops.score_neurons(x, words, given, b_gate, b_up, lengths, count, activation=case.activation)
+    wanted = reference.score_neurons(
+        _wide(x), copy, scales, _wide(b_gate), _wide(b_up), _wide(lengths), activation=case.activation
+    )
+    weight = torch.from_numpy(dequantise(data, scales, case.hidden, COPY).copy()).to(device, dtype)
+    first, *rest = F.linear(x.flatten(0, 1), weight, bias).split(case.neurons, dim=1)
+    product = ACTIVATIONS[case.activation](first)
+    for up in rest:
+        product = product * up
+    own = product.abs().float().mean(dim=0, keepdim=True) * lengths
+    return _judge(case, found, own, wanted)
+
+
 def check_topk(case: TopKCase, device: torch.device) -> Check:
     """``SelectTopK``: exact, ties to the lower index. Counts differ from row to row."""
     generator = torch.Generator().manual_seed(case.width)
@@ -215,13 +260,20 @@ def check_topk(case: TopKCase, device: torch.device) -> Check:
     return Check(str(case), float((_host(found) != wanted).sum()), 0.0)
 
 
-def _judge(case: MlpCase | AttentionCase, found: Tensor, own: Tensor, wanted: np.ndarray) -> Check:
+def _judge(case: MlpCase | ScoreCase | AttentionCase, found: Tensor, own: Tensor, wanted: np.ndarray) -> Check:
     # Where nothing is active and there is no bias, zero is exact.
     scale = float(np.abs(wanted).max()) or 1.0
     ours, theirs = (float(np.abs(_wide(y) - wanted).max()) / scale for y in (found, own))
     allowed = 2 * theirs + ROUNDING[found.dtype]
     # Triton's interpreter cuts bfloat16 off where a GPU rounds: every rounding costs twice as much.
     return Check(str(case), ours, 2 * allowed if found.dtype == torch.bfloat16 and found.is_cpu else allowed)
+
+
+CHECKS: dict[type, Callable[..., Check]] = {
+    MlpCase: check_mlp,
+    ScoreCase: check_scores,
+    AttentionCase: check_attention,
+}
 
 
 def _random(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:

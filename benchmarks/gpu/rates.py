@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from shadowllm.benchmarks.gpu.timing import milliseconds
 from shadowllm.plugins.triton import ops
+from shadowllm.predictor.weight_copy import COPY
 
 # A work set is as many copies of an op's data as fill this, used in turn: far beyond the last-level cache of any card.
 WORK_SET_BYTES = 1 << 30
@@ -90,6 +91,15 @@ def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> dict[str, tuple[
             x, key, value, lengths, *heads, q, None, o, None, n_heads=s.heads
         )
 
+    def packed() -> tuple[Tensor, ...]:
+        """A copy of the up projection: any integers will do."""
+        rows = (s.neurons, COPY.blocks(s.hidden))
+        copy = torch.randint(256, (*rows, COPY.block // 2), dtype=torch.uint8, device=device)
+        return copy, torch.rand(rows, device=device), torch.rand(s.neurons, device=device)
+
+    def scores(copy: Tensor, scales: Tensor, lengths: Tensor) -> Tensor:
+        return ops.score_neurons(x, copy, scales, None, None, lengths, neurons[1], activation="relu")
+
     def dense(up: Tensor, down: Tensor) -> Tensor:
         return F.relu(F.linear(x, up)) @ down
 
@@ -99,6 +109,7 @@ def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> dict[str, tuple[
     mlp_bytes, row_bytes = s.neurons * s.hidden * item, width * s.hidden * item
     cache_bytes = s.context * width * item  # of keys and values together, half of the heads
     return {
+        "ScoreNeurons": ((packed, sum(t.nbytes for t in packed())), scores),
         "SparseMLP": ((make(*matrices), mlp_bytes), mlp),
         "projections (SparseAttention over one token)": ((make(*cache, *rows), row_bytes), attention(one)),
         "SparseAttention over the context": ((make(*cache, *rows), row_bytes + cache_bytes), attention(many)),

@@ -37,8 +37,9 @@ from shadowllm.plugins.triton.schedule import Call, Operand, Schedule, Scratch, 
 PTX_VERSION = 80
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
+WORDS = "*u32"  # of packed integers
 # Indices and counts may be rows of a larger tensor: of them nothing is known.
-ALIGNED_POINTERS = ("*fp32", "*fp16", "*bf16")
+ALIGNED_POINTERS = ("*fp32", "*fp16", "*bf16", WORDS)
 # KiB of dynamic shared memory that a block may be given, by compute capability (CUDA C++ Programming Guide, table of
 # technical specifications). A GPU that is not in it says so itself, when a kernel is loaded.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
@@ -65,8 +66,8 @@ def compile_program(
 
     Args:
         op: name of a schema.
-        inputs: those that are there, by the schema's names, in its order. Only batch and seqlen of ``x``
-            may be symbols, and batch of ``key``, ``value``, ``lengths``, ``cos`` and ``sin``.
+        inputs: those that are there, by the schema's names, in its order; bytes as int32. Only batch and seqlen of
+            ``x`` may be symbols, and batch of ``key``, ``value``, ``lengths``, ``cos`` and ``sin``.
         attributes: of the node; ``layer`` is not read.
         max_batch, max_seqlen: most sequences, and tokens of each, in a call.
         sms: compute capabilities to compile for; `PTX` among them serves all others from 8.0 on.
@@ -127,7 +128,7 @@ def _dimensions(
     for i, name in enumerate(names):
         for axis, symbol in enumerate(ports[name]):
             known.setdefault(symbol, (i, axis))
-    return tuple(known[symbol] for symbol in shape)
+    return tuple(int(symbol) if symbol.isdigit() else known[symbol] for symbol in shape)
 
 
 class _Builder:
@@ -137,6 +138,7 @@ class _Builder:
         self.kernels: list[Kernel] = []
         self._found: dict[Any, int] = {}
         self._inputs, self._names, self._dtype, self._sms = inputs, list(inputs), dtype, sms
+        self._words = {port.name for port in schema.inputs if port.dtype == "uint8"}
         self._outputs = {port.name: self._typed(port.dtype) for port in schema.outputs}
 
     def plan(self, schedule: Schedule) -> Plan:
@@ -170,6 +172,8 @@ class _Builder:
             return "i32"
         if isinstance(operand, Scratch):
             return POINTERS[self._typed(operand.dtype)]
+        if operand in self._words:
+            return WORDS
         return POINTERS[self._outputs[operand] if operand in self._outputs else self._inputs[operand].dtype]
 
     def _typed(self, dtype: str) -> str:

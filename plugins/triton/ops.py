@@ -13,8 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from shadowllm.plugins.schemas import SELECT_TOPK, SPARSE_ATTENTION, SPARSE_MLP, OpSchema
+from shadowllm.plugins.schemas import SCORE_NEURONS, SELECT_TOPK, SPARSE_ATTENTION, SPARSE_MLP, OpSchema
 from shadowllm.plugins.triton.schedule import GEMV, Schedule, Shape, Tier, cover, run, tiers
+from shadowllm.plugins.triton.score_neurons import plan_score_neurons
 from shadowllm.plugins.triton.select_topk import plan_select_topk
 from shadowllm.plugins.triton.sparse_attention import plan_sparse_attention
 from shadowllm.plugins.triton.sparse_mlp import plan_sparse_mlp
@@ -47,6 +48,8 @@ def schedules(
     if op == SELECT_TOPK.name:
         return [plan_select_topk(shapes, Tier(max_batch, 1, GEMV), int(attributes["cap"]))]
     ranges = tiers(max_batch, max_seqlen)
+    if op == SCORE_NEURONS.name:
+        return [plan_score_neurons(shapes, itemsize, tier, str(attributes["activation"])) for tier in ranges]
     if op == SPARSE_MLP.name:
         return [plan_sparse_mlp(shapes, itemsize, tier, str(attributes["activation"])) for tier in ranges]
     if op == SPARSE_ATTENTION.name:
@@ -67,6 +70,42 @@ def select_topk(scores: Tensor, counts: Tensor, cap: int) -> Tensor:
     return _call(SELECT_TOPK, inputs, {"cap": cap}, "indices", indices, scores.shape[0], 1)
 
 
+def score_neurons(
+    x: Tensor,
+    copy: Tensor,
+    scales: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    lengths: Tensor,
+    count: Tensor,
+    *,
+    activation: str,
+) -> Tensor:
+    """``ScoreNeurons``: x ``(B, S, D)``, copy uint8 ``(rows, blocks, bytes)``, count an int32 scalar -> ``(1, F)``.
+
+    Raises:
+        ValueError: a tensor of another type, device, layout or shape, rows that do not fit the lengths, blocks
+            that do not cover x or are no power of two, or an unknown activation.
+    """
+    _check_activation(SCORE_NEURONS, activation)
+    rows, blocks, width = copy.shape
+    if rows not in (len(lengths), 2 * len(lengths)) or width < 4 or width & (width - 1):
+        raise ValueError(f"ScoreNeurons has a copy {tuple(copy.shape)} for {len(lengths)} neurons")
+    if not (blocks - 1) * 2 * width < x.shape[-1] <= blocks * 2 * width:
+        raise ValueError(f"ScoreNeurons has a copy {tuple(copy.shape)} for x {tuple(x.shape)}")
+    inputs = {
+        "x": x,
+        "copy": copy,
+        "scales": scales,
+        "b_gate": b_gate,
+        "b_up": b_up,
+        "lengths": lengths,
+        "count": count,
+    }
+    scores = torch.empty(1, len(lengths), device=x.device)
+    return _call(SCORE_NEURONS, inputs, {"activation": activation}, "scores", scores, *x.shape[:2])
+
+
 def sparse_mlp(
     x: Tensor,
     indices: Tensor,
@@ -85,8 +124,7 @@ def sparse_mlp(
     Raises:
         ValueError: a tensor of another type, device, layout or shape, or an unknown activation.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"SparseMLP has no activation {activation!r}, only {', '.join(ACTIVATIONS)}")
+    _check_activation(SPARSE_MLP, activation)
     inputs = {
         "x": x,
         "indices": indices,
@@ -143,6 +181,11 @@ def sparse_attention(
     return _call(SPARSE_ATTENTION, inputs, {"n_heads": n_heads}, "y", torch.empty_like(x), *x.shape[:2])
 
 
+def _check_activation(schema: OpSchema, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{schema.name} has no activation {activation!r}, only {', '.join(ACTIVATIONS)}")
+
+
 def _call(
     schema: OpSchema,
     inputs: Mapping[str, Tensor | None],
@@ -154,11 +197,13 @@ def _call(
 ) -> Tensor:
     present = {name: tensor for name, tensor in inputs.items() if tensor is not None}
     _check(schema, present)
+    # The kernels read packed integers as words, as an engine has them.
+    present = {name: t.view(torch.int32) if t.dtype == torch.uint8 else t for name, t in present.items()}
     planned = _planned(
         schema.name,
         tuple((name, tuple(tensor.shape[-2:] if name == "x" else tensor.shape)) for name, tensor in present.items()),
         tuple(attributes.items()),
-        result.element_size(),
+        next(tensor.element_size() for tensor in present.values() if tensor.dtype in FLOATS),
         _limit(batch),
         _limit(seqlen),
     )
@@ -190,7 +235,7 @@ def _check(schema: OpSchema, tensors: Mapping[str, Tensor]) -> None:
         ValueError: names the first that does not fit.
     """
     known: dict[str, int] = {}
-    types = {"float32": torch.float32, "int32": torch.int32}
+    types = {"float32": torch.float32, "int32": torch.int32, "uint8": torch.uint8}
     first = next(iter(tensors.values()))
     for port in schema.inputs:
         tensor = tensors.get(port.name)

@@ -52,7 +52,7 @@ def test_all_of_it_on_a_bare_machine(tmp_path):
         "tensorrt: tensorrt_rtx", "tensorrt: tensorrt", "checks", "rates", "decode: tiny-opt", "decode: tiny-llama",
     }  # fmt: skip
     assert found["checks"]["passed"]
-    assert len(found["checks"]["checks"]) == 2 * 6 + 2
+    assert len(found["checks"]["checks"]) == 2 * 8 + 2
     on_gpu = torch.cuda.is_available()
     for shape in ("tiny-opt", "tiny-llama"):
         result = found[f"decode: {shape}"]

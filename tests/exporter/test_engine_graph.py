@@ -151,3 +151,28 @@ def test_profiles_that_do_not_fit_the_graph(tmp_path, change, words):
 def test_a_dimension_without_a_range_is_named(tmp_path):
     with pytest.raises(UserError, match="'len_a' of a"):
         profiles_for(describe_onnx(write_sum(tmp_path / "sum.onnx")), capacity=4, max_seqlen=2)
+
+
+def test_bytes_are_read_as_words(bundle):
+    """The same bytes of the data file: TensorRT has no weights of uint8."""
+    asked = {}
+
+    def compiler(op, inputs, attributes):
+        asked[op, attributes.get("layer")] = inputs
+        return program()
+
+    folder = bundle("llama-blocks", kind="quantized-shadow")
+    prepared = onnx.load_from_string(prepare(folder / "body.onnx", {"capacity": 48}, compiler).model)
+    (name,) = {node.input[1] for node in prepared.graph.node if node.name == "layers.1.ScoreNeurons"}
+    before, after = (
+        next(t for t in model.graph.initializer if t.name == name)
+        for model in (onnx.load(folder / "body.onnx", load_external_data=False), prepared)
+    )
+    assert (before.data_type, list(before.dims)) == (onnx.TensorProto.UINT8, [2 * 96, 1, 32])
+    assert (after.data_type, list(after.dims)) == (onnx.TensorProto.INT32, [2 * 96, 1, 8])
+    places = [{entry.key: entry.value for entry in t.external_data} for t in (before, after)]
+    assert places[0] == places[1]
+    inputs = asked["ScoreNeurons", 2]
+    assert (inputs["copy"].dtype, inputs["copy"].shape) == ("int32", (2 * 96, 1, 8))
+    assert (inputs["lengths"].dtype, inputs["count"].shape) == ("float32", ())
+    assert asked["SelectTopK", None]["scores"].shape == (1, 96)

@@ -11,6 +11,7 @@ from shadowllm.exporter.engine_graph import describe_onnx
 from shadowllm.exporter.profiles import profiles_for
 from shadowllm.models import Budget, load_model
 from shadowllm.predictor.artefact import Predictor
+from tests.bundles import make_bundle
 from tests.conftest import build_transformers_model
 from tests.exporter.test_engine_build import needs_builder
 from tests.exporter.test_engine_library import LIBRARY, needs_library
@@ -52,6 +53,27 @@ def test_pieces_build_with_all_plugins(tmp_path, family, dtype, library):
 @needs_builder
 def test_pieces_without_biases_build_in_float32(tmp_path):
     check_pieces(tmp_path, "opt", {"enable_bias": False}, "float32", None)
+
+
+@needs_builder
+@pytest.mark.parametrize("library", [None, pytest.param(LIBRARY, marks=needs_library)], ids=["python", "c++"])
+@pytest.mark.parametrize("family", MODELS)
+def test_a_quantised_shadow_chooses_inside_its_engine(tmp_path, family, library):
+    build_transformers_model(family, MODELS[family]).save_pretrained(tmp_path / "model")
+    path = tmp_path / "bundle" / "body.onnx"
+    path.parent.mkdir()
+    make_bundle(tmp_path / "model", path.parent, "float16", "quantized-shadow")
+    record = build_engine(
+        path,
+        tmp_path / "body.engine",
+        flavour="tensorrt_rtx",
+        profiles=profiles_for(describe_onnx(path), capacity=64, max_seqlen=32, max_batch=2),
+        sms=(89,),
+        plugin_library=library,
+    )
+    ops = ["SelectTopK", "SparseAttention", "ScoreNeurons", "SelectTopK", "SparseMLP"]
+    assert [node.op for node in record.plugins] == 2 * ops
+    assert record.kernels["score_neurons"] == (89,)
 
 
 def check_pieces(tmp_path, family, options, dtype, library) -> None:

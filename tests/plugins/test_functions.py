@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 
 from shadowllm.plugins import reference, schemas
-from shadowllm.plugins.functions import OPSET, FunctionForm, function_bodies
+from shadowllm.plugins.functions import OPSET, CopyForm, FunctionForm, function_bodies
 from shadowllm.plugins.quantisation import Quantisation, quantise
 
 # float32 sums of a few hundred products of numbers near 1.
@@ -187,3 +187,24 @@ class TestReference:
     def test_out_of_range_is_an_error(self, indices, count, words):
         with pytest.raises(IndexError, match=words):
             reference.active(np.array(indices), count, 9)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("batch", "seqlen", "hidden", "width"), [(1, 1, 41, 7), (3, 17, 130, 88)])
+def test_score_neurons(activation, gated, bias, batch, seqlen, hidden, width):
+    """ONNX Runtime rounds what it multiplies integers with to 8 bits where it has fast kernels for that."""
+    rng, q, rows = np.random.default_rng(width), Quantisation(bits=4, block=64), (1 + gated) * width
+    form = replace(FORM, activation=activation, gated=gated, mlp_bias=bias, copy=CopyForm(hidden, rows, q))
+    data, scales = quantise(0.3 * rng.standard_normal((rows, hidden)).astype(np.float32), q)
+    x = rng.standard_normal((batch, seqlen, hidden)).astype(np.float32)
+    parts = [] if not bias else ["b_gate", "b_up"] if gated else ["b_up"]
+    biases = {part: rng.standard_normal(width).astype(np.float32) for part in parts}
+    inputs = {"copy": data.reshape(rows, q.blocks(hidden), -1), "scales": scales}
+    lengths = rng.random(width).astype(np.float32)
+    feeds = {"x": x, **inputs, "lengths": lengths, "count": np.array(3, np.int32)} | biases
+    found = run(schemas.SCORE_NEURONS, form, feeds, activation=activation, layer=0)
+    given = dict.fromkeys(("b_gate", "b_up")) | biases
+    wanted = reference.score_neurons(x, **inputs, **given, lengths=lengths, activation=activation)
+    np.testing.assert_allclose(found, wanted, rtol=0.02, atol=0.02 * wanted.max())

@@ -32,6 +32,10 @@ angles = Tensor(dtype, ("batch", "seqlen", {HEAD_DIM // 2}))
 graphs = [
     ("SelectTopK", {{"scores": Tensor("float32", (2, {NEURONS})), "counts": Tensor("int32", (2,))}},
       {{"cap": {NEURONS}}}),
+    ("ScoreNeurons", {{"x": x, "copy": Tensor("int32", (2 * {NEURONS}, 1, 8)),
+      "scales": Tensor("float32", (2 * {NEURONS}, 1)), "b_gate": Tensor(dtype, ({NEURONS},)),
+      "b_up": Tensor(dtype, ({NEURONS},)), "lengths": Tensor("float32", ({NEURONS},)), "count": count}},
+      {{"activation": "silu", "layer": 1}}),
     ("SparseMLP", {{"x": x, "indices": Tensor("int32", ({NEURONS},)), "count": count, "w_up": rows,
       "b_up": Tensor(dtype, ({NEURONS},)), "w_down": rows}}, {{"activation": "relu", "layer": 1}}),
     ("SparseAttention", {{"x": x, "key": cache, "value": cache, "lengths": lengths, "indices":
@@ -51,7 +55,7 @@ for op, inputs, attributes in graphs:
 def programs(request):
     """Of each op, for batches of up to 3: ``(dtype, {op: Program})``."""
     told = child("-c", COMPILE, request.param, "3")
-    ops = ("SelectTopK", "SparseMLP", "SparseAttention")
+    ops = ("SelectTopK", "ScoreNeurons", "SparseMLP", "SparseAttention")
     return request.param, dict(zip(ops, (Program.unpack(bytes.fromhex(line)) for line in told.split()), strict=True))
 
 
@@ -65,6 +69,9 @@ def test_ports(programs):
     dtype, found = programs
     assert found["SelectTopK"].inputs == ("float32", "int32")
     assert found["SparseMLP"].inputs == (dtype, "int32", "int32", dtype, dtype, dtype)
+    assert found["ScoreNeurons"].inputs == (dtype, "int32", "float32", dtype, dtype, "float32", "int32")
+    (scores,) = found["ScoreNeurons"].outputs
+    assert (scores.dtype, scores.shape) == ("float32", (1, (3, 0)))
     (indices,), (y,) = found["SelectTopK"].outputs, found["SparseAttention"].outputs
     assert (indices.dtype, indices.shape) == ("int32", ((0, 0), NEURONS))
     assert (y.dtype, y.shape) == (dtype, ((0, 0), (0, 1), (0, 2)))
@@ -148,6 +155,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
             of_one = [row for row in rows if (row["dtype"], row["sm"]) == (dtype, sm)]
             assert {row["kernel"] for row in of_one} == {
                 "select_topk",
+                "score_neurons",
                 "mlp_hidden",
                 "head_queries",
                 "decode_attention",

@@ -67,7 +67,17 @@ def test_dense_follows_the_reference(bundle):
         assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
 
 
-@pytest.mark.parametrize("options", [{"kind": "static"}, {"head_unit": "kv_group"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "static"},
+        {"head_unit": "kv_group"},
+        {"kind": "layerwise"},
+        {"kind": "quantized-shadow"},
+        {"kind": "quantized-shadow", "variant": "opt", "head_unit": "kv_group"},
+    ],
+    ids=str,
+)
 def test_other_choices(bundle, options):
     folder = bundle(**options)
     with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
@@ -91,6 +101,14 @@ def test_greedy_text_is_the_reference_s_and_may_stop_early(bundle):
         assert ours.decode(np.array(expected[2])).argmax(axis=1).tolist() == expected[3]
 
 
+def test_without_a_bundle_the_copy_is_made_of_the_weights(bundle):
+    folder = bundle("llama-biases", kind="quantized-shadow")
+    read = TorchSession.open(folder)
+    with TritonSession(read.spec, read._weights, read._predictor, Budget(0.3, 0.5)) as ours, read as theirs:
+        theirs.set_budget(Budget(0.3, 0.5))
+        assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
+
+
 def test_the_cache_grows_and_keeps_its_contents(bundle):
     with open_session(bundle(), "torch") as theirs:
         expected = steps(theirs, PROMPTS[:1], FORCED[:, :1])
@@ -111,8 +129,6 @@ def test_leaving_frees_weights_and_cache(bundle):
 
 
 def test_what_is_refused(bundle):
-    with pytest.raises(UserError, match="does not run quantized-shadow, which chooses inside the layers"):
-        TritonSession.open(bundle(kind="quantized-shadow"))
     with pytest.raises(UserError, match="does not run int8 weights"):
         TritonSession.open(bundle("llama-blocks", weight_dtype="int8"))
     with open_session(bundle(), "triton") as session:

@@ -1,5 +1,6 @@
 // What TensorRT finds in the library: the creators of the plugins.
 #include <cstdio>
+#include <iterator>
 #include <cstring>
 
 #include "plugin.hpp"
@@ -69,8 +70,8 @@ void log_error(const std::string& message) noexcept {
 SHADOWLLM_EXPORT void setLoggerFinder(ILoggerFinder* finder) { shadowllm::logger_finder = finder; }
 
 SHADOWLLM_EXPORT IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  static shadowllm::Creator top("SelectTopK"), mlp("SparseMLP"), attention("SparseAttention");
-  static IPluginCreatorInterface* const creators[] = {&top, &mlp, &attention};
-  count = 3;
+  static shadowllm::Creator top("SelectTopK"), scores("ScoreNeurons"), mlp("SparseMLP"), attention("SparseAttention");
+  static IPluginCreatorInterface* const creators[] = {&top, &scores, &mlp, &attention};
+  count = std::size(creators);
   return creators;
 }
