@@ -137,6 +137,30 @@ class RandomWeights(Mapping[str, "Tensor"]):
         return len(self._names)
 
 
+class RandomCopies(Mapping[str, "Tensor"]):
+    """A quantised shadow's copy by the names of `exporter.store.copy_groups`, drawn when asked for, on the device."""
+
+    def __init__(self, spec: ModelSpec, dense_layers: int, device: torch.device) -> None:
+        from shadowllm.exporter.store import copy_groups
+
+        self._shapes = {name: shape for group in copy_groups(spec, dense_layers) for name, shape, _ in group}
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        import torch
+
+        shape = self._shapes[name]
+        if name.endswith(".q"):
+            return torch.randint(256, shape, dtype=torch.uint8, device=self._device)
+        return torch.rand(shape, device=self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
 def write_random_model(shape: str, folder: Path, seed: int = 0) -> None:
     """Write a checkpoint with random float16 weights into ``folder``, in shards, tensor by tensor.
 

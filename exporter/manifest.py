@@ -16,7 +16,7 @@ from shadowllm.models.budget import Fractions
 from shadowllm.plugins.quantisation import WEIGHT_DTYPES, Quantisation
 
 NAME = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DATA_FILE = "model.onnx.data"
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from shadowllm.benchmarks.gpu.timing import milliseconds
-from shadowllm.benchmarks.random_model import RandomWeights, shape_spec, untrained
+from shadowllm.benchmarks.random_model import RandomCopies, RandomWeights, shape_spec, untrained
 from shadowllm.benchmarks.traffic import Active, mean_traffic
 from shadowllm.models.budget import Budget
 from shadowllm.models.spec import ModelSpec
@@ -23,7 +23,7 @@ from shadowllm.runtime.session import Session
 from shadowllm.runtime.step import merged
 from shadowllm.runtime.triton import TritonSession
 
-SPARSE, DENSE = "triton", "torch dense"
+SPARSE, QUANTISED, DENSE = "triton", "triton, quantized shadow", "torch dense"
 
 
 @dataclass(frozen=True)
@@ -48,35 +48,38 @@ TINY = Setting(4, 4, 1, rank=2)
 
 
 def measure_shape(shape: str, device: torch.device, setting: Setting) -> dict[str, Any]:
-    """The Triton session at a budget against the same session dense.
+    """The Triton session at a budget, with a shadow and with a quantised shadow, against the same session dense.
 
     Returns:
-        JSON types. Of each contender: milliseconds per token and to the first one, GB/s, and memory. Also
-        ``speedup``, what the bytes ``allow``, the predictor's and selection's share of a sparse step, and how
-        far logits with everything active are from dense ones.
+        JSON types. Of each contender: milliseconds per token and to the first one, GB/s, memory, and against
+        dense the ``speedup`` and what the bytes ``allow``. Also the shadow's and its selection's share of a sparse
+        step, and how far logits with everything active are from dense ones.
     """
     spec = shape_spec(shape)
     torch.manual_seed(0)
     weights = merged(spec, RandomWeights(spec, setting.dtype, device), device)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in weights.values()}
     held = sum(storage.nbytes() for storage in storages.values())
-    predictor = untrained("shadow", spec, "", rank=setting.rank)
+    shadow, quantised = untrained("shadow", spec, "", rank=setting.rank), untrained("quantized-shadow", spec, "")
+    choosers = {SPARSE: shadow, QUANTISED: quantised, DENSE: None}
+    copies = RandomCopies(spec, quantised.dense_layers, device)
     end = setting.prompt_len + setting.new_tokens
     block = -(-end // 256) * 256
     with ExitStack() as stack:
         sessions: dict[str, TritonSession] = {}
         memory: dict[str, float | None] = {}
-        for name, chooser in ((SPARSE, predictor), (DENSE, None)):
+        for name, chooser in choosers.items():
             before = _allocated(device)
-            session = stack.enter_context(TritonSession(spec, weights, chooser, setting.budget, cache_block=block))
+            made = TritonSession(spec, weights, chooser, setting.budget, cache_block=block, copies=copies)
+            session = stack.enter_context(made)
             sessions[name] = session
             _generate(session, setting)  # warm-up: whatever is allocated lazily is there afterwards
             after = _allocated(device)
             memory[name] = None if after is None or before is None else (held + after - before) / 1e6
-        error = _all_active_error(sessions[SPARSE], sessions[DENSE], setting)
+        errors = {name: _all_active_error(sessions[name], sessions[DENSE], setting) for name in (SPARSE, QUANTISED)}
         taken = interleaved(sessions, setting)
         chosen = _selection_ms(sessions[SPARSE])
-    return _report(shape, spec, predictor, setting, taken, memory, chosen) | {"all_active_error": error}
+    return _report(shape, spec, choosers, setting, taken, memory, chosen) | {"all_active_error": max(errors.values())}
 
 
 def interleaved(sessions: Mapping[str, Session], setting: Setting) -> dict[str, list[tuple[float, float]]]:
@@ -128,18 +131,17 @@ def _allocated(device: torch.device) -> int | None:
 def _report(
     shape: str,
     spec: ModelSpec,
-    predictor: Predictor,
+    choosers: Mapping[str, Predictor | None],
     setting: Setting,
     taken: Mapping[str, Sequence[tuple[float, float]]],
     memory: Mapping[str, float | None],
     chosen: dict[str, float] | None,
 ) -> dict[str, Any]:
-    heads, neurons = (tuple(c.tolist()) for c in setting.budget.counts(spec, predictor.n_sparse))
-    item = setting.dtype.itemsize
-    scored = round(selector_bytes("shadow", spec, predictor.dense_layers, item, predictor.rank))
-    active = {SPARSE: Active(heads, neurons, predictor.dense_layers, scored), DENSE: None}
-    read = {n: mean_traffic(spec, item, setting.prompt_len, setting.new_tokens, active[n]).total for n in taken}
-    timed = chosen is not None
+    item, timed = setting.dtype.itemsize, chosen is not None
+    read = {
+        name: mean_traffic(spec, item, setting.prompt_len, setting.new_tokens, _active(spec, chooser, setting)).total
+        for name, chooser in choosers.items()
+    }
     contenders = {
         name: {
             "bytes_per_token": read[name],
@@ -147,10 +149,14 @@ def _report(
             "ttft_ms": spread([first for first, _ in times]) if timed else None,
             "ms_per_token": spread([each for _, each in times]) if timed else None,
             "gb_per_s": read[name] / spread([each for _, each in times])["median"] / 1e6 if timed else None,
+            "speedup": spread([slow / fast for (_, slow), (_, fast) in zip(taken[DENSE], times, strict=True)])
+            if timed
+            else None,
+            "allowed": read[DENSE] / read[name],
         }
         for name, times in taken.items()
     }
-    pairs = [slow / fast for (_, slow), (_, fast) in zip(taken[DENSE], taken[SPARSE], strict=True)]
+    shadow = choosers[SPARSE]
     step = float(np.median([each for _, each in taken[SPARSE]]))
     return {
         "shape": shape,
@@ -159,13 +165,20 @@ def _report(
         "new_tokens": setting.new_tokens,
         "runs": setting.runs,
         "budget": vars(setting.budget),
-        "predictor_rank": predictor.rank,
+        "predictor_rank": shadow.rank if shadow else 0,
         "contenders": contenders,
-        "speedup": spread(pairs) if timed else None,
-        "allowed": read[DENSE] / read[SPARSE],
         "selection_ms": chosen,
         "selection_share": chosen["median"] / step if chosen else None,
     }
+
+
+def _active(spec: ModelSpec, chooser: Predictor | None, setting: Setting) -> Active | None:
+    """What is read of a sparse step; None of a dense one."""
+    if chooser is None:
+        return None
+    heads, neurons = (tuple(c.tolist()) for c in setting.budget.counts(spec, chooser.n_sparse))
+    scored = selector_bytes(chooser.kind, spec, chooser.dense_layers, setting.dtype.itemsize, chooser.rank)
+    return Active(heads, neurons, chooser.dense_layers, round(scored))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
