@@ -141,9 +141,17 @@ class RandomCopies(Mapping[str, "Tensor"]):
     """A quantised shadow's copy by the names of `exporter.store.copy_groups`, drawn when asked for, on the device."""
 
     def __init__(self, spec: ModelSpec, dense_layers: int, device: torch.device) -> None:
-        from shadowllm.exporter.store import copy_groups
+        from shadowllm.models.weights import tensor_shape
+        from shadowllm.predictor.weight_copy import COPY, copied
 
-        self._shapes = {name: shape for group in copy_groups(spec, dense_layers) for name, shape, _ in group}
+        # Not from `exporter.store`: the machine with the GPU may have no ONNX.
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for layer in range(dense_layers, spec.n_layers):
+            for name in copied(spec, layer):
+                rows, width = tensor_shape(spec, name)
+                self._shapes[f"copy.{name}.q"] = (rows, COPY.bytes(width))
+                self._shapes[f"copy.{name}.scales"] = (rows, COPY.blocks(width))
+            self._shapes[f"copy.layers.{layer}.lengths"] = (spec.intermediate_size,)
         self._device = device
 
     def __getitem__(self, name: str) -> Tensor:

@@ -14,10 +14,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'shadowllm[triton]')")
 
+from shadowllm.benchmarks import random_model
 from shadowllm.benchmarks.gpu import checks, decode, engines
 from shadowllm.benchmarks.gpu.__main__ import Recorder, main
 from shadowllm.benchmarks.gpu.child import answer
 from shadowllm.benchmarks.gpu.probe import probe
+from shadowllm.exporter.store import TORCH_DTYPES, copy_groups
 from shadowllm.plugins.tensorrt.flavour import FLAVOURS
 from shadowllm.plugins.triton import ops
 from shadowllm.runtime import open_session
@@ -164,3 +166,10 @@ class TestChildren:
 def test_large_sizes_are_not_for_the_interpreter(capsys):
     assert main(["--quick"]) == 1
     assert "too slow for anything but --tiny" in capsys.readouterr().err
+
+
+def test_random_copies_are_like_a_bundle_s():
+    spec = random_model.shape_spec("tiny-llama")
+    copies = random_model.RandomCopies(spec, 1, torch.device("cpu"))
+    wanted = {name: (shape, TORCH_DTYPES[dtype]) for group in copy_groups(spec, 1) for name, shape, dtype in group}
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in copies.items()} == wanted
