@@ -83,11 +83,11 @@ def gemm(
     matrices = [f"{name}.weight" for name in names]
     if g.quantisation:
         stored = matrices if rows_out else [f"{name}.T" for name in matrices]
-        return integer_gemm(g, x, stored, biases, g.quantisation, width)
+        return _integer_gemm(g, x, stored, biases, g.quantisation, width)
     return g.op("Gemm", x, g.weight(*matrices), *biases, transB=int(rows_out))
 
 
-def integer_gemm(
+def _integer_gemm(
     g: GraphBuilder, x: ir.Value, matrices: list[str], biases: list[ir.Value], q: Quantisation, width: int | None
 ) -> ir.Value:
     """``MatMulNBits``, whose matrices have output channels as rows."""

@@ -1,4 +1,4 @@
-"""Small ONNX files for the engine tests: one with all three custom ops, and some that must be refused."""
+"""Small ONNX files for the engine tests: one with three of the custom ops, and some that must be refused."""
 
 from __future__ import annotations
 
