@@ -12,6 +12,13 @@ from shadowllm.errors import UserError
 from shadowllm.models import Decoder, KVCache, load_model
 from tests.conftest import VARIANTS, build_transformers_model
 
+# Long enough to see how large the noise of float32 gets; a dozen tokens may be lucky.
+TEXT = (
+    "The shadow of a model is a small network that says, token by token, which heads and neurons matter. "
+    "What it leaves out is not read, so a step takes less time; what it keeps is computed as before, "
+    "and the text goes on as if nothing had been left out."
+)
+
 
 def noise_bound(model, input_ids) -> tuple[torch.Tensor, float]:
     """Float64 logits of the model, and twice transformers' own float32 error plus a rounding floor."""
@@ -56,7 +63,7 @@ def test_cached_steps_equal_the_whole_sequence(checkpoint, variant):
 def test_smollm2_matches_transformers(smollm2):
     spec, weights, checkpoint = load_model(smollm2)
     assert (spec.n_layers, spec.n_heads, spec.n_kv_heads, spec.intermediate_size) == (30, 9, 3, 1536)
-    input_ids = torch.tensor([checkpoint.tokenizer()("The shadow of a model is a small network that").input_ids])
+    input_ids = torch.tensor([checkpoint.tokenizer()(TEXT).input_ids])
     exact, bound = noise_bound(
         AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32), input_ids
     )
