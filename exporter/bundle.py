@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +28,7 @@ from shadowllm.exporter.quantised import (
 )
 from shadowllm.exporter.store import TORCH_DTYPES, Group, WeightStore, copy_groups, model_groups, quantised_groups
 from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights
+from shadowllm.models.config import GENERATION_CONFIG
 from shadowllm.models.spec import HeadUnit
 from shadowllm.plugins import schemas
 from shadowllm.plugins.quantisation import WEIGHT_DTYPES, Quantisation
@@ -78,7 +79,7 @@ def write_bundle(
     for piece, model in _models(spec, store, kind, predictor, q):
         ir.save(model, folder / f"{piece}.onnx")
     predictor.save(folder / PREDICTOR_FILE)
-    _write_companions(folder, spec, checkpoint)
+    _write_companions(folder, checkpoint)
     hashes |= {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.name not in hashes}
     manifest = Manifest(
         model=name,
@@ -206,10 +207,13 @@ def _predictor_parts(predictor: Predictor) -> Iterator[tuple[str, str, Tensor]]:
                 yield f"predictor.layers.{layer}.{name.removeprefix('layers.')}", name, part
 
 
-def _write_companions(folder: Path, spec: ModelSpec, checkpoint: Checkpoint) -> None:
+def _write_companions(folder: Path, checkpoint: Checkpoint) -> None:
     """Tokenizer, config and generation config, as Hugging Face names them."""
     checkpoint.config.save_pretrained(folder)
-    generation = {"bos_token_id": spec.bos_token_id, "eos_token_id": list(spec.eos_token_ids)}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    own = checkpoint.folder / GENERATION_CONFIG
+    if checkpoint.gguf is None and own.is_file():
+        shutil.copyfile(own, folder / GENERATION_CONFIG)  # as it is: saving a read one refuses some and shortens others
+    else:
+        checkpoint.generation_config.save_pretrained(folder)
     if checkpoint.has_tokenizer():
         checkpoint.tokenizer().save_pretrained(folder)

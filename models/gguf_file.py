@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file (ggml's quantised checkpoint format), dequantised one at a time."""
+"""Tensors of a GGUF model (ggml's quantised checkpoint format), dequantised one at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from shadowllm.errors import UserError
+from shadowllm.errors import UserError, foreign_reader
+from shadowllm.models.gguf_config import USE_SAFETENSORS, gguf_config
+from shadowllm.models.hashing import hash_files
 
 # Hugging Face module names whose GGUF names the gguf package knows, without the layer number.
 _BLOCKS = (
@@ -22,36 +24,63 @@ _BLOCKS = (
     "input_layernorm",
     "post_attention_layernorm",
 )
-_TABLES = ("embed_tokens", "norm", "lm_head")
+_TABLES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+ROPE_FACTORS = "rope_freqs.weight"
+TOKENS = "tokenizer.ggml.tokens"
+LONGEST_LIST = 4096  # what is longer is the vocabulary, which takes seconds to turn into Python's lists
 
 
 class GGUFTensors:
-    """A Llama-architecture GGUF file under Hugging Face's tensor names.
+    """A Llama-architecture GGUF model, in one file or split, under Hugging Face's tensor names.
+
+    Attributes:
+        config: the ``LlamaConfig`` that its metadata describes.
+        metadata: keys and values of the first file, the vocabulary left out.
+        has_tokenizer: whether the first file holds a vocabulary.
+        parts: the files.
+        dtypes: empty: whatever is stored, floats are read.
 
     Raises:
-        UserError: the file is truncated, of another architecture, or carries RoPE factors.
+        UserError: a file that is damaged, of another architecture, or holds what is not read.
     """
 
-    def __init__(self, path: Path, config: Any) -> None:
+    def __init__(self, parts: list[Path]) -> None:
         try:
             import gguf
         except ImportError as error:
-            raise UserError("reading GGUF needs the gguf package", "pip install gguf") from error
-        if config.model_type != "llama":
-            raise UserError(f"GGUF of family {config.model_type!r} is not supported", "use a Llama GGUF or safetensors")
-        try:
-            self._tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise UserError(f"{path} is damaged or truncated", "download the GGUF file again") from error
-        if "rope_freqs.weight" in self._tensors:
+            raise UserError("reading GGUF needs the gguf package", "pip install 'shadowllm[gguf]'") from error
+        self.parts, self._dequantize = parts, gguf.dequantize
+        readers = [_open(gguf.GGUFReader, part) for part in parts]
+        self._tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        fields = readers[0].fields
+        self.metadata = {name: field.contents() for name, field in fields.items() if len(field.data) <= LONGEST_LIST}
+        self.has_tokenizer = TOKENS in fields
+        self.dtypes: dict[str, str] = {}
+        self._check_count()
+        shapes = {name: tensor.shape[::-1].tolist() for name, tensor in self._tensors.items()}
+        self.config = gguf_config(self.metadata, shapes, self._rope_factors())
+        self._heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        self._names = self._map(gguf, self.config.num_hidden_layers)
+        self._check_tensors()
+
+    def _check_count(self) -> None:
+        count = self.metadata.get("split.count", 1)
+        if count != len(self.parts):
             raise UserError(
-                f"{path} carries RoPE frequency factors, which are not read from GGUF",
-                "use the safetensors checkpoint of this model",
+                f"{self.parts[0]} says it is one of {count} parts",
+                "keep the parts in one folder under their own names, NAME-00001-of-0000N.gguf",
             )
-        self._path = path
-        self._heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        self._names = self._map(gguf, config.num_hidden_layers)
-        self._dequantize = gguf.dequantize
+        total = self.metadata.get("split.tensors.count")
+        if total is not None and total != len(self._tensors):
+            raise UserError(
+                f"the parts of {self.parts[0]} hold {len(self._tensors)} of {total} tensors",
+                "the model is incomplete: download all parts again",
+            )
+
+    def _rope_factors(self) -> np.ndarray | None:
+        if ROPE_FACTORS not in self._tensors:
+            return None
+        return np.asarray(self._tensors[ROPE_FACTORS].data, dtype=np.float64)
 
     def _map(self, gguf: Any, n_layers: int) -> dict[str, str]:
         known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, n_layers)
@@ -59,9 +88,25 @@ class GGUFTensors:
         theirs = {
             f"{m}.{kind}": f"{known.get_name('model.' + m)}.{kind}" for m in modules for kind in ("weight", "bias")
         }
-        tables = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-        theirs |= {f"{table}.weight": f"{tables[table]}.weight" for table in _TABLES}
+        theirs |= {f"{table}.weight": f"{stored}.weight" for table, stored in _TABLES.items()}
         return {name: stored for name, stored in theirs.items() if stored in self._tensors}
+
+    def _check_tensors(self) -> None:
+        unread = sorted(self._tensors.keys() - set(self._names.values()) - {ROPE_FACTORS})
+        if unread:
+            raise UserError(
+                f"{self.parts[0]} holds {len(unread)} tensors that a Llama model does not have, such as {unread[0]}",
+                USE_SAFETENSORS,
+            )
+        kinds = {self._tensors[stored].tensor_type: stored for stored in self._names.values()}
+        for kind, stored in kinds.items():
+            try:
+                self._dequantize(self._tensors[stored].data[:1], kind)
+            except NotImplementedError as error:
+                raise UserError(
+                    f"the tensor {stored} of {self.parts[0]} is of type {kind.name}, which gguf does not read",
+                    "use a file of another type, such as Q8_0 or F16",
+                ) from error
 
     def names(self) -> set[str]:
         return set(self._names)
@@ -75,9 +120,15 @@ class GGUFTensors:
         return torch.from_numpy(np.require(array, requirements=("C", "W")))
 
     def fingerprint(self) -> str:
-        from shadowllm.models.checkpoint import hash_files
+        return hash_files(self.parts)
 
-        return hash_files([self._path])
+
+def _open(reader: Any, path: Path) -> Any:
+    with foreign_reader(f"{path} is damaged, truncated or no GGUF file", "download the GGUF file again"):
+        opened = reader(path)
+    if opened.byte_order == "S":
+        raise UserError(f"{path} is written for machines of the other byte order", "convert it: gguf-convert-endian")
+    return opened
 
 
 def _unpermute(array: np.ndarray, n_heads: int) -> np.ndarray:

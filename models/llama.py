@@ -8,6 +8,19 @@ from shadowllm.errors import UserError
 from shadowllm.models.spec import ModelSpec, RopeSpec
 from shadowllm.models.weights import Source
 
+# Parameters of each RoPE scaling: Hugging Face's name, and the one in `RopeSpec`.
+ROPE_KEYS: dict[str, dict[str, str]] = {
+    "default": {"rope_theta": "theta"},
+    "linear": {"rope_theta": "theta", "factor": "factor"},
+    "llama3": {
+        "rope_theta": "theta",
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_max_seqlen",
+    },
+}
+
 
 def spec(config: Any) -> ModelSpec:
     """Read a Hugging Face ``LlamaConfig``.
@@ -44,22 +57,16 @@ def spec(config: Any) -> ModelSpec:
 def _rope(config: Any) -> RopeSpec:
     found = dict(config.rope_parameters)
     scaling = found.get("rope_type", "default")
-    if scaling not in ("default", "linear", "llama3"):
-        raise UserError(f"RoPE scaling {scaling!r} is not supported", "supported: default, linear, llama3")
+    if scaling not in ROPE_KEYS:
+        raise UserError(f"RoPE scaling {scaling!r} is not supported", f"supported: {', '.join(ROPE_KEYS)}")
     if found.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("partial rotary embeddings are not supported", "use a model that rotates whole heads")
-    if scaling == "default":
-        return RopeSpec(theta=found["rope_theta"])
-    if scaling == "linear":
-        return RopeSpec(theta=found["rope_theta"], scaling="linear", factor=found["factor"])
-    return RopeSpec(
-        theta=found["rope_theta"],
-        scaling="llama3",
-        factor=found["factor"],
-        low_freq_factor=found["low_freq_factor"],
-        high_freq_factor=found["high_freq_factor"],
-        original_max_seqlen=found["original_max_position_embeddings"],
-    )
+    missing = [name for name in ROPE_KEYS[scaling] if name not in found]
+    if missing:
+        raise UserError(
+            f"RoPE scaling {scaling!r} needs {missing[0]}", "config.json does not give it: correct it there"
+        )
+    return RopeSpec(scaling=scaling, **{ours: found[theirs] for theirs, ours in ROPE_KEYS[scaling].items()})
 
 
 def sources(spec: ModelSpec) -> dict[str, Source]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +11,14 @@ from typing import Any
 from shadowllm.errors import UserError
 from shadowllm.models import llama, opt
 from shadowllm.models.checkpoint import Checkpoint, open_checkpoint
+from shadowllm.models.config import token_ids
+from shadowllm.models.quantised_checkpoint import check_float
 from shadowllm.models.spec import ModelSpec
+from shadowllm.models.tied import resolve_tied_embeddings
 from shadowllm.models.weights import Source, Weights
+
+# Tables that old checkpoints store and that follow from the config; a tied head that lies there twice.
+DERIVED = ("rotary_emb.inv_freq", "lm_head.weight", "decoder.version")
 
 
 @dataclass(frozen=True)
@@ -42,21 +49,42 @@ def load_model(
         UserError: nothing found there, an unsupported family, or files that do not fit the config.
     """
     checkpoint = open_checkpoint(model, cache_dir, trust_remote_code)
-    family = FAMILIES.get(checkpoint.config.model_type)
+    config, tensors = checkpoint.config, checkpoint.tensors
+    family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(
-            f"model family {checkpoint.config.model_type!r} is not supported",
-            f"supported: {', '.join(sorted(FAMILIES))}",
+            f"model family {config.model_type!r} is not supported", f"supported: {', '.join(sorted(FAMILIES))}"
         )
     spec = replace(
-        family.spec(checkpoint.config),
-        bos_token_id=checkpoint.config.bos_token_id,
-        eos_token_ids=_ids(checkpoint.config.eos_token_id),
+        family.spec(config),
+        bos_token_id=_bos(config),
+        eos_token_ids=token_ids(checkpoint.generation_config.eos_token_id, "eos_token_id"),
     )
-    return spec, Weights(spec, checkpoint.tensors, family.sources(spec)), checkpoint
+    spec, sources = resolve_tied_embeddings(spec, tensors, family.sources)
+    config.tie_word_embeddings = spec.tied_embeddings
+    used = {source.name for source in sources.values()}
+    check_float(tensors, used)
+    weights = Weights(spec, tensors, sources)
+    _warn_of_unused(tensors.names() - used)
+    return spec, weights, checkpoint
 
 
-def _ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def _bos(config: Any) -> int | None:
+    ids = token_ids(config.bos_token_id, "bos_token_id")
+    if ids and ids[0] >= config.vocab_size:
+        warnings.warn(
+            f"the model's bos_token_id {ids[0]} is outside its vocabulary of {config.vocab_size}: not used",
+            stacklevel=3,
+        )
+        return None
+    return ids[0] if ids else None
+
+
+def _warn_of_unused(names: set[str]) -> None:
+    unused = sorted(name for name in names if not name.endswith(DERIVED))
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        warnings.warn(
+            f"tensors of the checkpoint that this family does not have are left out: {', '.join(unused[:3])}{more}",
+            stacklevel=3,
+        )

@@ -38,7 +38,13 @@ class RopeSpec:
 
     def __post_init__(self) -> None:
         _require(self.scaling in get_args(RopeScaling), f"RoPE scaling {self.scaling!r}")
-        _require(self.theta > 0 and self.factor > 0, "RoPE theta and factor must be positive")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_seqlen"):
+            value = getattr(self, name)
+            _require(_is_number(value) and value > 0, f"RoPE {name} must be a positive number, got {value!r}")
+        _require(
+            self.high_freq_factor > self.low_freq_factor,
+            f"RoPE high_freq_factor {self.high_freq_factor} is not above low_freq_factor {self.low_freq_factor}",
+        )
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Angle per position of each rotated pair, float64 ``(head_dim / 2,)``."""
@@ -115,11 +121,14 @@ class ModelSpec:
             "head_dim",
             "max_seqlen",
         ):
-            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            _require(type(value) is int and value > 0, f"{name} must be a positive whole number, got {value!r}")
         _require(
             self.n_heads % self.n_kv_heads == 0,
             f"{self.n_heads} query heads do not divide over {self.n_kv_heads} KV heads",
         )
+        eps = self.norm_eps
+        _require(_is_number(eps) and eps >= 0, f"norm_eps must be a number of at least 0, got {eps!r}")
         _require(self.norm in get_args(Norm), f"norm {self.norm!r}")
         _require(self.activation in get_args(Activation), f"activation {self.activation!r}")
         _require(self.positions in get_args(Positions), f"positions {self.positions!r}")
@@ -179,6 +188,10 @@ class ModelSpec:
             ) from error
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _require(condition: bool, problem: str) -> None:
     if not condition:
-        raise UserError(f"unsupported model: {problem}", "see docs/architecture.md for what is supported")
+        raise UserError(f"unsupported model: {problem}", "check its config.json; the README says what is supported")

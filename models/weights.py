@@ -8,6 +8,7 @@ contiguous block in all of its matrices, and the sparse ops read only what is ac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,7 +28,13 @@ class Source:
 
 
 class TensorFile(Protocol):
-    """A checkpoint's tensors by their Hugging Face names (without the ``model.`` prefix)."""
+    """A checkpoint's tensors by their Hugging Face names (without the ``model.`` prefix).
+
+    Attributes:
+        dtypes: element type of a tensor as it is stored, in the words of safetensors, where it is not a float anyway.
+    """
+
+    dtypes: Mapping[str, str]
 
     def names(self) -> set[str]: ...
 
@@ -40,20 +47,16 @@ class Weights(Mapping[str, torch.Tensor]):
     """Canonical name -> tensor, each read from the checkpoint when asked for and not kept.
 
     Raises:
-        UserError: at construction when a tensor is missing, at access when its shape is wrong.
+        UserError: at construction when a tensor is missing, at access when its shape is wrong or it holds a number
+            that is not finite.
     """
 
     def __init__(self, spec: ModelSpec, tensors: TensorFile, sources: Mapping[str, Source]) -> None:
-        missing = [source.name for source in sources.values() if source.name not in tensors.names()]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(
-                f"the checkpoint lacks the tensor {missing[0]}{more}",
-                "it is incomplete, or its config.json belongs to another model",
-            )
+        _check_complete({source.name for source in sources.values()}, tensors.names())
         self.spec = spec
         self._tensors = tensors
         self._sources = dict(sources)
+        self._fingerprint: str | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         source = self._sources[name]
@@ -66,6 +69,7 @@ class Weights(Mapping[str, torch.Tensor]):
                 f"tensor {source.name} has shape {tuple(tensor.shape)}, the config says {expected}",
                 "the checkpoint and its config.json do not belong together",
             )
+        _check_finite(source.name, tensor)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -79,12 +83,40 @@ class Weights(Mapping[str, torch.Tensor]):
         return tensor_shape(self.spec, name)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the checkpoint's weight files: what a predictor is bound to."""
-        return self._tensors.fingerprint()
+        """SHA-256 over the checkpoint's weight files: what a predictor is bound to. They are read once."""
+        if self._fingerprint is None:
+            self._fingerprint = self._tensors.fingerprint()
+        return self._fingerprint
 
     def load(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         """All tensors in memory as contiguous ``dtype``; one copy, made tensor by tensor."""
         return {name: self[name].to(dtype).contiguous() for name in self}
+
+
+def _check_complete(expected: set[str], present: set[str]) -> None:
+    missing = sorted(expected - present)
+    if not missing:
+        return
+    if len(missing) == len(expected):
+        raise UserError(
+            f"none of the tensors that the config asks for is in the checkpoint, but others, such as {min(present)}",
+            "its config.json belongs to another model, or it is not a whole model that generates text",
+        )
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    raise UserError(
+        f"the checkpoint lacks the tensor {missing[0]}{more}",
+        "a file of it is missing, or its config.json belongs to another model",
+    )
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    # Least and greatest are NaN where any element is, and finding them needs no second copy.
+    low, high = (float(bound) for bound in tensor.aminmax())
+    if not math.isfinite(low) or not math.isfinite(high):
+        what = "NaN" if math.isnan(low) else "an infinite number"
+        raise UserError(
+            f"tensor {name} holds {what}", "the checkpoint is damaged or its training diverged: use another one"
+        )
 
 
 def tensor_shape(spec: ModelSpec, name: str) -> tuple[int, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A mistake in what the user gave us: a missing file, a wrong family, a corrupt bundle.
@@ -18,3 +21,29 @@ class UserError(Exception):
         self.problem = problem
         self.remedy = remedy
         super().__init__(f"{problem}; {remedy}" if remedy else problem)
+
+
+@contextmanager
+def foreign_reader(problem: str, remedy: str) -> Iterator[None]:
+    """Around a call of another package's reader on a file of the user: whatever it raises is the file's fault.
+
+    Such readers document no set of exceptions: a null in a config is a ZeroDivisionError, a new kind of
+    tokenizer a bare Exception. So this is the one place that catches them all.
+
+    Raises:
+        UserError: ``problem``, with what the reader said in brackets.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{problem} ({in_one_line(error)})", remedy) from error
+
+
+def in_one_line(error: BaseException, limit: int = 200) -> str:
+    """What an exception says, without line breaks, at most ``limit`` characters; its kind if it says nothing."""
+    text = " ".join(str(error).split())
+    if not text:
+        return type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,213 @@
+"""The model that a GGUF file describes: its metadata as a Hugging Face ``LlamaConfig``.
+
+``transformers`` reads fewer keys than the files have (no RoPE scaling, no head size of its own, one stop token), so the
+metadata is read here. Keys and their meaning: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's loader.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from shadowllm.errors import UserError
+from shadowllm.models.spec import RopeSpec
+
+ARCHITECTURE = "llama"
+USE_SAFETENSORS = "use the safetensors checkpoint of this model"
+STOP_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
+BIASED = ("attn_q", "attn_k", "attn_v", "attn_output")
+# Keys of the architecture that are read, and those that change nothing that is computed here.
+READ = (
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "vocab_size",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+)
+HARMLESS = ("rope.scaling.finetuned", "attention.causal", "tensor_data_layout", "use_parallel_residual")
+# Neutral values of keys that would change the model.
+NEUTRAL = {
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "attention.sliding_window": 0,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attention.scale": 0.0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+    "logit_scale": 1.0,
+    "residual_scale": 1.0,
+    "embedding_scale": 1.0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+}
+# Llama 3.1 and 3.2 keep their scaling as a table of factors; these are what the table is made of.
+LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
+TABLE_TOLERANCE = 1e-4
+
+
+def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], factors: np.ndarray | None) -> Any:
+    """The config of a GGUF model.
+
+    Args:
+        metadata: all keys and values of the file.
+        shapes: ``(rows, columns)`` of the tensors, by their names in the file.
+        factors: the tensor ``rope_freqs.weight``, if there is one.
+
+    Raises:
+        UserError: another architecture, a missing or impossible value, or a key that is not read and changes the model.
+    """
+    from transformers import LlamaConfig
+
+    architecture = metadata.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise UserError(
+            f"the GGUF file holds a model of the family {architecture!r}, which is not supported",
+            "use a Llama GGUF file, or the safetensors checkpoint of a supported family",
+        )
+    keys = _Keys(metadata)
+    keys.refuse_unread()
+    hidden, heads = keys.size("embedding_length"), keys.size("attention.head_count")
+    head_dim = _head_dim(keys, heads, shapes)
+    return LlamaConfig(
+        vocab_size=_rows(shapes, "token_embd.weight"),
+        hidden_size=hidden,
+        intermediate_size=keys.size("feed_forward_length"),
+        num_hidden_layers=keys.size("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=keys.size("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=keys.size("context_length"),
+        rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        rope_parameters=_rope(keys, head_dim, factors),
+        attention_bias=_biased(shapes),
+        mlp_bias="blk.0.ffn_up.bias" in shapes,
+        tie_word_embeddings="output.weight" not in shapes,
+        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=_stop_tokens(metadata),
+        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+class _Keys:
+    """The keys of the architecture, without its name before them."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        prefix = f"{ARCHITECTURE}."
+        self._values = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
+
+    def get(self, key: str) -> Any:
+        return self._values.get(key)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self._values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(
+                f"the GGUF file gives {ARCHITECTURE}.{key} as {value!r}", f"it must be one number; {USE_SAFETENSORS}"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._values.get(key, default)
+        if not isinstance(value, int | float) or not np.isfinite(value):
+            raise UserError(f"the GGUF file gives {ARCHITECTURE}.{key} as {value!r}", USE_SAFETENSORS)
+        return float(value)
+
+    def refuse_unread(self) -> None:
+        """Refuse keys that change the model; warn of those that are unknown."""
+        unknown = []
+        for key, value in self._values.items():
+            if key in NEUTRAL and value != NEUTRAL[key]:
+                raise UserError(
+                    f"the GGUF file sets {ARCHITECTURE}.{key} to {value!r}, which is not supported", USE_SAFETENSORS
+                )
+            if key not in (*READ, *HARMLESS, *NEUTRAL):
+                unknown.append(f"{ARCHITECTURE}.{key}")
+        if self._values.get("attention.causal") is False:
+            raise UserError("the GGUF file holds a model without causal attention", "use a model that generates text")
+        if unknown:
+            warnings.warn(f"keys of the GGUF file that are not read: {', '.join(unknown)}", stacklevel=4)
+
+
+def _head_dim(keys: _Keys, heads: int, shapes: Mapping[str, Sequence[int]]) -> int:
+    """From the first query projection; the keys that speak of it must agree."""
+    rows = _rows(shapes, "blk.0.attn_q.weight")
+    if rows % heads:
+        raise UserError(f"the GGUF file has {heads} heads and a query projection of {rows} rows", USE_SAFETENSORS)
+    head_dim = rows // heads
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        if keys.size(key, head_dim) != head_dim:
+            raise UserError(
+                f"the GGUF file gives {ARCHITECTURE}.{key} as {keys.get(key)} where heads have {head_dim} dimensions",
+                "heads that are rotated in part, or whose values have another size, are not supported",
+            )
+    return head_dim
+
+
+def _rows(shapes: Mapping[str, Sequence[int]], name: str) -> int:
+    if name not in shapes:
+        raise UserError(f"the GGUF file has no tensor {name}", "it is incomplete: download it again")
+    return int(shapes[name][0])
+
+
+def _biased(shapes: Mapping[str, Sequence[int]]) -> bool:
+    found = [part for part in BIASED if f"blk.0.{part}.bias" in shapes]
+    if found and len(found) < len(BIASED):
+        raise UserError(
+            f"the GGUF file has biases for {', '.join(found)} alone, which is not supported", USE_SAFETENSORS
+        )
+    return bool(found)
+
+
+def _stop_tokens(metadata: Mapping[str, Any]) -> list[int] | None:
+    found = [metadata[key] for name in STOP_TOKENS if (key := f"tokenizer.ggml.{name}") in metadata]
+    return list(dict.fromkeys(found)) or None
+
+
+def _rope(keys: _Keys, head_dim: int, factors: np.ndarray | None) -> dict[str, Any]:
+    """RoPE parameters under the names of ``transformers``."""
+    theta = keys.number("rope.freq_base", 10000.0)
+    # As llama.cpp has it: a factor without a type is linear, and 0 stands for none.
+    kind = keys.get("rope.scaling.type") or "linear"
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0)) or 1.0
+    if kind not in ("none", "linear"):
+        raise UserError(f"RoPE scaling {kind!r} of the GGUF file is not supported", "supported: none, linear, llama3")
+    scaled = kind == "linear" and factor != 1.0
+    if factors is None or bool((factors == 1).all()):
+        linear = {"rope_type": "linear", "factor": factor, "rope_theta": theta}
+        return linear if scaled else {"rope_type": "default", "rope_theta": theta}
+    if scaled:
+        raise UserError("the GGUF file has both a linear RoPE scaling and a table of factors", USE_SAFETENSORS)
+    return _llama3(theta, head_dim, factors, keys.size("rope.scaling.original_context_length", LLAMA3_CONTEXT))
+
+
+def _llama3(theta: float, head_dim: int, factors: np.ndarray, context: int) -> dict[str, Any]:
+    """The parameters whose scaling is the table: each frequency divided by its factor."""
+    factor = float(factors.max())
+    spec = RopeSpec(theta, "llama3", factor, LLAMA3_LOW, LLAMA3_HIGH, context)
+    plain, scaled = RopeSpec(theta).inverse_frequencies(head_dim), spec.inverse_frequencies(head_dim)
+    if factors.shape != plain.shape or not np.allclose(plain / factors, scaled, rtol=TABLE_TOLERANCE, atol=0):
+        raise UserError("the RoPE factors of the GGUF file are not those of Llama 3.1", USE_SAFETENSORS)
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": factor,
+        "low_freq_factor": LLAMA3_LOW,
+        "high_freq_factor": LLAMA3_HIGH,
+        "original_max_position_embeddings": context,
+    }

@@ -1,0 +1,162 @@
+"""Checkpoints that are quantised already: turned back into floats where that is exact, refused by name elsewhere.
+
+Read are the formats of compressed-tensors that keep one integer or float8 per weight, whole or packed, and FP8 as
+DeepSeek and Qwen publish it. Activations that such a checkpoint would quantise as well are left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shadowllm.errors import UserError
+from shadowllm.models.config import read_json_object
+from shadowllm.models.dequantise import ACTIVATION_SCALES, DequantisedTensors
+from shadowllm.models.safetensors_file import SafetensorsFiles
+from shadowllm.models.weights import TensorFile
+
+READABLE_FORMATS = ("dense", "float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+USE_ORIGINAL = (
+    "use the model it was quantised from; --weight-dtype int8 or int4 quantises it again at export, if that is wanted"
+)
+WAYS_OUT = {
+    "bitsandbytes": "load it with transformers, call model.dequantize() and save_pretrained(), and export that",
+    "mlx": "convert it back with mlx_lm.convert --dequantize, or use the model it was made from",
+}
+# Files in which tools kept their settings before these went into config.json.
+OLD_CONFIGS = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "quantization_config.json": "quanto",
+}
+# What lies beside a weight, by the last part of its name, and which method puts it there. The first match counts.
+SIBLINGS = {
+    "SCB": "bitsandbytes LLM.int8",
+    "weight_format": "bitsandbytes LLM.int8",
+    "absmax": "bitsandbytes 4 bit",
+    "quant_map": "bitsandbytes 4 bit",
+    "quant_state": "bitsandbytes 4 bit",
+    "g_idx": "GPTQ",
+    "qzeros": "GPTQ or AWQ",
+    "qweight": "GPTQ or AWQ",
+    "q_weight": "EXL2",
+    "trellis": "EXL3",
+    "weight_scale_2": "NVFP4 (ModelOpt)",
+    "weight_global_scale": "NVFP4 (compressed-tensors)",
+    "weight_packed": "compressed-tensors",
+    "weight_scale_inv": "FP8",
+    "weight_scale": "FP8, W8A8 or the like",
+    "W_q": "HQQ",
+    "codebooks": "AQLM",
+    "Qidxs": "QuIP#",
+    "_data": "quanto",
+    "biases": "MLX",
+    "scales": "MLX or the like",
+    "zero_point": "an integer method",
+}
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def plain_tensors(tensors: SafetensorsFiles, config: Any, folder: Path) -> TensorFile:
+    """The tensors as floats, whatever the config says they were quantised by.
+
+    Raises:
+        UserError: a method, or a format of one, that is not read.
+    """
+    method, settings = _method(config, folder, tensors)
+    if method is None:
+        return tensors
+    if method == "compressed-tensors":
+        _check_compressed(settings, folder)
+        return DequantisedTensors(tensors, _block(settings))
+    if method == "fp8":
+        return DequantisedTensors(tensors, _block(settings))
+    tool = next((name for name in WAYS_OUT if method.startswith(name)), "")
+    raise UserError(f"{folder} is quantised by {method}, which is not read", WAYS_OUT.get(tool, USE_ORIGINAL))
+
+
+def check_float(tensors: TensorFile, used: Iterable[str]) -> None:
+    """Refuse weights that are no plain floats, and weights that something beside them changes.
+
+    Args:
+        used: names of the tensors that are read.
+
+    Raises:
+        UserError: an integer or float8 tensor, or a scale, zero point or adapter beside one that is used.
+    """
+    used = set(used)
+    modules = {name.rpartition(".")[0] for name in used}
+    for name in sorted(tensors.names() - used):
+        pieces = name.split(".")
+        # Some methods write several words: q_proj.weight.quant_state.bitsandbytes__nf4.
+        owner = next((m for i in range(1, len(pieces)) if (m := ".".join(pieces[:i])) in modules), None)
+        part = name.removeprefix(f"{owner}.")
+        if owner is not None and part not in ("bias", *ACTIVATION_SCALES):
+            raise UserError(
+                f"beside the weight of {owner} lies {part}: the checkpoint is quantised ({_sibling(part)}), "
+                "and config.json does not say how",
+                USE_ORIGINAL,
+            )
+    for name in sorted(used):
+        if (dtype := tensors.dtypes.get(name, "F32")) not in FLOATS:
+            raise UserError(f"tensor {name} is of type {dtype}, and nothing says what its numbers mean", USE_ORIGINAL)
+
+
+def _sibling(part: str) -> str:
+    pieces = part.split(".")
+    found = (m for ending, m in SIBLINGS.items() if any(piece.endswith(ending) for piece in pieces))
+    return next(found, "by an unknown method")
+
+
+def _method(config: Any, folder: Path, tensors: SafetensorsFiles) -> tuple[str | None, Mapping[str, Any]]:
+    """Which method quantised the checkpoint, and what its config says about it."""
+    for key in ("quantization_config", "compression_config"):
+        settings = getattr(config, key, None)
+        if settings is not None:
+            settings = settings if isinstance(settings, Mapping) else settings.to_dict()
+            return _name(settings), settings
+    if getattr(config, "quantization", None) or (tensors.format == "mlx" and _has(tensors, "scales")):
+        return "mlx", {}
+    for name, method in OLD_CONFIGS.items():
+        if (folder / name).is_file():
+            return method, read_json_object(folder / name)
+    return None, {}
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    method = str(settings.get("quant_method") or "an unnamed method")
+    if settings.get("load_in_8bit") or settings.get("load_in_4bit"):
+        return f"bitsandbytes ({'LLM.int8' if settings.get('load_in_8bit') else '4 bit'})"
+    return method
+
+
+def _has(tensors: SafetensorsFiles, part: str) -> bool:
+    return any(name.endswith(f".{part}") for name in tensors.names())
+
+
+def _check_compressed(settings: Mapping[str, Any], folder: Path) -> None:
+    groups = [group for group in (settings.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    formats = {str(group["format"]) for group in groups if group.get("format")} or {
+        str(settings.get("format") or "dense")
+    }
+    unread = sorted(formats - set(READABLE_FORMATS))
+    sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
+    if sparsity != "dense":
+        unread.append(str(sparsity))
+    if settings.get("transform_config"):
+        unread.append("transforms of the weights")
+    if unread:
+        raise UserError(f"{folder} is quantised by compressed-tensors as {unread[0]}, which is not read", USE_ORIGINAL)
+
+
+def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, where the config says so."""
+    groups = (settings.get("config_groups") or {}).values()
+    weights = [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]
+    sizes = [settings.get("weight_block_size"), *(each.get("block_structure") for each in weights)]
+    for size in sizes:
+        if isinstance(size, list | tuple) and len(size) == 2:
+            return int(size[0]), int(size[1])
+    return None

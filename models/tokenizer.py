@@ -1,0 +1,177 @@
+"""A checkpoint's tokenizer, read by `transformers`, and text turned into token ids that the model has rows for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shadowllm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# One of these holds the vocabulary; without it there is no tokenizer, whatever else lies in the folder.
+VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
+CONFIG = "tokenizer_config.json"
+GGUF_TOKENS = "tokenizer.ggml.tokens"
+
+
+def has_tokenizer(folder: Path, gguf: str | None) -> bool:
+    """Whether a checkpoint holds a tokenizer, readable or not.
+
+    Args:
+        folder: of the checkpoint.
+        gguf: name of the GGUF file in it, which is the only place looked at then; None for safetensors.
+    """
+    if gguf:
+        from gguf import GGUFReader
+
+        return GGUF_TOKENS in GGUFReader(folder / gguf).fields
+    return any(next(folder.glob(pattern), None) for pattern in VOCABULARIES) or _is_custom(folder)
+
+
+def load_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint as `AutoTokenizer` reads it, without truncation and padding.
+
+    Args:
+        folder: of the checkpoint.
+        gguf: name of the GGUF file in it, None for safetensors.
+        trust_remote_code: let ``transformers`` run a tokenizer's code from the checkpoint.
+
+    Raises:
+        UserError: there is none, or it cannot be read; the message names the file and the cause.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if not has_tokenizer(folder, gguf):
+        raise UserError(f"no tokenizer in {folder / (gguf or '')}", "put tokenizer.json beside the weights")
+    _check_packages(folder, gguf)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **({"gguf_file": gguf} if gguf else {})
+        )
+    except Exception as error:
+        raise _refusal(folder, gguf, error) from error
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> Callable[[str], list[int]]:
+    """Text to token ids without special tokens: what running text is made of.
+
+    Args:
+        rows: of the model's embedding; the function returned refuses tokens beyond them. None takes any.
+    """
+
+    def encode(text: str) -> list[int]:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return check_rows(ids, tokenizer, rows)
+
+    return encode
+
+
+def check_rows(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, rows: int | None) -> list[int]:
+    """The ids, if the model has a row for each.
+
+    Raises:
+        UserError: it lacks one, as where tokens were added to the tokenizer and not to the model.
+    """
+    beyond = next((token for token in ids if rows is not None and token >= rows), None)
+    if beyond is not None:
+        token = tokenizer.convert_ids_to_tokens(beyond)
+        raise UserError(
+            f"the text has the token {token!r} with id {beyond}, and the model has only {rows} tokens",
+            "take it out of the text, or use a model whose embedding was resized for this tokenizer",
+        )
+    return list(ids)
+
+
+def _check_packages(folder: Path, gguf: str | None) -> None:
+    """Refuse a vocabulary that an optional package reads, where that is missing."""
+    for path in _models(folder, gguf):
+        needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+        if not _is_sentencepiece(path):
+            needed = {"tiktoken": "tiktoken"}
+        for package, module in needed.items():
+            if not _installed(module):
+                extra = package if package == "tiktoken" else "'shadowllm[sentencepiece]'"
+                raise UserError(f"{path} is read by the package {package}, which is missing", f"pip install {extra}")
+
+
+def _models(folder: Path, gguf: str | None) -> list[Path]:
+    """Vocabulary files that an optional package reads; none where tokenizer.json makes them needless."""
+    if gguf or (folder / "tokenizer.json").is_file():
+        return []
+    return sorted([*folder.glob("*.model"), *folder.glob("*.tiktoken")])
+
+
+def _is_sentencepiece(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == b"\n"  # the tag of a protobuf message's first field; tiktoken's file is lines of Base64
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that this one lies in
+        return False
+
+
+def _refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
+    """What is wrong with a tokenizer that could not be read."""
+    again = "download the checkpoint again"
+    if gguf:
+        return UserError(f"the tokenizer in {folder / gguf} cannot be read ({first_line(error)})", again)
+    if _is_custom(folder) and "trust_remote_code" in str(error):
+        return UserError(
+            f"the tokenizer of {folder} is code of its own ({CONFIG}: auto_map)",
+            "read the code, and let it run with --trust-remote-code",
+        )
+    for path in sorted(folder.glob("*.json")):
+        if path.name.startswith(("tokenizer", "special_tokens_map", "added_tokens", "vocab", "tekken")):
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as cause:
+                return UserError(f"{path} is damaged or cut short ({first_line(cause)})", again)
+    whole = folder / "tokenizer.json"
+    if whole.is_file() and (cause := _newer(whole)):
+        import tokenizers
+
+        return UserError(
+            f"{whole} cannot be read by tokenizers {tokenizers.__version__} ({cause})",
+            "it may be of a newer version: pip install --upgrade tokenizers transformers",
+        )
+    for path in _models(folder, gguf):
+        if _is_sentencepiece(path):  # transformers takes a damaged one for tiktoken's
+            return UserError(f"{path} cannot be read as a SentencePiece model", again)
+    return UserError(f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {first_line(error)})", again)
+
+
+def _newer(path: Path) -> str:
+    """What the package ``tokenizers`` has against a file that is JSON; empty if nothing."""
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001  (tokenizers raises nothing more specific)
+        return first_line(error)
+    return ""
+
+
+def _is_custom(folder: Path) -> bool:
+    """Whether a tokenizer's class lies in the checkpoint."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a damaged file is named when the tokenizer is loaded
+        return False
+    return isinstance(config, dict) and "auto_map" in config
+
+
+def first_line(error: Exception) -> str:
+    """The start of what an error says, fit for a message of one line."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,127 @@
+"""Checkpoints written on purpose: edited copies of folders, and GGUF files of a tiny Llama."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+TENSORS = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def copied(source: Path, target: Path, **config) -> Path:
+    """A copy of a model folder with other values in its config; one of None stays null."""
+    shutil.copytree(source, target)
+    edit_json(target / "config.json", **config)
+    return target
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Set keys of a JSON file, which need not exist."""
+    data = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(data | changes))
+
+
+def rewrite(folder: Path, change) -> None:
+    """Replace the tensors of a folder's model.safetensors by what ``change`` makes of them."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def write_gguf(
+    path: Path, model, *, keys=None, kind=gguf.GGMLQuantizationType.F32, split=0, without=(), extra=None, arch="llama"
+) -> None:
+    """Write a ``LlamaForCausalLM`` as llama.cpp's converter would, without a vocabulary.
+
+    Args:
+        keys: metadata beside the sizes: name (without the architecture, unless it has a dot in front) -> value.
+        kind: type of the matrices.
+        split: tensors of a file; 0 for one file.
+        without: names of sizes to leave out.
+        extra: more tensors by their GGUF names.
+    """
+    config, writer = model.config, gguf.GGUFWriter(path, arch, split_max_tensors=split)
+    sizes = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "rope.dimension_count": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
+    }
+    for key, value in (sizes | (keys or {})).items():
+        if key not in without:
+            _add(writer, key.removeprefix(".") if key.startswith(".") else f"{arch}.{key}", value)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        stored, array = _stored(name), tensor.numpy().astype(np.float32)
+        if (part := stored.split(".")[-2]) in heads:
+            array = _interleave(array, heads[part])
+        if array.ndim == 2 and kind != gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(stored, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(stored, np.ascontiguousarray(array))
+    for name, (array, raw) in (extra or {}).items():
+        writer.add_tensor(name, array, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add(writer, key, value) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def _stored(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    if module in TENSORS:
+        return f"{TENSORS[module]}.{kind}"
+    _, _, layer, part = module.split(".", 3)
+    return f"blk.{layer}.{TENSORS[part]}.{kind}"
+
+
+def _interleave(array: np.ndarray, heads: int) -> np.ndarray:
+    halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+    return halves.swapaxes(1, 2).reshape(array.shape)
+
+
+def logits(model, count: int = 40) -> torch.Tensor:
+    """Of a model of ``transformers`` or a `Decoder` over the first tokens of a fixed random text."""
+    vocab = (model.spec if hasattr(model, "spec") else model.config).vocab_size
+    input_ids = torch.randint(0, vocab, (1, count), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        found = model(input_ids)
+    return found.logits if hasattr(found, "logits") else found

@@ -1,0 +1,116 @@
+"""Configs: what they say is read as transformers reads it, and nonsense is refused in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from shadowllm.errors import UserError
+from shadowllm.models import load_model
+from tests.models.checkpoints import copied, edit_json
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_attention_heads": 0},
+        {"num_attention_heads": None},
+        {"num_key_value_heads": -1},
+        {"hidden_size": "48"},
+        {"hidden_size": 48.0},
+        {"num_hidden_layers": -1},
+        {"num_hidden_layers": True},
+        {"vocab_size": None},
+        {"max_position_embeddings": None},
+        {"head_dim": 0},
+        {"rms_norm_eps": float("nan")},
+        {"rms_norm_eps": "1e-5"},
+        {"rms_norm_eps": -1.0},
+        {"rms_norm_eps": None},
+        {"hidden_act": None},
+        {"tie_word_embeddings": None},
+        {"attention_bias": "yes"},
+        {"bos_token_id": [1]},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "10000"}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}},
+        {"rope_parameters": {"rope_type": "linear", "factor": None, "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+        {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}},
+        {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 0}},
+        {"rope_parameters": "linear"},
+    ],
+)
+def test_nonsense_is_refused(checkpoint, tmp_path, config):
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model", **config)
+    with pytest.raises(UserError) as refusal:
+        load_model(folder)
+    assert "\n" not in str(refusal.value)
+    assert refusal.value.remedy
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": ', "\ud800"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_damaged_json_is_named(checkpoint, tmp_path, name, text):
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model")
+    (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=name):
+        load_model(folder)
+
+
+def test_missing_config_or_family(checkpoint, tmp_path):
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="which family"):
+        load_model(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_model(folder)
+
+
+STOP = 90
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "stops"),
+    [
+        ({"eos_token_id": [2, STOP]}, 2, (2, STOP)),
+        ({"eos_token_id": 2}, STOP, (2,)),
+        ({"bos_token_id": 1}, STOP, ()),  # the file is there and names none
+        (None, STOP, (STOP,)),
+        (None, [2, STOP], (2, STOP)),
+        (None, None, ()),
+    ],
+)
+def test_stop_tokens_are_those_of_transformers(checkpoint, tmp_path, generation, config, stops):
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model", eos_token_id=config)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        edit_json(folder / "generation_config.json", **generation)
+    assert load_model(folder)[0].eos_token_ids == stops
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).generation_config.eos_token_id
+    assert stops == (() if theirs is None else tuple(theirs) if isinstance(theirs, list) else (theirs,))
+
+
+def test_the_bundle_keeps_the_models_own_generation_config(checkpoint, tmp_path):
+    from tests.bundles import make_bundle
+
+    folder, out = copied(checkpoint("llama-gqa"), tmp_path / "model"), tmp_path / "out"
+    own = {"eos_token_id": [2, STOP], "do_sample": False, "temperature": 0.6, "stop_strings": ["###"]}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    out.mkdir()
+    manifest = make_bundle(folder, out)
+    assert json.loads((out / "generation_config.json").read_text()) == own
+    assert manifest.spec.eos_token_ids == (2, STOP)
+    assert "generation_config.json" in manifest.files
+
+
+def test_a_bos_token_outside_the_vocabulary_is_not_used(checkpoint, tmp_path):
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model", bos_token_id=10**6)
+    with pytest.warns(UserWarning, match="outside its vocabulary"):
+        assert load_model(folder)[0].bos_token_id is None
