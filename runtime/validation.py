@@ -8,9 +8,11 @@ the error of the graphs.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,16 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from shadowllm.errors import UserError
 from shadowllm.exporter.bundle import DTYPES, PREDICTOR_FILE, BundleWeights
 from shadowllm.exporter.manifest import Manifest, read_manifest
 from shadowllm.exporter.quantised import QuantisedTensors, dequantised_predictor, dequantised_weights
 from shadowllm.exporter.store import TORCH_DTYPES
-from shadowllm.models import Budget, ModelSpec, Weights, load_model
+from shadowllm.models import Budget, Decoder, ModelSpec, Weights, load_model
+from shadowllm.models.decoder import Unit
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.runtime.ort import OrtSession
 from shadowllm.runtime.torch import Selection, TorchSession
+from shadowllm.runtime.transformers_check import compare_with_transformers
 
 # Relative to the largest reference value. float32 noise of a deep model is some 1e-5 of it.
 TOLERANCE = 1e-4
@@ -38,6 +43,7 @@ INTEGER_TOLERANCE = 5e-4
 SELECTION_AGREEMENT = 0.99
 PROMPT, STEPS = 24, 16
 SEED = 0
+FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -57,17 +63,24 @@ class Error:
     greedy_agreement: float | None = None
 
 
-def validate_apart(bundle: Path, model: Path, tolerance: float = 0) -> dict[str, Any]:
-    """`validate` in a process of its own: its two copies of the model leave no trace in the caller's memory.
+def validate_apart(bundle: Path, model: Path, tolerance: float = 0, trust_remote_code: bool = False) -> dict[str, Any]:
+    """`validate` and `compare_with_transformers` in a process of their own, which takes their memory along.
 
     Args:
         model: local folder or GGUF file the bundle was exported from.
+        tolerance: as of `validate`.
+        trust_remote_code: let ``transformers`` run code from the checkpoint.
+
+    Returns:
+        What `validate` returns, and under "transformers" what `compare_with_transformers` does.
 
     Raises:
-        UserError: as `validate`, or the process was killed.
+        UserError: as these two, or the process was killed.
     """
-    command = [sys.executable, "-P", "-m", "shadowllm.runtime.validation", str(bundle), str(model), str(tolerance)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    arguments = json.dumps([str(bundle), str(model), tolerance, trust_remote_code])
+    command = [sys.executable, "-P", "-m", "shadowllm.runtime.validation", arguments]
+    quiet = os.environ | {"TQDM_DISABLE": "1"}  # of transformers' bars, which ask for no terminal
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=quiet)
     if done.returncode < 0:
         raise UserError(
             f"the validation process died of {signal.Signals(-done.returncode).name}",
@@ -82,11 +95,14 @@ def validate_apart(bundle: Path, model: Path, tolerance: float = 0) -> dict[str,
 
 
 def main() -> None:
-    """Child side of `validate_apart`: BUNDLE MODEL TOLERANCE in, one JSON line out."""
-    bundle, model, tolerance = sys.argv[1:]
+    """Child side of `validate_apart`: its arguments as JSON in, one JSON line out."""
+    bundle, model, tolerance, trust_remote_code = json.loads(sys.argv[1])
+    warnings.simplefilter("ignore")  # of the checkpoint: the parent has read it and said so
     try:
-        weights = load_model(model)[1]
-        answer = validate(Path(bundle), weights, Predictor.load(Path(bundle) / PREDICTOR_FILE), float(tolerance))
+        _, weights, checkpoint = load_model(model, trust_remote_code=trust_remote_code)
+        compared = compare_with_transformers(checkpoint, weights)
+        answer = validate(Path(bundle), weights, Predictor.load(Path(bundle) / PREDICTOR_FILE), tolerance)
+        answer["transformers"] = compared
     except UserError as error:
         answer = {"problem": error.problem, "remedy": error.remedy}
     print(json.dumps(answer))
@@ -103,7 +119,8 @@ def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: fl
         reference's own selection the exported predictor finds.
 
     Raises:
-        UserError: an output differs by more than ``tolerance``, or the predictor selects otherwise.
+        UserError: an output differs by more than ``tolerance``, the predictor selects otherwise, or a float16
+            bundle computes numbers that float16 does not hold.
     """
     manifest = read_manifest(bundle)
     tolerance = tolerance or (INTEGER_TOLERANCE if manifest.quantisation else TOLERANCE)
@@ -119,6 +136,8 @@ def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: fl
         errors += found
         agreement = min(agreement, agreed)
     _judge(errors, agreement, tolerance)
+    if manifest.dtype == "float16":
+        check_float16(manifest.spec, reference.dense)
     return {"tolerance": tolerance, "selection_agreement": agreement, "errors": [asdict(error) for error in errors]}
 
 
@@ -148,10 +167,45 @@ def _judge(errors: list[Error], agreement: float, tolerance: float) -> None:
         raise UserError(f"the exported predictor selects only {agreement:.2%} of what the reference selects", remedy)
 
 
+@torch.no_grad()
+def check_float16(spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
+    """Refuse a model whose activations outgrow float16: on a GPU they would be infinite.
+
+    Args:
+        weights: canonical float32 tensors.
+
+    Raises:
+        UserError: naming the first such layer.
+    """
+    peaks = torch.zeros(spec.n_layers)
+
+    def see(layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        peaks[layer] = torch.maximum(peaks[layer], activation.abs().max())
+        return activation
+
+    decoder = Decoder(spec, weights, see)
+    input_ids = torch.tensor([_prompt(spec)])
+    positions = torch.arange(input_ids.shape[1])[None]
+    x = decoder.embed(input_ids, positions)
+    for layer in range(spec.n_layers):
+        x = decoder.layer(layer, x, positions)
+        see(layer, "neurons", x)
+        if peaks[layer] > FLOAT16_MAX:
+            raise UserError(
+                f"layer {layer} computes numbers up to {float(peaks[layer]):.2g}, float16 ends at {FLOAT16_MAX:.0f}",
+                "export with --dtype bf16",
+            )
+
+
+def _prompt(spec: ModelSpec) -> list[int]:
+    ids = np.random.default_rng(SEED).integers(0, spec.vocab_size, min(PROMPT, spec.max_seqlen // 2))
+    return list(ids.tolist())
+
+
 def _compare(name: str, ours: OrtSession, theirs: TorchSession) -> tuple[list[Error], float]:
     """Prefill a random prompt, then decode the reference's own greedy tokens on both sides."""
     spec = ours.spec
-    prompt = np.random.default_rng(SEED).integers(0, spec.vocab_size, min(PROMPT, spec.max_seqlen // 2)).tolist()
+    prompt = _prompt(spec)
     logits = [(ours.prefill([prompt])[0].copy(), theirs.prefill([prompt])[0])]
     agreements = [1.0]
     for _ in range(min(STEPS, spec.max_seqlen - len(prompt))):

@@ -202,7 +202,9 @@ def export_model(
             from shadowllm.runtime.validation import validate_apart
 
             model = checkpoint.folder / (checkpoint.gguf or "")
-            manifest = replace(manifest, validation=validate_apart(folder, model))
+            manifest = replace(
+                manifest, validation=validate_apart(folder, model, trust_remote_code=source.trust_remote_code)
+            )
             manifest.write(folder)
         if options.target:
             from shadowllm.runtime.tuning import tune

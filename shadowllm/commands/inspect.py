@@ -69,6 +69,7 @@ def _bundle(found: dict[str, Any]) -> Lines:
         *([("dense", _layers({f"layer {n}": [why] for n, why in found["dense"].items()}))] if found["dense"] else []),
         ("predictor", _trained(found["predictor"])),
         ("validation", _validation(found["validation"])),
+        ("transformers", _transformers(found["validation"])),
         ("files", ", ".join(f"{name} {_size(size)}" for name, size in found["files"].items() if size > 4096)),
     ]
     for name, engine in found["engines"].items():
@@ -140,6 +141,13 @@ def _validation(found: dict[str, Any]) -> str:
         f"{len(found['errors'])} outputs within {worst['max_rel']:.1e} of the reference (relative; worst: "
         f"{worst['output']}; {found['tolerance']:.0e} allowed), greedy tokens agree {agreement:.0%}"
     )
+
+
+def _transformers(found: dict[str, Any]) -> str:
+    compared = found.get("transformers", {"skipped": "the validation was skipped" if not found else "not recorded"})
+    if "skipped" in compared:
+        return f"not compared: {compared['skipped']}"
+    return f"the checkpoint's logits within {compared['max_rel']:.1e} of its forward pass ({compared['tokens']} tokens)"
 
 
 def _layers(plugins: dict[str, list[str]]) -> str:

@@ -1,0 +1,107 @@
+"""Our reading of a checkpoint against that of ``transformers``: the logits of a few tokens, both in float32.
+
+The other validation compares with our own decoder, and so cannot see a config or a tensor that we read wrongly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from shadowllm.errors import UserError, in_one_line
+from shadowllm.models import Checkpoint, Decoder, Weights
+
+TOKENS = 24
+SEED = 0
+# Relative to the largest logit. Two orders of summation in float32 differ by some 1e-6 of it.
+TOLERANCE = 1e-4
+# Integers with 16-bit scales are multiplied in 16 bits by one side and in 32 by the other.
+QUANTISED_TOLERANCE = 2e-2
+# Loading takes the weights in float32 and, for a moment, one file of them as it is stored.
+MEMORY_FACTOR = 1.5
+
+
+def compare_with_transformers(checkpoint: Checkpoint, weights: Weights) -> dict[str, Any]:
+    """Run the checkpoint in ``transformers`` and in our decoder.
+
+    Returns:
+        For the manifest: ``tokens``, ``max_rel`` (largest difference over the largest logit) and ``tolerance``, or,
+        where ``transformers`` cannot load the checkpoint here, ``skipped`` and why.
+
+    Raises:
+        UserError: the two disagree.
+    """
+    needed, free = MEMORY_FACTOR * 4 * weights.spec.n_parameters, psutil.virtual_memory().available
+    if needed > free:
+        return {"skipped": f"it would take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"}
+    if len(getattr(checkpoint.tensors, "parts", ())) > 1:
+        return {"skipped": "transformers does not read a GGUF model in several files"}
+    count = min(TOKENS, weights.spec.max_seqlen)
+    input_ids = torch.randint(0, weights.spec.vocab_size, (1, count), generator=torch.Generator().manual_seed(SEED))
+    try:
+        theirs = _logits(checkpoint, input_ids)
+    except (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        # The checkpoint is not at fault where only this optional judge cannot read it; the manifest says so.
+        return {"skipped": f"transformers cannot load it here ({in_one_line(error)})"}
+    with torch.no_grad():
+        ours = Decoder(weights.spec, _Float32(weights))(input_ids)
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    tolerance = QUANTISED_TOLERANCE if checkpoint.quantised else TOLERANCE
+    if not error <= tolerance:  # a NaN must fail too
+        raise UserError(
+            f"the checkpoint is not read as transformers reads it: logits are off by {error:.1e} "
+            f"(relative; {tolerance:.0e} is allowed)",
+            "this is a bug or an unsupported variant of the family: do not use the bundle",
+        )
+    return {"tokens": count, "max_rel": error, "tolerance": tolerance}
+
+
+def _logits(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    options: dict[str, Any] = {"config": checkpoint.config}  # of a GGUF file, transformers reads less than we do
+    if checkpoint.gguf:
+        options["gguf_file"] = checkpoint.gguf
+    if checkpoint.foreign_prefix:
+        options["key_mapping"] = {f"^{re.escape(checkpoint.foreign_prefix)}": ""}
+    if checkpoint.quantised:
+        options["quantization_config"] = _dequantising(checkpoint.config.quantization_config)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code, **options
+    )
+    with torch.no_grad():
+        logits: Tensor = model.eval()(input_ids).logits
+    return logits.float()
+
+
+def _dequantising(settings: Mapping[str, Any]) -> Any:
+    """The config that has ``transformers`` turn quantised weights into floats as it loads them."""
+    from transformers import CompressedTensorsConfig, FineGrainedFP8Config
+
+    if settings["quant_method"] == "fp8":
+        return FineGrainedFP8Config(dequantize=True)
+    return CompressedTensorsConfig(dequantize=True)
+
+
+class _Float32(Mapping[str, Tensor]):
+    """Weights of a checkpoint in float32, each read when asked for and not kept."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
