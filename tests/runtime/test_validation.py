@@ -14,8 +14,11 @@ from shadowllm.models import load_model
 from shadowllm.plugins import native_ops
 from shadowllm.predictor.artefact import Predictor
 from shadowllm.runtime.ort import OrtSession
+from shadowllm.runtime.transformers_check import compare_with_transformers
 from shadowllm.runtime.validation import selection_masks, validate, validate_apart
+from tests.bundles import make_bundle
 from tests.conftest import VARIANTS
+from tests.models.checkpoints import copied, rewrite
 
 # Three layers deep, float32 noise is a few units in the seventh place.
 TIGHT = 1e-5
@@ -38,6 +41,19 @@ def test_graphs_reproduce_the_model(bundle, checkpoint, variant):
 @pytest.mark.parametrize("variant", ["llama-biases", "opt"])
 def test_16_bit_graphs_reproduce_the_rounded_model(bundle, checkpoint, variant, dtype):
     check(bundle(variant, dtype), checkpoint(variant))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_activations_beyond_float16_are_named_by_layer(checkpoint, tmp_path, dtype):
+    model, out = copied(checkpoint("llama-gqa"), tmp_path / "model"), tmp_path / "out"
+    rewrite(model, lambda tensors: {n: t * 3e4 if "1.mlp.down_proj" in n else t for n, t in tensors.items()})
+    out.mkdir()
+    make_bundle(model, out, dtype)
+    if dtype == "bfloat16":
+        check(out, model, tolerance=1e-4)
+        return
+    with pytest.raises(UserError, match=r"layer 1 computes .* --dtype bf16"):
+        check(out, model, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
@@ -116,7 +132,10 @@ def test_another_predictor_fails(bundle, checkpoint):
 
 
 def test_apart_reports_the_same(bundle, checkpoint):
-    assert validate_apart(bundle("opt"), checkpoint("opt"), TIGHT) == check(bundle("opt"), checkpoint("opt"))
+    found = validate_apart(bundle("opt"), checkpoint("opt"), TIGHT)
+    _, weights, opened = load_model(checkpoint("opt"))
+    assert found.pop("transformers") == compare_with_transformers(opened, weights)
+    assert found == check(bundle("opt"), checkpoint("opt"))
 
 
 def test_apart_passes_a_user_error_on(checkpoint, tmp_path):
