@@ -137,12 +137,9 @@ def _has(tensors: SafetensorsFiles, part: str) -> bool:
 
 
 def _check_compressed(settings: Mapping[str, Any], folder: Path) -> None:
-    groups = [group for group in (settings.get("config_groups") or {}).values() if isinstance(group, Mapping)]
-    formats = {str(group["format"]) for group in groups if group.get("format")} or {
-        str(settings.get("format") or "dense")
-    }
-    unread = sorted(formats - set(READABLE_FORMATS))
-    sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
+    formats = {str(group["format"]) for group in _groups(settings) if group.get("format")}
+    unread = sorted((formats or {str(settings.get("format") or "dense")}) - set(READABLE_FORMATS))
+    sparsity = _mapping(settings, "sparsity_config").get("format") or "dense"
     if sparsity != "dense":
         unread.append(str(sparsity))
     if settings.get("transform_config"):
@@ -153,10 +150,17 @@ def _check_compressed(settings: Mapping[str, Any], folder: Path) -> None:
 
 def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     """Rows and columns that share a scale, where the config says so."""
-    groups = (settings.get("config_groups") or {}).values()
-    weights = [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]
-    sizes = [settings.get("weight_block_size"), *(each.get("block_structure") for each in weights)]
-    for size in sizes:
-        if isinstance(size, list | tuple) and len(size) == 2:
-            return int(size[0]), int(size[1])
+    weights = [_mapping(group, "weights") for group in _groups(settings)]
+    for size in (settings.get("weight_block_size"), *(each.get("block_structure") for each in weights)):
+        if isinstance(size, list) and len(size) == 2 and all(type(each) is int for each in size):
+            return size[0], size[1]
     return None
+
+
+def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [group for group in _mapping(settings, "config_groups").values() if isinstance(group, Mapping)]
+
+
+def _mapping(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = settings.get(key)
+    return value if isinstance(value, Mapping) else {}

@@ -15,6 +15,8 @@ Activation = Literal["relu", "silu", "gelu"]
 Positions = Literal["learned", "rope"]
 RopeScaling = Literal["default", "linear", "llama3"]
 HeadUnit = Literal["query_head", "kv_group"]
+# Tables of positions are made for all of them.
+MOST_POSITIONS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class ModelSpec:
             self.n_heads % self.n_kv_heads == 0,
             f"{self.n_heads} query heads do not divide over {self.n_kv_heads} KV heads",
         )
+        _require(self.max_seqlen <= MOST_POSITIONS, f"{self.max_seqlen} positions, more than {MOST_POSITIONS}")
         eps = self.norm_eps
         _require(_is_number(eps) and eps >= 0, f"norm_eps must be a number of at least 0, got {eps!r}")
         _require(self.norm in get_args(Norm), f"norm {self.norm!r}")

@@ -15,7 +15,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
-def safetensors_files(folder: Path, named: str | None = None) -> list[Path]:
+def safetensors_files(folder: Path, named: object = None) -> list[Path]:
     """The safetensors files that hold a model: ``model.safetensors``, else the shards of its index.
 
     Args:
@@ -28,8 +28,8 @@ def safetensors_files(folder: Path, named: str | None = None) -> list[Path]:
         UserError: an index that cannot be read, or a shard that is missing.
     """
     if named is not None:
-        path = folder / named
-        if Path(named).name != named or not path.is_file():
+        path = folder / str(named)
+        if not isinstance(named, str) or Path(named).name != named or not path.is_file():
             raise UserError(f"config.json names the weights {named!r}, which is no file of {folder}", "correct it")
         return _shards(path) if named.endswith(".index.json") else [path]
     if (folder / SINGLE_FILE).is_file():
