@@ -21,7 +21,7 @@ from shadowllm.models.budget import Budget, format_fractions
 from shadowllm.plugins import native_ops
 from shadowllm.predictor.progress import progress
 from shadowllm.runtime.plan import predictor_bytes, sparse_pays
-from shadowllm.runtime.text import load_tokenizer
+from shadowllm.runtime.text import load_tokenizer, plain_encoder
 
 SPARSE = "sparse"
 CPU_BACKENDS = ("ort", "torch")
@@ -62,8 +62,7 @@ def bench(
     manifest = read_manifest(bundle)
     budget = budget or Budget(**manifest.budgets)
     _check(manifest, against, prompt_len, new_tokens, runs, warmup, quality_tokens)
-    tokenizer = load_tokenizer(bundle, manifest)
-    text = passage(lambda part: tokenizer.encode(part, add_special_tokens=False).ids, prompt_len + quality_tokens)
+    text = passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), prompt_len + quality_tokens)
     backends = {SPARSE: backend} | {name: name for name in against}
     contenders = [
         Contender(name, session_command(bundle, chosen, budget, threads)) for name, chosen in backends.items()

@@ -38,7 +38,7 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.manifest import read_manifest
 from shadowllm.models.registry import load_model
 from shadowllm.predictor.progress import progress
-from shadowllm.runtime.text import load_tokenizer
+from shadowllm.runtime.text import load_tokenizer, plain_encoder
 
 # Ours, theirs, and how many times faster ours is meant to be.
 TARGETS = (
@@ -244,8 +244,7 @@ def compare(
     for python, make, folder in toolkits.values():
         if python is not None:
             contenders += make(python, checkpoint, folder, setting)
-    tokenizer = load_tokenizer(bundle, manifest)
-    prompt = passage(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, setting.prompt_len)
+    prompt = passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), setting.prompt_len)
     taken: dict[str, list[Generation]] = {contender.name: [] for contender in contenders}
     with progress("Peers", len(contenders) * starts * (1 + runs)) as advance:
         for _ in range(starts):

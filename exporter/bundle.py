@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -80,7 +81,8 @@ def write_bundle(
         ir.save(model, folder / f"{piece}.onnx")
     predictor.save(folder / PREDICTOR_FILE)
     _write_companions(folder, checkpoint)
-    hashes |= {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.name not in hashes}
+    written = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    hashes |= {name: file_hash(path) for name, path in written.items() if name not in hashes}
     manifest = Manifest(
         model=name,
         spec=spec,
@@ -216,4 +218,12 @@ def _write_companions(folder: Path, checkpoint: Checkpoint) -> None:
     else:
         checkpoint.generation_config.save_pretrained(folder)
     if checkpoint.has_tokenizer():
-        checkpoint.tokenizer().save_pretrained(folder)
+        tokenizer = checkpoint.tokenizer()
+        if tokenizer.is_fast:
+            tokenizer.save_pretrained(folder)
+        else:
+            warnings.warn(
+                f"the tokenizer of {checkpoint.folder}, {type(tokenizer).__name__}, cannot be written as "
+                "tokenizer.json: the bundle has none, and takes token ids only",
+                stacklevel=2,
+            )

@@ -44,7 +44,7 @@ def load_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> P
     Raises:
         UserError: there is none, or it cannot be read; the message names the file and the cause.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
     if not has_tokenizer(folder, gguf):
         raise UserError(f"no tokenizer in {folder / (gguf or '')}", "put tokenizer.json beside the weights")
@@ -53,9 +53,9 @@ def load_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> P
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **({"gguf_file": gguf} if gguf else {})
         )
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (the user's files in other people's parsers, which raise anything)
         raise _refusal(folder, gguf, error) from error
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
+    if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     return tokenizer

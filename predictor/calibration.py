@@ -7,6 +7,8 @@ prose, structure and code that no sampling reaches.
 
 from __future__ import annotations
 
+import codecs
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +26,8 @@ Encode = Callable[[str], Sequence[int]]
 HELD_OUT, HELD_OUT_TOKENS = 1 / 8, 16384  # a share, and no more than that
 GENERATED, GENERATED_AT_ONCE = 1 / 2, 256  # windows at once: each has a cache of its own
 TOP_K = 50
+DATASET_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+TEXT_FILES = (".txt", ".text", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".html", ".xml", ".log", ".tex", ".py")
 
 
 @dataclass(frozen=True)
@@ -150,21 +154,45 @@ def _python_documentation(generator: torch.Generator) -> Iterator[str]:
 def _documents(texts: Sequence[str]) -> Iterator[str]:
     for text in texts:
         path = Path(text).expanduser()
-        if path.is_file():
+        if path.is_dir():
+            raise UserError(f"{path} is a folder", "name the text files in it")
+        if path.exists():
             yield from _paragraphs(path)
-        elif len(Path(text).parts) <= 2 and not path.suffix and not path.is_absolute():
+        elif _may_be_dataset(str(text)):
             yield from _dataset(str(text))
         else:
             raise UserError(f"no such text file: {text}", "give a UTF-8 text file or a Hugging Face dataset id")
 
 
+def _may_be_dataset(name: str) -> bool:
+    """Whether a name that is no file can be a dataset id: ``name`` or ``owner/name``, without the looks of a path."""
+    in_a_folder = "/" in name and Path(name).parent.is_dir()
+    return bool(DATASET_ID.fullmatch(name)) and not name.endswith(TEXT_FILES) and not in_a_folder
+
+
 def _paragraphs(path: Path) -> Iterator[str]:
+    """The text of a file in parts, without the byte order mark that some editors write first."""
+    remedy = "give plain text files in UTF-8"
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as raw:
+            start = raw.read(5)
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{path} is UTF-16 or UTF-32 text", "convert it to UTF-8")
+        if start == b"%PDF-":
+            raise UserError(f"{path} is a PDF", remedy)
+        with path.open(encoding="utf-8-sig") as file:
             while block := list(islice(file, 1000)):
-                yield "".join(block)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as UTF-8 text", "give plain text files") from error
+                part = "".join(block)
+                if "\0" in part:
+                    raise UserError(f"{path} is no text: it has bytes of zero", remedy)
+                yield part
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(
+            f"{path} is not UTF-8 text (byte 0x{byte:02x}: {error.reason})", "convert it to UTF-8"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})", remedy) from error
 
 
 def _dataset(name: str) -> Iterator[str]:

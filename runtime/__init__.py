@@ -6,7 +6,8 @@ from pathlib import Path
 
 from shadowllm.errors import UserError
 from shadowllm.models.budget import Budget
-from shadowllm.runtime.generation import Sampling, generate
+from shadowllm.runtime.generation import generate
+from shadowllm.runtime.sampling import Sampling
 from shadowllm.runtime.session import Session
 
 __all__ = ["BACKENDS", "Budget", "Sampling", "Session", "generate", "open_session"]

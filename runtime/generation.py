@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
+import torch
 
 from shadowllm.errors import UserError
+from shadowllm.runtime.sampling import Sampling
 from shadowllm.runtime.session import Greedy, Session
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn from the logits.
-
-    Attributes:
-        temperature: 0 takes the most probable token (greedy); above 0 samples.
-        top_k: keep only the k most probable tokens; 0 keeps all.
-        top_p: keep the fewest most probable tokens whose probabilities reach this sum (nucleus
-            sampling, Holtzman et al., arXiv 1904.09751); 1 keeps all.
-        seed: of the random draws.
-
-    Raises:
-        UserError: a value out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature {self.temperature} is negative", "0 is greedy, 1 samples as trained")
-        if self.top_k < 0:
-            raise UserError(f"top-k {self.top_k} is negative", "0 keeps all tokens")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p {self.top_p} is not in (0, 1]", "1 keeps all tokens")
 
 
 def generate(
@@ -57,48 +29,83 @@ def generate(
         The new token of each sequence, None for those that have ended.
 
     Raises:
-        UserError: what `Session.prefill` refuses.
+        UserError: what `Session.prefill` refuses, logits that are not numbers, or no token left to choose.
     """
-    sampling = sampling or Sampling()
-    generator = np.random.default_rng(sampling.seed)
+    chooser = Chooser(prompts, sampling or Sampling(), stop_ids, type(session).__name__)
     session.reset(len(prompts))
-    first = sample(session.prefill(prompts), sampling, generator)
+    first = chooser.choose(session.prefill(prompts))
     steps = min(max_new_tokens - 1, session.spec.max_seqlen - max(map(len, prompts)))
-    running = np.ones(len(prompts), dtype=bool)
-    following = _following(session, first, steps, sampling, generator)
-    for tokens in islice(chain([first], following), max_new_tokens):
-        running &= ~np.isin(tokens, stop_ids)
-        if not running.any():
+    for tokens in islice(chain([first], _following(session, first, steps, chooser)), max_new_tokens):
+        chooser.running &= ~np.isin(tokens, stop_ids)
+        if not chooser.running.any():
             return
-        yield [int(token) if alive else None for token, alive in zip(tokens, running, strict=True)]
+        yield [int(token) if alive else None for token, alive in zip(tokens, chooser.running, strict=True)]
 
 
-def _following(
-    session: Session, tokens: np.ndarray, steps: int, sampling: Sampling, generator: np.random.Generator
-) -> Iterator[np.ndarray]:
+def _following(session: Session, tokens: np.ndarray, steps: int, chooser: Chooser) -> Iterator[np.ndarray]:
     """The tokens that follow ``tokens``, as many as there are steps."""
-    if steps > 0 and sampling.temperature == 0 and isinstance(session, Greedy):
+    if steps > 0 and chooser.plain and isinstance(session, Greedy):
         yield from session.decode_greedy(tokens, steps)
         return
     for _ in range(steps):
-        tokens = sample(session.decode(tokens), sampling, generator)
+        tokens = chooser.choose(session.decode(tokens))
         yield tokens
 
 
-def sample(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> np.ndarray:
-    """Draw one token per row of float32 ``(batch, vocab_size)`` logits; int64 ``(batch,)``."""
-    if sampling.temperature == 0:
-        return logits.argmax(axis=-1)
-    return np.array([_draw(row / sampling.temperature, sampling, generator) for row in logits.astype(np.float64)])
+class Chooser:
+    """Chooses the next token of every sequence of a batch, each by its own text.
 
+    Attributes:
+        running: bool ``(batch,)``, which sequences have not ended; what is chosen for others does not matter.
+        plain: whether it always takes the largest logit as it is.
 
-def _draw(scores: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:
-    order = np.argsort(-scores, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    weights = np.exp(scores[order] - scores[order[0]])
-    weights /= weights.sum()
-    # The first token always stays; each further one as long as those before it fall short of top_p.
-    keep = 1 + int(np.searchsorted(np.cumsum(weights)[:-1], sampling.top_p)) if sampling.top_p < 1 else len(order)
-    keep = min(keep, len(order))
-    return int(generator.choice(order[:keep], p=weights[:keep] / weights[:keep].sum()))
+    Args:
+        prompts: token ids of each sequence.
+        stop_ids: tokens that end a sequence.
+        computer: what computes the logits, to be named where they are not numbers.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: Sequence[int] = (), computer: str = ""
+    ) -> None:
+        self._texts = [list(prompt) for prompt in prompts]
+        self._processors = [sampling.processors(len(prompt), stop_ids) for prompt in prompts]
+        self._sampled, self._computer = sampling.temperature > 0, computer
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self.running = np.ones(len(prompts), dtype=bool)
+        self.plain = not self._sampled and not any(self._processors)
+
+    def choose(self, logits: np.ndarray) -> np.ndarray:
+        """One token of each row of float32 ``(batch, vocab_size)`` logits; int64 ``(batch,)``.
+
+        Raises:
+            UserError: logits of a running sequence are NaN or +Inf, or all of them -Inf.
+        """
+        self._check(logits)
+        tokens = logits.argmax(axis=-1)
+        for row in np.flatnonzero(self.running):
+            if not self.plain:
+                tokens[row] = self._next(row, torch.tensor(logits[row : row + 1]))
+            self._texts[row].append(int(tokens[row]))
+        return tokens
+
+    def _next(self, row: int, scores: torch.Tensor) -> int:
+        scores = self._processors[row](torch.tensor([self._texts[row]]), scores)
+        if scores.max() == -torch.inf:
+            raise UserError(
+                f"no token is left for sequence {row + 1} at position {len(self._texts[row])}",
+                "suppress fewer tokens, or lower the n-gram size that may not repeat",
+            )
+        if not self._sampled:
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
+
+    def _check(self, logits: np.ndarray) -> None:
+        sound = (logits < np.inf).all(axis=-1) | ~self.running  # a comparison with NaN is false
+        if not sound.all():
+            row = int(sound.argmin())
+            raise UserError(
+                f"{self._computer} computed NaN or infinite logits for sequence {row + 1}, position "
+                f"{len(self._texts[row])}",
+                "export in bf16 or fp32; if that does not help, the model's weights are damaged",
+            )

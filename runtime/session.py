@@ -56,6 +56,8 @@ class Greedy(Session, Protocol):
     def decode_greedy(self, tokens: np.ndarray, steps: int) -> Iterator[np.ndarray]:
         """Append ``tokens``, then whatever is most probable, ``steps`` tokens per sequence in all.
 
+        The logits stay on the device: unlike those of `Session.decode`, they are not checked for NaN.
+
         Yields:
             What is most probable next after each step, int64 ``(batch,)``. The last one yielded has not
             been appended. A caller may stop early, and the session stands where it stopped.

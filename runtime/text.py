@@ -2,72 +2,197 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from typing import TYPE_CHECKING
 
 from shadowllm.errors import UserError
 from shadowllm.exporter.manifest import Manifest, verify_files
+from shadowllm.models.tokenizer import check_rows, first_line, text_encoder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+# What transformers may read of a tokenizer: each is checked, and none is read that the manifest does not list.
+PREFIXES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "additional_chat_templates/", "vocab")
+UNFINISHED = "\ufffd"  # what bytes that are no character decode to
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Cleaning up replaces at most " ' " and " n't", one after the other: what it does reaches no further back than this.
+CLEANED_LATER = 8
 
 
-def load_tokenizer(bundle: Path, manifest: Manifest) -> Tokenizer:
-    """The bundle's tokenizer.
+def load_tokenizer(bundle: Path, manifest: Manifest) -> PreTrainedTokenizerBase:
+    """The bundle's tokenizer, a `PreTrainedTokenizerFast`.
 
     Raises:
-        UserError: the bundle has none, or its file is damaged.
+        UserError: the bundle has none, or a file of it is damaged or not listed in the manifest.
     """
-    name = "tokenizer.json"
-    if name not in manifest.files:
+    from transformers import PreTrainedTokenizerFast
+
+    if "tokenizer.json" not in manifest.files:
         raise UserError(f"{bundle} has no tokenizer", "export from a checkpoint that has tokenizer.json")
-    verify_files(bundle, manifest.digests(name))
-    return Tokenizer.from_file(str(bundle / name))
+    found = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    verify_files(bundle, manifest.digests(*(n for n in sorted(found | set(manifest.files)) if n.startswith(PREFIXES))))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(bundle, local_files_only=True)
+    if type(tokenizer.backend_tokenizer.model).__name__ == "BPE":
+        # transformers ignores it there, and would say so at every start.
+        forced = tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+        tokenizer.clean_up_tokenization_spaces &= forced
+    return tokenizer
 
 
-def plain_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """Text to token ids without special tokens: what running text is made of."""
-    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+def plain_encoder(tokenizer: PreTrainedTokenizerBase, manifest: Manifest | None = None) -> Callable[[str], list[int]]:
+    """Text to token ids without special tokens; with a manifest, a token without a row in its model is refused."""
+    return text_encoder(tokenizer, manifest.spec.vocab_size if manifest else None)
 
 
-def encode_prompt(bundle: Path, manifest: Manifest, tokenizer: Tokenizer, text: str, chat: bool = False) -> list[int]:
+def encode_prompt(
+    bundle: Path,
+    manifest: Manifest,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    chat: bool = False,
+    template: str | None = None,
+) -> list[int]:
     """Token ids of a prompt, with the special tokens the tokenizer adds by itself.
 
     Args:
         chat: put the text through the model's chat template as a user's message.
+        template: name of the chat template, where the model has several; its default one when None.
 
     Raises:
-        UserError: the prompt is empty, or the bundle has no chat template.
+        UserError: the prompt is empty, is not Unicode, or has a token that the model has no row for, or the bundle
+            has no such chat template, or the template fails.
     """
     if not text:
         raise UserError("the prompt is empty", "give some text")
-    if not chat:
-        return list(tokenizer.encode(text).ids)
-    name = "chat_template.jinja"
-    if name not in manifest.files:
-        raise UserError(f"{bundle} has no chat template", "leave out --chat")
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    verify_files(bundle, manifest.digests(name))
-    # Sandboxed and trimmed as transformers renders chat templates: a template is code from the checkpoint.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     try:
-        rendered = environment.from_string((bundle / name).read_text()).render(
-            messages=[{"role": "user", "content": text}], add_generation_prompt=True, bos_token="", eos_token=""
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the prompt {text!r} has bytes that are not UTF-8", "write it in UTF-8, or give a file by --prompt-file"
+        ) from error
+    if chat:
+        text = _render(bundle, tokenizer, text, template)
+    ids = tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
+    if not ids:
+        raise UserError(f"the prompt {text!r} has no tokens", "give other text")
+    return check_rows(ids, tokenizer, manifest.spec.vocab_size)
+
+
+def _render(bundle: Path, tokenizer: PreTrainedTokenizerBase, text: str, template: str | None) -> str:
+    """A user's message in the model's chat template."""
+    found = tokenizer.chat_template
+    if not found:
+        raise UserError(f"{bundle} has no chat template", "leave out --chat")
+    names = sorted(found) if isinstance(found, dict) else ["default"]
+    if (template or "default") not in names:
+        problem = f"no chat template {template!r}" if template else "several chat templates and none is the default"
+        raise UserError(f"{bundle} has {problem}", f"choose by --chat-template one of: {', '.join(names)}")
+    messages = [{"role": "user", "content": text}]
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            chat_template=template if isinstance(found, dict) else None,
+            add_generation_prompt=True,
+            tokenize=False,
         )
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template of {bundle} does not render ({error})", "leave out --chat") from error
-    return list(tokenizer.encode(rendered, add_special_tokens=False).ids)
+    except Exception as error:  # noqa: BLE001  (a template is code from the checkpoint, which may fail in any way)
+        raise UserError(
+            f"the chat template of {bundle} does not render ({first_line(error)})", "leave out --chat"
+        ) from error
 
 
 class TextStream:
-    """Turns token ids into text as they come; characters split over tokens wait for their last part."""
+    """Turns token ids into text as they come.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+    The pieces, joined, are what decoding the prompt and all tokens at once gives behind the decoded prompt, special
+    tokens left out. Text that a later token may still change is kept back: characters split over several tokens.
+
+    Args:
+        tokenizer: of `transformers`, or the one of `tokenizers` within it.
+        prompt: token ids that precede; they decide whether the text goes on with a space.
+        stops: strings that end the text; it stops in front of the first that is complete.
+
+    Attributes:
+        stopped: whether a stop string has come.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | Tokenizer, prompt: Sequence[int] = (), stops: Sequence[str] = ()
+    ) -> None:
+        self._tokenizer, self._backend = tokenizer, getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self._later = CLEANED_LATER if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
+        self._ids, self._seen = list(prompt), len(prompt)
+        self._given = len(self._text())
+        self._in_bytes = False
+        self._stops = StopText(stops)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stops.stopped
 
     def push(self, token: int) -> str:
-        """The text that became complete with this token; may be empty."""
-        return self._stream.step(self._tokenizer, token) or ""
+        """The text that became certain with this token; may be empty."""
+        self._ids.append(token)
+        text = self._text()
+        if self._bytes_end_with(token) or text.endswith(UNFINISHED):
+            return ""
+        end = len(text) - self._later
+        piece = text[self._given : end]
+        if piece and self._later:
+            self._given = end
+        elif piece:
+            # Decoding goes on from the tokens of this piece: what precedes them has no influence any more.
+            self._ids = self._ids[self._seen :]
+            self._seen, self._given = len(self._ids), len(self._text())
+        return self._stops.push(piece)
+
+    def finish(self) -> str:
+        """The rest of the text, when no token follows: what was kept back, as `decode` gives it."""
+        piece, self._given = self._text()[self._given :], len(self._text())
+        return self._stops.push(piece) + self._stops.finish()
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True)
+
+    def _bytes_end_with(self, token: int) -> bool:
+        """Whether the text ends with tokens that are bytes: one that follows may make all of them invalid."""
+        if BYTE_TOKEN.fullmatch(self._backend.id_to_token(token) or ""):
+            self._in_bytes = True
+        elif self._in_bytes and self._backend.decode([token], skip_special_tokens=True):
+            self._in_bytes = False
+        return self._in_bytes
+
+
+class StopText:
+    """Text up to the first stop string that is complete; what may become one is kept back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops, self._held = tuple(stops), ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        """The text that is certain to come before any stop string; empty after one."""
+        if self.stopped:
+            return ""
+        self._held += piece
+        found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in self._held]
+        if found:
+            end, length = min(found)
+            self.stopped = True
+            return self._held[: end + length]
+        kept = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        certain, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        return certain
+
+    def finish(self) -> str:
+        """What was kept back, when no text follows."""
+        return "" if self.stopped else self._held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of a text that a stop string begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -81,7 +81,7 @@ def tune(
     windows = calibration_windows(
         manifest.spec,
         read.sparse,
-        plain_encoder(tokenizer),
+        plain_encoder(tokenizer, manifest),
         texts=texts,
         tokens=tokens,
         seqlen=min(seqlen, manifest.spec.max_seqlen),

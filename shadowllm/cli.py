@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -39,6 +40,7 @@ shows the options and examples of a command."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 a mistake the user can mend, 2 wrong usage."""
     _interrupt_on_signals()
+    _print_anything()
     warnings.formatwarning = _format_warning
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -79,6 +81,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             module.configure(command)
             command.set_defaults(run=module.run)
     return parser
+
+
+def _print_anything() -> None:
+    """Have characters that the output's encoding lacks replaced: a result must not be lost for one of them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _fail(message: str) -> int:

@@ -20,6 +20,7 @@ from shadowllm.exporter.sidecar import EngineRecord
 from shadowllm.exporter.staging import check_output, staged
 from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights, load_model
 from shadowllm.models.spec import HeadUnit
+from shadowllm.models.tokenizer import text_encoder
 from shadowllm.plugins.tensorrt.flavour import Flavour, require
 from shadowllm.predictor.artefact import Kind, Predictor
 from shadowllm.predictor.calibration import calibration_windows
@@ -285,11 +286,7 @@ def _calibrate(
     if not 0 < options.dense_layers < spec.n_layers:
         raise UserError(f"{options.dense_layers} dense layers of {spec.n_layers}", f"give 1 to {spec.n_layers - 1}")
     keep_freed_memory()
-    tokenizer, loaded = checkpoint.tokenizer(), loaded or weights.load()
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-
+    encode, loaded = text_encoder(checkpoint.tokenizer(), spec.vocab_size), loaded or weights.load()
     with progress("Writing calibration text", options.tokens) as advance:
         windows = calibration_windows(
             spec,

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.runtime.text import load_tokenizer, plain_encoder
 
     manifest = read_manifest(args.bundle)
-    encode = plain_encoder(load_tokenizer(args.bundle, manifest))
+    encode = plain_encoder(load_tokenizer(args.bundle, manifest), manifest)
     seqlen = min(args.seqlen, manifest.spec.max_seqlen)
     served = token_windows(args.text, encode, seqlen, max(1, args.tokens // seqlen))
     weights = read_weights(args.bundle, manifest).sparse

@@ -120,7 +120,7 @@ def _windows(args: argparse.Namespace, manifest: Manifest) -> Tensor:
     from shadowllm.predictor.calibration import token_windows
     from shadowllm.runtime.text import load_tokenizer, plain_encoder
 
-    encode = plain_encoder(load_tokenizer(args.bundle, manifest))
+    encode = plain_encoder(load_tokenizer(args.bundle, manifest), manifest)
     seqlen, limit = min(args.seqlen, manifest.spec.max_seqlen), args.tokens // args.seqlen
     if args.text:
         return token_windows(args.text, encode, seqlen, limit)

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shadowllm.commands import options
 from shadowllm.errors import UserError
 from shadowllm.models.budget import Budget
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from shadowllm.exporter.manifest import Manifest
+    from shadowllm.runtime import Sampling
+    from shadowllm.runtime.text import TextStream
+
 EPILOG = """examples:
   shadowllm run out/ --prompt "The shadow of a model"
   shadowllm run out/ --prompt "Once upon a time" --temperature 0.8 --top-p 0.9 --seed 7
   shadowllm run out/ --prompt "One" --prompt "Two" --neuron-budget 0.3      # a batch, another budget
-  shadowllm run out/ --prompt "The sea" --against ort-dense                 # sparse and dense side by side"""
+  shadowllm run out/ --prompt "The sea" --against ort-dense                 # sparse and dense side by side
+  shadowllm run out/ --prompt-file question.txt --chat --stop "###"         # a file; - is standard input
+
+Decoding is greedy unless --temperature is given. What is left out of the options under "sampling" comes from the
+model's generation config, but for --temperature and --seed; top-k, top-p and min-p count only with a temperature."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -24,57 +39,129 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from shadowllm.runtime import BACKENDS
 
     parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle that `shadowllm export` made")
-    parser.add_argument("--prompt", action="append", required=True, help="text to continue; repeat it for a batch")
+    parser.add_argument(
+        "--prompt", action="append", type=_text, metavar="TEXT", help="text to continue; repeat it for a batch"
+    )
+    parser.add_argument(
+        "--prompt-file",
+        action="append",
+        dest="prompt",
+        type=_file,
+        metavar="FILE",
+        help="the same from a UTF-8 file, all of it, its last line end included; - is standard input",
+    )
     parser.add_argument("--chat", action="store_true", help="put each prompt through the model's chat template")
+    parser.add_argument("--chat-template", metavar="NAME", help="the same, by name, where the model has several")
     parser.add_argument("--backend", choices=BACKENDS, default="ort", help="what runs it (default: ort)")
     parser.add_argument("--against", choices=BACKENDS, help="run a second backend too and print both")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
-    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     parser.add_argument("--threads", type=int, help="of each operator (default: ONNX Runtime's own)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options.add_budget(parser, None, None)
+    _add_sampling(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, help="0 is greedy (default: 0)")
+    group.add_argument("--top-k", type=int, help="0 keeps all tokens")
+    group.add_argument("--top-p", type=float, help="1 keeps all tokens")
+    group.add_argument("--min-p", type=float, help="0 keeps all tokens")
+    group.add_argument("--repetition-penalty", type=float, help="1 changes nothing")
+    group.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="0 allows every repetition")
+    group.add_argument("--seed", type=int, help="of the draws (default: 0)")
+    group.add_argument(
+        "--stop", action="append", type=_text, metavar="TEXT", help="end the text before this; may be repeated"
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of every backend alike.
+
+    Attributes:
+        prompts: token ids.
+        stops: strings that end a text.
+    """
+
+    manifest: Manifest
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[int]]
+    budget: Budget
+    sampling: Sampling
+    stops: tuple[str, ...]
 
 
 def run(args: argparse.Namespace) -> None:
     """Generate with one backend, or with two for comparison."""
+    if not args.prompt:
+        raise UserError("no prompt", "give --prompt TEXT or --prompt-file FILE")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}", "give at least 1")
     streaming = not (args.json or args.against or len(args.prompt) > 1)
-    results = [_generate(args, backend, streaming) for backend in (args.backend, args.against) if backend]
+    request = _request(args)
+    results = [_generate(args, request, backend, streaming) for backend in (args.backend, args.against) if backend]
     if args.json:
         print(json.dumps({"prompts": args.prompt, "results": results}, indent=2))
     elif not streaming:
         _print_table(args.prompt, results)
 
 
-def _generate(args: argparse.Namespace, backend: str, streaming: bool) -> dict[str, Any]:
+def _request(args: argparse.Namespace) -> Request:
     from shadowllm.exporter.manifest import read_manifest
-    from shadowllm.runtime import Sampling, generate, open_session
-    from shadowllm.runtime.text import TextStream, encode_prompt, load_tokenizer
+    from shadowllm.runtime.sampling import bundle_sampling
+    from shadowllm.runtime.text import encode_prompt, load_tokenizer
 
     manifest = read_manifest(args.bundle)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    sampling, stops = bundle_sampling(
+        args.bundle,
+        manifest,
+        args.stop,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+        seed=args.seed,
+    )
     tokenizer = load_tokenizer(args.bundle, manifest)
-    prompts = [encode_prompt(args.bundle, manifest, tokenizer, text, args.chat) for text in args.prompt]
+    chat = args.chat or args.chat_template is not None
+    prompts = [encode_prompt(args.bundle, manifest, tokenizer, p, chat, args.chat_template) for p in args.prompt]
     budget = Budget(args.neuron_budget or manifest.budgets["neurons"], args.head_budget or manifest.budgets["heads"])
-    texts = ["" for _ in prompts]
-    tokens: list[list[int]] = [[] for _ in prompts]
-    with open_session(args.bundle, backend, threads=args.threads) as session:
-        session.set_budget(budget)
-        streams = [TextStream(tokenizer) for _ in prompts]
+    return Request(manifest, tokenizer, prompts, budget, sampling, stops)
+
+
+def _generate(args: argparse.Namespace, request: Request, backend: str, streaming: bool) -> dict[str, Any]:
+    from shadowllm.runtime import generate, open_session
+    from shadowllm.runtime.text import TextStream
+
+    streams = [TextStream(request.tokenizer, prompt, request.stops) for prompt in request.prompts]
+    texts = [""] * len(streams)
+    tokens: list[list[int]] = [[] for _ in streams]
+
+    unwritten = [args.prompt[0]]  # until the session has taken it
+
+    def write(row: int, piece: str) -> None:
+        texts[row] += piece
         if streaming:
-            print(args.prompt[0], end="", flush=True)
+            print(*unwritten, piece, sep="", end="", flush=True)
+            unwritten.clear()
+
+    with open_session(args.bundle, backend, threads=args.threads) as session:
+        session.set_budget(request.budget)
         start = time.perf_counter()
-        for step in generate(session, prompts, args.max_new_tokens, sampling, manifest.spec.eos_token_ids):
-            for row, token in enumerate(step):
-                if token is not None:
-                    piece = streams[row].push(token)
-                    texts[row], tokens[row] = texts[row] + piece, [*tokens[row], token]
-                    if streaming:
-                        print(piece, end="", flush=True)
+        steps = generate(
+            session, request.prompts, args.max_new_tokens, request.sampling, request.manifest.spec.eos_token_ids
+        )
+        for step in steps:
+            for row, token in _open(step, streams):
+                tokens[row].append(token)
+                write(row, streams[row].push(token))
+            if all(stream.stopped for stream in streams):
+                break
+        for row, stream in enumerate(streams):
+            write(row, stream.finish())
         seconds = time.perf_counter() - start
         memory = getattr(session, "memory", None)
     if streaming:
@@ -82,7 +169,7 @@ def _generate(args: argparse.Namespace, backend: str, streaming: bool) -> dict[s
     count = sum(map(len, tokens))
     return {
         "backend": backend,
-        "budget": vars(budget),
+        "budget": vars(request.budget),
         "decodes": getattr(session, "decodes", "dense" if backend.endswith("-dense") else "sparse"),
         "texts": texts,
         "tokens": tokens,
@@ -90,6 +177,37 @@ def _generate(args: argparse.Namespace, backend: str, streaming: bool) -> dict[s
         "tokens_per_second": count / seconds,
         "device_memory": vars(memory) if memory else None,
     }
+
+
+def _open(step: Sequence[int | None], streams: Sequence[TextStream]) -> list[tuple[int, int]]:
+    """Row and new token of each sequence whose text has not ended."""
+    return [(row, token) for row, token in enumerate(step) if token is not None and not streams[row].stopped]
+
+
+def _text(argument: str) -> str:
+    """An argument as UTF-8, where the locale's encoding could not read it."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(argument).decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"the argument {argument!r} has bytes that are not UTF-8", "write it in UTF-8, or use --prompt-file"
+            ) from error
+    return argument
+
+
+def _file(name: str) -> str:
+    """What a file or standard input holds."""
+    what = "standard input" if name == "-" else name
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {what} ({error.strerror})", "give a text file to --prompt-file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 text ({error})", "convert it to UTF-8") from error
 
 
 def _print_table(prompts: list[str], results: list[dict[str, Any]]) -> None:

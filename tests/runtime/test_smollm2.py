@@ -9,7 +9,7 @@ from shadowllm.benchmarks.passage import passage
 from shadowllm.exporter.manifest import read_manifest
 from shadowllm.runtime import Budget, generate, open_session
 from shadowllm.runtime.ort import OrtSession
-from shadowllm.runtime.text import load_tokenizer
+from shadowllm.runtime.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.torch import TorchSession
 from tests.bundles import make_bundle
 
@@ -25,8 +25,8 @@ def folder(smollm2, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(folder):
-    tokenizer = load_tokenizer(folder, read_manifest(folder))
-    return passage(lambda part: tokenizer.encode(part, add_special_tokens=False).ids, TOKENS)
+    manifest = read_manifest(folder)
+    return passage(plain_encoder(load_tokenizer(folder, manifest), manifest), TOKENS)
 
 
 def run(session, text):
