@@ -23,12 +23,13 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.bundle import BundleWeights, read_weights
 from shadowllm.exporter.manifest import Manifest, read_manifest
 from shadowllm.models import Budget, Decoder
+from shadowllm.models.tokenizer import check_rows
 from shadowllm.predictor.evaluate import DENSE
 from shadowllm.predictor.progress import progress
 from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
 from shadowllm.runtime import Sampling, generate
 from shadowllm.runtime.ort import Kind, OrtSession
-from shadowllm.runtime.text import load_tokenizer
+from shadowllm.runtime.text import TextStream, load_tokenizer
 
 NEW_TOKENS = 256  # where a task does not say
 
@@ -70,19 +71,22 @@ class BundleLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The model's first end-of-sequence token, else its BOS; 0 if it has neither."""
-        spec = self._manifest.spec
-        return next(iter(spec.eos_token_ids), spec.bos_token_id or 0)
+        """The tokenizer's end-of-sequence token, else the model's first one; 0 if there is none."""
+        eos, own = self._tokenizer.eos_token_id, self._manifest.spec.eos_token_ids
+        return next(iter(own), 0) if eos is None else eos
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS, where the model has one."""
-        bos = self._manifest.spec.bos_token_id
+        """What stands before a text without context: BOS, where the tokenizer has one."""
+        bos = self._tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Token ids of running text, without special tokens unless asked for."""
-        return list(self._tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)).ids)
+        """Token ids as the harness's own `HFLM` has them: with BOS where the tokenizer adds it, but not twice."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self._tokenizer.decode(self.prefix_token_id))
+        ids = self._tokenizer(string, add_special_tokens=add_special_tokens, verbose=False).input_ids
+        return check_rows(ids, self._tokenizer, self._manifest.spec.vocab_size)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: object
@@ -139,14 +143,14 @@ class BundleLM(TemplateLM):
         most = min(int(options.get("max_gen_toks", NEW_TOKENS)), session.spec.max_seqlen - 1)
         prompt = (self.tok_encode(text) or [self.prefix_token_id])[-(session.spec.max_seqlen - most) :]
         sampling = Sampling(float(options.get("temperature", 0)) if options.get("do_sample") else 0.0)
-        tokens: list[int] = []
+        stream = TextStream(self._tokenizer, stops=[stop for stop in stops if stop])  # decoded alone, as HFLM does
         written = ""
-        for step in generate(session, [prompt], most, sampling, session.spec.eos_token_ids):
-            tokens += [token for token in step if token is not None]
-            written = self._tokenizer.decode(tokens)
-            if any(stop in written for stop in stops):
+        for (token,) in generate(session, [prompt], most, sampling, session.spec.eos_token_ids):
+            assert token is not None  # the only sequence: generation ends with it
+            written += stream.push(token)
+            if stream.stopped:
                 break
-        return min((written.split(stop)[0] for stop in stops), key=len, default=written)
+        return written + stream.finish()
 
 
 def _decoder(manifest: Manifest, read: BundleWeights, lm: BundleLM) -> Callable[[Tensor], Tensor]:

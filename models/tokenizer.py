@@ -53,7 +53,7 @@ def load_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> P
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **({"gguf_file": gguf} if gguf else {})
         )
-    except Exception as error:  # noqa: BLE001  (the user's files in other people's parsers, which raise anything)
+    except Exception as error:  # the user's files in other people's parsers, which raise anything
         raise _refusal(folder, gguf, error) from error
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
@@ -139,11 +139,11 @@ def _refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
             except ValueError as cause:
                 return UserError(f"{path} is damaged or cut short ({first_line(cause)})", again)
     whole = folder / "tokenizer.json"
-    if whole.is_file() and (cause := _newer(whole)):
+    if whole.is_file() and (unreadable := _newer(whole)):
         import tokenizers
 
         return UserError(
-            f"{whole} cannot be read by tokenizers {tokenizers.__version__} ({cause})",
+            f"{whole} cannot be read by tokenizers {tokenizers.__version__} ({unreadable})",
             "it may be of a newer version: pip install --upgrade tokenizers transformers",
         )
     for path in _models(folder, gguf):

@@ -83,14 +83,14 @@ class Chooser:
         """
         self._check(logits)
         tokens = logits.argmax(axis=-1)
-        for row in np.flatnonzero(self.running):
+        for row in np.flatnonzero(self.running).tolist():
             if not self.plain:
                 tokens[row] = self._next(row, torch.tensor(logits[row : row + 1]))
             self._texts[row].append(int(tokens[row]))
         return tokens
 
     def _next(self, row: int, scores: torch.Tensor) -> int:
-        scores = self._processors[row](torch.tensor([self._texts[row]]), scores)
+        scores = self._processors[row](torch.LongTensor([self._texts[row]]), scores)
         if scores.max() == -torch.inf:
             raise UserError(
                 f"no token is left for sequence {row + 1} at position {len(self._texts[row])}",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LEAST_TEMPERATURE = 1e-30  # logits up to 1e8 divided by it stay finite in float32
 CONFIG = "generation_config.json"
+REMEDY = "mend that file of the model, and export again"
 # Fields of it that are used here: always, and when sampling.
 ALWAYS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
 SAMPLED = ("top_k", "top_p", "min_p")
@@ -164,9 +165,7 @@ def bundle_sampling(
         sampling = Sampling(**(own | given))
         _check_tokens(sampling, manifest.spec.vocab_size)
     except TypeError as error:  # of a comparison with what is no number
-        raise UserError(
-            f"{path} has a value of a wrong type ({error})", "mend the model's file, and export it"
-        ) from error
+        raise UserError(f"{path} has a value of a wrong type ({error})", REMEDY) from error
     return sampling, tuple(stops)
 
 
@@ -177,7 +176,7 @@ def _generation_config(bundle: Path, manifest: Manifest) -> dict[str, Any]:
     try:
         return dict(json.loads((bundle / CONFIG).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{bundle / CONFIG} is damaged ({error})", "mend the model's file, and export it") from error
+        raise UserError(f"{bundle / CONFIG} is damaged ({error})", REMEDY) from error
 
 
 def _frozen(value: Any) -> Any:
@@ -191,5 +190,5 @@ def _check_tokens(sampling: Sampling, vocab_size: int) -> None:
         if not 0 <= token < vocab_size:
             raise UserError(
                 f"{CONFIG} suppresses the token {token}, and the model has {vocab_size}",
-                "mend the model's file, and export it",
+                REMEDY,
             )

@@ -93,16 +93,17 @@ def _render(bundle: Path, tokenizer: PreTrainedTokenizerBase, text: str, templat
         raise UserError(f"{bundle} has {problem}", f"choose by --chat-template one of: {', '.join(names)}")
     messages = [{"role": "user", "content": text}]
     try:
-        return tokenizer.apply_chat_template(
+        rendered = tokenizer.apply_chat_template(
             messages,
             chat_template=template if isinstance(found, dict) else None,
             add_generation_prompt=True,
             tokenize=False,
         )
-    except Exception as error:  # noqa: BLE001  (a template is code from the checkpoint, which may fail in any way)
+    except Exception as error:  # a template is code from the checkpoint, which may fail in any way
         raise UserError(
             f"the chat template of {bundle} does not render ({first_line(error)})", "leave out --chat"
         ) from error
+    return str(rendered)
 
 
 class TextStream:
@@ -140,7 +141,7 @@ class TextStream:
         text = self._text()
         if self._bytes_end_with(token) or text.endswith(UNFINISHED):
             return ""
-        end = len(text) - self._later
+        end = max(self._given, len(text) - self._later)
         piece = text[self._given : end]
         if piece and self._later:
             self._given = end
@@ -156,7 +157,7 @@ class TextStream:
         return self._stops.push(piece) + self._stops.finish()
 
     def _text(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
     def _bytes_end_with(self, token: int) -> bool:
         """Whether the text ends with tokens that are bytes: one that follows may make all of them invalid."""
@@ -171,6 +172,8 @@ class StopText:
     """Text up to the first stop string that is complete; what may become one is kept back."""
 
     def __init__(self, stops: Sequence[str]) -> None:
+        if "" in stops:
+            raise UserError("a stop string is empty", "leave it out")
         self._stops, self._held = tuple(stops), ""
         self.stopped = False
 
