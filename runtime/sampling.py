@@ -108,7 +108,7 @@ class Sampling:
 
         found = t.LogitsProcessorList()
         if self.repetition_penalty != 1:
-            found.append(t.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+            found.append(t.RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
         if self.no_repeat_ngram_size:
             found.append(t.NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
         if words := [list(word) for word in self.bad_words_ids if tuple(word) not in {(stop,) for stop in stop_ids}]:
@@ -126,7 +126,7 @@ class Sampling:
 
         found = t.LogitsProcessorList()
         if self.temperature != 1:
-            found.append(t.TemperatureLogitsWarper(self.temperature))
+            found.append(t.TemperatureLogitsWarper(float(self.temperature)))
         if self.top_k:
             found.append(t.TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
@@ -164,8 +164,9 @@ def bundle_sampling(
     try:
         sampling = Sampling(**(own | given))
         _check_tokens(sampling, manifest.spec.vocab_size)
-    except TypeError as error:  # of a comparison with what is no number
-        raise UserError(f"{path} has a value of a wrong type ({error})", REMEDY) from error
+        sampling.processors(prompt_len=1)
+    except (TypeError, ValueError) as error:  # of a comparison with what is no number, or of transformers' own checks
+        raise UserError(f"{path} has a value that cannot be used ({error})", REMEDY) from error
     return sampling, tuple(stops)
 
 

@@ -1,24 +1,24 @@
-"""The generation loop and the sampler, over a session that follows a script."""
+"""The generation loop and the choice of tokens, against frequencies by hand and against transformers' own."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from shadowllm.errors import UserError
 from shadowllm.runtime import Sampling, generate, open_session
-from shadowllm.runtime.generation import sample
+from shadowllm.runtime.generation import Chooser
 
 
 def draws(logits, sampling, n=4000):
-    generator = np.random.default_rng(0)
     rows = np.repeat(np.asarray(logits, dtype=np.float32)[None], n, axis=0)
-    return np.bincount(sample(rows, sampling, generator), minlength=len(logits)) / n
+    return np.bincount(Chooser([[0]] * n, sampling).choose(rows), minlength=len(logits)) / n
 
 
-class TestSample:
+class TestChoice:
     def test_greedy_takes_the_largest(self):
-        assert sample(np.array([[0.1, 3, 2], [5, 1, 4]]), Sampling(), np.random.default_rng(0)).tolist() == [1, 0]
+        assert Chooser([[0], [0]], Sampling()).choose(np.array([[0.1, 3, 2], [5, 1, 4]])).tolist() == [1, 0]
 
     def test_frequencies_follow_the_softmax(self):
         np.testing.assert_allclose(draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=1)), [0.5, 0.3, 0.2], atol=0.03)
@@ -41,10 +41,39 @@ class TestSample:
             draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=1, top_p=top_p)), kept, atol=0.03
         )
 
-    @pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}])
-    def test_refuses(self, options):
-        with pytest.raises(UserError):
-            Sampling(**options)
+    @pytest.mark.parametrize(("min_p", "kept"), [(0.0, [0.5, 0.3, 0.2]), (0.5, [0.625, 0.375, 0]), (1.0, [1, 0, 0])])
+    def test_min_p_keeps_what_is_near_the_likeliest(self, min_p, kept):
+        np.testing.assert_allclose(
+            draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=1, min_p=min_p)), kept, atol=0.03
+        )
+
+    def test_a_tiny_temperature_is_greedy(self):
+        assert draws([1.0, 80.0, -50.0], Sampling(temperature=1e-30), n=20).tolist() == [0, 1, 0]
+
+    def test_minus_infinity_is_never_drawn(self):
+        assert draws([0.0, -np.inf, 0.0], Sampling(temperature=1), n=200)[1] == 0
+
+    def test_each_sequence_is_held_against_its_own_text(self):
+        logits = np.log(np.array([[0.5, 0.3, 0.2]] * 3, dtype=np.float32))
+        chooser = Chooser([[0], [2, 2, 1], [0, 1, 0]], Sampling(no_repeat_ngram_size=1))
+        assert chooser.choose(logits).tolist() == [1, 0, 2]
+        assert Chooser([[0], [1]], Sampling(repetition_penalty=1e6)).choose(-logits[:2]).tolist() == [2, 2]
+
+    @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1), Sampling(repetition_penalty=2)])
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_logits_that_are_no_numbers(self, sampling, bad):
+        chooser = Chooser([[0], [1, 2, 3]], sampling, computer="OrtSession")
+        logits = np.zeros((2, 5), dtype=np.float32)
+        chooser.choose(logits)
+        logits[1, 4] = bad
+        with pytest.raises(UserError, match=r"OrtSession computed NaN or infinite logits for sequence 2, position 4"):
+            chooser.choose(logits)
+        chooser.running[1] = False  # what has ended does not matter
+        chooser.choose(logits)
+
+    def test_no_token_left(self):
+        with pytest.raises(UserError, match="no token is left for sequence 1 at position 3"):
+            Chooser([[0, 1, 2]], Sampling(no_repeat_ngram_size=1)).choose(np.zeros((1, 3), dtype=np.float32))
 
 
 class TestGenerate:
@@ -74,3 +103,40 @@ class TestGenerate:
         assert [row[0] for row in stopped][:2] == [row[0] for row in free][:2]
         assert all(row[0] is None for row in stopped[2:])
         assert list(generate(session, [[5, 6, 7]], 8, stop_ids=[free[0][0]])) == []
+
+    def test_nan_of_a_session_is_named(self, session, monkeypatch):
+        monkeypatch.setattr(session, "decode", lambda tokens: np.full((1, 97), np.nan, dtype=np.float32))
+        with pytest.raises(UserError, match=r"OrtSession computed NaN or infinite logits for sequence 1, position 4"):
+            list(generate(session, [[5, 6, 7]], 6))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": (3, 50, 51)},
+        {"begin_suppress_tokens": tuple(range(48))},
+        {"bad_words_ids": ((7,), (8, 9), (2,))},
+        {"repetition_penalty": 0.8, "no_repeat_ngram_size": 3, "suppress_tokens": (4,)},
+    ],
+)
+def test_greedy_tokens_are_those_of_transformers(bundle, checkpoint, options):
+    from transformers import AutoModelForCausalLM
+
+    prompts, length = [[5, 6, 7, 6, 7], [8, 9]], 24
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama-gqa"))
+    right = []
+    for prompt in prompts:
+        theirs = {name: list(map(_list, v)) if isinstance(v, tuple) else v for name, v in options.items()}
+        found = model.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False, **theirs)
+        right.append(found[0, len(prompt) :].tolist())
+    with open_session(bundle(), "ort-dense") as session:
+        steps = list(generate(session, prompts, length, Sampling(**options), stop_ids=[2]))
+    mine = [[step[row] for step in steps if step[row] is not None] for row in range(2)]
+    assert mine == [[token for token in tokens if token != 2] for tokens in right]
+
+
+def _list(value):
+    return list(value) if isinstance(value, tuple) else value

@@ -19,7 +19,7 @@ PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 TEMPLATES = [
     "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}",
     "{{ strftime_now('%Y') }}{{ messages[0]['content'] }}",
-    "{% for m in messages %}{% if m['role'] != 'user' %}{% continue %}{% endif %}{{ m['content'] }}{% break %}{% endfor %}",
+    "{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
     "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}",
     "日{{ messages[0]['content'] | tojson }}{% if tools is not none %}TOOLS{% endif %}",
     "{{ messages[0]['content'] }}{% if add_generation_prompt %}<|header|>{% endif %}",
@@ -76,7 +76,7 @@ class TestIds:
     def test_a_damaged_or_foreign_file_is_refused(self, exported, tmp_path):
         shutil.copytree(exported.bundle, tmp_path / "copy")
         (tmp_path / "copy" / "added_tokens.json").write_text('{"<own>": 3}')
-        with pytest.raises(UserError, match="does not list added_tokens.json"):
+        with pytest.raises(UserError, match=r"does not list added_tokens\.json"):
             load_tokenizer(tmp_path / "copy", exported.manifest)
         (tmp_path / "copy" / "added_tokens.json").unlink()
         (tmp_path / "copy" / "tokenizer_config.json").write_text("{}")
