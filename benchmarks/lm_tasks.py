@@ -84,7 +84,7 @@ class BundleLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Token ids as the harness's own `HFLM` has them: with BOS where the tokenizer adds it, but not twice."""
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self._tokenizer.decode(self.prefix_token_id))
+            add_special_tokens = not string.startswith(str(self._tokenizer.decode(self.prefix_token_id)))
         ids = self._tokenizer(string, add_special_tokens=add_special_tokens, verbose=False).input_ids
         return check_rows(ids, self._tokenizer, self._manifest.spec.vocab_size)
 
