@@ -20,6 +20,7 @@ from shadowllm.models import Budget, Decoder
 from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
 from shadowllm.runtime import generate, open_session
 from shadowllm.runtime.text import load_tokenizer
+from tests.tokenizers import KINDS, export
 
 TASKS = {
     "pick": {
@@ -64,7 +65,7 @@ def folder(bundle):
 def test_likelihoods_by_hand(folder, selector):
     lm = BundleLM(folder, selector, Budget(0.3, 0.5))
     tokenizer = load_tokenizer(folder, read_manifest(folder))
-    whole, context = ([*tokenizer.encode(text).ids] for text in ("The sun is hot", "The sun is"))
+    whole, context = (tokenizer(text).input_ids for text in ("The sun is hot", "The sun is"))
     with torch.no_grad():
         logits = decoders(folder)[selector](torch.tensor([whole]))[0].log_softmax(dim=-1)
     steps = range(len(context), len(whole))
@@ -135,3 +136,37 @@ def test_command(folder, tmp_path, capsys):
     capsys.readouterr()
     assert main(["eval", str(folder), "--tasks", "no_such_task"]) == 1
     assert "cannot run no_such_task" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module", params=["llama3", "llama2"])
+def beside_the_harness(request, tmp_path_factory):
+    """A bundle's dense model, and the checkpoint it is made of as the harness reads it by itself."""
+    from lm_eval.models.huggingface import HFLM
+
+    tmp = tmp_path_factory.mktemp(request.param)
+    bundle = export(KINDS[request.param](), tmp)
+    theirs = HFLM(pretrained=str(tmp / "model"), device="cpu", batch_size=1, dtype="float32")
+    return BundleLM(bundle, "dense"), theirs
+
+
+def test_likelihoods_are_the_harness_own(beside_the_harness):
+    """BOS stands where the harness puts it: in front of a context, once, and alone where there is none."""
+    ours, theirs = beside_the_harness
+    bos = theirs.tokenizer.bos_token
+    pairs = [("the sea is", " small"), ("the sea ", "of"), ("", "the shadow"), (f"{bos}the sea", " é"), (" a", " 日")]
+    found = [lm.loglikelihood([request(*pair) for pair in pairs]) for lm in (ours, theirs)]
+    for (mine, likeliest), (right, is_likeliest) in zip(*found, strict=True):
+        assert mine == pytest.approx(right, rel=1e-4)
+        assert likeliest == is_likeliest
+    texts = ["the sea", "the shadow of a model is small; " * 12]
+    rolling = [lm.loglikelihood_rolling([request(text) for text in texts]) for lm in (ours, theirs)]
+    assert rolling[0] == pytest.approx(rolling[1], rel=1e-4)
+    for text in (*texts, f"{bos}x"):
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+        assert ours.tok_encode(text, add_special_tokens=False) == theirs.tok_encode(text, add_special_tokens=False)
+
+
+def test_generated_text_is_the_harness_own(beside_the_harness):
+    ours, theirs = beside_the_harness
+    options = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
+    assert ours.generate_until([request("the sea", options)]) == theirs.generate_until([request("the sea", options)])

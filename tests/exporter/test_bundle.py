@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import onnx
 import onnx_ir as ir
@@ -14,12 +15,12 @@ import pytest
 import torch
 
 from shadowllm.errors import UserError
-from shadowllm.exporter.bundle import check_dtypes, read_weights
+from shadowllm.exporter.bundle import check_dtypes, read_weights, write_bundle
 from shadowllm.exporter.manifest import DATA_FILE, read_manifest, verify_files
 from shadowllm.exporter.staging import staged
 from shadowllm.models import load_model
 from shadowllm.pipeline import EngineOptions, build_engines
-from tests.bundles import make_bundle, make_predictor
+from tests.bundles import BUDGET, make_bundle, make_predictor
 from tests.conftest import VARIANTS
 
 
@@ -194,6 +195,16 @@ def test_the_same_export_twice_is_the_same(checkpoint, tmp_path):
         (tmp_path / name).mkdir()
         hashes.append(make_bundle(checkpoint("opt"), tmp_path / name).files)
     assert hashes[0] == hashes[1]
+
+
+def test_a_tokenizer_without_a_file_form_is_left_out_by_name(checkpoint, tmp_path, monkeypatch):
+    spec, weights, opened = load_model(checkpoint("opt"))
+    slow = SimpleNamespace(is_fast=False)
+    monkeypatch.setattr(type(opened), "tokenizer", lambda self: slow)
+    predictor = make_predictor(spec, weights.fingerprint())
+    with pytest.warns(UserWarning, match=r"SimpleNamespace, cannot be written as tokenizer\.json: the bundle has none"):
+        manifest = write_bundle(tmp_path, "slow", weights, opened, predictor, budget=BUDGET)
+    assert not [name for name in manifest.files if name.startswith("tokenizer")]
 
 
 class TestIntegerWeights:

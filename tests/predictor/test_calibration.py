@@ -68,18 +68,47 @@ def test_empty_text_is_refused(llama, tmp_path, text):
         token_windows([str(tmp_path / "a.txt")], encode, 32, 4)
 
 
-def test_missing_and_binary_files_are_refused(llama, tmp_path):
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\xff\xfe\x00\x80" * 50, "is UTF-16 or UTF-32 text; convert it to UTF-8"),
+        ("abc".encode("utf-16-be"), "is no text: it has bytes of zero"),
+        ("abc".encode("utf-32"), "is UTF-16 or UTF-32 text"),
+        ("caf\u00e9 au lait".encode("latin-1"), "is not UTF-8 text .byte 0xe9"),
+        (b"%PDF-1.7\n" + b"words " * 500, "is a PDF"),
+        (b"\x7fELF\x00\x01\x02", "is no text: it has bytes of zero"),
+    ],
+)
+def test_what_is_no_utf8_text_is_named(llama, tmp_path, data, words):
+    (tmp_path / "a.bin").write_bytes(data)
+    for read in (lambda texts: windows_of(llama, texts=texts), lambda texts: token_windows(texts, encode, 32, 4)):
+        with pytest.raises(UserError, match=f"a.bin {words}"):
+            read([str(tmp_path / "a.bin")])
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"abcdefgh" * 8)
+    assert token_windows([str(tmp_path / "a.txt")], encode, 32, 4).flatten().tolist() == encode("abcdefgh" * 8)
+
+
+def test_a_folder_is_refused(llama, tmp_path):
+    with pytest.raises(UserError, match="is a folder; name the text files in it"):
+        windows_of(llama, texts=[str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["{}/absent", "{}/absent.txt", "absent.txt", "./absent", "texts/absent", "a/b/c"])
+def test_a_missing_file(llama, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
     with pytest.raises(UserError, match="no such text file"):
-        windows_of(llama, texts=[str(tmp_path / "absent.txt")])
-    (tmp_path / "a.bin").write_bytes(b"\xff\xfe\x00\x80" * 50)
-    with pytest.raises(UserError, match="UTF-8"):
-        windows_of(llama, texts=[str(tmp_path / "a.bin")])
+        windows_of(llama, texts=[name.format(tmp_path)])
 
 
-def test_a_dataset_needs_its_package(llama, monkeypatch):
+@pytest.mark.parametrize("name", ["owner/name", "owner/data.v1", "wikitext-2.raw", "name"])
+def test_a_dataset_needs_its_package(llama, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="needs the datasets package"):
-        windows_of(llama, texts=["owner/name"])
+        windows_of(llama, texts=[name])
 
 
 def test_windows_longer_than_the_model_are_refused(llama):
