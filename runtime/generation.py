@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
 import numpy as np
-import torch
 
 from shadowllm.errors import UserError
 from shadowllm.runtime.sampling import Sampling
@@ -71,26 +70,31 @@ class Chooser:
         self._texts = [list(prompt) for prompt in prompts]
         self._processors = [sampling.processors(len(prompt), stop_ids) for prompt in prompts]
         self._sampled, self._computer = sampling.temperature > 0, computer
-        self._generator = torch.Generator().manual_seed(sampling.seed)
         self.running = np.ones(len(prompts), dtype=bool)
         self.plain = not self._sampled and not any(self._processors)
+        if self._sampled:
+            import torch  # not at the top: the command line asks this package for the names of backends
+
+            self._generator = torch.Generator().manual_seed(sampling.seed)
 
     def choose(self, logits: np.ndarray) -> np.ndarray:
         """One token of each row of float32 ``(batch, vocab_size)`` logits; int64 ``(batch,)``.
 
         Raises:
-            UserError: logits of a running sequence are NaN or +Inf, or all of them -Inf.
+            UserError: logits of a running sequence are NaN or +Inf, or its sampling options leave no token.
         """
         self._check(logits)
         tokens = logits.argmax(axis=-1)
         for row in np.flatnonzero(self.running).tolist():
             if not self.plain:
-                tokens[row] = self._next(row, torch.tensor(logits[row : row + 1]))
+                tokens[row] = self._next(row, logits[row : row + 1])
             self._texts[row].append(int(tokens[row]))
         return tokens
 
-    def _next(self, row: int, scores: torch.Tensor) -> int:
-        scores = self._processors[row](torch.LongTensor([self._texts[row]]), scores)
+    def _next(self, row: int, logits: np.ndarray) -> int:
+        import torch
+
+        scores = self._processors[row](torch.LongTensor([self._texts[row]]), torch.tensor(logits))
         if scores.max() == -torch.inf:
             raise UserError(
                 f"no token is left for sequence {row + 1} at position {len(self._texts[row])}",
