@@ -146,6 +146,8 @@ def _refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
             f"{whole} cannot be read by tokenizers {tokenizers.__version__} ({unreadable})",
             "it may be of a newer version: pip install --upgrade tokenizers transformers",
         )
+    if (folder / "vocab.json").is_file() and not whole.is_file() and not (folder / "merges.txt").is_file():
+        return UserError(f"{folder} has vocab.json, and neither merges.txt nor tokenizer.json", again)
     for path in _models(folder, gguf):
         if _is_sentencepiece(path):  # transformers takes a damaged one for tiktoken's
             return UserError(f"{path} cannot be read as a SentencePiece model", again)

@@ -75,6 +75,14 @@ def test_a_missing_package_is_named(folder, monkeypatch, start, missing, remedy)
     assert remedy in error
 
 
+def test_a_vocabulary_without_its_merges(folder):
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    edit(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    assert "has vocab.json, and neither merges.txt nor tokenizer.json" in refused(folder)
+
+
 def test_there_is_none(folder):
     assert has_tokenizer(folder, None)
     (folder / "tokenizer.json").unlink()

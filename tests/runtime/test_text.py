@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from shadowllm.errors import UserError
 from shadowllm.exporter.manifest import read_manifest
 from shadowllm.runtime.text import StopText, TextStream, encode_prompt, load_tokenizer, plain_encoder
-from tests.tokenizers import KINDS, export, llama2, llama3
+from tests.bundles import make_bundle
+from tests.tokenizers import KINDS, export, llama2, llama3, save_model
 
 TEXTS = ["the sea", " the  small sea\n", "é日本🙂 x", "</s>the <|end|>", "sea <s> y", "\n", " ", "a" * 3000]
 PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -52,6 +53,17 @@ class TestIds:
         assert right[0] == exported.reference.bos_token_id
         plain = exported.reference(text, add_special_tokens=False).input_ids
         assert plain_encoder(exported.tokenizer, exported.manifest)(text) == plain
+
+    def test_a_class_that_builds_its_tokenizer_anew(self, tmp_path):
+        model, bundle = save_model(tmp_path / "model", llama2()), tmp_path / "bundle"
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        (model / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizer"}))
+        bundle.mkdir()
+        manifest = make_bundle(model, bundle)
+        reference, tokenizer = AutoTokenizer.from_pretrained(model), load_tokenizer(bundle, manifest)
+        assert type(reference).__name__ == "LlamaTokenizer"
+        for text in TEXTS:
+            assert encode_prompt(bundle, manifest, tokenizer, text) == reference(text).input_ids
 
     def test_a_limit_in_the_file_does_not_count(self, tmp_path):
         tokenizer = llama3()
