@@ -47,7 +47,8 @@ def load_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> P
     from transformers import AutoTokenizer
 
     if not has_tokenizer(folder, gguf):
-        raise UserError(f"no tokenizer in {folder / (gguf or '')}", "put tokenizer.json beside the weights")
+        remedy = "take a GGUF file that holds one" if gguf else "put tokenizer.json beside the weights"
+        raise UserError(f"no tokenizer in {folder / (gguf or '')}", remedy)
     _check_packages(folder, gguf)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -60,6 +60,12 @@ def test_in_range(options):
     Sampling(**options)
 
 
+def test_a_bad_word_that_ends_the_text_does_not_count():
+    sampling = Sampling(bad_words_ids=((2,), (2, 3)))
+    (found,) = sampling.processors(prompt_len=1, stop_ids=[2])
+    assert set(found.sequence_bias) == {(2, 3)}
+
+
 @pytest.fixture
 def configured(bundle, tmp_path):
     """A copy of a bundle with another generation config, and its manifest."""

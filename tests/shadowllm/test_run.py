@@ -162,6 +162,27 @@ def test_markup_in_a_prompt_is_text(speaking, capsys):
     assert "[bold]the[/]" in run(capsys, speaking, "--prompt", "[bold]the[/]", "--against", "ort-dense")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "OUT", "--prompt", "see <image>"],
+        ["eval", "OUT", "--text", "TEXT", "--tokens", "64", "--seqlen", "32", "--selector", "static"],
+        ["drift", "OUT", "--text", "TEXT"],
+        ["tune", "OUT", "--text", "TEXT", "--target-ppl-increase", "2%"],
+        ["export", "MODEL", "NEW", "--calibration-text", "TEXT", "--calibration-seqlen", "32"],
+    ],
+)
+def test_a_token_the_model_lacks_is_named_everywhere(tmp_path, capsys, command):
+    tokenizer = llama3()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    out = export(tokenizer, tmp_path, rows=rows)
+    (tmp_path / "text").write_text("see <image> and the sea " * 50)
+    places = {"OUT": out, "TEXT": tmp_path / "text", "MODEL": tmp_path / "model", "NEW": tmp_path / "new"}
+    assert main([str(places.get(word, word)) for word in command]) == 1
+    assert f"the token '<image>' with id {rows}, and the model has only {rows}" in capsys.readouterr().err
+
+
 def test_the_copy_of_a_bundle_with_an_unlisted_file(speaking, capsys, tmp_path):
     shutil.copytree(speaking, tmp_path / "copy")
     (tmp_path / "copy" / "chat_template.jinja").write_text("{{ 1 }}")
