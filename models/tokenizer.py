@@ -55,7 +55,7 @@ def load_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> P
             folder, trust_remote_code=trust_remote_code, **({"gguf_file": gguf} if gguf else {})
         )
     except Exception as error:  # the user's files in other people's parsers, which raise anything
-        raise _refusal(folder, gguf, error) from error
+        raise refusal(folder, gguf, error) from error
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
@@ -123,7 +123,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
+def refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
     """What is wrong with a tokenizer that could not be read."""
     again = "download the checkpoint again"
     if gguf:

@@ -61,15 +61,15 @@ class Chooser:
     Args:
         prompts: token ids of each sequence.
         stop_ids: tokens that end a sequence.
-        computer: what computes the logits, to be named where they are not numbers.
+        backend: what computes the logits, to be named where they are not numbers.
     """
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: Sequence[int] = (), computer: str = ""
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: Sequence[int] = (), backend: str = ""
     ) -> None:
         self._texts = [list(prompt) for prompt in prompts]
         self._processors = [sampling.processors(len(prompt), stop_ids) for prompt in prompts]
-        self._sampled, self._computer = sampling.temperature > 0, computer
+        self._sampled, self._backend = sampling.temperature > 0, backend
         self.running = np.ones(len(prompts), dtype=bool)
         self.plain = not self._sampled and not any(self._processors)
         if self._sampled:
@@ -109,7 +109,7 @@ class Chooser:
         if not sound.all():
             row = int(sound.argmin())
             raise UserError(
-                f"{self._computer} computed NaN or infinite logits for sequence {row + 1}, position "
+                f"{self._backend} computed NaN or infinite logits for sequence {row + 1}, position "
                 f"{len(self._texts[row])}",
                 "export in bf16 or fp32; if that does not help, the model's weights are damaged",
             )

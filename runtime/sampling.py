@@ -162,10 +162,12 @@ def bundle_sampling(
         found = config.get("stop_strings") or ()
         stops = [found] if isinstance(found, str) else found
     try:
+        if not all(isinstance(stop, str) for stop in stops):
+            raise TypeError("stop_strings holds what is no text")
         sampling = Sampling(**(own | given))
         _check_tokens(sampling, manifest.spec.vocab_size)
         sampling.processors(prompt_len=1)
-    except (TypeError, ValueError) as error:  # of a comparison with what is no number, or of transformers' own checks
+    except (TypeError, ValueError) as error:  # a value that is no number, or that transformers itself refuses
         raise UserError(f"{path} has a value that cannot be used ({error})", REMEDY) from error
     return sampling, tuple(stops)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from shadowllm.errors import UserError
 from shadowllm.exporter.manifest import Manifest, verify_files
-from shadowllm.models.tokenizer import check_rows, first_line, text_encoder
+from shadowllm.models.tokenizer import check_rows, first_line, refusal, text_encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,7 +27,7 @@ def load_tokenizer(bundle: Path, manifest: Manifest) -> PreTrainedTokenizerBase:
     """The bundle's tokenizer, a `PreTrainedTokenizerFast`.
 
     Raises:
-        UserError: the bundle has none, or a file of it is damaged or not listed in the manifest.
+        UserError: the bundle has none, or a file of it is damaged, not listed in the manifest, or too new.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -35,7 +35,10 @@ def load_tokenizer(bundle: Path, manifest: Manifest) -> PreTrainedTokenizerBase:
         raise UserError(f"{bundle} has no tokenizer", "export from a checkpoint that has tokenizer.json")
     found = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     verify_files(bundle, manifest.digests(*(n for n in sorted(found | set(manifest.files)) if n.startswith(PREFIXES))))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(bundle, local_files_only=True)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(bundle, local_files_only=True)
+    except Exception as error:  # of other people's parsers, as where newer versions wrote the bundle
+        raise refusal(bundle, None, error) from error
     if type(tokenizer.backend_tokenizer.model).__name__ == "BPE":
         # transformers ignores it there, and would say so at every start.
         forced = tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tests.bundles import make_bundle
@@ -58,10 +59,7 @@ def opt():
     """GPT-2's BPE with </s> in front of every text, as OPT has it: vocab.json and merges.txt, no tokenizer.json."""
     from transformers import GPT2Tokenizer
 
-    backend = llama3().backend_tokenizer
-    import json
-
-    model = json.loads(backend.to_str())["model"]
+    model = json.loads(llama3().backend_tokenizer.to_str())["model"]
     vocabulary = {"</s>" if token == "<|end|>" else token: number for token, number in model["vocab"].items()}
     merges = [tuple(merge) for merge in model["merges"]]
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "</s>")

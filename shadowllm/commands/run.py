@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from shadowllm.exporter.manifest import Manifest
     from shadowllm.runtime import Sampling
-    from shadowllm.runtime.text import TextStream
 
 EPILOG = """examples:
   shadowllm run out/ --prompt "The shadow of a model"
@@ -134,54 +133,75 @@ def _request(args: argparse.Namespace) -> Request:
 
 def _generate(args: argparse.Namespace, request: Request, backend: str, streaming: bool) -> dict[str, Any]:
     from shadowllm.runtime import generate, open_session
-    from shadowllm.runtime.text import TextStream
 
-    streams = [TextStream(request.tokenizer, prompt, request.stops) for prompt in request.prompts]
-    texts = [""] * len(streams)
-    tokens: list[list[int]] = [[] for _ in streams]
-
-    unwritten = [args.prompt[0]]  # until the session has taken it
-
-    def write(row: int, piece: str) -> None:
-        texts[row] += piece
-        if streaming:
-            print(*unwritten, piece, sep="", end="", flush=True)
-            unwritten.clear()
-
+    texts = Texts(request, args.prompt[0] if streaming else None)
+    stop_ids = request.manifest.spec.eos_token_ids
     with open_session(args.bundle, backend, threads=args.threads) as session:
         session.set_budget(request.budget)
         start = time.perf_counter()
-        steps = generate(
-            session, request.prompts, args.max_new_tokens, request.sampling, request.manifest.spec.eos_token_ids
-        )
-        for step in steps:
-            for row, token in _open(step, streams):
-                tokens[row].append(token)
-                write(row, streams[row].push(token))
-            if all(stream.stopped for stream in streams):
+        for step in generate(session, request.prompts, args.max_new_tokens, request.sampling, stop_ids):
+            texts.add(step)
+            if texts.ended:
                 break
-        for row, stream in enumerate(streams):
-            write(row, stream.finish())
+        texts.finish()
         seconds = time.perf_counter() - start
         memory = getattr(session, "memory", None)
-    if streaming:
-        print()
-    count = sum(map(len, tokens))
     return {
         "backend": backend,
         "budget": vars(request.budget),
         "decodes": getattr(session, "decodes", "dense" if backend.endswith("-dense") else "sparse"),
-        "texts": texts,
-        "tokens": tokens,
+        "texts": texts.texts,
+        "tokens": texts.tokens,
         "seconds": seconds,
-        "tokens_per_second": count / seconds,
+        "tokens_per_second": sum(map(len, texts.tokens)) / seconds,
         "device_memory": vars(memory) if memory else None,
     }
 
 
-def _open(step: Sequence[int | None], streams: Sequence[TextStream]) -> list[tuple[int, int]]:
-    """Row and new token of each sequence whose text has not ended."""
-    return [(row, token) for row, token in enumerate(step) if token is not None and not streams[row].stopped]
+class Texts:
+    """The text of each sequence as it grows.
+
+    Args:
+        prompt: to be printed in front of the only sequence, whose text is then printed as it comes; None to print
+            nothing.
+
+    Attributes:
+        texts: what each sequence says.
+        tokens: its token ids, those of a stop string included.
+    """
+
+    def __init__(self, request: Request, prompt: str | None) -> None:
+        from shadowllm.runtime.text import TextStream
+
+        self._streams = [TextStream(request.tokenizer, ids, request.stops) for ids in request.prompts]
+        self._prompt, self._printing = prompt or "", prompt is not None
+        self.texts = [""] * len(self._streams)
+        self.tokens: list[list[int]] = [[] for _ in self._streams]
+
+    @property
+    def ended(self) -> bool:
+        """Whether each text has come to a stop string."""
+        return all(stream.stopped for stream in self._streams)
+
+    def add(self, step: Sequence[int | None]) -> None:
+        """One new token of each sequence, None of those that have ended."""
+        for row, token in enumerate(step):
+            if token is not None and not self._streams[row].stopped:
+                self.tokens[row].append(token)
+                self._write(row, self._streams[row].push(token))
+
+    def finish(self) -> None:
+        """No more tokens come."""
+        for row, stream in enumerate(self._streams):
+            self._write(row, stream.finish())
+        if self._printing:
+            print()
+
+    def _write(self, row: int, piece: str) -> None:
+        self.texts[row] += piece
+        if self._printing:
+            print(self._prompt + piece, end="", flush=True)
+            self._prompt = ""
 
 
 def _text(argument: str) -> str:

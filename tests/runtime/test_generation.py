@@ -62,7 +62,7 @@ class TestChoice:
     @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1), Sampling(repetition_penalty=2)])
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
     def test_logits_that_are_no_numbers(self, sampling, bad):
-        chooser = Chooser([[0], [1, 2, 3]], sampling, computer="OrtSession")
+        chooser = Chooser([[0], [1, 2, 3]], sampling, backend="OrtSession")
         logits = np.zeros((2, 5), dtype=np.float32)
         chooser.choose(logits)
         logits[1, 4] = bad

@@ -114,6 +114,7 @@ def test_what_is_not_done_is_named(configured, recwarn):
         ({"suppress_tokens": [3, 97]}, "the token 97, and the model has 97"),
         ({"bad_words_ids": [[3, -1]]}, "the token -1"),
         ({"bad_words_ids": 3}, "cannot be used"),
+        ({"stop_strings": ["a", 3]}, "cannot be used"),
     ],
 )
 def test_a_config_that_cannot_be_used(configured, config, words):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shadowllm.errors import UserError
-from shadowllm.exporter.manifest import read_manifest
+from shadowllm.exporter.manifest import file_hash, read_manifest
 from shadowllm.runtime.text import StopText, TextStream, encode_prompt, load_tokenizer, plain_encoder
 from tests.bundles import make_bundle
 from tests.tokenizers import KINDS, export, llama2, llama3, save_model
@@ -94,6 +95,14 @@ class TestIds:
         (tmp_path / "copy" / "tokenizer_config.json").write_text("{}")
         with pytest.raises(UserError, match=r"tokenizer_config.json is damaged"):
             load_tokenizer(tmp_path / "copy", exported.manifest)
+
+    def test_a_bundle_of_newer_versions(self, exported, tmp_path):
+        copy, path = tmp_path / "copy", tmp_path / "copy" / "tokenizer.json"
+        shutil.copytree(exported.bundle, copy)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": {"type": "OfTheFuture"}}))
+        manifest = replace(exported.manifest, files=exported.manifest.files | {path.name: file_hash(path)})
+        with pytest.raises(UserError, match=r"tokenizer.json cannot be read by tokenizers"):
+            load_tokenizer(copy, manifest)
 
     @pytest.mark.parametrize(("text", "words"), [("", "empty"), ("caf\udce9", "not UTF-8")])
     def test_refused(self, exported, text, words):
