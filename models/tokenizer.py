@@ -46,9 +46,8 @@ def load_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> P
     """
     from transformers import AutoTokenizer
 
-    if not has_tokenizer(folder, gguf):
-        remedy = "take a GGUF file that holds one" if gguf else "put tokenizer.json beside the weights"
-        raise UserError(f"no tokenizer in {folder / (gguf or '')}", remedy)
+    if not gguf and not has_tokenizer(folder, gguf):
+        raise UserError(f"no tokenizer in {folder}", "put tokenizer.json beside the weights")
     _check_packages(folder, gguf)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -126,6 +125,8 @@ def _installed(module: str) -> bool:
 def refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
     """What is wrong with a tokenizer that could not be read."""
     again = "download the checkpoint again"
+    if gguf and not has_tokenizer(folder, gguf):  # asked only now: it takes seconds to look
+        return UserError(f"no tokenizer in {folder / gguf}", "take a GGUF file that holds one")
     if gguf:
         return UserError(f"the tokenizer in {folder / gguf} cannot be read ({first_line(error)})", again)
     if _is_custom(folder) and "trust_remote_code" in str(error):

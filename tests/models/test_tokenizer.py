@@ -101,6 +101,8 @@ def test_a_gguf_file_has_one_if_it_holds_tokens(tmp_path, tokens):
     writer.write_tensors_to_file()
     writer.close()
     assert has_tokenizer(tmp_path, "model.gguf") == bool(tokens)
+    with pytest.raises(UserError, match="the tokenizer in .* cannot be read" if tokens else "no tokenizer in .*gguf"):
+        load_tokenizer(tmp_path, "model.gguf", False)
 
 
 def test_truncation_and_padding_of_the_file_are_off(folder):
