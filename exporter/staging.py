@@ -1,66 +1,198 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders that appear whole or not at all.
+
+Beside an output ``out``, or in it where nothing can be moved from beside it, may lie:
+
+- ``.out.lock``: held by the process that writes ``out``. The system lets go of it when that process ends.
+- ``.out.partial-PID``: the new contents, until they are whole.
+- ``.out.moving-PID``: old contents on their way out; what ``out`` still holds is old as well.
+- ``.out.replaced-PID``: all of the old contents; what ``out`` holds is new, and perhaps not whole.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shadowllm.errors import UserError
+from shadowllm.errors import UserError, os_error
+
+LONGEST = 200  # bytes of a name that `.NAME.partial-PID` still fits around: file systems allow 255
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder that exists, before any work is done.
+    """Refuse an output folder that exists or cannot be made, before any work is done.
 
     Raises:
-        UserError: it exists and may not be replaced, or its parent does not exist.
+        UserError: it exists and may not be replaced, or there is no folder to make it in.
     """
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"{out} is a link to nothing", "remove the link, or name another folder")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists already", "name another folder, or replace it with --overwrite")
-    if out.exists() and not ((out / "manifest.json").is_file() or (out.is_dir() and not any(out.iterdir()))):
+    if out.exists() and not ((out / "manifest.json").is_file() or (out.is_dir() and not any(_entries(out)))):
         raise UserError(f"{out} is not a bundle, so it is not overwritten", "name another folder")
-    if not out.parent.is_dir():
+    if out.parent.exists() and not out.parent.is_dir():
+        raise UserError(f"{out.parent} is not a folder", "name another folder")
+    if not out.parent.exists():
         raise UserError(f"the folder {out.parent} does not exist", "make it first")
 
 
 @contextmanager
 def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that takes its name when the block ends without an error.
+    """A temporary folder whose contents become those of ``out`` when the block ends without an error.
 
-    What a killed process left behind is removed by the next one that stages the same folder.
+    A new ``out`` appears in one step. An ``out`` that exists stays the same folder, for a shell may be in it, a file
+    system mounted on it or a link lead to it: its old contents are moved out and the new ones in. Where that fails they
+    are moved back, and where the process dies on the way the next one that stages ``out`` moves them back.
 
     Raises:
-        UserError: as `check_output`, or the disk is full.
+        UserError: as `check_output`, another process or thread is writing ``out``, or the system allows no writing
+            (full disk, permissions and the like).
     """
-    out = out.absolute()
-    check_output(out, overwrite)
-    _remove_leftovers(out)
-    folder = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        folder.mkdir()
-        yield folder
-        _replace(folder, out)
+        if out.is_symlink() and not out.exists():
+            check_output(out, overwrite)
+        out = out.resolve()
+        if not _interrupted(out):
+            check_output(out, overwrite)
+        home = _home(out)
+        with _locked(home / _name(out, "lock"), out):
+            _recover(home, out)
+            check_output(out, overwrite)
+            folder = home / _name(out, f"partial-{os.getpid()}")
+            folder.mkdir()
+            try:
+                yield folder
+                check_output(out, overwrite)  # again: much time may have passed
+                _publish(folder, out)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise UserError(
-            f"cannot write {out} ({error.strerror or error})", "free disk space or name a folder you may write to"
-        ) from error
+        if _name(out, "") in str(error.filename):
+            error.filename = None  # the user knows the output by its own name alone
+        if (known := os_error(error, out)) is None:
+            raise
+        raise known from error
+
+
+def _name(out: Path, kind: str) -> str:
+    name = os.fsencode(out.name)
+    if len(name) > LONGEST:
+        name = name[: LONGEST - 9] + b"-" + hashlib.sha256(name).hexdigest()[:8].encode()
+    return f".{os.fsdecode(name)}.{kind}"
+
+
+def _home(out: Path) -> Path:
+    """Where the files of the staging lie: beside ``out``, or in it where nothing can be moved there from beside it."""
+    if not out.is_dir():
+        return out.parent
+    probe = out.parent / _name(out, f"probe-{os.getpid()}")
+    try:
+        probe.mkdir(exist_ok=True)
+        os.rename(probe, out / probe.name)
+    except OSError:  # another file system, or a parent that may not be written
+        return out
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for folder in (out, out.parent):
+            shutil.rmtree(folder / probe.name, ignore_errors=True)
+    return out.parent
 
 
-def _replace(folder: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-    if out.exists():
-        os.rename(out, old)
-    os.rename(folder, out)
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def _locked(path: Path, out: Path) -> Iterator[None]:
+    """Hold a lock file, which is there only as long as it is held."""
+    handle = _lock(path, out)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
 
 
-def _remove_leftovers(out: Path) -> None:
-    for kind in ("partial", "replaced"):
-        for path in out.parent.glob(f".{out.name}.{kind}-*"):
-            pid = path.name.rpartition("-")[2]
-            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-                shutil.rmtree(path, ignore_errors=True)
+def _lock(path: Path, out: Path) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+            os.close(handle)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"another export to {out} is running", "wait until it ends, or name another folder"
+            ) from None
+        except FileNotFoundError:  # its last owner removed the file after we opened it
+            os.close(handle)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Give ``out`` the contents of ``folder``, or leave it as it was."""
+    if not out.exists():
+        os.rename(folder, out)
+        return
+    moving = folder.with_name(_name(out, f"moving-{os.getpid()}"))
+    replaced = folder.with_name(_name(out, f"replaced-{os.getpid()}"))
+    try:
+        moving.mkdir()
+        _move(out, moving)
+        os.rename(moving, replaced)
+        _move(folder, out)
+    except BaseException:
+        _recover(folder.parent, out, spare=folder)
+        raise
+    os.rename(replaced, folder)  # which is empty; what lies there the next process may delete
+
+
+def _recover(home: Path, out: Path, spare: Path | None = None) -> None:
+    """Bring ``out`` back to what it was before a process died or failed, and remove what that left behind."""
+    for moving in _leftovers(home, out, "moving"):
+        _give_back(moving, out)
+    for replaced in _leftovers(home, out, "replaced"):
+        if out.is_dir():
+            for entry in _entries(out):
+                _remove(entry)
+        _give_back(replaced, out)
+    for rubbish in _leftovers(home, out, "(?:partial|probe)"):
+        if rubbish != spare:
+            shutil.rmtree(rubbish)
+
+
+def _give_back(old: Path, out: Path) -> None:
+    out.mkdir(exist_ok=True)
+    _move(old, out)
+    old.rmdir()
+
+
+def _interrupted(out: Path) -> bool:
+    """Whether a process died while it moved the contents of ``out``."""
+    homes = [home for home in (out.parent, out) if home.is_dir()]
+    return any(_leftovers(home, out, "(?:moving|replaced)") for home in homes)
+
+
+def _leftovers(home: Path, out: Path, kind: str) -> list[Path]:
+    pattern = re.compile(re.escape(_name(out, "")) + kind + r"-\d+")
+    return [path for path in home.iterdir() if pattern.fullmatch(path.name)]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, without the files of its own staging."""
+    own = re.compile(re.escape(_name(folder, "")) + r"(lock|(partial|moving|replaced|probe)-\d+)")
+    return [path for path in folder.iterdir() if not own.fullmatch(path.name)]
+
+
+def _move(source: Path, target: Path) -> None:
+    for entry in _entries(source):
+        os.rename(entry, target / entry.name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import io
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from types import FrameType
 
 from shadowllm import __version__
-from shadowllm.errors import UserError
+from shadowllm.errors import UserError, os_error
 
 COMMANDS = {
     "export": "model -> bundle: ONNX graphs, predictor and, if asked for, TensorRT engines",
@@ -55,11 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if (known := os_error(error)) is None:
             raise
-        return _fail(
-            f"cannot write {error.filename or 'the output'} ({error.strerror}); free space or choose another folder"
-        )
+        return _fail(str(known))
     return 0
 
 
@@ -91,6 +89,7 @@ def _print_anything() -> None:
 
 
 def _fail(message: str) -> int:
+    message = message.replace("\n", "\\n")  # as in the name of a file: an error is one line
     print(f"shadowllm: error: {message}", file=sys.stderr)
     return 1
 
@@ -106,6 +105,8 @@ class _Interrupted(KeyboardInterrupt):
 
 
 def _interrupt_on_signals() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return  # Python lets no other thread set handlers
     for number in (signal.SIGINT, signal.SIGTERM):
         # What a shell starts in the background has Ctrl-C ignored, and stays that way.
         if signal.getsignal(number) != signal.SIG_IGN:

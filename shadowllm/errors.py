@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,3 +49,32 @@ def in_one_line(error: BaseException, limit: int = 200) -> str:
     if not text:
         return type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+# What the system may refuse for a reason that lies outside this program, and what helps.
+_OS_REMEDIES = {
+    errno.ENOSPC: "free disk space, or name a place on another disk",
+    errno.EDQUOT: "free disk space within your quota, or name a place on another disk",
+    errno.EFBIG: "raise the limit on file sizes (`ulimit -f`), or name a place on another file system",
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "name a place inside a folder",
+    errno.ENOLCK: "name a place on a file system that has file locks",
+    errno.EOPNOTSUPP: "name a place on a file system that has file locks",
+    errno.ELOOP: "mend the link, or name another place",
+}
+
+
+def os_error(error: OSError, place: object = "the output") -> UserError | None:
+    """What an error of the system means to the user; None for one that is a bug of ours, such as a missing file.
+
+    Args:
+        place: what was being written, where the error names no file itself.
+    """
+    if error.errno not in _OS_REMEDIES:
+        return None
+    # Bytes are what a third-party writer gave for a name.
+    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else place
+    return UserError(f"cannot use {name} ({error.strerror})", _OS_REMEDIES[error.errno])

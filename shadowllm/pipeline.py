@@ -17,7 +17,7 @@ from shadowllm.exporter.engine_graph import describe_onnx
 from shadowllm.exporter.manifest import Manifest, read_manifest, verify_files
 from shadowllm.exporter.profiles import profiles_for
 from shadowllm.exporter.sidecar import EngineRecord
-from shadowllm.exporter.staging import check_output, staged
+from shadowllm.exporter.staging import staged
 from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights, load_model
 from shadowllm.models.spec import HeadUnit
 from shadowllm.models.tokenizer import text_encoder
@@ -170,49 +170,59 @@ def export_model(
     Raises:
         UserError: any input that cannot be used, or a bundle that fails its validation.
     """
-    from shadowllm.runtime.plan import dense_layers
-
     if process_count() > 1:
         raise UserError("an export runs in one process", "train a predictor in several, then export with --predictor")
-    check_output(out, overwrite)
     for engine in options.engines:
         require(engine.flavour)
         _check_engine_weights(options.weight_dtype)
-    spec, weights, checkpoint = source.open()
-    check_dtypes(spec, options.dtype, options.weight_dtype)
-    if predictor is None:
-        recipe = recipe or Recipe(budget=options.budget)
-        predictor = _make_predictor(spec, weights, checkpoint, options.selector, calibration or Calibration(), recipe)
-    predictor.check_base(spec, weights.fingerprint())
     with staged(out, overwrite) as folder:
+        spec, weights, checkpoint = source.open()
+        _check_apart(checkpoint.folder, out)
+        check_dtypes(spec, options.dtype, options.weight_dtype)
+        if predictor is None:
+            recipe, calibration = recipe or Recipe(budget=options.budget), calibration or Calibration()
+            predictor = _make_predictor(spec, weights, checkpoint, options.selector, calibration, recipe)
+        predictor.check_base(spec, weights.fingerprint())
         name = Path(source.model).name
-        manifest = write_bundle(
-            folder,
-            name,
-            weights,
-            checkpoint,
-            predictor,
-            dtype=options.dtype,
-            weight_dtype=options.weight_dtype,
-            budget=options.budget,
-            head_unit=options.head_unit,
-        )
-        manifest = replace(manifest, dense=dense_layers(manifest, options.budget))
+        return _write(folder, name, weights, checkpoint, predictor, options)
+
+
+def _check_apart(model: Path, out: Path) -> None:
+    if out.is_dir() and model.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"the model lies in {out}, which the bundle is to replace", "name another folder")
+
+
+def _write(
+    folder: Path, name: str, weights: Weights, checkpoint: Checkpoint, predictor: Predictor, options: Export
+) -> Manifest:
+    """Fill a folder with a bundle and all that was asked for with it."""
+    from shadowllm.runtime.plan import dense_layers
+
+    manifest = write_bundle(
+        folder,
+        name,
+        weights,
+        checkpoint,
+        predictor,
+        dtype=options.dtype,
+        weight_dtype=options.weight_dtype,
+        budget=options.budget,
+        head_unit=options.head_unit,
+    )
+    manifest = replace(manifest, dense=dense_layers(manifest, options.budget))
+    manifest.write(folder)
+    if options.validate:
+        from shadowllm.runtime.validation import validate_apart
+
+        model = checkpoint.folder / (checkpoint.gguf or "")
+        manifest = replace(manifest, validation=validate_apart(folder, model, trust_remote_code=checkpoint.trust_remote_code))
         manifest.write(folder)
-        if options.validate:
-            from shadowllm.runtime.validation import validate_apart
+    if options.target:
+        from shadowllm.runtime.tuning import tune
 
-            model = checkpoint.folder / (checkpoint.gguf or "")
-            manifest = replace(
-                manifest, validation=validate_apart(folder, model, trust_remote_code=source.trust_remote_code)
-            )
-            manifest.write(folder)
-        if options.target:
-            from shadowllm.runtime.tuning import tune
-
-            manifest = tune(folder, options.target)
-        for engine in options.engines:
-            build_engines(folder, engine)
+        manifest = tune(folder, options.target)
+    for engine in options.engines:
+        build_engines(folder, engine)
     return manifest
 
 
