@@ -99,8 +99,9 @@ class OrtSession:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         native = self._native and piece in ("predictor", "body") and native_ops.register(options)
         path = self._bundle / f"{piece}.onnx"
-        # The rewritten graph has no folder of its own to look for the weights in.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        # The rewritten graph has no folder of its own to look for the weights in, and no link may lead out of it.
+        weights = (self._bundle / DATA_FILE).resolve()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
         return Piece(path, options, lambda: for_cpu(path, self.manifest, native, self._exact))
 
     def reset(self, batch: int = 1) -> None:
@@ -212,7 +213,8 @@ class OrtSession:
 def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False) -> bytes:
     """A piece's graph, serialised, as ONNX Runtime's CPU kernels run it best.
 
-    Inputs and outputs are the file's, but ``body`` takes its selection row by row.
+    Inputs and outputs are the file's, but ``body`` takes its selection row by row. Weights go by the name of the file
+    that holds them in the end, where the bundle's own is a link.
 
     Args:
         native: the native ops will run it.
@@ -229,7 +231,11 @@ def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False) -
         split_selection(model)
         if native:
             flatten(model)
-    return ir.to_proto(model).SerializeToString()
+    proto = ir.to_proto(model)
+    for place in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
+        if place.key == "location":
+            place.value = (path.parent / place.value).resolve().name
+    return proto.SerializeToString()
 
 
 class Piece:

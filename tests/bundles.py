@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -62,3 +64,16 @@ def make_bundle(
         budget=BUDGET,
         head_unit=head_unit,
     )
+
+
+def as_in_the_hub_cache(bundle: Path, cache: Path) -> Path:
+    """A copy of a bundle as ``huggingface_hub`` caches it: every file a relative link to a blob, elsewhere and nameless."""
+    snapshot, blobs = cache / "snapshots" / "0123abc", cache / "blobs"
+    blobs.mkdir(parents=True)
+    for source in (path for path in bundle.rglob("*") if path.is_file()):
+        blob = blobs / hashlib.sha256(source.read_bytes()).hexdigest()
+        blob.write_bytes(source.read_bytes())
+        link = snapshot / source.relative_to(bundle)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
