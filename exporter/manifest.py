@@ -8,17 +8,78 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, Never, TypedDict
 
 from shadowllm.errors import UserError
+from shadowllm.json_types import check_type
 from shadowllm.models import ModelSpec
-from shadowllm.models.budget import Fractions
+from shadowllm.models.budget import Budget, Fractions
 from shadowllm.plugins.quantisation import WEIGHT_DTYPES, Quantisation
 
 NAME = "manifest.json"
 SCHEMA_VERSION = 2
 DATA_FILE = "model.onnx.data"
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+Empty = dict[str, Never]
+
+
+class BudgetRecord(TypedDict):
+    """Of the manifest's ``budgets``."""
+
+    neurons: Fractions
+    heads: Fractions
+
+
+class TrainingRecord(TypedDict, total=False):
+    """Of the manifest's ``predictor``: what readers make use of where training left it, among other things."""
+
+    criterion: str
+    tokens: int
+    held_out: dict[str, dict[str, float]]
+
+
+class PredictorRecord(TrainingRecord):
+    """Of the manifest's ``predictor``."""
+
+    kind: str
+    rank: int
+
+
+class ErrorRecord(TypedDict):
+    """Of an output in the manifest's ``validation``."""
+
+    output: str
+    max_abs: float
+    max_rel: float
+    greedy_agreement: float | None
+
+
+class ValidationRecord(TypedDict):
+    """Of the manifest's ``validation``, where there was one."""
+
+    tolerance: float
+    selection_agreement: float
+    errors: tuple[ErrorRecord, ...]
+
+
+class AllocationRecord(TypedDict):
+    """Of the manifest's ``allocation``, where budgets were tuned."""
+
+    target: dict[str, float]
+    measured: dict[str, float]
+
+
+class _Contents(TypedDict):
+    """What readers rely on beyond the types of `Manifest`."""
+
+    dtype: Literal["float32", "float16", "bfloat16"]
+    selector: Literal["ahead", "in place"]
+    budgets: BudgetRecord
+    predictor: PredictorRecord
+    validation: ValidationRecord | Empty
+    allocation: AllocationRecord | Empty
 
 
 @dataclass(frozen=True)
@@ -119,23 +180,36 @@ def read_manifest(folder: Path) -> Manifest:
         if version != SCHEMA_VERSION:
             raise UserError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", remedy)
         data.pop("head_unit", None)  # now of the spec; where it stood here it was always a query head
-        spec = ModelSpec.from_dict(data.pop("spec"))
-        manifest = Manifest(spec=spec, **data)
-        names = list(manifest.files.keys())
+        manifest = _manifest(data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error})", remedy) from error
-    for name in names:
+    except UserError as error:
+        raise UserError(f"{path} is damaged ({error.problem})", remedy) from error
+    for name in manifest.files:
         _check_inside(path, name)
+    return manifest
+
+
+def _manifest(data: dict[str, Any]) -> Manifest:
+    """A manifest of JSON types, once they are those that its readers rely on."""
+    check_type(data, Manifest, "the manifest")
+    spec = ModelSpec.from_dict(data["spec"])
+    manifest = Manifest(**data | {"spec": spec})
+    check_type(vars(manifest), _Contents, "the manifest")
+    if not 0 < manifest.dense_layers < spec.n_layers:
+        raise ValueError(f"{manifest.dense_layers} dense layers of {spec.n_layers}")
+    _ = manifest.quantisation  # refuses a type it does not know
+    Budget(**manifest.budgets).counts(spec, spec.n_layers - manifest.dense_layers)
     return manifest
 
 
 def _check_inside(manifest: Path, name: str) -> None:
     path = PurePosixPath(name)
+    remedy = "do not use this bundle: export the model again"
     if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise UserError(
-            f"{manifest} names {name!r}, which lies outside the bundle",
-            "do not use this bundle: export the model again",
-        )
+        raise UserError(f"{manifest} names {name!r}, which lies outside the bundle", remedy)
+    if not path.parts or "\0" in name:
+        raise UserError(f"{manifest} names {name!r}, which is no file", remedy)
 
 
 def verify_files(folder: Path, files: Mapping[str, str]) -> None:
@@ -149,7 +223,7 @@ def verify_files(folder: Path, files: Mapping[str, str]) -> None:
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{path} is missing from the bundle", "export the model again")
+            raise UserError(f"{path} is missing from the bundle, or is no file", "export the model again")
         if file_hash(path) != expected:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in {NAME}", "export the model again")
 

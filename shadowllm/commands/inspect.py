@@ -126,7 +126,7 @@ def _predictor(found: dict[str, Any]) -> Lines:
 def _trained(record: dict[str, Any]) -> str:
     rank = f" of rank {record['rank']}" if record.get("rank") else ""
     text = f"{record['kind']}{rank}"
-    if "tokens" in record:
+    if "tokens" in record and "criterion" in record:
         text += f", trained on {record['tokens']} tokens by {record['criterion']}"
     judged = record.get("held_out", {}).get(record["kind"])
     return text + (f"; held out: {', '.join(f'{k} {v:.3f}' for k, v in judged.items())}" if judged else "")
