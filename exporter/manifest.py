@@ -215,7 +215,7 @@ def _check_inside(manifest: Path, name: str) -> None:
 def verify_files(folder: Path, files: Mapping[str, str]) -> None:
     """Compare files of a bundle with the SHA-256 their manifest gives.
 
-    Links are followed, as in the hub's cache, where every file is one: the hash says what may be read, wherever it lies.
+    Links are followed, as in the hub's cache, where every file is one: what may be read, the hash alone decides.
 
     Raises:
         UserError: a file is missing or has other contents.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shadowllm.errors import UserError
+from shadowllm.limits import check_seed
 from shadowllm.models.budget import Budget
 from shadowllm.models.decoder import Unit
 from shadowllm.models.spec import ModelSpec
@@ -43,6 +44,9 @@ class Recipe:
         batch_tokens: tokens of a step.
         rank: width of the trunk; `default_rank` when None.
         seed: of initial weights and order.
+
+    Raises:
+        UserError: no such loss, or a number beyond its limits.
     """
 
     budget: Budget = BUDGET
@@ -60,6 +64,7 @@ class Recipe:
         given = [value for value in (self.epochs, self.batch_tokens, self.rank) if value is not None]
         if min(given) < 1 or self.learning_rate <= 0:
             raise UserError("epochs, batch size, learning rate and rank must be positive", "mend the training options")
+        check_seed(self.seed)
 
     def passes(self, anew: bool) -> int:
         """Epochs, where every one traces the text anew or not."""

@@ -15,6 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from shadowllm.errors import UserError
 from shadowllm.exporter.manifest import DATA_FILE, Manifest, read_manifest, verify_files
+from shadowllm.limits import check_threads
 from shadowllm.models.budget import Budget
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
@@ -56,7 +57,7 @@ class OrtSession:
         step_seconds: of each part of the last step, when profiling.
 
     Raises:
-        UserError: no bundle, a damaged file, or a graph this ONNX Runtime cannot run.
+        UserError: no bundle, a damaged file, no reasonable number of threads, or a graph this ONNX Runtime cannot run.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class OrtSession:
         native: bool = True,
         exact: bool = False,
     ) -> None:
+        if threads is not None:
+            check_threads(threads)
         self.manifest: Manifest = read_manifest(bundle)
         self.spec: ModelSpec = self.manifest.spec
         self.step_seconds: dict[str, float] = {}

@@ -18,6 +18,7 @@ from shadowllm.exporter.manifest import Manifest, read_manifest, verify_files
 from shadowllm.exporter.profiles import profiles_for
 from shadowllm.exporter.sidecar import EngineRecord
 from shadowllm.exporter.staging import staged
+from shadowllm.limits import check_seed, check_whole
 from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights, load_model
 from shadowllm.models.spec import HeadUnit
 from shadowllm.models.tokenizer import text_encoder
@@ -68,6 +69,9 @@ class Calibration:
         criterion: importance score.
         dense_layers: leading layers that stay dense.
         seed: of sampling and shuffling.
+
+    Raises:
+        UserError: a number beyond its limits.
     """
 
     texts: Sequence[str] = ()
@@ -76,6 +80,12 @@ class Calibration:
     criterion: str = "l2norm"
     dense_layers: int = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("the number of calibration tokens", self.tokens)
+        check_whole("the length of a calibration window", self.seqlen, least=2)
+        check_whole("the number of dense layers", self.dense_layers)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,9 @@ class EngineOptions:
         workspace_bytes: scratch memory per layer.
         verbosity: how much the engine tells an inspector.
         plugin_library: C++ plugins to build with, instead of those in Python.
+
+    Raises:
+        UserError: a size that is not positive.
     """
 
     flavour: Flavour
@@ -103,6 +116,10 @@ class EngineOptions:
     workspace_bytes: int | None = None
     verbosity: Verbosity = "layer_names_only"
     plugin_library: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("capacity", "max_seqlen", "max_batch"):
+            check_whole(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -293,8 +310,7 @@ def _calibrate(
     options: Calibration,
     loaded: dict[str, Tensor] | None = None,
 ) -> Traces:
-    if not 0 < options.dense_layers < spec.n_layers:
-        raise UserError(f"{options.dense_layers} dense layers of {spec.n_layers}", f"give 1 to {spec.n_layers - 1}")
+    _check_dense_layers(spec, options.dense_layers)
     keep_freed_memory()
     encode, loaded = text_encoder(checkpoint.tokenizer(), spec.vocab_size), loaded or weights.load()
     with progress("Writing calibration text", options.tokens) as advance:
@@ -320,6 +336,11 @@ def _calibrate(
         )
 
 
+def _check_dense_layers(spec: ModelSpec, dense_layers: int) -> None:
+    if dense_layers >= spec.n_layers:
+        raise UserError(f"{dense_layers} dense layers of {spec.n_layers}", f"give 1 to {spec.n_layers - 1}")
+
+
 def _train(
     spec: ModelSpec,
     weights: Weights,
@@ -340,6 +361,7 @@ def _train(
 
 def _random(spec: ModelSpec, weights: Weights, options: Calibration) -> Predictor:
     """A ranking drawn at random: the right shape and cost, no quality."""
+    _check_dense_layers(spec, options.dense_layers)
     generator = torch.Generator().manual_seed(options.seed)
     n_sparse = spec.n_layers - options.dense_layers
     tensors = {

@@ -67,7 +67,7 @@ def make_bundle(
 
 
 def as_in_the_hub_cache(bundle: Path, cache: Path) -> Path:
-    """A copy of a bundle as ``huggingface_hub`` caches it: every file a relative link to a blob, elsewhere and nameless."""
+    """A copy of a bundle as ``huggingface_hub`` caches it: every file is a relative link to a blob."""
     snapshot, blobs = cache / "snapshots" / "0123abc", cache / "blobs"
     blobs.mkdir(parents=True)
     for source in (path for path in bundle.rglob("*") if path.is_file()):

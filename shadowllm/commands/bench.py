@@ -30,19 +30,39 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=["ort-dense"],
         help="what to hold it against (default: ort-dense)",
     )
-    parser.add_argument("--prompt-len", type=int, default=128, metavar="N", help="tokens of the prompt (default: 128)")
-    parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens to generate (default: 128)")
-    parser.add_argument("--iterations", type=int, default=5, metavar="N", help="runs that count (default: 5)")
-    parser.add_argument("--warmUp", type=int, default=1, metavar="N", help="runs before them that do not (default: 1)")
-    parser.add_argument(
+    options.add_whole(
+        parser,
+        "--prompt-len",
+        default=128,
+        metavar="N",
+        help="tokens of the prompt (default: 128)",
+    )
+    options.add_whole(
+        parser,
+        "--new-tokens",
+        default=128,
+        metavar="N",
+        help="tokens to generate (default: 128)",
+    )
+    options.add_whole(parser, "--iterations", default=5, metavar="N", help="runs that count (default: 5)")
+    options.add_whole(
+        parser,
+        "--warmUp",
+        least=0,
+        default=1,
+        metavar="N",
+        help="runs before them that do not (default: 1)",
+    )
+    options.add_whole(
+        parser,
         "--quality-tokens",
-        type=int,
+        least=0,
         default=128,
         metavar="N",
         help="length of each of the two texts quality is measured on; 0 for none (default: 128)",
     )
     parser.add_argument("--percentile", type=float, nargs="+", default=[50, 90, 99], metavar="P", help="of the latency")
-    parser.add_argument("--threads", type=int, help="of each operator (default: ONNX Runtime's own)")
+    options.add_threads(parser, help="of each operator (default: ONNX Runtime's own)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it there, as PNG")
     options.add_budget(parser, None, None)

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from shadowllm.commands import options
+
 EPILOG = """examples:
   shadowllm drift out/ --text served.txt
   shadowllm drift out/ --text served.txt --tokens 4096 --json
@@ -18,8 +20,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle to watch")
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text that the bundle is to serve")
-    parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="of each text (default: 1024)")
-    parser.add_argument("--seqlen", type=int, default=128, metavar="N", help="tokens of a window (default: 128)")
+    options.add_whole(parser, "--tokens", default=1024, metavar="N", help="of each text (default: 1024)")
+    options.add_whole(
+        parser,
+        "--seqlen",
+        least=2,
+        default=128,
+        metavar="N",
+        help="tokens of a window (default: 128)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

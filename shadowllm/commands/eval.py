@@ -42,8 +42,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text files or a Hugging Face dataset id (default: Python module docs, not calibrated on)",
     )
-    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens to evaluate (default: 2048)")
-    parser.add_argument("--seqlen", type=int, default=512, metavar="N", help="tokens of a window (default: 512)")
+    options.add_whole(parser, "--tokens", default=2048, metavar="N", help="tokens to evaluate (default: 2048)")
+    options.add_whole(
+        parser,
+        "--seqlen",
+        least=2,
+        default=512,
+        metavar="N",
+        help="tokens of a window (default: 512)",
+    )
     parser.add_argument(
         "--selector",
         nargs="+",
@@ -63,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", action="store_true", help="recall layer by layer too, here and in the JSON")
     group = parser.add_argument_group("tasks of lm-evaluation-harness, instead of text")
     group.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks to run, by name or as YAML files")
-    group.add_argument("--limit", type=int, metavar="N", help="documents of each task (default: all)")
+    options.add_whole(group, "--limit", metavar="N", help="documents of each task (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw perplexity over bytes per token there, as PNG")
 

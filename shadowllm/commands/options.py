@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shadowllm.errors import UserError
+from shadowllm.limits import check_seed, check_threads, check_whole
 from shadowllm.models.budget import Budget, parse_fractions
 
 if TYPE_CHECKING:
@@ -15,9 +17,36 @@ if TYPE_CHECKING:
     from shadowllm.predictor.train import Recipe
     from shadowllm.runtime.tuning import Target
 
+Group = argparse._ActionsContainer  # a parser or a group of one
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLAVOURS = ("tensorrt_rtx", "tensorrt")
 SIZES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def add_whole(group: Group, option: str, *, least: int = 1, **keywords: Any) -> None:
+    """An option that takes a whole number from ``least`` on; the rest is as for ``add_argument``."""
+    _add(group, option, lambda value: check_whole(option, value, least), keywords)
+
+
+def add_seed(group: Group, help: str) -> None:
+    """``--seed``, 0 unless given."""
+    _add(group, "--seed", lambda value: check_seed(value, "--seed"), {"default": 0, "help": help})
+
+
+def add_threads(group: Group, help: str) -> None:
+    """``--threads``, None unless given."""
+    _add(group, "--threads", lambda value: check_threads(value, "--threads"), {"help": help})
+
+
+def _add(group: Group, option: str, check: Callable[[int], int], keywords: dict[str, Any]) -> None:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise UserError(f"{option} is {text!r}", "give a whole number") from None
+        return check(value)
+
+    group.add_argument(option, type=parse, **keywords)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -113,11 +142,20 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text files or a Hugging Face dataset id (default: text the model writes, and Python's documentation)",
     )
-    group.add_argument(
-        "--calibration-tokens", type=int, default=8192, metavar="N", help="tokens to trace (default: 8192)"
+    add_whole(
+        group,
+        "--calibration-tokens",
+        default=8192,
+        metavar="N",
+        help="tokens to trace (default: 8192)",
     )
-    group.add_argument(
-        "--calibration-seqlen", type=int, default=128, metavar="N", help="tokens of a window (default: 128)"
+    add_whole(
+        group,
+        "--calibration-seqlen",
+        least=2,
+        default=128,
+        metavar="N",
+        help="tokens of a window (default: 128)",
     )
     group.add_argument(
         "--criterion",
@@ -125,10 +163,14 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help="importance score: l2norm, plainact, grad_norm, fisher, snip, grasp, nwot, jacov or epenas "
         "(default: l2norm)",
     )
-    group.add_argument(
-        "--dense-layers", type=int, default=1, metavar="N", help="leading layers that stay dense (default: 1)"
+    add_whole(
+        group,
+        "--dense-layers",
+        default=1,
+        metavar="N",
+        help="leading layers that stay dense (default: 1)",
     )
-    group.add_argument("--seed", type=int, default=0, help="of sampling and training (default: 0)")
+    add_seed(group, help="of sampling and training (default: 0)")
 
 
 def calibration(args: argparse.Namespace) -> Calibration:
@@ -154,10 +196,12 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         default="shadow",
         help="predictor to train; quantized-shadow needs no training, random measures speed alone (default: shadow)",
     )
-    group.add_argument(
-        "--rank", type=int, help="width of a network (default: all of them under 4%% of the model's parameters)"
+    add_whole(
+        group,
+        "--rank",
+        help="width of a network (default: all of them under 4%% of the model's parameters)",
     )
-    group.add_argument("--epochs", type=int, help="passes over the text (default: 4, or 1 where it is traced anew)")
+    add_whole(group, "--epochs", help="passes over the text (default: 4, or 1 where it is traced anew)")
     group.add_argument("--loss", help="listnet, weighted_bce, bce or mse (default: listnet)")
 
 
@@ -172,17 +216,17 @@ def recipe(args: argparse.Namespace) -> Recipe:
 def add_engines(parser: argparse.ArgumentParser) -> None:
     """How engines are built; names are those of trtexec."""
     group = parser.add_argument_group("engines")
-    group.add_argument(
+    add_whole(
+        group,
         "--sm",
         nargs="+",
-        type=int,
         default=(),
         metavar="SM",
         help="compute capabilities, as 89 for 8.9 (default: all the flavour supports)",
     )
-    group.add_argument("--capacity", type=int, default=1024, help="positions of the KV cache (default: 1024)")
-    group.add_argument("--max-seqlen", type=int, default=512, help="longest prompt of one call (default: 512)")
-    group.add_argument("--max-batch", type=int, default=1, help="most sequences at once (default: 1)")
+    add_whole(group, "--capacity", default=1024, help="positions of the KV cache (default: 1024)")
+    add_whole(group, "--max-seqlen", default=512, help="longest prompt of one call (default: 512)")
+    add_whole(group, "--max-batch", default=1, help="most sequences at once (default: 1)")
     group.add_argument("--timingCacheFile", type=Path, metavar="FILE", help="kept across builds (full TensorRT)")
     group.add_argument("--memPoolSize", metavar="workspace:SIZE", help="scratch memory, as workspace:512M")
     group.add_argument(

@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("--traces", type=Path, required=True, metavar="FILE", help="what `shadowllm calibrate` wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="predictor to write")
-    parser.add_argument("--seed", type=int, default=0, help="of initial weights and order (default: 0)")
+    options.add_seed(parser, help="of initial weights and order (default: 0)")
     options.add_budget(parser)
     options.add_training(parser)
 

@@ -22,9 +22,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", nargs="+", default=(), metavar="FILE", help="text to measure losses on (default: as calibration's)"
     )
-    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="of that text (default: 2048)")
-    parser.add_argument("--seqlen", type=int, default=128, metavar="N", help="tokens of a window (default: 128)")
-    parser.add_argument("--threads", type=int, help="of each operator, for a speedup (default: ONNX Runtime's own)")
+    options.add_whole(parser, "--tokens", default=2048, metavar="N", help="of that text (default: 2048)")
+    options.add_whole(
+        parser,
+        "--seqlen",
+        least=2,
+        default=128,
+        metavar="N",
+        help="tokens of a window (default: 128)",
+    )
+    options.add_threads(parser, help="of each operator, for a speedup (default: ONNX Runtime's own)")
 
 
 def run(args: argparse.Namespace) -> None:
