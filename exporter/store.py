@@ -17,6 +17,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from shadowllm.errors import UserError
 from shadowllm.models import ModelSpec
 from shadowllm.models.weights import tensor_shape
 from shadowllm.plugins.quantisation import Quantisation
@@ -85,7 +86,11 @@ class WeightStore:
         )
 
     def write(self, tensors: Mapping[str, torch.Tensor], progress: Callable[[int], None] = lambda _: None) -> str:
-        """Write every planned tensor in turn, one in memory at a time; return the file's SHA-256."""
+        """Write every planned tensor in turn, one in memory at a time; return the file's SHA-256.
+
+        Raises:
+            UserError: a number that its type in the file cannot hold.
+        """
         digest = hashlib.sha256()
         with self.path.open("wb") as file:
 
@@ -95,17 +100,30 @@ class WeightStore:
 
             for name, entry in self.entries.items():
                 put(bytes(entry.offset - file.tell()))
-                for block in _blocks(tensors[name], TORCH_DTYPES[entry.dtype]):
+                for block in _blocks(name, tensors[name], TORCH_DTYPES[entry.dtype]):
                     put(block)
                 progress(entry.length)
         return digest.hexdigest()
 
 
-def _blocks(tensor: torch.Tensor, dtype: torch.dtype, elements: int = 1 << 22) -> Iterator[memoryview]:
+def _blocks(name: str, tensor: torch.Tensor, dtype: torch.dtype, elements: int = 1 << 22) -> Iterator[memoryview]:
     """The bytes of a tensor in ``dtype``, converted a few million elements at a time."""
     rows = max(1, elements // max(1, math.prod(tensor.shape[1:])))
     for part in tensor.split(rows):
-        yield memoryview(part.to(dtype).contiguous().view(torch.uint8).reshape(-1).numpy())
+        converted = part.to(dtype).contiguous()
+        if not converted.isfinite().all():
+            raise _unfit(name, part, dtype)
+        yield memoryview(converted.view(torch.uint8).reshape(-1).numpy())
+
+
+def _unfit(name: str, part: torch.Tensor, dtype: torch.dtype) -> UserError:
+    if not part.isfinite().all():
+        return UserError(f"tensor {name} holds NaN or infinity", "the checkpoint or the predictor is damaged")
+    kind, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+    return UserError(
+        f"tensor {name} holds the number {float(part.abs().max()):g}, and {kind} ends at {largest:g}",
+        "export with --dtype bf16 or fp32",
+    )
 
 
 def model_groups(spec: ModelSpec, dtype: ir.DataType, q: Quantisation | None = None) -> Iterator[Group]:

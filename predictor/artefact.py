@@ -186,7 +186,7 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
     """Tensors and description of a file that `write_tensors` wrote, without the fields of the format itself.
 
     Raises:
-        UserError: the file is missing, damaged, of another kind or of another version.
+        UserError: the file is missing, damaged, of another kind or of another version, or holds NaN or infinity.
     """
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}", "check the name")
@@ -202,6 +202,9 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
         raise UserError(f"{path} was written by another version of shadowllm", "make it again")
     if description.pop("sha256", None) != _digest(tensors):
         raise UserError(f"{path} is damaged: its checksum does not match", "make it again")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"tensor {name} of {path} holds NaN or infinity", "make it again")
     return tensors, description
 
 
