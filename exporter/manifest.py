@@ -177,14 +177,13 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = json.loads(path.read_text())
         version = data.pop("schema_version")
-        if version != SCHEMA_VERSION:
-            raise UserError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", remedy)
-        data.pop("head_unit", None)  # now of the spec; where it stood here it was always a query head
-        manifest = _manifest(data)
+        manifest = _manifest(data) if version == SCHEMA_VERSION else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error})", remedy) from error
     except UserError as error:
         raise UserError(f"{path} is damaged ({error.problem})", remedy) from error
+    if manifest is None:
+        raise UserError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", remedy)
     for name in manifest.files:
         _check_inside(path, name)
     return manifest
@@ -192,8 +191,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _manifest(data: dict[str, Any]) -> Manifest:
     """A manifest of JSON types, once they are those that its readers rely on."""
-    check_type(data, Manifest, "the manifest")
+    data.pop("head_unit", None)  # now of the spec; where it stood here it was always a query head
     spec = ModelSpec.from_dict(data["spec"])
+    check_type(data, Manifest, "the manifest")
     manifest = Manifest(**data | {"spec": spec})
     check_type(vars(manifest), _Contents, "the manifest")
     if not 0 < manifest.dense_layers < spec.n_layers:

@@ -15,8 +15,9 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shadowllm.errors import UserError, os_error
@@ -58,7 +59,7 @@ def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
         if out.is_symlink() and not out.exists():
             check_output(out, overwrite)
         out = out.resolve()
-        if not _interrupted(out):
+        if not out.parent.is_dir():
             check_output(out, overwrite)
         home = _home(out)
         with _locked(home / _name(out, "lock"), out):
@@ -91,15 +92,17 @@ def _home(out: Path) -> Path:
     """Where the files of the staging lie: beside ``out``, or in it where nothing can be moved there from beside it."""
     if not out.is_dir():
         return out.parent
-    probe = out.parent / _name(out, f"probe-{os.getpid()}")
+    name = _name(out, f"probe-{os.getpid()}{threading.get_ident()}")
+    probe = out.parent / name
     try:
-        probe.mkdir(exist_ok=True)
-        os.rename(probe, out / probe.name)
+        probe.mkdir()
+        os.rename(probe, out / name)
     except OSError:  # another file system, or a parent that may not be written
         return out
     finally:
-        for folder in (out, out.parent):
-            shutil.rmtree(folder / probe.name, ignore_errors=True)
+        for place in (out, out.parent):
+            with suppress(OSError):
+                (place / name).rmdir()
     return out.parent
 
 
@@ -158,21 +161,15 @@ def _recover(home: Path, out: Path, spare: Path | None = None) -> None:
             for entry in _entries(out):
                 _remove(entry)
         _give_back(replaced, out)
-    for rubbish in _leftovers(home, out, "(?:partial|probe)"):
-        if rubbish != spare:
-            shutil.rmtree(rubbish)
+    for partial in _leftovers(home, out, "partial"):
+        if partial != spare:
+            shutil.rmtree(partial)
 
 
 def _give_back(old: Path, out: Path) -> None:
     out.mkdir(exist_ok=True)
     _move(old, out)
     old.rmdir()
-
-
-def _interrupted(out: Path) -> bool:
-    """Whether a process died while it moved the contents of ``out``."""
-    homes = [home for home in (out.parent, out) if home.is_dir()]
-    return any(_leftovers(home, out, "(?:moving|replaced)") for home in homes)
 
 
 def _leftovers(home: Path, out: Path, kind: str) -> list[Path]:

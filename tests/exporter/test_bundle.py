@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import onnx
@@ -17,7 +14,6 @@ import torch
 from shadowllm.errors import UserError
 from shadowllm.exporter.bundle import check_dtypes, read_weights, write_bundle
 from shadowllm.exporter.manifest import DATA_FILE, read_manifest, verify_files
-from shadowllm.exporter.staging import staged
 from shadowllm.models import load_model
 from shadowllm.pipeline import EngineOptions, build_engines
 from tests.bundles import BUDGET, make_bundle, make_predictor
@@ -88,11 +84,24 @@ class TestManifest:
         with pytest.raises(UserError, match="outside the bundle"):
             read_manifest(copy)
 
-    def test_a_link_cannot_leave_the_bundle(self, copy, tmp_path):
+    @pytest.mark.parametrize("name", ["", ".", "./", "a\0b"])
+    def test_a_name_must_be_one_of_a_file(self, copy, name):
+        self.edit(copy, files={name: "0" * 64})
+        with pytest.raises(UserError, match="is no file"):
+            read_manifest(copy)
+
+    def test_a_folder_is_no_file(self, copy):
+        (copy / "folder").mkdir()
+        with pytest.raises(UserError, match="folder is missing from the bundle, or is no file"):
+            verify_files(copy, {"folder": "0" * 64})
+
+    def test_a_link_out_of_the_bundle_counts_by_what_it_leads_to(self, copy, tmp_path):
         outside = tmp_path / "outside"
         shutil.move(copy / DATA_FILE, outside)
         (copy / DATA_FILE).symlink_to(outside)
-        with pytest.raises(UserError, match="SHA-256"):
+        verify_files(copy, read_manifest(copy).files)
+        outside.write_bytes(b"other contents")
+        with pytest.raises(UserError, match="SHA-256 is not the one"):
             verify_files(copy, read_manifest(copy).files)
 
     @pytest.mark.parametrize(
@@ -109,10 +118,42 @@ class TestManifest:
         with pytest.raises(UserError, match=words):
             read_manifest(copy)
 
-    def test_not_json(self, copy):
-        (copy / "manifest.json").write_text("{")
+    @pytest.mark.parametrize("text", ["{", "[]", "null", "3", '"text"', "{}"])
+    def test_not_a_manifest_at_all(self, copy, text):
+        (copy / "manifest.json").write_text(text)
         with pytest.raises(UserError, match="damaged"):
             read_manifest(copy)
+
+    @pytest.mark.parametrize(
+        ("place", "values"),
+        [
+            ("dtype", ["int3", None, 32]),
+            ("weight_dtype", ["int3", 8, []]),
+            ("selector", ["", None]),
+            ("dense_layers", [None, "1", 1.0, True, 0, 3, -1]),
+            ("budgets", [None, [], {}, 0.5, {"neurons": 0.5}, {"neurons": 0.5, "heads": "0.5"}]),
+            ("budgets", [{"neurons": float("nan"), "heads": 1}, {"neurons": [0.5] * 9, "heads": 1}]),
+            ("predictor", [None, [], {}, {"kind": "static", "rank": "16"}]),
+            ("validation", [None, {"tolerance": 1}, {"tolerance": 1, "selection_agreement": 1, "errors": [3]}]),
+            ("allocation", [{"target": {}}, {"target": {}, "measured": {"speedup": "fast"}}]),
+            ("files", [None, [], {"stem.onnx": None}, {"stem.onnx": 3}]),
+            ("spec", [None, [], 3]),
+            ("model", [None, 3]),
+        ],
+    )
+    def test_wrong_types_are_damage(self, copy, place, values):
+        for value in values:
+            self.edit(copy, **{place: value})
+            with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+                read_manifest(copy)
+
+    def test_a_part_that_is_missing_is_damage(self, copy):
+        whole = json.loads((copy / "manifest.json").read_text())
+        optional = {"weight_dtype", "selector", "allocation", "dense", "validation"}
+        for name in whole.keys() - optional:
+            (copy / "manifest.json").write_text(json.dumps({k: v for k, v in whole.items() if k != name}))
+            with pytest.raises(UserError, match=f"manifest.json is damaged .*{name}"):
+                read_manifest(copy)
 
     def test_a_file_it_does_not_list(self, copy):
         self.edit(copy, files={})
@@ -123,64 +164,6 @@ class TestManifest:
         (copy / "stem.onnx").unlink()
         with pytest.raises(UserError, match="missing"):
             verify_files(copy, read_manifest(copy).files)
-
-
-class TestStaging:
-    def test_appears_whole(self, tmp_path):
-        with staged(tmp_path / "out") as folder:
-            (folder / "file").write_text("x")
-            assert not (tmp_path / "out").exists()
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-    def test_an_error_leaves_nothing(self, tmp_path):
-        def fail():
-            with staged(tmp_path / "out") as folder:
-                (folder / "file").write_text("x")
-                raise ValueError("no")
-
-        with pytest.raises(ValueError, match="no"):
-            fail()
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_full_disk_is_one_line(self, tmp_path):
-        with pytest.raises(UserError, match="No space left"), staged(tmp_path / "out"):
-            raise OSError(28, os.strerror(28))
-        assert list(tmp_path.iterdir()) == []
-
-    def test_existing_output_needs_overwrite(self, tmp_path):
-        out = tmp_path / "out"
-        out.mkdir()
-        (out / "manifest.json").write_text("old")
-        with pytest.raises(UserError, match="--overwrite"), staged(out):
-            pass
-        with staged(out, overwrite=True) as folder:
-            (folder / "manifest.json").write_text("new")
-        assert (out / "manifest.json").read_text() == "new"
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-    def test_overwrite_spares_what_is_no_bundle(self, tmp_path):
-        (tmp_path / "home").mkdir()
-        (tmp_path / "home" / "letters").write_text("dear")
-        with pytest.raises(UserError, match="not a bundle"), staged(tmp_path / "home", overwrite=True):
-            pass
-        assert (tmp_path / "home" / "letters").read_text() == "dear"
-
-    def test_a_killed_process_leaves_no_output_and_the_next_cleans_up(self, tmp_path):
-        code = """
-import os, signal, sys
-from pathlib import Path
-from shadowllm.exporter.staging import staged
-
-with staged(Path(sys.argv[1])) as folder:
-    (folder / "file").write_text("x")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-        subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=False)
-        assert len(list(tmp_path.glob(".out.partial-*"))) == 1
-        assert not (tmp_path / "out").exists()
-        with staged(tmp_path / "out"):
-            pass
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_predictor_of_another_model(checkpoint, tmp_path):
