@@ -54,6 +54,21 @@ def test_a_truncated_or_missing_file_is_named(predictors, tmp_path):
         Predictor.load(tmp_path / "absent")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_are_refused_by_name(predictors, llama, tmp_path, value):
+    mine = predictors["static"]
+    spoilt = mine.tensors["neurons.scores"].clone()
+    spoilt[0, 3] = value
+    dataclasses.replace(mine, tensors=mine.tensors | {"neurons.scores": spoilt}).save(tmp_path / "p")
+    with pytest.raises(UserError, match=r"tensor neurons\.scores of .* holds NaN or infinity"):
+        Predictor.load(tmp_path / "p")
+    traces = calibrate(llama[0], llama[1], split(token_windows(llama[0])), "f00d")
+    traces.statistics["heads"][0, 0] = value
+    traces.save(tmp_path / "t")
+    with pytest.raises(UserError, match=r"tensor statistics\.heads of .* holds NaN or infinity"):
+        Traces.load(tmp_path / "t")
+
+
 def test_a_predictor_is_not_a_trace_file(predictors, tmp_path):
     predictors["static"].save(tmp_path / "p")
     with pytest.raises(UserError, match="not a shadowllm-traces file"):

@@ -1,0 +1,61 @@
+"""Errors of the system: each by its cause, and only those that lie outside the program."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from shadowllm import cli
+from shadowllm.commands import inspect
+from shadowllm.errors import os_error
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free disk space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EACCES, "permissions"),
+        (errno.EPERM, "permissions"),
+        (errno.EROFS, "can be written"),
+        (errno.ENAMETOOLONG, "shorter name"),
+        (errno.ENOTDIR, "inside a folder"),
+        (errno.EFBIG, "ulimit"),
+    ],
+)
+def test_each_has_its_own_remedy(number, remedy):
+    found = os_error(OSError(number, os.strerror(number), "place/file"))
+    assert found.problem == f"cannot use place/file ({os.strerror(number)})"
+    assert remedy in found.remedy
+    assert ("disk" in found.remedy) == (number in (errno.ENOSPC, errno.EDQUOT))
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EISDIR, errno.EEXIST, errno.EBADF, errno.EIO])
+def test_all_others_are_bugs(number):
+    assert os_error(OSError(number, os.strerror(number))) is None
+
+
+class TestCommandLine:
+    def raising(self, monkeypatch, error):
+        def run(args):
+            raise error
+
+        monkeypatch.setattr(inspect, "run", run)
+        return cli.main(["inspect", "x"])
+
+    def test_a_full_disk(self, monkeypatch, capsys):
+        assert self.raising(monkeypatch, OSError(errno.ENOSPC, "No space left on device")) == 1
+        assert capsys.readouterr().err == (
+            "shadowllm: error: cannot use the output (No space left on device); "
+            "free disk space, or name a place on another disk\n"
+        )
+
+    def test_a_bug_keeps_its_traceback(self, monkeypatch):
+        with pytest.raises(FileNotFoundError):
+            self.raising(monkeypatch, FileNotFoundError(errno.ENOENT, "No such file or directory", "x"))
+
+    def test_a_name_of_two_lines_makes_one_line(self, capsys):
+        assert cli.main(["inspect", "two\nlines"]) == 1
+        assert capsys.readouterr().err.count("\n") == 1

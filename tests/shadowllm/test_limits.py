@@ -1,0 +1,83 @@
+"""Numbers on the command line and in the Python API: what lies beyond their limits is one clear line."""
+
+from __future__ import annotations
+
+import pytest
+
+from shadowllm.cli import main
+from shadowllm.errors import UserError
+from shadowllm.limits import check_seed, check_threads
+from shadowllm.pipeline import Calibration, EngineOptions
+from shadowllm.predictor.train import Recipe
+from shadowllm.runtime.ort import OrtSession
+
+COMMANDS = {
+    "export": ["export", "model", "out"],
+    "calibrate": ["calibrate", "model", "-o", "traces"],
+    "train": ["train", "model", "--traces", "traces", "-o", "predictor"],
+    "build": ["build", "out", "--engine", "tensorrt_rtx"],
+    "eval": ["eval", "out"],
+    "tune": ["tune", "out"],
+    "bench": ["bench", "out"],
+    "drift": ["drift", "out", "--text", "text"],
+}
+COUNTS = {
+    "export": ["--calibration-tokens", "--calibration-seqlen", "--dense-layers", "--rank", "--epochs", "--max-batch"],
+    "calibrate": ["--calibration-tokens", "--calibration-seqlen", "--dense-layers"],
+    "train": ["--rank", "--epochs"],
+    "build": ["--capacity", "--max-seqlen", "--max-batch", "--sm"],
+    "eval": ["--tokens", "--seqlen", "--limit"],
+    "tune": ["--tokens", "--seqlen", "--threads"],
+    "bench": ["--prompt-len", "--new-tokens", "--iterations", "--threads"],
+    "drift": ["--tokens", "--seqlen"],
+}
+
+
+def refused(capsys, command, option, value):
+    assert main([*COMMANDS[command], option, value]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"shadowllm: error: {option} is ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", str(2**70)])
+@pytest.mark.parametrize(("command", "option"), [(name, option) for name, many in COUNTS.items() for option in many])
+def test_counts(capsys, command, option, value):
+    refused(capsys, command, option, value)
+
+
+@pytest.mark.parametrize("value", ["-1", str(2**63), "soon"])
+@pytest.mark.parametrize("command", ["export", "calibrate", "train"])
+def test_seeds(capsys, command, value):
+    refused(capsys, command, "--seed", value)
+
+
+@pytest.mark.parametrize("value", [-1, 2**63, 1.5, True])
+def test_seeds_in_python(value):
+    for take in (check_seed, lambda seed: Calibration(seed=seed), lambda seed: Recipe(seed=seed)):
+        with pytest.raises(UserError, match="the seed is"):
+            take(value)
+
+
+def test_the_largest_seed_is_taken():
+    assert Calibration(seed=2**63 - 1).seed == Recipe(seed=2**63 - 1).seed
+
+
+@pytest.mark.parametrize("value", [0, -1, 100_000])
+def test_threads_in_python(bundle, value):
+    with pytest.raises(UserError, match="the number of threads is"):
+        check_threads(value)
+    with pytest.raises(UserError, match="the number of threads is"):
+        OrtSession(bundle(), threads=value)
+
+
+@pytest.mark.parametrize("name", ["tokens", "seqlen", "dense_layers"])
+def test_calibration_in_python(name):
+    with pytest.raises(UserError, match="is 0"):
+        Calibration(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["capacity", "max_seqlen", "max_batch"])
+def test_engines_in_python(name):
+    with pytest.raises(UserError, match=f"{name} is 0"):
+        EngineOptions("tensorrt_rtx", **{name: 0})
