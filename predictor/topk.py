@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def top_mask(scores: Tensor, count: int) -> Tensor:
     """Mark the ``count`` largest entries along the last axis; ties go to the lower index, as in ``SelectTopK``.
 
     Args:
-        scores: ``(..., n)``, finite.
+        scores: float32 or float64 ``(..., n)``, finite, on the CPU.
         count: entries to mark, ``1..n``.
 
     Returns:
@@ -53,12 +54,17 @@ def top_mask(scores: Tensor, count: int) -> Tensor:
     n = scores.shape[-1]
     if count >= n:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(n - count + 1, dim=-1, keepdim=True).values
-    above, tied = scores > threshold, scores == threshold
-    room = count - above.sum(dim=-1, keepdim=True)
-    return above | (tied & (tied.cumsum(dim=-1) <= room))
+    # NumPy partitions and counts several times as fast as PyTorch.
+    values = scores.detach().reshape(-1, n).numpy()
+    threshold = np.partition(values, n - count, axis=1)[:, n - count, None]
+    chosen = values >= threshold
+    surplus = np.count_nonzero(chosen, axis=1) - count
+    rows = surplus > 0  # with more entries at the threshold than there is room for: the last of them go
+    tied = values[rows] == threshold[rows]
+    chosen[rows] &= ~(tied & (tied[:, ::-1].cumsum(axis=1, dtype=np.int32)[:, ::-1] <= surplus[rows, None]))
+    return torch.from_numpy(chosen).view(scores.shape)
 
 
 def recall(chosen: Tensor, wanted: Tensor) -> float:
     """Recall@k: the share of ``wanted`` that ``chosen`` holds; both bool of one shape."""
-    return float((chosen & wanted).sum() / wanted.sum())
+    return float(torch.count_nonzero(chosen & wanted) / torch.count_nonzero(wanted))
