@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,13 +160,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str,
     """Write tensors and a JSON description as one safetensors file, atomically.
 
     Raises:
-        UserError: the folder does not exist or cannot be written.
+        UserError: the folder does not exist.
+        OSError: the file cannot be written, for example to a full disk.
     """
     path = Path(path)
     description = description | {"sha256": _digest(tensors)}
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
+    except FileNotFoundError as error:
         raise UserError(f"cannot write {path} ({error.strerror})", "name a file in a folder that exists") from error
     os.close(handle)
     try:
@@ -178,6 +180,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str,
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # mkstemp made it private
         os.replace(name, path)
+    except SafetensorError as error:
+        # What the system refused, the library written in Rust tells in words alone.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
         Path(name).unlink(missing_ok=True)
 

@@ -63,8 +63,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--percentile", type=float, nargs="+", default=[50, 90, 99], metavar="P", help="of the latency")
     options.add_threads(parser, help="of each operator (default: ONNX Runtime's own)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it there, as PNG")
+    parser.add_argument("--json", type=options.output_file, metavar="FILE", help="write the report there")
+    parser.add_argument("--plot", type=options.output_file, metavar="FILE", help="draw it there, as PNG")
     options.add_budget(parser, None, None)
 
 

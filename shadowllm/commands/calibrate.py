@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from shadowllm.commands import options
 
@@ -16,7 +15,9 @@ EPILOG = """examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     options.add_model(parser)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="trace file to write")
+    parser.add_argument(
+        "-o", "--output", type=options.output_file, required=True, metavar="FILE", help="trace file to write"
+    )
     options.add_calibration(parser)
 
 

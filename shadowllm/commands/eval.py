@@ -71,8 +71,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tasks of lm-evaluation-harness, instead of text")
     group.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks to run, by name or as YAML files")
     options.add_whole(group, "--limit", metavar="N", help="documents of each task (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw perplexity over bytes per token there, as PNG")
+    parser.add_argument("--json", type=options.output_file, metavar="FILE", help="write the results there too")
+    parser.add_argument(
+        "--plot", type=options.output_file, metavar="FILE", help="draw perplexity over bytes per token there, as PNG"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -49,6 +49,16 @@ def _add(group: Group, option: str, check: Callable[[int], int], keywords: dict[
     group.add_argument(option, type=parse, **keywords)
 
 
+def output_file(text: str) -> Path:
+    """The argparse type of a file to write: what can be told beforehand is not found out after the work is done."""
+    path = Path(text)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder", "name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}", "name a file in a folder that exists")
+    return path
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL and how it is fetched."""
     parser.add_argument("model", metavar="MODEL", help="folder with safetensors, .gguf file, or name on the hub: owner/name, owner/name:Q4_K_M")

@@ -19,7 +19,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     options.add_model(parser)
     parser.add_argument("--traces", type=Path, required=True, metavar="FILE", help="what `shadowllm calibrate` wrote")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="predictor to write")
+    parser.add_argument(
+        "-o", "--output", type=options.output_file, required=True, metavar="FILE", help="predictor to write"
+    )
     options.add_seed(parser, help="of initial weights and order (default: 0)")
     options.add_budget(parser)
     options.add_training(parser)

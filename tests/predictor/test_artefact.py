@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from shadowllm.errors import UserError
 from shadowllm.predictor.artefact import Predictor
@@ -110,3 +112,14 @@ def test_tensors_of_other_shapes_are_refused(predictors):
 def test_saving_nowhere_is_a_users_mistake(predictors, tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         predictors["static"].save(tmp_path / "no" / "folder" / "p")
+
+
+def test_a_full_disk_is_told_as_the_system_tells_it(predictors, tmp_path, monkeypatch):
+    def refuse(*args, **keywords):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("shadowllm.predictor.artefact.save_file", refuse)
+    with pytest.raises(OSError, match="No space left") as caught:
+        predictors["static"].save(tmp_path / "p")
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []

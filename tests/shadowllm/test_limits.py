@@ -81,3 +81,21 @@ def test_calibration_in_python(name):
 def test_engines_in_python(name):
     with pytest.raises(UserError, match=f"{name} is 0"):
         EngineOptions("tensorrt_rtx", **{name: 0})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "out", "--json"],
+        ["eval", "out", "--plot"],
+        ["bench", "out", "--json"],
+        ["bench", "out", "--plot"],
+        ["calibrate", "model", "-o"],
+        ["train", "model", "--traces", "traces", "-o"],
+    ],
+    ids=lambda arguments: f"{arguments[0]} {arguments[-1]}",
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(capsys, tmp_path, arguments):
+    for place, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "file", "there is no folder")):
+        assert main([*arguments, str(place)]) == 1
+        assert words in capsys.readouterr().err
