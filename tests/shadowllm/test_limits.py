@@ -13,8 +13,8 @@ from shadowllm.runtime.ort import OrtSession
 
 COMMANDS = {
     "export": ["export", "model", "out"],
-    "calibrate": ["calibrate", "model", "-o", "traces"],
-    "train": ["train", "model", "--traces", "traces", "-o", "predictor"],
+    "calibrate": ["calibrate", "model", "-o", "traces.file"],
+    "train": ["train", "model", "--traces", "traces.file", "-o", "predictor.file"],
     "build": ["build", "out", "--engine", "tensorrt_rtx"],
     "eval": ["eval", "out"],
     "tune": ["tune", "out"],
