@@ -123,7 +123,7 @@ class TestAnExistingFolderStays:
         rename = os.rename
 
         def within(source, target):
-            if os.path.dirname(source) != os.path.dirname(target) and tmp_path in (source.parent, target.parent):
+            if source.is_relative_to(old) != target.is_relative_to(old):
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
             rename(source, target)
 
