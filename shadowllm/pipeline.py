@@ -232,7 +232,9 @@ def _write(
         from shadowllm.runtime.validation import validate_apart
 
         model = checkpoint.folder / (checkpoint.gguf or "")
-        manifest = replace(manifest, validation=validate_apart(folder, model, trust_remote_code=checkpoint.trust_remote_code))
+        manifest = replace(
+            manifest, validation=validate_apart(folder, model, trust_remote_code=checkpoint.trust_remote_code)
+        )
         manifest.write(folder)
     if options.target:
         from shadowllm.runtime.tuning import tune

@@ -61,7 +61,11 @@ def output_file(text: str) -> Path:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL and how it is fetched."""
-    parser.add_argument("model", metavar="MODEL", help="folder with safetensors, .gguf file, or name on the hub: owner/name, owner/name:Q4_K_M")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="folder with safetensors, .gguf file, or name on the hub: owner/name, owner/name:Q4_K_M",
+    )
     group = parser.add_argument_group("model")
     group.add_argument("--cache-dir", type=Path, help="where downloads are kept")
     group.add_argument("--trust-remote-code", action="store_true", help="let transformers run code from the checkpoint")
