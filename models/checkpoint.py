@@ -9,6 +9,7 @@ from typing import Any
 from shadowllm.errors import UserError
 from shadowllm.models import tokenizer, weight_files
 from shadowllm.models.config import read_config, read_generation_config
+from shadowllm.models.dequantise import DequantisedTensors
 from shadowllm.models.gguf_file import GGUFTensors
 from shadowllm.models.hub import download
 from shadowllm.models.quantised_checkpoint import plain_tensors
@@ -79,7 +80,7 @@ def open_checkpoint(model: str | Path, cache_dir: Path | None, trust_remote_code
         read_generation_config(path, config),
         tensors,
         stored.foreign_prefix,
-        tensors is not stored,
+        isinstance(tensors, DequantisedTensors),
         trust_remote_code,
     )
 

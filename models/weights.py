@@ -28,13 +28,12 @@ class Source:
 
 
 class TensorFile(Protocol):
-    """A checkpoint's tensors by their Hugging Face names (without the ``model.`` prefix).
+    """A checkpoint's tensors by their Hugging Face names (without the ``model.`` prefix)."""
 
-    Attributes:
-        dtypes: element type of a tensor as it is stored, in the words of safetensors, where it is not a float anyway.
-    """
-
-    dtypes: Mapping[str, str]
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Element type of each tensor as it is stored, in the words of safetensors; floats may be left out."""
+        ...
 
     def names(self) -> set[str]: ...
 

@@ -50,15 +50,15 @@ def compare_with_transformers(checkpoint: Checkpoint, weights: Weights) -> dict[
         return {"skipped": f"transformers cannot load it here ({in_one_line(error)})"}
     with torch.no_grad():
         ours = Decoder(weights.spec, _Float32(weights))(input_ids)
-    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    max_rel = float((ours - theirs).abs().max() / theirs.abs().max())
     tolerance = QUANTISED_TOLERANCE if checkpoint.quantised else TOLERANCE
-    if not error <= tolerance:  # a NaN must fail too
+    if not max_rel <= tolerance:  # a NaN must fail too
         raise UserError(
-            f"the checkpoint is not read as transformers reads it: logits are off by {error:.1e} "
+            f"the checkpoint is not read as transformers reads it: logits are off by {max_rel:.1e} "
             f"(relative; {tolerance:.0e} is allowed)",
             "this is a bug or an unsupported variant of the family: do not use the bundle",
         )
-    return {"tokens": count, "max_rel": error, "tolerance": tolerance}
+    return {"tokens": count, "max_rel": max_rel, "tolerance": tolerance}
 
 
 def _logits(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:
