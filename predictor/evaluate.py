@@ -133,7 +133,7 @@ def evaluate(
         for run in runs:
             run.add(window, logits, truth)
             advance(1)
-    return _with_gap_closure([dense.result(DENSE, Budget())] + [run.result() for run in runs])
+    return [dense.result(DENSE, Budget()), *_with_gap_closure(runs)]
 
 
 @torch.no_grad()
@@ -191,7 +191,7 @@ class _Run:
     """One selector at one budget."""
 
     def __init__(self, name: str, chooser: Selector, budget: Budget, context: Context, aggregate: str) -> None:
-        self._name, self._budget = name, budget
+        self.name, self.budget = name, budget
         n_sparse = context.spec.n_layers - context.dense_layers
         self._counts = dict(zip(UNITS, budget.counts(context.spec, n_sparse), strict=True))
         self._spec, self._first = context.spec, context.dense_layers
@@ -207,25 +207,24 @@ class _Run:
             self._sums.wanted[layer, unit] += int(wanted.sum())
 
     def result(self) -> Result:
-        return self._sums.result(self._name, self._budget)
+        return self._sums.result(self.name, self.budget)
 
 
-def _with_gap_closure(results: list[Result]) -> list[Result]:
-    return list(_closed(results, {(r.selector, r.neuron_budget, r.head_budget): r for r in results}))
+def _with_gap_closure(runs: Sequence[_Run]) -> Iterator[Result]:
+    # By the budgets themselves: two that differ layer by layer may have the same mean, which is what a result holds.
+    found = {(run.name, run.budget): run.result() for run in runs}
+    for (_, budget), result in found.items():
+        static, oracle = (found.get((name, budget)) for name in ("static", "oracle"))
+        yield result if static is None else _closed(result, static, oracle)
 
 
-def _closed(results: list[Result], found: Mapping[tuple[str, float, float], Result]) -> Iterator[Result]:
-    for result in results:
-        static, oracle = (found.get((name, result.neuron_budget, result.head_budget)) for name in ("static", "oracle"))
-        if static is None or result.selector == DENSE:
-            yield result
-            continue
-        closure = None
-        if oracle is not None and static.perplexity != oracle.perplexity:
-            mine, low, high = (math.log(r.perplexity) for r in (result, static, oracle))
-            closure = (low - mine) / (low - high)
-        layers = (_closed_layer(mine, theirs) for mine, theirs in zip(result.layers, static.layers, strict=True))
-        yield replace(result, gap_closure=closure, layers=tuple(layers))
+def _closed(result: Result, static: Result, oracle: Result | None) -> Result:
+    closure = None
+    if oracle is not None and static.perplexity != oracle.perplexity:
+        mine, low, high = (math.log(r.perplexity) for r in (result, static, oracle))
+        closure = (low - mine) / (low - high)
+    layers = (_closed_layer(mine, theirs) for mine, theirs in zip(result.layers, static.layers, strict=True))
+    return replace(result, gap_closure=closure, layers=tuple(layers))
 
 
 def _closed_layer(mine: LayerResult, static: LayerResult) -> LayerResult:

@@ -43,7 +43,8 @@ class Traces:
         statistics: mean relative importance of each unit over the training tokens, each token and
             layer scaled to a mean of 1: ``heads (n_sparse, n_heads)`` and ``neurons (n_sparse,
             intermediate_size)``, float32.
-        fit: the heads' importance as a linear map of their layer's input, as `LinearFit.solve` gives it.
+        fit: the heads' importance as a linear map of their layer's input, as `LinearFit.solve` gives it; empty where
+            none was fitted.
         stored: ``hidden`` float32 and uint8 codes ``heads`` and ``neurons`` of all tokens, held-out
             windows first; empty when they would exceed the limit.
     """
@@ -127,6 +128,7 @@ def calibrate(
     criterion: str = "l2norm",
     dense_layers: int = 1,
     limit_bytes: int = LIMIT_BYTES,
+    fit_heads: bool = True,
     advance: Advance = no_progress,
 ) -> Traces:
     """Trace the windows once, for statistics and, within ``limit_bytes``, for training.
@@ -137,6 +139,7 @@ def calibrate(
     Args:
         weights: canonical float32 tensors in memory.
         fingerprint: `Weights.fingerprint` of the model.
+        fit_heads: fit the heads' linear map too. Its moments take ``8 * n_sparse * hidden_size ** 2`` bytes.
         advance: told how many tokens are done with, as they are.
 
     Raises:
@@ -147,7 +150,7 @@ def calibrate(
     n_sparse = spec.n_layers - dense_layers
     stored = _allocate(spec, n_sparse, tokens.numel(), limit_bytes)
     sums: dict[str, Any] = {"heads": 0.0, "neurons": 0.0}
-    fit, judge = (LinearFit(n_sparse, spec.hidden_size, spec.n_heads) for _ in range(2))
+    fits = [LinearFit(n_sparse, spec.hidden_size, spec.n_heads) for _ in range(2)] if fit_heads else []
     start = 0
     sampled = windows.train if stored else windows.train[: max(1, SAMPLE_TOKENS // windows.train.shape[1])]
     for split in (windows.held_out, sampled):
@@ -158,12 +161,14 @@ def calibrate(
                 stored["heads"][start:end], stored["neurons"][start:end] = encode(chunk.heads), encode(chunk.neurons)
             if split is sampled:
                 sums = {unit: total + relative(getattr(chunk, unit)).sum(dim=0) for unit, total in sums.items()}
-            (fit if split is sampled else judge).add(chunk.inputs["heads"], chunk.heads)
+            if fits:
+                fits[split is not sampled].add(chunk.inputs["heads"], chunk.heads)
             advance(end - start)
             start = end
     advance(tokens.numel() - start)
     means = {unit: total / sampled.numel() for unit, total in sums.items()}
-    return Traces(criterion, dense_layers, fingerprint, windows, means, fit.solve(judge), stored)
+    fit = fits[0].solve(fits[1]) if fits else {}
+    return Traces(criterion, dense_layers, fingerprint, windows, means, fit, stored)
 
 
 def relative(scores: Tensor) -> Tensor:

@@ -21,12 +21,14 @@ def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = No
     Args:
         bundle: folder written by ``shadowllm export``.
         backend: one of `BACKENDS`; a ``-dense`` one runs the plain model.
-        threads: per operator, for ONNX Runtime.
+        threads: of each operator, for the backends that compute on the CPU.
         profile: have an ONNX Runtime session keep the seconds of each part of a step.
 
     Raises:
-        UserError: an unknown backend, no bundle, or engines that cannot run.
+        UserError: an unknown backend, no bundle, engines that cannot run, or threads for a backend that has none.
     """
+    if threads is not None and not backend.startswith(("ort", "torch")):
+        raise UserError(f"threads do nothing for the backend {backend!r}, which runs on a GPU", "leave them out")
     if backend in ("ort", "ort-dense"):
         from shadowllm.runtime.ort import OrtSession
 
@@ -34,7 +36,7 @@ def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = No
     if backend in ("torch", "torch-dense"):
         from shadowllm.runtime.torch import TorchSession
 
-        return TorchSession.open(bundle, "dense" if backend == "torch-dense" else "sparse")
+        return TorchSession.open(bundle, "dense" if backend == "torch-dense" else "sparse", threads)
     if backend in ("triton", "triton-dense"):
         from shadowllm.runtime.replay import kernel_device
 

@@ -16,11 +16,13 @@ SLOTS = AHEAD + 1  # tokens on their way to the host
 class Replayed(ABC):
     """The decoding half of a `Greedy` session whose step goes on where the last one ended, without the host.
 
-    ``_replay`` launches a step; ``_lengths`` are the tokens of each sequence, int64 ``(batch,)``.
+    ``_replay`` launches a step; ``_lengths`` are the tokens of each sequence, int64 ``(batch,)``; ``_budgets_set``
+    counts the calls of `Session.set_budget`.
     """
 
     _lengths: np.ndarray
     _replay: Callable[[], Any]
+    _budgets_set = 0
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """See `Session.decode`."""
@@ -32,17 +34,24 @@ class Replayed(ABC):
     def decode_greedy(self, tokens: np.ndarray, steps: int) -> Iterator[np.ndarray]:
         """See `Greedy.decode_greedy`."""
         self._start(tokens, steps)
-        return self._ahead(steps)
+        return self._ahead(tokens, steps)
 
-    def _ahead(self, steps: int) -> Iterator[np.ndarray]:
-        for step in range(steps + AHEAD):
-            if step < steps:
+    def _ahead(self, tokens: np.ndarray, steps: int) -> Iterator[np.ndarray]:
+        launched, budget = 0, self._budgets_set
+        for done in range(steps):
+            if budget != self._budgets_set:
+                # Steps launched under the budget before: taken back, and what they wrote to the cache is overwritten.
+                for step in range(done, launched):
+                    self._received(step % SLOTS)
+                self._start(tokens, steps - done)
+                launched, budget = done, self._budgets_set
+            while launched < min(steps, done + SLOTS):
                 self._replay()
-                self._send(step % SLOTS)
-            if step >= AHEAD:
-                found = self._received((step - AHEAD) % SLOTS)
-                self._lengths += 1  # what was launched beyond it stands past the end, where nothing looks
-                yield found
+                self._send(launched % SLOTS)
+                launched += 1
+            tokens = self._received(done % SLOTS)
+            self._lengths += 1  # what was launched beyond it stands past the end, where nothing looks
+            yield tokens
 
     @abstractmethod
     def _start(self, tokens: np.ndarray, steps: int) -> None:

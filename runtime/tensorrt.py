@@ -108,6 +108,7 @@ class TrtSession(Replayed):
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
+        self._budgets_set += 1
         n_sparse = self.spec.n_layers - self._dense_layers
         self._counts = dict(zip(("head_counts", "neuron_counts"), budget.counts(self.spec, n_sparse), strict=True))
         if self._batch:

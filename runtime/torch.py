@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shadowllm.exporter.bundle import read_weights
 from shadowllm.exporter.manifest import read_manifest
+from shadowllm.limits import check_threads
 from shadowllm.models import Budget, Decoder, KVCache, ModelSpec
 from shadowllm.models.decoder import Unit
 from shadowllm.predictor.artefact import Predictor
@@ -63,12 +64,21 @@ class TorchSession:
         self.reset()
 
     @classmethod
-    def open(cls, bundle: Path, kind: Literal["sparse", "dense"] = "sparse") -> TorchSession:
+    def open(
+        cls, bundle: Path, kind: Literal["sparse", "dense"] = "sparse", threads: int | None = None
+    ) -> TorchSession:
         """The reference of a bundle, on the bundle's own weights.
+
+        Args:
+            bundle: folder written by ``shadowllm export``.
+            kind: what decodes.
+            threads: of PyTorch's operators, in the whole process; its own default when None.
 
         Raises:
             UserError: no bundle, or a damaged file in it.
         """
+        if threads is not None:
+            torch.set_num_threads(check_threads(threads))
         manifest = read_manifest(bundle)
         read = read_weights(bundle, manifest)
         predictor = read.predictor if kind == "sparse" else None

@@ -115,6 +115,7 @@ class TritonSession(Replayed):
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
+        self._budgets_set += 1
         counts = np.stack(budget.counts(self.spec, self._counts.shape[1]))
         self._counts.copy_(torch.from_numpy(counts))
 

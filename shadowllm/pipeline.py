@@ -228,7 +228,11 @@ def _write(
     )
     manifest = replace(manifest, dense=dense_layers(manifest, options.budget))
     manifest.write(folder)
-    if options.validate:
+    if options.target:
+        from shadowllm.runtime.tuning import tune
+
+        manifest = tune(folder, options.target)
+    if options.validate:  # at the budgets that the bundle ends up with
         from shadowllm.runtime.validation import validate_apart
 
         model = checkpoint.folder / (checkpoint.gguf or "")
@@ -236,10 +240,6 @@ def _write(
             manifest, validation=validate_apart(folder, model, trust_remote_code=checkpoint.trust_remote_code)
         )
         manifest.write(folder)
-    if options.target:
-        from shadowllm.runtime.tuning import tune
-
-        manifest = tune(folder, options.target)
     for engine in options.engines:
         build_engines(folder, engine)
     return manifest
@@ -301,7 +301,7 @@ def _make_predictor(
     if selector == "random":
         return _random(spec, weights, calibration)
     loaded = weights.load()
-    traces = _calibrate(spec, weights, checkpoint, calibration, loaded)
+    traces = _calibrate(spec, weights, checkpoint, calibration, loaded, fit_heads=selector != "static")
     return _train(spec, weights, traces, selector, recipe, loaded)
 
 
@@ -311,6 +311,7 @@ def _calibrate(
     checkpoint: Checkpoint,
     options: Calibration,
     loaded: dict[str, Tensor] | None = None,
+    fit_heads: bool = True,
 ) -> Traces:
     _check_dense_layers(spec, options.dense_layers)
     keep_freed_memory()
@@ -334,6 +335,7 @@ def _calibrate(
             weights.fingerprint(),
             criterion=options.criterion,
             dense_layers=options.dense_layers,
+            fit_heads=fit_heads,
             advance=advance,
         )
 

@@ -35,6 +35,12 @@ struct Port {
 
 // Rows of integers with their scales behind them.
 struct PackedRows {
+  PackedRows() = default;
+  PackedRows(const PackedRows&) = delete;  // a copy's `data` would point into the original's memory
+  PackedRows& operator=(const PackedRows&) = delete;
+  PackedRows(PackedRows&&) = default;  // a vector that is moved keeps its memory
+  PackedRows& operator=(PackedRows&&) = default;
+
   std::vector<float> memory;
   char* data;     // the first cache line that starts in it
   size_t stride;  // bytes

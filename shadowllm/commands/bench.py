@@ -47,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_whole(parser, "--iterations", default=5, metavar="N", help="runs that count (default: 5)")
     options.add_whole(
         parser,
-        "--warmUp",
+        "--warmup-runs",
         least=0,
         default=1,
         metavar="N",
@@ -62,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="length of each of the two texts quality is measured on; 0 for none (default: 128)",
     )
     parser.add_argument("--percentile", type=float, nargs="+", default=[50, 90, 99], metavar="P", help="of the latency")
-    options.add_threads(parser, help="of each operator (default: ONNX Runtime's own)")
+    options.add_threads(parser, help="of each operator on the CPU (default: the backend's own)")
     parser.add_argument("--json", type=options.output_file, metavar="FILE", help="write the report there")
     parser.add_argument("--plot", type=options.output_file, metavar="FILE", help="draw it there, as PNG")
     options.add_budget(parser, None, None)
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         prompt_len=args.prompt_len,
         new_tokens=args.new_tokens,
         runs=args.iterations,
-        warmup=args.warmUp,
+        warmup=args.warmup_runs,
         quality_tokens=args.quality_tokens,
         threads=args.threads,
         percentiles=args.percentile,

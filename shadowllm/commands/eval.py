@@ -29,6 +29,17 @@ EPILOG = """examples:
 Teacher-forced perplexity under the decode regime: every position has its own selection."""
 
 
+# Options that only one of the two kinds of evaluation reads, with their defaults.
+OF_TEXT = {
+    "text": (),
+    "tokens": 2048,
+    "seqlen": 512,
+    "head_unit": None,
+    "aggregate": "token",
+    "layers": False,
+    "plot": None,
+}
+OF_TASKS = {"limit": None}
 OWN = "fractions to keep, each with each; layer by layer with commas (default: the bundle's own)"
 
 
@@ -79,6 +90,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate a sweep and print it."""
+    unused = OF_TEXT if args.tasks else OF_TASKS
+    for option, default in unused.items():
+        if getattr(args, option) != default:
+            flag = f"--{option.replace('_', '-')}"
+            raise UserError(f"{flag} does nothing {'with' if args.tasks else 'without'} --tasks", "leave it out")
     if args.tasks:
         _tasks(args)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -137,3 +138,17 @@ def test_senseless_requests_are_refused(llama):
         evaluate(spec, weights, None, "oracle", torch.zeros(0, 8, dtype=torch.int64), [0.5])
     with pytest.raises(UserError, match="needs a trained predictor"):
         evaluate(spec, weights, None, "static", token_windows(spec), [0.5])
+
+
+def test_gap_closure_goes_by_the_budgets_themselves_not_by_their_means(tiny):
+    spec, weights = tiny
+    n_sparse = spec.n_layers - 1
+    uneven = tuple(np.linspace(0.2, 0.8, n_sparse))
+    traces = calibrate(spec, weights, split(token_windows(spec)), "f00d")
+    predictor = train_network(spec, traces, Recipe(rank=8, epochs=2))
+    windows = token_windows(spec, n=2, seed=8)
+    both = evaluate(spec, weights, predictor, SELECTORS, windows, [0.5, uneven])
+    assert all(result.neuron_budget == pytest.approx(0.5) for result in both[1:])
+    for position, budget in enumerate((0.5, uneven)):
+        alone = evaluate(spec, weights, predictor, SELECTORS, windows, [budget])
+        assert [r.gap_closure for r in both[1 + position :: 2]] == [r.gap_closure for r in alone[1:]]

@@ -83,6 +83,16 @@ def test_statistics_are_of_the_training_tokens_only(llama):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_without_the_fit_of_the_heads_the_rest_is_the_same(llama):
+    spec, weights = llama
+    windows = split(token_windows(spec))
+    whole = calibrate(spec, weights, windows, "f00d")
+    without = calibrate(spec, weights, windows, "f00d", fit_heads=False)
+    assert without.fit == {}
+    assert whole.fit.keys() == {"weight", "bias"}
+    assert all(torch.equal(without.statistics[unit], whole.statistics[unit]) for unit in whole.statistics)
+
+
 def test_traces_that_were_not_kept_need_the_model(llama):
     spec, weights = llama
     made = calibrate(spec, weights, split(token_windows(spec)), "f00d", limit_bytes=1000)

@@ -13,6 +13,8 @@ from shadowllm.runtime.ahead import AHEAD, SLOTS, Replayed
 class Counting(Replayed):
     """Its step counts; a slot that is written before it was read is an error."""
 
+    step = 1
+
     def __init__(self):
         self._lengths, self.count, self.slots = np.zeros(1, dtype=np.int64), 0, {}
 
@@ -22,7 +24,11 @@ class Counting(Replayed):
             raise ValueError
 
     def _replay(self):
-        self.count += 1
+        self.count += self.step
+
+    def set_budget(self, step):
+        self._budgets_set += 1
+        self.step = step
 
     def _send(self, slot):
         assert slot not in self.slots
@@ -54,3 +60,16 @@ def test_fewer_steps_than_are_launched_ahead_and_refusal_at_once():
     assert session.count == 1
     with pytest.raises(ValueError):
         session.decode_greedy(np.array([0]), 21)
+
+
+@pytest.mark.parametrize("taken", [1, 3, 8, 11])
+def test_a_budget_holds_from_the_next_step_on(taken):
+    session = Counting()
+    found = session.decode_greedy(np.array([10]), 12)
+    before = [int(tokens[0]) for tokens in itertools.islice(found, taken)]
+    session.set_budget(100)
+    after = [int(tokens[0]) for tokens in found]
+    assert before == [11 + i for i in range(taken)]
+    assert after == [10 + taken + 100 * (i + 1) for i in range(12 - taken)]
+    assert session._lengths == [12]
+    assert session.slots == {}

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from shadowllm.errors import UserError
 from shadowllm.exporter.manifest import DATA_FILE
@@ -164,6 +165,21 @@ def test_a_flipped_byte_is_refused(bundle, tmp_path, backend):
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(UserError, match="damaged"), open_session(broken, backend):
         pass
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton-dense", "tensorrt_rtx", "tensorrt"])
+def test_threads_are_refused_where_they_do_nothing(bundle, backend):
+    with pytest.raises(UserError, match="threads do nothing"):
+        open_session(bundle(), backend, threads=1)
+
+
+def test_threads_of_pytorch(bundle):
+    before = torch.get_num_threads()
+    try:
+        with open_session(bundle(), "torch", threads=1):
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_unknown_backend(bundle):

@@ -194,6 +194,21 @@ class TestMistakes:
             pytest.skip("lm-evaluation-harness is installed here")
         assert "pip install 'shadowllm[lm-eval]'" in fails(capsys, "eval", copy, "--tasks", "arc_easy")
 
+    @pytest.mark.parametrize(
+        ("given", "flag"),
+        [
+            (["--tasks", "arc_easy", "--aggregate", "sequence"], "--aggregate does nothing with"),
+            (["--tasks", "arc_easy", "--head-unit", "kv_group"], "--head-unit does nothing with"),
+            (["--tasks", "arc_easy", "--layers"], "--layers does nothing with"),
+            (["--tasks", "arc_easy", "--plot", "x.png"], "--plot does nothing with"),
+            (["--tasks", "arc_easy", "--text", "x.txt"], "--text does nothing with"),
+            (["--tasks", "arc_easy", "--seqlen", "64"], "--seqlen does nothing with"),
+            (["--limit", "3"], "--limit does nothing without"),
+        ],
+    )
+    def test_options_that_do_nothing(self, copy, capsys, given, flag):
+        assert flag in fails(capsys, "eval", copy, *given)
+
     def test_run_without_engines(self, copy, capsys):
         assert "no tensorrt_rtx engines" in fails(capsys, "run", copy, "--prompt", "x", "--backend", "tensorrt_rtx")
 
