@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,13 @@ class Checkpoint:
     foreign_prefix: str = ""
     quantised: bool = False
     trust_remote_code: bool = False
+    _read: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer that belongs to the checkpoint; see `load_tokenizer`."""
-        return tokenizer.load_tokenizer(self.folder, self.gguf, self.trust_remote_code)
+        """The Hugging Face tokenizer that belongs to the checkpoint; see `load_tokenizer`. It is read once."""
+        if "tokenizer" not in self._read:
+            self._read["tokenizer"] = tokenizer.load_tokenizer(self.folder, self.gguf, self.trust_remote_code)
+        return self._read["tokenizer"]
 
     def has_tokenizer(self) -> bool:
         """Whether the checkpoint holds a tokenizer."""

@@ -18,6 +18,7 @@ from shadowllm.models.hashing import hash_files
 OWN_PREFIXES = ("model.decoder.", "model.", "decoder.")
 # How the names of a whole model begin, where its output projection lies beside the rest.
 WHOLE_MODEL = ("model.", "decoder.", "lm_head.")
+LFS_POINTER = b"version https://git-lfs"
 LORA = (".lora_", ".base_layer.", ".ia3_", ".modules_to_save.")
 
 
@@ -63,6 +64,10 @@ class SafetensorsFiles:
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
+            if _is_pointer(path):
+                raise UserError(
+                    f"{path} is a pointer of git-lfs, not the weights", "fetch them: git lfs pull"
+                ) from error
             raise UserError(
                 f"{path} is damaged or truncated ({in_one_line(error)})", "download the checkpoint again"
             ) from error
@@ -77,6 +82,14 @@ class SafetensorsFiles:
 
     def fingerprint(self) -> str:
         return hash_files(self._files)
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a file only says where git-lfs keeps the real one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def foreign_prefix(names: Collection[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shadowllm.errors import UserError
+from shadowllm.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,7 +128,7 @@ def refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
     if gguf and not has_tokenizer(folder, gguf):  # asked only now: it takes seconds to look
         return UserError(f"no tokenizer in {folder / gguf}", "take a GGUF file that holds one")
     if gguf:
-        return UserError(f"the tokenizer in {folder / gguf} cannot be read ({first_line(error)})", again)
+        return UserError(f"the tokenizer in {folder / gguf} cannot be read ({in_one_line(error)})", again)
     if _is_custom(folder) and "trust_remote_code" in str(error):
         return UserError(
             f"the tokenizer of {folder} is code of its own ({CONFIG}: auto_map)",
@@ -139,7 +139,7 @@ def refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
             try:
                 json.loads(path.read_text(encoding="utf-8"))
             except ValueError as cause:
-                return UserError(f"{path} is damaged or cut short ({first_line(cause)})", again)
+                return UserError(f"{path} is damaged or cut short ({in_one_line(cause)})", again)
     whole = folder / "tokenizer.json"
     if whole.is_file() and (unreadable := _newer(whole)):
         import tokenizers
@@ -153,7 +153,7 @@ def refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
     for path in _models(folder, gguf):
         if _is_sentencepiece(path):  # transformers takes a damaged one for tiktoken's
             return UserError(f"{path} cannot be read as a SentencePiece model", again)
-    return UserError(f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {first_line(error)})", again)
+    return UserError(f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {in_one_line(error)})", again)
 
 
 def _newer(path: Path) -> str:
@@ -163,7 +163,7 @@ def _newer(path: Path) -> str:
     try:
         Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001  (tokenizers raises nothing more specific)
-        return first_line(error)
+        return in_one_line(error)
     return ""
 
 
@@ -174,8 +174,3 @@ def _is_custom(folder: Path) -> bool:
     except (OSError, ValueError):  # a damaged file is named when the tokenizer is loaded
         return False
     return isinstance(config, dict) and "auto_map" in config
-
-
-def first_line(error: Exception) -> str:
-    """The start of what an error says, fit for a message of one line."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

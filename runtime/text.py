@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shadowllm.errors import UserError
+from shadowllm.errors import UserError, foreign_reader
 from shadowllm.exporter.manifest import Manifest, verify_files
-from shadowllm.models.tokenizer import check_rows, first_line, refusal, text_encoder
+from shadowllm.models.tokenizer import check_rows, refusal, text_encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -95,17 +95,14 @@ def _render(bundle: Path, tokenizer: PreTrainedTokenizerBase, text: str, templat
         problem = f"no chat template {template!r}" if template else "several chat templates and none is the default"
         raise UserError(f"{bundle} has {problem}", f"choose by --chat-template one of: {', '.join(names)}")
     messages = [{"role": "user", "content": text}]
-    try:
+    # A template is code from the checkpoint, which may fail in any way.
+    with foreign_reader(f"the chat template of {bundle} does not render", "leave out --chat"):
         rendered = tokenizer.apply_chat_template(
             messages,
             chat_template=template if isinstance(found, dict) else None,
             add_generation_prompt=True,
             tokenize=False,
         )
-    except Exception as error:  # a template is code from the checkpoint, which may fail in any way
-        raise UserError(
-            f"the chat template of {bundle} does not render ({first_line(error)})", "leave out --chat"
-        ) from error
     return str(rendered)
 
 

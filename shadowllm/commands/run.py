@@ -54,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="ort", help="what runs it (default: ort)")
     parser.add_argument("--against", choices=BACKENDS, help="run a second backend too and print both")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: 64)")
-    parser.add_argument("--threads", type=int, help="of each operator (default: ONNX Runtime's own)")
+    options.add_threads(parser, help="of each operator on the CPU (default: the backend's own)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options.add_budget(parser, None, None)
     _add_sampling(parser)

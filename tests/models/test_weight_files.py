@@ -159,6 +159,12 @@ def test_tensors_of_another_family_are_named(folder):
         load_model(folder)
 
 
+def test_a_pointer_of_git_lfs_is_called_so(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        load_model(folder)
+
+
 def test_tensors_that_are_left_out_are_named(folder):
     rewrite(folder, lambda tensors: tensors | {"model.layers.0.self_attn.q_norm.weight": torch.ones(12)})
     with pytest.warns(UserWarning, match=r"left out: layers\.0\.self_attn\.q_norm\.weight"):
