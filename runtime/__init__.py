@@ -27,7 +27,7 @@ def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = No
     Raises:
         UserError: an unknown backend, no bundle, engines that cannot run, or threads for a backend that has none.
     """
-    if threads is not None and not backend.startswith(("ort", "torch")):
+    if threads is not None and backend in BACKENDS and not backend.startswith(("ort", "torch")):
         raise UserError(f"threads do nothing for the backend {backend!r}, which runs on a GPU", "leave them out")
     if backend in ("ort", "ort-dense"):
         from shadowllm.runtime.ort import OrtSession
