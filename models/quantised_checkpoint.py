@@ -12,7 +12,7 @@ from typing import Any
 
 from shadowllm.errors import UserError
 from shadowllm.models.config import read_json_object
-from shadowllm.models.dequantise import ACTIVATION_SCALES, DequantisedTensors
+from shadowllm.models.dequantise import ACTIVATION_SCALES, FLOATS, PACKED_BITS, DequantisedTensors
 from shadowllm.models.safetensors_file import SafetensorsFiles
 from shadowllm.models.weights import TensorFile
 
@@ -56,7 +56,6 @@ SIBLINGS = {
     "scales": "MLX or the like",
     "zero_point": "an integer method",
 }
-FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def plain_tensors(tensors: SafetensorsFiles, config: Any, folder: Path) -> TensorFile:
@@ -70,7 +69,7 @@ def plain_tensors(tensors: SafetensorsFiles, config: Any, folder: Path) -> Tenso
         return tensors
     if method == "compressed-tensors":
         _check_compressed(settings, folder)
-        return DequantisedTensors(tensors, _block(settings))
+        return DequantisedTensors(tensors, _block(settings), floats_are_final=True)
     if method == "fp8":
         return DequantisedTensors(tensors, _block(settings))
     tool = next((name for name in WAYS_OUT if method.startswith(name)), "")
@@ -94,31 +93,37 @@ def check_float(tensors: TensorFile, used: Iterable[str]) -> None:
         owner = next((m for i in range(1, len(pieces)) if (m := ".".join(pieces[:i])) in modules), None)
         part = name.removeprefix(f"{owner}.")
         if owner is not None and part not in ("bias", *ACTIVATION_SCALES):
-            raise UserError(
-                f"beside the weight of {owner} lies {part}: the checkpoint is quantised ({_sibling(part)}), "
-                "and config.json does not say how",
-                USE_ORIGINAL,
-            )
+            _refuse_sibling(owner, part)
     for name in sorted(used):
         if (dtype := tensors.dtypes.get(name, "F32")) not in FLOATS:
             raise UserError(f"tensor {name} is of type {dtype}, and nothing says what its numbers mean", USE_ORIGINAL)
 
 
-def _sibling(part: str) -> str:
+def _refuse_sibling(owner: str, part: str) -> None:
     pieces = part.split(".")
-    found = (m for ending, m in SIBLINGS.items() if any(piece.endswith(ending) for piece in pieces))
-    return next(found, "by an unknown method")
+    method = next((m for ending, m in SIBLINGS.items() if any(piece.endswith(ending) for piece in pieces)), None)
+    if method is None:
+        raise UserError(
+            f"beside the weight of {owner} lies {part}, which is not read",
+            "merge it into the weight with the tool that made it, and export the result",
+        )
+    raise UserError(
+        f"beside the weight of {owner} lies {part}: the checkpoint is quantised ({method}), "
+        "and config.json does not say how",
+        USE_ORIGINAL,
+    )
 
 
 def _method(config: Any, folder: Path, tensors: SafetensorsFiles) -> tuple[str | None, Mapping[str, Any]]:
     """Which method quantised the checkpoint, and what its config says about it."""
+    # First, because mlx_lm writes a quantization_config without a method as well.
+    if getattr(config, "quantization", None) or (tensors.format == "mlx" and _has(tensors, "scales")):
+        return "mlx", {}
     for key in ("quantization_config", "compression_config"):
         settings = getattr(config, key, None)
         if settings is not None:
             settings = settings if isinstance(settings, Mapping) else settings.to_dict()
             return _name(settings), settings
-    if getattr(config, "quantization", None) or (tensors.format == "mlx" and _has(tensors, "scales")):
-        return "mlx", {}
     for name, method in OLD_CONFIGS.items():
         if (folder / name).is_file():
             return method, read_json_object(folder / name)
@@ -144,6 +149,9 @@ def _check_compressed(settings: Mapping[str, Any], folder: Path) -> None:
         unread.append(str(sparsity))
     if settings.get("transform_config"):
         unread.append("transforms of the weights")
+    bits = {_mapping(group, "weights").get("num_bits") for group in _groups(settings)} - {None, *PACKED_BITS}
+    if bits and not unread:
+        unread.append(f"numbers of {bits.pop()} bits")
     if unread:
         raise UserError(f"{folder} is quantised by compressed-tensors as {unread[0]}, which is not read", USE_ORIGINAL)
 

@@ -36,6 +36,11 @@ METHODS = {
     "as sparse-24-bitmask": {
         "quant_method": "compressed-tensors", "format": "dense", "sparsity_config": {"format": "sparse-24-bitmask"}
     },
+    "as numbers of 7 bits": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"a": {"weights": {"num_bits": 7}}},
+    },
     "as transforms": {"quant_method": "compressed-tensors", "format": "dense", "transform_config": {"R1": {}}},
     "as mxfp4-pack-quantized": {
         "quant_method": "compressed-tensors",
@@ -68,6 +73,13 @@ def test_mlx(folder):
         load_model(folder)
 
 
+def test_mlx_writes_an_unnamed_quantization_config_as_well(folder):
+    settings = {"group_size": 64, "bits": 4}
+    edit_json(folder / "config.json", quantization=settings, quantization_config=settings)
+    with pytest.raises(UserError, match="by mlx"):
+        load_model(folder)
+
+
 SIBLINGS = {
     "SCB": "LLM.int8",
     "qweight": "GPTQ or AWQ",
@@ -79,7 +91,7 @@ SIBLINGS = {
     "weight_scale_2": "NVFP4",
     "weight._data": "quanto",
     "W_q": "HQQ",
-    "mystery": "unknown method",
+    "mystery": "which is not read",
 }
 
 
@@ -228,3 +240,102 @@ def test_packed_weights_are_those_of_compressed_tensors(folder, bits, symmetric,
 def test_only_whole_nibbles_are_unpacked():
     with pytest.raises(UserError, match="neither 4 nor 8 bits"):
         unpacked(torch.zeros(2, 3, dtype=torch.int32), 32, "x")
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+DENSE = {"quant_method": "compressed-tensors", "format": "dense"}
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+
+
+@pytest.mark.parametrize(
+    ("scale", "activation"), [("weight_scale_inv", "activation_scale"), ("weight_scale", "input_scale")]
+)
+def test_fp8_with_one_scale_for_a_tensor(folder, scale, activation):
+    """As transformers calls the scales, and as AutoFP8 does."""
+    small = {}
+
+    def change(tensors):
+        small["weight"] = (tensors[f"{Q}.weight"] / 3).to(torch.float8_e4m3fn)
+        parts = {scale: torch.tensor(3.0), activation: torch.tensor(1.0)}
+        return tensors | {f"{Q}.{part}": value for part, value in (small | parts).items()}
+
+    rewrite(folder, change)
+    edit_json(folder / "config.json", quantization_config=FP8)
+    assert torch.equal(load_model(folder)[1]["layers.1.q_proj.weight"], small["weight"].float() * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.uint8])
+def test_scales_that_are_powers_of_two(folder, dtype):
+    scale = torch.tensor([[0.5, 4.0]]).to(torch.float8_e8m0fnu).view(dtype)
+    small = {}
+
+    def change(tensors):
+        small["weight"] = tensors[f"{Q}.weight"].to(torch.float8_e4m3fn)
+        return tensors | {f"{Q}.weight": small["weight"], f"{Q}.weight_scale_inv": scale}
+
+    rewrite(folder, change)
+    edit_json(folder / "config.json", quantization_config=FP8)
+    full = torch.tensor([0.5, 4.0]).repeat_interleave(32)
+    assert torch.equal(load_model(folder)[1]["layers.1.q_proj.weight"], small["weight"].float() * full)
+
+
+def test_floats_of_compressed_tensors_are_final(folder):
+    plain = load_model(folder)[1]["layers.1.q_proj.weight"]
+    rewrite(folder, lambda tensors: tensors | {f"{Q}.weight_scale": torch.full((64, 1), 3.0)})
+    edit_json(folder / "config.json", quantization_config=DENSE)
+    assert torch.equal(load_model(folder)[1]["layers.1.q_proj.weight"], plain)
+
+
+def packed_parts(order):
+    """Zeros and ones in groups of 16 columns whose scales are 1, 2, 3 and 4; ``order`` says each column's group."""
+    words = torch.full((64, 8), 0x09, dtype=torch.int32)  # 4 bits: 1 in the first of eight columns, -8 in the others
+    scale = torch.arange(1.0, 5.0).expand(64, 4).contiguous()
+    return {
+        "weight_packed": words,
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([64, 64]),
+        "weight_g_idx": order.to(torch.int32),
+    }
+
+
+def with_parts(folder, parts):
+    def change(tensors):
+        kept = {name: tensor for name, tensor in tensors.items() if name != f"{Q}.weight"}
+        return kept | {f"{Q}.{part}": value for part, value in parts.items()}
+
+    rewrite(folder, change)
+    edit_json(folder / "config.json", quantization_config=PACKED)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_groups_of_columns_in_an_order_of_their_own(folder, ordered):
+    groups = torch.arange(64) % 4
+    with_parts(folder, packed_parts(groups if ordered else torch.full((64,), -1)))
+    row = load_model(folder)[1]["layers.1.q_proj.weight"][5]
+    integers = torch.full((64,), -8.0)
+    integers[::8] = 1.0
+    assert torch.equal(row, integers * (groups if ordered else torch.arange(64) // 16).add(1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"weight_shape": None}, "lacks the tensor .*weight_shape"),
+        ({"weight_shape": torch.tensor([64])}, "weight_shape is"),
+        ({"weight_packed": None}, r"lacks the tensor .*q_proj\.weight"),
+        ({"weight_packed": torch.zeros(64, dtype=torch.int32)}, "not packed in rows of int32"),
+        ({"weight_packed": torch.zeros(64, 8)}, "not packed in rows of int32"),
+        ({"weight_scale": None}, "no scale beside its weight"),
+        ({"weight_scale": torch.zeros(0)}, "do not fit"),
+        ({"weight_scale": torch.ones(64, 2, 2)}, "do not fit"),
+        ({"weight_scale": torch.ones(64, 4).int()}, "holds integers"),
+        ({"weight_scale_inv": torch.ones(64, 4)}, "weight_scale and weight_scale_inv"),
+        ({"weight_g_idx": torch.full((64,), 9)}, "do not fit"),
+        ({"weight_g_idx": torch.zeros(3)}, "do not fit"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_named(folder, changed, words):
+    parts = packed_parts(torch.arange(64) % 4) | changed
+    with_parts(folder, {part: value for part, value in parts.items() if value is not None})
+    with pytest.raises(UserError, match=words):
+        load_model(folder)[1].load()
