@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class Checkpoint:
         config: the Hugging Face config object.
         generation_config: the Hugging Face generation config; its stop tokens are those of the model.
         tensors: the weights as floats, by Hugging Face name.
-        foreign_prefix: what stood before every tensor's name and was taken off.
+        renamed: names of tensors that a wrapper has changed, as they are stored -> as Hugging Face has them.
         quantised: whether the tensors are stored as integers or float8 with scales.
         trust_remote_code: as the caller allowed it.
     """
@@ -37,7 +38,7 @@ class Checkpoint:
     config: Any
     generation_config: Any
     tensors: TensorFile
-    foreign_prefix: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
     quantised: bool = False
     trust_remote_code: bool = False
     _read: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -72,6 +73,7 @@ def open_checkpoint(model: str | Path, cache_dir: Path | None, trust_remote_code
         if gguf is None:
             weight_files.refuse_what_is_no_model(path)
         return _open_gguf(path / str(gguf))
+    weight_files.refuse_pointers(files)
     weight_files.warn_of_adapter(path)
     config = config or read_config(path, trust_remote_code)
     stored = SafetensorsFiles(files)
@@ -82,7 +84,7 @@ def open_checkpoint(model: str | Path, cache_dir: Path | None, trust_remote_code
         config,
         read_generation_config(path, config),
         tensors,
-        stored.foreign_prefix,
+        stored.renamed,
         isinstance(tensors, DequantisedTensors),
         trust_remote_code,
     )
@@ -102,6 +104,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     from transformers import GenerationConfig
 
     parts = weight_files.gguf_parts(path)
+    weight_files.refuse_pointers(parts)
     tensors = GGUFTensors(parts)
     generation = GenerationConfig.from_model_config(tensors.config)
     return Checkpoint(path.parent, parts[0].name, tensors.config, generation, tensors)

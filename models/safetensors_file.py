@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,23 @@ from shadowllm.models.hashing import hash_files
 OWN_PREFIXES = ("model.decoder.", "model.", "decoder.")
 # How the names of a whole model begin, where its output projection lies beside the rest.
 WHOLE_MODEL = ("model.", "decoder.", "lm_head.")
-LFS_POINTER = b"version https://git-lfs"
+# What wrappers of modules inside the model put into names: torch.compile, FSDP, activation checkpointing.
+WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 LORA = (".lora_", ".base_layer.", ".ia3_", ".modules_to_save.")
 
 
 class SafetensorsFiles:
     """The files of a safetensors checkpoint, by Hugging Face's names without ``model.``.
 
-    A prefix that a wrapper has put before every name (``_orig_mod.``, ``module.``) is taken off.
+    What wrappers have put before every name (``module.``) or into names (``_orig_mod.``) is taken out.
 
     Attributes:
-        foreign_prefix: that prefix; mostly empty.
+        renamed: names from which something was taken out, as they are stored -> as Hugging Face has them.
         dtypes: element type of each tensor, as safetensors writes it ("F32", "BF16", "I8", "F8_E4M3").
         format: what the files say they were written by ("pt", "mlx"), if anything.
 
     Raises:
-        UserError: a damaged or empty file, or LoRA weights that are not merged.
+        UserError: a damaged or empty file, LoRA weights that are not merged, or one tensor under two names.
     """
 
     def __init__(self, files: list[Path]) -> None:
@@ -48,14 +50,19 @@ class SafetensorsFiles:
                     where[name], stored_dtypes[name] = path, file.get_slice(name).get_dtype()
         if not where:
             raise UserError(f"{files[0]} holds no tensors", "download the checkpoint again")
-        self.foreign_prefix = foreign_prefix(where)
-        _refuse_adapters(files[0], where, self.foreign_prefix)
-        if self.foreign_prefix:
-            warnings.warn(
-                f"every tensor in {files[0]} has a name that begins with {self.foreign_prefix!r}: read without it",
-                stacklevel=2,
-            )
-        self._stored = {name.removeprefix(self.foreign_prefix).removeprefix("model."): name for name in where}
+        prefix = foreign_prefix(where)
+        _refuse_adapters(files[0], where, prefix)
+        clean = {stored: WRAPPERS.sub("", stored.removeprefix(prefix)) for stored in where}
+        self.renamed = {stored: name for stored, name in clean.items() if stored != name}
+        if self.renamed:
+            _warn_of_wrappers(files[0], prefix, self.renamed)
+        self._stored: dict[str, str] = {}
+        for stored, name in clean.items():
+            twin = self._stored.setdefault(name.removeprefix("model."), stored)
+            if twin != stored:
+                raise UserError(
+                    f"{where[stored]} holds both {twin} and {stored}", "remove the one that is not the model's"
+                )
         self._where = {name: where[stored] for name, stored in self._stored.items()}
         self.dtypes = {name: stored_dtypes[stored] for name, stored in self._stored.items()}
 
@@ -64,10 +71,6 @@ class SafetensorsFiles:
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            if _is_pointer(path):
-                raise UserError(
-                    f"{path} is a pointer of git-lfs, not the weights", "fetch them: git lfs pull"
-                ) from error
             raise UserError(
                 f"{path} is damaged or truncated ({in_one_line(error)})", "download the checkpoint again"
             ) from error
@@ -84,14 +87,6 @@ class SafetensorsFiles:
         return hash_files(self._files)
 
 
-def _is_pointer(path: Path) -> bool:
-    """Whether a file only says where git-lfs keeps the real one."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(LFS_POINTER)) == LFS_POINTER
-
-
 def foreign_prefix(names: Collection[str]) -> str:
     """What stands before every name and is not Hugging Face's own; ends with a dot, or is empty."""
     # All names between the first and the last in order begin as these two do.
@@ -101,6 +96,15 @@ def foreign_prefix(names: Collection[str]) -> str:
     if any(name.removeprefix(prefix).startswith(WHOLE_MODEL) for name in names):
         return prefix
     return next((prefix.removesuffix(own) for own in OWN_PREFIXES if prefix.endswith(own)), "")
+
+
+def _warn_of_wrappers(path: Path, prefix: str, renamed: Mapping[str, str]) -> None:
+    if prefix:
+        found = f"every tensor in {path} has a name that begins with {prefix!r}: read without it"
+    else:
+        stored, name = next(iter(renamed.items()))
+        found = f"names in {path} come from a wrapper of the model: {stored} and the like are read as {name}"
+    warnings.warn(found, stacklevel=3)
 
 
 def _refuse_adapters(path: Path, names: Iterable[str], prefix: str) -> None:

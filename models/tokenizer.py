@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shadowllm.errors import UserError, in_one_line
+from shadowllm.models.weight_files import refuse_pointers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +49,8 @@ def load_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> P
 
     if not gguf and not has_tokenizer(folder, gguf):
         raise UserError(f"no tokenizer in {folder}", "put tokenizer.json beside the weights")
+    if not gguf:
+        refuse_pointers([path for pattern in VOCABULARIES for path in folder.glob(pattern)])
     _check_packages(folder, gguf)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from shadowllm.errors import UserError
@@ -12,6 +13,10 @@ from shadowllm.models.config import read_json_object
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+ORIGINAL = "consolidated."  # how the files in Meta's and Mistral's own format begin
+HUGGING_FACE_FORMAT = "this is the makers' own format: use the model in the format of Hugging Face"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -25,8 +30,12 @@ def safetensors_files(folder: Path, named: object = None) -> list[Path]:
         Nothing where the folder holds neither.
 
     Raises:
-        UserError: an index that cannot be read, or a shard that is missing.
+        UserError: an index that cannot be read, or a file that is missing.
     """
+    for name in (SINGLE_FILE, INDEX):
+        path = folder / name
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to {path.readlink()}, which is missing", "download the checkpoint again")
     if named is not None:
         path = folder / str(named)
         if not isinstance(named, str) or Path(named).name != named or not path.is_file():
@@ -108,17 +117,38 @@ def refuse_what_is_no_model(folder: Path) -> None:
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
-        raise UserError(
-            f"{folder} holds neither {SINGLE_FILE} nor {INDEX}, but {others[0]}",
-            f"the weights of a model are called {SINGLE_FILE}: rename them if that is what these are",
-        )
+        raise UserError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX}, but {others[0]}", _use_of(others[0]))
     pickled = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
     if pickled:
+        convert = "convert them to safetensors: load the model with transformers and call save_pretrained"
         raise UserError(
             f"the weights in {folder} are pickled ({pickled[0]}), which is not read because it can run code",
-            "convert them to safetensors: load the model with transformers and call save_pretrained",
+            HUGGING_FACE_FORMAT if pickled[0].startswith(ORIGINAL) else convert,
         )
     raise UserError(f"no model weights in {folder}", f"a model folder holds {SINGLE_FILE} or one .gguf file")
+
+
+def _use_of(name: str) -> str:
+    """What to do with a safetensors file that is not called as a model's weights are."""
+    if SHARD.fullmatch(name):
+        return f"the index of the shards is missing: download {INDEX}"
+    if name.startswith(ORIGINAL):
+        return HUGGING_FACE_FORMAT
+    if name.startswith("adapter_"):
+        return "an adapter is no model: merge it into its model first (peft: merge_and_unload) and export the result"
+    return f"the weights of a model are called {SINGLE_FILE}: rename them if that is what these are"
+
+
+def refuse_pointers(paths: Sequence[Path]) -> None:
+    """Say it where git has left a pointer of Git LFS in the place of a large file.
+
+    Raises:
+        UserError: naming the first such file.
+    """
+    for path in paths:
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(f"{path} is only a pointer of Git LFS, not the file", "fetch the files: git lfs pull")
 
 
 def warn_of_adapter(folder: Path) -> None:

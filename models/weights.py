@@ -60,16 +60,15 @@ class Weights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         source = self._sources[name]
         tensor = self._tensors.read(source.name)
-        if source.transpose:
-            tensor = tensor.t()
         expected = self.shape(name)
-        if tuple(tensor.shape) != expected:
+        stored = expected[::-1] if source.transpose else expected
+        if tuple(tensor.shape) != stored:
             raise UserError(
-                f"tensor {source.name} has shape {tuple(tensor.shape)}, the config says {expected}",
+                f"tensor {source.name} has shape {tuple(tensor.shape)}, the config says {stored}",
                 "the checkpoint and its config.json do not belong together",
             )
         _check_finite(source.name, tensor)
-        return tensor
+        return tensor.t() if source.transpose else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -101,9 +100,16 @@ def _check_complete(expected: set[str], present: set[str]) -> None:
             f"none of the tensors that the config asks for is in the checkpoint, but others, such as {min(present)}",
             "its config.json belongs to another model, or it is not a whole model that generates text",
         )
+    if missing == ["lm_head.weight"]:
+        raise UserError(
+            "the checkpoint lacks the tensor lm_head.weight, its output projection: it is a base model or a classifier",
+            "use a model that generates text, saved as LlamaForCausalLM or OPTForCausalLM",
+        )
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    others = sorted(present - expected)
+    instead = f", but holds others, such as {others[0]}" if others else ""
     raise UserError(
-        f"the checkpoint lacks the tensor {missing[0]}{more}",
+        f"the checkpoint lacks the tensor {missing[0]}{more}{instead}",
         "a file of it is missing, or its config.json belongs to another model",
     )
 

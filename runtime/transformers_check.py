@@ -5,6 +5,7 @@ The other validation compares with our own decoder, and so cannot see a config o
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,8 +14,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from shadowllm.errors import UserError, in_one_line
-from shadowllm.models import Checkpoint, Decoder, Weights
+from shadowllm.errors import UserError, foreign_reader
+from shadowllm.models import Checkpoint, Decoder, ModelSpec, Weights
 
 TOKENS = 24
 SEED = 0
@@ -36,18 +37,16 @@ def compare_with_transformers(checkpoint: Checkpoint, weights: Weights) -> dict[
     Raises:
         UserError: the two disagree.
     """
-    needed, free = MEMORY_FACTOR * 4 * weights.spec.n_parameters, psutil.virtual_memory().available
-    if needed > free:
-        return {"skipped": f"it would take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"}
-    if len(getattr(checkpoint.tensors, "parts", ())) > 1:
-        return {"skipped": "transformers does not read a GGUF model in several files"}
+    if reason := _unreadable(checkpoint, weights.spec):
+        return {"skipped": reason}
     count = min(TOKENS, weights.spec.max_seqlen)
     input_ids = torch.randint(0, weights.spec.vocab_size, (1, count), generator=torch.Generator().manual_seed(SEED))
     try:
-        theirs = _logits(checkpoint, input_ids)
-    except (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        with foreign_reader("transformers cannot load it here", ""):
+            theirs = _logits(checkpoint, input_ids)
+    except UserError as error:
         # The checkpoint is not at fault where only this optional judge cannot read it; the manifest says so.
-        return {"skipped": f"transformers cannot load it here ({in_one_line(error)})"}
+        return {"skipped": error.problem}
     with torch.no_grad():
         ours = Decoder(weights.spec, _Float32(weights))(input_ids)
     max_rel = float((ours - theirs).abs().max() / theirs.abs().max())
@@ -61,19 +60,43 @@ def compare_with_transformers(checkpoint: Checkpoint, weights: Weights) -> dict[
     return {"tokens": count, "max_rel": max_rel, "tolerance": tolerance}
 
 
+def _unreadable(checkpoint: Checkpoint, spec: ModelSpec) -> str | None:
+    """Why ``transformers`` cannot be asked, where that is known beforehand."""
+    needed, free = MEMORY_FACTOR * 4 * spec.n_parameters, psutil.virtual_memory().available
+    if needed > free:
+        return f"it would take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    if len(getattr(checkpoint.tensors, "parts", ())) > 1:
+        return "transformers does not read a GGUF model in several files"
+    if checkpoint.quantised:
+        # It takes the size of a block from a division and so reads the wrong scales here.
+        block = checkpoint.config.quantization_config.get("weight_block_size") or ()
+        heads, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        sizes = (spec.hidden_size, spec.intermediate_size, heads, kv)
+        if any(size % step for size in sizes for step in block):
+            return f"transformers does not read blocks of {block} in matrices that they do not divide"
+    return None
+
+
 def _logits(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    options: dict[str, Any] = {"config": checkpoint.config}  # of a GGUF file, transformers reads less than we do
+    # Of a GGUF file, transformers reads less than we do. The padding token may lie outside the vocabulary.
+    config = copy.deepcopy(checkpoint.config)
+    config.pad_token_id, config.return_dict = None, True
+    # What the config names may not be installed.
+    options: dict[str, Any] = {"config": config, "attn_implementation": "eager"}
     if checkpoint.gguf:
         options["gguf_file"] = checkpoint.gguf
-    if checkpoint.foreign_prefix:
-        options["key_mapping"] = {f"^{re.escape(checkpoint.foreign_prefix)}": ""}
+    mapping = {f"^{re.escape(stored)}$": name for stored, name in checkpoint.renamed.items()}
     if checkpoint.quantised:
-        options["quantization_config"] = _dequantising(checkpoint.config.quantization_config)
+        options["quantization_config"] = _dequantising(config.quantization_config)
+        if config.quantization_config["quant_method"] == "fp8":
+            mapping[r"\.weight_scale$"] = ".weight_scale_inv"  # as AutoFP8 calls the same scales
+    if mapping:
+        options["key_mapping"] = mapping
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code, **options
     )

@@ -123,3 +123,8 @@ def test_a_token_the_model_lacks_is_named():
     with pytest.raises(UserError, match=f"'<image>' with id {rows}, and the model has only {rows}"):
         text_encoder(tokenizer, rows)("the <image>")
     assert check_rows([0, rows - 1], tokenizer, rows) == [0, rows - 1]
+
+
+def test_a_pointer_of_git_lfs_is_named(folder):
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "git lfs pull" in refused(folder)

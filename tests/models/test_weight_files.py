@@ -159,12 +159,6 @@ def test_tensors_of_another_family_are_named(folder):
         load_model(folder)
 
 
-def test_a_pointer_of_git_lfs_is_called_so(folder):
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(UserError, match="git lfs pull"):
-        load_model(folder)
-
-
 def test_tensors_that_are_left_out_are_named(folder):
     rewrite(folder, lambda tensors: tensors | {"model.layers.0.self_attn.q_norm.weight": torch.ones(12)})
     with pytest.warns(UserWarning, match=r"left out: layers\.0\.self_attn\.q_norm\.weight"):
@@ -180,3 +174,76 @@ def test_parts_of_a_gguf_model(tmp_path):
         gguf_parts(tmp_path / names[1])
     (tmp_path / names[2]).touch()
     assert [path.name for path in gguf_parts(tmp_path / names[1])] == names
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module._checkpoint_wrapped_module."])
+def test_wrappers_inside_the_model_are_taken_out(checkpoint, folder, wrapper):
+    plain = load_model(folder)[1].load()
+    rewrite(
+        folder, lambda tensors: {name.replace("self_attn.", f"self_attn.{wrapper}"): tensors[name] for name in tensors}
+    )
+    with pytest.warns(UserWarning, match="come from a wrapper"):
+        found = load_model(folder)[1].load()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_one_tensor_under_two_names_is_refused(folder):
+    rewrite(folder, lambda tensors: tensors | {"norm.weight": torch.zeros(48)})
+    with pytest.raises(UserError, match=r"both .*norm\.weight and .*norm\.weight"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("model-00001-of-00002.safetensors", "index of the shards is missing"),
+        ("adapter_model.safetensors", "merge_and_unload"),
+        ("consolidated.safetensors", "the format of Hugging Face"),
+        ("consolidated.00.pth", "the format of Hugging Face"),
+        ("pytorch_model.bin", "save_pretrained"),
+        ("model.fp16.safetensors", "rename them"),
+    ],
+)
+def test_weights_under_another_name_are_told_what_to_do(folder, name, remedy):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(UserError, match=remedy):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
+def test_a_pointer_of_git_lfs_is_named(folder, name):
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        load_model(folder)
+
+
+def test_a_link_to_nothing_is_named(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../blobs/gone")
+    with pytest.raises(UserError, match="a link to"):
+        load_model(folder)
+
+
+def test_a_model_without_its_output_projection_is_called_so(folder):
+    rewrite(
+        folder,
+        lambda tensors: (
+            {n: t for n, t in tensors.items() if n != "lm_head.weight"} | {"score.weight": torch.ones(2, 48)}
+        ),
+    )
+    with pytest.raises(UserError, match="a base model or a classifier"):
+        load_model(folder)
+
+
+def test_tensors_that_lie_there_instead_are_named(folder):
+    rewrite(folder, lambda tensors: {name.replace("mlp.up_proj", "mlp.w3"): tensors[name] for name in tensors})
+    with pytest.raises(UserError, match=r"lacks .*up_proj\.weight .*but holds others, such as layers\.0\.mlp\.w3"):
+        load_model(folder)
+
+
+def test_a_matrix_of_three_dimensions_is_named(folder):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    rewrite(folder, lambda tensors: tensors | {name: tensors[name][None]})
+    with pytest.raises(UserError, match=r"o_proj\.weight has shape \(1, 48, 48\)"):
+        load_model(folder)[1].load()

@@ -98,7 +98,7 @@ def test_quantised_checkpoints(checkpoint, tmp_path, method):
         "ignore": ["lm_head"],
     }
     if method == "fp8":
-        settings = {"quant_method": method, "modules_to_not_convert": ["lm_head"], "weight_block_size": [1, 64]}
+        settings = {"quant_method": method, "modules_to_not_convert": ["lm_head"], "weight_block_size": [1, 32]}
     edit_json(folder / "config.json", quantization_config=settings)
     found = compare(folder)
     assert "skipped" not in found, found
@@ -114,3 +114,44 @@ def test_too_little_memory_is_said(checkpoint, monkeypatch):
 def test_a_split_gguf_model_is_said_not_to_be_compared(tmp_path):
     write_gguf(tmp_path / "a.gguf", build_transformers_model("llama", {}), split=12)
     assert "several files" in compare(tmp_path)["skipped"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"pad_token_id": 5000},
+        {"return_dict": False},
+        {"attn_implementation": "flash_attention_2"},
+    ],
+)
+def test_what_only_transformers_stumbles_over_is_compared_all_the_same(checkpoint, tmp_path, config):
+    assert compare(copied(checkpoint("llama-gqa"), tmp_path / "model", **config))["max_rel"] <= TOLERANCE
+
+
+def test_wrappers_inside_the_model_are_taken_out_on_both_sides(checkpoint, tmp_path):
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model")
+    wrapped = {"layers.": "layers._fsdp_wrapped_module.", "q_proj": "_orig_mod.q_proj"}
+
+    def change(tensors):
+        for part, longer in wrapped.items():
+            tensors = {name.replace(part, longer): tensor for name, tensor in tensors.items()}
+        return tensors
+
+    rewrite(folder, change)
+    with pytest.warns(UserWarning, match="come from a wrapper"):
+        assert compare(folder)["max_rel"] <= TOLERANCE
+
+
+def test_scales_as_autofp8_names_them(checkpoint, tmp_path):
+    folder = copied(checkpoint("llama-blocks"), tmp_path / "model")
+    rewrite(folder, lambda tensors: quantise(tensors, "_scale"))
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", "ignored_layers": ["lm_head"]})
+    assert compare(folder)["max_rel"] <= TOLERANCE
+
+
+def test_blocks_that_do_not_divide_are_said_not_to_be_compared(checkpoint, tmp_path):
+    folder = copied(checkpoint("llama-blocks"), tmp_path / "model")
+    settings = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"], "weight_block_size": [40, 40]}
+    rewrite(folder, lambda tensors: quantise(tensors, "_scale_inv"))
+    edit_json(folder / "config.json", quantization_config=settings)
+    assert "do not divide" in compare(folder)["skipped"]
