@@ -73,6 +73,11 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
     """
     from transformers import LlamaConfig
 
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise UserError(
+            f"the GGUF file holds no model but something of the type {kind!r}", "name the file of the model"
+        )
     architecture = metadata.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise UserError(
@@ -95,11 +100,11 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         rope_parameters=_rope(keys, head_dim, factors),
         attention_bias=_biased(shapes),
-        mlp_bias="blk.0.ffn_up.bias" in shapes,
+        mlp_bias=any(name.endswith(".ffn_up.bias") for name in shapes),
         tie_word_embeddings="output.weight" not in shapes,
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        bos_token_id=_token(metadata, "bos_token_id"),
         eos_token_id=_stop_tokens(metadata),
-        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+        pad_token_id=_token(metadata, "padding_token_id"),
         architectures=["LlamaForCausalLM"],
     )
 
@@ -117,15 +122,13 @@ class _Keys:
     def size(self, key: str, default: int | None = None) -> int:
         value = self._values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(
-                f"the GGUF file gives {ARCHITECTURE}.{key} as {value!r}", f"it must be one number; {USE_SAFETENSORS}"
-            )
+            raise UserError(_says(f"{ARCHITECTURE}.{key}", value), f"it must be one number; {USE_SAFETENSORS}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._values.get(key, default)
         if not isinstance(value, int | float) or not np.isfinite(value):
-            raise UserError(f"the GGUF file gives {ARCHITECTURE}.{key} as {value!r}", USE_SAFETENSORS)
+            raise UserError(_says(f"{ARCHITECTURE}.{key}", value), USE_SAFETENSORS)
         return float(value)
 
     def refuse_unread(self) -> None:
@@ -166,7 +169,7 @@ def _rows(shapes: Mapping[str, Sequence[int]], name: str) -> int:
 
 
 def _biased(shapes: Mapping[str, Sequence[int]]) -> bool:
-    found = [part for part in BIASED if f"blk.0.{part}.bias" in shapes]
+    found = [part for part in BIASED if any(name.endswith(f".{part}.bias") for name in shapes)]
     if found and len(found) < len(BIASED):
         raise UserError(
             f"the GGUF file has biases for {', '.join(found)} alone, which is not supported", USE_SAFETENSORS
@@ -175,8 +178,19 @@ def _biased(shapes: Mapping[str, Sequence[int]]) -> bool:
 
 
 def _stop_tokens(metadata: Mapping[str, Any]) -> list[int] | None:
-    found = [metadata[key] for name in STOP_TOKENS if (key := f"tokenizer.ggml.{name}") in metadata]
+    found = [token for name in STOP_TOKENS if (token := _token(metadata, name)) is not None]
     return list(dict.fromkeys(found)) or None
+
+
+def _token(metadata: Mapping[str, Any], name: str) -> int | None:
+    found = metadata.get(f"tokenizer.ggml.{name}")
+    if found is not None and type(found) is not int:
+        raise UserError(_says(f"tokenizer.ggml.{name}", found), f"it must be a number; {USE_SAFETENSORS}")
+    return found
+
+
+def _says(key: str, value: object) -> str:
+    return f"the GGUF file has no {key}" if value is None else f"the GGUF file gives {key} as {value!r}"
 
 
 def _rope(keys: _Keys, head_dim: int, factors: np.ndarray | None) -> dict[str, Any]:

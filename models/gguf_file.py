@@ -85,8 +85,12 @@ class GGUFTensors:
     def _map(self, gguf: Any, n_layers: int) -> dict[str, str]:
         known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, n_layers)
         modules = [f"layers.{i}.{block}" for i in range(n_layers) for block in _BLOCKS]
+        biased = ("self_attn",) * self.config.attention_bias + ("mlp",) * self.config.mlp_bias
         theirs = {
-            f"{m}.{kind}": f"{known.get_name('model.' + m)}.{kind}" for m in modules for kind in ("weight", "bias")
+            f"{m}.{kind}": f"{known.get_name('model.' + m)}.{kind}"
+            for m in modules
+            for kind in ("weight", "bias")
+            if kind == "weight" or m.split(".")[2] in biased
         }
         theirs |= {f"{table}.weight": f"{stored}.weight" for table, stored in _TABLES.items()}
         return {name: stored for name, stored in theirs.items() if stored in self._tensors}

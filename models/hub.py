@@ -54,11 +54,13 @@ def download(model: str, cache_dir: Path | None) -> Path:
 def _listing(repo: str, cache_dir: Path | None) -> tuple[list[str], bool]:
     """Names of the files of a repository, and whether the hub was there to ask; else those that the cache holds."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
         info = HfApi().model_info(repo)
         return [sibling.rfilename for sibling in info.siblings or []], True
+    except GatedRepoError as error:
+        raise _gated(repo) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise _cannot(repo, error) from error
     except (OSError, ValueError, HfHubHTTPError) as error:
@@ -71,14 +73,24 @@ def _listing(repo: str, cache_dir: Path | None) -> tuple[list[str], bool]:
 
 def _snapshot(repo: str, cache_dir: Path | None, online: bool, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     try:
         folder = snapshot_download(
             repo, cache_dir=cache_dir, allow_patterns=list(patterns), local_files_only=not online
         )
+    except GatedRepoError as error:
+        raise _gated(repo) from error
     except (OSError, ValueError) as error:
         raise _cannot(repo, error) from error
     return Path(folder)
+
+
+def _gated(repo: str) -> UserError:
+    return UserError(
+        f"{repo} is open only to those whom its owner has let in",
+        f"ask for access on https://huggingface.co/{repo}, then log in with `hf auth login`",
+    )
 
 
 def _cannot(repo: str, error: Exception) -> UserError:

@@ -8,6 +8,8 @@ from shadowllm.errors import UserError
 from shadowllm.models.spec import ModelSpec, RopeSpec
 from shadowllm.models.weights import Source
 
+# Hugging Face's name, and ours.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
 # Parameters of each RoPE scaling: Hugging Face's name, and the one in `RopeSpec`.
 ROPE_KEYS: dict[str, dict[str, str]] = {
     "default": {"rope_theta": "theta"},
@@ -28,7 +30,7 @@ def spec(config: Any) -> ModelSpec:
     Raises:
         UserError: a variant this adapter does not cover, by name.
     """
-    activation = {"silu": "silu", "gelu": "gelu", "relu": "relu"}.get(config.hidden_act)
+    activation = ACTIVATIONS.get(config.hidden_act)
     if activation is None:
         raise UserError(f"Llama activation {config.hidden_act!r} is not supported", "use silu, gelu or relu")
     return ModelSpec(
@@ -55,6 +57,8 @@ def spec(config: Any) -> ModelSpec:
 
 
 def _rope(config: Any) -> RopeSpec:
+    # As transformers does once more when it builds the model: some keys move here from the top of the config.
+    config.standardize_rope_params()
     found = dict(config.rope_parameters)
     scaling = found.get("rope_type", "default")
     if scaling not in ROPE_KEYS:

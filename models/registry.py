@@ -55,6 +55,8 @@ def load_model(
         raise UserError(
             f"model family {config.model_type!r} is not supported", f"supported: {', '.join(sorted(FAMILIES))}"
         )
+    if not getattr(config, "is_causal", True):
+        raise UserError("config.json says that the model is not causal (is_causal)", "use a model that generates text")
     spec = replace(
         family.spec(config),
         bos_token_id=_bos(config),

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shadowllm.errors import UserError
-from shadowllm.models import load_model
-from tests.models.checkpoints import copied, edit_json
+from shadowllm.models import Decoder, load_model
+from tests.models.checkpoints import copied, edit_json, logits
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -118,3 +118,31 @@ def test_a_bos_token_outside_the_vocabulary_is_not_used(checkpoint, tmp_path):
     folder = copied(checkpoint("llama-gqa"), tmp_path / "model", bos_token_id=10**6)
     with pytest.warns(UserWarning, match="outside its vocabulary"):
         assert load_model(folder)[0].bos_token_id is None
+
+
+@pytest.mark.parametrize("inner", [{}, {"original_max_position_embeddings": 32}])
+def test_llama3_scaling_takes_the_length_at_the_top_of_the_config(checkpoint, tmp_path, inner):
+    folder = copied(
+        checkpoint("llama-gqa"),
+        tmp_path / "model",
+        rope_parameters=LLAMA3 | inner,
+        original_max_position_embeddings=16,
+    )
+    same_as_transformers(folder)
+
+
+def test_swish_is_silu(checkpoint, tmp_path):
+    same_as_transformers(copied(checkpoint("llama-gqa"), tmp_path / "model", hidden_act="swish"))
+
+
+def same_as_transformers(folder):
+    spec, weights, _ = load_model(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(logits(Decoder(spec, weights.load())), logits(theirs), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
+def test_a_model_that_is_not_causal_is_refused(checkpoint, tmp_path, variant):
+    folder = copied(checkpoint(variant), tmp_path / "model", is_causal=False)
+    with pytest.raises(UserError, match="not causal"):
+        load_model(folder)

@@ -103,6 +103,9 @@ def test_other_rope_factors_are_refused(tmp_path, model):
         ({"feed_forward_length": [88, 88, 88]}, "feed_forward_length"),
         ({"attention.layer_norm_rms_epsilon": float("nan")}, "epsilon"),
         ({"block_count": "three"}, "block_count"),
+        ({".tokenizer.ggml.bos_token_id": "one"}, "bos_token_id as 'one'"),
+        ({".tokenizer.ggml.eot_token_id": "one"}, "eot_token_id as 'one'"),
+        ({".general.type": "adapter"}, "of the type 'adapter'"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, model, keys, words):
@@ -202,3 +205,18 @@ def test_a_damaged_file_is_named(tmp_path, model, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"a\.gguf is damaged"):
         load_model(path)
+
+
+def test_a_key_that_is_missing_is_named(tmp_path, model):
+    write_gguf(tmp_path / "a.gguf", model, without=("block_count",))
+    with pytest.raises(UserError, match=r"has no llama\.block_count"):
+        load_model(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    "name", ["blk.2.attn_k.bias", "blk.1.ffn_up.bias", "blk.0.ffn_down.bias", "blk.1.attn_norm.bias"]
+)
+def test_a_bias_that_the_model_does_not_have_is_refused(tmp_path, model, name):
+    write_gguf(tmp_path / "a.gguf", model, extra={name: (np.ones(48, np.float32), None)})
+    with pytest.raises(UserError, match="bias"):
+        load_model(tmp_path / "a.gguf")

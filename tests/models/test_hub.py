@@ -27,7 +27,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.asked = folder, []
+        self.folder, self.asked, self.gated = folder, [], False
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -36,6 +36,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        if self.server.gated:
+            self.refuse(403, "GatedRepo")
+            return
         resolve = f"/{REPO}/resolve/{COMMIT}/"
         if path.startswith(f"/api/models/{REPO}"):
             names = sorted(str(p.relative_to(self.server.folder)) for p in self.server.folder.rglob("*") if p.is_file())
@@ -51,10 +54,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.asked.append(path.removeprefix(resolve))
             self.answer(data, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
         else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.refuse(404, "RepoNotFound")
+
+    def refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def answer(self, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(200)
@@ -158,3 +164,9 @@ def test_without_the_hub_the_cache_serves(hub, checkpoint, tmp_path, monkeypatch
     assert load_model(REPO, cache_dir=tmp_path / "cache")[0].n_layers == 3
     with pytest.raises(UserError, match="cannot be had from the hub"):
         download("someone/else", tmp_path / "cache")
+
+
+def test_a_repository_with_a_gate_says_how_to_enter(hub, tmp_path):
+    hub.gated = True
+    with pytest.raises(UserError, match=rf"ask for access on https://huggingface.co/{REPO}, then log in"):
+        download(REPO, tmp_path / "cache")
