@@ -13,6 +13,7 @@ from shadowllm.models.config import read_config, read_generation_config
 from shadowllm.models.dequantise import DequantisedTensors
 from shadowllm.models.gguf_file import GGUFTensors
 from shadowllm.models.hub import download
+from shadowllm.models.lfs import refuse_pointers
 from shadowllm.models.quantised_checkpoint import plain_tensors
 from shadowllm.models.safetensors_file import SafetensorsFiles
 from shadowllm.models.weights import TensorFile
@@ -73,7 +74,7 @@ def open_checkpoint(model: str | Path, cache_dir: Path | None, trust_remote_code
         if gguf is None:
             weight_files.refuse_what_is_no_model(path)
         return _open_gguf(path / str(gguf))
-    weight_files.refuse_pointers(files)
+    refuse_pointers(files)
     weight_files.warn_of_adapter(path)
     config = config or read_config(path, trust_remote_code)
     stored = SafetensorsFiles(files)
@@ -104,7 +105,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     from transformers import GenerationConfig
 
     parts = weight_files.gguf_parts(path)
-    weight_files.refuse_pointers(parts)
+    refuse_pointers(parts)
     tensors = GGUFTensors(parts)
     generation = GenerationConfig.from_model_config(tensors.config)
     return Checkpoint(path.parent, parts[0].name, tensors.config, generation, tensors)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.errors import UserError, foreign_reader, in_one_line
+from shadowllm.models.lfs import refuse_pointers
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -81,10 +82,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 
     Raises:
-        UserError: the file is missing or holds something else.
+        UserError: the file is missing, is a pointer of Git LFS or holds something else.
     """
     if not path.is_file():
         raise UserError(f"there is no {path.name} in {path.parent}", "a model folder holds it beside the weights")
+    refuse_pointers([path])
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:

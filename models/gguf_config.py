@@ -73,17 +73,7 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
     """
     from transformers import LlamaConfig
 
-    kind = metadata.get("general.type", "model")
-    if kind != "model":
-        raise UserError(
-            f"the GGUF file holds no model but something of the type {kind!r}", "name the file of the model"
-        )
-    architecture = metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise UserError(
-            f"the GGUF file holds a model of the family {architecture!r}, which is not supported",
-            "use a Llama GGUF file, or the safetensors checkpoint of a supported family",
-        )
+    _refuse_other_families(metadata)
     keys = _Keys(metadata)
     keys.refuse_unread()
     hidden, heads = keys.size("embedding_length"), keys.size("attention.head_count")
@@ -107,6 +97,20 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
         pad_token_id=_token(metadata, "padding_token_id"),
         architectures=["LlamaForCausalLM"],
     )
+
+
+def _refuse_other_families(metadata: Mapping[str, Any]) -> None:
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise UserError(
+            f"the GGUF file holds no model but something of the type {kind!r}", "name the file of the model"
+        )
+    architecture = metadata.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise UserError(
+            f"the GGUF file holds a model of the family {architecture!r}, which is not supported",
+            "use a Llama GGUF file, or the safetensors checkpoint of a supported family",
+        )
 
 
 class _Keys:

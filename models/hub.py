@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shadowllm.errors import UserError, in_one_line
-from shadowllm.models.weight_files import INDEX, SINGLE_FILE, SPLIT, gguf_models
+from shadowllm.models.weight_files import INDEX, SINGLE_FILE, SPLIT, gguf_models, shard_names
 
 NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>.+\.gguf)|:(?P<tag>[\w.-]+))?")
 # What lies beside the weights. Nothing pickled, and no copies for other frameworks.
@@ -47,8 +47,10 @@ def download(model: str, cache_dir: Path | None) -> Path:
             return _snapshot(repo, cache_dir, online, COMPANIONS)
         return _snapshot(repo, cache_dir, online, _parts(names, chosen)) / chosen
     # `transformers` reads the single file where there is one; a repository may hold shards as well.
-    weights = [SINGLE_FILE] if SINGLE_FILE in names else [INDEX, "model-*.safetensors"]
-    return _snapshot(repo, cache_dir, online, [*COMPANIONS, *weights])
+    if SINGLE_FILE in names:
+        return _snapshot(repo, cache_dir, online, [*COMPANIONS, SINGLE_FILE])
+    folder = _snapshot(repo, cache_dir, online, [*COMPANIONS, INDEX])
+    return _snapshot(repo, cache_dir, online, shard_names(folder / INDEX))
 
 
 def _listing(repo: str, cache_dir: Path | None) -> tuple[list[str], bool]:

@@ -18,20 +18,7 @@ def spec(config: Any) -> ModelSpec:
     Raises:
         UserError: a variant this adapter does not cover, by name.
     """
-    if not config.do_layer_norm_before:
-        raise UserError(
-            "OPT with post-norm layers (OPT-350m) is not supported", "use a pre-norm size such as opt-125m or opt-1.3b"
-        )
-    if config.word_embed_proj_dim != config.hidden_size:
-        raise UserError(
-            "OPT with embedding projections (word_embed_proj_dim) is not supported",
-            "use a size whose embeddings have the hidden size",
-        )
-    if not config.layer_norm_elementwise_affine or config._remove_final_layer_norm:
-        raise UserError(
-            "OPT without LayerNorm weights or without its final LayerNorm is not supported",
-            "use a standard OPT checkpoint",
-        )
+    _refuse_variants(config)
     activation = {"relu": "relu", "gelu": "gelu"}.get(config.activation_function)
     if activation is None:
         raise UserError(f"OPT activation {config.activation_function!r} is not supported", "use relu or gelu")
@@ -56,6 +43,23 @@ def spec(config: Any) -> ModelSpec:
         mlp_bias=config.enable_bias,
         tied_embeddings=config.tie_word_embeddings,
     )
+
+
+def _refuse_variants(config: Any) -> None:
+    if not config.do_layer_norm_before:
+        raise UserError(
+            "OPT with post-norm layers (OPT-350m) is not supported", "use a pre-norm size such as opt-125m or opt-1.3b"
+        )
+    if config.word_embed_proj_dim != config.hidden_size:
+        raise UserError(
+            "OPT with embedding projections (word_embed_proj_dim) is not supported",
+            "use a size whose embeddings have the hidden size",
+        )
+    if not config.layer_norm_elementwise_affine or config._remove_final_layer_norm:
+        raise UserError(
+            "OPT without LayerNorm weights or without its final LayerNorm is not supported",
+            "use a standard OPT checkpoint",
+        )
 
 
 def sources(spec: ModelSpec) -> dict[str, Source]:

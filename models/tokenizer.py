@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shadowllm.errors import UserError, in_one_line
-from shadowllm.models.weight_files import refuse_pointers
+from shadowllm.models.lfs import refuse_pointers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

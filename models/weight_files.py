@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 from shadowllm.errors import UserError
@@ -16,7 +15,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 ORIGINAL = "consolidated."  # how the files in Meta's and Mistral's own format begin
 HUGGING_FACE_FORMAT = "this is the makers' own format: use the model in the format of Hugging Face"
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -49,18 +47,28 @@ def safetensors_files(folder: Path, named: object = None) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
+    for name in shard_names(index):
+        if not (index.parent / name).is_file():
+            raise UserError(
+                f"the shard {name} named by {index} is missing", "the checkpoint is incomplete: download it again"
+            )
+    return [index.parent / name for name in shard_names(index)]
+
+
+def shard_names(index: Path) -> list[str]:
+    """Names of the shards that an index lists, sorted; relative to its folder.
+
+    Raises:
+        UserError: an index that cannot be read, or that names a file outside its folder.
+    """
     where = read_json_object(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise UserError(f"{index} has no readable weight_map", "download the file again")
     names = sorted(set(where.values()))
     for name in names:
-        if Path(name).name != name:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{index} names {name!r}, which lies outside the folder", "do not use this checkpoint")
-        if not (index.parent / name).is_file():
-            raise UserError(
-                f"the shard {name} named by {index} is missing", "the checkpoint is incomplete: download it again"
-            )
-    return [index.parent / name for name in names]
+    return names
 
 
 def gguf_file(folder: Path) -> str | None:
@@ -137,18 +145,6 @@ def _use_of(name: str) -> str:
     if name.startswith("adapter_"):
         return "an adapter is no model: merge it into its model first (peft: merge_and_unload) and export the result"
     return f"the weights of a model are called {SINGLE_FILE}: rename them if that is what these are"
-
-
-def refuse_pointers(paths: Sequence[Path]) -> None:
-    """Say it where git has left a pointer of Git LFS in the place of a large file.
-
-    Raises:
-        UserError: naming the first such file.
-    """
-    for path in paths:
-        with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(f"{path} is only a pointer of Git LFS, not the file", "fetch the files: git lfs pull")
 
 
 def warn_of_adapter(folder: Path) -> None:

@@ -143,6 +143,18 @@ def test_nothing_is_fetched_before_one_is_named(hub, tmp_path, name, words):
     assert hub.asked == []
 
 
+def test_the_shards_that_the_index_names_whatever_they_are_called(hub, checkpoint, tmp_path):
+    for path in checkpoint("llama-gqa").iterdir():
+        (hub.folder / path.name).write_bytes(path.read_bytes())
+    (hub.folder / "parts").mkdir()
+    (hub.folder / "model.safetensors").rename(hub.folder / "parts/pytorch_model-00001-of-00001.safetensors")
+    index = {"weight_map": {"lm_head.weight": "parts/pytorch_model-00001-of-00001.safetensors"}}
+    (hub.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    publish(hub, "model-00001-of-00002.safetensors")
+    assert load_model(REPO, cache_dir=tmp_path / "cache")[0].n_layers == 3
+    assert "model-00001-of-00002.safetensors" not in hub.asked
+
+
 @pytest.mark.parametrize("name", ["./nothing", "/nowhere/at/all", "a/b/c", "~/model", "model.gguf", "a b/c"])
 def test_what_is_no_name(name, tmp_path):
     with pytest.raises(UserError, match="no such model"):

@@ -210,7 +210,7 @@ def test_weights_under_another_name_are_told_what_to_do(folder, name, remedy):
         load_model(folder)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf", "model.safetensors.index.json"])
 def test_a_pointer_of_git_lfs_is_named(folder, name):
     (folder / "model.safetensors").unlink()
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
