@@ -46,7 +46,11 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
             raise UserError(f"{path} says {name} is {size!r}", "it must be a whole number above 0")
     remedy = "correct config.json, or download the model again"
     with foreign_reader(f"transformers cannot read {path}", remedy):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    old = data.get("compression_config")  # as compressed-tensors called it at first
+    if isinstance(old, dict) and getattr(config, "quantization_config", None) is None:
+        config.quantization_config = old
+    return config
 
 
 def read_generation_config(folder: Path, config: Any) -> Any:

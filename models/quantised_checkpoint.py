@@ -119,11 +119,9 @@ def _method(config: Any, folder: Path, tensors: SafetensorsFiles) -> tuple[str |
     # First, because mlx_lm writes a quantization_config without a method as well.
     if getattr(config, "quantization", None) or (tensors.format == "mlx" and _has(tensors, "scales")):
         return "mlx", {}
-    for key in ("quantization_config", "compression_config"):
-        settings = getattr(config, key, None)
-        if settings is not None:
-            settings = settings if isinstance(settings, Mapping) else settings.to_dict()
-            return _name(settings), settings
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        return _name(settings), settings
     for name, method in OLD_CONFIGS.items():
         if (folder / name).is_file():
             return method, read_json_object(folder / name)

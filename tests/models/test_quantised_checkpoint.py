@@ -67,6 +67,14 @@ def test_settings_in_files_of_their_own(folder, name, method):
         load_model(folder)
 
 
+def test_the_older_name_of_the_settings(folder):
+    edit_json(folder / "config.json", compression_config={"quant_method": "compressed-tensors", "format": "marlin-24"})
+    with pytest.raises(UserError, match="as marlin-24"):
+        load_model(folder)
+    edit_json(folder / "config.json", compression_config="marlin")
+    load_model(folder)  # transformers does not look at it either
+
+
 def test_mlx(folder):
     edit_json(folder / "config.json", quantization={"group_size": 64, "bits": 4})
     with pytest.raises(UserError, match=r"by mlx.*mlx_lm\.convert --dequantize"):

@@ -105,6 +105,17 @@ def test_quantised_checkpoints(checkpoint, tmp_path, method):
     assert found["max_rel"] <= found["tolerance"]
 
 
+def test_settings_under_their_older_name(checkpoint, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: not compared")
+    folder = copied(checkpoint("llama-blocks"), tmp_path / "model")
+    rewrite(folder, lambda tensors: quantise(tensors, "_scale"))
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    groups = {"a": {"targets": ["Linear"], "weights": weights}}
+    settings = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    edit_json(folder / "config.json", compression_config=settings | {"ignore": ["lm_head"]})
+    assert compare(folder)["max_rel"] <= TOLERANCE
+
+
 def test_too_little_memory_is_said(checkpoint, monkeypatch):
     memory = psutil.virtual_memory()._replace(available=1000)
     monkeypatch.setattr(transformers_check.psutil, "virtual_memory", lambda: memory)
