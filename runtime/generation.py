@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shadowllm.errors import UserError
 from shadowllm.runtime.sampling import Sampling
 from shadowllm.runtime.session import Greedy, Session
+
+if TYPE_CHECKING:
+    from transformers import StoppingCriteria
 
 
 def generate(
@@ -18,11 +22,15 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] = (),
+    stopping: StoppingCriteria | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue prompts, one token of every sequence at a time.
 
-    The session is reset first. A sequence ends with a stop id, which is not yielded, or when the
-    model has no position left.
+    The session is reset first. A sequence ends with a stop id, which is not yielded, with a token after which
+    ``stopping`` says so, which is yielded, or when the model has no position left.
+
+    Args:
+        stopping: of `transformers`, as `StopStringCriteria`; it is shown prompt and new tokens of one sequence.
 
     Yields:
         The new token of each sequence, None for those that have ended.
@@ -33,12 +41,19 @@ def generate(
     chooser = Chooser(prompts, sampling or Sampling(), stop_ids, type(session).__name__)
     session.reset(len(prompts))
     first = chooser.choose(session.prefill(prompts))
+    texts = [list(prompt) for prompt in prompts]
     steps = min(max_new_tokens - 1, session.spec.max_seqlen - max(map(len, prompts)))
     for tokens in islice(chain([first], _following(session, first, steps, chooser)), max_new_tokens):
         chooser.running &= ~np.isin(tokens, stop_ids)
         if not chooser.running.any():
             return
         yield [int(token) if alive else None for token, alive in zip(tokens, chooser.running, strict=True)]
+        if stopping is not None:
+            for row in np.flatnonzero(chooser.running):
+                texts[row].append(int(tokens[row]))
+                chooser.running[row] = not _ends(texts[row], stopping)
+            if not chooser.running.any():
+                return
 
 
 def _following(session: Session, tokens: np.ndarray, steps: int, chooser: Chooser) -> Iterator[np.ndarray]:
@@ -49,6 +64,12 @@ def _following(session: Session, tokens: np.ndarray, steps: int, chooser: Choose
     for _ in range(steps):
         tokens = chooser.choose(session.decode(tokens))
         yield tokens
+
+
+def _ends(text: Sequence[int], stopping: StoppingCriteria) -> bool:
+    import torch
+
+    return bool(stopping(torch.tensor([text]), None)[0])
 
 
 class Chooser:
@@ -95,6 +116,11 @@ class Chooser:
         import torch
 
         scores = self._processors[row](torch.LongTensor([self._texts[row]]), torch.tensor(logits))
+        if not scores.max() < torch.inf:
+            raise UserError(
+                f"the sampling options make a logit infinite for sequence {row + 1}, position {len(self._texts[row])}",
+                "choose a repetition penalty nearer to 1, or a higher temperature",
+            )
         if scores.max() == -torch.inf:
             raise UserError(
                 f"no token is left for sequence {row + 1} at position {len(self._texts[row])}",

@@ -13,7 +13,7 @@ from shadowllm.models.tokenizer import check_rows, refusal, text_encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 # What transformers may read of a tokenizer: each is checked, and none is read that the manifest does not list.
 PREFIXES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "additional_chat_templates/", "vocab")
@@ -71,18 +71,24 @@ def encode_prompt(
     """
     if not text:
         raise UserError("the prompt is empty", "give some text")
+    _check_unicode(text, "the prompt", "write it in UTF-8, or give a file by --prompt-file")
+    source, remedy = f"the prompt {text!r:.60}", "give other text"
+    if chat:
+        text = _render(bundle, tokenizer, text, template)
+        source, remedy = f"what the chat template of {bundle} makes of the prompt", "leave out --chat"
+        _check_unicode(text, source, remedy)
+    ids = tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
+    if not ids:
+        raise UserError(f"{source} has no tokens", remedy)
+    return check_rows(ids, tokenizer, manifest.spec.vocab_size)
+
+
+def _check_unicode(text: str, source: str, remedy: str) -> None:
+    """Refuse text with characters that stand for bytes of no UTF-8, or for halves of characters."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"the prompt {text!r} has bytes that are not UTF-8", "write it in UTF-8, or give a file by --prompt-file"
-        ) from error
-    if chat:
-        text = _render(bundle, tokenizer, text, template)
-    ids = tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
-    if not ids:
-        raise UserError(f"the prompt {text!r} has no tokens", "give other text")
-    return check_rows(ids, tokenizer, manifest.spec.vocab_size)
+        raise UserError(f"{source} {text!r:.60} has bytes that are not UTF-8", remedy) from error
 
 
 def _render(bundle: Path, tokenizer: PreTrainedTokenizerBase, text: str, template: str | None) -> str:
@@ -106,6 +112,23 @@ def _render(bundle: Path, tokenizer: PreTrainedTokenizerBase, text: str, templat
     return str(rendered)
 
 
+def stop_criteria(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> StopStringCriteria | None:
+    """What `transformers` tells by whether a text ends, for `generate`; None without stop strings.
+
+    Raises:
+        UserError: a stop string is empty, or has characters that the tokenizer cannot write.
+    """
+    if "" in stops:
+        raise UserError("a stop string is empty", "leave it out")
+    if not stops:
+        return None
+    from transformers import StopStringCriteria
+
+    quoted = ", ".join(map(repr, stops))
+    with foreign_reader(f"transformers cannot stop at {quoted} with this tokenizer", "give other stop strings"):
+        return StopStringCriteria(tokenizer, list(stops))
+
+
 class TextStream:
     """Turns token ids into text as they come.
 
@@ -115,7 +138,8 @@ class TextStream:
     Args:
         tokenizer: of `transformers`, or the one of `tokenizers` within it.
         prompt: token ids that precede; they decide whether the text goes on with a space.
-        stops: strings that end the text; it stops in front of the first that is complete.
+        stops: strings that end the text; it stops in front of the first that is complete, also where that string
+            begins in the prompt.
 
     Attributes:
         stopped: whether a stop string has come.
@@ -127,9 +151,10 @@ class TextStream:
         self._tokenizer, self._backend = tokenizer, getattr(tokenizer, "backend_tokenizer", tokenizer)
         self._later = CLEANED_LATER if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
         self._ids, self._seen = list(prompt), len(prompt)
-        self._given = len(self._text())
+        before = self._text()
+        self._given = len(before)
         self._in_bytes = False
-        self._stops = StopText(stops)
+        self._stops = StopText(stops, before)
 
     @property
     def stopped(self) -> bool:
@@ -169,31 +194,49 @@ class TextStream:
 
 
 class StopText:
-    """Text up to the first stop string that is complete; what may become one is kept back."""
+    """Text up to the first stop string that is complete; what may become one is kept back.
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        if "" in stops:
-            raise UserError("a stop string is empty", "leave it out")
-        self._stops, self._held = tuple(stops), ""
-        self.stopped = False
+    Args:
+        stops: strings that end the text.
+        before: what precedes the text; a stop string may begin in it, but not lie in it.
+
+    Attributes:
+        stopped: whether a stop string has come.
+    """
+
+    def __init__(self, stops: Sequence[str], before: str = "") -> None:
+        self._stops, self.stopped = tuple(stops), False
+        self._held = before
+        self._before = len(before)  # characters of what is held that are not of the text
+        self._release(len(before) - self._begun())
 
     def push(self, piece: str) -> str:
         """The text that is certain to come before any stop string; empty after one."""
         if self.stopped:
             return ""
         self._held += piece
-        found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in self._held]
+        found = [(start + len(stop), start) for stop in self._stops if (start := self._find(stop)) >= 0]
         if found:
-            end, length = min(found)
             self.stopped = True
-            return self._held[: end + length]
-        kept = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        certain, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
-        return certain
+            return self._release(min(found)[1])
+        return self._release(len(self._held) - self._begun())
 
     def finish(self) -> str:
         """What was kept back, when no text follows."""
-        return "" if self.stopped else self._held
+        return "" if self.stopped else self._release(len(self._held))
+
+    def _find(self, stop: str) -> int:
+        return self._held.find(stop, max(0, self._before - len(stop) + 1))
+
+    def _begun(self) -> int:
+        """How many of the last characters may become a stop string."""
+        return max((_overlap(self._held, stop) for stop in self._stops), default=0)
+
+    def _release(self, end: int) -> str:
+        """What is held up to ``end``, without what is not of the text; the rest stays."""
+        piece, self._held = self._held[self._before : end], self._held[end:]
+        self._before = max(0, self._before - end)
+        return piece
 
 
 def _overlap(text: str, stop: str) -> int:

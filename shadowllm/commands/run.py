@@ -17,7 +17,7 @@ from shadowllm.errors import UserError
 from shadowllm.models.budget import Budget
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
     from shadowllm.exporter.manifest import Manifest
     from shadowllm.runtime import Sampling
@@ -53,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat-template", metavar="NAME", help="the same, by name, where the model has several")
     parser.add_argument("--backend", choices=BACKENDS, default="ort", help="what runs it (default: ort)")
     parser.add_argument("--against", choices=BACKENDS, help="run a second backend too and print both")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: 64)")
+    options.add_whole(parser, "--max-new-tokens", default=64, metavar="N", help="(default: 64)")
     options.add_threads(parser, help="of each operator on the CPU (default: the backend's own)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options.add_budget(parser, None, None)
@@ -81,6 +81,7 @@ class Request:
     Attributes:
         prompts: token ids.
         stops: strings that end a text.
+        stopping: tells when one has come.
     """
 
     manifest: Manifest
@@ -89,14 +90,13 @@ class Request:
     budget: Budget
     sampling: Sampling
     stops: tuple[str, ...]
+    stopping: StopStringCriteria | None
 
 
 def run(args: argparse.Namespace) -> None:
     """Generate with one backend, or with two for comparison."""
     if not args.prompt:
         raise UserError("no prompt", "give --prompt TEXT or --prompt-file FILE")
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}", "give at least 1")
     streaming = not (args.json or args.against or len(args.prompt) > 1)
     request = _request(args)
     results = [_generate(args, request, backend, streaming) for backend in (args.backend, args.against) if backend]
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
 def _request(args: argparse.Namespace) -> Request:
     from shadowllm.exporter.manifest import read_manifest
     from shadowllm.runtime.sampling import bundle_sampling
-    from shadowllm.runtime.text import encode_prompt, load_tokenizer
+    from shadowllm.runtime.text import encode_prompt, load_tokenizer, stop_criteria
 
     manifest = read_manifest(args.bundle)
     sampling, stops = bundle_sampling(
@@ -128,7 +128,7 @@ def _request(args: argparse.Namespace) -> Request:
     chat = args.chat or args.chat_template is not None
     prompts = [encode_prompt(args.bundle, manifest, tokenizer, p, chat, args.chat_template) for p in args.prompt]
     budget = Budget(args.neuron_budget or manifest.budgets["neurons"], args.head_budget or manifest.budgets["heads"])
-    return Request(manifest, tokenizer, prompts, budget, sampling, stops)
+    return Request(manifest, tokenizer, prompts, budget, sampling, stops, stop_criteria(tokenizer, stops))
 
 
 def _generate(args: argparse.Namespace, request: Request, backend: str, streaming: bool) -> dict[str, Any]:
@@ -139,10 +139,10 @@ def _generate(args: argparse.Namespace, request: Request, backend: str, streamin
     with open_session(args.bundle, backend, threads=args.threads) as session:
         session.set_budget(request.budget)
         start = time.perf_counter()
-        for step in generate(session, request.prompts, args.max_new_tokens, request.sampling, stop_ids):
+        for step in generate(
+            session, request.prompts, args.max_new_tokens, request.sampling, stop_ids, request.stopping
+        ):
             texts.add(step)
-            if texts.ended:
-                break
         texts.finish()
         seconds = time.perf_counter() - start
         memory = getattr(session, "memory", None)
@@ -178,15 +178,10 @@ class Texts:
         self.texts = [""] * len(self._streams)
         self.tokens: list[list[int]] = [[] for _ in self._streams]
 
-    @property
-    def ended(self) -> bool:
-        """Whether each text has come to a stop string."""
-        return all(stream.stopped for stream in self._streams)
-
     def add(self, step: Sequence[int | None]) -> None:
         """One new token of each sequence, None of those that have ended."""
         for row, token in enumerate(step):
-            if token is not None and not self._streams[row].stopped:
+            if token is not None:
                 self.tokens[row].append(token)
                 self._write(row, self._streams[row].push(token))
 
@@ -221,6 +216,8 @@ def _text(argument: str) -> str:
 def _file(name: str) -> str:
     """What a file or standard input holds."""
     what = "standard input" if name == "-" else name
+    if name == "-" and sys.stdin is None:  # as Python has it where the caller closed it
+        raise UserError("standard input is closed", "give a text file to --prompt-file")
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         return data.decode("utf-8-sig")

@@ -9,6 +9,8 @@ import torch
 from shadowllm.errors import UserError
 from shadowllm.runtime import Sampling, generate, open_session
 from shadowllm.runtime.generation import Chooser
+from shadowllm.runtime.text import stop_criteria
+from tests.tokenizers import export, llama3
 
 
 def draws(logits, sampling, n=4000):
@@ -70,6 +72,11 @@ class TestChoice:
             chooser.choose(logits)
         chooser.running[1] = False  # what has ended does not matter
         chooser.choose(logits)
+
+    def test_logits_that_the_options_make_infinite(self):
+        chooser = Chooser([[0]], Sampling(temperature=1, repetition_penalty=1e-40))
+        with pytest.raises(UserError, match="the sampling options make a logit infinite for sequence 1, position 1"):
+            chooser.choose(np.ones((1, 3), dtype=np.float32))
 
     def test_no_token_left(self):
         with pytest.raises(UserError, match="no token is left for sequence 1 at position 3"):
@@ -136,6 +143,33 @@ def test_greedy_tokens_are_those_of_transformers(bundle, checkpoint, options):
         steps = list(generate(session, prompts, length, Sampling(**options), stop_ids=[2]))
     mine = [[step[row] for step in steps if step[row] is not None] for row in range(2)]
     assert mine == [[token for token in tokens if token != 2] for tokens in right]
+
+
+@pytest.mark.parametrize(
+    ("stops", "lengths"),
+    [
+        (["k$q"], (11, 24)),
+        (["V.", " by"], (24, 12)),
+        (["!g"], (24, 1)),
+        (["sa", "s"], (2, 3)),
+        (["not there"], (24, 24)),
+    ],
+)
+def test_stop_strings_end_texts_where_transformers_ends_them(tmp_path, stops, lengths):
+    """Inside tokens, over several, beginning in the prompt; each sequence of a batch by itself."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = llama3()
+    bundle = export(tokenizer, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    prompts = [tokenizer(text).input_ids for text in ("the s\u00e9", "model!")]
+    options = {"max_new_tokens": 24, "no_repeat_ngram_size": 1, "stop_strings": stops, "tokenizer": tokenizer}
+    right = [model.generate(torch.tensor([p]), do_sample=False, **options)[0, len(p) :].tolist() for p in prompts]
+    assert tuple(map(len, right)) == lengths
+    with open_session(bundle, "ort-dense") as session:
+        sampling = Sampling(no_repeat_ngram_size=1)
+        steps = list(generate(session, prompts, 24, sampling, stopping=stop_criteria(tokenizer, stops)))
+    assert [[step[row] for step in steps if step[row] is not None] for row in range(2)] == right
 
 
 def _list(value):

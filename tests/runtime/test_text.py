@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shadowllm.errors import UserError
 from shadowllm.exporter.manifest import file_hash, read_manifest
-from shadowllm.runtime.text import StopText, TextStream, encode_prompt, load_tokenizer, plain_encoder
+from shadowllm.runtime.text import StopText, TextStream, encode_prompt, load_tokenizer, plain_encoder, stop_criteria
 from tests.bundles import make_bundle
 from tests.tokenizers import KINDS, export, llama2, llama3, save_model
 
@@ -132,6 +132,11 @@ class TestChat:
             ("{% if %}", "does not render"),
             ("{{ messages[0]['content'] + 1 }}", "does not render"),
             ("{{ ''.__class__.__mro__ }}", "does not render"),
+            (
+                "{% for c in messages[0].content %}{{ c.text }}{% endfor %}",
+                "what the chat template of .* has no tokens",
+            ),
+            ("{{ '\\ud800' }}", "what the chat template of .* not UTF-8"),
         ],
     )
     def test_what_fails_is_one_line(self, plain, template, words):
@@ -238,6 +243,24 @@ class TestStops:
         assert "".join(map(stream.push, tokens)) + stream.finish() == "the s"
         assert stream.stopped
 
-    def test_an_empty_one_is_refused(self):
+    @pytest.mark.parametrize(
+        ("before", "stops", "text"),
+        [
+            ("sea#", ["##"], ""),
+            ("sea##", ["##"], ""),
+            ("sea#", ["#b", "b##"], "#a"),
+            ("a#", ["a##a"], ""),
+            ("xab", ["ab", "xab#a"], ""),
+            ("xab", ["ab"], "#a"),
+        ],
+    )
+    def test_one_may_begin_in_the_prompt(self, before, stops, text):
+        stop = StopText(stops, before)
+        assert "".join(map(stop.push, "#a")) + stop.finish() == text
+
+    def test_what_cannot_be_looked_for_is_refused(self):
         with pytest.raises(UserError, match="stop string is empty"):
-            TextStream(llama2(), stops=["a", ""])
+            stop_criteria(llama2(), ["a", ""])
+        with pytest.raises(UserError, match="cannot stop at '日' with this tokenizer"):
+            stop_criteria(words_with_cleaning(), ["日"])
+        assert stop_criteria(llama2(), []) is None

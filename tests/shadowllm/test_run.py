@@ -60,6 +60,12 @@ def test_it_streams_and_reports_the_same(speaking, capsys, options, text):
     assert found["texts"] == [text]
 
 
+def test_a_stop_string_that_begins_in_the_prompt(speaking, capsys):
+    found = json.loads(run(capsys, speaking, "--prompt", "the", "--stop", "he sea", "--json"))["results"][0]
+    assert found["texts"] == [""]
+    assert found["tokens"] == [[llama2().vocab[SAYS[0]]]]
+
+
 def test_sequences_of_a_batch_stop_by_themselves(speaking, capsys):
     alone = json.loads(run(capsys, speaking, "--prompt", "sea", "--json"))["results"][0]
     both = ["--prompt", "the", "--prompt", "sea", "--stop", "small", "--json"]
@@ -91,6 +97,9 @@ def test_a_prompt_from_a_file_or_standard_input(speaking, capsys, tmp_path, monk
     assert run(capsys, speaking, "--prompt-file", str(tmp_path / "prompt.txt")) == "the sea small model\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("the é".encode()), encoding="ascii"))
     assert run(capsys, speaking, "--prompt-file", "-").startswith("the é")
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it behind `<&-`
+    assert main(["run", str(speaking), "--prompt-file", "-"]) == 1
+    assert "standard input is closed" in capsys.readouterr().err
 
 
 def test_several_templates_by_name(tmp_path, capsys):
@@ -116,6 +125,9 @@ def test_several_templates_by_name(tmp_path, capsys):
         (["--prompt", "x", "--stop", "caf\udce9"], "bytes that are not UTF-8"),
         (["--prompt", "x", "--temperature", "nan"], "temperature nan"),
         (["--prompt", "x", "--seed", "-1"], "seed -1"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--prompt", "x", "--max-new-tokens", str(10**30)], "--max-new-tokens is 1000"),
+        (["--prompt", "x", "--threads", "0"], "--threads is 0"),
     ],
 )
 def test_mistakes(speaking, capsys, tmp_path, monkeypatch, options, words):
