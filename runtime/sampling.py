@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowllm.errors import UserError
+from shadowllm.errors import UserError, in_one_line
 from shadowllm.exporter.manifest import Manifest, verify_files
+from shadowllm.json_types import check_type
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
@@ -147,7 +148,7 @@ def bundle_sampling(
             a temperature is given; what of the config only matters to sampling counts only then.
 
     Raises:
-        UserError: a value out of range, or a generation config that is damaged.
+        UserError: a value out of range, given or in the generation config, or a damaged config.
     """
     path, config = bundle / CONFIG, _generation_config(bundle, manifest)
     given = {name: value for name, value in given.items() if value is not None}
@@ -157,19 +158,26 @@ def bundle_sampling(
     if ignored:
         warnings.warn(f"{path} asks for what is not done here: {', '.join(ignored)}", stacklevel=2)
     names = [name for name in (*ALWAYS, *(SAMPLED if sampled else ())) if config.get(name) is not None]
-    own = {name: _frozen(config[name]) for name in names if name not in given}
-    if stops is None:
-        found = config.get("stop_strings") or ()
-        stops = [found] if isinstance(found, str) else found
+    own = {name: config[name] for name in names if name not in given}
+    Sampling(**given)  # refuses what the user gave, so that what is refused below is the config's
     try:
-        if not all(isinstance(stop, str) for stop in stops):
-            raise TypeError("stop_strings holds what is no text")
-        sampling = Sampling(**(own | given))
+        check_type(own, Sampling, "it")
+        sampling = Sampling(**({name: _frozen(value) for name, value in own.items()} | given))
         _check_tokens(sampling, manifest.spec.vocab_size)
-        sampling.processors(prompt_len=1)
-    except (TypeError, ValueError) as error:  # a value that is no number, or that transformers itself refuses
-        raise UserError(f"{path} has a value that cannot be used ({error})", REMEDY) from error
-    return sampling, tuple(stops)
+        sampling.processors(prompt_len=1)  # transformers itself refuses some values
+        return sampling, _stop_strings(config) if stops is None else tuple(stops)
+    except (ValueError, UserError) as error:
+        cause = error.problem if isinstance(error, UserError) else in_one_line(error)
+        raise UserError(f"{path} has a value that cannot be used ({cause})", REMEDY) from error
+
+
+def _stop_strings(config: dict[str, Any]) -> tuple[str, ...]:
+    found = config.get("stop_strings") or ()
+    check_type(found, str | tuple[str, ...], "stop_strings")
+    stops = (found,) if isinstance(found, str) else tuple(found)
+    if "" in stops:
+        raise ValueError("a stop string is empty")
+    return stops
 
 
 def _generation_config(bundle: Path, manifest: Manifest) -> dict[str, Any]:
@@ -177,9 +185,11 @@ def _generation_config(bundle: Path, manifest: Manifest) -> dict[str, Any]:
         return {}
     verify_files(bundle, manifest.digests(CONFIG))
     try:
-        return dict(json.loads((bundle / CONFIG).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{bundle / CONFIG} is damaged ({error})", REMEDY) from error
+        config = json.loads((bundle / CONFIG).read_text(encoding="utf-8"))
+        check_type(config, dict[str, Any], "it")
+    except ValueError as error:
+        raise UserError(f"{bundle / CONFIG} is damaged ({in_one_line(error)})", REMEDY) from error
+    return dict(config)
 
 
 def _frozen(value: Any) -> Any:
@@ -191,7 +201,4 @@ def _check_tokens(sampling: Sampling, vocab_size: int) -> None:
     words: Iterable[Sequence[int]] = (sampling.suppress_tokens, sampling.begin_suppress_tokens, *sampling.bad_words_ids)
     for token in (token for word in words for token in word):
         if not 0 <= token < vocab_size:
-            raise UserError(
-                f"{CONFIG} suppresses the token {token}, and the model has {vocab_size}",
-                REMEDY,
-            )
+            raise ValueError(f"it suppresses the token {token}, and the model has {vocab_size}")

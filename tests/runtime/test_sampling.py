@@ -115,11 +115,29 @@ def test_what_is_not_done_is_named(configured, recwarn):
         ({"bad_words_ids": [[3, -1]]}, "the token -1"),
         ({"bad_words_ids": 3}, "cannot be used"),
         ({"stop_strings": ["a", 3]}, "cannot be used"),
+        ({"stop_strings": ["a", ""]}, "a stop string is empty"),
+        ({"stop_strings": {"a": 1}}, "stop_strings is {'a': 1}"),
+        ({"suppress_tokens": [3.0]}, "suppress_tokens"),
+        ({"no_repeat_ngram_size": 2.5}, "no_repeat_ngram_size is 2.5"),
+        ({"repetition_penalty": True}, "repetition_penalty is True"),
+        ('{"repetition_penalty": NaN}', "repetition_penalty is nan"),
+        ('[["repetition_penalty", 2]]', "damaged"),
     ],
 )
 def test_a_config_that_cannot_be_used(configured, config, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as caught:
         bundle_sampling(*configured(config))
+    assert "generation_config.json" in caught.value.problem
+    assert "mend that file" in caught.value.remedy
+
+
+def test_what_the_user_gave_is_not_blamed_on_the_config(configured):
+    with pytest.raises(UserError, match=r"^top-p 2 is not in"):
+        bundle_sampling(*configured(CONFIG), top_p=2)
+    given, _ = bundle_sampling(*configured({"top_k": "all"}), temperature=1, top_k=3)
+    assert given.top_k == 3
+    with pytest.raises(UserError, match=r"generation_config.json has a value .*top_k is 'all'"):
+        bundle_sampling(*configured({"top_k": "all"}), temperature=1)
 
 
 def test_a_damaged_config_is_not_read(configured):
