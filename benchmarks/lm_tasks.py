@@ -23,7 +23,7 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.bundle import BundleWeights, read_weights
 from shadowllm.exporter.manifest import Manifest, read_manifest
 from shadowllm.models import Budget, Decoder
-from shadowllm.models.tokenizer import check_rows
+from shadowllm.models.tokenizer import encode
 from shadowllm.predictor.evaluate import DENSE
 from shadowllm.predictor.progress import progress
 from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
@@ -85,8 +85,7 @@ class BundleLM(TemplateLM):
         """Token ids as the harness's own `HFLM` has them: with BOS where the tokenizer adds it, but not twice."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(str(self._tokenizer.decode(self.prefix_token_id)))
-        ids = self._tokenizer(string, add_special_tokens=add_special_tokens, verbose=False).input_ids
-        return check_rows(ids, self._tokenizer, self._manifest.spec.vocab_size)
+        return encode(self._tokenizer, string, self._manifest.spec.vocab_size, add_special_tokens)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: object

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shadowllm.errors import UserError, in_one_line
+from shadowllm.errors import UserError, foreign_reader, in_one_line
 from shadowllm.models.lfs import refuse_pointers
 
 if TYPE_CHECKING:
@@ -70,20 +71,21 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) ->
     Args:
         rows: of the model's embedding; the function returned refuses tokens beyond them. None takes any.
     """
-
-    def encode(text: str) -> list[int]:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return check_rows(ids, tokenizer, rows)
-
-    return encode
+    return partial(encode, tokenizer, rows=rows, special=False)
 
 
-def check_rows(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, rows: int | None) -> list[int]:
-    """The ids, if the model has a row for each.
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, rows: int | None, special: bool) -> list[int]:
+    """Text to token ids that the model has a row for each.
+
+    Args:
+        rows: of the model's embedding; None takes any id.
+        special: add the special tokens that the tokenizer puts around a text.
 
     Raises:
-        UserError: it lacks one, as where tokens were added to the tokenizer and not to the model.
+        UserError: the tokenizer fails, or the model lacks a row, as where tokens were added to the tokenizer alone.
     """
+    with foreign_reader(f"the tokenizer cannot read the text {text!r:.60}", "mend the model's tokenizer files"):
+        ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     beyond = next((token for token in ids if rows is not None and token >= rows), None)
     if beyond is not None:
         token = tokenizer.convert_ids_to_tokens(beyond)
@@ -91,7 +93,7 @@ def check_rows(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, rows: int
             f"the text has the token {token!r} with id {beyond}, and the model has only {rows} tokens",
             "take it out of the text, or use a model whose embedding was resized for this tokenizer",
         )
-    return list(ids)
+    return ids
 
 
 def _check_packages(folder: Path, gguf: str | None) -> None:
@@ -156,7 +158,10 @@ def refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
     for path in _models(folder, gguf):
         if _is_sentencepiece(path):  # transformers takes a damaged one for tiktoken's
             return UserError(f"{path} cannot be read as a SentencePiece model", again)
-    return UserError(f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {in_one_line(error)})", again)
+    return UserError(
+        f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {in_one_line(error)})",
+        f"correct its {CONFIG}, or {again}",
+    )
 
 
 def _newer(path: Path) -> str:

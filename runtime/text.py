@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from shadowllm.errors import UserError, foreign_reader
 from shadowllm.exporter.manifest import Manifest, verify_files
-from shadowllm.models.tokenizer import check_rows, refusal, text_encoder
+from shadowllm.models.tokenizer import encode, refusal, text_encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -77,10 +77,10 @@ def encode_prompt(
         text = _render(bundle, tokenizer, text, template)
         source, remedy = f"what the chat template of {bundle} makes of the prompt", "leave out --chat"
         _check_unicode(text, source, remedy)
-    ids = tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
+    ids = encode(tokenizer, text, manifest.spec.vocab_size, special=not chat)
     if not ids:
         raise UserError(f"{source} has no tokens", remedy)
-    return check_rows(ids, tokenizer, manifest.spec.vocab_size)
+    return ids
 
 
 def _check_unicode(text: str, source: str, remedy: str) -> None:

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from shadowllm.errors import UserError
-from shadowllm.models.tokenizer import check_rows, has_tokenizer, load_tokenizer, text_encoder
+from shadowllm.models.tokenizer import encode, has_tokenizer, load_tokenizer, text_encoder
 from tests.tokenizers import llama2, llama3
 
 
@@ -122,7 +122,17 @@ def test_a_token_the_model_lacks_is_named():
     assert text_encoder(tokenizer)("the <image>")[-1] == rows
     with pytest.raises(UserError, match=f"'<image>' with id {rows}, and the model has only {rows}"):
         text_encoder(tokenizer, rows)("the <image>")
-    assert check_rows([0, rows - 1], tokenizer, rows) == [0, rows - 1]
+    assert text_encoder(tokenizer, rows + 1)("the <image>")[-1] == rows
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_tokenizer_that_fails_on_a_text_is_named(special):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"the": 0}, unk_token="<unk>"))
+    with pytest.raises(UserError, match=r"the tokenizer cannot read the text 'sea' \(WordLevel error"):
+        encode(PreTrainedTokenizerFast(tokenizer_object=inner), "sea", None, special)
 
 
 def test_a_pointer_of_git_lfs_is_named(folder):

@@ -264,3 +264,9 @@ class TestStops:
         with pytest.raises(UserError, match="cannot stop at '日' with this tokenizer"):
             stop_criteria(words_with_cleaning(), ["日"])
         assert stop_criteria(llama2(), []) is None
+
+    def test_one_may_lie_in_a_special_token(self):
+        tokenizer = llama3()
+        ids = tokenizer("the<|header|>").input_ids
+        criteria = stop_criteria(tokenizer, ["<|header|>"])
+        assert [bool(criteria(torch.tensor([ids[:n]]), None)[0]) for n in range(1, 4)] == [False, False, True]
