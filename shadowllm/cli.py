@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from shadowllm import __version__
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parser(arguments).parse_args(arguments)
+        _check_names(args)
         args.run(args)
     except UserError as error:
         return _fail(str(error))
@@ -79,6 +81,16 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             module.configure(command)
             command.set_defaults(run=module.run)
     return parser
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """Refuse names of files that are not UTF-8: readers and writers in other packages take no others."""
+    names = [value for name, value in vars(args).items() if isinstance(value, Path) or name == "model"]
+    for name in map(os.path.abspath, names):
+        if os.fsencode(name) != name.encode(errors="replace"):
+            raise UserError(
+                f"the name {name!r} is not UTF-8 here", "rename it; if only the locale is not UTF-8, set PYTHONUTF8=1"
+            )
 
 
 def _print_anything() -> None:

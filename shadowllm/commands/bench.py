@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from shadowllm.commands import options
+from shadowllm.errors import UserError
 from shadowllm.models.budget import Budget
 
 EPILOG = """examples:
@@ -61,11 +62,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="length of each of the two texts quality is measured on; 0 for none (default: 128)",
     )
-    parser.add_argument("--percentile", type=float, nargs="+", default=[50, 90, 99], metavar="P", help="of the latency")
+    parser.add_argument(
+        "--percentile", type=_percentile, nargs="+", default=[50, 90, 99], metavar="P", help="of the latency"
+    )
     options.add_threads(parser, help="of each operator on the CPU (default: the backend's own)")
     parser.add_argument("--json", type=options.output_file, metavar="FILE", help="write the report there")
     parser.add_argument("--plot", type=options.output_file, metavar="FILE", help="draw it there, as PNG")
     options.add_budget(parser, None, None)
+
+
+def _percentile(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise UserError(f"--percentile is {text}", "give numbers from 0 to 100")
+    return value
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowllm.errors import UserError
-from shadowllm.limits import check_seed, check_threads, check_whole
+from shadowllm.limits import LARGEST, check_seed, check_threads, check_whole
 from shadowllm.models.budget import Budget, parse_fractions
 
 if TYPE_CHECKING:
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 Group = argparse._ActionsContainer  # a parser or a group of one
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLAVOURS = ("tensorrt_rtx", "tensorrt")
+WIDEST = 1 << 16  # of a predictor's network: more would only exhaust the memory
 SIZES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-def add_whole(group: Group, option: str, *, least: int = 1, **keywords: Any) -> None:
-    """An option that takes a whole number from ``least`` on; the rest is as for ``add_argument``."""
-    _add(group, option, lambda value: check_whole(option, value, least), keywords)
+def add_whole(group: Group, option: str, *, least: int = 1, most: int = LARGEST, **keywords: Any) -> None:
+    """An option that takes a whole number from ``least`` to ``most``; the rest is as for ``add_argument``."""
+    _add(group, option, lambda value: check_whole(option, value, least, most), keywords)
 
 
 def add_seed(group: Group, help: str) -> None:
@@ -213,6 +214,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add_whole(
         group,
         "--rank",
+        most=WIDEST,
         help="width of a network (default: all of them under 4%% of the model's parameters)",
     )
     add_whole(group, "--epochs", help="passes over the text (default: 4, or 1 where it is traced anew)")

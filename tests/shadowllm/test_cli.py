@@ -139,6 +139,14 @@ class TestMainJob:
 
 
 class TestMistakes:
+    @pytest.mark.parametrize(
+        "command",
+        [["run", "caf\udce9", "--prompt", "x"], ["export", "caf\udce9", "out"], ["export", "model", "caf\udce9"]],
+    )
+    def test_a_name_that_is_not_utf8(self, capsys, command):
+        assert main(command) == 1
+        assert "is not UTF-8 here; rename it" in capsys.readouterr().err
+
     def test_no_such_model(self, tmp_path, capsys):
         assert "no such model" in fails(capsys, "export", tmp_path / "nothing", tmp_path / "out")
 

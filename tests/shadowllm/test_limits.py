@@ -46,6 +46,14 @@ def test_counts(capsys, command, option, value):
     refused(capsys, command, option, value)
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [("train", "--rank", "65537"), *(("bench", "--percentile", value) for value in ("101", "-1", "nan"))],
+)
+def test_limits_of_their_own(capsys, command, option, value):
+    refused(capsys, command, option, value)
+
+
 @pytest.mark.parametrize("value", ["-1", str(2**63), "soon"])
 @pytest.mark.parametrize("command", ["export", "calibrate", "train"])
 def test_seeds(capsys, command, value):
