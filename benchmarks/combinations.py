@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shadowllm.benchmarks.environment import environment
-from shadowllm.benchmarks.passage import passage
 from shadowllm.benchmarks.scaling import EVALUATED, STATIC, WINDOW, Point
 from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.bundle.predictor_file import Kind, Predictor
+from shadowllm.evaluation.passage import passage
+from shadowllm.evaluation.quality import evaluate
+from shadowllm.evaluation.speed.environment import environment
+from shadowllm.malloc import keep_freed_memory
 from shadowllm.models import load_model
 from shadowllm.models.decoder import Unit
-from shadowllm.predictor.artefact import Kind, Predictor
-from shadowllm.predictor.evaluate import evaluate
-from shadowllm.predictor.memory import keep_freed_memory
 from shadowllm.predictor.selectors import Context, Selector, make_selector
 from shadowllm.predictor.topk import top_mask
 
@@ -41,10 +41,10 @@ class Mean(Selector):
         for part in self._parts:
             part.start(windows, hidden)
 
-    def watch(self, layer: int, unit: Unit, x: Tensor) -> None:
+    def observe(self, layer: int, unit: Unit, x: Tensor) -> None:
         """Show the input to all."""
         for part in self._parts:
-            part.watch(layer, unit, x)
+            part.observe(layer, unit, x)
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         """Sum of the logarithms of what each takes the shares to be."""

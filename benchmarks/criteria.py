@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shadowllm.benchmarks.environment import environment
-from shadowllm.benchmarks.passage import passage
 from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.evaluation.passage import passage
+from shadowllm.evaluation.speed.environment import environment
 from shadowllm.models import Decoder, ModelSpec, load_model
 from shadowllm.models.decoder import Unit
 from shadowllm.predictor.criteria import CRITERIA
-from shadowllm.predictor.progress import Advance, no_progress, progress
 from shadowllm.predictor.traces import Tracer
+from shadowllm.progress import Advance, no_progress, progress
 
 UNITS: tuple[Unit, ...] = ("heads", "neurons")
 BATCH = 32  # removals of one pass
@@ -47,14 +47,14 @@ def removal_losses(
     layer, token = place
 
     def loss(removed: Tensor) -> Tensor:
-        def tap(at: int, kind: Unit, activation: Tensor) -> Tensor:
+        def activation_hook(at: int, kind: Unit, activation: Tensor) -> Tensor:
             if (at, kind) == (layer, unit):
                 activation = activation.clone()
                 activation[torch.arange(len(removed)), token, removed] = 0
             return activation
 
         windows = window.expand(max(1, len(removed)), -1)
-        logits = Decoder(spec, weights, tap if len(removed) else None)(windows)
+        logits = Decoder(spec, weights, activation_hook if len(removed) else None)(windows)
         found = F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), windows[:, 1:].flatten(), reduction="none")
         return found.unflatten(0, (len(windows), -1)).sum(dim=1)
 

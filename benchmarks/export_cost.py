@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shadowllm.benchmarks.environment import environment
 from shadowllm.benchmarks.random_model import SHAPES, write_random_model
 from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.errors import UserError
+from shadowllm.evaluation.speed.environment import environment
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -36,7 +36,7 @@ def measure(model: str, dtype: str = "fp32") -> dict[str, Any]:
     Raises:
         UserError: the export failed; its own message stands on stderr.
     """
-    from shadowllm.exporter.manifest import read_manifest
+    from shadowllm.bundle.manifest import read_manifest
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bundle"

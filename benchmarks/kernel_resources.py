@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shadowllm.benchmarks.environment import environment
 from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.bundle.quantisation import LOW_BIT_COPY
+from shadowllm.evaluation.speed.environment import environment
 from shadowllm.plugins.program import Kernel, Program
 from shadowllm.plugins.triton import cache
 from shadowllm.plugins.triton.compile import POINTERS, Tensor, compile_kernel, compile_program
-from shadowllm.predictor.progress import progress
-from shadowllm.predictor.weight_copy import COPY
+from shadowllm.progress import progress
 
 SMS = (80, 86, 89, 90, 120)
 DTYPES = ("float16", "bfloat16", "float32")
@@ -100,11 +100,11 @@ def programs(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[s
         "counts": Tensor("int32", (shape.n_layers - 1,)),
     }
     matrices = 2 if shape.gated else 1
-    words = COPY.block * COPY.bits // 32
+    words = LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 32
     scored = {
         "x": x,
-        "copy": Tensor("int32", (matrices * neurons, COPY.blocks(width), words)),
-        "scales": Tensor("float32", (matrices * neurons, COPY.blocks(width))),
+        "copy": Tensor("int32", (matrices * neurons, LOW_BIT_COPY.blocks(width), words)),
+        "scales": Tensor("float32", (matrices * neurons, LOW_BIT_COPY.blocks(width))),
         "lengths": Tensor("float32", (neurons,)),
         "count": count,
     }

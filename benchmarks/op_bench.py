@@ -25,11 +25,12 @@ from onnx import TensorProto, helper
 from rich.console import Console
 from rich.progress import track
 
-from shadowllm.benchmarks.bandwidth import read_bandwidth
-from shadowllm.benchmarks.environment import environment
+from shadowllm.bundle import op_domain
+from shadowllm.bundle.quantisation import WEIGHT_DTYPES, quantise
+from shadowllm.evaluation.speed.bandwidth import read_bandwidth
+from shadowllm.evaluation.speed.environment import environment
 from shadowllm.plugins import native_ops, schemas
 from shadowllm.plugins.functions import MICROSOFT
-from shadowllm.plugins.quantisation import WEIGHT_DTYPES, quantise
 
 SIZES = {"large": (2048, 8192, 8), "small": (576, 1536, 30)}  # hidden size, intermediate size, layers
 FLOATS = {
@@ -115,7 +116,7 @@ class Builder:
             ir_version=10,
             opset_imports=[
                 helper.make_opsetid("", 21),
-                helper.make_opsetid(schemas.DOMAIN, schemas.VERSION),
+                helper.make_opsetid(op_domain.DOMAIN, op_domain.VERSION),
                 helper.make_opsetid(MICROSOFT, 1),
             ],
         )
@@ -167,7 +168,7 @@ def sparse_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list
             else:
                 inputs[f"w_{part}"], inputs[f"s_{part}"] = build.integers(name, shape, stack.dtype, blocked=False)
         ordered = [inputs.get(port.name, "") for port in schemas.SPARSE_MLP.inputs]
-        y = build.op("SparseMLP", ordered, f"y{i}", domain=schemas.DOMAIN, activation="silu", layer=i)
+        y = build.op("SparseMLP", ordered, f"y{i}", domain=op_domain.DOMAIN, activation="silu", layer=i)
         x = build.op("Add", [x, y], f"x{i + 1}")
     return build.session(x, threads), [x]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from shadowllm.benchmarks.worker import Commands, Loop, LoopTimer, StepTimer, serve
+from shadowllm.evaluation.speed.worker import Commands, Loop, LoopTimer, StepTimer, serve
 
 
 def open_graph(folder: Path, threads: int) -> ort.InferenceSession:

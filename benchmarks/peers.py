@@ -28,17 +28,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shadowllm.benchmarks.environment import environment
-from shadowllm.benchmarks.harness import Contender, Generation, race, speedup, summarise
-from shadowllm.benchmarks.passage import passage
-from shadowllm.benchmarks.report import Report, Result
 from shadowllm.benchmarks.script import script, script_parser
-from shadowllm.benchmarks.traffic import mean_traffic
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.bundle.traffic import mean_traffic
 from shadowllm.errors import UserError
-from shadowllm.exporter.manifest import read_manifest
+from shadowllm.evaluation.passage import passage
+from shadowllm.evaluation.speed.environment import environment
+from shadowllm.evaluation.speed.harness import Contender, Generation, race, speedup, summarise
+from shadowllm.evaluation.speed.report import Report, Result
 from shadowllm.models.registry import load_model
-from shadowllm.predictor.progress import progress
-from shadowllm.runtime.text import load_tokenizer, plain_encoder
+from shadowllm.progress import progress
+from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
 # Ours, theirs, and how many times faster ours is meant to be.
 TARGETS = (
@@ -65,7 +65,7 @@ def own_contenders(bundle: Path, setting: Setting) -> list[Contender]:
         sys.executable,
         "-P",
         "-m",
-        "shadowllm.benchmarks.worker",
+        "shadowllm.evaluation.speed.worker",
         str(bundle),
         "ort-dense",
         "--threads",

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from shadowllm.bundle.predictor_file import Kind, Predictor
     from shadowllm.models.spec import ModelSpec
-    from shadowllm.predictor.artefact import Kind, Predictor
 
 SHAPES: dict[str, dict[str, Any]] = {
     "opt-1.3b": {
@@ -138,27 +138,21 @@ class RandomWeights(Mapping[str, "Tensor"]):
 
 
 class RandomCopies(Mapping[str, "Tensor"]):
-    """A quantised shadow's copy by the names of `exporter.store.copy_groups`, drawn when asked for, on the device."""
+    """The tensors of `bundle.weight_layout.copy_groups`, random, each drawn when asked for, on the device."""
 
     def __init__(self, spec: ModelSpec, dense_layers: int, device: torch.device) -> None:
-        from shadowllm.models.weights import tensor_shape
-        from shadowllm.predictor.weight_copy import COPY, copied
+        from shadowllm.bundle.weight_layout import copy_groups
 
-        # Not from `exporter.store`: the machine with the GPU may have no ONNX.
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for layer in range(dense_layers, spec.n_layers):
-            for name in copied(spec, layer):
-                rows, width = tensor_shape(spec, name)
-                self._shapes[f"copy.{name}.q"] = (rows, COPY.bytes(width))
-                self._shapes[f"copy.{name}.scales"] = (rows, COPY.blocks(width))
-            self._shapes[f"copy.layers.{layer}.lengths"] = (spec.intermediate_size,)
+        self._shapes = {name: shape for group in copy_groups(spec, dense_layers) for name, shape, _ in group}
         self._device = device
 
     def __getitem__(self, name: str) -> Tensor:
         import torch
 
         shape = self._shapes[name]
-        if name.endswith(".q"):
+        from shadowllm.bundle.weight_names import is_integers
+
+        if is_integers(name):
             return torch.randint(256, shape, dtype=torch.uint8, device=self._device)
         return torch.rand(shape, device=self._device)
 
@@ -207,7 +201,7 @@ def untrained(
     """
     import torch
 
-    from shadowllm.predictor.artefact import Predictor
+    from shadowllm.bundle.predictor_file import Predictor
     from shadowllm.predictor.networks import default_rank, initial_tensors
 
     generator = torch.Generator().manual_seed(0)

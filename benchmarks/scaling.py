@@ -27,24 +27,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from shadowllm.benchmarks.environment import environment
-from shadowllm.benchmarks.passage import MODULES, passage
 from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.benchmarks.small_opt import docstrings, documents
-from shadowllm.benchmarks.worker import peak_rss_mb
+from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.errors import UserError
+from shadowllm.evaluation.passage import MODULES, passage
+from shadowllm.evaluation.quality import evaluate
+from shadowllm.evaluation.speed.environment import environment
+from shadowllm.evaluation.speed.worker import peak_rss_mb
+from shadowllm.malloc import keep_freed_memory
 from shadowllm.models import ModelSpec, load_model
-from shadowllm.predictor.artefact import Kind, Predictor
 from shadowllm.predictor.calibration import Encode, Windows
-from shadowllm.predictor.evaluate import evaluate
 from shadowllm.predictor.losses import LOSSES
-from shadowllm.predictor.memory import keep_freed_memory
 from shadowllm.predictor.networks import default_rank
-from shadowllm.predictor.progress import progress
 from shadowllm.predictor.selectors import Context, make_selector
 from shadowllm.predictor.tracefile import Traces, calibrate
 from shadowllm.predictor.traces import Tracer
-from shadowllm.predictor.train import Learner, Recipe, initial, train_static
+from shadowllm.predictor.train import TrainConfig, Trainer, initial, train_static
+from shadowllm.progress import progress
 
 SEQLEN = 256
 STATISTICS = 16384  # tokens behind the static ranking
@@ -149,10 +149,10 @@ def train(
                 return
 
 
-def _learner(spec: ModelSpec, traces: Traces, point: Point) -> Learner:
+def _learner(spec: ModelSpec, traces: Traces, point: Point) -> Trainer:
     rank = default_rank(spec, traces.dense_layers, point.kind, point.share)
-    recipe = Recipe(loss=point.loss, rank=rank, seed=SEED)
-    return Learner(spec, initial(point.kind, spec, traces, recipe), recipe, point.tokens)
+    config = TrainConfig(loss=point.loss, rank=rank, seed=SEED)
+    return Trainer(spec, initial(point.kind, spec, traces, config), config, point.tokens)
 
 
 def judge(

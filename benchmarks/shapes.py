@@ -20,18 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from shadowllm.benchmarks.bandwidth import read_bandwidth
-from shadowllm.benchmarks.bench import SPARSE, session_command, traffic_of
-from shadowllm.benchmarks.environment import environment
-from shadowllm.benchmarks.harness import Contender, race, speedup, summarise
 from shadowllm.benchmarks.random_model import SHAPES, untrained, write_random_model
 from shadowllm.benchmarks.script import script, script_parser
-from shadowllm.exporter.bundle import DTYPES, write_bundle
-from shadowllm.exporter.manifest import read_manifest
-from shadowllm.models.budget import Budget
-from shadowllm.plugins.quantisation import WEIGHT_DTYPES
-from shadowllm.predictor.artefact import Kind
-from shadowllm.predictor.progress import progress
+from shadowllm.bundle.manifest import ITEMSIZE, read_manifest
+from shadowllm.bundle.predictor_file import Kind
+from shadowllm.bundle.quantisation import WEIGHT_DTYPES
+from shadowllm.evaluation.speed.bandwidth import read_bandwidth
+from shadowllm.evaluation.speed.bench import SPARSE, session_command, traffic_of
+from shadowllm.evaluation.speed.environment import environment
+from shadowllm.evaluation.speed.harness import Contender, race, speedup, summarise
+from shadowllm.exporter.write_bundle import write_bundle
+from shadowllm.models.sparsity import Budget
+from shadowllm.progress import progress
 
 DENSE = "ort-dense"
 
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = script_parser("shapes", __doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--selector", choices=("shadow", "layerwise", "quantized-shadow"), default="shadow")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=ITEMSIZE, default="float32")
     parser.add_argument("--weight-dtype", choices=WEIGHT_DTYPES, help="default: as --dtype")
     parser.add_argument("--neuron-budget", type=float, default=0.5)
     parser.add_argument("--head-budget", type=float, default=0.5)

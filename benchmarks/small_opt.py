@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from shadowllm.benchmarks.passage import MODULES
 from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.evaluation.passage import MODULES
 from shadowllm.exporter.staging import check_output, staged
+from shadowllm.malloc import keep_freed_memory
 from shadowllm.models import load_model
-from shadowllm.predictor.memory import keep_freed_memory
-from shadowllm.predictor.progress import Advance, no_progress, progress
+from shadowllm.progress import Advance, no_progress, progress
 
 SIZES: dict[str, Any] = {
     "hidden_size": 192,

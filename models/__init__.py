@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from shadowllm.models.budget import Budget
+from shadowllm.models.sparsity import Budget
 from shadowllm.models.spec import ModelSpec, RopeSpec
 
 if TYPE_CHECKING:
-    from shadowllm.models.checkpoint import Checkpoint
     from shadowllm.models.decoder import Decoder, KVCache
+    from shadowllm.models.files.checkpoint import Checkpoint
     from shadowllm.models.registry import load_model
     from shadowllm.models.weights import Weights
 

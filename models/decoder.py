@@ -1,4 +1,4 @@
-"""The reference decoder: one plain PyTorch forward pass for every family, with taps.
+"""The reference decoder: one plain PyTorch forward pass for every family, with hooks.
 
 Every other backend is compared with this one, and traces and masked evaluations are read off it.
 """
@@ -19,9 +19,9 @@ Unit = Literal["heads", "neurons"]
 # Sees the activation of one layer's units and returns what the layer goes on with:
 #   heads    attention context before the output projection (batch, seqlen, n_heads, head_dim)
 #   neurons  product before the down projection             (batch, seqlen, intermediate_size)
-Tap = Callable[[int, Unit, Tensor], Tensor]
+ActivationHook = Callable[[int, Unit, Tensor], Tensor]
 # Sees the normed input that one layer's units are computed from, (batch, seqlen, hidden_size).
-Watch = Callable[[int, Unit, Tensor], None]
+InputHook = Callable[[int, Unit, Tensor], None]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
@@ -65,17 +65,21 @@ class Decoder:
     Args:
         spec: the model.
         weights: canonical tensors, all of one dtype (the dtype of the computation).
-        tap: called once per layer and unit; None leaves activations as they are.
-        watch: called once per layer and unit, before the tap, with the input of the attention or the MLP.
+        activation_hook: called once per layer and unit; None leaves activations as they are.
+        input_hook: called once per layer and unit, before the activation hook, with what the units are computed from.
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: Mapping[str, Tensor], tap: Tap | None = None, watch: Watch | None = None
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Tensor],
+        activation_hook: ActivationHook | None = None,
+        input_hook: InputHook | None = None,
     ) -> None:
         self.spec = spec
         self.weights = weights
-        self.tap = tap
-        self.watch = watch
+        self.activation_hook = activation_hook
+        self.input_hook = input_hook
         if spec.rope:
             cos, sin = spec.rope.tables(spec.head_dim, spec.max_seqlen)
             self._cos, self._sin = torch.from_numpy(cos), torch.from_numpy(sin)
@@ -117,8 +121,8 @@ class Decoder:
 
     def _attention(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
         place = f"layers.{layer}"
-        if self.watch:
-            self.watch(layer, "heads", x)
+        if self.input_hook:
+            self.input_hook(layer, "heads", x)
         projected = self._projected(place, ("q", "k", "v"), x)
         query, key, value = (y.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for y in projected)
         query, key = self._rotate(query, position_ids), self._rotate(key, position_ids)
@@ -128,22 +132,22 @@ class Decoder:
             key_positions = torch.arange(key.shape[2]).expand(x.shape[0], -1)
         visible = key_positions[:, None, None, :] <= position_ids[:, None, :, None]
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True).transpose(1, 2)
-        context = self._tap(layer, "heads", context)
+        context = self._hooked(layer, "heads", context)
         return self._rows(f"{place}.o_proj", context.flatten(2))
 
-    def product(self, layer: int, x: Tensor) -> Tensor:
+    def mlp_activation(self, layer: int, x: Tensor) -> Tensor:
         """What a layer's neurons make of the normed MLP input, ``(batch, seqlen, intermediate_size)``."""
         place, act = f"layers.{layer}", ACTIVATIONS[self.spec.activation]
         *gate, up = self._projected(place, ("gate", "up") if self.spec.gated else ("up",), x)
         return act(gate[0]) * up if gate else act(up)
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
-        if self.watch:
-            self.watch(layer, "neurons", x)
-        return self._rows(f"layers.{layer}.down_proj", self._tap(layer, "neurons", self.product(layer, x)))
+        if self.input_hook:
+            self.input_hook(layer, "neurons", x)
+        return self._rows(f"layers.{layer}.down_proj", self._hooked(layer, "neurons", self.mlp_activation(layer, x)))
 
-    def _tap(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
-        return self.tap(layer, unit, activation) if self.tap else activation
+    def _hooked(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        return self.activation_hook(layer, unit, activation) if self.activation_hook else activation
 
     def _projected(self, place: str, parts: Sequence[str], x: Tensor) -> Sequence[Tensor]:
         """Several projections of one input."""

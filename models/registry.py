@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.errors import UserError
-from shadowllm.models import llama, opt
-from shadowllm.models.checkpoint import Checkpoint, open_checkpoint
-from shadowllm.models.config import token_ids
-from shadowllm.models.quantised_checkpoint import check_float
+from shadowllm.models.families import llama, opt
+from shadowllm.models.files.checkpoint import Checkpoint, open_checkpoint
+from shadowllm.models.files.config import token_ids
+from shadowllm.models.files.quantised_checkpoint import check_float
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.tied import resolve_tied_embeddings
 from shadowllm.models.weights import Source, Weights

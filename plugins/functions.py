@@ -16,8 +16,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from shadowllm.bundle import op_domain
+from shadowllm.bundle.quantisation import ACCURACY_LEVEL, Quantisation
 from shadowllm.plugins import schemas
-from shadowllm.plugins.quantisation import ACCURACY_LEVEL, Quantisation
 
 OPSET = 24
 MICROSOFT = "com.microsoft"
@@ -107,12 +108,12 @@ class _Body:
 
     def finish(self, output: ir.Value) -> ir.Function:
         output.name = self._schema.outputs[0].name
-        imports = {"": OPSET, schemas.DOMAIN: schemas.VERSION}
+        imports = {"": OPSET, op_domain.DOMAIN: op_domain.VERSION}
         imports |= {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in self._tape.nodes) else {}
         graph = ir.Graph(tuple(self.inputs.values()), (output,), nodes=self._tape.nodes, opset_imports=imports)
         kinds = {int: ir.AttributeType.INT, str: ir.AttributeType.STRING}
         declared = [ir.Attr(a.name, kinds[a.type], None) for a in self._schema.attributes]
-        return ir.Function(schemas.DOMAIN, self._schema.name, graph=graph, attributes=declared)
+        return ir.Function(op_domain.DOMAIN, self._schema.name, graph=graph, attributes=declared)
 
 
 def _select_topk() -> ir.Function:

@@ -1,4 +1,4 @@
-"""Which GPUs the kernels of programs are compiled for, and which image a GPU runs."""
+"""The programs in an engine's bytes, and the GPUs that their kernels are compiled for."""
 
 from __future__ import annotations
 
@@ -6,29 +6,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from mmap import mmap
 
-from shadowllm.plugins.program import MAGIC, PTX, PTX_SM, Program
-
-
-def serving(images: Iterable[int], sm: int) -> int | None:
-    """Which image a GPU runs.
-
-    Its own; else the newest before it of the same major version, as cubins are made to be compatible,
-    except that from 9.0 on compilers make them for one GPU alone; else PTX.
-
-    Args:
-        images: compute capabilities there are images for, as 89 for 8.9, and `PTX`.
-        sm: of the GPU.
-
-    Returns:
-        One of them, or None where none will do.
-    """
-    there = set(images)
-    if sm in there:
-        return sm
-    older = [image for image in there if image != PTX and image // 10 == sm // 10 and image < sm < 90]
-    if older:
-        return max(older)
-    return PTX if PTX in there and sm >= PTX_SM else None
+from shadowllm.plugins.program import MAGIC, Program
 
 
 def carried(programs: Iterable[Program]) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,8 @@ it. So an engine needs neither Triton nor a compiler, and both plugins are the s
 - types and shapes of the inputs and outputs stand in the program;
 - the first plan whose ``max_batch`` and ``max_seqlen`` cover a call is run, launch after launch, on one
   stream; batch and seqlen are the first two dimensions of input 0 (seqlen is 1 if it has only two);
-- each kernel has an image per compute capability, and may have PTX for GPUs that none was made for (`images.serving`);
+- each kernel has an image per compute capability, and may have PTX for GPUs that none was made for
+  (`bundle.gpu_images.serving`);
 - tensors of floating-point types begin at multiples of `ALIGNED` bytes, which kernels are compiled for.
 
 Serialised, a program is a sequence of little-endian int64 and of byte strings (their length as int64,
@@ -30,8 +31,6 @@ PROGRAM = "program"
 # TensorRT's own numbers of its data types.
 DTYPES = {"float32": 0, "float16": 1, "int32": 3, "bfloat16": 7}
 KINDS = ("input", "output", "workspace", "int")
-# "Capability" of PTX, and the one that it is for: it serves that and every later one.
-PTX, PTX_SM = 0, 80
 INT32, MAX_RANK = 2**31 - 1, 8
 # The most blocks along x, y and z of a grid.
 GRID = (INT32, 65535, 65535)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from shadowllm.plugins.quantisation import Quantisation, dense_rows, dequantise
+from shadowllm.bundle.quantisation import Quantisation, dense_rows, dequantise
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda x: np.maximum(x, 0),

@@ -14,9 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-DOMAIN = "shadowllm"
-VERSION = 1
-
 
 @dataclass(frozen=True)
 class Port:

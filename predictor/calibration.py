@@ -20,7 +20,7 @@ from torch import Tensor
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder, KVCache
 from shadowllm.models.spec import ModelSpec
-from shadowllm.predictor.progress import Advance, no_progress
+from shadowllm.progress import Advance, no_progress
 
 Encode = Callable[[str], Sequence[int]]
 HELD_OUT, HELD_OUT_TOKENS = 1 / 8, 16384  # a share, and no more than that

@@ -244,7 +244,7 @@ def unit_trace(
     curvature: Tensor | None = None,
     targets: Tensor | None = None,
 ) -> UnitTrace:
-    """Bring a tap's activation (and its derivatives) and the layer's weights into a criterion's form."""
+    """Bring what an activation hook saw (and its derivatives) and the layer's weights into a criterion's form."""
     if unit == "heads":
         rows = weights[f"layers.{layer}.o_proj.weight"].unflatten(0, (spec.n_heads, spec.head_dim))
         return UnitTrace(activation, rows, gradient, curvature, targets)

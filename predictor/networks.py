@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import Unit
 from shadowllm.models.spec import ModelSpec
-from shadowllm.predictor.artefact import Kind, Predictor
 
 NORM_EPS = 1e-5
 MAX_RANK = 1024

@@ -23,11 +23,6 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_first() -> bool:
-    """Whether this process, of those started together, is the one that writes and reports."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 class Workers:
     """The processes that train together; usually this one alone.
 

@@ -15,18 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shadowllm.bundle.predictor_file import Kind, Predictor
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.errors import UserError
-from shadowllm.models.budget import Budget
 from shadowllm.models.decoder import Decoder, Unit
+from shadowllm.models.sparsity import Budget
 from shadowllm.models.spec import ModelSpec
-from shadowllm.plugins.quantisation import Quantisation
-from shadowllm.predictor.artefact import Kind, Predictor
 from shadowllm.predictor.criteria import find_criterion, unit_trace
-from shadowllm.predictor.in_place import in_place
 from shadowllm.predictor.networks import scores
+from shadowllm.predictor.per_layer import per_layer_scores
 from shadowllm.predictor.topk import AGGREGATES, active_mask
 from shadowllm.predictor.traces import Tracer
-from shadowllm.predictor.weight_copy import COPY
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,13 @@ class Selector(ABC):
         """Called once a pass with the tokens ``(batch, seqlen)`` and the input of the first sparse
         layer ``(batch, seqlen, hidden_size)``."""
 
-    def watch(self, layer: int, unit: Unit, x: Tensor) -> None:  # noqa: B027
+    def observe(self, layer: int, unit: Unit, x: Tensor) -> None:  # noqa: B027
         """Called with the normed input ``(batch, seqlen, hidden_size)`` of a layer's attention or MLP, before its
         units are scored."""
 
     @abstractmethod
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
-        """Scores ``(batch, seqlen, n_units)``, or anything that broadcasts to it, of a tap's activation."""
+        """Scores ``(batch, seqlen, n_units)``, or anything that broadcasts to it, of what an activation hook sees."""
 
 
 SELECTORS: dict[str, Callable[[Context], Selector]] = {}
@@ -115,7 +114,7 @@ class Shadow(Selector):
         return self._scores[unit][:, :, layer - self._dense_layers]
 
 
-class InPlaceSelector(Selector):
+class PerLayerSelector(Selector):
     """Chooses in place, on what a layer's units are computed from.
 
     Heads go by the predictor's linear fit of their importance to the attention's input. Neurons go by its
@@ -123,31 +122,33 @@ class InPlaceSelector(Selector):
     nearly what they will add ("quantized-shadow").
 
     Args:
-        bits: of the copy; bundles have `COPY`'s.
+        bits: of the copy; bundles have `LOW_BIT_COPY`'s.
     """
 
-    def __init__(self, context: Context, kind: Kind, bits: int = COPY.bits) -> None:
+    def __init__(self, context: Context, kind: Kind, bits: int = LOW_BIT_COPY.bits) -> None:
         predictor = _needs_predictor(kind, context)
         if "layers.heads.weight" not in predictor.tensors:
             raise UserError("the predictor has no fit of the heads to their layers' input", "train it again")
         if kind == "layerwise":
             _needs_kind(kind, predictor)
-        self._in_place = in_place(kind, context.spec, context.weights, predictor, Quantisation(bits, COPY.block))
+        self._per_layer = per_layer_scores(
+            kind, context.spec, context.weights, predictor, Quantisation(bits, LOW_BIT_COPY.block)
+        )
         self._found: dict[tuple[int, Unit], Tensor] = {}
 
-    def watch(self, layer: int, unit: Unit, x: Tensor) -> None:
+    def observe(self, layer: int, unit: Unit, x: Tensor) -> None:
         """Score the layer's units, before it computes them."""
-        self._found = {(layer, unit): self._in_place.scores(layer, unit, x)}
+        self._found = {(layer, unit): self._per_layer.scores(layer, unit, x)}
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         """What was found on the layer's input."""
         return self._found[layer, unit]
 
 
-SELECTORS["layerwise"] = partial(InPlaceSelector, kind="layerwise")
-SELECTORS["quantized-shadow"] = partial(InPlaceSelector, kind="quantized-shadow")
+SELECTORS["layerwise"] = partial(PerLayerSelector, kind="layerwise")
+SELECTORS["quantized-shadow"] = partial(PerLayerSelector, kind="quantized-shadow")
 for _bits in (3, 2):
-    SELECTORS[f"quantized-shadow-{_bits}"] = partial(InPlaceSelector, kind="quantized-shadow", bits=_bits)
+    SELECTORS[f"quantized-shadow-{_bits}"] = partial(PerLayerSelector, kind="quantized-shadow", bits=_bits)
 
 
 @selector("random")
@@ -172,10 +173,10 @@ def oracle(context: Context) -> Selector:
     """True importance; analysis only."""
     if find_criterion(context.criterion).needs_gradients:
         return _DenseOracle(context)
-    return _InPlaceOracle(context)
+    return _PerLayerOracle(context)
 
 
-class _InPlaceOracle(Selector):
+class _PerLayerOracle(Selector):
     """Ranks what the layer computes at this moment, upstream masks included."""
 
     def __init__(self, context: Context) -> None:
@@ -243,7 +244,7 @@ class MaskedDecoder:
     def __call__(self, windows: Tensor) -> Tensor:
         """Logits ``(batch, seqlen, vocab_size)`` of int64 windows ``(batch, seqlen)``."""
         spec, first = self._context.spec, self._context.dense_layers
-        decoder = Decoder(spec, self._context.weights, self._mask, self._watch)
+        decoder = Decoder(spec, self._context.weights, self._mask, self._observe)
         positions = torch.arange(windows.shape[1]).expand_as(windows)
         x = decoder.embed(windows, positions)
         for layer in range(spec.n_layers):
@@ -252,9 +253,9 @@ class MaskedDecoder:
             x = decoder.layer(layer, x, positions)
         return decoder.logits(x)
 
-    def _watch(self, layer: int, unit: Unit, x: Tensor) -> None:
+    def _observe(self, layer: int, unit: Unit, x: Tensor) -> None:
         if self._count(layer, unit) < self._sizes[unit]:
-            self._chooser.watch(layer, unit, x)
+            self._chooser.observe(layer, unit, x)
 
     def _mask(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         if layer < self._context.dense_layers:

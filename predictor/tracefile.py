@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shadowllm.bundle.predictor_file import read_tensors, write_tensors
 from shadowllm.errors import UserError
 from shadowllm.models.spec import ModelSpec
-from shadowllm.predictor.artefact import read_tensors, write_tensors
 from shadowllm.predictor.calibration import Windows
 from shadowllm.predictor.linear_fit import LinearFit
-from shadowllm.predictor.progress import Advance, no_progress
 from shadowllm.predictor.traces import Chunk, Tracer, windows_per_chunk
+from shadowllm.progress import Advance, no_progress
 
 FORMAT = "shadowllm-traces"
 VERSION = 2

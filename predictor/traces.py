@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shadowllm.models.decoder import Decoder, Unit, Watch
+from shadowllm.models.decoder import Decoder, InputHook, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.criteria import find_criterion, unit_trace
 
@@ -80,11 +80,11 @@ class Tracer:
         scores = self._with_gradients if self._criterion.needs_gradients else self._forward_only
         inputs: dict[tuple[int, Unit], Tensor] = {}
 
-        def watch(layer: int, unit: Unit, x: Tensor) -> None:
+        def input_hook(layer: int, unit: Unit, x: Tensor) -> None:
             if layer >= self.dense_layers:
                 inputs[layer, unit] = x.detach()
 
-        hidden, found = scores(windows, watch)
+        hidden, found = scores(windows, input_hook)
         units: tuple[Unit, ...] = ("heads", "neurons")
         heads, neurons = (self._by_token(found, unit) for unit in units)
         return Chunk(hidden.flatten(0, 1), heads, neurons, {unit: self._by_token(inputs, unit) for unit in units})
@@ -94,28 +94,28 @@ class Tracer:
         layers = range(self.dense_layers, self.spec.n_layers)
         return torch.stack([found[layer, unit].flatten(0, 1) for layer in layers], dim=1)
 
-    def _forward_only(self, windows: Tensor, watch: Watch) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
+    def _forward_only(self, windows: Tensor, input_hook: InputHook) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
         found: dict[tuple[int, Unit], Tensor] = {}
 
-        def tap(layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        def activation_hook(layer: int, unit: Unit, activation: Tensor) -> Tensor:
             # Scored at once, so that no activation outlives its layer.
             if layer >= self.dense_layers:
                 found[layer, unit] = self._score(layer, unit, activation)
             return activation
 
         with torch.no_grad():
-            hidden, _ = self._run(Decoder(self.spec, self._weights, tap, watch), windows)
+            hidden, _ = self._run(Decoder(self.spec, self._weights, activation_hook, input_hook), windows)
         return hidden, found
 
-    def _with_gradients(self, windows: Tensor, watch: Watch) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
+    def _with_gradients(self, windows: Tensor, input_hook: InputHook) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
         seen: dict[tuple[int, Unit], Tensor] = {}
 
-        def tap(layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        def activation_hook(layer: int, unit: Unit, activation: Tensor) -> Tensor:
             if layer >= self.dense_layers:
                 seen[layer, unit] = activation
             return activation
 
-        decoder = Decoder(self.spec, self._weights, tap, watch)
+        decoder = Decoder(self.spec, self._weights, activation_hook, input_hook)
         second = self._criterion.derivatives > 1
         # The fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH) if second else nullcontext():

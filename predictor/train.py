@@ -11,26 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.errors import UserError
 from shadowllm.limits import check_seed
-from shadowllm.models.budget import Budget
 from shadowllm.models.decoder import Unit
+from shadowllm.models.sparsity import Budget
 from shadowllm.models.spec import ModelSpec
-from shadowllm.predictor.artefact import Kind, Predictor
 from shadowllm.predictor.losses import LOSSES, initial_bias
 from shadowllm.predictor.networks import default_rank, initial_tensors, layerwise_scores, scores
 from shadowllm.predictor.parallel import Workers
-from shadowllm.predictor.progress import Advance, no_progress
 from shadowllm.predictor.topk import recall, top_mask
 from shadowllm.predictor.tracefile import Traces
 from shadowllm.predictor.traces import Chunk, Tracer
+from shadowllm.progress import Advance, no_progress
 
 UNITS: tuple[Unit, ...] = ("heads", "neurons")
 BUDGET = Budget(neurons=0.5, heads=0.75)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainConfig:
     """How to train a network.
 
     Attributes:
@@ -94,7 +94,7 @@ def train_static(
 def train_network(
     spec: ModelSpec,
     traces: Traces,
-    recipe: Recipe | None = None,
+    config: TrainConfig | None = None,
     *,
     kind: Kind = "shadow",
     weights: Mapping[str, Tensor] | None = None,
@@ -118,37 +118,37 @@ def train_network(
     Raises:
         UserError: a model too small for a network, or traces to be made anew without ``weights``.
     """
-    recipe = recipe or Recipe()
+    config = config or TrainConfig()
     tracer, workers = _tracer(spec, traces, weights), Workers()
-    epochs = recipe.passes(tracer is not None)
-    start = initial(kind, spec, traces, recipe)
+    epochs = config.passes(tracer is not None)
+    start = initial(kind, spec, traces, config)
     windows = workers.share(torch.arange(len(traces.windows.train)))
-    learner = Learner(spec, start, recipe, epochs * len(windows) * traces.windows.train.shape[1], workers)
-    generator = torch.Generator().manual_seed(recipe.seed)
+    trainer = Trainer(spec, start, config, epochs * len(windows) * traces.windows.train.shape[1], workers)
+    generator = torch.Generator().manual_seed(config.seed)
     for _ in range(epochs):
         order = windows[torch.randperm(len(windows), generator=generator)]
         for chunk in traces.training(tracer, order):
-            learner.learn(chunk)
+            trainer.learn(chunk)
             advance(chunk.tokens * workers.count)
-    trained = learner.predictor()
+    trained = trainer.predictor()
     judged = {
-        name: evaluate_recall(spec, predictor, traces, recipe.budget, recipe.loss, tracer)
+        name: evaluate_recall(spec, predictor, traces, config.budget, config.loss, tracer)
         for name, predictor in ((kind, trained), ("static", start))
     }
     settings = {
-        "loss": recipe.loss,
+        "loss": config.loss,
         "epochs": epochs,
-        "learning_rate": recipe.learning_rate,
-        "weight_decay": recipe.weight_decay,
-        "batch_tokens": recipe.batch_tokens,
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "batch_tokens": config.batch_tokens,
         "processes": workers.count,
         "rank": trained.rank,
-        "seed": recipe.seed,
+        "seed": config.seed,
     }
-    return replace(trained, record=_record(traces, recipe.budget) | settings | {"held_out": judged})
+    return replace(trained, record=_record(traces, config.budget) | settings | {"held_out": judged})
 
 
-class Learner:
+class Trainer:
     """One network while it learns: takes traces in as they come.
 
     Args:
@@ -158,10 +158,10 @@ class Learner:
     """
 
     def __init__(
-        self, spec: ModelSpec, start: Predictor, recipe: Recipe, total: int, workers: Workers | None = None
+        self, spec: ModelSpec, start: Predictor, config: TrainConfig, total: int, workers: Workers | None = None
     ) -> None:
-        self._recipe, self._total, self._workers = recipe, total, workers or Workers()
-        self._loss, self._counts = LOSSES[recipe.loss], _counts(spec, recipe.budget)
+        self._config, self._total, self._workers = config, total, workers or Workers()
+        self._loss, self._counts = LOSSES[config.loss], _counts(spec, config.budget)
         self._learned = {name: start.tensors[name].clone().requires_grad_() for name in sorted(start.learned)}
         self._network = replace(start, tensors=start.tensors | self._learned)
         outputs = [
@@ -171,16 +171,16 @@ class Learner:
             tensor for name, tensor in self._learned.items() if not name.endswith(("heads.weight", "neurons.weight"))
         ]
         self._optimiser = torch.optim.AdamW(
-            [{"params": outputs, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=recipe.learning_rate,
+            [{"params": outputs, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=config.learning_rate,
             fused=True,
         )
-        self._order = torch.Generator().manual_seed(recipe.seed)
+        self._order = torch.Generator().manual_seed(config.seed)
         self.seen = 0
 
     def learn(self, chunk: Chunk) -> None:
         """Go through the tokens of a chunk once, in a random order."""
-        for rows in torch.randperm(chunk.tokens, generator=self._order).split(self._recipe.batch_tokens):
+        for rows in torch.randperm(chunk.tokens, generator=self._order).split(self._config.batch_tokens):
             self._step(chunk[rows])
 
     def predictor(self) -> Predictor:
@@ -197,7 +197,7 @@ class Learner:
         torch.stack(found).sum().backward()
         self._workers.average([tensor.grad for tensor in self._learned.values()])
         for group in self._optimiser.param_groups:
-            group["lr"] = self._recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * self.seen / self._total))
+            group["lr"] = self._config.learning_rate * 0.5 * (1 + math.cos(math.pi * self.seen / self._total))
         self._optimiser.step()
         self.seen += batch.tokens
 
@@ -246,19 +246,19 @@ def evaluate_recall(
 
 
 @torch.no_grad()
-def initial(kind: Kind, spec: ModelSpec, traces: Traces, recipe: Recipe) -> Predictor:
+def initial(kind: Kind, spec: ModelSpec, traces: Traces, config: TrainConfig) -> Predictor:
     """An untrained network ("shadow" or "layerwise") that ranks neurons, and a shadow's heads, as static does.
 
     Raises:
-        UserError: a model too small for a network of the usual size, where the recipe names none.
+        UserError: a model too small for a network of the usual size, where the config names none.
     """
-    rank = recipe.rank or default_rank(spec, traces.dense_layers, kind)
+    rank = config.rank or default_rank(spec, traces.dense_layers, kind)
     biases = {
-        unit: initial_bias(traces.statistics[unit], count, recipe.loss)
-        for unit, count in _counts(spec, recipe.budget).items()
+        unit: initial_bias(traces.statistics[unit], count, config.loss)
+        for unit, count in _counts(spec, config.budget).items()
     }
     n_sparse = spec.n_layers - traces.dense_layers
-    tensors = initial_tensors(kind, spec, n_sparse, rank, biases["heads"], biases["neurons"], recipe.seed)
+    tensors = initial_tensors(kind, spec, n_sparse, rank, biases["heads"], biases["neurons"], config.seed)
     return _predictor(kind, spec, traces, tensors)
 
 

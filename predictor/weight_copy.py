@@ -7,23 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, rounded
+from shadowllm.bundle.quantised_tensors import row_norms
+from shadowllm.bundle.weight_names import copied
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.spec import ModelSpec
-from shadowllm.plugins.quantisation import Quantisation, rounded
-
-# With a scale for every 64 elements of a row the copy is under a fifth of a 16-bit MLP.
-COPY = Quantisation(bits=4, block=64)
-
-
-def copied(spec: ModelSpec, layer: int) -> list[str]:
-    """Canonical names of the matrices of a layer that the copy holds, in the order they lie in a bundle."""
-    parts = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
-    return [f"layers.{layer}.{part}.weight" for part in parts]
-
-
-def lengths(down_proj: Tensor) -> Tensor:
-    """``||w_down[f]||`` of each neuron, float32 ``(intermediate_size,)``."""
-    return down_proj.float().norm(dim=-1)
 
 
 class WeightCopy:
@@ -37,7 +25,7 @@ class WeightCopy:
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: Mapping[str, Tensor], dense_layers: int, q: Quantisation = COPY
+        self, spec: ModelSpec, weights: Mapping[str, Tensor], dense_layers: int, q: Quantisation = LOW_BIT_COPY
     ) -> None:
         layers = range(dense_layers, spec.n_layers)
         copies = {
@@ -45,7 +33,7 @@ class WeightCopy:
             for layer in layers
             for name in copied(spec, layer)
         }
-        self._lengths = {layer: lengths(weights[f"layers.{layer}.down_proj.weight"]) for layer in layers}
+        self._down_norms = {layer: row_norms(weights[f"layers.{layer}.down_proj.weight"]) for layer in layers}
         self._decoder = Decoder(spec, {**weights, **copies})
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
@@ -57,4 +45,4 @@ class WeightCopy:
         Returns:
             Float32 ``(..., intermediate_size)``.
         """
-        return self._decoder.product(layer, x).abs() * self._lengths[layer]
+        return self._decoder.mlp_activation(layer, x).abs() * self._down_norms[layer]

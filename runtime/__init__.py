@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from shadowllm.errors import UserError
-from shadowllm.models.budget import Budget
-from shadowllm.runtime.generation import generate
-from shadowllm.runtime.sampling import Sampling
+from shadowllm.models.sparsity import Budget
+from shadowllm.runtime.generation.generate import generate
+from shadowllm.runtime.generation.sampling import Sampling
 from shadowllm.runtime.session import Session
 
 __all__ = ["BACKENDS", "Budget", "Sampling", "Session", "generate", "open_session"]
@@ -30,22 +30,22 @@ def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = No
     if threads is not None and backend in BACKENDS and not backend.startswith(("ort", "torch")):
         raise UserError(f"threads do nothing for the backend {backend!r}, which runs on a GPU", "leave them out")
     if backend in ("ort", "ort-dense"):
-        from shadowllm.runtime.ort import OrtSession
+        from shadowllm.runtime.ort.session import OrtSession
 
         return OrtSession(bundle, "dense" if backend == "ort-dense" else "auto", threads, profile)
     if backend in ("torch", "torch-dense"):
-        from shadowllm.runtime.torch import TorchSession
+        from shadowllm.runtime.torch_session import TorchSession
 
         return TorchSession.open(bundle, "dense" if backend == "torch-dense" else "sparse", threads)
     if backend in ("triton", "triton-dense"):
-        from shadowllm.runtime.replay import kernel_device
+        from shadowllm.runtime.gpu.cuda_graph import kernel_device
 
         kernel_device()  # before Triton is imported, which may not be there
-        from shadowllm.runtime.triton import TritonSession
+        from shadowllm.runtime.gpu.triton_session import TritonSession
 
         return TritonSession.open(bundle, "dense" if backend == "triton-dense" else "sparse")
     if backend in ("tensorrt_rtx", "tensorrt"):
-        from shadowllm.runtime.tensorrt import TrtSession
+        from shadowllm.runtime.gpu.trt_session import TrtSession
 
         return TrtSession.open(bundle, "tensorrt" if backend == "tensorrt" else "tensorrt_rtx")
     raise UserError(f"no backend {backend!r}", f"use one of {', '.join(BACKENDS)}")

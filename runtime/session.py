@@ -7,7 +7,7 @@ from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from shadowllm.models.budget import Budget
+from shadowllm.models.sparsity import Budget
 from shadowllm.models.spec import ModelSpec
 
 

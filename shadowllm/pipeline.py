@@ -10,31 +10,31 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from shadowllm.bundle.engine_record import EngineRecord
+from shadowllm.bundle.manifest import Manifest, read_manifest, verify_files
+from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.errors import UserError
-from shadowllm.exporter.bundle import check_dtypes, write_bundle
-from shadowllm.exporter.engine import Verbosity, build_engine
-from shadowllm.exporter.engine_graph import describe_onnx
-from shadowllm.exporter.manifest import Manifest, read_manifest, verify_files
-from shadowllm.exporter.profiles import profiles_for
-from shadowllm.exporter.sidecar import EngineRecord
+from shadowllm.exporter.engines.build import Verbosity, build_engine
+from shadowllm.exporter.engines.graph import describe_onnx
+from shadowllm.exporter.engines.profiles import profiles_for
 from shadowllm.exporter.staging import staged
+from shadowllm.exporter.write_bundle import check_dtypes, write_bundle
 from shadowllm.limits import check_seed, check_whole
+from shadowllm.malloc import keep_freed_memory
 from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights, load_model
+from shadowllm.models.files.tokenizer import text_encoder
 from shadowllm.models.spec import HeadUnit
-from shadowllm.models.tokenizer import text_encoder
 from shadowllm.plugins.tensorrt.flavour import Flavour, require
-from shadowllm.predictor.artefact import Kind, Predictor
 from shadowllm.predictor.calibration import calibration_windows
-from shadowllm.predictor.memory import keep_freed_memory
 from shadowllm.predictor.parallel import process_count
-from shadowllm.predictor.progress import progress
 from shadowllm.predictor.tracefile import Traces, calibrate
-from shadowllm.predictor.train import Recipe, train_network, train_static
+from shadowllm.predictor.train import TrainConfig, train_network, train_static
+from shadowllm.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from shadowllm.runtime.tuning import Target
+    from shadowllm.evaluation.tuning import Target
 
 TRAINABLE: tuple[Kind, ...] = ("shadow", "layerwise", "quantized-shadow", "static")
 SELECTORS = (*TRAINABLE, "random")
@@ -158,7 +158,7 @@ def calibrate_model(source: Source, options: Calibration) -> Traces:
     return _calibrate(spec, weights, checkpoint, options)
 
 
-def train_predictor(source: Source, traces: Traces, selector: str, recipe: Recipe) -> Predictor:
+def train_predictor(source: Source, traces: Traces, selector: str, train_config: TrainConfig) -> Predictor:
     """Train a predictor on traces of the same model.
 
     Raises:
@@ -167,7 +167,7 @@ def train_predictor(source: Source, traces: Traces, selector: str, recipe: Recip
     spec, weights, _ = source.open()
     if traces.base_fingerprint != weights.fingerprint():
         raise UserError("the traces are of another model", "calibrate this model, or give the one they were made of")
-    return _train(spec, weights, traces, selector, recipe)
+    return _train(spec, weights, traces, selector, train_config)
 
 
 def export_model(
@@ -177,7 +177,7 @@ def export_model(
     *,
     predictor: Predictor | None = None,
     calibration: Calibration | None = None,
-    recipe: Recipe | None = None,
+    train_config: TrainConfig | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Make a bundle: train a predictor unless one is given, write, validate, build engines.
@@ -197,8 +197,9 @@ def export_model(
         _check_apart(checkpoint.folder, out)
         check_dtypes(spec, options.dtype, options.weight_dtype)
         if predictor is None:
-            recipe, calibration = recipe or Recipe(budget=options.budget), calibration or Calibration()
-            predictor = _make_predictor(spec, weights, checkpoint, options.selector, calibration, recipe)
+            train_config = train_config or TrainConfig(budget=options.budget)
+            calibration = calibration or Calibration()
+            predictor = _make_predictor(spec, weights, checkpoint, options.selector, calibration, train_config)
         predictor.check_base(spec, weights.fingerprint())
         name = Path(source.model).name
         return _write(folder, name, weights, checkpoint, predictor, options)
@@ -213,7 +214,7 @@ def _write(
     folder: Path, name: str, weights: Weights, checkpoint: Checkpoint, predictor: Predictor, options: Export
 ) -> Manifest:
     """Fill a folder with a bundle and all that was asked for with it."""
-    from shadowllm.runtime.plan import dense_layers
+    from shadowllm.bundle.cost_model import dense_layers
 
     manifest = write_bundle(
         folder,
@@ -229,11 +230,11 @@ def _write(
     manifest = replace(manifest, dense=dense_layers(manifest, options.budget))
     manifest.write(folder)
     if options.target:
-        from shadowllm.runtime.tuning import tune
+        from shadowllm.evaluation.tuning import tune
 
         manifest = tune(folder, options.target)
     if options.validate:  # at the budgets that the bundle ends up with
-        from shadowllm.runtime.validation import validate_apart
+        from shadowllm.evaluation.validation import validate_apart
 
         model = checkpoint.folder / (checkpoint.gguf or "")
         manifest = replace(
@@ -296,13 +297,18 @@ def _check_engine_weights(weight_dtype: str | None) -> None:
 
 
 def _make_predictor(
-    spec: ModelSpec, weights: Weights, checkpoint: Checkpoint, selector: str, calibration: Calibration, recipe: Recipe
+    spec: ModelSpec,
+    weights: Weights,
+    checkpoint: Checkpoint,
+    selector: str,
+    calibration: Calibration,
+    train_config: TrainConfig,
 ) -> Predictor:
     if selector == "random":
         return _random(spec, weights, calibration)
     loaded = weights.load()
     traces = _calibrate(spec, weights, checkpoint, calibration, loaded, fit_heads=selector != "static")
-    return _train(spec, weights, traces, selector, recipe, loaded)
+    return _train(spec, weights, traces, selector, train_config, loaded)
 
 
 def _calibrate(
@@ -350,7 +356,7 @@ def _train(
     weights: Weights,
     traces: Traces,
     selector: str,
-    recipe: Recipe,
+    train_config: TrainConfig,
     loaded: dict[str, Tensor] | None = None,
 ) -> Predictor:
     if selector not in TRAINABLE:
@@ -358,9 +364,11 @@ def _train(
     # Traces too large to keep are made anew while training, and so is what only a network in a layer reads.
     anew = (loaded or weights.load()) if selector == "layerwise" or not traces.stored else None
     if selector in ("static", "quantized-shadow"):
-        return train_static(spec, traces, kind=selector, budget=recipe.budget, weights=anew)
-    with progress("Training the predictor", recipe.passes(anew is not None) * traces.windows.train.numel()) as advance:
-        return train_network(spec, traces, recipe, kind=selector, weights=anew, advance=advance)
+        return train_static(spec, traces, kind=selector, budget=train_config.budget, weights=anew)
+    with progress(
+        "Training the predictor", train_config.passes(anew is not None) * traces.windows.train.numel()
+    ) as advance:
+        return train_network(spec, traces, train_config, kind=selector, weights=anew, advance=advance)
 
 
 def _random(spec: ModelSpec, weights: Weights, options: Calibration) -> Predictor:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from shadowllm.exporter.bundle import write_bundle
-from shadowllm.exporter.manifest import Manifest
+from shadowllm.bundle.manifest import Manifest
+from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.exporter.write_bundle import write_bundle
 from shadowllm.models import Budget, ModelSpec, load_model
-from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.networks import initial_tensors
 
 BUDGET = Budget(neurons=0.5, heads=0.5)

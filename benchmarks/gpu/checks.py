@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, dequantise, quantise
 from shadowllm.models.decoder import ACTIVATIONS
 from shadowllm.plugins import reference
-from shadowllm.plugins.quantisation import dequantise, quantise
 from shadowllm.plugins.triton import ops
-from shadowllm.predictor.weight_copy import COPY
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # One rounding of a result, relative to it: what anyone may be off by.
@@ -230,18 +229,18 @@ def check_scores(case: ScoreCase, dtype: torch.dtype, device: torch.device) -> C
     """``ScoreNeurons``."""
     make = _random(dtype, device)
     rows = (1 + case.gated) * case.neurons
-    data, scales = quantise(_wide(make(rows, case.hidden, scale=case.hidden**-0.5)), COPY)
+    data, scales = quantise(_wide(make(rows, case.hidden, scale=case.hidden**-0.5)), LOW_BIT_COPY)
     x, bias = make(case.batch, case.seqlen, case.hidden), make(rows, scale=0.1) if case.bias else None
     *gates, b_up = [None] if bias is None else bias.split(case.neurons)
     lengths = make(case.neurons).float().abs()
-    copy, given = data.reshape(rows, COPY.blocks(case.hidden), -1), torch.from_numpy(scales).to(device)
+    copy, given = data.reshape(rows, LOW_BIT_COPY.blocks(case.hidden), -1), torch.from_numpy(scales).to(device)
     count = torch.tensor(case.neurons // 2, dtype=torch.int32, device=device)
     words, b_gate = torch.from_numpy(copy).to(device), gates[0] if gates else None
     found = ops.score_neurons(x, words, given, b_gate, b_up, lengths, count, activation=case.activation)
     wanted = reference.score_neurons(
         _wide(x), copy, scales, _wide(b_gate), _wide(b_up), _wide(lengths), activation=case.activation
     )
-    weight = torch.from_numpy(dequantise(data, scales, case.hidden, COPY).copy()).to(device, dtype)
+    weight = torch.from_numpy(dequantise(data, scales, case.hidden, LOW_BIT_COPY).copy()).to(device, dtype)
     first, *rest = F.linear(x.flatten(0, 1), weight, bias).split(case.neurons, dim=1)
     product = ACTIVATIONS[case.activation](first)
     for up in rest:

@@ -13,15 +13,15 @@ import torch
 
 from shadowllm.benchmarks.gpu.timing import milliseconds
 from shadowllm.benchmarks.random_model import RandomCopies, RandomWeights, shape_spec, untrained
-from shadowllm.benchmarks.traffic import Active, mean_traffic
-from shadowllm.models.budget import Budget
+from shadowllm.bundle.cost_model import selector_bytes
+from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.traffic import Active, mean_traffic
+from shadowllm.models.sparsity import Budget
 from shadowllm.models.spec import ModelSpec
-from shadowllm.predictor.artefact import Predictor
-from shadowllm.runtime.generation import generate
-from shadowllm.runtime.plan import selector_bytes
+from shadowllm.runtime.generation.generate import generate
+from shadowllm.runtime.gpu.triton_session import TritonSession
+from shadowllm.runtime.gpu.triton_step import merged
 from shadowllm.runtime.session import Session
-from shadowllm.runtime.step import merged
-from shadowllm.runtime.triton import TritonSession
 
 SPARSE, QUANTISED, DENSE = "triton", "triton, quantized shadow", "torch dense"
 

@@ -24,7 +24,7 @@ from shadowllm.benchmarks.gpu.child import answer
 from shadowllm.benchmarks.gpu.decode import Setting, interleaved, spread
 from shadowllm.benchmarks.gpu.probe import probe
 from shadowllm.errors import UserError
-from shadowllm.models.budget import Budget
+from shadowllm.models.sparsity import Budget
 from shadowllm.plugins.tensorrt.flavour import FLAVOURS, Flavour, gpu_capability
 from shadowllm.runtime.session import Session
 
@@ -77,11 +77,11 @@ def _guarded(name: str, work: Callable[[], Any]) -> Any:
 
 
 def _engines(bundle: Path, flavour: Flavour, setting: Setting) -> dict[str, Any]:
-    from shadowllm.exporter.engine import build_engine
-    from shadowllm.exporter.engine_graph import describe_onnx
-    from shadowllm.exporter.profiles import profiles_for
+    from shadowllm.exporter.engines.build import build_engine
+    from shadowllm.exporter.engines.graph import describe_onnx
+    from shadowllm.exporter.engines.profiles import profiles_for
     from shadowllm.pipeline import EngineOptions, build_engines
-    from shadowllm.runtime.tensorrt import TrtSession
+    from shadowllm.runtime.gpu.trt_session import TrtSession
 
     sm = gpu_capability()
     if sm is None:
@@ -131,7 +131,7 @@ class OrtDense:
     def __init__(self, bundle: Path, capacity: int, provider: str, device: str) -> None:
         import onnxruntime as ort
 
-        from shadowllm.exporter.manifest import read_manifest
+        from shadowllm.bundle.manifest import read_manifest
 
         manifest = read_manifest(bundle)
         self.spec, self._ort, self._device = manifest.spec, ort, device

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shadowllm.benchmarks.gpu.timing import milliseconds
+from shadowllm.bundle.quantisation import LOW_BIT_COPY
 from shadowllm.plugins.triton import ops
-from shadowllm.predictor.weight_copy import COPY
 
 # A work set is as many copies of an op's data as fill this, used in turn: far beyond the last-level cache of any card.
 WORK_SET_BYTES = 1 << 30
@@ -93,8 +93,8 @@ def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> dict[str, tuple[
 
     def packed() -> tuple[Tensor, ...]:
         """A copy of the up projection: any integers will do."""
-        rows = (s.neurons, COPY.blocks(s.hidden))
-        copy = torch.randint(256, (*rows, COPY.block // 2), dtype=torch.uint8, device=device)
+        rows = (s.neurons, LOW_BIT_COPY.blocks(s.hidden))
+        copy = torch.randint(256, (*rows, LOW_BIT_COPY.block // 2), dtype=torch.uint8, device=device)
         return copy, torch.rand(rows, device=device), torch.rand(s.neurons, device=device)
 
     def scores(copy: Tensor, scales: Tensor, lengths: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shadowllm.runtime.replay import captured
+from shadowllm.runtime.gpu.cuda_graph import captured
 
 
 def milliseconds(work: Callable[[], Any], device: torch.device, repeats: int = 20) -> dict[str, float] | None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from shadowllm.bundle.op_domain import DOMAIN, VERSION
 from shadowllm.plugins.program import DTYPES, PROGRAM, Program
-from shadowllm.plugins.schemas import DOMAIN, SCHEMAS, VERSION
+from shadowllm.plugins.schemas import SCHEMAS
 from shadowllm.plugins.tensorrt.launcher import Launcher, call_size
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from cuda.bindings import driver
 
-from shadowllm.plugins.images import serving
-from shadowllm.plugins.program import ALIGNED, PTX, Argument, Kernel, Launch, Program
+from shadowllm.bundle.gpu_images import PTX, serving
+from shadowllm.plugins.program import ALIGNED, Argument, Kernel, Launch, Program
 
 # Dynamic shared memory that a kernel may use without being allowed to.
 USUAL_SHARED_BYTES = 48 * 1024

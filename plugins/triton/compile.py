@@ -15,20 +15,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from shadowllm.bundle.gpu_images import PTX, PTX_SM
 from shadowllm.errors import UserError
-from shadowllm.plugins.program import (
-    ALIGNED,
-    PTX,
-    PTX_SM,
-    Argument,
-    Image,
-    Kernel,
-    Launch,
-    Output,
-    Plan,
-    Program,
-    Size,
-)
+from shadowllm.plugins.program import ALIGNED, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
 from shadowllm.plugins.schemas import SCHEMAS, OpSchema
 from shadowllm.plugins.triton.ops import schedules
 from shadowllm.plugins.triton.schedule import Call, Operand, Schedule, Scratch, Shape

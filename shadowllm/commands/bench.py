@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shadowllm.commands import options
 from shadowllm.errors import UserError
-from shadowllm.models.budget import Budget
+from shadowllm.models.sparsity import Budget
 
 EPILOG = """examples:
   shadowllm bench out/ --against ort-dense
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print, and write what was asked for."""
     from rich.console import Console
 
-    from shadowllm.benchmarks.bench import bench
-    from shadowllm.exporter.manifest import read_manifest
+    from shadowllm.bundle.manifest import read_manifest
+    from shadowllm.evaluation.speed.bench import bench
 
     default = read_manifest(args.bundle).budgets
     budget = Budget(args.neuron_budget or default["neurons"], args.head_budget or default["heads"])

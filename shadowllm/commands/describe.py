@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shadowllm.errors import UserError
 
 if TYPE_CHECKING:
-    from shadowllm.exporter.engine_graph import CustomNode
+    from shadowllm.bundle.engine_record import CustomNode
 
 
 def describe(path: Path) -> tuple[str, dict[str, Any]]:
@@ -34,7 +34,7 @@ def describe(path: Path) -> tuple[str, dict[str, Any]]:
 
 def bundle(path: Path) -> dict[str, Any]:
     """A bundle after checking all of its files."""
-    from shadowllm.exporter.manifest import read_manifest, verify_files
+    from shadowllm.bundle.manifest import read_manifest, verify_files
 
     manifest = read_manifest(path)
     verify_files(path, manifest.files)
@@ -58,7 +58,7 @@ def bundle(path: Path) -> dict[str, Any]:
 
 def onnx(path: Path) -> dict[str, Any]:
     """An ONNX file, and what a build of it would need."""
-    from shadowllm.exporter.engine_graph import describe_onnx
+    from shadowllm.exporter.engines.graph import describe_onnx
 
     info = describe_onnx(path)
     return {
@@ -75,7 +75,7 @@ def onnx(path: Path) -> dict[str, Any]:
 
 def engine(path: Path) -> dict[str, Any]:
     """An engine, by its sidecar and its own bytes; needs neither TensorRT nor a GPU."""
-    from shadowllm.exporter.sidecar import engine_contents
+    from shadowllm.exporter.engines.contents import engine_contents
 
     record = engine_contents(path)
     return {
@@ -93,7 +93,7 @@ def engine(path: Path) -> dict[str, Any]:
 
 def predictor(path: Path) -> dict[str, Any]:
     """A predictor file."""
-    from shadowllm.predictor.artefact import Predictor
+    from shadowllm.bundle.predictor_file import Predictor
 
     found = Predictor.load(path)
     return {

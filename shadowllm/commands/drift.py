@@ -36,13 +36,13 @@ def run(args: argparse.Namespace) -> None:
     """Decode both texts and say how well each was predicted."""
     from dataclasses import asdict
 
-    from shadowllm.exporter.bundle import read_weights
-    from shadowllm.exporter.manifest import read_manifest
+    from shadowllm.bundle.manifest import read_manifest
+    from shadowllm.bundle.weights import read_weights
+    from shadowllm.evaluation.drift import runtime_recall
     from shadowllm.predictor.calibration import calibration_windows, token_windows
-    from shadowllm.predictor.progress import progress
-    from shadowllm.runtime.drift import runtime_recall
-    from shadowllm.runtime.ort import OrtSession
-    from shadowllm.runtime.text import load_tokenizer, plain_encoder
+    from shadowllm.progress import progress
+    from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
+    from shadowllm.runtime.ort.session import OrtSession
 
     manifest = read_manifest(args.bundle)
     encode = plain_encoder(load_tokenizer(args.bundle, manifest), manifest)

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 from shadowllm.commands import options
 from shadowllm.errors import UserError
-from shadowllm.models.budget import Budget, parse_fractions
+from shadowllm.models.sparsity import Budget, parse_fractions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from shadowllm.exporter.manifest import Manifest
-    from shadowllm.models.budget import Fractions
-    from shadowllm.predictor.evaluate import Result
+    from shadowllm.bundle.manifest import Manifest
+    from shadowllm.evaluation.quality import Result
+    from shadowllm.models.sparsity import Fractions
 
 EPILOG = """examples:
   shadowllm eval out/ --text book.txt --neuron-budget 0.3 0.5 0.7
@@ -102,11 +102,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _text(args: argparse.Namespace) -> None:
-    from shadowllm.exporter.bundle import read_weights
-    from shadowllm.exporter.manifest import read_manifest
-    from shadowllm.predictor.evaluate import evaluate
-    from shadowllm.predictor.memory import keep_freed_memory
-    from shadowllm.predictor.progress import progress
+    from shadowllm.bundle.manifest import read_manifest
+    from shadowllm.bundle.weights import read_weights
+    from shadowllm.evaluation.quality import evaluate
+    from shadowllm.malloc import keep_freed_memory
+    from shadowllm.progress import progress
 
     if args.tokens < args.seqlen:
         raise UserError(
@@ -141,9 +141,9 @@ def _windows(args: argparse.Namespace, manifest: Manifest) -> Tensor:
     """The tokens to evaluate, int64 ``(windows, seqlen)``."""
     import torch
 
-    from shadowllm.benchmarks.passage import passage
+    from shadowllm.evaluation.passage import passage
     from shadowllm.predictor.calibration import token_windows
-    from shadowllm.runtime.text import load_tokenizer, plain_encoder
+    from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
     encode = plain_encoder(load_tokenizer(args.bundle, manifest), manifest)
     seqlen, limit = min(args.seqlen, manifest.spec.max_seqlen), args.tokens // args.seqlen
@@ -156,8 +156,8 @@ def _keep(args: argparse.Namespace, manifest: Manifest, results: Sequence[Result
     """Write the results, and draw them, where that was asked for."""
     import torch
 
-    from shadowllm.benchmarks import quality
-    from shadowllm.benchmarks.environment import environment
+    from shadowllm.evaluation import quality_report as quality
+    from shadowllm.evaluation.speed.environment import environment
 
     settings = {
         "model": manifest.model,
@@ -184,11 +184,11 @@ def _tasks(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from shadowllm.benchmarks.environment import environment
-    from shadowllm.exporter.manifest import read_manifest
+    from shadowllm.bundle.manifest import read_manifest
+    from shadowllm.evaluation.speed.environment import environment
 
     try:
-        from shadowllm.benchmarks.lm_tasks import run_tasks
+        from shadowllm.evaluation.lm_tasks import run_tasks
     except ImportError as error:
         raise UserError(f"--tasks needs lm-evaluation-harness ({error})", "pip install 'shadowllm[lm-eval]'") from error
 

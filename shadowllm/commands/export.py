@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from shadowllm.bundle.quantisation import WEIGHT_DTYPES
 from shadowllm.commands import options
-from shadowllm.plugins.quantisation import WEIGHT_DTYPES
 
 EPILOG = """examples:
   shadowllm export MODEL out/ --neuron-budget 0.5 --head-budget 0.75
@@ -51,9 +51,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export and say what was made."""
+    from shadowllm.bundle.predictor_file import Predictor
     from shadowllm.commands import inspect
     from shadowllm.pipeline import Export, export_model
-    from shadowllm.predictor.artefact import Predictor
 
     predictor = Predictor.load(args.predictor) if args.predictor else None
     plan = Export(
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         plan,
         predictor=predictor,
         calibration=options.calibration(args),
-        recipe=options.recipe(args),
+        train_config=options.train_config(args),
         overwrite=args.overwrite,
     )
     inspect.show(args.out)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.commands.describe import describe
-from shadowllm.models.budget import describe_fractions
+from shadowllm.models.sparsity import describe_fractions
 
 EPILOG = """examples:
   shadowllm inspect out/                                        # a bundle: sizes, budgets, validation, engines
@@ -175,14 +175,14 @@ def _range(profile: dict[str, Any]) -> str:
 
 
 def _targets(engine: dict[str, Any]) -> str:
-    from shadowllm.exporter.sidecar import architectures
+    from shadowllm.bundle.gpu_images import architectures
 
     return architectures(engine["compute_capabilities"])
 
 
 def _kernels(kernels: dict[str, list[int]]) -> str:
     """Kernels by what they are compiled for."""
-    from shadowllm.exporter.sidecar import architectures
+    from shadowllm.bundle.gpu_images import architectures
 
     alike: dict[str, list[str]] = {}
     for name, images in kernels.items():

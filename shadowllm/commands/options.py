@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from shadowllm.errors import UserError
 from shadowllm.limits import LARGEST, check_seed, check_threads, check_whole
-from shadowllm.models.budget import Budget, parse_fractions
+from shadowllm.models.sparsity import Budget, parse_fractions
 
 if TYPE_CHECKING:
+    from shadowllm.evaluation.tuning import Target
     from shadowllm.pipeline import Calibration, EngineOptions, Source
     from shadowllm.plugins.tensorrt.flavour import Flavour
-    from shadowllm.predictor.train import Recipe
-    from shadowllm.runtime.tuning import Target
+    from shadowllm.predictor.train import TrainConfig
 
 Group = argparse._ActionsContainer  # a parser or a group of one
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -133,7 +133,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 
 def target(args: argparse.Namespace) -> Target | None:
     """The target that `add_target` describes, if any."""
-    from shadowllm.runtime.tuning import Target
+    from shadowllm.evaluation.tuning import Target
 
     if args.target_ppl_increase is None and args.target_speedup is None:
         return None
@@ -221,12 +221,12 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--loss", help="listnet, weighted_bce, bce or mse (default: listnet)")
 
 
-def recipe(args: argparse.Namespace) -> Recipe:
-    """The training that `add_training` describes, at the command's budget; the rest is the recipe's own."""
-    from shadowllm.predictor.train import Recipe
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    """The training that `add_training` describes, at the command's budget; the rest has its defaults."""
+    from shadowllm.predictor.train import TrainConfig
 
     given = {name: getattr(args, name) for name in ("rank", "epochs", "loss") if getattr(args, name) is not None}
-    return Recipe(budget=budget(args), seed=args.seed, **given)
+    return TrainConfig(budget=budget(args), seed=args.seed, **given)
 
 
 def add_engines(parser: argparse.ArgumentParser) -> None:

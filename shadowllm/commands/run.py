@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from shadowllm.commands import options
 from shadowllm.errors import UserError
-from shadowllm.models.budget import Budget
+from shadowllm.models.sparsity import Budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
-    from shadowllm.exporter.manifest import Manifest
+    from shadowllm.bundle.manifest import Manifest
     from shadowllm.runtime import Sampling
 
 EPILOG = """examples:
@@ -107,9 +107,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _request(args: argparse.Namespace) -> Request:
-    from shadowllm.exporter.manifest import read_manifest
-    from shadowllm.runtime.sampling import bundle_sampling
-    from shadowllm.runtime.text import encode_prompt, load_tokenizer, stop_criteria
+    from shadowllm.bundle.manifest import read_manifest
+    from shadowllm.runtime.generation.sampling import bundle_sampling
+    from shadowllm.runtime.generation.text import encode_prompt, load_tokenizer, stop_criteria
 
     manifest = read_manifest(args.bundle)
     sampling, stops = bundle_sampling(
@@ -171,7 +171,7 @@ class Texts:
     """
 
     def __init__(self, request: Request, prompt: str | None) -> None:
-        from shadowllm.runtime.text import TextStream
+        from shadowllm.runtime.generation.text import TextStream
 
         self._streams = [TextStream(request.tokenizer, ids, request.stops) for ids in request.prompts]
         self._prompt, self._printing = prompt or "", prompt is not None

@@ -30,10 +30,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, write, and say how well it does on tokens it never saw."""
     from shadowllm.pipeline import train_predictor
-    from shadowllm.predictor.parallel import is_first
     from shadowllm.predictor.tracefile import Traces
+    from shadowllm.progress import is_first
 
-    predictor = train_predictor(options.source(args), Traces.load(args.traces), args.selector, options.recipe(args))
+    predictor = train_predictor(
+        options.source(args), Traces.load(args.traces), args.selector, options.train_config(args)
+    )
     if not is_first():  # of several processes that learned the same
         return
     predictor.save(args.output)

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     """Tune and say what was chosen."""
     from shadowllm.commands import inspect
     from shadowllm.errors import UserError
-    from shadowllm.runtime.tuning import tune
+    from shadowllm.evaluation.tuning import tune
 
     target = options.target(args)
     if target is None:

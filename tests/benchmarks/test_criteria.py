@@ -22,14 +22,14 @@ def test_removal_is_a_pass_without_the_unit(model, unit):
     spec, weights, window = model
 
     def loss(index):
-        def tap(layer, kind, activation):
+        def activation_hook(layer, kind, activation):
             if (layer, kind) == (2, unit) and index is not None:
                 activation = activation.clone()
                 activation[:, 5, index] = 0
             return activation
 
         with torch.no_grad():
-            logits = Decoder(spec, weights, tap)(window[None])
+            logits = Decoder(spec, weights, activation_hook)(window[None])
         return float(F.cross_entropy(logits[0, :-1].double(), window[1:], reduction="sum"))
 
     found = removal_losses(spec, weights, window, (2, 5), unit, torch.arange(4))

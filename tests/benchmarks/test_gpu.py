@@ -19,11 +19,12 @@ from shadowllm.benchmarks.gpu import checks, decode, engines
 from shadowllm.benchmarks.gpu.__main__ import Recorder, main
 from shadowllm.benchmarks.gpu.child import answer
 from shadowllm.benchmarks.gpu.probe import probe
-from shadowllm.exporter.store import TORCH_DTYPES, copy_groups
+from shadowllm.bundle.weight_file import TORCH_DTYPES
+from shadowllm.bundle.weight_layout import copy_groups
 from shadowllm.plugins.tensorrt.flavour import FLAVOURS
 from shadowllm.plugins.triton import ops
 from shadowllm.runtime import open_session
-from shadowllm.runtime.replay import kernel_device
+from shadowllm.runtime.gpu.cuda_graph import kernel_device
 
 # What a bare GPU machine lacks.
 ABSENT = (

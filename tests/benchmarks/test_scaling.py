@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from shadowllm.benchmarks.scaling import BUDGETS, Point, judge, text_windows, train
+from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.errors import UserError
 from shadowllm.models import load_model
-from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.traces import Tracer
 from shadowllm.predictor.train import train_static

@@ -1,4 +1,4 @@
-"""The small OPT's recipe: text it may learn from, a loss that falls, a checkpoint of the family."""
+"""The small OPT's training: text it may learn from, a loss that falls, a checkpoint of the family."""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from shadowllm.bundle.engine_record import check_sidecar, read_sidecar
+from shadowllm.bundle.manifest import DATA_FILE, read_manifest
 from shadowllm.cli import main
 from shadowllm.errors import UserError
-from shadowllm.exporter.manifest import DATA_FILE, read_manifest
-from shadowllm.exporter.sidecar import check_sidecar, read_sidecar
 from shadowllm.pipeline import EngineOptions, build_engines
 from shadowllm.runtime import generate, open_session
 from tests.bundles import as_in_the_hub_cache

@@ -19,8 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from shadowllm.bundle.quantisation import Quantisation
 from shadowllm.plugins import native_ops, reference
-from shadowllm.plugins.quantisation import Quantisation
 from tests.plugins import test_native_ops as ops
 
 Inputs = dict[str, np.ndarray | None]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from shadowllm.plugins.program import PTX, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
+from shadowllm.bundle.gpu_images import PTX
+from shadowllm.plugins.program import Argument, Image, Kernel, Launch, Output, Plan, Program, Size
 
 CUBIN = b"\x7fELF\0\1\2\0"
 

@@ -9,9 +9,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from shadowllm.bundle import op_domain
+from shadowllm.bundle.quantisation import Quantisation, quantise
 from shadowllm.plugins import reference, schemas
 from shadowllm.plugins.functions import OPSET, CopyForm, FunctionForm, function_bodies
-from shadowllm.plugins.quantisation import Quantisation, quantise
 
 # float32 sums of a few hundred products of numbers near 1.
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
@@ -34,10 +35,10 @@ def run(schema: schemas.OpSchema, form: FunctionForm, feeds: dict[str, np.ndarra
         name: ir.val(name, dtype=ir.DataType.from_numpy(array.dtype), shape=array.shape)
         for name, array in feeds.items()
     }
-    node = ir.node(schema.name, [inputs.get(port.name) for port in schema.inputs], attributes, domain=schemas.DOMAIN)
+    node = ir.node(schema.name, [inputs.get(port.name) for port in schema.inputs], attributes, domain=op_domain.DOMAIN)
     output = node.outputs[0]
     output.name, output.dtype = "output", ir.DataType.INT32 if schema is schemas.SELECT_TOPK else ir.DataType.FLOAT
-    graph = ir.Graph(list(inputs.values()), [output], nodes=[node], opset_imports={"": OPSET, schemas.DOMAIN: 1})
+    graph = ir.Graph(list(inputs.values()), [output], nodes=[node], opset_imports={"": OPSET, op_domain.DOMAIN: 1})
     model = ir.Model(graph, ir_version=11, functions=function_bodies(form))
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, feeds)[0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shadowllm.plugins.images import carried, programs_in, serving
-from shadowllm.plugins.program import PTX
+from shadowllm.bundle.gpu_images import PTX, serving
+from shadowllm.plugins.images import carried, programs_in
 from tests.plugins.programs import program
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from shadowllm.bundle.quantisation import Quantisation
 from shadowllm.plugins import native_ops
-from shadowllm.plugins.quantisation import Quantisation
 from tests.plugins.test_native_ops import (
     ATTENTION_WEIGHTS,
     MLP_WEIGHTS,

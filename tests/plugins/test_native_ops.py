@@ -14,8 +14,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from shadowllm.bundle import op_domain
+from shadowllm.bundle.quantisation import Quantisation, dense_rows, quantise
 from shadowllm.plugins import native_ops, reference, schemas
-from shadowllm.plugins.quantisation import Quantisation, dense_rows, quantise
 
 ort = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.skipif(not native_ops.kernels(), reason="the native ops are not built")
@@ -44,7 +45,7 @@ def make_session(
         op,
         [port.name if port.name in given else "" for port in schema.inputs],
         [schema.outputs[0].name],
-        domain=schemas.DOMAIN,
+        domain=op_domain.DOMAIN,
         **attributes,
     )
     fed = [
@@ -63,7 +64,7 @@ def make_session(
     model = helper.make_model(
         graph,
         ir_version=9,
-        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(schemas.DOMAIN, schemas.VERSION)],
+        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(op_domain.DOMAIN, op_domain.VERSION)],
     )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
+from shadowllm.bundle import op_domain
 from shadowllm.errors import UserError
 from shadowllm.plugins import functions, native_ops, schemas
 from tests.plugins.test_native_ops import MLP_WEIGHTS, attention_inputs, mlp_inputs, ort, run
@@ -89,7 +90,7 @@ def model_with_bodies(op: str, inputs: dict[str, np.ndarray], **attributes) -> b
         op,
         [port.name if port.name in inputs else "" for port in schema.inputs],
         [schema.outputs[0].name],
-        domain=schemas.DOMAIN,
+        domain=op_domain.DOMAIN,
         **attributes,
     )
     graph = helper.make_graph(
@@ -103,7 +104,10 @@ def model_with_bodies(op: str, inputs: dict[str, np.ndarray], **attributes) -> b
         graph,
         ir_version=10,
         functions=bodies,
-        opset_imports=[helper.make_opsetid("", functions.OPSET), helper.make_opsetid(schemas.DOMAIN, schemas.VERSION)],
+        opset_imports=[
+            helper.make_opsetid("", functions.OPSET),
+            helper.make_opsetid(op_domain.DOMAIN, op_domain.VERSION),
+        ],
     )
     return model.SerializeToString()
 
@@ -172,7 +176,7 @@ def test_an_input_of_unknown_unnamed_size_loads(tmp_path):
         "SparseMLP",
         [wide.outputs[0], indices, count, None, None, rows, None, rows],
         {"activation": "relu", "layer": 0},
-        domain=schemas.DOMAIN,
+        domain=op_domain.DOMAIN,
     )
     back = ir.node("Reshape", [mlp.outputs[0], flat])
     back.outputs[0].name, back.outputs[0].dtype = "y", ir.DataType.FLOAT
@@ -181,7 +185,7 @@ def test_an_input_of_unknown_unnamed_size_loads(tmp_path):
         back.outputs,
         nodes=[wide, mlp, back],
         initializers=[rows, flat],
-        opset_imports={"": functions.OPSET, schemas.DOMAIN: schemas.VERSION},
+        opset_imports={"": functions.OPSET, op_domain.DOMAIN: op_domain.VERSION},
     )
     options = ort.SessionOptions()
     assert native_ops.register(options)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shadowllm.plugins.program import PTX
+from shadowllm.bundle.gpu_images import PTX
 from tests.plugins.programs import program
 from tests.plugins.test_triton_compile import COMPILE, child
 

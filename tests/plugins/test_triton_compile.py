@@ -14,7 +14,8 @@ import sys
 
 import pytest
 
-from shadowllm.plugins.program import PTX, Program, Size
+from shadowllm.bundle.gpu_images import PTX
+from shadowllm.plugins.program import Program, Size
 
 pytest.importorskip("triton")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -22,7 +23,7 @@ SMS = (80, 86, 89, 90, 120)
 HEADS, HEAD_DIM, WIDTH, NEURONS = 4, 12, 48, 88
 COMPILE = f"""
 import sys
-from shadowllm.plugins.program import PTX
+from shadowllm.bundle.gpu_images import PTX
 from shadowllm.plugins.triton.compile import Tensor, compile_program
 dtype, batch = sys.argv[1], int(sys.argv[2])
 count, lengths = Tensor("int32", ()), Tensor("int32", ("batch",))

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
+from shadowllm.bundle.quantisation import Quantisation, quantise
 from shadowllm.models.decoder import ACTIVATIONS
 from shadowllm.plugins import reference
-from shadowllm.plugins.quantisation import Quantisation, quantise
 from shadowllm.plugins.triton.ops import score_neurons, select_topk, sparse_attention, sparse_mlp
 from shadowllm.plugins.triton.schedule import tiers
 

@@ -42,7 +42,7 @@ def scaled(spec, weights, windows, place, scale):
     layer, unit, token, index = place
     seen = {}
 
-    def tap(at, kind, activation):
+    def activation_hook(at, kind, activation):
         if (at, kind) == (layer, unit):
             change = torch.zeros_like(activation)
             change[0, token, index] = activation[0, token, index].detach() * (scale - 1)
@@ -51,7 +51,7 @@ def scaled(spec, weights, windows, place, scale):
             seen[at, kind] = activation
         return activation
 
-    return Decoder(spec, weights, tap)(windows), seen
+    return Decoder(spec, weights, activation_hook)(windows), seen
 
 
 def loss_of(logits, windows):

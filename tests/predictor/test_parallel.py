@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 
+from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.errors import UserError
-from shadowllm.predictor.artefact import Predictor
 from shadowllm.predictor.parallel import Workers
 from shadowllm.predictor.tracefile import Traces, calibrate
-from shadowllm.predictor.train import Recipe, train_network
+from shadowllm.predictor.train import TrainConfig, train_network
 from tests.predictor.conftest import split, token_windows
 
 
@@ -40,7 +40,9 @@ def test_two_processes_learn_what_one_does_from_the_same_batches(llama, tmp_path
     windows = split(token_windows(spec, n=3), held_out=1)
     (tmp_path / "spec.json").write_text(json.dumps(spec.to_dict()))
     calibrate(spec, weights, windows, "f00d").save(tmp_path / "traces.safetensors")
-    alone = train_network(spec, Traces.load(tmp_path / "traces.safetensors"), Recipe(rank=8, epochs=3, batch_tokens=48))
+    alone = train_network(
+        spec, Traces.load(tmp_path / "traces.safetensors"), TrainConfig(rank=8, epochs=3, batch_tokens=48)
+    )
     launcher = [
         "-m",
         "torch.distributed.run",

@@ -9,12 +9,12 @@ import torch
 
 from shadowllm.errors import UserError
 from shadowllm.models import Decoder
-from shadowllm.models.budget import Budget
+from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.criteria import find_criterion, unit_trace
-from shadowllm.predictor.selectors import SELECTORS, Context, InPlaceSelector, MaskedDecoder, make_selector
+from shadowllm.predictor.selectors import SELECTORS, Context, MaskedDecoder, PerLayerSelector, make_selector
 from shadowllm.predictor.topk import active_mask, top_mask
 from shadowllm.predictor.tracefile import calibrate
-from shadowllm.predictor.train import Recipe, train_network, train_static
+from shadowllm.predictor.train import TrainConfig, train_network, train_static
 from tests.predictor.conftest import split, token_windows
 
 
@@ -22,15 +22,17 @@ from tests.predictor.conftest import split, token_windows
 def context(tiny):
     spec, weights = tiny
     traces = calibrate(spec, weights, split(token_windows(spec)), "f00d")
-    return Context(spec, weights, predictor=train_network(spec, traces, Recipe(rank=8, epochs=20, learning_rate=1e-2)))
+    return Context(
+        spec, weights, predictor=train_network(spec, traces, TrainConfig(rank=8, epochs=20, learning_rate=1e-2))
+    )
 
 
 def chooser(name, context):
     """A selector by name, on a predictor of its kind."""
     if name == "layerwise":
         traces = calibrate(context.spec, context.weights, split(token_windows(context.spec)), "f00d")
-        recipe = Recipe(rank=8, epochs=10, learning_rate=1e-2)
-        networks = train_network(context.spec, traces, recipe, kind="layerwise", weights=context.weights)
+        config = TrainConfig(rank=8, epochs=10, learning_rate=1e-2)
+        networks = train_network(context.spec, traces, config, kind="layerwise", weights=context.weights)
         context = replace(context, predictor=networks)
     return make_selector(name, context)
 
@@ -154,7 +156,7 @@ def test_a_copy_of_many_bits_chooses_what_the_oracle_does_and_fewer_bits_less_of
     wanted = choices(context, make_selector("oracle", context))
     # The second sparse layer's input depends on the choice in the first, so only a copy without error can be exact.
     recalls = [
-        float((choices(context, InPlaceSelector(context, "quantized-shadow", bits)) & wanted).sum() / wanted.sum())
+        float((choices(context, PerLayerSelector(context, "quantized-shadow", bits)) & wanted).sum() / wanted.sum())
         for bits in (20, 4, 2)
     ]
     assert recalls[0] == 1
@@ -165,12 +167,12 @@ def test_a_copy_of_many_bits_chooses_what_the_oracle_does_and_fewer_bits_less_of
 @pytest.mark.parametrize("unit", ["heads", "neurons"])
 def test_choosing_in_place_reads_the_layers_own_input(context, name, unit):
     """Not the activation: another one must not change the choice."""
-    in_place = chooser(name, context)
-    in_place.watch(1, unit, torch.randn(1, 2, context.spec.hidden_size, generator=torch.Generator().manual_seed(5)))
+    per_layer = chooser(name, context)
+    per_layer.observe(1, unit, torch.randn(1, 2, context.spec.hidden_size, generator=torch.Generator().manual_seed(5)))
     activation = torch.zeros(1, 2, {"heads": context.spec.n_heads, "neurons": context.spec.intermediate_size}[unit])
-    found = in_place.scores(1, unit, activation)
+    found = per_layer.scores(1, unit, activation)
     assert found.shape == activation.shape
-    assert torch.equal(found, in_place.scores(1, unit, activation + 1))
+    assert torch.equal(found, per_layer.scores(1, unit, activation + 1))
 
 
 @pytest.mark.parametrize("kind", ["shadow", "layerwise"])
@@ -203,4 +205,4 @@ def test_the_heads_fit_finds_more_than_the_ranking_of_the_same_text(llama):
 def test_a_predictor_without_the_fit_is_refused(context):
     bare = {name: tensor for name, tensor in context.predictor.tensors.items() if not name.startswith("layers.")}
     with pytest.raises(UserError, match="no fit of the heads"):
-        InPlaceSelector(replace(context, predictor=replace(context.predictor, tensors=bare)), "quantized-shadow")
+        PerLayerSelector(replace(context, predictor=replace(context.predictor, tensors=bare)), "quantized-shadow")

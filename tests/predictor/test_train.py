@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shadowllm.errors import UserError
-from shadowllm.models.budget import Budget
+from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.losses import LOSSES
 from shadowllm.predictor.networks import (
     default_rank,
@@ -19,10 +19,10 @@ from shadowllm.predictor.networks import (
 )
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.traces import Tracer
-from shadowllm.predictor.train import Recipe, chunk_scores, initial, train_network, train_static
+from shadowllm.predictor.train import TrainConfig, chunk_scores, initial, train_network, train_static
 from tests.predictor.conftest import LearnableTraces, split, token_windows
 
-RECIPE = Recipe(rank=16, epochs=8, learning_rate=1e-2, weight_decay=0.0, batch_tokens=64)
+RECIPE = TrainConfig(rank=16, epochs=8, learning_rate=1e-2, weight_decay=0.0, batch_tokens=64)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -88,9 +88,9 @@ def test_seed_decides_everything(llama):
 def test_training_on_kept_and_on_live_traces(tiny):
     spec, weights = tiny
     windows = split(token_windows(spec, n=12), held_out=4)
-    recipe = Recipe(rank=8, epochs=3, batch_tokens=24)
-    live = train_network(spec, calibrate(spec, weights, windows, "f00d", limit_bytes=0), recipe, weights=weights)
-    kept = train_network(spec, calibrate(spec, weights, windows, "f00d"), recipe)
+    config = TrainConfig(rank=8, epochs=3, batch_tokens=24)
+    live = train_network(spec, calibrate(spec, weights, windows, "f00d", limit_bytes=0), config, weights=weights)
+    kept = train_network(spec, calibrate(spec, weights, windows, "f00d"), config)
     for name in ("loss", "neuron_recall", "head_recall"):
         # One byte a score, and another chunking of the shuffle: close, not equal.
         assert abs(live.record["held_out"]["shadow"][name] - kept.record["held_out"]["shadow"][name]) < 0.03
@@ -100,11 +100,11 @@ def test_training_on_kept_and_on_live_traces(tiny):
 def test_layerwise_networks_learn_from_live_traces_alone(llama):
     spec, weights = llama
     traces = calibrate(spec, weights, split(token_windows(spec, n=12), held_out=4), "f00d")
-    recipe = Recipe(rank=8, epochs=6, batch_tokens=24)
-    judged = train_network(spec, traces, recipe, kind="layerwise", weights=weights).record["held_out"]
+    config = TrainConfig(rank=8, epochs=6, batch_tokens=24)
+    judged = train_network(spec, traces, config, kind="layerwise", weights=weights).record["held_out"]
     assert judged["layerwise"]["loss"] < judged["static"]["loss"]
     with pytest.raises(UserError, match="give the model"):
-        train_network(spec, traces, recipe, kind="layerwise")
+        train_network(spec, traces, config, kind="layerwise")
 
 
 def test_text_that_is_traced_anew_is_read_once(llama):
@@ -113,7 +113,7 @@ def test_text_that_is_traced_anew_is_read_once(llama):
     read = []
     for live in (weights, None):
         tokens = []
-        train_network(spec, traces, Recipe(rank=8), weights=live, advance=tokens.append)
+        train_network(spec, traces, TrainConfig(rank=8), weights=live, advance=tokens.append)
         read.append(sum(tokens))
     assert read == [8 * 24, 4 * 8 * 24]
 
@@ -159,7 +159,7 @@ def test_default_rank_stays_under_four_percent(llama):
 @pytest.mark.parametrize("options", [{"loss": "magic"}, {"epochs": 0}, {"rank": 0}, {"learning_rate": 0.0}])
 def test_senseless_recipes_are_refused(options):
     with pytest.raises(UserError):
-        Recipe(**options)
+        TrainConfig(**options)
 
 
 def test_layers_scored_at_once_are_those_scored_one_by_one(llama):

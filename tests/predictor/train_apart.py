@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 from shadowllm.models.spec import ModelSpec
-from shadowllm.predictor.parallel import is_first
 from shadowllm.predictor.tracefile import Traces
-from shadowllm.predictor.train import Recipe, train_network
+from shadowllm.predictor.train import TrainConfig, train_network
+from shadowllm.progress import is_first
 
 
 def main() -> None:
     folder, out, batch = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     spec = ModelSpec.from_dict(json.loads((folder / "spec.json").read_text()))
     traces = Traces.load(folder / "traces.safetensors")
-    predictor = train_network(spec, traces, Recipe(rank=8, epochs=3, batch_tokens=batch))
+    predictor = train_network(spec, traces, TrainConfig(rank=8, epochs=3, batch_tokens=batch))
     if is_first():
         predictor.save(out)
 

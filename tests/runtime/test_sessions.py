@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from shadowllm.bundle.manifest import DATA_FILE
 from shadowllm.errors import UserError
-from shadowllm.exporter.manifest import DATA_FILE
 from shadowllm.runtime import Budget, generate, open_session
-from shadowllm.runtime import ort as ort_module
-from shadowllm.runtime.ort import OrtSession
-from shadowllm.runtime.torch import TorchSession
+from shadowllm.runtime.ort import session as ort_module
+from shadowllm.runtime.ort.session import OrtSession
+from shadowllm.runtime.torch_session import TorchSession
 
 PROMPT = [5, 17, 42, 8, 61]
 

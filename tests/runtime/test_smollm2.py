@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shadowllm.benchmarks.passage import passage
-from shadowllm.exporter.manifest import read_manifest
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.evaluation.passage import passage
 from shadowllm.runtime import Budget, generate, open_session
-from shadowllm.runtime.ort import OrtSession
-from shadowllm.runtime.text import load_tokenizer, plain_encoder
-from shadowllm.runtime.torch import TorchSession
+from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
+from shadowllm.runtime.ort.session import OrtSession
+from shadowllm.runtime.torch_session import TorchSession
 from tests.bundles import make_bundle
 
 TOKENS, GREEDY = 256, 64

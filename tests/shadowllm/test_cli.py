@@ -13,8 +13,8 @@ import time
 
 import pytest
 
+from shadowllm.bundle.manifest import DATA_FILE
 from shadowllm.cli import COMMANDS, main
-from shadowllm.exporter.manifest import DATA_FILE
 
 QUICK = ["--calibration-tokens", "512", "--calibration-seqlen", "32", "--epochs", "1", "--rank", "16"]
 

@@ -8,8 +8,8 @@ from shadowllm.cli import main
 from shadowllm.errors import UserError
 from shadowllm.limits import check_seed, check_threads
 from shadowllm.pipeline import Calibration, EngineOptions
-from shadowllm.predictor.train import Recipe
-from shadowllm.runtime.ort import OrtSession
+from shadowllm.predictor.train import TrainConfig
+from shadowllm.runtime.ort.session import OrtSession
 
 COMMANDS = {
     "export": ["export", "model", "out"],
@@ -62,13 +62,13 @@ def test_seeds(capsys, command, value):
 
 @pytest.mark.parametrize("value", [-1, 2**63, 1.5, True])
 def test_seeds_in_python(value):
-    for take in (check_seed, lambda seed: Calibration(seed=seed), lambda seed: Recipe(seed=seed)):
+    for take in (check_seed, lambda seed: Calibration(seed=seed), lambda seed: TrainConfig(seed=seed)):
         with pytest.raises(UserError, match="the seed is"):
             take(value)
 
 
 def test_the_largest_seed_is_taken():
-    assert Calibration(seed=2**63 - 1).seed == Recipe(seed=2**63 - 1).seed
+    assert Calibration(seed=2**63 - 1).seed == TrainConfig(seed=2**63 - 1).seed
 
 
 @pytest.mark.parametrize("value", [0, -1, 100_000])

@@ -1,0 +1,167 @@
+"""Integer weights of a bundle: made from a checkpoint when it is written, turned back for the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, dequantise, quantise, rounded
+from shadowllm.bundle.weight_names import (
+    base,
+    copy_source,
+    integers,
+    is_copy,
+    is_down_norms,
+    is_integers,
+    is_quantised,
+    is_scales,
+    is_transposed,
+    low_bit_copy,
+    scales,
+    scales_beside,
+    transposed,
+)
+from shadowllm.errors import UserError
+from shadowllm.models import ModelSpec
+from shadowllm.models.weights import tensor_shape
+
+
+def check_quantisable(spec: ModelSpec, dtype: str, q: Quantisation) -> None:
+    """Refuse what has no integer form.
+
+    Raises:
+        UserError: 16-bit activations, or rows that are not whole blocks.
+    """
+    if dtype != "float32":
+        raise UserError(f"integer weights go with float32 activations, not {dtype}", "leave out --dtype")
+    sizes = {
+        "hidden size": spec.hidden_size,
+        "intermediate size": spec.intermediate_size,
+        "attention width": spec.n_heads * spec.head_dim,
+    }
+    for name, size in sizes.items():
+        if size % q.block:
+            raise UserError(
+                f"the {name} {size} is no multiple of {q.block}, the block of int{q.bits} weights",
+                "leave out --weight-dtype",
+            )
+
+
+class QuantisedTensors(Mapping[str, Tensor]):
+    """Tensors of another mapping, and each matrix and its transpose as integers and scales, named by `weight_names`.
+
+    Each is made when asked for. Ask for the integers first: the scales are kept from then until
+    they are asked for.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], q: Quantisation) -> None:
+        self._tensors, self._q = tensors, q
+        self._scales: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if is_scales(name):
+            return self._scales.pop(name) if name in self._scales else self._make(name)[1]
+        if not is_integers(name):
+            return self._tensors[name]
+        data, self._scales[scales_beside(name)] = self._make(name)
+        return data
+
+    def _make(self, name: str) -> tuple[Tensor, Tensor]:
+        tensor = self._tensors[base(name)]
+        matrix = (tensor.T if is_transposed(name) else tensor).float().contiguous().cpu().numpy()
+        data, found = quantise(matrix, self._q)
+        return torch.from_numpy(data), torch.from_numpy(found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class RoundedTensors(Mapping[str, Tensor]):
+    """Canonical tensors in float32, each rounded, when asked for, as a bundle's sparse layers have it."""
+
+    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype, q: Quantisation | None) -> None:
+        self._weights, self._dtype, self._q = weights, dtype, q
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._weights[name]
+        if self._q and is_quantised(name):
+            return torch.from_numpy(rounded(tensor.float().numpy(), self._q))
+        return tensor.to(self._dtype).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+class CopyTensors(Mapping[str, Tensor]):
+    """A quantised shadow by the names that `copy_groups` gives it, made of a model's weights when asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights, self._matrices = weights, QuantisedTensors(weights, LOW_BIT_COPY)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if not is_copy(name):
+            raise KeyError(name)
+        source = copy_source(name)
+        return row_norms(self._weights[source]) if is_down_norms(name) else self._matrices[source]
+
+    def __iter__(self) -> Iterator[str]:
+        return map(low_bit_copy, self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def dequantised_weights(
+    spec: ModelSpec, names: Iterable[str], tensors: Mapping[str, Tensor], q: Quantisation
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Canonical float32 weights as the sparse graph and as the dense graphs have them.
+
+    The two differ in what lies by input channel (``o_proj``, ``down_proj``), which is rounded along
+    neurons for the one and along the inputs for the other.
+
+    Args:
+        names: canonical names of all weights.
+        tensors: floats, integers and scales by the names that `QuantisedTensors` gives them.
+    """
+
+    def restore(name: str, width: int) -> np.ndarray:
+        return dequantise(tensors[integers(name)].numpy(), tensors[scales(name)].numpy(), width, q)
+
+    sparse: dict[str, Tensor] = {}
+    dense: dict[str, Tensor] = {}
+    for name in names:
+        if not is_quantised(name):
+            sparse[name] = dense[name] = tensors[name].float()
+            continue
+        rows, width = tensor_shape(spec, name)
+        sparse[name] = dense[name] = torch.from_numpy(restore(name, width))
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            dense[name] = torch.from_numpy(restore(transposed(name), rows).T.copy())
+    return sparse, dense
+
+
+def dequantised_predictor(predictor: Predictor, q: Quantisation) -> Predictor:
+    """The predictor as the graph has it: a network's matrices rounded to integers and back, the rest as it is."""
+
+    def restore(tensor: Tensor) -> Tensor:
+        data, found = quantise(tensor.numpy(), q)
+        return torch.from_numpy(dequantise(data, found, tensor.shape[1], q).copy())
+
+    matrices = [name for name in predictor.learned if name.endswith(".weight")]
+    return replace(predictor, tensors=predictor.tensors | {name: restore(predictor.tensors[name]) for name in matrices})
+
+
+def row_norms(down_proj: Tensor) -> Tensor:
+    """``||w_down[f]||`` of each neuron, float32 ``(intermediate_size,)``."""
+    return down_proj.float().norm(dim=-1)

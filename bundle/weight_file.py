@@ -1,0 +1,95 @@
+"""The one external-data file that all graphs of a bundle share: where each tensor lies, and how it is written."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shadowllm.bundle.weight_layout import Group
+from shadowllm.errors import UserError
+
+# Groups start on a page, so that runtimes can map them instead of reading them.
+PAGE = 4096
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "uint8": torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in the file."""
+
+    offset: int
+    length: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class WeightStore:
+    """The layout of the data file, which it writes as a stream.
+
+    Args:
+        path: the data file.
+        groups: runs of (name, shape, dtype) that lie back to back.
+    """
+
+    def __init__(self, path: Path, groups: Iterator[Group]) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        end = 0
+        for group in groups:
+            end = -(-end // PAGE) * PAGE
+            for name, shape, dtype in group:
+                length = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+                self.entries[name] = Entry(end, length, dtype, shape)
+                end += length
+        self.size = end
+
+    def write(self, tensors: Mapping[str, torch.Tensor], progress: Callable[[int], None] = lambda _: None) -> str:
+        """Write every planned tensor in turn, one in memory at a time; return the file's SHA-256.
+
+        Raises:
+            UserError: a number that its type in the file cannot hold.
+        """
+        digest = hashlib.sha256()
+        with self.path.open("wb") as file:
+
+            def put(data: bytes | memoryview) -> None:
+                file.write(data)
+                digest.update(data)
+
+            for name, entry in self.entries.items():
+                put(bytes(entry.offset - file.tell()))
+                for block in _blocks(name, tensors[name], TORCH_DTYPES[entry.dtype]):
+                    put(block)
+                progress(entry.length)
+        return digest.hexdigest()
+
+
+def _blocks(name: str, tensor: torch.Tensor, dtype: torch.dtype, elements: int = 1 << 22) -> Iterator[memoryview]:
+    """The bytes of a tensor in ``dtype``, converted a few million elements at a time."""
+    rows = max(1, elements // max(1, math.prod(tensor.shape[1:])))
+    for part in tensor.split(rows):
+        converted = part.to(dtype).contiguous()
+        # One cheap pass: NaN and infinity show in the extremes.
+        if converted.numel() and not torch.stack(converted.aminmax()).isfinite().all():
+            raise _unfit(name, part, dtype)
+        yield memoryview(converted.view(torch.uint8).reshape(-1).numpy())
+
+
+def _unfit(name: str, part: torch.Tensor, dtype: torch.dtype) -> UserError:
+    if not part.isfinite().all():
+        return UserError(f"tensor {name} holds NaN or infinity", "the checkpoint or the predictor is damaged")
+    kind, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+    return UserError(
+        f"tensor {name} holds the number {float(part.abs().max()):g}, and {kind} ends at {largest:g}",
+        "export with --dtype bf16 or fp32",
+    )

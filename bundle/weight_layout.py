@@ -1,0 +1,77 @@
+"""The order in which tensors lie in a bundle's data file.
+
+Tensors that a dense graph multiplies together (q, k, v; gate, up) lie back to back, so that a graph
+may name the run of them as a single initializer while a sparse graph names one of them alone:
+several views of the same bytes, and every weight on disk once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
+from shadowllm.bundle.weight_names import copied, down_norms, integers, low_bit_copy, scales, transposed
+from shadowllm.models.spec import ModelSpec
+from shadowllm.models.weights import tensor_shape
+
+# Runs of (name, shape, dtype) that lie back to back.
+Group = list[tuple[str, tuple[int, ...], str]]
+
+
+def model_groups(spec: ModelSpec, dtype: str, q: Quantisation | None = None) -> Iterator[Group]:
+    """Layout of a model's canonical tensors, layer by layer, in the order a decode step reads them.
+
+    With a quantisation, matrices are integers and scales (see `quantised`), and those that lie by
+    input channel do so twice: ``MatMulNBits`` reads along the inputs, a sparse op along a neuron.
+    """
+
+    def floats(*names: str) -> Group:
+        return [(name, tensor_shape(spec, name), dtype) for name in names]
+
+    def matrices(*names: str) -> Iterator[Group]:
+        if q is None:
+            yield floats(*names)
+        else:
+            yield from quantised_groups({name: tensor_shape(spec, name) for name in names}, q)
+
+    def norm(place: str) -> list[str]:
+        return [f"{place}.weight"] + ([f"{place}.bias"] if spec.norm == "layernorm" else [])
+
+    yield from matrices("embed_tokens.weight")
+    if spec.positions == "learned":
+        yield floats("embed_positions.weight")
+    mlp = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
+    for i in range(spec.n_layers):
+        place = f"layers.{i}"
+        yield floats(*norm(f"{place}.input_norm"), *norm(f"{place}.post_norm"))
+        for parts, biased in (
+            (("q_proj", "k_proj", "v_proj"), spec.qkv_bias),
+            (("o_proj",), spec.o_bias),
+            (mlp, spec.mlp_bias),
+            (("down_proj",), spec.mlp_bias),
+        ):
+            yield from matrices(*(f"{place}.{part}.weight" for part in parts))
+            if biased:
+                yield floats(*(f"{place}.{part}.bias" for part in parts))
+        if q is not None:
+            for part in ("o_proj", "down_proj"):
+                name = f"{place}.{part}.weight"
+                yield from quantised_groups({transposed(name): tensor_shape(spec, name)[::-1]}, q)
+    yield floats(*norm("final_norm"))
+    if not spec.tied_embeddings:
+        yield from matrices("lm_head.weight")
+
+
+def copy_groups(spec: ModelSpec, dense_layers: int) -> Iterator[Group]:
+    """Layout of a quantised shadow: the copy of gate and up, and ``||w_down||``, of each sparse layer."""
+    for layer in range(dense_layers, spec.n_layers):
+        yield from quantised_groups(
+            {low_bit_copy(name): tensor_shape(spec, name) for name in copied(spec, layer)}, LOW_BIT_COPY
+        )
+        yield [(down_norms(layer), (spec.intermediate_size,), "float32")]
+
+
+def quantised_groups(shapes: Mapping[str, tuple[int, ...]], q: Quantisation) -> Iterator[Group]:
+    """Layout of the integers, and then of the scales, of matrices ``(rows, width)`` that are read together."""
+    yield [(integers(name), (rows, q.bytes(width)), "uint8") for name, (rows, width) in shapes.items()]
+    yield [(scales(name), (rows, q.blocks(width)), "float32") for name, (rows, width) in shapes.items()]

@@ -1,0 +1,78 @@
+"""A bundle's weights and predictor, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shadowllm.bundle.manifest import DATA_FILE, Manifest, verify_files
+from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.quantised_tensors import dequantised_predictor, dequantised_weights
+from shadowllm.bundle.weight_file import TORCH_DTYPES, WeightStore
+from shadowllm.bundle.weight_layout import Group, copy_groups, model_groups
+from shadowllm.bundle.weight_names import base
+
+PREDICTOR_FILE = "predictor.safetensors"
+
+
+@dataclass(frozen=True)
+class BundleWeights:
+    """A bundle's weights in float32, and its predictor.
+
+    Attributes:
+        sparse: canonical weights as ``body`` has them.
+        dense: as ``dense`` and ``stem`` have them; the same, but for how integers are rounded.
+    """
+
+    sparse: Mapping[str, Tensor]
+    dense: Mapping[str, Tensor]
+    predictor: Predictor
+
+
+def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
+    """Read the weights of a bundle.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    stored, predictor, spec, q = *map_weights(folder, manifest), manifest.spec, manifest.quantisation
+    if q is None:
+        weights = {name: tensor.float() for name, tensor in stored.items()}
+        return BundleWeights(weights, weights, predictor)
+    names = {base(name): None for name in stored}  # in their order, each once
+    sparse, dense = dequantised_weights(spec, names, stored, q)
+    return BundleWeights(sparse, dense, dequantised_predictor(predictor, q))
+
+
+def map_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], Predictor]:
+    """The model's tensors as they are stored, mapped and not read, and the predictor.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    verify_files(folder, manifest.digests(DATA_FILE, PREDICTOR_FILE))
+    stored = _mapped(folder, model_groups(manifest.spec, manifest.dtype, manifest.quantisation))
+    return stored, Predictor.load(folder / PREDICTOR_FILE)
+
+
+def map_copies(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """A quantised shadow's copy, mapped like the tensors of `map_weights`, which checks the file."""
+    spec = manifest.spec
+    weights = model_groups(spec, manifest.dtype, manifest.quantisation)
+    return _mapped(folder, chain(weights, copy_groups(spec, manifest.dense_layers)))
+
+
+def _mapped(folder: Path, groups: Iterator[Group]) -> dict[str, Tensor]:
+    """The tensors of the data file by name, mapped and not read."""
+    store = WeightStore(folder / DATA_FILE, groups)
+    data = np.memmap(store.path, dtype=np.uint8, mode="c")
+    return {
+        name: torch.from_numpy(data[e.offset : e.offset + e.length]).view(TORCH_DTYPES[e.dtype]).view(e.shape)
+        for name, e in store.entries.items()
+    }

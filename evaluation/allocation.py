@@ -1,0 +1,166 @@
+"""Budgets layer by layer: few units where a layer bears it, more where it does not.
+
+What is lost when one layer keeps a fraction ``f`` of its units falls off about exponentially,
+``scale * exp(-rate * f)``. Its scale is measured layer by layer, its rate over all layers together.
+For every price of a byte there is then one allocation that loses least: where the loss of the last
+byte saved is the price, in every layer, for heads and neurons alike. So a target leaves one number to
+be found, the price, by measuring.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shadowllm.models.decoder import Decoder, Unit
+from shadowllm.models.sparsity import Budget
+from shadowllm.predictor.selectors import Context, MaskedDecoder, Selector
+from shadowllm.progress import Advance, no_progress
+
+# Where losses are measured: low enough to stand out, and a second fraction for the rate.
+PROBES: Mapping[Unit, tuple[float, float]] = {"heads": (0.5, 0.75), "neurons": (0.25, 0.5)}
+# Of two groups of heads one alone can be left out, which says nothing of a rate. This one makes the price at which that
+# happens nearly the loss over what is saved.
+RATE_OF_TWO = 4.0
+LEAST = 0.05
+STEPS = 8  # of the search for a price
+TINY = 1e-9
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What leaving out one kind of unit costs.
+
+    Attributes:
+        scales: of each sparse layer, nats.
+        rate: how fast the loss falls as the fraction grows.
+        weights: elements of a layer's rows, all units together.
+    """
+
+    scales: np.ndarray
+    rate: float
+    weights: int
+
+    def fractions(self, price: float) -> tuple[float, ...]:
+        """The fraction of each layer at which one element more saves ``price`` nats."""
+        found = np.log(np.maximum(self.scales, TINY) * self.rate / (price * self.weights)) / self.rate
+        return tuple(np.clip(found, LEAST, 1.0).tolist())
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Budgets by price."""
+
+    heads: Sensitivity
+    neurons: Sensitivity
+
+    def budget(self, price: float) -> Budget:
+        """The allocation that loses least for what it saves at ``price`` nats per element."""
+        return Budget(self.neurons.fractions(price), self.heads.fractions(price))
+
+    def prices(self) -> tuple[float, float]:
+        """A price at which everything is kept, and one at which no layer keeps more than the least."""
+        units = (self.heads, self.neurons)
+        low = min(float((s.scales.min() + TINY) * s.rate / s.weights * math.exp(-s.rate)) for s in units)
+        high = max(float((s.scales.max() + TINY) * s.rate / s.weights * math.exp(-s.rate * LEAST)) for s in units)
+        return low / 2, high
+
+
+class Loss:
+    """Mean KL divergence of a selector's next tokens from the dense model's, and its perplexity.
+
+    Keeps the dense distributions: float32 ``(tokens, vocab_size)``.
+
+    Args:
+        windows: int64 ``(n, seqlen)``.
+    """
+
+    def __init__(self, context: Context, chooser: Selector, windows: Tensor) -> None:
+        self._context, self._chooser, self._windows = context, chooser, windows
+        with torch.no_grad():
+            decoder = Decoder(context.spec, context.weights)
+            self._dense = [decoder(window)[0, :-1].log_softmax(dim=-1) for window in windows.split(1)]
+        self.dense_log_perplexity = self._mean(lambda i: F.nll_loss(self._dense[i], windows[i, 1:]))
+
+    def log_perplexity(self, budget: Budget) -> float:
+        """Mean next-token cross entropy, nats."""
+        decoder = MaskedDecoder(self._context, self._chooser, budget)
+        return self._mean(lambda i: F.cross_entropy(decoder(self._windows[i : i + 1])[0, :-1], self._windows[i, 1:]))
+
+    def divergence(self, budget: Budget) -> float:
+        """Mean KL divergence from dense, nats."""
+        decoder = MaskedDecoder(self._context, self._chooser, budget)
+
+        def one(i: int) -> Tensor:
+            mine = decoder(self._windows[i : i + 1])[0, :-1].log_softmax(dim=-1)
+            return F.kl_div(mine, self._dense[i], reduction="batchmean", log_target=True)
+
+        return self._mean(one)
+
+    def _mean(self, of_window: Callable[[int], Tensor]) -> float:
+        return sum(float(of_window(i)) for i in range(len(self._windows))) / len(self._windows)
+
+
+def passes(n_sparse: int) -> int:
+    """Passes over the text that `measure` takes."""
+    return 2 * (n_sparse + 2)
+
+
+def measure(context: Context, loss: Loss, advance: Advance = no_progress) -> Allocation:
+    """Find out what each layer bears.
+
+    Args:
+        advance: told 1 for each pass, `passes` in all.
+    """
+    spec, n_sparse = context.spec, context.spec.n_layers - context.dense_layers
+    matrices = 3 if spec.gated else 2
+    weights = {
+        "heads": 2 * spec.n_heads * spec.head_dim * spec.hidden_size,
+        "neurons": matrices * spec.intermediate_size * spec.hidden_size,
+    }
+    found: dict[str, Sensitivity] = {}
+    units: Mapping[Unit, int] = {"heads": spec.n_heads // spec.heads_together, "neurons": spec.intermediate_size}
+    for unit, n_units in units.items():
+        low, high = _probes(unit, n_units)
+
+        def lost(fractions: tuple[float, ...], unit: Unit = unit) -> float:
+            advance(1)
+            return max(loss.divergence(Budget(**{unit: fractions})), TINY)
+
+        whole = [lost((fraction,) * n_sparse) for fraction in (low, high)]
+        rate = max(math.log(whole[0] / whole[1]) / (high - low), 1.0) if n_units > 2 else RATE_OF_TWO
+        alone = [lost(tuple(low if i == row else 1.0 for i in range(n_sparse))) for row in range(n_sparse)]
+        found[unit] = Sensitivity(np.array(alone) * math.exp(rate * low), rate, weights[unit])
+    return Allocation(found["heads"], found["neurons"])
+
+
+def _probes(unit: Unit, n_units: int) -> tuple[float, float]:
+    """Two fractions that leave out different numbers of units; of few groups of heads, all but two and all but one."""
+    low, high = PROBES[unit]
+    if round(low * n_units) < round(high * n_units) < n_units:
+        return low, high
+    return max(n_units - 2, 1) / n_units, max(n_units - 1, 1) / n_units
+
+
+def bisect(allocation: Allocation, go_sparser: Callable[[Budget], bool]) -> tuple[Budget | None, Budget | None]:
+    """Close in on the price where ``go_sparser`` turns from true to false; it is asked `STEPS` times.
+
+    Returns:
+        The sparsest budget found for which it was true, and the densest for which it was false.
+    """
+    low, high = (math.log(price) for price in allocation.prices())
+    denser = sparser = None
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        budget = allocation.budget(math.exp(middle))
+        if go_sparser(budget):
+            denser, low = budget, middle
+        else:
+            sparser, high = budget, middle
+    return denser, sparser

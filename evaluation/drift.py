@@ -1,0 +1,109 @@
+"""Does a bundle's predictor still fit the text it meets? Its choices at run time against true importance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shadowllm.errors import UserError
+from shadowllm.evaluation.validation import selection_masks
+from shadowllm.models.decoder import Unit
+from shadowllm.models.sparsity import Budget
+from shadowllm.predictor.topk import active_mask
+from shadowllm.predictor.traces import Tracer
+from shadowllm.progress import Advance, no_progress
+from shadowllm.runtime.ort.session import OrtSession
+
+UNITS: tuple[Unit, ...] = ("heads", "neurons")
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Share of the truly important units that a session had active, over decoded tokens.
+
+    Attributes:
+        heads, neurons: means over layers and tokens; the truly important are the bundle's criterion's
+            top units of the dense model, as many as the budget keeps.
+        expected_heads, expected_neurons: what a random choice would reach.
+        tokens: that were decoded.
+    """
+
+    heads: float
+    neurons: float
+    expected_heads: float
+    expected_neurons: float
+    tokens: int
+
+
+def runtime_recall(
+    session: OrtSession,
+    weights: Mapping[str, Tensor],
+    windows: Tensor,
+    budget: Budget | None = None,
+    advance: Advance = no_progress,
+) -> Recall:
+    """Decode texts with a session, and hold what it chose against the oracle.
+
+    Args:
+        session: open, of the kind "sparse".
+        weights: the bundle's canonical float32 tensors, as its sparse layers have them.
+        windows: int64 ``(n, seqlen)``, each a text of its own: the first half is the prompt, the rest
+            is decoded token by token, teacher-forced.
+        budget: fractions to keep; the bundle's own when None.
+        advance: told how many tokens were decoded, as they are: ``n * (seqlen // 2)`` in all.
+
+    Raises:
+        UserError: windows of fewer than two tokens.
+    """
+    if windows.ndim != 2 or windows.shape[1] < 2:
+        raise UserError("nothing to decode", "give windows of at least two tokens")
+    manifest = session.manifest
+    spec, n_sparse = manifest.spec, manifest.spec.n_layers - manifest.dense_layers
+    budget = budget or Budget(**manifest.budgets)
+    counts = dict(zip(UNITS, budget.counts(spec, n_sparse), strict=True))
+    criterion = str(manifest.predictor.get("criterion", "l2norm"))
+    tracer = Tracer(spec, weights, criterion, manifest.dense_layers)
+    hits = dict.fromkeys(UNITS, 0)
+    session.set_budget(budget)
+    for window in windows:
+        important = _important(tracer, window, counts)
+        for token, chosen in _decoded(session, window.tolist(), advance):
+            for unit in UNITS:
+                hits[unit] += int((chosen[unit] & important[unit][token]).sum())
+    tokens = len(windows) * (windows.shape[1] // 2)
+    widths = {"heads": spec.n_heads, "neurons": spec.intermediate_size}
+    shares = {unit: hits[unit] / (tokens * int(counts[unit].sum())) for unit in UNITS}
+    # A random choice of count units holds count / width of any other set, layer by layer.
+    chance = {unit: float((counts[unit] ** 2).sum() / widths[unit] / counts[unit].sum()) for unit in UNITS}
+    return Recall(shares["heads"], shares["neurons"], chance["heads"], chance["neurons"], tokens)
+
+
+def _decoded(session: OrtSession, tokens: list[int], advance: Advance) -> Iterator[tuple[int, Mapping[Unit, Tensor]]]:
+    """Position and choice of every decoded token of a text."""
+    start = len(tokens) - len(tokens) // 2
+    session.reset()
+    session.prefill([tokens[:start]])
+    for token in range(start, len(tokens)):
+        session.decode(np.array([tokens[token]], dtype=np.int64))
+        advance(1)
+        yield token, selection_masks(session.selection, session.spec)
+
+
+def _important(tracer: Tracer, window: Tensor, counts: Mapping[Unit, np.ndarray]) -> dict[Unit, Tensor]:
+    """Masks ``(seqlen, n_sparse, n_units)`` of the units that matter most in the dense model."""
+    traced = tracer.trace(window[None])
+    found: dict[Unit, Tensor] = {}
+    for unit in UNITS:
+        layers = getattr(traced, unit).unbind(dim=1)
+        found[unit] = torch.stack(
+            [
+                active_mask(tracer.spec, unit, scores, int(count))
+                for scores, count in zip(layers, counts[unit], strict=True)
+            ],
+            dim=1,
+        )
+    return found

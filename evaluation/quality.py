@@ -1,0 +1,238 @@
+"""Quality of selectors against budgets: perplexity, distance from dense, recall of what matters.
+
+Teacher-forced over token windows with a choice per position, as decode makes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.errors import UserError
+from shadowllm.models.decoder import Decoder, Unit
+from shadowllm.models.sparsity import Budget, Fractions
+from shadowllm.models.spec import ModelSpec
+from shadowllm.predictor.criteria import find_criterion
+from shadowllm.predictor.selectors import Context, MaskedDecoder, Selector, make_selector
+from shadowllm.predictor.topk import active_mask
+from shadowllm.predictor.traces import Tracer
+from shadowllm.progress import Advance, no_progress
+
+DENSE = "dense"
+UNITS: tuple[Unit, ...] = ("heads", "neurons")
+Place = tuple[int, Unit]  # a layer's heads or neurons
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What a selector finds in one sparse layer.
+
+    Attributes:
+        neuron_recall, head_recall: share of the truly important units among the chosen.
+        neuron_gap_closure, head_gap_closure: (recall - static's) / (1 - static's) at the same budget: how much of what
+            static misses is found; None where static was not run or misses nothing.
+    """
+
+    layer: int
+    neuron_recall: float
+    head_recall: float
+    neuron_gap_closure: float | None = None
+    head_gap_closure: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One selector at one budget, means over all predicted tokens.
+
+    Attributes:
+        selector: its name; "dense" for the model as it is.
+        neuron_budget, head_budget: fractions kept in the sparse layers, on average.
+        perplexity: exp of the mean next-token cross entropy (nats).
+        kl: KL divergence of the selector's next-token distribution from dense's, nats.
+        top1_agreement: share of positions whose likeliest token is dense's.
+        neuron_recall, head_recall: share of the truly important units (the criterion's top k in the
+            dense pass) among the chosen; 1 for dense.
+        gap_closure: (ln ppl_static - ln ppl) / (ln ppl_static - ln ppl_oracle) at the same budget;
+            None where static or oracle was not run or they do not differ.
+        layers: recall layer by layer; empty for dense.
+    """
+
+    selector: str
+    neuron_budget: float
+    head_budget: float
+    perplexity: float
+    kl: float
+    top1_agreement: float
+    neuron_recall: float
+    head_recall: float
+    gap_closure: float | None = None
+    layers: tuple[LayerResult, ...] = ()
+
+
+def evaluate(
+    spec: ModelSpec,
+    weights: Mapping[str, Tensor],
+    predictor: Predictor | None,
+    selector: str | Sequence[str] | Mapping[str, Selector],
+    windows: Tensor,
+    neuron_budgets: Sequence[Fractions],
+    head_budgets: Sequence[Fractions] = (1.0,),
+    *,
+    dense_layers: int = 1,
+    criterion: str | None = None,
+    aggregate: str = "token",
+    seed: int = 0,
+    advance: Advance = no_progress,
+) -> list[Result]:
+    """Run selectors over a sweep of budgets (every neuron budget with every head budget).
+
+    Args:
+        weights: canonical float32 tensors in memory.
+        predictor: needed by all selectors but ``random`` and ``oracle``; its own ``dense_layers`` then holds.
+        selector: one name or several, or selectors ready-made by the names they are to have in the results.
+        windows: int64 ``(n, seqlen)``; each is a text of its own.
+        criterion: what oracle and recall go by; the predictor's own, else ``l2norm``.
+        aggregate: whether every token has its own choice; see `MaskedDecoder`.
+        seed: of the random selector.
+        advance: told 1 for each pass, ``n * (1 + selectors * budgets)`` in all.
+
+    Returns:
+        The dense result first, then the selectors, each with its budgets in the order given.
+
+    Raises:
+        UserError: no windows, windows of one token, an unknown name, a budget outside (0, 1] or a missing predictor.
+    """
+    if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
+        raise UserError("nothing to evaluate on", "give at least one window of two tokens")
+    if predictor is not None:
+        dense_layers = predictor.dense_layers
+        criterion = criterion or predictor.record.get("criterion")
+    context = Context(spec, weights, dense_layers, predictor, criterion or "l2norm", seed)
+    if not isinstance(selector, Mapping):
+        names = [selector] if isinstance(selector, str) else selector
+        selector = {name: make_selector(name, context) for name in names}
+    runs = [
+        _Run(name, chooser, Budget(neurons, heads), context, aggregate)
+        for name, chooser in selector.items()
+        for heads in head_budgets
+        for neurons in neuron_budgets
+    ]
+    dense = _Sums()
+    for window in windows.split(1):
+        logits, truth = _dense_pass(context, window)
+        dense.add(window, logits, logits)
+        advance(1)
+        for run in runs:
+            run.add(window, logits, truth)
+            advance(1)
+    return [dense.result(DENSE, Budget()), *_with_gap_closure(runs)]
+
+
+@torch.no_grad()
+def _dense_pass(context: Context, window: Tensor) -> tuple[Tensor, dict[Unit, Tensor]]:
+    """Dense logits, and the true importance of every unit, ``(seqlen, n_sparse, n_units)``."""
+    tracer = Tracer(context.spec, context.weights, context.criterion, context.dense_layers)
+    with torch.set_grad_enabled(find_criterion(context.criterion).needs_gradients):
+        traced = tracer.trace(window)
+    return Decoder(context.spec, context.weights)(window), {"heads": traced.heads, "neurons": traced.neurons}
+
+
+@dataclass
+class _Sums:
+    """Totals over the windows seen."""
+
+    tokens: int = 0
+    nll: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+    hit: Counter[Place] = field(default_factory=Counter)
+    wanted: Counter[Place] = field(default_factory=Counter)
+
+    def add(self, window: Tensor, logits: Tensor, dense: Tensor) -> None:
+        """Compare the logits of one window ``(1, seqlen)`` with dense's."""
+        mine, theirs = (x[0, :-1].log_softmax(dim=-1) for x in (logits, dense))
+        self.tokens += len(mine)
+        self.nll += float(F.nll_loss(mine, window[0, 1:], reduction="sum"))
+        self.kl += float(F.kl_div(mine, theirs, reduction="sum", log_target=True))
+        self.agreed += int((mine.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
+
+    def recall(self, unit: Unit, layer: int | None = None) -> float:
+        """Of one layer, or of all."""
+        places = [place for place in self.wanted if place[1] == unit and layer in (None, place[0])]
+        wanted = sum(self.wanted[place] for place in places)
+        return sum(self.hit[place] for place in places) / wanted if wanted else 1.0
+
+    def result(self, name: str, budget: Budget) -> Result:
+        layers = sorted({layer for layer, _ in self.wanted})
+        return Result(
+            name,
+            float(np.mean(budget.neurons)),
+            float(np.mean(budget.heads)),
+            math.exp(self.nll / self.tokens),
+            self.kl / self.tokens,
+            self.agreed / self.tokens,
+            self.recall("neurons"),
+            self.recall("heads"),
+            layers=tuple(
+                LayerResult(layer, self.recall("neurons", layer), self.recall("heads", layer)) for layer in layers
+            ),
+        )
+
+
+class _Run:
+    """One selector at one budget."""
+
+    def __init__(self, name: str, chooser: Selector, budget: Budget, context: Context, aggregate: str) -> None:
+        self.name, self.budget = name, budget
+        n_sparse = context.spec.n_layers - context.dense_layers
+        self._counts = dict(zip(UNITS, budget.counts(context.spec, n_sparse), strict=True))
+        self._spec, self._first = context.spec, context.dense_layers
+        self._decoder = MaskedDecoder(context, chooser, budget, aggregate)
+        self._sums = _Sums()
+
+    def add(self, window: Tensor, dense: Tensor, truth: Mapping[Unit, Tensor]) -> None:
+        self._sums.add(window, self._decoder(window), dense)
+        for (layer, unit), chosen in self._decoder.masks.items():
+            row = layer - self._first
+            wanted = active_mask(self._spec, unit, truth[unit][:, row], int(self._counts[unit][row]))
+            self._sums.hit[layer, unit] += int((chosen[0] & wanted).sum())
+            self._sums.wanted[layer, unit] += int(wanted.sum())
+
+    def result(self) -> Result:
+        return self._sums.result(self.name, self.budget)
+
+
+def _with_gap_closure(runs: Sequence[_Run]) -> Iterator[Result]:
+    # By the budgets themselves: two that differ layer by layer may have the same mean, which is what a result holds.
+    found = {(run.name, run.budget): run.result() for run in runs}
+    for (_, budget), result in found.items():
+        static, oracle = (found.get((name, budget)) for name in ("static", "oracle"))
+        yield result if static is None else _closed(result, static, oracle)
+
+
+def _closed(result: Result, static: Result, oracle: Result | None) -> Result:
+    closure = None
+    if oracle is not None and static.perplexity != oracle.perplexity:
+        mine, low, high = (math.log(r.perplexity) for r in (result, static, oracle))
+        closure = (low - mine) / (low - high)
+    layers = (_closed_layer(mine, theirs) for mine, theirs in zip(result.layers, static.layers, strict=True))
+    return replace(result, gap_closure=closure, layers=tuple(layers))
+
+
+def _closed_layer(mine: LayerResult, static: LayerResult) -> LayerResult:
+    def closure(recall: float, base: float) -> float | None:
+        return (recall - base) / (1 - base) if base < 1 else None
+
+    return replace(
+        mine,
+        neuron_gap_closure=closure(mine.neuron_recall, static.neuron_recall),
+        head_gap_closure=closure(mine.head_recall, static.head_recall),
+    )

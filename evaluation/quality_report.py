@@ -1,0 +1,72 @@
+"""What an evaluation's selectors and budgets read per token: quality against bytes, as rows and as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from shadowllm.bundle.cost_model import selector_bytes
+from shadowllm.bundle.manifest import Manifest
+from shadowllm.bundle.traffic import Active, step_traffic
+from shadowllm.evaluation.quality import DENSE, Result
+from shadowllm.evaluation.speed.figure import new_figure, save
+from shadowllm.models.sparsity import Budget
+
+CONTEXT = 256  # tokens in the cache
+
+
+def rows(results: Sequence[Result], manifest: Manifest, layers: bool = False) -> dict[str, Any]:
+    """The JSON of an evaluation: ``{"dense": {...}, "results": [...]}``, each with ``bytes_per_token``.
+
+    Bytes are those of a decode step over `CONTEXT` tokens, weights as wide as the bundle stores them, and
+    what the selector itself reads; an oracle and a random choice read nothing.
+
+    Args:
+        layers: what each selector found layer by layer, too.
+    """
+    listed = [asdict(result) | {"bytes_per_token": _bytes(result, manifest)} for result in results]
+    if not layers:
+        listed = [{name: value for name, value in row.items() if name != "layers"} for row in listed]
+    dense = next(row for row in listed if row["selector"] == DENSE)
+    return {
+        "dense": {"perplexity": dense["perplexity"], "bytes_per_token": dense["bytes_per_token"]},
+        "results": [row for row in listed if row is not dense],
+    }
+
+
+def plot(found: dict[str, Any], path: Path, title: str) -> None:
+    """Perplexity over megabytes per token, a line per selector and head budget.
+
+    Raises:
+        UserError: matplotlib is not installed, or the file cannot be written.
+    """
+
+    lines: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    for row in found["results"]:
+        point = (row["bytes_per_token"] / 1e6, row["perplexity"])
+        lines.setdefault((row["selector"], row["head_budget"]), []).append(point)
+    figure = new_figure((6.4, 4.4))
+    axes = figure.subplots()
+    for (selector, heads), points in lines.items():
+        label = selector if heads == 1 else f"{selector}, {heads:.0%} of heads"
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    axes.plot(found["dense"]["bytes_per_token"] / 1e6, found["dense"]["perplexity"], "k*", markersize=12, label=DENSE)
+    axes.set(xlabel="MB read per token", ylabel="perplexity", title=title, yscale="log")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    save(figure, path)
+
+
+def _bytes(result: Result, manifest: Manifest) -> int:
+    spec, itemsize = manifest.spec, manifest.itemsize
+    floats = 4 if manifest.quantisation else itemsize
+    if result.selector == DENSE:
+        return step_traffic(spec, int(floats), CONTEXT, matrix_itemsize=itemsize).total
+    n_sparse = spec.n_layers - manifest.dense_layers
+    heads, neurons = Budget(result.neuron_budget, result.head_budget).counts(spec, n_sparse)
+    rank = int(manifest.predictor["rank"])
+    scored = selector_bytes(result.selector, spec, manifest.dense_layers, itemsize, rank)
+    active = Active(heads.tolist(), neurons.tolist(), manifest.dense_layers, round(scored))
+    return step_traffic(spec, int(floats), CONTEXT, active, matrix_itemsize=itemsize).total

@@ -1,0 +1,229 @@
+"""``shadowllm bench``: a bundle's sparse path against dense ones, speed and quality side by side."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shadowllm.bundle.cost_model import predictor_bytes, sparse_pays
+from shadowllm.bundle.manifest import ITEMSIZE, Manifest, read_manifest
+from shadowllm.bundle.traffic import Active, Traffic, mean_traffic
+from shadowllm.errors import UserError
+from shadowllm.evaluation.passage import passage
+from shadowllm.evaluation.speed.bandwidth import read_bandwidth
+from shadowllm.evaluation.speed.environment import environment
+from shadowllm.evaluation.speed.harness import Contender, Generation, Worker, race, speedup, summarise
+from shadowllm.evaluation.speed.report import Report, Result
+from shadowllm.models.sparsity import Budget, format_fractions
+from shadowllm.plugins import native_ops
+from shadowllm.progress import progress
+from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
+
+SPARSE = "sparse"
+CPU_BACKENDS = ("ort", "torch")
+
+
+def bench(
+    bundle: Path,
+    against: Sequence[str] = ("ort-dense",),
+    *,
+    backend: str = "ort",
+    budget: Budget | None = None,
+    prompt_len: int = 128,
+    new_tokens: int = 128,
+    runs: int = 5,
+    warmup: int = 1,
+    quality_tokens: int = 128,
+    threads: int | None = None,
+    percentiles: Sequence[float] = (50, 90, 99),
+) -> Report:
+    """Time a bundle's sparse path against other backends, each in a process of its own, interleaved.
+
+    Args:
+        bundle: folder written by ``shadowllm export``.
+        against: backends to hold it against; the first is the baseline of the quality figures.
+        backend: the one that runs the sparse path.
+        budget: fractions kept; the bundle's default when None.
+        prompt_len: tokens of the prompt, from documentation text.
+        new_tokens: tokens of each generation; the first comes out of the prefill.
+        runs, warmup: generations counted, and generations before them that are not.
+        quality_tokens: length of each of the two texts quality is measured on: how the
+            documentation goes on, and what the baseline generated. 0 leaves quality out.
+        threads: of each session; its own default when None.
+        percentiles: of the inter-token latency; 50, 90 and 99 are always there.
+
+    Raises:
+        UserError: no bundle, an argument out of range, too little text, or a worker that failed.
+    """
+    manifest = read_manifest(bundle)
+    budget = budget or Budget(**manifest.budgets)
+    _check(manifest, against, prompt_len, new_tokens, runs, warmup, quality_tokens)
+    text = passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), prompt_len + quality_tokens)
+    backends = {SPARSE: backend} | {name: name for name in against}
+    contenders = [
+        Contender(name, session_command(bundle, chosen, budget, threads)) for name, chosen in backends.items()
+    ]
+    texts = Texts(text[:prompt_len], text[prompt_len:], baseline=against[0])
+    with progress("Benchmark", len(contenders) * (warmup + runs + 2 * bool(quality_tokens))) as advance:
+        taken, scores = race(
+            contenders,
+            {"prompt": texts.prompt, "new_tokens": new_tokens},
+            runs=runs,
+            warmup=warmup,
+            tick=lambda _: advance(1),
+            after=(lambda workers, taken: texts.score(workers, taken, advance)) if quality_tokens else None,
+        )
+    bandwidth = read_bandwidth(threads) if backend.startswith(CPU_BACKENDS) else None
+    wanted = sorted({50, 90, 99, *percentiles})
+    results = []
+    for name, generations in taken.items():
+        traffic = traffic_of(manifest, name, backends[name], budget, prompt_len, new_tokens)
+        results.append(Result(name, summarise(generations, wanted), traffic, (scores or {}).get(name, {})))
+    settings = {
+        "model": manifest.model,
+        "dtype": manifest.dtype,
+        "weight_dtype": manifest.weight_dtype or manifest.dtype,
+        "prompt_len": prompt_len,
+        "new_tokens": new_tokens,
+        "runs": runs,
+        "warmup": warmup,
+        "quality_tokens": quality_tokens,
+        "backend": backend,
+        "neuron_budget": budget.neurons,
+        "head_budget": budget.heads,
+        "predictor": manifest.predictor.get("kind"),
+    }
+    pairs = [{"name": SPARSE, "baseline": name, "speedup": speedup(taken[name], taken[SPARSE])} for name in against]
+    return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
+
+
+class Texts:
+    """The prompt and the two texts that quality is measured on."""
+
+    def __init__(self, prompt: list[int], documentation: list[int], baseline: str) -> None:
+        self.prompt = prompt
+        self._documentation = documentation
+        self._baseline = baseline
+
+    def score(
+        self, workers: Mapping[str, Worker], taken: Mapping[str, Sequence[Generation]], advance: Any
+    ) -> dict[str, dict[str, float]]:
+        """Quality of each contender, teacher-forced after the prompt.
+
+        Perplexity is that of the documentation; agreement counts over both texts how often the
+        most probable next token is the baseline's.
+        """
+        generated = taken[self._baseline][0].tokens[: len(self._documentation)]
+        answers: dict[str, list[dict[str, Any]]] = {}
+        for name, worker in workers.items():
+            answers[name] = []
+            for continuation in (self._documentation, generated):
+                answers[name].append(worker.ask("score", context=self.prompt, continuation=continuation))
+                advance(1)
+        return {name: _quality(given, answers[self._baseline]) for name, given in answers.items()}
+
+
+def _quality(given: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    own, other = (np.concatenate([answer["predicted"] for answer in answers]) for answers in (given, baseline))
+    return {
+        "next_token_agreement": float(np.mean(own == other)),
+        "perplexity": float(np.exp(np.mean(given[0]["nll"]))),
+        "tokens": len(own),
+    }
+
+
+def _check(
+    manifest: Manifest,
+    against: Sequence[str],
+    prompt_len: int,
+    new_tokens: int,
+    runs: int,
+    warmup: int,
+    quality_tokens: int,
+) -> None:
+    if not against or len(set(against)) < len(against) or SPARSE in against:
+        raise UserError(
+            f"cannot compare with {', '.join(against) or 'nothing'}",
+            "give each backend once, for example --against ort-dense",
+        )
+    for name, value, least in (
+        ("prompt length", prompt_len, 1),
+        ("number of new tokens", new_tokens, 2),
+        ("number of runs", runs, 1),
+        ("number of warm-up runs", warmup, 0),
+        ("number of quality tokens", quality_tokens, 0),
+    ):
+        if value < least:
+            raise UserError(f"the {name} is {value}", f"give at least {least}")
+    longest = prompt_len + max(new_tokens, quality_tokens)
+    if longest > manifest.spec.max_seqlen:
+        raise UserError(
+            f"{longest} tokens are more than the model's {manifest.spec.max_seqlen} positions", "ask for fewer"
+        )
+
+
+def session_command(bundle: Path, backend: str, budget: Budget, threads: int | None) -> tuple[str, ...]:
+    limit = ("--threads", str(threads)) if threads else ()
+    return (
+        sys.executable,
+        "-P",
+        "-m",
+        "shadowllm.evaluation.speed.worker",
+        str(bundle),
+        backend,
+        "--neuron-budget",
+        format_fractions(budget.neurons),
+        "--head-budget",
+        format_fractions(budget.heads),
+        *limit,
+    )
+
+
+def traffic_of(
+    manifest: Manifest,
+    name: str,
+    backend: str,
+    budget: Budget,
+    prompt_len: int,
+    new_tokens: int,
+) -> Traffic:
+    """Mean bytes per decode step of a contender: the sparse path where ``name`` is "sparse", else a dense one.
+
+    The sparse path of ONNX Runtime decodes dense where that reads less.
+    """
+    # The CPU backends compute 16-bit bundles in float32, and read that many bytes; only native rows stay as they are.
+    itemsize = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
+    q = manifest.quantisation if backend.startswith("ort") else None
+    matrix_itemsize = q.itemsize if q else itemsize
+    native = backend == "ort" and q is None and native_ops.library()
+    row_itemsize = ITEMSIZE[manifest.dtype] if native else matrix_itemsize
+    active = None
+    if name == SPARSE and (backend != "ort" or sparse_pays(manifest, budget, row_itemsize < matrix_itemsize)):
+        n_sparse = manifest.spec.n_layers - manifest.dense_layers
+        heads, neurons = (tuple(counts.tolist()) for counts in budget.counts(manifest.spec, n_sparse))
+        scored = round(predictor_bytes(manifest, matrix_itemsize))
+        active = Active(heads, neurons, manifest.dense_layers, scored)
+    return mean_traffic(
+        manifest.spec,
+        itemsize,
+        prompt_len,
+        new_tokens,
+        active,
+        matrix_itemsize,
+        row_itemsize,
+    )
+
+
+def _predictor_cost(result: Result) -> dict[str, float]:
+    parts = result.summary.parts_ms
+    if "predictor" not in parts or not result.traffic:
+        return {}
+    return {
+        "ms_per_token": parts["predictor"],
+        "share_of_step": parts["predictor"] / sum(parts.values()),
+        "bytes_per_token": result.traffic.parts["predictor"],
+    }

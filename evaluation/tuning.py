@@ -1,0 +1,177 @@
+"""Choose a bundle's budgets by what they are to cost, or to gain."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from shadowllm.bundle.cost_model import dense_layers
+from shadowllm.bundle.manifest import Manifest, read_manifest
+from shadowllm.bundle.weights import read_weights
+from shadowllm.errors import UserError
+from shadowllm.evaluation.allocation import STEPS, Allocation, Loss, bisect, measure, passes
+from shadowllm.models.sparsity import Budget
+from shadowllm.predictor.calibration import calibration_windows
+from shadowllm.predictor.selectors import Context, make_selector
+from shadowllm.progress import Advance, progress
+from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
+from shadowllm.runtime.ort.session import OrtSession
+
+PROMPT, DECODED, ROUNDS = 64, 16, 6
+# A thread pool spins for a while after its last task, on cores that the other session needs.
+SETTLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked of a bundle: one of the two.
+
+    Attributes:
+        ppl_increase: largest increase in perplexity over dense, as a fraction of it.
+        speedup: least speedup of a decode step over ``dense.onnx``, both on ONNX Runtime.
+
+    Raises:
+        UserError: both, neither, or one that no budget can meet.
+    """
+
+    ppl_increase: float | None = None
+    speedup: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.ppl_increase is None) == (self.speedup is None):
+            raise UserError("one target is needed", "give a perplexity increase or a speedup")
+        if self.ppl_increase is not None and not 0 < self.ppl_increase < math.inf:
+            raise UserError(f"the perplexity increase {self.ppl_increase} is not above 0", "2% or 0.02 asks for 2%")
+        if self.speedup is not None and not 1 < self.speedup < math.inf:
+            raise UserError(f"the speedup {self.speedup} is not above 1", "1.2 asks for 1.2 times as fast")
+
+
+def tune(
+    bundle: Path,
+    target: Target,
+    *,
+    texts: Sequence[str] = (),
+    tokens: int = 2048,
+    seqlen: int = 128,
+    threads: int | None = None,
+    seed: int = 1,
+) -> Manifest:
+    """Find the layer-by-layer budgets that meet a target, and make them the bundle's defaults.
+
+    Args:
+        texts: what losses are measured on: files or dataset ids; empty for the built-in text.
+        tokens, seqlen: how much of it, in windows of how many.
+        threads: of the sessions that a speedup is measured on.
+        seed: of sampling; another one than calibration's, so that the text is another one too.
+
+    Returns:
+        The manifest as written; ``allocation`` says what was asked, measured and chosen.
+
+    Raises:
+        UserError: no bundle, a text that cannot be used, or a speedup that no budget reaches.
+    """
+    manifest = read_manifest(bundle)
+    read, tokenizer = read_weights(bundle, manifest), load_tokenizer(bundle, manifest)
+    windows = calibration_windows(
+        manifest.spec,
+        read.sparse,
+        plain_encoder(tokenizer, manifest),
+        texts=texts,
+        tokens=tokens,
+        seqlen=min(seqlen, manifest.spec.max_seqlen),
+        seed=seed,
+    ).train
+    context = Context(manifest.spec, read.sparse, manifest.dense_layers, read.predictor)
+    loss = Loss(context, make_selector(read.predictor.kind, context), windows)
+    measured: dict[str, float] = {}
+    with progress("Choosing budgets", passes(manifest.spec.n_layers - manifest.dense_layers) + STEPS) as advance:
+        allocation = measure(context, loss, advance)
+        if target.ppl_increase is not None:
+            budget = _within(target.ppl_increase, loss, allocation, advance)
+        else:
+            assert target.speedup is not None
+            with Race(bundle, threads) as race:
+                budget, measured["speedup"] = _as_fast(target.speedup, race, allocation, advance)
+    measured["ppl_increase"] = math.expm1(loss.log_perplexity(budget) - loss.dense_log_perplexity)
+    tuned = replace(
+        manifest,
+        budgets={"neurons": budget.neurons, "heads": budget.heads},
+        allocation={
+            "target": {name: value for name, value in vars(target).items() if value is not None},
+            "measured": measured,
+            "tokens": windows.numel(),
+        },
+        dense=dense_layers(manifest, budget, "leaving out units here costs more perplexity per byte than elsewhere"),
+    )
+    tuned.write(bundle)
+    return tuned
+
+
+def _within(increase: float, loss: Loss, allocation: Allocation, advance: Advance) -> Budget:
+    limit = loss.dense_log_perplexity + math.log1p(increase)
+
+    def bearable(budget: Budget) -> bool:
+        advance(1)
+        return loss.log_perplexity(budget) <= limit
+
+    return bisect(allocation, bearable)[0] or Budget()
+
+
+def _as_fast(wanted: float, race: Race, allocation: Allocation, advance: Advance) -> tuple[Budget, float]:
+    speeds: dict[Budget, float] = {}
+
+    def too_slow(budget: Budget) -> bool:
+        advance(1)
+        speeds[budget] = race.speedup(budget)
+        return speeds[budget] < wanted
+
+    found = bisect(allocation, too_slow)[1]
+    if found is None:
+        raise UserError(
+            f"a speedup of {wanted:g} is out of reach: the sparsest budget tried gave {max(speeds.values()):.2f}",
+            "ask for less",
+        )
+    return found, speeds[found]
+
+
+class Race:
+    """The sparse decode step of a bundle against its dense one, in turns."""
+
+    def __init__(self, bundle: Path, threads: int | None = None) -> None:
+        self._sessions = [OrtSession(bundle, kind, threads=threads) for kind in ("sparse", "dense")]
+
+    def __enter__(self) -> Self:
+        for session in self._sessions:
+            session.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for session in self._sessions:
+            session.__exit__(*error)
+
+    def speedup(self, budget: Budget) -> float:
+        """Median over rounds of dense time over sparse time."""
+        spec = self._sessions[0].spec
+        room = spec.max_seqlen // (1 + ROUNDS) - 1
+        prompt = np.random.default_rng(0).integers(0, spec.vocab_size, min(PROMPT, room)).tolist()
+        self._sessions[0].set_budget(budget)
+        for session in self._sessions:
+            session.reset()
+            session.prefill([prompt])
+        rounds = [[_seconds(session, min(DECODED, room)) for session in self._sessions] for _ in range(ROUNDS)]
+        return float(np.median([dense / sparse for sparse, dense in rounds[1:]]))  # the first warms up
+
+
+def _seconds(session: OrtSession, steps: int) -> float:
+    token = np.zeros(1, dtype=np.int64)
+    time.sleep(SETTLE_SECONDS)
+    start = time.perf_counter()
+    for _ in range(steps):
+        session.decode(token)
+    return time.perf_counter() - start

@@ -1,0 +1,258 @@
+"""Hold a bundle against the PyTorch reference: what an export must pass before it gets its name.
+
+The reference reads the checkpoint, not the bundle, so that a weight in the wrong place shows. Its
+weights are rounded to the bundle's type first and both sides compute in float32: what is left is
+the error of the graphs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shadowllm.bundle.manifest import Manifest, read_manifest
+from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.quantised_tensors import QuantisedTensors, dequantised_predictor, dequantised_weights
+from shadowllm.bundle.weight_file import TORCH_DTYPES
+from shadowllm.bundle.weights import PREDICTOR_FILE, BundleWeights
+from shadowllm.errors import UserError
+from shadowllm.evaluation.transformers_check import compare_with_transformers
+from shadowllm.models import Budget, Decoder, ModelSpec, Weights, load_model
+from shadowllm.models.decoder import Unit
+from shadowllm.runtime.ort.session import OrtSession
+from shadowllm.runtime.torch_session import Selection, TorchSession
+
+# Relative to the largest reference value. float32 noise of a deep model is some 1e-5 of it.
+TOLERANCE = 1e-4
+# The native ops may round the inputs of integer rows to 16 bits. (The integers themselves are off by
+# a hundred times as much, on both sides alike.)
+INTEGER_TOLERANCE = 5e-4
+# Scores that differ in their last bits may swap two units at the edge of a budget.
+SELECTION_AGREEMENT = 0.99
+PROMPT, STEPS = 24, 16
+SEED = 0
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far an output is from its reference.
+
+    Attributes:
+        output: case and tensor, for example "dense: logits".
+        max_abs: largest absolute difference.
+        max_rel: the same over the largest reference value.
+        greedy_agreement: share of steps with the same most probable token; None for other tensors.
+    """
+
+    output: str
+    max_abs: float
+    max_rel: float
+    greedy_agreement: float | None = None
+
+
+def validate_apart(bundle: Path, model: Path, tolerance: float = 0, trust_remote_code: bool = False) -> dict[str, Any]:
+    """`validate` and `compare_with_transformers` in a process of their own, which takes their memory along.
+
+    Args:
+        model: local folder or GGUF file the bundle was exported from.
+        tolerance: as of `validate`.
+        trust_remote_code: let ``transformers`` run code from the checkpoint.
+
+    Returns:
+        What `validate` returns, and under "transformers" what `compare_with_transformers` does.
+
+    Raises:
+        UserError: as these two, or the process was killed.
+    """
+    arguments = json.dumps([str(bundle), str(model), tolerance, trust_remote_code])
+    command = [sys.executable, "-P", "-m", "shadowllm.evaluation.validation", arguments]
+    quiet = os.environ | {"TQDM_DISABLE": "1"}  # of transformers' bars, which ask for no terminal
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=quiet)
+    if done.returncode < 0:
+        raise UserError(
+            f"the validation process died of {signal.Signals(-done.returncode).name}",
+            "on SIGKILL, memory ran out: validation holds the model in float32; --skip-validation leaves it out",
+        )
+    if done.returncode:
+        raise RuntimeError("the validation process failed; its traceback stands above")
+    answer = json.loads(done.stdout)
+    if "problem" in answer:
+        raise UserError(answer["problem"], answer["remedy"])
+    return dict(answer)
+
+
+def main() -> None:
+    """Child side of `validate_apart`: its arguments as JSON in, one JSON line out."""
+    bundle, model, tolerance, trust_remote_code = json.loads(sys.argv[1])
+    warnings.simplefilter("ignore")  # of the checkpoint: the parent has read it and said so
+    try:
+        _, weights, checkpoint = load_model(model, trust_remote_code=trust_remote_code)
+        compared = compare_with_transformers(checkpoint, weights)
+        answer = validate(Path(bundle), weights, Predictor.load(Path(bundle) / PREDICTOR_FILE), tolerance)
+        answer["transformers"] = compared
+    except UserError as error:
+        answer = {"problem": error.problem, "remedy": error.remedy}
+    print(json.dumps(answer))
+
+
+def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: float = 0) -> dict[str, Any]:
+    """Compare dense steps, sparse steps with everything active, and sparse steps at the bundle's budget.
+
+    Args:
+        tolerance: largest relative error; 0 for that of the bundle's type.
+
+    Returns:
+        For the manifest: the tolerance, one error per case and output, and how much of the
+        reference's own selection the exported predictor finds.
+
+    Raises:
+        UserError: an output differs by more than ``tolerance``, the predictor selects otherwise, or a float16
+            bundle computes numbers that float16 does not hold.
+    """
+    manifest = read_manifest(bundle)
+    tolerance = tolerance or (INTEGER_TOLERANCE if manifest.quantisation else TOLERANCE)
+    reference = _reference(manifest, weights, predictor)
+    errors, agreement = [], 1.0
+    for name, budget in (("dense", None), ("all active", Budget()), ("at budget", Budget(**manifest.budgets))):
+        with OrtSession(bundle, "sparse" if budget else "dense", exact=True) as ours:
+            selects = reference.predictor if budget else None
+            theirs = TorchSession(manifest.spec, reference.sparse, selects, budget, reference.dense)
+            if budget:
+                ours.set_budget(budget)
+            found, agreed = _compare(name, ours, theirs)
+        errors += found
+        agreement = min(agreement, agreed)
+    _judge(errors, agreement, tolerance)
+    if manifest.dtype == "float16":
+        check_float16(manifest.spec, reference.dense)
+    return {"tolerance": tolerance, "selection_agreement": agreement, "errors": [asdict(error) for error in errors]}
+
+
+def _reference(manifest: Manifest, weights: Weights, predictor: Predictor) -> BundleWeights:
+    """The checkpoint's own weights, rounded as the bundle's are."""
+    q = manifest.quantisation
+    if q:
+        sparse, dense = dequantised_weights(manifest.spec, weights, QuantisedTensors(weights, q), q)
+        return BundleWeights(sparse, dense, dequantised_predictor(predictor, q))
+    rounded = TORCH_DTYPES[manifest.dtype]
+    reference = {name: weights[name].to(rounded).float().contiguous() for name in weights}
+    networks = {name: predictor.tensors[name].to(rounded).float() for name in predictor.learned}
+    predictor = replace(predictor, tensors=predictor.tensors | networks)  # all else is stored in float32
+    return BundleWeights(reference, reference, predictor)
+
+
+def _judge(errors: list[Error], agreement: float, tolerance: float) -> None:
+    remedy = "this is a bug or an unsupported variant: do not use the bundle"
+    worst = max(errors, key=lambda error: np.nan_to_num(error.max_rel, nan=np.inf))
+    if not worst.max_rel <= tolerance:  # a NaN must fail too
+        raise UserError(
+            f"the exported graphs do not reproduce the model: {worst.output} is off by {worst.max_rel:.1e} "
+            f"(relative; {tolerance:.0e} is allowed)",
+            remedy,
+        )
+    if agreement < SELECTION_AGREEMENT:
+        raise UserError(f"the exported predictor selects only {agreement:.2%} of what the reference selects", remedy)
+
+
+@torch.no_grad()
+def check_float16(spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
+    """Refuse a model whose activations outgrow float16: on a GPU they would be infinite.
+
+    Args:
+        weights: canonical float32 tensors.
+
+    Raises:
+        UserError: naming the first such layer.
+    """
+    peaks = torch.zeros(spec.n_layers)
+
+    def see(layer: int, unit: Unit, activation: Tensor) -> Tensor:
+        peaks[layer] = torch.maximum(peaks[layer], activation.abs().max())
+        return activation
+
+    decoder = Decoder(spec, weights, see)
+    input_ids = torch.tensor([_prompt(spec)])
+    positions = torch.arange(input_ids.shape[1])[None]
+    x = decoder.embed(input_ids, positions)
+    for layer in range(spec.n_layers):
+        x = decoder.layer(layer, x, positions)
+        see(layer, "neurons", x)
+        if peaks[layer] > FLOAT16_MAX:
+            raise UserError(
+                f"layer {layer} computes numbers up to {float(peaks[layer]):.2g}, float16 ends at {FLOAT16_MAX:.0f}",
+                "export with --dtype bf16",
+            )
+
+
+def _prompt(spec: ModelSpec) -> list[int]:
+    ids = np.random.default_rng(SEED).integers(0, spec.vocab_size, min(PROMPT, spec.max_seqlen // 2))
+    return list(ids.tolist())
+
+
+def _compare(name: str, ours: OrtSession, theirs: TorchSession) -> tuple[list[Error], float]:
+    """Prefill a random prompt, then decode the reference's own greedy tokens on both sides."""
+    spec = ours.spec
+    prompt = _prompt(spec)
+    logits = [(ours.prefill([prompt])[0].copy(), theirs.prefill([prompt])[0])]
+    agreements = [1.0]
+    for _ in range(min(STEPS, spec.max_seqlen - len(prompt))):
+        token = logits[-1][1].argmax(keepdims=True)
+        mine = ours.decode(token)[0].copy()
+        if ours.selection:
+            # The same selection on both sides: a tie that falls the other way is no error of the graphs.
+            theirs.forced = selection_masks(ours.selection, spec)
+        logits.append((mine, theirs.decode(token)[0]))
+        if theirs.forced:
+            agreements.append(_agreement(theirs.forced, theirs.chosen))
+    pairs = {
+        "logits": logits,
+        "cache": [
+            (ours.cache[f"{layer}.{part}"][:, :, : kept.shape[2]], kept.numpy())
+            for part, tensors in (("key", theirs.cache.keys), ("value", theirs.cache.values))
+            for layer, kept in enumerate(tensors)
+        ],
+    }
+    greedy = float(np.mean([a.argmax() == b.argmax() for a, b in logits]))
+    return [
+        _error(f"{name}: {output}", found, greedy if output == "logits" else None) for output, found in pairs.items()
+    ], min(agreements)
+
+
+def _error(output: str, pairs: list[tuple[np.ndarray, np.ndarray]], greedy: float | None) -> Error:
+    max_abs = float(max(np.abs(a - b).max() for a, b in pairs))
+    return Error(output, max_abs, max_abs / float(max(np.abs(b).max() for _, b in pairs)), greedy)
+
+
+def selection_masks(selection: Mapping[str, np.ndarray], spec: ModelSpec) -> Selection:
+    """Boolean masks ``(n_sparse, n_units)`` of a session's padded index rows."""
+    masks: Selection = {}
+    for unit, name, width in (
+        ("heads", "head_indices", spec.n_heads),
+        ("neurons", "neuron_indices", spec.intermediate_size),
+    ):
+        rows = np.zeros((len(selection[name]), width), dtype=bool)
+        for row, indices in zip(rows, selection[name], strict=True):
+            row[indices[indices >= 0]] = True
+        masks[unit] = torch.from_numpy(rows)  # type: ignore[index]
+    return masks
+
+
+def _agreement(found: Selection, wanted: Selection) -> float:
+    return min(float((found[unit] & wanted[unit]).sum() / wanted[unit].sum()) for unit in wanted)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Builds a TensorRT engine from an ONNX piece, in a child process of its own.
+
+The parser needs a loader path that is set before the process starts, and a builder may die of an
+internal error or for want of memory: neither should take the caller along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from shadowllm.bundle.engine_record import CustomNode, EngineRecord, ShapeProfile, write_sidecar
+from shadowllm.bundle.manifest import file_hash
+from shadowllm.bundle.op_domain import VERSION
+from shadowllm.errors import UserError
+from shadowllm.exporter.engines.contents import missing_contents
+from shadowllm.exporter.engines.graph import GraphInfo, describe_onnx
+from shadowllm.exporter.engines.profiles import bindings, check_profiles, largest
+from shadowllm.plugins.tensorrt.flavour import Flavour, child_environment, require
+
+Verbosity = Literal["none", "layer_names_only", "detailed"]
+
+
+def build_engine(
+    onnx_path: Path,
+    engine_path: Path,
+    *,
+    flavour: Flavour,
+    profiles: Sequence[ShapeProfile],
+    sms: Sequence[int] = (),
+    timing_cache: Path | None = None,
+    workspace_bytes: int | None = None,
+    profiling_verbosity: Verbosity = "layer_names_only",
+    plugin_library: Path | None = None,
+    file_hashes: Mapping[str, str] | None = None,
+) -> EngineRecord:
+    """Build ``engine_path`` and its sidecar from an ONNX piece; neither appears before it is whole.
+
+    Args:
+        onnx_path: the piece; external data lies beside it and is not copied.
+        flavour: which TensorRT.
+        profiles: the shapes to serve, from `profiles_for`. A symbol that is the same in all of them
+            becomes a fixed size of the engine.
+        sms: compute capabilities to build for, as 89 for 8.9; none means every GPU from Ampere on
+            that the flavour supports. The full TensorRT builds for the GPU it runs on, and takes none.
+        timing_cache: kept by the full TensorRT across builds. TensorRT-RTX has no use for one: it
+            compiles kernels at run time and keeps them in its runtime cache.
+        workspace_bytes: most memory a layer may use for scratch; the builder's default otherwise.
+        profiling_verbosity: how much the engine tells an inspector of its layers.
+        plugin_library: the C++ plugins, to build with them instead of those in Python; the engine is the same.
+        file_hashes: SHA-256 by file name where already known; other source files are hashed.
+
+    Raises:
+        UserError: the package or GPU is missing, the ONNX file or an argument is unusable, or the
+            builder refuses, crashes or is killed, with the last thing it said.
+    """
+    require(flavour)
+    _check_options(flavour, sms, timing_cache)
+    graph = describe_onnx(onnx_path)
+    check_profiles(graph, profiles)
+    _check_types(graph, sms)
+    files = _hash_sources(onnx_path, graph, file_hashes or {})
+    engine_path.parent.mkdir(parents=True, exist_ok=True)
+    part = engine_path.with_name(f".{engine_path.name}.part")
+    request = request_for(
+        onnx_path,
+        graph,
+        part,
+        flavour,
+        profiles,
+        sms=list(sms),
+        workspace_bytes=workspace_bytes,
+        timing_cache=timing_cache and str(timing_cache),
+        plugin_library=plugin_library and str(plugin_library.resolve()),
+        verbosity=profiling_verbosity,
+    )
+    try:
+        with _progress(f"{flavour}: {engine_path.name}") as show:
+            built = run_worker(request, engine_path.name, show)
+        record = _record(built, flavour, profiles, files)
+        if missing := missing_contents(part, record.plugins, record.kernels):
+            raise RuntimeError(f"the engine does not hold {missing}, which the network had")
+        os.replace(part, engine_path)
+        write_sidecar(engine_path, record)
+    finally:
+        part.unlink(missing_ok=True)
+    return record
+
+
+def _check_options(flavour: Flavour, sms: Sequence[int], timing_cache: Path | None) -> None:
+    if timing_cache is not None and flavour == "tensorrt_rtx":
+        raise UserError("TensorRT-RTX keeps no timing cache", "leave it out: its runtime cache does that work")
+    if sms and flavour == "tensorrt":
+        raise UserError("tensorrt builds for the GPU of this machine only", "leave out --sm, or use tensorrt_rtx")
+
+
+def _check_types(graph: GraphInfo, sms: Sequence[int]) -> None:
+    if 75 in sms and any(tensor.dtype == "bfloat16" for tensor in (*graph.inputs, *graph.outputs)):
+        raise UserError("GPUs of sm_75 have no bfloat16", "export with --dtype fp16, or leave 75 out of --sm")
+
+
+def _record(
+    built: dict[str, Any], flavour: Flavour, profiles: Sequence[ShapeProfile], files: Mapping[str, str]
+) -> EngineRecord:
+    """The sidecar's contents, of the worker's outcome and what it was asked."""
+    return EngineRecord(
+        flavour=flavour,
+        plugin_version=VERSION,
+        profiles=tuple(profiles),
+        files=files,
+        plugins=tuple(CustomNode(**node) for node in built.pop("plugins")),
+        compute_capabilities=tuple(built.pop("compute_capabilities")),
+        kernels={name: tuple(images) for name, images in built.pop("kernels").items()},
+        **built,
+    )
+
+
+def _hash_sources(onnx_path: Path, graph: GraphInfo, known: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of the ONNX file and its data files, by name."""
+    hashes = {}
+    for name in (onnx_path.name, *graph.data_files):
+        path = onnx_path.parent / name
+        if not path.is_file():
+            raise UserError(f"{onnx_path} keeps its weights in {name}, which is missing", "export the model again")
+        hashes[name] = known.get(name) or file_hash(path)
+    return hashes
+
+
+def request_for(
+    onnx_path: Path, graph: GraphInfo, target: Path, flavour: Flavour, profiles: Sequence[ShapeProfile], **options: Any
+) -> dict[str, Any]:
+    """What the worker is told, in JSON types; ``target`` is the file it writes the engine to."""
+    return {
+        "sms": [],
+        "workspace_bytes": None,
+        "timing_cache": None,
+        "plugin_library": None,
+        "verbosity": "layer_names_only",
+        **options,
+        "onnx": str(onnx_path),
+        "engine": str(target),
+        "flavour": flavour,
+        "bindings": bindings(graph, profiles),
+        "max_batch": largest(graph, profiles, "batch"),
+        "max_seqlen": largest(graph, profiles, "seqlen"),
+        "profiles": [asdict(profile) for profile in profiles],
+    }
+
+
+def run_worker(request: dict[str, Any], name: str, show: Callable[[str], None]) -> dict[str, Any]:
+    """Hand the request to a fresh process and follow its events until the engine is written.
+
+    Args:
+        request: from `request_for`.
+        name: the engine's, for messages.
+        show: is told each phase of the build.
+
+    Raises:
+        UserError: what the worker reported, or that it was killed.
+        RuntimeError: the worker ended with a traceback: a bug of ours.
+    """
+    # -P keeps the current folder off the path, where another "shadowllm" may lie.
+    command = [sys.executable, "-P", "-m", "shadowllm.exporter.engines.worker"]
+    with (
+        child_environment(request["flavour"]) as environment,
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        ) as worker,
+    ):
+        try:
+            result = _follow(worker, request, show)
+            code = worker.wait()
+        finally:
+            worker.kill()  # of use only when we are on our way out; harmless after the end
+        log.seek(0)
+        said = [line for line in log.read().splitlines() if line.strip()]
+    if "error" in result:
+        raise UserError(f"cannot build {name}: {result['error']}", result["remedy"])
+    if code < 0:
+        last = f" (its last words: {said[-1]})" if said else ""
+        raise UserError(
+            f"cannot build {name}: the builder process died of {signal.Signals(-code).name}{last}",
+            "on SIGKILL, memory ran out: build with more of it, or smaller profiles",
+        )
+    if code or not result:
+        raise RuntimeError("the engine worker failed:\n" + "\n".join(said[-20:]))
+    return result
+
+
+def _follow(worker: subprocess.Popen[str], request: dict[str, Any], show: Callable[[str], None]) -> dict[str, Any]:
+    """Send the request, show phases as they come, and return the last event; empty if there was none."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    _send(worker.stdin, request)
+    result: dict[str, Any] = {}
+    for line in worker.stdout:
+        event = json.loads(line)
+        if "phase" in event:
+            show(event["phase"])
+        else:
+            result = event
+    return result
+
+
+def _send(stream: IO[str], request: dict[str, Any]) -> None:
+    try:
+        with stream:
+            json.dump(request, stream)
+    except BrokenPipeError:
+        pass  # the worker is gone already; its exit code tells why
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr with the builder's phase and the time, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("[dim]{task.fields[phase]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title, total=None, phase="starting")
+        yield lambda phase: bar.update(task, phase=phase)

@@ -1,0 +1,250 @@
+"""An ONNX piece as the engine step sees it: what it needs, and the copy that TensorRT's parser can read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx_ir.passes.common import ShapeInferencePass
+from onnx_ir.tape import Tape
+
+from shadowllm.bundle.engine_record import CustomNode
+from shadowllm.bundle.op_domain import DOMAIN, VERSION
+from shadowllm.errors import UserError
+from shadowllm.plugins.program import PROGRAM, Program
+from shadowllm.plugins.schemas import SCHEMAS
+
+ONNX_FLOAT = {"float": "float32"}  # every other type has one name
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A graph input or output; a dimension is a size or a symbol."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """What a build of an ONNX file would need.
+
+    Attributes:
+        name: of the graph.
+        opset: version of the standard domain.
+        ops: how many nodes of each type, custom ones with their domain.
+        weight_bytes: size of all initializers, wherever they lie.
+        data_files: external-data files, as the ONNX file names them.
+    """
+
+    name: str
+    opset: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    custom_ops: tuple[CustomNode, ...]
+    ops: dict[str, int]
+    weight_bytes: int
+    data_files: tuple[str, ...]
+
+
+def describe_onnx(path: Path) -> GraphInfo:
+    """What the ONNX file holds and what a build would need, without building or reading weights.
+
+    Raises:
+        UserError: no such file, or it is not a usable ONNX file.
+    """
+    model = read_onnx(path)
+    graph = model.graph
+    tensors = [value.const_value for value in graph.initializers.values() if value.const_value is not None]
+    ops = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.all_nodes())
+    return GraphInfo(
+        name=graph.name or path.stem,
+        opset=graph.opset_imports.get("", 0),
+        inputs=tuple(map(_tensor_info, graph.inputs)),
+        outputs=tuple(map(_tensor_info, graph.outputs)),
+        custom_ops=tuple(_custom_node(node) for node in _custom_nodes(graph)),
+        ops=dict(sorted(ops.items())),
+        weight_bytes=sum(tensor.nbytes for tensor in tensors),
+        data_files=tuple(sorted({str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)})),
+    )
+
+
+Attributes = Mapping[str, int | str]
+# Makes the program of a node: its op, its inputs by the schema's names, its attributes.
+Compiler = Callable[[str, Mapping[str, TensorInfo], Attributes], Program]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model as TensorRT's parser wants it: serialised, and the program of each custom node by its layer's name."""
+
+    model: bytes
+    programs: Mapping[CustomNode, Program]
+
+
+def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prepared:
+    """A copy of the model in the form TensorRT's parser wants; weights stay in their external file.
+
+    - A graph with logits picks the most probable tokens as well (`pick_greedily`).
+    - Function bodies of our ops go, so that the parser can only take the plugins.
+    - Our nodes name the plugin's namespace and version and carry its program, which says all that their
+      attributes said. TensorRT has no empty inputs, so they are closed up.
+    - ``Attention`` may be taken apart where no fused kernel fits (float32 has none).
+    - Bytes become int32, four to a number: TensorRT has no weights of uint8, and kernels read words anyway.
+    - Symbols in ``bindings`` become numbers: the capacity of a cache must be one.
+
+    Raises:
+        UserError: as `read_onnx`, a node of our domain that is not one of our ops, or one whose inputs'
+            types and shapes cannot be told.
+    """
+    model = read_onnx(path)
+    pick_greedily(model.graph)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([bindings.get(str(_dim(d)), _dim(d)) for d in value.shape])
+    model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
+    for key in [key for key in model.functions if key[0] == DOMAIN]:
+        del model.functions[key]
+    nodes = {_custom_node(node): node for node in _custom_nodes(model.graph)}
+    for node in nodes.values():
+        _read_bytes_as_words(node)
+    programs = {named: compiler(node.op_type, _inputs(node), _attributes(node)) for named, node in nodes.items()}
+    for named, node in nodes.items():
+        _make_plugin_node(node, named.name)
+    for node in model.graph.all_nodes():
+        if node.op_type == "Attention" and not node.domain:
+            node.attributes.add(ir.AttrInt64("TRT_decomposable", 1))
+    proto = ir.to_proto(model)
+    packed = {named.name: programs[named].pack() for named in nodes}
+    for node_proto in proto.graph.node:
+        if node_proto.name in packed:  # bytes, which onnx_ir takes for a mistake
+            node_proto.attribute.add(name=PROGRAM, type=ir.AttributeType.STRING.value, s=packed[node_proto.name])
+    return Prepared(proto.SerializeToString(), programs)
+
+
+def pick_greedily(graph: ir.Graph) -> None:
+    """Give a graph that ends in logits what the next decode step begins with: ``next_tokens``, ``next_position_ids``.
+
+    Both int64, ``(batch, kept)`` and ``(batch, 1)``: so tokens need not leave the device to go on.
+    """
+    inputs, outputs = ({value.name: value for value in values} for values in (graph.inputs, graph.outputs))
+    if "logits" not in outputs or "position_ids" not in inputs:
+        return
+    tape = Tape()
+    last, one = (tape.initializer(ir.tensor(np.array([n], np.int64), name=f"pick.{n}")) for n in (-1, 1))
+    tokens = tape.op("ArgMax", [outputs["logits"]], {"axis": -1, "keepdims": 0})
+    position = tape.op("Gather", [inputs["position_ids"], last], {"axis": 1})
+    for value, name, width in (
+        (tokens, "next_tokens", "kept"),
+        (tape.op("Add", [position, one]), "next_position_ids", 1),
+    ):
+        value.name, value.dtype, value.shape = name, ir.DataType.INT64, ir.Shape(["batch", width])
+        graph.outputs.append(value)
+    for value in tape.initializers:
+        graph.initializers.add(value)
+    graph.extend(tape.nodes)
+
+
+def read_onnx(path: Path) -> ir.Model:
+    """Load an ONNX file, its external data unread.
+
+    Raises:
+        UserError: no such file, or it is not a usable ONNX file.
+    """
+    try:
+        model = ir.load(path)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no ONNX file {path}", "run `shadowllm export` first") from error
+    except DecodeError as error:
+        raise UserError(f"{path} is not an ONNX file, or it is damaged", "export the model again") from error
+    if not model.graph.outputs:  # what an empty or cut off file decodes to
+        raise UserError(f"{path} holds no graph", "export the model again")
+    return model
+
+
+def _custom_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    for node in graph.all_nodes():
+        if node.domain == DOMAIN:
+            if node.op_type not in SCHEMAS:
+                raise UserError(
+                    f"the graph uses {DOMAIN}::{node.op_type}, which this version does not know",
+                    "it was written by another version: export the model again",
+                )
+            yield node
+
+
+def _custom_node(node: ir.Node) -> CustomNode:
+    """Named by what it serves, whatever the graph calls it: the name is what an inspector shows."""
+    layer = node.attributes.get("layer")
+    if layer is None:
+        return CustomNode(node.op_type, f"{node.outputs[0].name}.{node.op_type}", None)
+    return CustomNode(node.op_type, f"layers.{layer.as_int()}.{node.op_type}", layer.as_int())
+
+
+def _inputs(node: ir.Node) -> dict[str, TensorInfo]:
+    """The inputs that are there, by the schema's names."""
+    ports = zip(SCHEMAS[node.op_type].inputs, node.inputs, strict=False)
+    found = {port.name: _tensor_info(value) for port, value in ports if value is not None}
+    for name, value in zip(found, filter(None, node.inputs), strict=True):
+        if value.dtype is None or value.shape is None:
+            raise UserError(
+                f"type or shape of {name} of {_custom_node(node).name} cannot be told", "export the model again"
+            )
+    return found
+
+
+def _attributes(node: ir.Node) -> dict[str, int | str]:
+    known = SCHEMAS[node.op_type].attributes
+    missing = [attribute.name for attribute in known if attribute.name not in node.attributes]
+    if missing:
+        raise UserError(f"{_custom_node(node).name} has no attribute {missing[0]!r}", "export the model again")
+    return {attribute.name: node.attributes[attribute.name].value for attribute in known}
+
+
+def _read_bytes_as_words(node: ir.Node) -> None:
+    """Take the uint8 weights that a node reads for int32, the same bytes of the data file."""
+    for value in node.inputs:
+        if value is None or value.dtype != ir.DataType.UINT8:
+            continue
+        before = value.const_value
+        if not isinstance(before, ir.ExternalTensor):
+            raise UserError(f"{value.name} of {node.name} is no weight of a data file", "export the model again")
+        *outer, width = before.shape.numpy()
+        value.const_value = ir.ExternalTensor(
+            before.location,
+            before.offset,
+            before.length,
+            ir.DataType.INT32,
+            shape=ir.Shape([*outer, width // ir.DataType.INT32.itemsize]),
+            name=before.name,
+            base_dir=before.base_dir,
+        )
+        value.dtype, value.shape = value.const_value.dtype, value.const_value.shape
+
+
+def _make_plugin_node(node: ir.Node, name: str) -> None:
+    """Name the plugin and close up the inputs."""
+    present = [value for value in node.inputs if value is not None]
+    for i, value in enumerate(present):
+        node.replace_input_with(i, value)
+    node.resize_inputs(len(present))
+    node.name = name
+    node.attributes.clear()
+    node.attributes.add(ir.AttrString("plugin_namespace", DOMAIN))
+    node.attributes.add(ir.AttrString("plugin_version", str(VERSION)))
+
+
+def _tensor_info(value: ir.Value) -> TensorInfo:
+    shape = () if value.shape is None else tuple(_dim(d) for d in value.shape)
+    dtype = "" if value.dtype is None else value.dtype.name.lower()
+    return TensorInfo(value.name or "", ONNX_FLOAT.get(dtype, dtype), shape)
+
+
+def _dim(dim: int | ir.SymbolicDim) -> int | str:
+    return dim if isinstance(dim, int) else str(dim.value)

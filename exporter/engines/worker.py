@@ -1,0 +1,240 @@
+"""The process that builds one engine: a request as JSON on stdin, events as JSON lines on stdout.
+
+Events: ``{"phase": str}`` while it goes on, then either the outcome or ``{"error": str, "remedy": str}``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from shadowllm.bundle.engine_record import CustomNode, profile_from_json
+from shadowllm.bundle.op_domain import DOMAIN, VERSION
+from shadowllm.errors import UserError
+from shadowllm.exporter.engines.graph import Attributes, Compiler, TensorInfo, prepare
+from shadowllm.plugins.images import carried
+from shadowllm.plugins.program import Program
+from shadowllm.plugins.schemas import SCHEMAS
+from shadowllm.plugins.tensorrt import creators, flavour
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+def main() -> None:
+    """Serve one request."""
+    end_with_parent()
+    events = _private_stdout()
+
+    def emit(event: dict[str, Any]) -> None:
+        print(json.dumps(event), file=events, flush=True)
+
+    try:
+        emit(build(json.load(sys.stdin), emit))
+    except UserError as error:
+        emit({"error": error.problem, "remedy": error.remedy})
+
+
+def build(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Parse, build and write one engine; the request and the outcome are those of `engine.build_engine`.
+
+    Raises:
+        UserError: the parser or the builder refuses, with the reason it gave.
+    """
+    trt = flavour.load(request["flavour"])
+    logger = _logger_class(trt)()
+    keep = _register(trt, request["plugin_library"])  # noqa: F841  # the registry does not own them
+    start = time.perf_counter()
+    emit({"phase": "compiling kernels"})
+    prepared = prepare(Path(request["onnx"]), request["bindings"], compiler(request, targets(trt, request)))
+    emit({"phase": "parsing"})
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    _parse(trt, network, logger, prepared.model, request["onnx"])
+    _check_plugins(trt, network, prepared.programs)
+    plan = _build(trt, builder, network, logger, request, emit)
+    seconds = time.perf_counter() - start
+    emit({"phase": "writing"})
+    Path(request["engine"]).write_bytes(plan)
+    return {
+        "version": trt.__version__,
+        "compute_capabilities": targets(trt, request),
+        "plugins": [asdict(node) for node in prepared.programs],
+        "kernels": carried(prepared.programs.values()),
+        "engine_sha256": hashlib.sha256(plan).hexdigest(),
+        "engine_bytes": plan.nbytes,
+        "build_seconds": round(seconds, 3),
+    }
+
+
+def targets(trt: Any, request: dict[str, Any]) -> list[int]:
+    """Compute capabilities that the engine will run on.
+
+    Raises:
+        UserError: one is asked for that TensorRT-RTX does not know.
+    """
+    if request["flavour"] == "tensorrt":
+        capability = flavour.gpu_capability()
+        return [] if capability is None else [capability]
+    known = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
+    unknown = [sm for sm in request["sms"] if sm not in known]
+    if unknown:
+        raise UserError(
+            f"TensorRT-RTX {trt.__version__} does not build for sm_{unknown[0]}",
+            f"it knows {', '.join(map(str, known))}",
+        )
+    # Without a choice it builds for every GPU from Ampere on; Turing must be asked for.
+    return sorted(set(request["sms"])) or [sm for sm in known if sm >= 80]
+
+
+def compiler(request: dict[str, Any], sms: Sequence[int]) -> Compiler:
+    """Compiles the kernels of a node for the GPUs that the engine is for; it runs on no others.
+
+    Raises:
+        UserError: Triton is not installed.
+    """
+    try:
+        from shadowllm.plugins.triton.compile import Tensor, compile_program
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise UserError(
+            "the package triton, which compiles the kernels, is not installed", "pip install triton"
+        ) from error
+
+    def compile_node(op: str, inputs: Mapping[str, TensorInfo], attributes: Attributes) -> Program:
+        tensors = {name: Tensor(info.dtype, info.shape) for name, info in inputs.items()}
+        return compile_program(
+            op, tensors, attributes, max_batch=request["max_batch"], max_seqlen=request["max_seqlen"], sms=sms
+        )
+
+    return compile_node
+
+
+def _register(trt: Any, library: str | None) -> Any:
+    """Make the plugins known: those in Python, or those of a library."""
+    if library is None:
+        return creators.register(trt)
+    if not Path(library).is_file():
+        raise UserError(f"there is no plugin library {library}", "build it with `make plugin`")
+    registry = trt.get_plugin_registry()
+    handle = registry.load_library(library)
+    if any(registry.get_creator(op, str(VERSION), DOMAIN) is None for op in SCHEMAS):
+        raise UserError(f"{library} does not hold the plugins of this version", "build it with `make plugin`")
+    return handle
+
+
+def _parse(trt: Any, network: Any, logger: Any, model: bytes, path: str) -> None:
+    parser = trt.OnnxParser(network, logger)
+    if parser.parse(model, path=path):  # the path tells where external data lies
+        return
+    reasons = []
+    for i in range(parser.num_errors):
+        error = parser.get_error(i)
+        words = [line for line in error.desc().splitlines() if "catchCudaError" not in line]  # only: there is no GPU
+        reasons.append(f"{error.node_operator()} {error.node_name()}: {' '.join(words)}")
+    raise UserError(
+        f"the ONNX parser refuses {Path(path).name}: {'; '.join(reasons) or logger.last_error}",
+        "export the model again with this version; if that does not help, this is a bug",
+    )
+
+
+def _check_plugins(trt: Any, network: Any, nodes: Collection[CustomNode]) -> None:
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    plugins = {layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3}
+    if plugins != {node.name for node in nodes}:
+        raise RuntimeError(f"the network's plugin layers are {sorted(plugins)}, the graph's are {nodes}")
+
+
+def _build(trt: Any, builder: Any, network: Any, logger: Any, request: dict[str, Any], emit: Emit) -> Any:
+    """The serialised engine, as host memory."""
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+    from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, Profile
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    profiles = [Profile() for _ in request["profiles"]]
+    for profile, data in zip(profiles, request["profiles"], strict=True):
+        for name, shapes in profile_from_json(data).shapes.items():
+            profile.add(name, *shapes)
+    verbosity = getattr(trt.ProfilingVerbosity, request["verbosity"].upper())
+    monitor = _monitor_class(trt)(emit)
+    options: dict[str, Any] = {"profiles": profiles, "profiling_verbosity": verbosity, "progress_monitor": monitor}
+    if request["workspace_bytes"] is not None:
+        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: request["workspace_bytes"]}
+    if request["flavour"] == "tensorrt_rtx":
+        chosen = [divmod(sm, 10) for sm in targets(trt, request)] if request["sms"] else None
+        config = CreateConfigRTX(compute_capabilities=chosen, **options)
+    else:
+        config = CreateConfig(load_timing_cache=request["timing_cache"], **options)
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            return EngineBytesFromNetwork((builder, network), config, save_timing_cache=request["timing_cache"])()
+    except PolygraphyException as error:
+        raise UserError(f"TensorRT refuses: {logger.last_error or error}", "check shapes and types") from error
+
+
+def _logger_class(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Passes warnings and errors on to stderr and remembers the last error."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.last_error = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR and "catchCudaError" not in message:
+                self.last_error = message
+            if severity <= trt.ILogger.WARNING:
+                print(message, file=sys.stderr, flush=True)
+
+    return Logger
+
+
+def _monitor_class(trt: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Reports the outer phases."""
+
+        def __init__(self, emit: Emit) -> None:
+            super().__init__()
+            self.emit = emit
+            self.outer: set[str | None] = {None}
+
+        def phase_start(self, name: str, parent_phase: str | None, _steps: int) -> None:
+            if parent_phase in self.outer:
+                self.emit({"phase": name.lower()})
+            if parent_phase is None:
+                self.outer.add(name)
+
+        def phase_finish(self, _name: str) -> None:
+            pass
+
+        def step_complete(self, _name: str, _step: int) -> bool:
+            return True
+
+    return Monitor
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process when its parent is killed: nobody would collect the engine."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _private_stdout() -> TextIO:
+    """The real stdout for events alone: whatever TensorRT prints goes to stderr from here on."""
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return events
+
+
+if __name__ == "__main__":
+    main()

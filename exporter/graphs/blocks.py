@@ -1,0 +1,242 @@
+"""The layers of a decoder as ONNX nodes, dense and sparse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from shadowllm.bundle.weight_names import integers, scales
+from shadowllm.exporter.graphs.builder import GraphBuilder
+from shadowllm.exporter.graphs.nodes import batched, cast, gemm, mlp_activation, norm
+from shadowllm.exporter.graphs.selection import choose_heads, choose_neurons
+from shadowllm.models import ModelSpec
+from shadowllm.plugins import schemas
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of a graph share: computed once, from the position ids alone.
+
+    Attributes:
+        tokens: int64 ``[2]``, batch and seqlen.
+        write_indices: int64 ``(batch,)``, where this step's first token goes in the cache.
+        visible: bool ``(batch, 1, seqlen, capacity)``, None where no dense layer needs it.
+        lengths: int32 ``(batch,)``, tokens in the cache once this step is written.
+        cos, sin: ``(batch, seqlen, head_dim/2)``, None without RoPE.
+    """
+
+    tokens: ir.Value
+    write_indices: ir.Value
+    visible: ir.Value | None
+    lengths: ir.Value | None
+    cos: ir.Value | None
+    sin: ir.Value | None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of one layer, ``(batch, n_kv_heads, capacity, head_dim)`` each."""
+
+    key: ir.Value
+    value: ir.Value
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Active indices and counts of all sparse layers, as graph values; without indices the layers choose.
+
+    Attributes:
+        rank: of the networks by which layers choose their neurons; 0 where it is a low-bit copy.
+    """
+
+    head_indices: ir.Value | None
+    head_counts: ir.Value
+    neuron_indices: ir.Value | None
+    neuron_counts: ir.Value
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Indices of one layer's active heads ``(n_heads,)`` and neurons ``(intermediate_size,)``."""
+
+    heads: ir.Value
+    neurons: ir.Value
+
+
+def step(
+    g: GraphBuilder, spec: ModelSpec, position_ids: ir.Value, capacity_of: ir.Value, *, dense: bool, sparse: bool
+) -> Step:
+    """Derive masks, lengths and rotary tables from ``position_ids`` int64 ``(batch, seqlen)``."""
+    first, last = (g.op("Gather", position_ids, g.ints(i), axis=1) for i in (0, -1))
+    visible = lengths = cos = sin = None
+    if dense:
+        capacity = g.op("Squeeze", g.op("Shape", capacity_of, start=2, end=3))
+        slots = g.op("Range", g.ints(0), capacity, g.ints(1))
+        visible = g.op("LessOrEqual", slots, g.op("Unsqueeze", position_ids, g.ints([1, 3])))
+    if sparse:
+        lengths = g.op("Cast", g.op("Add", last, g.ints(1)), to=ir.DataType.INT32)
+    if spec.rope:
+        # In float32 whatever the model's type: 16-bit angles are wrong within a few hundred positions.
+        frequencies = g.constant(spec.rope.inverse_frequencies(spec.head_dim).astype(np.float32), "inverse_frequencies")
+        angles = g.op(
+            "Mul", g.op("Cast", g.op("Unsqueeze", position_ids, g.ints([2])), to=ir.DataType.FLOAT), frequencies
+        )
+        cos, sin = (cast(g, g.op(kind, angles)) for kind in ("Cos", "Sin"))
+    return Step(g.op("Shape", position_ids), first, visible, lengths, cos, sin)
+
+
+def dense_layer(
+    g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, step: Step, cache: Cache
+) -> tuple[ir.Value, Cache]:
+    """One layer with every head and neuron; returns hidden states and the updated cache."""
+    place = f"layers.{layer}"
+    normed = norm(g, spec, f"{place}.input_norm", x)
+    both = gemm(g, normed, [f"{place}.{part}_proj" for part in "qkv"], spec.qkv_bias)
+    query, cache = to_cache(g, spec, step, cache, both, spec.n_heads)
+    context = g.op("Attention", query, cache.key, cache.value, step.visible, scale=1 / math.sqrt(spec.head_dim))
+    context = g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), g.ints([-1, spec.n_heads * spec.head_dim]))
+    x = g.op("Add", x, gemm(g, context, [f"{place}.o_proj"], spec.o_bias, rows_out=False))
+    return g.op("Add", x, _dense_mlp(g, spec, layer, norm(g, spec, f"{place}.post_norm", x))), cache
+
+
+def _dense_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.Value:
+    place = f"layers.{layer}"
+    parts = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
+    hidden = mlp_activation(g, spec, gemm(g, x, [f"{place}.{part}" for part in parts], spec.mlp_bias))
+    return gemm(g, hidden, [f"{place}.down_proj"], spec.mlp_bias, rows_out=False)
+
+
+def sparse_layer(
+    g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step, cache: Cache, selection: Selection
+) -> tuple[ir.Value, Cache, Chosen]:
+    """One layer whose query heads and neurons are selected; K and V stay exact for every head.
+
+    Args:
+        row: of the selection that belongs to this layer.
+
+    Returns:
+        Hidden states, the updated cache, and what was active.
+    """
+    place = f"layers.{layer}"
+    normed = norm(g, spec, f"{place}.input_norm", x)
+    both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias)
+    _, cache = to_cache(g, spec, step, cache, both, 0)
+    count = _pick(g, selection.head_counts, row)
+    heads = (
+        _pick(g, selection.head_indices, row)
+        if selection.head_indices is not None
+        else choose_heads(g, spec, layer, normed, count)
+    )
+    x = g.op("Add", x, _sparse_attention(g, spec, layer, normed, step, cache, heads, count))
+    normed = norm(g, spec, f"{place}.post_norm", x)
+    count = _pick(g, selection.neuron_counts, row)
+    neurons = (
+        _pick(g, selection.neuron_indices, row)
+        if selection.neuron_indices is not None
+        else choose_neurons(g, spec, layer, normed, step.tokens, count, selection.rank)
+    )
+    x = g.op("Add", x, _sparse_mlp(g, spec, layer, normed, step, neurons, count))
+    return x, cache, Chosen(heads, neurons)
+
+
+def _sparse_attention(
+    g: GraphBuilder,
+    spec: ModelSpec,
+    layer: int,
+    normed: ir.Value,
+    step: Step,
+    cache: Cache,
+    indices: ir.Value,
+    count: ir.Value,
+) -> ir.Value:
+    place = f"layers.{layer}"
+    y = g.custom(
+        schemas.SPARSE_ATTENTION,
+        f"{place}.attention",
+        {
+            "x": batched(g, spec, step.tokens, normed),
+            "key": cache.key,
+            "value": cache.value,
+            "lengths": step.lengths,
+            "indices": indices,
+            "count": count,
+            **_rows(g, place, "q", spec.qkv_bias),
+            **_rows(g, place, "o", spec.o_bias),
+            "cos": step.cos,
+            "sin": step.sin,
+        },
+        n_heads=spec.n_heads,
+        layer=layer,
+    )
+    return _flat(g, spec, y)
+
+
+def _sparse_mlp(
+    g: GraphBuilder, spec: ModelSpec, layer: int, normed: ir.Value, step: Step, indices: ir.Value, count: ir.Value
+) -> ir.Value:
+    place = f"layers.{layer}"
+    parts = ("gate", "up", "down") if spec.gated else ("up", "down")
+    y = g.custom(
+        schemas.SPARSE_MLP,
+        f"{place}.mlp",
+        {
+            "x": batched(g, spec, step.tokens, normed),
+            "indices": indices,
+            "count": count,
+            **{name: value for part in parts for name, value in _rows(g, place, part, spec.mlp_bias).items()},
+        },
+        activation=spec.activation,
+        layer=layer,
+    )
+    return _flat(g, spec, y)
+
+
+def _rows(g: GraphBuilder, place: str, part: str, bias: bool) -> dict[str, ir.Value | None]:
+    """A matrix of a sparse op by its inputs' names, with its scales and bias where it has them."""
+    name = f"{place}.{part}_proj"
+    if g.quantisation is None:
+        found: dict[str, ir.Value | None] = {f"w_{part}": g.weight(f"{name}.weight")}
+    else:
+        found = {f"w_{part}": g.weight(integers(f"{name}.weight")), f"s_{part}": g.weight(scales(f"{name}.weight"))}
+    return found | ({f"b_{part}": g.weight(f"{name}.bias")} if bias else {})
+
+
+def to_cache(
+    g: GraphBuilder, spec: ModelSpec, step: Step, cache: Cache, projected: ir.Value, n_heads: int
+) -> tuple[ir.Value, Cache]:
+    """Rotate this step's heads and write its keys and values into the cache.
+
+    One transpose and one rotation serve query and key together: at one token a node costs more
+    than the few numbers it moves.
+
+    Args:
+        projected: ``(batch*seqlen, (n_heads + 2*n_kv_heads)*head_dim)``, query, key and value side by side.
+        n_heads: query heads in it; 0 where the sparse op projects them.
+
+    Returns:
+        The query ``(batch, n_heads, seqlen, head_dim)`` (the key when there is none) and the cache.
+    """
+    kv = spec.n_kv_heads
+    x = g.op("Reshape", projected, g.shape(step.tokens, [n_heads + 2 * kv, spec.head_dim]))
+    query_key, value = g.split(g.op("Transpose", x, perm=[0, 2, 1, 3]), [n_heads + kv, kv], axis=1)
+    if step.cos is not None:
+        query_key = g.op("RotaryEmbedding", query_key, step.cos, step.sin)
+    parts = g.split(query_key, [n_heads, kv] if n_heads else [kv], axis=1)
+    return parts[0], Cache(
+        *(
+            g.op("TensorScatter", past, new, step.write_indices, axis=2)
+            for past, new in ((cache.key, parts[-1]), (cache.value, value))
+        )
+    )
+
+
+def _pick(g: GraphBuilder, rows: ir.Value, row: int) -> ir.Value:
+    return g.op("Gather", rows, g.ints(row), axis=0)
+
+
+def _flat(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:
+    return g.op("Reshape", x, g.ints([-1, spec.hidden_size]))

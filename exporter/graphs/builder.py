@@ -1,0 +1,126 @@
+"""A thin layer over `onnx_ir` for writing one graph node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from shadowllm.bundle import op_domain
+from shadowllm.bundle.quantisation import Quantisation
+from shadowllm.bundle.weight_file import WeightStore
+from shadowllm.exporter.graphs.initializers import initializer
+from shadowllm.plugins import schemas
+from shadowllm.plugins.functions import MICROSOFT, OPSET
+
+IR_VERSION = 11
+Dims = Sequence[int | str]
+
+
+class GraphBuilder:
+    """Collects nodes, initializers, inputs and outputs of one ONNX graph.
+
+    Args:
+        name: of the graph.
+        dtype: of weights and activations.
+        store: where initializers lie.
+        quantisation: of its matrices, if they are integers.
+    """
+
+    def __init__(
+        self, name: str, dtype: ir.DataType, store: WeightStore, quantisation: Quantisation | None = None
+    ) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.quantisation = quantisation
+        self._store = store
+        self._tape = Tape()
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+        self._constants: dict[str, ir.Value] = {}
+
+    def input(self, name: str, shape: Dims, dtype: ir.DataType | None = None) -> ir.Value:
+        """A graph input; ``dtype`` defaults to that of the weights."""
+        value = ir.val(name, dtype=dtype or self.dtype, shape=list(shape))
+        self._inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, shape: Dims, dtype: ir.DataType | None = None) -> None:
+        """Name a value and make it a graph output."""
+        value.name, value.shape, value.dtype = name, ir.Shape(list(shape)), dtype or self.dtype
+        self._outputs.append(value)
+
+    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """A node with one output."""
+        return self._tape.op(op_type, inputs, attributes)
+
+    def split(self, x: ir.Value, sizes: Sequence[int], axis: int) -> Sequence[ir.Value]:
+        """``Split`` into parts of the given sizes."""
+        if len(sizes) == 1:
+            return (x,)
+        return self._tape.op_multi_out("Split", (x, self.ints(sizes)), {"axis": axis}, num_outputs=len(sizes))
+
+    def custom(
+        self, schema: schemas.OpSchema, name: str, inputs: dict[str, ir.Value | None], **attributes: Any
+    ) -> ir.Value:
+        """A named node of one of our ops, its inputs by name; those not given are left out."""
+        unknown = set(inputs) - {port.name for port in schema.inputs}
+        missing = [p.name for p in schema.inputs if not p.optional and inputs.get(p.name) is None]
+        if unknown or missing:
+            raise ValueError(f"{schema.name}: unknown inputs {unknown}, missing inputs {missing}")
+        ordered = [inputs.get(port.name) for port in schema.inputs]
+        while ordered[-1] is None:
+            ordered.pop()
+        return self._tape.op(schema.name, ordered, attributes, domain=op_domain.DOMAIN, name=name)
+
+    def microsoft(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """A node of ONNX Runtime's own domain; only graphs of integer weights have any."""
+        return self._tape.op(op_type, inputs, attributes, domain=MICROSOFT)
+
+    def weight(self, name: str, *rest: str, inner: tuple[int, ...] | None = None) -> ir.Value:
+        """An initializer in the shared data file; several names are one stacked matrix.
+
+        Args:
+            inner: dimensions to give a row instead of its own.
+        """
+        key = "+".join((name, *rest)) + (f"{list(inner)}" if inner else "")
+        if key not in self._constants:
+            tensor = initializer(self._store, name, *rest, inner=inner)
+            tensor.name = key
+            self._constants[key] = self._tape.initializer(tensor)
+        return self._constants[key]
+
+    def constant(self, array: np.ndarray, name: str) -> ir.Value:
+        """A small constant kept inside the ONNX file."""
+        if name not in self._constants:
+            self._constants[name] = self._tape.initializer(ir.tensor(array, name=name))
+        return self._constants[name]
+
+    def ints(self, values: Sequence[int] | int) -> ir.Value:
+        """An int64 constant: a vector, or a scalar for a plain int."""
+        return self.constant(np.asarray(values, dtype=np.int64), f"int64_{values}".replace(" ", ""))
+
+    def shape(self, leading: ir.Value, rest: Sequence[int]) -> ir.Value:
+        """A shape tensor: the dimensions in ``leading`` followed by constant ones."""
+        key = f"shape_{leading.name or id(leading)}_{list(rest)}"
+        if key not in self._constants:
+            self._constants[key] = self.op("Concat", leading, self.ints(rest), axis=0)
+        return self._constants[key]
+
+    def model(self, functions: Sequence[ir.Function] = ()) -> ir.Model:
+        """The finished model."""
+        imports = {"": OPSET} | ({op_domain.DOMAIN: op_domain.VERSION} if functions else {})
+        ours = [*self._tape.nodes, *(node for function in functions for node in function)]
+        imports |= {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in ours) else {}
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._tape.nodes,
+            initializers=self._tape.initializers,
+            opset_imports=imports,
+            name=self.name,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="shadowllm", functions=functions)

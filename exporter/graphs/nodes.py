@@ -1,0 +1,122 @@
+"""What layers are made of, as ONNX nodes: embeddings, norms, matrix products, activations.
+
+Hidden states are 2-D, ``(batch*seqlen, hidden_size)``, throughout: ``Gemm`` takes the weights in
+the layout the sparse ops need (``transB``), so both read the same bytes.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from shadowllm.bundle.quantisation import ACCURACY_LEVEL, Quantisation
+from shadowllm.bundle.weight_names import integers, scales, transposed
+from shadowllm.exporter.graphs.builder import GraphBuilder
+from shadowllm.models import ModelSpec
+
+
+def cast(g: GraphBuilder, x: ir.Value) -> ir.Value:
+    """A float32 value in the graph's own type."""
+    return x if g.dtype == ir.DataType.FLOAT else g.op("Cast", x, to=g.dtype)
+
+
+def as_float(g: GraphBuilder, x: ir.Value) -> ir.Value:
+    """A value of the graph's own type in float32."""
+    return x if g.dtype == ir.DataType.FLOAT else g.op("Cast", x, to=ir.DataType.FLOAT)
+
+
+def embed(g: GraphBuilder, spec: ModelSpec, input_ids: ir.Value, position_ids: ir.Value) -> ir.Value:
+    """Token and learned position embeddings, ``(batch*seqlen, hidden_size)``."""
+    flat = g.op("Reshape", input_ids, g.ints([-1]))
+    x = _embedding_rows(g, flat)
+    if spec.positions == "rope":
+        return x
+    places = g.op("Add", g.op("Reshape", position_ids, g.ints([-1])), g.ints(spec.position_offset))
+    return g.op("Add", x, g.op("Gather", g.weight("embed_positions.weight"), places, axis=0))
+
+
+def _embedding_rows(g: GraphBuilder, ids: ir.Value) -> ir.Value:
+    name, q = "embed_tokens.weight", g.quantisation
+    if q is None:
+        return g.op("Gather", g.weight(name), ids, axis=0)
+    return g.microsoft(
+        "GatherBlockQuantized",
+        g.weight(integers(name)),
+        ids,
+        g.weight(scales(name)),
+        gather_axis=0,
+        quantize_axis=1,
+        block_size=q.block,
+        bits=q.bits,
+    )
+
+
+def batched(g: GraphBuilder, spec: ModelSpec, tokens: ir.Value, x: ir.Value) -> ir.Value:
+    """Hidden states as the custom ops take them, ``(batch, seqlen, hidden_size)``.
+
+    Args:
+        tokens: int64 ``[2]``, batch and seqlen.
+    """
+    y = g.op("Reshape", x, g.shape(tokens, [spec.hidden_size]))
+    # No shape inference looks through the computed shape, and a custom op's output goes by its input.
+    y.dtype, y.shape = g.dtype, ir.Shape(["batch", "seqlen", spec.hidden_size])
+    return y
+
+
+def norm(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
+    """LayerNorm or RMSNorm over the last axis."""
+    weight = g.weight(f"{name}.weight")
+    if spec.norm == "layernorm":
+        return g.op("LayerNormalization", x, weight, g.weight(f"{name}.bias"), epsilon=spec.norm_eps, axis=-1)
+    return g.op("RMSNormalization", x, weight, epsilon=spec.norm_eps, axis=-1)
+
+
+def gemm(
+    g: GraphBuilder, x: ir.Value, names: list[str], bias: bool, *, rows_out: bool = True, width: int | None = None
+) -> ir.Value:
+    """``x`` times one stored matrix, or several stacked ones.
+
+    Args:
+        rows_out: the matrix's rows are output channels (q, k, v, gate, up); else they are input
+            channels (o, down).
+        width: of x, where integer weights may be padded beyond it.
+    """
+    biases = [g.weight(*(f"{name}.bias" for name in names))] if bias else []
+    matrices = [f"{name}.weight" for name in names]
+    if g.quantisation:
+        stored = matrices if rows_out else [transposed(name) for name in matrices]
+        return _integer_gemm(g, x, stored, biases, g.quantisation, width)
+    return g.op("Gemm", x, g.weight(*matrices), *biases, transB=int(rows_out))
+
+
+def _integer_gemm(
+    g: GraphBuilder, x: ir.Value, matrices: list[str], biases: list[ir.Value], q: Quantisation, width: int | None
+) -> ir.Value:
+    """``MatMulNBits``, whose matrices have output channels as rows."""
+    factors = g.weight(*map(scales, matrices))
+    n_out, blocks = map(int, factors.shape)  # type: ignore[arg-type]
+    data = g.weight(*map(integers, matrices), inner=(blocks, q.block * q.bits // 8))
+    inputs = [x, data, factors] + ([None, None, *biases] if biases else [])
+    return g.microsoft(
+        "MatMulNBits",
+        *inputs,
+        K=width or blocks * q.block,
+        N=n_out,
+        bits=q.bits,
+        block_size=q.block,
+        accuracy_level=ACCURACY_LEVEL,
+    )
+
+
+def mlp_activation(g: GraphBuilder, spec: ModelSpec, projected: ir.Value) -> ir.Value:
+    """What the down projection reads, of gate and up side by side or of up alone."""
+    if not spec.gated:
+        return activate(g, spec, projected)
+    gate, up = g.split(projected, [spec.intermediate_size] * 2, axis=1)
+    return g.op("Mul", activate(g, spec, gate), up)
+
+
+def activate(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:
+    """The MLP's activation."""
+    if spec.activation == "silu":
+        return g.op("Mul", x, g.op("Sigmoid", x))
+    return g.op({"relu": "Relu", "gelu": "Gelu"}[spec.activation], x)

@@ -1,0 +1,184 @@
+"""The four pieces of a bundle: ``dense``, ``stem``, ``predictor`` and ``body``.
+
+A dense step runs ``dense``. A sparse decode step runs ``stem`` (embeddings and the first layers,
+dense), ``predictor`` (hidden state in, active indices out) and ``body`` (the other layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
+from shadowllm.bundle.weight_file import WeightStore
+from shadowllm.exporter.graphs import blocks, nodes, selection
+from shadowllm.exporter.graphs.builder import GraphBuilder
+from shadowllm.models import ModelSpec
+from shadowllm.plugins.functions import CopyForm, FunctionForm, function_bodies
+
+INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT
+TOKENS = ["batch", "seqlen"]
+
+
+def function_form(
+    spec: ModelSpec, quantisation: Quantisation | None = None, copy: Quantisation | None = None
+) -> FunctionForm:
+    """The options of a model that its function bodies are written for.
+
+    Args:
+        copy: how gate and up are rounded for scoring neurons, if they are.
+    """
+    rows = (1 + spec.gated) * spec.intermediate_size
+    return FunctionForm(
+        activation=spec.activation,
+        gated=spec.gated,
+        qkv_bias=spec.qkv_bias,
+        o_bias=spec.o_bias,
+        mlp_bias=spec.mlp_bias,
+        rope=spec.rope is not None,
+        n_heads=spec.n_heads,
+        n_kv_heads=spec.n_kv_heads,
+        head_dim=spec.head_dim,
+        quantisation=quantisation,
+        copy=CopyForm(spec.hidden_size, rows, copy) if copy else None,
+    )
+
+
+def dense_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, q: Quantisation | None = None) -> ir.Model:
+    """The plain model: input_ids, position_ids, logits_to_keep, cache -> logits, cache."""
+    g = GraphBuilder("dense", dtype, store, q)
+    input_ids, position_ids = (g.input(name, TOKENS, INT64) for name in ("input_ids", "position_ids"))
+    keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
+    caches = _cache_inputs(g, spec, range(spec.n_layers))
+    step = blocks.step(g, spec, position_ids, caches[0].key, dense=True, sparse=False)
+    x = nodes.embed(g, spec, input_ids, position_ids)
+    for layer in range(spec.n_layers):
+        x, caches[layer] = blocks.dense_layer(g, spec, layer, x, step, caches[layer])
+    _logits(g, spec, x, step, keep)
+    _cache_outputs(g, spec, range(spec.n_layers), caches)
+    return g.model()
+
+
+def stem_graph(
+    spec: ModelSpec, store: WeightStore, dtype: ir.DataType, dense_layers: int, q: Quantisation | None = None
+) -> ir.Model:
+    """The first ``dense_layers`` layers: input_ids, position_ids, cache -> hidden, cache."""
+    g = GraphBuilder("stem", dtype, store, q)
+    input_ids, position_ids = (g.input(name, TOKENS, INT64) for name in ("input_ids", "position_ids"))
+    layers = range(dense_layers)
+    caches = _cache_inputs(g, spec, layers)
+    step = blocks.step(g, spec, position_ids, caches[0].key, dense=True, sparse=False)
+    x = nodes.embed(g, spec, input_ids, position_ids)
+    for layer in layers:
+        x, caches[layer] = blocks.dense_layer(g, spec, layer, x, step, caches[layer])
+    shape = g.shape(step.tokens, [spec.hidden_size])
+    g.output(g.op("Reshape", x, shape), "hidden", [*TOKENS, spec.hidden_size])
+    _cache_outputs(g, spec, layers, caches)
+    return g.model()
+
+
+def body_graph(
+    spec: ModelSpec,
+    store: WeightStore,
+    dtype: ir.DataType,
+    dense_layers: int,
+    q: Quantisation | None = None,
+    chooser: Predictor | None = None,
+) -> ir.Model:
+    """The sparse layers: hidden, position_ids, logits_to_keep, selection, cache -> logits, cache.
+
+    Args:
+        chooser: a predictor by which each layer chooses in place; indices are then outputs, a row each, as
+            ``neuron_indices.3``, not inputs.
+    """
+    g = GraphBuilder("body", dtype, store, q)
+    hidden = g.input("hidden", [*TOKENS, spec.hidden_size])
+    position_ids = g.input("position_ids", TOKENS, INT64)
+    keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
+    n_sparse = spec.n_layers - dense_layers
+    selection = blocks.Selection(
+        None if chooser else g.input("head_indices", [n_sparse, spec.n_heads], INT32),
+        g.input("head_counts", [n_sparse], INT32),
+        None if chooser else g.input("neuron_indices", [n_sparse, spec.intermediate_size], INT32),
+        g.input("neuron_counts", [n_sparse], INT32),
+        chooser.rank if chooser else 0,
+    )
+    layers = range(dense_layers, spec.n_layers)
+    caches = _cache_inputs(g, spec, layers)
+    step = blocks.step(g, spec, position_ids, caches[0].key, dense=False, sparse=True)
+    x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
+    for row, layer in enumerate(layers):
+        x, caches[row], chosen = blocks.sparse_layer(g, spec, layer, row, x, step, caches[row], selection)
+        if chooser:
+            g.output(chosen.heads, f"head_indices.{row}", [spec.n_heads], INT32)
+            g.output(chosen.neurons, f"neuron_indices.{row}", [spec.intermediate_size], INT32)
+    _logits(g, spec, x, step, keep)
+    _cache_outputs(g, spec, layers, caches)
+    copy = LOW_BIT_COPY if chooser and not chooser.rank else None
+    return g.model(function_bodies(function_form(spec, q, copy)))
+
+
+def predictor_graph(
+    spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None = None
+) -> ir.Model:
+    """hidden, counts -> indices; one selection for all sequences of the batch.
+
+    A static ranking is a constant, so there is no ``hidden`` input.
+    """
+    g = GraphBuilder("predictor", dtype, store, q)
+    widths = {"heads": spec.n_heads, "neurons": spec.intermediate_size}
+    scores = (
+        _shadow_scores(g, spec, predictor)
+        if predictor.kind == "shadow"
+        else {unit: g.weight(f"predictor.{unit}.scores") for unit in widths}
+    )
+    for unit, width in widths.items():
+        name = unit.removesuffix("s")
+        counts = g.input(f"{name}_counts", [predictor.n_sparse], INT32)
+        together = spec.heads_together if unit == "heads" else 1
+        indices = selection.select(g, f"select_{unit}", scores[unit], counts, width, together)
+        g.output(indices, f"{name}_indices", [predictor.n_sparse, width], INT32)
+    return g.model(function_bodies(function_form(spec, q)))
+
+
+def _shadow_scores(g: GraphBuilder, spec: ModelSpec, predictor: Predictor) -> dict[str, ir.Value]:
+    hidden = g.input("hidden", [*TOKENS, spec.hidden_size])
+    x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
+    # The last projection is linear: averaging the tokens' scores is projecting their average.
+    z = g.op("ReduceMean", selection.trunk(g, spec, "predictor.trunk", x), g.ints([0]), keepdims=1)
+    found = {}
+    for unit, width in (("heads", spec.n_heads), ("neurons", spec.intermediate_size)):
+        y = nodes.gemm(g, z, [f"predictor.{unit}"], bias=True, width=predictor.rank)
+        y = g.op("Reshape", y, g.ints([predictor.n_sparse, width]))
+        found[unit] = nodes.as_float(g, y)
+    return found
+
+
+def _logits(g: GraphBuilder, spec: ModelSpec, x: ir.Value, step: blocks.Step, keep: ir.Value) -> None:
+    """Norm and output projection of the kept positions only: a prompt needs its last row alone."""
+    x = g.op("Reshape", x, g.shape(step.tokens, [spec.hidden_size]))
+    x = g.op("GatherND", x, g.op("Unsqueeze", keep, g.ints([2])), batch_dims=1)
+    x = nodes.norm(g, spec, "final_norm", g.op("Reshape", x, g.ints([-1, spec.hidden_size])))
+    table = "embed_tokens" if spec.tied_embeddings else "lm_head"
+    logits = nodes.gemm(g, x, [table], bias=False)
+    logits = g.op("Reshape", logits, g.shape(g.op("Shape", keep), [spec.vocab_size]))
+    g.output(nodes.as_float(g, logits), "logits", ["batch", "kept", spec.vocab_size], FLOAT)
+
+
+def _cache_dims(spec: ModelSpec) -> list[int | str]:
+    return ["batch", spec.n_kv_heads, "capacity", spec.head_dim]
+
+
+def _cache_inputs(g: GraphBuilder, spec: ModelSpec, layers: range) -> list[blocks.Cache]:
+    return [
+        blocks.Cache(*(g.input(f"past_key_values.{i}.{part}", _cache_dims(spec)) for part in ("key", "value")))
+        for i in layers
+    ]
+
+
+def _cache_outputs(g: GraphBuilder, spec: ModelSpec, layers: range, caches: Sequence[blocks.Cache]) -> None:
+    for i, cache in zip(layers, caches, strict=True):
+        g.output(cache.key, f"present.{i}.key", _cache_dims(spec))
+        g.output(cache.value, f"present.{i}.value", _cache_dims(spec))

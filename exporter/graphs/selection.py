@@ -1,0 +1,96 @@
+"""How layers, or a predictor ahead of them, choose heads and neurons, as ONNX nodes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from shadowllm.bundle.quantisation import LOW_BIT_COPY
+from shadowllm.bundle.weight_names import copied, down_norms, integers, low_bit_copy, scales
+from shadowllm.exporter.graphs.builder import GraphBuilder
+from shadowllm.exporter.graphs.nodes import as_float, batched, cast, gemm
+from shadowllm.models import ModelSpec
+from shadowllm.plugins import schemas
+from shadowllm.predictor.networks import NORM_EPS
+
+
+def choose_heads(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
+    """The ``count`` heads that a linear map of the attention's input puts highest."""
+    weight, bias = (g.weight(f"predictor.layers.{layer}.heads.{part}") for part in ("weight", "bias"))
+    scores = _shared(g, g.op("Gemm", as_float(g, x), weight, bias, transB=1))
+    return _choose(g, f"layers.{layer}.select_heads", scores, count, spec.n_heads, spec.heads_together)
+
+
+def choose_neurons(
+    g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, tokens: ir.Value, count: ir.Value, rank: int
+) -> ir.Value:
+    """The ``count`` neurons that the layer's network, or the low-bit copy, puts highest.
+
+    Args:
+        tokens: int64 ``[2]``, batch and seqlen of x.
+        rank: of the network, 0 for the copy.
+    """
+    if rank:
+        place = f"predictor.layers.{layer}"
+        z = trunk(g, spec, f"{place}.trunk", x)
+        scores = _shared(g, as_float(g, gemm(g, z, [f"{place}.neurons"], bias=True, width=rank)))
+    else:
+        scores = _copy_scores(g, spec, layer, batched(g, spec, tokens, x), count)
+    return _choose(g, f"layers.{layer}.select_neurons", scores, count, spec.intermediate_size)
+
+
+def trunk(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
+    """The hidden layer of a learned network, ``relu(T layer_norm(x) + t)``; see `networks.scores`."""
+    ones = cast(g, g.constant(np.ones(spec.hidden_size, dtype=np.float32), "ones"))
+    normed = g.op("LayerNormalization", x, ones, epsilon=NORM_EPS, axis=-1)
+    return g.op("Relu", gemm(g, normed, [name], bias=True, width=spec.hidden_size))
+
+
+def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
+    """The length of each neuron's contribution, going by the low-bit copy, ``(1, intermediate_size)``."""
+    copies = [low_bit_copy(name) for name in copied(spec, layer)]
+    biased = (("gate", "up") if spec.gated else ("up",)) if spec.mlp_bias else ()
+    blocks = (LOW_BIT_COPY.blocks(spec.hidden_size), LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 8)
+    scores = g.custom(
+        schemas.SCORE_NEURONS,
+        f"layers.{layer}.score_neurons",
+        {
+            "x": x,
+            "copy": g.weight(*map(integers, copies), inner=blocks),
+            "scales": g.weight(*map(scales, copies)),
+            # One by one, as the layer itself reads them: TensorRT wants a place in the data file to have one size.
+            **{f"b_{part}": g.weight(f"layers.{layer}.{part}_proj.bias") for part in biased},
+            "lengths": g.weight(down_norms(layer)),
+            "count": count,
+        },
+        activation=spec.activation,
+        layer=layer,
+    )
+    # Nothing else infers them where the function body has gone.
+    scores.dtype, scores.shape = ir.DataType.FLOAT, ir.Shape([1, spec.intermediate_size])
+    return scores
+
+
+def _shared(g: GraphBuilder, scores: ir.Value) -> ir.Value:
+    """The mean ``(1, width)`` of ``(tokens, width)`` scores: there is one choice for all tokens."""
+    return g.op("ReduceMean", scores, g.ints([0]), keepdims=1)
+
+
+def _choose(g: GraphBuilder, name: str, scores: ir.Value, count: ir.Value, width: int, together: int = 1) -> ir.Value:
+    """Indices ``(width,)`` of the largest of ``(1, width)`` scores."""
+    counts = g.op("Unsqueeze", count, g.ints([0]))
+    return g.op("Reshape", select(g, name, scores, counts, width, together), g.ints([-1]))
+
+
+def select(g: GraphBuilder, name: str, scores: ir.Value, counts: ir.Value, width: int, together: int = 1) -> ir.Value:
+    """Indices ``(rows, width)`` of the ``counts`` largest of each row of scores.
+
+    Args:
+        together: so many neighbours are chosen as one. All get the sum of their scores, so that ties, which go
+            to the lower index, fall in whole groups.
+    """
+    if together > 1:
+        groups = g.op("Reshape", scores, g.ints([-1, width // together, together]))
+        sums = g.op("ReduceSum", groups, g.ints([2]), keepdims=1)
+        scores = g.op("Reshape", g.op("Expand", sums, g.ints([1, 1, together])), g.ints([-1, width]))
+    return g.custom(schemas.SELECT_TOPK, name, {"scores": scores, "counts": counts}, cap=width)

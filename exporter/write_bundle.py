@@ -1,0 +1,168 @@
+"""Write a bundle: weights once, four graphs over them, tokenizer, predictor and manifest."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import Tensor
+
+from shadowllm.bundle import op_domain
+from shadowllm.bundle.manifest import DATA_FILE, ITEMSIZE, Manifest, file_hash
+from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.quantisation import WEIGHT_DTYPES, Quantisation
+from shadowllm.bundle.quantised_tensors import (
+    CopyTensors,
+    QuantisedTensors,
+    RoundedTensors,
+    check_quantisable,
+)
+from shadowllm.bundle.weight_file import TORCH_DTYPES, WeightStore
+from shadowllm.bundle.weight_layout import Group, copy_groups, model_groups, quantised_groups
+from shadowllm.bundle.weights import PREDICTOR_FILE
+from shadowllm.errors import UserError
+from shadowllm.exporter.graphs import pieces
+from shadowllm.exporter.graphs.initializers import DTYPES
+from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights
+from shadowllm.models.files.config import GENERATION_CONFIG
+from shadowllm.models.spec import HeadUnit
+from shadowllm.progress import progress
+
+TOOLS = ("shadowllm", "onnx-ir", "torch", "transformers")
+
+
+def write_bundle(
+    folder: Path,
+    name: str,
+    weights: Weights,
+    checkpoint: Checkpoint,
+    predictor: Predictor,
+    *,
+    dtype: str = "float32",
+    weight_dtype: str | None = None,
+    budget: Budget,
+    head_unit: HeadUnit = "query_head",
+) -> Manifest:
+    """Fill ``folder`` with a bundle; weights stream through memory one tensor at a time.
+
+    Args:
+        name: what the manifest calls the model.
+        dtype: of weights and activations: "float32", "float16" or "bfloat16".
+        weight_dtype: "int8" or "int4" to store matrices as integers.
+        budget: default fractions to keep; any other can be asked for at run time.
+        head_unit: what is chosen among heads: query heads, or whole KV groups.
+
+    Raises:
+        UserError: an unknown or unsuitable dtype, a predictor of another model, or a damaged checkpoint.
+    """
+    check_dtypes(weights.spec, dtype, weight_dtype)
+    spec = replace(weights.spec, head_unit=head_unit)
+    q = WEIGHT_DTYPES[weight_dtype] if weight_dtype else None
+    fingerprint = weights.fingerprint()
+    predictor.check_base(spec, fingerprint)
+    store = WeightStore(folder / DATA_FILE, _groups(spec, dtype, predictor, q))
+    parts = {name: tensor for name, _, tensor in _predictor_parts(predictor)}
+    tensors: Mapping[str, Tensor] = ChainMap(parts, weights)  # type: ignore[arg-type]
+    stored = QuantisedTensors(tensors, q) if q else tensors
+    copies = CopyTensors(RoundedTensors(weights, TORCH_DTYPES[dtype], q))
+    with progress("Writing weights", store.size) as advance:
+        hashes = {DATA_FILE: store.write(ChainMap(copies, stored), advance)}  # type: ignore[arg-type]
+    for piece, model in _models(spec, store, DTYPES[dtype], predictor, q):
+        ir.save(model, folder / f"{piece}.onnx")
+    predictor.save(folder / PREDICTOR_FILE)
+    _write_companions(folder, checkpoint)
+    written = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    hashes |= {name: file_hash(path) for name, path in written.items() if name not in hashes}
+    manifest = Manifest(
+        model=name,
+        spec=spec,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        dense_layers=predictor.dense_layers,
+        budgets={"neurons": budget.neurons, "heads": budget.heads},
+        selector="per-layer" if predictor.per_layer else "upfront",
+        predictor={"kind": predictor.kind, "rank": predictor.rank, **predictor.record},
+        base_fingerprint=fingerprint,
+        op_domain_version=op_domain.VERSION,
+        tools={tool: version(tool) for tool in TOOLS},
+        files=hashes,
+    )
+    manifest.write(folder)
+    return manifest
+
+
+def check_dtypes(spec: ModelSpec, dtype: str, weight_dtype: str | None) -> None:
+    """Refuse types that a bundle cannot have.
+
+    Raises:
+        UserError: an unknown type, or one that does not suit the model.
+    """
+    for given, known in ((dtype, ITEMSIZE), (weight_dtype or "int8", WEIGHT_DTYPES)):
+        if given not in known:
+            raise UserError(f"dtype {given!r} is not supported", f"use one of {', '.join(known)}")
+    if weight_dtype:
+        check_quantisable(spec, dtype, WEIGHT_DTYPES[weight_dtype])
+
+
+def _models(
+    spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None
+) -> Iterator[tuple[str, ir.Model]]:
+    yield "dense", pieces.dense_graph(spec, store, dtype, q)
+    yield "stem", pieces.stem_graph(spec, store, dtype, predictor.dense_layers, q)
+    if not predictor.per_layer:
+        yield "predictor", pieces.predictor_graph(spec, store, dtype, predictor, q)
+    chooser = predictor if predictor.per_layer else None
+    yield "body", pieces.body_graph(spec, store, dtype, predictor.dense_layers, q, chooser)
+
+
+def _groups(spec: ModelSpec, dtype: str, predictor: Predictor, q: Quantisation | None) -> Iterator[Group]:
+    yield from model_groups(spec, dtype, q)
+    if predictor.kind == "quantized-shadow":
+        yield from copy_groups(spec, predictor.dense_layers)
+    for name, source, tensor in _predictor_parts(predictor):
+        if q and source in predictor.learned and name.endswith(".weight"):
+            yield from quantised_groups({name: tuple(tensor.shape)}, q)
+        else:
+            # What is small keeps its precision.
+            yield [(name, tuple(tensor.shape), dtype if source in predictor.learned else "float32")]
+
+
+def _predictor_parts(predictor: Predictor) -> Iterator[tuple[str, str, Tensor]]:
+    """What the graphs read of a predictor: its name there, the name of the predictor's tensor it is cut from, itself.
+
+    A network or a static ranking is read as a whole, and layer by layer where layers choose.
+    """
+    if not predictor.per_layer:
+        for name in predictor.learned or ("heads.scores", "neurons.scores"):
+            yield f"predictor.{name}", name, predictor.tensors[name]
+        return
+    for name, tensor in predictor.tensors.items():
+        if name.startswith("layers."):
+            for layer, part in enumerate(tensor.chunk(predictor.n_sparse), predictor.dense_layers):
+                yield f"predictor.layers.{layer}.{name.removeprefix('layers.')}", name, part
+
+
+def _write_companions(folder: Path, checkpoint: Checkpoint) -> None:
+    """Tokenizer, config and generation config, as Hugging Face names them."""
+    checkpoint.config.save_pretrained(folder)
+    own = checkpoint.folder / GENERATION_CONFIG
+    if checkpoint.gguf is None and own.is_file():
+        shutil.copyfile(own, folder / GENERATION_CONFIG)  # as it is: saving a read one refuses some and shortens others
+    else:
+        checkpoint.generation_config.save_pretrained(folder)
+    if checkpoint.has_tokenizer():
+        tokenizer = checkpoint.tokenizer()
+        if tokenizer.is_fast:
+            tokenizer.save_pretrained(folder)
+        else:
+            warnings.warn(
+                f"the tokenizer of {checkpoint.folder}, {type(tokenizer).__name__}, cannot be written as "
+                "tokenizer.json: the bundle has none, and takes token ids only",
+                stacklevel=2,
+            )

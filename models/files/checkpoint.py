@@ -1,0 +1,111 @@
+"""Open a checkpoint: a local folder, a GGUF file or a name on the Hugging Face hub; tensors are read lazily."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shadowllm.errors import UserError
+from shadowllm.models.files import tokenizer, weight_files
+from shadowllm.models.files.config import read_config, read_generation_config
+from shadowllm.models.files.dequantise import DequantisedTensors
+from shadowllm.models.files.gguf_file import GGUFTensors
+from shadowllm.models.files.hub import download
+from shadowllm.models.files.lfs import refuse_pointers
+from shadowllm.models.files.quantised_checkpoint import plain_tensors
+from shadowllm.models.files.safetensors_file import SafetensorsFiles
+from shadowllm.models.weights import TensorFile
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of a model.
+
+    Attributes:
+        folder: local folder they lie in.
+        gguf: name of the GGUF file in it (of a split model, the first part); None for safetensors.
+        config: the Hugging Face config object.
+        generation_config: the Hugging Face generation config; its stop tokens are those of the model.
+        tensors: the weights as floats, by Hugging Face name.
+        renamed: names of tensors that a wrapper has changed, as they are stored -> as Hugging Face has them.
+        quantised: whether the tensors are stored as integers or float8 with scales.
+        trust_remote_code: as the caller allowed it.
+    """
+
+    folder: Path
+    gguf: str | None
+    config: Any
+    generation_config: Any
+    tensors: TensorFile
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    quantised: bool = False
+    trust_remote_code: bool = False
+    _read: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer that belongs to the checkpoint; see `load_tokenizer`. It is read once."""
+        if "tokenizer" not in self._read:
+            self._read["tokenizer"] = tokenizer.load_tokenizer(self.folder, self.gguf, self.trust_remote_code)
+        return self._read["tokenizer"]
+
+    def has_tokenizer(self) -> bool:
+        """Whether the checkpoint holds a tokenizer."""
+        if isinstance(self.tensors, GGUFTensors):
+            return self.tensors.has_tokenizer
+        return tokenizer.has_tokenizer(self.folder, None)
+
+
+def open_checkpoint(model: str | Path, cache_dir: Path | None, trust_remote_code: bool) -> Checkpoint:
+    """Find the files of ``model`` and read its config; weights stay on disk.
+
+    Raises:
+        UserError: nothing there, several GGUF models, pickled weights only, an adapter, a bundle, or a config or a
+            quantisation that cannot be read.
+    """
+    path = _local(str(model), cache_dir)
+    if path.is_file():
+        return _open_gguf(path)
+    config = read_config(path, trust_remote_code) if (path / "config.json").is_file() else None
+    files = weight_files.safetensors_files(path, getattr(config, "transformers_weights", None))
+    if not files:
+        gguf = weight_files.gguf_file(path)
+        if gguf is None:
+            weight_files.refuse_what_is_no_model(path)
+        return _open_gguf(path / str(gguf))
+    refuse_pointers(files)
+    weight_files.warn_of_adapter(path)
+    config = config or read_config(path, trust_remote_code)
+    stored = SafetensorsFiles(files)
+    tensors = plain_tensors(stored, config, path)
+    return Checkpoint(
+        path,
+        None,
+        config,
+        read_generation_config(path, config),
+        tensors,
+        stored.renamed,
+        isinstance(tensors, DequantisedTensors),
+        trust_remote_code,
+    )
+
+
+def _local(model: str, cache_dir: Path | None) -> Path:
+    """The folder or GGUF file of a model, downloaded where it is none yet."""
+    path = Path(model).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise UserError(f"{path} is one file", "give the folder it lies in, with config.json, or a .gguf file")
+    return download(model, cache_dir)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    from transformers import GenerationConfig
+
+    parts = weight_files.gguf_parts(path)
+    refuse_pointers(parts)
+    tensors = GGUFTensors(parts)
+    generation = GenerationConfig.from_model_config(tensors.config)
+    return Checkpoint(path.parent, parts[0].name, tensors.config, generation, tensors)

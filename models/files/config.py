@@ -1,0 +1,100 @@
+"""A model's ``config.json`` and ``generation_config.json``, read by ``transformers`` behind one guard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shadowllm.errors import UserError, foreign_reader, in_one_line
+from shadowllm.models.files.lfs import refuse_pointers
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+
+# Sizes that must be whole numbers above zero wherever a config gives them. ``transformers`` checks their type, not
+# their value, and divides by some of them.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "ffn_dim",
+    "word_embed_proj_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+def read_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The Hugging Face config object of a folder.
+
+    Raises:
+        UserError: no config, unreadable JSON, a size that is no positive number, or what ``transformers`` refuses.
+    """
+    from transformers import AutoConfig
+
+    path = folder / CONFIG
+    data = read_json_object(path)
+    if not isinstance(data.get("model_type"), str) and "auto_map" not in data:
+        raise UserError(f"{path} does not say which family the model is of", "it needs a model_type, such as llama")
+    for name in SIZES:
+        size = data.get(name)
+        if size is not None and (type(size) is not int or size < 1):
+            raise UserError(f"{path} says {name} is {size!r}", "it must be a whole number above 0")
+    remedy = "correct config.json, or download the model again"
+    with foreign_reader(f"transformers cannot read {path}", remedy):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    old = data.get("compression_config")  # as compressed-tensors called it at first
+    if isinstance(old, dict) and getattr(config, "quantization_config", None) is None:
+        config.quantization_config = old
+    return config
+
+
+def read_generation_config(folder: Path, config: Any) -> Any:
+    """The model's own generation config; where there is none, what ``transformers`` makes of its config.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return GenerationConfig.from_model_config(config)
+    read_json_object(path)
+    with foreign_reader(f"transformers cannot read {path}", "correct the file, or remove it"):
+        return GenerationConfig.from_pretrained(folder)
+
+
+def token_ids(value: Any, name: str) -> tuple[int, ...]:
+    """Token ids given as one number, a list of them or null.
+
+    Raises:
+        UserError: something else, or a negative number.
+    """
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    for item in ids:
+        if type(item) is not int or item < 0:
+            raise UserError(f"the model's {name} is {value!r}", "it must be a token id, a list of them, or null")
+    return ids
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        UserError: the file is missing, is a pointer of Git LFS or holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no {path.name} in {path.parent}", "a model folder holds it beside the weights")
+    refuse_pointers([path])
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON ({in_one_line(error)})", "download the file again") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} does not hold a JSON object", "download the file again")
+    return data

@@ -1,0 +1,152 @@
+"""Integers and float8 of a checkpoint turned back into floats, one tensor at a time, as compressed-tensors does it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shadowllm.errors import UserError
+from shadowllm.models.files.safetensors_file import SafetensorsFiles
+
+SCALES = ("weight_scale", "weight_scale_inv")
+# Of activations and of the cache, which stay floats here.
+ACTIVATION_SCALES = (
+    "input_scale",
+    "activation_scale",
+    "input_zero_point",
+    "output_scale",
+    "output_zero_point",
+    "k_scale",
+    "v_scale",
+)
+PARTS = (*SCALES, "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx", *ACTIVATION_SCALES)
+PACKED_BITS = (4, 8)
+WORD = 32
+FLOATS = ("F64", "F32", "F16", "BF16")
+DAMAGED = "the checkpoint is damaged: download it again, or use the model it was quantised from"
+
+
+class DequantisedTensors:
+    """A quantised checkpoint as one of floats: ``X.weight`` is made of ``X.weight`` or ``X.weight_packed``,
+    ``X.weight_scale`` (or ``weight_scale_inv``) and ``X.weight_zero_point``.
+
+    Args:
+        tensors: the files.
+        block: rows and columns that share a scale, where the sizes do not say so by themselves.
+        floats_are_final: a weight that is stored as floats is not multiplied by the scale beside it.
+
+    Attributes:
+        dtypes: as of `SafetensorsFiles`; "F32" for what is dequantised.
+
+    Raises:
+        UserError: at `read`, where the parts of a weight are missing or do not fit together.
+    """
+
+    def __init__(
+        self, tensors: SafetensorsFiles, block: tuple[int, int] | None = None, floats_are_final: bool = False
+    ) -> None:
+        self._tensors, self._block = tensors, block
+        names = tensors.names()
+        modules = {name.rpartition(".")[0] for name in names if name.endswith((*SCALES, "weight_packed"))}
+        plain = {name for name in names if name.rpartition(".")[2] not in PARTS}
+        final = {name for name in plain if floats_are_final and tensors.dtypes[name] in FLOATS}
+        self._quantised = {f"{module}.weight" for module in modules} - final
+        self._names = plain | self._quantised
+        self.dtypes = {name: "F32" if name in self._quantised else tensors.dtypes[name] for name in self._names}
+
+    def names(self) -> set[str]:
+        return set(self._names)
+
+    def fingerprint(self) -> str:
+        return self._tensors.fingerprint()
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._quantised:
+            return self._tensors.read(name)
+        module = name.removesuffix(".weight")
+        scale, zero = self._scale(module), self._part(module, "weight_zero_point")
+        packed = self._part(module, "weight_packed")
+        if packed is None:
+            weight = self._needed(module, "weight")
+        else:
+            shape = self._needed(module, "weight_shape").tolist()
+            _require(isinstance(shape, list) and len(shape) == 2, f"{module}.weight_shape is {shape}, not two sizes")
+            rows, width = shape
+            weight = unpacked(packed, width, name)
+            if zero is not None:
+                zero = unpacked(zero.T, rows, name).T
+        _require(weight.ndim == 2, f"{name} has {weight.ndim} dimensions, not 2")
+        columns = self._part(module, "weight_g_idx")
+        wide = weight.to(scale.dtype)  # in the type of the scales, as compressed-tensors multiplies
+        if zero is not None:
+            wide = wide - self._spread(name, zero.to(scale.dtype), wide.shape, columns)
+        return wide * self._spread(name, scale, wide.shape, columns)
+
+    def _part(self, module: str, part: str) -> Tensor | None:
+        name = f"{module}.{part}"
+        return self._tensors.read(name) if name in self._tensors.names() else None
+
+    def _needed(self, module: str, part: str) -> Tensor:
+        found = self._part(module, part)
+        if found is None:
+            raise UserError(f"the checkpoint lacks the tensor {module}.{part}", DAMAGED)
+        return found
+
+    def _scale(self, module: str) -> Tensor:
+        present = [part for part in SCALES if f"{module}.{part}" in self._tensors.names()]
+        _require(len(present) == 1, f"{module} has {' and '.join(present) or 'no scale'} beside its weight")
+        scale = self._needed(module, present[0])
+        # Powers of two, which PyTorch does not compute with; as bytes they are the exponents.
+        if scale.dtype == torch.uint8:
+            scale = scale.view(torch.float8_e8m0fnu)
+        if scale.dtype == torch.float8_e8m0fnu:
+            scale = scale.float()
+        _require(scale.dtype.is_floating_point, f"{module}.{present[0]} holds integers ({scale.dtype})")
+        return scale
+
+    def _spread(self, name: str, grid: Tensor, shape: torch.Size, columns: Tensor | None) -> Tensor:
+        """Scales or zero points so that each weight meets its own: of a tensor, of rows, of groups or of blocks."""
+        if grid.numel() == 1:
+            return grid.reshape(1, 1)
+        grid = grid[:, None] if grid.ndim == 1 else grid
+        misfit = f"the scales of {name} do not fit its shape: {tuple(grid.shape)} for {tuple(shape)}"
+        _require(grid.ndim == 2 and grid.numel() > 0, misfit)
+        if columns is not None and bool((columns >= 0).all()):  # groups in an order of their own
+            fits = columns.shape == shape[1:] and int(columns.max()) < grid.shape[1] and len(grid) == shape[0]
+            _require(fits, misfit)
+            return grid[:, columns.long()]
+        for axis in (0, 1):
+            step = self._step(shape[axis], grid.shape[axis], axis)
+            _require(step > 0, misfit)
+            grid = grid.repeat_interleave(step, dim=axis)
+        return grid[: shape[0], : shape[1]]
+
+    def _step(self, size: int, parts: int, axis: int) -> int:
+        """Rows or columns that share a scale; 0 where they cannot be shared out."""
+        given = self._block[axis] if self._block else 0
+        if given > 0 and -(-size // given) == parts:
+            return given  # the last block may be shorter
+        return 0 if size % parts else size // parts
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise UserError(problem, DAMAGED)
+
+
+def unpacked(words: Tensor, width: int, name: str) -> Tensor:
+    """Integers of 4 or 8 bits out of int32 ``(rows, words)``, lowest bits first: int8 ``(rows, width)``.
+
+    Raises:
+        UserError: another number of bits, or something else than rows of int32.
+    """
+    _require(words.ndim == 2 and words.dtype == torch.int32, f"{name} is not packed in rows of int32")
+    bits = next((b for b in PACKED_BITS if -(-width * b // WORD) == words.shape[1]), None)
+    if bits is None:
+        raise UserError(
+            f"{name} is packed in {words.shape[1]} words for {width} weights, which is neither 4 nor 8 bits",
+            "use the model it was quantised from",
+        )
+    shifts = torch.arange(0, WORD, bits, dtype=torch.int32)
+    values = (words[:, :, None] >> shifts) & ((1 << bits) - 1)
+    return (values.flatten(1)[:, :width] - (1 << (bits - 1))).to(torch.int8)

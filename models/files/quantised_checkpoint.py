@@ -1,0 +1,172 @@
+"""Checkpoints that are quantised already: turned back into floats where that is exact, refused by name elsewhere.
+
+Read are the formats of compressed-tensors that keep one integer or float8 per weight, whole or packed, and FP8 as
+DeepSeek and Qwen publish it. Activations that such a checkpoint would quantise as well are left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shadowllm.errors import UserError
+from shadowllm.models.files.config import read_json_object
+from shadowllm.models.files.dequantise import ACTIVATION_SCALES, FLOATS, PACKED_BITS, DequantisedTensors
+from shadowllm.models.files.safetensors_file import SafetensorsFiles
+from shadowllm.models.weights import TensorFile
+
+READABLE_FORMATS = ("dense", "float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+USE_ORIGINAL = (
+    "use the model it was quantised from; --weight-dtype int8 or int4 quantises it again at export, if that is wanted"
+)
+WAYS_OUT = {
+    "bitsandbytes": "load it with transformers, call model.dequantize() and save_pretrained(), and export that",
+    "mlx": "convert it back with mlx_lm.convert --dequantize, or use the model it was made from",
+}
+# Files in which tools kept their settings before these went into config.json.
+OLD_CONFIGS = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "quantization_config.json": "quanto",
+}
+# What lies beside a weight, by the last part of its name, and which method puts it there. The first match counts.
+SIBLINGS = {
+    "SCB": "bitsandbytes LLM.int8",
+    "weight_format": "bitsandbytes LLM.int8",
+    "absmax": "bitsandbytes 4 bit",
+    "quant_map": "bitsandbytes 4 bit",
+    "quant_state": "bitsandbytes 4 bit",
+    "g_idx": "GPTQ",
+    "qzeros": "GPTQ or AWQ",
+    "qweight": "GPTQ or AWQ",
+    "q_weight": "EXL2",
+    "trellis": "EXL3",
+    "weight_scale_2": "NVFP4 (ModelOpt)",
+    "weight_global_scale": "NVFP4 (compressed-tensors)",
+    "weight_packed": "compressed-tensors",
+    "weight_scale_inv": "FP8",
+    "weight_scale": "FP8, W8A8 or the like",
+    "W_q": "HQQ",
+    "codebooks": "AQLM",
+    "Qidxs": "QuIP#",
+    "_data": "quanto",
+    "biases": "MLX",
+    "scales": "MLX or the like",
+    "zero_point": "an integer method",
+}
+
+
+def plain_tensors(tensors: SafetensorsFiles, config: Any, folder: Path) -> TensorFile:
+    """The tensors as floats, whatever the config says they were quantised by.
+
+    Raises:
+        UserError: a method, or a format of one, that is not read.
+    """
+    method, settings = _method(config, folder, tensors)
+    if method is None:
+        return tensors
+    if method == "compressed-tensors":
+        _check_compressed(settings, folder)
+        return DequantisedTensors(tensors, _block(settings), floats_are_final=True)
+    if method == "fp8":
+        return DequantisedTensors(tensors, _block(settings))
+    tool = next((name for name in WAYS_OUT if method.startswith(name)), "")
+    raise UserError(f"{folder} is quantised by {method}, which is not read", WAYS_OUT.get(tool, USE_ORIGINAL))
+
+
+def check_float(tensors: TensorFile, used: Iterable[str]) -> None:
+    """Refuse weights that are no plain floats, and weights that something beside them changes.
+
+    Args:
+        used: names of the tensors that are read.
+
+    Raises:
+        UserError: an integer or float8 tensor, or a scale, zero point or adapter beside one that is used.
+    """
+    used = set(used)
+    modules = {name.rpartition(".")[0] for name in used}
+    for name in sorted(tensors.names() - used):
+        pieces = name.split(".")
+        # Some methods write several words: q_proj.weight.quant_state.bitsandbytes__nf4.
+        owner = next((m for i in range(1, len(pieces)) if (m := ".".join(pieces[:i])) in modules), None)
+        part = name.removeprefix(f"{owner}.")
+        if owner is not None and part not in ("bias", *ACTIVATION_SCALES):
+            _refuse_sibling(owner, part)
+    for name in sorted(used):
+        if (dtype := tensors.dtypes.get(name, "F32")) not in FLOATS:
+            raise UserError(f"tensor {name} is of type {dtype}, and nothing says what its numbers mean", USE_ORIGINAL)
+
+
+def _refuse_sibling(owner: str, part: str) -> None:
+    pieces = part.split(".")
+    method = next((m for ending, m in SIBLINGS.items() if any(piece.endswith(ending) for piece in pieces)), None)
+    if method is None:
+        raise UserError(
+            f"beside the weight of {owner} lies {part}, which is not read",
+            "merge it into the weight with the tool that made it, and export the result",
+        )
+    raise UserError(
+        f"beside the weight of {owner} lies {part}: the checkpoint is quantised ({method}), "
+        "and config.json does not say how",
+        USE_ORIGINAL,
+    )
+
+
+def _method(config: Any, folder: Path, tensors: SafetensorsFiles) -> tuple[str | None, Mapping[str, Any]]:
+    """Which method quantised the checkpoint, and what its config says about it."""
+    # First, because mlx_lm writes a quantization_config without a method as well.
+    if getattr(config, "quantization", None) or (tensors.format == "mlx" and _has(tensors, "scales")):
+        return "mlx", {}
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        return _name(settings), settings
+    for name, method in OLD_CONFIGS.items():
+        if (folder / name).is_file():
+            return method, read_json_object(folder / name)
+    return None, {}
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    method = str(settings.get("quant_method") or "an unnamed method")
+    if settings.get("load_in_8bit") or settings.get("load_in_4bit"):
+        return f"bitsandbytes ({'LLM.int8' if settings.get('load_in_8bit') else '4 bit'})"
+    return method
+
+
+def _has(tensors: SafetensorsFiles, part: str) -> bool:
+    return any(name.endswith(f".{part}") for name in tensors.names())
+
+
+def _check_compressed(settings: Mapping[str, Any], folder: Path) -> None:
+    formats = {str(group["format"]) for group in _groups(settings) if group.get("format")}
+    unread = sorted((formats or {str(settings.get("format") or "dense")}) - set(READABLE_FORMATS))
+    sparsity = _mapping(settings, "sparsity_config").get("format") or "dense"
+    if sparsity != "dense":
+        unread.append(str(sparsity))
+    if settings.get("transform_config"):
+        unread.append("transforms of the weights")
+    bits = {_mapping(group, "weights").get("num_bits") for group in _groups(settings)} - {None, *PACKED_BITS}
+    if bits and not unread:
+        unread.append(f"numbers of {bits.pop()} bits")
+    if unread:
+        raise UserError(f"{folder} is quantised by compressed-tensors as {unread[0]}, which is not read", USE_ORIGINAL)
+
+
+def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, where the config says so."""
+    weights = [_mapping(group, "weights") for group in _groups(settings)]
+    for size in (settings.get("weight_block_size"), *(each.get("block_structure") for each in weights)):
+        if isinstance(size, list) and len(size) == 2 and all(type(each) is int for each in size):
+            return size[0], size[1]
+    return None
+
+
+def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [group for group in _mapping(settings, "config_groups").values() if isinstance(group, Mapping)]
+
+
+def _mapping(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = settings.get(key)
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,204 @@
+"""How the next token is chosen from the logits: what the user asks for, and what the model's maker did."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shadowllm.bundle.manifest import Manifest, verify_files
+from shadowllm.errors import UserError, in_one_line
+from shadowllm.json_types import check_type
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessorList
+
+LEAST_TEMPERATURE = 1e-30  # logits up to 1e8 divided by it stay finite in float32
+CONFIG = "generation_config.json"
+REMEDY = "mend that file of the model, and export again"
+# Fields of it that are used here: always, and when sampling.
+ALWAYS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
+SAMPLED = ("top_k", "top_p", "min_p")
+# Fields that change the text and are not used here, each with the value that changes nothing.
+UNUSED = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0,
+    "guidance_scale": 1,
+    "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "max_time": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "sequence_bias": None,
+    "token_healing": False,
+    "watermarking_config": None,
+}
+UNUSED_SAMPLED = {"typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "top_h": None}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits, with the names and meanings of `transformers`.
+
+    Attributes:
+        temperature: 0 takes the most probable token (greedy); above 0 samples.
+        top_k: keep only the k most probable tokens; 0 keeps all. Like top_p and min_p without effect when greedy.
+        top_p: keep the fewest most probable tokens whose probabilities reach this sum (nucleus
+            sampling, Holtzman et al., arXiv 1904.09751); 1 keeps all.
+        seed: of the random draws.
+        min_p: keep the tokens that are at least this share as probable as the most probable one; 0 keeps all.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens that stand in prompt or
+            text already (Keskar et al., arXiv 1909.05858); 1 changes nothing.
+        no_repeat_ngram_size: no run of so many tokens comes twice; 0 allows all.
+        bad_words_ids: runs of tokens that never come.
+        suppress_tokens, begin_suppress_tokens: tokens that never come, or not as the first new one.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise UserError(
+                f"temperature {self.temperature} cannot be used",
+                f"0 is greedy, 1 samples as trained, {LEAST_TEMPERATURE} is the least above 0",
+            )
+        if self.top_k < 0:
+            raise UserError(f"top-k {self.top_k} is negative", "0 keeps all tokens")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p {self.top_p} is not in (0, 1]", "1 keeps all tokens")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min-p {self.min_p} is not in [0, 1]", "0 keeps all tokens")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"repetition penalty {self.repetition_penalty} is not above 0", "1 changes nothing")
+        if self.no_repeat_ngram_size < 0:
+            raise UserError(f"no-repeat n-gram size {self.no_repeat_ngram_size} is negative", "0 allows all")
+        if not 0 <= self.seed < 1 << 64:
+            raise UserError(f"seed {self.seed} is out of range", "give 0 to 2**64 - 1")
+
+    def processors(self, prompt_len: int, stop_ids: Sequence[int] = ()) -> LogitsProcessorList:
+        """What `transformers` puts logits through for these values, in its order; empty where nothing changes them.
+
+        Args:
+            prompt_len: tokens of the sequence's prompt.
+            stop_ids: tokens that end a sequence; a bad word that is one of them alone does not count.
+        """
+        import transformers as t
+
+        found = t.LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            found.append(t.RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if self.no_repeat_ngram_size:
+            found.append(t.NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
+        if words := [list(word) for word in self.bad_words_ids if tuple(word) not in {(stop,) for stop in stop_ids}]:
+            found.append(t.NoBadWordsLogitsProcessor(words))
+        if self.suppress_tokens:
+            found.append(t.SuppressTokensLogitsProcessor(list(self.suppress_tokens)))
+        if self.begin_suppress_tokens:
+            found.append(t.SuppressTokensAtBeginLogitsProcessor(list(self.begin_suppress_tokens), prompt_len))
+        if self.temperature:
+            found.extend(self._warpers())
+        return found
+
+    def _warpers(self) -> LogitsProcessorList:
+        import transformers as t
+
+        found = t.LogitsProcessorList()
+        if self.temperature != 1:
+            found.append(t.TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k:
+            found.append(t.TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            found.append(t.TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            found.append(t.MinPLogitsWarper(self.min_p))
+        return found
+
+
+def bundle_sampling(
+    bundle: Path, manifest: Manifest, stops: Sequence[str] | None = None, **given: Any
+) -> tuple[Sampling, tuple[str, ...]]:
+    """How to choose tokens for a bundle, and the strings its text ends before.
+
+    Args:
+        stops: stop strings; those of the model's generation config when None.
+        given: values of `Sampling`, None for those that the generation config is to say. Decoding is greedy unless
+            a temperature is given; what of the config only matters to sampling counts only then.
+
+    Raises:
+        UserError: a value out of range, given or in the generation config, or a damaged config.
+    """
+    path, config = bundle / CONFIG, _generation_config(bundle, manifest)
+    given = {name: value for name, value in given.items() if value is not None}
+    sampled = bool(given.get("temperature"))
+    unused = UNUSED | (UNUSED_SAMPLED if sampled else {})
+    ignored = [name for name, neutral in unused.items() if config.get(name) not in (None, False, neutral)]
+    if ignored:
+        warnings.warn(f"{path} asks for what is not done here: {', '.join(ignored)}", stacklevel=2)
+    names = [name for name in (*ALWAYS, *(SAMPLED if sampled else ())) if config.get(name) is not None]
+    own = {name: config[name] for name in names if name not in given}
+    Sampling(**given)  # refuses what the user gave, so that what is refused below is the config's
+    try:
+        check_type(own, Sampling, "it")
+        sampling = Sampling(**({name: _frozen(value) for name, value in own.items()} | given))
+        _check_tokens(sampling, manifest.spec.vocab_size)
+        sampling.processors(prompt_len=1)  # transformers itself refuses some values
+        return sampling, _stop_strings(config) if stops is None else tuple(stops)
+    except (ValueError, UserError) as error:
+        cause = error.problem if isinstance(error, UserError) else in_one_line(error)
+        raise UserError(f"{path} has a value that cannot be used ({cause})", REMEDY) from error
+
+
+def _stop_strings(config: dict[str, Any]) -> tuple[str, ...]:
+    found = config.get("stop_strings") or ()
+    check_type(found, str | tuple[str, ...], "stop_strings")
+    stops = (found,) if isinstance(found, str) else tuple(found)
+    if "" in stops:
+        raise ValueError("a stop string is empty")
+    return stops
+
+
+def _generation_config(bundle: Path, manifest: Manifest) -> dict[str, Any]:
+    if CONFIG not in manifest.files:
+        return {}
+    verify_files(bundle, manifest.digests(CONFIG))
+    try:
+        config = json.loads((bundle / CONFIG).read_text(encoding="utf-8"))
+        check_type(config, dict[str, Any], "it")
+    except ValueError as error:
+        raise UserError(f"{bundle / CONFIG} is damaged ({in_one_line(error)})", REMEDY) from error
+    return dict(config)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _check_tokens(sampling: Sampling, vocab_size: int) -> None:
+    """Refuse token ids that the model lacks."""
+    words: Iterable[Sequence[int]] = (sampling.suppress_tokens, sampling.begin_suppress_tokens, *sampling.bad_words_ids)
+    for token in (token for word in words for token in word):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"it suppresses the token {token}, and the model has {vocab_size}")

@@ -1,0 +1,113 @@
+"""What is active in a step's sparse layers on a GPU: chosen ahead of them, or by each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.quantisation import LOW_BIT_COPY
+from shadowllm.bundle.weight_names import copied, down_norms, integers, low_bit_copy, scales
+from shadowllm.models.decoder import Unit
+from shadowllm.models.spec import ModelSpec
+from shadowllm.plugins.triton.ops import score_neurons, select_topk
+from shadowllm.predictor.networks import layer_head_scores, layer_neuron_scores
+from shadowllm.predictor.topk import shared_scores
+
+Counts = Mapping[Unit, Tensor]  # int32 ``(n_sparse,)``
+
+
+class Selection(Protocol):
+    """Active units, one choice for all sequences."""
+
+    def active(self, unit: Unit, row: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A sparse layer's active units.
+
+        Args:
+            row: of the sparse layers.
+            x: what the units are computed from, normed, ``(batch, 1, hidden_size)``.
+
+        Returns:
+            Indices int32 ``(n_units,)``, ascending, -1 past the count, and the count, an int32 scalar.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class UpfrontSelection:
+    """Chosen already: indices int32 ``(n_sparse, n_units)``."""
+
+    indices: Mapping[Unit, Tensor]
+    counts: Counts
+
+    def active(self, unit: Unit, row: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Selection`."""
+        return self.indices[unit][row], self.counts[unit][row]
+
+
+@dataclass(frozen=True)
+class PerLayerSelection:
+    """Chosen by each layer, of what its units are computed from.
+
+    Attributes:
+        predictor: its tensors on the device, a network's of the type of the model.
+        copies: arguments of ``ScoreNeurons`` for each sparse layer, from `device_copies`; None for a network.
+    """
+
+    spec: ModelSpec
+    predictor: Predictor
+    counts: Counts
+    copies: list[dict[str, Any]] | None
+
+    def active(self, unit: Unit, row: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Selection`."""
+        count = self.counts[unit][row]
+        return choose(self.spec, unit, self._scores(unit, row, x, count), count[None])[0], count
+
+    def _scores(self, unit: Unit, row: int, x: Tensor, count: Tensor) -> Tensor:
+        layer, tokens = row + self.predictor.dense_layers, x.flatten(0, 1)
+        if unit == "neurons" and self.copies is not None:
+            return score_neurons(x, **self.copies[row], count=count, activation=self.spec.activation)
+        found = (
+            layer_head_scores(self.predictor, layer, tokens.float())
+            if unit == "heads"
+            else layer_neuron_scores(self.predictor, layer, tokens).float()
+        )
+        return found.mean(dim=0, keepdim=True)
+
+
+def choose(spec: ModelSpec, unit: Unit, scores: Tensor, counts: Tensor) -> Tensor:
+    """Indices int32 ``(rows, n_units)`` of the ``counts`` largest of each row of scores, float32."""
+    shared = shared_scores(spec, unit, scores)
+    return select_topk(shared.contiguous(), counts, shared.shape[-1])
+
+
+def device_copies(
+    spec: ModelSpec,
+    dense_layers: int,
+    copies: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """The low-bit copy of each sparse layer as ``ScoreNeurons`` takes it.
+
+    Args:
+        copies: tensors by the names that `bundle.weight_layout.copy_groups` gives them.
+        weights: canonical tensors on the device, for the biases.
+    """
+
+    def layer_copy(layer: int) -> dict[str, Any]:
+        names = [low_bit_copy(name) for name in copied(spec, layer)]
+        rows, factors = (torch.cat([copies[part(name)] for name in names]).to(device) for part in (integers, scales))
+        return {
+            "copy": rows.unflatten(1, (LOW_BIT_COPY.blocks(spec.hidden_size), -1)),
+            "scales": factors,
+            **{f"b_{part}": weights.get(f"layers.{layer}.{part}_proj.bias") for part in ("gate", "up")},
+            "lengths": copies[down_norms(layer)].to(device),
+        }
+
+    return [layer_copy(layer) for layer in range(dense_layers, spec.n_layers)]

@@ -1,0 +1,228 @@
+"""A bundle on a GPU with PyTorch and the Triton kernels: a decode step is one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.quantised_tensors import CopyTensors
+from shadowllm.errors import UserError
+from shadowllm.models import Budget, KVCache, ModelSpec
+from shadowllm.models.decoder import Unit
+from shadowllm.predictor.networks import scores
+from shadowllm.runtime.gpu.cuda_graph import captured, kernel_device
+from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
+from shadowllm.runtime.gpu.selection import PerLayerSelection, UpfrontSelection, choose, device_copies
+from shadowllm.runtime.gpu.triton_step import StepDecoder, merged
+from shadowllm.runtime.inputs import check_tokens, pad_prompts
+
+# The cache grows by this many positions, and a longer cache is another graph.
+CACHE_BLOCK = 1024
+
+
+class TritonSession(PipelinedDecode):
+    """A `Session` on one GPU.
+
+    Prefill is dense. A decode step takes its tokens and positions from the device and leaves the most
+    probable next ones there, so that greedy text needs nothing but replays of one graph. Budgets are
+    counts that the kernels read: a change writes a few numbers.
+
+    Args:
+        spec: the model.
+        weights: canonical tensors of one type, which is computed in, moved to the device when entered; or
+            from `step.merged`, there already, for sessions that share them.
+        predictor: chooses heads and neurons, at the first sparse layer or in each; None decodes dense.
+        budget: fractions to keep at first.
+        cache_block: positions by which the cache grows.
+        copies: a quantised shadow's copy, by the names it has in a bundle; made of the weights if None.
+
+    Raises:
+        UserError: no GPU.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Tensor],
+        predictor: Predictor | None,
+        budget: Budget | None = None,
+        cache_block: int = CACHE_BLOCK,
+        copies: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.device = kernel_device()
+        self._source, self._predictor, self._block, self._copies = weights, predictor, cache_block, copies
+        self._dense_layers = predictor.dense_layers if predictor else spec.n_layers
+        n_sparse = spec.n_layers - self._dense_layers
+        self._counts = torch.zeros((2, n_sparse), dtype=torch.int32, device=self.device)
+        self.set_budget(budget or Budget())
+
+    @classmethod
+    def open(cls, bundle: Path, kind: Literal["sparse", "dense"] = "sparse") -> TritonSession:
+        """A session over a bundle.
+
+        Raises:
+            UserError: as the constructor, no bundle, a damaged file in it, or integer weights.
+        """
+        # Here, because without a bundle a session needs no ONNX.
+        from shadowllm.bundle.manifest import read_manifest
+        from shadowllm.bundle.weights import map_copies, map_weights
+
+        manifest = read_manifest(bundle)
+        if manifest.quantisation:
+            raise UserError(
+                f"the triton backend does not run {manifest.weight_dtype} weights", "export without --weight-dtype"
+            )
+        kernel_device()  # now, and not after gigabytes were hashed
+        weights, predictor = map_weights(bundle, manifest)
+        if kind == "dense":
+            return cls(manifest.spec, weights, None)
+        copies = map_copies(bundle, manifest) if predictor.kind == "quantized-shadow" else None
+        return cls(manifest.spec, weights, predictor, Budget(**manifest.budgets), copies=copies)
+
+    def __enter__(self) -> Self:
+        weights = merged(self.spec, self._source, self.device)
+        self.dtype = weights["embed_tokens.weight"].dtype
+        if self._predictor:
+            # A network has the type of the model, a ranking and a fit keep their own: as in a bundle.
+            learned, tensors = self._predictor.learned, self._predictor.tensors
+            kinds = {name: self.dtype if name in learned else torch.float32 for name in tensors}
+            tensors = {name: tensor.to(self.device, kinds[name]) for name, tensor in tensors.items()}
+            self._predictor = replace(self._predictor, tensors=tensors)
+            self._per_layer = self._chooser(self._predictor, weights) if self._predictor.per_layer else None
+        self._decoder = StepDecoder(self.spec, weights, self._dense_layers)
+        self.reset()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        names = ("_replay", "_decoder", "cache", "_tokens", "_positions", "_logits", "_host_logits", "_slots")
+        self._forget(*names, "_source", "_predictor", "_copies", "_per_layer")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def reset(self, batch: int = 1) -> None:
+        """See `Session.reset`. The same number of sequences as before costs nothing."""
+        self._lengths = np.zeros(batch, dtype=np.int64)
+        if "cache" not in self.__dict__ or len(self._tokens) != batch:
+            self._allocate(min(self._block, self.spec.max_seqlen))
+
+    def set_budget(self, budget: Budget) -> None:
+        """See `Session.set_budget`."""
+        self._budgets_set += 1
+        counts = np.stack(budget.counts(self.spec, self._counts.shape[1]))
+        self._counts.copy_(torch.from_numpy(counts))
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """See `Session.prefill`."""
+        padded = pad_prompts(prompts, len(self._lengths), self.spec)
+        input_ids, positions, lengths = (torch.from_numpy(array).to(self.device) for array in padded)
+        self._reserve(input_ids.shape[1])
+        decoder = self._decoder
+        decoder.begin(positions)
+        x = decoder.embed(input_ids, positions)
+        for layer in range(self.spec.n_layers):
+            x = decoder.layer(layer, x, positions, self.cache)
+        self._logits.copy_(decoder.logits(x[torch.arange(len(lengths), device=self.device), lengths - 1]))
+        self._lengths[:] = padded[-1]
+        return self._fetched()
+
+    def _start(self, tokens: np.ndarray, steps: int) -> None:
+        """Make room for the steps, and put the first one's tokens and positions on the device."""
+        self._reserve(check_tokens(tokens, self._lengths, self.spec, steps))
+        self._tokens.copy_(torch.from_numpy(tokens)[:, None])
+        self._positions.copy_(torch.from_numpy(self._lengths)[:, None])
+
+    def _send(self, slot: int) -> None:
+        self._slots[slot].copy_(self._tokens, non_blocking=True)
+        if self._events:
+            self._events[slot].record()
+
+    def _received(self, slot: int) -> np.ndarray:
+        if self._events:
+            self._events[slot].synchronize()
+        return self._slots[slot, :, 0].numpy().copy()
+
+    def _fetched(self) -> np.ndarray:
+        self._host_logits.copy_(self._logits)  # waits for the step
+        return self._host_logits.numpy()
+
+    def _reserve(self, length: int) -> None:
+        """Make the cache hold ``length`` positions, keeping what is in it."""
+        before = self.cache
+        if length <= before.keys[0].shape[2]:
+            return
+        self._allocate(min(-(-length // self._block) * self._block, self.spec.max_seqlen))
+        for old, new in ((before.keys, self.cache.keys), (before.values, self.cache.values)):
+            for short, long in zip(old, new, strict=True):
+                long[:, :, : short.shape[2]] = short
+
+    @torch.no_grad()
+    def _allocate(self, capacity: int) -> None:
+        """Everything whose size depends on batch or capacity, and the graph over it.
+
+        The capture runs steps at position 0 of the empty cache; nothing is in it yet that they could harm.
+        """
+        self._forget("_replay", "cache")
+        batch = len(self._lengths)
+        self.cache = KVCache.empty(self.spec, batch, capacity, self.dtype, self.device)
+        self._tokens, self._positions = (
+            torch.zeros((batch, 1), dtype=torch.int64, device=self.device) for _ in range(2)
+        )
+        self._logits = torch.zeros((batch, self.spec.vocab_size), device=self.device)
+        cuda = self.device.type == "cuda"
+        self._host_logits = torch.zeros(self._logits.shape, pin_memory=cuda)
+        self._slots = torch.zeros((SLOTS, batch, 1), dtype=torch.int64, pin_memory=cuda)
+        self._events = [torch.cuda.Event() for _ in self._slots] if cuda else []
+        self._replay = captured(self._step, self.device)
+
+    def _forget(self, *names: str) -> None:
+        """Let go of tensors and the graph, once nothing works on them any more."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        for name in names:
+            self.__dict__.pop(name, None)
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One decode step, from the tokens and positions on the device to the next ones."""
+        decoder = self._decoder
+        decoder.begin(self._positions, self.cache.keys[0].shape[2])
+        x = decoder.embed(self._tokens, self._positions)
+        for layer in range(self.spec.n_layers):
+            if layer == self._dense_layers:
+                decoder.selection = self._per_layer or self.select(x)
+            x = decoder.layer(layer, x, self._positions, self.cache)
+        self._logits.copy_(decoder.logits(x)[:, -1])
+        self._tokens.copy_(self._logits.argmax(dim=-1, keepdim=True))
+        self._positions += 1
+
+    def select(self, hidden: Tensor) -> UpfrontSelection:
+        """What a predictor that chooses ahead does at the present counts.
+
+        Args:
+            hidden: input of the first sparse layer, ``(batch, 1, hidden_size)`` on the device.
+        """
+        assert self._predictor is not None
+        counts = self._unit_counts()
+        found = zip(counts, scores(self._predictor, hidden.flatten(0, 1)), strict=True)
+        chosen = {unit: choose(self.spec, unit, one.mean(dim=0).float(), counts[unit]) for unit, one in found}
+        return UpfrontSelection(chosen, counts)
+
+    def _chooser(self, predictor: Predictor, weights: Mapping[str, Tensor]) -> PerLayerSelection:
+        copies = None
+        if predictor.kind == "quantized-shadow":
+            source = self._copies or CopyTensors(weights)
+            copies = device_copies(self.spec, self._dense_layers, source, weights, self.device)
+        return PerLayerSelection(self.spec, predictor, self._unit_counts(), copies)
+
+    def _unit_counts(self) -> dict[Unit, Tensor]:
+        heads, neurons = self._counts
+        return {"heads": heads, "neurons": neurons}

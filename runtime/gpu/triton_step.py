@@ -1,0 +1,168 @@
+"""The decoder as a GPU runs it: merged projections, one write to the cache, and sparse layers through the kernels.
+
+Nothing in a step waits for the host or looks at a value on it, so that a step can be captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shadowllm.models.decoder import Decoder, KVCache
+from shadowllm.models.spec import ModelSpec
+from shadowllm.models.weights import tensor_shape
+from shadowllm.plugins.triton.cache import write_cache
+from shadowllm.plugins.triton.ops import sparse_attention, sparse_mlp
+from shadowllm.runtime.gpu.selection import Selection
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all layers of one step share.
+
+    Attributes:
+        mask: ``(batch, 1, 1, capacity)``, 0 for cached tokens that a decode step sees and -inf for others;
+            None for prompts, which see themselves.
+        lengths: int32 ``(batch,)``, tokens in the cache once the step has written its own.
+        cos, sin: ``(batch, seqlen, head_dim / 2)``; None without RoPE.
+    """
+
+    mask: Tensor | None
+    lengths: Tensor
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+
+class StepDecoder(Decoder):
+    """A `Decoder` for one step of a session at a time: `begin`, then its layers.
+
+    Args:
+        spec: the model.
+        weights: from `merged`, on the device that computes.
+        dense_layers: leading layers that no selection touches.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], dense_layers: int) -> None:
+        super().__init__(spec, weights)
+        self._dense_layers = dense_layers
+        self._device, self._dtype = weights["embed_tokens.weight"].device, weights["embed_tokens.weight"].dtype
+        if spec.rope:
+            self._cos, self._sin = self._cos.to(self._device), self._sin.to(self._device)
+
+    def begin(self, position_ids: Tensor, capacity: int | None = None) -> None:
+        """Prepare a step, dense until `selection` is set.
+
+        Args:
+            position_ids: int64 ``(batch, seqlen)`` on the device: of one token per sequence, or of prompts,
+                ``0 .. seqlen - 1`` in every row.
+            capacity: of the cache that a decode step looks at; None for prompts.
+        """
+        mask = None
+        if capacity is not None:
+            # A mask to be added, made once: a boolean one would become that again in every layer.
+            slots = torch.arange(capacity, device=self._device)
+            mask = torch.zeros((len(position_ids), 1, 1, capacity), dtype=self._dtype, device=self._device)
+            mask.masked_fill_(slots > position_ids[:, None, None], -torch.inf)
+        lengths = (position_ids[:, -1] + 1).to(torch.int32)
+        tables = [t[position_ids].to(self._dtype) for t in (self._cos, self._sin)] if self.spec.rope else []
+        self._shared = Shared(mask, lengths, *tables)
+        self.selection: Selection | None = None
+
+    def _attention(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
+        assert cache is not None
+        shared, chosen, place = self._shared, self.selection, f"layers.{layer}"
+        keys, values = cache.keys[layer], cache.values[layer]
+        row, rotary = layer - self._dense_layers, (shared.cos, shared.sin)
+        if chosen is None or row < 0:
+            query = write_cache(self._linear(f"{place}.qkv_proj", x), keys, values, position_ids, *rotary)
+            return self._rows(f"{place}.o_proj", self._context(query, keys, values).transpose(1, 2).flatten(2))
+        write_cache(self._linear(f"{place}.kv_proj", x), keys, values, position_ids, *rotary)
+        return sparse_attention(
+            x,
+            keys,
+            values,
+            shared.lengths,
+            *chosen.active("heads", row, x),
+            **self._matrices(place, "q", "o"),
+            cos=shared.cos,
+            sin=shared.sin,
+            n_heads=self.spec.n_heads,
+        )
+
+    def _context(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Dense attention, ``(batch, n_heads, seqlen, head_dim)`` in and out."""
+        seqlen, mask = query.shape[2], self._shared.mask
+        if mask is None:
+            own = (keys[:, :, :seqlen], values[:, :, :seqlen])
+            return F.scaled_dot_product_attention(query, *own, is_causal=True, enable_gqa=self.spec.group_size > 1)
+        # At one token the query heads of a group may as well be tokens of its KV head: every fused kernel takes that.
+        grouped = query.view(len(query), self.spec.n_kv_heads, self.spec.group_size, self.spec.head_dim)
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(query.shape)
+
+    def _mlp(self, layer: int, x: Tensor) -> Tensor:
+        chosen, row = self.selection, layer - self._dense_layers
+        if chosen is None or row < 0:
+            return super()._mlp(layer, x)
+        matrices = self._matrices(f"layers.{layer}", "gate", "up", "down")
+        return sparse_mlp(x, *chosen.active("neurons", row, x), **matrices, activation=self.spec.activation)
+
+    def _matrices(self, place: str, *parts: str) -> dict[str, Any]:
+        """Weight and bias of each part by the ops' names for them; None for what the model lacks."""
+        return {
+            f"{letter}_{part}": self.weights.get(f"{place}.{part}_proj.{kind}")
+            for part in parts
+            for letter, kind in (("w", "weight"), ("b", "bias"))
+        }
+
+    def _projected(self, place: str, parts: Sequence[str], x: Tensor) -> Sequence[Tensor]:
+        if len(parts) == 1:
+            return super()._projected(place, parts, x)
+        sizes = [len(self.weights[f"{place}.{part}_proj.weight"]) for part in parts]
+        return self._linear(f"{place}.{''.join(parts)}_proj", x).split(sizes, dim=-1)
+
+
+# Projections of one input: one product of the stacked matrix instead of several.
+RUNS = {"qkv": ("q", "k", "v"), "gateup": ("gate", "up")}
+
+
+def merged(spec: ModelSpec, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A model's weights on a device: once, but under more names where matrices are used together and alone.
+
+    q, k and v of a layer are parts of one ``qkv_proj``, whose last rows are ``kv_proj``; gate and up are
+    parts of ``gateup_proj``. Tensors are read and moved one at a time.
+
+    Args:
+        weights: canonical tensors, all of the type to compute in, or what this function returned.
+    """
+    if "layers.0.qkv_proj.weight" in weights:
+        return dict(weights)
+    found: dict[str, Tensor] = {}
+    for place in (f"layers.{layer}" for layer in range(spec.n_layers)):
+        for run, parts in RUNS.items():
+            for kind in ("weight", "bias"):
+                names = [f"{place}.{part}_proj.{kind}" for part in parts]
+                if names[0] in weights:
+                    found |= _stacked(spec, weights, names, f"{place}.{run}_proj.{kind}", device)
+        for kind in ("weight", "bias"):
+            if f"{place}.qkv_proj.{kind}" in found:
+                rows = spec.n_heads * spec.head_dim
+                found[f"{place}.kv_proj.{kind}"] = found[f"{place}.qkv_proj.{kind}"][rows:]
+    return found | {name: weights[name].to(device) for name in weights if name not in found}
+
+
+def _stacked(
+    spec: ModelSpec, weights: Mapping[str, Tensor], names: list[str], run: str, device: torch.device
+) -> dict[str, Tensor]:
+    """One tensor of several, and each of them as a part of it."""
+    shapes, dtype = [tensor_shape(spec, name) for name in names], weights[names[0]].dtype
+    rows = [shape[0] for shape in shapes]
+    whole = torch.empty((sum(rows), *shapes[0][1:]), dtype=dtype, device=device)
+    parts = dict(zip(names, whole.split(rows), strict=True))
+    for name, part in parts.items():
+        part.copy_(weights[name])
+    return {run: whole, **parts}

@@ -1,0 +1,221 @@
+"""Run a bundle's TensorRT engines: chained on one stream by shared addresses, a decode step as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from shadowllm.bundle.engine_record import EngineRecord, check_sidecar
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.errors import UserError
+from shadowllm.models.sparsity import Budget
+from shadowllm.plugins.tensorrt.flavour import Flavour, gpu_capability, load
+from shadowllm.runtime.gpu.cuda import Cuda
+from shadowllm.runtime.gpu.engine_buffers import Limits, Memory, buffers, constants, layout
+from shadowllm.runtime.gpu.kernel_cache import kernel_file
+from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
+from shadowllm.runtime.gpu.trt_engine import TrtEngine, load_plugins, logger_class
+from shadowllm.runtime.inputs import check_tokens, pad_prompts
+
+Kind = Literal["sparse", "dense"]
+
+
+class TrtSession(PipelinedDecode):
+    """A `Session` over the engines of one flavour.
+
+    Prefill runs ``stem`` and ``body`` with everything selected, by the engines' first profile. A decode step
+    is ``stem``, ``predictor`` and ``body`` by their second one, with the greedy pick, captured as one CUDA graph
+    that ends where the next step begins. Budgets are counts on the device.
+
+    Args:
+        bundle: folder with engines of that flavour.
+        trt: the TensorRT module.
+        cuda: makes device memory and graphs, once the files are in order.
+        kind: "dense" runs ``dense.engine``, for comparison.
+
+    Attributes:
+        spec: the model, with as many positions as the engines' cache.
+        memory: what lies on the device, since `reset`.
+
+    Raises:
+        UserError: no bundle or engines, or one that may not be deserialised here.
+    """
+
+    def __init__(
+        self, bundle: Path, flavour: Flavour, trt: Any, cuda: Callable[[], Cuda] = Cuda, kind: Kind = "sparse"
+    ) -> None:
+        manifest, self._records = check_engines(bundle, flavour, trt.__version__, kind)
+        self._folder, self._trt = bundle / "engines" / flavour, trt
+        self._limits = Limits.of(list(self._records.values()))
+        self.spec = replace(manifest.spec, max_seqlen=min(manifest.spec.max_seqlen, self._limits.capacity))
+        self._dtype = manifest.dtype
+        self._dense_layers = self.spec.n_layers if kind == "dense" else manifest.dense_layers
+        self._batch = 0
+        self.set_budget(Budget(**manifest.budgets))
+        self._pieces: dict[str, TrtEngine] = {}
+        self._cuda = cuda()
+
+    @classmethod
+    def open(cls, bundle: Path, flavour: Flavour, kind: Kind = "sparse") -> TrtSession:
+        """A session on this machine's GPU.
+
+        Raises:
+            UserError: as the constructor, or the package or a GPU is missing.
+        """
+        return cls(bundle, flavour, load(flavour), kind=kind)
+
+    def __enter__(self) -> Self:
+        try:
+            logger = logger_class(self._trt)()
+            load_plugins(self._trt)
+            self._runtime = self._trt.Runtime(logger)
+            for name, record in self._records.items():
+                path = self._folder / f"{name}.engine"
+                kernels = kernel_file(record.version, gpu_capability(), record.engine_sha256)
+                self._pieces[name] = TrtEngine(self._trt, self._runtime, path, logger, self._cuda.stream, kernels)
+            self.reset()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._cuda.release()
+        for piece in self._pieces.values():
+            piece.close()
+        self._pieces.clear()
+        self._cuda.close()
+
+    def reset(self, batch: int = 1) -> None:
+        """See `Session.reset`. The same number of sequences as before costs nothing.
+
+        Raises:
+            UserError: more than the engines were built for, or too little device memory.
+        """
+        if batch > self._limits.batch:
+            raise UserError(
+                f"{batch} sequences, the engines serve {self._limits.batch}", f"`shadowllm build --max-batch {batch}`"
+            )
+        self._lengths = np.zeros(batch, dtype=np.int64)
+        if batch != self._batch:
+            self._batch = 0
+            self._allocate(batch)
+            self._batch = batch
+
+    def set_budget(self, budget: Budget) -> None:
+        """See `Session.set_budget`."""
+        self._budgets_set += 1
+        n_sparse = self.spec.n_layers - self._dense_layers
+        self._counts = dict(zip(("head_counts", "neuron_counts"), budget.counts(self.spec, n_sparse), strict=True))
+        if self._batch:
+            self._write_counts()
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """See `Session.prefill`.
+
+        Raises:
+            UserError: also for a prompt longer than the engines take at once.
+        """
+        ids, positions, lengths = pad_prompts(prompts, len(self._lengths), self.spec)
+        seqlen = ids.shape[1]
+        if seqlen > self._limits.seqlen:
+            raise UserError(
+                f"a prompt of {seqlen} tokens, the engines take {self._limits.seqlen}",
+                f"`shadowllm build --max-seqlen {seqlen}`",
+            )
+        self._write("prompt_ids", ids)
+        self._write("prompt_positions", positions)
+        self._write("last_tokens", lengths[:, None] - 1)
+        for name, piece in self._pieces.items():
+            if name != "predictor":
+                piece.shape("prefill", self._buffers, seqlen)
+                piece.run("prefill", self._cuda.stream)
+        self._lengths[:] = lengths
+        return self._fetched()
+
+    def _start(self, tokens: np.ndarray, steps: int) -> None:
+        check_tokens(tokens, self._lengths, self.spec, steps)
+        self._write("tokens", tokens[:, None].astype(np.int64))
+        self._write("positions", self._lengths[:, None])
+
+    def _send(self, slot: int) -> None:
+        self._cuda.read(self._slots[slot], self._address("tokens"))
+        self._cuda.record(self._events[slot])
+
+    def _received(self, slot: int) -> np.ndarray:
+        self._cuda.wait_for(self._events[slot])
+        return self._slots[slot, :, 0].copy()
+
+    def _fetched(self) -> np.ndarray:
+        self._cuda.read(self._logits, self._address("logits"))
+        self._cuda.wait()
+        return self._logits[:, 0].copy()  # pinned memory, which is gone once the session ends
+
+    def _allocate(self, batch: int) -> None:
+        """All memory, bindings and the graph for a number of sequences.
+
+        The capture runs steps at position 0 of the empty cache; nothing is in it yet that they could harm.
+        """
+        cuda = self._cuda
+        cuda.release()
+        self._buffers = buffers(self.spec, self._dtype, self._dense_layers, batch, self._limits)
+        self._offsets, size = layout(self._buffers)
+        self._arena = cuda.allocate(size)
+        workspace = max(piece.workspace for piece in self._pieces.values())
+        scratch = cuda.allocate(workspace)
+        self.memory = Memory.of(list(self._records.values()), self._buffers, workspace)
+        for name, contents in constants(self._buffers).items():
+            self._write(name, contents)
+        self._write_counts()
+        self._logits = cuda.pinned(self._buffers["logits"].shape, np.float32)
+        self._slots = cuda.pinned((SLOTS, batch, 1), np.int64)
+        self._events = [cuda.event() for _ in self._slots]
+        addresses = {name: self._address(name) for name in self._buffers}
+        for piece in self._pieces.values():
+            piece.bind(self._buffers, addresses, scratch)
+            piece.shape("decode", self._buffers, 1)
+        self._step()  # TensorRT prepares itself for a shape in the first run of it
+        cuda.wait()
+        for piece in self._pieces.values():
+            piece.check_capturable(cuda.stream)
+        self._replay = cuda.capture(self._step)
+
+    def _step(self) -> None:
+        """One decode step, from the tokens and positions on the device to the next ones."""
+        for piece in self._pieces.values():
+            piece.run("decode", self._cuda.stream)
+        for target, source in (("tokens", "next_tokens"), ("positions", "next_position_ids")):
+            self._cuda.copy(self._address(target), self._address(source), self._buffers[target].nbytes)
+
+    def _write_counts(self) -> None:
+        for name, counts in self._counts.items():
+            if name in self._buffers:
+                self._write(name, counts)
+
+    def _write(self, name: str, contents: np.ndarray) -> None:
+        self._cuda.write(self._address(name), np.ascontiguousarray(contents))
+
+    def _address(self, name: str) -> int:
+        return self._arena + self._offsets[name]
+
+
+def check_engines(bundle: Path, flavour: str, version: str, kind: str) -> tuple[Any, dict[str, EngineRecord]]:
+    """Manifest, and the record of each engine of a step, all checked before any is deserialised.
+
+    Raises:
+        UserError: no bundle or engines, or an engine of another version, GPU or bundle.
+    """
+    manifest = read_manifest(bundle)
+    folder = bundle / "engines" / flavour
+    if not folder.is_dir():
+        raise UserError(f"{bundle} has no {flavour} engines", f"shadowllm build {bundle} --engine {flavour}")
+    pieces = ("dense",) if kind == "dense" else manifest.sparse_pieces
+    gpu = gpu_capability()
+    return manifest, {
+        piece: check_sidecar(folder / f"{piece}.engine", flavour, version, compute_capability=gpu, files=manifest.files)
+        for piece in pieces
+    }

@@ -1,0 +1,125 @@
+"""Attention as ONNX Runtime's own fused op.
+
+A bundle's graphs keep to standard ONNX, which TensorRT reads too. On a CPU the eleven standard nodes of
+an attention block cost more than the arithmetic in them at one token, so they become one
+``com.microsoft::GroupQueryAttention`` when ONNX Runtime loads the graph: it splits the projection,
+rotates, writes the cache in place and reads only the visible part of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from shadowllm.models.spec import ModelSpec
+from shadowllm.plugins.functions import MICROSOFT
+
+
+def fuse_attention(model: ir.Model, spec: ModelSpec) -> None:
+    """Replace every dense attention block of a graph that `exporter.graphs.pieces` wrote.
+
+    Requires: each ``Attention`` reads a cache that ``TensorScatter`` wrote, from one stacked q/k/v
+    projection. Ensures: the same inputs and outputs under the same names. Leaves a model alone
+    whose head size the op does not take.
+    """
+    blocks = [node for node in model.graph if node.op_type == "Attention"]
+    if not blocks or spec.head_dim % (16 if spec.rope else 8):
+        return
+    shared = _Shared(model.graph, spec)
+    for node in blocks:
+        _fuse(model.graph, node, shared)
+    model.graph.opset_imports[MICROSOFT] = 1
+    RemoveUnusedNodesPass()(model)
+
+
+class _Shared:
+    """What all blocks read: lengths, the shape of a projection, rotary tables."""
+
+    def __init__(self, graph: ir.Graph, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._graph = graph
+        self._first = graph[0]
+        positions = next(value for value in graph.inputs if value.name == "position_ids")
+        last = self._op("Gather", positions, self._constant("last_index", np.int64(-1)), axis=1)
+        self.last_slots = self._op("Cast", last, to=ir.DataType.INT32)
+        longest = self._op("ReduceMax", self.last_slots, keepdims=0)
+        self.total = self._op("Add", longest, self._constant("one", np.int32(1)))
+        width = (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim
+        widths = self._constant("projected_width", np.array([width]))
+        self.shape = self._op("Concat", self._op("Shape", positions), widths, axis=0)
+        self.tables: tuple[ir.Value, ...] = ()
+        if spec.rope:
+            # Float32 angles, as the graph itself and transformers compute them.
+            frequencies = spec.rope.inverse_frequencies(spec.head_dim).astype(np.float32)
+            angles = np.arange(spec.max_seqlen, dtype=np.float32)[:, None] * frequencies
+            self.tables = tuple(self._constant(f"{f.__name__}_table", f(angles)) for f in (np.cos, np.sin))
+
+    def _constant(self, name: str, array: np.ndarray | np.generic) -> ir.Value:
+        value = ir.val(name, const_value=ir.tensor(np.asarray(array), name=name))
+        self._graph.register_initializer(value)
+        return value
+
+    def _op(self, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        node = ir.node(op_type, list(inputs), attributes)
+        self._graph.insert_before(self._first, node)
+        return node.outputs[0]
+
+
+def _fuse(graph: ir.Graph, attention: ir.Node, shared: _Shared) -> None:
+    spec = shared.spec
+    scatters = [_producer(attention.inputs[i], "TensorScatter") for i in (1, 2)]
+    packed = ir.node("Reshape", [_projection(attention.inputs[0]), shared.shape])
+    fused = ir.node(
+        "GroupQueryAttention",
+        [
+            packed.outputs[0],
+            None,
+            None,
+            *(scatter.inputs[0] for scatter in scatters),
+            shared.last_slots,
+            shared.total,
+            *shared.tables,
+        ],
+        {
+            "num_heads": spec.n_heads,
+            "kv_num_heads": spec.n_kv_heads,
+            "scale": 1 / math.sqrt(spec.head_dim),
+            "do_rotary": int(bool(shared.tables)),
+        },
+        domain=MICROSOFT,
+        num_outputs=3,
+        name=attention.name,
+    )
+    graph.insert_before(attention, [packed, fused])
+    context, *caches = fused.outputs
+    for scatter, cache in zip(scatters, caches, strict=True):
+        _take_over(graph, scatter.outputs[0], cache)
+    # Attention -> Transpose -> Reshape to (batch*seqlen, n_heads*head_dim): the op's output needs no transpose.
+    (transpose,) = attention.outputs[0].consumers()
+    (reshape,) = transpose.outputs[0].consumers()
+    reshape.replace_input_with(0, context)
+
+
+def _projection(query: ir.Value | None) -> ir.Value:
+    """The stacked q/k/v projection a query was cut from: up the first inputs, to what a ``Reshape`` reshapes."""
+    node = _producer(query, "Split")
+    while node.op_type != "Reshape":
+        node = _producer(node.inputs[0])
+    assert node.inputs[0] is not None
+    return node.inputs[0]
+
+
+def _producer(value: ir.Value | None, op_type: str | None = None) -> ir.Node:
+    node = value.producer() if value is not None else None
+    if node is None or (op_type and node.op_type != op_type):
+        raise ValueError(f"no {op_type or 'node'} where the exporter writes one")
+    return node
+
+
+def _take_over(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Let ``new`` be the graph output that ``old`` was."""
+    new.name, new.type, new.shape, old.name = old.name, old.type, old.shape, None
+    graph.outputs[:] = [new if value is old else value for value in graph.outputs]

@@ -1,0 +1,290 @@
+"""Run a bundle on ONNX Runtime (CPU): buffers bound once, nothing copied per token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+from shadowllm.bundle.cost_model import sparse_pays
+from shadowllm.bundle.manifest import DATA_FILE, Manifest, read_manifest, verify_files
+from shadowllm.errors import UserError
+from shadowllm.limits import check_threads
+from shadowllm.models.sparsity import Budget
+from shadowllm.models.spec import ModelSpec
+from shadowllm.plugins import native_ops
+from shadowllm.runtime.inputs import check_tokens, pad_prompts
+from shadowllm.runtime.ort.fuse_attention import fuse_attention
+from shadowllm.runtime.ort.sparse_inputs import SELECTION, flatten, split_selection
+from shadowllm.runtime.ort.upcast import upcast_to_float32
+
+# The cache grows by this many positions, so that a short text does not pay the memory of the longest.
+CACHE_BLOCK = 256
+
+Kind = Literal["auto", "sparse", "dense"]
+
+
+class OrtSession:
+    """A `Session` over ONNX Runtime.
+
+    "dense" runs ``dense.onnx`` alone. "sparse" prefills with it and decodes with ``stem``,
+    ``predictor`` and ``body``. "auto" decodes so too, unless the budget leaves out less than the
+    predictor costs: then ``dense.onnx`` decodes, with every head and neuron.
+
+    16-bit bundles are computed in float32, because ONNX Runtime's CPU kernels have no 16-bit
+    arithmetic; the native ops read their 16-bit rows as they are.
+
+    Args:
+        bundle: folder written by ``shadowllm export``.
+        kind: what decodes.
+        threads: of each operator; ONNX Runtime's own default when None.
+        profile: keep the seconds of each part of the last step in ``step_seconds``.
+        native: run the custom ops with the native library where it is built; else, and without
+            it, their function bodies run.
+        exact: do not let ONNX Runtime round the inputs of integer layers to 8 bits: for validation, and slow.
+
+    Attributes:
+        cache: float32 ``(batch, n_kv_heads, capacity, head_dim)`` by "layer.key" and "layer.value".
+        decodes: "sparse" or "dense", at the present budget.
+        selection: padded indices of the last sparse step, by their name in the graphs.
+        step_seconds: of each part of the last step, when profiling.
+
+    Raises:
+        UserError: no bundle, a damaged file, no reasonable number of threads, or a graph this ONNX Runtime cannot run.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        kind: Kind = "auto",
+        threads: int | None = None,
+        profile: bool = False,
+        native: bool = True,
+        exact: bool = False,
+    ) -> None:
+        if threads is not None:
+            check_threads(threads)
+        self.manifest: Manifest = read_manifest(bundle)
+        self.spec: ModelSpec = self.manifest.spec
+        self.step_seconds: dict[str, float] = {}
+        self._bundle, self._kind, self._threads, self._profile = bundle, kind, threads, profile
+        self._native, self._exact = native, exact
+        n_sparse = self.spec.n_layers - self.manifest.dense_layers
+        self._counts = {name: np.zeros(n_sparse, dtype=np.int32) for name in ("head_counts", "neuron_counts")}
+        self.set_budget(Budget(**self.manifest.budgets))
+
+    def __enter__(self) -> Self:
+        pieces = ("dense",) if self._kind == "dense" else ("dense", *self.manifest.sparse_pieces)
+        names = [DATA_FILE, *(f"{piece}.onnx" for piece in pieces)]
+        verify_files(self._bundle, self.manifest.digests(*names))
+        self._pieces = {piece: self._open(piece) for piece in pieces}
+        self.reset()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pieces.clear()
+        self._steps: dict[str, list[Step]] = {}
+        self.cache: dict[str, np.ndarray] = {}
+
+    def _open(self, piece: str) -> OrtGraph:
+        options = ort.SessionOptions()
+        if self._threads:
+            options.intra_op_num_threads = self._threads
+        if piece != "dense":
+            # The pieces of a step take turns: the pool of one must not spin while the next one runs.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        native = self._native and piece in ("predictor", "body") and native_ops.register(options)
+        path = self._bundle / f"{piece}.onnx"
+        # The rewritten graph has no folder of its own to look for the weights in, and no link may lead out of it.
+        weights = (self._bundle / DATA_FILE).resolve()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
+        return OrtGraph(path, options, lambda: for_cpu(path, self.manifest, native, self._exact))
+
+    def reset(self, batch: int = 1) -> None:
+        """See `Session.reset`."""
+        self._batch = batch
+        self._lengths = np.zeros(batch, dtype=np.int64)
+        self._capacity = 0
+        self.cache = {}
+        self._logits = np.zeros((batch, 1, self.spec.vocab_size), dtype=np.float32)
+        self._reserve(1)
+
+    def set_budget(self, budget: Budget) -> None:
+        """See `Session.set_budget`."""
+        n_sparse = self.spec.n_layers - self.manifest.dense_layers
+        self._counts["head_counts"][:], self._counts["neuron_counts"][:] = budget.counts(self.spec, n_sparse)
+        self.decodes = self._kind
+        if self._kind == "auto":
+            narrow_rows = self.manifest.dtype != "float32" and self._native and native_ops.library() is not None
+            self.decodes = "sparse" if sparse_pays(self.manifest, budget, narrow_rows) else "dense"
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """See `Session.prefill`."""
+        input_ids, positions, lengths = pad_prompts(prompts, self._batch, self.spec)
+        self._reserve(input_ids.shape[1])
+        feeds = {
+            "input_ids": input_ids,
+            "position_ids": positions,
+            "logits_to_keep": lengths[:, None] - 1,
+        } | self._past()
+        self._pieces["dense"].bind(feeds, {"logits": self._logits} | self._present())()
+        self._lengths[:] = lengths
+        return self._logits[:, 0]
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """See `Session.decode`."""
+        self._reserve(check_tokens(tokens, self._lengths, self.spec))
+        self._input_ids[:, 0] = tokens
+        self._positions[:, 0] = self._lengths
+        self.step_seconds.clear()
+        for step in self._steps[self.decodes]:
+            start = time.perf_counter()
+            step.run()
+            if self._profile:
+                self.step_seconds[step.name] = time.perf_counter() - start
+        self._lengths += 1
+        return self._logits[:, 0]
+
+    def _reserve(self, length: int) -> None:
+        """Make the cache hold ``length`` positions, keeping what is in it."""
+        if length <= self._capacity:
+            return
+        self._capacity = -(-length // CACHE_BLOCK) * CACHE_BLOCK
+        shape = (self._batch, self.spec.n_kv_heads, self._capacity, self.spec.head_dim)
+        for layer in range(self.spec.n_layers):
+            for part in ("key", "value"):
+                name, grown = f"{layer}.{part}", np.zeros(shape, dtype=np.float32)
+                if name in self.cache:
+                    grown[:, :, : self.cache[name].shape[2]] = self.cache[name]
+                self.cache[name] = grown
+        self._bind_decode()
+
+    def _bind_decode(self) -> None:
+        """Bind the decode step's buffers: they stay the same arrays from token to token."""
+        batch, n_sparse = self._batch, self.spec.n_layers - self.manifest.dense_layers
+        self._input_ids, self._positions = (np.zeros((batch, 1), dtype=np.int64) for _ in range(2))
+        self.selection: dict[str, np.ndarray] = (
+            {
+                "head_indices": np.zeros((n_sparse, self.spec.n_heads), dtype=np.int32),
+                "neuron_indices": np.zeros((n_sparse, self.spec.intermediate_size), dtype=np.int32),
+            }
+            if self._kind != "dense"
+            else {}
+        )
+        buffers: dict[str, np.ndarray] = {
+            "input_ids": self._input_ids,
+            "position_ids": self._positions,
+            "logits_to_keep": np.zeros((batch, 1), dtype=np.int64),
+            "logits": self._logits,
+            "hidden": np.zeros((batch, 1, self.spec.hidden_size), dtype=np.float32),
+        }
+        for more in (self._rows(), self.selection, self._counts, self._past(), self._present()):
+            buffers |= more
+        # What a decode step runs, one after the other.
+        pieces = {"dense": ("dense",), "sparse": self.manifest.sparse_pieces}
+        self._steps = {
+            kind: [Step(name, self._pieces[name], buffers) for name in names]
+            for kind, names in pieces.items()
+            if self._kind in ("auto", kind)
+        }
+
+    def _rows(self) -> dict[str, np.ndarray]:
+        """Each layer's own row of the selection, by the input that `lean.split_selection` makes of it."""
+        whole = self.selection | self._counts
+        return {
+            f"{name}.{row}": whole[name][row, ...]
+            for name in SELECTION
+            if name in whole
+            for row in range(len(whole[name]))
+        }
+
+    def _past(self) -> dict[str, np.ndarray]:
+        return {f"past_key_values.{name}": array for name, array in self.cache.items()}
+
+    def _present(self) -> dict[str, np.ndarray]:
+        # The same arrays as the past: TensorScatter then writes in place.
+        return {f"present.{name}": array for name, array in self.cache.items()}
+
+
+def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False) -> bytes:
+    """A piece's graph, serialised, as ONNX Runtime's CPU kernels run it best.
+
+    Inputs and outputs are the file's, but ``body`` takes its selection row by row. Weights go by the name of the file
+    that holds them in the end, where the bundle's own is a link.
+
+    Args:
+        native: the native ops will run it.
+        exact: float32 inputs of integer layers.
+    """
+    model = ir.load(path)
+    for node in chain(model.graph, *model.functions.values()):
+        if exact and node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    if manifest.dtype != "float32":
+        upcast_to_float32(model, keep_rows=native)
+    fuse_attention(model, manifest.spec)
+    if path.stem == "body":
+        split_selection(model)
+        if native:
+            flatten(model)
+    proto = ir.to_proto(model)
+    for place in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
+        if place.key == "location":
+            place.value = (path.parent / place.value).resolve().name
+    return proto.SerializeToString()
+
+
+class OrtGraph:
+    """One ONNX graph loaded into ONNX Runtime."""
+
+    def __init__(self, path: Path, options: ort.SessionOptions, read: Callable[[], bytes]) -> None:
+        try:
+            self._session = ort.InferenceSession(read(), options, providers=["CPUExecutionProvider"])
+        except (
+            errors.Fail,
+            errors.InvalidGraph,
+            errors.InvalidProtobuf,
+            errors.InvalidArgument,
+            errors.NotImplemented,
+            errors.RuntimeException,
+        ) as error:
+            raise UserError(
+                f"ONNX Runtime {ort.__version__} cannot load {path} ({str(error).splitlines()[0][:200]})",
+                "use onnxruntime 1.32 or later, or export the model again",
+            ) from error
+        self.inputs = [value.name for value in self._session.get_inputs()]
+        self.outputs = [value.name for value in self._session.get_outputs()]
+
+    def bind(self, feeds: Mapping[str, np.ndarray], fetches: Mapping[str, np.ndarray]) -> BoundRun:
+        """A run that reads and writes the given arrays; names the graph lacks are ignored."""
+        binding = self._session.io_binding()
+        for name in self.inputs:
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(feeds[name]))
+        for name in self.outputs:
+            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(fetches[name]))
+        return BoundRun(self._session, binding)
+
+
+class BoundRun:
+    """A session with all of its buffers bound; calling it runs the graph."""
+
+    def __init__(self, session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+        self._session, self._binding = session, binding
+
+    def __call__(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+class Step:
+    """One part of a decode step."""
+
+    def __init__(self, name: str, piece: OrtGraph, buffers: Mapping[str, np.ndarray]) -> None:
+        self.name = name
+        self.run = piece.bind(buffers, buffers)

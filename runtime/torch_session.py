@@ -1,0 +1,168 @@
+"""The reference as a session: plain PyTorch in float32, the selection applied as masks.
+
+It reads every weight and zeroes what is not selected, so it is slow and exact: what the other
+backends are held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.weights import read_weights
+from shadowllm.limits import check_threads
+from shadowllm.models import Budget, Decoder, KVCache, ModelSpec
+from shadowllm.models.decoder import Unit
+from shadowllm.predictor.networks import scores
+from shadowllm.predictor.per_layer import per_layer_scores
+from shadowllm.predictor.topk import active_mask
+from shadowllm.runtime.inputs import check_tokens, pad_prompts
+
+Selection = dict[Unit, Tensor]
+
+
+class TorchSession:
+    """A `Session` over the reference decoder.
+
+    Args:
+        spec: the model.
+        weights: canonical float32 tensors.
+        predictor: scores heads and neurons; None decodes dense.
+        budget: fractions to keep at first.
+        dense_weights: of dense steps, prefill and dense layers, where integer weights are rounded otherwise there.
+
+    Attributes:
+        chosen: masks the predictor chose in the last sparse step, bool ``(n_sparse, n_heads)`` and
+            ``(n_sparse, intermediate_size)``.
+        forced: masks to use instead; for comparing a step under one and the same selection.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Tensor],
+        predictor: Predictor | None,
+        budget: Budget | None = None,
+        dense_weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.chosen: Selection = {}
+        self.forced: Selection | None = None
+        self._per_layer = (
+            per_layer_scores(predictor.kind, spec, weights, predictor) if predictor and predictor.per_layer else None
+        )
+        self._weights, self._predictor = weights, predictor
+        self.set_budget(budget or Budget())
+        self._decoder = Decoder(spec, weights if dense_weights is None else dense_weights)
+        self.reset()
+
+    @classmethod
+    def open(
+        cls, bundle: Path, kind: Literal["sparse", "dense"] = "sparse", threads: int | None = None
+    ) -> TorchSession:
+        """The reference of a bundle, on the bundle's own weights.
+
+        Args:
+            bundle: folder written by ``shadowllm export``.
+            kind: what decodes.
+            threads: of PyTorch's operators, in the whole process; its own default when None.
+
+        Raises:
+            UserError: no bundle, or a damaged file in it.
+        """
+        if threads is not None:
+            torch.set_num_threads(check_threads(threads))
+        manifest = read_manifest(bundle)
+        read = read_weights(bundle, manifest)
+        predictor = read.predictor if kind == "sparse" else None
+        return cls(manifest.spec, read.sparse, predictor, Budget(**manifest.budgets), read.dense)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._weights, self._decoder = {}, Decoder(self.spec, {})
+
+    def reset(self, batch: int = 1) -> None:
+        """See `Session.reset`."""
+        self._lengths = np.zeros(batch, dtype=np.int64)
+        self.cache = KVCache.empty(self.spec, batch, 0)
+
+    def set_budget(self, budget: Budget) -> None:
+        """See `Session.set_budget`."""
+        n_sparse = self.spec.n_layers - (self._predictor.dense_layers if self._predictor else 0)
+        heads, neurons = (counts.tolist() for counts in budget.counts(self.spec, n_sparse))
+        self._counts: dict[Unit, list[int]] = {"heads": heads, "neurons": neurons}
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """See `Session.prefill`."""
+        padded = pad_prompts(prompts, len(self._lengths), self.spec)
+        input_ids, positions, lengths = map(torch.from_numpy, padded)
+        self._reserve(input_ids.shape[1])
+        logits = self._decoder(input_ids, positions, self.cache)
+        self._lengths[:] = lengths
+        return logits[torch.arange(len(lengths)), lengths - 1].numpy()
+
+    @torch.no_grad()
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """See `Session.decode`."""
+        self._reserve(check_tokens(tokens, self._lengths, self.spec))
+        input_ids, positions = torch.from_numpy(tokens)[:, None], torch.from_numpy(self._lengths.copy())[:, None]
+        logits = (
+            self._decoder(input_ids, positions, self.cache)
+            if self._predictor is None
+            else self._sparse_step(input_ids, positions, self._predictor)
+        )
+        self._lengths += 1
+        return logits[:, -1].numpy()
+
+    def _sparse_step(self, input_ids: Tensor, positions: Tensor, predictor: Predictor) -> Tensor:
+        first = predictor.dense_layers
+        x = self._stem(input_ids, positions, first)
+        self.chosen = self._select(predictor, x)
+        selection = self.forced or self.chosen
+
+        def input_hook(layer: int, unit: Unit, normed: Tensor) -> None:
+            if self._per_layer is not None:
+                found, row = self._per_layer.scores(layer, unit, normed.flatten(0, 1)), layer - first
+                self.chosen[unit][row] = active_mask(self.spec, unit, found.mean(dim=0), self._counts[unit][row])
+
+        def activation_hook(layer: int, unit: Unit, activation: Tensor) -> Tensor:
+            mask = selection[unit][layer - first]
+            return activation * (mask[:, None] if unit == "heads" else mask)
+
+        body = Decoder(self.spec, self._weights, activation_hook, input_hook)
+        for layer in range(first, self.spec.n_layers):
+            x = body.layer(layer, x, positions, self.cache)
+        return body.logits(x)
+
+    def _stem(self, input_ids: Tensor, positions: Tensor, dense_layers: int) -> Tensor:
+        x = self._decoder.embed(input_ids, positions)
+        for layer in range(dense_layers):
+            x = self._decoder.layer(layer, x, positions, self.cache)
+        return x
+
+    def _select(self, predictor: Predictor, hidden: Tensor) -> Selection:
+        units: tuple[Unit, ...] = ("heads", "neurons")
+        found = (found.mean(dim=0) for found in scores(predictor, hidden.flatten(0, 1)))
+        return {
+            unit: torch.stack(
+                [active_mask(self.spec, unit, row, n) for row, n in zip(rows, self._counts[unit], strict=True)]
+            )
+            for unit, rows in zip(units, found, strict=True)
+        }
+
+    def _reserve(self, length: int) -> None:
+        grown = KVCache.empty(self.spec, len(self._lengths), length)
+        for old, new in ((self.cache.keys, grown.keys), (self.cache.values, grown.values)):
+            for before, after in zip(old, new, strict=True):
+                after[:, :, : before.shape[2]] = before[:, :, :length]
+        self.cache = grown

@@ -1,0 +1,113 @@
+"""Integer weights: how far they round, and that ONNX Runtime reads the same numbers out of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from shadowllm.bundle.quantisation import Quantisation, dense_rows, dequantise, quantise, rounded
+
+QUANTISATIONS = [Quantisation(8), Quantisation(4), Quantisation(4, 16), Quantisation(8, 64)]
+SIZES = [(1, 32), (7, 64), (41, 96), (5, 40)]  # the last is padded to whole blocks
+
+
+def matrix(rows, width, seed=0):
+    return np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
+
+
+@pytest.mark.parametrize("q", QUANTISATIONS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_no_element_moves_further_than_a_step(size, q):
+    wide = matrix(*size)
+    data, scales = quantise(wide, q)
+    assert data.shape == (size[0], q.bytes(size[1]))
+    assert scales.shape == (size[0], q.blocks(size[1]))
+    steps = np.repeat(np.abs(scales), q.block, axis=1)[:, : size[1]]
+    errors = np.abs(dequantise(data, scales, size[1], q) - wide)
+    # The end of the range on the other side lies half a step short of the farthest element's mirror image.
+    assert (errors <= steps * 1.0001).all()
+    assert (errors <= steps * 0.5001).mean() > 0.97
+
+
+@pytest.mark.parametrize("q", QUANTISATIONS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_rounded_is_what_packing_and_unpacking_leaves(size, q):
+    wide = matrix(*size)
+    np.testing.assert_array_equal(rounded(wide, q), dequantise(*quantise(wide, q), size[1], q))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_few_bits_are_few_values(bits):
+    found = rounded(matrix(3, 64), Quantisation(bits, 64))
+    assert all(len(np.unique(row)) <= 2**bits for row in found)
+
+
+def test_the_farthest_element_of_a_block_is_exact():
+    wide = matrix(3, 64)
+    data, scales = quantise(wide, Quantisation(4))
+    found = dequantise(data, scales, 64, Quantisation(4)).reshape(3, 2, 32)
+    farthest = np.abs(wide.reshape(3, 2, 32)).argmax(axis=2)[..., None]
+    np.testing.assert_allclose(
+        np.take_along_axis(found, farthest, 2), np.take_along_axis(wide.reshape(3, 2, 32), farthest, 2), rtol=1e-6
+    )
+
+
+def test_zeros_stay_zeros():
+    for q in QUANTISATIONS:
+        data, scales = quantise(np.zeros((2, 64), dtype=np.float32), q)
+        assert not dequantise(data, scales, 64, q).any()
+        assert np.isfinite(scales).all()
+
+
+def test_large_matrices_are_quantised_in_parts(monkeypatch):
+    wide = matrix(50, 64)
+    whole = quantise(wide, Quantisation(4))
+    monkeypatch.setattr("shadowllm.bundle.quantisation.CHUNK", 200)
+    for found, expected in zip(quantise(wide, Quantisation(4)), whole, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("q", QUANTISATIONS[:3], ids=str)
+def test_the_ops_infer_bits_and_block_from_shapes(q):
+    data, scales = quantise(matrix(9, 64), q)
+    np.testing.assert_array_equal(dense_rows(data, scales, 64), dequantise(data, scales, 64, q))
+
+
+def run(node, feeds, initializers, out_type=TensorProto.FLOAT):
+    inputs = [
+        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in feeds.items()
+    ]
+    constants = [
+        helper.make_tensor(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape, a.tobytes(), raw=True)
+        for n, a in initializers.items()
+    ]
+    output = helper.make_tensor_value_info("y", out_type, None)
+    graph = helper.make_graph([node], "one", inputs, [output], constants)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, ir_version=10, opset_imports=opsets)
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+
+
+@pytest.mark.parametrize("q", QUANTISATIONS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_onnx_runtime_multiplies_by_the_same_numbers(size, q):
+    (rows, width), x = size, matrix(3, size[1], seed=1)
+    data, scales = quantise(matrix(rows, width), q)
+    attributes = {"K": width, "N": rows, "bits": q.bits, "block_size": q.block, "accuracy_level": 1}
+    node = helper.make_node("MatMulNBits", ["x", "b", "s"], ["y"], domain="com.microsoft", **attributes)
+    blocks = data.reshape(rows, q.blocks(width), -1)
+    found = run(node, {"x": x}, {"b": blocks, "s": scales})
+    exact = x.astype(np.float64) @ dequantise(data, scales, width, q).T
+    assert np.abs(found - exact).max() < 1e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("q", QUANTISATIONS[:2], ids=str)
+def test_onnx_runtime_gathers_the_same_numbers(q):
+    data, scales = quantise(matrix(41, 64), q)
+    attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": q.block, "bits": q.bits}
+    node = helper.make_node("GatherBlockQuantized", ["d", "i", "s"], ["y"], domain="com.microsoft", **attributes)
+    ids = np.array([40, 0, 7, 7])
+    found = run(node, {"i": ids}, {"d": data, "s": scales})
+    np.testing.assert_array_equal(found, dequantise(data, scales, 64, q)[ids])

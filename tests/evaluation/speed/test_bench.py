@@ -1,0 +1,164 @@
+"""``bench`` over a tiny bundle, with real workers, and the report it makes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from shadowllm.benchmarks.peers import Setting, _check_tokens, compare
+from shadowllm.errors import UserError
+from shadowllm.evaluation.speed.bench import bench
+from shadowllm.evaluation.speed.report import Result, latency_line
+from shadowllm.models.sparsity import Budget
+
+ENVIRONMENT = {"cpu", "cores", "ram_gb", "os", "machine", "python", "packages", "commit", "date", "threads"}
+RESULT = {
+    "name",
+    "ttft_ms",
+    "itl_ms",
+    "tokens_per_second",
+    "tokens_per_second_spread",
+    "bytes_per_token",
+    "bytes_by_part",
+    "gb_per_second",
+    "peak_rss_mb",
+    "device_memory",
+    "parts_ms",
+    "quality",
+}
+SHORT = {"prompt_len": 12, "new_tokens": 6, "runs": 2, "warmup": 1, "quality_tokens": 8, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def report(bundle):
+    return bench(bundle(), budget=Budget(0.5, 0.5), **SHORT)
+
+
+@pytest.fixture(scope="module")
+def data(report, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.json"
+    report.save_json(path)
+    return json.loads(path.read_text())
+
+
+def test_json_schema(data):
+    assert set(data) == {"environment", "settings", "bandwidth_gb_s", "results", "comparison", "predictor"}
+    assert set(data["environment"]) == ENVIRONMENT
+    assert [result["name"] for result in data["results"]] == ["sparse", "ort-dense"]
+    for result in data["results"]:
+        assert set(result) == RESULT
+        assert result["device_memory"] == {}  # on a CPU
+        assert {"p50", "p90", "p99"} <= set(result["itl_ms"])
+        assert set(result["quality"]) == {"next_token_agreement", "perplexity", "tokens"}
+        assert result["gb_per_second"] == pytest.approx(result["bytes_per_token"] / result["itl_ms"]["p50"] / 1e6)
+        assert result["bytes_per_token"] == sum(result["bytes_by_part"].values())
+    assert [(pair["name"], pair["baseline"]) for pair in data["comparison"]] == [("sparse", "ort-dense")]
+    assert data["comparison"][0]["speedup"].keys() == {"median", "min", "max"}
+
+
+def test_sparse_reads_less_and_its_parts_are_timed(data):
+    sparse, dense = data["results"]
+    assert sparse["bytes_per_token"] < dense["bytes_per_token"]
+    assert set(sparse["parts_ms"]) == {"stem", "predictor", "body"}
+    assert sum(sparse["parts_ms"].values()) < sparse["itl_ms"]["max"]
+    assert data["predictor"]["ms_per_token"] == sparse["parts_ms"]["predictor"]
+    assert 0 < data["predictor"]["share_of_step"] < 1
+
+
+def test_the_baseline_agrees_with_itself(data):
+    sparse, dense = (result["quality"] for result in data["results"])
+    assert dense["next_token_agreement"] == 1
+    assert sparse["next_token_agreement"] < 1  # half of a random model's neurons are not the whole model
+    assert dense["tokens"] == 8 + 6  # documentation, and what the baseline generated
+    assert sparse["perplexity"] != dense["perplexity"]
+
+
+def test_everything_active_is_as_good_as_dense(bundle):
+    sparse, dense = bench(bundle(), budget=Budget(1.0, 1.0), **SHORT | {"runs": 1, "warmup": 0}).results
+    assert sparse.quality["next_token_agreement"] == 1
+    assert sparse.quality["perplexity"] == pytest.approx(dense.quality["perplexity"], rel=1e-5)
+
+
+def test_printed_report_fits_a_terminal(report):
+    console = Console(width=80, file=StringIO())
+    report.print(console)
+    text = console.file.getvalue()
+    for words in (
+        "sparse",
+        "ort-dense",
+        "ITL median, ms",
+        "ITL percentile(99%), ms",
+        "Next-token agreement",
+        "Perplexity",
+        "sparse against ort-dense:",
+        "Predictor:",
+        "Memory:",
+    ):
+        assert words in text
+    assert "GPU memory" not in text
+    line = latency_line(report.results[0])
+    assert line.startswith("sparse: Latency: min = ")
+    assert "percentile(90%) = " in line
+    assert "percentile(50%)" not in line
+
+
+def test_gpu_memory_is_told_of_whoever_reports_it(report):
+    on_gpu = replace(report.results[1].summary, device_memory={"weights": 1_200_000_000, "cache": 34_000_000})
+    results = [report.results[0], Result("tensorrt", on_gpu)]
+    console = Console(width=80, file=StringIO())
+    replace(report, results=results).print(console)
+    row = next(line for line in console.file.getvalue().splitlines() if "GPU memory, MB" in line)
+    assert [cell.strip() for cell in row.split("│")[2:4]] == ["-", "1234"]
+    assert results[1].to_dict()["device_memory"] == {"weights": 1_200_000_000, "cache": 34_000_000}
+
+
+def test_figure(report, tmp_path):
+    report.save_png(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(UserError, match="cannot write"):
+        report.save_png(tmp_path / "missing" / "figure.png")
+
+
+def test_json_needs_its_folder(report, tmp_path):
+    with pytest.raises(UserError, match="cannot write"):
+        report.save_json(tmp_path / "missing" / "report.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"against": ()}, "cannot compare with nothing"),
+        ({"against": ("ort-dense", "ort-dense")}, "each backend once"),
+        ({"against": ("fast",)}, "no backend 'fast'"),
+        ({"runs": 0}, "number of runs is 0"),
+        ({"new_tokens": 1}, "number of new tokens is 1"),
+        ({"prompt_len": 60}, "more than the model's 64 positions"),
+    ],
+)
+def test_bad_arguments(bundle, arguments, words):
+    with pytest.raises(UserError, match=words):
+        bench(bundle(), **SHORT | arguments)
+
+
+def test_no_bundle(tmp_path):
+    with pytest.raises(UserError, match="is not a bundle"):
+        bench(tmp_path)
+
+
+class TestPeers:
+    def test_nothing_to_compare_with(self, bundle, tmp_path):
+        with pytest.raises(UserError, match="no other toolkit"):
+            compare("model", bundle(), tmp_path, None, None, Setting(1, 8, 4), runs=1)
+
+    def test_sixteen_bit_bundle(self, bundle, tmp_path):
+        with pytest.raises(UserError, match="float16 bundle"):
+            compare("model", bundle(dtype="float16"), tmp_path, None, None, Setting(1, 8, 4), runs=1)
+
+    def test_other_tokens_are_noticed(self):
+        with pytest.raises(UserError, match="genai-graph generates other tokens"):
+            _check_tokens({"dense": [1, 2, 3], "genai-graph": [1, 9, 3]})
+        _check_tokens({"dense": [1] * 9 + [2], "genai-graph": [1] * 9 + [3]})

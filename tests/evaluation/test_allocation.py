@@ -1,0 +1,110 @@
+"""Budgets layer by layer: least loss for what is saved, and the price that a target asks for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from shadowllm.evaluation.allocation import (
+    LEAST,
+    STEPS,
+    Allocation,
+    Loss,
+    Sensitivity,
+    _probes,
+    bisect,
+    measure,
+    passes,
+)
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.sparsity import Budget
+from shadowllm.predictor.selectors import Context, make_selector
+from tests.predictor.conftest import token_windows
+
+MADE = Allocation(
+    Sensitivity(np.array([1.0, 0.1]), rate=5.0, weights=1000), Sensitivity(np.array([1.0, 0.3]), rate=8.0, weights=4000)
+)
+
+
+def lost(budget):
+    return sum(
+        float((sense.scales * np.exp(-sense.rate * np.array(fractions))).sum())
+        for sense, fractions in ((MADE.heads, budget.heads), (MADE.neurons, budget.neurons))
+    )
+
+
+def kept(budget):
+    return 1000 * sum(budget.heads) + 4000 * sum(budget.neurons)
+
+
+def test_no_allocation_of_the_same_size_loses_less():
+    best = MADE.budget(1e-4)
+    assert all(LEAST < f < 1 for f in (*best.heads, *best.neurons))
+    for moved, (to, at), (back, there) in itertools.product(
+        (0.02, -0.02), itertools.product(("heads", "neurons"), (0, 1)), itertools.product(("heads", "neurons"), (0, 1))
+    ):
+        if (to, at) == (back, there):
+            continue
+        other = {"heads": list(best.heads), "neurons": list(best.neurons)}
+        other[to][at] += moved * 1000 / getattr(MADE, to).weights
+        other[back][there] -= moved * 1000 / getattr(MADE, back).weights
+        other = Budget(tuple(other["neurons"]), tuple(other["heads"]))
+        assert kept(other) == pytest.approx(kept(best))
+        assert lost(other) > lost(best)
+
+
+def test_prices_span_everything_and_the_least():
+    low, high = MADE.prices()
+    assert MADE.budget(low) == Budget((1.0, 1.0), (1.0, 1.0))
+    assert MADE.budget(high) == Budget((LEAST, LEAST), (LEAST, LEAST))
+
+
+def test_bisection_brackets_a_size():
+    asked = []
+
+    def go_sparser(budget):
+        asked.append(kept(budget))
+        return asked[-1] > 5000
+
+    denser, sparser = bisect(MADE, go_sparser)
+    assert len(asked) == STEPS
+    assert kept(sparser) <= 5000 < kept(denser)
+    assert kept(denser) - kept(sparser) < 300
+    assert bisect(MADE, lambda _: True)[1] is None
+    assert bisect(MADE, lambda _: False)[0] is None
+
+
+def test_a_model_is_measured_layer_by_layer(tiny):
+    spec, weights = tiny
+    context = Context(spec, weights)
+    loss = Loss(context, make_selector("oracle", context), token_windows(spec))
+    ticks = []
+    found = measure(context, loss, ticks.append)
+    assert sum(ticks) == passes(2)
+    for unit, sense in (("heads", found.heads), ("neurons", found.neurons)):
+        low = {"heads": 0.5, "neurons": 0.25}[unit]
+        alone = [loss.divergence(Budget(**{unit: f})) for f in ((low, 1.0), (1.0, low))]
+        np.testing.assert_allclose(sense.scales * math.exp(-sense.rate * low), alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("groups", "kept"), [(9, (4, 7)), (4, (2, 3)), (3, (1, 2)), (2, (1, 1)), (1, (1, 1))])
+def test_probes_leave_out_different_numbers_of_units_where_they_can(groups, kept):
+    assert tuple(round(fraction * groups) for fraction in _probes("heads", groups)) == kept
+
+
+def test_losses_are_those_of_the_masked_model(llama):
+    spec, weights = llama
+    context, windows = Context(spec, weights), token_windows(spec)
+    loss = Loss(context, make_selector("oracle", context), windows)
+    with torch.no_grad():
+        logits = Decoder(spec, weights)(windows)
+    dense = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    assert loss.dense_log_perplexity == pytest.approx(float(dense), rel=1e-5)
+    assert loss.log_perplexity(Budget()) == pytest.approx(loss.dense_log_perplexity, rel=1e-5)
+    assert loss.divergence(Budget()) == pytest.approx(0, abs=1e-6)
+    assert loss.divergence(Budget(0.3)) > loss.divergence(Budget(0.6)) > 0

@@ -1,0 +1,67 @@
+"""Recall at run time against a count done by hand on the reference."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.bundle.weights import read_weights
+from shadowllm.cli import main
+from shadowllm.errors import UserError
+from shadowllm.evaluation.drift import runtime_recall
+from shadowllm.models import Budget
+from shadowllm.predictor.traces import Tracer
+from shadowllm.runtime.ort.session import OrtSession
+
+
+def windows(n=3, seqlen=12):
+    return torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(2))
+
+
+def test_a_static_choice_is_scored_as_counted_by_hand(bundle):
+    folder = bundle(kind="static")
+    manifest = read_manifest(folder)
+    read = read_weights(folder, manifest)
+    with OrtSession(folder, "sparse") as session:
+        found = runtime_recall(session, read.sparse, windows())
+    hits = wanted = 0
+    for window in windows():
+        traced = Tracer(manifest.spec, read.sparse, "l2norm").trace(window[None]).neurons[6:]
+        for layer, ranking in enumerate(read.predictor.tensors["neurons.scores"]):
+            chosen = set(ranking.topk(44).indices.tolist())
+            for scores in traced[:, layer]:
+                hits, wanted = hits + len(chosen & set(scores.topk(44).indices.tolist())), wanted + 44
+    assert found.tokens == 18
+    assert found.neurons == pytest.approx(hits / wanted)
+    assert (found.expected_heads, found.expected_neurons) == (0.5, 0.5)
+
+
+def test_in_place_choices_beat_chance_and_everything_kept_is_all_there_is(bundle):
+    folder = bundle("llama-blocks", kind="quantized-shadow")
+    weights = read_weights(folder, read_manifest(folder)).sparse
+    with OrtSession(folder, "sparse") as session:
+        found = runtime_recall(session, weights, windows(), Budget(neurons=(0.25, 0.5), heads=0.5))
+        assert found.neurons > found.expected_neurons + 0.2
+        assert found.expected_neurons == pytest.approx((0.25 * 24 + 0.5 * 48) / 72)
+        assert runtime_recall(session, weights, windows(1), Budget()).neurons == 1
+
+
+def test_one_token_is_no_text(bundle):
+    with OrtSession(bundle(), "sparse") as session, pytest.raises(UserError, match="nothing to decode"):
+        runtime_recall(session, {}, windows(seqlen=1))
+
+
+def test_command(bundle, tmp_path, capsys):
+    text = tmp_path / "served.txt"
+    text.write_text("The shadow of a model says what matters. " * 10)
+    folder = str(bundle("llama-blocks", kind="quantized-shadow"))
+    quick = ["--tokens", "64", "--seqlen", "16"]
+    assert main(["drift", folder, "--text", str(text), *quick, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"text", "calibration"}
+    assert all(0 < found[name]["neurons"] <= 1 for name in found)
+    assert main(["drift", folder, "--text", str(text), *quick]) == 0
+    assert "of the important heads" in capsys.readouterr().out

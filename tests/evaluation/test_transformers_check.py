@@ -1,0 +1,168 @@
+"""The comparison with transformers' own forward pass: it agrees where we read rightly, and fails where we do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+
+from shadowllm.errors import UserError
+from shadowllm.evaluation import transformers_check
+from shadowllm.evaluation.transformers_check import TOLERANCE, compare_with_transformers
+from shadowllm.models import load_model
+from tests.conftest import VARIANTS, build_transformers_model
+from tests.models.checkpoints import copied, edit_json, rewrite, write_gguf
+
+
+def compare(path):
+    _, weights, checkpoint = load_model(path)
+    return compare_with_transformers(checkpoint, weights)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_families_are_read_as_transformers_reads_them(checkpoint, variant):
+    found = compare(checkpoint(variant))
+    assert found["tokens"] == 24
+    assert found["max_rel"] <= found["tolerance"] == TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("variant", "wrong"),
+    [
+        ("llama-gqa", {"norm_eps": 1e-2}),
+        ("llama-gqa", {"activation": "gelu"}),
+        ("llama-rope-linear", {"rope": None}),
+        ("opt", {"position_offset": 0}),
+    ],
+)
+def test_a_fact_read_wrongly_fails(checkpoint, variant, wrong):
+    spec, weights, opened = load_model(checkpoint(variant))
+    if "rope" in wrong:
+        wrong = {"rope": replace(spec.rope, scaling="default")}
+    changed = {"embed_positions.weight": weights["embed_positions.weight"][2:]} if "position_offset" in wrong else {}
+    weights.spec = replace(spec, **wrong)
+    if changed:
+        weights.spec = replace(weights.spec, max_seqlen=spec.max_seqlen + 2)
+    with pytest.raises(UserError, match="not read as transformers reads it"):
+        compare_with_transformers(opened, weights)
+
+
+def test_scales_that_are_ignored_fail(checkpoint, tmp_path):
+    """The fault that comparing with our own decoder cannot see."""
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model")
+    _, weights, opened = load_model(folder)
+    double = copied(checkpoint("llama-gqa"), tmp_path / "other")
+    rewrite(double, lambda tensors: {n: t * 2 if "up_proj" in n else t for n, t in tensors.items()})
+    with pytest.raises(UserError, match="not read as transformers reads it"):
+        compare_with_transformers(replace(opened, folder=double), weights)
+
+
+def test_a_prefix_is_taken_off_on_both_sides(checkpoint, tmp_path):
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model")
+    rewrite(folder, lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()})
+    with pytest.warns(UserWarning, match="_orig_mod"):
+        assert compare(folder)["max_rel"] <= TOLERANCE
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_gguf(tmp_path, scaled):
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    model = build_transformers_model("llama", {"rope_parameters": rope} if scaled else {})
+    write_gguf(tmp_path / "a.gguf", model, keys={"rope.scaling.factor": 2.0} if scaled else {})
+    assert compare(tmp_path / "a.gguf")["max_rel"] <= TOLERANCE
+
+
+def quantise(tensors, suffix):
+    found = dict(tensors)
+    for name in [name for name in tensors if "_proj.weight" in name]:
+        scale = tensors[name].abs().amax(dim=1, keepdim=True) / 448
+        found[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        found[f"{name}{suffix}"] = scale
+    return found
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "fp8"])
+def test_quantised_checkpoints(checkpoint, tmp_path, method):
+    if method == "compressed-tensors":
+        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: not compared")
+    folder = copied(checkpoint("llama-blocks"), tmp_path / "model")
+    rewrite(folder, lambda tensors: quantise(tensors, "_scale" if method == "compressed-tensors" else "_scale_inv"))
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": weights}
+    settings = {
+        "quant_method": method,
+        "format": "float-quantized",
+        "config_groups": {"a": group},
+        "ignore": ["lm_head"],
+    }
+    if method == "fp8":
+        settings = {"quant_method": method, "modules_to_not_convert": ["lm_head"], "weight_block_size": [1, 32]}
+    edit_json(folder / "config.json", quantization_config=settings)
+    found = compare(folder)
+    assert "skipped" not in found, found
+    assert found["max_rel"] <= found["tolerance"]
+
+
+def test_settings_under_their_older_name(checkpoint, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: not compared")
+    folder = copied(checkpoint("llama-blocks"), tmp_path / "model")
+    rewrite(folder, lambda tensors: quantise(tensors, "_scale"))
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    groups = {"a": {"targets": ["Linear"], "weights": weights}}
+    settings = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    edit_json(folder / "config.json", compression_config=settings | {"ignore": ["lm_head"]})
+    assert compare(folder)["max_rel"] <= TOLERANCE
+
+
+def test_too_little_memory_is_said(checkpoint, monkeypatch):
+    memory = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(transformers_check.psutil, "virtual_memory", lambda: memory)
+    assert "GB of memory" in compare(checkpoint("opt"))["skipped"]
+
+
+def test_a_split_gguf_model_is_said_not_to_be_compared(tmp_path):
+    write_gguf(tmp_path / "a.gguf", build_transformers_model("llama", {}), split=12)
+    assert "several files" in compare(tmp_path)["skipped"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"pad_token_id": 5000},
+        {"return_dict": False},
+        {"attn_implementation": "flash_attention_2"},
+    ],
+)
+def test_what_only_transformers_stumbles_over_is_compared_all_the_same(checkpoint, tmp_path, config):
+    assert compare(copied(checkpoint("llama-gqa"), tmp_path / "model", **config))["max_rel"] <= TOLERANCE
+
+
+def test_wrappers_inside_the_model_are_taken_out_on_both_sides(checkpoint, tmp_path):
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model")
+    wrapped = {"layers.": "layers._fsdp_wrapped_module.", "q_proj": "_orig_mod.q_proj"}
+
+    def change(tensors):
+        for part, longer in wrapped.items():
+            tensors = {name.replace(part, longer): tensor for name, tensor in tensors.items()}
+        return tensors
+
+    rewrite(folder, change)
+    with pytest.warns(UserWarning, match="come from a wrapper"):
+        assert compare(folder)["max_rel"] <= TOLERANCE
+
+
+def test_scales_as_autofp8_names_them(checkpoint, tmp_path):
+    folder = copied(checkpoint("llama-blocks"), tmp_path / "model")
+    rewrite(folder, lambda tensors: quantise(tensors, "_scale"))
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", "ignored_layers": ["lm_head"]})
+    assert compare(folder)["max_rel"] <= TOLERANCE
+
+
+def test_blocks_that_do_not_divide_are_said_not_to_be_compared(checkpoint, tmp_path):
+    folder = copied(checkpoint("llama-blocks"), tmp_path / "model")
+    settings = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"], "weight_block_size": [40, 40]}
+    rewrite(folder, lambda tensors: quantise(tensors, "_scale_inv"))
+    edit_json(folder / "config.json", quantization_config=settings)
+    assert "do not divide" in compare(folder)["skipped"]

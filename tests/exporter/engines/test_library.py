@@ -1,0 +1,50 @@
+"""The C++ plugins in TensorRT-RTX itself: it loads the library, and builds engines with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shadowllm.errors import UserError
+from shadowllm.exporter.engines.contents import engine_contents
+from shadowllm.plugins.images import programs_in
+from tests.exporter.engines.samples import write_sample, write_selection
+from tests.exporter.engines.test_build import build, needs_builder
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = ROOT / "build" / "plugin" / "libshadowllm_tensorrt.so"
+needs_library = pytest.mark.skipif(
+    not LIBRARY.is_file(), reason="the C++ plugins are not built (`make plugin`, which needs TensorRT's headers)"
+)
+
+
+@needs_library
+def test_the_library_is_that_of_these_sources():
+    newest = max(path.stat().st_mtime for path in (ROOT / "plugins" / "tensorrt" / "cpp").rglob("*.?pp"))
+    assert LIBRARY.stat().st_mtime >= newest, "run `make plugin` again"
+
+
+@needs_builder
+@needs_library
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_engines_of_both_plugins_carry_the_same_programs(tmp_path, dtype):
+    onnx_path = write_sample(tmp_path / "sample.onnx", dtype)
+    paths = [tmp_path / "python.engine", tmp_path / "cpp.engine"]
+    for path, library in zip(paths, (None, LIBRARY), strict=True):
+        build(onnx_path, path, sms=(89,), plugin_library=library)
+    python, cpp = (path.read_bytes() for path in paths)  # the builder does not repeat every byte of its own
+    assert list(programs_in(python)) == list(programs_in(cpp))
+    assert len(python) == len(cpp)
+    assert engine_contents(paths[1]).kernels["select_topk"] == (89,)
+
+
+@needs_builder
+def test_a_library_without_the_plugins_is_refused(tmp_path):
+    onnx_path = write_selection(tmp_path / "selection.onnx")
+    with pytest.raises(UserError, match=r"there is no plugin library .*none\.so; build it with `make plugin`"):
+        build(onnx_path, tmp_path / "x.engine", plugin_library=tmp_path / "none.so")
+    (tmp_path / "none.so").write_bytes(b"no library")
+    with pytest.raises(UserError, match=r"none\.so does not hold the plugins of this version"):
+        build(onnx_path, tmp_path / "x.engine", plugin_library=tmp_path / "none.so")
+    assert not (tmp_path / "x.engine").exists()

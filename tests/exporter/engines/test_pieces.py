@@ -1,0 +1,104 @@
+"""Engines of the pieces that the exporter really writes, for models with and without biases, RoPE and gates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.exporter.engines.build import build_engine
+from shadowllm.exporter.engines.graph import describe_onnx
+from shadowllm.exporter.engines.profiles import profiles_for
+from shadowllm.exporter.write_bundle import write_bundle
+from shadowllm.models import Budget, load_model
+from tests.bundles import make_bundle
+from tests.conftest import build_transformers_model
+from tests.exporter.engines.test_build import needs_builder
+from tests.exporter.engines.test_library import LIBRARY, needs_library
+
+
+def random_predictor(weights) -> Predictor:
+    """A shadow of rank 3 for all layers but the first."""
+    spec, generator = weights.spec, torch.Generator().manual_seed(0)
+    n, heads, neurons = spec.n_layers - 1, spec.n_heads, spec.intermediate_size
+    shapes = {
+        "heads.scores": (n, heads),
+        "neurons.scores": (n, neurons),
+        "trunk.weight": (3, spec.hidden_size),
+        "trunk.bias": (3,),
+        "heads.weight": (n * heads, 3),
+        "heads.bias": (n * heads,),
+        "neurons.weight": (n * neurons, 3),
+        "neurons.bias": (n * neurons,),
+    }
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return Predictor("shadow", n, 1, heads, neurons, spec.hidden_size, tensors, weights.fingerprint())
+
+
+MODELS = {
+    # 16 per head: TensorRT-RTX 1.7 has no 16-bit attention for sizes that are no multiple of 8.
+    "llama": {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
+    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64},
+}
+
+
+@needs_builder
+@pytest.mark.parametrize("library", [None, pytest.param(LIBRARY, marks=needs_library)], ids=["python", "c++"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("family", MODELS)
+def test_pieces_build_with_all_plugins(tmp_path, family, dtype, library):
+    check_pieces(tmp_path, family, MODELS[family], dtype, library)
+
+
+@needs_builder
+def test_pieces_without_biases_build_in_float32(tmp_path):
+    check_pieces(tmp_path, "opt", {"enable_bias": False}, "float32", None)
+
+
+@needs_builder
+@pytest.mark.parametrize("library", [None, pytest.param(LIBRARY, marks=needs_library)], ids=["python", "c++"])
+@pytest.mark.parametrize("family", MODELS)
+def test_a_quantised_shadow_chooses_inside_its_engine(tmp_path, family, library):
+    build_transformers_model(family, MODELS[family]).save_pretrained(tmp_path / "model")
+    path = tmp_path / "bundle" / "body.onnx"
+    path.parent.mkdir()
+    make_bundle(tmp_path / "model", path.parent, "float16", "quantized-shadow")
+    record = build_engine(
+        path,
+        tmp_path / "body.engine",
+        flavour="tensorrt_rtx",
+        profiles=profiles_for(describe_onnx(path), capacity=64, max_seqlen=32, max_batch=2),
+        sms=(89,),
+        plugin_library=library,
+    )
+    ops = ["SelectTopK", "SparseAttention", "ScoreNeurons", "SelectTopK", "SparseMLP"]
+    assert [node.op for node in record.plugins] == 2 * ops
+    assert record.kernels["score_neurons"] == (89,)
+
+
+def check_pieces(tmp_path, family, options, dtype, library) -> None:
+    build_transformers_model(family, options).save_pretrained(tmp_path / "model")
+    _, weights, files = load_model(tmp_path / "model")
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    manifest = write_bundle(bundle, family, weights, files, random_predictor(weights), dtype=dtype, budget=Budget())
+    plugins = {}
+    for piece in ("stem", "predictor", "body"):
+        path = bundle / f"{piece}.onnx"
+        profiles = profiles_for(describe_onnx(path), capacity=64, max_seqlen=32, max_batch=2)
+        record = build_engine(
+            path,
+            bundle / "engines" / f"{piece}.engine",
+            flavour="tensorrt_rtx",
+            profiles=profiles,
+            sms=(89,),
+            file_hashes=manifest.files,
+            plugin_library=library,
+        )
+        plugins[piece] = [node.name for node in record.plugins]
+        assert record.files == {name: manifest.files[name] for name in (path.name, "model.onnx.data")}
+    assert plugins == {
+        "stem": [],
+        "predictor": ["head_indices.SelectTopK", "neuron_indices.SelectTopK"],
+        "body": [f"layers.{layer}.{op}" for layer in (1, 2) for op in ("SparseAttention", "SparseMLP")],
+    }

@@ -1,0 +1,227 @@
+"""Bundles on disk: one data file, checked names and hashes, all or nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from shadowllm.bundle.manifest import DATA_FILE, read_manifest, verify_files
+from shadowllm.bundle.weights import read_weights
+from shadowllm.errors import UserError
+from shadowllm.exporter.write_bundle import check_dtypes, write_bundle
+from shadowllm.models import load_model
+from shadowllm.pipeline import EngineOptions, build_engines
+from tests.bundles import BUDGET, make_bundle, make_predictor
+from tests.conftest import VARIANTS
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["shadow", "layerwise", "quantized-shadow"])
+def test_onnx_checker_accepts_every_piece(bundle, variant, kind):
+    folder = bundle(variant, kind=kind)
+    found = {path.stem for path in folder.glob("*.onnx")}
+    assert found == {"dense", *read_manifest(folder).sparse_pieces}
+    for piece in found:
+        onnx.checker.check_model(str(folder / f"{piece}.onnx"))
+
+
+def test_weights_lie_on_disk_once(bundle):
+    folder = bundle()
+    stored = sum(path.stat().st_size for path in folder.glob("*.onnx*"))
+    spec = read_manifest(folder).spec
+    assert stored < 4 * spec.n_parameters + 400_000  # float32, the predictor, page padding and four small graphs
+    for piece in ("dense", "stem", "predictor", "body"):
+        tensors = [value.const_value for value in ir.load(folder / f"{piece}.onnx").graph.initializers.values()]
+        assert all(isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < 300 for tensor in tensors)
+
+
+def test_weights_read_back(bundle, checkpoint):
+    folder = bundle("llama-biases")
+    weights = read_weights(folder, read_manifest(folder)).sparse
+    original = load_model(checkpoint("llama-biases"))[1]
+    assert all(torch.equal(weights[name], original[name]) for name in original)
+
+
+def test_custom_ops_carry_their_layer(bundle):
+    nodes = [node for node in ir.load(bundle() / "body.onnx").graph if node.domain == "shadowllm"]
+    assert [(node.op_type, node.name) for node in nodes] == [
+        (op, f"layers.{layer}.{part}")
+        for layer in (1, 2)
+        for op, part in (("SparseAttention", "attention"), ("SparseMLP", "mlp"))
+    ]
+
+
+def test_tensor_names_are_the_usual_ones(bundle):
+    graph = ir.load(bundle() / "dense.onnx").graph
+    assert [value.name for value in graph.inputs][:2] == ["input_ids", "position_ids"]
+    assert {"past_key_values.0.key", "past_key_values.2.value"} <= {value.name for value in graph.inputs}
+    assert {"logits", "present.0.key", "present.2.value"} <= {value.name for value in graph.outputs}
+
+
+class TestManifest:
+    @pytest.fixture
+    def copy(self, bundle, tmp_path):
+        shutil.copytree(bundle(), tmp_path / "bundle")
+        return tmp_path / "bundle"
+
+    def edit(self, folder, **changes):
+        path = folder / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def test_round_trip(self, copy):
+        manifest = read_manifest(copy)
+        manifest.write(copy)
+        assert read_manifest(copy) == manifest
+
+    @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "..\\secret"])
+    def test_a_path_cannot_leave_the_bundle(self, copy, name):
+        self.edit(copy, files={name: "0" * 64})
+        with pytest.raises(UserError, match="outside the bundle"):
+            read_manifest(copy)
+
+    @pytest.mark.parametrize("name", ["", ".", "./", "a\0b"])
+    def test_a_name_must_be_one_of_a_file(self, copy, name):
+        self.edit(copy, files={name: "0" * 64})
+        with pytest.raises(UserError, match="is no file"):
+            read_manifest(copy)
+
+    def test_a_folder_is_no_file(self, copy):
+        (copy / "folder").mkdir()
+        with pytest.raises(UserError, match="folder is missing from the bundle, or is no file"):
+            verify_files(copy, {"folder": "0" * 64})
+
+    def test_a_link_out_of_the_bundle_counts_by_what_it_leads_to(self, copy, tmp_path):
+        outside = tmp_path / "outside"
+        shutil.move(copy / DATA_FILE, outside)
+        (copy / DATA_FILE).symlink_to(outside)
+        verify_files(copy, read_manifest(copy).files)
+        outside.write_bytes(b"other contents")
+        with pytest.raises(UserError, match="SHA-256 is not the one"):
+            verify_files(copy, read_manifest(copy).files)
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"schema_version": 99}, "schema version 99"),
+            ({"spec": {}}, "not readable"),
+            ({"files": None}, "damaged"),
+            ({"unknown": 1}, "damaged"),
+        ],
+    )
+    def test_unreadable(self, copy, changes, words):
+        self.edit(copy, **changes)
+        with pytest.raises(UserError, match=words):
+            read_manifest(copy)
+
+    @pytest.mark.parametrize("text", ["{", "[]", "null", "3", '"text"', "{}"])
+    def test_not_a_manifest_at_all(self, copy, text):
+        (copy / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            read_manifest(copy)
+
+    @pytest.mark.parametrize(
+        ("place", "values"),
+        [
+            ("dtype", ["int3", None, 32]),
+            ("weight_dtype", ["int3", 8, []]),
+            ("selector", ["", None]),
+            ("dense_layers", [None, "1", 1.0, True, 0, 3, -1]),
+            ("budgets", [None, [], {}, 0.5, {"neurons": 0.5}, {"neurons": 0.5, "heads": "0.5"}]),
+            ("budgets", [{"neurons": float("nan"), "heads": 1}, {"neurons": [0.5] * 9, "heads": 1}]),
+            ("predictor", [None, [], {}, {"kind": "static", "rank": "16"}]),
+            ("validation", [None, {"tolerance": 1}, {"tolerance": 1, "selection_agreement": 1, "errors": [3]}]),
+            ("allocation", [{"target": {}}, {"target": {}, "measured": {"speedup": "fast"}}]),
+            ("files", [None, [], {"stem.onnx": None}, {"stem.onnx": 3}]),
+            ("spec", [None, [], 3]),
+            ("model", [None, 3]),
+        ],
+    )
+    def test_wrong_types_are_damage(self, copy, place, values):
+        for value in values:
+            self.edit(copy, **{place: value})
+            with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+                read_manifest(copy)
+
+    def test_a_part_that_is_missing_is_damage(self, copy):
+        whole = json.loads((copy / "manifest.json").read_text())
+        optional = {"weight_dtype", "selector", "allocation", "dense", "validation"}
+        for name in whole.keys() - optional:
+            (copy / "manifest.json").write_text(json.dumps({k: v for k, v in whole.items() if k != name}))
+            with pytest.raises(UserError, match=f"manifest.json is damaged .*{name}"):
+                read_manifest(copy)
+
+    def test_a_file_it_does_not_list(self, copy):
+        self.edit(copy, files={})
+        with pytest.raises(UserError, match="does not list stem"):
+            read_manifest(copy).digests("stem.onnx")
+
+    def test_missing_file(self, copy):
+        (copy / "stem.onnx").unlink()
+        with pytest.raises(UserError, match="missing"):
+            verify_files(copy, read_manifest(copy).files)
+
+
+def test_predictor_of_another_model(checkpoint, tmp_path):
+    spec, _, _ = load_model(checkpoint("llama-gqa"))
+    with pytest.raises(UserError, match="predictor of another model"):
+        make_predictor(spec, "0" * 64).check_base(spec, load_model(checkpoint("llama-gqa"))[1].fingerprint())
+
+
+def test_the_same_export_twice_is_the_same(checkpoint, tmp_path):
+    hashes = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        hashes.append(make_bundle(checkpoint("opt"), tmp_path / name).files)
+    assert hashes[0] == hashes[1]
+
+
+def test_a_tokenizer_without_a_file_form_is_left_out_by_name(checkpoint, tmp_path, monkeypatch):
+    spec, weights, opened = load_model(checkpoint("opt"))
+    slow = SimpleNamespace(is_fast=False)
+    monkeypatch.setattr(type(opened), "tokenizer", lambda self: slow)
+    predictor = make_predictor(spec, weights.fingerprint())
+    with pytest.warns(UserWarning, match=r"SimpleNamespace, cannot be written as tokenizer\.json: the bundle has none"):
+        manifest = write_bundle(tmp_path, "slow", weights, opened, predictor, budget=BUDGET)
+    assert not [name for name in manifest.files if name.startswith("tokenizer")]
+
+
+class TestIntegerWeights:
+    @pytest.mark.parametrize(
+        ("variant", "dtype", "weight_dtype", "words"),
+        [
+            ("llama-gqa", "float32", "int4", "hidden size 48 is no multiple of 32"),
+            ("llama-blocks", "float16", "int8", "float32 activations, not float16"),
+            ("llama-blocks", "float32", "int3", "'int3' is not supported"),
+        ],
+    )
+    def test_refused(self, checkpoint, variant, dtype, weight_dtype, words):
+        with pytest.raises(UserError, match=words):
+            check_dtypes(load_model(checkpoint(variant))[0], dtype, weight_dtype)
+
+    def test_no_engines_of_them(self, bundle):
+        pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+        folder = bundle("llama-blocks", weight_dtype="int4")
+        with pytest.raises(UserError, match="not built of int4 weights"):
+            build_engines(folder, EngineOptions("tensorrt_rtx"))
+
+    def test_they_are_smaller(self, bundle):
+        sizes = [(bundle("llama-blocks", weight_dtype=w) / DATA_FILE).stat().st_size for w in (None, "int8", "int4")]
+        assert sizes[0] > 1.5 * sizes[1]  # o and down lie there twice, and the sizes are tiny
+        assert sizes[1] > sizes[2]
+
+    def test_they_read_back_as_they_round(self, bundle, checkpoint):
+        folder = bundle("llama-blocks", weight_dtype="int8")
+        read, original = read_weights(folder, read_manifest(folder)), load_model(checkpoint("llama-blocks"))[1]
+        for weights in (read.sparse, read.dense):
+            for name in original:
+                assert weights[name].shape == original[name].shape
+                error = (weights[name] - original[name]).abs().max()
+                assert error <= original[name].abs().max() / 100, name
+        down = next(name for name in original if name.endswith("1.down_proj.weight"))
+        assert not torch.equal(read.sparse[down], read.dense[down])

@@ -1,0 +1,172 @@
+"""The Triton session against the reference, its kernels under Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (pip install 'shadowllm[triton]')")
+
+from shadowllm.errors import UserError
+from shadowllm.plugins.triton.cache import write_cache
+from shadowllm.runtime import Budget, generate, open_session
+from shadowllm.runtime.gpu.cuda_graph import kernel_device
+from shadowllm.runtime.gpu.triton_session import TritonSession
+from shadowllm.runtime.torch_session import TorchSession
+
+PROMPTS = [[5, 17, 42], [8, 61]]
+# Of float32 results; a GPU adds up in another order.
+TOLERANCE = 1e-4 if torch.cuda.is_available() else 1e-5
+FORCED = np.array([[3, 90], [14, 7]])
+
+
+def steps(session, prompts, forced):
+    """Logits after the prompts and after each row of forced tokens, ``(steps, batch, vocab_size)``."""
+    session.reset(len(prompts))
+    found = [session.prefill(prompts).copy()]
+    return np.stack(found + [session.decode(tokens).copy() for tokens in forced])
+
+
+def distance(found, expected):
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
+def test_a_ragged_batch_at_a_budget_follows_the_reference(bundle, variant):
+    budget = Budget(neurons=(0.25, 0.6), heads=(0.75, 0.5))
+    with open_session(bundle(variant), "triton") as ours, open_session(bundle(variant), "torch") as theirs:
+        for session in (ours, theirs):
+            session.set_budget(budget)
+        assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["llama-biases", "llama-mqa-tied", "opt-untied-no-bias"])
+def test_full_budget_equals_dense_and_the_budget_changes_in_mid_text(bundle, variant):
+    with open_session(bundle(variant), "triton") as ours, open_session(bundle(variant), "torch") as theirs:
+        ours.set_budget(Budget())
+        with open_session(bundle(variant), "torch-dense") as dense:
+            assert (
+                distance(steps(ours, PROMPTS[:1], FORCED[:1, :1]), steps(dense, PROMPTS[:1], FORCED[:1, :1]))
+                < TOLERANCE
+            )
+        theirs.set_budget(Budget())
+        steps(theirs, PROMPTS[:1], FORCED[:1, :1])
+        for session in (ours, theirs):
+            session.set_budget(Budget(0.3, 0.5))
+        after = [session.decode(np.array([11])).copy() for session in (ours, theirs)]
+        assert distance(*after) < TOLERANCE
+
+
+def test_dense_follows_the_reference(bundle):
+    with open_session(bundle(), "triton-dense") as ours, open_session(bundle(), "torch-dense") as theirs:
+        assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "static"},
+        {"head_unit": "kv_group"},
+        {"kind": "layerwise"},
+        {"kind": "quantized-shadow"},
+        {"kind": "quantized-shadow", "variant": "opt", "head_unit": "kv_group"},
+    ],
+    ids=str,
+)
+def test_other_choices(bundle, options):
+    folder = bundle(**options)
+    with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
+        assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 4e-3), ("bfloat16", 4e-2)])
+def test_sixteen_bits(bundle, dtype, bound):
+    folder = bundle(dtype=dtype, kind="static")  # whose choice does not hang on rounding
+    with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
+        assert distance(steps(ours, PROMPTS[:1], FORCED[:, :1]), steps(theirs, PROMPTS[:1], FORCED[:, :1])) < bound
+
+
+def test_greedy_text_is_the_reference_s_and_may_stop_early(bundle):
+    prompt = PROMPTS[1:]
+    with open_session(bundle(), "triton") as ours, open_session(bundle(), "torch") as theirs:
+        expected = list(generate(theirs, prompt, 4))
+        following = generate(ours, prompt, 6)
+        assert list(itertools.islice(following, 3)) == expected[:3]
+        # The steps that were launched beyond the last token asked for are forgotten.
+        assert ours.decode(np.array(expected[2])).argmax(axis=1).tolist() == expected[3]
+
+
+def test_without_a_bundle_the_copy_is_made_of_the_weights(bundle):
+    folder = bundle("llama-biases", kind="quantized-shadow")
+    read = TorchSession.open(folder)
+    with TritonSession(read.spec, read._weights, read._predictor, Budget(0.3, 0.5)) as ours, read as theirs:
+        theirs.set_budget(Budget(0.3, 0.5))
+        assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
+
+
+def test_the_cache_grows_and_keeps_its_contents(bundle):
+    with open_session(bundle(), "torch") as theirs:
+        expected = steps(theirs, PROMPTS[:1], FORCED[:, :1])
+    read = TorchSession.open(bundle())
+    with TritonSession(read.spec, read._weights, read._predictor, Budget(0.5, 0.5), cache_block=4) as ours:
+        found = steps(ours, PROMPTS[:1], FORCED[:, :1])
+        assert ours.cache.keys[0].shape[2] == 8
+    assert distance(found, expected) < TOLERANCE
+
+
+def test_leaving_frees_weights_and_cache(bundle):
+    with open_session(bundle(), "triton") as session:
+        tensors = (session._decoder.weights["layers.0.qkv_proj.weight"], session.cache.keys[0])
+        held = [weakref.ref(tensor) for tensor in (*tensors, session._predictor.tensors["trunk.weight"])]
+        del tensors
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 3
+
+
+def test_what_is_refused(bundle):
+    with pytest.raises(UserError, match="does not run int8 weights"):
+        TritonSession.open(bundle("llama-blocks", weight_dtype="int8"))
+    with open_session(bundle(), "triton") as session:
+        with pytest.raises(UserError, match="call prefill first"):
+            session.decode(np.array([1]))
+        session.prefill([[1, 2]])
+        with pytest.raises(UserError, match="63 more steps exceed the model's 64 positions"):
+            session.decode_greedy(np.array([1]), 63)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_or_the_interpreter(bundle, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(UserError, match=r"needs an NVIDIA GPU.*TRITON_INTERPRET=1"):
+        open_session(bundle(), "triton")
+
+
+@pytest.mark.parametrize(
+    ("n_query", "n_kv", "head_dim", "rotary"), [(6, 2, 20, True), (0, 3, 8, True), (3, 3, 7, False)]
+)
+def test_write_cache(n_query, n_kv, head_dim, rotary):
+    generator, device = torch.Generator().manual_seed(0), kernel_device()
+    n, capacity = n_query + 2 * n_kv, 5
+    projected = torch.randn((2, 2, n * head_dim), generator=generator).to(device)
+    positions = torch.tensor([[0, 1], [3, 4]], device=device)
+    angles = torch.randn((2, 2, head_dim // 2), generator=generator).to(device)
+    tables = (angles.cos(), angles.sin()) if rotary else (None, None)
+    keys, values = (torch.full((2, n_kv, capacity, head_dim), 9.0, device=device) for _ in range(2))
+    query = write_cache(projected, keys, values, positions, *tables)
+
+    heads = projected.view(2, 2, n, head_dim).transpose(1, 2)
+    if rotary:
+        first, second = heads[:, : n_query + n_kv].chunk(2, dim=-1)
+        cos, sin = (table[:, None] for table in tables)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        heads = torch.cat((turned, heads[:, n_query + n_kv :]), dim=1)
+    torch.testing.assert_close(query, heads[:, :n_query])
+    for cache, written in ((keys, heads[:, n_query:-n_kv]), (values, heads[:, -n_kv:])):
+        expected = torch.full_like(cache, 9.0)
+        expected[torch.arange(2)[:, None], :, positions] = written.transpose(1, 2)
+        torch.testing.assert_close(cache, expected)

@@ -1,0 +1,220 @@
+"""The engine session around engines that ONNX Runtime plays (`fake_tensorrt`), against the reference."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.errors import UserError
+from shadowllm.evaluation.speed.worker import StepTimer
+from shadowllm.runtime import Budget, generate, open_session
+from shadowllm.runtime.gpu import trt_session as module
+from shadowllm.runtime.gpu.trt_engine import PLUGINS_VARIABLE, load_plugins
+from shadowllm.runtime.gpu.trt_session import TrtSession
+from tests.runtime.gpu.fake_tensorrt import (
+    FLAVOUR,
+    Context,
+    Engine,
+    HostCuda,
+    RuntimeCache,
+    RuntimeConfig,
+    played,
+    write_engines,
+)
+
+PROMPTS = [[5, 17, 42], [8, 61]]
+FORCED = np.array([[3, 90], [14, 7]])
+
+
+@pytest.fixture
+def engines(bundle, tmp_path, monkeypatch):
+    """Opens a session over played engines of a variant; what differs goes to `write_engines`."""
+    monkeypatch.setenv(PLUGINS_VARIABLE, __file__)  # the played registry loads anything
+    monkeypatch.setattr(module, "gpu_capability", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def opened(variant="llama-gqa", kind="sparse", bundle_options=None, rtx=True, **options):
+        folder = tmp_path / variant
+        shutil.copytree(bundle(variant, **(bundle_options or {})), folder)
+        pieces = ("dense",) if kind == "dense" else None
+        write_engines(folder, read_manifest(folder), pieces=pieces, **options)
+        cuda = HostCuda()
+        return TrtSession(folder, FLAVOUR, played(folder, cuda, rtx), lambda: cuda, kind)
+
+    return opened
+
+
+def steps(session, prompts, forced):
+    """Logits after the prompts and after each row of forced tokens, ``(steps, batch, vocab_size)``."""
+    session.reset(len(prompts))
+    found = [session.prefill(prompts).copy()]
+    return np.stack(found + [session.decode(tokens).copy() for tokens in forced])
+
+
+def distance(found, expected):
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [("llama-gqa", {}), ("opt", {}), ("llama-gqa", {"kind": "static"}), ("llama-gqa", {"kind": "layerwise"})],
+)
+def test_a_ragged_batch_at_changing_budgets(engines, bundle, variant, options):
+    first, second = Budget(neurons=(0.25, 0.6), heads=(0.75, 0.5)), Budget(1.0, 0.5)
+    with engines(variant, bundle_options=options) as ours, open_session(bundle(variant, **options), "torch") as theirs:
+        found = []
+        for session in (ours, theirs):
+            session.set_budget(first)
+            logits = steps(session, PROMPTS, FORCED)
+            session.set_budget(second)  # in mid-text: counts, and nothing else
+            found.append(np.stack([*logits, session.decode(np.array([11, 12]))]))
+    assert distance(*found) < 1e-5
+
+
+@pytest.mark.parametrize("rtx", [True, False])
+def test_dense_engines(engines, bundle, rtx):
+    with engines(kind="dense", rtx=rtx) as ours, open_session(bundle(), "torch-dense") as theirs:
+        assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < 1e-5
+
+
+def test_greedy_text_is_one_replay_a_token(engines, bundle):
+    with engines() as ours, open_session(bundle(), "torch") as theirs:
+        for prompts in (PROMPTS, PROMPTS[:1], PROMPTS):  # another batch is another graph
+            expected = list(generate(theirs, prompts, 10))
+            before = ours._cuda.replays
+            assert list(generate(ours, prompts, 10)) == expected
+            assert ours._cuda.replays - before == 9
+        ours.reset(2)
+        first = ours.prefill(PROMPTS).argmax(axis=1)
+        found = list(itertools.islice(ours.decode_greedy(first, 6), 2))
+        assert [row.tolist() for row in found] == expected[1:3]
+        # The steps that were launched beyond the last one asked for are forgotten.
+        assert ours.decode(found[-1]).argmax(axis=1).tolist() == expected[3]
+
+
+def test_limits_of_the_engines_are_told(engines):
+    with engines(capacity=12, max_seqlen=8, max_batch=2) as session:
+        assert session.spec.max_seqlen == 12
+        assert len(list(generate(session, [[1] * 8], 50))) == 5  # four in the free positions, one after them
+        session.reset()
+        with pytest.raises(UserError, match=r"a prompt of 9 tokens, the engines take 8.*--max-seqlen 9"):
+            session.prefill([[1] * 9])
+        with pytest.raises(UserError, match=r"3 sequences, the engines serve 2.*--max-batch 3"):
+            session.reset(3)
+        session.prefill([[1, 2]])
+        with pytest.raises(UserError, match="11 more steps exceed"):
+            session.decode_greedy(np.array([1]), 11)
+
+
+def test_the_cache_is_one_buffer_and_hidden_states_are_shared(engines):
+    with engines() as session:
+        stem, body = (session._pieces[name]._contexts["decode"].addresses for name in ("stem", "body"))
+        predictor = session._pieces["predictor"]._contexts["decode"].addresses
+        assert stem["hidden"] == predictor["hidden"] == body["hidden"]
+        assert predictor["head_indices"] == body["head_indices"]
+        assert body["past_key_values.1.key"] == body["present.1.key"]
+        prefill = session._pieces["body"]._contexts["prefill"].addresses
+        assert prefill["present.1.key"] == body["present.1.key"]
+        assert prefill["head_indices"] != body["head_indices"]
+        assert session.memory.cache == 3 * 2 * 2 * 16 * 12 * 4  # layers, k and v, KV heads, capacity, head, float32
+        assert session.memory.weights == sum(record.engine_bytes for record in session._records.values())
+        assert str(session.memory).startswith("device memory: weights ")
+        assert StepTimer(session).generate([5, 17], 3)["device_memory"] == vars(session.memory)  # for `bench`
+
+
+def test_leaving_frees_everything(engines):
+    with engines() as session:
+        assert session._cuda.held
+    assert session._cuda.closed
+    assert not session._cuda.held
+
+
+class TestKeptKernels:
+    """What TensorRT-RTX compiles when a session starts is there when the next one does."""
+
+    @staticmethod
+    def compilations(session):
+        """Of all engines, while a text is generated."""
+        list(generate(session, PROMPTS, 3))
+        return sum(piece._engine.compilations for piece in session._pieces.values())
+
+    @staticmethod
+    def again(session):
+        cuda = HostCuda()
+        folder = session._folder.parents[1]
+        return TrtSession(folder, FLAVOUR, played(folder, cuda), lambda: cuda)
+
+    def test_the_next_start_compiles_nothing(self, engines, tmp_path):
+        first = engines()
+        with first:
+            decode = [piece._contexts["decode"].config for piece in first._pieces.values()]
+            assert [config.dynamic_shapes_kernel_specialization_strategy for config in decode] == ["eager"] * 3
+            assert self.compilations(first) == 8  # of batches of 1 and 2: three pieces decode, two prefill one
+        files = sorted((tmp_path / "cache" / "shadowllm").iterdir())
+        digests = sorted(record.engine_sha256 for record in first._records.values())
+        assert sorted(path.name for path in files) == [
+            f"tensorrt_rtx-0.0.played-smNone-{digest}.kernels" for digest in digests
+        ]
+        before = [path.stat().st_mtime_ns for path in files]
+        with self.again(first) as second:
+            assert self.compilations(second) == 0
+        assert [path.stat().st_mtime_ns for path in files] == before  # nothing new, nothing written
+
+    def test_a_damaged_file_is_replaced(self, engines, tmp_path):
+        with engines() as first:
+            pass
+        files = list((tmp_path / "cache" / "shadowllm").iterdir())
+        whole = [path.read_bytes() for path in files]
+        for path in files:
+            path.write_bytes(b"damaged")
+        with self.again(first) as second:
+            assert self.compilations(second) == 8
+        assert all(path.read_bytes().startswith(b"played ") for path in files)
+        assert [path.read_bytes() for path in files] != whole  # of a text too, and not of a start alone
+
+    def test_where_nothing_can_be_kept_a_warning_says_so(self, engines, tmp_path):
+        (tmp_path / "cache").write_text("a file")
+        words = r"cannot keep compiled kernels in .*cache/shadowllm.*XDG_CACHE_HOME"
+        with pytest.warns(RuntimeWarning, match=words), engines() as session:
+            assert self.compilations(session) == 8
+
+
+def test_what_is_played_is_there():
+    """Every name that a session uses of TensorRT-RTX's classes, by which the played ones go, is in the real ones."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    pairs = {"IRuntimeCache": RuntimeCache, "IRuntimeConfig": RuntimeConfig, "IExecutionContext": Context}
+    for name, ours in (*pairs.items(), ("ICudaEngine", Engine)):
+        own = {"engine", "config", "profile", "scratch", "MAGIC", "compilations", "run"}
+        used = {attribute for attribute in vars(ours) if not attribute.startswith("_")} - own
+        assert used <= set(dir(getattr(trt, name))), name
+    assert hasattr(trt.DynamicShapesKernelSpecializationStrategy, "EAGER")
+    assert hasattr(trt.ExecutionContextAllocationStrategy, "USER_MANAGED")
+
+
+def test_engines_of_other_shapes_do_not_go_together(engines, bundle, tmp_path):
+    session = engines()
+    folder = session._folder.parents[1]
+    write_engines(folder, read_manifest(folder), max_seqlen=4, pieces=("body",))
+    with pytest.raises(UserError, match="built for different shapes"):
+        TrtSession(folder, FLAVOUR, session._trt, HostCuda)
+
+
+def test_engines_of_an_older_program_are_refused(engines, monkeypatch):
+    monkeypatch.setattr("shadowllm.runtime.gpu.engine_buffers.OWN", {"prefill": {}, "decode": {}})
+    with pytest.raises(UserError, match=r"has a tensor .* which is not known here; build the engine again"):
+        engines().__enter__()
+
+
+def test_no_engines_and_no_such_library(bundle, monkeypatch):
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(UserError, match=r"has no tensorrt_rtx engines; shadowllm build"):
+        open_session(bundle(), "tensorrt_rtx")
+    import tensorrt_rtx
+
+    monkeypatch.setenv(PLUGINS_VARIABLE, "/no/such/library.so")
+    with pytest.raises(UserError, match=rf"no plugin library /no/such/library.so; correct or unset {PLUGINS_VARIABLE}"):
+        load_plugins.__wrapped__(tensorrt_rtx)

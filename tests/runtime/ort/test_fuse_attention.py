@@ -1,0 +1,76 @@
+"""Fused attention computes what the standard nodes compute, and says so under the same names."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.runtime.ort.fuse_attention import fuse_attention
+
+CAPACITY = 8
+
+
+def load(folder, fuse):
+    model = ir.load(folder / "dense.onnx")
+    if fuse:
+        fuse_attention(model, read_manifest(folder).spec)
+    return model
+
+
+def run(folder, model, steps):
+    """Run steps of ``(input_ids, positions)`` over one cache; every output of each step."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # it warns of caches that are not bound in place
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
+    spec = read_manifest(folder).spec
+    empty = np.zeros((2, spec.n_kv_heads, CAPACITY, spec.head_dim), dtype=np.float32)
+    cache = {f"{layer}.{part}": empty.copy() for layer in range(spec.n_layers) for part in ("key", "value")}
+    names, found = [value.name for value in session.get_outputs()], []
+    for ids, positions in steps:
+        feeds = {
+            "input_ids": np.array(ids),
+            "position_ids": np.array(positions),
+            "logits_to_keep": np.full((2, 1), len(ids[0]) - 1),
+        }
+        outputs = session.run(None, feeds | {f"past_key_values.{name}": array for name, array in cache.items()})
+        found.append(dict(zip(names, outputs, strict=True)))
+        cache = {name: found[-1][f"present.{name}"] for name in cache}
+    return found
+
+
+@pytest.mark.parametrize("variant", ["llama-head-dim-16", "opt-head-dim-16"])
+def test_the_fused_graph_equals_the_standard_one(bundle, variant):
+    folder = bundle(variant)
+    standard, fused = load(folder, False), load(folder, True)
+    kinds = [node.op_type for node in fused.graph]
+    assert kinds.count("GroupQueryAttention") == read_manifest(folder).spec.n_layers
+    assert not {"Attention", "TensorScatter", "RotaryEmbedding"} & set(kinds)
+    # A prompt, a step at the same position, then one where the second sequence has fallen behind.
+    steps = [([[5, 17, 42], [8, 61, 3]], [[0, 1, 2]] * 2), ([[7], [9]], [[3], [3]]), ([[11], [12]], [[4], [2]])]
+    expected, found = run(folder, standard, steps), run(folder, fused, steps)
+    for (_, positions), ours, theirs in zip(steps, found, expected, strict=True):
+        assert list(ours) == list(theirs)
+        for name, array in theirs.items():
+            for row, visible in enumerate(np.max(positions, axis=1) + 1):
+                # What lies in the cache past a sequence's own end is nobody's.
+                there = np.s_[row] if name == "logits" else np.s_[row, :, :visible]
+                assert np.abs(ours[name][there] - array[there]).max() < 1e-5 * np.abs(array[there]).max(), name
+
+
+@pytest.mark.parametrize("variant", ["llama-head-dim", "opt"])
+def test_a_head_size_that_the_op_does_not_take_is_left_alone(bundle, variant):
+    folder = bundle(variant)
+    assert [n.op_type for n in load(folder, True).graph] == [n.op_type for n in load(folder, False).graph]
+
+
+def test_a_foreign_graph_is_refused(bundle):
+    folder = bundle("opt-head-dim-16")
+    model = load(folder, False)
+    attention = next(node for node in model.graph if node.op_type == "Attention")
+    attention.replace_input_with(1, model.graph.inputs[-1])
+    with pytest.raises(ValueError, match="TensorScatter"):
+        fuse_attention(model, read_manifest(folder).spec)

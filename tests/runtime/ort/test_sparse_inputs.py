@@ -1,0 +1,44 @@
+"""Fewer nodes, the same results, and a word where a graph is not as the exporter writes it."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.bundle.op_domain import DOMAIN
+from shadowllm.runtime.ort.sparse_inputs import SELECTION, flatten, split_selection
+
+
+@pytest.fixture
+def body(bundle):
+    return ir.load(bundle() / "body.onnx")
+
+
+def test_every_row_of_the_selection_is_an_input(bundle, body):
+    whole = {value.name: value.shape for value in body.graph.inputs}
+    split_selection(body)
+    spec = read_manifest(bundle()).spec
+    rows = {value.name: value.shape for value in body.graph.inputs if value.name not in whole}
+    assert set(rows) == {f"{name}.{row}" for name in SELECTION for row in range(spec.n_layers - 1)}
+    assert all(shape == whole[name.split(".")[0]][1:] for name, shape in rows.items())
+    assert not set(SELECTION) & {value.name for value in body.graph.inputs}
+
+
+def test_no_reshape_stands_around_a_sparse_op(body):
+    flatten(body)
+    ops = [node for node in body.graph if node.domain == DOMAIN]
+    assert len(ops) == 4
+    around = {node.inputs[0].producer().op_type for node in ops}
+    around |= {user.op_type for node in ops for user, _ in node.outputs[0].uses()}
+    assert around == {"RMSNormalization", "Add"}
+
+
+def test_other_graphs_are_refused(body):
+    gather = next(user for value in body.graph.inputs if value.name == "head_counts" for user, _ in value.uses())
+    gather.op_type = "Identity"
+    with pytest.raises(ValueError, match="head_counts is not read row by row"):
+        split_selection(body)
+    flatten(body)
+    with pytest.raises(ValueError, match="does not stand between"):
+        flatten(body)
