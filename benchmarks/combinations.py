@@ -22,8 +22,8 @@ from shadowllm.evaluation.passage import passage
 from shadowllm.evaluation.quality import evaluate
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.malloc import keep_freed_memory
-from shadowllm.models import load_model
 from shadowllm.models.decoder import Unit
+from shadowllm.models.registry import load_model
 from shadowllm.predictor.selectors import Context, Selector, make_selector
 from shadowllm.predictor.topk import top_mask
 

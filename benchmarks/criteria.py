@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.evaluation.passage import passage
 from shadowllm.evaluation.speed.environment import environment
-from shadowllm.models import Decoder, ModelSpec, load_model
-from shadowllm.models.decoder import Unit
+from shadowllm.models.decoder import Decoder, Unit
+from shadowllm.models.registry import load_model
+from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.criteria import CRITERIA
 from shadowllm.predictor.traces import Tracer
 from shadowllm.progress import Advance, no_progress, progress

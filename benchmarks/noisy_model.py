@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.exporter.staging import check_output, staged
-from shadowllm.models import load_model
+from shadowllm.models.registry import load_model
 
 BLOCK, STEPS = 32, 127  # of 8 bits: from zero to the largest element of a block
 

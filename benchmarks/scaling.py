@@ -36,7 +36,8 @@ from shadowllm.evaluation.quality import evaluate
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.worker import peak_rss_mb
 from shadowllm.malloc import keep_freed_memory
-from shadowllm.models import ModelSpec, load_model
+from shadowllm.models.registry import load_model
+from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.calibration import Encode, Windows
 from shadowllm.predictor.losses import LOSSES
 from shadowllm.predictor.networks import default_rank

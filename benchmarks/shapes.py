@@ -40,7 +40,7 @@ def export_random(
     shape: str, folder: Path, kind: Kind, dtype: str, weight_dtype: str | None, rank: int | None = None
 ) -> Path:
     """A bundle of a random model; ``rank`` is the predictor's, the usual one when None."""
-    from shadowllm.models import load_model
+    from shadowllm.models.registry import load_model
 
     model, bundle = folder / shape, folder / "bundle"
     for path in (model, bundle):

@@ -25,7 +25,7 @@ from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.evaluation.passage import MODULES
 from shadowllm.exporter.staging import check_output, staged
 from shadowllm.malloc import keep_freed_memory
-from shadowllm.models import load_model
+from shadowllm.models.registry import load_model
 from shadowllm.progress import Advance, no_progress, progress
 
 SIZES: dict[str, Any] = {

@@ -13,8 +13,8 @@ from typing import Any, Literal, Never, TypedDict
 from shadowllm.bundle.quantisation import WEIGHT_DTYPES, Quantisation
 from shadowllm.errors import UserError
 from shadowllm.json_types import check_type
-from shadowllm.models import ModelSpec
 from shadowllm.models.sparsity import Budget, Fractions
+from shadowllm.models.spec import ModelSpec
 
 NAME = "manifest.json"
 SCHEMA_VERSION = 2

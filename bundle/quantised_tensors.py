@@ -27,7 +27,7 @@ from shadowllm.bundle.weight_names import (
     transposed,
 )
 from shadowllm.errors import UserError
-from shadowllm.models import ModelSpec
+from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import tensor_shape
 
 

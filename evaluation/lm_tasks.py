@@ -23,8 +23,9 @@ from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.bundle.weights import BundleWeights, read_weights
 from shadowllm.errors import UserError
 from shadowllm.evaluation.quality import DENSE
-from shadowllm.models import Budget, Decoder
+from shadowllm.models.decoder import Decoder
 from shadowllm.models.files.tokenizer import encode
+from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
 from shadowllm.progress import progress
 from shadowllm.runtime import Sampling, generate

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from shadowllm.errors import UserError, foreign_reader
-from shadowllm.models import Checkpoint, Decoder, ModelSpec, Weights
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.files.checkpoint import Checkpoint
+from shadowllm.models.spec import ModelSpec
+from shadowllm.models.weights import Weights
 
 TOKENS = 24
 SEED = 0

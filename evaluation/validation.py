@@ -29,8 +29,11 @@ from shadowllm.bundle.weight_file import TORCH_DTYPES
 from shadowllm.bundle.weights import PREDICTOR_FILE, BundleWeights
 from shadowllm.errors import UserError
 from shadowllm.evaluation.transformers_check import compare_with_transformers
-from shadowllm.models import Budget, Decoder, ModelSpec, Weights, load_model
-from shadowllm.models.decoder import Unit
+from shadowllm.models.decoder import Decoder, Unit
+from shadowllm.models.registry import load_model
+from shadowllm.models.sparsity import Budget
+from shadowllm.models.spec import ModelSpec
+from shadowllm.models.weights import Weights
 from shadowllm.runtime.ort.session import OrtSession
 from shadowllm.runtime.torch_session import Selection, TorchSession
 

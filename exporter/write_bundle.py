@@ -29,9 +29,11 @@ from shadowllm.bundle.weights import PREDICTOR_FILE
 from shadowllm.errors import UserError
 from shadowllm.exporter.graphs import pieces
 from shadowllm.exporter.graphs.initializers import DTYPES
-from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights
+from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.config import GENERATION_CONFIG
-from shadowllm.models.spec import HeadUnit
+from shadowllm.models.sparsity import Budget
+from shadowllm.models.spec import HeadUnit, ModelSpec
+from shadowllm.models.weights import Weights
 from shadowllm.progress import progress
 
 TOOLS = ("shadowllm", "onnx-ir", "torch", "transformers")

@@ -18,8 +18,9 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.weights import read_weights
 from shadowllm.limits import check_threads
-from shadowllm.models import Budget, Decoder, KVCache, ModelSpec
-from shadowllm.models.decoder import Unit
+from shadowllm.models.decoder import Decoder, KVCache, Unit
+from shadowllm.models.sparsity import Budget
+from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.per_layer import per_layer_scores
 from shadowllm.predictor.topk import active_mask

@@ -21,9 +21,12 @@ from shadowllm.exporter.staging import staged
 from shadowllm.exporter.write_bundle import check_dtypes, write_bundle
 from shadowllm.limits import check_seed, check_whole
 from shadowllm.malloc import keep_freed_memory
-from shadowllm.models import Budget, Checkpoint, ModelSpec, Weights, load_model
+from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.tokenizer import text_encoder
-from shadowllm.models.spec import HeadUnit
+from shadowllm.models.registry import load_model
+from shadowllm.models.sparsity import Budget
+from shadowllm.models.spec import HeadUnit, ModelSpec
+from shadowllm.models.weights import Weights
 from shadowllm.plugins.tensorrt.flavour import Flavour, require
 from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.parallel import process_count

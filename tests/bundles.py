@@ -11,7 +11,9 @@ import torch
 from shadowllm.bundle.manifest import Manifest
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.exporter.write_bundle import write_bundle
-from shadowllm.models import Budget, ModelSpec, load_model
+from shadowllm.models.registry import load_model
+from shadowllm.models.sparsity import Budget
+from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import initial_tensors
 
 BUDGET = Budget(neurons=0.5, heads=0.5)

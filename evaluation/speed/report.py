@@ -97,16 +97,6 @@ class Report:
         except OSError as error:
             raise UserError(f"cannot write {path} ({error.strerror})", "name a file in a folder that exists") from error
 
-    def save_png(self, path: Path) -> None:
-        """Draw the report.
-
-        Raises:
-            UserError: matplotlib is not installed, or the file cannot be written.
-        """
-        from shadowllm.evaluation.speed.figure import draw
-
-        draw(self, path)
-
     def print(self, console: Console) -> None:
         """Table, one summary line per contender in trtexec's words, and the comparison."""
         from rich.table import Table

@@ -12,7 +12,7 @@ from shadowllm.bundle.weight_names import integers, scales
 from shadowllm.exporter.graphs.builder import GraphBuilder
 from shadowllm.exporter.graphs.nodes import batched, cast, gemm, mlp_activation, norm
 from shadowllm.exporter.graphs.selection import choose_heads, choose_neurons
-from shadowllm.models import ModelSpec
+from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import schemas
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from shadowllm.bundle.quantisation import ACCURACY_LEVEL, Quantisation
 from shadowllm.bundle.weight_names import integers, scales, transposed
 from shadowllm.exporter.graphs.builder import GraphBuilder
-from shadowllm.models import ModelSpec
+from shadowllm.models.spec import ModelSpec
 
 
 def cast(g: GraphBuilder, x: ir.Value) -> ir.Value:

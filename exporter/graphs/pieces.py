@@ -15,7 +15,7 @@ from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.bundle.weight_file import WeightStore
 from shadowllm.exporter.graphs import blocks, nodes, selection
 from shadowllm.exporter.graphs.builder import GraphBuilder
-from shadowllm.models import ModelSpec
+from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.functions import CopyForm, FunctionForm, function_bodies
 
 INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT

@@ -9,7 +9,7 @@ from shadowllm.bundle.quantisation import LOW_BIT_COPY
 from shadowllm.bundle.weight_names import copied, down_norms, integers, low_bit_copy, scales
 from shadowllm.exporter.graphs.builder import GraphBuilder
 from shadowllm.exporter.graphs.nodes import as_float, batched, cast, gemm
-from shadowllm.models import ModelSpec
+from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import schemas
 from shadowllm.predictor.networks import NORM_EPS
 

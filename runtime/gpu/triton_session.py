@@ -14,8 +14,9 @@ from torch import Tensor
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantised_tensors import CopyTensors
 from shadowllm.errors import UserError
-from shadowllm.models import Budget, KVCache, ModelSpec
-from shadowllm.models.decoder import Unit
+from shadowllm.models.decoder import KVCache, Unit
+from shadowllm.models.sparsity import Budget
+from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
 from shadowllm.runtime.gpu.cuda_graph import captured, kernel_device
 from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode

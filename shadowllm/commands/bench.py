@@ -105,5 +105,7 @@ def run(args: argparse.Namespace) -> None:
         report.save_json(args.json)
         print(f"report: {args.json}")
     if args.plot:
-        report.save_png(args.plot)
+        from shadowllm.evaluation.speed.figure import draw
+
+        draw(report, args.plot)
         print(f"plot: {args.plot}")

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from shadowllm.benchmarks.criteria import agreement, draw_places, removal_losses, spearman
-from shadowllm.models import Decoder, load_model
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.registry import load_model
 
 
 @pytest.fixture(scope="module", params=["llama-gqa", "opt"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from shadowllm.benchmarks.noisy_model import with_noise, write_noisy_model
-from shadowllm.models import load_model
+from shadowllm.models.registry import load_model
 
 
 def test_noise_stays_within_half_a_step_of_8_bits():

@@ -10,7 +10,7 @@ import torch
 from shadowllm.benchmarks.scaling import BUDGETS, Point, judge, text_windows, train
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.errors import UserError
-from shadowllm.models import load_model
+from shadowllm.models.registry import load_model
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.traces import Tracer
 from shadowllm.predictor.train import train_static

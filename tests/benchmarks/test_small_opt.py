@@ -8,7 +8,8 @@ import statistics
 import torch
 
 from shadowllm.benchmarks import small_opt
-from shadowllm.models import Decoder, load_model
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.registry import load_model
 from tests.conftest import build_tokenizer
 
 

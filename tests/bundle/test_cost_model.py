@@ -11,7 +11,8 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.quantised_tensors import CopyTensors
 from shadowllm.bundle.weight_names import copied
 from shadowllm.bundle.weights import read_weights
-from shadowllm.models import Budget, load_model
+from shadowllm.models.registry import load_model
+from shadowllm.models.sparsity import Budget
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort.session import OrtSession
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from shadowllm.bundle.traffic import Active, mean_traffic, step_traffic
-from shadowllm.models import ModelSpec, RopeSpec
+from shadowllm.models.spec import ModelSpec, RopeSpec
 
 LLAMA = ModelSpec(
     family="llama",

@@ -12,7 +12,7 @@ from shadowllm.bundle.weights import read_weights
 from shadowllm.cli import main
 from shadowllm.errors import UserError
 from shadowllm.evaluation.drift import runtime_recall
-from shadowllm.models import Budget
+from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.traces import Tracer
 from shadowllm.runtime.ort.session import OrtSession
 

@@ -16,7 +16,8 @@ from shadowllm.bundle.weights import read_weights
 from shadowllm.cli import main
 from shadowllm.errors import UserError
 from shadowllm.evaluation.lm_tasks import BundleLM
-from shadowllm.models import Budget, Decoder
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
 from shadowllm.runtime import generate, open_session
 from shadowllm.runtime.generation.text import load_tokenizer

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from shadowllm.errors import UserError
 from shadowllm.evaluation.quality import evaluate
-from shadowllm.models import Budget, Decoder
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
 from shadowllm.predictor.topk import top_mask
 from shadowllm.predictor.tracefile import calibrate

@@ -11,7 +11,7 @@ import torch
 from shadowllm.errors import UserError
 from shadowllm.evaluation import transformers_check
 from shadowllm.evaluation.transformers_check import TOLERANCE, compare_with_transformers
-from shadowllm.models import load_model
+from shadowllm.models.registry import load_model
 from tests.conftest import VARIANTS, build_transformers_model
 from tests.models.checkpoints import copied, edit_json, rewrite, write_gguf
 

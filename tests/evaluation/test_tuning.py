@@ -10,7 +10,7 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.cli import main
 from shadowllm.errors import UserError
 from shadowllm.evaluation.tuning import Target, tune
-from shadowllm.models import Budget
+from shadowllm.models.sparsity import Budget
 from shadowllm.runtime import open_session
 
 QUICK = {"tokens": 512, "seqlen": 32}

@@ -13,7 +13,7 @@ from shadowllm.bundle.weights import PREDICTOR_FILE
 from shadowllm.errors import UserError
 from shadowllm.evaluation.transformers_check import compare_with_transformers
 from shadowllm.evaluation.validation import selection_masks, validate, validate_apart
-from shadowllm.models import load_model
+from shadowllm.models.registry import load_model
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort.session import OrtSession
 from tests.bundles import make_bundle

@@ -15,7 +15,7 @@ from shadowllm.bundle.manifest import DATA_FILE, read_manifest, verify_files
 from shadowllm.bundle.weights import read_weights
 from shadowllm.errors import UserError
 from shadowllm.exporter.write_bundle import check_dtypes, write_bundle
-from shadowllm.models import load_model
+from shadowllm.models.registry import load_model
 from shadowllm.pipeline import EngineOptions, build_engines
 from tests.bundles import BUDGET, make_bundle, make_predictor
 from tests.conftest import VARIANTS

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shadowllm.errors import UserError
-from shadowllm.models import Decoder, KVCache, load_model
+from shadowllm.models.decoder import Decoder, KVCache
+from shadowllm.models.registry import load_model
 from tests.conftest import VARIANTS, build_transformers_model
 
 # Long enough to see how large the noise of float32 gets; a dozen tokens may be lucky.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from shadowllm.errors import UserError
-from shadowllm.models import Budget, load_model
-from shadowllm.models.sparsity import describe_fractions, format_fractions, parse_fractions
+from shadowllm.models.registry import load_model
+from shadowllm.models.sparsity import Budget, describe_fractions, format_fractions, parse_fractions
 
 
 @pytest.fixture(scope="module")

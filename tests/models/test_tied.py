@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shadowllm.errors import UserError
-from shadowllm.models import Decoder, load_model
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.registry import load_model
 from tests.models.checkpoints import copied, logits, rewrite
 
 TABLES = {"llama-mqa-tied": "model.embed_tokens.weight", "opt": "model.decoder.embed_tokens.weight"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shadowllm.models import load_model
+from shadowllm.models.registry import load_model
 from shadowllm.predictor.calibration import Windows
 from shadowllm.predictor.linear_fit import LinearFit
 from shadowllm.predictor.traces import Chunk

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shadowllm.errors import UserError
-from shadowllm.models import Decoder
+from shadowllm.models.decoder import Decoder
 from shadowllm.predictor.calibration import calibration_windows, generate, token_windows
 
 

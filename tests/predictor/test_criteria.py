@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from shadowllm.errors import UserError
-from shadowllm.models import Decoder
+from shadowllm.models.decoder import Decoder
 from shadowllm.predictor.criteria import CRITERIA, RIDGE, UnitTrace, find_criterion
 from shadowllm.predictor.traces import Tracer
 from tests.predictor.conftest import token_windows

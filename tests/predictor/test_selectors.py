@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shadowllm.errors import UserError
-from shadowllm.models import Decoder
+from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.criteria import find_criterion, unit_trace
 from shadowllm.predictor.selectors import SELECTORS, Context, MaskedDecoder, PerLayerSelector, make_selector

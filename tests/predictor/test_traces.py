@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shadowllm.errors import UserError
-from shadowllm.models import Decoder
+from shadowllm.models.decoder import Decoder
 from shadowllm.predictor import tracefile
 from shadowllm.predictor import traces as traces_module
 from shadowllm.predictor.tracefile import Traces, calibrate, decode, encode

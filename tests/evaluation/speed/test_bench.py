@@ -12,6 +12,7 @@ from rich.console import Console
 from shadowllm.benchmarks.peers import Setting, _check_tokens, compare
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.bench import bench
+from shadowllm.evaluation.speed.figure import draw
 from shadowllm.evaluation.speed.report import Result, latency_line
 from shadowllm.models.sparsity import Budget
 
@@ -117,10 +118,10 @@ def test_gpu_memory_is_told_of_whoever_reports_it(report):
 
 
 def test_figure(report, tmp_path):
-    report.save_png(tmp_path / "figure.png")
+    draw(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(UserError, match="cannot write"):
-        report.save_png(tmp_path / "missing" / "figure.png")
+        draw(report, tmp_path / "missing" / "figure.png")
 
 
 def test_json_needs_its_folder(report, tmp_path):

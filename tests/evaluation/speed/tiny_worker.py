@@ -15,7 +15,8 @@ import torch
 
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.worker import StepTimer, serve
-from shadowllm.models import Decoder, KVCache, ModelSpec, RopeSpec
+from shadowllm.models.decoder import Decoder, KVCache
+from shadowllm.models.spec import ModelSpec, RopeSpec
 from shadowllm.models.weights import tensor_shape
 
 SPEC = ModelSpec(

@@ -10,7 +10,8 @@ from shadowllm.exporter.engines.build import build_engine
 from shadowllm.exporter.engines.graph import describe_onnx
 from shadowllm.exporter.engines.profiles import profiles_for
 from shadowllm.exporter.write_bundle import write_bundle
-from shadowllm.models import Budget, load_model
+from shadowllm.models.registry import load_model
+from shadowllm.models.sparsity import Budget
 from tests.bundles import make_bundle
 from tests.conftest import build_transformers_model
 from tests.exporter.engines.test_build import needs_builder

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shadowllm.errors import UserError
-from shadowllm.models import Decoder, load_model
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.registry import load_model
 from tests.models.checkpoints import copied, edit_json, logits
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

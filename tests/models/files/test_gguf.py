@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from shadowllm.errors import UserError
-from shadowllm.models import Decoder, RopeSpec, load_model
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.registry import load_model
+from shadowllm.models.spec import RopeSpec
 from tests.conftest import build_transformers_model
 from tests.models.checkpoints import logits, write_gguf
 

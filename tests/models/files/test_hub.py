@@ -13,8 +13,8 @@ import huggingface_hub.constants
 import pytest
 
 from shadowllm.errors import UserError
-from shadowllm.models import load_model
 from shadowllm.models.files.hub import download
+from shadowllm.models.registry import load_model
 from tests.conftest import build_transformers_model
 from tests.models.checkpoints import write_gguf
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shadowllm.errors import UserError
-from shadowllm.models import load_model
 from shadowllm.models.files.dequantise import unpacked
+from shadowllm.models.registry import load_model
 from tests.models.checkpoints import copied, edit_json, rewrite
 
 Q = "model.layers.1.self_attn.q_proj"

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from shadowllm.errors import UserError
-from shadowllm.models import Decoder, load_model
+from shadowllm.models.decoder import Decoder
 from shadowllm.models.files.safetensors_file import foreign_prefix
 from shadowllm.models.files.weight_files import gguf_models, gguf_parts
+from shadowllm.models.registry import load_model
 from tests.models.checkpoints import copied, edit_json, logits, rewrite
 
 
