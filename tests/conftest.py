@@ -125,3 +125,19 @@ def bundle(checkpoint, tmp_path_factory):
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session", params=["llama-gqa", "opt"])
+def tiny(request, checkpoint):
+    """Spec and float32 weights of a tiny model of each family."""
+    from tests.tiny import tiny_model  # not before the environment is set, above
+
+    return tiny_model(checkpoint, request.param)
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoint):
+    """The same of a Llama with grouped queries."""
+    from tests.tiny import tiny_model
+
+    return tiny_model(checkpoint, "llama-gqa")

@@ -14,7 +14,7 @@ from shadowllm.models.registry import load_model
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.traces import Tracer
 from shadowllm.predictor.train import train_static
-from tests.predictor.conftest import split, token_windows
+from tests.tiny import split, token_windows
 
 
 def test_points_are_read_and_nonsense_is_refused():

@@ -13,7 +13,7 @@ from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.errors import UserError
 from shadowllm.predictor.tracefile import Traces, calibrate
 from shadowllm.predictor.train import TrainConfig, train_network, train_static
-from tests.predictor.conftest import split, token_windows
+from tests.tiny import split, token_windows
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from shadowllm.evaluation.allocation import (
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.selectors import Context, make_selector
-from tests.predictor.conftest import token_windows
+from tests.tiny import token_windows
 
 MADE = Allocation(
     Sensitivity(np.array([1.0, 0.1]), rate=5.0, weights=1000), Sensitivity(np.array([1.0, 0.3]), rate=8.0, weights=4000)

@@ -18,7 +18,7 @@ from shadowllm.predictor.topk import top_mask
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.traces import Tracer
 from shadowllm.predictor.train import TrainConfig, train_network
-from tests.predictor.conftest import split, token_windows
+from tests.tiny import split, token_windows
 
 SELECTORS = ["static", "shadow", "random", "oracle"]
 

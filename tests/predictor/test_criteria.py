@@ -11,7 +11,7 @@ from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder
 from shadowllm.predictor.criteria import CRITERIA, RIDGE, UnitTrace, find_criterion
 from shadowllm.predictor.traces import Tracer
-from tests.predictor.conftest import token_windows
+from tests.tiny import token_windows
 
 
 def activations(spec, weights, windows):

@@ -15,7 +15,7 @@ from shadowllm.errors import UserError
 from shadowllm.predictor.parallel import Workers
 from shadowllm.predictor.tracefile import Traces, calibrate
 from shadowllm.predictor.train import TrainConfig, train_network
-from tests.predictor.conftest import split, token_windows
+from tests.tiny import split, token_windows
 
 
 def test_one_process_keeps_everything_and_averages_nothing():

@@ -15,7 +15,7 @@ from shadowllm.predictor.selectors import SELECTORS, Context, MaskedDecoder, Per
 from shadowllm.predictor.topk import active_mask, top_mask
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.train import TrainConfig, train_network, train_static
-from tests.predictor.conftest import split, token_windows
+from tests.tiny import split, token_windows
 
 
 @pytest.fixture(scope="module")

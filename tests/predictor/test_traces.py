@@ -13,7 +13,7 @@ from shadowllm.predictor import tracefile
 from shadowllm.predictor import traces as traces_module
 from shadowllm.predictor.tracefile import Traces, calibrate, decode, encode
 from shadowllm.predictor.traces import Tracer
-from tests.predictor.conftest import split, token_windows
+from tests.tiny import split, token_windows
 
 PARTS = ("hidden", "heads", "neurons")
 

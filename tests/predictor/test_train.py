@@ -20,7 +20,7 @@ from shadowllm.predictor.networks import (
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.traces import Tracer
 from shadowllm.predictor.train import TrainConfig, chunk_scores, initial, train_network, train_static
-from tests.predictor.conftest import LearnableTraces, split, token_windows
+from tests.tiny import LearnableTraces, split, token_windows
 
 RECIPE = TrainConfig(rank=16, epochs=8, learning_rate=1e-2, weight_decay=0.0, batch_tokens=64)
 
