@@ -22,8 +22,8 @@ from shadowllm.evaluation.passage import passage
 from shadowllm.evaluation.quality import evaluate
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.malloc import keep_freed_memory
-from shadowllm.models.decoder import Unit
 from shadowllm.models.registry import load_model
+from shadowllm.models.sparsity import SparseLayers, Unit
 from shadowllm.predictor.selectors import Context, Selector, make_selector
 from shadowllm.predictor.topk import top_mask
 
@@ -55,14 +55,14 @@ class Mean(Selector):
 class HotSet(Mean):
     """Always takes the first of a static ranking, ``count`` of each layer; the rest goes by another selector."""
 
-    def __init__(self, rest: Selector, ranking: Tensor, count: int, dense_layers: int) -> None:
+    def __init__(self, rest: Selector, ranking: Tensor, count: int, layers: SparseLayers) -> None:
         super().__init__(rest)
-        self._hot, self._dense_layers = top_mask(ranking, count), dense_layers
+        self._hot, self._layers = top_mask(ranking, count), layers
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         """The other's scores, the hot set's out of reach."""
         found = super().scores(layer, unit, activation)
-        return found.masked_fill(self._hot[layer - self._dense_layers], torch.inf)
+        return found.masked_fill(self._hot[self._layers.row(layer)], torch.inf)
 
 
 @script
@@ -84,13 +84,15 @@ def main() -> None:
         return make_selector(kind, Context(spec, weights, predictor=predictor))
 
     ranking, kept = static.tensors["neurons.scores"], BUDGET * spec.intermediate_size
+    layers = SparseLayers(spec, static.dense_layers)
     contenders: dict[str, Selector] = {
-        f"layerwise, {share:.0%} hot": HotSet(trained("layerwise"), ranking, int(share * kept), static.dense_layers)
+        f"layerwise, {share:.0%} hot": HotSet(trained("layerwise"), ranking, int(share * kept), layers)
         for share in (0.25, 0.5)
     }
     contenders["shadow and layerwise"] = Mean(trained("shadow"), trained("layerwise"))
     tokens = passage(lambda text: tokenizer(text, add_special_tokens=False).input_ids, EVALUATED)
-    results = evaluate(spec, weights, static, contenders, torch.tensor(tokens).view(-1, WINDOW), (BUDGET,))
+    windows = torch.tensor(tokens).view(-1, WINDOW)
+    results = evaluate(spec, weights, static, contenders, windows, neuron_budgets=(BUDGET,))
     rows = [{key: value for key, value in asdict(result).items() if key != "layers"} for result in results]
     args.json.write_text(json.dumps({"environment": environment(), "results": rows}, indent=2) + "\n")
 

@@ -23,14 +23,14 @@ from torch.nn import functional as F
 from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.evaluation.passage import passage
 from shadowllm.evaluation.speed.environment import environment
-from shadowllm.models.decoder import Decoder, Unit
+from shadowllm.models.decoder import Decoder
 from shadowllm.models.registry import load_model
+from shadowllm.models.sparsity import UNITS, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.criteria import CRITERIA
 from shadowllm.predictor.traces import Tracer
 from shadowllm.progress import Advance, no_progress, progress
 
-UNITS: tuple[Unit, ...] = ("heads", "neurons")
 BATCH = 32  # removals of one pass
 Place = tuple[int, int]  # layer, token
 

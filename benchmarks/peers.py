@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.bundle.cost_model import mean_traffic
 from shadowllm.bundle.manifest import read_manifest
-from shadowllm.bundle.traffic import mean_traffic
 from shadowllm.errors import UserError
 from shadowllm.evaluation.passage import passage
 from shadowllm.evaluation.speed.environment import environment

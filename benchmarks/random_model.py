@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shadowllm.bundle.predictor_file import Kind, Predictor
+    from shadowllm.models.sparsity import SparseLayers
     from shadowllm.models.spec import ModelSpec
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -140,10 +141,10 @@ class RandomWeights(Mapping[str, "Tensor"]):
 class RandomCopies(Mapping[str, "Tensor"]):
     """The tensors of `bundle.weight_layout.copy_groups`, random, each drawn when asked for, on the device."""
 
-    def __init__(self, spec: ModelSpec, dense_layers: int, device: torch.device) -> None:
+    def __init__(self, layers: SparseLayers, device: torch.device) -> None:
         from shadowllm.bundle.weight_layout import copy_groups
 
-        self._shapes = {name: shape for group in copy_groups(spec, dense_layers) for name, shape, _ in group}
+        self._shapes = {name: shape for group in copy_groups(layers) for name, shape, _ in group}
         self._device = device
 
     def __getitem__(self, name: str) -> Tensor:
@@ -202,25 +203,26 @@ def untrained(
     import torch
 
     from shadowllm.bundle.predictor_file import Predictor
+    from shadowllm.models.sparsity import SparseLayers, layer_units
     from shadowllm.predictor.networks import default_rank, initial_tensors
 
     generator = torch.Generator().manual_seed(0)
-    n_sparse = spec.n_layers - dense_layers
+    layers = SparseLayers(spec, dense_layers)
     tensors = {
-        "heads.scores": torch.rand(n_sparse, spec.n_heads, generator=generator),
-        "neurons.scores": torch.rand(n_sparse, spec.intermediate_size, generator=generator),
+        f"{unit}.scores": torch.rand(layers.count, width, generator=generator)
+        for unit, width in layer_units(spec).items()
     }
     if kind in ("shadow", "layerwise"):
         rank, biases = (
-            rank or default_rank(spec, dense_layers, kind),
+            rank or default_rank(layers, kind),
             (tensors["heads.scores"], tensors["neurons.scores"]),
         )
-        tensors |= initial_tensors(kind, spec, n_sparse, rank, *biases, seed=0)
+        tensors |= initial_tensors(kind, layers, rank, *biases, seed=0)
         for name in [name for name in tensors if name.endswith(("heads.weight", "neurons.weight"))]:
             tensors[name].normal_(generator=generator)
     if kind in ("layerwise", "quantized-shadow"):
-        heads = n_sparse * spec.n_heads
+        heads = layers.count * spec.n_heads
         tensors["layers.heads.weight"] = torch.randn(heads, spec.hidden_size, generator=generator)
         tensors["layers.heads.bias"] = torch.zeros(heads)
-    sizes = (n_sparse, dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size)
+    sizes = (layers.count, dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size)
     return Predictor(kind, *sizes, tensors, fingerprint)

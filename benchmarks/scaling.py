@@ -37,6 +37,7 @@ from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.worker import peak_rss_mb
 from shadowllm.malloc import keep_freed_memory
 from shadowllm.models.registry import load_model
+from shadowllm.models.sparsity import SparseLayers
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.calibration import Encode, Windows
 from shadowllm.predictor.losses import LOSSES
@@ -151,7 +152,7 @@ def train(
 
 
 def _learner(spec: ModelSpec, traces: Traces, point: Point) -> Trainer:
-    rank = default_rank(spec, traces.dense_layers, point.kind, point.share)
+    rank = default_rank(SparseLayers(spec, traces.dense_layers), point.kind, point.share)
     config = TrainConfig(loss=point.loss, rank=rank, seed=SEED)
     return Trainer(spec, initial(point.kind, spec, traces, config), config, point.tokens)
 
@@ -173,7 +174,9 @@ def judge(
     dense = known.get("dense")
     if contenders:
         with progress("Evaluating", len(windows) * (1 + len(contenders) * len(BUDGETS))) as advance:
-            results = evaluate(spec, weights, predictors[STATIC], contenders, windows, BUDGETS, advance=advance)
+            results = evaluate(
+                spec, weights, predictors[STATIC], contenders, windows, neuron_budgets=BUDGETS, advance=advance
+            )
         dense, *found = ({k: v for k, v in asdict(result).items() if k != "layers"} for result in results)
         rows += [_described(predictors[row["selector"]]) | row if row["selector"] in left else row for row in found]
     logs = {(row["selector"], row["neuron_budget"]): math.log(row["perplexity"]) for row in rows}

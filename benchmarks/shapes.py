@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results.append(
             measure(
                 shape,
-                budget=Budget(args.neuron_budget, args.head_budget),
+                budget=Budget(heads=args.head_budget, neurons=args.neuron_budget),
                 kind=args.selector,
                 dtype=args.dtype,
                 weight_dtype=args.weight_dtype,

@@ -1,12 +1,17 @@
-"""Which graphs decode: the sparse ones, but only where they read less than the dense one."""
+"""The bytes of a decode step: what it reads, what choosing costs it, and where sparse layers pay for that.
+
+A step is bound by memory, so bytes stand for time. They are an algorithm's own minimum, from sizes alone: every
+weight row in use once, keys and values of the tokens so far. Activations, scores and cache writes are left out
+(together under 1% at any real size).
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from shadowllm.bundle.manifest import Manifest
 from shadowllm.bundle.quantisation import LOW_BIT_COPY
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import ActiveCounts, Budget, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 
 # Time of choosing inside the layers, over that of its bytes: what the small nodes between the copy's product and the
@@ -14,37 +19,163 @@ from shadowllm.models.spec import ModelSpec
 PER_LAYER_COST = 1.7
 
 
-def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -> bool:
-    """Whether a sparse step with its predictor reads less than a dense one.
+def unit_elements(spec: ModelSpec, unit: Unit) -> int:
+    """Elements of the rows of one head (of q and o) or neuron (of gate, up and down): what leaving it out saves."""
+    if unit == "heads":
+        return spec.head_dim * (2 * spec.hidden_size + spec.qkv_bias)
+    matrices = 3 if spec.gated else 2
+    return matrices * spec.hidden_size + spec.mlp_bias * (matrices - 1)
 
-    A step is bound by memory, so weights are counted: of the layers where the two differ, and nearly
-    all of them of one size.
+
+def row_elements(spec: ModelSpec, unit: Unit, active: int) -> int:
+    """Elements that a layer reads for so many of its heads or neurons, the bias of its output included."""
+    output_bias = spec.o_bias if unit == "heads" else spec.mlp_bias
+    return active * unit_elements(spec, unit) + output_bias * spec.hidden_size
+
+
+def layer_elements(spec: ModelSpec, heads: int, neurons: int) -> int:
+    """Elements that a layer reads for so many heads and neurons; K and V are read for all heads, and not counted."""
+    return row_elements(spec, "heads", heads) + row_elements(spec, "neurons", neurons)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes read per decode step, by part."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Sum over parts."""
+        return sum(self.parts.values())
+
+
+def step_traffic(
+    spec: ModelSpec,
+    itemsize: int,
+    context: int,
+    active: ActiveCounts | None = None,
+    *,
+    choosing: float = 0,
+    batch: int = 1,
+    matrix_itemsize: float | None = None,
+    row_itemsize: float | None = None,
+) -> Traffic:
+    """Bytes of one decode step.
+
+    Args:
+        itemsize: bytes of a weight and of a cache entry.
+        context: tokens in the cache, this step's included.
+        active: what the last layers of the model keep, as many as it has rows; None for a dense step.
+        choosing: bytes read to choose it, as `selector_bytes` has them.
+        batch: sequences that advance together; weights are read once for all.
+        matrix_itemsize: bytes of an element of a matrix, where it is not as long as the others; of
+            integers, their share of a scale included.
+        row_itemsize: the same of the active rows of a sparse op, where they differ from other matrices.
+    """
+    counts = list(active.by_layer()) if active else []
+    dense_layers = spec.n_layers - len(counts)
+    d, kv = spec.hidden_size, spec.n_kv_heads * spec.head_dim
+    # With query heads selected one by one, all KV heads may be in use, but never more than query heads are.
+    kv_read = dense_layers * spec.n_kv_heads + sum(min(spec.n_kv_heads, n // spec.heads_together) for n, _ in counts)
+    elements = {
+        "embedding rows": batch * d * (2 if spec.positions == "learned" else 1),
+        "norms": (2 * spec.n_layers + 1) * d * (2 if spec.norm == "layernorm" else 1),
+        "k/v projections": spec.n_layers * 2 * kv * (d + spec.qkv_bias),
+        "dense layers": dense_layers * layer_elements(spec, spec.n_heads, spec.intermediate_size),
+        "active q/o rows": sum(row_elements(spec, "heads", heads) for heads, _ in counts),
+        "active MLP rows": sum(row_elements(spec, "neurons", neurons) for _, neurons in counts),
+        "lm_head": spec.vocab_size * d,
+        "KV cache": batch * kv_read * 2 * context * spec.head_dim,
+    }
+    matrix_itemsize = itemsize if matrix_itemsize is None else matrix_itemsize
+    row_itemsize = matrix_itemsize if row_itemsize is None else row_itemsize
+    sizes = {"norms": itemsize, "KV cache": itemsize, "active q/o rows": row_itemsize, "active MLP rows": row_itemsize}
+    parts = {name: round(count * sizes.get(name, matrix_itemsize)) for name, count in elements.items()}
+    return Traffic(parts | {"predictor": round(choosing)})
+
+
+def mean_traffic(
+    spec: ModelSpec,
+    itemsize: int,
+    prompt_len: int,
+    new_tokens: int,
+    active: ActiveCounts | None = None,
+    *,
+    choosing: float = 0,
+    matrix_itemsize: float | None = None,
+    row_itemsize: float | None = None,
+) -> Traffic:
+    """Mean over the decode steps of a generation: the cache grows from the prompt's length, one token a step."""
+    # The cost is linear in the context, so the middle context has the mean cost. Steps see
+    # prompt_len + 1 .. prompt_len + new_tokens - 1 tokens.
+    return step_traffic(
+        spec,
+        itemsize,
+        prompt_len + new_tokens // 2,
+        active,
+        choosing=choosing,
+        matrix_itemsize=matrix_itemsize,
+        row_itemsize=row_itemsize,
+    )
+
+
+def selector_bytes(selector: str, layers: SparseLayers, itemsize: float, rank: int) -> float:
+    """Bytes a selector reads per token: networks, one score per unit, or a fit of the heads and a copy of weights.
+
+    Args:
+        selector: as `predictor.selectors` names it; an oracle or a random choice reads nothing.
+        itemsize: bytes per element of a network's weights.
+        rank: of the networks.
+    """
+    spec = layers.spec
+    neurons = layers.count * spec.intermediate_size
+    units = layers.count * sum(layer_units(spec).values())
+    fit = layers.count * spec.n_heads * (spec.hidden_size + 1)
+    if selector == "layerwise":
+        return 4 * fit + (layers.count * rank * (spec.hidden_size + 1) + neurons * (rank + 1)) * itemsize
+    if selector.startswith("quantized-shadow"):
+        bits = selector.removeprefix("quantized-shadow").removeprefix("-")
+        copied_rows = neurons * (2 if spec.gated else 1)
+        copy = replace(LOW_BIT_COPY, bits=int(bits)) if bits else LOW_BIT_COPY
+        return 4 * (fit + neurons) + copied_rows * spec.hidden_size * copy.itemsize
+    if selector == "shadow":
+        return (rank * (spec.hidden_size + 1) + units * (rank + 1)) * itemsize
+    return 4 * units if selector == "static" else 0
+
+
+def predictor_bytes(manifest: Manifest, itemsize: float) -> float:
+    """`selector_bytes` of a bundle's own predictor."""
+    kind, rank = manifest.predictor["kind"], int(manifest.predictor["rank"])
+    return selector_bytes(kind, manifest.sparse_layers, itemsize, rank)
+
+
+def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -> bool:
+    """Whether a sparse step of ONNX Runtime with its predictor reads less than a dense one.
+
+    Counted are the rows of the sparse layers, in which alone the two differ but for the cache.
 
     Args:
         narrow_rows: active rows are read at 16 bits where everything else is widened to 32.
     """
-    spec, itemsize = manifest.spec, _itemsize(manifest)
-    counts = zip(*budget.counts(spec, spec.n_layers - manifest.dense_layers), strict=True)
-    active = sum(_row_elements(spec, heads, neurons) for heads, neurons in counts)
-    every = (spec.n_layers - manifest.dense_layers) * _row_elements(spec, spec.n_heads, spec.intermediate_size)
-    return (every - active / (2 if narrow_rows else 1)) * itemsize > _choosing_bytes(manifest)
+    spec, layers = manifest.spec, manifest.sparse_layers
+    active = sum(layer_elements(spec, heads, neurons) for heads, neurons in budget.counts(layers).by_layer())
+    every = layers.count * layer_elements(spec, spec.n_heads, spec.intermediate_size)
+    return (every - active / (2 if narrow_rows else 1)) * _itemsize(manifest) > _choosing_bytes(manifest)
 
 
-def dense_layers(manifest: Manifest, budget: Budget, whole: str = "the budget keeps all of it") -> dict[str, str]:
+def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget keeps all of it") -> dict[str, str]:
     """Layers that are dense at a budget, or read no less for being sparse, each with the reason.
 
     Args:
         whole: the reason for a layer whose budget keeps all heads and neurons.
     """
-    spec, itemsize = manifest.spec, _itemsize(manifest)
+    spec, layers, itemsize = manifest.spec, manifest.sparse_layers, _itemsize(manifest)
     reasons = {str(layer): "comes before the choice" for layer in range(manifest.dense_layers)}
-    n_sparse = spec.n_layers - manifest.dense_layers
-    dense = _row_elements(spec, spec.n_heads, spec.intermediate_size) * itemsize
-    share = _choosing_bytes(manifest) / n_sparse
-    for layer, heads, neurons in zip(
-        range(manifest.dense_layers, spec.n_layers), *budget.counts(spec, n_sparse), strict=True
-    ):
-        sparse = _row_elements(spec, heads, neurons) * itemsize
+    dense = layer_elements(spec, spec.n_heads, spec.intermediate_size) * itemsize
+    share = _choosing_bytes(manifest) / layers.count
+    for layer, kept in zip(layers.layers, budget.counts(layers).by_layer(), strict=True):
+        sparse = layer_elements(spec, *kept) * itemsize
         if sparse == dense:
             reasons[str(layer)] = whole
         elif sparse + share >= dense:
@@ -53,12 +184,6 @@ def dense_layers(manifest: Manifest, budget: Budget, whole: str = "the budget ke
                 f"dense {dense / 1e6:.2f} MB"
             )
     return reasons
-
-
-def _row_elements(spec: ModelSpec, heads: int, neurons: int) -> int:
-    """Elements of a layer's rows that a choice of heads and neurons reads."""
-    matrices = 3 if spec.gated else 2
-    return spec.hidden_size * (2 * spec.head_dim * int(heads) + matrices * int(neurons))
 
 
 def _itemsize(manifest: Manifest) -> float:
@@ -70,33 +195,3 @@ def _choosing_bytes(manifest: Manifest) -> float:
     """What choosing costs a step, as bytes."""
     per_layer = manifest.selector == "per-layer"
     return predictor_bytes(manifest, _itemsize(manifest)) * (PER_LAYER_COST if per_layer else 1)
-
-
-def predictor_bytes(manifest: Manifest, itemsize: float) -> float:
-    """Bytes a step reads to choose, with a network's weights of ``itemsize`` bytes each."""
-    kind, rank = manifest.predictor["kind"], int(manifest.predictor["rank"])
-    return selector_bytes(kind, manifest.spec, manifest.dense_layers, itemsize, rank)
-
-
-def selector_bytes(selector: str, spec: ModelSpec, dense_layers: int, itemsize: float, rank: int) -> float:
-    """Bytes a selector reads per token: networks, one score per unit, or a fit of the heads and a copy of weights.
-
-    Args:
-        selector: as `predictor.selectors` names it; an oracle or a random choice reads nothing.
-        itemsize: bytes per element of a network's weights.
-        rank: of the networks.
-    """
-    n_sparse = spec.n_layers - dense_layers
-    units = n_sparse * (spec.n_heads + spec.intermediate_size)
-    fit = n_sparse * spec.n_heads * (spec.hidden_size + 1)
-    if selector == "layerwise":
-        return 4 * fit + n_sparse * (rank * (spec.hidden_size + 1) + spec.intermediate_size * (rank + 1)) * itemsize
-    if selector.startswith("quantized-shadow"):
-        bits = selector.removeprefix("quantized-shadow").removeprefix("-")
-        lengths = n_sparse * spec.intermediate_size
-        copied_rows = lengths * (2 if spec.gated else 1)
-        copy = replace(LOW_BIT_COPY, bits=int(bits)) if bits else LOW_BIT_COPY
-        return 4 * (fit + lengths) + copied_rows * spec.hidden_size * copy.itemsize
-    if selector == "shadow":
-        return (rank * (spec.hidden_size + 1) + units * (rank + 1)) * itemsize
-    return 4 * units if selector == "static" else 0

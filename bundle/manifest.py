@@ -13,7 +13,7 @@ from typing import Any, Literal, Never, TypedDict
 from shadowllm.bundle.quantisation import WEIGHT_DTYPES, Quantisation
 from shadowllm.errors import UserError
 from shadowllm.json_types import check_type
-from shadowllm.models.sparsity import Budget, Fractions
+from shadowllm.models.sparsity import Budget, Fractions, SparseLayers
 from shadowllm.models.spec import ModelSpec
 
 NAME = "manifest.json"
@@ -28,8 +28,8 @@ Empty = dict[str, Never]
 class BudgetRecord(TypedDict):
     """Of the manifest's ``budgets``."""
 
-    neurons: Fractions
     heads: Fractions
+    neurons: Fractions
 
 
 class TrainingRecord(TypedDict, total=False):
@@ -94,7 +94,7 @@ class Manifest:
         dense_layers: leading layers that stay dense.
         selector: "upfront": ``predictor`` chooses, and indices are inputs of ``body``; "per-layer": ``body``
             chooses by itself, layer by layer.
-        budgets: default fractions, ``{"neurons": ..., "heads": ...}``; lists where layers differ.
+        budgets: default fractions, ``{"heads": ..., "neurons": ...}``; lists where layers differ.
         predictor: kind, criterion and training record.
         base_fingerprint: SHA-256 of the checkpoint the predictor was trained on.
         op_domain_version: version of the custom ops in the graphs.
@@ -125,6 +125,11 @@ class Manifest:
     def itemsize(self) -> float:
         """Bytes of an element of a matrix as it is stored; of integers, its share of a scale included."""
         return self.quantisation.itemsize if self.quantisation else ITEMSIZE[self.dtype]
+
+    @property
+    def sparse_layers(self) -> SparseLayers:
+        """The layers whose units are chosen."""
+        return SparseLayers(self.spec, self.dense_layers)
 
     @property
     def sparse_pieces(self) -> tuple[str, ...]:
@@ -201,7 +206,7 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     if not 0 < manifest.dense_layers < spec.n_layers:
         raise ValueError(f"{manifest.dense_layers} dense layers of {spec.n_layers}")
     _ = manifest.quantisation  # refuses a type it does not know
-    Budget(**manifest.budgets).counts(spec, spec.n_layers - manifest.dense_layers)
+    Budget(**manifest.budgets).counts(manifest.sparse_layers)
     return manifest
 
 

@@ -54,7 +54,7 @@ class WeightStore:
         self.size = end
 
     def write(self, tensors: Mapping[str, torch.Tensor], progress: Callable[[int], None] = lambda _: None) -> str:
-        """Write every planned tensor in turn, one in memory at a time; return the file's SHA-256.
+        """Write every tensor of the layout in turn, one in memory at a time; return the file's SHA-256.
 
         Raises:
             UserError: a number that its type in the file cannot hold.

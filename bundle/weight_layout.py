@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.bundle.weight_names import copied, down_norms, integers, low_bit_copy, scales, transposed
+from shadowllm.models.sparsity import SparseLayers
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import tensor_shape
 
@@ -62,9 +63,10 @@ def model_groups(spec: ModelSpec, dtype: str, q: Quantisation | None = None) -> 
         yield from matrices("lm_head.weight")
 
 
-def copy_groups(spec: ModelSpec, dense_layers: int) -> Iterator[Group]:
+def copy_groups(layers: SparseLayers) -> Iterator[Group]:
     """Layout of a quantised shadow: the copy of gate and up, and ``||w_down||``, of each sparse layer."""
-    for layer in range(dense_layers, spec.n_layers):
+    spec = layers.spec
+    for layer in layers.layers:
         yield from quantised_groups(
             {low_bit_copy(name): tensor_shape(spec, name) for name in copied(spec, layer)}, LOW_BIT_COPY
         )

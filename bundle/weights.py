@@ -63,9 +63,8 @@ def map_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], Pr
 
 def map_copies(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """A quantised shadow's copy, mapped like the tensors of `map_weights`, which checks the file."""
-    spec = manifest.spec
-    weights = model_groups(spec, manifest.dtype, manifest.quantisation)
-    return _mapped(folder, chain(weights, copy_groups(spec, manifest.dense_layers)))
+    weights = model_groups(manifest.spec, manifest.dtype, manifest.quantisation)
+    return _mapped(folder, chain(weights, copy_groups(manifest.sparse_layers)))
 
 
 def _mapped(folder: Path, groups: Iterator[Group]) -> dict[str, Tensor]:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shadowllm.models.decoder import Decoder, Unit
-from shadowllm.models.sparsity import Budget
+from shadowllm.bundle.cost_model import unit_elements
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.sparsity import Budget, Unit, layer_units
 from shadowllm.predictor.selectors import Context, MaskedDecoder, Selector
 from shadowllm.progress import Advance, no_progress
 
@@ -40,7 +41,7 @@ class Sensitivity:
     Attributes:
         scales: of each sparse layer, nats.
         rate: how fast the loss falls as the fraction grows.
-        weights: elements of a layer's rows, all units together.
+        weights: elements that a layer saves by leaving out all units.
     """
 
     scales: np.ndarray
@@ -62,7 +63,7 @@ class Allocation:
 
     def budget(self, price: float) -> Budget:
         """The allocation that loses least for what it saves at ``price`` nats per element."""
-        return Budget(self.neurons.fractions(price), self.heads.fractions(price))
+        return Budget(heads=self.heads.fractions(price), neurons=self.neurons.fractions(price))
 
     def prices(self) -> tuple[float, float]:
         """A price at which everything is kept, and one at which no layer keeps more than the least."""
@@ -118,15 +119,10 @@ def measure(context: Context, loss: Loss, advance: Advance = no_progress) -> All
     Args:
         advance: told 1 for each pass, `passes` in all.
     """
-    spec, n_sparse = context.spec, context.spec.n_layers - context.dense_layers
-    matrices = 3 if spec.gated else 2
-    weights = {
-        "heads": 2 * spec.n_heads * spec.head_dim * spec.hidden_size,
-        "neurons": matrices * spec.intermediate_size * spec.hidden_size,
-    }
-    found: dict[str, Sensitivity] = {}
-    units: Mapping[Unit, int] = {"heads": spec.n_heads // spec.heads_together, "neurons": spec.intermediate_size}
-    for unit, n_units in units.items():
+    spec, n_sparse = context.spec, context.sparse_layers.count
+    found: dict[Unit, Sensitivity] = {}
+    for unit, width in layer_units(spec).items():
+        n_units = width // spec.heads_together if unit == "heads" else width
         low, high = _probes(unit, n_units)
 
         def lost(fractions: tuple[float, ...], unit: Unit = unit) -> float:
@@ -136,7 +132,7 @@ def measure(context: Context, loss: Loss, advance: Advance = no_progress) -> All
         whole = [lost((fraction,) * n_sparse) for fraction in (low, high)]
         rate = max(math.log(whole[0] / whole[1]) / (high - low), 1.0) if n_units > 2 else RATE_OF_TWO
         alone = [lost(tuple(low if i == row else 1.0 for i in range(n_sparse))) for row in range(n_sparse)]
-        found[unit] = Sensitivity(np.array(alone) * math.exp(rate * low), rate, weights[unit])
+        found[unit] = Sensitivity(np.array(alone) * math.exp(rate * low), rate, width * unit_elements(spec, unit))
     return Allocation(found["heads"], found["neurons"])
 
 

@@ -11,14 +11,11 @@ from torch import Tensor
 
 from shadowllm.errors import UserError
 from shadowllm.evaluation.validation import selection_masks
-from shadowllm.models.decoder import Unit
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import UNITS, ActiveCounts, Budget, Unit, layer_units
 from shadowllm.predictor.topk import active_mask
 from shadowllm.predictor.traces import Tracer
 from shadowllm.progress import Advance, no_progress
 from shadowllm.runtime.ort.session import OrtSession
-
-UNITS: tuple[Unit, ...] = ("heads", "neurons")
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,8 @@ def runtime_recall(
     if windows.ndim != 2 or windows.shape[1] < 2:
         raise UserError("nothing to decode", "give windows of at least two tokens")
     manifest = session.manifest
-    spec, n_sparse = manifest.spec, manifest.spec.n_layers - manifest.dense_layers
-    budget = budget or Budget(**manifest.budgets)
-    counts = dict(zip(UNITS, budget.counts(spec, n_sparse), strict=True))
+    spec, budget = manifest.spec, budget or Budget(**manifest.budgets)
+    counts = budget.counts(manifest.sparse_layers)
     criterion = str(manifest.predictor.get("criterion", "l2norm"))
     tracer = Tracer(spec, weights, criterion, manifest.dense_layers)
     hits = dict.fromkeys(UNITS, 0)
@@ -75,7 +71,7 @@ def runtime_recall(
             for unit in UNITS:
                 hits[unit] += int((chosen[unit] & important[unit][token]).sum())
     tokens = len(windows) * (windows.shape[1] // 2)
-    widths = {"heads": spec.n_heads, "neurons": spec.intermediate_size}
+    widths = layer_units(spec)
     shares = {unit: hits[unit] / (tokens * int(counts[unit].sum())) for unit in UNITS}
     # A random choice of count units holds count / width of any other set, layer by layer.
     chance = {unit: float((counts[unit] ** 2).sum() / widths[unit] / counts[unit].sum()) for unit in UNITS}
@@ -93,12 +89,12 @@ def _decoded(session: OrtSession, tokens: list[int], advance: Advance) -> Iterat
         yield token, selection_masks(session.selection, session.spec)
 
 
-def _important(tracer: Tracer, window: Tensor, counts: Mapping[Unit, np.ndarray]) -> dict[Unit, Tensor]:
+def _important(tracer: Tracer, window: Tensor, counts: ActiveCounts) -> dict[Unit, Tensor]:
     """Masks ``(seqlen, n_sparse, n_units)`` of the units that matter most in the dense model."""
     traced = tracer.trace(window[None])
     found: dict[Unit, Tensor] = {}
     for unit in UNITS:
-        layers = getattr(traced, unit).unbind(dim=1)
+        layers = traced.importance(unit).unbind(dim=1)
         found[unit] = torch.stack(
             [
                 active_mask(tracer.spec, unit, scores, int(count))

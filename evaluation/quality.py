@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.errors import UserError
-from shadowllm.models.decoder import Decoder, Unit
-from shadowllm.models.sparsity import Budget, Fractions
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.sparsity import UNITS, Budget, Fractions, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.criteria import find_criterion
 from shadowllm.predictor.selectors import Context, MaskedDecoder, Selector, make_selector
@@ -27,7 +27,6 @@ from shadowllm.predictor.traces import Tracer
 from shadowllm.progress import Advance, no_progress
 
 DENSE = "dense"
-UNITS: tuple[Unit, ...] = ("heads", "neurons")
 Place = tuple[int, Unit]  # a layer's heads or neurons
 
 
@@ -36,29 +35,29 @@ class LayerResult:
     """What a selector finds in one sparse layer.
 
     Attributes:
-        neuron_recall, head_recall: share of the truly important units among the chosen.
-        neuron_gap_closure, head_gap_closure: (recall - static's) / (1 - static's) at the same budget: how much of what
+        head_recall, neuron_recall: share of the truly important units among the chosen.
+        head_gap_closure, neuron_gap_closure: (recall - static's) / (1 - static's) at the same budget: how much of what
             static misses is found; None where static was not run or misses nothing.
     """
 
     layer: int
-    neuron_recall: float
     head_recall: float
-    neuron_gap_closure: float | None = None
+    neuron_recall: float
     head_gap_closure: float | None = None
+    neuron_gap_closure: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """One selector at one budget, means over all predicted tokens.
 
     Attributes:
         selector: its name; "dense" for the model as it is.
-        neuron_budget, head_budget: fractions kept in the sparse layers, on average.
+        head_budget, neuron_budget: fractions kept in the sparse layers, on average.
         perplexity: exp of the mean next-token cross entropy (nats).
         kl: KL divergence of the selector's next-token distribution from dense's, nats.
         top1_agreement: share of positions whose likeliest token is dense's.
-        neuron_recall, head_recall: share of the truly important units (the criterion's top k in the
+        head_recall, neuron_recall: share of the truly important units (the criterion's top k in the
             dense pass) among the chosen; 1 for dense.
         gap_closure: (ln ppl_static - ln ppl) / (ln ppl_static - ln ppl_oracle) at the same budget;
             None where static or oracle was not run or they do not differ.
@@ -66,13 +65,13 @@ class Result:
     """
 
     selector: str
-    neuron_budget: float
     head_budget: float
+    neuron_budget: float
     perplexity: float
     kl: float
     top1_agreement: float
-    neuron_recall: float
     head_recall: float
+    neuron_recall: float
     gap_closure: float | None = None
     layers: tuple[LayerResult, ...] = ()
 
@@ -83,9 +82,9 @@ def evaluate(
     predictor: Predictor | None,
     selector: str | Sequence[str] | Mapping[str, Selector],
     windows: Tensor,
-    neuron_budgets: Sequence[Fractions],
-    head_budgets: Sequence[Fractions] = (1.0,),
     *,
+    head_budgets: Sequence[Fractions] = (1.0,),
+    neuron_budgets: Sequence[Fractions],
     dense_layers: int = 1,
     criterion: str | None = None,
     aggregate: str = "token",
@@ -120,7 +119,7 @@ def evaluate(
         names = [selector] if isinstance(selector, str) else selector
         selector = {name: make_selector(name, context) for name in names}
     runs = [
-        _Run(name, chooser, Budget(neurons, heads), context, aggregate)
+        _Run(name, chooser, Budget(heads=heads, neurons=neurons), context, aggregate)
         for name, chooser in selector.items()
         for heads in head_budgets
         for neurons in neuron_budgets
@@ -142,7 +141,7 @@ def _dense_pass(context: Context, window: Tensor) -> tuple[Tensor, dict[Unit, Te
     tracer = Tracer(context.spec, context.weights, context.criterion, context.dense_layers)
     with torch.set_grad_enabled(find_criterion(context.criterion).needs_gradients):
         traced = tracer.trace(window)
-    return Decoder(context.spec, context.weights)(window), {"heads": traced.heads, "neurons": traced.neurons}
+    return Decoder(context.spec, context.weights)(window), {unit: traced.importance(unit) for unit in UNITS}
 
 
 @dataclass
@@ -173,17 +172,15 @@ class _Sums:
     def result(self, name: str, budget: Budget) -> Result:
         layers = sorted({layer for layer, _ in self.wanted})
         return Result(
-            name,
-            float(np.mean(budget.neurons)),
-            float(np.mean(budget.heads)),
-            math.exp(self.nll / self.tokens),
-            self.kl / self.tokens,
-            self.agreed / self.tokens,
-            self.recall("neurons"),
-            self.recall("heads"),
-            layers=tuple(
-                LayerResult(layer, self.recall("neurons", layer), self.recall("heads", layer)) for layer in layers
-            ),
+            selector=name,
+            head_budget=float(np.mean(budget.heads)),
+            neuron_budget=float(np.mean(budget.neurons)),
+            perplexity=math.exp(self.nll / self.tokens),
+            kl=self.kl / self.tokens,
+            top1_agreement=self.agreed / self.tokens,
+            head_recall=self.recall("heads"),
+            neuron_recall=self.recall("neurons"),
+            layers=tuple(LayerResult(layer, *(self.recall(unit, layer) for unit in UNITS)) for layer in layers),
         )
 
 
@@ -192,17 +189,16 @@ class _Run:
 
     def __init__(self, name: str, chooser: Selector, budget: Budget, context: Context, aggregate: str) -> None:
         self.name, self.budget = name, budget
-        n_sparse = context.spec.n_layers - context.dense_layers
-        self._counts = dict(zip(UNITS, budget.counts(context.spec, n_sparse), strict=True))
-        self._spec, self._first = context.spec, context.dense_layers
+        self._layers = context.sparse_layers
+        self._counts = budget.counts(self._layers)
         self._decoder = MaskedDecoder(context, chooser, budget, aggregate)
         self._sums = _Sums()
 
     def add(self, window: Tensor, dense: Tensor, truth: Mapping[Unit, Tensor]) -> None:
         self._sums.add(window, self._decoder(window), dense)
         for (layer, unit), chosen in self._decoder.masks.items():
-            row = layer - self._first
-            wanted = active_mask(self._spec, unit, truth[unit][:, row], int(self._counts[unit][row]))
+            row = self._layers.row(layer)
+            wanted = active_mask(self._layers.spec, unit, truth[unit][:, row], int(self._counts[unit][row]))
             self._sums.hit[layer, unit] += int((chosen[0] & wanted).sum())
             self._sums.wanted[layer, unit] += int(wanted.sum())
 
@@ -233,6 +229,6 @@ def _closed_layer(mine: LayerResult, static: LayerResult) -> LayerResult:
 
     return replace(
         mine,
-        neuron_gap_closure=closure(mine.neuron_recall, static.neuron_recall),
         head_gap_closure=closure(mine.head_recall, static.head_recall),
+        neuron_gap_closure=closure(mine.neuron_recall, static.neuron_recall),
     )

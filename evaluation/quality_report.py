@@ -7,9 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shadowllm.bundle.cost_model import selector_bytes
+from shadowllm.bundle.cost_model import selector_bytes, step_traffic
 from shadowllm.bundle.manifest import Manifest
-from shadowllm.bundle.traffic import Active, step_traffic
 from shadowllm.evaluation.quality import DENSE, Result
 from shadowllm.evaluation.speed.figure import new_figure, save
 from shadowllm.models.sparsity import Budget
@@ -64,9 +63,6 @@ def _bytes(result: Result, manifest: Manifest) -> int:
     floats = 4 if manifest.quantisation else itemsize
     if result.selector == DENSE:
         return step_traffic(spec, int(floats), CONTEXT, matrix_itemsize=itemsize).total
-    n_sparse = spec.n_layers - manifest.dense_layers
-    heads, neurons = Budget(result.neuron_budget, result.head_budget).counts(spec, n_sparse)
-    rank = int(manifest.predictor["rank"])
-    scored = selector_bytes(result.selector, spec, manifest.dense_layers, itemsize, rank)
-    active = Active(heads.tolist(), neurons.tolist(), manifest.dense_layers, round(scored))
-    return step_traffic(spec, int(floats), CONTEXT, active, matrix_itemsize=itemsize).total
+    active = Budget(heads=result.head_budget, neurons=result.neuron_budget).counts(manifest.sparse_layers)
+    choosing = selector_bytes(result.selector, manifest.sparse_layers, itemsize, int(manifest.predictor["rank"]))
+    return step_traffic(spec, int(floats), CONTEXT, active, choosing=choosing, matrix_itemsize=itemsize).total

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from shadowllm.bundle.cost_model import dense_layers
+from shadowllm.bundle.cost_model import dense_reasons
 from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.bundle.weights import read_weights
 from shadowllm.errors import UserError
@@ -90,7 +90,7 @@ def tune(
     context = Context(manifest.spec, read.sparse, manifest.dense_layers, read.predictor)
     loss = Loss(context, make_selector(read.predictor.kind, context), windows)
     measured: dict[str, float] = {}
-    with progress("Choosing budgets", passes(manifest.spec.n_layers - manifest.dense_layers) + STEPS) as advance:
+    with progress("Choosing budgets", passes(manifest.sparse_layers.count) + STEPS) as advance:
         allocation = measure(context, loss, advance)
         if target.ppl_increase is not None:
             budget = _within(target.ppl_increase, loss, allocation, advance)
@@ -101,13 +101,13 @@ def tune(
     measured["ppl_increase"] = math.expm1(loss.log_perplexity(budget) - loss.dense_log_perplexity)
     tuned = replace(
         manifest,
-        budgets={"neurons": budget.neurons, "heads": budget.heads},
+        budgets=asdict(budget),
         allocation={
             "target": {name: value for name, value in vars(target).items() if value is not None},
             "measured": measured,
             "tokens": windows.numel(),
         },
-        dense=dense_layers(manifest, budget, "leaving out units here costs more perplexity per byte than elsewhere"),
+        dense=dense_reasons(manifest, budget, "leaving out units here costs more perplexity per byte than elsewhere"),
     )
     tuned.write(bundle)
     return tuned

@@ -29,13 +29,13 @@ from shadowllm.bundle.weight_file import TORCH_DTYPES
 from shadowllm.bundle.weights import PREDICTOR_FILE, BundleWeights
 from shadowllm.errors import UserError
 from shadowllm.evaluation.transformers_check import compare_with_transformers
-from shadowllm.models.decoder import Decoder, Unit
+from shadowllm.models.decoder import Decoder
 from shadowllm.models.registry import load_model
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import Budget, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Weights
 from shadowllm.runtime.ort.session import OrtSession
-from shadowllm.runtime.torch_session import Selection, TorchSession
+from shadowllm.runtime.torch_session import Masks, TorchSession
 
 # Relative to the largest reference value. float32 noise of a deep model is some 1e-5 of it.
 TOLERANCE = 1e-4
@@ -239,21 +239,18 @@ def _error(output: str, pairs: list[tuple[np.ndarray, np.ndarray]], greedy: floa
     return Error(output, max_abs, max_abs / float(max(np.abs(b).max() for _, b in pairs)), greedy)
 
 
-def selection_masks(selection: Mapping[str, np.ndarray], spec: ModelSpec) -> Selection:
-    """Boolean masks ``(n_sparse, n_units)`` of a session's padded index rows."""
-    masks: Selection = {}
-    for unit, name, width in (
-        ("heads", "head_indices", spec.n_heads),
-        ("neurons", "neuron_indices", spec.intermediate_size),
-    ):
-        rows = np.zeros((len(selection[name]), width), dtype=bool)
-        for row, indices in zip(rows, selection[name], strict=True):
+def selection_masks(selection: Mapping[Unit, np.ndarray], spec: ModelSpec) -> Masks:
+    """A selection as bool ``(n_sparse, n_units)``, of a session's padded index rows."""
+    masks: Masks = {}
+    for unit, width in layer_units(spec).items():
+        rows = np.zeros((len(selection[unit]), width), dtype=bool)
+        for row, indices in zip(rows, selection[unit], strict=True):
             row[indices[indices >= 0]] = True
-        masks[unit] = torch.from_numpy(rows)  # type: ignore[index]
+        masks[unit] = torch.from_numpy(rows)
     return masks
 
 
-def _agreement(found: Selection, wanted: Selection) -> float:
+def _agreement(found: Masks, wanted: Masks) -> float:
     return min(float((found[unit] & wanted[unit]).sum() / wanted[unit].sum()) for unit in wanted)
 
 

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from shadowllm.exporter.graphs import pieces
 from shadowllm.exporter.graphs.initializers import DTYPES
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.config import GENERATION_CONFIG
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import Budget, SparseLayers
 from shadowllm.models.spec import HeadUnit, ModelSpec
 from shadowllm.models.weights import Weights
 from shadowllm.progress import progress
@@ -87,7 +87,7 @@ def write_bundle(
         dtype=dtype,
         weight_dtype=weight_dtype,
         dense_layers=predictor.dense_layers,
-        budgets={"neurons": budget.neurons, "heads": budget.heads},
+        budgets=asdict(budget),
         selector="per-layer" if predictor.per_layer else "upfront",
         predictor={"kind": predictor.kind, "rank": predictor.rank, **predictor.record},
         base_fingerprint=fingerprint,
@@ -116,17 +116,18 @@ def _models(
     spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None
 ) -> Iterator[tuple[str, ir.Model]]:
     yield "dense", pieces.dense_graph(spec, store, dtype, q)
-    yield "stem", pieces.stem_graph(spec, store, dtype, predictor.dense_layers, q)
+    layers = SparseLayers(spec, predictor.dense_layers)
+    yield "stem", pieces.stem_graph(layers, store, dtype, q)
     if not predictor.per_layer:
         yield "predictor", pieces.predictor_graph(spec, store, dtype, predictor, q)
     chooser = predictor if predictor.per_layer else None
-    yield "body", pieces.body_graph(spec, store, dtype, predictor.dense_layers, q, chooser)
+    yield "body", pieces.body_graph(layers, store, dtype, q, chooser)
 
 
 def _groups(spec: ModelSpec, dtype: str, predictor: Predictor, q: Quantisation | None) -> Iterator[Group]:
     yield from model_groups(spec, dtype, q)
     if predictor.kind == "quantized-shadow":
-        yield from copy_groups(spec, predictor.dense_layers)
+        yield from copy_groups(SparseLayers(spec, predictor.dense_layers))
     for name, source, tensor in _predictor_parts(predictor):
         if q and source in predictor.learned and name.endswith(".weight"):
             yield from quantised_groups({name: tuple(tensor.shape)}, q)

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shadowllm.models.sparsity import Unit
 from shadowllm.models.spec import ModelSpec
 
-Unit = Literal["heads", "neurons"]
 # Sees the activation of one layer's units and returns what the layer goes on with:
 #   heads    attention context before the output projection (batch, seqlen, n_heads, head_dim)
 #   neurons  product before the down projection             (batch, seqlen, intermediate_size)

@@ -1,18 +1,82 @@
-"""Budgets: which fraction of the sparse layers stays active."""
+"""What sparsity is: the units that are left out, the layers that leave them out, and how many each keeps.
+
+Where heads and neurons stand side by side, heads come first.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from shadowllm.errors import UserError
 from shadowllm.models.spec import ModelSpec
 
+Unit = Literal["heads", "neurons"]
+UNITS: tuple[Unit, ...] = ("heads", "neurons")
 Fractions = float | tuple[float, ...]
 
 
+def layer_units(spec: ModelSpec) -> dict[Unit, int]:
+    """How many units of each kind a layer has: query heads and neurons."""
+    return {"heads": spec.n_heads, "neurons": spec.intermediate_size}
+
+
 @dataclass(frozen=True)
+class SparseLayers:
+    """The layers of a model that leave out units: all that come after its leading, dense ones.
+
+    Tensors that have a row for each of them are said to be ``(n_sparse, ...)``.
+
+    Attributes:
+        spec: the model.
+        dense_layers: leading layers that stay dense; all of them for a dense model.
+    """
+
+    spec: ModelSpec
+    dense_layers: int
+
+    @property
+    def count(self) -> int:
+        """How many there are, ``n_sparse``."""
+        return self.spec.n_layers - self.dense_layers
+
+    @property
+    def layers(self) -> range:
+        """Their numbers in the model."""
+        return range(self.dense_layers, self.spec.n_layers)
+
+    def row(self, layer: int) -> int:
+        """The row that belongs to one of the `layers`."""
+        return layer - self.dense_layers
+
+    def layer(self, row: int) -> int:
+        """Inverse of `row`."""
+        return row + self.dense_layers
+
+
+@dataclass(frozen=True, eq=False)
+class ActiveCounts:
+    """How many units each sparse layer keeps, also by the unit's name: ``counts["heads"]``.
+
+    Attributes:
+        heads, neurons: int32 ``(n_sparse,)``.
+    """
+
+    heads: np.ndarray
+    neurons: np.ndarray
+
+    def __getitem__(self, unit: Unit) -> np.ndarray:
+        return self.heads if unit == "heads" else self.neurons
+
+    def by_layer(self) -> Iterator[tuple[int, int]]:
+        """Heads and neurons of each layer, as Python's own numbers: int32 is too short for bytes."""
+        return zip(self.heads.tolist(), self.neurons.tolist(), strict=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """Fractions that stay active: one for all sparse layers, or one for each of them.
 
@@ -20,36 +84,37 @@ class Budget:
         UserError: a fraction outside (0, 1].
     """
 
-    neurons: Fractions = 1.0
     heads: Fractions = 1.0
+    neurons: Fractions = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("neurons", "heads"):
-            value = getattr(self, name)
+        for unit in UNITS:
+            value = getattr(self, unit)
             if isinstance(value, list):  # as JSON has it
                 value = tuple(value)
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, unit, value)
             for fraction in _each(value):
                 if not 0 < fraction <= 1:
                     raise UserError(
-                        f"the {name.removesuffix('s')} budget {fraction} is not a fraction in (0, 1]",
+                        f"the {unit.removesuffix('s')} budget {fraction} is not a fraction in (0, 1]",
                         "0.5 keeps half; 1 keeps everything",
                     )
 
-    def counts(self, spec: ModelSpec, n_sparse: int) -> tuple[np.ndarray, np.ndarray]:
-        """Active heads and neurons of each sparse layer, int32 ``(n_sparse,)``, at least one each.
+    def counts(self, layers: SparseLayers) -> ActiveCounts:
+        """What each sparse layer keeps, at least one of each unit.
 
         Heads are query heads, rounded to whole groups where groups are chosen (``ModelSpec.head_unit``).
 
         Raises:
             UserError: fractions for another number of layers.
         """
-        heads = _counts(self.heads, spec.n_heads // spec.heads_together, n_sparse) * spec.heads_together
-        return heads, _counts(self.neurons, spec.intermediate_size, n_sparse)
+        spec = layers.spec
+        heads = _counts(self.heads, spec.n_heads // spec.heads_together, layers.count) * spec.heads_together
+        return ActiveCounts(heads, _counts(self.neurons, spec.intermediate_size, layers.count))
 
     def mean(self) -> Budget:
         """The same fractions on average, for all layers alike."""
-        return Budget(*(float(np.mean(_each(value))) for value in (self.neurons, self.heads)))
+        return Budget(heads=float(np.mean(_each(self.heads))), neurons=float(np.mean(_each(self.neurons))))
 
 
 def parse_fractions(text: str) -> Fractions:
@@ -60,7 +125,7 @@ def parse_fractions(text: str) -> Fractions:
     """
     try:
         values = tuple(float(part) for part in text.split(","))
-        Budget(values)
+        Budget(neurons=values)
     except (ValueError, UserError):
         raise UserError(
             f"the budget {text!r} is not a fraction in (0, 1]",
@@ -86,6 +151,8 @@ def _each(value: Fractions) -> tuple[float, ...]:
 
 
 def _counts(value: Fractions, units: int, n_sparse: int) -> np.ndarray:
+    if not n_sparse:  # a dense session, which takes a sparse one's budget
+        return np.zeros(0, dtype=np.int32)
     each = _each(value)
     if len(each) not in (1, n_sparse):
         raise UserError(

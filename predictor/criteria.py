@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shadowllm.errors import UserError
-from shadowllm.models.decoder import Unit
+from shadowllm.models.sparsity import Unit
 from shadowllm.models.spec import ModelSpec
 
 

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.errors import UserError
-from shadowllm.models.decoder import Unit
-from shadowllm.models.spec import ModelSpec
+from shadowllm.models.sparsity import UNITS, SparseLayers, Unit
 
 NORM_EPS = 1e-5
 MAX_RANK = 1024
@@ -33,10 +32,10 @@ def scores(predictor: Predictor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """
     tensors = predictor.tensors
     if predictor.kind != "shadow":
-        heads, neurons = (tensors[f"{unit}.scores"].expand(len(hidden), -1, -1) for unit in ("heads", "neurons"))
+        heads, neurons = (tensors[f"{unit}.scores"].expand(len(hidden), -1, -1) for unit in UNITS)
         return heads, neurons
     z = _trunk(hidden, tensors["trunk.weight"], tensors["trunk.bias"])
-    heads, neurons = (F.linear(z, tensors[f"{unit}.weight"], tensors[f"{unit}.bias"]) for unit in ("heads", "neurons"))
+    heads, neurons = (F.linear(z, tensors[f"{unit}.weight"], tensors[f"{unit}.bias"]) for unit in UNITS)
     return heads.unflatten(1, (predictor.n_sparse, -1)), neurons.unflatten(1, (predictor.n_sparse, -1))
 
 
@@ -103,13 +102,13 @@ def _trunk(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.relu(F.linear(F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), weight, bias))
 
 
-def default_rank(spec: ModelSpec, dense_layers: int, kind: Kind = "shadow", share: float = SHARE) -> int:
+def default_rank(layers: SparseLayers, kind: Kind = "shadow", share: float = SHARE) -> int:
     """Largest multiple of 16, up to 1024, that keeps a model's networks under a share of its parameters.
 
     Raises:
         UserError: not even 16 fits: the model is too small to be worth a network.
     """
-    n_sparse = spec.n_layers - dense_layers
+    spec, n_sparse = layers.spec, layers.count
     outputs = n_sparse * (spec.intermediate_size + (spec.n_heads if kind == "shadow" else 0))
     trunks = n_sparse if kind == "layerwise" else 1
     # rank * (hidden_size + 1) in each trunk, outputs * (rank + 1) behind them
@@ -124,7 +123,7 @@ def default_rank(spec: ModelSpec, dense_layers: int, kind: Kind = "shadow", shar
 
 
 def initial_tensors(
-    kind: Kind, spec: ModelSpec, n_sparse: int, rank: int, heads: Tensor, neurons: Tensor, seed: int
+    kind: Kind, layers: SparseLayers, rank: int, heads: Tensor, neurons: Tensor, seed: int
 ) -> dict[str, Tensor]:
     """Networks that start as the static ranking: output weights zero, output biases as given.
 
@@ -134,10 +133,11 @@ def initial_tensors(
         neurons: bias of each neuron, ``(n_sparse, intermediate_size)``.
         seed: of the trunks' random projections (normal, unit variance in and out).
     """
-    prefix, trunks = ("layers.", n_sparse) if kind == "layerwise" else ("", 1)
+    prefix, trunks = ("layers.", layers.count) if kind == "layerwise" else ("", 1)
+    width = layers.spec.hidden_size
     generator = torch.Generator().manual_seed(seed)
     found = {
-        "trunk.weight": torch.randn(trunks * rank, spec.hidden_size, generator=generator) / spec.hidden_size**0.5,
+        "trunk.weight": torch.randn(trunks * rank, width, generator=generator) / width**0.5,
         "trunk.bias": torch.zeros(trunks * rank),
     }
     for unit, bias in (("heads", heads), ("neurons", neurons)):

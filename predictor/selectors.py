@@ -11,15 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.errors import UserError
-from shadowllm.models.decoder import Decoder, Unit
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.criteria import find_criterion, unit_trace
 from shadowllm.predictor.networks import scores
@@ -38,6 +37,11 @@ class Context:
     predictor: Predictor | None = None
     criterion: str = "l2norm"
     seed: int = 0
+
+    @property
+    def sparse_layers(self) -> SparseLayers:
+        """The layers whose units are chosen."""
+        return SparseLayers(self.spec, self.dense_layers)
 
 
 class Selector(ABC):
@@ -86,12 +90,12 @@ class Static(Selector):
 
     def __init__(self, context: Context) -> None:
         predictor = _needs_predictor("static", context)
-        self._scores: dict[Unit, Tensor] = {unit: predictor.tensors[f"{unit}.scores"] for unit in ("heads", "neurons")}
-        self._dense_layers = context.dense_layers
+        self._scores = {unit: predictor.tensors[f"{unit}.scores"] for unit in UNITS}
+        self._layers = context.sparse_layers
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         """One row for every token, ``(n_units,)``."""
-        return self._scores[unit][layer - self._dense_layers]
+        return self._scores[unit][self._layers.row(layer)]
 
 
 @selector("shadow")
@@ -101,17 +105,17 @@ class Shadow(Selector):
     def __init__(self, context: Context) -> None:
         self._predictor = _needs_predictor("shadow", context)
         _needs_kind("shadow", self._predictor)
-        self._dense_layers = context.dense_layers
+        self._layers = context.sparse_layers
         self._scores: dict[Unit, Tensor] = {}
 
     def start(self, windows: Tensor, hidden: Tensor) -> None:
         """Run the network over the window."""
-        heads, neurons = scores(self._predictor, hidden.flatten(0, 1))
-        self._scores = {"heads": heads.unflatten(0, windows.shape), "neurons": neurons.unflatten(0, windows.shape)}
+        found = scores(self._predictor, hidden.flatten(0, 1))
+        self._scores = {unit: one.unflatten(0, windows.shape) for unit, one in zip(UNITS, found, strict=True)}
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         """This layer's part of the network's output."""
-        return self._scores[unit][:, :, layer - self._dense_layers]
+        return self._scores[unit][:, :, self._layers.row(layer)]
 
 
 class PerLayerSelector(Selector):
@@ -199,14 +203,11 @@ class _DenseOracle(Selector):
         """Trace the window densely."""
         with torch.enable_grad():
             traced = self._tracer.trace(windows)
-        self._scores = {
-            "heads": traced.heads.unflatten(0, windows.shape),
-            "neurons": traced.neurons.unflatten(0, windows.shape),
-        }
+        self._scores = {unit: traced.importance(unit).unflatten(0, windows.shape) for unit in UNITS}
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
         """This layer's part of the trace."""
-        return self._scores[unit][:, :, layer - self._tracer.dense_layers]
+        return self._scores[unit][:, :, self._tracer.sparse_layers.row(layer)]
 
 
 def _needs_predictor(name: str, context: Context) -> Predictor:
@@ -233,11 +234,9 @@ class MaskedDecoder:
     def __init__(self, context: Context, chooser: Selector, budget: Budget, aggregate: str = "token") -> None:
         if aggregate not in AGGREGATES:
             raise UserError(f"no aggregation {aggregate!r}", f"known: {', '.join(AGGREGATES)}")
-        self._context = context
+        self._context, self._layers = context, context.sparse_layers
         self._chooser, self._aggregate = chooser, AGGREGATES[aggregate]
-        heads, neurons = budget.counts(context.spec, context.spec.n_layers - context.dense_layers)
-        self._counts: dict[Unit, np.ndarray] = {"heads": heads, "neurons": neurons}
-        self._sizes: dict[Unit, int] = {"heads": context.spec.n_heads, "neurons": context.spec.intermediate_size}
+        self._counts, self._sizes = budget.counts(self._layers), layer_units(context.spec)
         self.masks: dict[tuple[int, Unit], Tensor] = {}
 
     @torch.no_grad()
@@ -258,7 +257,7 @@ class MaskedDecoder:
             self._chooser.observe(layer, unit, x)
 
     def _mask(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
-        if layer < self._context.dense_layers:
+        if layer not in self._layers.layers:
             return activation
         count = self._count(layer, unit)
         if count == self._sizes[unit]:  # nothing to choose, so nobody is asked
@@ -273,5 +272,5 @@ class MaskedDecoder:
 
     def _count(self, layer: int, unit: Unit) -> int:
         """Units that a layer keeps; a dense one keeps all."""
-        row = layer - self._context.dense_layers
-        return int(self._counts[unit][row]) if row >= 0 else self._sizes[unit]
+        kept = layer in self._layers.layers
+        return int(self._counts[unit][self._layers.row(layer)]) if kept else self._sizes[unit]

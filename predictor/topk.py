@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shadowllm.models.decoder import Unit
+from shadowllm.models.sparsity import Unit
 from shadowllm.models.spec import ModelSpec
 
 # What becomes of scores (batch, seqlen, n_units) before units are chosen. A decode step chooses token by token; one

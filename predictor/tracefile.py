@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shadowllm.bundle.predictor_file import read_tensors, write_tensors
 from shadowllm.errors import UserError
+from shadowllm.models.sparsity import SparseLayers, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.calibration import Windows
 from shadowllm.predictor.linear_fit import LinearFit
@@ -147,9 +148,9 @@ def calibrate(
     """
     tracer = Tracer(spec, weights, criterion, dense_layers)
     tokens = torch.cat([windows.held_out, windows.train])
-    n_sparse = spec.n_layers - dense_layers
-    stored = _allocate(spec, n_sparse, tokens.numel(), limit_bytes)
+    stored = _allocate(tracer.sparse_layers, tokens.numel(), limit_bytes)
     sums: dict[str, Any] = {"heads": 0.0, "neurons": 0.0}
+    n_sparse = tracer.sparse_layers.count
     fits = [LinearFit(n_sparse, spec.hidden_size, spec.n_heads) for _ in range(2)] if fit_heads else []
     start = 0
     sampled = windows.train if stored else windows.train[: max(1, SAMPLE_TOKENS // windows.train.shape[1])]
@@ -189,14 +190,12 @@ def decode(codes: Tensor) -> Tensor:
     return torch.exp2((codes.float() - 255) / STEPS).where(codes > 0, 0)
 
 
-def _allocate(spec: ModelSpec, n_sparse: int, tokens: int, limit_bytes: int) -> dict[str, Tensor]:
-    per_token = 4 * spec.hidden_size + n_sparse * (spec.n_heads + spec.intermediate_size)
-    if tokens * per_token > limit_bytes:
+def _allocate(layers: SparseLayers, tokens: int, limit_bytes: int) -> dict[str, Tensor]:
+    hidden_size, units = layers.spec.hidden_size, layer_units(layers.spec)
+    if tokens * (4 * hidden_size + layers.count * sum(units.values())) > limit_bytes:
         return {}
-    return {
-        "hidden": torch.empty(tokens, spec.hidden_size),
-        "heads": torch.empty(tokens, n_sparse, spec.n_heads, dtype=torch.uint8),
-        "neurons": torch.empty(tokens, n_sparse, spec.intermediate_size, dtype=torch.uint8),
+    return {"hidden": torch.empty(tokens, hidden_size)} | {
+        unit: torch.empty(tokens, layers.count, width, dtype=torch.uint8) for unit, width in units.items()
     }
 
 

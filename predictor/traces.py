@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shadowllm.models.decoder import Decoder, InputHook, Unit
+from shadowllm.models.decoder import Decoder, InputHook
+from shadowllm.models.sparsity import UNITS, SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.criteria import find_criterion, unit_trace
 
@@ -45,6 +46,10 @@ class Chunk:
         """How many there are."""
         return len(self.hidden)
 
+    def importance(self, unit: Unit) -> Tensor:
+        """Of the heads or of the neurons."""
+        return self.heads if unit == "heads" else self.neurons
+
     def __getitem__(self, rows: Tensor) -> Chunk:
         """Some of the tokens."""
         inputs = {unit: x[rows] for unit, x in self.inputs.items()}
@@ -66,7 +71,7 @@ class Tracer:
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], criterion: str, dense_layers: int = 1) -> None:
         self.spec = spec
-        self.dense_layers = dense_layers
+        self.sparse_layers = SparseLayers(spec, dense_layers)
         self._weights = weights
         self._criterion = find_criterion(criterion)
 
@@ -81,25 +86,23 @@ class Tracer:
         inputs: dict[tuple[int, Unit], Tensor] = {}
 
         def input_hook(layer: int, unit: Unit, x: Tensor) -> None:
-            if layer >= self.dense_layers:
+            if layer in self.sparse_layers.layers:
                 inputs[layer, unit] = x.detach()
 
         hidden, found = scores(windows, input_hook)
-        units: tuple[Unit, ...] = ("heads", "neurons")
-        heads, neurons = (self._by_token(found, unit) for unit in units)
-        return Chunk(hidden.flatten(0, 1), heads, neurons, {unit: self._by_token(inputs, unit) for unit in units})
+        heads, neurons = (self._by_token(found, unit) for unit in UNITS)
+        return Chunk(hidden.flatten(0, 1), heads, neurons, {unit: self._by_token(inputs, unit) for unit in UNITS})
 
     def _by_token(self, found: Mapping[tuple[int, Unit], Tensor], unit: Unit) -> Tensor:
         """One unit's ``(batch, seqlen, width)`` of every sparse layer as ``(tokens, n_sparse, width)``."""
-        layers = range(self.dense_layers, self.spec.n_layers)
-        return torch.stack([found[layer, unit].flatten(0, 1) for layer in layers], dim=1)
+        return torch.stack([found[layer, unit].flatten(0, 1) for layer in self.sparse_layers.layers], dim=1)
 
     def _forward_only(self, windows: Tensor, input_hook: InputHook) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
         found: dict[tuple[int, Unit], Tensor] = {}
 
         def activation_hook(layer: int, unit: Unit, activation: Tensor) -> Tensor:
             # Scored at once, so that no activation outlives its layer.
-            if layer >= self.dense_layers:
+            if layer in self.sparse_layers.layers:
                 found[layer, unit] = self._score(layer, unit, activation)
             return activation
 
@@ -111,7 +114,7 @@ class Tracer:
         seen: dict[tuple[int, Unit], Tensor] = {}
 
         def activation_hook(layer: int, unit: Unit, activation: Tensor) -> Tensor:
-            if layer >= self.dense_layers:
+            if layer in self.sparse_layers.layers:
                 seen[layer, unit] = activation
             return activation
 
@@ -142,11 +145,11 @@ class Tracer:
         positions = torch.arange(windows.shape[1]).expand_as(windows)
         with torch.no_grad():
             hidden = decoder.embed(windows, positions)
-            for layer in range(self.dense_layers):
+            for layer in range(self.sparse_layers.dense_layers):
                 hidden = decoder.layer(layer, hidden, positions)
         # Only what comes after the dense layers is differentiated, and no weight ever is.
         hidden = hidden.requires_grad_(self._criterion.needs_gradients)
         last = hidden
-        for layer in range(self.dense_layers, self.spec.n_layers):
+        for layer in self.sparse_layers.layers:
             last = decoder.layer(layer, last, positions)
         return hidden, last

@@ -14,8 +14,7 @@ from torch import Tensor
 from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.errors import UserError
 from shadowllm.limits import check_seed
-from shadowllm.models.decoder import Unit
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.losses import LOSSES, initial_bias
 from shadowllm.predictor.networks import default_rank, initial_tensors, layerwise_scores, scores
@@ -25,8 +24,7 @@ from shadowllm.predictor.tracefile import Traces
 from shadowllm.predictor.traces import Chunk, Tracer
 from shadowllm.progress import Advance, no_progress
 
-UNITS: tuple[Unit, ...] = ("heads", "neurons")
-BUDGET = Budget(neurons=0.5, heads=0.75)
+BUDGET = Budget(heads=0.75, neurons=0.5)
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ class Trainer:
         self, spec: ModelSpec, start: Predictor, config: TrainConfig, total: int, workers: Workers | None = None
     ) -> None:
         self._config, self._total, self._workers = config, total, workers or Workers()
-        self._loss, self._counts = LOSSES[config.loss], _counts(spec, config.budget)
+        self._loss, self._counts = LOSSES[config.loss], _counts(SparseLayers(spec, start.dense_layers), config.budget)
         self._learned = {name: start.tensors[name].clone().requires_grad_() for name in sorted(start.learned)}
         self._network = replace(start, tensors=start.tensors | self._learned)
         outputs = [
@@ -189,7 +187,7 @@ class Trainer:
 
     def _step(self, batch: Chunk) -> None:
         found = [
-            self._loss(predicted, getattr(batch, unit), self._counts[unit])
+            self._loss(predicted, batch.importance(unit), self._counts[unit])
             for unit, predicted in chunk_scores(self._network, batch).items()
             if predicted.requires_grad
         ]
@@ -209,8 +207,7 @@ def chunk_scores(predictor: Predictor, chunk: Chunk) -> dict[Unit, Tensor]:
         UserError: layerwise networks, and traces that were read back, without their layers' inputs.
     """
     if predictor.kind != "layerwise":
-        heads, neurons = scores(predictor, chunk.hidden)
-        return {"heads": heads, "neurons": neurons}
+        return dict(zip(UNITS, scores(predictor, chunk.hidden), strict=True))
     if not chunk.inputs:
         raise UserError("traces keep no inputs of the layers", "give the model, so that training can trace anew")
     return layerwise_scores(predictor, chunk.inputs)
@@ -231,13 +228,13 @@ def evaluate_recall(
         ``head_recall``, ``neuron_recall`` and, with a loss, ``loss`` (of all that was learned, added),
         each a mean over tokens and layers.
     """
-    counts = _counts(spec, budget)
+    counts = _counts(SparseLayers(spec, traces.dense_layers), budget)
     sums: dict[str, float] = {"head_recall": 0.0, "neuron_recall": 0.0} | ({"loss": 0.0} if loss else {})
     tokens = 0
     for chunk in traces.held_out(tracer):
         n = chunk.tokens
         for unit, predicted in chunk_scores(predictor, chunk).items():
-            wanted = getattr(chunk, unit)
+            wanted = chunk.importance(unit)
             sums[f"{unit[:-1]}_recall"] += n * recall(top_mask(predicted, counts[unit]), top_mask(wanted, counts[unit]))
             if loss and any(unit in name for name in predictor.learned):
                 sums["loss"] += n * float(LOSSES[loss](predicted, wanted, counts[unit]))
@@ -252,13 +249,13 @@ def initial(kind: Kind, spec: ModelSpec, traces: Traces, config: TrainConfig) ->
     Raises:
         UserError: a model too small for a network of the usual size, where the config names none.
     """
-    rank = config.rank or default_rank(spec, traces.dense_layers, kind)
+    layers = SparseLayers(spec, traces.dense_layers)
+    rank = config.rank or default_rank(layers, kind)
     biases = {
         unit: initial_bias(traces.statistics[unit], count, config.loss)
-        for unit, count in _counts(spec, config.budget).items()
+        for unit, count in _counts(layers, config.budget).items()
     }
-    n_sparse = spec.n_layers - traces.dense_layers
-    tensors = initial_tensors(kind, spec, n_sparse, rank, biases["heads"], biases["neurons"], config.seed)
+    tensors = initial_tensors(kind, layers, rank, biases["heads"], biases["neurons"], config.seed)
     return _predictor(kind, spec, traces, tensors)
 
 
@@ -268,7 +265,7 @@ def _predictor(kind: Kind, spec: ModelSpec, traces: Traces, tensors: Mapping[str
     fit = {f"layers.heads.{name}": tensor for name, tensor in traces.fit.items()}
     return Predictor(
         kind,
-        spec.n_layers - traces.dense_layers,
+        SparseLayers(spec, traces.dense_layers).count,
         traces.dense_layers,
         spec.n_heads,
         spec.intermediate_size,
@@ -278,10 +275,10 @@ def _predictor(kind: Kind, spec: ModelSpec, traces: Traces, tensors: Mapping[str
     )
 
 
-def _counts(spec: ModelSpec, budget: Budget) -> dict[Unit, int]:
+def _counts(layers: SparseLayers, budget: Budget) -> dict[Unit, int]:
     """Units of a layer to keep: membership is learned at one budget for all layers."""
-    heads, neurons = budget.mean().counts(spec, 1)
-    return {"heads": int(heads[0]), "neurons": int(neurons[0])}
+    counts = budget.mean().counts(layers)
+    return {unit: int(counts[unit][0]) for unit in UNITS}
 
 
 def _tracer(spec: ModelSpec, traces: Traces, weights: Mapping[str, Tensor] | None) -> Tracer | None:

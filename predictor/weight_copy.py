@@ -11,30 +11,26 @@ from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, rounded
 from shadowllm.bundle.quantised_tensors import row_norms
 from shadowllm.bundle.weight_names import copied
 from shadowllm.models.decoder import Decoder
-from shadowllm.models.spec import ModelSpec
+from shadowllm.models.sparsity import SparseLayers
 
 
 class WeightCopy:
     """Scores the neurons of a layer on the MLP's own input: nearly the length of what each will add.
 
     Args:
-        spec: the model.
+        layers: that are scored, and need a copy.
         weights: canonical float32 tensors.
-        dense_layers: layers at the bottom that need no copy.
         q: how gate and up are rounded; norms, biases and ``||w_down||`` are exact.
     """
 
-    def __init__(
-        self, spec: ModelSpec, weights: Mapping[str, Tensor], dense_layers: int, q: Quantisation = LOW_BIT_COPY
-    ) -> None:
-        layers = range(dense_layers, spec.n_layers)
+    def __init__(self, layers: SparseLayers, weights: Mapping[str, Tensor], q: Quantisation = LOW_BIT_COPY) -> None:
         copies = {
             name: torch.from_numpy(rounded(weights[name].numpy(), q))
-            for layer in layers
-            for name in copied(spec, layer)
+            for layer in layers.layers
+            for name in copied(layers.spec, layer)
         }
-        self._down_norms = {layer: row_norms(weights[f"layers.{layer}.down_proj.weight"]) for layer in layers}
-        self._decoder = Decoder(spec, {**weights, **copies})
+        self._down_norms = {layer: row_norms(weights[f"layers.{layer}.down_proj.weight"]) for layer in layers.layers}
+        self._decoder = Decoder(layers.spec, {**weights, **copies})
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
         """``|product of the copy| * ||w_down||``.

@@ -18,15 +18,15 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.weights import read_weights
 from shadowllm.limits import check_threads
-from shadowllm.models.decoder import Decoder, KVCache, Unit
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.decoder import Decoder, KVCache
+from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.per_layer import per_layer_scores
 from shadowllm.predictor.topk import active_mask
 from shadowllm.runtime.inputs import check_tokens, pad_prompts
 
-Selection = dict[Unit, Tensor]
+Masks = dict[Unit, Tensor]  # a selection as bool ``(n_sparse, n_units)``
 
 
 class TorchSession:
@@ -40,9 +40,8 @@ class TorchSession:
         dense_weights: of dense steps, prefill and dense layers, where integer weights are rounded otherwise there.
 
     Attributes:
-        chosen: masks the predictor chose in the last sparse step, bool ``(n_sparse, n_heads)`` and
-            ``(n_sparse, intermediate_size)``.
-        forced: masks to use instead; for comparing a step under one and the same selection.
+        chosen: what the predictor selected in the last sparse step.
+        forced: a selection to use instead; for comparing a step under one and the same.
     """
 
     def __init__(
@@ -54,12 +53,13 @@ class TorchSession:
         dense_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.spec = spec
-        self.chosen: Selection = {}
-        self.forced: Selection | None = None
+        self.chosen: Masks = {}
+        self.forced: Masks | None = None
         self._per_layer = (
             per_layer_scores(predictor.kind, spec, weights, predictor) if predictor and predictor.per_layer else None
         )
         self._weights, self._predictor = weights, predictor
+        self._layers = SparseLayers(spec, predictor.dense_layers if predictor else spec.n_layers)
         self.set_budget(budget or Budget())
         self._decoder = Decoder(spec, weights if dense_weights is None else dense_weights)
         self.reset()
@@ -98,9 +98,8 @@ class TorchSession:
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
-        n_sparse = self.spec.n_layers - (self._predictor.dense_layers if self._predictor else 0)
-        heads, neurons = (counts.tolist() for counts in budget.counts(self.spec, n_sparse))
-        self._counts: dict[Unit, list[int]] = {"heads": heads, "neurons": neurons}
+        counts = budget.counts(self._layers)
+        self._counts: dict[Unit, list[int]] = {unit: counts[unit].tolist() for unit in UNITS}
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -126,39 +125,37 @@ class TorchSession:
         return logits[:, -1].numpy()
 
     def _sparse_step(self, input_ids: Tensor, positions: Tensor, predictor: Predictor) -> Tensor:
-        first = predictor.dense_layers
-        x = self._stem(input_ids, positions, first)
+        x = self._stem(input_ids, positions)
         self.chosen = self._select(predictor, x)
         selection = self.forced or self.chosen
 
         def input_hook(layer: int, unit: Unit, normed: Tensor) -> None:
             if self._per_layer is not None:
-                found, row = self._per_layer.scores(layer, unit, normed.flatten(0, 1)), layer - first
+                found, row = self._per_layer.scores(layer, unit, normed.flatten(0, 1)), self._layers.row(layer)
                 self.chosen[unit][row] = active_mask(self.spec, unit, found.mean(dim=0), self._counts[unit][row])
 
         def activation_hook(layer: int, unit: Unit, activation: Tensor) -> Tensor:
-            mask = selection[unit][layer - first]
+            mask = selection[unit][self._layers.row(layer)]
             return activation * (mask[:, None] if unit == "heads" else mask)
 
         body = Decoder(self.spec, self._weights, activation_hook, input_hook)
-        for layer in range(first, self.spec.n_layers):
+        for layer in self._layers.layers:
             x = body.layer(layer, x, positions, self.cache)
         return body.logits(x)
 
-    def _stem(self, input_ids: Tensor, positions: Tensor, dense_layers: int) -> Tensor:
+    def _stem(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         x = self._decoder.embed(input_ids, positions)
-        for layer in range(dense_layers):
+        for layer in range(self._layers.dense_layers):
             x = self._decoder.layer(layer, x, positions, self.cache)
         return x
 
-    def _select(self, predictor: Predictor, hidden: Tensor) -> Selection:
-        units: tuple[Unit, ...] = ("heads", "neurons")
+    def _select(self, predictor: Predictor, hidden: Tensor) -> Masks:
         found = (found.mean(dim=0) for found in scores(predictor, hidden.flatten(0, 1)))
         return {
             unit: torch.stack(
                 [active_mask(self.spec, unit, row, n) for row, n in zip(rows, self._counts[unit], strict=True)]
             )
-            for unit, rows in zip(units, found, strict=True)
+            for unit, rows in zip(UNITS, found, strict=True)
         }
 
     def _reserve(self, length: int) -> None:

@@ -24,7 +24,7 @@ from shadowllm.malloc import keep_freed_memory
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.tokenizer import text_encoder
 from shadowllm.models.registry import load_model
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import Budget, SparseLayers, layer_units
 from shadowllm.models.spec import HeadUnit, ModelSpec
 from shadowllm.models.weights import Weights
 from shadowllm.plugins.tensorrt.flavour import Flavour, require
@@ -217,7 +217,7 @@ def _write(
     folder: Path, name: str, weights: Weights, checkpoint: Checkpoint, predictor: Predictor, options: Export
 ) -> Manifest:
     """Fill a folder with a bundle and all that was asked for with it."""
-    from shadowllm.bundle.cost_model import dense_layers
+    from shadowllm.bundle.cost_model import dense_reasons
 
     manifest = write_bundle(
         folder,
@@ -230,7 +230,7 @@ def _write(
         budget=options.budget,
         head_unit=options.head_unit,
     )
-    manifest = replace(manifest, dense=dense_layers(manifest, options.budget))
+    manifest = replace(manifest, dense=dense_reasons(manifest, options.budget))
     manifest.write(folder)
     if options.target:
         from shadowllm.evaluation.tuning import tune
@@ -377,11 +377,9 @@ def _train(
 def _random(spec: ModelSpec, weights: Weights, options: Calibration) -> Predictor:
     """A ranking drawn at random: the right shape and cost, no quality."""
     _check_dense_layers(spec, options.dense_layers)
-    generator = torch.Generator().manual_seed(options.seed)
-    n_sparse = spec.n_layers - options.dense_layers
+    generator, n_sparse = torch.Generator().manual_seed(options.seed), SparseLayers(spec, options.dense_layers).count
     tensors = {
-        "heads.scores": torch.rand(n_sparse, spec.n_heads, generator=generator),
-        "neurons.scores": torch.rand(n_sparse, spec.intermediate_size, generator=generator),
+        f"{unit}.scores": torch.rand(n_sparse, width, generator=generator) for unit, width in layer_units(spec).items()
     }
     return Predictor(
         "static",

@@ -12,11 +12,11 @@ from shadowllm.bundle.manifest import Manifest
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.exporter.write_bundle import write_bundle
 from shadowllm.models.registry import load_model
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import Budget, SparseLayers, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import initial_tensors
 
-BUDGET = Budget(neurons=0.5, heads=0.5)
+BUDGET = Budget(heads=0.5, neurons=0.5)
 
 
 def make_predictor(
@@ -24,22 +24,22 @@ def make_predictor(
 ) -> Predictor:
     """Random scores that depend on the token where the kind allows it."""
     generator = torch.Generator().manual_seed(3)
-    n_sparse = spec.n_layers - dense_layers
+    layers = SparseLayers(spec, dense_layers)
     tensors = {
-        "heads.scores": torch.randn(n_sparse, spec.n_heads, generator=generator),
-        "neurons.scores": torch.randn(n_sparse, spec.intermediate_size, generator=generator),
+        f"{unit}.scores": torch.randn(layers.count, width, generator=generator)
+        for unit, width in layer_units(spec).items()
     }
     if kind in ("shadow", "layerwise"):
         biases = tensors["heads.scores"], tensors["neurons.scores"]
-        tensors |= initial_tensors(kind, spec, n_sparse, rank, *biases, seed=3)
+        tensors |= initial_tensors(kind, layers, rank, *biases, seed=3)
         for name in [name for name in tensors if name.endswith(("heads.weight", "neurons.weight"))]:
             tensors[name] = torch.randn(tensors[name].shape, generator=generator)
     if kind in ("layerwise", "quantized-shadow"):
-        heads = n_sparse * spec.n_heads
+        heads = layers.count * spec.n_heads
         tensors["layers.heads.weight"] = torch.randn(heads, spec.hidden_size, generator=generator)
         tensors["layers.heads.bias"] = torch.randn(heads, generator=generator)
     return Predictor(
-        kind, n_sparse, dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size, tensors, fingerprint
+        kind, layers.count, dense_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size, tensors, fingerprint
     )
 
 

@@ -13,10 +13,9 @@ import torch
 
 from shadowllm.benchmarks.gpu.timing import milliseconds
 from shadowllm.benchmarks.random_model import RandomCopies, RandomWeights, shape_spec, untrained
-from shadowllm.bundle.cost_model import selector_bytes
+from shadowllm.bundle.cost_model import mean_traffic, selector_bytes
 from shadowllm.bundle.predictor_file import Predictor
-from shadowllm.bundle.traffic import Active, mean_traffic
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import Budget, SparseLayers
 from shadowllm.models.spec import ModelSpec
 from shadowllm.runtime.generation.generate import generate
 from shadowllm.runtime.gpu.triton_session import TritonSession
@@ -38,7 +37,7 @@ class Setting:
     prompt_len: int = 128
     new_tokens: int = 128
     runs: int = 5
-    budget: Budget = field(default_factory=lambda: Budget(neurons=0.5, heads=0.5))
+    budget: Budget = field(default_factory=lambda: Budget(heads=0.5, neurons=0.5))
     dtype: torch.dtype = torch.float16
     rank: int | None = None
 
@@ -62,7 +61,7 @@ def measure_shape(shape: str, device: torch.device, setting: Setting) -> dict[st
     held = sum(storage.nbytes() for storage in storages.values())
     shadow, quantised = untrained("shadow", spec, "", rank=setting.rank), untrained("quantized-shadow", spec, "")
     choosers = {SPARSE: shadow, QUANTISED: quantised, DENSE: None}
-    copies = RandomCopies(spec, quantised.dense_layers, device)
+    copies = RandomCopies(SparseLayers(spec, quantised.dense_layers), device)
     end = setting.prompt_len + setting.new_tokens
     block = -(-end // 256) * 256
     with ExitStack() as stack:
@@ -137,11 +136,7 @@ def _report(
     memory: Mapping[str, float | None],
     chosen: dict[str, float] | None,
 ) -> dict[str, Any]:
-    item, timed = setting.dtype.itemsize, chosen is not None
-    read = {
-        name: mean_traffic(spec, item, setting.prompt_len, setting.new_tokens, _active(spec, chooser, setting)).total
-        for name, chooser in choosers.items()
-    }
+    timed, read = chosen is not None, {name: _bytes(spec, chooser, setting) for name, chooser in choosers.items()}
     contenders = {
         name: {
             "bytes_per_token": read[name],
@@ -172,13 +167,14 @@ def _report(
     }
 
 
-def _active(spec: ModelSpec, chooser: Predictor | None, setting: Setting) -> Active | None:
-    """What is read of a sparse step; None of a dense one."""
-    if chooser is None:
-        return None
-    heads, neurons = (tuple(c.tolist()) for c in setting.budget.counts(spec, chooser.n_sparse))
-    scored = selector_bytes(chooser.kind, spec, chooser.dense_layers, setting.dtype.itemsize, chooser.rank)
-    return Active(heads, neurons, chooser.dense_layers, round(scored))
+def _bytes(spec: ModelSpec, chooser: Predictor | None, setting: Setting) -> int:
+    """Read per token, by a sparse step or, without a predictor, a dense one."""
+    itemsize, active, choosing = setting.dtype.itemsize, None, 0.0
+    if chooser is not None:
+        layers = SparseLayers(spec, chooser.dense_layers)
+        active = setting.budget.counts(layers)
+        choosing = selector_bytes(chooser.kind, layers, itemsize, chooser.rank)
+    return mean_traffic(spec, itemsize, setting.prompt_len, setting.new_tokens, active, choosing=choosing).total
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

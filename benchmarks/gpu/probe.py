@@ -50,8 +50,8 @@ def run_one(flavour: str) -> dict[str, Any]:
     layer = network.add_unary(network.add_input("x", trt.float32, (8,)), trt.UnaryOperation.NEG)
     layer.get_output(0).name = "y"
     network.mark_output(layer.get_output(0))
-    plan = need(builder.build_serialized_network(network, builder.create_builder_config()), "building")
-    engine = need(trt.Runtime(logger).deserialize_cuda_engine(plan), "deserialising")
+    serialised = need(builder.build_serialized_network(network, builder.create_builder_config()), "building")
+    engine = need(trt.Runtime(logger).deserialize_cuda_engine(serialised), "deserialising")
     context = need(engine.create_execution_context(), "making a context")
     x = torch.arange(8, dtype=torch.float32, device="cuda")
     y = torch.zeros_like(x)

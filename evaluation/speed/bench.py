@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from shadowllm.bundle.cost_model import predictor_bytes, sparse_pays
+from shadowllm.bundle.cost_model import Traffic, mean_traffic, predictor_bytes, sparse_pays
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest, read_manifest
-from shadowllm.bundle.traffic import Active, Traffic, mean_traffic
 from shadowllm.errors import UserError
 from shadowllm.evaluation.passage import passage
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
@@ -201,20 +200,18 @@ def traffic_of(
     matrix_itemsize = q.itemsize if q else itemsize
     native = backend == "ort" and q is None and native_ops.library()
     row_itemsize = ITEMSIZE[manifest.dtype] if native else matrix_itemsize
-    active = None
+    active, choosing = None, 0.0
     if name == SPARSE and (backend != "ort" or sparse_pays(manifest, budget, row_itemsize < matrix_itemsize)):
-        n_sparse = manifest.spec.n_layers - manifest.dense_layers
-        heads, neurons = (tuple(counts.tolist()) for counts in budget.counts(manifest.spec, n_sparse))
-        scored = round(predictor_bytes(manifest, matrix_itemsize))
-        active = Active(heads, neurons, manifest.dense_layers, scored)
+        active, choosing = budget.counts(manifest.sparse_layers), predictor_bytes(manifest, matrix_itemsize)
     return mean_traffic(
         manifest.spec,
         itemsize,
         prompt_len,
         new_tokens,
         active,
-        matrix_itemsize,
-        row_itemsize,
+        choosing=choosing,
+        matrix_itemsize=matrix_itemsize,
+        row_itemsize=row_itemsize,
     )
 
 

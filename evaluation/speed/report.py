@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowllm.bundle.traffic import Traffic
+from shadowllm.bundle.cost_model import Traffic
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.harness import Summary
 

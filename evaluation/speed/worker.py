@@ -195,7 +195,7 @@ def main() -> int:
         from shadowllm.runtime import generate, open_session
 
         with open_session(arguments.bundle, arguments.backend, threads=arguments.threads, profile=True) as session:
-            session.set_budget(Budget(arguments.neuron_budget, arguments.head_budget))
+            session.set_budget(Budget(heads=arguments.head_budget, neurons=arguments.neuron_budget))
             if arguments.loop:
                 yield LoopTimer(lambda prompt, n: (row[0] for row in generate(session, [prompt], n))).commands()
             else:

@@ -33,12 +33,12 @@ def missing_contents(
     with engine_path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped
             return next(iter(names), None)
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as engine:
             for name in names:
-                if plan.find(name.encode()) < 0:
+                if engine.find(name.encode()) < 0:
                     return name
             try:
-                found = carried(programs_in(plan))
+                found = carried(programs_in(engine))
             except ValueError as error:
                 return f"whole programs ({error})"
     wrong = [name for name in kernels if found.get(name) != kernels[name]]

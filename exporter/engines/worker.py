@@ -60,17 +60,17 @@ def build(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(trt, network, logger, prepared.model, request["onnx"])
     _check_plugins(trt, network, prepared.programs)
-    plan = _build(trt, builder, network, logger, request, emit)
+    engine = _build(trt, builder, network, logger, request, emit)
     seconds = time.perf_counter() - start
     emit({"phase": "writing"})
-    Path(request["engine"]).write_bytes(plan)
+    Path(request["engine"]).write_bytes(engine)
     return {
         "version": trt.__version__,
         "compute_capabilities": targets(trt, request),
         "plugins": [asdict(node) for node in prepared.programs],
         "kernels": carried(prepared.programs.values()),
-        "engine_sha256": hashlib.sha256(plan).hexdigest(),
-        "engine_bytes": plan.nbytes,
+        "engine_sha256": hashlib.sha256(engine).hexdigest(),
+        "engine_bytes": engine.nbytes,
         "build_seconds": round(seconds, 3),
     }
 

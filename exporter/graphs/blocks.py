@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from shadowllm.bundle.weight_names import integers, scales
 from shadowllm.exporter.graphs.builder import GraphBuilder
 from shadowllm.exporter.graphs.nodes import batched, cast, gemm, mlp_activation, norm
 from shadowllm.exporter.graphs.selection import choose_heads, choose_neurons
+from shadowllm.models.sparsity import Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import schemas
 
@@ -46,25 +48,21 @@ class Cache:
 
 @dataclass(frozen=True)
 class Selection:
-    """Active indices and counts of all sparse layers, as graph values; without indices the layers choose.
+    """What a step uses of all sparse layers, as graph values.
 
     Attributes:
+        tensors: indices and counts, as `bundle.selection_names` has them; without indices the layers choose.
         rank: of the networks by which layers choose their neurons; 0 where it is a low-bit copy.
     """
 
-    head_indices: ir.Value | None
-    head_counts: ir.Value
-    neuron_indices: ir.Value | None
-    neuron_counts: ir.Value
+    tensors: Mapping[Unit, tuple[ir.Value | None, ir.Value]]
     rank: int = 0
 
-
-@dataclass(frozen=True)
-class Chosen:
-    """Indices of one layer's active heads ``(n_heads,)`` and neurons ``(intermediate_size,)``."""
-
-    heads: ir.Value
-    neurons: ir.Value
+    def row(self, g: GraphBuilder, unit: Unit, row: int) -> tuple[ir.Value | None, ir.Value]:
+        """One layer's indices ``(n_units,)``, if there are any, and count ``()``."""
+        indices, counts = self.tensors[unit]
+        count = g.op("Gather", counts, g.ints(row), axis=0)
+        return None if indices is None else g.op("Gather", indices, g.ints(row), axis=0), count
 
 
 def step(
@@ -112,35 +110,29 @@ def _dense_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.
 
 def sparse_layer(
     g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step, cache: Cache, selection: Selection
-) -> tuple[ir.Value, Cache, Chosen]:
+) -> tuple[ir.Value, Cache, dict[Unit, ir.Value]]:
     """One layer whose query heads and neurons are selected; K and V stay exact for every head.
 
     Args:
         row: of the selection that belongs to this layer.
 
     Returns:
-        Hidden states, the updated cache, and what was active.
+        Hidden states, the updated cache, and the indices of what was active, ``(n_units,)`` each.
     """
     place = f"layers.{layer}"
     normed = norm(g, spec, f"{place}.input_norm", x)
     both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias)
     _, cache = to_cache(g, spec, step, cache, both, 0)
-    count = _pick(g, selection.head_counts, row)
-    heads = (
-        _pick(g, selection.head_indices, row)
-        if selection.head_indices is not None
-        else choose_heads(g, spec, layer, normed, count)
-    )
+    heads, count = selection.row(g, "heads", row)
+    if heads is None:
+        heads = choose_heads(g, spec, layer, normed, count)
     x = g.op("Add", x, _sparse_attention(g, spec, layer, normed, step, cache, heads, count))
     normed = norm(g, spec, f"{place}.post_norm", x)
-    count = _pick(g, selection.neuron_counts, row)
-    neurons = (
-        _pick(g, selection.neuron_indices, row)
-        if selection.neuron_indices is not None
-        else choose_neurons(g, spec, layer, normed, step.tokens, count, selection.rank)
-    )
+    neurons, count = selection.row(g, "neurons", row)
+    if neurons is None:
+        neurons = choose_neurons(g, spec, layer, normed, step.tokens, count, selection.rank)
     x = g.op("Add", x, _sparse_mlp(g, spec, layer, normed, step, neurons, count))
-    return x, cache, Chosen(heads, neurons)
+    return x, cache, {"heads": heads, "neurons": neurons}
 
 
 def _sparse_attention(
@@ -232,10 +224,6 @@ def to_cache(
             for past, new in ((cache.key, parts[-1]), (cache.value, value))
         )
     )
-
-
-def _pick(g: GraphBuilder, rows: ir.Value, row: int) -> ir.Value:
-    return g.op("Gather", rows, g.ints(row), axis=0)
 
 
 def _flat(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:

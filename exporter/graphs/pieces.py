@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.bundle.weight_file import WeightStore
 from shadowllm.exporter.graphs import blocks, nodes, selection
 from shadowllm.exporter.graphs.builder import GraphBuilder
+from shadowllm.models.sparsity import SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.functions import CopyForm, FunctionForm, function_bodies
 
@@ -61,13 +63,11 @@ def dense_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, q: Quan
     return g.model()
 
 
-def stem_graph(
-    spec: ModelSpec, store: WeightStore, dtype: ir.DataType, dense_layers: int, q: Quantisation | None = None
-) -> ir.Model:
-    """The first ``dense_layers`` layers: input_ids, position_ids, cache -> hidden, cache."""
-    g = GraphBuilder("stem", dtype, store, q)
+def stem_graph(sparse: SparseLayers, store: WeightStore, dtype: ir.DataType, q: Quantisation | None = None) -> ir.Model:
+    """The layers before the sparse ones: input_ids, position_ids, cache -> hidden, cache."""
+    g, spec = GraphBuilder("stem", dtype, store, q), sparse.spec
     input_ids, position_ids = (g.input(name, TOKENS, INT64) for name in ("input_ids", "position_ids"))
-    layers = range(dense_layers)
+    layers = range(sparse.dense_layers)
     caches = _cache_inputs(g, spec, layers)
     step = blocks.step(g, spec, position_ids, caches[0].key, dense=True, sparse=False)
     x = nodes.embed(g, spec, input_ids, position_ids)
@@ -80,10 +80,9 @@ def stem_graph(
 
 
 def body_graph(
-    spec: ModelSpec,
+    sparse: SparseLayers,
     store: WeightStore,
     dtype: ir.DataType,
-    dense_layers: int,
     q: Quantisation | None = None,
     chooser: Predictor | None = None,
 ) -> ir.Model:
@@ -93,31 +92,32 @@ def body_graph(
         chooser: a predictor by which each layer chooses in place; indices are then outputs, a row each, as
             ``neuron_indices.3``, not inputs.
     """
-    g = GraphBuilder("body", dtype, store, q)
+    g, spec = GraphBuilder("body", dtype, store, q), sparse.spec
     hidden = g.input("hidden", [*TOKENS, spec.hidden_size])
     position_ids = g.input("position_ids", TOKENS, INT64)
     keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
-    n_sparse = spec.n_layers - dense_layers
-    selection = blocks.Selection(
-        None if chooser else g.input("head_indices", [n_sparse, spec.n_heads], INT32),
-        g.input("head_counts", [n_sparse], INT32),
-        None if chooser else g.input("neuron_indices", [n_sparse, spec.intermediate_size], INT32),
-        g.input("neuron_counts", [n_sparse], INT32),
-        chooser.rank if chooser else 0,
-    )
-    layers = range(dense_layers, spec.n_layers)
-    caches = _cache_inputs(g, spec, layers)
+    selection = _selection_inputs(g, sparse, chooser)
+    caches = _cache_inputs(g, spec, sparse.layers)
     step = blocks.step(g, spec, position_ids, caches[0].key, dense=False, sparse=True)
     x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
-    for row, layer in enumerate(layers):
+    for row, layer in enumerate(sparse.layers):
         x, caches[row], chosen = blocks.sparse_layer(g, spec, layer, row, x, step, caches[row], selection)
         if chooser:
-            g.output(chosen.heads, f"head_indices.{row}", [spec.n_heads], INT32)
-            g.output(chosen.neurons, f"neuron_indices.{row}", [spec.intermediate_size], INT32)
+            for unit, width in layer_units(spec).items():
+                g.output(chosen[unit], names.of_row(names.indices(unit), row), [width], INT32)
     _logits(g, spec, x, step, keep)
-    _cache_outputs(g, spec, layers, caches)
+    _cache_outputs(g, spec, sparse.layers, caches)
     copy = LOW_BIT_COPY if chooser and not chooser.rank else None
     return g.model(function_bodies(function_form(spec, q, copy)))
+
+
+def _selection_inputs(g: GraphBuilder, sparse: SparseLayers, chooser: Predictor | None) -> blocks.Selection:
+    """Inputs for a selection; its counts alone, where the layers choose."""
+    found: dict[Unit, tuple[ir.Value | None, ir.Value]] = {}
+    for unit, width in layer_units(sparse.spec).items():
+        indices = None if chooser else g.input(names.indices(unit), [sparse.count, width], INT32)
+        found[unit] = indices, g.input(names.counts(unit), [sparse.count], INT32)
+    return blocks.Selection(found, chooser.rank if chooser else 0)
 
 
 def predictor_graph(
@@ -128,28 +128,27 @@ def predictor_graph(
     A static ranking is a constant, so there is no ``hidden`` input.
     """
     g = GraphBuilder("predictor", dtype, store, q)
-    widths = {"heads": spec.n_heads, "neurons": spec.intermediate_size}
+    widths = layer_units(spec)
     scores = (
         _shadow_scores(g, spec, predictor)
         if predictor.kind == "shadow"
         else {unit: g.weight(f"predictor.{unit}.scores") for unit in widths}
     )
     for unit, width in widths.items():
-        name = unit.removesuffix("s")
-        counts = g.input(f"{name}_counts", [predictor.n_sparse], INT32)
+        counts = g.input(names.counts(unit), [predictor.n_sparse], INT32)
         together = spec.heads_together if unit == "heads" else 1
         indices = selection.select(g, f"select_{unit}", scores[unit], counts, width, together)
-        g.output(indices, f"{name}_indices", [predictor.n_sparse, width], INT32)
+        g.output(indices, names.indices(unit), [predictor.n_sparse, width], INT32)
     return g.model(function_bodies(function_form(spec, q)))
 
 
-def _shadow_scores(g: GraphBuilder, spec: ModelSpec, predictor: Predictor) -> dict[str, ir.Value]:
+def _shadow_scores(g: GraphBuilder, spec: ModelSpec, predictor: Predictor) -> dict[Unit, ir.Value]:
     hidden = g.input("hidden", [*TOKENS, spec.hidden_size])
     x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
     # The last projection is linear: averaging the tokens' scores is projecting their average.
     z = g.op("ReduceMean", selection.trunk(g, spec, "predictor.trunk", x), g.ints([0]), keepdims=1)
     found = {}
-    for unit, width in (("heads", spec.n_heads), ("neurons", spec.intermediate_size)):
+    for unit, width in layer_units(spec).items():
         y = nodes.gemm(g, z, [f"predictor.{unit}"], bias=True, width=predictor.rank)
         y = g.op("Reshape", y, g.ints([predictor.n_sparse, width]))
         found[unit] = nodes.as_float(g, y)

@@ -12,9 +12,10 @@ from typing import Literal
 
 import numpy as np
 
+from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.engine_record import EngineRecord
 from shadowllm.errors import UserError
-from shadowllm.models.spec import ModelSpec
+from shadowllm.models.sparsity import UNITS, SparseLayers, layer_units
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")  # also the order of an engine's profiles
@@ -26,10 +27,7 @@ OWN = {
         "input_ids": "prompt_ids",
         "position_ids": "prompt_positions",
         "logits_to_keep": "last_tokens",
-        "head_indices": "all_heads",
-        "head_counts": "all_head_counts",
-        "neuron_indices": "all_neurons",
-        "neuron_counts": "all_neuron_counts",
+        **{name: f"all_{name}" for name in names.SELECTION},
     },
     "decode": {"input_ids": "tokens", "position_ids": "positions", "logits_to_keep": "first_token"},
 }
@@ -76,14 +74,14 @@ class Buffer:
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
-def buffers(spec: ModelSpec, dtype: str, dense_layers: int, batch: int, limits: Limits) -> dict[str, Buffer]:
+def buffers(layers: SparseLayers, dtype: str, batch: int, limits: Limits) -> dict[str, Buffer]:
     """Every buffer of a session by name, for ``batch`` sequences.
 
     Args:
+        layers: with a selection; none for a dense session.
         dtype: of activations and cache.
-        dense_layers: leading layers without a selection; all of them for a dense session.
     """
-    n_sparse, heads, neurons = spec.n_layers - dense_layers, spec.n_heads, spec.intermediate_size
+    spec = layers.spec
     prompt, one = (batch, limits.seqlen), (batch, 1)
     cache = (batch, spec.n_kv_heads, limits.capacity, spec.head_dim)
     found = [
@@ -93,15 +91,15 @@ def buffers(spec: ModelSpec, dtype: str, dense_layers: int, batch: int, limits: 
         Buffer("logits", "float32", (*one, spec.vocab_size)),
         *(Buffer(f"cache.{layer}.{part}", dtype, cache) for layer in range(spec.n_layers) for part in ("key", "value")),
     ]
-    if n_sparse:
+    if layers.count:
         found.append(Buffer("hidden", dtype, (*prompt, spec.hidden_size)))
-        for prefix, suffix in (("all_", "s"), ("", "_indices")):
-            found.append(Buffer(f"{prefix}head{suffix}", "int32", (n_sparse, heads)))
-            found.append(Buffer(f"{prefix}neuron{suffix}", "int32", (n_sparse, neurons)))
-            found.extend(Buffer(f"{prefix}{unit}_counts", "int32", (n_sparse,)) for unit in ("head", "neuron"))
-        for row in range(n_sparse):  # what layers that choose by themselves say they chose
-            found.append(Buffer(f"head_indices.{row}", "int32", (heads,)))
-            found.append(Buffer(f"neuron_indices.{row}", "int32", (neurons,)))
+        for unit, width in layer_units(spec).items():
+            indices, counts = names.indices(unit), names.counts(unit)
+            for prefix in ("all_", ""):
+                found.append(Buffer(f"{prefix}{indices}", "int32", (layers.count, width)))
+                found.append(Buffer(f"{prefix}{counts}", "int32", (layers.count,)))
+            for row in range(layers.count):  # what layers that choose by themselves say they chose
+                found.append(Buffer(names.of_row(indices, row), "int32", (width,)))
     return {buffer.name: buffer for buffer in found}
 
 
@@ -136,11 +134,12 @@ def layout(found: Mapping[str, Buffer]) -> tuple[dict[str, int], int]:
 def constants(found: Mapping[str, Buffer]) -> dict[str, np.ndarray]:
     """Contents of the buffers that never change: the selection of everything. Others start at zero."""
     contents = {}
-    for unit in ("head", "neuron"):
-        if f"all_{unit}s" in found:
-            rows, width = found[f"all_{unit}s"].shape
-            contents[f"all_{unit}s"] = np.tile(np.arange(width, dtype=np.int32), (rows, 1))
-            contents[f"all_{unit}_counts"] = np.full(rows, width, dtype=np.int32)
+    for unit in UNITS:
+        indices, counts = (f"all_{name(unit)}" for name in (names.indices, names.counts))
+        if indices in found:
+            rows, width = found[indices].shape
+            contents[indices] = np.tile(np.arange(width, dtype=np.int32), (rows, 1))
+            contents[counts] = np.full(rows, width, dtype=np.int32)
     return contents
 
 

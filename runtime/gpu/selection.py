@@ -12,7 +12,7 @@ from torch import Tensor
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantisation import LOW_BIT_COPY
 from shadowllm.bundle.weight_names import copied, down_norms, integers, low_bit_copy, scales
-from shadowllm.models.decoder import Unit
+from shadowllm.models.sparsity import SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.triton.ops import score_neurons, select_topk
 from shadowllm.predictor.networks import layer_head_scores, layer_neuron_scores
@@ -22,13 +22,13 @@ Counts = Mapping[Unit, Tensor]  # int32 ``(n_sparse,)``
 
 
 class Selection(Protocol):
-    """Active units, one choice for all sequences."""
+    """What the sparse layers of a step use, one choice for all sequences."""
 
     def active(self, unit: Unit, row: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """A sparse layer's active units.
 
         Args:
-            row: of the sparse layers.
+            row: of the layer, among the sparse ones.
             x: what the units are computed from, normed, ``(batch, 1, hidden_size)``.
 
         Returns:
@@ -69,7 +69,7 @@ class PerLayerSelection:
         return choose(self.spec, unit, self._scores(unit, row, x, count), count[None])[0], count
 
     def _scores(self, unit: Unit, row: int, x: Tensor, count: Tensor) -> Tensor:
-        layer, tokens = row + self.predictor.dense_layers, x.flatten(0, 1)
+        layer, tokens = SparseLayers(self.spec, self.predictor.dense_layers).layer(row), x.flatten(0, 1)
         if unit == "neurons" and self.copies is not None:
             return score_neurons(x, **self.copies[row], count=count, activation=self.spec.activation)
         found = (
@@ -87,8 +87,7 @@ def choose(spec: ModelSpec, unit: Unit, scores: Tensor, counts: Tensor) -> Tenso
 
 
 def device_copies(
-    spec: ModelSpec,
-    dense_layers: int,
+    layers: SparseLayers,
     copies: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     device: torch.device,
@@ -101,13 +100,13 @@ def device_copies(
     """
 
     def layer_copy(layer: int) -> dict[str, Any]:
-        names = [low_bit_copy(name) for name in copied(spec, layer)]
+        names = [low_bit_copy(name) for name in copied(layers.spec, layer)]
         rows, factors = (torch.cat([copies[part(name)] for name in names]).to(device) for part in (integers, scales))
         return {
-            "copy": rows.unflatten(1, (LOW_BIT_COPY.blocks(spec.hidden_size), -1)),
+            "copy": rows.unflatten(1, (LOW_BIT_COPY.blocks(layers.spec.hidden_size), -1)),
             "scales": factors,
             **{f"b_{part}": weights.get(f"layers.{layer}.{part}_proj.bias") for part in ("gate", "up")},
             "lengths": copies[down_norms(layer)].to(device),
         }
 
-    return [layer_copy(layer) for layer in range(dense_layers, spec.n_layers)]
+    return [layer_copy(layer) for layer in layers.layers]

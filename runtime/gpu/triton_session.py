@@ -14,8 +14,8 @@ from torch import Tensor
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantised_tensors import CopyTensors
 from shadowllm.errors import UserError
-from shadowllm.models.decoder import KVCache, Unit
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.decoder import KVCache
+from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
 from shadowllm.runtime.gpu.cuda_graph import captured, kernel_device
@@ -60,9 +60,10 @@ class TritonSession(PipelinedDecode):
         self.spec = spec
         self.device = kernel_device()
         self._source, self._predictor, self._block, self._copies = weights, predictor, cache_block, copies
-        self._dense_layers = predictor.dense_layers if predictor else spec.n_layers
-        n_sparse = spec.n_layers - self._dense_layers
-        self._counts = torch.zeros((2, n_sparse), dtype=torch.int32, device=self.device)
+        self._layers = SparseLayers(spec, predictor.dense_layers if predictor else spec.n_layers)
+        self._counts: dict[Unit, Tensor] = {
+            unit: torch.zeros(self._layers.count, dtype=torch.int32, device=self.device) for unit in UNITS
+        }
         self.set_budget(budget or Budget())
 
     @classmethod
@@ -98,7 +99,7 @@ class TritonSession(PipelinedDecode):
             tensors = {name: tensor.to(self.device, kinds[name]) for name, tensor in tensors.items()}
             self._predictor = replace(self._predictor, tensors=tensors)
             self._per_layer = self._chooser(self._predictor, weights) if self._predictor.per_layer else None
-        self._decoder = StepDecoder(self.spec, weights, self._dense_layers)
+        self._decoder = StepDecoder(self._layers, weights)
         self.reset()
         return self
 
@@ -117,8 +118,9 @@ class TritonSession(PipelinedDecode):
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
         self._budgets_set += 1
-        counts = np.stack(budget.counts(self.spec, self._counts.shape[1]))
-        self._counts.copy_(torch.from_numpy(counts))
+        counts = budget.counts(self._layers)
+        for unit, on_device in self._counts.items():
+            on_device.copy_(torch.from_numpy(counts[unit]))
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -198,7 +200,7 @@ class TritonSession(PipelinedDecode):
         decoder.begin(self._positions, self.cache.keys[0].shape[2])
         x = decoder.embed(self._tokens, self._positions)
         for layer in range(self.spec.n_layers):
-            if layer == self._dense_layers:
+            if layer == self._layers.dense_layers:
                 decoder.selection = self._per_layer or self.select(x)
             x = decoder.layer(layer, x, self._positions, self.cache)
         self._logits.copy_(decoder.logits(x)[:, -1])
@@ -212,7 +214,7 @@ class TritonSession(PipelinedDecode):
             hidden: input of the first sparse layer, ``(batch, 1, hidden_size)`` on the device.
         """
         assert self._predictor is not None
-        counts = self._unit_counts()
+        counts = self._counts
         found = zip(counts, scores(self._predictor, hidden.flatten(0, 1)), strict=True)
         chosen = {unit: choose(self.spec, unit, one.mean(dim=0).float(), counts[unit]) for unit, one in found}
         return UpfrontSelection(chosen, counts)
@@ -221,9 +223,5 @@ class TritonSession(PipelinedDecode):
         copies = None
         if predictor.kind == "quantized-shadow":
             source = self._copies or CopyTensors(weights)
-            copies = device_copies(self.spec, self._dense_layers, source, weights, self.device)
-        return PerLayerSelection(self.spec, predictor, self._unit_counts(), copies)
-
-    def _unit_counts(self) -> dict[Unit, Tensor]:
-        heads, neurons = self._counts
-        return {"heads": heads, "neurons": neurons}
+            copies = device_copies(self._layers, source, weights, self.device)
+        return PerLayerSelection(self.spec, predictor, self._counts, copies)

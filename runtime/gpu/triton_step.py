@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shadowllm.models.decoder import Decoder, KVCache
+from shadowllm.models.sparsity import SparseLayers
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import tensor_shape
 from shadowllm.plugins.triton.cache import write_cache
@@ -42,14 +43,14 @@ class StepDecoder(Decoder):
     """A `Decoder` for one step of a session at a time: `begin`, then its layers.
 
     Args:
-        spec: the model.
+        layers: that a selection is for.
         weights: from `merged`, on the device that computes.
-        dense_layers: leading layers that no selection touches.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], dense_layers: int) -> None:
+    def __init__(self, layers: SparseLayers, weights: Mapping[str, Tensor]) -> None:
+        spec = layers.spec
         super().__init__(spec, weights)
-        self._dense_layers = dense_layers
+        self._layers = layers
         self._device, self._dtype = weights["embed_tokens.weight"].device, weights["embed_tokens.weight"].dtype
         if spec.rope:
             self._cos, self._sin = self._cos.to(self._device), self._sin.to(self._device)
@@ -77,8 +78,8 @@ class StepDecoder(Decoder):
         assert cache is not None
         shared, chosen, place = self._shared, self.selection, f"layers.{layer}"
         keys, values = cache.keys[layer], cache.values[layer]
-        row, rotary = layer - self._dense_layers, (shared.cos, shared.sin)
-        if chosen is None or row < 0:
+        rotary = (shared.cos, shared.sin)
+        if chosen is None:
             query = write_cache(self._linear(f"{place}.qkv_proj", x), keys, values, position_ids, *rotary)
             return self._rows(f"{place}.o_proj", self._context(query, keys, values).transpose(1, 2).flatten(2))
         write_cache(self._linear(f"{place}.kv_proj", x), keys, values, position_ids, *rotary)
@@ -87,7 +88,7 @@ class StepDecoder(Decoder):
             keys,
             values,
             shared.lengths,
-            *chosen.active("heads", row, x),
+            *chosen.active("heads", self._layers.row(layer), x),
             **self._matrices(place, "q", "o"),
             cos=shared.cos,
             sin=shared.sin,
@@ -105,11 +106,11 @@ class StepDecoder(Decoder):
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(query.shape)
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
-        chosen, row = self.selection, layer - self._dense_layers
-        if chosen is None or row < 0:
+        if self.selection is None:
             return super()._mlp(layer, x)
+        chosen = self.selection.active("neurons", self._layers.row(layer), x)
         matrices = self._matrices(f"layers.{layer}", "gate", "up", "down")
-        return sparse_mlp(x, *chosen.active("neurons", row, x), **matrices, activation=self.spec.activation)
+        return sparse_mlp(x, *chosen, **matrices, activation=self.spec.activation)
 
     def _matrices(self, place: str, *parts: str) -> dict[str, Any]:
         """Weight and bias of each part by the ops' names for them; None for what the model lacks."""

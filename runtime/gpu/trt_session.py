@@ -9,10 +9,11 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from shadowllm.bundle import selection_names
 from shadowllm.bundle.engine_record import EngineRecord, check_sidecar
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.errors import UserError
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import UNITS, Budget, SparseLayers
 from shadowllm.plugins.tensorrt.flavour import Flavour, gpu_capability, load
 from shadowllm.runtime.gpu.cuda import Cuda
 from shadowllm.runtime.gpu.engine_buffers import Limits, Memory, buffers, constants, layout
@@ -53,7 +54,7 @@ class TrtSession(PipelinedDecode):
         self._limits = Limits.of(list(self._records.values()))
         self.spec = replace(manifest.spec, max_seqlen=min(manifest.spec.max_seqlen, self._limits.capacity))
         self._dtype = manifest.dtype
-        self._dense_layers = self.spec.n_layers if kind == "dense" else manifest.dense_layers
+        self._layers = SparseLayers(self.spec, self.spec.n_layers if kind == "dense" else manifest.dense_layers)
         self._batch = 0
         self.set_budget(Budget(**manifest.budgets))
         self._pieces: dict[str, TrtEngine] = {}
@@ -109,8 +110,7 @@ class TrtSession(PipelinedDecode):
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
         self._budgets_set += 1
-        n_sparse = self.spec.n_layers - self._dense_layers
-        self._counts = dict(zip(("head_counts", "neuron_counts"), budget.counts(self.spec, n_sparse), strict=True))
+        self._counts = budget.counts(self._layers)
         if self._batch:
             self._write_counts()
 
@@ -162,7 +162,7 @@ class TrtSession(PipelinedDecode):
         """
         cuda = self._cuda
         cuda.release()
-        self._buffers = buffers(self.spec, self._dtype, self._dense_layers, batch, self._limits)
+        self._buffers = buffers(self._layers, self._dtype, batch, self._limits)
         self._offsets, size = layout(self._buffers)
         self._arena = cuda.allocate(size)
         workspace = max(piece.workspace for piece in self._pieces.values())
@@ -192,9 +192,9 @@ class TrtSession(PipelinedDecode):
             self._cuda.copy(self._address(target), self._address(source), self._buffers[target].nbytes)
 
     def _write_counts(self) -> None:
-        for name, counts in self._counts.items():
-            if name in self._buffers:
-                self._write(name, counts)
+        if self._layers.count:
+            for unit in UNITS:
+                self._write(selection_names.counts(unit), self._counts[unit])
 
     def _write(self, name: str, contents: np.ndarray) -> None:
         self._cuda.write(self._address(name), np.ascontiguousarray(contents))

@@ -13,16 +13,17 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
+from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.cost_model import sparse_pays
 from shadowllm.bundle.manifest import DATA_FILE, Manifest, read_manifest, verify_files
 from shadowllm.errors import UserError
 from shadowllm.limits import check_threads
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import UNITS, Budget, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.inputs import check_tokens, pad_prompts
 from shadowllm.runtime.ort.fuse_attention import fuse_attention
-from shadowllm.runtime.ort.sparse_inputs import SELECTION, flatten, split_selection
+from shadowllm.runtime.ort.sparse_inputs import flatten, split_selection
 from shadowllm.runtime.ort.upcast import upcast_to_float32
 
 # The cache grows by this many positions, so that a short text does not pay the memory of the longest.
@@ -53,7 +54,7 @@ class OrtSession:
     Attributes:
         cache: float32 ``(batch, n_kv_heads, capacity, head_dim)`` by "layer.key" and "layer.value".
         decodes: "sparse" or "dense", at the present budget.
-        selection: padded indices of the last sparse step, by their name in the graphs.
+        selection: padded indices of the last sparse step, int32 ``(n_sparse, n_units)``; empty in a dense session.
         step_seconds: of each part of the last step, when profiling.
 
     Raises:
@@ -76,8 +77,7 @@ class OrtSession:
         self.step_seconds: dict[str, float] = {}
         self._bundle, self._kind, self._threads, self._profile = bundle, kind, threads, profile
         self._native, self._exact = native, exact
-        n_sparse = self.spec.n_layers - self.manifest.dense_layers
-        self._counts = {name: np.zeros(n_sparse, dtype=np.int32) for name in ("head_counts", "neuron_counts")}
+        self._counts = Budget().counts(self.manifest.sparse_layers)
         self.set_budget(Budget(**self.manifest.budgets))
 
     def __enter__(self) -> Self:
@@ -118,8 +118,9 @@ class OrtSession:
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
-        n_sparse = self.spec.n_layers - self.manifest.dense_layers
-        self._counts["head_counts"][:], self._counts["neuron_counts"][:] = budget.counts(self.spec, n_sparse)
+        counts = budget.counts(self.manifest.sparse_layers)
+        for unit in UNITS:
+            self._counts[unit][:] = counts[unit]  # in place: graphs are bound to these arrays
         self.decodes = self._kind
         if self._kind == "auto":
             narrow_rows = self.manifest.dtype != "float32" and self._native and native_ops.library() is not None
@@ -168,16 +169,12 @@ class OrtSession:
 
     def _bind_decode(self) -> None:
         """Bind the decode step's buffers: they stay the same arrays from token to token."""
-        batch, n_sparse = self._batch, self.spec.n_layers - self.manifest.dense_layers
+        batch, n_sparse = self._batch, self.manifest.sparse_layers.count
         self._input_ids, self._positions = (np.zeros((batch, 1), dtype=np.int64) for _ in range(2))
-        self.selection: dict[str, np.ndarray] = (
-            {
-                "head_indices": np.zeros((n_sparse, self.spec.n_heads), dtype=np.int32),
-                "neuron_indices": np.zeros((n_sparse, self.spec.intermediate_size), dtype=np.int32),
-            }
-            if self._kind != "dense"
-            else {}
-        )
+        units = layer_units(self.spec) if self._kind != "dense" else {}
+        self.selection: dict[Unit, np.ndarray] = {
+            unit: np.zeros((n_sparse, width), dtype=np.int32) for unit, width in units.items()
+        }
         buffers: dict[str, np.ndarray] = {
             "input_ids": self._input_ids,
             "position_ids": self._positions,
@@ -185,7 +182,7 @@ class OrtSession:
             "logits": self._logits,
             "hidden": np.zeros((batch, 1, self.spec.hidden_size), dtype=np.float32),
         }
-        for more in (self._rows(), self.selection, self._counts, self._past(), self._present()):
+        for more in (self._selected(), self._past(), self._present()):
             buffers |= more
         # What a decode step runs, one after the other.
         pieces = {"dense": ("dense",), "sparse": self.manifest.sparse_pieces}
@@ -195,15 +192,12 @@ class OrtSession:
             if self._kind in ("auto", kind)
         }
 
-    def _rows(self) -> dict[str, np.ndarray]:
-        """Each layer's own row of the selection, by the input that `lean.split_selection` makes of it."""
-        whole = self.selection | self._counts
-        return {
-            f"{name}.{row}": whole[name][row, ...]
-            for name in SELECTION
-            if name in whole
-            for row in range(len(whole[name]))
-        }
+    def _selected(self) -> dict[str, np.ndarray]:
+        """Indices and counts, whole and row by row: the inputs that `sparse_inputs.split_selection` makes of them."""
+        whole = {names.indices(unit): indices for unit, indices in self.selection.items()}
+        whole |= {names.counts(unit): self._counts[unit] for unit in UNITS}
+        rows = {names.of_row(name, row): found[row, ...] for name, found in whole.items() for row in range(len(found))}
+        return whole | rows
 
     def _past(self) -> dict[str, np.ndarray]:
         return {f"past_key_values.{name}": array for name, array in self.cache.items()}

@@ -6,24 +6,24 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from shadowllm.bundle.op_domain import DOMAIN
-
-SELECTION = ("head_indices", "head_counts", "neuron_indices", "neuron_counts")
+from shadowllm.bundle.selection_names import SELECTION, of_row
 
 
 def split_selection(model: ir.Model) -> None:
     """Make every layer's row of the selection an input of its own, as ``neuron_indices.3``.
 
-    Requires: each input named in `SELECTION` is read by ``Gather`` nodes of one constant row each.
+    Requires: each input named in `selection_names.SELECTION` is read by ``Gather`` nodes of one constant row each.
     Ensures: a caller who binds the row's own memory gets the same outputs.
     """
     graph = model.graph
     for whole in [value for value in graph.inputs if value.name in SELECTION]:
+        assert whole.name is not None
         assert whole.shape is not None
         for gather, _ in whole.uses():
             index = gather.inputs[1].const_value if gather.inputs[1] else None
             if gather.op_type != "Gather" or index is None:
                 raise ValueError(f"{whole.name} is not read row by row")
-            row = ir.val(f"{whole.name}.{int(index.numpy())}", dtype=whole.dtype, shape=ir.Shape(whole.shape[1:]))
+            row = ir.val(of_row(whole.name, int(index.numpy())), dtype=whole.dtype, shape=ir.Shape(whole.shape[1:]))
             gather.outputs[0].replace_all_uses_with(row)
             graph.inputs.append(row)
         graph.inputs.remove(whole)

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.evaluation.speed.bench import bench
 
     default = read_manifest(args.bundle).budgets
-    budget = Budget(args.neuron_budget or default["neurons"], args.head_budget or default["heads"])
+    budget = Budget(heads=args.head_budget or default["heads"], neurons=args.neuron_budget or default["neurons"])
     report = bench(
         args.bundle,
         args.against,

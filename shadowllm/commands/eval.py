@@ -117,8 +117,8 @@ def _text(args: argparse.Namespace) -> None:
     manifest = replace(manifest, spec=replace(manifest.spec, head_unit=args.head_unit or manifest.spec.head_unit))
     windows = _windows(args, manifest)
     read = read_weights(args.bundle, manifest)
-    selectors, neurons, heads = _sweep(args, manifest)
-    passes = len(windows) * (1 + len(selectors) * len(neurons) * len(heads))
+    selectors, heads, neurons = _sweep(args, manifest)
+    passes = len(windows) * (1 + len(selectors) * len(heads) * len(neurons))
     with progress("Evaluating", passes) as advance:
         results = evaluate(
             manifest.spec,
@@ -126,8 +126,8 @@ def _text(args: argparse.Namespace) -> None:
             read.predictor,
             selectors,
             windows,
-            neurons,
-            heads,
+            head_budgets=heads,
+            neuron_budgets=neurons,
             aggregate=args.aggregate,
             advance=advance,
         )
@@ -192,8 +192,8 @@ def _tasks(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"--tasks needs lm-evaluation-harness ({error})", "pip install 'shadowllm[lm-eval]'") from error
 
-    selectors, neurons, heads = _sweep(args, read_manifest(args.bundle))
-    selections = [(name, Budget(n, h)) for name in selectors for h in heads for n in neurons]
+    selectors, heads, neurons = _sweep(args, read_manifest(args.bundle))
+    selections = [(name, Budget(heads=h, neurons=n)) for name in selectors for h in heads for n in neurons]
     table = Table("selector", "neurons", "heads", "task", "metrics")
     rows = []
     for row in run_tasks(args.bundle, args.tasks, selections, args.limit):
@@ -207,11 +207,11 @@ def _tasks(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace, manifest: Manifest) -> tuple[list[str], list[Fractions], list[Fractions]]:
-    """Selectors, neuron budgets and head budgets to try; of tasks, the bundle's own selector by itself."""
+    """Selectors, head budgets and neuron budgets to try; of tasks, the bundle's own selector by itself."""
     own = manifest.predictor["kind"]
     selectors = args.selector or ([own] if args.tasks else list(dict.fromkeys(("static", own, "oracle"))))
     budget = Budget(**manifest.budgets)
-    return selectors, args.neuron_budget or [budget.neurons], args.head_budget or [budget.heads]
+    return selectors, args.head_budget or [budget.heads], args.neuron_budget or [budget.neurons]
 
 
 def _print_table(results: Sequence[Result]) -> None:

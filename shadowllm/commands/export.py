@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.pipeline import Export, export_model
 
     predictor = Predictor.load(args.predictor) if args.predictor else None
-    plan = Export(
+    bundle = Export(
         args.selector,
         options.budget(args),
         options.DTYPES[args.dtype],
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     export_model(
         options.source(args),
         args.out,
-        plan,
+        bundle,
         predictor=predictor,
         calibration=options.calibration(args),
         train_config=options.train_config(args),

@@ -111,7 +111,7 @@ def add_head_unit(parser: argparse.ArgumentParser, default: str | None = None) -
 
 def budget(args: argparse.Namespace) -> Budget:
     """The budget that `add_budget` describes."""
-    return Budget(neurons=args.neuron_budget, heads=args.head_budget)
+    return Budget(heads=args.head_budget, neurons=args.neuron_budget)
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

@@ -127,7 +127,8 @@ def _request(args: argparse.Namespace) -> Request:
     tokenizer = load_tokenizer(args.bundle, manifest)
     chat = args.chat or args.chat_template is not None
     prompts = [encode_prompt(args.bundle, manifest, tokenizer, p, chat, args.chat_template) for p in args.prompt]
-    budget = Budget(args.neuron_budget or manifest.budgets["neurons"], args.head_budget or manifest.budgets["heads"])
+    default = manifest.budgets
+    budget = Budget(heads=args.head_budget or default["heads"], neurons=args.neuron_budget or default["neurons"])
     return Request(manifest, tokenizer, prompts, budget, sampling, stops, stop_criteria(tokenizer, stops))
 
 

@@ -21,6 +21,7 @@ from shadowllm.benchmarks.gpu.child import answer
 from shadowllm.benchmarks.gpu.probe import probe
 from shadowllm.bundle.weight_file import TORCH_DTYPES
 from shadowllm.bundle.weight_layout import copy_groups
+from shadowllm.models.sparsity import SparseLayers
 from shadowllm.plugins.tensorrt.flavour import FLAVOURS
 from shadowllm.plugins.triton import ops
 from shadowllm.runtime import open_session
@@ -170,7 +171,7 @@ def test_large_sizes_are_not_for_the_interpreter(capsys):
 
 
 def test_random_copies_are_like_a_bundle_s():
-    spec = random_model.shape_spec("tiny-llama")
-    copies = random_model.RandomCopies(spec, 1, torch.device("cpu"))
-    wanted = {name: (shape, TORCH_DTYPES[dtype]) for group in copy_groups(spec, 1) for name, shape, dtype in group}
+    layers = SparseLayers(random_model.shape_spec("tiny-llama"), 1)
+    copies = random_model.RandomCopies(layers, torch.device("cpu"))
+    wanted = {name: (shape, TORCH_DTYPES[dtype]) for group in copy_groups(layers) for name, shape, dtype in group}
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in copies.items()} == wanted

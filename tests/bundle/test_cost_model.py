@@ -1,20 +1,146 @@
-"""When a sparse step is worth its predictor."""
+"""Bytes per decode step against counts done by hand and against the parameters there are; what pays by them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from shadowllm.bundle.cost_model import dense_layers, predictor_bytes, sparse_pays
+from shadowllm.bundle.cost_model import (
+    dense_reasons,
+    mean_traffic,
+    predictor_bytes,
+    sparse_pays,
+    step_traffic,
+    unit_elements,
+)
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.quantised_tensors import CopyTensors
 from shadowllm.bundle.weight_names import copied
 from shadowllm.bundle.weights import read_weights
 from shadowllm.models.registry import load_model
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import ActiveCounts, Budget, SparseLayers, layer_units
+from shadowllm.models.spec import ModelSpec, RopeSpec
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort.session import OrtSession
+
+LLAMA = ModelSpec(
+    family="llama",
+    vocab_size=11,
+    hidden_size=6,
+    intermediate_size=10,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=2,
+    max_seqlen=16,
+    norm="rmsnorm",
+    norm_eps=1e-5,
+    activation="silu",
+    gated=True,
+    positions="rope",
+    rope=RopeSpec(),
+    tied_embeddings=True,
+)
+OPT = replace(
+    LLAMA,
+    family="opt",
+    n_kv_heads=4,
+    norm="layernorm",
+    activation="relu",
+    gated=False,
+    positions="learned",
+    rope=None,
+    position_offset=2,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+)
+
+
+def counts(heads, neurons):
+    return ActiveCounts(*(np.array(each, dtype=np.int32) for each in (heads, neurons)))
+
+
+def test_dense_llama_by_hand():
+    parts = step_traffic(LLAMA, 4, context=5).parts
+    assert parts == {
+        "embedding rows": 4 * 6,
+        "norms": 4 * 7 * 6,
+        "k/v projections": 4 * 3 * 2 * 4 * 6,  # 3 layers, K and V, 2 heads x 2 dims, hidden 6
+        "dense layers": 4 * 3 * (2 * 8 * 6 + 3 * 10 * 6),  # q and o rows, gate/up/down rows
+        "active q/o rows": 0,
+        "active MLP rows": 0,
+        "lm_head": 4 * 11 * 6,
+        "KV cache": 4 * 3 * 2 * 2 * 5 * 2,  # 3 layers, 2 KV heads, K and V, 5 tokens, 2 dims
+        "predictor": 0,
+    }
+
+
+def test_sparse_llama_by_hand():
+    parts = step_traffic(LLAMA, 2, context=5, active=counts((1, 1), (2, 4)), choosing=77).parts
+    assert parts["dense layers"] == 2 * (2 * 8 * 6 + 3 * 10 * 6)
+    assert parts["active q/o rows"] == 2 * 2 * (2 * 2 * 6)
+    assert parts["active MLP rows"] == 2 * (2 + 4) * 3 * 6
+    assert parts["KV cache"] == 2 * (2 + 1 + 1) * 2 * 5 * 2  # one active head reads one of the two KV heads
+    assert parts["k/v projections"] == 2 * 3 * 2 * 4 * 6  # K and V stay exact
+    assert parts["predictor"] == 77
+
+
+def test_whole_groups_leave_their_caches_unread():
+    active = counts((2, 2), (2, 4))
+    found = [
+        step_traffic(spec, 1, context=5, active=active).parts["KV cache"] / (2 * 5 * 2)
+        for spec in (LLAMA, replace(LLAMA, head_unit="kv_group"))
+    ]
+    assert found == [2 + 2 + 2, 2 + 1 + 1]
+
+
+@pytest.mark.parametrize("spec", [LLAMA, OPT], ids=["llama", "opt"])
+def test_all_active_reads_what_dense_reads(spec):
+    dense = step_traffic(spec, 4, context=9)
+    sparse = step_traffic(spec, 4, context=9, active=Budget().counts(SparseLayers(spec, 1)))
+    assert sparse.total == dense.total
+
+
+@pytest.mark.parametrize("spec", [LLAMA, OPT], ids=["llama", "opt"])
+def test_dense_weights_are_all_parameters(spec):
+    parts = step_traffic(spec, 1, context=0).parts
+    unread_positions = (spec.max_seqlen + spec.position_offset) * spec.hidden_size if spec.positions == "learned" else 0
+    # The tied embedding table is counted as lm_head; its one gathered row is read on top.
+    assert sum(parts.values()) - parts["embedding rows"] == spec.n_parameters - unread_positions
+
+
+def test_batch_shares_weights_but_not_caches():
+    one, four = (step_traffic(LLAMA, 4, context=5, batch=batch).parts for batch in (1, 4))
+    assert four["KV cache"] == 4 * one["KV cache"]
+    assert four["embedding rows"] == 4 * one["embedding rows"]
+    assert four["dense layers"] == one["dense layers"]
+
+
+@pytest.mark.parametrize(("prompt_len", "new_tokens"), [(7, 4), (128, 128)])
+def test_mean_over_a_generation(prompt_len, new_tokens):
+    contexts = range(prompt_len + 1, prompt_len + new_tokens)
+    mean = sum(step_traffic(LLAMA, 4, context).total for context in contexts) / len(contexts)
+    assert mean_traffic(LLAMA, 4, prompt_len, new_tokens).total == mean
+
+
+@pytest.mark.parametrize("spec", [LLAMA, OPT], ids=["llama", "opt"])
+@pytest.mark.parametrize(("unit", "part"), [("heads", "active q/o rows"), ("neurons", "active MLP rows")])
+def test_a_unit_left_out_saves_its_elements(spec, unit, part):
+    every = layer_units(spec)
+    found = []
+    for count in (every[unit], every[unit] - 1):
+        active = every | {unit: count}
+        found.append(step_traffic(spec, 1, 5, counts([active["heads"]], [active["neurons"]])).parts[part])
+    assert found[0] - found[1] == unit_elements(spec, unit)
+
+
+def test_bytes_of_large_models_do_not_overflow():
+    large = replace(LLAMA, hidden_size=1 << 14, intermediate_size=1 << 16, head_dim=1 << 10)
+    sparse = step_traffic(large, 4, 5, Budget().counts(SparseLayers(large, 1)))
+    assert sparse.total == step_traffic(large, 4, 5).total > 1 << 32
 
 
 @pytest.mark.parametrize("kind", ["shadow", "static"])
@@ -75,11 +201,11 @@ def test_a_16_bit_session_decodes_its_rows_sparse_whenever_the_native_ops_read_t
 
 def test_dense_layers_have_a_reason(bundle):
     manifest = read_manifest(bundle("llama-blocks", kind="quantized-shadow"))
-    found = dense_layers(manifest, Budget(neurons=(0.99, 0.5)))
+    found = dense_reasons(manifest, Budget(neurons=(0.99, 0.5)))
     assert list(found) == ["0", "1"]
     assert found["0"] == "comes before the choice"
     assert found["1"].startswith("does not pay: its rows and its share of the predictor cost as ")
-    assert dense_layers(manifest, Budget(neurons=(1.0, 0.5)), "because")["1"] == "because"
+    assert dense_reasons(manifest, Budget(neurons=(1.0, 0.5)), "because")["1"] == "because"
 
 
 @pytest.mark.parametrize("kind", ["static", "shadow", "layerwise", "quantized-shadow"])
@@ -87,7 +213,7 @@ def test_layers_pay_where_the_step_does(bundle, kind):
     """With one budget for all layers, they and the step as a whole agree."""
     manifest = read_manifest(bundle("llama-blocks", kind=kind))
     paying = [sparse_pays(manifest, Budget(neurons=fraction / 96)) for fraction in range(48, 97)]
-    assert paying == [len(dense_layers(manifest, Budget(neurons=fraction / 96))) == 1 for fraction in range(48, 97)]
+    assert paying == [len(dense_reasons(manifest, Budget(neurons=fraction / 96))) == 1 for fraction in range(48, 97)]
     assert {True, False} == set(paying)
 
 

@@ -19,7 +19,7 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.engines.contents import engine_contents
 from tests.plugins.programs import program
 
-PLAN = b"plan: SparseMLP layers.1.SparseMLP " * 7 + program(sms=(0, 80, 89)).pack() + b"the rest"
+ENGINE = b"engine: SparseMLP layers.1.SparseMLP " * 7 + program(sms=(0, 80, 89)).pack() + b"the rest"
 FILES = {"body.onnx": "ab" * 32, "model.onnx.data": "cd" * 32}
 HERE = {"flavour": "tensorrt_rtx", "version": "1.7.1.116", "compute_capability": 89, "files": FILES}
 
@@ -28,7 +28,7 @@ HERE = {"flavour": "tensorrt_rtx", "version": "1.7.1.116", "compute_capability":
 def engine_path(tmp_path):
     """An engine file that is none, with a fitting sidecar."""
     path = tmp_path / "body.engine"
-    path.write_bytes(PLAN)
+    path.write_bytes(ENGINE)
     write_sidecar(
         path,
         EngineRecord(
@@ -40,8 +40,8 @@ def engine_path(tmp_path):
             kernels={"first": (0, 80, 89), "second": (0, 80, 89)},
             profiles=(ShapeProfile("decode", {"x": ((1, 1), (1, 1), (2, 1))}),),
             files=FILES,
-            engine_sha256=hashlib.sha256(PLAN).hexdigest(),
-            engine_bytes=len(PLAN),
+            engine_sha256=hashlib.sha256(ENGINE).hexdigest(),
+            engine_bytes=len(ENGINE),
             build_seconds=1.5,
         ),
     )
@@ -96,7 +96,7 @@ def test_kernels_that_do_not_serve_the_gpu_are_refused(engine_path):
     assert check_sidecar(engine_path, **HERE).kernels == {"first": (86, 90)}  # 8.6 serves 8.9
 
 
-@pytest.mark.parametrize("damage", [PLAN[:-1], PLAN + b"x", b"", PLAN[:40] + b"X" + PLAN[41:]])
+@pytest.mark.parametrize("damage", [ENGINE[:-1], ENGINE + b"x", b"", ENGINE[:40] + b"X" + ENGINE[41:]])
 def test_damaged_engine_is_refused(engine_path, damage):
     engine_path.write_bytes(damage)
     with pytest.raises(UserError, match=r"body\.engine is damaged"):
@@ -123,9 +123,9 @@ def test_an_unknown_field_is_refused(engine_path):
         read_sidecar(engine_path)
 
 
-@pytest.mark.parametrize("plan", [b"", b"SparseMLP alone, without its layer"])
-def test_contents_are_held_against_the_engine(engine_path, plan):
-    engine_path.write_bytes(plan)
+@pytest.mark.parametrize("contents", [b"", b"SparseMLP alone, without its layer"])
+def test_contents_are_held_against_the_engine(engine_path, contents):
+    engine_path.write_bytes(contents)
     with pytest.raises(UserError, match=r"does not hold .*SparseMLP, which its sidecar lists"):
         engine_contents(engine_path)
 
@@ -144,6 +144,6 @@ def test_kernels_are_held_against_the_engine(engine_path, kernels, words):
 
 
 def test_a_damaged_program_in_an_engine_is_named(engine_path):
-    engine_path.write_bytes(PLAN[:-200])
+    engine_path.write_bytes(ENGINE[:-200])
     with pytest.raises(UserError, match=r"does not hold whole programs \(the program is damaged\)"):
         engine_contents(engine_path)

@@ -53,15 +53,15 @@ def test_no_allocation_of_the_same_size_loses_less():
         other = {"heads": list(best.heads), "neurons": list(best.neurons)}
         other[to][at] += moved * 1000 / getattr(MADE, to).weights
         other[back][there] -= moved * 1000 / getattr(MADE, back).weights
-        other = Budget(tuple(other["neurons"]), tuple(other["heads"]))
+        other = Budget(heads=tuple(other["heads"]), neurons=tuple(other["neurons"]))
         assert kept(other) == pytest.approx(kept(best))
         assert lost(other) > lost(best)
 
 
 def test_prices_span_everything_and_the_least():
     low, high = MADE.prices()
-    assert MADE.budget(low) == Budget((1.0, 1.0), (1.0, 1.0))
-    assert MADE.budget(high) == Budget((LEAST, LEAST), (LEAST, LEAST))
+    assert MADE.budget(low) == Budget(heads=(1.0, 1.0), neurons=(1.0, 1.0))
+    assert MADE.budget(high) == Budget(heads=(LEAST, LEAST), neurons=(LEAST, LEAST))
 
 
 def test_bisection_brackets_a_size():
@@ -107,4 +107,4 @@ def test_losses_are_those_of_the_masked_model(llama):
     assert loss.dense_log_perplexity == pytest.approx(float(dense), rel=1e-5)
     assert loss.log_perplexity(Budget()) == pytest.approx(loss.dense_log_perplexity, rel=1e-5)
     assert loss.divergence(Budget()) == pytest.approx(0, abs=1e-6)
-    assert loss.divergence(Budget(0.3)) > loss.divergence(Budget(0.6)) > 0
+    assert loss.divergence(Budget(neurons=0.3)) > loss.divergence(Budget(neurons=0.6)) > 0

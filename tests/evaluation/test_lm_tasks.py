@@ -53,7 +53,7 @@ def decoders(folder):
     manifest = read_manifest(folder)
     read = read_weights(folder, manifest)
     context = Context(manifest.spec, read.sparse, predictor=read.predictor)
-    masked = MaskedDecoder(context, make_selector("quantized-shadow", context), Budget(0.3, 0.5))
+    masked = MaskedDecoder(context, make_selector("quantized-shadow", context), Budget(heads=0.5, neurons=0.3))
     return {"dense": Decoder(manifest.spec, read.dense), "quantized-shadow": masked}
 
 
@@ -64,7 +64,7 @@ def folder(bundle):
 
 @pytest.mark.parametrize("selector", ["dense", "quantized-shadow"])
 def test_likelihoods_by_hand(folder, selector):
-    lm = BundleLM(folder, selector, Budget(0.3, 0.5))
+    lm = BundleLM(folder, selector, Budget(heads=0.5, neurons=0.3))
     tokenizer = load_tokenizer(folder, read_manifest(folder))
     whole, context = (tokenizer(text).input_ids for text in ("The sun is hot", "The sun is"))
     with torch.no_grad():
@@ -93,10 +93,10 @@ def test_a_long_text_is_read_in_windows(folder):
 
 def test_generation_is_the_sessions_and_stops(folder):
     options = {"until": ["~"], "max_gen_toks": 12}
-    lm = BundleLM(folder, None, Budget(0.3, 0.5))
+    lm = BundleLM(folder, None, Budget(heads=0.5, neurons=0.3))
     (found,) = lm.generate_until([request("Hello", options)])
     with open_session(folder, "ort") as session:
-        session.set_budget(Budget(0.3, 0.5))
+        session.set_budget(Budget(heads=0.5, neurons=0.3))
         steps = generate(session, [lm.tok_encode("Hello")], 12, stop_ids=session.spec.eos_token_ids)
         written = load_tokenizer(folder, read_manifest(folder)).decode([token for (token,) in steps])
     assert found == written.split("~")[0]

@@ -29,7 +29,9 @@ def evaluated(request, tiny):
     traces = calibrate(spec, weights, split(token_windows(spec)), "f00d", criterion=request.param)
     predictor = train_network(spec, traces, TrainConfig(rank=8, epochs=2))
     windows = token_windows(spec, n=3, seed=8)
-    return windows, evaluate(spec, weights, predictor, SELECTORS, windows, [1.0, 0.4], [1.0, 0.5])
+    return windows, evaluate(
+        spec, weights, predictor, SELECTORS, windows, neuron_budgets=[1.0, 0.4], head_budgets=[1.0, 0.5]
+    )
 
 
 def test_dense_perplexity_is_that_of_the_logits(evaluated, tiny):
@@ -101,7 +103,7 @@ def test_layers_add_up(evaluated):
 def test_one_choice_for_a_window(llama, aggregate):
     spec, weights = llama
     context, windows = Context(spec, weights), token_windows(spec, n=2, seed=8)
-    decoder = MaskedDecoder(context, make_selector("oracle", context), Budget(0.4, 0.5), aggregate)
+    decoder = MaskedDecoder(context, make_selector("oracle", context), Budget(heads=0.5, neurons=0.4), aggregate)
     decoder(windows)
     first = {key: mask for key, mask in decoder.masks.items() if key[0] == 1}
     assert all(torch.equal(mask, mask[:, :1].expand_as(mask)) for mask in decoder.masks.values())
@@ -115,30 +117,30 @@ def test_one_choice_for_a_window_is_worse_than_one_for_each_token(llama):
     spec, weights = llama
     windows = token_windows(spec, n=3, seed=8)
     token, sequence, last = (
-        evaluate(spec, weights, None, "oracle", windows, [0.4], aggregate=name)[1]
+        evaluate(spec, weights, None, "oracle", windows, neuron_budgets=[0.4], aggregate=name)[1]
         for name in ("token", "sequence", "last-token")
     )
     assert token.kl < sequence.kl < last.kl
     with pytest.raises(UserError, match="no aggregation 'word'"):
-        evaluate(spec, weights, None, "oracle", windows, [0.4], aggregate="word")
+        evaluate(spec, weights, None, "oracle", windows, neuron_budgets=[0.4], aggregate="word")
 
 
 def test_results_repeat(llama):
     spec, weights = llama
     windows = token_windows(spec, n=2)
-    first, again = (evaluate(spec, weights, None, "random", windows, [0.4], seed=5) for _ in range(2))
+    first, again = (evaluate(spec, weights, None, "random", windows, neuron_budgets=[0.4], seed=5) for _ in range(2))
     assert first == again
-    assert first != evaluate(spec, weights, None, "random", windows, [0.4], seed=6)
+    assert first != evaluate(spec, weights, None, "random", windows, neuron_budgets=[0.4], seed=6)
 
 
 def test_senseless_requests_are_refused(llama):
     spec, weights = llama
     with pytest.raises(UserError, match="budget"):
-        evaluate(spec, weights, None, "oracle", token_windows(spec), [1.5])
+        evaluate(spec, weights, None, "oracle", token_windows(spec), neuron_budgets=[1.5])
     with pytest.raises(UserError, match="at least one window"):
-        evaluate(spec, weights, None, "oracle", torch.zeros(0, 8, dtype=torch.int64), [0.5])
+        evaluate(spec, weights, None, "oracle", torch.zeros(0, 8, dtype=torch.int64), neuron_budgets=[0.5])
     with pytest.raises(UserError, match="needs a trained predictor"):
-        evaluate(spec, weights, None, "static", token_windows(spec), [0.5])
+        evaluate(spec, weights, None, "static", token_windows(spec), neuron_budgets=[0.5])
 
 
 def test_gap_closure_goes_by_the_budgets_themselves_not_by_their_means(tiny):
@@ -148,8 +150,8 @@ def test_gap_closure_goes_by_the_budgets_themselves_not_by_their_means(tiny):
     traces = calibrate(spec, weights, split(token_windows(spec)), "f00d")
     predictor = train_network(spec, traces, TrainConfig(rank=8, epochs=2))
     windows = token_windows(spec, n=2, seed=8)
-    both = evaluate(spec, weights, predictor, SELECTORS, windows, [0.5, uneven])
+    both = evaluate(spec, weights, predictor, SELECTORS, windows, neuron_budgets=[0.5, uneven])
     assert all(result.neuron_budget == pytest.approx(0.5) for result in both[1:])
     for position, budget in enumerate((0.5, uneven)):
-        alone = evaluate(spec, weights, predictor, SELECTORS, windows, [budget])
+        alone = evaluate(spec, weights, predictor, SELECTORS, windows, neuron_budgets=[budget])
         assert [r.gap_closure for r in both[1 + position :: 2]] == [r.gap_closure for r in alone[1:]]

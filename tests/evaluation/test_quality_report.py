@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from shadowllm.bundle.cost_model import predictor_bytes
+from shadowllm.bundle.cost_model import predictor_bytes, step_traffic
 from shadowllm.bundle.manifest import read_manifest
-from shadowllm.bundle.traffic import step_traffic
 from shadowllm.errors import UserError
 from shadowllm.evaluation.quality import Result
 from shadowllm.evaluation.quality_report import CONTEXT, plot, rows
 
 
 def result(selector, neurons=1.0, heads=1.0):
-    return Result(selector, neurons, heads, 20.0, 0.1, 0.9, 0.8, 0.7, None)
+    return Result(
+        selector=selector,
+        head_budget=heads,
+        neuron_budget=neurons,
+        perplexity=20.0,
+        kl=0.1,
+        top1_agreement=0.9,
+        head_recall=0.7,
+        neuron_recall=0.8,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Budgets: fractions to counts, one for all layers or one for each."""
+"""The vocabulary of sparsity: layers and rows, and budgets as counts, one fraction for all layers or one for each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import pytest
 
 from shadowllm.errors import UserError
 from shadowllm.models.registry import load_model
-from shadowllm.models.sparsity import Budget, describe_fractions, format_fractions, parse_fractions
+from shadowllm.models.sparsity import (
+    UNITS,
+    Budget,
+    SparseLayers,
+    describe_fractions,
+    format_fractions,
+    layer_units,
+    parse_fractions,
+)
 
 
 @pytest.fixture(scope="module")
@@ -17,23 +25,64 @@ def spec(checkpoint):
     return load_model(checkpoint("llama-gqa"))[0]  # 4 heads, 88 neurons
 
 
+def sparse(spec, count):
+    """So many sparse layers of a model, after one dense one."""
+    return SparseLayers(replace(spec, n_layers=count + 1), 1)
+
+
+def lists(counts):
+    return tuple(counts[unit].tolist() for unit in UNITS)
+
+
+def test_sparse_layers_come_after_the_dense_ones(spec):
+    layers = SparseLayers(replace(spec, n_layers=5), 2)
+    assert (layers.count, list(layers.layers)) == (3, [2, 3, 4])
+    assert [layers.row(layer) for layer in layers.layers] == [0, 1, 2]
+    assert [layers.layer(row) for row in range(layers.count)] == [2, 3, 4]
+    assert 1 not in layers.layers
+
+
+def test_a_dense_model_has_none_and_takes_any_budget(spec):
+    layers = SparseLayers(spec, spec.n_layers)
+    assert (layers.count, list(layers.layers)) == (0, [])
+    assert lists(Budget(heads=0.5, neurons=(0.25, 1.0)).counts(layers)) == ([], [])
+
+
+def test_units_stand_in_one_order(spec):
+    assert tuple(layer_units(spec).items()) == (("heads", 4), ("neurons", 88))
+    assert tuple(layer_units(spec)) == UNITS == tuple(vars(Budget())) == tuple(vars(Budget().counts(sparse(spec, 1))))
+
+
+def test_counts_go_by_name_and_by_layer(spec):
+    counts = Budget(heads=(0.25, 1.0), neurons=0.5).counts(sparse(spec, 2))
+    assert counts["heads"] is counts.heads
+    assert counts["neurons"] is counts.neurons
+    assert list(counts.by_layer()) == [(1, 44), (4, 44)]
+    assert all(type(number) is int for layer in counts.by_layer() for number in layer)
+
+
+def test_budgets_have_no_positions():
+    with pytest.raises(TypeError):
+        Budget(0.5, 0.25)
+
+
 def test_one_fraction_holds_for_all_layers(spec):
-    heads, neurons = Budget(neurons=0.5, heads=0.75).counts(spec, 3)
-    assert (heads.tolist(), neurons.tolist()) == ([3, 3, 3], [44, 44, 44])
+    counts = Budget(neurons=0.5, heads=0.75).counts(sparse(spec, 3))
+    assert lists(counts) == ([3, 3, 3], [44, 44, 44])
 
 
 def test_each_layer_may_have_its_own(spec):
-    heads, neurons = Budget(neurons=(0.25, 1.0), heads=1e-9).counts(spec, 2)
-    assert (heads.tolist(), neurons.tolist()) == ([1, 1], [22, 88])
+    counts = Budget(neurons=(0.25, 1.0), heads=1e-9).counts(sparse(spec, 2))
+    assert lists(counts) == ([1, 1], [22, 88])
     assert Budget(neurons=(0.25, 1.0)).mean() == Budget(neurons=0.625)
     with pytest.raises(UserError, match="2 fractions, the model 3 sparse layers"):
-        Budget(neurons=(0.25, 1.0)).counts(spec, 3)
+        Budget(neurons=(0.25, 1.0)).counts(sparse(spec, 3))
 
 
 def test_kv_groups_stay_whole(spec):
     grouped = replace(spec, head_unit="kv_group")  # two groups of two
-    heads, neurons = Budget(neurons=0.25, heads=(0.1, 0.8, 1.0)).counts(grouped, 3)
-    assert (heads.tolist(), heads.dtype, neurons.tolist()) == ([2, 4, 4], np.int32, [22, 22, 22])
+    counts = Budget(neurons=0.25, heads=(0.1, 0.8, 1.0)).counts(sparse(grouped, 3))
+    assert (lists(counts), counts.heads.dtype) == (([2, 4, 4], [22, 22, 22]), np.int32)
     with pytest.raises(UserError, match="head unit 'layer'"):
         replace(spec, head_unit="layer")
 

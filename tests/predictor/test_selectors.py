@@ -59,11 +59,11 @@ def test_each_token_has_exactly_the_counted_units(context, name):
     windows, budget = token_windows(context.spec, n=2, seed=8), Budget(neurons=(0.3, 0.7), heads=0.5)
     decoder = MaskedDecoder(context, chooser(name, context), budget)
     decoder(windows)
-    heads, neurons = budget.counts(context.spec, 2)
+    counts = budget.counts(context.sparse_layers)
     assert decoder.masks.keys() == {(layer, unit) for layer in (1, 2) for unit in ("heads", "neurons")}
     for (layer, unit), mask in decoder.masks.items():
         assert mask.shape[:2] == windows.shape
-        assert bool((mask.sum(dim=-1) == (heads if unit == "heads" else neurons)[layer - 1]).all())
+        assert bool((mask.sum(dim=-1) == counts[unit][layer - 1]).all())
 
 
 def test_heads_of_a_group_are_chosen_together_by_their_sum(llama):
@@ -82,7 +82,7 @@ def test_heads_of_a_group_are_chosen_together_by_their_sum(llama):
 
 @pytest.mark.parametrize("name", SELECTORS)
 def test_choices_depend_on_the_token_unless_static(context, name):
-    decoder = MaskedDecoder(context, chooser(name, context), Budget(0.3, 0.5))
+    decoder = MaskedDecoder(context, chooser(name, context), Budget(heads=0.5, neurons=0.3))
     decoder(token_windows(context.spec, n=2, seed=8))
     mask = decoder.masks[2, "neurons"].flatten(0, 1)
     assert bool((mask == mask[0]).all()) == (name == "static")
@@ -92,7 +92,7 @@ def test_masked_units_contribute_nothing(context):
     """Zeroed activations equal a model whose masked rows are gone, for a choice without context."""
     spec, weights = context.spec, dict(context.weights)
     windows = token_windows(spec, n=1, seed=8)
-    decoder = MaskedDecoder(context, make_selector("static", context), Budget(0.3, 0.5))
+    decoder = MaskedDecoder(context, make_selector("static", context), Budget(heads=0.5, neurons=0.3))
     logits = decoder(windows)
     for (layer, unit), mask in decoder.masks.items():
         name = f"layers.{layer}.{'o_proj' if unit == 'heads' else 'down_proj'}.weight"
@@ -104,7 +104,7 @@ def test_masked_units_contribute_nothing(context):
 
 
 def test_oracle_ranks_the_masked_model_in_place(context):
-    windows, budget = token_windows(context.spec, n=1, seed=8), Budget(0.3, 0.5)
+    windows, budget = token_windows(context.spec, n=1, seed=8), Budget(heads=0.5, neurons=0.3)
     decoder = MaskedDecoder(context, make_selector("oracle", context), budget)
     decoder(windows)
     seen = {}
@@ -117,7 +117,7 @@ def test_oracle_ranks_the_masked_model_in_place(context):
     with torch.no_grad():
         Decoder(context.spec, context.weights, replay)(windows)
     score = find_criterion("l2norm").score
-    _, neurons = budget.counts(context.spec, 2)
+    neurons = budget.counts(context.sparse_layers).neurons
     trace = unit_trace(context.spec, context.weights, 2, "neurons", seen[2, "neurons"])
     assert torch.equal(decoder.masks[2, "neurons"], top_mask(score(trace), int(neurons[1])))
 
@@ -129,7 +129,7 @@ def test_the_shadow_is_causal(context):
     changed[:, 12:] = (changed[:, 12:] + 1) % context.spec.vocab_size
     masks = []
     for tokens in (windows, changed):
-        decoder = MaskedDecoder(context, make_selector("shadow", context), Budget(0.3, 0.5))
+        decoder = MaskedDecoder(context, make_selector("shadow", context), Budget(heads=0.5, neurons=0.3))
         decoder(tokens)
         masks.append(decoder.masks)
     assert all(torch.equal(masks[0][key][:, :12], masks[1][key][:, :12]) for key in masks[0])

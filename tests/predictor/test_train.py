@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shadowllm.errors import UserError
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import Budget, SparseLayers
 from shadowllm.predictor.losses import LOSSES
 from shadowllm.predictor.networks import (
     default_rank,
@@ -121,7 +121,7 @@ def test_text_that_is_traced_anew_is_read_once(llama):
 def test_static_is_the_mean_relative_importance(llama):
     spec, weights = llama
     traces = calibrate(spec, weights, split(token_windows(spec)), "f00d")
-    static = train_static(spec, traces, budget=Budget(0.25, 0.5))
+    static = train_static(spec, traces, budget=Budget(heads=0.5, neurons=0.25))
     assert torch.equal(static.tensors["neurons.scores"], traces.statistics["neurons"])
     held = Tracer(spec, weights, "l2norm").trace(traces.windows.held_out).neurons
     truth = held.topk(22, dim=-1).indices
@@ -149,11 +149,11 @@ def test_default_rank_stays_under_four_percent(llama):
         "layerwise": lambda r: 29 * (r * 577 + 1536 * (r + 1)),
     }
     for kind, size in sizes.items():
-        rank = default_rank(smollm, 1, kind)
+        rank = default_rank(SparseLayers(smollm, 1), kind)
         assert rank % 16 == 0
         assert size(rank) <= 0.04 * smollm.n_parameters < size(rank + 16)
     with pytest.raises(UserError, match="--rank"):
-        default_rank(spec, 1)
+        default_rank(SparseLayers(spec, 1))
 
 
 @pytest.mark.parametrize("options", [{"loss": "magic"}, {"epochs": 0}, {"rank": 0}, {"learning_rate": 0.0}])

@@ -36,7 +36,7 @@ SHORT = {"prompt_len": 12, "new_tokens": 6, "runs": 2, "warmup": 1, "quality_tok
 
 @pytest.fixture(scope="module")
 def report(bundle):
-    return bench(bundle(), budget=Budget(0.5, 0.5), **SHORT)
+    return bench(bundle(), budget=Budget(heads=0.5, neurons=0.5), **SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_the_baseline_agrees_with_itself(data):
 
 
 def test_everything_active_is_as_good_as_dense(bundle):
-    sparse, dense = bench(bundle(), budget=Budget(1.0, 1.0), **SHORT | {"runs": 1, "warmup": 0}).results
+    sparse, dense = bench(bundle(), budget=Budget(heads=1.0, neurons=1.0), **SHORT | {"runs": 1, "warmup": 0}).results
     assert sparse.quality["next_token_agreement"] == 1
     assert sparse.quality["perplexity"] == pytest.approx(dense.quality["perplexity"], rel=1e-5)
 

@@ -45,13 +45,13 @@ def test_engine_holds_the_plugins(tmp_path, dtype):
         ("layers.5.SparseMLP", 5),
         ("layers.6.SparseMLP", 6),
     ]
-    plan = engine_path.read_bytes()
+    engine = engine_path.read_bytes()
     for word in (b"SelectTopK", b"SparseAttention", b"SparseMLP", b"layers.6.SparseMLP"):
-        assert word in plan
-    programs = set(programs_in(plan))
+        assert word in engine
+    programs = set(programs_in(engine))
     assert {program.inputs[0] for program in programs} == {"float32", dtype}  # scores, or hidden states
     assert carried(programs) == record.kernels
-    assert record.engine_bytes == len(plan) > describe_onnx(onnx_path).weight_bytes
+    assert record.engine_bytes == len(engine) > describe_onnx(onnx_path).weight_bytes
     assert record.files == {name: file_hash(tmp_path / name) for name in ("sample.onnx", "sample.onnx.data")}
     assert record.compute_capabilities == (89,)
     assert {"select_topk", "mlp_hidden", "decode_attention"} < set(record.kernels)

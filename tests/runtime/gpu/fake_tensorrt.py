@@ -236,8 +236,8 @@ def played(bundle, cuda, rtx=True):
         def __init__(self, logger):
             pass
 
-        def deserialize_cuda_engine(self, plan):
-            return Engine(bytes(plan), bundle, cuda)
+        def deserialize_cuda_engine(self, serialised):
+            return Engine(bytes(serialised), bundle, cuda)
 
     class ILogger:
         ERROR = 1

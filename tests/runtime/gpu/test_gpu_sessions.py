@@ -24,9 +24,9 @@ PROMPTS = [[5, 17, 42], [8, 61]]
 def follow(session):
     """Logits after prompts, at one budget, and at another in mid-text, ``(steps, batch, vocab_size)``."""
     session.reset(2)
-    session.set_budget(Budget(0.5, 0.5))
+    session.set_budget(Budget(heads=0.5, neurons=0.5))
     found = [session.prefill(PROMPTS).copy(), session.decode(np.array([3, 90])).copy()]
-    session.set_budget(Budget(0.25, 0.75))
+    session.set_budget(Budget(heads=0.75, neurons=0.25))
     return np.stack([*found, session.decode(np.array([14, 7])).copy()])
 
 

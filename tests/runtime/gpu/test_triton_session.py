@@ -57,7 +57,7 @@ def test_full_budget_equals_dense_and_the_budget_changes_in_mid_text(bundle, var
         theirs.set_budget(Budget())
         steps(theirs, PROMPTS[:1], FORCED[:1, :1])
         for session in (ours, theirs):
-            session.set_budget(Budget(0.3, 0.5))
+            session.set_budget(Budget(heads=0.5, neurons=0.3))
         after = [session.decode(np.array([11])).copy() for session in (ours, theirs)]
         assert distance(*after) < TOLERANCE
 
@@ -104,8 +104,11 @@ def test_greedy_text_is_the_reference_s_and_may_stop_early(bundle):
 def test_without_a_bundle_the_copy_is_made_of_the_weights(bundle):
     folder = bundle("llama-biases", kind="quantized-shadow")
     read = TorchSession.open(folder)
-    with TritonSession(read.spec, read._weights, read._predictor, Budget(0.3, 0.5)) as ours, read as theirs:
-        theirs.set_budget(Budget(0.3, 0.5))
+    with (
+        TritonSession(read.spec, read._weights, read._predictor, Budget(heads=0.5, neurons=0.3)) as ours,
+        read as theirs,
+    ):
+        theirs.set_budget(Budget(heads=0.5, neurons=0.3))
         assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
 
 
@@ -113,7 +116,9 @@ def test_the_cache_grows_and_keeps_its_contents(bundle):
     with open_session(bundle(), "torch") as theirs:
         expected = steps(theirs, PROMPTS[:1], FORCED[:, :1])
     read = TorchSession.open(bundle())
-    with TritonSession(read.spec, read._weights, read._predictor, Budget(0.5, 0.5), cache_block=4) as ours:
+    with TritonSession(
+        read.spec, read._weights, read._predictor, Budget(heads=0.5, neurons=0.5), cache_block=4
+    ) as ours:
         found = steps(ours, PROMPTS[:1], FORCED[:, :1])
         assert ours.cache.keys[0].shape[2] == 8
     assert distance(found, expected) < TOLERANCE

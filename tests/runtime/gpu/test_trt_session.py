@@ -64,7 +64,7 @@ def distance(found, expected):
     [("llama-gqa", {}), ("opt", {}), ("llama-gqa", {"kind": "static"}), ("llama-gqa", {"kind": "layerwise"})],
 )
 def test_a_ragged_batch_at_changing_budgets(engines, bundle, variant, options):
-    first, second = Budget(neurons=(0.25, 0.6), heads=(0.75, 0.5)), Budget(1.0, 0.5)
+    first, second = Budget(neurons=(0.25, 0.6), heads=(0.75, 0.5)), Budget(heads=0.5, neurons=1.0)
     with engines(variant, bundle_options=options) as ours, open_session(bundle(variant, **options), "torch") as theirs:
         found = []
         for session in (ours, theirs):

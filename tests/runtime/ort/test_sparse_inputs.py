@@ -7,7 +7,8 @@ import pytest
 
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.op_domain import DOMAIN
-from shadowllm.runtime.ort.sparse_inputs import SELECTION, flatten, split_selection
+from shadowllm.bundle.selection_names import SELECTION
+from shadowllm.runtime.ort.sparse_inputs import flatten, split_selection
 
 
 @pytest.fixture
