@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -137,7 +138,7 @@ class Child:
         self._channel.settimeout(timeout)
         with suppress(ConnectionError):  # it is gone already; its status tells why
             self._channel.sendall(line.encode())
-        while line := self._receive():
+        while (line := self._receive()).endswith("\n"):  # one that breaks off is a death, too
             match json.loads(line):
                 case {"progress": value}:
                     progress(value)
@@ -162,11 +163,10 @@ class Child:
             raise self._death(timeout)
 
     def _receive(self) -> str:
-        """The next line; empty at the end."""
-        line = ""
-        with suppress(ConnectionError):
-            line = self._messages.readline()
-        return line if line.endswith("\n") else ""
+        try:
+            return self._messages.readline()
+        except ConnectionError:
+            return ""
 
     def _wait(self, timeout: float | None) -> int:
         try:
@@ -225,6 +225,8 @@ def serve(answer: Callable[[Any, Progress], Any]) -> int:
             messages.flush()
 
     for line in requests:
+        if has_parent and _has_ended(requests):
+            return 1
         try:
             send(result=answer(json.loads(line), lambda value: send(progress=value)))
         except UserError as error:
@@ -236,6 +238,13 @@ def serve(answer: Callable[[Any, Progress], Any]) -> int:
             send(traceback=traceback.format_exc())
             return 1
     return 0
+
+
+def _has_ended(channel: TextIO) -> bool:
+    """Whether the parent is gone, as one that was killed before we asked to end with it."""
+    poll = select.poll()
+    poll.register(channel, 0)  # tells of the other end's close alone
+    return bool(poll.poll(0))
 
 
 def end_with_parent() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -203,6 +204,24 @@ class TestEnds:
             getattr(parent, how)()
         _, alive = psutil.wait_procs([one], timeout=20)
         assert not alive
+
+    @pytest.mark.parametrize("kills", [True, False])
+    def test_with_a_parent_that_was_killed_before_it_serves(self, kills, tmp_path):
+        slow = (
+            "import time; time.sleep(1); from shadowllm.child import serve; serve(lambda path, _: open(path, 'w').name)"
+        )
+        code = (
+            f"from shadowllm.child import Child\nwith Child({(sys.executable, '-c', slow)!r}, 'it') as one:\n"
+            f"    print(one.process.pid, flush=True)\n    one.ask({str(tmp_path / 'file')!r})"
+        )
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+            one = psutil.Process(int(parent.stdout.readline()))
+            time.sleep(0.3)  # the request is sent
+            if kills:
+                parent.kill()
+        _, alive = psutil.wait_procs([one], timeout=20)
+        assert not alive
+        assert (tmp_path / "file").exists() is not kills
 
     def test_by_itself_when_no_more_requests_come(self):
         with child() as one:
