@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ from rich.progress import track
 
 from shadowllm.bundle import op_domain
 from shadowllm.bundle.quantisation import WEIGHT_DTYPES, quantise
+from shadowllm.child import Child, Progress, module_command, serve
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.plugins import native_ops, schemas
@@ -191,13 +192,15 @@ def bind(session: ort.InferenceSession, stack: Stack, output: str, kept: float, 
     return binding
 
 
-def worker(stack: Stack, threads: int) -> None:
-    """Answers each line ``kept repeats`` on stdin with a JSON list of seconds."""
+def worker(stack: Stack, threads: int) -> int:
+    """Answers each request ``[kept, repeats]`` with a list of seconds."""
     session, (output,) = (dense_stack if stack.kind == "dense" else sparse_stack)(stack, threads)
-    print("ready", flush=True)
     bindings: dict[float, list[ort.IOBinding]] = {}
-    for line in sys.stdin:
-        kept, repeats = float(line.split()[0]), int(line.split()[1])
+
+    def run(request: list[Any], _: Progress) -> list[float]:
+        if not request:
+            return []  # the session is open: that is all the parent waits for
+        kept, repeats = request
         if kept not in bindings:
             bindings[kept] = [bind(session, stack, output, kept, seed) for seed in range(INDEX_SETS)]
         session.run_with_iobinding(bindings[kept][0])  # wakes the threads
@@ -206,48 +209,16 @@ def worker(stack: Stack, threads: int) -> None:
             start = time.perf_counter()
             session.run_with_iobinding(bindings[kept][i % INDEX_SETS])
             times.append(time.perf_counter() - start)
-        print(json.dumps(times), flush=True)
-
-
-class Worker:
-    """A process that runs one stack."""
-
-    def __init__(self, stack: Stack, threads: int) -> None:
-        self.stack = stack
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "shadowllm.benchmarks.op_bench",
-                "--worker",
-                json.dumps(asdict(stack)),
-                "--threads",
-                str(threads),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._read()
-
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process of {self.stack} died")
-        return line
-
-    def run(self, kept: float, repeats: int) -> list[float]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{kept} {repeats}\n")
-        self._process.stdin.flush()
-        times: list[float] = json.loads(self._read())
         return times
 
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+    return serve(run)
+
+
+def start_worker(stack: Stack, threads: int) -> Child:
+    """A process that runs one stack."""
+    arguments = ("--worker", json.dumps(asdict(stack)), "--threads", str(threads))
+    command = module_command("shadowllm.benchmarks.op_bench", *arguments)
+    return Child(command, f"the process of {stack}", keep_output=False)
 
 
 def stacks_of(size: str, dtypes: list[str]) -> list[Stack]:
@@ -263,23 +234,26 @@ def stacks_of(size: str, dtypes: list[str]) -> list[Stack]:
 def measure_size(size: str, dtypes: list[str], kept: list[float], rounds: int, threads: int) -> list[dict[str, Any]]:
     """Rows of the table for one size: dense ones, then one per dtype and fraction kept."""
     roof = read_bandwidth(threads)
-    workers = [Worker(stack, threads) for stack in stacks_of(size, dtypes)]
-    jobs = [(w, k) for w in workers for k in (kept if w.stack.kind == "sparse" else [1.0])]
-    times: dict[tuple[Worker, float], list[float]] = {job: [] for job in jobs}
-    for _ in track(range(rounds), size, console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        for w, k in jobs:
-            times[w, k] += w.run(k, 4)
-    for w in workers:
-        w.close()
+    stacks = stacks_of(size, dtypes)
+    jobs = [(stack, k) for stack in stacks for k in (kept if stack.kind == "sparse" else [1.0])]
+    times: dict[tuple[Stack, float], list[float]] = {job: [] for job in jobs}
+    with ExitStack() as running:
+        workers: dict[Stack, Child] = {}
+        for stack in stacks:
+            workers[stack] = running.enter_context(start_worker(stack, threads))
+            workers[stack].ask([])
+        for _ in track(range(rounds), size, console=Console(stderr=True), disable=not sys.stderr.isatty()):
+            for stack, k in jobs:
+                times[stack, k] += workers[stack].ask([k, 4])
     roof = max(roof, read_bandwidth(threads))
     dense: dict[str, float] = {}
-    for (w, _), seconds in times.items():
-        if w.stack.kind == "dense":
-            dense[w.stack.dtype] = min(median(seconds), dense.get(w.stack.dtype, np.inf))
+    for (stack, _), seconds in times.items():
+        if stack.kind == "dense":
+            dense[stack.dtype] = min(median(seconds), dense.get(stack.dtype, np.inf))
     # 16-bit rows are held against float32: ONNX Runtime's CPU kernels have no dense layer of 16 bits.
     return [
-        row_of(w.stack, k, seconds, dense.get(w.stack.dtype, dense["float32"]), roof)
-        for (w, k), seconds in times.items()
+        row_of(stack, k, seconds, dense.get(stack.dtype, dense["float32"]), roof)
+        for (stack, k), seconds in times.items()
     ]
 
 
@@ -331,8 +305,7 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(Stack(**json.loads(args.worker)), args.threads)
-        return
+        sys.exit(worker(Stack(**json.loads(args.worker)), args.threads))
     rows = [row for size in args.sizes for row in measure_size(size, args.dtypes, args.kept, args.rounds, args.threads)]
     print_table(rows)
     if args.json:

@@ -1,6 +1,7 @@
 """Workers that run other toolkits' graphs and loops, each under the interpreter that has the toolkit.
 
-Imports nothing of ours but `worker`, so that ``pip install --no-deps`` of this package is enough there.
+Run by its path, as ``PYTHON -P benchmarks/peer_worker.py``. It imports nothing of ours but the speed worker, so
+that ``pip install --no-deps`` of this package, which holds no benchmarks, is enough there.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def genai_loop(folder: Path, capacity: int) -> Loop:
 
 def main() -> int:
     """Serve one peer: ``run``, ``bound`` or ``shared`` over a graph, or the ``genai`` loop."""
-    parser = argparse.ArgumentParser(prog="python -m shadowllm.benchmarks.peer_worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python benchmarks/peer_worker.py", description=__doc__)
     parser.add_argument("how", choices=["run", "bound", "shared", "genai"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, required=True)

@@ -31,6 +31,7 @@ from pathlib import Path
 from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.bundle.cost_model import mean_traffic
 from shadowllm.bundle.manifest import read_manifest
+from shadowllm.child import module_command
 from shadowllm.errors import UserError
 from shadowllm.evaluation.passage import passage
 from shadowllm.evaluation.speed.environment import environment
@@ -61,16 +62,8 @@ class Setting:
 
 def own_contenders(bundle: Path, setting: Setting) -> list[Contender]:
     """Our dense graph, and our whole generation loop over it."""
-    command = (
-        sys.executable,
-        "-P",
-        "-m",
-        "shadowllm.evaluation.speed.worker",
-        str(bundle),
-        "ort-dense",
-        "--threads",
-        str(setting.threads),
-    )
+    arguments = (str(bundle), "ort-dense", "--threads", str(setting.threads))
+    command = module_command("shadowllm.evaluation.speed.worker", *arguments)
     return [Contender("dense", command), Contender("dense-loop", (*command, "--loop"))]
 
 
@@ -148,8 +141,8 @@ def _peer(python: Path, how: str, folder: Path, setting: Setting) -> tuple[str, 
     return (
         str(python),
         "-P",
-        "-m",
-        "shadowllm.benchmarks.peer_worker",
+        # By its path: the benchmarks are no part of the package that is installed there.
+        str(Path(__file__).resolve().with_name("peer_worker.py")),
         how,
         str(folder),
         "--threads",

@@ -7,10 +7,7 @@ the error of the graphs.
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
@@ -27,6 +24,7 @@ from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantised_tensors import QuantisedTensors, dequantised_predictor, dequantised_weights
 from shadowllm.bundle.weight_file import TORCH_DTYPES
 from shadowllm.bundle.weights import PREDICTOR_FILE, BundleWeights
+from shadowllm.child import Child, ChildError, Progress, call, module_command, serve
 from shadowllm.errors import UserError
 from shadowllm.evaluation.transformers_check import compare_with_transformers
 from shadowllm.models.decoder import Decoder
@@ -79,36 +77,29 @@ def validate_apart(bundle: Path, model: Path, tolerance: float = 0, trust_remote
 
     Raises:
         UserError: as these two, or the process was killed.
+        ChildError: a bug, with its traceback.
     """
-    arguments = json.dumps([str(bundle), str(model), tolerance, trust_remote_code])
-    command = [sys.executable, "-P", "-m", "shadowllm.evaluation.validation", arguments]
+    command = module_command("shadowllm.evaluation.validation")
     quiet = os.environ | {"TQDM_DISABLE": "1"}  # of transformers' bars, which ask for no terminal
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=quiet)
-    if done.returncode < 0:
-        raise UserError(
-            f"the validation process died of {signal.Signals(-done.returncode).name}",
-            "on SIGKILL, memory ran out: validation holds the model in float32; --skip-validation leaves it out",
-        )
-    if done.returncode:
-        raise RuntimeError("the validation process failed; its traceback stands above")
-    answer = json.loads(done.stdout)
-    if "problem" in answer:
-        raise UserError(answer["problem"], answer["remedy"])
-    return dict(answer)
-
-
-def main() -> None:
-    """Child side of `validate_apart`: its arguments as JSON in, one JSON line out."""
-    bundle, model, tolerance, trust_remote_code = json.loads(sys.argv[1])
-    warnings.simplefilter("ignore")  # of the checkpoint: the parent has read it and said so
+    child = Child(command, "the validation process", environment=quiet, keep_output=False)
     try:
-        _, weights, checkpoint = load_model(model, trust_remote_code=trust_remote_code)
-        compared = compare_with_transformers(checkpoint, weights)
-        answer = validate(Path(bundle), weights, Predictor.load(Path(bundle) / PREDICTOR_FILE), tolerance)
-        answer["transformers"] = compared
-    except UserError as error:
-        answer = {"problem": error.problem, "remedy": error.remedy}
-    print(json.dumps(answer))
+        return dict(call(child, [str(bundle), str(model), tolerance, trust_remote_code]))
+    except ChildError as death:
+        if death.signal is None:
+            raise
+        raise UserError(
+            f"the validation process died of {death.signal}",
+            "on SIGKILL, memory ran out: validation holds the model in float32; --skip-validation leaves it out",
+        ) from death
+
+
+def _in_child(request: list[Any], _progress: Progress) -> dict[str, Any]:
+    bundle, model, tolerance, trust_remote_code = request
+    warnings.simplefilter("ignore")  # of the checkpoint: the parent has read it and said so
+    _, weights, checkpoint = load_model(model, trust_remote_code=trust_remote_code)
+    compared = compare_with_transformers(checkpoint, weights)
+    predictor = Predictor.load(Path(bundle) / PREDICTOR_FILE)
+    return validate(Path(bundle), weights, predictor, tolerance) | {"transformers": compared}
 
 
 def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: float = 0) -> dict[str, Any]:
@@ -255,4 +246,4 @@ def _agreement(found: Masks, wanted: Masks) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(serve(_in_child))

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import sys
+from collections.abc import Sequence
 from typing import Any
 
+from shadowllm.child import Child, ChildError, call
+from shadowllm.errors import UserError
 
-def answer(name: str, module: str, *arguments: str, timeout: float) -> dict[str, Any]:
-    """What a module prints, run as a program.
+
+def answer(name: str, command: Sequence[str], request: Any, *, timeout: float) -> dict[str, Any]:
+    """What a child process answers to one request.
 
     Args:
         name: of what it works on, for errors.
-        timeout: seconds.
+        command: of a program that serves (`shadowllm.child.serve`).
+        timeout: seconds to wait for it.
 
     Returns:
-        The last JSON object on its stdout, or ``{"error": ...}``: one line that begins with the name.
+        Its answer, or ``{"error": ...}``: one line that begins with the name.
     """
-    # -P keeps the current folder off the path, where another "shadowllm" may lie.
-    command = [sys.executable, "-P", "-m", module, *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
+        return dict(call(Child(command, name), request, timeout=timeout))
+    except TimeoutError:
         return {"error": f"{name}: no answer within {timeout:g} s"}
-    # Libraries print too, and some of it comes after the end.
-    said = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode == 0 and said:
-        return dict(json.loads(said[-1]))
-    code = done.returncode
-    reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-    words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return {"error": f"{name}: {reason}: {' | '.join(words[-5:])[:2000]}"}
+    except UserError as error:
+        return {"error": f"{name}: {error}"}
+    except ChildError as death:
+        reason = f"killed by {death.signal}" if death.signal else f"exit status {death.status}"
+        words = " | ".join(line.strip() for line in death.said[-5:])
+        return {"error": f"{name}: {reason}: {words[:2000]}"}

@@ -1,14 +1,12 @@
 """The comparison through TensorRT engines and ONNX Runtime's CUDA provider, where they run on this card.
 
-    python -m shadowllm.benchmarks.gpu.engines BUNDLE FLAVOUR SETTING
-
-is what `measure_shape` starts for each flavour of TensorRT, of which a process can hold one. It builds the
-engines into the bundle, SETTING is JSON, and it prints JSON: the contenders' times, or ``{"error": ...}``.
+Run as a program, this module is the child that `measure_shape` starts for each flavour of TensorRT, of which a
+process can hold one. It builds the engines into the bundle and answers with the contenders' times, or
+``{"error": ...}``.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -23,6 +21,7 @@ import numpy as np
 from shadowllm.benchmarks.gpu.child import answer
 from shadowllm.benchmarks.gpu.decode import Setting, interleaved, spread
 from shadowllm.benchmarks.gpu.probe import probe
+from shadowllm.child import Progress, module_command, serve
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
 from shadowllm.plugins.tensorrt.flavour import FLAVOURS, Flavour, gpu_capability
@@ -56,16 +55,16 @@ def measure_shape(shape: str, setting: Setting) -> dict[str, Any]:
 def in_child(bundle: Path, flavour: Flavour, setting: Setting) -> dict[str, Any]:
     """Build and time a bundle's engines of one flavour, in a process of its own; JSON as of `measure_shape`."""
     told = {name: getattr(setting, name) for name in ("prompt_len", "new_tokens", "runs")}
-    request = json.dumps(told | {"budget": vars(setting.budget)})
-    return answer(flavour, "shadowllm.benchmarks.gpu.engines", str(bundle), flavour, request, timeout=TIMEOUT)
+    request = {"bundle": str(bundle), "flavour": flavour, "setting": told | {"budget": vars(setting.budget)}}
+    return answer(flavour, module_command("shadowllm.benchmarks.gpu.engines"), request, timeout=TIMEOUT)
 
 
-def main(bundle: str, flavour: Flavour, request: str) -> None:
-    """The child's part."""
-    os.environ["XDG_CACHE_HOME"] = str(Path(bundle).parent)  # nobody starts these engines again: keep no kernels
-    told = json.loads(request)
+def _answer(request: dict[str, Any], _: Progress) -> Any:
+    """The child's part of `in_child`."""
+    bundle, flavour, told = Path(request["bundle"]), request["flavour"], request["setting"]
+    os.environ["XDG_CACHE_HOME"] = str(bundle.parent)  # nobody starts these engines again: keep no kernels
     setting = Setting(**told | {"budget": Budget(**told["budget"])})
-    print(json.dumps(_guarded(flavour, partial(_engines, Path(bundle), flavour, setting))))
+    return _guarded(flavour, partial(_engines, bundle, flavour, setting))
 
 
 def _guarded(name: str, work: Callable[[], Any]) -> Any:
@@ -187,4 +186,4 @@ class OrtDense:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])  # type: ignore[arg-type]
+    sys.exit(serve(_answer))

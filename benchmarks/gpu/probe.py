@@ -1,26 +1,29 @@
 """Does TensorRT run an engine on this card? A child process, since a refusal may be a crash.
 
-    python -m shadowllm.benchmarks.gpu.probe tensorrt_rtx
+    echo '"tensorrt_rtx"' | python -m shadowllm.benchmarks.gpu.probe
 
-builds an engine of one node, deserialises and runs it, and prints JSON: ``{"version": ..., "runs": true}``.
+builds an engine of one node, deserialises and runs it, and prints JSON: ``{"version": ..., "runs": true}`` as the
+``result``.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import sys
 from typing import Any
 
 from shadowllm.benchmarks.gpu.child import answer
+from shadowllm.child import module_command, serve
+
+MODULE = "shadowllm.benchmarks.gpu.probe"
 
 
 def probe(flavour: str, timeout: float = 300) -> dict[str, Any]:
     """What the child finds: ``runs``, and ``version`` or the exact ``error``."""
     if importlib.util.find_spec(flavour) is None:
         return {"runs": False, "error": f"{flavour} is not installed"}
-    return {"runs": False} | answer(flavour, "shadowllm.benchmarks.gpu.probe", flavour, timeout=timeout)
+    return {"runs": False} | answer(flavour, module_command(MODULE), flavour, timeout=timeout)
 
 
 def run_one(flavour: str) -> dict[str, Any]:
@@ -63,4 +66,4 @@ def run_one(flavour: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_one(sys.argv[1])))
+    sys.exit(serve(lambda flavour, _: run_one(flavour)))

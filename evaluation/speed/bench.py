@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from shadowllm.bundle.cost_model import Traffic, mean_traffic, predictor_bytes, sparse_pays
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest, read_manifest
+from shadowllm.child import module_command
 from shadowllm.errors import UserError
 from shadowllm.evaluation.passage import passage
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
@@ -167,10 +167,7 @@ def _check(
 
 def session_command(bundle: Path, backend: str, budget: Budget, threads: int | None) -> tuple[str, ...]:
     limit = ("--threads", str(threads)) if threads else ()
-    return (
-        sys.executable,
-        "-P",
-        "-m",
+    return module_command(
         "shadowllm.evaluation.speed.worker",
         str(bundle),
         backend,

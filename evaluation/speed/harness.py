@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
+from shadowllm.child import Child, ChildError
 from shadowllm.errors import UserError
 
 # Thread pools spin for a few milliseconds after their last task; let them fall asleep before the next one runs.
@@ -49,84 +47,52 @@ class Generation:
 class Worker:
     """A running worker process; leaving the context ends it.
 
+    Attributes:
+        load_report: ``load_seconds``, and ``peak_rss_mb`` in 1e6 bytes, once entered.
+
     Raises:
         UserError: what the worker reports as the user's to mend, or that it died.
     """
 
     def __init__(self, contender: Contender) -> None:
         self.name = contender.name
-        self._command = contender.command
+        self._program = contender.command[0]
+        # There is nothing that it should clean up.
+        self._child = Child(contender.command, f"the worker of {self.name}", grace=0)
         self.load_report: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        self._errors: IO[str] = tempfile.TemporaryFile("w+")
-        try:
-            # A session of its own: Ctrl-C reaches this process alone, which then ends its children in order.
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-                start_new_session=True,
-            )
-        except OSError as error:
-            self._errors.close()
-            raise UserError(
-                f"cannot start the worker of {self.name} ({error.strerror}: {self._command[0]})",
-                "name an interpreter that exists",
-            ) from error
-        try:
-            self.load_report = self._answer()
-        except BaseException:
-            self.__exit__()
-            raise
+        with ExitStack() as undo:
+            try:
+                undo.enter_context(self._child)
+            except OSError as error:
+                raise UserError(
+                    f"cannot start the worker of {self.name} ({error.strerror}: {self._program})",
+                    "name an interpreter that exists",
+                ) from error
+            self.load_report = self.ask("load")
+            self._running = undo.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            if stream:
-                _close(stream)
+        self._running.close()
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send one request and wait for its answer."""
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._death() from None
-        return self._answer()
+            return dict(self._child.ask({"do": do, **arguments}))
+        except UserError as error:
+            raise UserError(f"{self.name}: {error.problem}", error.remedy) from error
+        except ChildError as death:
+            reason = f"killed by signal {-death.status}" if death.signal else f"exit status {death.status}"
+            last = f": {death.said[-1].strip()[:300]}" if death.said else ""
+            memory = death.signal == "SIGKILL"
+            remedy = "the machine may have run out of memory" if memory else "run the contender alone to see why"
+            raise UserError(f"the worker of {self.name} died ({reason}){last}", remedy) from death
 
     def generate(self, **arguments: Any) -> Generation:
         """One timed generation; arguments as `worker.StepTimer.generate` takes them."""
         return Generation(**self.ask("generate", **arguments))
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.endswith("\n"):
-            raise self._death()
-        answer: dict[str, Any] = json.loads(line)
-        if "problem" in answer:
-            raise UserError(f"{self.name}: {answer['problem']}", answer["remedy"])
-        return answer
-
-    def _death(self) -> UserError:
-        status = self._process.wait()
-        self._errors.seek(0)
-        said = self._errors.read().strip().splitlines()
-        reason = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        last = f": {said[-1][:300]}" if said else ""
-        remedy = "the machine may have run out of memory" if status == -9 else "run the contender alone to see why"
-        return UserError(f"the worker of {self.name} died ({reason}){last}", remedy)
-
-
-def _close(stream: IO[str]) -> None:
-    with suppress(BrokenPipeError):  # a request the dead worker never read
-        stream.close()
 
 
 # A last pass over the running workers, for example one that measures quality.

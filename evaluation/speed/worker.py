@@ -1,29 +1,27 @@
-"""One contender of a benchmark, alone in its process: JSON lines in on stdin, JSON lines out on stdout.
+"""One contender of a benchmark, alone in its process (see `shadowllm.child` for how it is talked to).
 
 Two sessions in one process disturb each other (their thread pools spin on the same cores), so the
 harness starts one worker per contender. This module imports nothing heavy: workers of other
 toolkits run it under interpreters of their own.
 
-Requests are ``{"do": "generate" | "score" | "quit", ...}``; the first line a worker writes is its
-load report. An answer is the result of the command, or ``{"problem": ..., "remedy": ...}`` for what
-the user can mend; a bug ends the process with its traceback on stderr.
+Requests are ``{"do": "load" | "generate" | "score", ...}``, "load" first and once; every result holds
+``peak_rss_mb`` too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from shadowllm.errors import UserError
+from shadowllm.child import Progress
+from shadowllm.child import serve as serve_requests
 
 Answer = dict[str, Any]
 Commands = Mapping[str, Callable[..., Answer]]
@@ -121,29 +119,27 @@ class LoopTimer:
 
 
 def serve(load: Callable[[], AbstractContextManager[Commands]]) -> int:
-    """Load, report, then answer requests until ``quit`` or the end of stdin.
+    """Answer requests: first "load", then those that the session's commands answer.
 
     Args:
         load: opens the session; entering it is the load time reported.
 
     Returns:
-        The exit status: 1 when a request or the loading failed with a `UserError`.
+        The exit status: 1 when a request or the loading failed.
     """
-    answers = _claim_stdout()
-    try:
+
+    def load_session() -> Answer:
         start = time.perf_counter()
-        with load() as commands:
-            _write(answers, {"load_seconds": time.perf_counter() - start, "peak_rss_mb": peak_rss_mb()})
-            for line in sys.stdin:
-                request = json.loads(line)
-                name = request.pop("do")
-                if name == "quit":
-                    break
-                _write(answers, commands[name](**request) | {"peak_rss_mb": peak_rss_mb()})
-    except UserError as error:
-        _write(answers, {"problem": error.problem, "remedy": error.remedy})
-        return 1
-    return 0
+        commands.update(session.enter_context(load()))
+        return {"load_seconds": time.perf_counter() - start}
+
+    commands: dict[str, Callable[..., Answer]] = {"load": load_session}
+
+    def answer(request: dict[str, Any], _: Progress) -> Answer:
+        return commands[request.pop("do")](**request) | {"peak_rss_mb": peak_rss_mb()}
+
+    with ExitStack() as session:
+        return serve_requests(answer)
 
 
 def peak_rss_mb() -> float:
@@ -157,18 +153,6 @@ def peak_rss_mb() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-def _claim_stdout() -> IO[str]:
-    # Libraries print to file descriptor 1 at will: keep it for answers, and send theirs to stderr.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return answers
-
-
-def _write(answers: IO[str], answer: Answer) -> None:
-    answers.write(json.dumps(answer) + "\n")
-    answers.flush()
 
 
 def _negative_log_likelihood(logits: np.ndarray, token: int) -> float:

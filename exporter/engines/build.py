@@ -6,21 +6,18 @@ internal error or for want of memory: neither should take the caller along.
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from shadowllm.bundle.engine_record import CustomNode, EngineRecord, ShapeProfile, write_sidecar
 from shadowllm.bundle.manifest import file_hash
 from shadowllm.bundle.op_domain import VERSION
+from shadowllm.child import Child, ChildError, call, module_command
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines.contents import missing_contents
 from shadowllm.exporter.engines.graph import GraphInfo, describe_onnx
@@ -157,7 +154,7 @@ def request_for(
 
 
 def run_worker(request: dict[str, Any], name: str, show: Callable[[str], None]) -> dict[str, Any]:
-    """Hand the request to a fresh process and follow its events until the engine is written.
+    """Hand the request to a fresh process and wait until the engine is written.
 
     Args:
         request: from `request_for`.
@@ -166,58 +163,22 @@ def run_worker(request: dict[str, Any], name: str, show: Callable[[str], None]) 
 
     Raises:
         UserError: what the worker reported, or that it was killed.
-        RuntimeError: the worker ended with a traceback: a bug of ours.
+        ChildError: the worker ended with a traceback: a bug of ours.
     """
-    # -P keeps the current folder off the path, where another "shadowllm" may lie.
-    command = [sys.executable, "-P", "-m", "shadowllm.exporter.engines.worker"]
-    with (
-        child_environment(request["flavour"]) as environment,
-        tempfile.TemporaryFile("w+", errors="replace") as log,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        ) as worker,
-    ):
-        try:
-            result = _follow(worker, request, show)
-            code = worker.wait()
-        finally:
-            worker.kill()  # of use only when we are on our way out; harmless after the end
-        log.seek(0)
-        said = [line for line in log.read().splitlines() if line.strip()]
-    if "error" in result:
-        raise UserError(f"cannot build {name}: {result['error']}", result["remedy"])
-    if code < 0:
-        last = f" (its last words: {said[-1]})" if said else ""
-        raise UserError(
-            f"cannot build {name}: the builder process died of {signal.Signals(-code).name}{last}",
-            "on SIGKILL, memory ran out: build with more of it, or smaller profiles",
-        )
-    if code or not result:
-        raise RuntimeError("the engine worker failed:\n" + "\n".join(said[-20:]))
-    return result
-
-
-def _follow(worker: subprocess.Popen[str], request: dict[str, Any], show: Callable[[str], None]) -> dict[str, Any]:
-    """Send the request, show phases as they come, and return the last event; empty if there was none."""
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    _send(worker.stdin, request)
-    result: dict[str, Any] = {}
-    for line in worker.stdout:
-        event = json.loads(line)
-        if "phase" in event:
-            show(event["phase"])
-        else:
-            result = event
-    return result
-
-
-def _send(stream: IO[str], request: dict[str, Any]) -> None:
+    command = module_command("shadowllm.exporter.engines.worker")
     try:
-        with stream:
-            json.dump(request, stream)
-    except BrokenPipeError:
-        pass  # the worker is gone already; its exit code tells why
+        with child_environment(request["flavour"]) as environment:
+            return dict(call(Child(command, "the engine worker", environment=environment), request, show))
+    except UserError as error:
+        raise UserError(f"cannot build {name}: {error.problem}", error.remedy) from error
+    except ChildError as death:
+        if death.signal is None:
+            raise
+        last = f" (its last words: {death.said[-1]})" if death.said else ""
+        raise UserError(
+            f"cannot build {name}: the builder process died of {death.signal}{last}",
+            "on SIGKILL, memory ran out: build with more of it, or smaller profiles",
+        ) from death
 
 
 @contextmanager

@@ -1,24 +1,18 @@
-"""The process that builds one engine: a request as JSON on stdin, events as JSON lines on stdout.
-
-Events: ``{"phase": str}`` while it goes on, then either the outcome or ``{"error": str, "remedy": str}``.
-"""
+"""The process that builds one engine, at one request; its progress is the name of each phase."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import json
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from shadowllm.bundle.engine_record import CustomNode, profile_from_json
 from shadowllm.bundle.op_domain import DOMAIN, VERSION
+from shadowllm.child import Progress, serve
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines.graph import Attributes, Compiler, TensorInfo, prepare
 from shadowllm.plugins.images import carried
@@ -26,25 +20,9 @@ from shadowllm.plugins.program import Program
 from shadowllm.plugins.schemas import SCHEMAS
 from shadowllm.plugins.tensorrt import creators, flavour
 
-Emit = Callable[[dict[str, Any]], None]
 
-
-def main() -> None:
-    """Serve one request."""
-    end_with_parent()
-    events = _private_stdout()
-
-    def emit(event: dict[str, Any]) -> None:
-        print(json.dumps(event), file=events, flush=True)
-
-    try:
-        emit(build(json.load(sys.stdin), emit))
-    except UserError as error:
-        emit({"error": error.problem, "remedy": error.remedy})
-
-
-def build(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
-    """Parse, build and write one engine; the request and the outcome are those of `engine.build_engine`.
+def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Parse, build and write one engine; the request and the outcome are those of `build.run_worker`.
 
     Raises:
         UserError: the parser or the builder refuses, with the reason it gave.
@@ -53,16 +31,16 @@ def build(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     logger = _logger_class(trt)()
     keep = _register(trt, request["plugin_library"])  # noqa: F841  # the registry does not own them
     start = time.perf_counter()
-    emit({"phase": "compiling kernels"})
+    progress("compiling kernels")
     prepared = prepare(Path(request["onnx"]), request["bindings"], compiler(request, targets(trt, request)))
-    emit({"phase": "parsing"})
+    progress("parsing")
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(trt, network, logger, prepared.model, request["onnx"])
     _check_plugins(trt, network, prepared.programs)
-    engine = _build(trt, builder, network, logger, request, emit)
+    engine = _build(trt, builder, network, logger, request, progress)
     seconds = time.perf_counter() - start
-    emit({"phase": "writing"})
+    progress("writing")
     Path(request["engine"]).write_bytes(engine)
     return {
         "version": trt.__version__,
@@ -154,7 +132,7 @@ def _check_plugins(trt: Any, network: Any, nodes: Collection[CustomNode]) -> Non
         raise RuntimeError(f"the network's plugin layers are {sorted(plugins)}, the graph's are {nodes}")
 
 
-def _build(trt: Any, builder: Any, network: Any, logger: Any, request: dict[str, Any], emit: Emit) -> Any:
+def _build(trt: Any, builder: Any, network: Any, logger: Any, request: dict[str, Any], progress: Progress) -> Any:
     """The serialised engine, as host memory."""
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
     from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, Profile
@@ -166,7 +144,7 @@ def _build(trt: Any, builder: Any, network: Any, logger: Any, request: dict[str,
         for name, shapes in profile_from_json(data).shapes.items():
             profile.add(name, *shapes)
     verbosity = getattr(trt.ProfilingVerbosity, request["verbosity"].upper())
-    monitor = _monitor_class(trt)(emit)
+    monitor = _monitor_class(trt)(progress)
     options: dict[str, Any] = {"profiles": profiles, "profiling_verbosity": verbosity, "progress_monitor": monitor}
     if request["workspace_bytes"] is not None:
         options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: request["workspace_bytes"]}
@@ -203,14 +181,14 @@ def _monitor_class(trt: Any) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Reports the outer phases."""
 
-        def __init__(self, emit: Emit) -> None:
+        def __init__(self, progress: Progress) -> None:
             super().__init__()
-            self.emit = emit
+            self.progress = progress
             self.outer: set[str | None] = {None}
 
         def phase_start(self, name: str, parent_phase: str | None, _steps: int) -> None:
             if parent_phase in self.outer:
-                self.emit({"phase": name.lower()})
+                self.progress(name.lower())
             if parent_phase is None:
                 self.outer.add(name)
 
@@ -223,18 +201,5 @@ def _monitor_class(trt: Any) -> Any:
     return Monitor
 
 
-def end_with_parent() -> None:
-    """Have Linux end this process when its parent is killed: nobody would collect the engine."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _private_stdout() -> TextIO:
-    """The real stdout for events alone: whatever TensorRT prints goes to stderr from here on."""
-    events = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return events
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(serve(build))

@@ -146,22 +146,29 @@ def test_toolkits_that_do_not_run_are_findings():
 
 
 class TestChildren:
-    """Modules of Python's own that end in various ways."""
+    """Programs that end in various ways."""
 
-    def test_the_last_object_printed_is_the_answer(self, tmp_path):
-        (tmp_path / "in.json").write_text('{"a": 1}')
-        assert answer("it", "json.tool", "--compact", str(tmp_path / "in.json"), timeout=60) == {"a": 1}
+    DIVIDE = "from shadowllm.child import serve; raise SystemExit(serve(lambda number, _: {'a': 1 / number}))"
+
+    def answer(self, code, request=None, timeout=60):
+        return answer("it", (sys.executable, "-c", code), request, timeout=timeout)
+
+    def test_an_answer(self):
+        assert self.answer(self.DIVIDE, 1) == {"a": 1}
 
     def test_a_crash_is_one_line(self):
         code = "import os, sys; print('last words', file=sys.stderr, flush=True); os.abort()"
-        found = answer("it", "timeit", "-n1", "-r1", code, timeout=60)
-        assert found == {"error": "it: killed by SIGABRT: last words"}
+        assert self.answer(code) == {"error": "it: killed by SIGABRT: last words"}
+
+    def test_a_bug_is_one_line(self):
+        error = self.answer(self.DIVIDE, 0)["error"]
+        assert error.startswith("it: exit status 1: ")
+        assert error.endswith(" | ZeroDivisionError: division by zero")
+        assert "\n" not in error
 
     def test_no_answer(self):
-        assert answer("it", "timeit", "-n1", "-r1", "import time; time.sleep(60)", timeout=0.5) == {
-            "error": "it: no answer within 0.5 s"
-        }
-        assert answer("it", "this", timeout=60)["error"].startswith("it: exit status 0: ")
+        assert self.answer("import time; time.sleep(60)", timeout=0.5) == {"error": "it: no answer within 0.5 s"}
+        assert self.answer("import this")["error"].startswith("it: exit status 0: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

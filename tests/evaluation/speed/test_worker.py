@@ -116,7 +116,7 @@ class TestFailures:
         processes = []
 
         def interrupt(workers, _taken):
-            processes.extend(worker._process for worker in workers.values())
+            processes.extend(worker._child.process for worker in workers.values())
             raise error
 
         with pytest.raises(error):

@@ -181,7 +181,7 @@ def test_missing_package_names_the_extra(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sample.onnx", "sample.onnx.data"]
 
 
-CHILD = "from shadowllm.exporter.engines.worker import end_with_parent as end; end(); print(os.getpid(), flush=True)"
+CHILD = "from shadowllm.child import end_with_parent as end; end(); print(os.getpid(), flush=True)"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
