@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import triton
 import triton.language as tl
-
-from shadowllm.plugins.program import Size
-from shadowllm.plugins.triton.schedule import Call, Schedule, Shape, Tier
-
-# Scores that a block holds at a time; longer rows are gone through piece by piece.
-MAX_BLOCK = 8192
 
 
 @triton.jit
@@ -69,21 +61,3 @@ def select_topk(scores, counts, indices, N: tl.constexpr, CAP: tl.constexpr, BLO
     for start in range(0, CAP, BLOCK):
         slot = start + lanes
         tl.store(indices + slot, -1, mask=(slot >= written) & (slot < CAP))
-
-
-def plan_select_topk(shapes: Mapping[str, Shape], tier: Tier, cap: int) -> Schedule:
-    """How to launch ``SelectTopK``; its rows are the batch.
-
-    Args:
-        shapes: of the inputs, by name.
-    """
-    width = shapes["scores"][1]
-    block = min(MAX_BLOCK, max(16, triton.next_power_of_2(width)))
-    call = Call(
-        select_topk,
-        (Size(batch=True), Size(), Size()),
-        {"scores": "scores", "counts": "counts", "indices": "indices"},
-        {"N": width, "CAP": cap, "BLOCK": block},
-        warps=max(1, block // 512),
-    )
-    return Schedule(tier.max_batch, tier.max_seqlen, 0, (call,))

@@ -12,7 +12,7 @@ namespace {
 
 enum Input { kX, kKey, kValue, kLengths, kIndices, kCount, kWQ, kBQ, kWO, kBO, kCos, kSin, kSQ, kSO };
 
-// One call, checked: sizes as in schemas.py (hidden size D, H query heads of dimension d over n_kv cached ones),
+// One call, checked: sizes as in schema.py (hidden size D, H query heads of dimension d over n_kv cached ones),
 // and the inputs in the form in which the tasks read them.
 struct Call {
   size_t batch, seqlen, width, group, kv_heads, capacity, head_dim, longest;
@@ -185,8 +185,6 @@ class SparseAttention {
 
 }  // namespace
 
-std::shared_ptr<OrtCustomOp> make_sparse_attention(const Api& api, bool infers) {
-  return std::make_shared<Registration<SparseAttention>>(api, infers);
-}
+const Entry kSparseAttention = entry_of<SparseAttention>();
 
 }  // namespace shadowllm

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import triton
 import triton.language as tl
 
-from shadowllm.plugins.program import Size
-from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Schedule, Shape, Tier
-from shadowllm.plugins.triton.sparse_mlp import activate
-from shadowllm.plugins.triton.tiles import dot, tile_warps
+from shadowllm.plugins.triton.tiles import activate, dot
 
 # The copy is read as int32 words, the first of its 8 integers lowest.
 IN_WORD = tl.constexpr(8)
@@ -82,7 +77,7 @@ def score_neurons(
     scales,
     b_gate,
     b_up,
-    lengths,
+    down_norms,
     count,
     scores,
     tokens,
@@ -96,7 +91,7 @@ def score_neurons(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """``scores (1, NEURONS)``: the mean over tokens of ``|product| * lengths``, a tile of neurons a block.
+    """``scores (1, NEURONS)``: the mean over tokens of ``|product| * down_norms``, a tile of neurons a block.
 
     The tokens are gone through one tile after the other, so that a sum has one order. Where all neurons are kept,
     as in a prompt, nothing is read: any scores choose them all.
@@ -124,40 +119,5 @@ def score_neurons(
                 h = activate(h, ACTIVATION)
             inside = (first + tl.arange(0, BLOCK_M) < tokens)[:, None]
             total += tl.sum(tl.where(inside, tl.abs(h), 0.0), 0)
-        total *= tl.load(lengths + rows, mask=live, other=0.0) / tokens
+        total *= tl.load(down_norms + rows, mask=live, other=0.0) / tokens
     tl.store(scores + neurons, total, mask=live)
-
-
-def plan_score_neurons(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, activation: str) -> Schedule:
-    """How to launch ``ScoreNeurons`` in a tier.
-
-    Args:
-        shapes: of the inputs, by name; the copy's last dimension is its words.
-        itemsize: bytes of an element of x.
-    """
-    rows, blocks, words = shapes["copy"]
-    (neurons,) = shapes["lengths"]
-    one = tier.block == GEMV
-    names = [name for name in ("x", "copy", "scales", "b_gate", "b_up", "lengths", "count") if name in shapes]
-    # One token: a word for each of 128 threads, whose 8 integers then stay with it, so that the loop has no barriers
-    # (seen in the machine code). Prompts are rarely scored, and a larger tile of them spills in float32.
-    block_m, block_n = (GEMV, 4) if one else (DOT, 32)
-    call = Call(
-        score_neurons,
-        (Size(neurons, divisor=block_n), Size(), Size()),
-        {name: name for name in names} | {"scores": "scores", "tokens": tier.size},
-        {
-            "NEURONS": neurons,
-            "WIDTH": shapes["x"][-1],
-            "BLOCKS": blocks,
-            "BLOCK_WORDS": words,
-            "GATED": int(rows == 2 * neurons),
-            "ACTIVATION": activation,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_W": min(4 * words, triton.next_power_of_2(blocks * words)) if one else words,
-        },
-        warps=tile_warps(tier.block, itemsize),
-        stages=3,
-    )
-    return Schedule(tier.max_batch, tier.max_seqlen, 0, (call,))

@@ -142,8 +142,6 @@ class SparseMlp {
 
 }  // namespace
 
-std::shared_ptr<OrtCustomOp> make_sparse_mlp(const Api& api, bool infers) {
-  return std::make_shared<Registration<SparseMlp>>(api, infers);
-}
+const Entry kSparseMlp = entry_of<SparseMlp>();
 
 }  // namespace shadowllm

@@ -118,8 +118,6 @@ void SelectTopK::infer(const Api& api, OrtShapeInferContext* context) {
 
 }  // namespace
 
-std::shared_ptr<OrtCustomOp> make_select_topk(const Api& api) {
-  return std::make_shared<Registration<SelectTopK>>(api, true);  // it has no optional inputs
-}
+const Entry kSelectTopK = entry_of<SelectTopK>();
 
 }  // namespace shadowllm
