@@ -11,7 +11,8 @@ namespace {
 constexpr const Entry* kEntries[] = {&kSelectTopK, &kSparseMlp, &kSparseAttention};
 
 bool has_absent_inputs(const Entry& op) {
-  return std::any_of(op.ports, op.ports + op.port_count, [](const Port& port) { return port.characteristic != kRequired; });
+  return std::any_of(op.ports, op.ports + op.port_count,
+                     [](const Port& port) { return port.characteristic == kOptional; });
 }
 
 // The ops as one runtime knows them. The domain outlives every session that uses it: it goes with the library.
@@ -48,7 +49,8 @@ std::string signatures_text() {
     text += std::string(op->name) + " " + std::to_string(op->output_type);
     for (size_t i = 0; i < op->port_count; ++i) {
       const Port& port = op->ports[i];
-      text += " " + std::string(port.name) + ":" + std::to_string(port.type) + ":" + std::to_string(port.characteristic);
+      text += " " + std::string(port.name);
+      for (const int number : {port.type, int(port.characteristic)}) text += ":" + std::to_string(number);
     }
     text += "\n";
   }

@@ -95,8 +95,8 @@ def _compile(
         shapes,
         dict(attributes),
         itemsize=ITEMSIZE[dtype],
-        max_batch=shapes["scores"][0] if "scores" in shapes else max_batch,
-        max_seqlen=1 if "scores" in shapes else max_seqlen,
+        max_batch=max_batch,
+        max_seqlen=max_seqlen,
     )
     builder = _Builder(schema, tensors, dtype, sms)
     plans = tuple(builder.plan(schedule) for schedule in planned)

@@ -81,8 +81,8 @@ class Planner(Protocol):
             shapes: of the inputs that are there, by the schema's names; batch and seqlen in them are not read.
             attributes: of the node.
             itemsize: bytes of an element of type T.
-            max_batch: most sequences of a call; for ``SelectTopK`` its number of rows.
-            max_seqlen: most tokens of a sequence in a call; 1 for ``SelectTopK``.
+            max_batch: most sequences of a call.
+            max_seqlen: most tokens of a sequence in a call.
         """
 
     def __hash__(self) -> int:

@@ -1,1 +1,1 @@
-"""``SelectTopK``."""
+"""``SelectTopK``: the indices of the largest scores of each row, in ascending order."""

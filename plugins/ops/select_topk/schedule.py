@@ -17,8 +17,8 @@ MAX_BLOCK = 8192
 def schedules(
     shapes: Mapping[str, Shape], attributes: Mapping[str, int | str], *, itemsize: int, max_batch: int, max_seqlen: int
 ) -> list[Schedule]:
-    """As `triton.schedule.Planner`; the batch is the number of rows, and there is no seqlen."""
-    return [plan_select_topk(shapes, Tier(max_batch, 1, GEMV), int(attributes["cap"]))]
+    """As `triton.schedule.Planner`, whatever the limits: the rows, which are the batch, are known."""
+    return [plan_select_topk(shapes, Tier(shapes["scores"][0], 1, GEMV), int(attributes["cap"]))]
 
 
 def plan_select_topk(shapes: Mapping[str, Shape], tier: Tier, cap: int) -> Schedule:

@@ -1,1 +1,1 @@
-"""``SparseAttention``."""
+"""``SparseAttention``: attention of the active query heads over the KV cache, and its output projection."""

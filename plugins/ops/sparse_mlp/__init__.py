@@ -1,1 +1,1 @@
-"""``SparseMLP``."""
+"""``SparseMLP``: an MLP of the active neurons."""

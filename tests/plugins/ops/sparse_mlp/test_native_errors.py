@@ -1,4 +1,4 @@
-"""What the native ops refuse, and in which words; never a crash."""
+"""What the native op refuses, and in which words; never a crash."""
 
 from __future__ import annotations
 
@@ -6,44 +6,15 @@ import numpy as np
 import pytest
 
 from shadowllm.bundle.quantisation import Quantisation
-from shadowllm.plugins import native_ops
-from tests.plugins.test_native_ops import (
-    ATTENTION_WEIGHTS,
-    MLP_WEIGHTS,
-    attention_inputs,
-    integers,
-    make_session,
-    mlp_inputs,
-    ort,
-    run,
-)
+from tests.plugins.native_model import REFUSED, built, integers, ints, make_session, run, scalar, zeros
+from tests.plugins.ops.sparse_mlp.native_inputs import MLP_WEIGHTS, mlp_inputs
 
-pytestmark = pytest.mark.skipif(not native_ops.kernels(), reason="the native ops are not built")
-ATTENTION_SIZE = (123, 6, 3, 20, 40, 2, 5, (5, 31), 4)
-REFUSED = (ort.capi.onnxruntime_pybind11_state.InvalidArgument, ort.capi.onnxruntime_pybind11_state.Fail)
+pytestmark = built
 
 
 def mlp(**changes):
     inputs = mlp_inputs("llama-biases", (41, 7, 1, 2, 3)) | changes
     return run("SparseMLP", inputs, MLP_WEIGHTS, activation="silu", layer=11)
-
-
-def attention(weights=ATTENTION_WEIGHTS, n_heads=6, **changes):
-    return run(
-        "SparseAttention", attention_inputs("llama-biases", ATTENTION_SIZE) | changes, weights, n_heads=n_heads, layer=4
-    )
-
-
-def ints(*values: int) -> np.ndarray:
-    return np.asarray(values, dtype=np.int32)
-
-
-def scalar(value: int) -> np.ndarray:
-    return np.asarray(value, dtype=np.int32)
-
-
-def zeros(*shape: int) -> np.ndarray:
-    return np.zeros(shape, dtype=np.float32)
 
 
 @pytest.mark.parametrize(
@@ -100,50 +71,6 @@ def test_indices_behind_the_count_are_never_read():
     )
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"indices": ints(0, 1, 2, 6, -1, -1)}, r"SparseAttention layer 4: index 6 is outside 0\.\.5"),
-        ({"count": scalar(7)}, r"SparseAttention layer 4: count 7 is outside 0\.\.6"),
-        ({"lengths": ints(5, 41)}, r"SparseAttention layer 4: length of row 1 41 is outside 5\.\.40"),
-        ({"lengths": ints(4, 31)}, r"SparseAttention layer 4: length of row 0 4 is outside 5\.\.40"),
-        ({"lengths": ints(5)}, r"lengths has shape \(1\), not \(2\)"),
-        ({"value": zeros(2, 3, 41, 20)}, r"value has shape \(2, 3, 41, 20\), not \(2, 3, 40, 20\)"),
-        ({"key": zeros(2, 4, 40, 20)}, "6 heads do not divide among 4"),
-        ({"key": zeros(2, 0, 40, 20)}, "6 heads do not divide among 0"),
-        ({"w_o": zeros(123, 120)}, r"w_o has shape \(123, 120\), not \(120, 123\)"),
-        ({"b_q": zeros(123)}, r"b_q has shape \(123\), not \(120\)"),
-        ({"b_o": zeros(120)}, r"b_o has shape \(120\), not \(123\)"),
-        ({"cos": zeros(2, 5, 20)}, r"cos has shape \(2, 5, 20\), not \(2, 5, 10\)"),
-        ({"sin": None}, "cos and sin come together"),
-        ({"x": zeros(9, 123)}, "layer 4: x holds 9 positions, the cache 2 sequences"),
-        ({"x": zeros(1, 5, 123)}, "layer 4: x holds 5 positions, the cache 2 sequences"),
-        ({"x": zeros(123)}, "layer 4: x has 1 dimensions, not 2 or 3"),
-    ],
-)
-def test_attention_refuses(changes, words):
-    with pytest.raises(REFUSED, match=words):
-        attention(**changes)
-
-
-@pytest.mark.parametrize(
-    ("counts", "words"),
-    [
-        ((1, 4), r"SelectTopK: row 1 count 4 is outside 0\.\.3"),
-        ((-1, 2), r"SelectTopK: row 0 count -1 is outside 0\.\.3"),
-        ((1,), r"counts has shape \(1\), not \(2\)"),
-    ],
-)
-def test_select_topk_refuses(counts, words):
-    with pytest.raises(REFUSED, match=words):
-        run("SelectTopK", {"scores": zeros(2, 7), "counts": ints(*counts)}, cap=3)
-
-
-def test_count_beyond_the_scores():
-    with pytest.raises(REFUSED, match=r"count 8 is outside 0\.\.7"):
-        run("SelectTopK", {"scores": zeros(1, 7), "counts": ints(8)}, cap=9)
-
-
 def test_a_session_survives_an_error():
     inputs = mlp_inputs("llama", (41, 7, 1, 2, 3))
     session = make_session("SparseMLP", inputs, MLP_WEIGHTS, activation="silu", layer=0)
@@ -165,9 +92,3 @@ def test_a_session_survives_an_error():
 def test_attributes_refused(attributes, words):
     with pytest.raises(Exception, match=words):
         make_session("SparseMLP", mlp_inputs("llama", (41, 7, 1, 1, 7)), MLP_WEIGHTS, **attributes)
-
-
-def test_unknown_kernels_refused(monkeypatch):
-    monkeypatch.setenv(native_ops.ISA_VARIABLE, "mmx")
-    with pytest.raises(Exception, match=r"SHADOWLLM_NATIVE_ISA is 'mmx', but this CPU runs .*portable"):
-        mlp()
