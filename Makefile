@@ -58,7 +58,7 @@ sanitize: $(VENV)/.installed
 	$(BIN)/cmake --build $(SANITIZED)
 	set -e; export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SHADOWLLM_NATIVE_OPS=$(SANITIZED)/plugins/native/libshadowllm_native.so; \
-	$(BIN)/python -m pytest -q tests/plugins/test_native_ops.py tests/plugins/test_native_errors.py; \
+	$(BIN)/python -m pytest -q tests/plugins/test_native_random.py tests/plugins/ops/*/test_native*.py; \
 	$(BIN)/python -m tests.plugins.fuzz_native --seconds 60
 
 # Our dense graph against other exporters', on the bundle of `make demo`; each toolkit in an environment of its own.

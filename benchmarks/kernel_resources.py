@@ -105,7 +105,7 @@ def programs(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[s
         "x": x,
         "copy": Tensor("int32", (matrices * neurons, LOW_BIT_COPY.blocks(width), words)),
         "scales": Tensor("float32", (matrices * neurons, LOW_BIT_COPY.blocks(width))),
-        "lengths": Tensor("float32", (neurons,)),
+        "down_norms": Tensor("float32", (neurons,)),
         "count": count,
     }
     activation = "silu" if shape.gated else "relu"

@@ -30,8 +30,9 @@ from shadowllm.bundle.quantisation import WEIGHT_DTYPES, quantise
 from shadowllm.child import Child, Progress, module_command, serve
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
 from shadowllm.evaluation.speed.environment import environment
-from shadowllm.plugins import native_ops, schemas
-from shadowllm.plugins.functions import MICROSOFT
+from shadowllm.plugins import native_ops
+from shadowllm.plugins.function_body import MICROSOFT
+from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 
 SIZES = {"large": (2048, 8192, 8), "small": (576, 1536, 30)}  # hidden size, intermediate size, layers
 FLOATS = {
@@ -168,7 +169,7 @@ def sparse_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list
                 inputs[f"w_{part}"] = build.weight(name, shape, stack.dtype)
             else:
                 inputs[f"w_{part}"], inputs[f"s_{part}"] = build.integers(name, shape, stack.dtype, blocked=False)
-        ordered = [inputs.get(port.name, "") for port in schemas.SPARSE_MLP.inputs]
+        ordered = [inputs.get(port.name, "") for port in SPARSE_MLP.inputs]
         y = build.op("SparseMLP", ordered, f"y{i}", domain=op_domain.DOMAIN, activation="silu", layer=i)
         x = build.op("Add", [x, y], f"x{i + 1}")
     return build.session(x, threads), [x]

@@ -6,7 +6,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from mmap import mmap
 
-from shadowllm.plugins.program import MAGIC, Program
+from shadowllm.plugins.program import Program
+from shadowllm.plugins.program_bytes import MAGIC, read
 
 
 def carried(programs: Iterable[Program]) -> dict[str, tuple[int, ...]]:
@@ -28,6 +29,6 @@ def programs_in(data: bytes | mmap) -> Iterator[Program]:
     start = struct.pack("<q", len(MAGIC)) + MAGIC
     place = data.find(start)
     while place >= 0:
-        program, end = Program.read(data, place)
+        program, end = read(data, place)
         yield program
         place = data.find(start, end)

@@ -1,6 +1,6 @@
 """Finds the native custom ops for ONNX Runtime on CPU and registers them with a session.
 
-Without them a graph still runs, through the function bodies it carries (`functions`), only slower.
+Without them a graph still runs, through the function bodies it carries (`function_body`), only slower.
 """
 
 from __future__ import annotations

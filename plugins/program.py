@@ -11,32 +11,24 @@ it. So an engine needs neither Triton nor a compiler, and both plugins are the s
   (`bundle.gpu_images.serving`);
 - tensors of floating-point types begin at multiples of `ALIGNED` bytes, which kernels are compiled for.
 
-Serialised, a program is a sequence of little-endian int64 and of byte strings (their length as int64,
-then the bytes), in the order in which `Program.pack` writes them. One zero byte may follow: TensorRT's
-ONNX parser closes an attribute with it.
+`program_bytes` turns one into bytes and back.
 """
 
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from mmap import mmap
-from typing import Literal, TypeVar
+from typing import Literal
 
-MAGIC = b"shadowllm program 2"
 # The attribute of an ONNX node, and the field of a plugin, that holds one.
 PROGRAM = "program"
 # TensorRT's own numbers of its data types.
 DTYPES = {"float32": 0, "float16": 1, "int32": 3, "bfloat16": 7}
-KINDS = ("input", "output", "workspace", "int")
 INT32, MAX_RANK = 2**31 - 1, 8
 # The most blocks along x, y and z of a grid.
 GRID = (INT32, 65535, 65535)
 ALIGNED = 16
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +48,11 @@ class Size:
         """The number for a call."""
         product = self.factor * (batch if self.batch else 1) * (seqlen if self.seqlen else 1)
         return -(-product // self.divisor)
+
+
+def call_size(shape: Sequence[int]) -> tuple[int, int]:
+    """Batch and seqlen of a call from the shape of input 0."""
+    return shape[0] if shape else 1, shape[1] if len(shape) > 2 else 1
 
 
 @dataclass(frozen=True)
@@ -207,150 +204,7 @@ class Program:
         """Scratch memory that is enough for every plan."""
         return max(plan.workspace_bytes for plan in self.plans)
 
-    def pack(self) -> bytes:
-        """Serialise; `unpack` reads it back."""
-        out = _Writer()
-        out.blob(MAGIC)
-        out.many(self.inputs, lambda dtype: out.number(DTYPES[dtype]))
-        out.many(self.outputs, out.output)
-        out.many(self.kernels, out.kernel)
-        out.many(self.plans, out.plan)
-        return bytes(out.data)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Program:
-        """Read a program.
-
-        Raises:
-            ValueError: the bytes are none, or of another version.
-        """
-        program, end = cls.read(data)
-        if data[end:] not in (b"", b"\0"):
-            raise ValueError("the program is longer than it should be")
-        return program
-
-    @classmethod
-    def read(cls, data: bytes | mmap, place: int = 0) -> tuple[Program, int]:
-        """The program that starts at a byte, and where it ends.
-
-        Raises:
-            ValueError: as `unpack`.
-        """
-        source = _Reader(data, place)
-        try:
-            if source.blob() != MAGIC:
-                raise ValueError("not a program of this version: build the engine again")
-            program = cls(
-                source.many(source.dtype),
-                source.many(source.output),
-                source.many(source.kernel),
-                source.many(source.plan),
-            )
-        except (struct.error, IndexError, KeyError, OverflowError) as error:
-            raise ValueError("the program is damaged") from error
-        return program, source.place
-
 
 def _within(what: str, number: int, low: int, high: int = INT32) -> None:
     if not low <= number <= high:
         raise ValueError(f"{what} is {number}, and should be {low}..{high}")
-
-
-class _Writer:
-    def __init__(self) -> None:
-        self.data = bytearray()
-
-    def number(self, *values: int) -> None:
-        self.data += struct.pack(f"<{len(values)}q", *values)
-
-    def blob(self, value: bytes) -> None:
-        self.number(len(value))
-        self.data += value
-
-    def many(self, values: Sequence[T], write: Callable[[T], None]) -> None:
-        self.number(len(values))
-        for value in values:
-            write(value)
-
-    def size(self, size: Size) -> None:
-        self.number(size.factor, size.batch, size.seqlen, size.divisor)
-
-    def output(self, output: Output) -> None:
-        self.number(DTYPES[output.dtype])
-        # A constant dimension is written as axis -1.
-        self.many(output.shape, lambda dim: self.number(*((dim, -1) if isinstance(dim, int) else dim)))
-
-    def kernel(self, kernel: Kernel) -> None:
-        self.blob(kernel.name.encode())
-        self.number(kernel.threads, kernel.hidden)
-        self.many(kernel.images, self.image)
-
-    def image(self, image: Image) -> None:
-        self.number(image.sm, image.shared_bytes)
-        self.blob(image.data)
-
-    def plan(self, plan: Plan) -> None:
-        self.number(plan.max_batch, plan.max_seqlen, plan.workspace_bytes)
-        self.many(plan.launches, self.launch)
-
-    def launch(self, launch: Launch) -> None:
-        self.number(launch.kernel)
-        for size in launch.grid:
-            self.size(size)
-        self.many(launch.arguments, self.argument)
-
-    def argument(self, argument: Argument) -> None:
-        self.number(KINDS.index(argument.kind), argument.value)
-        self.size(argument.size)
-
-
-class _Reader:
-    def __init__(self, data: bytes | mmap, place: int) -> None:
-        self.data, self.place = data, place
-
-    def number(self) -> int:
-        (value,) = struct.unpack_from("<q", self.data, self.place)
-        self.place += 8
-        return value
-
-    def blob(self) -> bytes:
-        start, size = self.place + 8, self.number()
-        if not 0 <= size <= len(self.data) - start:
-            raise IndexError
-        self.place = start + size
-        return self.data[start : self.place]
-
-    def many(self, read: Callable[[], T]) -> tuple[T, ...]:
-        count = self.number()
-        if not 0 <= count <= len(self.data):
-            raise IndexError
-        return tuple(read() for _ in range(count))
-
-    def dtype(self) -> str:
-        return {number: name for name, number in DTYPES.items()}[self.number()]
-
-    def size(self) -> Size:
-        return Size(self.number(), bool(self.number()), bool(self.number()), self.number())
-
-    def output(self) -> Output:
-        return Output(self.dtype(), self.many(self.dimension))
-
-    def dimension(self) -> int | tuple[int, int]:
-        first, axis = self.number(), self.number()
-        return first if axis < 0 else (first, axis)
-
-    def kernel(self) -> Kernel:
-        return Kernel(self.blob().decode(), self.number(), self.number(), self.many(self.image))
-
-    def image(self) -> Image:
-        return Image(self.number(), self.number(), self.blob())
-
-    def plan(self) -> Plan:
-        return Plan(self.number(), self.number(), self.number(), self.many(self.launch))
-
-    def launch(self) -> Launch:
-        return Launch(self.number(), (self.size(), self.size(), self.size()), self.many(self.argument))
-
-    def argument(self) -> Argument:
-        kind = dict(enumerate(KINDS))[self.number()]  # where no negative number is an index
-        return Argument(kind, self.number(), self.size())  # type: ignore[arg-type]

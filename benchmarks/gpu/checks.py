@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, dequantise, quantise
 from shadowllm.models.decoder import ACTIVATIONS
-from shadowllm.plugins import reference
-from shadowllm.plugins.triton import ops
+from shadowllm.plugins.registry import launcher, reference
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # One rounding of a result, relative to it: what anyone may be off by.
@@ -164,8 +163,8 @@ def check_mlp(case: MlpCase, dtype: torch.dtype, device: torch.device) -> Check:
     b_gate = make(n, scale=0.1) if case.bias and case.gated else None
     indices, count = _selection(n, case.count, device)
     weights = (gate, b_gate, up, b_up, down, b_down)
-    found = ops.sparse_mlp(x, indices, count, *weights, activation=case.activation)
-    wanted = reference.sparse_mlp(
+    found = launcher("SparseMLP")(x, indices, count, *weights, activation=case.activation)
+    wanted = reference("SparseMLP")(
         _wide(x), _host(indices), case.count, *map(_wide, weights), activation=case.activation
     )
     rows = indices[: case.count].long()
@@ -192,10 +191,10 @@ def check_attention(case: AttentionCase, dtype: torch.dtype, device: torch.devic
     lengths = torch.tensor([max(case.seqlen, case.length - 3 * row) for row in range(case.batch)], dtype=torch.int32)
     lengths = lengths.to(device)
     indices, count = _selection(h, case.count, device)
-    found = ops.sparse_attention(x, key, value, lengths, indices, count, w_q, b_q, w_o, b_o, cos, sin, n_heads=h)
+    found = launcher("SparseAttention")(x, key, value, lengths, indices, count, w_q, b_q, w_o, b_o, cos, sin, n_heads=h)
     units = (_host(lengths), _host(indices), case.count)
     after = map(_wide, (w_q, b_q, w_o, b_o, cos, sin))
-    wanted = reference.sparse_attention(_wide(x), _wide(key), _wide(value), *units, *after, n_heads=h)
+    wanted = reference("SparseAttention")(_wide(x), _wide(key), _wide(value), *units, *after, n_heads=h)
     own = _torch_attention(case, x, key, value, lengths, indices, w_q, b_q, w_o, b_o, cos, sin)
     return _judge(case, found, own, wanted)
 
@@ -232,20 +231,20 @@ def check_scores(case: ScoreCase, dtype: torch.dtype, device: torch.device) -> C
     data, scales = quantise(_wide(make(rows, case.hidden, scale=case.hidden**-0.5)), LOW_BIT_COPY)
     x, bias = make(case.batch, case.seqlen, case.hidden), make(rows, scale=0.1) if case.bias else None
     *gates, b_up = [None] if bias is None else bias.split(case.neurons)
-    lengths = make(case.neurons).float().abs()
+    down_norms = make(case.neurons).float().abs()
     copy, given = data.reshape(rows, LOW_BIT_COPY.blocks(case.hidden), -1), torch.from_numpy(scales).to(device)
     count = torch.tensor(case.neurons // 2, dtype=torch.int32, device=device)
     words, b_gate = torch.from_numpy(copy).to(device), gates[0] if gates else None
-    found = ops.score_neurons(x, words, given, b_gate, b_up, lengths, count, activation=case.activation)
-    wanted = reference.score_neurons(
-        _wide(x), copy, scales, _wide(b_gate), _wide(b_up), _wide(lengths), activation=case.activation
+    found = launcher("ScoreNeurons")(x, words, given, b_gate, b_up, down_norms, count, activation=case.activation)
+    wanted = reference("ScoreNeurons")(
+        _wide(x), copy, scales, _wide(b_gate), _wide(b_up), _wide(down_norms), activation=case.activation
     )
     weight = torch.from_numpy(dequantise(data, scales, case.hidden, LOW_BIT_COPY).copy()).to(device, dtype)
     first, *rest = F.linear(x.flatten(0, 1), weight, bias).split(case.neurons, dim=1)
     product = ACTIVATIONS[case.activation](first)
     for up in rest:
         product = product * up
-    own = product.abs().float().mean(dim=0, keepdim=True) * lengths
+    own = product.abs().float().mean(dim=0, keepdim=True) * down_norms
     return _judge(case, found, own, wanted)
 
 
@@ -254,8 +253,8 @@ def check_topk(case: TopKCase, device: torch.device) -> Check:
     generator = torch.Generator().manual_seed(case.width)
     scores = torch.randint(case.levels, (case.rows, case.width), generator=generator).float() / case.levels - 0.5
     counts = torch.tensor([max(0, case.count - row) for row in range(case.rows)], dtype=torch.int32)
-    found = ops.select_topk(scores.to(device), counts.to(device), case.width)
-    wanted = reference.select_topk(scores.numpy(), counts.numpy(), case.width)
+    found = launcher("SelectTopK")(scores.to(device), counts.to(device), case.width)
+    wanted = reference("SelectTopK")(scores.numpy(), counts.numpy(), case.width)
     return Check(str(case), float((_host(found) != wanted).sum()), 0.0)
 
 

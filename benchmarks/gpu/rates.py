@@ -13,7 +13,10 @@ from torch.nn import functional as F
 
 from shadowllm.benchmarks.gpu.timing import milliseconds
 from shadowllm.bundle.quantisation import LOW_BIT_COPY
-from shadowllm.plugins.triton import ops
+from shadowllm.plugins.ops.score_neurons.launcher import score_neurons
+from shadowllm.plugins.ops.select_topk.launcher import select_topk
+from shadowllm.plugins.ops.sparse_attention.launcher import sparse_attention
+from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
 
 # A work set is as many copies of an op's data as fill this, used in turn: far beyond the last-level cache of any card.
 WORK_SET_BYTES = 1 << 30
@@ -84,10 +87,10 @@ def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> dict[str, tuple[
     one, many = (torch.tensor([n], dtype=torch.int32, device=device) for n in (1, s.context))
 
     def mlp(up: Tensor, down: Tensor) -> Tensor:
-        return ops.sparse_mlp(x, *neurons, None, None, up, None, down, None, activation="relu")
+        return sparse_mlp(x, *neurons, None, None, up, None, down, None, activation="relu")
 
     def attention(lengths: Tensor) -> Callable[..., Tensor]:
-        return lambda key, value, q, o: ops.sparse_attention(
+        return lambda key, value, q, o: sparse_attention(
             x, key, value, lengths, *heads, q, None, o, None, n_heads=s.heads
         )
 
@@ -97,8 +100,8 @@ def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> dict[str, tuple[
         copy = torch.randint(256, (*rows, LOW_BIT_COPY.block // 2), dtype=torch.uint8, device=device)
         return copy, torch.rand(rows, device=device), torch.rand(s.neurons, device=device)
 
-    def scores(copy: Tensor, scales: Tensor, lengths: Tensor) -> Tensor:
-        return ops.score_neurons(x, copy, scales, None, None, lengths, neurons[1], activation="relu")
+    def scores(copy: Tensor, scales: Tensor, down_norms: Tensor) -> Tensor:
+        return score_neurons(x, copy, scales, None, None, down_norms, neurons[1], activation="relu")
 
     def dense(up: Tensor, down: Tensor) -> Tensor:
         return F.relu(F.linear(x, up)) @ down
@@ -142,7 +145,7 @@ def _selection_work(device: torch.device, s: Sizes) -> Callable[[], Any]:
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn((s.sparse_layers, s.neurons), generator=generator).to(device)
     counts = torch.full((s.sparse_layers,), s.neurons // 2, dtype=torch.int32, device=device)
-    return lambda: ops.select_topk(scores, counts, s.neurons)
+    return lambda: select_topk(scores, counts, s.neurons)
 
 
 def _spread(width: int, device: torch.device) -> tuple[Tensor, Tensor]:

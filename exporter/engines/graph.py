@@ -17,7 +17,8 @@ from shadowllm.bundle.engine_record import CustomNode
 from shadowllm.bundle.op_domain import DOMAIN, VERSION
 from shadowllm.errors import UserError
 from shadowllm.plugins.program import PROGRAM, Program
-from shadowllm.plugins.schemas import SCHEMAS
+from shadowllm.plugins.program_bytes import pack
+from shadowllm.plugins.registry import SCHEMAS
 
 ONNX_FLOAT = {"float": "float32"}  # every other type has one name
 
@@ -121,7 +122,7 @@ def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prep
         if node.op_type == "Attention" and not node.domain:
             node.attributes.add(ir.AttrInt64("TRT_decomposable", 1))
     proto = ir.to_proto(model)
-    packed = {named.name: programs[named].pack() for named in nodes}
+    packed = {named.name: pack(programs[named]) for named in nodes}
     for node_proto in proto.graph.node:
         if node_proto.name in packed:  # bytes, which onnx_ir takes for a mistake
             node_proto.attribute.add(name=PROGRAM, type=ir.AttributeType.STRING.value, s=packed[node_proto.name])

@@ -17,7 +17,7 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.engines.graph import Attributes, Compiler, TensorInfo, prepare
 from shadowllm.plugins.images import carried
 from shadowllm.plugins.program import Program
-from shadowllm.plugins.schemas import SCHEMAS
+from shadowllm.plugins.registry import SCHEMAS
 from shadowllm.plugins.tensorrt import creators, flavour
 
 

@@ -15,7 +15,8 @@ from shadowllm.exporter.graphs.nodes import batched, cast, gemm, mlp_activation,
 from shadowllm.exporter.graphs.selection import choose_heads, choose_neurons
 from shadowllm.models.sparsity import Unit
 from shadowllm.models.spec import ModelSpec
-from shadowllm.plugins import schemas
+from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION
+from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _sparse_attention(
 ) -> ir.Value:
     place = f"layers.{layer}"
     y = g.custom(
-        schemas.SPARSE_ATTENTION,
+        SPARSE_ATTENTION,
         f"{place}.attention",
         {
             "x": batched(g, spec, step.tokens, normed),
@@ -173,7 +174,7 @@ def _sparse_mlp(
     place = f"layers.{layer}"
     parts = ("gate", "up", "down") if spec.gated else ("up", "down")
     y = g.custom(
-        schemas.SPARSE_MLP,
+        SPARSE_MLP,
         f"{place}.mlp",
         {
             "x": batched(g, spec, step.tokens, normed),

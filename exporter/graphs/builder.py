@@ -13,8 +13,8 @@ from shadowllm.bundle import op_domain
 from shadowllm.bundle.quantisation import Quantisation
 from shadowllm.bundle.weight_file import WeightStore
 from shadowllm.exporter.graphs.initializers import initializer
-from shadowllm.plugins import schemas
-from shadowllm.plugins.functions import MICROSOFT, OPSET
+from shadowllm.plugins.function_body import MICROSOFT, OPSET
+from shadowllm.plugins.schema import OpSchema
 
 IR_VERSION = 11
 Dims = Sequence[int | str]
@@ -63,9 +63,7 @@ class GraphBuilder:
             return (x,)
         return self._tape.op_multi_out("Split", (x, self.ints(sizes)), {"axis": axis}, num_outputs=len(sizes))
 
-    def custom(
-        self, schema: schemas.OpSchema, name: str, inputs: dict[str, ir.Value | None], **attributes: Any
-    ) -> ir.Value:
+    def custom(self, schema: OpSchema, name: str, inputs: dict[str, ir.Value | None], **attributes: Any) -> ir.Value:
         """A named node of one of our ops, its inputs by name; those not given are left out."""
         unknown = set(inputs) - {port.name for port in schema.inputs}
         missing = [p.name for p in schema.inputs if not p.optional and inputs.get(p.name) is None]

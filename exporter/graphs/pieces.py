@@ -18,7 +18,8 @@ from shadowllm.exporter.graphs import blocks, nodes, selection
 from shadowllm.exporter.graphs.builder import GraphBuilder
 from shadowllm.models.sparsity import SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
-from shadowllm.plugins.functions import CopyForm, FunctionForm, function_bodies
+from shadowllm.plugins.function_body import CopyForm, FunctionForm
+from shadowllm.plugins.registry import function_bodies
 
 INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT
 TOKENS = ["batch", "seqlen"]

@@ -10,7 +10,8 @@ from shadowllm.bundle.weight_names import copied, down_norms, integers, low_bit_
 from shadowllm.exporter.graphs.builder import GraphBuilder
 from shadowllm.exporter.graphs.nodes import as_float, batched, cast, gemm
 from shadowllm.models.spec import ModelSpec
-from shadowllm.plugins import schemas
+from shadowllm.plugins.ops.score_neurons.schema import SCORE_NEURONS
+from shadowllm.plugins.ops.select_topk.schema import SELECT_TOPK
 from shadowllm.predictor.networks import NORM_EPS
 
 
@@ -52,7 +53,7 @@ def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, coun
     biased = (("gate", "up") if spec.gated else ("up",)) if spec.mlp_bias else ()
     blocks = (LOW_BIT_COPY.blocks(spec.hidden_size), LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 8)
     scores = g.custom(
-        schemas.SCORE_NEURONS,
+        SCORE_NEURONS,
         f"layers.{layer}.score_neurons",
         {
             "x": x,
@@ -60,7 +61,7 @@ def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, coun
             "scales": g.weight(*map(scales, copies)),
             # One by one, as the layer itself reads them: TensorRT wants a place in the data file to have one size.
             **{f"b_{part}": g.weight(f"layers.{layer}.{part}_proj.bias") for part in biased},
-            "lengths": g.weight(down_norms(layer)),
+            "down_norms": g.weight(down_norms(layer)),
             "count": count,
         },
         activation=spec.activation,
@@ -93,4 +94,4 @@ def select(g: GraphBuilder, name: str, scores: ir.Value, counts: ir.Value, width
         groups = g.op("Reshape", scores, g.ints([-1, width // together, together]))
         sums = g.op("ReduceSum", groups, g.ints([2]), keepdims=1)
         scores = g.op("Reshape", g.op("Expand", sums, g.ints([1, 1, together])), g.ints([-1, width]))
-    return g.custom(schemas.SELECT_TOPK, name, {"scores": scores, "counts": counts}, cap=width)
+    return g.custom(SELECT_TOPK, name, {"scores": scores, "counts": counts}, cap=width)

@@ -205,10 +205,28 @@ struct Registration : OrtCustomOp {
 // Shape inference of an op whose output has the shape of its first input.
 void infer_like_first_input(const Api& api, OrtShapeInferContext* context);
 
-// The ops of this library. Shared pointers, because they remember how to delete what OrtCustomOp cannot.
-// `infers`: give the runtime the op's shape inference.
-std::shared_ptr<OrtCustomOp> make_select_topk(const Api& api);
-std::shared_ptr<OrtCustomOp> make_sparse_mlp(const Api& api, bool infers);
-std::shared_ptr<OrtCustomOp> make_sparse_attention(const Api& api, bool infers);
+// An op of this library.
+struct Entry {
+  const char* name;
+  const Port* ports;
+  size_t port_count;
+  int output_type;
+  // A shared pointer, because it remembers how to delete what OrtCustomOp cannot. `infers`: give the runtime the op's
+  // shape inference.
+  std::shared_ptr<OrtCustomOp> (*make)(const Api& api, bool infers);
+};
+
+template <class Op>
+constexpr Entry entry_of() {
+  return {Op::kName, Op::kPorts, std::size(Op::kPorts), Op::kOutputType,
+          [](const Api& api, bool infers) -> std::shared_ptr<OrtCustomOp> {
+            return std::make_shared<Registration<Op>>(api, infers);
+          }};
+}
+
+// The ops, each from the native.cpp of its folder.
+extern const Entry kSelectTopK;
+extern const Entry kSparseMlp;
+extern const Entry kSparseAttention;
 
 }  // namespace shadowllm

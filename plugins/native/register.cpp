@@ -1,4 +1,5 @@
-// What the runtime calls when it loads this library.
+// What the runtime calls when it loads this library, and what tells its ops.
+#include <algorithm>
 #include <mutex>
 #include <vector>
 
@@ -7,11 +8,18 @@
 namespace shadowllm {
 namespace {
 
+constexpr const Entry* kEntries[] = {&kSelectTopK, &kSparseMlp, &kSparseAttention};
+
+bool has_absent_inputs(const Entry& op) {
+  return std::any_of(op.ports, op.ports + op.port_count,
+                     [](const Port& port) { return port.characteristic == kOptional; });
+}
+
 // The ops as one runtime knows them. The domain outlives every session that uses it: it goes with the library.
 struct Domain {
   Domain(const OrtApi* table, const char* runtime_version) : api(table) {
     const bool infers = infers_despite_absent_inputs(runtime_version);
-    ops = {make_select_topk(api), make_sparse_mlp(api, infers), make_sparse_attention(api, infers)};
+    for (const Entry* op : kEntries) ops.push_back(op->make(api, infers || !has_absent_inputs(*op)));
     api.check(api.create_custom_op_domain("shadowllm", &domain));
     for (const auto& op : ops) api.check(api.custom_op_domain_add(domain, op.get()));
   }
@@ -32,6 +40,21 @@ const Domain& domain_of(const OrtApi* table, const char* runtime_version) {
     if (domain->api.table() == table) return *domain;
   domains.push_back(std::make_unique<Domain>(table, runtime_version));
   return *domains.back();
+}
+
+// A line of each op: its name, the type of its output, then name, type and characteristic of each input.
+std::string signatures_text() {
+  std::string text;
+  for (const Entry* op : kEntries) {
+    text += std::string(op->name) + " " + std::to_string(op->output_type);
+    for (size_t i = 0; i < op->port_count; ++i) {
+      const Port& port = op->ports[i];
+      text += " " + std::string(port.name);
+      for (const int number : {port.type, int(port.characteristic)}) text += ":" + std::to_string(number);
+    }
+    text += "\n";
+  }
+  return text;
 }
 
 using CreateStatus = OrtStatus*(int, const char*);
@@ -60,3 +83,9 @@ SHADOWLLM_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const 
 }
 
 SHADOWLLM_EXPORT const char* shadowllm_native_kernels() noexcept { return shadowllm::supported_kernels(); }
+
+// What the ops' tables say, in the runtime's numbers of types and characteristics: a test holds it against the schemas.
+SHADOWLLM_EXPORT const char* shadowllm_native_signatures() noexcept {
+  static const std::string text = shadowllm::signatures_text();
+  return text.c_str();
+}

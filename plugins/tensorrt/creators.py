@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from shadowllm.bundle.op_domain import DOMAIN, VERSION
-from shadowllm.plugins.program import DTYPES, PROGRAM, Program
-from shadowllm.plugins.schemas import SCHEMAS
-from shadowllm.plugins.tensorrt.launcher import Launcher, call_size
+from shadowllm.plugins.program import DTYPES, PROGRAM, call_size
+from shadowllm.plugins.program_bytes import pack, unpack
+from shadowllm.plugins.registry import SCHEMAS
+from shadowllm.plugins.tensorrt.launcher import Launcher
 
 
 def register(trt: Any) -> list[Any]:
@@ -52,7 +53,7 @@ def creator_class(trt: Any) -> Any:
             if not any(found):
                 raise ValueError(f"{self.name} {name} carries no program: build engines with `shadowllm build`")
             try:
-                return self.plugin(self.name, Launcher(Program.unpack(found[0])))
+                return self.plugin(self.name, Launcher(unpack(found[0])))
             except ValueError as error:
                 raise ValueError(f"{self.name} {name}: {error}") from error
 
@@ -99,7 +100,7 @@ def plugin_class(trt: Any) -> Any:
             return self.program.workspace_bytes
 
         def get_fields_to_serialize(self) -> Any:
-            data = np.frombuffer(self.program.pack(), np.int8)
+            data = np.frombuffer(pack(self.program), np.int8)
             self.fields = [trt.PluginField(PROGRAM, data, trt.PluginFieldType.CHAR)]  # read after this returns
             return trt.PluginFieldCollection(self.fields)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from cuda.bindings import driver
 
 from shadowllm.bundle.gpu_images import PTX, serving
-from shadowllm.plugins.program import ALIGNED, Argument, Kernel, Launch, Program
+from shadowllm.plugins.program import ALIGNED, Argument, Kernel, Launch, Program, call_size
 
 # Dynamic shared memory that a kernel may use without being allowed to.
 USUAL_SHARED_BYTES = 48 * 1024
@@ -83,11 +83,6 @@ def _check_addresses(what: str, dtypes: Sequence[str], addresses: Sequence[int])
     for i, (dtype, address) in enumerate(zip(dtypes, addresses, strict=True)):
         if dtype != "int32" and address % ALIGNED:
             raise ValueError(f"{what} {i} does not begin at a multiple of {ALIGNED} bytes")
-
-
-def call_size(shape: Sequence[int]) -> tuple[int, int]:
-    """Batch and seqlen of a call from the shape of input 0."""
-    return shape[0] if shape else 1, shape[1] if len(shape) > 2 else 1
 
 
 def _launch(

@@ -18,8 +18,8 @@ from triton.compiler import ASTSource
 from shadowllm.bundle.gpu_images import PTX, PTX_SM
 from shadowllm.errors import UserError
 from shadowllm.plugins.program import ALIGNED, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
-from shadowllm.plugins.schemas import SCHEMAS, OpSchema
-from shadowllm.plugins.triton.ops import schedules
+from shadowllm.plugins.registry import SCHEMAS, schedules
+from shadowllm.plugins.schema import OpSchema
 from shadowllm.plugins.triton.schedule import Call, Operand, Schedule, Scratch, Shape
 
 # Of the PTX, so that drivers of CUDA 12 understand it.
@@ -91,13 +91,12 @@ def _compile(
     shapes: dict[str, Shape] = {
         name: tuple(size if isinstance(size, int) else 0 for size in tensor.shape) for name, tensor in inputs
     }
-    planned = schedules(
-        op,
+    planned = schedules(op)(
         shapes,
         dict(attributes),
         itemsize=ITEMSIZE[dtype],
-        max_batch=shapes["scores"][0] if "scores" in shapes else max_batch,
-        max_seqlen=1 if "scores" in shapes else max_seqlen,
+        max_batch=max_batch,
+        max_seqlen=max_seqlen,
     )
     builder = _Builder(schema, tensors, dtype, sms)
     plans = tuple(builder.plan(schedule) for schedule in planned)

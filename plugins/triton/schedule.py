@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -61,6 +61,32 @@ class Schedule:
     max_seqlen: int
     workspace_bytes: int
     calls: tuple[Call, ...]
+
+
+class Planner(Protocol):
+    """How an op is launched: the function ``schedules`` of an op's own ``schedule.py``."""
+
+    def __call__(
+        self,
+        shapes: Mapping[str, Shape],
+        attributes: Mapping[str, int | str],
+        *,
+        itemsize: int,
+        max_batch: int,
+        max_seqlen: int,
+    ) -> list[Schedule]:
+        """The schedules of an op, in ascending order of what each covers.
+
+        Args:
+            shapes: of the inputs that are there, by the schema's names; batch and seqlen in them are not read.
+            attributes: of the node.
+            itemsize: bytes of an element of type T.
+            max_batch: most sequences of a call.
+            max_seqlen: most tokens of a sequence in a call.
+        """
+
+    def __hash__(self) -> int:
+        """Schedules are remembered by who planned them."""
 
 
 class Workspace:

@@ -83,6 +83,17 @@ def active_rows(indices, count, slots, GROUP: tl.constexpr, UNITS: tl.constexpr)
     return tl.where(live, units, 0).to(tl.int64) * GROUP + slots % GROUP, live
 
 
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The MLP's activation of float32 values."""
+    if ACTIVATION == "relu":
+        return tl.where(x < 0, 0.0, x)  # keeps a NaN, which a maximum may drop
+    elif ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    else:
+        return x * 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+
+
 def block_along(width: int, tokens: int, itemsize: int) -> int:
     """Columns that a loop over a row of this width takes at a time, for a tile of so many tokens."""
     return min(256 if tokens == 1 else LINE // itemsize, max(16, triton.next_power_of_2(width)))

@@ -14,7 +14,8 @@ from shadowllm.bundle.quantisation import LOW_BIT_COPY
 from shadowllm.bundle.weight_names import copied, down_norms, integers, low_bit_copy, scales
 from shadowllm.models.sparsity import SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
-from shadowllm.plugins.triton.ops import score_neurons, select_topk
+from shadowllm.plugins.ops.score_neurons.launcher import score_neurons
+from shadowllm.plugins.ops.select_topk.launcher import select_topk
 from shadowllm.predictor.networks import layer_head_scores, layer_neuron_scores
 from shadowllm.predictor.topk import shared_scores
 
@@ -106,7 +107,7 @@ def device_copies(
             "copy": rows.unflatten(1, (LOW_BIT_COPY.blocks(layers.spec.hidden_size), -1)),
             "scales": factors,
             **{f"b_{part}": weights.get(f"layers.{layer}.{part}_proj.bias") for part in ("gate", "up")},
-            "lengths": copies[down_norms(layer)].to(device),
+            "down_norms": copies[down_norms(layer)].to(device),
         }
 
     return [layer_copy(layer) for layer in layers.layers]

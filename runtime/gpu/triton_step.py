@@ -17,8 +17,9 @@ from shadowllm.models.decoder import Decoder, KVCache
 from shadowllm.models.sparsity import SparseLayers
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import tensor_shape
+from shadowllm.plugins.ops.sparse_attention.launcher import sparse_attention
+from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
 from shadowllm.plugins.triton.cache import write_cache
-from shadowllm.plugins.triton.ops import sparse_attention, sparse_mlp
 from shadowllm.runtime.gpu.selection import Selection
 
 

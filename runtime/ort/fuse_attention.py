@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from shadowllm.models.spec import ModelSpec
-from shadowllm.plugins.functions import MICROSOFT
+from shadowllm.plugins.function_body import MICROSOFT
 
 
 def fuse_attention(model: ir.Model, spec: ModelSpec) -> None:

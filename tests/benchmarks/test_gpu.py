@@ -22,8 +22,9 @@ from shadowllm.benchmarks.gpu.probe import probe
 from shadowllm.bundle.weight_file import TORCH_DTYPES
 from shadowllm.bundle.weight_layout import copy_groups
 from shadowllm.models.sparsity import SparseLayers
+from shadowllm.plugins.ops.select_topk import launcher as topk_launcher
+from shadowllm.plugins.ops.sparse_mlp import launcher as mlp_launcher
 from shadowllm.plugins.tensorrt.flavour import FLAVOURS
-from shadowllm.plugins.triton import ops
 from shadowllm.runtime import open_session
 from shadowllm.runtime.gpu.cuda_graph import kernel_device
 
@@ -81,11 +82,11 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch, capsy
 
 
 def test_a_wrong_kernel_fails_its_check(monkeypatch):
-    device, right = kernel_device(), ops.sparse_mlp
-    monkeypatch.setattr(ops, "sparse_mlp", lambda *a, **k: right(*a, **k) * 1.02)
+    device, right = kernel_device(), mlp_launcher.sparse_mlp
+    monkeypatch.setattr(mlp_launcher, "sparse_mlp", lambda *a, **k: right(*a, **k) * 1.02)
     case = checks.TINY[0]
     assert not checks.check_mlp(case, torch.float16, device).passed
-    monkeypatch.setattr(ops, "select_topk", lambda scores, counts, cap: torch.zeros(len(scores), cap).int())
+    monkeypatch.setattr(topk_launcher, "select_topk", lambda scores, counts, cap: torch.zeros(len(scores), cap).int())
     found = [checks.check_topk(replace(checks.TINY[-1], count=3), device)]
     assert checks.summary(found) | {"checks": []} == {
         "passed": False, "worst_share_of_allowed": 0.0, "failed": [found[0].case], "checks": [],

@@ -17,9 +17,10 @@ from shadowllm.bundle.engine_record import (
 )
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines.contents import engine_contents
+from shadowllm.plugins.program_bytes import pack
 from tests.plugins.programs import program
 
-ENGINE = b"engine: SparseMLP layers.1.SparseMLP " * 7 + program(sms=(0, 80, 89)).pack() + b"the rest"
+ENGINE = b"engine: SparseMLP layers.1.SparseMLP " * 7 + pack(program(sms=(0, 80, 89))) + b"the rest"
 FILES = {"body.onnx": "ab" * 32, "model.onnx.data": "cd" * 32}
 HERE = {"flavour": "tensorrt_rtx", "version": "1.7.1.116", "compute_capability": 89, "files": FILES}
 

@@ -20,11 +20,15 @@ import ml_dtypes
 import numpy as np
 
 from shadowllm.bundle.quantisation import Quantisation
-from shadowllm.plugins import native_ops, reference
-from tests.plugins import test_native_ops as ops
+from shadowllm.plugins import native_ops
+from shadowllm.plugins.registry import reference
+from tests.plugins.native_model import ONNX_TYPES, STATES, integers, run
+from tests.plugins.ops.select_topk.native_inputs import scores_of
+from tests.plugins.ops.sparse_attention.native_inputs import ATTENTION_FORMS, attention_inputs
+from tests.plugins.ops.sparse_mlp.native_inputs import MLP_FORMS, mlp_inputs
 
 Inputs = dict[str, np.ndarray | None]
-REFUSALS = (ops.STATES.Fail, ops.STATES.InvalidArgument, ops.STATES.RuntimeException)
+REFUSALS = (STATES.Fail, STATES.InvalidArgument, STATES.RuntimeException)
 
 
 @dataclass
@@ -35,7 +39,6 @@ class Case:
     inputs: Inputs
     weights: tuple[str, ...]
     attributes: dict[str, Any]
-    reference: Callable[..., np.ndarray]
 
 
 def draw(rng: np.random.Generator) -> Case:
@@ -44,30 +47,30 @@ def draw(rng: np.random.Generator) -> Case:
 
 
 def mlp(rng: np.random.Generator) -> Case:
-    form = str(rng.choice(list(ops.MLP_FORMS)))
+    form = str(rng.choice(list(MLP_FORMS)))
     neurons, batch, seqlen = int(rng.integers(1, 120)), int(rng.integers(0, 4)), int(rng.integers(0, 70))
     hidden, convert = weight_form(rng)
     size = (hidden, neurons, batch, seqlen, int(rng.integers(1, neurons + 1)))
-    inputs = convert(ops.mlp_inputs(form, size, int(rng.integers(1 << 30))))
-    return Case("SparseMLP", inputs, weights_of(inputs), {"activation": ops.MLP_FORMS[form][0]}, reference.sparse_mlp)
+    inputs = convert(mlp_inputs(form, size, int(rng.integers(1 << 30))))
+    return Case("SparseMLP", inputs, weights_of(inputs), {"activation": MLP_FORMS[form][0]})
 
 
 def attention(rng: np.random.Generator) -> Case:
-    form = str(rng.choice(list(ops.ATTENTION_FORMS)))
+    form = str(rng.choice(list(ATTENTION_FORMS)))
     kv_heads, group, half, batch, seqlen = (int(n) for n in rng.integers(1, [4, 4, 40, 4, 20]))
     capacity, heads = seqlen + int(rng.integers(0, 60)), kv_heads * group
     lengths = tuple(int(n) for n in rng.integers(seqlen, capacity + 1, batch))
     hidden, convert = weight_form(rng)
     size = (hidden, heads, kv_heads, 2 * half, capacity, batch, seqlen, lengths, int(rng.integers(0, heads + 1)))
-    inputs = convert(ops.attention_inputs(form, size, int(rng.integers(1 << 30))))
-    return Case("SparseAttention", inputs, weights_of(inputs), {"n_heads": heads}, reference.sparse_attention)
+    inputs = convert(attention_inputs(form, size, int(rng.integers(1 << 30))))
+    return Case("SparseAttention", inputs, weights_of(inputs), {"n_heads": heads})
 
 
 def topk(rng: np.random.Generator) -> Case:
     rows, n, cap = (int(n) for n in rng.integers([0, 1, 0], [20, 300, 320]))
-    scores = ops.scores_of(str(rng.choice(["normal", "ties", "close", "special"])), rows, n)
+    scores = scores_of(str(rng.choice(["normal", "ties", "close", "special"])), rows, n)
     counts = rng.integers(0, min(cap, n) + 1, rows).astype(np.int32)
-    return Case("SelectTopK", {"scores": scores, "counts": counts}, (), {"cap": cap}, reference.select_topk)
+    return Case("SelectTopK", {"scores": scores, "counts": counts}, (), {"cap": cap})
 
 
 def weight_form(rng: np.random.Generator) -> tuple[int, Callable[[Inputs], Inputs]]:
@@ -75,7 +78,7 @@ def weight_form(rng: np.random.Generator) -> tuple[int, Callable[[Inputs], Input
     kind = rng.integers(4)
     if kind < 2:
         q = Quantisation(int(rng.choice([4, 8])), int(rng.choice([32, 64, 96])))
-        return q.block * int(rng.integers(1, 5)), lambda inputs: ops.integers(inputs, q)
+        return q.block * int(rng.integers(1, 5)), lambda inputs: integers(inputs, q)
     dtype = np.dtype(rng.choice(np.array([np.float32, np.float16, ml_dtypes.bfloat16], dtype=object)))
 
     def convert(inputs: Inputs) -> Inputs:
@@ -108,7 +111,7 @@ def judge(case: Case, found: np.ndarray) -> str | None:
     """What is wrong with the result of a sound case, if anything."""
     if found.size == 0:
         return None
-    expected = case.reference(**case.inputs, **case.attributes)
+    expected = reference(case.op)(**case.inputs, **case.attributes)
     if case.op == "SelectTopK":
         return None if np.array_equal(found, expected) else "other indices"
     # Integer rows may be multiplied by inputs of 16 bits.
@@ -129,12 +132,12 @@ def main() -> int:
         os.environ[native_ops.ISA_VARIABLE] = str(rng.choice(native_ops.kernels()))
         case, spoil = draw(rng), rng.random() < 0.4
         inputs = damage(rng, case.inputs) if spoil else case.inputs
-        fed = all(v is None or v.dtype in ops.ONNX_TYPES for v in inputs.values()) and rng.random() < 0.5
+        fed = all(v is None or v.dtype in ONNX_TYPES for v in inputs.values()) and rng.random() < 0.5
         weights = () if fed else case.weights  # 16-bit tensors can only be initializers
         layer = {} if case.op == "SelectTopK" else {"layer": 1}
         problem = None
         try:
-            result = ops.run(case.op, inputs, weights, int(rng.integers(1, 3)), **case.attributes, **layer)
+            result = run(case.op, inputs, weights, int(rng.integers(1, 3)), **case.attributes, **layer)
             problem = None if spoil else judge(case, result)
         except REFUSALS as error:
             refused += 1

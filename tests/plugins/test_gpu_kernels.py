@@ -1,4 +1,4 @@
-"""The kernels as a GPU runs them; their logic is tested without one, in Triton's interpreter (test_triton_ops.py)."""
+"""The kernels as a GPU runs them; their logic is tested without one, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shadowllm.benchmarks.gpu import checks
-from shadowllm.plugins.triton import ops
+from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ def test_one_graph_serves_every_count():
     indices, count = checks._selection(512, 512, device)
 
     def call():
-        return ops.sparse_mlp(x, indices, count, None, None, up, None, down, None, activation="relu")
+        return sparse_mlp(x, indices, count, None, None, up, None, down, None, activation="relu")
 
     call()
     graph = torch.cuda.CUDAGraph()

@@ -6,6 +6,7 @@ import pytest
 
 from shadowllm.bundle.gpu_images import PTX, serving
 from shadowllm.plugins.images import carried, programs_in
+from shadowllm.plugins.program_bytes import pack
 from tests.plugins.programs import program
 
 
@@ -29,9 +30,9 @@ def test_which_image_a_gpu_runs(images, sm, wanted):
 
 def test_programs_are_found_in_an_engine():
     one, other = program(), program("bfloat16", sms=(80, 120))
-    found = list(programs_in(b"head" + one.pack() + other.pack() + b"tail" + one.pack()))
+    found = list(programs_in(b"head" + pack(one) + pack(other) + b"tail" + pack(one)))
     assert found == [one, other, one]
     assert carried(found) == {"first": (80,), "second": (80,)}
     assert not list(programs_in(b"no program at all"))
     with pytest.raises(ValueError, match="damaged"):
-        list(programs_in(b"head" + one.pack()[:-1]))
+        list(programs_in(b"head" + pack(one)[:-1]))

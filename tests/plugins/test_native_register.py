@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import warnings
@@ -13,11 +14,15 @@ from onnx import TensorProto, helper
 
 from shadowllm.bundle import op_domain
 from shadowllm.errors import UserError
-from shadowllm.plugins import functions, native_ops, schemas
-from tests.plugins.test_native_ops import MLP_WEIGHTS, attention_inputs, mlp_inputs, ort, run
+from shadowllm.plugins import native_ops
+from shadowllm.plugins.function_body import OPSET, FunctionForm
+from shadowllm.plugins.registry import SCHEMAS, function_bodies
+from tests.plugins.native_model import built, make_session, ort, run
+from tests.plugins.ops.select_topk.native_inputs import scores_of
+from tests.plugins.ops.sparse_attention.native_inputs import attention_inputs
+from tests.plugins.ops.sparse_mlp.native_inputs import MLP_WEIGHTS, mlp_inputs
 
-built = pytest.mark.skipif(not native_ops.kernels(), reason="the native ops are not built")
-FORM = functions.FunctionForm(
+FORM = FunctionForm(
     activation="silu",
     gated=True,
     qkv_bias=True,
@@ -84,7 +89,7 @@ print(made)
 
 def model_with_bodies(op: str, inputs: dict[str, np.ndarray], **attributes) -> bytes:
     """One node and the function bodies of its domain, as a bundle carries them."""
-    schema = schemas.SCHEMAS[op]
+    schema = SCHEMAS[op]
     types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
     node = helper.make_node(
         op,
@@ -99,13 +104,13 @@ def model_with_bodies(op: str, inputs: dict[str, np.ndarray], **attributes) -> b
         [helper.make_tensor_value_info(n, types[a.dtype], a.shape) for n, a in inputs.items()],
         [helper.make_tensor_value_info(schema.outputs[0].name, TensorProto.FLOAT, None)],
     )
-    bodies = [ir.serde.serialize_function(f) for f in functions.function_bodies(FORM) if f.name == op]
+    bodies = [ir.serde.serialize_function(f) for f in function_bodies(FORM) if f.name == op]
     model = helper.make_model(
         graph,
         ir_version=10,
         functions=bodies,
         opset_imports=[
-            helper.make_opsetid("", functions.OPSET),
+            helper.make_opsetid("", OPSET),
             helper.make_opsetid(op_domain.DOMAIN, op_domain.VERSION),
         ],
     )
@@ -185,7 +190,7 @@ def test_an_input_of_unknown_unnamed_size_loads(tmp_path):
         back.outputs,
         nodes=[wide, mlp, back],
         initializers=[rows, flat],
-        opset_imports={"": functions.OPSET, op_domain.DOMAIN: op_domain.VERSION},
+        opset_imports={"": OPSET, op_domain.DOMAIN: op_domain.VERSION},
     )
     options = ort.SessionOptions()
     assert native_ops.register(options)
@@ -198,3 +203,38 @@ def test_an_input_of_unknown_unnamed_size_loads(tmp_path):
     }
     expected = np.maximum(feeds["x"] @ weight.T, 0) @ weight
     np.testing.assert_allclose(session.run(None, feeds)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@built
+def test_shapes_are_inferred():
+    x = mlp_inputs("llama", (41, 7, 1, 1, 7))
+    session = make_session("SelectTopK", {"scores": scores_of("normal", 2, 9), "counts": np.zeros(2, np.int32)}, cap=5)
+    assert session.get_outputs()[0].shape[1] == 5
+    if tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 24):  # earlier ones cannot where inputs are absent
+        session = make_session("SparseMLP", x, MLP_WEIGHTS, activation="silu", layer=0)
+        assert session.get_outputs()[0].shape == ["x_0", "x_1", "x_2"]
+
+
+@built
+def test_unknown_kernels_refused(monkeypatch):
+    monkeypatch.setenv(native_ops.ISA_VARIABLE, "mmx")
+    with pytest.raises(Exception, match=r"SHADOWLLM_NATIVE_ISA is 'mmx', but this CPU runs .*portable"):
+        run("SparseMLP", mlp_inputs("llama", (41, 7, 1, 2, 3)), MLP_WEIGHTS, activation="silu", layer=11)
+
+
+@built
+def test_what_is_registered_has_the_ports_of_the_schemas():
+    """The tables that the library hands to ONNX Runtime, in its numbers: 0 is any of the types of weights."""
+    tell = ctypes.CDLL(str(native_ops.library())).shadowllm_native_signatures
+    tell.restype = ctypes.c_char_p
+    told = dict(line.split(" ", 1) for line in tell().decode().splitlines())
+    assert set(told) == set(SCHEMAS) - {"ScoreNeurons"}  # whose body is as fast
+    types = {"T": {TensorProto.FLOAT, 0}, "float32": {TensorProto.FLOAT}, "int32": {TensorProto.INT32}}
+    for op, line in told.items():
+        output, *inputs = line.split()
+        (port,) = SCHEMAS[op].outputs
+        assert int(output) in types[port.dtype] - {0}
+        for port, text in zip(SCHEMAS[op].inputs, inputs, strict=True):
+            name, dtype, optional = text.split(":")
+            assert (name, int(optional)) == (port.name, port.optional)
+            assert int(dtype) in types[port.dtype], f"{op} {name}"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from shadowllm.bundle.gpu_images import PTX
+from shadowllm.plugins.program_bytes import pack
 from tests.plugins.programs import program
 from tests.plugins.test_triton_compile import COMPILE, child
 
@@ -60,7 +61,7 @@ def record(built, tmp_path, calls, **environment):
 
 
 def test_one_token_and_a_prompt(built, tmp_path):
-    data = program().pack()
+    data = pack(program())
     python, cpp = record(built, tmp_path, [(data, 1, 1), (data, 2, 50), (data + b"\0", 5, 1)])
     block = "shared 98920 stream 0x55 extra (nil)"
     assert python == [
@@ -98,7 +99,7 @@ def test_compiled_kernels(built, tmp_path):
 @pytest.mark.parametrize(("sm", "image"), [(86, 80), (90, 90), (100, 0), (121, 0)])
 def test_the_image_that_serves_the_gpu_is_loaded(built, tmp_path, sm, image):
     """With the shared memory that it needs, which is not that of the others."""
-    python, cpp = record(built, tmp_path, [(program().pack(), 1, 1)], FAKE_SM=str(sm))
+    python, cpp = record(built, tmp_path, [(pack(program()), 1, 1)], FAKE_SM=str(sm))
     assert python[1] == f"load one-{image}"
     assert python[5] == f"second attribute 8 = {99000 - image}"
     assert f"block 256 1 1 shared {99000 - image} " in python[6]
@@ -114,20 +115,20 @@ def test_the_image_that_serves_the_gpu_is_loaded(built, tmp_path, sm, image):
     ],
 )
 def test_floats_begin_where_kernels_can_load_them(built, tmp_path, offsets, words):
-    python, cpp = record(built, tmp_path, [(program().pack(), 1, 1)], **offsets)
+    python, cpp = record(built, tmp_path, [(pack(program()), 1, 1)], **offsets)
     assert cpp == python
     assert python[-1].startswith(words)
 
 
 def test_integers_may_begin_anywhere(built, tmp_path):
     whole = replace(program(), inputs=("int32",) * 3)
-    python, cpp = record(built, tmp_path, [(whole.pack(), 1, 1)], PROBE_INPUT="4")
+    python, cpp = record(built, tmp_path, [(pack(whole), 1, 1)], PROBE_INPUT="4")
     assert cpp == python
     assert python[-1].endswith(": 7f0000000000 1000000000 100000004 1")
 
 
 def test_a_gpu_that_nothing_serves_is_named(built, tmp_path):
-    calls = [(program(sms=sms).pack(), 1, 1) for sms in ((80, PTX), (86, 90), ())]
+    calls = [(pack(program(sms=sms)), 1, 1) for sms in ((80, PTX), (86, 90), ())]
     python, cpp = record(built, tmp_path, calls, FAKE_SM="75")
     words = "error: kernel first is compiled for {}; none of it runs on this GPU, sm_75"
     assert python[1::2] == [words.format(text) for text in ("sm_80, PTX", "sm_86, sm_90", "nothing")]
@@ -138,14 +139,14 @@ def test_a_gpu_that_nothing_serves_is_named(built, tmp_path):
     "function", ["cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernel"]
 )
 def test_what_the_driver_refuses_is_an_error(built, tmp_path, function):
-    python, cpp = record(built, tmp_path, [(program().pack(), 1, 1)], FAKE_FAIL=function)
+    python, cpp = record(built, tmp_path, [(pack(program()), 1, 1)], FAKE_FAIL=function)
     assert python[-1] == "error: CUDA driver: CUDA_ERROR_LAUNCH_FAILED"
     assert cpp == python
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a driver")
 def test_a_machine_without_a_driver(built, tmp_path):
-    data = program().pack()
+    data = pack(program())
     (tmp_path / "calls").write_bytes(struct.pack("<3q", 1, 1, len(data)) + data)
     variables = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
     done = subprocess.run(
@@ -156,7 +157,7 @@ def test_a_machine_without_a_driver(built, tmp_path):
 
 def test_damaged_programs_are_taken_or_refused_alike(built, tmp_path):
     """Bytes changed at random, numbers replaced by wild ones, ends cut off."""
-    rng, whole = random.Random(0), small().pack()
+    rng, whole = random.Random(0), pack(small())
     wild = [0, 1, -1, 2, 7, 2**31, -(2**63), 2**63 - 1, 2**32 + 1]
     calls = []
     for i in range(3000):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from shadowllm.errors import UserError
-from shadowllm.plugins.program import DTYPES, PROGRAM, Program
-from shadowllm.plugins.schemas import SCHEMAS
+from shadowllm.plugins.program import DTYPES, PROGRAM
+from shadowllm.plugins.program_bytes import pack, unpack
+from shadowllm.plugins.registry import SCHEMAS
 from shadowllm.plugins.tensorrt import creators, flavour
 from shadowllm.plugins.tensorrt.launcher import Launcher
 from tests.plugins.programs import program
@@ -66,7 +67,7 @@ def test_a_node_without_a_program_is_refused(trt, creator):
 
 
 def test_a_damaged_program_is_refused(trt, creator):
-    collection, _kept = fields(trt, **{PROGRAM: np.frombuffer(program().pack()[:-9], np.int8)})
+    collection, _kept = fields(trt, **{PROGRAM: np.frombuffer(pack(program())[:-9], np.int8)})
     with pytest.raises(ValueError, match="SparseMLP layer 3: the program is damaged"):
         creator.create_plugin("layer 3", collection, trt.TensorRTPhase.BUILD)
 
@@ -102,7 +103,7 @@ def test_calls_that_no_plan_covers_are_refused_by_the_builder(plugin):
 def test_a_packed_program_is_one_field(trt, plugin):
     (field,) = plugin.get_fields_to_serialize()
     assert (field.name, field.type) == (PROGRAM, trt.PluginFieldType.CHAR)
-    assert Program.unpack(np.asarray(field.data).tobytes()) == plugin.program
+    assert unpack(np.asarray(field.data).tobytes()) == plugin.program
 
 
 def test_unknown_flavour_and_missing_package():

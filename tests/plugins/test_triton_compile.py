@@ -15,7 +15,8 @@ import sys
 import pytest
 
 from shadowllm.bundle.gpu_images import PTX
-from shadowllm.plugins.program import Program, Size
+from shadowllm.plugins.program import Size
+from shadowllm.plugins.program_bytes import unpack
 
 pytest.importorskip("triton")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -24,6 +25,7 @@ HEADS, HEAD_DIM, WIDTH, NEURONS = 4, 12, 48, 88
 COMPILE = f"""
 import sys
 from shadowllm.bundle.gpu_images import PTX
+from shadowllm.plugins.program_bytes import pack
 from shadowllm.plugins.triton.compile import Tensor, compile_program
 dtype, batch = sys.argv[1], int(sys.argv[2])
 count, lengths = Tensor("int32", ()), Tensor("int32", ("batch",))
@@ -35,7 +37,7 @@ graphs = [
       {{"cap": {NEURONS}}}),
     ("ScoreNeurons", {{"x": x, "copy": Tensor("int32", (2 * {NEURONS}, 1, 8)),
       "scales": Tensor("float32", (2 * {NEURONS}, 1)), "b_gate": Tensor(dtype, ({NEURONS},)),
-      "b_up": Tensor(dtype, ({NEURONS},)), "lengths": Tensor("float32", ({NEURONS},)), "count": count}},
+      "b_up": Tensor(dtype, ({NEURONS},)), "down_norms": Tensor("float32", ({NEURONS},)), "count": count}},
       {{"activation": "silu", "layer": 1}}),
     ("SparseMLP", {{"x": x, "indices": Tensor("int32", ({NEURONS},)), "count": count, "w_up": rows,
       "b_up": Tensor(dtype, ({NEURONS},)), "w_down": rows}}, {{"activation": "relu", "layer": 1}}),
@@ -48,7 +50,7 @@ for op, inputs, attributes in graphs:
     program = compile_program(op, inputs, attributes, **limits)
     again = compile_program(op, inputs, attributes | {{"layer": 2}}, **limits)
     assert again is program or "layer" not in attributes, "the layers of a model share a program"
-    print(program.pack().hex())
+    print(pack(program).hex())
 """
 
 
@@ -57,7 +59,7 @@ def programs(request):
     """Of each op, for batches of up to 3: ``(dtype, {op: Program})``."""
     told = child("-c", COMPILE, request.param, "3")
     ops = ("SelectTopK", "ScoreNeurons", "SparseMLP", "SparseAttention")
-    return request.param, dict(zip(ops, (Program.unpack(bytes.fromhex(line)) for line in told.split()), strict=True))
+    return request.param, dict(zip(ops, (unpack(bytes.fromhex(line)) for line in told.split()), strict=True))
 
 
 def child(*arguments: str) -> str:
@@ -176,7 +178,8 @@ import sys
 from shadowllm.errors import UserError
 from shadowllm.plugins.triton.compile import ITEMSIZE, POINTERS, compile_kernel
 from shadowllm.plugins.triton.schedule import PREFILL, Tier
-from shadowllm.plugins.triton.sparse_attention import plan_sparse_attention, prompt_attention
+from shadowllm.plugins.ops.sparse_attention.kernel import prompt_attention
+from shadowllm.plugins.ops.sparse_attention.schedule import plan_sparse_attention
 dtype, head_dim, sm, *other = sys.argv[1], *map(int, sys.argv[2:])
 heads = {"w_q": (2 * head_dim, 64), "w_o": (2 * head_dim, 64), "key": (1, 1, 300, head_dim), "indices": (2,)}
 planned = plan_sparse_attention(heads, ITEMSIZE[dtype], Tier(1, 64, PREFILL), 2)

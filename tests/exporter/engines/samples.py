@@ -11,7 +11,8 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from shadowllm.bundle.op_domain import DOMAIN, VERSION
-from shadowllm.plugins.functions import FunctionForm, function_bodies
+from shadowllm.plugins.function_body import FunctionForm
+from shadowllm.plugins.registry import function_bodies
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 HIDDEN, NEURONS, HEADS, HEAD_DIM = 32, 41, 4, 8

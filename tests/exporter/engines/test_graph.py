@@ -9,6 +9,7 @@ from shadowllm.bundle.engine_record import CustomNode, ShapeProfile
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines.graph import describe_onnx, prepare
 from shadowllm.exporter.engines.profiles import bindings, check_profiles, largest, profiles_for
+from shadowllm.plugins.program_bytes import pack
 from tests.exporter.engines.samples import HEAD_DIM, HEADS, HIDDEN, NEURONS, write_sample, write_sum
 from tests.plugins.programs import program
 
@@ -46,7 +47,7 @@ def test_copy_for_the_parser(tmp_path):
     assert attributes == {
         "plugin_namespace": b"shadowllm",
         "plugin_version": b"1",
-        "program": PROGRAMS["SparseMLP"].pack(),
+        "program": pack(PROGRAMS["SparseMLP"]),
     }
     assert len(mlp.input) == 6
     assert all(mlp.input)
@@ -175,5 +176,5 @@ def test_bytes_are_read_as_words(bundle):
     assert places[0] == places[1]
     inputs = asked["ScoreNeurons", 2]
     assert (inputs["copy"].dtype, inputs["copy"].shape) == ("int32", (2 * 96, 1, 8))
-    assert (inputs["lengths"].dtype, inputs["count"].shape) == ("float32", ())
+    assert (inputs["down_norms"].dtype, inputs["count"].shape) == ("float32", ())
     assert asked["SelectTopK", None]["scores"].shape == (1, 96)

@@ -7,7 +7,7 @@ import struct
 import sys
 from pathlib import Path
 
-from shadowllm.plugins.program import Program
+from shadowllm.plugins.program_bytes import unpack
 from shadowllm.plugins.tensorrt.launcher import Launcher
 
 
@@ -24,7 +24,7 @@ def main(path: str) -> None:
 def run(packed: bytes, batch: int, seqlen: int) -> None:
     """One call, at made up addresses."""
     try:
-        program = Program.unpack(packed)
+        program = unpack(packed)
     except ValueError:
         print("refused", flush=True)
         return

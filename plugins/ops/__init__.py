@@ -1,0 +1,1 @@
+"""The custom ops, a folder each: all that is known of an op stands there, and `registry` finds it."""

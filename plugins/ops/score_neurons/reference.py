@@ -1,0 +1,28 @@
+"""The NumPy reference of ``ScoreNeurons``; see `plugins.reference`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shadowllm.bundle.quantisation import Quantisation, dequantise
+from shadowllm.plugins.reference import ACTIVATIONS
+
+
+def score_neurons(
+    x: np.ndarray,
+    copy: np.ndarray,
+    scales: np.ndarray,
+    b_gate: np.ndarray | None,
+    b_up: np.ndarray | None,
+    down_norms: np.ndarray,
+    *,
+    activation: str,
+) -> np.ndarray:
+    """``ScoreNeurons``: x ``(B, S, D)``, a copy ``(rows, blocks, bytes)`` of 4 bits -> float32 ``(1, F)``."""
+    wide, act = x.reshape(-1, x.shape[2]).astype(np.float32), ACTIVATIONS[activation]
+    q = Quantisation(bits=4, block=2 * copy.shape[2])
+    y = wide @ dequantise(copy.reshape(len(copy), -1), scales, wide.shape[1], q).T
+    biases = [bias.astype(np.float32) for bias in (b_gate, b_up) if bias is not None]
+    first, *rest = np.split(y + np.concatenate(biases) if biases else y, len(copy) // len(down_norms), axis=1)
+    product = act(first) * rest[0] if rest else act(first)
+    return (np.abs(product).mean(axis=0) * down_norms)[None].astype(np.float32)

@@ -1,0 +1,55 @@
+"""How ``ScoreNeurons`` is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import triton
+
+from shadowllm.plugins.ops.score_neurons.kernel import score_neurons
+from shadowllm.plugins.program import Size
+from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Schedule, Shape, Tier, tiers
+from shadowllm.plugins.triton.tiles import tile_warps
+
+
+def schedules(
+    shapes: Mapping[str, Shape], attributes: Mapping[str, int | str], *, itemsize: int, max_batch: int, max_seqlen: int
+) -> list[Schedule]:
+    """As `triton.schedule.Planner`."""
+    ranges = tiers(max_batch, max_seqlen)
+    return [plan_score_neurons(shapes, itemsize, tier, str(attributes["activation"])) for tier in ranges]
+
+
+def plan_score_neurons(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, activation: str) -> Schedule:
+    """How to launch ``ScoreNeurons`` in a tier.
+
+    Args:
+        shapes: of the inputs, by name; the copy's last dimension is its words.
+        itemsize: bytes of an element of x.
+    """
+    rows, blocks, words = shapes["copy"]
+    (neurons,) = shapes["down_norms"]
+    one = tier.block == GEMV
+    names = [name for name in ("x", "copy", "scales", "b_gate", "b_up", "down_norms", "count") if name in shapes]
+    # One token: a word for each of 128 threads, whose 8 integers then stay with it, so that the loop has no barriers
+    # (seen in the machine code). Prompts are rarely scored, and a larger tile of them spills in float32.
+    block_m, block_n = (GEMV, 4) if one else (DOT, 32)
+    call = Call(
+        score_neurons,
+        (Size(neurons, divisor=block_n), Size(), Size()),
+        {name: name for name in names} | {"scores": "scores", "tokens": tier.size},
+        {
+            "NEURONS": neurons,
+            "WIDTH": shapes["x"][-1],
+            "BLOCKS": blocks,
+            "BLOCK_WORDS": words,
+            "GATED": int(rows == 2 * neurons),
+            "ACTIVATION": activation,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_W": min(4 * words, triton.next_power_of_2(blocks * words)) if one else words,
+        },
+        warps=tile_warps(tier.block, itemsize),
+        stages=3,
+    )
+    return Schedule(tier.max_batch, tier.max_seqlen, 0, (call,))

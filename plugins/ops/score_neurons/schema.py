@@ -1,0 +1,24 @@
+"""The signature of ``ScoreNeurons``."""
+
+from __future__ import annotations
+
+from shadowllm.plugins.schema import Attribute, OpSchema, Port
+
+SCORE_NEURONS = OpSchema(
+    name="ScoreNeurons",
+    inputs=(
+        Port("x", ("B", "S", "D")),
+        Port("copy", ("rows", "blocks", "bytes"), "uint8"),
+        Port("scales", ("rows", "blocks"), "float32"),
+        Port("b_gate", ("F",), optional=True),
+        Port("b_up", ("F",), optional=True),
+        Port("down_norms", ("F",), "float32"),
+        Port("count", (), "int32"),
+    ),
+    outputs=(Port("scores", ("1", "F"), "float32"),),
+    attributes=(Attribute("activation", str), Attribute("layer", int)),
+    doc="How much each neuron will add, going by a 4-bit copy of gate and up, their rows one after the other: the "
+    "mean over all tokens of down_norms[f] * |act(gate[f] x) * (up[f] x)|; without gate of down_norms[f] * "
+    "|act(up[f] x)|. The norms are those of the rows of w_down. If count is F, all will be chosen, and scores may be "
+    "anything.",
+)

@@ -1,0 +1,63 @@
+"""``SelectTopK``: a radix select of the threshold, then the active indices written in order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def ordered_keys(scores, places, N: tl.constexpr):
+    """Scores as uint32 whose order is theirs: -0 equals 0, and NaN is below everything."""
+    value = tl.load(scores + places, mask=places < N, other=0.0)
+    bits = tl.where(value == 0, 0.0, value).to(tl.uint32, bitcast=True)
+    key = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+    return tl.where(value == value, key, 0)
+
+
+@triton.jit
+def select_topk(scores, counts, indices, N: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """One row a block: ``indices (rows, CAP)`` of the ``counts[row]`` largest of ``scores (rows, N)``.
+
+    Eight bits at a time, from the top, a histogram of the keys that share the threshold's bits so far tells
+    the next eight. All arithmetic is on integers, so the result does not depend on the order of threads.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.minimum(tl.maximum(tl.load(counts + row), 0), CAP)
+    scores += row * N
+    indices += row * CAP
+    lanes = tl.arange(0, BLOCK)
+    digits = tl.arange(0, 256)
+
+    threshold = tl.zeros((), tl.uint32)
+    need = count  # how many keys at or above the threshold are still to be found among those that share its bits
+    for step in tl.static_range(4):
+        histogram = tl.zeros((256,), tl.int32)
+        for start in range(0, N, BLOCK):
+            places = start + lanes
+            key = ordered_keys(scores, places, N)
+            same = places < N
+            if step > 0:
+                same = same & ((key >> (32 - 8 * step)) == (threshold >> (32 - 8 * step)))
+            histogram += tl.histogram(((key >> (24 - 8 * step)) & 255).to(tl.int32), 256, mask=same)
+        at_least = tl.cumsum(histogram, 0, reverse=True)
+        digit = tl.max(tl.where(at_least >= need, digits, 0), 0)
+        need -= tl.sum(tl.where(digits == digit, at_least - histogram, 0), 0)
+        threshold = threshold | (digit.to(tl.uint32) << (24 - 8 * step))
+
+    written = tl.zeros((), tl.int32)
+    ties = tl.zeros((), tl.int32)
+    for start in range(0, N, BLOCK):
+        places = start + lanes
+        key = ordered_keys(scores, places, N)
+        inside = (places < N) & (count > 0)
+        equal = (inside & (key == threshold)).to(tl.int32)
+        earlier = ties + tl.cumsum(equal, 0) - equal
+        taken = (inside & ((key > threshold) | ((equal != 0) & (earlier < need)))).to(tl.int32)
+        slot = written + tl.cumsum(taken, 0) - taken
+        tl.store(indices + slot, places, mask=taken != 0)
+        written += tl.sum(taken, 0)
+        ties += tl.sum(equal, 0)
+    for start in range(0, CAP, BLOCK):
+        slot = start + lanes
+        tl.store(indices + slot, -1, mask=(slot >= written) & (slot < CAP))

@@ -1,0 +1,238 @@
+"""``SparseAttention``: queries of the active heads, attention over the cache, their rows of ``w_o``.
+
+A decode step splits the cache among blocks (flash decoding) and merges their softmaxes; a prompt goes
+through tiles of queries (flash attention, Dao, arXiv 2307.08691), causal within the step.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from shadowllm.plugins.triton.tiles import add_along, dot, sum_along, token_tile, zeros_along
+
+
+@triton.jit
+def active_head(indices, count, slot, HEADS: tl.constexpr, CAP: tl.constexpr):
+    """The head at a slot, -1 where it is past the count or not a head."""
+    head = tl.load(indices + slot, mask=slot < tl.minimum(tl.load(count), CAP), other=-1)
+    return tl.where(head < HEADS, head, -1)
+
+
+@triton.jit
+def head_queries(
+    x,
+    indices,
+    count,
+    w_q,
+    b_q,
+    cos,
+    sin,
+    query,
+    tokens,
+    CAP: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``query (tokens, CAP, HEAD_DIM)`` of the active heads, rotated.
+
+    A block makes some elements of the first half of a head and their partners in the second, which are
+    what the rotation pairs.
+    """
+    HALF: tl.constexpr = (HEAD_DIM + 1) // 2
+    PARTS: tl.constexpr = (HALF + BLOCK_N - 1) // BLOCK_N
+    slot = tl.program_id(0) // PARTS
+    head = active_head(indices, count, slot, HEADS, CAP)
+    if head < 0:
+        return
+    place = tl.program_id(0) % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_first, in_second = place < HALF, place + HALF < HEAD_DIM
+    rows = head.to(tl.int64) * HEAD_DIM + place
+    rows_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside_m = (rows_m < tokens)[:, None]
+    first = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
+    second = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
+    for start in range(0, WIDTH, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        inside = (cols < WIDTH)[None, :]
+        tile = token_tile(x, tokens, cols, WIDTH, BLOCK_M, BLOCK_N)
+        weight = w_q + rows[:, None] * WIDTH + cols[None, :]
+        first = add_along(first, tile, tl.load(weight, mask=in_first[:, None] & inside, other=0.0), BLOCK_M)
+        weight += HALF * WIDTH
+        second = add_along(second, tile, tl.load(weight, mask=in_second[:, None] & inside, other=0.0), BLOCK_M)
+    a, b = sum_along(first, BLOCK_M), sum_along(second, BLOCK_M)
+    if b_q is not None:
+        a += tl.load(b_q + rows, mask=in_first, other=0.0)[None, :].to(tl.float32)
+        b += tl.load(b_q + rows + HALF, mask=in_second, other=0.0)[None, :].to(tl.float32)
+    if cos is not None:
+        angle = rows_m[:, None].to(tl.int64) * HALF + place[None, :]
+        c = tl.load(cos + angle, mask=inside_m & in_first[None, :], other=0.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=inside_m & in_first[None, :], other=0.0).to(tl.float32)
+        a, b = a * c - b * s, b * c + a * s
+    out = query + (rows_m[:, None].to(tl.int64) * CAP + slot) * HEAD_DIM + place[None, :]
+    tl.store(out, a.to(query.dtype.element_ty), mask=inside_m & in_first[None, :])
+    tl.store(out + HALF, b.to(query.dtype.element_ty), mask=inside_m & in_second[None, :])
+
+
+@triton.jit
+def decode_attention(
+    query,
+    key,
+    value,
+    lengths,
+    indices,
+    count,
+    context,
+    partials,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Attention of one token's active heads over one span of the cache.
+
+    With one split the result is ``context (batch, CAP, HEAD_DIM)``; with several it is, unnormalised,
+    ``partials (batch, CAP, SPLITS, HEAD_DIM + 2)``, the maximum and the sum of its softmax behind it.
+    """
+    slot, split = tl.program_id(0), tl.program_id(2)
+    row = tl.program_id(1).to(tl.int64)
+    head = active_head(indices, count, slot, HEADS, CAP)
+    length = tl.minimum(tl.load(lengths + row), CAPACITY)
+    if head < 0 or split * SPAN >= length:
+        return
+    dims = tl.arange(0, BLOCK_H)
+    inside = dims < HEAD_DIM
+    q = tl.load(query + (row * CAP + slot) * HEAD_DIM + dims, mask=inside, other=0.0).to(tl.float32) * SCALE
+    cache = (row * KV_HEADS + head // (HEADS // KV_HEADS)) * CAPACITY * HEAD_DIM
+    top = tl.full((), float("-inf"), tl.float32)
+    mass = tl.zeros((), tl.float32)
+    acc = tl.zeros((BLOCK_H,), tl.float32)
+    for start in range(split * SPAN, tl.minimum((split + 1) * SPAN, length), BLOCK_P):
+        positions = start + tl.arange(0, BLOCK_P)
+        seen = positions < length
+        place = cache + positions[:, None] * HEAD_DIM + dims[None, :]
+        mask = seen[:, None] & inside[None, :]
+        score = tl.sum(tl.load(key + place, mask=mask, other=0.0).to(tl.float32) * q[None, :], 1)
+        score = tl.where(seen, score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 0))
+        weight = tl.exp(score - higher)
+        shrink = tl.exp(top - higher)
+        mass = mass * shrink + tl.sum(weight, 0)
+        v = tl.load(value + place, mask=mask, other=0.0).to(tl.float32)
+        acc = acc * shrink + tl.sum(weight[:, None] * v, 0)
+        top = higher
+    if SPLITS == 1:
+        out = context + (row * CAP + slot) * HEAD_DIM + dims
+        tl.store(out, (acc / mass).to(context.dtype.element_ty), mask=inside)
+    else:
+        out = partials + ((row * CAP + slot) * SPLITS + split) * (HEAD_DIM + 2)
+        tl.store(out + dims, acc, mask=inside)
+        tl.store(out + HEAD_DIM, top)
+        tl.store(out + HEAD_DIM + 1, mass)
+
+
+@triton.jit
+def merge_splits(
+    partials,
+    lengths,
+    indices,
+    count,
+    context,
+    CAP: tl.constexpr,
+    HEADS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """``context (batch, CAP, HEAD_DIM)`` of what `decode_attention` found in the spans."""
+    slot = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    if active_head(indices, count, slot, HEADS, CAP) < 0:
+        return
+    dims = tl.arange(0, BLOCK_H)
+    part = partials + (row * CAP + slot) * SPLITS * (HEAD_DIM + 2)
+    top = tl.full((), float("-inf"), tl.float32)
+    mass = tl.zeros((), tl.float32)
+    acc = tl.zeros((BLOCK_H,), tl.float32)
+    for _ in range(tl.cdiv(tl.minimum(tl.load(lengths + row), CAPACITY), SPAN)):
+        theirs = tl.load(part + HEAD_DIM)
+        higher = tl.maximum(top, theirs)
+        mine, yours = tl.exp(top - higher), tl.exp(theirs - higher)
+        mass = mass * mine + tl.load(part + HEAD_DIM + 1) * yours
+        acc = acc * mine + tl.load(part + dims, mask=dims < HEAD_DIM, other=0.0) * yours
+        top = higher
+        part += HEAD_DIM + 2
+    out = context + (row * CAP + slot) * HEAD_DIM + dims
+    tl.store(out, (acc / mass).to(context.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+@triton.jit
+def prompt_attention(
+    query,
+    key,
+    value,
+    lengths,
+    indices,
+    count,
+    context,
+    seqlen,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """``context (batch, seqlen, CAP, HEAD_DIM)`` of a tile of queries of one active head.
+
+    Query ``s`` of a row sees positions up to ``lengths[row] - seqlen + s``.
+    """
+    slot, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = active_head(indices, count, slot, HEADS, CAP)
+    if head < 0:
+        return
+    step = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    length = tl.minimum(tl.load(lengths + row), CAPACITY)
+    last = tl.minimum(tl.load(lengths + row) - seqlen + step, CAPACITY - 1)
+    dims = tl.arange(0, BLOCK_H)
+    inside = (dims < HEAD_DIM)[None, :]
+    inside_m = (step < seqlen)[:, None]
+    place = ((row * seqlen + step)[:, None] * CAP + slot) * HEAD_DIM + dims[None, :]
+    q = tl.load(query + place, mask=inside_m & inside, other=0.0)
+    cache = (row * KV_HEADS + head // (HEADS // KV_HEADS)) * CAPACITY * HEAD_DIM
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    for start in range(0, tl.max(tl.where(step < seqlen, last, -1), 0) + 1, BLOCK_P):
+        positions = start + tl.arange(0, BLOCK_P)
+        kv = cache + positions[:, None] * HEAD_DIM + dims[None, :]
+        # What an earlier text left behind is not read: a weight of zero would not make it harmless if it is no number.
+        mask = (positions < length)[:, None] & inside
+        k = tl.load(key + kv, mask=mask, other=0.0)
+        score = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_P), tl.float32)) * SCALE
+        # Rows past the prompt see position 0, so that no softmax is empty; they are not stored.
+        seen = positions[None, :] <= tl.maximum(last, 0)[:, None]
+        score = tl.where(seen, score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        weight = tl.exp(score - higher[:, None])
+        shrink = tl.exp(top - higher)
+        mass = mass * shrink + tl.sum(weight, 1)
+        v = tl.load(value + kv, mask=mask, other=0.0)
+        acc = dot(weight.to(v.dtype), v, acc * shrink[:, None])
+        top = higher
+    tl.store(context + place, (acc / mass[:, None]).to(context.dtype.element_ty), mask=inside_m & inside)

@@ -1,0 +1,1 @@
+"""``SparseMLP``: an MLP of the active neurons."""

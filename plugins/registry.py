@@ -1,0 +1,72 @@
+"""The one list of the custom ops; whoever wants something of an op by its name finds it here.
+
+A folder of `ops` holds all about an op, in modules with the same names and contents for every op:
+
+    schema.py      the signature, in a constant that is named as the folder, in capitals
+    reference.py   the NumPy reference, a function that is named as the folder
+    function.py    ``function_body``: the ONNX function body for one form of model, None where the op is not in it
+    kernel.py      the Triton kernels
+    schedule.py    ``schedules``: how they are launched, a `triton.schedule.Planner`
+    launcher.py    the op on PyTorch tensors, a function that is named as the folder
+    native.cpp     the op for ONNX Runtime on CPU, if there is one; it has a line in each of ``native/CMakeLists.txt``,
+                   ``op.hpp`` and ``register.cpp``
+
+All but the schemas is imported when it is asked for: Triton may not be installed, and who runs an engine needs no ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from shadowllm.plugins.schema import OpSchema
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+    from torch import Tensor
+
+    from shadowllm.plugins.function_body import FunctionForm
+    from shadowllm.plugins.triton.schedule import Planner
+
+# A new op is a folder and a line here.
+FOLDERS = (
+    "select_topk",
+    "sparse_mlp",
+    "sparse_attention",
+    "score_neurons",
+)
+
+
+def _member(folder: str, module: str, name: str) -> Any:
+    return getattr(import_module(f"shadowllm.plugins.ops.{folder}.{module}"), name)
+
+
+_FOLDERS: dict[str, str] = {_member(folder, "schema", folder.upper()).name: folder for folder in FOLDERS}
+SCHEMAS: dict[str, OpSchema] = {op: _member(folder, "schema", folder.upper()) for op, folder in _FOLDERS.items()}
+
+
+def reference(op: str) -> Callable[..., np.ndarray]:
+    """The NumPy reference of an op.
+
+    Raises:
+        KeyError: there is no such op; so do all functions here.
+    """
+    return _member(_FOLDERS[op], "reference", _FOLDERS[op])
+
+
+def function_bodies(form: FunctionForm) -> list[ir.Function]:
+    """The functions of domain ``shadowllm`` for one form of model; ``ScoreNeurons`` where there is a copy."""
+    bodies = (_member(folder, "function", "function_body")(form) for folder in FOLDERS)
+    return [body for body in bodies if body is not None]
+
+
+def schedules(op: str) -> Planner:
+    """What plans the launches of an op's kernels. Needs Triton."""
+    return _member(_FOLDERS[op], "schedule", "schedules")
+
+
+def launcher(op: str) -> Callable[..., Tensor]:
+    """The op as a function of PyTorch tensors. Needs Triton."""
+    return _member(_FOLDERS[op], "launcher", _FOLDERS[op])

@@ -1,0 +1,106 @@
+"""Runs an op's schedules on PyTorch tensors, once the tensors are held against its schema.
+
+The ops themselves, as functions of tensors with the arguments of the NumPy references, are the ``launcher.py`` of
+their folders. They run on a CUDA device, or on the CPU where ``TRITON_INTERPRET=1`` was set before Triton was
+imported. Nothing waits for the device, so all of them can be captured in a CUDA graph. Contents are
+not checked: a count above the capacity is taken for it, an index outside the weight is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from shadowllm.plugins.program import call_size
+from shadowllm.plugins.schema import OpSchema
+from shadowllm.plugins.triton.schedule import Planner, Schedule, Shape, cover, run
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ACTIVATIONS = ("relu", "silu", "gelu")
+
+
+def check_activation(schema: OpSchema, activation: str) -> None:
+    """Check that the kernels have an activation.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{schema.name} has no activation {activation!r}, only {', '.join(ACTIVATIONS)}")
+
+
+def launch(
+    schema: OpSchema,
+    planner: Planner,
+    inputs: Mapping[str, Tensor | None],
+    attributes: Mapping[str, int | str],
+    output: Tensor,
+) -> Tensor:
+    """Launch an op, and return its output.
+
+    Args:
+        inputs: by the schema's names; None where there is none. The shape of the first tells batch and seqlen.
+        output: what is written.
+
+    Raises:
+        ValueError: a tensor of another type, device, layout or shape than the schema has.
+    """
+    present = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    _check(schema, present)
+    batch, seqlen = call_size(present[schema.inputs[0].name].shape)
+    # The kernels read packed integers as words, as an engine has them.
+    present = {name: t.view(torch.int32) if t.dtype == torch.uint8 else t for name, t in present.items()}
+    planned = _planned(
+        planner,
+        tuple((name, tuple(tensor.shape[-2:] if name == "x" else tensor.shape)) for name, tensor in present.items()),
+        tuple(attributes.items()),
+        next(tensor.element_size() for tensor in present.values() if tensor.dtype in FLOATS),
+        _limit(batch),
+        _limit(seqlen),
+    )
+    run(cover(planned, batch, seqlen), {**present, schema.outputs[0].name: output}, batch, seqlen)
+    return output
+
+
+def _limit(size: int) -> int:
+    """The next power of two: one plan serves the sizes up to it, and scratch memory is at most twice too large."""
+    return 1 << (size - 1).bit_length()
+
+
+@lru_cache(maxsize=256)
+def _planned(
+    planner: Planner,
+    shapes: tuple[tuple[str, Shape], ...],
+    attributes: tuple[tuple[str, int | str], ...],
+    itemsize: int,
+    max_batch: int,
+    max_seqlen: int,
+) -> list[Schedule]:
+    return planner(dict(shapes), dict(attributes), itemsize=itemsize, max_batch=max_batch, max_seqlen=max_seqlen)
+
+
+def _check(schema: OpSchema, tensors: Mapping[str, Tensor]) -> None:
+    """Hold types, devices, layouts and shapes against the schema.
+
+    Raises:
+        ValueError: names the first that does not fit.
+    """
+    known: dict[str, int] = {}
+    types = {"float32": torch.float32, "int32": torch.int32, "uint8": torch.uint8}
+    first = next(iter(tensors.values()))
+    for port in schema.inputs:
+        tensor = tensors.get(port.name)
+        if tensor is None:
+            continue
+        where = f"{schema.name}: {port.name}"
+        fits = port.dtype != "T" or tensor.dtype in FLOATS
+        if not fits or tensor.dtype != types.setdefault(port.dtype, tensor.dtype):
+            raise ValueError(f"{where} is {tensor.dtype}, expected {types.get(port.dtype, FLOATS)}")
+        if tensor.device != first.device or not tensor.is_contiguous():
+            raise ValueError(f"{where} must be contiguous and on {first.device}")
+        sizes = dict(zip(port.shape, tensor.shape, strict=False))
+        if tensor.ndim != len(port.shape) or any(known.setdefault(s, size) != size for s, size in sizes.items()):
+            raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected {list(port.shape)} with {known}")

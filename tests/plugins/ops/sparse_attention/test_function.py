@@ -1,0 +1,83 @@
+"""The function body on stock ONNX Runtime against the NumPy reference, on awkward sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from shadowllm.bundle.quantisation import Quantisation, quantise
+from shadowllm.plugins.function_body import FunctionForm
+from shadowllm.plugins.ops.sparse_attention.reference import sparse_attention
+from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION
+from tests.plugins.function_model import FORM, TOLERANCE, padded, run
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (6, 2), (5, 1), (9, 3)])
+@pytest.mark.parametrize("rope", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("batch", "seqlen", "length", "count"), [(1, 1, 1, 1), (2, 1, 11, 3), (3, 5, 7, 4)])
+def test_sparse_attention(heads, kv, rope, bias, batch, seqlen, length, count):
+    hidden, dim, capacity = 41, 8, 13
+    rng = np.random.default_rng(heads * length)
+
+    def random(*shape):
+        return 0.5 * rng.standard_normal(shape).astype(np.float32)
+
+    form = FunctionForm("silu", True, bias, bias, False, rope, heads, kv, dim)
+    tensors = {
+        "key": random(batch, kv, capacity, dim),
+        "value": random(batch, kv, capacity, dim),
+        "w_q": random(heads * dim, hidden),
+        "w_o": random(heads * dim, hidden),
+    }
+    if bias:
+        tensors |= {"b_q": random(heads * dim), "b_o": random(hidden)}
+    if rope:
+        angles = random(batch, seqlen, dim // 2)
+        tensors |= {"cos": np.cos(angles), "sin": np.sin(angles)}
+    x = random(batch, seqlen, hidden)
+    lengths = np.arange(length, length + batch, dtype=np.int32)  # a different one for each sequence
+    indices = padded(rng.choice(heads, count, replace=False), heads)
+    feeds = {"x": x, "lengths": lengths, "indices": indices, "count": np.array(count, dtype=np.int32)} | tensors
+    expected = sparse_attention(
+        x,
+        tensors["key"],
+        tensors["value"],
+        lengths,
+        indices,
+        count,
+        tensors["w_q"],
+        tensors.get("b_q"),
+        tensors["w_o"],
+        tensors.get("b_o"),
+        tensors.get("cos"),
+        tensors.get("sin"),
+        n_heads=heads,
+    )
+    found = run(SPARSE_ATTENTION, form, feeds, n_heads=heads, layer=0)
+    np.testing.assert_allclose(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("q", [Quantisation(8), Quantisation(4), Quantisation(4, 16)], ids=str)
+@pytest.mark.parametrize("seed", [0, 1, 41])
+def test_integer_weights(q, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((2, 3, 64)).astype(np.float32)
+    angles, cache = rng.standard_normal((2, 3, 4)), rng.standard_normal((2, 2, 2, 9, 8)).astype(np.float32)
+    feeds = {
+        "x": x,
+        "key": cache[0],
+        "value": cache[1],
+        "lengths": np.array([3, 9], np.int32),
+        "indices": padded(np.array([1, 2, 5]), 6),  # the standard Attention takes no fewer than one head
+        "count": np.array(3, np.int32),
+        "cos": np.cos(angles).astype(np.float32),
+        "sin": np.sin(angles).astype(np.float32),
+    }
+    for part in ("q", "o"):
+        feeds[f"w_{part}"], feeds[f"s_{part}"] = quantise(0.3 * rng.standard_normal((48, 64)).astype(np.float32), q)
+    found = run(SPARSE_ATTENTION, replace(FORM, quantisation=q), feeds, n_heads=6, layer=0)
+    expected = sparse_attention(**feeds, b_q=None, b_o=None, n_heads=6)
+    np.testing.assert_allclose(found, expected, **TOLERANCE)

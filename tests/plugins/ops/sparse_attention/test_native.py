@@ -1,0 +1,88 @@
+"""The native op against float64 arithmetic; see `native_model`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from shadowllm.plugins.ops.sparse_attention.reference import sparse_attention
+from tests.plugins.native_model import (
+    INPUT_STEP,
+    QUANTISATIONS,
+    STORED,
+    assert_as_exact_as,
+    built,
+    integers,
+    restored,
+    run,
+    stored,
+)
+from tests.plugins.ops.sparse_attention.native_inputs import (
+    ATTENTION_FORMS,
+    ATTENTION_WEIGHTS,
+    attention_inputs,
+    exact_attention,
+)
+
+pytestmark = built
+
+
+ATTENTION_SIZES = [  # D, H, n_kv, d, capacity, B, S, lengths, count
+    (41, 1, 1, 2, 1, 1, 1, (1,), 1),
+    (41, 3, 3, 6, 9, 1, 1, (9,), 2),
+    (123, 6, 3, 20, 40, 2, 5, (5, 31), 6),
+    (123, 9, 3, 8, 33, 3, 17, (17, 18, 33), 4),
+    (576, 9, 3, 64, 300, 1, 1, (257,), 6),
+    (576, 9, 3, 64, 64, 4, 1, (64, 1, 7, 40), 9),
+    (64, 4, 2, 16, 21, 1, 2, (20,), 0),
+    (96, 5, 5, 12, 20, 1, 4, (11,), 5),
+    (2048, 32, 4, 64, 130, 1, 1, (129,), 16),
+]
+
+
+@pytest.mark.parametrize("size", ATTENTION_SIZES, ids=str)
+@pytest.mark.parametrize("form", ATTENTION_FORMS)
+def test_attention(form, size, isa):
+    inputs = attention_inputs(form, size)
+    exact, float32 = exact_attention(inputs, size[1]), sparse_attention(**inputs, n_heads=size[1])
+    for batch, length in enumerate(size[7]):  # what lies behind the sequence must not be read
+        inputs["key"][batch, :, length:] = inputs["value"][batch, :, length:] = np.nan
+    found = run("SparseAttention", inputs, ATTENTION_WEIGHTS, threads=2, n_heads=size[1], layer=3)
+    assert_as_exact_as(found, float32, exact)
+
+
+def test_attention_takes_flat_hidden_states():
+    inputs = attention_inputs("llama-biases", (123, 6, 3, 20, 40, 2, 5, (5, 31), 4))
+    expected = run("SparseAttention", inputs, ATTENTION_WEIGHTS, n_heads=6, layer=0)
+    flat = inputs | {"x": inputs["x"].reshape(10, 123)}
+    found = run("SparseAttention", flat, ATTENTION_WEIGHTS, n_heads=6, layer=0)
+    np.testing.assert_array_equal(found, expected.reshape(10, 123))
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_attention_with_weights_of_two_bytes(dtype, isa):
+    size = ATTENTION_SIZES[3]
+    inputs = stored(attention_inputs("llama-biases", size), ATTENTION_WEIGHTS, dtype)
+    found = run("SparseAttention", inputs, ATTENTION_WEIGHTS, threads=2, n_heads=size[1], layer=3)
+    assert_as_exact_as(found, sparse_attention(**inputs, n_heads=size[1]), exact_attention(inputs, size[1]))
+
+
+@pytest.mark.parametrize("q", QUANTISATIONS, ids=str)
+@pytest.mark.parametrize("form", ATTENTION_FORMS)
+@pytest.mark.parametrize(
+    "size",
+    [
+        (64, 6, 3, 20, 40, 2, 5, (5, 31), 4),
+        (576, 9, 3, 64, 300, 1, 1, (257,), 6),
+        (192, 4, 2, 16, 21, 1, 2, (20,), 0),
+        (128, 9, 3, 8, 33, 3, 17, (17, 18, 33), 9),
+    ],
+    ids=str,
+)
+def test_attention_with_integer_weights(form, size, q, isa):
+    inputs = integers(attention_inputs(form, size), q)
+    floats = restored(inputs, size[0])
+    exact, float32 = exact_attention(floats, size[1]), sparse_attention(**floats, n_heads=size[1])
+    weights = (*ATTENTION_WEIGHTS, "s_q", "s_o")
+    found = run("SparseAttention", inputs, weights, threads=2, n_heads=size[1], layer=3)
+    assert_as_exact_as(found, float32, exact, INPUT_STEP.get(isa, 0))

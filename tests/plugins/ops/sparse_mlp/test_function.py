@@ -1,0 +1,55 @@
+"""The function body on stock ONNX Runtime against the NumPy reference, on awkward sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from shadowllm.bundle.quantisation import Quantisation, quantise
+from shadowllm.plugins.function_body import FunctionForm
+from shadowllm.plugins.ops.sparse_mlp.reference import sparse_mlp
+from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
+from tests.plugins.function_model import FORM, TOLERANCE, padded, run
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "hidden", "width", "count"), [(1, 1, 41, 7, 7), (2, 3, 24, 123, 0), (3, 17, 5, 88, 41)]
+)
+def test_sparse_mlp(activation, gated, bias, batch, seqlen, hidden, width, count):
+    rng = np.random.default_rng(width)
+    form = FunctionForm(activation, gated, False, False, bias, True, 6, 2, 8)
+    present = {"w_up": (width, hidden), "w_down": (width, hidden)} | ({"w_gate": (width, hidden)} if gated else {})
+    if bias:
+        present |= {"b_up": (width,), "b_down": (hidden,)} | ({"b_gate": (width,)} if gated else {})
+    tensors = {name: 0.3 * rng.standard_normal(shape).astype(np.float32) for name, shape in present.items()}
+    x = rng.standard_normal((batch, seqlen, hidden)).astype(np.float32)
+    indices = padded(rng.choice(width, count, replace=False), width)
+    feeds = {"x": x, "indices": indices, "count": np.array(count, dtype=np.int32)} | tensors
+    expected = sparse_mlp(
+        x,
+        indices,
+        count,
+        *(tensors.get(name) for name in ("w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down")),
+        activation=activation,
+    )
+    found = run(SPARSE_MLP, form, feeds, activation=activation, layer=0)
+    np.testing.assert_allclose(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("q", [Quantisation(8), Quantisation(4), Quantisation(4, 16)], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 41])
+def test_integer_weights(q, count):
+    rng = np.random.default_rng(count)
+    x = rng.standard_normal((2, 3, 64)).astype(np.float32)
+    feeds = {"x": x, "indices": padded(rng.choice(41, count, replace=False), 41), "count": np.array(count, np.int32)}
+    for part in ("gate", "up", "down"):
+        feeds[f"w_{part}"], feeds[f"s_{part}"] = quantise(0.3 * rng.standard_normal((41, 64)).astype(np.float32), q)
+    form = replace(FORM, quantisation=q)
+    found = run(SPARSE_MLP, form, feeds, activation="silu", layer=0)
+    expected = sparse_mlp(**feeds, b_gate=None, b_up=None, b_down=None, activation="silu")
+    np.testing.assert_allclose(found, expected, **TOLERANCE)

@@ -1,0 +1,114 @@
+"""The registry, and that whatever repeats an op's ports in its own terms has the same ones as the schema."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shadowllm.bundle.quantisation import Quantisation
+from shadowllm.plugins import registry
+from shadowllm.plugins.function_body import CopyForm, FunctionForm
+from shadowllm.plugins.registry import SCHEMAS
+
+SOURCES = Path(__file__).parents[2] / "plugins"
+FORM = FunctionForm("silu", True, True, True, True, True, 6, 2, 8, copy=CopyForm(64, 20, Quantisation(4)))
+# Ports that mean nothing to a backend: all scores are computed, and the kernels read no integer rows.
+UNREAD = {
+    "reference": {"ScoreNeurons": ("count",)},
+    "launcher": {"SparseMLP": ("s_gate", "s_up", "s_down"), "SparseAttention": ("s_q", "s_o")},
+}
+
+
+def test_every_folder_is_registered():
+    folders = {path.parent.name for path in (SOURCES / "ops").glob("*/schema.py")}
+    assert folders == set(registry.FOLDERS)
+    assert list(SCHEMAS) == [schema.name for schema in SCHEMAS.values()]
+    assert len(SCHEMAS) == len(registry.FOLDERS)
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_no_name_stands_twice(op):
+    schema = SCHEMAS[op]
+    names = [part.name for part in (*schema.inputs, *schema.outputs, *schema.attributes)]
+    assert len(set(names)) == len(names)
+
+
+def arguments(function: Callable[..., Any]) -> list[tuple[str, bool]]:
+    """Names of the parameters, and whether each may be None."""
+    parameters = inspect.signature(function).parameters.values()
+    return [(one.name, "None" in str(one.annotation)) for one in parameters]
+
+
+@pytest.mark.parametrize("backend", UNREAD)
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_functions_take_the_ports_and_attributes(op, backend):
+    if backend == "launcher":
+        pytest.importorskip("triton")
+    schema, unread = SCHEMAS[op], UNREAD[backend].get(op, ())
+    wanted = [(port.name, port.optional) for port in schema.inputs if port.name not in unread]
+    wanted += [(attribute.name, False) for attribute in schema.attributes if attribute.name != "layer"]
+    assert arguments(getattr(registry, backend)(op)) == wanted
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_bodies_have_the_ports_and_attributes(op):
+    (body,) = [body for body in registry.function_bodies(FORM) if body.name == op]
+    schema = SCHEMAS[op]
+    assert [value.name for value in body.inputs] == [port.name for port in schema.inputs]
+    assert [value.name for value in body.outputs] == [port.name for port in schema.outputs]
+    assert list(body.attributes) == [attribute.name for attribute in schema.attributes]
+
+
+def test_scores_have_a_body_where_there_is_a_copy():
+    plain = FunctionForm("silu", True, True, True, True, True, 6, 2, 8)
+    assert {body.name for body in registry.function_bodies(plain)} == set(SCHEMAS) - {"ScoreNeurons"}
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_launches_name_the_ports(op):
+    """What a schedule hands to kernels by name is an input or an output, and all that the launcher takes is used."""
+    pytest.importorskip("triton")
+    shapes: dict[str, tuple[int, ...]] = {port.name: (1,) for port in SCHEMAS[op].inputs}
+    shapes |= {"scores": (1, 7), "x": (1, 41), "copy": (14, 1, 8), "down_norms": (7,), "w_up": (7, 41)}
+    shapes |= {"key": (1, 2, 9, 8), "w_q": (32, 41), "indices": (4,)}
+    attributes = {"cap": 7, "activation": "silu", "n_heads": 4}
+    planned = registry.schedules(op)(shapes, attributes, itemsize=4, max_batch=2, max_seqlen=5)
+    named = {operand for one in planned for call in one.calls for operand in call.operands.values()}
+    schema = SCHEMAS[op]
+    read = {port.name for port in schema.inputs} - set(UNREAD["launcher"].get(op, ()))
+    assert {operand for operand in named if isinstance(operand, str)} == read | {port.name for port in schema.outputs}
+
+
+def test_the_cpp_plugins_are_those_of_the_schemas():
+    text = (SOURCES / "tensorrt" / "cpp" / "register.cpp").read_text()
+    (listed,) = re.findall(r"static shadowllm::Creator ([^;]*);", text)
+    (handed,) = re.findall(r"creators\[\] = \{([^}]*)\}", text)
+    creators = re.findall(r"(\w+)\(\"(\w+)\"\)", listed)
+    assert {op for _, op in creators} == set(SCHEMAS)
+    assert [f"&{name}" for name, _ in creators] == handed.split(", ")
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        (["registry", "program_bytes"], ["numpy", "torch", "triton", "onnx", "onnx_ir"]),
+        (["tensorrt.creators"], ["triton", "onnx", "onnx_ir"]),
+        ([f"ops.{folder}.reference" for folder in registry.FOLDERS], ["torch", "triton", "onnx", "onnx_ir"]),
+        ([f"ops.{folder}.function" for folder in registry.FOLDERS], ["torch", "triton", "onnxruntime"]),
+    ],
+    ids=lambda names: names[0],
+)
+def test_nothing_is_imported_before_it_is_needed(modules, absent):
+    if "tensorrt.creators" in modules:
+        pytest.importorskip("cuda.bindings")
+    code = f"import sys\nfor name in {modules}: __import__('shadowllm.plugins.' + name)\n"
+    code += f"print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,42 @@
+"""What the tests of the Triton kernels share: where they run, and how far they may err.
+
+They run on the GPU or, where there is none, in Triton's interpreter. A kernel may err by twice what PyTorch errs in
+the same type, plus a floor of a rounding of the result and of what lies between the kernels. (The interpreter
+truncates to bfloat16 where a GPU rounds.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def assert_as_exact_as(found: Tensor, same_type: Tensor, exact: Tensor) -> None:
+    """``found`` errs at most twice as much as PyTorch in the same type, plus two roundings."""
+    assert found.shape == exact.shape
+    assert found.dtype == same_type.dtype
+    floor = 2 * torch.finfo(found.dtype).eps * exact.abs().max()
+    error = (found.cpu().double() - exact).abs().max()
+    assert error <= 2 * (same_type.double() - exact).abs().max() + floor, f"{error} for results of {exact.abs().max()}"
+
+
+def active(bound: int, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` ascending indices below ``bound``, then -1 up to ``bound``."""
+    chosen = torch.randperm(bound, generator=generator)[:count].sort().values
+    return F.pad(chosen, (0, bound - count), value=-1).int()
+
+
+def on_device(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if tensor is None else tensor.to(DEVICE) for name, tensor in inputs.items()}
+
+
+MLP_FORMS = {  # activation, gated, biases
+    "llama": ("silu", True, False),
+    "llama-biases": ("silu", True, True),
+    "opt": ("relu", False, True),
+    "galactica": ("gelu", False, True),
+}
