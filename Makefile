@@ -57,7 +57,7 @@ sanitize: $(VENV)/.installed
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSHADOWLLM_SANITIZE=ON
 	$(BIN)/cmake --build $(SANITIZED)
 	set -e; export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 SHADOWLLM_NATIVE_OPS=$(SANITIZED)/plugins/native/libshadowllm_native.so; \
+	  ASAN_OPTIONS=detect_leaks=0 SHADOWLLM_NATIVE_OPS=$(SANITIZED)/shadowllm/plugins/native/libshadowllm_native.so; \
 	$(BIN)/python -m pytest -q tests/plugins/test_native_ops.py tests/plugins/test_native_errors.py; \
 	$(BIN)/python -m tests.plugins.fuzz_native --seconds 60
 
