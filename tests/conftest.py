@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,19 @@ VARIANTS = {
     "opt-blocks": ("opt", {"hidden_size": 64, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "opt-untied-no-bias": ("opt", {"tie_word_embeddings": False, "enable_bias": False}),
 }
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What this machine could not run - instruction sets, a GPU, packages - each reason once."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    )
+    if reasons:
+        terminalreporter.section("not run here")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:4} skipped: {reason}")
 
 
 def build_transformers_model(family: str, options: dict):
