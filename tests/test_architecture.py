@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "shadowllm"
-# Each row may import from its own and those above it. The links shadowllm/<room> are not followed: rooms lie at the root.
+# Each row may import from its own and those above it.
 LAYERS = [
     {f"{PACKAGE}/{name}.py" for name in ("errors", "limits", "json_types", "progress", "malloc")},
     {"models"},
