@@ -52,6 +52,13 @@ VARIANTS = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    """What reads the real model is slow."""
+    for item in items:
+        if "smollm2" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter):
     """What this machine could not run - instruction sets, a GPU, packages - each reason once."""
     reasons = Counter(
