@@ -20,6 +20,8 @@ from tests.bundles import make_bundle
 from tests.conftest import VARIANTS
 from tests.models.checkpoints import copied, rewrite
 
+pytestmark = pytest.mark.slow
+
 # Three layers deep, float32 noise is a few units in the seventh place.
 TIGHT = 1e-5
 

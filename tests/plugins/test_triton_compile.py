@@ -17,6 +17,8 @@ import pytest
 from shadowllm.bundle.gpu_images import PTX
 from shadowllm.plugins.program import Program, Size
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 SMS = (80, 86, 89, 90, 120)
