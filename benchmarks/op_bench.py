@@ -176,6 +176,7 @@ def sparse_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list
 
 
 def bind(session: ort.InferenceSession, stack: Stack, output: str, kept: float, seed: int) -> ort.IOBinding:
+    """A session of a stack with random inputs of which a share is kept, bound to its output."""
     hidden, neurons, layers = SIZES[stack.size]
     rng = np.random.default_rng(seed)
     binding = session.io_binding()
@@ -259,6 +260,7 @@ def measure_size(size: str, dtypes: list[str], kept: list[float], rounds: int, t
 
 
 def row_of(stack: Stack, kept: float, seconds: list[float], dense: float, roof: float) -> dict[str, Any]:
+    """The figures of one stack at one share: medians and quartiles of times, and the bytes they moved."""
     middle = median(seconds)
     low, high = np.percentile(seconds, [25, 75]) * 1e3
     rate = stack.bytes * kept / middle / 1e9
@@ -276,6 +278,7 @@ def row_of(stack: Stack, kept: float, seconds: list[float], dense: float, roof: 
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
+    """The figures for reading."""
     print(
         f"{'size':6} {'kind':7} {'dtype':10} {'kept':>5} {'median ms':>10} {'q25..q75':>16} {'speedup':>8} "
         f"{'GB/s':>6} {'share':>6}"
@@ -290,6 +293,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))

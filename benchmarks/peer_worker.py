@@ -134,7 +134,7 @@ def genai_loop(folder: Path, capacity: int) -> Loop:
     Args:
         capacity: its ``max_length``, which sizes the cache.
     """
-    import onnxruntime_genai as og
+    import onnxruntime_genai as og  # pyright: ignore[reportMissingImports]
 
     model = og.Model(str(folder))
 

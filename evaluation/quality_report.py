@@ -41,7 +41,6 @@ def plot(found: dict[str, Any], path: Path, title: str) -> None:
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
-
     lines: dict[tuple[str, float], list[tuple[float, float]]] = {}
     for row in found["results"]:
         point = (row["bytes_per_token"] / 1e6, row["perplexity"])

@@ -197,8 +197,8 @@ def _paragraphs(path: Path) -> Iterator[str]:
 
 def _dataset(name: str) -> Iterator[str]:
     try:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetNotFoundError
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+        from datasets.exceptions import DatasetNotFoundError  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             f"{name} is no file, and reading a dataset needs the datasets package",

@@ -220,8 +220,10 @@ def _gradient(trace: UnitTrace) -> Tensor:
 
 
 def _correlation(x: Tensor) -> Tensor:
-    """Pearson correlation of every two tokens: ``(batch, seqlen, n_units, width)`` to
-    ``(batch, n_units, seqlen, seqlen)``; 0 with a token whose values are all alike."""
+    """Pearson correlation of every two tokens; 0 with a token whose values are all alike.
+
+    ``(batch, seqlen, n_units, width)`` to ``(batch, n_units, seqlen, seqlen)``.
+    """
     x = (x - x.mean(dim=-1, keepdim=True)).transpose(1, 2)
     length = x.norm(dim=-1, keepdim=True)
     x = torch.where(length > 0, x / length.clamp_min(torch.finfo(x.dtype).tiny), 0)

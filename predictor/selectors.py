@@ -48,12 +48,15 @@ class Selector(ABC):
     """Scores the units of a layer; the highest stay active."""
 
     def start(self, windows: Tensor, hidden: Tensor) -> None:  # noqa: B027 (most have nothing to prepare)
-        """Called once a pass with the tokens ``(batch, seqlen)`` and the input of the first sparse
-        layer ``(batch, seqlen, hidden_size)``."""
+        """Called once a pass.
+
+        Args:
+            windows: the tokens ``(batch, seqlen)``.
+            hidden: the input of the first sparse layer ``(batch, seqlen, hidden_size)``.
+        """
 
     def observe(self, layer: int, unit: Unit, x: Tensor) -> None:  # noqa: B027
-        """Called with the normed input ``(batch, seqlen, hidden_size)`` of a layer's attention or MLP, before its
-        units are scored."""
+        """Called before units are scored, with the normed input ``(batch, seqlen, hidden_size)`` of their block."""
 
     @abstractmethod
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:

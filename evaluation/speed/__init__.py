@@ -1,0 +1,1 @@
+"""Timing of sessions, each in a process of its own, and the report."""

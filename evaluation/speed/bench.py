@@ -166,6 +166,7 @@ def _check(
 
 
 def session_command(bundle: Path, backend: str, budget: Budget, threads: int | None) -> tuple[str, ...]:
+    """The command line of a worker process that serves a session."""
     limit = ("--threads", str(threads)) if threads else ()
     return module_command(
         "shadowllm.evaluation.speed.worker",

@@ -1,0 +1,1 @@
+"""What a checkpoint holds: its files, weights, configuration and tokenizer."""

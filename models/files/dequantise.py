@@ -27,8 +27,10 @@ DAMAGED = "the checkpoint is damaged: download it again, or use the model it was
 
 
 class DequantisedTensors:
-    """A quantised checkpoint as one of floats: ``X.weight`` is made of ``X.weight`` or ``X.weight_packed``,
-    ``X.weight_scale`` (or ``weight_scale_inv``) and ``X.weight_zero_point``.
+    """A quantised checkpoint as one of floats.
+
+    ``X.weight`` is made of ``X.weight`` or ``X.weight_packed``, ``X.weight_scale`` (or ``weight_scale_inv``) and
+    ``X.weight_zero_point``.
 
     Args:
         tensors: the files.

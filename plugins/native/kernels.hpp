@@ -241,9 +241,7 @@ void activate(Activation activation, float* h, const float* up, size_t size) {
     case Activation::relu:
       for_vectors(h, size, [](V x, size_t) { return x < 0.0f ? V{} : x; });  // keeps a NaN
       break;
-    case Activation::silu:
-      for_vectors(h, size, [](V x, size_t) { return x / (exponential(-x) + 1.0f); });
-      break;
+    case Activation::silu: for_vectors(h, size, [](V x, size_t) { return x / (exponential(-x) + 1.0f); }); break;
     case Activation::gelu:
       for (size_t i = 0; i < size; ++i) h[i] = 0.5f * h[i] * (1 + erff(h[i] * 0.70710678f));
       break;

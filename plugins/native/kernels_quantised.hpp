@@ -84,7 +84,8 @@ __attribute__((always_inline)) inline void fetch_bytes(const void* from, size_t 
 
 // What R rows fetch ahead of block b: the same block of the following rows, and all of their scales at first.
 template <class Q, size_t R>
-__attribute__((always_inline)) inline void fetch_block(const QuantisedRow* next, size_t b, size_t blocks, size_t block) {
+__attribute__((always_inline)) inline void fetch_block(const QuantisedRow* next, size_t b, size_t blocks,
+                                                       size_t block) {
   if (next == nullptr) return;
   const size_t bytes = block * Q::bits / 8, at = b * bytes;
   if (b != 0 && at / 64 == (at - bytes) / 64) return;  // the line is on its way

@@ -118,7 +118,8 @@ inline void project_integer_tile(const QuantisedRow* rows, const QuantisedRow* n
     fetch_step(next, s, blocks);
     const IntegerStep<Q>& step = steps[s];
     const size_t blocks_left = blocks - s * blocks_each;
-    const __mmask16 scaled = static_cast<__mmask16>((1u << (blocks_left < blocks_each ? blocks_left : blocks_each)) - 1);
+    const __mmask16 scaled =
+        static_cast<__mmask16>((1u << (blocks_left < blocks_each ? blocks_left : blocks_each)) - 1);
     const __m512i start = _mm512_load_si512(step.start);
     const __m512 scale = _mm512_load_ps(step.scale);
     for (size_t r = 0; r < kBlock; ++r) {
@@ -157,7 +158,9 @@ struct IntegerWeights {
 };
 
 // The upper sixteen bits of one and the lower ones of the other.
-inline __m512i upper_halves_of(__m512i upper, __m512i lower) { return _mm512_mask_blend_epi16(0xaaaaaaaa, lower, upper); }
+inline __m512i upper_halves_of(__m512i upper, __m512i lower) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, lower, upper);
+}
 
 // The two lower bytes of a and b as a's upper one, b's upper one, a's lower one, b's lower one.
 inline __m512i split_bytes(__m512i a, __m512i b) {

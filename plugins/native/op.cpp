@@ -200,8 +200,8 @@ float* Scratch::take(size_t floats) {
 }
 
 // Half a megabyte keeps a thread busy for so long that starting it costs nothing, and about six chunks a core even out
-// the speed of the cores; less work is about one chunk a core. Counts with many divisors suit any number of threads. With
-// many tokens partial sums are what costs.
+// the speed of the cores; less work is about one chunk a core. Counts with many divisors suit any number of threads.
+// With many tokens partial sums are what costs.
 Chunks::Chunks(size_t items, size_t bytes_each, size_t tokens) : items_(items), count_(1) {
   static const size_t cores = std::max(1u, std::thread::hardware_concurrency());
   const size_t most = tokens > 4 ? 12 : std::clamp<size_t>(6 * cores, 12, 48), bytes = items * bytes_each * tokens;

@@ -23,7 +23,9 @@ struct Tensor {
   bool present() const { return rank >= 0; }
   size_t size() const;
   template <class T>
-  const T* as() const { return static_cast<const T*>(data); }
+  const T* as() const {
+    return static_cast<const T*>(data);
+  }
 };
 
 // One input of an op's signature. kUndefined: any of the weight types.
@@ -98,8 +100,8 @@ class Pool {
   void run(size_t tasks, Body body) const {
     if (tasks == 1) return body(0);
     if (tasks > 1)
-      api_.check(api_.parallel_for(context_, [](void* data, size_t i) { (*static_cast<Body*>(data))(i); }, tasks, 0,
-                                   &body));
+      api_.check(
+          api_.parallel_for(context_, [](void* data, size_t i) { (*static_cast<Body*>(data))(i); }, tasks, 0, &body));
   }
 
  private:

@@ -71,8 +71,8 @@ SHADOWLLM_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const 
   const OrtApi* table = base->GetApi(kApiVersion);
   if (table == nullptr) {
     // Version 1 of the table is the start of every later one, and creating a status is its first function.
-    return create_status_of(base->GetApi(1))(
-        kFail, "the shadowllm ops need ONNX Runtime 1.17 or later (API version 17)");
+    return create_status_of(base->GetApi(1))(kFail,
+                                             "the shadowllm ops need ONNX Runtime 1.17 or later (API version 17)");
   }
   try {
     const Domain& domain = domain_of(table, base->GetVersionString());

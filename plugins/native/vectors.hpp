@@ -23,8 +23,12 @@ struct Count {
   static constexpr size_t value = N;
 };
 
-struct Bf16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 
 inline V splat(float x) { return V{} + x; }
 

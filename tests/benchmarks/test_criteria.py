@@ -45,6 +45,7 @@ def test_spearman_by_hand():
     assert spearman(np.ones(4), np.arange(4.0)) == 0
 
 
+@pytest.mark.slow
 def test_plainact_ranks_by_removal_loss_better_than_magnitude(model):
     """The paper's claim, where the gradient is exact and the text is the one the loss is taken on."""
     spec, weights, window = model

@@ -28,6 +28,8 @@ from shadowllm.plugins.tensorrt.flavour import FLAVOURS
 from shadowllm.runtime import open_session
 from shadowllm.runtime.gpu.cuda_graph import kernel_device
 
+pytestmark = pytest.mark.slow
+
 # What a bare GPU machine lacks.
 ABSENT = (
     "onnx_ir",

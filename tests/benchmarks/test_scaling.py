@@ -16,6 +16,8 @@ from shadowllm.predictor.traces import Tracer
 from shadowllm.predictor.train import train_static
 from tests.tiny import split, token_windows
 
+pytestmark = pytest.mark.slow
+
 
 def test_points_are_read_and_nonsense_is_refused():
     assert Point.parse("layerwise:0.04:8192") == Point("layerwise", 0.04, 8192, "listnet")

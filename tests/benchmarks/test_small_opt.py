@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import statistics
 
+import pytest
 import torch
 
 from shadowllm.benchmarks import small_opt
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.registry import load_model
 from tests.conftest import build_tokenizer
+
+pytestmark = pytest.mark.slow
 
 
 def test_it_never_reads_what_benchmarks_evaluate_on():

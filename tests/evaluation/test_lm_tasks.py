@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'shadowllm[lm-eval]')")
 
-from lm_eval.api.instance import Instance
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.weights import read_weights
@@ -142,7 +142,7 @@ def test_command(folder, tmp_path, capsys):
 @pytest.fixture(scope="module", params=["llama3", "llama2"])
 def beside_the_harness(request, tmp_path_factory):
     """A bundle's dense model, and the checkpoint it is made of as the harness reads it by itself."""
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     tmp = tmp_path_factory.mktemp(request.param)
     bundle = export(KINDS[request.param](), tmp)

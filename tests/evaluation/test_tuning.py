@@ -13,6 +13,8 @@ from shadowllm.evaluation.tuning import Target, tune
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime import open_session
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"tokens": 512, "seqlen": 32}
 
 

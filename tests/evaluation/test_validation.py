@@ -20,6 +20,8 @@ from tests.bundles import make_bundle
 from tests.conftest import VARIANTS
 from tests.models.checkpoints import copied, rewrite
 
+pytestmark = pytest.mark.slow
+
 # Three layers deep, float32 noise is a few units in the seventh place.
 TIGHT = 1e-5
 
@@ -64,10 +66,8 @@ def test_integer_graphs_reproduce_the_rounded_model(bundle, checkpoint, variant,
     check(bundle(variant, weight_dtype=weight_dtype), checkpoint(variant), 3e-4 if fastest else TIGHT)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "portable"])
+@pytest.mark.parametrize("isa", [isa for isa in ("avx512", "portable") if isa in native_ops.kernels()])
 def test_integer_graphs_with_exact_kernels(bundle, checkpoint, isa, monkeypatch):
-    if isa not in native_ops.kernels():
-        pytest.skip(f"this CPU cannot run {isa}")
     monkeypatch.setenv(native_ops.ISA_VARIABLE, isa)
     check(bundle("llama-blocks", weight_dtype="int4"), checkpoint("llama-blocks"))
 

@@ -49,6 +49,7 @@ def test_a_blob_that_was_changed_is_refused(bundle, tmp_path):
         tokens(linked, "ort")
 
 
+@pytest.mark.slow
 def test_its_engines_are_built_and_may_be_links_too(bundle, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     linked = as_in_the_hub_cache(bundle(), tmp_path / "first")

@@ -18,6 +18,8 @@ from shadowllm.bundle.gpu_images import PTX
 from shadowllm.plugins.program import Size
 from shadowllm.plugins.program_bytes import unpack
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 SMS = (80, 86, 89, 90, 120)

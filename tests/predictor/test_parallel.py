@@ -33,6 +33,7 @@ def test_several_processes_ask_for_accelerate(monkeypatch):
         Workers()
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does_from_the_same_batches(llama, tmp_path):
     """Two windows of 24 tokens in two processes, or both in one batch of 48: the same mean gradient, the same step."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")

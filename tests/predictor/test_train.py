@@ -25,6 +25,7 @@ from tests.tiny import LearnableTraces, split, token_windows
 RECIPE = TrainConfig(rank=16, epochs=8, learning_rate=1e-2, weight_decay=0.0, batch_tokens=64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("kind", ["shadow", "layerwise"])
 def test_a_learnable_task_is_learned(llama, kind, loss):
@@ -75,6 +76,7 @@ def test_scores_of_a_layer_follow_the_formula(llama):
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_seed_decides_everything(llama):
     spec, _ = llama
     first, again, other = (

@@ -18,8 +18,8 @@ int32_t sortable(float score) {
 }
 
 struct Threshold {
-  int32_t key;   // the smallest chosen
-  size_t ties;   // how many of those equal to it are chosen
+  int32_t key;  // the smallest chosen
+  size_t ties;  // how many of those equal to it are chosen
 };
 
 // The k-th largest of n keys, k in 1..n, bit by bit from the top: every try is a count, which is quick with vectors.

@@ -31,11 +31,11 @@ class SparseAttention {
   static constexpr const char* kName = "SparseAttention";
   static constexpr int kOutputType = kFloat;
   static constexpr Port kPorts[] = {
-      {"x", kFloat, kRequired},        {"key", kUndefined, kRequired}, {"value", kUndefined, kRequired},
-      {"lengths", kInt32, kRequired},  {"indices", kInt32, kRequired}, {"count", kInt32, kRequired},
-      {"w_q", kUndefined, kRequired},  {"b_q", kUndefined, kOptional}, {"w_o", kUndefined, kRequired},
-      {"b_o", kUndefined, kOptional},  {"cos", kFloat, kOptional},     {"sin", kFloat, kOptional},
-      {"s_q", kFloat, kOptional},      {"s_o", kFloat, kOptional},
+      {"x", kFloat, kRequired},       {"key", kUndefined, kRequired}, {"value", kUndefined, kRequired},
+      {"lengths", kInt32, kRequired}, {"indices", kInt32, kRequired}, {"count", kInt32, kRequired},
+      {"w_q", kUndefined, kRequired}, {"b_q", kUndefined, kOptional}, {"w_o", kUndefined, kRequired},
+      {"b_o", kUndefined, kOptional}, {"cos", kFloat, kOptional},     {"sin", kFloat, kOptional},
+      {"s_q", kFloat, kOptional},     {"s_o", kFloat, kOptional},
   };
 
   SparseAttention(const Api& api, const OrtKernelInfo* info)
@@ -87,14 +87,27 @@ class SparseAttention {
     };
     const int32_t* lengths = in[kLengths].as<int32_t>();
     const int64_t rows = n_heads_ * in[kKey].dims[3], width = node_.width_of(in[kX]), batch = in[kKey].dims[0];
-    return {dim(kKey, 0), static_cast<size_t>(seqlen_of(in[kX], batch)), static_cast<size_t>(width),
-            static_cast<size_t>(n_heads_) / dim(kKey, 1), dim(kKey, 1),
-            dim(kKey, 2), dim(kKey, 3), static_cast<size_t>(*std::max_element(lengths, lengths + batch)),
+    return {dim(kKey, 0),
+            static_cast<size_t>(seqlen_of(in[kX], batch)),
+            static_cast<size_t>(width),
+            static_cast<size_t>(n_heads_) / dim(kKey, 1),
+            dim(kKey, 1),
+            dim(kKey, 2),
+            dim(kKey, 3),
+            static_cast<size_t>(*std::max_element(lengths, lengths + batch)),
             node_.active(in[kIndices], in[kCount], n_heads_),
-            node_.matrix(in, kWQ, kSQ, rows, width), node_.matrix(in, kWO, kSO, rows, width),
-            cache(in, kKey), cache(in, kValue),
-            in[kX].as<float>(), in[kCos].as<float>(), in[kSin].as<float>(), lengths,
-            in[kBQ], in[kBO], bias_type(kBQ, "b_q"), bias_type(kBO, "b_o")};
+            node_.matrix(in, kWQ, kSQ, rows, width),
+            node_.matrix(in, kWO, kSO, rows, width),
+            cache(in, kKey),
+            cache(in, kValue),
+            in[kX].as<float>(),
+            in[kCos].as<float>(),
+            in[kSin].as<float>(),
+            lengths,
+            in[kBQ],
+            in[kBO],
+            bias_type(kBQ, "b_q"),
+            bias_type(kBO, "b_o")};
   }
 
   Rows cache(const std::vector<Tensor>& in, Input port) const {
@@ -120,8 +133,7 @@ class SparseAttention {
     const float* input = kernels_.prepare(call.w_q, call.x, tokens, prepared);
     pool.run(n == 0 ? 0 : in_chunks.count(), [&](size_t c) {
       const Chunk chunk = in_chunks[c];
-      kernels_.project(call.w_q, {rows + chunk.begin, chunk.size()}, input, tokens, queries + chunk.begin * tokens,
-                       {});
+      kernels_.project(call.w_q, {rows + chunk.begin, chunk.size()}, input, tokens, queries + chunk.begin * tokens, {});
     });
     pool.run(tasks, [&](size_t task) {
       const size_t i = task / call.batch, b = task % call.batch;

@@ -36,8 +36,8 @@ std::string carried(const Kernel& kernel) {
 Loaded load_kernel(Context context, int64_t sm, const Kernel& kernel) {
   const Image* image = kernel.serving(sm);
   if (image == nullptr)
-    throw Error("kernel " + kernel.name + " is compiled for " + carried(kernel) +
-                "; none of it runs on this GPU, sm_" + std::to_string(sm));
+    throw Error("kernel " + kernel.name + " is compiled for " + carried(kernel) + "; none of it runs on this GPU, sm_" +
+                std::to_string(sm));
   const Driver& cuda = driver();
   Function found = nullptr;
   cuda.check(cuda.cuModuleGetFunction(&found, module_of(context, std::string(image->data)), kernel.name.c_str()));

@@ -22,8 +22,7 @@ int32_t guarded(const std::string& op, Body body) noexcept {
 }  // namespace
 
 Plugin::Plugin(std::string op, std::shared_ptr<Launcher> launcher)
-    : op_(std::move(op)),
-      launcher_(std::move(launcher)),
+    : op_(std::move(op)), launcher_(std::move(launcher)),
       field_(kField, launcher_->program.packed().data(), PluginFieldType::kCHAR,
              int32_t(launcher_->program.packed().size())),
       fields_{1, &field_} {}
@@ -89,9 +88,8 @@ IPluginV3* Plugin::attachToContext(IPluginResourceContext*) noexcept {
 
 int32_t Plugin::enqueue(const PluginTensorDesc* inputs, const PluginTensorDesc*, const void* const* read,
                         void* const* written, void* workspace, cudaStream_t stream) noexcept {
-  return guarded(op_, [&] {
-    launcher_->run(inputs[0].dims.d, inputs[0].dims.nbDims, read, written, workspace, stream);
-  });
+  return guarded(op_,
+                 [&] { launcher_->run(inputs[0].dims.d, inputs[0].dims.nbDims, read, written, workspace, stream); });
 }
 
 }  // namespace shadowllm

@@ -54,9 +54,8 @@ class Plugin final : public nvinfer1::IPluginV3,
                         int32_t) noexcept override {
     return 0;
   }
-  int32_t enqueue(const nvinfer1::PluginTensorDesc* inputs, const nvinfer1::PluginTensorDesc*,
-                  const void* const* read, void* const* written, void* workspace,
-                  cudaStream_t stream) noexcept override;
+  int32_t enqueue(const nvinfer1::PluginTensorDesc* inputs, const nvinfer1::PluginTensorDesc*, const void* const* read,
+                  void* const* written, void* workspace, cudaStream_t stream) noexcept override;
 
  private:
   std::string op_;

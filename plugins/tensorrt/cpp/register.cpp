@@ -1,7 +1,7 @@
 // What TensorRT finds in the library: the creators of the plugins.
 #include <cstdio>
-#include <iterator>
 #include <cstring>
+#include <iterator>
 
 #include "plugin.hpp"
 

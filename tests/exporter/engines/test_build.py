@@ -24,6 +24,8 @@ from shadowllm.exporter.engines.profiles import profiles_for
 from shadowllm.plugins.images import carried, programs_in
 from tests.exporter.engines.samples import DTYPES, write_sample, write_selection, write_sum
 
+pytestmark = pytest.mark.slow
+
 needs_builder = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
     reason="tensorrt_rtx is not installed (pip install 'shadowllm[tensorrt-rtx]')",

@@ -12,6 +12,8 @@ from shadowllm.plugins.images import programs_in
 from tests.exporter.engines.samples import write_sample, write_selection
 from tests.exporter.engines.test_build import build, needs_builder
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "build" / "plugin" / "libshadowllm_tensorrt.so"
 needs_library = pytest.mark.skipif(

@@ -17,6 +17,8 @@ from tests.conftest import build_transformers_model
 from tests.exporter.engines.test_build import needs_builder
 from tests.exporter.engines.test_library import LIBRARY, needs_library
 
+pytestmark = pytest.mark.slow
+
 
 def random_predictor(weights) -> Predictor:
     """A shadow of rank 3 for all layers but the first."""

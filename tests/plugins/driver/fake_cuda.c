@@ -1,6 +1,6 @@
-// A CUDA driver that launches nothing and says on stdout what it was asked for. FAKE_SM is its GPU's compute capability;
-// FAKE_FAIL names a function that fails. An image is known by its first word, and has as many parameters as it
-// says ".param ." (as PTX does).
+// A CUDA driver that launches nothing and says on stdout what it was asked for. FAKE_SM is its GPU's compute
+// capability; FAKE_FAIL names a function that fails. An image is known by its first word, and has as many parameters as
+// it says ".param ." (as PTX does).
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdint.h>

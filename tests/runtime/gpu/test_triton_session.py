@@ -19,6 +19,8 @@ from shadowllm.runtime.gpu.cuda_graph import kernel_device
 from shadowllm.runtime.gpu.triton_session import TritonSession
 from shadowllm.runtime.torch_session import TorchSession
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[5, 17, 42], [8, 61]]
 # Of float32 results; a GPU adds up in another order.
 TOLERANCE = 1e-4 if torch.cuda.is_available() else 1e-5
