@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "shadowllm"
 # Each row may import from its own and those above it.
 LAYERS = [
-    {f"{PACKAGE}/{name}.py" for name in ("errors", "limits", "json_types", "progress", "malloc")},
+    {f"{PACKAGE}/{name}.py" for name in ("errors", "limits", "json_types", "progress", "malloc", "child")},
     {"models"},
     {"bundle"},
     {"plugins"},
