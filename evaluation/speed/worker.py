@@ -19,11 +19,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from shadowllm.errors import UserError
+
+if TYPE_CHECKING:
+    from shadowllm.runtime.session import Memory
 
 Answer = dict[str, Any]
 Commands = Mapping[str, Callable[..., Answer]]
@@ -33,6 +36,12 @@ Loop = Callable[[list[int], int], Iterator[int | None]]
 
 class Steps(Protocol):
     """The part of a `Session` that is timed."""
+
+    @property
+    def memory(self) -> Memory | None: ...
+
+    @property
+    def step_seconds(self) -> Mapping[str, float] | None: ...
 
     def reset(self, batch: int = 1) -> None: ...
 
@@ -73,8 +82,8 @@ class StepTimer:
             logits = self._session.decode(step_input)
             steps.append((time.perf_counter_ns() - start) / 1e6)
             tokens.append(int(logits[0].argmax()))
-            parts.append(dict(getattr(self._session, "step_seconds", {})))
-        names, memory = parts[0] if parts else {}, getattr(self._session, "memory", None)
+            parts.append(dict(self._session.step_seconds or {}))
+        names, memory = parts[0] if parts else {}, self._session.memory
         return {
             "ttft_ms": ttft / 1e6,
             "itl_ms": steps,

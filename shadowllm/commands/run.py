@@ -145,11 +145,11 @@ def _generate(args: argparse.Namespace, request: Request, backend: str, streamin
             texts.add(step)
         texts.finish()
         seconds = time.perf_counter() - start
-        memory = getattr(session, "memory", None)
+        memory = session.memory
     return {
         "backend": backend,
         "budget": vars(request.budget),
-        "decodes": getattr(session, "decodes", "dense" if backend.endswith("-dense") else "sparse"),
+        "decodes": session.decodes,
         "texts": texts.texts,
         "tokens": texts.tokens,
         "seconds": seconds,

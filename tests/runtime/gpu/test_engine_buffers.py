@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from shadowllm.benchmarks.random_model import shape_spec
-from shadowllm.runtime.gpu.engine_buffers import Limits, Memory, buffer_of, buffers, constants, layout, shape_of
+from shadowllm.runtime.gpu.engine_buffers import Limits, buffer_of, buffers, constants, layout, memory_of, shape_of
 
 SPEC = replace(shape_spec("tiny-llama"), n_layers=3)
 LIMITS = Limits(batch=4, seqlen=8, capacity=24)
@@ -50,7 +50,7 @@ def test_a_prefill_selects_everything():
 
 def test_memory_adds_up():
     found = buffers(SPEC, "bfloat16", 1, 1, LIMITS)
-    memory = Memory.of([], found, workspace=1000)
+    memory = memory_of([], found, workspace=1000)
     assert memory.cache == 3 * 2 * (2 * 24 * 8) * 2
     assert memory.cache + memory.activations == sum(buffer.nbytes for buffer in found.values())
     assert "workspace 0.0 MB" in str(memory)
