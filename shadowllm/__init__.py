@@ -1,6 +1,43 @@
-"""Contextual sparsity for OPT and Llama: predictor, sparse ONNX export, TensorRT engines, runtime."""
+"""Contextual sparsity for OPT and Llama: predictor, sparse ONNX export, TensorRT engines, runtime.
+
+import shadowllm
+
+shadowllm.export("model.gguf", "bundle", budget=shadowllm.Budget(neurons=0.5, heads=0.75))
+with shadowllm.load("bundle") as model:
+    print(shadowllm.generate(model, "Hello", max_new_tokens=32))
+shadowllm.evaluate("bundle")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from shadowllm.errors import UserError
 
-__version__ = "0.1.0"
-__all__ = ["UserError", "__version__"]
+if TYPE_CHECKING:
+    from shadowllm.api import evaluate, export, generate, load
+    from shadowllm.models.sparsity import Budget
+
+    __version__: str
+else:
+    # What takes long to import is imported when it is first asked for (PEP 562).
+    def __getattr__(name):
+        if name == "__version__":
+            from importlib.metadata import version
+
+            found = version("shadowllm")
+        elif name in __all__:
+            from shadowllm import api
+
+            found = getattr(api, name)
+        else:
+            raise AttributeError(f"module 'shadowllm' has no attribute {name!r}")
+        globals()[name] = found
+        return found
+
+
+__all__ = ["Budget", "UserError", "__version__", "evaluate", "export", "generate", "load"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -23,9 +23,10 @@ import numpy as np
 from shadowllm.benchmarks.gpu.child import answer
 from shadowllm.benchmarks.gpu.decode import Setting, interleaved, spread
 from shadowllm.benchmarks.gpu.probe import probe
+from shadowllm.config import EngineOptions, Flavour
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
-from shadowllm.plugins.tensorrt.flavour import FLAVOURS, Flavour, gpu_capability
+from shadowllm.plugins.tensorrt.flavour import FLAVOURS, gpu_capability
 from shadowllm.runtime.session import Decodes, Session
 
 DTYPE = "float16"
@@ -80,7 +81,7 @@ def _engines(bundle: Path, flavour: Flavour, setting: Setting) -> dict[str, Any]
     from shadowllm.exporter.engines.build import build_engine
     from shadowllm.exporter.engines.graph import describe_onnx
     from shadowllm.exporter.engines.profiles import profiles_for
-    from shadowllm.pipeline import EngineOptions, build_engines
+    from shadowllm.pipeline import build_engines
     from shadowllm.runtime.gpu.trt_session import TrtSession
 
     sm = gpu_capability()

@@ -11,9 +11,10 @@ import numpy as np
 
 from shadowllm.bundle.engine_record import EngineRecord, check_sidecar
 from shadowllm.bundle.manifest import read_manifest
+from shadowllm.config import Flavour
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
-from shadowllm.plugins.tensorrt.flavour import Flavour, gpu_capability, load
+from shadowllm.plugins.tensorrt.flavour import gpu_capability, load
 from shadowllm.runtime.gpu.cuda import Cuda
 from shadowllm.runtime.gpu.engine_buffers import Limits, buffers, constants, layout, memory_of
 from shadowllm.runtime.gpu.kernel_cache import kernel_file
