@@ -107,19 +107,29 @@ def load(bundle: StrPath, backend: str = "ort", *, threads: int | None = None, b
 
 @overload
 def generate(
-    model: Model, prompt: str, max_new_tokens: int = 64, *, stream: Literal[False] = False, **o: Unpack[GenerateOptions]
+    model: Model,
+    prompt: str,
+    max_new_tokens: int = 64,
+    *,
+    stream: Literal[False] = False,
+    **options: Unpack[GenerateOptions],
 ) -> str: ...
 @overload
 def generate(
-    model: Model, prompt: Ids, max_new_tokens: int = 64, *, stream: Literal[False] = False, **o: Unpack[GenerateOptions]
+    model: Model,
+    prompt: Ids,
+    max_new_tokens: int = 64,
+    *,
+    stream: Literal[False] = False,
+    **options: Unpack[GenerateOptions],
 ) -> list[int]: ...
 @overload
 def generate(
-    model: Model, prompt: str, max_new_tokens: int = 64, *, stream: Literal[True], **o: Unpack[GenerateOptions]
+    model: Model, prompt: str, max_new_tokens: int = 64, *, stream: Literal[True], **options: Unpack[GenerateOptions]
 ) -> Iterator[str]: ...
 @overload
 def generate(
-    model: Model, prompt: Ids, max_new_tokens: int = 64, *, stream: Literal[True], **o: Unpack[GenerateOptions]
+    model: Model, prompt: Ids, max_new_tokens: int = 64, *, stream: Literal[True], **options: Unpack[GenerateOptions]
 ) -> Iterator[int]: ...
 def generate(
     model: Model,
@@ -127,7 +137,7 @@ def generate(
     max_new_tokens: int = 64,
     *,
     stream: bool = False,
-    **o: Unpack[GenerateOptions],
+    **options: Unpack[GenerateOptions],
 ) -> str | list[int] | Iterator[str] | Iterator[int]:
     """Continue a prompt, as ``shadowllm run`` does: greedily unless a temperature is given.
 
@@ -136,7 +146,7 @@ def generate(
         prompt: text, or token ids, to which nothing is added.
         max_new_tokens: most tokens to generate.
         stream: give the text piece by piece, or the ids one by one, as they come.
-        o: `GenerateOptions`: ``chat``, ``chat_template``, ``stop``, ``temperature``, ``top_k``, ``top_p``, ``min_p``,
+        options: `GenerateOptions`: ``chat``, ``chat_template``, ``stop``, ``temperature``, ``top_k``, ``top_p``, ``min_p``,
             ``repetition_penalty``, ``no_repeat_ngram_size`` and ``seed``; what is left out comes from the model's
             generation config, but for temperature and seed.
 
@@ -149,7 +159,7 @@ def generate(
     from shadowllm.runtime.generation.completion import Completion
 
     session = model.session
-    completion = Completion(model.request([prompt], max_new_tokens, **o))
+    completion = Completion(model.request([prompt], max_new_tokens, **options))
     pieces = completion.grow(session)
     if stream:
         return _texts(pieces) if isinstance(prompt, str) else _ids(pieces, completion.tokens[0])

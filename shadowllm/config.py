@@ -226,7 +226,7 @@ class Export:
         help="predictor to train; quantized-shadow needs no training, random measures speed alone",
     )
     budget: Budget = DEFAULT_BUDGET
-    dtype: str = option("float32", values=DTYPES)
+    dtype: str = option("float32", values=DTYPES, help="of weights and activations")
     validate: bool = option(
         True,
         flag="--skip-validation",

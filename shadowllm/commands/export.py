@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("out", type=Path, metavar="OUT", help="bundle folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a bundle")
-    add_flags(parser, Export, "dtype", "weight_dtype", help={"dtype": "of weights and activations"})
+    add_flags(parser, Export, "dtype", "weight_dtype")
     parser.add_argument("--predictor", type=Path, metavar="FILE", help="use this predictor instead of training one")
     parser.add_argument(
         "--engine", choices=options.FLAVOURS, action="append", default=[], help="build engines too; may be repeated"

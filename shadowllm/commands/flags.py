@@ -25,7 +25,6 @@ def add_flags(
     *names: str,
     unset: bool = False,
     parse: Mapping[str, Parse] | None = None,
-    help: Mapping[str, str] | None = None,
 ) -> None:
     """A flag for each field of a dataclass.
 
@@ -36,12 +35,11 @@ def add_flags(
         names: fields, in the order of their flags; all that `option` made if none are named.
         unset: flags that are not given are None, and their help tells no default.
         parse: by field, what makes a value of its text, where the type alone does not say it.
-        help: by field, what its flag does, without the default.
     """
     hints, documented = get_type_hints(config), attributes(config)
     for one in _fields(config, names):
         found = _option(one)
-        text = (help or {}).get(one.name) or found.help or documented.get(one.name, "")
+        text = found.help or documented.get(one.name, "")
         keywords = _keywords(_flag(one), found, hints[one.name], (parse or {}).get(one.name))
         default = None if unset else _default(one)
         if isinstance(default, bool):

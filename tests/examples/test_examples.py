@@ -27,7 +27,7 @@ def test_example(path, checkpoint, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(path), run_name="__main__")
     said = capsys.readouterr().out
     assert [words for words in SAYS[path.stem] if words not in said] == []
-    assert read_manifest(tmp_path / "out").validation is not None
+    assert read_manifest(tmp_path / "out").validation
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

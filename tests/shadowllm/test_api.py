@@ -77,7 +77,7 @@ class TestExport:
             head_unit="kv_group",
             validate=False,
         )
-        assert (made.dtype, made.spec.head_unit, made.validation) == ("float16", "kv_group", None)
+        assert (made.dtype, made.spec.head_unit, made.validation) == ("float16", "kv_group", {})
         assert made.budgets == {"neurons": 0.5, "heads": 0.75}
 
     def test_mistakes(self, checkpoint, bundle, tmp_path):
