@@ -31,6 +31,8 @@ class CacheGraph:
     Batch 1. Subclasses decide how the cache travels.
     """
 
+    memory = step_seconds = None  # not known
+
     def __init__(self, session: ort.InferenceSession, capacity: int) -> None:
         self._session = session
         self._capacity = capacity

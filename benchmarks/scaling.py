@@ -30,6 +30,7 @@ from torch import Tensor
 from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.benchmarks.small_opt import docstrings, documents
 from shadowllm.bundle.predictor_file import Kind, Predictor
+from shadowllm.config import TrainConfig
 from shadowllm.errors import UserError
 from shadowllm.evaluation.passage import MODULES, passage
 from shadowllm.evaluation.quality import evaluate
@@ -45,7 +46,7 @@ from shadowllm.predictor.networks import default_rank
 from shadowllm.predictor.selectors import Context, make_selector
 from shadowllm.predictor.tracefile import Traces, calibrate
 from shadowllm.predictor.traces import Tracer
-from shadowllm.predictor.train import TrainConfig, Trainer, initial, train_static
+from shadowllm.predictor.train import Trainer, initial, train_static
 from shadowllm.progress import progress
 
 SEQLEN = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +14,7 @@ import numpy as np
 from shadowllm.bundle.cost_model import dense_reasons
 from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.bundle.weights import read_weights
+from shadowllm.config import Target
 from shadowllm.errors import UserError
 from shadowllm.evaluation.allocation import STEPS, Allocation, Loss, bisect, measure, passes
 from shadowllm.models.sparsity import Budget
@@ -26,30 +27,6 @@ from shadowllm.runtime.ort.session import OrtSession
 PROMPT, DECODED, ROUNDS = 64, 16, 6
 # A thread pool spins for a while after its last task, on cores that the other session needs.
 SETTLE_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is asked of a bundle: one of the two.
-
-    Attributes:
-        ppl_increase: largest increase in perplexity over dense, as a fraction of it.
-        speedup: least speedup of a decode step over ``dense.onnx``, both on ONNX Runtime.
-
-    Raises:
-        UserError: both, neither, or one that no budget can meet.
-    """
-
-    ppl_increase: float | None = None
-    speedup: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.ppl_increase is None) == (self.speedup is None):
-            raise UserError("one target is needed", "give a perplexity increase or a speedup")
-        if self.ppl_increase is not None and not 0 < self.ppl_increase < math.inf:
-            raise UserError(f"the perplexity increase {self.ppl_increase} is not above 0", "2% or 0.02 asks for 2%")
-        if self.speedup is not None and not 1 < self.speedup < math.inf:
-            raise UserError(f"the speedup {self.speedup} is not above 1", "1.2 asks for 1.2 times as fast")
 
 
 def tune(

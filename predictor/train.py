@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from shadowllm.bundle.predictor_file import Kind, Predictor
+from shadowllm.config import DEFAULT_BUDGET, TrainConfig
 from shadowllm.errors import UserError
-from shadowllm.limits import check_seed
 from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.losses import LOSSES, initial_bias
@@ -24,57 +24,13 @@ from shadowllm.predictor.tracefile import Traces
 from shadowllm.predictor.traces import Chunk, Tracer
 from shadowllm.progress import Advance, no_progress
 
-BUDGET = Budget(heads=0.75, neurons=0.5)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train a network.
-
-    Attributes:
-        budget: the fractions at which recall is judged, and membership is learned where the loss is one of
-            membership; the scores rank all units and serve other budgets too.
-        loss: name in `LOSSES`.
-        epochs: passes over the training windows; None for 4 over kept traces and 1 where every pass
-            traces anew, which costs more than the training itself.
-        learning_rate: peak of AdamW's; it falls to zero along a cosine.
-        weight_decay: AdamW's, on the output weights: pulls towards the static ranking.
-        batch_tokens: tokens of a step.
-        rank: width of the trunk; `default_rank` when None.
-        seed: of initial weights and order.
-
-    Raises:
-        UserError: no such loss, or a number beyond its limits.
-    """
-
-    budget: Budget = BUDGET
-    loss: str = "listnet"
-    epochs: int | None = None
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.1
-    batch_tokens: int = 128
-    rank: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise UserError(f"no training loss {self.loss!r}", f"known: {', '.join(sorted(LOSSES))}")
-        given = [value for value in (self.epochs, self.batch_tokens, self.rank) if value is not None]
-        if min(given) < 1 or self.learning_rate <= 0:
-            raise UserError("epochs, batch size, learning rate and rank must be positive", "mend the training options")
-        check_seed(self.seed)
-
-    def passes(self, anew: bool) -> int:
-        """Epochs, where every one traces the text anew or not."""
-        return self.epochs or (1 if anew else 4)
-
 
 def train_static(
     spec: ModelSpec,
     traces: Traces,
     *,
     kind: Kind = "static",
-    budget: Budget = BUDGET,
+    budget: Budget = DEFAULT_BUDGET,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Predictor:
     """The ranking by mean importance over the training tokens; needs no training.

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol, Self, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
 
 import numpy as np
 
 from shadowllm.models.sparsity import Budget
 from shadowllm.models.spec import ModelSpec
+
+Decodes = Literal["sparse", "dense"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device.
+
+    Attributes:
+        weights: of the engines, each once for both of its phases.
+        cache: keys and values.
+        activations: what else lies in the arena.
+        workspace: scratch that all pieces share, for they take turns.
+    """
+
+    weights: int
+    cache: int
+    activations: int
+    workspace: int
+
+    def __str__(self) -> str:
+        parts = (f"{name} {size / 1e6:.1f} MB" for name, size in vars(self).items())
+        return f"device memory: {', '.join(parts)}; {sum(vars(self).values()) / 1e6:.1f} MB in all"
 
 
 class Session(Protocol):
@@ -19,6 +43,21 @@ class Session(Protocol):
     """
 
     spec: ModelSpec
+
+    @property
+    def decodes(self) -> Decodes:
+        """Which graphs or layers a decode step runs at the present budget."""
+        ...
+
+    @property
+    def memory(self) -> Memory | None:
+        """What lies on the device since `reset`; None where it is not known."""
+        ...
+
+    @property
+    def step_seconds(self) -> Mapping[str, float] | None:
+        """Seconds of each part of the last decode step, by its name; None where they are not measured."""
+        ...
 
     def __enter__(self) -> Self: ...
 
@@ -48,21 +87,17 @@ class Session(Protocol):
         """
         ...
 
-
-@runtime_checkable
-class Greedy(Session, Protocol):
-    """A session that can go on by itself with the most probable tokens, without the host in every step."""
-
-    def decode_greedy(self, tokens: np.ndarray, steps: int) -> Iterator[np.ndarray]:
+    def decode_greedy(self, tokens: np.ndarray, steps: int) -> Iterator[np.ndarray] | None:
         """Append ``tokens``, then whatever is most probable, ``steps`` tokens per sequence in all.
 
-        The logits stay on the device: unlike those of `Session.decode`, they are not checked for NaN.
+        The logits stay on the device: unlike those of `decode`, they are not checked for NaN.
 
-        Yields:
+        Returns:
             What is most probable next after each step, int64 ``(batch,)``. The last one yielded has not
-            been appended. A caller may stop early, and the session stands where it stopped.
+            been appended. A caller may stop early, and the session stands where it stopped. None where a
+            session needs the host in every step: nothing has happened then, and `decode` does the work.
 
         Raises:
-            UserError: as `Session.decode`, or more steps than the model has positions.
+            UserError: as `decode`, or more steps than the model has positions.
         """
         ...

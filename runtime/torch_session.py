@@ -25,6 +25,7 @@ from shadowllm.predictor.networks import scores
 from shadowllm.predictor.per_layer import per_layer_scores
 from shadowllm.predictor.topk import active_mask
 from shadowllm.runtime.inputs import check_tokens, pad_prompts
+from shadowllm.runtime.session import Decodes
 
 Masks = dict[Unit, Tensor]  # a selection as bool ``(n_sparse, n_units)``
 
@@ -40,9 +41,13 @@ class TorchSession:
         dense_weights: of dense steps, prefill and dense layers, where integer weights are rounded otherwise there.
 
     Attributes:
+        decodes: "sparse", or "dense" without a predictor.
         chosen: what the predictor selected in the last sparse step.
         forced: a selection to use instead; for comparing a step under one and the same.
     """
+
+    memory = None
+    step_seconds = None
 
     def __init__(
         self,
@@ -60,6 +65,7 @@ class TorchSession:
         )
         self._weights, self._predictor = weights, predictor
         self._layers = SparseLayers(spec, predictor.dense_layers if predictor else spec.n_layers)
+        self.decodes: Decodes = "sparse" if predictor else "dense"
         self.set_budget(budget or Budget())
         self._decoder = Decoder(spec, weights if dense_weights is None else dense_weights)
         self.reset()
@@ -123,6 +129,9 @@ class TorchSession:
         )
         self._lengths += 1
         return logits[:, -1].numpy()
+
+    def decode_greedy(self, tokens: np.ndarray, steps: int) -> None:
+        """None, see `Session.decode_greedy`: the host is in every step."""
 
     def _sparse_step(self, input_ids: Tensor, positions: Tensor, predictor: Predictor) -> Tensor:
         x = self._stem(input_ids, positions)

@@ -1,7 +1,17 @@
-"""Contextual sparsity for OPT and Llama: predictor, sparse ONNX export, TensorRT engines, runtime."""
+"""Contextual sparsity for OPT and Llama: predictor, sparse ONNX export, TensorRT engines, runtime.
 
-from importlib.metadata import version
+import shadowllm
+
+shadowllm.export("model.gguf", "bundle", budget=shadowllm.Budget(neurons=0.5, heads=0.75))
+with shadowllm.load("bundle") as model:
+    print(shadowllm.generate(model, "Hello", max_new_tokens=32))
+shadowllm.evaluate("bundle")
+"""
+
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not (Path(__file__).parent / "models").is_dir():  # git wrote the links to the rooms as text files
     raise ImportError(
@@ -11,5 +21,30 @@ if not (Path(__file__).parent / "models").is_dir():  # git wrote the links to th
 
 from shadowllm.errors import UserError
 
-__version__ = version("shadowllm")
-__all__ = ["UserError", "__version__"]
+if TYPE_CHECKING:
+    from shadowllm.api import evaluate, export, generate, load
+    from shadowllm.models.sparsity import Budget
+
+    __version__: str
+else:
+    # What takes long to import is imported when it is first asked for (PEP 562).
+    def __getattr__(name):
+        if name == "__version__":
+            from importlib.metadata import version
+
+            found = version("shadowllm")
+        elif name in __all__:
+            from shadowllm import api
+
+            found = getattr(api, name)
+        else:
+            raise AttributeError(f"module 'shadowllm' has no attribute {name!r}")
+        globals()[name] = found
+        return found
+
+
+__all__ = ["Budget", "UserError", "__version__", "evaluate", "export", "generate", "load"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

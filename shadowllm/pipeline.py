@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,142 +12,31 @@ import torch
 from shadowllm.bundle.engine_record import EngineRecord
 from shadowllm.bundle.manifest import Manifest, read_manifest, verify_files
 from shadowllm.bundle.predictor_file import Kind, Predictor
+from shadowllm.config import Calibration, EngineOptions, Export, Source, TrainConfig
 from shadowllm.errors import UserError
-from shadowllm.exporter.engines.build import Verbosity, build_engine
+from shadowllm.exporter.engines.build import build_engine
 from shadowllm.exporter.engines.graph import describe_onnx
 from shadowllm.exporter.engines.profiles import profiles_for
 from shadowllm.exporter.staging import staged
 from shadowllm.exporter.write_bundle import check_dtypes, write_bundle
-from shadowllm.limits import check_seed, check_whole
 from shadowllm.malloc import keep_freed_memory
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.tokenizer import text_encoder
 from shadowllm.models.registry import load_model
-from shadowllm.models.sparsity import Budget, SparseLayers, layer_units
-from shadowllm.models.spec import HeadUnit, ModelSpec
+from shadowllm.models.sparsity import SparseLayers, layer_units
+from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Weights
-from shadowllm.plugins.tensorrt.flavour import Flavour, require
+from shadowllm.plugins.tensorrt.flavour import require
 from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.parallel import process_count
 from shadowllm.predictor.tracefile import Traces, calibrate
-from shadowllm.predictor.train import TrainConfig, train_network, train_static
+from shadowllm.predictor.train import train_network, train_static
 from shadowllm.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from shadowllm.evaluation.tuning import Target
-
 TRAINABLE: tuple[Kind, ...] = ("shadow", "layerwise", "quantized-shadow", "static")
-SELECTORS = (*TRAINABLE, "random")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from.
-
-    Attributes:
-        model: local folder, GGUF file or Hugging Face id.
-        cache_dir: where downloads go.
-        trust_remote_code: let ``transformers`` run code from the checkpoint.
-    """
-
-    model: str
-    cache_dir: Path | None = None
-    trust_remote_code: bool = False
-
-    def open(self) -> tuple[ModelSpec, Weights, Checkpoint]:
-        """See `load_model`."""
-        return load_model(self.model, cache_dir=self.cache_dir, trust_remote_code=self.trust_remote_code)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """How a model is traced.
-
-    Attributes:
-        texts: files or dataset ids; empty for the built-in text.
-        tokens, seqlen: how many tokens, in windows of how many.
-        criterion: importance score.
-        dense_layers: leading layers that stay dense.
-        seed: of sampling and shuffling.
-
-    Raises:
-        UserError: a number beyond its limits.
-    """
-
-    texts: Sequence[str] = ()
-    tokens: int = 8192
-    seqlen: int = 128
-    criterion: str = "l2norm"
-    dense_layers: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_whole("the number of calibration tokens", self.tokens)
-        check_whole("the length of a calibration window", self.seqlen, least=2)
-        check_whole("the number of dense layers", self.dense_layers)
-        check_seed(self.seed)
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How engines are built.
-
-    Attributes:
-        flavour: "tensorrt_rtx" or "tensorrt".
-        sms: compute capabilities, as 89 for 8.9; empty for all the flavour supports.
-        capacity: positions of the KV cache.
-        max_seqlen: longest prompt of one prefill call.
-        max_batch: most sequences at once.
-        timing_cache: file kept across builds (full TensorRT).
-        workspace_bytes: scratch memory per layer.
-        verbosity: how much the engine tells an inspector.
-        plugin_library: C++ plugins to build with, instead of those in Python.
-
-    Raises:
-        UserError: a size that is not positive.
-    """
-
-    flavour: Flavour
-    sms: Sequence[int] = ()
-    capacity: int = 1024
-    max_seqlen: int = 512
-    max_batch: int = 1
-    timing_cache: Path | None = None
-    workspace_bytes: int | None = None
-    verbosity: Verbosity = "layer_names_only"
-    plugin_library: Path | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("capacity", "max_seqlen", "max_batch"):
-            check_whole(name, getattr(self, name))
-
-
-@dataclass(frozen=True)
-class Export:
-    """What an export makes.
-
-    Attributes:
-        selector: what to train when no predictor is given: "shadow", "layerwise", "quantized-shadow", "static",
-            or "random" (an arbitrary ranking, for measuring speed alone).
-        budget: default fractions to keep.
-        dtype: "float32", "float16" or "bfloat16".
-        validate: hold the result against the reference.
-        engines: one per flavour to build.
-        weight_dtype: "int8" or "int4" to store matrices as integers.
-        target: what to choose other default fractions for, once the bundle is written.
-        head_unit: "query_head", or "kv_group" to choose the query heads of a KV head together.
-    """
-
-    selector: str = "shadow"
-    budget: Budget = field(default_factory=Budget)
-    dtype: str = "float32"
-    validate: bool = True
-    engines: Sequence[EngineOptions] = ()
-    weight_dtype: str | None = None
-    target: Target | None = None
-    head_unit: HeadUnit = "query_head"
 
 
 def calibrate_model(source: Source, options: Calibration) -> Traces:
@@ -157,7 +45,7 @@ def calibrate_model(source: Source, options: Calibration) -> Traces:
     Raises:
         UserError: no such model, text or criterion.
     """
-    spec, weights, checkpoint = source.open()
+    spec, weights, checkpoint = _open(source)
     return _calibrate(spec, weights, checkpoint, options)
 
 
@@ -167,7 +55,7 @@ def train_predictor(source: Source, traces: Traces, selector: str, train_config:
     Raises:
         UserError: the traces are of another model, or no such selector.
     """
-    spec, weights, _ = source.open()
+    spec, weights, _ = _open(source)
     if traces.base_fingerprint != weights.fingerprint():
         raise UserError("the traces are of another model", "calibrate this model, or give the one they were made of")
     return _train(spec, weights, traces, selector, train_config)
@@ -196,7 +84,7 @@ def export_model(
         require(engine.flavour)
         _check_engine_weights(options.weight_dtype)
     with staged(out, overwrite) as folder:
-        spec, weights, checkpoint = source.open()
+        spec, weights, checkpoint = _open(source)
         _check_apart(checkpoint.folder, out)
         check_dtypes(spec, options.dtype, options.weight_dtype)
         if predictor is None:
@@ -206,6 +94,10 @@ def export_model(
         predictor.check_base(spec, weights.fingerprint())
         name = Path(source.model).name
         return _write(folder, name, weights, checkpoint, predictor, options)
+
+
+def _open(source: Source) -> tuple[ModelSpec, Weights, Checkpoint]:
+    return load_model(source.model, cache_dir=source.cache_dir, trust_remote_code=source.trust_remote_code)
 
 
 def _check_apart(model: Path, out: Path) -> None:

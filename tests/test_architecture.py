@@ -17,6 +17,7 @@ PACKAGE = "shadowllm"
 LAYERS = [
     {f"{PACKAGE}/{name}.py" for name in ("errors", "limits", "json_types", "progress", "malloc", "child")},
     {"models"},
+    {f"{PACKAGE}/{name}.py" for name in ("option", "config", "flags")},
     {"bundle"},
     {"plugins"},
     {"predictor"},
@@ -37,8 +38,6 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS = {
     "shadowllm.plugins.tensorrt.creators.plugin_class": "holds a class, whose base is known only when it runs",
-    "shadowllm.exporter.engines.build.build_engine": "half of it is what it takes, returns and raises",
-    "shadowllm.evaluation.speed.bench.bench": "half of it is what it takes, returns and raises",
 }
 
 
@@ -82,10 +81,11 @@ def layer_of(name: str) -> int:
 
 
 def functions(name: str) -> Iterator[tuple[str, int]]:
-    """Each function of a file and its lines, docstring and functions inside included."""
+    """Each function of a file and its lines, without its docstring."""
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield f"{name}.{node.name}", (node.end_lineno or node.lineno) - node.lineno + 1
+            docstring = len((ast.get_docstring(node, clean=False) or "").splitlines())
+            yield f"{name}.{node.name}", (node.end_lineno or node.lineno) - node.lineno + 1 - docstring
 
 
 def test_every_source_is_looked_at():

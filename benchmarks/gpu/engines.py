@@ -22,10 +22,11 @@ from shadowllm.benchmarks.gpu.child import answer
 from shadowllm.benchmarks.gpu.decode import Setting, interleaved, spread
 from shadowllm.benchmarks.gpu.probe import probe
 from shadowllm.child import Progress, module_command, serve
+from shadowllm.config import EngineOptions, Flavour
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
-from shadowllm.plugins.tensorrt.flavour import FLAVOURS, Flavour, gpu_capability
-from shadowllm.runtime.session import Session
+from shadowllm.plugins.tensorrt.flavour import FLAVOURS, gpu_capability
+from shadowllm.runtime.session import Decodes, Session
 
 DTYPE = "float16"
 TIMEOUT = 3600.0  # seconds for a flavour to build its engines and be measured
@@ -79,7 +80,7 @@ def _engines(bundle: Path, flavour: Flavour, setting: Setting) -> dict[str, Any]
     from shadowllm.exporter.engines.build import build_engine
     from shadowllm.exporter.engines.graph import describe_onnx
     from shadowllm.exporter.engines.profiles import profiles_for
-    from shadowllm.pipeline import EngineOptions, build_engines
+    from shadowllm.pipeline import build_engines
     from shadowllm.runtime.gpu.trt_session import TrtSession
 
     sm = gpu_capability()
@@ -127,6 +128,9 @@ class OrtDense:
         device: where the provider computes, in ONNX Runtime's words.
     """
 
+    decodes: Decodes = "dense"
+    memory = step_seconds = None  # not known
+
     def __init__(self, bundle: Path, capacity: int, provider: str, device: str) -> None:
         import onnxruntime as ort
 
@@ -172,6 +176,9 @@ class OrtDense:
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """See `Session.decode`."""
         return self._run(tokens[:, None].astype(np.int64))
+
+    def decode_greedy(self, tokens: np.ndarray, steps: int) -> None:
+        """None, see `Session.decode_greedy`."""
 
     def _run(self, ids: np.ndarray) -> np.ndarray:
         seqlen = ids.shape[1]

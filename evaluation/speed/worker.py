@@ -16,12 +16,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from shadowllm.child import Progress
 from shadowllm.child import serve as serve_requests
+
+if TYPE_CHECKING:
+    from shadowllm.runtime.session import Memory
 
 Answer = dict[str, Any]
 Commands = Mapping[str, Callable[..., Answer]]
@@ -31,6 +34,12 @@ Loop = Callable[[list[int], int], Iterator[int | None]]
 
 class Steps(Protocol):
     """The part of a `Session` that is timed."""
+
+    @property
+    def memory(self) -> Memory | None: ...
+
+    @property
+    def step_seconds(self) -> Mapping[str, float] | None: ...
 
     def reset(self, batch: int = 1) -> None: ...
 
@@ -71,8 +80,8 @@ class StepTimer:
             logits = self._session.decode(step_input)
             steps.append((time.perf_counter_ns() - start) / 1e6)
             tokens.append(int(logits[0].argmax()))
-            parts.append(dict(getattr(self._session, "step_seconds", {})))
-        names, memory = parts[0] if parts else {}, getattr(self._session, "memory", None)
+            parts.append(dict(self._session.step_seconds or {}))
+        names, memory = parts[0] if parts else {}, self._session.memory
         return {
             "ttft_ms": ttft / 1e6,
             "itl_ms": steps,

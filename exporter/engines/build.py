@@ -12,19 +12,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from shadowllm.bundle.engine_record import CustomNode, EngineRecord, ShapeProfile, write_sidecar
 from shadowllm.bundle.manifest import file_hash
 from shadowllm.bundle.op_domain import VERSION
 from shadowllm.child import Child, ChildError, call, module_command
+from shadowllm.config import Flavour, Verbosity
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines.contents import missing_contents
 from shadowllm.exporter.engines.graph import GraphInfo, describe_onnx
 from shadowllm.exporter.engines.profiles import bindings, check_profiles, largest
-from shadowllm.plugins.tensorrt.flavour import Flavour, child_environment, require
-
-Verbosity = Literal["none", "layer_names_only", "detailed"]
+from shadowllm.plugins.tensorrt.flavour import child_environment, require
 
 
 def build_engine(

@@ -14,11 +14,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from shadowllm.config import Flavour
 from shadowllm.errors import UserError
 
-Flavour = Literal["tensorrt_rtx", "tensorrt"]
 FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
 EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from shadowllm.errors import UserError
 from shadowllm.runtime.generation.sampling import Sampling
-from shadowllm.runtime.session import Greedy, Session
+from shadowllm.runtime.session import Session
 
 if TYPE_CHECKING:
     from transformers import StoppingCriteria
@@ -58,8 +58,9 @@ def generate(
 
 def _following(session: Session, tokens: np.ndarray, steps: int, chooser: Chooser) -> Iterator[np.ndarray]:
     """The tokens that follow ``tokens``, as many as there are steps."""
-    if steps > 0 and chooser.plain and isinstance(session, Greedy):
-        yield from session.decode_greedy(tokens, steps)
+    alone = session.decode_greedy(tokens, steps) if steps > 0 and chooser.plain else None
+    if alone is not None:
+        yield from alone
         return
     for _ in range(steps):
         tokens = chooser.choose(session.decode(tokens))

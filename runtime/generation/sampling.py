@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shadowllm.bundle.manifest import Manifest, verify_files
 from shadowllm.errors import UserError, in_one_line
 from shadowllm.json_types import check_type
+from shadowllm.option import option
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
@@ -74,7 +75,7 @@ class Sampling:
     seed: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
+    no_repeat_ngram_size: int = option(0, metavar="N")
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()

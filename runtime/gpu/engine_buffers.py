@@ -16,6 +16,7 @@ from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.engine_record import EngineRecord
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import UNITS, SparseLayers, layer_units
+from shadowllm.runtime.session import Memory
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")  # also the order of an engine's profiles
@@ -143,29 +144,8 @@ def constants(found: Mapping[str, Buffer]) -> dict[str, np.ndarray]:
     return contents
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the device.
-
-    Attributes:
-        weights: of the engines, each once for both of its phases.
-        cache: keys and values.
-        activations: what else lies in the arena.
-        workspace: scratch that all pieces share, for they take turns.
-    """
-
-    weights: int
-    cache: int
-    activations: int
-    workspace: int
-
-    @classmethod
-    def of(cls, records: Sequence[EngineRecord], found: Mapping[str, Buffer], workspace: int) -> Memory:
-        """From sizes alone."""
-        cache = sum(buffer.nbytes for buffer in found.values() if buffer.name.startswith("cache."))
-        rest = sum(buffer.nbytes for buffer in found.values()) - cache
-        return cls(sum(record.engine_bytes for record in records), cache, rest, workspace)
-
-    def __str__(self) -> str:
-        parts = (f"{name} {size / 1e6:.1f} MB" for name, size in vars(self).items())
-        return f"device memory: {', '.join(parts)}; {sum(vars(self).values()) / 1e6:.1f} MB in all"
+def memory_of(records: Sequence[EngineRecord], found: Mapping[str, Buffer], workspace: int) -> Memory:
+    """What engines and buffers take on the device, from sizes alone."""
+    cache = sum(buffer.nbytes for buffer in found.values() if buffer.name.startswith("cache."))
+    rest = sum(buffer.nbytes for buffer in found.values()) - cache
+    return Memory(sum(record.engine_bytes for record in records), cache, rest, workspace)

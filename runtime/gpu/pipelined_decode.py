@@ -14,7 +14,7 @@ SLOTS = AHEAD + 1  # tokens on their way to the host
 
 
 class PipelinedDecode(ABC):
-    """The decoding half of a `Greedy` session whose step goes on where the last one ended, without the host.
+    """The decoding half of a session whose step goes on where the last one ended, without the host.
 
     ``_replay`` launches a step; ``_lengths`` are the tokens of each sequence, int64 ``(batch,)``; ``_budgets_set``
     counts the calls of `Session.set_budget`.
@@ -23,6 +23,7 @@ class PipelinedDecode(ABC):
     _lengths: np.ndarray
     _replay: Callable[[], Any]
     _budgets_set = 0
+    step_seconds = None  # a step is one launch: its parts are not timed
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """See `Session.decode`."""
@@ -32,7 +33,7 @@ class PipelinedDecode(ABC):
         return self._fetched()
 
     def decode_greedy(self, tokens: np.ndarray, steps: int) -> Iterator[np.ndarray]:
-        """See `Greedy.decode_greedy`."""
+        """See `Session.decode_greedy`."""
         self._start(tokens, steps)
         return self._ahead(tokens, steps)
 

@@ -23,6 +23,7 @@ from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
 from shadowllm.runtime.gpu.selection import PerLayerSelection, UpfrontSelection, choose, device_copies
 from shadowllm.runtime.gpu.triton_step import StepDecoder, merged
 from shadowllm.runtime.inputs import check_tokens, pad_prompts
+from shadowllm.runtime.session import Decodes
 
 # The cache grows by this many positions, and a longer cache is another graph.
 CACHE_BLOCK = 1024
@@ -44,9 +45,14 @@ class TritonSession(PipelinedDecode):
         cache_block: positions by which the cache grows.
         copies: a quantised shadow's copy, by the names it has in a bundle; made of the weights if None.
 
+    Attributes:
+        decodes: "sparse", or "dense" without a predictor.
+
     Raises:
         UserError: no GPU.
     """
+
+    memory = None  # PyTorch's pools hold it
 
     def __init__(
         self,
@@ -61,6 +67,7 @@ class TritonSession(PipelinedDecode):
         self.device = kernel_device()
         self._source, self._predictor, self._block, self._copies = weights, predictor, cache_block, copies
         self._layers = SparseLayers(spec, predictor.dense_layers if predictor else spec.n_layers)
+        self.decodes: Decodes = "sparse" if predictor else "dense"
         self._counts: dict[Unit, Tensor] = {
             unit: torch.zeros(self._layers.count, dtype=torch.int32, device=self.device) for unit in UNITS
         }

@@ -12,15 +12,17 @@ import numpy as np
 from shadowllm.bundle import selection_names
 from shadowllm.bundle.engine_record import EngineRecord, check_sidecar
 from shadowllm.bundle.manifest import read_manifest
+from shadowllm.config import Flavour
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import UNITS, Budget, SparseLayers
-from shadowllm.plugins.tensorrt.flavour import Flavour, gpu_capability, load
+from shadowllm.plugins.tensorrt.flavour import gpu_capability, load
 from shadowllm.runtime.gpu.cuda import Cuda
-from shadowllm.runtime.gpu.engine_buffers import Limits, Memory, buffers, constants, layout
+from shadowllm.runtime.gpu.engine_buffers import Limits, buffers, constants, layout, memory_of
 from shadowllm.runtime.gpu.kernel_cache import kernel_file
 from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
 from shadowllm.runtime.gpu.trt_engine import TrtEngine, load_plugins, logger_class
 from shadowllm.runtime.inputs import check_tokens, pad_prompts
+from shadowllm.runtime.session import Memory
 
 Kind = Literal["sparse", "dense"]
 
@@ -40,7 +42,8 @@ class TrtSession(PipelinedDecode):
 
     Attributes:
         spec: the model, with as many positions as the engines' cache.
-        memory: what lies on the device, since `reset`.
+        decodes: as ``kind``.
+        memory: what lies on the device, since `reset`; None before it.
 
     Raises:
         UserError: no bundle or engines, or one that may not be deserialised here.
@@ -56,6 +59,8 @@ class TrtSession(PipelinedDecode):
         self._dtype = manifest.dtype
         self._layers = SparseLayers(self.spec, self.spec.n_layers if kind == "dense" else manifest.dense_layers)
         self._batch = 0
+        self.decodes: Kind = kind
+        self.memory: Memory | None = None
         self.set_budget(Budget(**manifest.budgets))
         self._pieces: dict[str, TrtEngine] = {}
         self._cuda = cuda()
@@ -167,7 +172,7 @@ class TrtSession(PipelinedDecode):
         self._arena = cuda.allocate(size)
         workspace = max(piece.workspace for piece in self._pieces.values())
         scratch = cuda.allocate(workspace)
-        self.memory = Memory.of(list(self._records.values()), self._buffers, workspace)
+        self.memory = memory_of(list(self._records.values()), self._buffers, workspace)
         for name, contents in constants(self._buffers).items():
             self._write(name, contents)
         self._write_counts()

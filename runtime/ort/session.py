@@ -25,6 +25,7 @@ from shadowllm.runtime.inputs import check_tokens, pad_prompts
 from shadowllm.runtime.ort.fuse_attention import fuse_attention
 from shadowllm.runtime.ort.sparse_inputs import flatten, split_selection
 from shadowllm.runtime.ort.upcast import upcast_to_float32
+from shadowllm.runtime.session import Decodes
 
 # The cache grows by this many positions, so that a short text does not pay the memory of the longest.
 CACHE_BLOCK = 256
@@ -54,12 +55,14 @@ class OrtSession:
     Attributes:
         cache: float32 ``(batch, n_kv_heads, capacity, head_dim)`` by "layer.key" and "layer.value".
         decodes: "sparse" or "dense", at the present budget.
-        selection: padded indices of the last sparse step, int32 ``(n_sparse, n_units)``; empty in a dense session.
-        step_seconds: of each part of the last step, when profiling.
+        selection: padded indices of the last sparse step, by their name in the graphs, int32 ``(n_sparse, n_units)``.
+        step_seconds: of each part of the last step; None when not profiling.
 
     Raises:
         UserError: no bundle, a damaged file, no reasonable number of threads, or a graph this ONNX Runtime cannot run.
     """
+
+    memory = None
 
     def __init__(
         self,
@@ -74,8 +77,8 @@ class OrtSession:
             check_threads(threads)
         self.manifest: Manifest = read_manifest(bundle)
         self.spec: ModelSpec = self.manifest.spec
-        self.step_seconds: dict[str, float] = {}
-        self._bundle, self._kind, self._threads, self._profile = bundle, kind, threads, profile
+        self.step_seconds: dict[str, float] | None = {} if profile else None
+        self._bundle, self._kind, self._threads = bundle, kind, threads
         self._native, self._exact = native, exact
         self._counts = Budget().counts(self.manifest.sparse_layers)
         self.set_budget(Budget(**self.manifest.budgets))
@@ -121,8 +124,9 @@ class OrtSession:
         counts = budget.counts(self.manifest.sparse_layers)
         for unit in UNITS:
             self._counts[unit][:] = counts[unit]  # in place: graphs are bound to these arrays
-        self.decodes = self._kind
-        if self._kind == "auto":
+        if self._kind != "auto":
+            self.decodes: Decodes = self._kind
+        else:
             narrow_rows = self.manifest.dtype != "float32" and self._native and native_ops.library() is not None
             self.decodes = "sparse" if sparse_pays(self.manifest, budget, narrow_rows) else "dense"
 
@@ -144,14 +148,18 @@ class OrtSession:
         self._reserve(check_tokens(tokens, self._lengths, self.spec))
         self._input_ids[:, 0] = tokens
         self._positions[:, 0] = self._lengths
-        self.step_seconds.clear()
+        seconds = {}
         for step in self._steps[self.decodes]:
             start = time.perf_counter()
             step.run()
-            if self._profile:
-                self.step_seconds[step.name] = time.perf_counter() - start
+            seconds[step.name] = time.perf_counter() - start
+        if self.step_seconds is not None:
+            self.step_seconds = seconds
         self._lengths += 1
         return self._logits[:, 0]
+
+    def decode_greedy(self, tokens: np.ndarray, steps: int) -> None:
+        """None, see `Session.decode_greedy`: the host is in every step."""
 
     def _reserve(self, length: int) -> None:
         """Make the cache hold ``length`` positions, keeping what is in it."""

@@ -68,7 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_threads(parser, help="of each operator on the CPU (default: the backend's own)")
     parser.add_argument("--json", type=options.output_file, metavar="FILE", help="write the report there")
     parser.add_argument("--plot", type=options.output_file, metavar="FILE", help="draw it there, as PNG")
-    options.add_budget(parser, None, None)
+    options.add_budget(parser, None)
 
 
 def _percentile(text: str) -> float:
@@ -85,8 +85,7 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.bundle.manifest import read_manifest
     from shadowllm.evaluation.speed.bench import bench
 
-    default = read_manifest(args.bundle).budgets
-    budget = Budget(heads=args.head_budget or default["heads"], neurons=args.neuron_budget or default["neurons"])
+    budget = options.budget(args, Budget(**read_manifest(args.bundle).budgets))
     report = bench(
         args.bundle,
         args.against,

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from shadowllm.commands import options
+from shadowllm.commands.flags import build
+from shadowllm.config import EngineOptions
 
 EPILOG = """examples:
   shadowllm build out/ --engine tensorrt_rtx
@@ -24,6 +26,6 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.commands import inspect
     from shadowllm.pipeline import build_engines
 
-    build_engines(args.bundle, options.engines(args, args.engine))
+    build_engines(args.bundle, build(args, EngineOptions, flavour=args.engine))
     for engine in sorted((args.bundle / "engines" / args.engine).glob("*.engine")):
         inspect.show(engine)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 
 from shadowllm.commands import options
+from shadowllm.commands.flags import build
+from shadowllm.config import Calibration
 
 EPILOG = """examples:
   shadowllm calibrate MODEL -o traces.safetensors
@@ -25,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     """Trace and write."""
     from shadowllm.pipeline import calibrate_model
 
-    traces = calibrate_model(options.source(args), options.calibration(args))
+    traces = calibrate_model(options.source(args), build(args, Calibration))
     traces.save(args.output)
     tokens = traces.windows.train.numel() + traces.windows.held_out.numel()
     print(

@@ -7,20 +7,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowllm.commands import options
+from shadowllm.commands.flags import add_flags, values
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, StopStringCriteria
-
-    from shadowllm.bundle.manifest import Manifest
-    from shadowllm.runtime import Sampling
+    from shadowllm.runtime.generation.completion import Request
 
 EPILOG = """examples:
   shadowllm run out/ --prompt "The shadow of a model"
@@ -31,6 +27,10 @@ EPILOG = """examples:
 
 Decoding is greedy unless --temperature is given. What is left out of the options under "sampling" comes from the
 model's generation config, but for --temperature and --seed; top-k, top-p and min-p count only with a temperature."""
+
+
+# What the model's generation config may say, by its name in `Sampling`.
+CONFIGURED = ("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -56,148 +56,83 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_whole(parser, "--max-new-tokens", default=64, metavar="N", help="(default: 64)")
     options.add_threads(parser, help="of each operator on the CPU (default: the backend's own)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    options.add_budget(parser, None, None)
+    options.add_budget(parser, None)
     _add_sampling(parser)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    from shadowllm.runtime import Sampling
+
     group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=float, help="0 is greedy (default: 0)")
-    group.add_argument("--top-k", type=int, help="0 keeps all tokens")
-    group.add_argument("--top-p", type=float, help="1 keeps all tokens")
-    group.add_argument("--min-p", type=float, help="0 keeps all tokens")
-    group.add_argument("--repetition-penalty", type=float, help="1 changes nothing")
-    group.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="0 allows every repetition")
-    group.add_argument("--seed", type=int, help="of the draws (default: 0)")
+    add_flags(group, Sampling, "temperature")
+    add_flags(group, Sampling, *CONFIGURED, unset=True)
+    add_flags(group, Sampling, "seed")
     group.add_argument(
         "--stop", action="append", type=_text, metavar="TEXT", help="end the text before this; may be repeated"
     )
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked of every backend alike.
-
-    Attributes:
-        prompts: token ids.
-        stops: strings that end a text.
-        stopping: tells when one has come.
-    """
-
-    manifest: Manifest
-    tokenizer: PreTrainedTokenizerBase
-    prompts: list[list[int]]
-    budget: Budget
-    sampling: Sampling
-    stops: tuple[str, ...]
-    stopping: StopStringCriteria | None
-
-
 def run(args: argparse.Namespace) -> None:
     """Generate with one backend, or with two for comparison."""
+    from functools import partial
+
+    from shadowllm.bundle.manifest import read_manifest
+    from shadowllm.runtime import Sampling
+    from shadowllm.runtime.generation.completion import make_request
+    from shadowllm.runtime.generation.text import load_tokenizer
+
     if not args.prompt:
         raise UserError("no prompt", "give --prompt TEXT or --prompt-file FILE")
+    manifest = read_manifest(args.bundle)
+    request = make_request(
+        args.bundle,
+        manifest,
+        partial(load_tokenizer, args.bundle, manifest),
+        args.prompt,
+        args.max_new_tokens,
+        chat=args.chat,
+        chat_template=args.chat_template,
+        stop=args.stop,
+        **values(args, Sampling, "temperature", *CONFIGURED, "seed"),
+    )
+    budget = options.budget(args, Budget(**manifest.budgets))
     streaming = not (args.json or args.against or len(args.prompt) > 1)
-    request = _request(args)
-    results = [_generate(args, request, backend, streaming) for backend in (args.backend, args.against) if backend]
+    backends = [backend for backend in (args.backend, args.against) if backend]
+    results = [_generate(args, request, backend, budget, streaming) for backend in backends]
     if args.json:
         print(json.dumps({"prompts": args.prompt, "results": results}, indent=2))
     elif not streaming:
         _print_table(args.prompt, results)
 
 
-def _request(args: argparse.Namespace) -> Request:
-    from shadowllm.bundle.manifest import read_manifest
-    from shadowllm.runtime.generation.sampling import bundle_sampling
-    from shadowllm.runtime.generation.text import encode_prompt, load_tokenizer, stop_criteria
+def _generate(
+    args: argparse.Namespace, request: Request, backend: str, budget: Budget, streaming: bool
+) -> dict[str, Any]:
+    from shadowllm.runtime import open_session
+    from shadowllm.runtime.generation.completion import Completion
 
-    manifest = read_manifest(args.bundle)
-    sampling, stops = bundle_sampling(
-        args.bundle,
-        manifest,
-        args.stop,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        no_repeat_ngram_size=args.no_repeat_ngram_size,
-        seed=args.seed,
-    )
-    tokenizer = load_tokenizer(args.bundle, manifest)
-    chat = args.chat or args.chat_template is not None
-    prompts = [encode_prompt(args.bundle, manifest, tokenizer, p, chat, args.chat_template) for p in args.prompt]
-    default = manifest.budgets
-    budget = Budget(heads=args.head_budget or default["heads"], neurons=args.neuron_budget or default["neurons"])
-    return Request(manifest, tokenizer, prompts, budget, sampling, stops, stop_criteria(tokenizer, stops))
-
-
-def _generate(args: argparse.Namespace, request: Request, backend: str, streaming: bool) -> dict[str, Any]:
-    from shadowllm.runtime import generate, open_session
-
-    texts = Texts(request, args.prompt[0] if streaming else None)
-    stop_ids = request.manifest.spec.eos_token_ids
+    completion, prompt = Completion(request), args.prompt[0]
     with open_session(args.bundle, backend, threads=args.threads) as session:
-        session.set_budget(request.budget)
+        session.set_budget(budget)
         start = time.perf_counter()
-        for step in generate(
-            session, request.prompts, args.max_new_tokens, request.sampling, stop_ids, request.stopping
-        ):
-            texts.add(step)
-        texts.finish()
+        for pieces in completion.grow(session):
+            if streaming:
+                print(prompt + pieces[0], end="", flush=True)
+                prompt = ""
         seconds = time.perf_counter() - start
-        memory = getattr(session, "memory", None)
+        memory, decodes = session.memory, session.decodes
+    if streaming:
+        print()
     return {
         "backend": backend,
-        "budget": vars(request.budget),
-        "decodes": getattr(session, "decodes", "dense" if backend.endswith("-dense") else "sparse"),
-        "texts": texts.texts,
-        "tokens": texts.tokens,
+        "budget": vars(budget),
+        "decodes": decodes,
+        "texts": completion.texts,
+        "tokens": completion.tokens,
         "seconds": seconds,
-        "tokens_per_second": sum(map(len, texts.tokens)) / seconds,
+        "tokens_per_second": sum(map(len, completion.tokens)) / seconds,
         "device_memory": vars(memory) if memory else None,
     }
-
-
-class Texts:
-    """The text of each sequence as it grows.
-
-    Args:
-        prompt: to be printed in front of the only sequence, whose text is then printed as it comes; None to print
-            nothing.
-
-    Attributes:
-        texts: what each sequence says.
-        tokens: its token ids, those of a stop string included.
-    """
-
-    def __init__(self, request: Request, prompt: str | None) -> None:
-        from shadowllm.runtime.generation.text import TextStream
-
-        self._streams = [TextStream(request.tokenizer, ids, request.stops) for ids in request.prompts]
-        self._prompt, self._printing = prompt or "", prompt is not None
-        self.texts = [""] * len(self._streams)
-        self.tokens: list[list[int]] = [[] for _ in self._streams]
-
-    def add(self, step: Sequence[int | None]) -> None:
-        """One new token of each sequence, None of those that have ended."""
-        for row, token in enumerate(step):
-            if token is not None:
-                self.tokens[row].append(token)
-                self._write(row, self._streams[row].push(token))
-
-    def finish(self) -> None:
-        """No more tokens come."""
-        for row, stream in enumerate(self._streams):
-            self._write(row, stream.finish())
-        if self._printing:
-            print()
-
-    def _write(self, row: int, piece: str) -> None:
-        self.texts[row] += piece
-        if self._printing:
-            print(self._prompt + piece, end="", flush=True)
-            self._prompt = ""
 
 
 def _text(argument: str) -> str:

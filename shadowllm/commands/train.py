@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.commands import options
+from shadowllm.commands.flags import add_flags
+from shadowllm.config import TrainConfig
 
 EPILOG = """examples:
   shadowllm train MODEL --traces traces.safetensors -o predictor.safetensors
@@ -22,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=options.output_file, required=True, metavar="FILE", help="predictor to write"
     )
-    options.add_seed(parser, help="of initial weights and order (default: 0)")
+    add_flags(parser, TrainConfig, "seed")
     options.add_budget(parser)
     options.add_training(parser)
 

@@ -10,9 +10,10 @@ import torch
 from safetensors import SafetensorError
 
 from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.config import TrainConfig
 from shadowllm.errors import UserError
 from shadowllm.predictor.tracefile import Traces, calibrate
-from shadowllm.predictor.train import TrainConfig, train_network, train_static
+from shadowllm.predictor.train import train_network, train_static
 from tests.tiny import split, token_windows
 
 

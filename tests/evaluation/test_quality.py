@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from shadowllm.config import TrainConfig
 from shadowllm.errors import UserError
 from shadowllm.evaluation.quality import evaluate
 from shadowllm.models.decoder import Decoder
@@ -17,7 +18,7 @@ from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
 from shadowllm.predictor.topk import top_mask
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.traces import Tracer
-from shadowllm.predictor.train import TrainConfig, train_network
+from shadowllm.predictor.train import train_network
 from tests.tiny import split, token_windows
 
 SELECTORS = ["static", "shadow", "random", "oracle"]

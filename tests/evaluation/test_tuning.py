@@ -8,8 +8,9 @@ import pytest
 
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.cli import main
+from shadowllm.config import Target
 from shadowllm.errors import UserError
-from shadowllm.evaluation.tuning import Target, tune
+from shadowllm.evaluation.tuning import tune
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime import open_session
 

@@ -8,8 +8,9 @@ import pytest
 from shadowllm.bundle.engine_record import check_sidecar, read_sidecar
 from shadowllm.bundle.manifest import DATA_FILE, read_manifest
 from shadowllm.cli import main
+from shadowllm.config import EngineOptions
 from shadowllm.errors import UserError
-from shadowllm.pipeline import EngineOptions, build_engines
+from shadowllm.pipeline import build_engines
 from shadowllm.runtime import generate, open_session
 from tests.bundles import as_in_the_hub_cache
 

@@ -13,10 +13,11 @@ import torch
 
 from shadowllm.bundle.manifest import DATA_FILE, read_manifest, verify_files
 from shadowllm.bundle.weights import read_weights
+from shadowllm.config import EngineOptions
 from shadowllm.errors import UserError
 from shadowllm.exporter.write_bundle import check_dtypes, write_bundle
 from shadowllm.models.registry import load_model
-from shadowllm.pipeline import EngineOptions, build_engines
+from shadowllm.pipeline import build_engines
 from tests.bundles import BUDGET, make_bundle, make_predictor
 from tests.conftest import VARIANTS
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.config import TrainConfig
 from shadowllm.errors import UserError
 from shadowllm.predictor.parallel import Workers
 from shadowllm.predictor.tracefile import Traces, calibrate
-from shadowllm.predictor.train import TrainConfig, train_network
+from shadowllm.predictor.train import train_network
 from tests.tiny import split, token_windows
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from shadowllm.config import TrainConfig
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparsity import Budget
@@ -14,7 +15,7 @@ from shadowllm.predictor.criteria import find_criterion, unit_trace
 from shadowllm.predictor.selectors import SELECTORS, Context, MaskedDecoder, PerLayerSelector, make_selector
 from shadowllm.predictor.topk import active_mask, top_mask
 from shadowllm.predictor.tracefile import calibrate
-from shadowllm.predictor.train import TrainConfig, train_network, train_static
+from shadowllm.predictor.train import train_network, train_static
 from tests.tiny import split, token_windows
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from shadowllm.config import TrainConfig
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget, SparseLayers
 from shadowllm.predictor.losses import LOSSES
@@ -19,7 +20,7 @@ from shadowllm.predictor.networks import (
 )
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.traces import Tracer
-from shadowllm.predictor.train import TrainConfig, chunk_scores, initial, train_network, train_static
+from shadowllm.predictor.train import chunk_scores, initial, train_network, train_static
 from tests.tiny import LearnableTraces, split, token_windows
 
 RECIPE = TrainConfig(rank=16, epochs=8, learning_rate=1e-2, weight_decay=0.0, batch_tokens=64)

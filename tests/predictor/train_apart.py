@@ -6,9 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+from shadowllm.config import TrainConfig
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.tracefile import Traces
-from shadowllm.predictor.train import TrainConfig, train_network
+from shadowllm.predictor.train import train_network
 from shadowllm.progress import is_first
 
 

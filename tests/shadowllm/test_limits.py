@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from shadowllm.cli import main
+from shadowllm.config import Calibration, EngineOptions, TrainConfig
 from shadowllm.errors import UserError
 from shadowllm.limits import check_seed, check_threads
-from shadowllm.pipeline import Calibration, EngineOptions
-from shadowllm.predictor.train import TrainConfig
 from shadowllm.runtime.ort.session import OrtSession
 
 COMMANDS = {

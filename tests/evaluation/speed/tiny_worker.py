@@ -64,6 +64,8 @@ def tiny_decoder() -> Decoder:
 class TinySession:
     """The reference decoder with a cache, batch 1."""
 
+    memory = None
+
     def __init__(self, mode: str, log: Path | None) -> None:
         self._decoder, self._mode, self._log = tiny_decoder(), mode, log
         self.step_seconds = {"stem": 0.001, "predictor": 0.002, "body": 0.003}

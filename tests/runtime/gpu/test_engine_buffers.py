@@ -9,7 +9,15 @@ import numpy as np
 
 from shadowllm.benchmarks.random_model import shape_spec
 from shadowllm.models.sparsity import SparseLayers
-from shadowllm.runtime.gpu.engine_buffers import Limits, Memory, buffer_of, buffers, constants, layout, shape_of
+from shadowllm.runtime.gpu.engine_buffers import (
+    Limits,
+    buffer_of,
+    buffers,
+    constants,
+    layout,
+    memory_of,
+    shape_of,
+)
 
 SPEC = replace(shape_spec("tiny-llama"), n_layers=3)
 LIMITS = Limits(batch=4, seqlen=8, capacity=24)
@@ -51,7 +59,7 @@ def test_a_prefill_selects_everything():
 
 def test_memory_adds_up():
     found = buffers(SparseLayers(SPEC, 1), "bfloat16", 1, LIMITS)
-    memory = Memory.of([], found, workspace=1000)
+    memory = memory_of([], found, workspace=1000)
     assert memory.cache == 3 * 2 * (2 * 24 * 8) * 2
     assert memory.cache + memory.activations == sum(buffer.nbytes for buffer in found.values())
     assert "workspace 0.0 MB" in str(memory)

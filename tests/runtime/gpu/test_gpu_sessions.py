@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from shadowllm.pipeline import EngineOptions, build_engines
+from shadowllm.config import EngineOptions
+from shadowllm.pipeline import build_engines
 from shadowllm.plugins.tensorrt.flavour import FLAVOURS, gpu_capability
 from shadowllm.runtime import Budget, generate, open_session
 

@@ -1,0 +1,123 @@
+"""Evaluate a bundle over selectors and budgets: on text, or on tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowllm.bundle.manifest import Manifest, read_manifest
+from shadowllm.bundle.weights import read_weights
+from shadowllm.config import Evaluation
+from shadowllm.errors import UserError
+from shadowllm.evaluation import quality_report
+from shadowllm.evaluation.passage import passage
+from shadowllm.evaluation.quality import Result, evaluate
+from shadowllm.evaluation.speed.environment import environment
+from shadowllm.malloc import keep_freed_memory
+from shadowllm.models.sparsity import Budget, Fractions
+from shadowllm.predictor.calibration import token_windows
+from shadowllm.progress import progress
+from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation of text found.
+
+    Attributes:
+        manifest: the bundle's, with the head unit that was evaluated.
+        tokens, seqlen: how many tokens were evaluated, in windows of how many.
+        results: the dense model first, then each selector at each budget.
+    """
+
+    manifest: Manifest
+    options: Evaluation
+    tokens: int
+    seqlen: int
+    results: Sequence[Result]
+
+    def to_dict(self, layers: bool = False) -> dict[str, Any]:
+        """As ``shadowllm eval --json`` writes it, see `quality_report.rows`."""
+        settings = {
+            "model": self.manifest.model,
+            "text": list(self.options.texts) or "Python module documentation",
+            "tokens": self.tokens,
+            "seqlen": self.seqlen,
+            "head_unit": self.manifest.spec.head_unit,
+            "aggregate": self.options.aggregate,
+            "predictor": self.manifest.predictor,
+        }
+        found = {"settings": settings, "environment": environment(torch.get_num_threads())}
+        return quality_report.rows(self.results, self.manifest, layers) | found
+
+
+def evaluate_text(bundle: Path, options: Evaluation) -> Evaluated:
+    """Teacher-forced quality of each selector at each budget.
+
+    Raises:
+        UserError: no bundle, a damaged file in it, or text, selector or budget that cannot be used.
+    """
+    keep_freed_memory()
+    manifest = read_manifest(bundle)
+    manifest = replace(manifest, spec=replace(manifest.spec, head_unit=options.head_unit or manifest.spec.head_unit))
+    windows = _windows(bundle, manifest, options)
+    read = read_weights(bundle, manifest)
+    own = manifest.predictor["kind"]
+    selectors = options.selectors or list(dict.fromkeys(("static", own, "oracle")))
+    heads, neurons = budgets(manifest, options)
+    passes = len(windows) * (1 + len(selectors) * len(neurons) * len(heads))
+    with progress("Evaluating", passes) as advance:
+        results = evaluate(
+            manifest.spec,
+            read.sparse,
+            read.predictor,
+            selectors,
+            windows,
+            head_budgets=heads,
+            neuron_budgets=neurons,
+            aggregate=options.aggregate,
+            advance=advance,
+        )
+    return Evaluated(manifest, options, windows.numel(), windows.shape[1], results)
+
+
+def evaluate_tasks(
+    bundle: Path, tasks: Sequence[str], options: Evaluation, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Tasks of lm-evaluation-harness, dense and with each selector at each budget; see `lm_tasks.run_tasks`.
+
+    Args:
+        options: selectors, the bundle's own if none are named, and budgets; what it says of text is not read.
+
+    Raises:
+        UserError: the harness is not installed, or does not know a task.
+    """
+    try:
+        from shadowllm.evaluation.lm_tasks import run_tasks
+    except ImportError as error:
+        raise UserError(f"--tasks needs lm-evaluation-harness ({error})", "pip install 'shadowllm[lm-eval]'") from error
+    manifest = read_manifest(bundle)
+    selectors = options.selectors or [manifest.predictor["kind"]]
+    heads, neurons = budgets(manifest, options)
+    selections = [(name, Budget(heads=h, neurons=n)) for name in selectors for h in heads for n in neurons]
+    return list(run_tasks(bundle, tasks, selections, limit))
+
+
+def budgets(manifest: Manifest, options: Evaluation) -> tuple[Sequence[Fractions], Sequence[Fractions]]:
+    """Head budgets and neuron budgets to try."""
+    own = Budget(**manifest.budgets)
+    return options.heads or [own.heads], options.neurons or [own.neurons]
+
+
+def _windows(bundle: Path, manifest: Manifest, options: Evaluation) -> Tensor:
+    """The tokens to evaluate, int64 ``(windows, seqlen)``."""
+    encode = plain_encoder(load_tokenizer(bundle, manifest), manifest)
+    seqlen, limit = min(options.seqlen, manifest.spec.max_seqlen), options.tokens // options.seqlen
+    if options.texts:
+        return token_windows(options.texts, encode, seqlen, limit)
+    return torch.tensor(passage(encode, limit * seqlen)).view(limit, seqlen)

@@ -1,0 +1,17 @@
+"""Make a bundle of a model and continue a text with it: python examples/export_and_generate.py MODEL OUT."""
+
+import sys
+
+import shadowllm
+
+
+def main(model_path: str, out: str) -> None:
+    budget = shadowllm.Budget(neurons=0.5, heads=0.75)
+    manifest = shadowllm.export(model_path, out, budget=budget, selector="quantized-shadow")
+    print(f"{out}: {manifest.model}, {manifest.predictor['kind']} predictor, {manifest.dtype}")
+    with shadowllm.load(out) as model:
+        print(shadowllm.generate(model, "The shadow of a model", max_new_tokens=32))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -1,0 +1,82 @@
+"""A bundle ready to generate text: its session and its tokenizer together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, Unpack
+
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.errors import UserError
+from shadowllm.models.sparsity import Budget
+from shadowllm.runtime import open_session
+from shadowllm.runtime.generation.completion import GenerateOptions, Request, make_request
+from shadowllm.runtime.generation.text import load_tokenizer
+from shadowllm.runtime.session import Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Model:
+    """A bundle on one backend. A context manager: entering loads it, leaving frees it.
+
+    Args:
+        bundle, backend, threads: as for `open_session`.
+        budget: fractions to keep; the bundle's own when None.
+
+    Attributes:
+        manifest: the bundle's.
+
+    Raises:
+        UserError: as `open_session`, or a budget for another number of layers.
+    """
+
+    def __init__(
+        self, bundle: Path, backend: str = "ort", *, threads: int | None = None, budget: Budget | None = None
+    ) -> None:
+        self._bundle, self._entered = bundle, False
+        self.manifest = read_manifest(bundle)
+        self._session = open_session(bundle, backend, threads=threads)
+        if budget is not None:
+            self._session.set_budget(budget)
+
+    def __enter__(self) -> Self:
+        self._session.__enter__()
+        self._entered = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered = False
+        self._session.__exit__(*error)
+
+    @property
+    def session(self) -> Session:
+        """What computes.
+
+        Raises:
+            UserError: the model was not entered, or has been left.
+        """
+        if not self._entered:
+            raise UserError("the model is not open", "use it inside `with shadowllm.load(...) as model:`")
+        return self._session
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The bundle's, loaded when first asked for; see `load_tokenizer`."""
+        return load_tokenizer(self._bundle, self.manifest)
+
+    def set_budget(self, budget: Budget) -> None:
+        """Fractions to keep from the next step on.
+
+        Raises:
+            UserError: a budget for another number of layers.
+        """
+        self._session.set_budget(budget)
+
+    def request(
+        self, prompts: Sequence[str | Sequence[int]], max_new_tokens: int, **options: Unpack[GenerateOptions]
+    ) -> Request:
+        """See `make_request`."""
+        return make_request(self._bundle, self.manifest, lambda: self.tokenizer, prompts, max_new_tokens, **options)

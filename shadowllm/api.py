@@ -1,0 +1,220 @@
+"""The library in four functions; ``import shadowllm`` gives them. The command line offers the same, and more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Unpack, overload
+
+from shadowllm.models.sparsity import Budget
+
+if TYPE_CHECKING:
+    from shadowllm.bundle.manifest import Manifest
+    from shadowllm.bundle.predictor_file import Predictor
+    from shadowllm.config import Aggregate, Calibration, EngineOptions, Selector, Target, TrainConfig
+    from shadowllm.evaluation.quality import Result
+    from shadowllm.models.sparsity import Fractions
+    from shadowllm.models.spec import HeadUnit
+    from shadowllm.runtime.generation.completion import GenerateOptions
+    from shadowllm.runtime.model import Model
+
+__all__ = ["Budget", "evaluate", "export", "generate", "load"]
+
+StrPath = str | PathLike[str]
+Ids = Sequence[int]
+
+
+def export(
+    model: StrPath,
+    out: StrPath,
+    *,
+    budget: Budget | None = None,
+    target: Target | None = None,
+    selector: Selector = "shadow",
+    predictor: StrPath | Predictor | None = None,
+    dtype: str = "float32",
+    weight_dtype: str | None = None,
+    head_unit: HeadUnit = "query_head",
+    engines: Sequence[EngineOptions] = (),
+    validate: bool = True,
+    calibration: Calibration | None = None,
+    training: TrainConfig | None = None,
+    cache_dir: StrPath | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Manifest:
+    """Make a bundle of a model, as ``shadowllm export`` does.
+
+    Args:
+        model: folder with safetensors, .gguf file, or name on the Hugging Face hub.
+        out: folder to make; it appears when all is done, or not at all.
+        budget: default fractions to keep; half of the neurons and three quarters of the heads when None.
+        target, selector, dtype, weight_dtype, head_unit, engines, validate: as in `shadowllm.config.Export`.
+        predictor: one to use, or its file, instead of training one.
+        calibration, training: how to trace the model and train the predictor; their defaults when None.
+        cache_dir, trust_remote_code: as in `shadowllm.config.Source`.
+        overwrite: replace ``out`` if it is a bundle.
+
+    Returns:
+        What was made.
+
+    Raises:
+        UserError: any input that cannot be used, or a bundle that fails its validation.
+    """
+    from shadowllm.bundle.predictor_file import Predictor
+    from shadowllm.config import DEFAULT_BUDGET, Export, Source
+    from shadowllm.pipeline import export_model
+
+    plan = Export(
+        selector=selector,
+        budget=budget or DEFAULT_BUDGET,
+        dtype=dtype,
+        validate=validate,
+        engines=engines,
+        weight_dtype=weight_dtype,
+        target=target,
+        head_unit=head_unit,
+    )
+    given = predictor if isinstance(predictor, Predictor) or predictor is None else Predictor.load(Path(predictor))
+    return export_model(
+        Source(str(model), None if cache_dir is None else Path(cache_dir), trust_remote_code),
+        Path(out),
+        plan,
+        predictor=given,
+        calibration=calibration,
+        train_config=training,
+        overwrite=overwrite,
+    )
+
+
+def load(bundle: StrPath, backend: str = "ort", *, threads: int | None = None, budget: Budget | None = None) -> Model:
+    """Open a bundle for `generate`, on one backend; to be used in a ``with`` statement.
+
+    Args:
+        bundle: folder that an export made.
+        backend: one of `shadowllm.runtime.BACKENDS`; a ``-dense`` one runs the plain model.
+        threads: of each operator, for the backends that compute on the CPU.
+        budget: fractions to keep; the bundle's own when None. `Model.set_budget` changes it at any time.
+
+    Raises:
+        UserError: no bundle, a damaged one, an unknown backend, or one that cannot run here.
+    """
+    from shadowllm.runtime.model import Model
+
+    return Model(Path(bundle), backend, threads=threads, budget=budget)
+
+
+@overload
+def generate(
+    model: Model,
+    prompt: str,
+    max_new_tokens: int = 64,
+    *,
+    stream: Literal[False] = False,
+    **options: Unpack[GenerateOptions],
+) -> str: ...
+@overload
+def generate(
+    model: Model,
+    prompt: Ids,
+    max_new_tokens: int = 64,
+    *,
+    stream: Literal[False] = False,
+    **options: Unpack[GenerateOptions],
+) -> list[int]: ...
+@overload
+def generate(
+    model: Model, prompt: str, max_new_tokens: int = 64, *, stream: Literal[True], **options: Unpack[GenerateOptions]
+) -> Iterator[str]: ...
+@overload
+def generate(
+    model: Model, prompt: Ids, max_new_tokens: int = 64, *, stream: Literal[True], **options: Unpack[GenerateOptions]
+) -> Iterator[int]: ...
+def generate(
+    model: Model,
+    prompt: str | Ids,
+    max_new_tokens: int = 64,
+    *,
+    stream: bool = False,
+    **options: Unpack[GenerateOptions],
+) -> str | list[int] | Iterator[str] | Iterator[int]:
+    """Continue a prompt, as ``shadowllm run`` does: greedily unless a temperature is given.
+
+    Args:
+        model: from `load`, inside its ``with`` statement. A new text ends the one before.
+        prompt: text, or token ids, to which nothing is added.
+        max_new_tokens: most tokens to generate.
+        stream: give the text piece by piece, or the ids one by one, as they come.
+        options: `GenerateOptions`: ``chat``, ``chat_template``, ``stop``, ``temperature``, ``top_k``, ``top_p``,
+            ``min_p``, ``repetition_penalty``, ``no_repeat_ngram_size`` and ``seed``; what is left out comes from the
+            model's generation config, but for temperature and seed.
+
+    Returns:
+        Text for text, without the prompt; token ids for token ids, those of a stop string included.
+
+    Raises:
+        UserError: a model that is not open, a prompt or an option that cannot be used, or logits that are no numbers.
+    """
+    from shadowllm.runtime.generation.completion import Completion
+
+    session = model.session
+    completion = Completion(model.request([prompt], max_new_tokens, **options))
+    pieces = completion.grow(session)
+    if stream:
+        return _texts(pieces) if isinstance(prompt, str) else _ids(pieces, completion.tokens[0])
+    for _ in pieces:
+        pass
+    return completion.texts[0] if isinstance(prompt, str) else completion.tokens[0]
+
+
+def evaluate(
+    bundle: StrPath,
+    texts: Sequence[str] = (),
+    *,
+    tokens: int = 2048,
+    seqlen: int = 512,
+    selectors: Sequence[str] = (),
+    neurons: Sequence[Fractions] = (),
+    heads: Sequence[Fractions] = (),
+    head_unit: HeadUnit | None = None,
+    aggregate: Aggregate = "token",
+) -> Sequence[Result]:
+    """Perplexity and agreement with the dense model, over selectors and budgets, as ``shadowllm eval`` has them.
+
+    Args:
+        texts: files or a Hugging Face dataset id; the documentation of Python modules when empty.
+        tokens, seqlen, selectors, neurons, heads, head_unit, aggregate: as in `shadowllm.config.Evaluation`.
+
+    Returns:
+        The dense model first, then each selector at each budget.
+
+    Raises:
+        UserError: no bundle, a damaged one, or a text, selector or budget that cannot be used.
+    """
+    from shadowllm.config import Evaluation
+    from shadowllm.evaluation.sweep import evaluate_text
+
+    options = Evaluation(
+        texts=texts,
+        tokens=tokens,
+        seqlen=seqlen,
+        selectors=selectors,
+        neurons=neurons,
+        heads=heads,
+        head_unit=head_unit,
+        aggregate=aggregate,
+    )
+    return evaluate_text(Path(bundle), options).results
+
+
+def _texts(pieces: Iterator[list[str]]) -> Iterator[str]:
+    return (piece for (piece,) in pieces if piece)
+
+
+def _ids(pieces: Iterator[list[str]], tokens: list[int]) -> Iterator[int]:
+    """Each token as it is appended to ``tokens``."""
+    given = 0
+    for _ in pieces:
+        yield from tokens[given:]
+        given = len(tokens)

@@ -1,0 +1,37 @@
+"""Every example runs as it stands, on a tiny model and less text."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.config import Calibration
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+SAYS = {
+    "compare_budgets": ["dense", "static", "oracle", "30%", "50%", "70%"],
+    "export_and_generate": ["quantized-shadow predictor, float32"],
+    "stream": ["100% of the neurons:", "50% of the neurons:"],
+}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(path, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shadowllm.pipeline.Calibration", partial(Calibration, tokens=512, seqlen=32))
+    monkeypatch.setattr(sys, "argv", [str(path), str(checkpoint("llama-gqa")), str(tmp_path / "out")])
+    runpy.run_path(str(path), run_name="__main__")
+    said = capsys.readouterr().out
+    assert [words for words in SAYS[path.stem] if words not in said] == []
+    assert read_manifest(tmp_path / "out").validation
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_short_and_use_the_facade_alone(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 30
+    assert not [line for line in lines if "import" in line and "shadowllm." in line]

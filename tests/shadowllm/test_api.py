@@ -1,0 +1,176 @@
+"""The library's four functions on tiny bundles."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import shadowllm
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.cli import main
+from shadowllm.config import Calibration
+from shadowllm.evaluation.quality import Result
+
+QUICK = Calibration(tokens=512, seqlen=32)
+
+
+@pytest.fixture(scope="module")
+def model(bundle):
+    with shadowllm.load(bundle()) as opened:
+        yield opened
+
+
+def run_command(capsys, folder, *options) -> dict:
+    capsys.readouterr()
+    assert main(["run", str(folder), "--prompt", "Hello", "--max-new-tokens", "8", "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)["results"][0]
+
+
+class TestImport:
+    def test_it_is_instant(self):
+        code = "import shadowllm, sys; print(sorted({'torch', 'onnxruntime', 'numpy'} & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout == "[]\n"
+
+    def test_names(self):
+        assert dir(shadowllm) == sorted(shadowllm.__all__)
+        assert all(getattr(shadowllm, name).__doc__ for name in shadowllm.__all__)
+        with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+            _ = shadowllm.nonsense
+
+    def test_one_version(self):
+        project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+        assert shadowllm.__version__ == project["version"]
+
+    def test_no_room_imports_the_package_itself(self):
+        root = Path(__file__).parents[2]
+        rooms = ("models", "bundle", "plugins", "predictor", "exporter", "runtime", "evaluation")
+        files = [path for room in rooms for path in (root / room).rglob("*.py")]
+        own = re.compile(rf"^ *(import shadowllm$|from shadowllm import .*\b({'|'.join(shadowllm.__all__)})\b)", re.M)
+        assert files
+        assert [str(path) for path in files if own.search(path.read_text())] == []
+
+
+class TestExport:
+    def test_makes_a_bundle(self, checkpoint, tmp_path):
+        budget = shadowllm.Budget(neurons=0.5)
+        made = shadowllm.export(
+            checkpoint("llama-gqa"), tmp_path / "out", budget=budget, selector="static", calibration=QUICK
+        )
+        assert made.budgets == read_manifest(tmp_path / "out").budgets == {"neurons": 0.5, "heads": 1.0}
+        assert made.validation
+        assert made.predictor["kind"] == "static"
+
+    def test_takes_a_predictor_by_its_file(self, checkpoint, bundle, tmp_path):
+        made = shadowllm.export(
+            str(checkpoint("llama-gqa")),
+            str(tmp_path / "out"),
+            predictor=bundle() / "predictor.safetensors",
+            dtype="float16",
+            head_unit="kv_group",
+            validate=False,
+        )
+        assert (made.dtype, made.spec.head_unit, made.validation) == ("float16", "kv_group", {})
+        assert made.budgets == {"neurons": 0.5, "heads": 0.75}
+
+    def test_mistakes(self, checkpoint, bundle, tmp_path):
+        with pytest.raises(shadowllm.UserError, match="exists already"):
+            shadowllm.export(checkpoint("llama-gqa"), bundle())
+        with pytest.raises(shadowllm.UserError):
+            shadowllm.export(tmp_path / "absent", tmp_path / "out")
+        with pytest.raises(shadowllm.UserError, match="cannot be trained"):
+            shadowllm.export(checkpoint("llama-gqa"), tmp_path / "out", selector="magic", calibration=QUICK)
+
+
+class TestGenerate:
+    def test_text_as_the_command_has_it(self, model, bundle, capsys):
+        found = run_command(capsys, bundle())
+        assert shadowllm.generate(model, "Hello", 8) == found["texts"][0]
+        options = ("--temperature", "5", "--top-k", "7", "--seed", "3", "--repetition-penalty", "1.5")
+        found = run_command(capsys, bundle(), *options)
+        sampled = shadowllm.generate(model, "Hello", 8, temperature=5, top_k=7, seed=3, repetition_penalty=1.5)
+        assert sampled == found["texts"][0]
+
+    def test_ids_for_ids(self, model, bundle, capsys):
+        ids = model.tokenizer("Hello").input_ids
+        assert shadowllm.generate(model, ids, max_new_tokens=8) == run_command(capsys, bundle())["tokens"][0]
+
+    def test_stream(self, model):
+        pieces = shadowllm.generate(model, "Hello", 8, stream=True)
+        assert isinstance(pieces, Iterator)
+        found = list(pieces)
+        assert "".join(found) == shadowllm.generate(model, "Hello", 8)
+        assert len(found) > 1
+        ids = model.tokenizer("Hello").input_ids
+        assert list(shadowllm.generate(model, ids, 8, stream=True)) == shadowllm.generate(model, ids, 8)
+
+    def test_stop_strings(self, model):
+        text = shadowllm.generate(model, "Hello", 8)
+        assert shadowllm.generate(model, "Hello", 8, stop=text[3]) == text[: text.index(text[3])]
+        assert shadowllm.generate(model, "Hello", 8, stop=["never there", text[3]]) == text[: text.index(text[3])]
+
+    def test_budgets_and_backends(self, bundle, capsys):
+        everything = shadowllm.Budget()
+        with shadowllm.load(bundle(), "torch", budget=everything) as one, shadowllm.load(bundle(), "ort-dense") as two:
+            assert one.session.decodes == "sparse"
+            assert two.session.decodes == "dense"
+            assert shadowllm.generate(one, "Hello", 8) == shadowllm.generate(two, "Hello", 8)
+            one.set_budget(shadowllm.Budget(neurons=0.1, heads=0.25))
+            narrow = run_command(
+                capsys, bundle(), "--backend", "torch", "--neuron-budget", "0.1", "--head-budget", "0.25"
+            )
+            assert shadowllm.generate(one, "Hello", 8) == narrow["texts"][0]
+
+    def test_mistakes(self, model, bundle, tmp_path):
+        with pytest.raises(shadowllm.UserError, match="not open"):
+            shadowllm.generate(shadowllm.load(bundle()), "Hello")
+        with pytest.raises(shadowllm.UserError):
+            shadowllm.load(tmp_path)
+        with pytest.raises(shadowllm.UserError, match="no backend"):
+            shadowllm.load(bundle(), "abacus")
+        with pytest.raises(shadowllm.UserError, match="sparse layers"):
+            shadowllm.load(bundle(), budget=shadowllm.Budget(neurons=(0.5,) * 7))
+        for prompt, options in (
+            ("", {}),
+            ([], {}),
+            ([10**6], {}),
+            ("Hello", {"max_new_tokens": 0}),
+            ("Hello", {"temperature": -1}),
+            ("Hello", {"stop": ""}),
+            ("Hello", {"chat": True}),
+        ):
+            with pytest.raises(shadowllm.UserError):
+                shadowllm.generate(model, prompt, **options)
+
+
+class TestEvaluate:
+    def test_results_as_the_command_has_them(self, bundle, tmp_path, capsys):
+        found = shadowllm.evaluate(
+            bundle(), [__file__], tokens=64, seqlen=32, selectors=("static", "oracle"), neurons=(0.5, 1.0), heads=(1.0,)
+        )
+        assert all(isinstance(result, Result) for result in found)
+        assert [result.selector for result in found] == ["dense", "static", "static", "oracle", "oracle"]
+        options = ["--selector", "static", "oracle", "--neuron-budget", "0.5", "1", "--head-budget", "1"]
+        report = tmp_path / "eval.json"
+        text = ["--text", __file__, "--tokens", "64", "--seqlen", "32", "--json", str(report)]
+        assert main(["eval", str(bundle()), *text, *options]) == 0
+        rows = json.loads(report.read_text())["results"]
+        assert [row["perplexity"] for row in rows] == [result.perplexity for result in found[1:]]
+
+    def test_mistakes(self, bundle, tmp_path):
+        for folder, options in (
+            (tmp_path, {}),
+            (bundle(), {"texts": ["absent.txt"]}),
+            (bundle(), {"selectors": ["magic"], "tokens": 64, "seqlen": 32}),
+            (bundle(), {"tokens": 8}),
+            (bundle(), {"seqlen": 1}),
+        ):
+            with pytest.raises(shadowllm.UserError):
+                shadowllm.evaluate(folder, **options)
