@@ -1,4 +1,4 @@
-"""Attention as ONNX Runtime's own fused op.
+"""Graph pass: attention as ONNX Runtime's own fused op.
 
 A bundle's graphs keep to standard ONNX, which TensorRT reads too. On a CPU the eleven standard nodes of
 an attention block cost more than the arithmetic in them at one token, so they become one
@@ -12,27 +12,53 @@ import math
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult, PreconditionError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.function_body import MICROSOFT
 
 
-def fuse_attention(model: ir.Model, spec: ModelSpec) -> None:
-    """Replace every dense attention block of a graph that `exporter.graphs.pieces` wrote.
+class FuseAttention(InPlacePass):
+    """Replaces every dense attention block of a graph that `exporter.graphs.pieces` wrote.
 
-    Requires: each ``Attention`` reads a cache that ``TensorScatter`` wrote, from one stacked q/k/v
-    projection. Ensures: the same inputs and outputs under the same names. Leaves a model alone
-    whose head size the op does not take.
+    Requires: each ``Attention`` reads a cache that ``TensorScatter`` wrote, and a query cut from one stacked q/k/v
+    projection. Ensures: the same inputs and outputs under the same names. A model with a head size that the op does
+    not take stays as it is.
+
+    Args:
+        spec: of the model.
     """
-    blocks = [node for node in model.graph if node.op_type == "Attention"]
-    if not blocks or spec.head_dim % (16 if spec.rope else 8):
-        return
-    shared = _Shared(model.graph, spec)
-    for node in blocks:
-        _fuse(model.graph, node, shared)
-    model.graph.opset_imports[MICROSOFT] = 1
-    RemoveUnusedNodesPass()(model)
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+
+    def requires(self, model: ir.Model) -> None:
+        """See the class.
+
+        Raises:
+            PreconditionError: names the node that is missing.
+        """
+        for node in self._blocks(model):
+            for cache in node.inputs[1:3]:
+                _producer(cache, "TensorScatter")
+            _projection(node.inputs[0])
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite the model in place."""
+        blocks = self._blocks(model)
+        if blocks:
+            shared = _Shared(model.graph, self._spec)
+            for node in blocks:
+                _fuse(model.graph, node, shared)
+            model.graph.opset_imports[MICROSOFT] = 1
+            RemoveUnusedNodesPass()(model)
+        return PassResult(model, modified=bool(blocks))
+
+    def _blocks(self, model: ir.Model) -> list[ir.Node]:
+        if self._spec.head_dim % (16 if self._spec.rope else 8):
+            return []
+        return [node for node in model.graph if node.op_type == "Attention"]
 
 
 class _Shared:
@@ -115,7 +141,7 @@ def _projection(query: ir.Value | None) -> ir.Value:
 def _producer(value: ir.Value | None, op_type: str | None = None) -> ir.Node:
     node = value.producer() if value is not None else None
     if node is None or (op_type and node.op_type != op_type):
-        raise ValueError(f"no {op_type or 'node'} where the exporter writes one")
+        raise PreconditionError(f"no {op_type or 'node'} where the exporter writes one")
     return node
 
 

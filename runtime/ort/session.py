@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.cost_model import sparse_pays
 from shadowllm.bundle.manifest import DATA_FILE, Manifest, read_manifest, verify_files
-from shadowllm.errors import UserError
 from shadowllm.limits import check_threads
 from shadowllm.models.sparsity import UNITS, Budget, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.inputs import check_tokens, pad_prompts
-from shadowllm.runtime.ort.fuse_attention import fuse_attention
-from shadowllm.runtime.ort.sparse_inputs import flatten, split_selection
-from shadowllm.runtime.ort.upcast import upcast_to_float32
+from shadowllm.runtime.ort.graph import OrtGraph, for_cpu
 from shadowllm.runtime.session import Decodes
 
 # The cache grows by this many positions, so that a short text does not pay the memory of the longest.
@@ -201,7 +195,7 @@ class OrtSession:
         }
 
     def _selected(self) -> dict[str, np.ndarray]:
-        """Indices and counts, whole and row by row: the inputs that `sparse_inputs.split_selection` makes of them."""
+        """Indices and counts, whole and row by row: the inputs that `SplitSelection` makes of them."""
         whole = {names.indices(unit): indices for unit, indices in self.selection.items()}
         whole |= {names.counts(unit): self._counts[unit] for unit in UNITS}
         rows = {names.of_row(name, row): found[row, ...] for name, found in whole.items() for row in range(len(found))}
@@ -213,75 +207,6 @@ class OrtSession:
     def _present(self) -> dict[str, np.ndarray]:
         # The same arrays as the past: TensorScatter then writes in place.
         return {f"present.{name}": array for name, array in self.cache.items()}
-
-
-def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False) -> bytes:
-    """A piece's graph, serialised, as ONNX Runtime's CPU kernels run it best.
-
-    Inputs and outputs are the file's, but ``body`` takes its selection row by row. Weights go by the name of the file
-    that holds them in the end, where the bundle's own is a link.
-
-    Args:
-        native: the native ops will run it.
-        exact: float32 inputs of integer layers.
-    """
-    model = ir.load(path)
-    for node in chain(model.graph, *model.functions.values()):
-        if exact and node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
-    if manifest.dtype != "float32":
-        upcast_to_float32(model, keep_rows=native)
-    fuse_attention(model, manifest.spec)
-    if path.stem == "body":
-        split_selection(model)
-        if native:
-            flatten(model)
-    proto = ir.to_proto(model)
-    for place in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
-        if place.key == "location":
-            place.value = (path.parent / place.value).resolve().name
-    return proto.SerializeToString()
-
-
-class OrtGraph:
-    """One ONNX graph loaded into ONNX Runtime."""
-
-    def __init__(self, path: Path, options: ort.SessionOptions, read: Callable[[], bytes]) -> None:
-        try:
-            self._session = ort.InferenceSession(read(), options, providers=["CPUExecutionProvider"])
-        except (
-            errors.Fail,
-            errors.InvalidGraph,
-            errors.InvalidProtobuf,
-            errors.InvalidArgument,
-            errors.NotImplemented,
-            errors.RuntimeException,
-        ) as error:
-            raise UserError(
-                f"ONNX Runtime {ort.__version__} cannot load {path} ({str(error).splitlines()[0][:200]})",
-                "use onnxruntime 1.32 or later, or export the model again",
-            ) from error
-        self.inputs = [value.name for value in self._session.get_inputs()]
-        self.outputs = [value.name for value in self._session.get_outputs()]
-
-    def bind(self, feeds: Mapping[str, np.ndarray], fetches: Mapping[str, np.ndarray]) -> BoundRun:
-        """A run that reads and writes the given arrays; names the graph lacks are ignored."""
-        binding = self._session.io_binding()
-        for name in self.inputs:
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(feeds[name]))
-        for name in self.outputs:
-            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(fetches[name]))
-        return BoundRun(self._session, binding)
-
-
-class BoundRun:
-    """A session with all of its buffers bound; calling it runs the graph."""
-
-    def __init__(self, session: ort.InferenceSession, binding: ort.IOBinding) -> None:
-        self._session, self._binding = session, binding
-
-    def __call__(self) -> None:
-        self._session.run_with_iobinding(self._binding)
 
 
 class Step:

@@ -6,9 +6,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from onnx_ir.passes import PreconditionError
 
 from shadowllm.bundle.manifest import read_manifest
-from shadowllm.runtime.ort.fuse_attention import fuse_attention
+from shadowllm.runtime.ort.fuse_attention import FuseAttention
 
 CAPACITY = 8
 
@@ -16,7 +17,7 @@ CAPACITY = 8
 def load(folder, fuse):
     model = ir.load(folder / "dense.onnx")
     if fuse:
-        fuse_attention(model, read_manifest(folder).spec)
+        FuseAttention(read_manifest(folder).spec)(model)
     return model
 
 
@@ -72,5 +73,5 @@ def test_a_foreign_graph_is_refused(bundle):
     model = load(folder, False)
     attention = next(node for node in model.graph if node.op_type == "Attention")
     attention.replace_input_with(1, model.graph.inputs[-1])
-    with pytest.raises(ValueError, match="TensorScatter"):
-        fuse_attention(model, read_manifest(folder).spec)
+    with pytest.raises(PreconditionError, match="TensorScatter"):
+        FuseAttention(read_manifest(folder).spec)(model)

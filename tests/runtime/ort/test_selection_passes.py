@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes import PreconditionError
 
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.op_domain import DOMAIN
 from shadowllm.bundle.selection_names import SELECTION
-from shadowllm.runtime.ort.sparse_inputs import flatten, split_selection
+from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
+from shadowllm.runtime.ort.split_selection import SplitSelection
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def body(bundle):
 
 def test_every_row_of_the_selection_is_an_input(bundle, body):
     whole = {value.name: value.shape for value in body.graph.inputs}
-    split_selection(body)
+    SplitSelection()(body)
     spec = read_manifest(bundle()).spec
     rows = {value.name: value.shape for value in body.graph.inputs if value.name not in whole}
     assert set(rows) == {f"{name}.{row}" for name in SELECTION for row in range(spec.n_layers - 1)}
@@ -27,7 +29,7 @@ def test_every_row_of_the_selection_is_an_input(bundle, body):
 
 
 def test_no_reshape_stands_around_a_sparse_op(body):
-    flatten(body)
+    FlattenHiddenStates()(body)
     ops = [node for node in body.graph if node.domain == DOMAIN]
     assert len(ops) == 4
     around = {node.inputs[0].producer().op_type for node in ops}
@@ -38,8 +40,8 @@ def test_no_reshape_stands_around_a_sparse_op(body):
 def test_other_graphs_are_refused(body):
     gather = next(user for value in body.graph.inputs if value.name == "head_counts" for user, _ in value.uses())
     gather.op_type = "Identity"
-    with pytest.raises(ValueError, match="head_counts is not read row by row"):
-        split_selection(body)
-    flatten(body)
-    with pytest.raises(ValueError, match="does not stand between"):
-        flatten(body)
+    with pytest.raises(PreconditionError, match="head_counts is not read row by row"):
+        SplitSelection()(body)
+    FlattenHiddenStates()(body)
+    with pytest.raises(PreconditionError, match="does not stand between"):
+        FlattenHiddenStates()(body)

@@ -1,0 +1,105 @@
+"""One ONNX graph of a bundle, rewritten for ONNX Runtime's CPU kernels and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes import InPlacePass, PassResult, Sequential
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+from shadowllm.bundle.manifest import Manifest
+from shadowllm.errors import UserError
+from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
+from shadowllm.runtime.ort.fuse_attention import FuseAttention
+from shadowllm.runtime.ort.split_selection import SplitSelection
+from shadowllm.runtime.ort.upcast_to_float32 import UpcastToFloat32
+
+
+def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False) -> bytes:
+    """A graph of a bundle, serialised, as ONNX Runtime's CPU kernels run it best.
+
+    Inputs and outputs are those of the file, but ``body`` takes its selection row by row.
+
+    Args:
+        path: of the ONNX file.
+        manifest: of its bundle.
+        native: the native ops will run it.
+        exact: compute with float32 inputs of integer layers.
+    """
+    model = ir.load(path)
+    Sequential(*_passes(path.stem, manifest, native, exact))(model)
+    proto = ir.to_proto(model)
+    # ONNX Runtime looks for weights beside the file that a link leads to, as in the hub's cache.
+    for place in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
+        if place.key == "location":
+            place.value = (path.parent / place.value).resolve().name
+    return proto.SerializeToString()
+
+
+def _passes(name: str, manifest: Manifest, native: bool, exact: bool) -> list[InPlacePass]:
+    """The passes for a graph, in their order."""
+    passes: list[InPlacePass] = [FuseAttention(manifest.spec)]
+    if manifest.dtype != "float32":
+        passes.insert(0, UpcastToFloat32(keep_rows=native))
+    if exact:
+        passes.append(ExactIntegerInputs())
+    if name == "body":
+        passes += [SplitSelection(), *([FlattenHiddenStates()] if native else [])]
+    return passes
+
+
+class ExactIntegerInputs(InPlacePass):
+    """Has ``MatMulNBits`` read float32 inputs, which are otherwise rounded to 8 bits, for speed."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite the model in place."""
+        nodes = [node for node in chain(model.graph, *model.functions.values()) if node.op_type == "MatMulNBits"]
+        for node in nodes:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+        return PassResult(model, modified=bool(nodes))
+
+
+class OrtGraph:
+    """One ONNX graph loaded into ONNX Runtime."""
+
+    def __init__(self, path: Path, options: ort.SessionOptions, read: Callable[[], bytes]) -> None:
+        try:
+            self._session = ort.InferenceSession(read(), options, providers=["CPUExecutionProvider"])
+        except (
+            errors.Fail,
+            errors.InvalidGraph,
+            errors.InvalidProtobuf,
+            errors.InvalidArgument,
+            errors.NotImplemented,
+            errors.RuntimeException,
+        ) as error:
+            raise UserError(
+                f"ONNX Runtime {ort.__version__} cannot load {path} ({str(error).splitlines()[0][:200]})",
+                "use onnxruntime 1.32 or later, or export the model again",
+            ) from error
+        self.inputs = [value.name for value in self._session.get_inputs()]
+        self.outputs = [value.name for value in self._session.get_outputs()]
+
+    def bind(self, feeds: Mapping[str, np.ndarray], fetches: Mapping[str, np.ndarray]) -> BoundRun:
+        """A run that reads and writes the given arrays; names the graph lacks are ignored."""
+        binding = self._session.io_binding()
+        for name in self.inputs:
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(feeds[name]))
+        for name in self.outputs:
+            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(fetches[name]))
+        return BoundRun(self._session, binding)
+
+
+class BoundRun:
+    """A session with all of its buffers bound; calling it runs the graph."""
+
+    def __init__(self, session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+        self._session, self._binding = session, binding
+
+    def __call__(self) -> None:
+        self._session.run_with_iobinding(self._binding)

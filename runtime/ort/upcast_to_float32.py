@@ -1,0 +1,48 @@
+"""Graph pass: a 16-bit graph computed in float32, because ONNX Runtime's CPU kernels have no 16-bit arithmetic."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from shadowllm.bundle.op_domain import DOMAIN
+
+HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+class UpcastToFloat32(InPlacePass):
+    """Gives a graph float32 activations and inputs; weights stay 16-bit on disk.
+
+    Every 16-bit initializer is followed by a ``Cast`` that ONNX Runtime folds when it loads the graph, and every
+    cast to 16 bits becomes one to float32.
+
+    Args:
+        keep_rows: leave the weights of the sparse ops as they are, because the native ops read 16-bit rows.
+    """
+
+    def __init__(self, keep_rows: bool) -> None:
+        self._keep_rows = keep_rows
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite the model in place."""
+        graph = model.graph
+        for node in list(graph):
+            if node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()) in HALF:
+                node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
+        halves = [value for value in graph.initializers.values() if value.dtype in HALF]
+        for value in halves:
+            self._cast(graph, value)
+        inner = (value for node in graph for value in node.outputs)
+        for value in (*graph.inputs, *graph.outputs, *inner):
+            if value.dtype in HALF:
+                value.dtype = ir.DataType.FLOAT
+        return PassResult(model, modified=bool(halves))
+
+    def _cast(self, graph: ir.Graph, value: ir.Value) -> None:
+        users = [use for use in value.uses() if not (self._keep_rows and use.node.domain == DOMAIN)]
+        if not users:
+            return
+        cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+        for user, index in users:
+            user.replace_input_with(index, cast.outputs[0])
+        graph.insert_before(graph[0], cast)
