@@ -146,8 +146,8 @@ def generate(
         prompt: text, or token ids, to which nothing is added.
         max_new_tokens: most tokens to generate.
         stream: give the text piece by piece, or the ids one by one, as they come.
-        options: `GenerateOptions`: ``chat``, ``chat_template``, ``stop``, ``temperature``, ``top_k``, ``top_p``, ``min_p``,
-            ``repetition_penalty``, ``no_repeat_ngram_size`` and ``seed``; what is left out comes from the model's
+        options: `GenerateOptions`: ``chat``, ``chat_template``, ``stop``, ``temperature``, ``top_k``, ``top_p``,
+            ``min_p``, ``repetition_penalty``, ``no_repeat_ngram_size`` and ``seed``; what is left out comes from the model's
             generation config, but for temperature and seed.
 
     Returns:
