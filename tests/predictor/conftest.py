@@ -1,30 +1,12 @@
-"""Tiny models in memory, and traces whose right answer is known."""
+"""Token windows, and traces whose right answer is known."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from shadowllm.models.registry import load_model
 from shadowllm.predictor.calibration import Windows
 from shadowllm.predictor.linear_fit import LinearFit
 from shadowllm.predictor.traces import Chunk
-
-
-@pytest.fixture(scope="session", params=["llama-gqa", "opt"])
-def tiny(request, checkpoint):
-    """Spec and float32 weights of a tiny model of each family."""
-    return tiny_model(checkpoint, request.param)
-
-
-@pytest.fixture(scope="session")
-def llama(checkpoint):
-    return tiny_model(checkpoint, "llama-gqa")
-
-
-def tiny_model(checkpoint, variant):
-    spec, weights, _ = load_model(checkpoint(variant))
-    return spec, weights.load()
 
 
 def token_windows(spec, n=4, seqlen=24, seed=3):
