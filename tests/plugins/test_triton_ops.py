@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 from shadowllm.bundle.quantisation import Quantisation, quantise
 from shadowllm.models.decoder import ACTIVATIONS
