@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.slow
 
 from shadowllm.bundle.quantisation import Quantisation, quantise
 from shadowllm.models.decoder import ACTIVATIONS
 from shadowllm.plugins import reference
 from shadowllm.plugins.triton.ops import score_neurons, select_topk, sparse_attention, sparse_mlp
 from shadowllm.plugins.triton.schedule import tiers
+
+pytestmark = pytest.mark.slow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
