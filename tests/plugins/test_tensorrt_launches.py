@@ -23,6 +23,7 @@ SOURCES = HERE.parents[2] / "plugins" / "tensorrt" / "cpp"
 CXX = os.environ.get("CXX", "g++")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler"),
     pytest.mark.skipif(sys.platform != "linux", reason="the fake driver is a libcuda.so.1"),
 ]

@@ -256,6 +256,7 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+@pytest.mark.slow
 class TestInterrupted:
     """A real process, stopped while it writes."""
 

@@ -15,6 +15,8 @@ from shadowllm.plugins.ops.score_neurons.launcher import score_neurons
 from shadowllm.plugins.ops.select_topk.launcher import select_topk
 from tests.plugins.triton_ops import DEVICE, DTYPES, MLP_FORMS, on_device
 
+pytestmark = pytest.mark.slow
+
 COPY = Quantisation(bits=4, block=64)
 COPY_SIZES = [  # D, F, B, S
     (41, 7, 1, 1),

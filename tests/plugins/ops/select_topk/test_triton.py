@@ -12,6 +12,8 @@ from shadowllm.plugins.ops.select_topk import reference
 from shadowllm.plugins.ops.select_topk.launcher import select_topk
 from tests.plugins.triton_ops import DEVICE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("width", "counts"),

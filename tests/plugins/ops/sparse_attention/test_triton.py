@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 from shadowllm.plugins.ops.sparse_attention.launcher import sparse_attention
 from tests.plugins.triton_ops import DTYPES, active, assert_as_exact_as, on_device
 
+pytestmark = pytest.mark.slow
+
 ATTENTION_SIZES = [  # D, H, n_kv, d, C, B, S, count, rotated, biases
     (48, 4, 4, 12, 31, 1, 1, 4, False, True),
     (48, 4, 2, 12, 31, 1, 1, 3, True, False),

@@ -13,6 +13,8 @@ from shadowllm.models.decoder import ACTIVATIONS
 from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
 from tests.plugins.triton_ops import DTYPES, MLP_FORMS, active, assert_as_exact_as, on_device
 
+pytestmark = pytest.mark.slow
+
 MLP_SIZES = [  # D, F, B, S, count
     (41, 7, 1, 1, 7),
     (123, 88, 1, 1, 45),
