@@ -47,8 +47,8 @@ def answer(request, progress):
         case "exit":
             sys.exit(value)
         case "sleep":
-            progress(os.getpid())
             try:
+                progress(os.getpid())
                 time.sleep(60)
             finally:
                 if value:
