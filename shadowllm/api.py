@@ -147,8 +147,8 @@ def generate(
         max_new_tokens: most tokens to generate.
         stream: give the text piece by piece, or the ids one by one, as they come.
         options: `GenerateOptions`: ``chat``, ``chat_template``, ``stop``, ``temperature``, ``top_k``, ``top_p``,
-            ``min_p``, ``repetition_penalty``, ``no_repeat_ngram_size`` and ``seed``; what is left out comes from the model's
-            generation config, but for temperature and seed.
+            ``min_p``, ``repetition_penalty``, ``no_repeat_ngram_size`` and ``seed``; what is left out comes from
+            the model's generation config, but for temperature and seed.
 
     Returns:
         Text for text, without the prompt; token ids for token ids, those of a stop string included.
