@@ -67,7 +67,7 @@ def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, coun
         activation=spec.activation,
         layer=layer,
     )
-    # Set here, because shape inference cannot find them after the function body is removed.
+    # Set here, because nothing infers them after the function body is removed.
     scores.dtype, scores.shape = ir.DataType.FLOAT, ir.Shape([1, spec.intermediate_size])
     return scores
 
