@@ -25,8 +25,8 @@ class GenerateOptions(TypedDict, total=False):
         chat: apply the model's chat template to each text.
         chat_template: apply the chat template with this name, if the model has several.
         stop: a string, or several; the text ends before the first of them.
-        temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size, seed: as in `Sampling`. Decoding
-            is greedy unless a temperature is given.
+        temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size, seed: as in `Sampling`.
+            Temperature and seed never come from the config. Without a temperature, decoding is greedy.
     """
 
     chat: bool

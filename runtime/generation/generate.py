@@ -27,7 +27,7 @@ def generate(
     """Continue prompts; each step makes one token per sequence.
 
     The session is reset first. A sequence ends at a stop id, which is not yielded, or after a token at which
-    ``stopping`` is true, which is yielded. All end when the model has no position left for the longest prompt's text.
+    ``stopping`` is true, which is yielded. All sequences end when the longest has used all positions of the model.
 
     Args:
         stopping: a criterion of `transformers`, as `StopStringCriteria`; it is called with prompt and new tokens of
