@@ -132,8 +132,8 @@ def stop_criteria(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> S
 class TextStream:
     """Turns token ids into text, one token at a time.
 
-    The joined pieces equal the decoded prompt and tokens minus the decoded prompt, without special tokens. Text that
-    a later token may change is kept back, as a character that is split over several tokens.
+    The joined pieces are the text after the prompt, as if prompt and tokens were decoded at once without special
+    tokens. Text that a later token may change is kept back, for example an incomplete character.
 
     Args:
         tokenizer: a tokenizer of `transformers`, or the one of `tokenizers` inside it.
