@@ -113,7 +113,7 @@ def _render(bundle: Path, tokenizer: PreTrainedTokenizerBase, text: str, templat
 
 
 def stop_criteria(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> StopStringCriteria | None:
-    """What `transformers` tells by whether a text ends, for `generate`; None without stop strings.
+    """The stopping criterion of `transformers` for `generate`; None without stop strings.
 
     Raises:
         UserError: a stop string is empty, or has characters that the tokenizer cannot write.
