@@ -1,1 +1,1 @@
-"""ONNX graphs, the bundle on disk, and TensorRT engines built from it."""
+"""Writes ONNX graphs and the bundle, and builds TensorRT engines from it."""

@@ -1,11 +1,11 @@
-"""Output folders that appear whole or not at all.
+"""Output folders that appear completely or not at all.
 
-Beside an output ``out``, or in it where nothing can be moved from beside it, may lie:
+These temporary files are beside the output ``out``, or inside it if nothing can be moved into it from outside:
 
-- ``.out.lock``: held by the process that writes ``out``. The system lets go of it when that process ends.
-- ``.out.partial-PID``: the new contents, until they are whole.
-- ``.out.moving-PID``: old contents on their way out; what ``out`` still holds is old as well.
-- ``.out.replaced-PID``: all of the old contents; what ``out`` holds is new, and perhaps not whole.
+- ``.out.lock``: locked by the process that writes ``out``. The system unlocks it when that process ends.
+- ``.out.partial-PID``: the new contents, until they are complete.
+- ``.out.moving-PID``: old contents, while they are moved out. ``out`` still has the rest of the old contents.
+- ``.out.replaced-PID``: all of the old contents. ``out`` has new contents, which may be incomplete.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pathlib import Path
 
 from shadowllm.errors import UserError, os_error
 
-LONGEST = 200  # bytes of a name that `.NAME.partial-PID` still fits around: file systems allow 255
+LONGEST = 200  # bytes of NAME, so that `.NAME.partial-PID` is shorter than the 255 bytes that file systems allow
 
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Refuse an output folder that exists or cannot be made, before any work is done.
 
     Raises:
-        UserError: it exists and may not be replaced, or there is no folder to make it in.
+        UserError: it exists and may not be replaced, or its parent folder does not exist.
     """
     if out.is_symlink() and not out.exists():
         raise UserError(f"{out} is a link to nothing", "remove the link, or name another folder")
@@ -47,12 +47,12 @@ def check_output(out: Path, overwrite: bool) -> None:
 def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder whose contents become those of ``out`` when the block ends without an error.
 
-    A new ``out`` appears in one step. An ``out`` that exists stays the same folder, for a shell may be in it, a file
-    system mounted on it or a link lead to it: its old contents are moved out and the new ones in. Where that fails they
-    are moved back, and where the process dies on the way the next one that stages ``out`` moves them back.
+    A new ``out`` appears in one step. An existing ``out`` stays the same folder, because it may be a shell's current
+    folder, a mount point or the target of a link. Its old contents are moved out and the new ones are moved in.
+    If that fails, the old contents are moved back. If the process dies, the next call for ``out`` moves them back.
 
     Raises:
-        UserError: as `check_output`, another process or thread is writing ``out``, or the system allows no writing
+        UserError: as `check_output`, another process or thread is writing ``out``, or the system refuses to write
             (full disk, permissions and the like).
     """
     try:
@@ -69,13 +69,13 @@ def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
             folder.mkdir()
             try:
                 yield folder
-                check_output(out, overwrite)  # again: much time may have passed
+                check_output(out, overwrite)  # again, because the block may have taken hours
                 _publish(folder, out)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         if _name(out, "") in str(error.filename):
-            error.filename = None  # the user knows the output by its own name alone
+            error.filename = None  # users know the output, not the temporary files
         if (known := os_error(error, out)) is None:
             raise
         raise known from error
@@ -89,7 +89,7 @@ def _name(out: Path, kind: str) -> str:
 
 
 def _home(out: Path) -> Path:
-    """Where the files of the staging lie: beside ``out``, or in it where nothing can be moved there from beside it."""
+    """The folder for the temporary files: the parent of ``out``, or ``out`` if nothing can be moved between them."""
     if not out.is_dir():
         return out.parent
     name = _name(out, f"probe-{os.getpid()}{threading.get_ident()}")
@@ -97,7 +97,7 @@ def _home(out: Path) -> Path:
     try:
         probe.mkdir()
         os.rename(probe, out / name)
-    except OSError:  # another file system, or a parent that may not be written
+    except OSError:  # ``out`` is on another file system, or its parent is not writable
         return out
     finally:
         for place in (out, out.parent):
@@ -108,7 +108,7 @@ def _home(out: Path) -> Path:
 
 @contextmanager
 def _locked(path: Path, out: Path) -> Iterator[None]:
-    """Hold a lock file, which is there only as long as it is held."""
+    """Hold a lock file and remove it afterwards."""
     handle = _lock(path, out)
     try:
         yield
@@ -130,12 +130,12 @@ def _lock(path: Path, out: Path) -> int:
             raise UserError(
                 f"another export to {out} is running", "wait until it ends, or name another folder"
             ) from None
-        except FileNotFoundError:  # its last owner removed the file after we opened it
+        except FileNotFoundError:  # the last owner removed the file after we opened it
             os.close(handle)
 
 
 def _publish(folder: Path, out: Path) -> None:
-    """Give ``out`` the contents of ``folder``, or leave it as it was."""
+    """Replace the contents of ``out`` by those of ``folder``; after an error ``out`` has its old contents."""
     if not out.exists():
         os.rename(folder, out)
         return
@@ -149,11 +149,11 @@ def _publish(folder: Path, out: Path) -> None:
     except BaseException:
         _recover(folder.parent, out, spare=folder)
         raise
-    os.rename(replaced, folder)  # which is empty; what lies there the next process may delete
+    os.rename(replaced, folder)  # ``folder`` is empty; if we die now, the next process deletes it with the old contents
 
 
 def _recover(home: Path, out: Path, spare: Path | None = None) -> None:
-    """Bring ``out`` back to what it was before a process died or failed, and remove what that left behind."""
+    """Restore the contents that ``out`` had before a process died or failed, and remove its temporary files."""
     for moving in _leftovers(home, out, "moving"):
         _give_back(moving, out)
     for replaced in _leftovers(home, out, "replaced"):
@@ -178,7 +178,7 @@ def _leftovers(home: Path, out: Path, kind: str) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What a folder holds, without the files of its own staging."""
+    """The entries of a folder, except the temporary files of this module."""
     own = re.compile(re.escape(_name(folder, "")) + r"(lock|(partial|moving|replaced|probe)-\d+)")
     return [path for path in folder.iterdir() if not own.fullmatch(path.name)]
 

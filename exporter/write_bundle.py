@@ -1,4 +1,4 @@
-"""Write a bundle: weights once, four graphs over them, tokenizer, predictor and manifest."""
+"""Writes a bundle: one file of weights, the graphs that share it, tokenizer, predictor and manifest."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def write_bundle(
     budget: Budget,
     head_unit: HeadUnit = "query_head",
 ) -> Manifest:
-    """Fill ``folder`` with a bundle; weights stream through memory one tensor at a time.
+    """Write a bundle into ``folder``; only one tensor of the weights is in memory at a time.
 
     Args:
-        name: what the manifest calls the model.
-        dtype: of weights and activations: "float32", "float16" or "bfloat16".
+        name: name of the model in the manifest.
+        dtype: type of weights and activations: "float32", "float16" or "bfloat16".
         weight_dtype: "int8" or "int4" to store matrices as integers.
-        budget: default fractions to keep; any other can be asked for at run time.
-        head_unit: what is chosen among heads: query heads, or whole KV groups.
+        budget: default fractions to keep; they can be changed at run time.
+        head_unit: whether single query heads or whole KV groups are selected.
 
     Raises:
         UserError: an unknown or unsuitable dtype, a predictor of another model, or a damaged checkpoint.
@@ -132,14 +132,14 @@ def _groups(spec: ModelSpec, dtype: str, predictor: Predictor, q: Quantisation |
         if q and source in predictor.learned and name.endswith(".weight"):
             yield from quantised_groups({name: tuple(tensor.shape)}, q)
         else:
-            # What is small keeps its precision.
+            # Rankings and fits are small, so they stay float32.
             yield [(name, tuple(tensor.shape), dtype if source in predictor.learned else "float32")]
 
 
 def _predictor_parts(predictor: Predictor) -> Iterator[tuple[str, str, Tensor]]:
-    """What the graphs read of a predictor: its name there, the name of the predictor's tensor it is cut from, itself.
+    """The predictor's tensors as the graphs read them: name in the graphs, name in the predictor, tensor.
 
-    A network or a static ranking is read as a whole, and layer by layer where layers choose.
+    A per-layer predictor is split into the tensors of each layer.
     """
     if not predictor.per_layer:
         for name in predictor.learned or ("heads.scores", "neurons.scores"):
@@ -152,11 +152,12 @@ def _predictor_parts(predictor: Predictor) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _write_companions(folder: Path, checkpoint: Checkpoint) -> None:
-    """Tokenizer, config and generation config, as Hugging Face names them."""
+    """Write tokenizer, config and generation config under their Hugging Face names."""
     checkpoint.config.save_pretrained(folder)
     own = checkpoint.folder / GENERATION_CONFIG
     if checkpoint.gguf is None and own.is_file():
-        shutil.copyfile(own, folder / GENERATION_CONFIG)  # as it is: saving a read one refuses some and shortens others
+        # A copy, because transformers refuses to save some generation configs and drops fields of others.
+        shutil.copyfile(own, folder / GENERATION_CONFIG)
     else:
         checkpoint.generation_config.save_pretrained(folder)
     if checkpoint.has_tokenizer():

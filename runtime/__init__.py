@@ -1,4 +1,4 @@
-"""Sessions that run a bundle, and the generation loop over them."""
+"""Sessions that run a bundle, and the generation loop that uses them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ BACKENDS = ("ort", "ort-dense", "torch", "torch-dense", "triton", "triton-dense"
 
 
 def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = None, profile: bool = False) -> Session:
-    """A session over a bundle; nothing is loaded but what the backend needs.
+    """Make a session for a bundle; only the packages that the backend needs are imported.
 
     Args:
         bundle: folder written by ``shadowllm export``.
-        backend: one of `BACKENDS`; a ``-dense`` one runs the plain model.
-        threads: of each operator, for the backends that compute on the CPU.
-        profile: have an ONNX Runtime session keep the seconds of each part of a step.
+        backend: one of `BACKENDS`; a ``-dense`` one runs the dense model.
+        threads: CPU threads of each operator, for the backends ``ort`` and ``torch``.
+        profile: whether an ONNX Runtime session records the seconds of each part of a step.
 
     Raises:
-        UserError: an unknown backend, no bundle, engines that cannot run, or threads for a backend that has none.
+        UserError: an unknown backend, no bundle, engines that cannot run, or threads for a GPU backend.
     """
     if threads is not None and backend in BACKENDS and not backend.startswith(("ort", "torch")):
         raise UserError(f"threads do nothing for the backend {backend!r}, which runs on a GPU", "leave them out")
@@ -40,7 +40,7 @@ def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = No
     if backend in ("triton", "triton-dense"):
         from shadowllm.runtime.gpu.cuda_graph import kernel_device
 
-        kernel_device()  # before Triton is imported, which may not be there
+        kernel_device()  # checks that Triton is installed, before it is imported
         from shadowllm.runtime.gpu.triton_session import TritonSession
 
         return TritonSession.open(bundle, "dense" if backend == "triton-dense" else "sparse")

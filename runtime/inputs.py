@@ -1,4 +1,4 @@
-"""Checks at the door of every session."""
+"""Checks of the tokens that sessions are given."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from shadowllm.models.spec import ModelSpec
 def pad_prompts(
     prompts: Sequence[Sequence[int]], batch: int, spec: ModelSpec
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prompts as a session prefills them: shorter ones padded at the end.
+    """Check prompts and pad them at the end to one length.
 
-    What the padding writes into a cache lies past a row's own last position, where it is never visible and
-    soon overwritten.
+    Padding tokens write to the KV cache after the last position of their row. These entries are never visible, and
+    later tokens overwrite them.
 
     Returns:
         Token ids and positions, int64 ``(batch, seqlen)``, and the lengths of the prompts, int64 ``(batch,)``.
 
     Raises:
-        UserError: another number of prompts than sequences, an empty or too long prompt, or a
-            token outside the vocabulary.
+        UserError: the number of prompts is not ``batch``, a prompt is empty or too long, or a token is outside
+            the vocabulary.
     """
     if len(prompts) != batch:
         raise UserError(f"{len(prompts)} prompts for {batch} sequences", "reset the session with the number of prompts")
@@ -42,19 +42,19 @@ def pad_prompts(
 
 
 def check_tokens(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec, steps: int = 1) -> int:
-    """Refuse tokens a session cannot append to sequences of the given lengths.
+    """Refuse tokens that a session cannot append to sequences of the given lengths.
 
     Args:
-        steps: that follow, the one that appends the tokens included.
+        steps: number of decode steps, the one that appends ``tokens`` included.
 
     Returns:
-        Length of the longest sequence after all of them.
+        Length of the longest sequence after these steps.
 
     Raises:
         UserError: a wrong shape or type, nothing prefilled, too few positions left, or a token outside
             the vocabulary.
     """
-    # On plain integers: between two steps the caches are cold, and each NumPy call costs microseconds.
+    # Plain integers, because CPU caches are cold between two steps and each NumPy call costs microseconds.
     if tokens.shape != lengths.shape or tokens.dtype.kind not in "iu":
         raise UserError(
             f"decode takes integers of shape {lengths.shape}, got {tokens.dtype} {tokens.shape}",

@@ -1,4 +1,4 @@
-"""A bundle ready to generate text: its session and its tokenizer together."""
+"""A bundle that is ready to generate text: its session and its tokenizer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Model:
-    """A bundle on one backend. A context manager: entering loads it, leaving frees it.
+    """A bundle on one backend, used as a context manager: entering loads it, leaving frees it.
 
     Args:
         bundle, backend, threads: as for `open_session`.
-        budget: fractions to keep; the bundle's own when None.
+        budget: fractions to keep; None is the bundle's default.
 
     Attributes:
-        manifest: the bundle's.
+        manifest: manifest of the bundle.
 
     Raises:
         UserError: as `open_session`, or a budget for another number of layers.
@@ -53,10 +53,10 @@ class Model:
 
     @property
     def session(self) -> Session:
-        """What computes.
+        """The session that runs the model.
 
         Raises:
-            UserError: the model was not entered, or has been left.
+            UserError: the context manager is not entered, or is left already.
         """
         if not self._entered:
             raise UserError("the model is not open", "use it inside `with shadowllm.load(...) as model:`")
@@ -64,11 +64,11 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The bundle's, loaded when first asked for; see `load_tokenizer`."""
+        """The bundle's tokenizer, loaded at the first use; see `load_tokenizer`."""
         return load_tokenizer(self._bundle, self.manifest)
 
     def set_budget(self, budget: Budget) -> None:
-        """Fractions to keep from the next step on.
+        """Set the fractions to keep, from the next step on.
 
         Raises:
             UserError: a budget for another number of layers.

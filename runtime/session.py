@@ -1,4 +1,4 @@
-"""What every backend offers: prefill a prompt, decode token by token, change the budget in between."""
+"""The interface of every backend: prefill prompts, decode token by token, change the budget in between."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Decodes = Literal["sparse", "dense"]
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device.
+    """Device memory in bytes.
 
     Attributes:
-        weights: of the engines, each once for both of its phases.
-        cache: keys and values.
-        activations: what else lies in the arena.
-        workspace: scratch that all pieces share, for they take turns.
+        weights: weights of the engines; prefill and decode share them.
+        cache: the KV cache.
+        activations: all other buffers of the session.
+        workspace: scratch memory, which all engines share because they run one after the other.
     """
 
     weights: int
@@ -38,25 +38,25 @@ class Memory:
 class Session(Protocol):
     """A loaded model and the state of one batch of sequences.
 
-    A context manager: entering allocates, leaving frees. All sequences of a batch advance together
-    and share one selection of heads and neurons per step.
+    It is a context manager: entering allocates memory, leaving frees it. All sequences of a batch advance together.
+    They share one selection of heads and neurons per step.
     """
 
     spec: ModelSpec
 
     @property
     def decodes(self) -> Decodes:
-        """Which graphs or layers a decode step runs at the present budget."""
+        """Whether a decode step is sparse or dense at the current budget."""
         ...
 
     @property
     def memory(self) -> Memory | None:
-        """What lies on the device since `reset`; None where it is not known."""
+        """Device memory in use since `reset`; None if it is not known."""
         ...
 
     @property
     def step_seconds(self) -> Mapping[str, float] | None:
-        """Seconds of each part of the last decode step, by its name; None where they are not measured."""
+        """Seconds of each part of the last decode step, by name; None if they are not measured."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -64,38 +64,38 @@ class Session(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
     def reset(self, batch: int = 1) -> None:
-        """Forget all sequences and make room for ``batch`` new ones."""
+        """Drop all sequences and allocate memory for ``batch`` new ones."""
         ...
 
     def set_budget(self, budget: Budget) -> None:
-        """Fractions to keep from the next step on; no shape, graph or engine changes."""
+        """Set the fractions to keep, from the next step on; no shape, graph or engine changes."""
         ...
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Run the prompts (dense) and return the logits after each, float32 ``(batch, vocab_size)``.
 
         Raises:
-            UserError: another number of prompts than ``reset`` asked for, an empty prompt, a token
-                outside the vocabulary, or more tokens than the model has positions.
+            UserError: the number of prompts is not the ``batch`` of `reset`, a prompt is empty, a token is outside
+                the vocabulary, or a prompt has more tokens than the model has positions.
         """
         ...
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Append one token per sequence, int64 ``(batch,)``, and return float32 ``(batch, vocab_size)``.
+        """Append one token per sequence, int64 ``(batch,)``, and return the logits, float32 ``(batch, vocab_size)``.
 
-        The array is the session's own and is overwritten by the next call.
+        The next call may overwrite the returned array.
         """
         ...
 
     def decode_greedy(self, tokens: np.ndarray, steps: int) -> Iterator[np.ndarray] | None:
-        """Append ``tokens``, then whatever is most probable, ``steps`` tokens per sequence in all.
+        """Append ``tokens``, then the most probable tokens: ``steps`` tokens per sequence in total.
 
-        The logits stay on the device: unlike those of `decode`, they are not checked for NaN.
+        The logits stay on the device, so the caller cannot check them for NaN as those of `decode`.
 
         Returns:
-            What is most probable next after each step, int64 ``(batch,)``. The last one yielded has not
-            been appended. A caller may stop early, and the session stands where it stopped. None where a
-            session needs the host in every step: nothing has happened then, and `decode` does the work.
+            An iterator over the most probable next tokens after each step, int64 ``(batch,)``. The last tokens
+            yielded are not appended. If the caller stops early, the session has only the steps up to there.
+            None if the session needs the host in every step. Then nothing is done, and the caller uses `decode`.
 
         Raises:
             UserError: as `decode`, or more steps than the model has positions.

@@ -1,7 +1,7 @@
-"""The reference as a session: plain PyTorch in float32, the selection applied as masks.
+"""The reference session: plain PyTorch in float32, with the selection applied as masks.
 
-It reads every weight and zeroes what is not selected, so it is slow and exact: what the other
-backends are held against.
+It reads all weights and sets to zero what is not selected. It is slow and exact, and the other backends are
+compared with it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ class TorchSession:
         spec: the model.
         weights: canonical float32 tensors.
         predictor: scores heads and neurons; None decodes dense.
-        budget: fractions to keep at first.
-        dense_weights: of dense steps, prefill and dense layers, where integer weights are rounded otherwise there.
+        budget: initial fractions to keep.
+        dense_weights: weights for prefill, dense steps and dense layers, if integer weights are rounded
+            differently there; None uses ``weights``.
 
     Attributes:
         decodes: "sparse", or "dense" without a predictor.
-        chosen: what the predictor selected in the last sparse step.
-        forced: a selection to use instead; for comparing a step under one and the same.
+        chosen: the predictor's selection in the last sparse step.
+        forced: a selection to use instead of ``chosen``, to compare backends under the same selection.
     """
 
     memory = None
@@ -74,12 +75,12 @@ class TorchSession:
     def open(
         cls, bundle: Path, kind: Literal["sparse", "dense"] = "sparse", threads: int | None = None
     ) -> TorchSession:
-        """The reference of a bundle, on the bundle's own weights.
+        """Make the reference session of a bundle, with the bundle's weights.
 
         Args:
             bundle: folder written by ``shadowllm export``.
-            kind: what decodes.
-            threads: of PyTorch's operators, in the whole process; its own default when None.
+            kind: whether decode steps are sparse or dense.
+            threads: threads of PyTorch's operators in the whole process; None is PyTorch's default.
 
         Raises:
             UserError: no bundle, or a damaged file in it.
@@ -131,7 +132,7 @@ class TorchSession:
         return logits[:, -1].numpy()
 
     def decode_greedy(self, tokens: np.ndarray, steps: int) -> None:
-        """None, see `Session.decode_greedy`: the host is in every step."""
+        """Return None, see `Session.decode_greedy`: every step needs the host."""
 
     def _sparse_step(self, input_ids: Tensor, positions: Tensor, predictor: Predictor) -> Tensor:
         x = self._stem(input_ids, positions)

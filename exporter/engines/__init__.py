@@ -1,1 +1,1 @@
-"""TensorRT engines from the ONNX pieces."""
+"""Builds TensorRT engines from the ONNX graphs of a bundle."""

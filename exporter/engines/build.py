@@ -1,7 +1,7 @@
-"""Builds a TensorRT engine from an ONNX piece, in a child process of its own.
+"""Builds a TensorRT engine from an ONNX graph, in a child process.
 
-The parser needs a loader path that is set before the process starts, and a builder may die of an
-internal error or for want of memory: neither should take the caller along.
+The parser needs a loader path that is set before the process starts. The builder may crash or run out of
+memory, and this must not end the caller's process.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ def build_engine(
     plugin_library: Path | None = None,
     file_hashes: Mapping[str, str] | None = None,
 ) -> EngineRecord:
-    """Build ``engine_path`` and its sidecar from an ONNX piece; neither appears before it is whole.
+    """Build ``engine_path`` and its sidecar from an ONNX graph; each file appears only when it is complete.
 
     Args:
-        onnx_path: the piece; external data lies beside it and is not copied.
-        flavour: which TensorRT.
-        profiles: the shapes to serve, from `profiles_for`. A symbol that is the same in all of them
-            becomes a fixed size of the engine.
-        sms: compute capabilities to build for, as 89 for 8.9; none means every GPU from Ampere on
-            that the flavour supports. The full TensorRT builds for the GPU it runs on, and takes none.
-        timing_cache: kept by the full TensorRT across builds. TensorRT-RTX has no use for one: it
+        onnx_path: the ONNX file. Its external data is in the same folder and is not copied.
+        flavour: which TensorRT to use.
+        profiles: the input shapes to support, from `profiles_for`. A symbol that has the same value in all
+            of them becomes a fixed size of the engine.
+        sms: compute capabilities to build for, as 89 for 8.9. If empty, TensorRT-RTX builds for every GPU it
+            supports from Ampere on. The full TensorRT builds for the current GPU only, so it must be empty.
+        timing_cache: file in which the full TensorRT keeps timings across builds. TensorRT-RTX needs none: it
             compiles kernels at run time and keeps them in its runtime cache.
-        workspace_bytes: most memory a layer may use for scratch; the builder's default otherwise.
-        profiling_verbosity: how much the engine tells an inspector of its layers.
-        plugin_library: the C++ plugins, to build with them instead of those in Python; the engine is the same.
-        file_hashes: SHA-256 by file name where already known; other source files are hashed.
+        workspace_bytes: most scratch memory of one layer; None is the builder's default.
+        profiling_verbosity: how much an inspector can read about the engine's layers.
+        plugin_library: library of the C++ plugins to use instead of the Python ones; the engine is the same.
+        file_hashes: known SHA-256 hashes by file name; other source files are hashed here.
 
     Raises:
-        UserError: the package or GPU is missing, the ONNX file or an argument is unusable, or the
-            builder refuses, crashes or is killed, with the last thing it said.
+        UserError: the package or GPU is missing, the ONNX file or an argument is unusable, or the builder
+            refuses, crashes or is killed. The message has the builder's last output.
     """
     require(flavour)
     _check_options(flavour, sms, timing_cache)
@@ -107,7 +107,7 @@ def _check_types(graph: GraphInfo, sms: Sequence[int]) -> None:
 def _record(
     built: dict[str, Any], flavour: Flavour, profiles: Sequence[ShapeProfile], files: Mapping[str, str]
 ) -> EngineRecord:
-    """The sidecar's contents, of the worker's outcome and what it was asked."""
+    """The sidecar's contents, from the worker's result and the request."""
     return EngineRecord(
         flavour=flavour,
         plugin_version=VERSION,
@@ -134,7 +134,7 @@ def _hash_sources(onnx_path: Path, graph: GraphInfo, known: Mapping[str, str]) -
 def request_for(
     onnx_path: Path, graph: GraphInfo, target: Path, flavour: Flavour, profiles: Sequence[ShapeProfile], **options: Any
 ) -> dict[str, Any]:
-    """What the worker is told, in JSON types; ``target`` is the file it writes the engine to."""
+    """The request for the worker, in JSON types; ``target`` is the engine file to write."""
     return {
         "sms": [],
         "workspace_bytes": None,
@@ -153,16 +153,16 @@ def request_for(
 
 
 def run_worker(request: dict[str, Any], name: str, show: Callable[[str], None]) -> dict[str, Any]:
-    """Hand the request to a fresh process and wait until the engine is written.
+    """Send the request to a new child process and wait until the engine is written.
 
     Args:
         request: from `request_for`.
-        name: the engine's, for messages.
-        show: is told each phase of the build.
+        name: name of the engine, for messages.
+        show: called with the name of each phase of the build.
 
     Raises:
-        UserError: what the worker reported, or that it was killed.
-        ChildError: the worker ended with a traceback: a bug of ours.
+        UserError: the worker reported an error, or it was killed.
+        ChildError: the worker ended with a traceback, which is a bug in this project.
     """
     command = module_command("shadowllm.exporter.engines.worker")
     try:
@@ -182,7 +182,7 @@ def run_worker(request: dict[str, Any], name: str, show: Callable[[str], None]) 
 
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[str], None]]:
-    """A line on stderr with the builder's phase and the time, if that is a terminal."""
+    """Show the builder's phase and the time on stderr, if stderr is a terminal."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

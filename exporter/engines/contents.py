@@ -1,4 +1,4 @@
-"""What an engine's own bytes say it holds, held against its record."""
+"""Compares the contents of an engine file with its record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shadowllm.plugins.images import carried, programs_in
 
 
 def engine_contents(engine_path: Path) -> EngineRecord:
-    """What an engine holds, plugins by layer, without a GPU: the sidecar, held against the engine's bytes.
+    """Read an engine's sidecar and check it against the engine's bytes; this needs no GPU.
 
     Raises:
         UserError: as `read_sidecar`, or the engine lacks a plugin, layer or kernel that the sidecar lists.
@@ -28,7 +28,7 @@ def engine_contents(engine_path: Path) -> EngineRecord:
 def missing_contents(
     engine_path: Path, plugins: Iterable[CustomNode], kernels: Mapping[str, tuple[int, ...]]
 ) -> str | None:
-    """The first plugin, layer or kernel that does not stand in the engine's bytes, which spell all of them."""
+    """The first plugin, layer or kernel that the engine's bytes lack; the bytes have all names as plain text."""
     names = dict.fromkeys(name for node in plugins for name in (node.op, node.name))
     with engine_path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped

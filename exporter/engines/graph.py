@@ -1,4 +1,4 @@
-"""An ONNX piece as the engine step sees it: what it needs, and the copy that TensorRT's parser can read."""
+"""Reads an ONNX graph for an engine build, and makes the copy of it that TensorRT's parser can read."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from shadowllm.plugins.program import PROGRAM, Program
 from shadowllm.plugins.program_bytes import pack
 from shadowllm.plugins.registry import SCHEMAS
 
-ONNX_FLOAT = {"float": "float32"}  # every other type has one name
+ONNX_FLOAT = {"float": "float32"}  # all other types have the same name in ONNX and here
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A graph input or output; a dimension is a size or a symbol."""
+    """A graph input or output; each dimension is a size or a symbol."""
 
     name: str
     dtype: str
@@ -34,13 +34,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """What a build of an ONNX file would need.
+    """The properties of an ONNX file that matter for an engine build.
 
     Attributes:
-        name: of the graph.
+        name: name of the graph.
         opset: version of the standard domain.
-        ops: how many nodes of each type, custom ones with their domain.
-        weight_bytes: size of all initializers, wherever they lie.
+        ops: number of nodes of each type; types of other domains include the domain.
+        weight_bytes: size of all initializers, in the ONNX file or in external data.
         data_files: external-data files, as the ONNX file names them.
     """
 
@@ -55,7 +55,7 @@ class GraphInfo:
 
 
 def describe_onnx(path: Path) -> GraphInfo:
-    """What the ONNX file holds and what a build would need, without building or reading weights.
+    """Describe an ONNX file without building an engine or reading weights.
 
     Raises:
         UserError: no such file, or it is not a usable ONNX file.
@@ -77,32 +77,32 @@ def describe_onnx(path: Path) -> GraphInfo:
 
 
 Attributes = Mapping[str, int | str]
-# Makes the program of a node: its op, its inputs by the schema's names, its attributes.
+# Compiles the program of a node. Arguments: its op, its inputs by the schema's names, its attributes.
 Compiler = Callable[[str, Mapping[str, TensorInfo], Attributes], Program]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model as TensorRT's parser wants it: serialised, and the program of each custom node by its layer's name."""
+    """A serialised model in the form that TensorRT's parser needs, and the program of each custom node."""
 
     model: bytes
     programs: Mapping[CustomNode, Program]
 
 
 def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prepared:
-    """A copy of the model in the form TensorRT's parser wants; weights stay in their external file.
+    """Copy the model into the form that TensorRT's parser needs; weights stay in their external file.
 
-    - A graph with logits picks the most probable tokens as well (`pick_greedily`).
-    - Function bodies of our ops go, so that the parser can only take the plugins.
-    - Our nodes name the plugin's namespace and version and carry its program, which says all that their
-      attributes said. TensorRT has no empty inputs, so they are closed up.
-    - ``Attention`` may be taken apart where no fused kernel fits (float32 has none).
-    - Bytes become int32, four to a number: TensorRT has no weights of uint8, and kernels read words anyway.
-    - Symbols in ``bindings`` become numbers: the capacity of a cache must be one.
+    - A graph with logits also picks the most probable tokens (`pick_greedily`).
+    - Function bodies of our ops are removed, so that the parser must use the plugins.
+    - Our nodes get the plugin's namespace and version, and the program. The program replaces their attributes.
+    - Empty inputs of our nodes are removed, because TensorRT has none.
+    - ``Attention`` may be decomposed if no fused kernel fits (float32 has none).
+    - uint8 weights become int32, four bytes per number: TensorRT has no uint8 weights, and kernels read words.
+    - Symbols in ``bindings`` become numbers, because TensorRT needs a fixed cache capacity.
 
     Raises:
-        UserError: as `read_onnx`, a node of our domain that is not one of our ops, or one whose inputs'
-            types and shapes cannot be told.
+        UserError: as `read_onnx`, a node of our domain that is not one of our ops, or a node whose input
+            types or shapes are unknown.
     """
     model = read_onnx(path)
     pick_greedily(model.graph)
@@ -124,15 +124,16 @@ def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prep
     proto = ir.to_proto(model)
     packed = {named.name: pack(programs[named]) for named in nodes}
     for node_proto in proto.graph.node:
-        if node_proto.name in packed:  # bytes, which onnx_ir takes for a mistake
+        if node_proto.name in packed:  # onnx_ir does not accept a string attribute with arbitrary bytes
             node_proto.attribute.add(name=PROGRAM, type=ir.AttributeType.STRING.value, s=packed[node_proto.name])
     return Prepared(proto.SerializeToString(), programs)
 
 
 def pick_greedily(graph: ir.Graph) -> None:
-    """Give a graph that ends in logits what the next decode step begins with: ``next_tokens``, ``next_position_ids``.
+    """Add the outputs ``next_tokens`` and ``next_position_ids`` to a graph that computes logits.
 
-    Both int64, ``(batch, kept)`` and ``(batch, 1)``: so tokens need not leave the device to go on.
+    They are int64, ``(batch, kept)`` and ``(batch, 1)``. The next decode step reads them on the device, without
+    the host.
     """
     inputs, outputs = ({value.name: value for value in values} for values in (graph.inputs, graph.outputs))
     if "logits" not in outputs or "position_ids" not in inputs:
@@ -153,7 +154,7 @@ def pick_greedily(graph: ir.Graph) -> None:
 
 
 def read_onnx(path: Path) -> ir.Model:
-    """Load an ONNX file, its external data unread.
+    """Load an ONNX file without reading its external data.
 
     Raises:
         UserError: no such file, or it is not a usable ONNX file.
@@ -164,7 +165,7 @@ def read_onnx(path: Path) -> ir.Model:
         raise UserError(f"there is no ONNX file {path}", "run `shadowllm export` first") from error
     except DecodeError as error:
         raise UserError(f"{path} is not an ONNX file, or it is damaged", "export the model again") from error
-    if not model.graph.outputs:  # what an empty or cut off file decodes to
+    if not model.graph.outputs:  # an empty or truncated file decodes to an empty graph
         raise UserError(f"{path} holds no graph", "export the model again")
     return model
 
@@ -181,7 +182,7 @@ def _custom_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def _custom_node(node: ir.Node) -> CustomNode:
-    """Named by what it serves, whatever the graph calls it: the name is what an inspector shows."""
+    """The custom node's record, with a name made from layer and op, because an engine inspector shows this name."""
     layer = node.attributes.get("layer")
     if layer is None:
         return CustomNode(node.op_type, f"{node.outputs[0].name}.{node.op_type}", None)
@@ -189,7 +190,7 @@ def _custom_node(node: ir.Node) -> CustomNode:
 
 
 def _inputs(node: ir.Node) -> dict[str, TensorInfo]:
-    """The inputs that are there, by the schema's names."""
+    """The inputs that the node has, by the schema's names."""
     ports = zip(SCHEMAS[node.op_type].inputs, node.inputs, strict=False)
     found = {port.name: _tensor_info(value) for port, value in ports if value is not None}
     for name, value in zip(found, filter(None, node.inputs), strict=True):
@@ -209,7 +210,7 @@ def _attributes(node: ir.Node) -> dict[str, int | str]:
 
 
 def _read_bytes_as_words(node: ir.Node) -> None:
-    """Take the uint8 weights that a node reads for int32, the same bytes of the data file."""
+    """Declare the uint8 weights of a node as int32; the bytes in the data file stay the same."""
     for value in node.inputs:
         if value is None or value.dtype != ir.DataType.UINT8:
             continue
@@ -230,7 +231,7 @@ def _read_bytes_as_words(node: ir.Node) -> None:
 
 
 def _make_plugin_node(node: ir.Node, name: str) -> None:
-    """Name the plugin and close up the inputs."""
+    """Set the plugin's name and version, and remove empty inputs."""
     present = [value for value in node.inputs if value is not None]
     for i, value in enumerate(present):
         node.replace_input_with(i, value)

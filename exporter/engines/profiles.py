@@ -1,4 +1,4 @@
-"""Optimisation profiles: the range of shapes that an engine is built for, per phase."""
+"""Optimisation profiles: the range of input shapes of an engine, for prefill and for decode."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Range = tuple[int, int, int]
 def profiles_for(
     graph: GraphInfo, *, capacity: int, max_seqlen: int, max_batch: int = 1, max_kept: int = 1
 ) -> list[ShapeProfile]:
-    """A prefill and a decode profile for a piece.
+    """Make a prefill profile and a decode profile for a graph.
 
     Args:
-        graph: the piece, from `describe_onnx`.
-        capacity: positions of the KV cache; TensorRT wants it fixed.
+        graph: from `describe_onnx`.
+        capacity: positions of the KV cache; TensorRT needs a fixed number.
         max_seqlen: longest prompt of one prefill call, at most ``capacity``.
-        max_batch: most sequences at once; tuned for one.
+        max_batch: most sequences at once; the engine is tuned for one.
         max_kept: most positions per sequence whose logits a prefill returns.
 
     Raises:
-        UserError: a number below 1, a prompt longer than the cache, or a symbol with no range.
+        UserError: a number below 1, a prompt longer than the cache, or a symbol without a range.
     """
     numbers = {"capacity": capacity, "max_seqlen": max_seqlen, "max_batch": max_batch, "max_kept": max_kept}
     for name, number in numbers.items():
@@ -37,16 +37,16 @@ def profiles_for(
         )
     fixed: dict[str, Range] = {"batch": (1, 1, max_batch), "capacity": (capacity, capacity, capacity)}
     decode: dict[str, Range] = fixed | {"seqlen": (1, 1, 1), "kept": (1, 1, 1)}
-    # Prompts are tuned for the middle: the builder's choice suits lengths near it best.
+    # The builder chooses the kernels that are fastest near the middle length.
     prefill: dict[str, Range] = fixed | {"seqlen": (1, max(1, max_seqlen // 2), max_seqlen), "kept": (1, 1, max_kept)}
     return [_profile("prefill", graph, prefill), _profile("decode", graph, decode)]
 
 
 def check_profiles(graph: GraphInfo, profiles: Sequence[ShapeProfile]) -> None:
-    """Check that each profile covers the graph's symbolic inputs, and nothing else.
+    """Check that each profile has a shape range for every symbolic input, and for no unknown input.
 
     Raises:
-        UserError: no profile, an input missing or unknown, another rank or fixed size, or an empty range.
+        UserError: no profile, a missing or unknown input, a wrong rank or fixed size, or an empty range.
     """
     if not profiles:
         raise UserError("no optimisation profile was given", "an engine needs the shapes it is to serve")
@@ -70,7 +70,7 @@ def check_profiles(graph: GraphInfo, profiles: Sequence[ShapeProfile]) -> None:
 
 
 def bindings(graph: GraphInfo, profiles: Sequence[ShapeProfile]) -> dict[str, int]:
-    """Symbols that have one and the same value in all profiles: the engine's copy of the graph fixes them."""
+    """The symbols that have the same value in all profiles; they become fixed sizes of the engine."""
     seen: dict[str, set[int]] = {}
     for profile in profiles:
         for tensor in dynamic_inputs(graph):

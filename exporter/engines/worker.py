@@ -1,4 +1,4 @@
-"""The process that builds one engine, at one request; its progress is the name of each phase."""
+"""The child process that builds one engine; it reports the name of each phase as progress."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from shadowllm.plugins.tensorrt import creators, flavour
 
 
 def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Parse, build and write one engine; the request and the outcome are those of `build.run_worker`.
+    """Parse, build and write one engine; request and result are those of `build.run_worker`.
 
     Raises:
-        UserError: the parser or the builder refuses, with the reason it gave.
+        UserError: the parser or the builder refuses; the message has its reason.
     """
     trt = flavour.load(request["flavour"])
     logger = _logger_class(trt)()
-    keep = _register(trt, request["plugin_library"])  # noqa: F841  # the registry does not own them
+    keep = _register(trt, request["plugin_library"])  # noqa: F841  # the registry does not keep the plugins alive
     start = time.perf_counter()
     progress("compiling kernels")
     prepared = prepare(Path(request["onnx"]), request["bindings"], compiler(request, targets(trt, request)))
@@ -54,10 +54,10 @@ def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 
 def targets(trt: Any, request: dict[str, Any]) -> list[int]:
-    """Compute capabilities that the engine will run on.
+    """The compute capabilities that the engine will run on.
 
     Raises:
-        UserError: one is asked for that TensorRT-RTX does not know.
+        UserError: TensorRT-RTX does not know a requested one.
     """
     if request["flavour"] == "tensorrt":
         capability = flavour.gpu_capability()
@@ -69,12 +69,12 @@ def targets(trt: Any, request: dict[str, Any]) -> list[int]:
             f"TensorRT-RTX {trt.__version__} does not build for sm_{unknown[0]}",
             f"it knows {', '.join(map(str, known))}",
         )
-    # Without a choice it builds for every GPU from Ampere on; Turing must be asked for.
+    # By default TensorRT-RTX builds for every GPU from Ampere on. Turing must be requested.
     return sorted(set(request["sms"])) or [sm for sm in known if sm >= 80]
 
 
 def compiler(request: dict[str, Any], sms: Sequence[int]) -> Compiler:
-    """Compiles the kernels of a node for the GPUs that the engine is for; it runs on no others.
+    """Make the function that compiles the kernels of a node for the engine's GPUs.
 
     Raises:
         UserError: Triton is not installed.
@@ -98,7 +98,7 @@ def compiler(request: dict[str, Any], sms: Sequence[int]) -> Compiler:
 
 
 def _register(trt: Any, library: str | None) -> Any:
-    """Make the plugins known: those in Python, or those of a library."""
+    """Register the Python plugins, or those of a library, with TensorRT."""
     if library is None:
         return creators.register(trt)
     if not Path(library).is_file():
@@ -112,12 +112,13 @@ def _register(trt: Any, library: str | None) -> Any:
 
 def _parse(trt: Any, network: Any, logger: Any, model: bytes, path: str) -> None:
     parser = trt.OnnxParser(network, logger)
-    if parser.parse(model, path=path):  # the path tells where external data lies
+    if parser.parse(model, path=path):  # the parser finds external data relative to this path
         return
     reasons = []
     for i in range(parser.num_errors):
         error = parser.get_error(i)
-        words = [line for line in error.desc().splitlines() if "catchCudaError" not in line]  # only: there is no GPU
+        # A line with catchCudaError only reports that there is no GPU.
+        words = [line for line in error.desc().splitlines() if "catchCudaError" not in line]
         reasons.append(f"{error.node_operator()} {error.node_name()}: {' '.join(words)}")
     raise UserError(
         f"the ONNX parser refuses {Path(path).name}: {'; '.join(reasons) or logger.last_error}",
@@ -162,7 +163,7 @@ def _build(trt: Any, builder: Any, network: Any, logger: Any, request: dict[str,
 
 def _logger_class(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Passes warnings and errors on to stderr and remembers the last error."""
+        """Prints warnings and errors to stderr and keeps the last error."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -179,7 +180,7 @@ def _logger_class(trt: Any) -> Any:
 
 def _monitor_class(trt: Any) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Reports the outer phases."""
+        """Reports the two outer levels of build phases."""
 
         def __init__(self, progress: Progress) -> None:
             super().__init__()

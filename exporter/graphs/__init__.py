@@ -1,1 +1,1 @@
-"""ONNX graphs, node by node."""
+"""Writes the ONNX graphs of a bundle."""

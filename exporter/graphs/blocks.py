@@ -1,4 +1,4 @@
-"""The layers of a decoder as ONNX nodes, dense and sparse."""
+"""Dense and sparse decoder layers as ONNX nodes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 
 @dataclass(frozen=True)
 class Step:
-    """What all layers of a graph share: computed once, from the position ids alone.
+    """Values that all layers of a graph share; they are computed once, from the position ids.
 
     Attributes:
         tokens: int64 ``[2]``, batch and seqlen.
-        write_indices: int64 ``(batch,)``, where this step's first token goes in the cache.
-        visible: bool ``(batch, 1, seqlen, capacity)``, None where no dense layer needs it.
-        lengths: int32 ``(batch,)``, tokens in the cache once this step is written.
+        write_indices: int64 ``(batch,)``, cache position of this step's first token.
+        visible: bool ``(batch, 1, seqlen, capacity)``, the attention mask; None if no dense layer needs it.
+        lengths: int32 ``(batch,)``, tokens in the cache after this step's tokens are written; None if no sparse
+            layer needs it.
         cos, sin: ``(batch, seqlen, head_dim/2)``, None without RoPE.
     """
 
@@ -49,18 +50,18 @@ class Cache:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a step uses of all sparse layers, as graph values.
+    """The selection of all sparse layers, as graph values.
 
     Attributes:
-        tensors: indices and counts, as `bundle.selection_names` has them; without indices the layers choose.
-        rank: of the networks by which layers choose their neurons; 0 where it is a low-bit copy.
+        tensors: indices and counts, as in `bundle.selection_names`. If the indices are None, each layer selects.
+        rank: rank of the networks with which layers select neurons; 0 if they use the low-bit copy.
     """
 
     tensors: Mapping[Unit, tuple[ir.Value | None, ir.Value]]
     rank: int = 0
 
     def row(self, g: GraphBuilder, unit: Unit, row: int) -> tuple[ir.Value | None, ir.Value]:
-        """One layer's indices ``(n_units,)``, if there are any, and count ``()``."""
+        """One layer's indices ``(n_units,)`` or None, and its count ``()``."""
         indices, counts = self.tensors[unit]
         count = g.op("Gather", counts, g.ints(row), axis=0)
         return None if indices is None else g.op("Gather", indices, g.ints(row), axis=0), count
@@ -69,7 +70,7 @@ class Selection:
 def step(
     g: GraphBuilder, spec: ModelSpec, position_ids: ir.Value, capacity_of: ir.Value, *, dense: bool, sparse: bool
 ) -> Step:
-    """Derive masks, lengths and rotary tables from ``position_ids`` int64 ``(batch, seqlen)``."""
+    """Compute masks, lengths and rotary tables from ``position_ids``, int64 ``(batch, seqlen)``."""
     first, last = (g.op("Gather", position_ids, g.ints(i), axis=1) for i in (0, -1))
     visible = lengths = cos = sin = None
     if dense:
@@ -79,7 +80,7 @@ def step(
     if sparse:
         lengths = g.op("Cast", g.op("Add", last, g.ints(1)), to=ir.DataType.INT32)
     if spec.rope:
-        # In float32 whatever the model's type: 16-bit angles are wrong within a few hundred positions.
+        # In float32 for every dtype of the model: 16-bit angles are wrong after a few hundred positions.
         frequencies = g.constant(spec.rope.inverse_frequencies(spec.head_dim).astype(np.float32), "inverse_frequencies")
         angles = g.op(
             "Mul", g.op("Cast", g.op("Unsqueeze", position_ids, g.ints([2])), to=ir.DataType.FLOAT), frequencies
@@ -91,7 +92,7 @@ def step(
 def dense_layer(
     g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, step: Step, cache: Cache
 ) -> tuple[ir.Value, Cache]:
-    """One layer with every head and neuron; returns hidden states and the updated cache."""
+    """One layer with all heads and neurons; returns hidden states and the updated cache."""
     place = f"layers.{layer}"
     normed = norm(g, spec, f"{place}.input_norm", x)
     both = gemm(g, normed, [f"{place}.{part}_proj" for part in "qkv"], spec.qkv_bias)
@@ -112,13 +113,13 @@ def _dense_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.
 def sparse_layer(
     g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step, cache: Cache, selection: Selection
 ) -> tuple[ir.Value, Cache, dict[Unit, ir.Value]]:
-    """One layer whose query heads and neurons are selected; K and V stay exact for every head.
+    """One layer with selected query heads and neurons; K and V are computed for all heads.
 
     Args:
-        row: of the selection that belongs to this layer.
+        row: the layer's row in the selection.
 
     Returns:
-        Hidden states, the updated cache, and the indices of what was active, ``(n_units,)`` each.
+        Hidden states, the updated cache, and the active indices, ``(n_units,)`` each.
     """
     place = f"layers.{layer}"
     normed = norm(g, spec, f"{place}.input_norm", x)
@@ -189,7 +190,7 @@ def _sparse_mlp(
 
 
 def _rows(g: GraphBuilder, place: str, part: str, bias: bool) -> dict[str, ir.Value | None]:
-    """A matrix of a sparse op by its inputs' names, with its scales and bias where it has them."""
+    """The inputs of a sparse op for one matrix: the matrix, and its scales and bias if it has them."""
     name = f"{place}.{part}_proj"
     if g.quantisation is None:
         found: dict[str, ir.Value | None] = {f"w_{part}": g.weight(f"{name}.weight")}
@@ -201,17 +202,17 @@ def _rows(g: GraphBuilder, place: str, part: str, bias: bool) -> dict[str, ir.Va
 def to_cache(
     g: GraphBuilder, spec: ModelSpec, step: Step, cache: Cache, projected: ir.Value, n_heads: int
 ) -> tuple[ir.Value, Cache]:
-    """Rotate this step's heads and write its keys and values into the cache.
+    """Apply RoPE to this step's heads and write its keys and values into the cache.
 
-    One transpose and one rotation serve query and key together: at one token a node costs more
-    than the few numbers it moves.
+    Query and key share one transpose and one rotation: at one token a node costs more than the few numbers
+    it moves.
 
     Args:
         projected: ``(batch*seqlen, (n_heads + 2*n_kv_heads)*head_dim)``, query, key and value side by side.
-        n_heads: query heads in it; 0 where the sparse op projects them.
+        n_heads: query heads in ``projected``; 0 if the sparse op computes the query.
 
     Returns:
-        The query ``(batch, n_heads, seqlen, head_dim)`` (the key when there is none) and the cache.
+        The query ``(batch, n_heads, seqlen, head_dim)`` (the key if ``n_heads`` is 0) and the cache.
     """
     kv = spec.n_kv_heads
     x = g.op("Reshape", projected, g.shape(step.tokens, [n_heads + 2 * kv, spec.head_dim]))

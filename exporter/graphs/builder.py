@@ -1,4 +1,4 @@
-"""A thin layer over `onnx_ir` for writing one graph node by node."""
+"""A small helper over `onnx_ir` that builds one graph node by node."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class GraphBuilder:
     """Collects nodes, initializers, inputs and outputs of one ONNX graph.
 
     Args:
-        name: of the graph.
-        dtype: of weights and activations.
-        store: where initializers lie.
-        quantisation: of its matrices, if they are integers.
+        name: name of the graph.
+        dtype: type of weights and activations.
+        store: the data file that has the initializers.
+        quantisation: format of integer matrices; None if they are floats.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class GraphBuilder:
         self._constants: dict[str, ir.Value] = {}
 
     def input(self, name: str, shape: Dims, dtype: ir.DataType | None = None) -> ir.Value:
-        """A graph input; ``dtype`` defaults to that of the weights."""
+        """Add a graph input; ``dtype`` defaults to that of the weights."""
         value = ir.val(name, dtype=dtype or self.dtype, shape=list(shape))
         self._inputs.append(value)
         return value
@@ -54,17 +54,17 @@ class GraphBuilder:
         self._outputs.append(value)
 
     def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """A node with one output."""
+        """Add a node with one output."""
         return self._tape.op(op_type, inputs, attributes)
 
     def split(self, x: ir.Value, sizes: Sequence[int], axis: int) -> Sequence[ir.Value]:
-        """``Split`` into parts of the given sizes."""
+        """Split ``x`` into parts of the given sizes."""
         if len(sizes) == 1:
             return (x,)
         return self._tape.op_multi_out("Split", (x, self.ints(sizes)), {"axis": axis}, num_outputs=len(sizes))
 
     def custom(self, schema: OpSchema, name: str, inputs: dict[str, ir.Value | None], **attributes: Any) -> ir.Value:
-        """A named node of one of our ops, its inputs by name; those not given are left out."""
+        """Add a named node of one of our ops; optional inputs may be missing in ``inputs``."""
         unknown = set(inputs) - {port.name for port in schema.inputs}
         missing = [p.name for p in schema.inputs if not p.optional and inputs.get(p.name) is None]
         if unknown or missing:
@@ -75,14 +75,14 @@ class GraphBuilder:
         return self._tape.op(schema.name, ordered, attributes, domain=op_domain.DOMAIN, name=name)
 
     def microsoft(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """A node of ONNX Runtime's own domain; only graphs of integer weights have any."""
+        """Add a node of ONNX Runtime's own domain; only graphs with integer weights have such nodes."""
         return self._tape.op(op_type, inputs, attributes, domain=MICROSOFT)
 
     def weight(self, name: str, *rest: str, inner: tuple[int, ...] | None = None) -> ir.Value:
-        """An initializer in the shared data file; several names are one stacked matrix.
+        """An initializer in the shared data file; several names make one stacked matrix.
 
         Args:
-            inner: dimensions to give a row instead of its own.
+            inner: shape of a row, if it differs from the stored one.
         """
         key = "+".join((name, *rest)) + (f"{list(inner)}" if inner else "")
         if key not in self._constants:
@@ -92,7 +92,7 @@ class GraphBuilder:
         return self._constants[key]
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
-        """A small constant kept inside the ONNX file."""
+        """A small constant inside the ONNX file."""
         if name not in self._constants:
             self._constants[name] = self._tape.initializer(ir.tensor(array, name=name))
         return self._constants[name]
@@ -102,7 +102,7 @@ class GraphBuilder:
         return self.constant(np.asarray(values, dtype=np.int64), f"int64_{values}".replace(" ", ""))
 
     def shape(self, leading: ir.Value, rest: Sequence[int]) -> ir.Value:
-        """A shape tensor: the dimensions in ``leading`` followed by constant ones."""
+        """A shape tensor: the dimensions in ``leading``, then the constants in ``rest``."""
         key = f"shape_{leading.name or id(leading)}_{list(rest)}"
         if key not in self._constants:
             self._constants[key] = self.op("Concat", leading, self.ints(rest), axis=0)

@@ -1,4 +1,4 @@
-"""Initializers of a graph whose bytes lie in the bundle's data file."""
+"""Initializers of a graph that are stored in the bundle's data file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ DTYPES = {
 
 
 def initializer(store: WeightStore, name: str, *rest: str, inner: tuple[int, ...] | None = None) -> ir.ExternalTensor:
-    """One tensor of the data file, or a run of tensors stacked along their rows.
+    """One tensor of the data file, or several consecutive tensors stacked along their rows.
 
     Args:
-        inner: dimensions to give a row instead of its own.
+        inner: shape of a row, if it differs from the stored one.
     """
     entries = [store.entries[n] for n in (name, *rest)]
     for before, after in pairwise(entries):

@@ -1,7 +1,7 @@
-"""What layers are made of, as ONNX nodes: embeddings, norms, matrix products, activations.
+"""The parts of layers as ONNX nodes: embeddings, norms, matrix products, activations.
 
-Hidden states are 2-D, ``(batch*seqlen, hidden_size)``, throughout: ``Gemm`` takes the weights in
-the layout the sparse ops need (``transB``), so both read the same bytes.
+Hidden states are 2-D, ``(batch*seqlen, hidden_size)``, because ``Gemm`` takes 2-D inputs. ``Gemm`` reads weights
+in the layout of the sparse ops (``transB``), so both read the same bytes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from shadowllm.models.spec import ModelSpec
 
 
 def cast(g: GraphBuilder, x: ir.Value) -> ir.Value:
-    """A float32 value in the graph's own type."""
+    """Cast a float32 value to the graph's dtype."""
     return x if g.dtype == ir.DataType.FLOAT else g.op("Cast", x, to=g.dtype)
 
 
 def as_float(g: GraphBuilder, x: ir.Value) -> ir.Value:
-    """A value of the graph's own type in float32."""
+    """Cast a value of the graph's dtype to float32."""
     return x if g.dtype == ir.DataType.FLOAT else g.op("Cast", x, to=ir.DataType.FLOAT)
 
 
@@ -51,13 +51,13 @@ def _embedding_rows(g: GraphBuilder, ids: ir.Value) -> ir.Value:
 
 
 def batched(g: GraphBuilder, spec: ModelSpec, tokens: ir.Value, x: ir.Value) -> ir.Value:
-    """Hidden states as the custom ops take them, ``(batch, seqlen, hidden_size)``.
+    """Reshape hidden states to the form that the custom ops take, ``(batch, seqlen, hidden_size)``.
 
     Args:
         tokens: int64 ``[2]``, batch and seqlen.
     """
     y = g.op("Reshape", x, g.shape(tokens, [spec.hidden_size]))
-    # No shape inference looks through the computed shape, and a custom op's output goes by its input.
+    # Shape inference cannot evaluate the computed shape, and a custom op's output shape depends on its input's.
     y.dtype, y.shape = g.dtype, ir.Shape(["batch", "seqlen", spec.hidden_size])
     return y
 
@@ -73,12 +73,11 @@ def norm(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
 def gemm(
     g: GraphBuilder, x: ir.Value, names: list[str], bias: bool, *, rows_out: bool = True, width: int | None = None
 ) -> ir.Value:
-    """``x`` times one stored matrix, or several stacked ones.
+    """Multiply ``x`` by one stored matrix, or by several stacked ones.
 
     Args:
-        rows_out: the matrix's rows are output channels (q, k, v, gate, up); else they are input
-            channels (o, down).
-        width: of x, where integer weights may be padded beyond it.
+        rows_out: whether the matrix's rows are output channels (q, k, v, gate, up) or input channels (o, down).
+        width: width of ``x``, needed if integer weights may be padded to a larger one.
     """
     biases = [g.weight(*(f"{name}.bias" for name in names))] if bias else []
     matrices = [f"{name}.weight" for name in names]
@@ -91,7 +90,7 @@ def gemm(
 def _integer_gemm(
     g: GraphBuilder, x: ir.Value, matrices: list[str], biases: list[ir.Value], q: Quantisation, width: int | None
 ) -> ir.Value:
-    """``MatMulNBits``, whose matrices have output channels as rows."""
+    """Multiply with ``MatMulNBits``; the rows of its matrices are output channels."""
     factors = g.weight(*map(scales, matrices))
     n_out, blocks = map(int, factors.shape)  # type: ignore[arg-type]
     data = g.weight(*map(integers, matrices), inner=(blocks, q.block * q.bits // 8))
@@ -108,7 +107,7 @@ def _integer_gemm(
 
 
 def mlp_activation(g: GraphBuilder, spec: ModelSpec, projected: ir.Value) -> ir.Value:
-    """What the down projection reads, of gate and up side by side or of up alone."""
+    """The input of the down projection, from the output of gate and up side by side, or of up."""
     if not spec.gated:
         return activate(g, spec, projected)
     gate, up = g.split(projected, [spec.intermediate_size] * 2, axis=1)
@@ -116,7 +115,7 @@ def mlp_activation(g: GraphBuilder, spec: ModelSpec, projected: ir.Value) -> ir.
 
 
 def activate(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:
-    """The MLP's activation."""
+    """Apply the MLP's activation function."""
     if spec.activation == "silu":
         return g.op("Mul", x, g.op("Sigmoid", x))
     return g.op({"relu": "Relu", "gelu": "Gelu"}[spec.activation], x)

@@ -1,7 +1,7 @@
-"""The four pieces of a bundle: ``dense``, ``stem``, ``predictor`` and ``body``.
+"""The four graphs of a bundle: ``dense``, ``stem``, ``predictor`` and ``body``.
 
-A dense step runs ``dense``. A sparse decode step runs ``stem`` (embeddings and the first layers,
-dense), ``predictor`` (hidden state in, active indices out) and ``body`` (the other layers).
+A dense step runs ``dense``. A sparse decode step runs ``stem`` (embeddings and the first, dense layers),
+``predictor`` (reads the hidden state, writes active indices) and ``body`` (the sparse layers).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ TOKENS = ["batch", "seqlen"]
 def function_form(
     spec: ModelSpec, quantisation: Quantisation | None = None, copy: Quantisation | None = None
 ) -> FunctionForm:
-    """The options of a model that its function bodies are written for.
+    """The properties of a model that its function bodies depend on.
 
     Args:
-        copy: how gate and up are rounded for scoring neurons, if they are.
+        copy: format of the low-bit copy that scores neurons; None without a copy.
     """
     rows = (1 + spec.gated) * spec.intermediate_size
     return FunctionForm(
@@ -50,7 +50,7 @@ def function_form(
 
 
 def dense_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, q: Quantisation | None = None) -> ir.Model:
-    """The plain model: input_ids, position_ids, logits_to_keep, cache -> logits, cache."""
+    """The dense model: input_ids, position_ids, logits_to_keep, cache -> logits, cache."""
     g = GraphBuilder("dense", dtype, store, q)
     input_ids, position_ids = (g.input(name, TOKENS, INT64) for name in ("input_ids", "position_ids"))
     keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
@@ -90,8 +90,8 @@ def body_graph(
     """The sparse layers: hidden, position_ids, logits_to_keep, selection, cache -> logits, cache.
 
     Args:
-        chooser: a predictor by which each layer chooses in place; indices are then outputs, a row each, as
-            ``neuron_indices.3``, not inputs.
+        chooser: a per-layer predictor, or None. With it, indices are outputs of each layer, as
+            ``neuron_indices.3``, and not inputs.
     """
     g, spec = GraphBuilder("body", dtype, store, q), sparse.spec
     hidden = g.input("hidden", [*TOKENS, spec.hidden_size])
@@ -113,7 +113,7 @@ def body_graph(
 
 
 def _selection_inputs(g: GraphBuilder, sparse: SparseLayers, chooser: Predictor | None) -> blocks.Selection:
-    """Inputs for a selection; its counts alone, where the layers choose."""
+    """The inputs for a selection: indices and counts, or only counts with a per-layer predictor."""
     found: dict[Unit, tuple[ir.Value | None, ir.Value]] = {}
     for unit, width in layer_units(sparse.spec).items():
         indices = None if chooser else g.input(names.indices(unit), [sparse.count, width], INT32)
@@ -124,9 +124,9 @@ def _selection_inputs(g: GraphBuilder, sparse: SparseLayers, chooser: Predictor 
 def predictor_graph(
     spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None = None
 ) -> ir.Model:
-    """hidden, counts -> indices; one selection for all sequences of the batch.
+    """The predictor: hidden, counts -> indices. All sequences of the batch share one selection.
 
-    A static ranking is a constant, so there is no ``hidden`` input.
+    A static ranking is a constant, so its graph has no ``hidden`` input.
     """
     g = GraphBuilder("predictor", dtype, store, q)
     widths = layer_units(spec)
@@ -146,7 +146,7 @@ def predictor_graph(
 def _shadow_scores(g: GraphBuilder, spec: ModelSpec, predictor: Predictor) -> dict[Unit, ir.Value]:
     hidden = g.input("hidden", [*TOKENS, spec.hidden_size])
     x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
-    # The last projection is linear: averaging the tokens' scores is projecting their average.
+    # The last projection is linear, so the mean of the tokens' scores is the score of their mean.
     z = g.op("ReduceMean", selection.trunk(g, spec, "predictor.trunk", x), g.ints([0]), keepdims=1)
     found = {}
     for unit, width in layer_units(spec).items():
@@ -157,7 +157,7 @@ def _shadow_scores(g: GraphBuilder, spec: ModelSpec, predictor: Predictor) -> di
 
 
 def _logits(g: GraphBuilder, spec: ModelSpec, x: ir.Value, step: blocks.Step, keep: ir.Value) -> None:
-    """Norm and output projection of the kept positions only: a prompt needs its last row alone."""
+    """Norm and output projection of the kept positions only: a prompt needs only its last row."""
     x = g.op("Reshape", x, g.shape(step.tokens, [spec.hidden_size]))
     x = g.op("GatherND", x, g.op("Unsqueeze", keep, g.ints([2])), batch_dims=1)
     x = nodes.norm(g, spec, "final_norm", g.op("Reshape", x, g.ints([-1, spec.hidden_size])))

@@ -1,4 +1,4 @@
-"""How layers, or a predictor ahead of them, choose heads and neurons, as ONNX nodes."""
+"""The selection of heads and neurons as ONNX nodes, in each layer or in an upfront predictor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shadowllm.predictor.networks import NORM_EPS
 
 
 def choose_heads(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
-    """The ``count`` heads that a linear map of the attention's input puts highest."""
+    """Select the ``count`` heads with the highest scores; the scores are a linear map of the attention's input."""
     weight, bias = (g.weight(f"predictor.layers.{layer}.heads.{part}") for part in ("weight", "bias"))
     scores = _shared(g, g.op("Gemm", as_float(g, x), weight, bias, transB=1))
     return _choose(g, f"layers.{layer}.select_heads", scores, count, spec.n_heads, spec.heads_together)
@@ -25,11 +25,11 @@ def choose_heads(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, coun
 def choose_neurons(
     g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, tokens: ir.Value, count: ir.Value, rank: int
 ) -> ir.Value:
-    """The ``count`` neurons that the layer's network, or the low-bit copy, puts highest.
+    """Select the ``count`` neurons that the layer's network or its low-bit copy scores highest.
 
     Args:
         tokens: int64 ``[2]``, batch and seqlen of x.
-        rank: of the network, 0 for the copy.
+        rank: rank of the network; 0 for the copy.
     """
     if rank:
         place = f"predictor.layers.{layer}"
@@ -48,7 +48,7 @@ def trunk(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
 
 
 def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
-    """The length of each neuron's contribution, going by the low-bit copy, ``(1, intermediate_size)``."""
+    """The norm of each neuron's output, estimated with the low-bit copy, ``(1, intermediate_size)``."""
     copies = [low_bit_copy(name) for name in copied(spec, layer)]
     biased = (("gate", "up") if spec.gated else ("up",)) if spec.mlp_bias else ()
     blocks = (LOW_BIT_COPY.blocks(spec.hidden_size), LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 8)
@@ -59,7 +59,7 @@ def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, coun
             "x": x,
             "copy": g.weight(*map(integers, copies), inner=blocks),
             "scales": g.weight(*map(scales, copies)),
-            # One by one, as the layer itself reads them: TensorRT wants a place in the data file to have one size.
+            # Not stacked, as in the layer itself: TensorRT needs one size for all tensors at one file offset.
             **{f"b_{part}": g.weight(f"layers.{layer}.{part}_proj.bias") for part in biased},
             "down_norms": g.weight(down_norms(layer)),
             "count": count,
@@ -67,13 +67,13 @@ def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, coun
         activation=spec.activation,
         layer=layer,
     )
-    # Nothing else infers them where the function body has gone.
+    # Set here, because nothing infers them after the function body is removed.
     scores.dtype, scores.shape = ir.DataType.FLOAT, ir.Shape([1, spec.intermediate_size])
     return scores
 
 
 def _shared(g: GraphBuilder, scores: ir.Value) -> ir.Value:
-    """The mean ``(1, width)`` of ``(tokens, width)`` scores: there is one choice for all tokens."""
+    """The mean ``(1, width)`` of ``(tokens, width)`` scores, because all tokens share one selection."""
     return g.op("ReduceMean", scores, g.ints([0]), keepdims=1)
 
 
@@ -84,11 +84,11 @@ def _choose(g: GraphBuilder, name: str, scores: ir.Value, count: ir.Value, width
 
 
 def select(g: GraphBuilder, name: str, scores: ir.Value, counts: ir.Value, width: int, together: int = 1) -> ir.Value:
-    """Indices ``(rows, width)`` of the ``counts`` largest of each row of scores.
+    """Indices ``(rows, width)`` of the ``counts`` largest scores of each row.
 
     Args:
-        together: so many neighbours are chosen as one. All get the sum of their scores, so that ties, which go
-            to the lower index, fall in whole groups.
+        together: size of a group of neighbours that are selected together. Each gets the sum of the group's
+            scores. Ties go to the lower index, so whole groups are selected.
     """
     if together > 1:
         groups = g.op("Reshape", scores, g.ints([-1, width // together, together]))

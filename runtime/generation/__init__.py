@@ -1,1 +1,1 @@
-"""Tokens and text from a session."""
+"""Generates tokens and text with a session."""

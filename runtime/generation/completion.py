@@ -1,4 +1,4 @@
-"""Prompts to texts: what is asked of every backend alike, and the texts as they grow."""
+"""From prompts to texts: the request, which is the same for every backend, and the growing texts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class GenerateOptions(TypedDict, total=False):
-    """How to generate; None stands for what the model's generation config says, or changes nothing.
+    """Options of generation; None uses the model's generation config, or the default if the config has no value.
 
     Attributes:
-        chat: put each text through the model's chat template.
-        chat_template: the same by name, where the model has several.
-        stop: the text ends before this string, or before any of these.
-        temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size, seed: as in `Sampling`. Greedy
-            unless a temperature is given.
+        chat: apply the model's chat template to each text.
+        chat_template: apply the chat template with this name, if the model has several.
+        stop: a string, or several; the text ends before the first of them.
+        temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size, seed: as in `Sampling`.
+            Temperature and seed never come from the config. Without a temperature, decoding is greedy.
     """
 
     chat: bool
@@ -43,15 +43,15 @@ class GenerateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of every backend alike.
+    """A generation request, which is the same for every backend.
 
     Attributes:
         prompts: token ids of each sequence.
-        max_new_tokens: most tokens of each.
+        max_new_tokens: most new tokens of each sequence.
         stop_ids: tokens that end a text.
         stops: strings that end a text.
-        stopping: tells when one has come.
-        tokenizer: None where all prompts are token ids and no string ends them: there is no text then.
+        stopping: detects the stop strings; None without them.
+        tokenizer: None if all prompts are token ids and there are no stop strings. Then no text is made.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -71,14 +71,14 @@ def make_request(
     max_new_tokens: int,
     **options: Unpack[GenerateOptions],
 ) -> Request:
-    """What to generate with a bundle.
+    """Make the request for a bundle.
 
     Args:
-        load: gives the bundle's tokenizer; called only where there is text.
+        load: returns the bundle's tokenizer; called only if a prompt or a stop string needs it.
         prompts: texts or token ids.
 
     Raises:
-        UserError: a value out of range, a prompt that cannot be used, no such chat template, or no tokenizer.
+        UserError: a value out of range, a prompt that cannot be used, an unknown chat template, or no tokenizer.
     """
     check_whole("the number of new tokens", max_new_tokens)
     chat, template = bool(options.pop("chat", False)), options.pop("chat_template", None)
@@ -98,11 +98,11 @@ def make_request(
 
 
 class Completion:
-    """The text of each sequence as it grows.
+    """The growing text of each sequence.
 
     Attributes:
-        texts: what each sequence says so far; empty where the request has no tokenizer.
-        tokens: its token ids, those of a stop string included.
+        texts: the new text of each sequence so far; empty if the request has no tokenizer.
+        tokens: the new token ids of each sequence, those of a stop string included.
     """
 
     def __init__(self, request: Request) -> None:
@@ -114,10 +114,10 @@ class Completion:
         self.tokens: list[list[int]] = [[] for _ in request.prompts]
 
     def grow(self, session: Session) -> Iterator[list[str]]:
-        """Generate; to be called once.
+        """Generate the texts; call this only once.
 
         Yields:
-            What became certain of each text, after each step and once more at the end; may be empty.
+            The new final part of each text, after each step and once at the end; it may be empty.
 
         Raises:
             UserError: as `generate`.

@@ -1,4 +1,4 @@
-"""The generation loop, written once over any `Session`."""
+"""The generation loop, which works with any `Session`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ def generate(
     stop_ids: Sequence[int] = (),
     stopping: StoppingCriteria | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continue prompts, one token of every sequence at a time.
+    """Continue prompts; each step makes one token per sequence.
 
-    The session is reset first. A sequence ends with a stop id, which is not yielded, with a token after which
-    ``stopping`` says so, which is yielded, or when the model has no position left.
+    The session is reset first. A sequence ends at a stop id, which is not yielded, or after a token at which
+    ``stopping`` is true, which is yielded. All sequences end when the longest has used all positions of the model.
 
     Args:
-        stopping: of `transformers`, as `StopStringCriteria`; it is shown prompt and new tokens of one sequence.
+        stopping: a criterion of `transformers`, as `StopStringCriteria`; it is called with prompt and new tokens of
+            one sequence.
 
     Yields:
         The new token of each sequence, None for those that have ended.
 
     Raises:
-        UserError: what `Session.prefill` refuses, logits that are not numbers, or no token left to choose.
+        UserError: as `Session.prefill`, logits that are NaN or infinite, or no token left to choose.
     """
     chooser = Chooser(prompts, sampling or Sampling(), stop_ids, type(session).__name__)
     session.reset(len(prompts))
@@ -57,7 +58,7 @@ def generate(
 
 
 def _following(session: Session, tokens: np.ndarray, steps: int, chooser: Chooser) -> Iterator[np.ndarray]:
-    """The tokens that follow ``tokens``, as many as there are steps."""
+    """The tokens after ``tokens``, one per sequence and step."""
     alone = session.decode_greedy(tokens, steps) if steps > 0 and chooser.plain else None
     if alone is not None:
         yield from alone
@@ -74,16 +75,16 @@ def _ends(text: Sequence[int], stopping: StoppingCriteria) -> bool:
 
 
 class Chooser:
-    """Chooses the next token of every sequence of a batch, each by its own text.
+    """Chooses the next token of every sequence of a batch.
 
     Attributes:
-        running: bool ``(batch,)``, which sequences have not ended; what is chosen for others does not matter.
-        plain: whether it always takes the largest logit as it is.
+        running: bool ``(batch,)``, which sequences have not ended; tokens chosen for the others do not matter.
+        plain: whether it always takes the token with the largest unchanged logit.
 
     Args:
         prompts: token ids of each sequence.
         stop_ids: tokens that end a sequence.
-        backend: what computes the logits, to be named where they are not numbers.
+        backend: name of the backend, for the error about logits that are NaN or infinite.
     """
 
     def __init__(
@@ -95,12 +96,12 @@ class Chooser:
         self.running = np.ones(len(prompts), dtype=bool)
         self.plain = not self._sampled and not any(self._processors)
         if self._sampled:
-            import torch  # not at the top: the command line asks this package for the names of backends
+            import torch  # not at the top, because the command line imports this package for the names of backends
 
             self._generator = torch.Generator().manual_seed(sampling.seed)
 
     def choose(self, logits: np.ndarray) -> np.ndarray:
-        """One token of each row of float32 ``(batch, vocab_size)`` logits; int64 ``(batch,)``.
+        """Choose one token for each row of float32 ``(batch, vocab_size)`` logits; int64 ``(batch,)``.
 
         Raises:
             UserError: logits of a running sequence are NaN or +Inf, or its sampling options leave no token.

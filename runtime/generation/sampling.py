@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits: what the user asks for, and what the model's maker did."""
+"""How the next token is chosen from the logits: the user's options, and the model's generation config."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 LEAST_TEMPERATURE = 1e-30  # logits up to 1e8 divided by it stay finite in float32
 CONFIG = "generation_config.json"
 REMEDY = "mend that file of the model, and export again"
-# Fields of it that are used here: always, and when sampling.
+# Fields of the generation config that are used always, and those that are used only with a temperature.
 ALWAYS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
 SAMPLED = ("top_k", "top_p", "min_p")
-# Fields that change the text and are not used here, each with the value that changes nothing.
+# Fields that would change the text but are not supported here, each with the value that has no effect.
 UNUSED = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -54,16 +54,16 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the most probable token (greedy); above 0 samples.
-        top_k: keep only the k most probable tokens; 0 keeps all. Like top_p and min_p without effect when greedy.
+        top_k: keep only the k most probable tokens; 0 keeps all. Like top_p and min_p, it has no effect when greedy.
         top_p: keep the fewest most probable tokens whose probabilities reach this sum (nucleus
             sampling, Holtzman et al., arXiv 1904.09751); 1 keeps all.
-        seed: of the random draws.
-        min_p: keep the tokens that are at least this share as probable as the most probable one; 0 keeps all.
-        repetition_penalty: divides the positive and multiplies the negative logits of tokens that stand in prompt or
-            text already (Keskar et al., arXiv 1909.05858); 1 changes nothing.
-        no_repeat_ngram_size: no run of so many tokens comes twice; 0 allows all.
-        bad_words_ids: runs of tokens that never come.
-        suppress_tokens, begin_suppress_tokens: tokens that never come, or not as the first new one.
+        seed: seed of the random numbers.
+        min_p: keep tokens whose probability is at least this fraction of the highest one; 0 keeps all.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens that are already in
+            prompt or text (Keskar et al., arXiv 1909.05858); 1 changes nothing.
+        no_repeat_ngram_size: no sequence of N tokens occurs twice; 0 allows all.
+        bad_words_ids: sequences of tokens that are never generated.
+        suppress_tokens, begin_suppress_tokens: tokens that are never generated, or not as the first new token.
 
     Raises:
         UserError: a value out of range.
@@ -100,11 +100,11 @@ class Sampling:
             raise UserError(f"seed {self.seed} is out of range", "give 0 to 2**64 - 1")
 
     def processors(self, prompt_len: int, stop_ids: Sequence[int] = ()) -> LogitsProcessorList:
-        """What `transformers` puts logits through for these values, in its order; empty where nothing changes them.
+        """The logits processors of `transformers` for these values, in its order; empty if none is needed.
 
         Args:
-            prompt_len: tokens of the sequence's prompt.
-            stop_ids: tokens that end a sequence; a bad word that is one of them alone does not count.
+            prompt_len: number of tokens in the sequence's prompt.
+            stop_ids: tokens that end a sequence; bad words that consist of one of them are ignored.
         """
         import transformers as t
 
@@ -141,12 +141,12 @@ class Sampling:
 def bundle_sampling(
     bundle: Path, manifest: Manifest, stops: Sequence[str] | None = None, **given: Any
 ) -> tuple[Sampling, tuple[str, ...]]:
-    """How to choose tokens for a bundle, and the strings its text ends before.
+    """The sampling options for a bundle, and the stop strings.
 
     Args:
-        stops: stop strings; those of the model's generation config when None.
-        given: values of `Sampling`, None for those that the generation config is to say. Decoding is greedy unless
-            a temperature is given; what of the config only matters to sampling counts only then.
+        stops: stop strings; None uses those of the model's generation config.
+        given: values of `Sampling`; None uses the generation config. Decoding is greedy unless a temperature is
+            given, and only then the config's options for sampling are used.
 
     Raises:
         UserError: a value out of range, given or in the generation config, or a damaged config.
@@ -160,7 +160,7 @@ def bundle_sampling(
         warnings.warn(f"{path} asks for what is not done here: {', '.join(ignored)}", stacklevel=2)
     names = [name for name in (*ALWAYS, *(SAMPLED if sampled else ())) if config.get(name) is not None]
     own = {name: config[name] for name in names if name not in given}
-    Sampling(**given)  # refuses what the user gave, so that what is refused below is the config's
+    Sampling(**given)  # refuses the user's wrong values, so that errors below are about the config
     try:
         check_type(own, Sampling, "it")
         sampling = Sampling(**({name: _frozen(value) for name, value in own.items()} | given))

@@ -1,4 +1,4 @@
-"""Text in and out of a bundle, with the tokenizer that lies in it."""
+"""Encodes prompts and decodes tokens with the tokenizer of a bundle."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
-# What transformers may read of a tokenizer: each is checked, and none is read that the manifest does not list.
+# Names of the tokenizer files that transformers may read. Each must be in the manifest, with the right hash.
 PREFIXES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "additional_chat_templates/", "vocab")
-UNFINISHED = "\ufffd"  # what bytes that are no character decode to
+UNFINISHED = "\ufffd"  # bytes that are not a complete character decode to this
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# Cleaning up replaces at most " ' " and " n't", one after the other: what it does reaches no further back than this.
+# The clean-up replaces at most " ' " and " n't", one after the other, so it changes at most the last 8 characters.
 CLEANED_LATER = 8
 
 
@@ -37,17 +37,17 @@ def load_tokenizer(bundle: Path, manifest: Manifest) -> PreTrainedTokenizerBase:
     verify_files(bundle, manifest.digests(*(n for n in sorted(found | set(manifest.files)) if n.startswith(PREFIXES))))
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(bundle, local_files_only=True)
-    except Exception as error:  # of other people's parsers, as where newer versions wrote the bundle
+    except Exception as error:  # the parsers raise many types, for example if newer versions wrote the bundle
         raise refusal(bundle, None, error) from error
     if type(tokenizer.backend_tokenizer.model).__name__ == "BPE":
-        # transformers ignores it there, and would say so at every start.
+        # transformers ignores the clean-up option for BPE, and would warn at every start.
         forced = tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
         tokenizer.clean_up_tokenization_spaces &= forced
     return tokenizer
 
 
 def plain_encoder(tokenizer: PreTrainedTokenizerBase, manifest: Manifest | None = None) -> Callable[[str], list[int]]:
-    """Text to token ids without special tokens; with a manifest, a token without a row in its model is refused."""
+    """A function from text to token ids without special tokens; with a manifest it refuses tokens the model lacks."""
     return text_encoder(tokenizer, manifest.spec.vocab_size if manifest else None)
 
 
@@ -59,15 +59,15 @@ def encode_prompt(
     chat: bool = False,
     template: str | None = None,
 ) -> list[int]:
-    """Token ids of a prompt, with the special tokens the tokenizer adds by itself.
+    """Token ids of a prompt, with the special tokens that the tokenizer adds.
 
     Args:
-        chat: put the text through the model's chat template as a user's message.
-        template: name of the chat template, where the model has several; its default one when None.
+        chat: apply the model's chat template, with the text as a user's message.
+        template: name of the chat template, if the model has several; None is the default template.
 
     Raises:
-        UserError: the prompt is empty, is not Unicode, or has a token that the model has no row for, or the bundle
-            has no such chat template, or the template fails.
+        UserError: the prompt is empty, is not Unicode, or has a token that the model lacks, the bundle has no such
+            chat template, or the template fails.
     """
     if not text:
         raise UserError("the prompt is empty", "give some text")
@@ -84,7 +84,7 @@ def encode_prompt(
 
 
 def _check_unicode(text: str, source: str, remedy: str) -> None:
-    """Refuse text with characters that stand for bytes of no UTF-8, or for halves of characters."""
+    """Refuse text with surrogate characters, which represent invalid UTF-8 bytes or halves of characters."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -101,7 +101,7 @@ def _render(bundle: Path, tokenizer: PreTrainedTokenizerBase, text: str, templat
         problem = f"no chat template {template!r}" if template else "several chat templates and none is the default"
         raise UserError(f"{bundle} has {problem}", f"choose by --chat-template one of: {', '.join(names)}")
     messages = [{"role": "user", "content": text}]
-    # A template is code from the checkpoint, which may fail in any way.
+    # A template is code from the checkpoint, so it may raise any error.
     with foreign_reader(f"the chat template of {bundle} does not render", "leave out --chat"):
         rendered = tokenizer.apply_chat_template(
             messages,
@@ -113,7 +113,7 @@ def _render(bundle: Path, tokenizer: PreTrainedTokenizerBase, text: str, templat
 
 
 def stop_criteria(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> StopStringCriteria | None:
-    """What `transformers` tells by whether a text ends, for `generate`; None without stop strings.
+    """The stopping criterion of `transformers` for `generate`; None without stop strings.
 
     Raises:
         UserError: a stop string is empty, or has characters that the tokenizer cannot write.
@@ -130,16 +130,15 @@ def stop_criteria(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> S
 
 
 class TextStream:
-    """Turns token ids into text as they come.
+    """Turns token ids into text, one token at a time.
 
-    The pieces, joined, are what decoding the prompt and all tokens at once gives behind the decoded prompt, special
-    tokens left out. Text that a later token may still change is kept back: characters split over several tokens.
+    The joined pieces are the text after the prompt, as if prompt and tokens were decoded at once without special
+    tokens. Text that a later token may change is kept back, for example an incomplete character.
 
     Args:
-        tokenizer: of `transformers`, or the one of `tokenizers` within it.
-        prompt: token ids that precede; they decide whether the text goes on with a space.
-        stops: strings that end the text; it stops in front of the first that is complete, also where that string
-            begins in the prompt.
+        tokenizer: a tokenizer of `transformers`, or the one of `tokenizers` inside it.
+        prompt: token ids before the text; they decide whether the text starts with a space.
+        stops: strings that end the text. It stops before the first complete one, which may begin in the prompt.
 
     Attributes:
         stopped: whether a stop string has come.
@@ -161,7 +160,7 @@ class TextStream:
         return self._stops.stopped
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token; may be empty."""
+        """Add a token and return the text that is final now; it may be empty."""
         self._ids.append(token)
         text = self._text()
         if self._bytes_end_with(token) or text.endswith(UNFINISHED):
@@ -171,13 +170,13 @@ class TextStream:
         if piece and self._later:
             self._given = end
         elif piece:
-            # Decoding goes on from the tokens of this piece: what precedes them has no influence any more.
+            # Keep only the tokens of this piece: earlier ones no longer influence the text.
             self._ids = self._ids[self._seen :]
             self._seen, self._given = len(self._ids), len(self._text())
         return self._stops.push(piece)
 
     def finish(self) -> str:
-        """The rest of the text, when no token follows: what was kept back, as `decode` gives it."""
+        """Return the text that was kept back; no token follows."""
         piece, self._given = self._text()[self._given :], len(self._text())
         return self._stops.push(piece) + self._stops.finish()
 
@@ -185,7 +184,7 @@ class TextStream:
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
     def _bytes_end_with(self, token: int) -> bool:
-        """Whether the text ends with tokens that are bytes: one that follows may make all of them invalid."""
+        """Whether the text ends with byte tokens, which a following byte may make invalid."""
         if BYTE_TOKEN.fullmatch(self._backend.id_to_token(token) or ""):
             self._in_bytes = True
         elif self._in_bytes and self._backend.decode([token], skip_special_tokens=True):
@@ -194,11 +193,11 @@ class TextStream:
 
 
 class StopText:
-    """Text up to the first stop string that is complete; what may become one is kept back.
+    """Returns text up to the first complete stop string, and keeps back text that may become one.
 
     Args:
         stops: strings that end the text.
-        before: what precedes the text; a stop string may begin in it, but not lie in it.
+        before: text before; a stop string may begin in it, but must end after it.
 
     Attributes:
         stopped: whether a stop string has come.
@@ -207,11 +206,11 @@ class StopText:
     def __init__(self, stops: Sequence[str], before: str = "") -> None:
         self._stops, self.stopped = tuple(stops), False
         self._held = before
-        self._before = len(before)  # characters of what is held that are not of the text
+        self._before = len(before)  # characters of ``_held`` that are before the text
         self._release(len(before) - self._begun())
 
     def push(self, piece: str) -> str:
-        """The text that is certain to come before any stop string; empty after one."""
+        """Add text and return the part that is before any stop string; empty after a stop string."""
         if self.stopped:
             return ""
         self._held += piece
@@ -222,23 +221,23 @@ class StopText:
         return self._release(len(self._held) - self._begun())
 
     def finish(self) -> str:
-        """What was kept back, when no text follows."""
+        """Return the text that was kept back; no text follows."""
         return "" if self.stopped else self._release(len(self._held))
 
     def _find(self, stop: str) -> int:
         return self._held.find(stop, max(0, self._before - len(stop) + 1))
 
     def _begun(self) -> int:
-        """How many of the last characters may become a stop string."""
+        """How many of the last characters may be the beginning of a stop string."""
         return max((_overlap(self._held, stop) for stop in self._stops), default=0)
 
     def _release(self, end: int) -> str:
-        """What is held up to ``end``, without what is not of the text; the rest stays."""
+        """Remove the held characters up to ``end`` and return those that belong to the text."""
         piece, self._held = self._held[self._before : end], self._held[end:]
         self._before = max(0, self._before - end)
         return piece
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of a text that a stop string begins with."""
+    """Length of the longest end of ``text`` that is a beginning of ``stop``."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,1 +1,1 @@
-"""Sessions on a GPU: Triton and TensorRT."""
+"""Sessions on a GPU, with Triton or TensorRT."""

@@ -1,4 +1,4 @@
-"""The few CUDA calls that an engine session makes, on one stream of its own."""
+"""The CUDA calls of a TensorRT session, all on one stream."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class CudaError(RuntimeError):
 
 
 class Cuda:
-    """Device memory, copies and graphs of the current GPU.
+    """Device memory, copies and CUDA graphs on the current GPU.
 
-    Addresses are integers, as TensorRT takes them. What is copied from or to the host without waiting must lie
-    in memory from `pinned`.
+    Addresses are integers, as TensorRT takes them. Copies from or to the host that do not wait need host memory from
+    `pinned`.
 
     Raises:
-        UserError: no GPU, no driver or too old a one, or no ``cuda-bindings``.
+        UserError: no GPU, no driver or an old one, or no ``cuda-bindings``.
     """
 
     def __init__(self) -> None:
@@ -46,9 +46,9 @@ class Cuda:
         self._held: list[tuple[str, Any]] = []
 
     def _driver_error(self) -> UserError:
-        """What is wrong with the driver, which CUDA finds insufficient."""
+        """The error for a missing driver or one that is too old."""
         remedy = "or run the bundle with --backend ort"
-        # As 12090 for 12.9; 0 without a driver.
+        # 12090 means 12.9, and 0 means that there is no driver.
         known, needed = (ask()[1] for ask in (self._api.cudaDriverGetVersion, self._api.cudaRuntimeGetVersion))
         if not known:
             return UserError(
@@ -62,11 +62,11 @@ class Cuda:
         )
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """A call of the runtime API: its result.
+        """Call a function of the runtime API and return its result.
 
         Raises:
-            UserError: memory ran out.
-            CudaError: anything else.
+            UserError: out of memory.
+            CudaError: any other error.
         """
         error, *found = getattr(self._api, name)(*arguments)
         codes = self._api.cudaError_t
@@ -79,14 +79,14 @@ class Cuda:
         return found[0] if found else None
 
     def allocate(self, size: int) -> int:
-        """Address of ``size`` bytes of zeros on the device."""
+        """Allocate ``size`` bytes of zeros on the device and return their address."""
         address = int(self._call("cudaMalloc", max(size, 1)))
         self._held.append(("cudaFree", address))
         self._call("cudaMemsetAsync", address, 0, size, self.stream)
         return address
 
     def pinned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
-        """Zeros in host memory that the GPU copies from and to by itself."""
+        """Allocate an array of zeros in pinned host memory, for copies that do not wait."""
         size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         address = int(self._call("cudaMallocHost", size))
         self._held.append(("cudaFreeHost", address))
@@ -95,48 +95,48 @@ class Cuda:
         return array.reshape(shape)
 
     def write(self, address: int, array: np.ndarray) -> None:
-        """Copy a contiguous array to the device; it may be changed again when this returns."""
+        """Copy a contiguous array to the device and wait until it is copied."""
         self._copy(address, array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
         self.wait()
 
     def read(self, array: np.ndarray, address: int) -> None:
-        """Fill a contiguous pinned array from the device, once all before is done; does not wait."""
+        """Copy from the device to a contiguous pinned array, after all earlier work; does not wait."""
         self._copy(array.ctypes.data, address, array.nbytes, "cudaMemcpyDeviceToHost")
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Copy on the device, once all before is done; does not wait."""
+        """Copy on the device, after all earlier work; does not wait."""
         self._copy(target, source, size, "cudaMemcpyDeviceToDevice")
 
     def _copy(self, target: int, source: int, size: int, kind: str) -> None:
         self._call("cudaMemcpyAsync", target, source, size, getattr(self._api.cudaMemcpyKind, kind), self.stream)
 
     def wait(self) -> None:
-        """Until everything asked for is done."""
+        """Wait until all work on the stream is done."""
         self._call("cudaStreamSynchronize", self.stream)
 
     def event(self) -> Any:
-        """A mark that `record` sets and `wait_for` waits at."""
+        """Make a CUDA event for `record` and `wait_for`."""
         event = self._call("cudaEventCreateWithFlags", self._api.cudaEventDisableTiming)
         self._held.append(("cudaEventDestroy", event))
         return event
 
     def record(self, event: Any) -> None:
-        """Set the mark behind everything asked for so far."""
+        """Record the event after all work on the stream so far."""
         self._call("cudaEventRecord", event, self.stream)
 
     def wait_for(self, event: Any) -> None:
-        """Until everything before the mark is done."""
+        """Wait until all work before the event is done."""
         self._call("cudaEventSynchronize", event)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """``work``, which only asks and never waits, as one graph; calling it launches it."""
+        """Capture ``work``, which must not wait, as one CUDA graph; calling the result launches the graph."""
         mode = self._api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         with no_garbage_collection():
             self._call("cudaStreamBeginCapture", self.stream, mode)
             try:
                 work()
             except BaseException:
-                self._api.cudaStreamEndCapture(self.stream)  # the error to be seen is the one on its way
+                self._api.cudaStreamEndCapture(self.stream)  # its error is ignored, the first one is raised
                 raise
             graph = self._call("cudaStreamEndCapture", self.stream)
         executable = self._call("cudaGraphInstantiate", graph, 0)
@@ -145,23 +145,23 @@ class Cuda:
         return lambda: self._call("cudaGraphLaunch", executable, self.stream)
 
     def release(self) -> None:
-        """Free all memory and graphs, once nothing uses them; the stream stays."""
+        """Wait for all work, then free all memory, events and graphs; the stream stays."""
         self.wait()
         while self._held:
             name, what = self._held.pop()
             self._call(name, what)
 
     def close(self) -> None:
-        """Free everything."""
+        """Free everything, with the stream."""
         self.release()
         self._call("cudaStreamDestroy", self.stream)
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collect Python's garbage now, so that none is collected within.
+    """Collect Python's garbage now, and none inside the block.
 
-    An object that frees device memory as it goes would spoil a graph that is being captured.
+    An object that frees device memory during a capture would break the CUDA graph.
     """
     gc.collect()
     enabled = gc.isenabled()

@@ -1,4 +1,4 @@
-"""Where Triton's kernels run, and work captured once as a CUDA graph to be replayed without Python."""
+"""The device of the Triton kernels, and the capture of their launches as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from shadowllm.errors import UserError
 from shadowllm.runtime.gpu.cuda import no_garbage_collection
 
-# Kernels compile, and libraries allocate, before a capture: neither is possible during one.
+# Runs before a capture, in which kernels compile and libraries allocate. Neither is possible during a capture.
 WARMUP = 2
 
 
 def kernel_device() -> torch.device:
-    """Where the Triton kernels run: the GPU, or the CPU under ``TRITON_INTERPRET=1``.
+    """The device on which Triton kernels run: the GPU, or the CPU under ``TRITON_INTERPRET=1``.
 
     Raises:
-        UserError: there is neither, or no Triton.
+        UserError: no Triton, or no GPU without ``TRITON_INTERPRET=1``.
     """
     if importlib.util.find_spec("triton") is None:
         raise UserError("the package triton is not installed", "pip install triton, or use --backend ort")
@@ -35,10 +35,10 @@ def kernel_device() -> torch.device:
 
 
 def captured(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """``work`` as one CUDA graph; on a CPU, ``work`` itself.
+    """Capture ``work`` as one CUDA graph and return its replay; on a CPU, return ``work``.
 
-    It runs a few times for warm-up and capture: leave it where that does no harm. It may not wait for the
-    GPU, and every run reads and writes the same tensors.
+    ``work`` runs a few times for warm-up, so call this where its effects do no harm. It must not wait for the GPU,
+    and all runs read and write the same tensors.
     """
     if device.type == "cpu":
         return work

@@ -1,6 +1,6 @@
-"""What lies where on the device: the buffers of an engine session, and which tensor of which piece is bound to which.
+"""The device buffers of a TensorRT session, their layout, and the buffer of each engine tensor.
 
-Everything here is arithmetic on sizes and names, so that it is the same, and tested, without a GPU.
+This module only computes sizes and names, so it can be tested without a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")  # also the order of an engine's profiles
 ALIGNMENT = 256  # of every address that TensorRT is given
 ITEMSIZE = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "bfloat16": 2}
-# Tensors whose buffer depends on the phase. A prefill is dense: everything is selected, the predictor not asked.
+# Tensors whose buffer depends on the phase. A prefill is dense: all units are selected, and no predictor runs.
 OWN = {
     "prefill": {
         "input_ids": "prompt_ids",
@@ -36,7 +36,7 @@ OWN = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What engines were built for: most sequences, longest prompt, positions of the cache."""
+    """The sizes that engines are built for: most sequences, longest prompt, positions of the cache."""
 
     batch: int
     seqlen: int
@@ -44,7 +44,7 @@ class Limits:
 
     @classmethod
     def of(cls, records: Sequence[EngineRecord]) -> Limits:
-        """Read off the profiles of the engines of one step, the first of which takes the tokens.
+        """Read the limits from the profiles of one step's engines; the first engine takes the tokens.
 
         Raises:
             UserError: the engines were built for different sizes.
@@ -63,7 +63,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A piece of device memory; ``shape`` is the largest it is used with."""
+    """A part of device memory; ``shape`` is the largest shape of its tensor."""
 
     name: str
     dtype: str
@@ -71,16 +71,16 @@ class Buffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it holds."""
+        """Size in bytes."""
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
 def buffers(layers: SparseLayers, dtype: str, batch: int, limits: Limits) -> dict[str, Buffer]:
-    """Every buffer of a session by name, for ``batch`` sequences.
+    """All buffers of a session by name, for ``batch`` sequences.
 
     Args:
-        layers: with a selection; none for a dense session.
-        dtype: of activations and cache.
+        layers: the sparse layers; their count is 0 for a dense session.
+        dtype: type of activations and cache.
     """
     spec = layers.spec
     prompt, one = (batch, limits.seqlen), (batch, 1)
@@ -99,16 +99,16 @@ def buffers(layers: SparseLayers, dtype: str, batch: int, limits: Limits) -> dic
             for prefix in ("all_", ""):
                 found.append(Buffer(f"{prefix}{indices}", "int32", (layers.count, width)))
                 found.append(Buffer(f"{prefix}{counts}", "int32", (layers.count,)))
-            for row in range(layers.count):  # what layers that choose by themselves say they chose
+            for row in range(layers.count):  # outputs of the layers with a per-layer predictor
                 found.append(Buffer(names.of_row(indices, row), "int32", (width,)))
     return {buffer.name: buffer for buffer in found}
 
 
 def buffer_of(tensor: str, phase: Phase) -> str:
-    """The buffer that a piece's tensor is bound to.
+    """The name of the buffer that an engine's tensor is bound to.
 
-    A cache has one for what goes in and what comes out, so that it is updated where it lies; what one piece
-    writes and the next one reads has one too.
+    A cache's input and output share one buffer, so that the cache is updated in place. A tensor that one engine writes
+    and the next one reads is also one buffer.
     """
     for prefix in ("past_key_values.", "present."):
         if tensor.startswith(prefix):
@@ -117,14 +117,14 @@ def buffer_of(tensor: str, phase: Phase) -> str:
 
 
 def shape_of(buffer: Buffer, seqlen: int) -> tuple[int, ...]:
-    """Shape of a tensor of a step over ``seqlen`` tokens, by its buffer's."""
+    """Shape of a buffer's tensor in a step over ``seqlen`` tokens."""
     if buffer.name in ("prompt_ids", "prompt_positions", "hidden"):
         return (buffer.shape[0], seqlen, *buffer.shape[2:])
     return buffer.shape
 
 
 def layout(found: Mapping[str, Buffer]) -> tuple[dict[str, int], int]:
-    """Offset of every buffer in one arena, and the arena's size in bytes."""
+    """Offset of each buffer in one allocation, and the size of the allocation in bytes."""
     offsets, end = {}, 0
     for name, buffer in found.items():
         offsets[name] = end
@@ -133,7 +133,7 @@ def layout(found: Mapping[str, Buffer]) -> tuple[dict[str, int], int]:
 
 
 def constants(found: Mapping[str, Buffer]) -> dict[str, np.ndarray]:
-    """Contents of the buffers that never change: the selection of everything. Others start at zero."""
+    """Contents of the buffers that never change, which select all units; other buffers start at zero."""
     contents = {}
     for unit in UNITS:
         indices, counts = (f"all_{name(unit)}" for name in (names.indices, names.counts))
@@ -145,7 +145,7 @@ def constants(found: Mapping[str, Buffer]) -> dict[str, np.ndarray]:
 
 
 def memory_of(records: Sequence[EngineRecord], found: Mapping[str, Buffer], workspace: int) -> Memory:
-    """What engines and buffers take on the device, from sizes alone."""
+    """Device memory of engines and buffers, computed from their sizes."""
     cache = sum(buffer.nbytes for buffer in found.values() if buffer.name.startswith("cache."))
     rest = sum(buffer.nbytes for buffer in found.values()) - cache
     return Memory(sum(record.engine_bytes for record in records), cache, rest, workspace)

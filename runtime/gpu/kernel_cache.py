@@ -1,7 +1,7 @@
-"""Kernels that TensorRT-RTX compiles as an engine starts, kept for the next start.
+"""Keeps the kernels that TensorRT-RTX compiles when an engine starts, for the next start.
 
-Its engines say what is to be computed, and machine code for the GPU at hand is made when they are loaded. The
-code belongs to a user and a machine, and bundles may be read-only: so it lies in the user's cache folder.
+TensorRT-RTX compiles machine code for the current GPU when it loads an engine. This code is specific to a user and a
+machine, and bundles may be read-only, so it is stored in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 
 def kernel_file(version: str, sm: int | None, engine_sha256: str) -> Path:
-    """Where an engine's kernels are kept: in ``$XDG_CACHE_HOME/shadowllm`` or ``~/.cache/shadowllm``.
+    """The file of an engine's kernels, in ``$XDG_CACHE_HOME/shadowllm`` or ``~/.cache/shadowllm``.
 
     Args:
-        version: of TensorRT-RTX.
+        version: version of TensorRT-RTX.
         sm: compute capability of the GPU, as 89 for 8.9.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -25,9 +25,9 @@ def kernel_file(version: str, sm: int | None, engine_sha256: str) -> Path:
 
 
 class KernelCache:
-    """An engine's ``IRuntimeCache``, filled from a file.
+    """An engine's ``IRuntimeCache``, loaded from a file.
 
-    TensorRT-RTX itself refuses a damaged file, or one of another version, GPU or driver; it is then replaced.
+    TensorRT-RTX refuses a damaged file, and a file of another version, GPU or driver. `save` then replaces it.
 
     Args:
         config: an ``IRuntimeConfig`` of the engine, which makes the cache.
@@ -39,16 +39,16 @@ class KernelCache:
         self._cache = config.create_runtime_cache()
         try:
             contents = path.read_bytes()
-        except OSError:  # none yet; or not ours to read, and then `save` replaces it or says that it cannot
+        except OSError:  # there is no file, or it is not readable: then `save` replaces it or warns
             contents = b""
         self._kept = contents if contents and self._cache.deserialize(contents) else b""
 
     def serve(self, config: Any) -> bool:
-        """Have contexts of a config take kernels out of the cache and put theirs in; whether TensorRT-RTX agrees."""
+        """Let the contexts of a config use the cache; return whether TensorRT-RTX accepts this."""
         return bool(config.set_runtime_cache(self._cache))
 
     def save(self) -> None:
-        """Write the file, if anything is new. Where that cannot be, a warning says so, for the work itself is done."""
+        """Write the file if the cache has new kernels; a failure is only a warning, because the session still works."""
         blob = self._cache.serialize()
         contents = b"" if blob is None else bytes(blob)
         if not contents or contents == self._kept:

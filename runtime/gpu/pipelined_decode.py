@@ -1,4 +1,4 @@
-"""Decoding by replays of one step, launched before the results of earlier ones are waited for."""
+"""Decoding with replays of one step; later steps are launched before the results of earlier ones arrive."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 import numpy as np
 
-# Enough that the GPU never waits for Python.
+# Steps launched beyond the one that is waited for: enough that the GPU never waits for Python.
 AHEAD = 4
-SLOTS = AHEAD + 1  # tokens on their way to the host
+SLOTS = AHEAD + 1  # host copies of tokens, one for each launched step
 
 
 class PipelinedDecode(ABC):
-    """The decoding half of a session whose step goes on where the last one ended, without the host.
+    """The decode methods of a session whose steps continue on the device, without the host.
 
-    ``_replay`` launches a step; ``_lengths`` are the tokens of each sequence, int64 ``(batch,)``; ``_budgets_set``
-    counts the calls of `Session.set_budget`.
+    ``_replay`` launches a step. ``_lengths`` is the number of tokens of each sequence, int64 ``(batch,)``.
+    ``_budgets_set`` counts the calls of `Session.set_budget`.
     """
 
     _lengths: np.ndarray
     _replay: Callable[[], Any]
     _budgets_set = 0
-    step_seconds = None  # a step is one launch: its parts are not timed
+    step_seconds = None  # a step is one launch, so its parts cannot be timed
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """See `Session.decode`."""
@@ -41,7 +41,7 @@ class PipelinedDecode(ABC):
         launched, budget = 0, self._budgets_set
         for done in range(steps):
             if budget != self._budgets_set:
-                # Steps launched under the budget before: taken back, and what they wrote to the cache is overwritten.
+                # Drop the steps launched with the old budget; new steps overwrite what they wrote to the cache.
                 for step in range(done, launched):
                     self._received(step % SLOTS)
                 self._start(tokens, steps - done)
@@ -51,21 +51,21 @@ class PipelinedDecode(ABC):
                 self._send(launched % SLOTS)
                 launched += 1
             tokens = self._received(done % SLOTS)
-            self._lengths += 1  # what was launched beyond it stands past the end, where nothing looks
+            self._lengths += 1  # later launched steps wrote past this length, where nothing reads
             yield tokens
 
     @abstractmethod
     def _start(self, tokens: np.ndarray, steps: int) -> None:
-        """Check that the steps can be taken, and put the first one's tokens and positions on the device."""
+        """Check that the steps are possible, and write the first step's tokens and positions to the device."""
 
     @abstractmethod
     def _send(self, slot: int) -> None:
-        """Ask for a copy of the picked tokens into one of `SLOTS` slots on the host; does not wait."""
+        """Start to copy the picked tokens to one of `SLOTS` slots on the host; does not wait."""
 
     @abstractmethod
     def _received(self, slot: int) -> np.ndarray:
-        """Wait for a slot: its tokens, int64 ``(batch,)``, which are the caller's."""
+        """Wait for a slot and return a copy of its tokens, int64 ``(batch,)``."""
 
     @abstractmethod
     def _fetched(self) -> np.ndarray:
-        """Wait for the step: its logits, float32 ``(batch, vocab_size)``."""
+        """Wait for the step and return its logits, float32 ``(batch, vocab_size)``."""

@@ -1,4 +1,4 @@
-"""What is active in a step's sparse layers on a GPU: chosen ahead of them, or by each of them."""
+"""The selection of a step's sparse layers on a GPU: upfront for all layers, or in each layer."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Counts = Mapping[Unit, Tensor]  # int32 ``(n_sparse,)``
 
 
 class Selection(Protocol):
-    """What the sparse layers of a step use, one choice for all sequences."""
+    """The active units of a step's sparse layers; all sequences share them."""
 
     def active(self, unit: Unit, row: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A sparse layer's active units.
+        """The active units of a sparse layer.
 
         Args:
-            row: of the layer, among the sparse ones.
-            x: what the units are computed from, normed, ``(batch, 1, hidden_size)``.
+            row: the layer's row in the selection.
+            x: the normed attention or MLP input, ``(batch, 1, hidden_size)``.
 
         Returns:
             Indices int32 ``(n_units,)``, ascending, -1 past the count, and the count, an int32 scalar.
@@ -40,7 +40,7 @@ class Selection(Protocol):
 
 @dataclass(frozen=True)
 class UpfrontSelection:
-    """Chosen already: indices int32 ``(n_sparse, n_units)``."""
+    """A selection made before the sparse layers: indices int32 ``(n_sparse, n_units)``."""
 
     indices: Mapping[Unit, Tensor]
     counts: Counts
@@ -52,10 +52,10 @@ class UpfrontSelection:
 
 @dataclass(frozen=True)
 class PerLayerSelection:
-    """Chosen by each layer, of what its units are computed from.
+    """A selection that each layer makes from its own attention and MLP inputs.
 
     Attributes:
-        predictor: its tensors on the device, a network's of the type of the model.
+        predictor: with tensors on the device; those of a network have the model's dtype.
         copies: arguments of ``ScoreNeurons`` for each sparse layer, from `device_copies`; None for a network.
     """
 
@@ -82,7 +82,7 @@ class PerLayerSelection:
 
 
 def choose(spec: ModelSpec, unit: Unit, scores: Tensor, counts: Tensor) -> Tensor:
-    """Indices int32 ``(rows, n_units)`` of the ``counts`` largest of each row of scores, float32."""
+    """Indices int32 ``(rows, n_units)`` of the ``counts`` largest float32 scores of each row."""
     shared = shared_scores(spec, unit, scores)
     return select_topk(shared.contiguous(), counts, shared.shape[-1])
 
@@ -93,10 +93,10 @@ def device_copies(
     weights: Mapping[str, Tensor],
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """The low-bit copy of each sparse layer as ``ScoreNeurons`` takes it.
+    """The low-bit copy of each sparse layer, as arguments of ``ScoreNeurons``.
 
     Args:
-        copies: tensors by the names that `bundle.weight_layout.copy_groups` gives them.
+        copies: tensors by their names in `bundle.weight_layout.copy_groups`.
         weights: canonical tensors on the device, for the biases.
     """
 

@@ -1,4 +1,4 @@
-"""A bundle on a GPU with PyTorch and the Triton kernels: a decode step is one CUDA graph."""
+"""Runs a bundle on a GPU with PyTorch and the Triton kernels; a decode step is one CUDA graph."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from shadowllm.runtime.gpu.triton_step import StepDecoder, merged
 from shadowllm.runtime.inputs import check_tokens, pad_prompts
 from shadowllm.runtime.session import Decodes
 
-# The cache grows by this many positions, and a longer cache is another graph.
+# The cache grows by this many positions. Each growth needs a new CUDA graph.
 CACHE_BLOCK = 1024
 
 
 class TritonSession(PipelinedDecode):
     """A `Session` on one GPU.
 
-    Prefill is dense. A decode step takes its tokens and positions from the device and leaves the most
-    probable next ones there, so that greedy text needs nothing but replays of one graph. Budgets are
-    counts that the kernels read: a change writes a few numbers.
+    Prefill is dense. A decode step reads its tokens and positions on the device and writes the most probable next
+    ones there, so greedy decoding only replays one CUDA graph. Budgets are counts that the kernels read, so a new
+    budget writes only a few numbers.
 
     Args:
         spec: the model.
-        weights: canonical tensors of one type, which is computed in, moved to the device when entered; or
-            from `step.merged`, there already, for sessions that share them.
-        predictor: chooses heads and neurons, at the first sparse layer or in each; None decodes dense.
-        budget: fractions to keep at first.
-        cache_block: positions by which the cache grows.
-        copies: a quantised shadow's copy, by the names it has in a bundle; made of the weights if None.
+        weights: canonical tensors of one dtype, in which the session computes. They are moved to the device at
+            entering. Sessions that share weights are given those from `triton_step.merged`.
+        predictor: selects heads and neurons, upfront or per layer; None decodes dense.
+        budget: initial fractions to keep.
+        cache_block: number of positions by which the cache grows.
+        copies: low-bit copy of a quantised shadow, by its names in a bundle; None makes it from the weights.
 
     Attributes:
         decodes: "sparse", or "dense" without a predictor.
@@ -52,7 +52,7 @@ class TritonSession(PipelinedDecode):
         UserError: no GPU.
     """
 
-    memory = None  # PyTorch's pools hold it
+    memory = None  # PyTorch manages the device memory
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class TritonSession(PipelinedDecode):
 
     @classmethod
     def open(cls, bundle: Path, kind: Literal["sparse", "dense"] = "sparse") -> TritonSession:
-        """A session over a bundle.
+        """Make a session for a bundle.
 
         Raises:
             UserError: as the constructor, no bundle, a damaged file in it, or integer weights.
         """
-        # Here, because without a bundle a session needs no ONNX.
+        # Imported here, because a session without a bundle does not need ONNX.
         from shadowllm.bundle.manifest import read_manifest
         from shadowllm.bundle.weights import map_copies, map_weights
 
@@ -89,7 +89,7 @@ class TritonSession(PipelinedDecode):
             raise UserError(
                 f"the triton backend does not run {manifest.weight_dtype} weights", "export without --weight-dtype"
             )
-        kernel_device()  # now, and not after gigabytes were hashed
+        kernel_device()  # fails here if there is no GPU, before gigabytes are hashed
         weights, predictor = map_weights(bundle, manifest)
         if kind == "dense":
             return cls(manifest.spec, weights, None)
@@ -100,7 +100,7 @@ class TritonSession(PipelinedDecode):
         weights = merged(self.spec, self._source, self.device)
         self.dtype = weights["embed_tokens.weight"].dtype
         if self._predictor:
-            # A network has the type of the model, a ranking and a fit keep their own: as in a bundle.
+            # As in a bundle, a network has the model's dtype, and a ranking or a fit is float32.
             learned, tensors = self._predictor.learned, self._predictor.tensors
             kinds = {name: self.dtype if name in learned else torch.float32 for name in tensors}
             tensors = {name: tensor.to(self.device, kinds[name]) for name, tensor in tensors.items()}
@@ -117,7 +117,7 @@ class TritonSession(PipelinedDecode):
             torch.cuda.empty_cache()
 
     def reset(self, batch: int = 1) -> None:
-        """See `Session.reset`. The same number of sequences as before costs nothing."""
+        """See `Session.reset`. Nothing is allocated if ``batch`` is the same as before."""
         self._lengths = np.zeros(batch, dtype=np.int64)
         if "cache" not in self.__dict__ or len(self._tokens) != batch:
             self._allocate(min(self._block, self.spec.max_seqlen))
@@ -145,7 +145,7 @@ class TritonSession(PipelinedDecode):
         return self._fetched()
 
     def _start(self, tokens: np.ndarray, steps: int) -> None:
-        """Make room for the steps, and put the first one's tokens and positions on the device."""
+        """Grow the cache for the steps, and write the first step's tokens and positions to the device."""
         self._reserve(check_tokens(tokens, self._lengths, self.spec, steps))
         self._tokens.copy_(torch.from_numpy(tokens)[:, None])
         self._positions.copy_(torch.from_numpy(self._lengths)[:, None])
@@ -165,7 +165,7 @@ class TritonSession(PipelinedDecode):
         return self._host_logits.numpy()
 
     def _reserve(self, length: int) -> None:
-        """Make the cache hold ``length`` positions, keeping what is in it."""
+        """Grow the cache to at least ``length`` positions and keep its contents."""
         before = self.cache
         if length <= before.keys[0].shape[2]:
             return
@@ -176,9 +176,9 @@ class TritonSession(PipelinedDecode):
 
     @torch.no_grad()
     def _allocate(self, capacity: int) -> None:
-        """Everything whose size depends on batch or capacity, and the graph over it.
+        """Allocate everything whose size depends on batch or capacity, and capture the CUDA graph.
 
-        The capture runs steps at position 0 of the empty cache; nothing is in it yet that they could harm.
+        The capture runs steps at position 0 of the cache, which is still empty.
         """
         self._forget("_replay", "cache")
         batch = len(self._lengths)
@@ -194,7 +194,7 @@ class TritonSession(PipelinedDecode):
         self._replay = captured(self._step, self.device)
 
     def _forget(self, *names: str) -> None:
-        """Let go of tensors and the graph, once nothing works on them any more."""
+        """Wait for the GPU, then drop tensors and the CUDA graph."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         for name in names:
@@ -202,7 +202,7 @@ class TritonSession(PipelinedDecode):
 
     @torch.no_grad()
     def _step(self) -> None:
-        """One decode step, from the tokens and positions on the device to the next ones."""
+        """Run one decode step, from the tokens and positions on the device to the next ones."""
         decoder = self._decoder
         decoder.begin(self._positions, self.cache.keys[0].shape[2])
         x = decoder.embed(self._tokens, self._positions)
@@ -215,7 +215,7 @@ class TritonSession(PipelinedDecode):
         self._positions += 1
 
     def select(self, hidden: Tensor) -> UpfrontSelection:
-        """What a predictor that chooses ahead does at the present counts.
+        """Run an upfront predictor with the current counts.
 
         Args:
             hidden: input of the first sparse layer, ``(batch, 1, hidden_size)`` on the device.

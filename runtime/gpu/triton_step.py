@@ -1,6 +1,6 @@
-"""The decoder as a GPU runs it: merged projections, one write to the cache, and sparse layers through the kernels.
+"""The decoder for a GPU: merged projections, one write to the cache per layer, and sparse layers with the kernels.
 
-Nothing in a step waits for the host or looks at a value on it, so that a step can be captured as a CUDA graph.
+Nothing in a step waits for the host or reads a value on the host, so a step can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from shadowllm.runtime.gpu.selection import Selection
 
 @dataclass(frozen=True)
 class Shared:
-    """What all layers of one step share.
+    """Values that all layers of one step share.
 
     Attributes:
         mask: ``(batch, 1, 1, capacity)``, 0 for cached tokens that a decode step sees and -inf for others;
-            None for prompts, which see themselves.
-        lengths: int32 ``(batch,)``, tokens in the cache once the step has written its own.
+            None for prompts, which use causal attention over their own tokens.
+        lengths: int32 ``(batch,)``, tokens in the cache after the step's tokens are written.
         cos, sin: ``(batch, seqlen, head_dim / 2)``; None without RoPE.
     """
 
@@ -41,11 +41,11 @@ class Shared:
 
 
 class StepDecoder(Decoder):
-    """A `Decoder` for one step of a session at a time: `begin`, then its layers.
+    """A `Decoder` for one step of a session at a time: call `begin`, then the layers.
 
     Args:
-        layers: that a selection is for.
-        weights: from `merged`, on the device that computes.
+        layers: the sparse layers.
+        weights: from `merged`, on the device of the session.
     """
 
     def __init__(self, layers: SparseLayers, weights: Mapping[str, Tensor]) -> None:
@@ -57,16 +57,16 @@ class StepDecoder(Decoder):
             self._cos, self._sin = self._cos.to(self._device), self._sin.to(self._device)
 
     def begin(self, position_ids: Tensor, capacity: int | None = None) -> None:
-        """Prepare a step, dense until `selection` is set.
+        """Prepare a step; its layers are dense until `selection` is set.
 
         Args:
-            position_ids: int64 ``(batch, seqlen)`` on the device: of one token per sequence, or of prompts,
-                ``0 .. seqlen - 1`` in every row.
-            capacity: of the cache that a decode step looks at; None for prompts.
+            position_ids: int64 ``(batch, seqlen)`` on the device, for one token per sequence or for prompts. Prompts
+                have ``0 .. seqlen - 1`` in every row.
+            capacity: capacity of the cache for a decode step; None for prompts.
         """
         mask = None
         if capacity is not None:
-            # A mask to be added, made once: a boolean one would become that again in every layer.
+            # An additive mask: PyTorch would convert a boolean mask again in every layer.
             slots = torch.arange(capacity, device=self._device)
             mask = torch.zeros((len(position_ids), 1, 1, capacity), dtype=self._dtype, device=self._device)
             mask.masked_fill_(slots > position_ids[:, None, None], -torch.inf)
@@ -102,7 +102,7 @@ class StepDecoder(Decoder):
         if mask is None:
             own = (keys[:, :, :seqlen], values[:, :, :seqlen])
             return F.scaled_dot_product_attention(query, *own, is_causal=True, enable_gqa=self.spec.group_size > 1)
-        # At one token the query heads of a group may as well be tokens of its KV head: every fused kernel takes that.
+        # At one token, treat the query heads of a group as tokens of its KV head, which every fused kernel supports.
         grouped = query.view(len(query), self.spec.n_kv_heads, self.spec.group_size, self.spec.head_dim)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(query.shape)
 
@@ -114,7 +114,7 @@ class StepDecoder(Decoder):
         return sparse_mlp(x, *chosen, **matrices, activation=self.spec.activation)
 
     def _matrices(self, place: str, *parts: str) -> dict[str, Any]:
-        """Weight and bias of each part by the ops' names for them; None for what the model lacks."""
+        """Weight and bias of each part, by the names of the ops' arguments; None if the model has none."""
         return {
             f"{letter}_{part}": self.weights.get(f"{place}.{part}_proj.{kind}")
             for part in parts
@@ -128,18 +128,18 @@ class StepDecoder(Decoder):
         return self._linear(f"{place}.{''.join(parts)}_proj", x).split(sizes, dim=-1)
 
 
-# Projections of one input: one product of the stacked matrix instead of several.
+# Projections of the same input, which become one product with the stacked matrix.
 RUNS = {"qkv": ("q", "k", "v"), "gateup": ("gate", "up")}
 
 
 def merged(spec: ModelSpec, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A model's weights on a device: once, but under more names where matrices are used together and alone.
+    """Move a model's weights to a device, and add names for stacked matrices that share their memory.
 
-    q, k and v of a layer are parts of one ``qkv_proj``, whose last rows are ``kv_proj``; gate and up are
-    parts of ``gateup_proj``. Tensors are read and moved one at a time.
+    q, k and v of a layer are parts of one ``qkv_proj``, whose last rows are ``kv_proj``. Gate and up are parts of
+    ``gateup_proj``. Tensors are read and moved one at a time.
 
     Args:
-        weights: canonical tensors, all of the type to compute in, or what this function returned.
+        weights: canonical tensors, all of the dtype to compute in, or a result of this function.
     """
     if "layers.0.qkv_proj.weight" in weights:
         return dict(weights)
@@ -160,7 +160,7 @@ def merged(spec: ModelSpec, weights: Mapping[str, Tensor], device: torch.device)
 def _stacked(
     spec: ModelSpec, weights: Mapping[str, Tensor], names: list[str], run: str, device: torch.device
 ) -> dict[str, Tensor]:
-    """One tensor of several, and each of them as a part of it."""
+    """Stack several tensors into one, and return it and its parts, which share its memory."""
     shapes, dtype = [tensor_shape(spec, name) for name in names], weights[names[0]].dtype
     rows = [shape[0] for shape in shapes]
     whole = torch.empty((sum(rows), *shapes[0][1:]), dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""One TensorRT engine as a part of a decode step."""
+"""One TensorRT engine of a session."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from shadowllm.plugins.tensorrt import creators
 from shadowllm.runtime.gpu.engine_buffers import PHASES, Buffer, Phase, buffer_of, shape_of
 from shadowllm.runtime.gpu.kernel_cache import KernelCache
 
-# A library of the plugins to run engines with, instead of those in Python.
+# Path of a plugin library to use instead of the Python plugins.
 PLUGINS_VARIABLE = "SHADOWLLM_TENSORRT_PLUGINS"
 TRT_DTYPES = {"int64": "INT64", "int32": "INT32", "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 
 
 class TrtEngine:
-    """One engine: its weights once, and an execution context for each phase.
+    """One engine with an execution context for each phase; both contexts share the weights.
 
     Args:
         trt: the TensorRT module.
-        path: of the engine.
+        path: the engine file.
         logger: from `logger_class`.
-        kernels: where TensorRT-RTX keeps what it compiles.
+        kernels: file in which the kernels that TensorRT-RTX compiles are kept.
     """
 
     def __init__(self, trt: Any, runtime: Any, path: Path, logger: Any, stream: int, kernels: Path) -> None:
@@ -42,7 +42,7 @@ class TrtEngine:
         self._inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
         self._dtypes = {name: engine.get_tensor_dtype(name).name for name in names}
         self._contexts: dict[Phase, Any] = {}
-        # The full TensorRT compiles when it builds.
+        # The full TensorRT has no runtime cache, because it compiles kernels at build time.
         self._kernels = KernelCache(engine.create_runtime_config(), kernels) if hasattr(trt, "IRuntimeCache") else None
         for index, phase in enumerate(PHASES):
             context = self._need(self._context(trt, eager=phase == "decode"), "a context")
@@ -51,16 +51,16 @@ class TrtEngine:
         self.workspace = engine.device_memory_size_v2
 
     def close(self) -> None:
-        """Keep what was compiled, and let go of the contexts, which must not outlive it."""
+        """Save the compiled kernels and free the contexts, which must not outlive the engine."""
         if self._kernels:
             self._kernels.save()
         self._contexts.clear()
 
     def bind(self, found: Mapping[str, Buffer], addresses: Mapping[str, int], scratch: int) -> None:
-        """Give every tensor of both phases its address.
+        """Set the address of every tensor in both phases.
 
         Raises:
-            UserError: the engine has other tensors than this version's.
+            UserError: the engine has a tensor that this version does not know.
         """
         for phase, context in self._contexts.items():
             context.set_device_memory(scratch, self.workspace)
@@ -71,27 +71,27 @@ class TrtEngine:
                 self._need(context.set_tensor_address(tensor, addresses[name]), f"the address of {tensor}")
 
     def shape(self, phase: Phase, found: Mapping[str, Buffer], seqlen: int) -> None:
-        """Set the shapes of a phase's inputs, for steps over ``seqlen`` tokens."""
+        """Set the input shapes of a phase for steps over ``seqlen`` tokens."""
         for tensor in self._inputs:
             shape = shape_of(found[buffer_of(tensor, phase)], seqlen)
             self._need(self._contexts[phase].set_input_shape(tensor, shape), f"the shape {shape} of {tensor}")
 
     def check_capturable(self, stream: int) -> None:
-        """Make sure that a decode step can be captured, where TensorRT says so beforehand."""
+        """Check that a decode step can be captured, if this TensorRT has a function for that."""
         context = self._contexts["decode"]
         if hasattr(context, "is_stream_capturable"):
             self._need(context.is_stream_capturable(stream), "being captured")
 
     def run(self, phase: Phase, stream: int) -> None:
-        """Ask for one run; does not wait."""
+        """Launch one run; does not wait."""
         self._need(self._contexts[phase].execute_async_v3(stream), f"the {phase} step")
 
     def _context(self, trt: Any, eager: bool) -> Any:
-        """A context whose scratch memory is ours to give.
+        """Make a context that uses scratch memory from the session.
 
         Args:
-            eager: have TensorRT-RTX compile for the shapes at hand at once, and not behind a running step, which
-                could then not be captured.
+            eager: whether TensorRT-RTX compiles for the current shapes at once. Otherwise it compiles in the
+                background of a running step, and this step cannot be captured.
         """
         user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._kernels is None:
@@ -111,7 +111,7 @@ class TrtEngine:
 
 @cache
 def load_plugins(trt: Any) -> Any:
-    """Make the plugins known to TensorRT, once a process: those in Python, or a library of them.
+    """Register the Python plugins or a plugin library with TensorRT, once per process.
 
     Raises:
         UserError: the library cannot be loaded.
@@ -129,10 +129,10 @@ def load_plugins(trt: Any) -> Any:
 
 
 def logger_class(trt: Any) -> Any:
-    """An ``ILogger`` of the TensorRT module ``trt`` with the ``last_error``."""
+    """Make an ``ILogger`` class of the TensorRT module ``trt`` that keeps the ``last_error``."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Passes errors on to stderr and remembers the last one."""
+        """Prints errors to stderr and keeps the last one."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Run a bundle's TensorRT engines: chained on one stream by shared addresses, a decode step as one CUDA graph."""
+"""Runs a bundle's TensorRT engines on one stream with shared buffers; a decode step is one CUDA graph."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ Kind = Literal["sparse", "dense"]
 class TrtSession(PipelinedDecode):
     """A `Session` over the engines of one flavour.
 
-    Prefill runs ``stem`` and ``body`` with everything selected, by the engines' first profile. A decode step
-    is ``stem``, ``predictor`` and ``body`` by their second one, with the greedy pick, captured as one CUDA graph
-    that ends where the next step begins. Budgets are counts on the device.
+    Prefill runs ``stem`` and ``body`` with the engines' first profile and with all units selected. A decode step runs
+    ``stem``, ``predictor`` (if there is one) and ``body`` with the second profile, and picks the next tokens. It is
+    captured as one CUDA graph, and its last copies write the inputs of the next step. Budgets are counts on the device.
 
     Args:
         bundle: folder with engines of that flavour.
         trt: the TensorRT module.
-        cuda: makes device memory and graphs, once the files are in order.
+        cuda: makes the `Cuda` object, after the files are checked.
         kind: "dense" runs ``dense.engine``, for comparison.
 
     Attributes:
-        spec: the model, with as many positions as the engines' cache.
+        spec: the model, with at most as many positions as the engines' cache.
         decodes: as ``kind``.
-        memory: what lies on the device, since `reset`; None before it.
+        memory: device memory in use since `reset`; None before it.
 
     Raises:
-        UserError: no bundle or engines, or one that may not be deserialised here.
+        UserError: no bundle or engines, or an engine that cannot be deserialised here.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TrtSession(PipelinedDecode):
 
     @classmethod
     def open(cls, bundle: Path, flavour: Flavour, kind: Kind = "sparse") -> TrtSession:
-        """A session on this machine's GPU.
+        """Make a session on this machine's GPU.
 
         Raises:
             UserError: as the constructor, or the package or a GPU is missing.
@@ -97,10 +97,10 @@ class TrtSession(PipelinedDecode):
         self._cuda.close()
 
     def reset(self, batch: int = 1) -> None:
-        """See `Session.reset`. The same number of sequences as before costs nothing.
+        """See `Session.reset`. Nothing is allocated if ``batch`` is the same as before.
 
         Raises:
-            UserError: more than the engines were built for, or too little device memory.
+            UserError: more sequences than the engines are built for, or too little device memory.
         """
         if batch > self._limits.batch:
             raise UserError(
@@ -123,7 +123,7 @@ class TrtSession(PipelinedDecode):
         """See `Session.prefill`.
 
         Raises:
-            UserError: also for a prompt longer than the engines take at once.
+            UserError: also for a prompt that is longer than the engines support.
         """
         ids, positions, lengths = pad_prompts(prompts, len(self._lengths), self.spec)
         seqlen = ids.shape[1]
@@ -158,12 +158,12 @@ class TrtSession(PipelinedDecode):
     def _fetched(self) -> np.ndarray:
         self._cuda.read(self._logits, self._address("logits"))
         self._cuda.wait()
-        return self._logits[:, 0].copy()  # pinned memory, which is gone once the session ends
+        return self._logits[:, 0].copy()  # a copy, because the pinned memory is freed when the session ends
 
     def _allocate(self, batch: int) -> None:
-        """All memory, bindings and the graph for a number of sequences.
+        """Allocate all memory, bind it and capture the CUDA graph for a number of sequences.
 
-        The capture runs steps at position 0 of the empty cache; nothing is in it yet that they could harm.
+        The first step and the capture use position 0 of the cache, which is still empty.
         """
         cuda = self._cuda
         cuda.release()
@@ -183,14 +183,14 @@ class TrtSession(PipelinedDecode):
         for piece in self._pieces.values():
             piece.bind(self._buffers, addresses, scratch)
             piece.shape("decode", self._buffers, 1)
-        self._step()  # TensorRT prepares itself for a shape in the first run of it
+        self._step()  # before the capture, because TensorRT prepares for a shape in its first run
         cuda.wait()
         for piece in self._pieces.values():
             piece.check_capturable(cuda.stream)
         self._replay = cuda.capture(self._step)
 
     def _step(self) -> None:
-        """One decode step, from the tokens and positions on the device to the next ones."""
+        """Launch one decode step, from the tokens and positions on the device to the next ones."""
         for piece in self._pieces.values():
             piece.run("decode", self._cuda.stream)
         for target, source in (("tokens", "next_tokens"), ("positions", "next_position_ids")):
@@ -209,7 +209,7 @@ class TrtSession(PipelinedDecode):
 
 
 def check_engines(bundle: Path, flavour: str, version: str, kind: str) -> tuple[Any, dict[str, EngineRecord]]:
-    """Manifest, and the record of each engine of a step, all checked before any is deserialised.
+    """Read the manifest and the record of each engine of a step, and check them before an engine is deserialised.
 
     Raises:
         UserError: no bundle or engines, or an engine of another version, GPU or bundle.

@@ -1,1 +1,1 @@
-"""The session on ONNX Runtime."""
+"""The session that uses ONNX Runtime."""

@@ -1,4 +1,4 @@
-"""Graph pass: the sparse ops read and write hidden states without a ``Reshape`` before and after them."""
+"""Graph pass: removes the ``Reshape`` before and after each sparse op."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from shadowllm.bundle.op_domain import DOMAIN
 
 
 class FlattenHiddenStates(InPlacePass):
-    """Gives the sparse ops hidden states in the form of the nodes around them, ``(batch*seqlen, hidden_size)``.
+    """Makes the sparse ops read and write hidden states in the form of the nodes around them.
 
-    The native ops take this form too. The schema has ``(batch, seqlen, hidden_size)``, so the exporter writes a
-    ``Reshape`` before and after each of them.
+    This form is ``(batch*seqlen, hidden_size)``, which the native ops also take. The schema has
+    ``(batch, seqlen, hidden_size)``, so the exporter writes a ``Reshape`` before and after each sparse op.
 
-    Requires: every sparse op stands between two ``Reshape`` nodes. Ensures: the same outputs with the native ops.
+    Requires: every sparse op is between two ``Reshape`` nodes. Ensures: the same outputs with the native ops.
     """
 
     def requires(self, model: ir.Model) -> None:

@@ -1,9 +1,8 @@
-"""Graph pass: attention as ONNX Runtime's own fused op.
+"""Graph pass: replaces dense attention by ONNX Runtime's fused op ``com.microsoft::GroupQueryAttention``.
 
-A bundle's graphs keep to standard ONNX, which TensorRT reads too. On a CPU the eleven standard nodes of
-an attention block cost more than the arithmetic in them at one token, so they become one
-``com.microsoft::GroupQueryAttention`` when ONNX Runtime loads the graph: it splits the projection,
-rotates, writes the cache in place and reads only the visible part of it.
+A bundle's graphs use standard ONNX, which TensorRT reads too. At one token on a CPU, the overhead of the standard
+nodes of an attention block is larger than their arithmetic. The fused op splits the projection, applies RoPE,
+writes the cache in place and reads only the visible part of it.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from shadowllm.plugins.function_body import MICROSOFT
 
 
 class FuseAttention(InPlacePass):
-    """Replaces every dense attention block of a graph that `exporter.graphs.pieces` wrote.
+    """Replaces every dense attention block of a graph from `exporter.graphs.pieces`.
 
-    Requires: each ``Attention`` reads a cache that ``TensorScatter`` wrote, and a query cut from one stacked q/k/v
-    projection. Ensures: the same inputs and outputs under the same names. A model with a head size that the op does
-    not take stays as it is.
+    Requires: each ``Attention`` reads a cache that ``TensorScatter`` wrote, and a query split from one stacked q/k/v
+    projection. Ensures: the same inputs and outputs under the same names. The graph does not change if the op does
+    not support the model's head size.
 
     Args:
-        spec: of the model.
+        spec: spec of the model.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -62,7 +61,7 @@ class FuseAttention(InPlacePass):
 
 
 class _Shared:
-    """What all blocks read: lengths, the shape of a projection, rotary tables."""
+    """Values that all blocks read: lengths, the shape of a projection, rotary tables."""
 
     def __init__(self, graph: ir.Graph, spec: ModelSpec) -> None:
         self.spec = spec
@@ -78,7 +77,7 @@ class _Shared:
         self.shape = self._op("Concat", self._op("Shape", positions), widths, axis=0)
         self.tables: tuple[ir.Value, ...] = ()
         if spec.rope:
-            # Float32 angles, as the graph itself and transformers compute them.
+            # Float32 angles, as in the exported graph and in transformers.
             frequencies = spec.rope.inverse_frequencies(spec.head_dim).astype(np.float32)
             angles = np.arange(spec.max_seqlen, dtype=np.float32)[:, None] * frequencies
             self.tables = tuple(self._constant(f"{f.__name__}_table", f(angles)) for f in (np.cos, np.sin))
@@ -123,14 +122,15 @@ def _fuse(graph: ir.Graph, attention: ir.Node, shared: _Shared) -> None:
     context, *caches = fused.outputs
     for scatter, cache in zip(scatters, caches, strict=True):
         _take_over(graph, scatter.outputs[0], cache)
-    # Attention -> Transpose -> Reshape to (batch*seqlen, n_heads*head_dim): the op's output needs no transpose.
+    # The graph has Attention -> Transpose -> Reshape to (batch*seqlen, n_heads*head_dim). The fused op's output needs
+    # no transpose.
     (transpose,) = attention.outputs[0].consumers()
     (reshape,) = transpose.outputs[0].consumers()
     reshape.replace_input_with(0, context)
 
 
 def _projection(query: ir.Value | None) -> ir.Value:
-    """The stacked q/k/v projection a query was cut from: up the first inputs, to what a ``Reshape`` reshapes."""
+    """The stacked q/k/v projection of a query: follow the first inputs back to the input of a ``Reshape``."""
     node = _producer(query, "Split")
     while node.op_type != "Reshape":
         node = _producer(node.inputs[0])
@@ -146,6 +146,6 @@ def _producer(value: ir.Value | None, op_type: str | None = None) -> ir.Node:
 
 
 def _take_over(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Let ``new`` be the graph output that ``old`` was."""
+    """Make ``new`` the graph output in place of ``old``."""
     new.name, new.type, new.shape, old.name = old.name, old.type, old.shape, None
     graph.outputs[:] = [new if value is old else value for value in graph.outputs]

@@ -1,4 +1,4 @@
-"""One ONNX graph of a bundle, rewritten for ONNX Runtime's CPU kernels and loaded."""
+"""Rewrites an ONNX graph of a bundle for ONNX Runtime's CPU kernels, and loads it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from shadowllm.runtime.ort.upcast_to_float32 import UpcastToFloat32
 
 
 def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False) -> bytes:
-    """A graph of a bundle, serialised, as ONNX Runtime's CPU kernels run it best.
+    """Rewrite a graph of a bundle for ONNX Runtime's CPU kernels and serialise it.
 
-    Inputs and outputs are those of the file, but ``body`` takes its selection row by row.
+    Inputs and outputs are those of the file, except that ``body`` takes its selection row by row.
 
     Args:
-        path: of the ONNX file.
-        manifest: of its bundle.
-        native: the native ops will run it.
-        exact: compute with float32 inputs of integer layers.
+        path: the ONNX file.
+        manifest: manifest of the bundle.
+        native: whether the native ops run the graph.
+        exact: whether integer layers read float32 inputs, and not inputs rounded to 8 bits.
     """
     model = ir.load(path)
     Sequential(*_passes(path.stem, manifest, native, exact))(model)
     proto = ir.to_proto(model)
-    # ONNX Runtime looks for weights beside the file that a link leads to, as in the hub's cache.
+    # The data file may be a link, as in the Hugging Face cache. ONNX Runtime is given the folder of the link's target.
     for place in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
         if place.key == "location":
             place.value = (path.parent / place.value).resolve().name
@@ -54,7 +54,7 @@ def _passes(name: str, manifest: Manifest, native: bool, exact: bool) -> list[In
 
 
 class ExactIntegerInputs(InPlacePass):
-    """Has ``MatMulNBits`` read float32 inputs, which are otherwise rounded to 8 bits, for speed."""
+    """Makes ``MatMulNBits`` read float32 inputs; by default they are rounded to 8 bits for speed."""
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the model in place."""
@@ -86,7 +86,7 @@ class OrtGraph:
         self.outputs = [value.name for value in self._session.get_outputs()]
 
     def bind(self, feeds: Mapping[str, np.ndarray], fetches: Mapping[str, np.ndarray]) -> BoundRun:
-        """A run that reads and writes the given arrays; names the graph lacks are ignored."""
+        """Bind the arrays that a run reads and writes; names that the graph lacks are ignored."""
         binding = self._session.io_binding()
         for name in self.inputs:
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(feeds[name]))
@@ -96,7 +96,7 @@ class OrtGraph:
 
 
 class BoundRun:
-    """A session with all of its buffers bound; calling it runs the graph."""
+    """A graph with all buffers bound; calling it runs the graph."""
 
     def __init__(self, session: ort.InferenceSession, binding: ort.IOBinding) -> None:
         self._session, self._binding = session, binding

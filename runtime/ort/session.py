@@ -1,4 +1,4 @@
-"""Run a bundle on ONNX Runtime (CPU): buffers bound once, nothing copied per token."""
+"""Runs a bundle on ONNX Runtime (CPU); buffers are bound once, so the KV cache is not copied per token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shadowllm.runtime.inputs import check_tokens, pad_prompts
 from shadowllm.runtime.ort.graph import OrtGraph, for_cpu
 from shadowllm.runtime.session import Decodes
 
-# The cache grows by this many positions, so that a short text does not pay the memory of the longest.
+# The cache grows by this many positions, so that a short text needs little memory.
 CACHE_BLOCK = 256
 
 Kind = Literal["auto", "sparse", "dense"]
@@ -30,30 +30,31 @@ Kind = Literal["auto", "sparse", "dense"]
 class OrtSession:
     """A `Session` over ONNX Runtime.
 
-    "dense" runs ``dense.onnx`` alone. "sparse" prefills with it and decodes with ``stem``,
-    ``predictor`` and ``body``. "auto" decodes so too, unless the budget leaves out less than the
-    predictor costs: then ``dense.onnx`` decodes, with every head and neuron.
+    "dense" always runs ``dense.onnx``. "sparse" prefills with it and decodes with ``stem``, ``predictor`` and
+    ``body``. "auto" does the same, unless the budget saves less than the predictor costs: then it decodes with
+    ``dense.onnx``.
 
-    16-bit bundles are computed in float32, because ONNX Runtime's CPU kernels have no 16-bit
-    arithmetic; the native ops read their 16-bit rows as they are.
+    16-bit bundles are computed in float32, because ONNX Runtime's CPU kernels have no 16-bit arithmetic. Only the
+    native ops read 16-bit rows.
 
     Args:
         bundle: folder written by ``shadowllm export``.
-        kind: what decodes.
-        threads: of each operator; ONNX Runtime's own default when None.
-        profile: keep the seconds of each part of the last step in ``step_seconds``.
-        native: run the custom ops with the native library where it is built; else, and without
-            it, their function bodies run.
-        exact: do not let ONNX Runtime round the inputs of integer layers to 8 bits: for validation, and slow.
+        kind: which graphs decode.
+        threads: threads of each operator; None is ONNX Runtime's default.
+        profile: whether to record the seconds of each part of the last step in ``step_seconds``.
+        native: whether to run the custom ops with the native library, if it is built. Otherwise their function
+            bodies run.
+        exact: whether integer layers read float32 inputs, and not inputs rounded to 8 bits. This is slow, and meant
+            for validation.
 
     Attributes:
         cache: float32 ``(batch, n_kv_heads, capacity, head_dim)`` by "layer.key" and "layer.value".
-        decodes: "sparse" or "dense", at the present budget.
-        selection: padded indices of the last sparse step, by their name in the graphs, int32 ``(n_sparse, n_units)``.
-        step_seconds: of each part of the last step; None when not profiling.
+        decodes: "sparse" or "dense", at the current budget.
+        selection: padded indices of the last sparse step, by unit, int32 ``(n_sparse, n_units)``.
+        step_seconds: seconds of each part of the last step; None without ``profile``.
 
     Raises:
-        UserError: no bundle, a damaged file, no reasonable number of threads, or a graph this ONNX Runtime cannot run.
+        UserError: no bundle, a damaged file, a wrong number of threads, or a graph this ONNX Runtime cannot run.
     """
 
     memory = None
@@ -95,11 +96,12 @@ class OrtSession:
         if self._threads:
             options.intra_op_num_threads = self._threads
         if piece != "dense":
-            # The pieces of a step take turns: the pool of one must not spin while the next one runs.
+            # The graphs of a step run one after the other: the threads of one must not spin while the next one runs.
             options.add_session_config_entry("session.force_spinning_stop", "1")
         native = self._native and piece in ("predictor", "body") and native_ops.register(options)
         path = self._bundle / f"{piece}.onnx"
-        # The rewritten graph has no folder of its own to look for the weights in, and no link may lead out of it.
+        # The graph is loaded from memory, so ONNX Runtime needs the folder of the weights. It refuses a link out of
+        # this folder, so links are resolved here.
         weights = (self._bundle / DATA_FILE).resolve()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
         return OrtGraph(path, options, lambda: for_cpu(path, self.manifest, native, self._exact))
@@ -153,10 +155,10 @@ class OrtSession:
         return self._logits[:, 0]
 
     def decode_greedy(self, tokens: np.ndarray, steps: int) -> None:
-        """None, see `Session.decode_greedy`: the host is in every step."""
+        """Return None, see `Session.decode_greedy`: every step needs the host."""
 
     def _reserve(self, length: int) -> None:
-        """Make the cache hold ``length`` positions, keeping what is in it."""
+        """Grow the cache to at least ``length`` positions and keep its contents."""
         if length <= self._capacity:
             return
         self._capacity = -(-length // CACHE_BLOCK) * CACHE_BLOCK
@@ -170,7 +172,7 @@ class OrtSession:
         self._bind_decode()
 
     def _bind_decode(self) -> None:
-        """Bind the decode step's buffers: they stay the same arrays from token to token."""
+        """Bind the decode step's buffers, which are the same arrays for all tokens."""
         batch, n_sparse = self._batch, self.manifest.sparse_layers.count
         self._input_ids, self._positions = (np.zeros((batch, 1), dtype=np.int64) for _ in range(2))
         units = layer_units(self.spec) if self._kind != "dense" else {}
@@ -186,7 +188,7 @@ class OrtSession:
         }
         for more in (self._selected(), self._past(), self._present()):
             buffers |= more
-        # What a decode step runs, one after the other.
+        # The graphs of a decode step, in their order.
         pieces = {"dense": ("dense",), "sparse": self.manifest.sparse_pieces}
         self._steps = {
             kind: [Step(name, self._pieces[name], buffers) for name in names]
@@ -195,7 +197,7 @@ class OrtSession:
         }
 
     def _selected(self) -> dict[str, np.ndarray]:
-        """Indices and counts, whole and row by row: the inputs that `SplitSelection` makes of them."""
+        """Indices and counts of all sparse layers, and their rows, which are inputs after `SplitSelection`."""
         whole = {names.indices(unit): indices for unit, indices in self.selection.items()}
         whole |= {names.counts(unit): self._counts[unit] for unit in UNITS}
         rows = {names.of_row(name, row): found[row, ...] for name, found in whole.items() for row in range(len(found))}
@@ -205,7 +207,7 @@ class OrtSession:
         return {f"past_key_values.{name}": array for name, array in self.cache.items()}
 
     def _present(self) -> dict[str, np.ndarray]:
-        # The same arrays as the past: TensorScatter then writes in place.
+        # The same arrays as the past, so that TensorScatter writes in place.
         return {f"present.{name}": array for name, array in self.cache.items()}
 
 

@@ -1,4 +1,4 @@
-"""Graph pass: a 16-bit graph computed in float32, because ONNX Runtime's CPU kernels have no 16-bit arithmetic."""
+"""Graph pass: computes a 16-bit graph in float32, because ONNX Runtime's CPU kernels have no 16-bit arithmetic."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 class UpcastToFloat32(InPlacePass):
-    """Gives a graph float32 activations and inputs; weights stay 16-bit on disk.
+    """Changes a graph to float32 activations, inputs and outputs; weights stay 16-bit on disk.
 
-    Every 16-bit initializer is followed by a ``Cast`` that ONNX Runtime folds when it loads the graph, and every
-    cast to 16 bits becomes one to float32.
+    Every 16-bit initializer gets a ``Cast``, which ONNX Runtime folds when it loads the graph. Every cast to 16 bits
+    becomes a cast to float32.
 
     Args:
-        keep_rows: leave the weights of the sparse ops as they are, because the native ops read 16-bit rows.
+        keep_rows: whether the weights of the sparse ops stay 16-bit, because the native ops read 16-bit rows.
     """
 
     def __init__(self, keep_rows: bool) -> None:
