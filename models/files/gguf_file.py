@@ -12,7 +12,7 @@ from shadowllm.errors import UserError, foreign_reader
 from shadowllm.models.files.gguf_config import USE_SAFETENSORS, gguf_config
 from shadowllm.models.files.hashing import hash_files
 
-# Hugging Face module names whose GGUF names the gguf package knows, without the layer number.
+# Hugging Face names of the modules in a layer. The gguf package maps them to GGUF names.
 _BLOCKS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -27,21 +27,21 @@ _BLOCKS = (
 _TABLES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 ROPE_FACTORS = "rope_freqs.weight"
 TOKENS = "tokenizer.ggml.tokens"
-LONGEST_LIST = 4096  # what is longer is the vocabulary, which takes seconds to turn into Python's lists
+LONGEST_LIST = 4096  # longer lists belong to the vocabulary; converting them to Python lists takes seconds
 
 
 class GGUFTensors:
-    """A Llama-architecture GGUF model, in one file or split, under Hugging Face's tensor names.
+    """A Llama-architecture GGUF model in one or several files, under Hugging Face's tensor names.
 
     Attributes:
         config: the ``LlamaConfig`` that its metadata describes.
-        metadata: keys and values of the first file, the vocabulary left out.
+        metadata: keys and values of the first file, without the vocabulary.
         has_tokenizer: whether the first file holds a vocabulary.
         parts: the files.
-        dtypes: empty: whatever is stored, floats are read.
+        dtypes: empty, because `read` always returns floats.
 
     Raises:
-        UserError: a file that is damaged, of another architecture, or holds what is not read.
+        UserError: a file is damaged, has another architecture, or holds something that is not supported.
     """
 
     def __init__(self, parts: list[Path]) -> None:
@@ -136,6 +136,6 @@ def _open(reader: Any, path: Path) -> Any:
 
 
 def _unpermute(array: np.ndarray, n_heads: int) -> np.ndarray:
-    # ggml interleaves the two halves of each rotated head; Hugging Face keeps them apart.
+    # ggml interleaves the two halves of each rotated head; Hugging Face stores one after the other.
     pairs = array.reshape(n_heads, array.shape[0] // n_heads // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
