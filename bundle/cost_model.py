@@ -177,7 +177,7 @@ def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget k
         whole: the reason for a layer whose budget keeps all heads and neurons.
     """
     spec, layers, itemsize = manifest.spec, manifest.sparse_layers, _itemsize(manifest)
-    reasons = {str(layer): "comes before the choice" for layer in range(manifest.dense_layers)}
+    reasons = {str(layer): "comes before the first selection" for layer in range(manifest.dense_layers)}
     dense = layer_elements(spec, spec.n_heads, spec.intermediate_size) * itemsize
     share = _choosing_bytes(manifest) / layers.count
     for layer, kept in zip(layers.layers, budget.counts(layers).by_layer(), strict=True):
@@ -186,8 +186,8 @@ def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget k
             reasons[str(layer)] = whole
         elif sparse + share >= dense:
             reasons[str(layer)] = (
-                f"does not pay: its rows and its share of the predictor cost as {(sparse + share) / 1e6:.2f} MB do, "
-                f"dense {dense / 1e6:.2f} MB"
+                "does not pay off: its sparse rows and its share of the predictor cost "
+                f"{(sparse + share) / 1e6:.2f} MB, its dense rows {dense / 1e6:.2f} MB"
             )
     return reasons
 
