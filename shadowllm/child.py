@@ -100,11 +100,11 @@ class Child:
             self._log: IO[str] | None = None
             if self._keep_output:
                 self._log = undo.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
-            self._channel, theirs = socket.socketpair()
+            self._channel, child_end = socket.socketpair()
             undo.enter_context(self._channel)
             self._messages = undo.enter_context(self._channel.makefile("r", encoding="utf-8"))
-            with theirs:
-                number = theirs.fileno()
+            with child_end:
+                number = child_end.fileno()
                 self.process = subprocess.Popen(
                     self._command,
                     stdin=subprocess.DEVNULL,

@@ -281,14 +281,14 @@ class Evaluation:
         (),
         flag="--neuron-budget",
         metavar="FRACTION",
-        help="fractions to keep, each with each; layer by layer with commas",
+        help="fractions to keep, in all combinations; one per sparse layer, separated by commas",
         otherwise="the bundle's own",
     )
     heads: Sequence[Fractions] = option(
         (),
         flag="--head-budget",
         metavar="FRACTION",
-        help="fractions to keep, each with each; layer by layer with commas",
+        help="fractions to keep, in all combinations; one per sparse layer, separated by commas",
         otherwise="the bundle's own",
     )
     head_unit: HeadUnit | None = option(

@@ -257,13 +257,13 @@ def _train(
     if selector not in TRAINABLE:
         raise UserError(f"selector {selector!r} cannot be trained", f"use {', '.join(TRAINABLE)}")
     # Training traces again if the traces were too large to store, or for layerwise, whose layer inputs are not stored.
-    anew = (loaded or weights.load()) if selector == "layerwise" or not traces.stored else None
+    tracing_weights = (loaded or weights.load()) if selector == "layerwise" or not traces.stored else None
     if selector in ("static", "quantized-shadow"):
-        return train_static(spec, traces, kind=selector, budget=train_config.budget, weights=anew)
+        return train_static(spec, traces, kind=selector, budget=train_config.budget, weights=tracing_weights)
     with progress(
-        "Training the predictor", train_config.passes(anew is not None) * traces.windows.train.numel()
+        "Training the predictor", train_config.passes(tracing_weights is not None) * traces.windows.train.numel()
     ) as advance:
-        return train_network(spec, traces, train_config, kind=selector, weights=anew, advance=advance)
+        return train_network(spec, traces, train_config, kind=selector, weights=tracing_weights, advance=advance)
 
 
 def _random(spec: ModelSpec, weights: Weights, options: Calibration) -> Predictor:

@@ -86,14 +86,14 @@ class GGUFTensors:
         known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, n_layers)
         modules = [f"layers.{i}.{block}" for i in range(n_layers) for block in _BLOCKS]
         biased = ("self_attn",) * self.config.attention_bias + ("mlp",) * self.config.mlp_bias
-        theirs = {
+        stored_names = {
             f"{m}.{kind}": f"{known.get_name('model.' + m)}.{kind}"
             for m in modules
             for kind in ("weight", "bias")
             if kind == "weight" or m.split(".")[2] in biased
         }
-        theirs |= {f"{table}.weight": f"{stored}.weight" for table, stored in _TABLES.items()}
-        return {name: stored for name, stored in theirs.items() if stored in self._tensors}
+        stored_names |= {f"{table}.weight": f"{stored}.weight" for table, stored in _TABLES.items()}
+        return {name: stored for name, stored in stored_names.items() if stored in self._tensors}
 
     def _check_tensors(self) -> None:
         unread = sorted(self._tensors.keys() - set(self._names.values()) - {ROPE_FACTORS})
