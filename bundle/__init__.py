@@ -1,1 +1,1 @@
-"""What lies on disk and is read by more than one room: manifest, weight file, predictor file, engine records."""
+"""The file formats that several packages share: manifest, weight file, predictor file and engine records."""

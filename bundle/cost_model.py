@@ -1,8 +1,8 @@
-"""The bytes of a decode step: what it reads, what choosing costs it, and where sparse layers pay for that.
+"""The bytes that a decode step reads, the cost of selection in bytes, and whether sparse layers pay off.
 
-A step is bound by memory, so bytes stand for time. They are an algorithm's own minimum, from sizes alone: every
-weight row in use once, keys and values of the tokens so far. Activations, scores and cache writes are left out
-(together under 1% at any real size).
+A decode step is memory-bound, so bytes stand for time. They are a lower bound, computed from sizes alone: each weight
+row in use is read once, and so are keys and values of the tokens so far. Activations, scores and cache writes are
+left out (together under 1% at any real size).
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from shadowllm.bundle.quantisation import LOW_BIT_COPY
 from shadowllm.models.sparsity import ActiveCounts, Budget, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 
-# Time of choosing inside the layers, over that of its bytes: what the small nodes between the copy's product and the
-# indices add, and twice the threads' waiting for each other. Measured at float32, bfloat16, int8 and int4.
+# Time of a selection inside the layers, divided by the time to read its bytes. The small nodes between the low-bit
+# copy's product and the indices take extra time, and the threads wait for each other twice. Measured at float32,
+# bfloat16, int8 and int4.
 PER_LAYER_COST = 1.7
 
 
 def unit_elements(spec: ModelSpec, unit: Unit) -> int:
-    """Elements of the rows of one head (of q and o) or neuron (of gate, up and down): what leaving it out saves."""
+    """Return the elements that skipping one head (rows of q and o) or neuron (of gate, up and down) saves."""
     if unit == "heads":
         return spec.head_dim * (2 * spec.hidden_size + spec.qkv_bias)
     matrices = 3 if spec.gated else 2
@@ -28,13 +29,16 @@ def unit_elements(spec: ModelSpec, unit: Unit) -> int:
 
 
 def row_elements(spec: ModelSpec, unit: Unit, active: int) -> int:
-    """Elements that a layer reads for so many of its heads or neurons, the bias of its output included."""
+    """Return the elements that a layer reads for ``active`` heads or neurons, with the output bias."""
     output_bias = spec.o_bias if unit == "heads" else spec.mlp_bias
     return active * unit_elements(spec, unit) + output_bias * spec.hidden_size
 
 
 def layer_elements(spec: ModelSpec, heads: int, neurons: int) -> int:
-    """Elements that a layer reads for so many heads and neurons; K and V are read for all heads, and not counted."""
+    """Return the elements that a layer reads for these heads and neurons.
+
+    The K and V projections are not counted, because they are read for all heads.
+    """
     return row_elements(spec, "heads", heads) + row_elements(spec, "neurons", neurons)
 
 
@@ -61,22 +65,22 @@ def step_traffic(
     matrix_itemsize: float | None = None,
     row_itemsize: float | None = None,
 ) -> Traffic:
-    """Bytes of one decode step.
+    """Return the bytes that one decode step reads.
 
     Args:
-        itemsize: bytes of a weight and of a cache entry.
-        context: tokens in the cache, this step's included.
-        active: what the last layers of the model keep, as many as it has rows; None for a dense step.
-        choosing: bytes read to choose it, as `selector_bytes` has them.
-        batch: sequences that advance together; weights are read once for all.
-        matrix_itemsize: bytes of an element of a matrix, where it is not as long as the others; of
-            integers, their share of a scale included.
-        row_itemsize: the same of the active rows of a sparse op, where they differ from other matrices.
+        itemsize: bytes of an element of a weight and of the cache.
+        context: tokens in the cache, including this step's.
+        active: active units of the sparse layers, which are the last layers; None for a dense step.
+        choosing: bytes read by the selector, see `selector_bytes`.
+        batch: sequences that advance together; the weights are read once for all.
+        matrix_itemsize: bytes of a matrix element, if it differs from ``itemsize``; for integers,
+            including the share of a scale.
+        row_itemsize: the same for the active rows of a sparse op, if it differs from other matrices.
     """
     counts = list(active.by_layer()) if active else []
     dense_layers = spec.n_layers - len(counts)
     d, kv = spec.hidden_size, spec.n_kv_heads * spec.head_dim
-    # With query heads selected one by one, all KV heads may be in use, but never more than query heads are.
+    # If query heads are selected one by one, all KV heads may be in use, but at most one per active query head.
     kv_read = dense_layers * spec.n_kv_heads + sum(min(spec.n_kv_heads, n // spec.heads_together) for n, _ in counts)
     elements = {
         "embedding rows": batch * d * (2 if spec.positions == "learned" else 1),
@@ -106,7 +110,7 @@ def mean_traffic(
     matrix_itemsize: float | None = None,
     row_itemsize: float | None = None,
 ) -> Traffic:
-    """Mean over the decode steps of a generation: the cache grows from the prompt's length, one token a step."""
+    """Return the mean over the decode steps of a generation, in which the cache grows from the prompt length."""
     # The cost is linear in the context, so the middle context has the mean cost. Steps see
     # prompt_len + 1 .. prompt_len + new_tokens - 1 tokens.
     return step_traffic(
@@ -121,12 +125,14 @@ def mean_traffic(
 
 
 def selector_bytes(selector: str, layers: SparseLayers, itemsize: float, rank: int) -> float:
-    """Bytes a selector reads per token: networks, one score per unit, or a fit of the heads and a copy of weights.
+    """Return the bytes that a selector reads per token.
+
+    It reads networks, or one score per unit, or a linear fit of the heads and a low-bit copy of weights.
 
     Args:
-        selector: as `predictor.selectors` names it; an oracle or a random choice reads nothing.
+        selector: a name from `predictor.selectors`; an oracle or a random selector reads nothing.
         itemsize: bytes per element of a network's weights.
-        rank: of the networks.
+        rank: rank of the networks.
     """
     spec = layers.spec
     neurons = layers.count * spec.intermediate_size
@@ -145,18 +151,18 @@ def selector_bytes(selector: str, layers: SparseLayers, itemsize: float, rank: i
 
 
 def predictor_bytes(manifest: Manifest, itemsize: float) -> float:
-    """`selector_bytes` of a bundle's own predictor."""
+    """Return `selector_bytes` of a bundle's own predictor."""
     kind, rank = manifest.predictor["kind"], int(manifest.predictor["rank"])
     return selector_bytes(kind, manifest.sparse_layers, itemsize, rank)
 
 
 def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -> bool:
-    """Whether a sparse step of ONNX Runtime with its predictor reads less than a dense one.
+    """Return whether a sparse step with its predictor reads less than a dense step on ONNX Runtime.
 
-    Counted are the rows of the sparse layers, in which alone the two differ but for the cache.
+    Only the rows of the sparse layers are counted. Apart from the cache, nothing else differs.
 
     Args:
-        narrow_rows: active rows are read at 16 bits where everything else is widened to 32.
+        narrow_rows: active rows are read as 16 bits, while other weights are widened to 32.
     """
     spec, layers = manifest.spec, manifest.sparse_layers
     active = sum(layer_elements(spec, heads, neurons) for heads, neurons in budget.counts(layers).by_layer())
@@ -165,13 +171,13 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -
 
 
 def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget keeps all of it") -> dict[str, str]:
-    """Layers that are dense at a budget, or read no less for being sparse, each with the reason.
+    """Return the layers that are dense at a budget, or that read no less when sparse, each with the reason.
 
     Args:
         whole: the reason for a layer whose budget keeps all heads and neurons.
     """
     spec, layers, itemsize = manifest.spec, manifest.sparse_layers, _itemsize(manifest)
-    reasons = {str(layer): "comes before the choice" for layer in range(manifest.dense_layers)}
+    reasons = {str(layer): "comes before the first selection" for layer in range(manifest.dense_layers)}
     dense = layer_elements(spec, spec.n_heads, spec.intermediate_size) * itemsize
     share = _choosing_bytes(manifest) / layers.count
     for layer, kept in zip(layers.layers, budget.counts(layers).by_layer(), strict=True):
@@ -180,18 +186,18 @@ def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget k
             reasons[str(layer)] = whole
         elif sparse + share >= dense:
             reasons[str(layer)] = (
-                f"does not pay: its rows and its share of the predictor cost as {(sparse + share) / 1e6:.2f} MB do, "
-                f"dense {dense / 1e6:.2f} MB"
+                "does not pay off: its sparse rows and its share of the predictor cost "
+                f"{(sparse + share) / 1e6:.2f} MB, its dense rows {dense / 1e6:.2f} MB"
             )
     return reasons
 
 
 def _itemsize(manifest: Manifest) -> float:
-    """Bytes of a weight as ONNX Runtime reads it: floats at 32 bits."""
+    """Return the bytes of a weight as ONNX Runtime reads it. Floats are read at 32 bits."""
     return manifest.quantisation.itemsize if manifest.quantisation else 4
 
 
 def _choosing_bytes(manifest: Manifest) -> float:
-    """What choosing costs a step, as bytes."""
+    """Return the cost of selection per step, in bytes."""
     per_layer = manifest.selector == "per-layer"
     return predictor_bytes(manifest, _itemsize(manifest)) * (PER_LAYER_COST if per_layer else 1)

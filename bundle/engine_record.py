@@ -1,7 +1,7 @@
-"""The JSON file beside an engine: what it is, checked before the engine itself is touched.
+"""The JSON record beside an engine (its sidecar), which is checked before the engine is loaded.
 
 Deserialising an engine of another TensorRT version, GPU or plugin version fails late and without a
-useful word, or not at all. The sidecar says all of it beforehand.
+useful message, or does not fail at all. The sidecar allows the check beforehand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REMEDY = "build the engine again: `shadowllm build`"
 
 @dataclass(frozen=True)
 class CustomNode:
-    """A node of one of our ops: its op, the name of its layer in an engine, and the decoder layer it serves if any."""
+    """A node of a custom op: its op, the name of its engine layer, and its decoder layer, if any."""
 
     op: str
     name: str
@@ -40,7 +40,7 @@ class ShapeProfile:
 
     Attributes:
         name: the phase ("prefill", "decode").
-        shapes: (smallest, best, largest) shape of each input with a symbol in its shape.
+        shapes: (smallest, best, largest) shape of each input that has a symbolic dimension.
     """
 
     name: str
@@ -49,19 +49,19 @@ class ShapeProfile:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """What is known of an engine.
+    """The description of an engine.
 
     Attributes:
         flavour: "tensorrt_rtx" or "tensorrt".
-        version: of TensorRT; an engine runs on exactly the version that built it.
-        compute_capabilities: GPUs it runs on, as 89 for 8.9.
+        version: TensorRT version; an engine runs only on the exact version that built it.
+        compute_capabilities: of the GPUs it runs on, as 89 for 8.9.
         plugin_version: version of the custom ops' domain.
         plugins: the custom ops in the engine.
-        kernels: those the plugins carry: compute capabilities each is compiled for, and `PTX`.
-        profiles: by index, as the runtime selects them.
+        kernels: the plugins' kernels: the compute capabilities each is compiled for, and `PTX`.
+        profiles: in the order of their indices in the runtime.
         files: SHA-256 of the ONNX file and of its external data, by file name.
-        engine_sha256, engine_bytes: of the engine file.
-        build_seconds: parsing and building.
+        engine_sha256, engine_bytes: SHA-256 and size of the engine file.
+        build_seconds: time of parsing and building.
     """
 
     flavour: str
@@ -78,12 +78,12 @@ class EngineRecord:
 
 
 def sidecar_path(engine_path: Path) -> Path:
-    """``body.engine`` -> ``body.engine.json``."""
+    """Return the path of an engine's sidecar: ``body.engine`` -> ``body.engine.json``."""
     return engine_path.with_name(engine_path.name + ".json")
 
 
 def write_sidecar(engine_path: Path, record: EngineRecord) -> None:
-    """Write the sidecar of an engine, whole or not at all."""
+    """Write the sidecar of an engine atomically."""
     part = engine_path.with_name(f".{engine_path.name}.json.part")
     part.write_text(json.dumps({"format": FORMAT} | asdict(record), indent=1) + "\n")
     os.replace(part, sidecar_path(engine_path))
@@ -113,17 +113,17 @@ def check_sidecar(
     compute_capability: int | None = None,
     files: Mapping[str, str] | None = None,
 ) -> EngineRecord:
-    """Check that an engine may be deserialised here, from its sidecar and its bytes.
+    """Check from its sidecar and its bytes that an engine may be deserialised here.
 
     Args:
-        engine_path: the engine; its sidecar lies beside it.
-        flavour, version: of the TensorRT that is to run it (``trt.__version__``).
-        compute_capability: of the GPU, as 89 for 8.9; None if that is not to be checked.
-        files: SHA-256 by file name, as the bundle's manifest has them; those that the engine was
-            built from must be the same.
+        engine_path: the engine; its sidecar is in the same folder.
+        flavour, version: of the TensorRT that will run it (``trt.__version__``).
+        compute_capability: of the GPU, as 89 for 8.9; None skips this check.
+        files: SHA-256 by file name from the bundle's manifest; the files that the engine was built
+            from must match. None skips this check.
 
     Raises:
-        UserError: names what differs.
+        UserError: something differs; the message names it.
     """
     record, name = read_sidecar(engine_path), engine_path.name
     _same(name, "flavour", record.flavour, flavour)
@@ -169,6 +169,6 @@ def _record(data: dict[str, Any]) -> EngineRecord:
 
 
 def profile_from_json(data: dict[str, Any]) -> ShapeProfile:
-    """Inverse of ``asdict`` after a trip through JSON, which knows no tuples."""
+    """Invert ``asdict`` on data from JSON, which has no tuples."""
     shapes = {name: (tuple(low), tuple(best), tuple(high)) for name, (low, best, high) in data["shapes"].items()}
     return ShapeProfile(data["name"], shapes)

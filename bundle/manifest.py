@@ -1,4 +1,4 @@
-"""The manifest: what a bundle holds, and the checks a file passes before it is used."""
+"""The manifest: the contents of a bundle, and the checks of its files before use."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Empty = dict[str, Never]
 
 
 class BudgetRecord(TypedDict):
-    """Of the manifest's ``budgets``."""
+    """Type of the manifest's ``budgets``."""
 
     heads: Fractions
     neurons: Fractions
 
 
 class TrainingRecord(TypedDict, total=False):
-    """Of the manifest's ``predictor``: what readers make use of where training left it, among other things."""
+    """Optional entries of the manifest's ``predictor`` that readers use. Training may record more."""
 
     criterion: str
     tokens: int
@@ -41,14 +41,14 @@ class TrainingRecord(TypedDict, total=False):
 
 
 class PredictorRecord(TrainingRecord):
-    """Of the manifest's ``predictor``."""
+    """Type of the manifest's ``predictor``."""
 
     kind: str
     rank: int
 
 
 class ErrorRecord(TypedDict):
-    """Of an output in the manifest's ``validation``."""
+    """Errors of one output in the manifest's ``validation``."""
 
     output: str
     max_abs: float
@@ -57,7 +57,7 @@ class ErrorRecord(TypedDict):
 
 
 class ValidationRecord(TypedDict):
-    """Of the manifest's ``validation``, where there was one."""
+    """Type of the manifest's ``validation``, if the bundle was validated."""
 
     tolerance: float
     selection_agreement: float
@@ -65,14 +65,14 @@ class ValidationRecord(TypedDict):
 
 
 class AllocationRecord(TypedDict):
-    """Of the manifest's ``allocation``, where budgets were tuned."""
+    """Type of the manifest's ``allocation``, if the budgets were tuned."""
 
     target: dict[str, float]
     measured: dict[str, float]
 
 
 class _Contents(TypedDict):
-    """What readers rely on beyond the types of `Manifest`."""
+    """Types that readers rely on, stricter than those of `Manifest`."""
 
     dtype: Literal["float32", "float16", "bfloat16"]
     selector: Literal["upfront", "per-layer"]
@@ -88,21 +88,21 @@ class Manifest:
 
     Attributes:
         model: name the model was exported under.
-        spec: its sizes and options.
+        spec: sizes and options of the model.
         dtype: of weights and activations ("float32", "float16", "bfloat16").
-        weight_dtype: of matrices, where it is another one ("int8", "int4"); else None.
+        weight_dtype: of matrices, if it differs from ``dtype`` ("int8", "int4"); else None.
         dense_layers: leading layers that stay dense.
-        selector: "upfront": ``predictor`` chooses, and indices are inputs of ``body``; "per-layer": ``body``
-            chooses by itself, layer by layer.
-        budgets: default fractions, ``{"heads": ..., "neurons": ...}``; lists where layers differ.
+        selector: "upfront": the graph ``predictor`` selects, and the indices are inputs of ``body``;
+            "per-layer": each layer of ``body`` selects for itself.
+        budgets: default fractions, ``{"heads": ..., "neurons": ...}``; lists if layers differ.
         predictor: kind, criterion and training record.
         base_fingerprint: SHA-256 of the checkpoint the predictor was trained on.
         op_domain_version: version of the custom ops in the graphs.
         tools: versions of the packages that wrote the bundle.
-        allocation: what the budgets were chosen for and what was measured then; empty where they were given.
-        dense: why layers are dense, or better were, at these budgets; by layer.
-        validation: errors against the reference, as measured after the export.
-        files: SHA-256 per file, by its path inside the bundle.
+        allocation: target and measurements of the budget tuning; empty if the budgets were given.
+        dense: by layer, the reason why it is dense, or should be, at these budgets.
+        validation: errors against the reference, measured after the export.
+        files: SHA-256 of each file, by its path inside the bundle.
     """
 
     model: str
@@ -123,25 +123,25 @@ class Manifest:
 
     @property
     def itemsize(self) -> float:
-        """Bytes of an element of a matrix as it is stored; of integers, its share of a scale included."""
+        """Bytes of a stored matrix element; for integers, including the share of a scale."""
         return self.quantisation.itemsize if self.quantisation else ITEMSIZE[self.dtype]
 
     @property
     def sparse_layers(self) -> SparseLayers:
-        """The layers whose units are chosen."""
+        """The layers whose units are selected."""
         return SparseLayers(self.spec, self.dense_layers)
 
     @property
     def sparse_pieces(self) -> tuple[str, ...]:
-        """The graphs of a sparse decode step, in their order."""
+        """The graphs of a sparse decode step, in execution order."""
         return ("stem", "body") if self.selector == "per-layer" else ("stem", "predictor", "body")
 
     @property
     def quantisation(self) -> Quantisation | None:
-        """How integer weights are stored; None where they are floats.
+        """How integer weights are stored; None if the weights are floats.
 
         Raises:
-            UserError: a weight type this program does not know.
+            UserError: the weight type is unknown.
         """
         if self.weight_dtype is None:
             return None
@@ -150,10 +150,10 @@ class Manifest:
         return WEIGHT_DTYPES[self.weight_dtype]
 
     def digests(self, *names: str) -> dict[str, str]:
-        """SHA-256 of some of the bundle's files.
+        """Return the SHA-256 of some of the bundle's files.
 
         Raises:
-            UserError: the manifest does not list one.
+            UserError: the manifest does not list one of them.
         """
         for name in names:
             if name not in self.files:
@@ -161,7 +161,7 @@ class Manifest:
         return {name: self.files[name] for name in names}
 
     def write(self, folder: Path) -> None:
-        """Write ``manifest.json``, replacing an older one in a single step."""
+        """Write ``manifest.json`` atomically."""
         data = {"schema_version": SCHEMA_VERSION} | {k: v for k, v in vars(self).items() if k != "spec"}
         temporary = folder / f".{NAME}.partial"
         temporary.write_text(json.dumps(data | {"spec": self.spec.to_dict()}, indent=2) + "\n")
@@ -169,11 +169,11 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check ``manifest.json``; the files it names are checked by `verify_files`.
+    """Read and check ``manifest.json``. `verify_files` checks the files it names.
 
     Raises:
-        UserError: no bundle there, an unreadable manifest, another schema version, or a path that
-            leaves the bundle.
+        UserError: there is no bundle, its manifest is not readable or has another schema version, or
+            a path leaves the bundle.
     """
     path = folder / NAME
     if not path.is_file():
@@ -195,17 +195,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _manifest(data: dict[str, Any]) -> Manifest:
-    """A manifest of JSON types, once they are those that its readers rely on."""
-    # Bundles of earlier versions.
+    """Make a manifest from JSON data, after checking its types."""
+    # Names in bundles of earlier versions.
     data["selector"] = {"ahead": "upfront", "in place": "per-layer"}.get(data["selector"], data["selector"])
-    data.pop("head_unit", None)  # now of the spec; where it stood here it was always a query head
+    data.pop("head_unit", None)  # it is in the spec now; here it was always a query head
     spec = ModelSpec.from_dict(data["spec"])
     check_type(data, Manifest, "the manifest")
     manifest = Manifest(**data | {"spec": spec})
     check_type(vars(manifest), _Contents, "the manifest")
     if not 0 < manifest.dense_layers < spec.n_layers:
         raise ValueError(f"{manifest.dense_layers} dense layers of {spec.n_layers}")
-    _ = manifest.quantisation  # refuses a type it does not know
+    _ = manifest.quantisation  # raises if the type is unknown
     Budget(**manifest.budgets).counts(manifest.sparse_layers)
     return manifest
 
@@ -222,7 +222,7 @@ def _check_inside(manifest: Path, name: str) -> None:
 def verify_files(folder: Path, files: Mapping[str, str]) -> None:
     """Compare files of a bundle with the SHA-256 their manifest gives.
 
-    Links are followed, as in the hub's cache, where every file is one: what may be read, the hash alone decides.
+    Links are followed, because every file in the hub's cache is a link. The hash alone decides what may be read.
 
     Raises:
         UserError: a file is missing or has other contents.
@@ -236,6 +236,6 @@ def verify_files(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

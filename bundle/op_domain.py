@@ -1,4 +1,4 @@
-"""The ONNX domain of our custom ops: bundles and engines record which version of it they hold."""
+"""The ONNX domain of the custom ops. Bundles and engines record its version."""
 
 DOMAIN = "shadowllm"
 VERSION = 1

@@ -29,21 +29,21 @@ class Predictor:
 
     Attributes:
         kind: "static" (a ranking), "shadow" (one network, and the ranking it started from), "layerwise"
-            (neurons by a network in each layer, heads by a linear map of their layer's input) or
-            "quantized-shadow" (heads likewise, neurons by a low-bit copy of the weights, which is made
-            when a bundle is written).
+            (one network per layer for neurons, a linear map of the layer's input for heads) or
+            "quantized-shadow" (the same map for heads, a low-bit copy of the weights for neurons; the
+            copy is made when a bundle is written).
         n_sparse, dense_layers, n_heads, intermediate_size, hidden_size: sizes of the model it scores.
         tensors: float32. All kinds: ``heads.scores (n_sparse, n_heads)`` and ``neurons.scores
             (n_sparse, intermediate_size)``. A shadow adds ``trunk.weight (rank, hidden_size)``,
             ``trunk.bias (rank,)``, ``heads.weight (n_sparse * n_heads, rank)``, ``heads.bias``,
-            ``neurons.weight (n_sparse * intermediate_size, rank)`` and ``neurons.bias``. Those that choose
-            in place add ``layers.heads.weight (n_sparse * n_heads, hidden_size)`` and ``layers.heads.bias``,
-            which the other kinds may have too, to be evaluated beside them; layerwise its networks as well,
-            one layer's rows after another's: ``layers.trunk.weight (n_sparse * rank, hidden_size)``,
+            ``neurons.weight (n_sparse * intermediate_size, rank)`` and ``neurons.bias``. Per-layer kinds
+            add ``layers.heads.weight (n_sparse * n_heads, hidden_size)`` and ``layers.heads.bias``; other
+            kinds may have these too, for evaluation. Layerwise also adds its networks, with the rows
+            of all layers concatenated: ``layers.trunk.weight (n_sparse * rank, hidden_size)``,
             ``layers.trunk.bias``, ``layers.neurons.weight (n_sparse * intermediate_size, rank)`` and
             ``layers.neurons.bias``.
         base_fingerprint: `Weights.fingerprint` of the model it was trained on.
-        record: how it was trained and how well it did; JSON types.
+        record: training settings and results; JSON types.
 
     Raises:
         UserError: tensors are missing or have other shapes.
@@ -69,19 +69,19 @@ class Predictor:
 
     @property
     def rank(self) -> int:
-        """Width of a network's trunk, 0 where there is none."""
+        """Width of a network's trunk; 0 if there is no network."""
         if "layers.trunk.weight" in self.tensors:
             return len(self.tensors["layers.trunk.weight"]) // self.n_sparse
         return len(self.tensors["trunk.weight"]) if "trunk.weight" in self.tensors else 0
 
     @property
     def per_layer(self) -> bool:
-        """Whether layers choose for themselves, instead of all being chosen for at the first sparse one."""
+        """Whether each layer selects for itself, instead of one selection at the first sparse layer."""
         return self.kind in ("layerwise", "quantized-shadow")
 
     @property
     def learned(self) -> tuple[str, ...]:
-        """Names of a network's tensors: what training changes, and what a bundle stores as it does weights."""
+        """Names of the network's tensors. Training changes them, and a bundle stores them like weights."""
         return tuple(self._network_shapes())
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -113,7 +113,7 @@ class Predictor:
         return {"layers.heads.weight": (heads, self.hidden_size), "layers.heads.bias": (heads,)}
 
     def check_base(self, spec: ModelSpec, fingerprint: str) -> None:
-        """Make sure the predictor belongs to a model.
+        """Check that the predictor belongs to a model.
 
         Raises:
             UserError: it was trained on other weights or for other sizes.
@@ -127,7 +127,7 @@ class Predictor:
             )
 
     def save(self, path: Path) -> None:
-        """Write the file; a killed process leaves no half file under the final name."""
+        """Write the file atomically."""
         description = {
             "format": FORMAT,
             "version": VERSION,
@@ -147,7 +147,7 @@ class Predictor:
         """Read a file that `save` wrote.
 
         Raises:
-            UserError: it is missing, damaged, or no predictor.
+            UserError: the file is missing, damaged, or not a predictor.
         """
         tensors, description = read_tensors(path, FORMAT, VERSION)
         try:
@@ -178,10 +178,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str,
         )
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp made it private
+        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files private
         os.replace(name, path)
     except SafetensorError as error:
-        # What the system refused, the library written in Rust tells in words alone.
+        # The Rust library reports system errors only as text.
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
             raise
@@ -191,7 +191,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str,
 
 
 def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and description of a file that `write_tensors` wrote, without the fields of the format itself.
+    """Read a file that `write_tensors` wrote; return tensors and description, without the format's fields.
 
     Raises:
         UserError: the file is missing, damaged, of another kind or of another version, or holds NaN or infinity.

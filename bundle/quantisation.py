@@ -1,8 +1,8 @@
-"""Integer weights: rows of 8 or 4 bits with a scale per block of consecutive elements.
+"""Integer weights: rows of 8- or 4-bit integers, with one scale per block of consecutive elements.
 
-The layout of ONNX Runtime's ``MatMulNBits``, so that its dense layers and our sparse rows read the
-same bytes: unsigned integers around a middle of ``2 ** (bits - 1)``, at 4 bits two to a byte with
-the first in the lower half, and one float32 scale per block of a row.
+The layout is that of ONNX Runtime's ``MatMulNBits``, so that its dense layers and our sparse rows
+read the same format. Integers are unsigned, with the middle at ``2 ** (bits - 1)``. A byte holds two
+4-bit integers, the first in its lower half. Each block of a row has one float32 scale.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Of ``MatMulNBits``: its inputs rounded to 8 bits, which is what ONNX Runtime has fast kernels for.
+# Attribute of ``MatMulNBits``: its inputs are rounded to 8 bits. ONNX Runtime has fast kernels for this.
 ACCURACY_LEVEL = 4
-CHUNK = 1 << 22  # elements quantised at a time: the temporaries are several times as large
+CHUNK = 1 << 22  # elements quantised at a time, because temporaries are several times as large
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Quantisation:
     """How weights are stored.
 
     Attributes:
-        bits: 8 or 4 in files; fewer in `rounded` alone.
+        bits: 8 or 4 in files; only `rounded` accepts other numbers.
         block: consecutive elements of a row that share a scale.
     """
 
@@ -30,29 +30,29 @@ class Quantisation:
 
     @property
     def itemsize(self) -> float:
-        """Bytes per element, its share of a scale included."""
+        """Bytes per element, including the share of a scale."""
         return self.bits / 8 + 4 / self.block
 
     def blocks(self, width: int) -> int:
-        """Scales of a row; the last block may be padded."""
+        """Return the scales per row; the last block may be padded."""
         return -(-width // self.block)
 
     def bytes(self, width: int) -> int:
-        """Bytes of a row's integers."""
+        """Return the bytes of a row's integers."""
         return self.blocks(width) * self.block * self.bits // 8
 
 
 WEIGHT_DTYPES = {"int8": Quantisation(8), "int4": Quantisation(4)}
-# Of the copy of gate and up by which a quantised shadow scores neurons: with a scale for every 64 elements of a row it
-# is under a fifth of a 16-bit MLP.
+# Format of the low-bit copy of gate and up, with which a quantised shadow scores neurons. With one scale per 64
+# elements, the copy is under a fifth of a 16-bit MLP.
 LOW_BIT_COPY = Quantisation(bits=4, block=64)
 
 
 def quantise(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarray]:
     """Round float32 ``(rows, width)`` to uint8 ``(rows, bytes)`` and float32 scales ``(rows, blocks)``.
 
-    The element of a block that is farthest from zero lands on the end of the range, which reaches one
-    step further below the middle than above it (as in GGUF's Q4_0).
+    The element of a block that is farthest from zero becomes the lower end of the range, which has one
+    more step below the middle than above it (as in GGUF's Q4_0).
     """
     rows, width = matrix.shape
     data = np.empty((rows, q.bytes(width)), dtype=np.uint8)
@@ -71,7 +71,7 @@ def _quantise(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarr
 
 
 def _integers(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarray]:
-    """Integers ``(rows, blocks, block)``, as floats, and scales ``(rows, blocks)``."""
+    """Return integers ``(rows, blocks, block)``, as floats, and scales ``(rows, blocks)``."""
     rows, width = matrix.shape
     middle = 1 << (q.bits - 1)
     padded = np.zeros((rows, q.blocks(width) * q.block), dtype=np.float32)
@@ -84,14 +84,14 @@ def _integers(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarr
 
 
 def rounded(matrix: np.ndarray, q: Quantisation) -> np.ndarray:
-    """Float32 ``(rows, width)`` as integers of any number of bits have it; nothing is packed."""
+    """Round float32 ``(rows, width)`` to integers of any number of bits and back, without packing."""
     integers, scales = _integers(matrix, q)
     values = (integers - np.float32(1 << (q.bits - 1))) * scales[..., None]
     return values.reshape(len(matrix), -1)[:, : matrix.shape[1]]
 
 
 def dequantise(data: np.ndarray, scales: np.ndarray, width: int, q: Quantisation) -> np.ndarray:
-    """Inverse of `quantise` up to rounding: float32 ``(rows, width)``."""
+    """Invert `quantise` up to rounding; return float32 ``(rows, width)``."""
     if q.bits == 4:
         data = np.stack((data & 15, data >> 4), axis=-1).reshape(len(data), -1)
     values = data.astype(np.float32) - np.float32(1 << (q.bits - 1))
@@ -99,7 +99,7 @@ def dequantise(data: np.ndarray, scales: np.ndarray, width: int, q: Quantisation
 
 
 def dense_rows(weight: np.ndarray, scales: np.ndarray | None, width: int) -> np.ndarray:
-    """A weight of an op as float32 ``(rows, width)``, whether it is of floats or of integers."""
+    """Return an op's weight, stored as floats or integers, as float32 ``(rows, width)``."""
     if scales is None:
         return weight.astype(np.float32)
     bits = 8 * weight.shape[1] // width

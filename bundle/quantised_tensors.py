@@ -1,4 +1,4 @@
-"""Integer weights of a bundle: made from a checkpoint when it is written, turned back for the reference."""
+"""Integer weights of a bundle: quantised at export, and dequantised for the reference decoder."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from shadowllm.models.weights import tensor_shape
 
 
 def check_quantisable(spec: ModelSpec, dtype: str, q: Quantisation) -> None:
-    """Refuse what has no integer form.
+    """Refuse models that cannot have integer weights.
 
     Raises:
-        UserError: 16-bit activations, or rows that are not whole blocks.
+        UserError: the activations are 16-bit, or rows are not whole blocks.
     """
     if dtype != "float32":
         raise UserError(f"integer weights go with float32 activations, not {dtype}", "leave out --dtype")
@@ -53,10 +53,10 @@ def check_quantisable(spec: ModelSpec, dtype: str, q: Quantisation) -> None:
 
 
 class QuantisedTensors(Mapping[str, Tensor]):
-    """Tensors of another mapping, and each matrix and its transpose as integers and scales, named by `weight_names`.
+    """Tensors of another mapping, plus each matrix and its transpose as integers and scales.
 
-    Each is made when asked for. Ask for the integers first: the scales are kept from then until
-    they are asked for.
+    `weight_names` defines the names. Each access makes the tensor. Read the integers first: their
+    scales are then kept until they are read.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], q: Quantisation) -> None:
@@ -85,7 +85,7 @@ class QuantisedTensors(Mapping[str, Tensor]):
 
 
 class RoundedTensors(Mapping[str, Tensor]):
-    """Canonical tensors in float32, each rounded, when asked for, as a bundle's sparse layers have it."""
+    """Canonical tensors in float32, rounded on access like the weights of a bundle's sparse layers."""
 
     def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype, q: Quantisation | None) -> None:
         self._weights, self._dtype, self._q = weights, dtype, q
@@ -104,7 +104,7 @@ class RoundedTensors(Mapping[str, Tensor]):
 
 
 class CopyTensors(Mapping[str, Tensor]):
-    """A quantised shadow by the names that `copy_groups` gives it, made of a model's weights when asked for."""
+    """A quantised shadow's tensors, named as in `copy_groups`, made on access from a model's weights."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._weights, self._matrices = weights, QuantisedTensors(weights, LOW_BIT_COPY)
@@ -125,10 +125,10 @@ class CopyTensors(Mapping[str, Tensor]):
 def dequantised_weights(
     spec: ModelSpec, names: Iterable[str], tensors: Mapping[str, Tensor], q: Quantisation
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Canonical float32 weights as the sparse graph and as the dense graphs have them.
+    """Return canonical float32 weights as in the sparse graph, and as in the dense graphs.
 
-    The two differ in what lies by input channel (``o_proj``, ``down_proj``), which is rounded along
-    neurons for the one and along the inputs for the other.
+    They differ in ``o_proj`` and ``down_proj``. The sparse graph rounds these along neurons or head
+    dimensions, the dense graphs along the inputs.
 
     Args:
         names: canonical names of all weights.
@@ -152,7 +152,7 @@ def dequantised_weights(
 
 
 def dequantised_predictor(predictor: Predictor, q: Quantisation) -> Predictor:
-    """The predictor as the graph has it: a network's matrices rounded to integers and back, the rest as it is."""
+    """Return the predictor as in the graph: its network's matrices are rounded to integers and back."""
 
     def restore(tensor: Tensor) -> Tensor:
         data, found = quantise(tensor.numpy(), q)
@@ -163,5 +163,5 @@ def dequantised_predictor(predictor: Predictor, q: Quantisation) -> Predictor:
 
 
 def row_norms(down_proj: Tensor) -> Tensor:
-    """``||w_down[f]||`` of each neuron, float32 ``(intermediate_size,)``."""
+    """Return ``||w_down[f]||`` of each neuron, float32 ``(intermediate_size,)``."""
     return down_proj.float().norm(dim=-1)

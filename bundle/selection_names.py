@@ -1,7 +1,7 @@
-"""Names of the tensors of a selection, by which graphs, engines and sessions agree: ``neuron_indices`` and the like.
+"""Names of a selection's tensors, shared by graphs, engines and sessions: ``neuron_indices`` and others.
 
-A selection is what the sparse layers use in one step. As tensors it is, for heads and for neurons, the indices of
-the active ones, int32 ``(n_sparse, n_units)``, ascending and -1 past the count, and the counts, int32 ``(n_sparse,)``.
+A selection holds the active heads and neurons of the sparse layers in one step. For each of the two kinds it has
+indices, int32 ``(n_sparse, n_units)``, ascending and -1 past the count, and counts, int32 ``(n_sparse,)``.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from shadowllm.models.sparsity import UNITS, Unit
 
 
 def indices(unit: Unit) -> str:
-    """Indices of all sparse layers."""
+    """Return the name of the indices of all sparse layers."""
     return f"{unit.removesuffix('s')}_indices"
 
 
 def counts(unit: Unit) -> str:
-    """Counts of all sparse layers."""
+    """Return the name of the counts of all sparse layers."""
     return f"{unit.removesuffix('s')}_counts"
 
 
 def of_row(name: str, row: int) -> str:
-    """One sparse layer's row of indices or counts, where it is a tensor of its own: ``neuron_indices.3``."""
+    """Return the name of one sparse layer's indices or counts as a separate tensor: ``neuron_indices.3``."""
     return f"{name}.{row}"
 
 

@@ -1,4 +1,4 @@
-"""The one external-data file that all graphs of a bundle share: where each tensor lies, and how it is written."""
+"""The external-data file that all graphs of a bundle share: its layout and its writer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from shadowllm.bundle.weight_layout import Group
 from shadowllm.errors import UserError
 
-# Groups start on a page, so that runtimes can map them instead of reading them.
+# Groups start on a page boundary, so that runtimes can map them instead of reading them.
 PAGE = 4096
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -25,7 +25,7 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies in the file."""
+    """Place of a tensor in the file."""
 
     offset: int
     length: int
@@ -34,11 +34,11 @@ class Entry:
 
 
 class WeightStore:
-    """The layout of the data file, which it writes as a stream.
+    """The layout of the data file, and a streaming writer for it.
 
     Args:
         path: the data file.
-        groups: runs of (name, shape, dtype) that lie back to back.
+        groups: runs of (name, shape, dtype) that are stored back to back.
     """
 
     def __init__(self, path: Path, groups: Iterator[Group]) -> None:
@@ -54,10 +54,10 @@ class WeightStore:
         self.size = end
 
     def write(self, tensors: Mapping[str, torch.Tensor], progress: Callable[[int], None] = lambda _: None) -> str:
-        """Write every tensor of the layout in turn, one in memory at a time; return the file's SHA-256.
+        """Write all tensors in order, one in memory at a time; return the file's SHA-256.
 
         Raises:
-            UserError: a number that its type in the file cannot hold.
+            UserError: a number does not fit its dtype in the file.
         """
         digest = hashlib.sha256()
         with self.path.open("wb") as file:
@@ -75,11 +75,11 @@ class WeightStore:
 
 
 def _blocks(name: str, tensor: torch.Tensor, dtype: torch.dtype, elements: int = 1 << 22) -> Iterator[memoryview]:
-    """The bytes of a tensor in ``dtype``, converted a few million elements at a time."""
+    """Yield the bytes of a tensor in ``dtype``, converted a few million elements at a time."""
     rows = max(1, elements // max(1, math.prod(tensor.shape[1:])))
     for part in tensor.split(rows):
         converted = part.to(dtype).contiguous()
-        # One cheap pass: NaN and infinity show in the extremes.
+        # The extremes are not finite if any element is NaN or infinite. This needs only one pass.
         if converted.numel() and not torch.stack(converted.aminmax()).isfinite().all():
             raise _unfit(name, part, dtype)
         yield memoryview(converted.view(torch.uint8).reshape(-1).numpy())

@@ -1,8 +1,8 @@
-"""The order in which tensors lie in a bundle's data file.
+"""The order of tensors in a bundle's data file.
 
-Tensors that a dense graph multiplies together (q, k, v; gate, up) lie back to back, so that a graph
-may name the run of them as a single initializer while a sparse graph names one of them alone:
-several views of the same bytes, and every weight on disk once.
+Tensors that a dense graph multiplies together (q, k, v; gate, up) are stored back to back. A dense
+graph may use them as a single initializer, while a sparse graph uses one of them. Both refer to the
+same bytes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from shadowllm.models.sparsity import SparseLayers
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import tensor_shape
 
-# Runs of (name, shape, dtype) that lie back to back.
+# A run of (name, shape, dtype) that are stored back to back.
 Group = list[tuple[str, tuple[int, ...], str]]
 
 
 def model_groups(spec: ModelSpec, dtype: str, q: Quantisation | None = None) -> Iterator[Group]:
-    """Layout of a model's canonical tensors, layer by layer, in the order a decode step reads them.
+    """Yield the layout of a model's canonical tensors, in the order in which a decode step reads them.
 
-    With a quantisation, matrices are integers and scales (see `quantised`), and those that lie by
-    input channel do so twice: ``MatMulNBits`` reads along the inputs, a sparse op along a neuron.
+    With a quantisation, matrices are integers and scales (see `quantised_groups`). ``o_proj`` and
+    ``down_proj`` are stored twice: ``MatMulNBits`` reads along the inputs, a sparse op along a row.
     """
 
     def floats(*names: str) -> Group:
@@ -64,7 +64,7 @@ def model_groups(spec: ModelSpec, dtype: str, q: Quantisation | None = None) -> 
 
 
 def copy_groups(layers: SparseLayers) -> Iterator[Group]:
-    """Layout of a quantised shadow: the copy of gate and up, and ``||w_down||``, of each sparse layer."""
+    """Yield the layout of a quantised shadow: per sparse layer, the copy of gate and up, and ``||w_down||``."""
     spec = layers.spec
     for layer in layers.layers:
         yield from quantised_groups(
@@ -74,6 +74,6 @@ def copy_groups(layers: SparseLayers) -> Iterator[Group]:
 
 
 def quantised_groups(shapes: Mapping[str, tuple[int, ...]], q: Quantisation) -> Iterator[Group]:
-    """Layout of the integers, and then of the scales, of matrices ``(rows, width)`` that are read together."""
+    """Yield the layout of matrices ``(rows, width)`` that are read together: first integers, then scales."""
     yield [(integers(name), (rows, q.bytes(width)), "uint8") for name, (rows, width) in shapes.items()]
     yield [(scales(name), (rows, q.blocks(width)), "float32") for name, (rows, width) in shapes.items()]

@@ -28,23 +28,23 @@ def transposed(matrix: str) -> str:
 
 
 def low_bit_copy(matrix: str) -> str:
-    """The copy of a matrix by which a quantised shadow scores neurons."""
+    """The low-bit copy of a matrix, with which a quantised shadow scores neurons."""
     return _COPY + matrix
 
 
 def down_norms(layer: int) -> str:
-    """``||w_down||`` of each neuron of a layer, which goes with the low-bit copy; float32 ``(intermediate_size,)``."""
+    """``||w_down||`` of each neuron of a layer, stored with the low-bit copy; float32 ``(intermediate_size,)``."""
     return f"{_COPY}layers.{layer}.{_NORMS}"
 
 
 def copied(spec: ModelSpec, layer: int) -> list[str]:
-    """Canonical names of the matrices of a layer that have a low-bit copy, in the order they lie in a bundle."""
+    """Return the canonical names of a layer's matrices with a low-bit copy, in storage order."""
     parts = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
     return [f"layers.{layer}.{part}.weight" for part in parts]
 
 
 def base(name: str) -> str:
-    """The canonical name that the name of integers or scales, transposed or not, was made from; others as they are."""
+    """Return the canonical name behind a name of integers or scales, transposed or not; others unchanged."""
     for suffix in (_INTEGERS, _SCALES, _TRANSPOSED):
         name = name.removesuffix(suffix)
     return name
@@ -61,7 +61,7 @@ def is_scales(name: str) -> bool:
 
 
 def is_transposed(name: str) -> bool:
-    """Whether `transposed` had a part in the name."""
+    """Whether the name was made with `transposed`."""
     return name.removesuffix(_INTEGERS).removesuffix(_SCALES).endswith(_TRANSPOSED)
 
 
@@ -76,10 +76,10 @@ def is_down_norms(name: str) -> bool:
 
 
 def copy_source(name: str) -> str:
-    """The name without what `low_bit_copy` added; of `down_norms`, the matrix that they are norms of."""
+    """Return the canonical name behind a `low_bit_copy` name; for `down_norms`, the matrix of the norms."""
     return name.removeprefix(_COPY).replace(f".{_NORMS}", ".down_proj.weight")
 
 
 def is_quantised(name: str) -> bool:
-    """Whether a canonical weight is one of the matrices; norms, biases and position embeddings stay floats."""
+    """Whether a canonical weight is a matrix; norms, biases and position embeddings stay floats."""
     return name.endswith(("_proj.weight", "embed_tokens.weight", "lm_head.weight"))

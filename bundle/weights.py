@@ -1,4 +1,4 @@
-"""A bundle's weights and predictor, read back."""
+"""Read a bundle's weights and predictor."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class BundleWeights:
     """A bundle's weights in float32, and its predictor.
 
     Attributes:
-        sparse: canonical weights as ``body`` has them.
-        dense: as ``dense`` and ``stem`` have them; the same, but for how integers are rounded.
+        sparse: canonical weights as in ``body``.
+        dense: as in ``dense`` and ``stem``; they differ from ``sparse`` only in the rounding of integers.
     """
 
     sparse: Mapping[str, Tensor]
@@ -45,13 +45,13 @@ def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
     if q is None:
         weights = {name: tensor.float() for name, tensor in stored.items()}
         return BundleWeights(weights, weights, predictor)
-    names = {base(name): None for name in stored}  # in their order, each once
+    names = {base(name): None for name in stored}  # ordered, without duplicates
     sparse, dense = dequantised_weights(spec, names, stored, q)
     return BundleWeights(sparse, dense, dequantised_predictor(predictor, q))
 
 
 def map_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], Predictor]:
-    """The model's tensors as they are stored, mapped and not read, and the predictor.
+    """Map the model's stored tensors into memory without reading them, and load the predictor.
 
     Raises:
         UserError: a file is damaged.
@@ -62,13 +62,13 @@ def map_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], Pr
 
 
 def map_copies(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """A quantised shadow's copy, mapped like the tensors of `map_weights`, which checks the file."""
+    """Map a quantised shadow's tensors like `map_weights`, which must have checked the file."""
     weights = model_groups(manifest.spec, manifest.dtype, manifest.quantisation)
     return _mapped(folder, chain(weights, copy_groups(manifest.sparse_layers)))
 
 
 def _mapped(folder: Path, groups: Iterator[Group]) -> dict[str, Tensor]:
-    """The tensors of the data file by name, mapped and not read."""
+    """Map the tensors of the data file by name, without reading them."""
     store = WeightStore(folder / DATA_FILE, groups)
     data = np.memmap(store.path, dtype=np.uint8, mode="c")
     return {

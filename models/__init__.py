@@ -1,1 +1,1 @@
-"""What a model is: its sizes, its canonical weights, the reference decoder; and `files`, which reads checkpoints."""
+"""Model descriptions: sizes, canonical weights and the reference decoder. `files` reads checkpoints."""

@@ -1,6 +1,6 @@
 """The reference decoder: one plain PyTorch forward pass for every family, with hooks.
 
-Every other backend is compared with this one, and traces and masked evaluations are read off it.
+Every other backend is compared with this one. It also computes the importance traces and the masked evaluations.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from shadowllm.models.sparsity import Unit
 from shadowllm.models.spec import ModelSpec
 
-# Sees the activation of one layer's units and returns what the layer goes on with:
+# Receives the activation of one layer's units and returns the activation that the layer uses instead:
 #   heads    attention context before the output projection (batch, seqlen, n_heads, head_dim)
 #   neurons  product before the down projection             (batch, seqlen, intermediate_size)
 ActivationHook = Callable[[int, Unit, Tensor], Tensor]
-# Sees the normed input that one layer's units are computed from, (batch, seqlen, hidden_size).
+# Receives the normalised input of one layer's units, (batch, seqlen, hidden_size).
 InputHook = Callable[[int, Unit, Tensor], None]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
@@ -27,10 +27,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.
 
 @dataclass
 class KVCache:
-    """Keys and values of a fixed capacity, ``(batch, n_kv_heads, capacity, head_dim)`` per layer.
+    """A KV cache of fixed capacity: keys and values ``(batch, n_kv_heads, capacity, head_dim)`` per layer.
 
-    A step writes its tokens at their positions and attends to every position up to its own, so
-    the position ids alone say how long each sequence is.
+    A step writes its tokens at their positions and attends to every position up to its own. The
+    position ids alone therefore define the length of each sequence.
     """
 
     keys: list[Tensor]
@@ -45,13 +45,13 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> KVCache:
-        """A cache of zeros for ``batch`` sequences of up to ``capacity`` tokens."""
+        """Return a cache of zeros for ``batch`` sequences of up to ``capacity`` tokens."""
         shape = (batch, spec.n_kv_heads, capacity, spec.head_dim)
         keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.n_layers)] for _ in "kv")
         return cls(keys, values)
 
     def update(self, layer: int, key: Tensor, value: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``(batch, n_kv_heads, seqlen, head_dim)`` at ``position_ids``; return the whole layer."""
+        """Write ``(batch, n_kv_heads, seqlen, head_dim)`` at ``position_ids``; return all of the layer's K and V."""
         rows = torch.arange(key.shape[0])[:, None]
         self.keys[layer][rows, :, position_ids] = key.transpose(1, 2)
         self.values[layer][rows, :, position_ids] = value.transpose(1, 2)
@@ -65,7 +65,7 @@ class Decoder:
         spec: the model.
         weights: canonical tensors, all of one dtype (the dtype of the computation).
         activation_hook: called once per layer and unit; None leaves activations as they are.
-        input_hook: called once per layer and unit, before the activation hook, with what the units are computed from.
+        input_hook: called once per layer and unit, before the activation hook, with the input of the units.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class Decoder:
             self._cos, self._sin = torch.from_numpy(cos), torch.from_numpy(sin)
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits of every position.
+        """Compute the logits of every position.
 
         Args:
             input_ids: int64 ``(batch, seqlen)``.
-            position_ids: int64 ``(batch, seqlen)``, consecutive in a row; 0.. when None.
-            cache: written and read when given; without one the call is a whole sequence.
+            position_ids: int64 ``(batch, seqlen)``, consecutive within a row; 0, 1, ... when None.
+            cache: written and read if given. Without a cache, the call must contain the whole sequence.
 
         Returns:
             Tensor ``(batch, seqlen, vocab_size)``.
@@ -102,19 +102,19 @@ class Decoder:
         return self.logits(x)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Token (and learned position) embeddings, ``(batch, seqlen, hidden_size)``."""
+        """Return the token embeddings, plus learned position embeddings if any, ``(batch, seqlen, hidden_size)``."""
         x = F.embedding(input_ids, self.weights["embed_tokens.weight"])
         if self.spec.positions == "learned":
             x = x + F.embedding(position_ids + self.spec.position_offset, self.weights["embed_positions.weight"])
         return x
 
     def layer(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """One pre-norm block, ``(batch, seqlen, hidden_size)`` in and out."""
+        """Run one pre-norm layer, ``(batch, seqlen, hidden_size)`` in and out."""
         x = x + self._attention(layer, self._norm(f"layers.{layer}.input_norm", x), position_ids, cache)
         return x + self._mlp(layer, self._norm(f"layers.{layer}.post_norm", x))
 
     def logits(self, x: Tensor) -> Tensor:
-        """Final norm and output projection."""
+        """Apply the final norm and the output projection."""
         table = "embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
         return F.linear(self._norm("final_norm", x), self.weights[table])
 
@@ -135,7 +135,7 @@ class Decoder:
         return self._rows(f"{place}.o_proj", context.flatten(2))
 
     def mlp_activation(self, layer: int, x: Tensor) -> Tensor:
-        """What a layer's neurons make of the normed MLP input, ``(batch, seqlen, intermediate_size)``."""
+        """Compute a layer's neuron activations from the normalised input, ``(batch, seqlen, intermediate_size)``."""
         place, act = f"layers.{layer}", ACTIVATIONS[self.spec.activation]
         *gate, up = self._projected(place, ("gate", "up") if self.spec.gated else ("up",), x)
         return act(gate[0]) * up if gate else act(up)
@@ -149,7 +149,7 @@ class Decoder:
         return self.activation_hook(layer, unit, activation) if self.activation_hook else activation
 
     def _projected(self, place: str, parts: Sequence[str], x: Tensor) -> Sequence[Tensor]:
-        """Several projections of one input."""
+        """Apply several projections to one input."""
         return [self._linear(f"{place}.{part}_proj", x) for part in parts]
 
     def _linear(self, name: str, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Families by their Hugging Face ``model_type``; a new family is one module and one row here."""
+"""Model families by Hugging Face ``model_type``. A new family needs one module and one row in `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.models.tied import resolve_tied_embeddings
 from shadowllm.models.weights import Source, Weights
 
-# Tables that old checkpoints store and that follow from the config; a tied head that lies there twice.
+# Stored tensors that need no warning: they follow from the config, or repeat a tied output projection.
 DERIVED = ("rotary_emb.inv_freq", "lm_head.weight", "decoder.version")
 
 
 @dataclass(frozen=True)
 class Family:
-    """What an adapter provides: the spec of a config, and where each canonical tensor lies."""
+    """An adapter: converts a config to a spec, and gives the source of each canonical tensor."""
 
     spec: Callable[[Any], ModelSpec]
     sources: Callable[[ModelSpec], dict[str, Source]]
@@ -38,15 +38,15 @@ FAMILIES = {
 def load_model(
     model: str | Path, *, cache_dir: Path | None = None, trust_remote_code: bool = False
 ) -> tuple[ModelSpec, Weights, Checkpoint]:
-    """Open a model: its description, its weights (read on demand) and the files it came from.
+    """Open a model: its spec, its weights (read on demand) and its checkpoint.
 
     Args:
         model: local folder or ``.gguf`` file, or a Hugging Face id.
-        cache_dir: where downloads go; Hugging Face's own default when None.
+        cache_dir: folder for downloads; Hugging Face's default when None.
         trust_remote_code: passed to ``transformers``; never needed for the supported families.
 
     Raises:
-        UserError: nothing found there, an unsupported family, or files that do not fit the config.
+        UserError: there is no model, its family is not supported, or its files do not fit the config.
     """
     checkpoint = open_checkpoint(model, cache_dir, trust_remote_code)
     config, tensors = checkpoint.config, checkpoint.tensors

@@ -1,6 +1,6 @@
-"""What sparsity is: the units that are left out, the layers that leave them out, and how many each keeps.
+"""Sparsity: the units that can be skipped, the sparse layers, and how many units each layer keeps.
 
-Where heads and neurons stand side by side, heads come first.
+Where heads and neurons appear together, heads come first.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ Fractions = float | tuple[float, ...]
 
 
 def layer_units(spec: ModelSpec) -> dict[Unit, int]:
-    """How many units of each kind a layer has: query heads and neurons."""
+    """Return how many units of each kind a layer has: query heads and neurons."""
     return {"heads": spec.n_heads, "neurons": spec.intermediate_size}
 
 
 @dataclass(frozen=True)
 class SparseLayers:
-    """The layers of a model that leave out units: all that come after its leading, dense ones.
+    """The layers of a model that skip units: all layers after the leading dense layers.
 
-    Tensors that have a row for each of them are said to be ``(n_sparse, ...)``.
+    A tensor with one row per sparse layer has the shape ``(n_sparse, ...)``.
 
     Attributes:
         spec: the model.
-        dense_layers: leading layers that stay dense; all of them for a dense model.
+        dense_layers: number of leading layers that stay dense; all layers for a dense model.
     """
 
     spec: ModelSpec
@@ -40,26 +40,26 @@ class SparseLayers:
 
     @property
     def count(self) -> int:
-        """How many there are, ``n_sparse``."""
+        """Number of sparse layers, ``n_sparse``."""
         return self.spec.n_layers - self.dense_layers
 
     @property
     def layers(self) -> range:
-        """Their numbers in the model."""
+        """Indices of the sparse layers in the model."""
         return range(self.dense_layers, self.spec.n_layers)
 
     def row(self, layer: int) -> int:
-        """The row that belongs to one of the `layers`."""
+        """Return the row of one of the `layers`."""
         return layer - self.dense_layers
 
     def layer(self, row: int) -> int:
-        """Inverse of `row`."""
+        """Return the layer of a row."""
         return row + self.dense_layers
 
 
 @dataclass(frozen=True, eq=False)
 class ActiveCounts:
-    """How many units each sparse layer keeps, also by the unit's name: ``counts["heads"]``.
+    """How many units each sparse layer keeps. ``counts["heads"]`` works too.
 
     Attributes:
         heads, neurons: int32 ``(n_sparse,)``.
@@ -72,16 +72,16 @@ class ActiveCounts:
         return self.heads if unit == "heads" else self.neurons
 
     def by_layer(self) -> Iterator[tuple[int, int]]:
-        """Heads and neurons of each layer, as Python's own numbers: int32 is too short for bytes."""
+        """Return heads and neurons of each layer as Python ints, because byte counts overflow int32."""
         return zip(self.heads.tolist(), self.neurons.tolist(), strict=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Fractions that stay active: one for all sparse layers, or one for each of them.
+    """Fractions of units that stay active: one for all sparse layers, or one per sparse layer.
 
     Raises:
-        UserError: a fraction outside (0, 1].
+        UserError: a fraction is outside (0, 1].
     """
 
     heads: Fractions = 1.0
@@ -90,7 +90,7 @@ class Budget:
     def __post_init__(self) -> None:
         for unit in UNITS:
             value = getattr(self, unit)
-            if isinstance(value, list):  # as JSON has it
+            if isinstance(value, list):  # JSON has no tuples
                 value = tuple(value)
                 object.__setattr__(self, unit, value)
             for fraction in _each(value):
@@ -101,27 +101,27 @@ class Budget:
                     )
 
     def counts(self, layers: SparseLayers) -> ActiveCounts:
-        """What each sparse layer keeps, at least one of each unit.
+        """Return how many units each sparse layer keeps, at least one of each kind.
 
-        Heads are query heads, rounded to whole groups where groups are chosen (``ModelSpec.head_unit``).
+        Heads are query heads. If whole groups are selected (``ModelSpec.head_unit``), they are rounded to groups.
 
         Raises:
-            UserError: fractions for another number of layers.
+            UserError: the fractions are for another number of layers.
         """
         spec = layers.spec
         heads = _counts(self.heads, spec.n_heads // spec.heads_together, layers.count) * spec.heads_together
         return ActiveCounts(heads, _counts(self.neurons, spec.intermediate_size, layers.count))
 
     def mean(self) -> Budget:
-        """The same fractions on average, for all layers alike."""
+        """Return the mean fractions, equal for all layers."""
         return Budget(heads=float(np.mean(_each(self.heads))), neurons=float(np.mean(_each(self.neurons))))
 
 
 def parse_fractions(text: str) -> Fractions:
-    """Fractions as they stand on a command line: one, or one per sparse layer with commas between them.
+    """Parse fractions from the command line: one, or one per sparse layer, separated by commas.
 
     Raises:
-        UserError: not numbers in (0, 1].
+        UserError: they are not numbers in (0, 1].
     """
     try:
         values = tuple(float(part) for part in text.split(","))
@@ -140,7 +140,7 @@ def format_fractions(value: Fractions) -> str:
 
 
 def describe_fractions(value: Fractions) -> str:
-    """For people: "50%", or "50% (20% to 90%, layer by layer)"."""
+    """Describe fractions in words: "50%", or "50% (20% to 90%, layer by layer)"."""
     each = _each(value)
     spread = f" ({min(each):.0%} to {max(each):.0%}, layer by layer)" if len(set(each)) > 1 else ""
     return f"{np.mean(each):.0%}{spread}"
@@ -151,7 +151,7 @@ def _each(value: Fractions) -> tuple[float, ...]:
 
 
 def _counts(value: Fractions, units: int, n_sparse: int) -> np.ndarray:
-    if not n_sparse:  # a dense session, which takes a sparse one's budget
+    if not n_sparse:  # a dense session accepts the budget of a sparse one
         return np.zeros(0, dtype=np.int32)
     each = _each(value)
     if len(each) not in (1, n_sparse):

@@ -1,4 +1,4 @@
-"""The shape of a decoder-only model, independent of the family and of the file it came from."""
+"""The architecture of a decoder-only model, independent of its family and file format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Activation = Literal["relu", "silu", "gelu"]
 Positions = Literal["learned", "rope"]
 RopeScaling = Literal["default", "linear", "llama3"]
 HeadUnit = Literal["query_head", "kv_group"]
-# Tables of positions are made for all of them.
+# The limit exists because position tables are computed for all positions.
 MOST_POSITIONS = 1 << 24
 
 
@@ -25,8 +25,8 @@ class RopeSpec:
 
     Attributes:
         theta: base of the geometric frequency series.
-        scaling: "default", "linear" (all frequencies divided by ``factor``) or "llama3" (only the
-            low frequencies are, with a smooth ramp between the two bounds).
+        scaling: "default", "linear" (all frequencies divided by ``factor``) or "llama3" (only
+            low frequencies are divided, with a smooth ramp between the two bounds).
         factor, low_freq_factor, high_freq_factor, original_max_seqlen: parameters of the scaling,
             named as in Hugging Face ``rope_parameters``.
     """
@@ -49,7 +49,7 @@ class RopeSpec:
         )
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """Angle per position of each rotated pair, float64 ``(head_dim / 2,)``."""
+        """Return the angle per position of each rotated pair, float64 ``(head_dim / 2,)``."""
         freq = self.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         if self.scaling == "linear":
             return freq / self.factor
@@ -58,15 +58,15 @@ class RopeSpec:
         return freq
 
     def _llama3(self, freq: np.ndarray) -> np.ndarray:
-        # 1 keeps a frequency, 0 divides it by factor; in between is the ramp of Llama 3.1.
+        # keep = 1 leaves a frequency unchanged, 0 divides it by factor. Llama 3.1 uses a linear ramp between them.
         turns = self.original_max_seqlen * freq / (2 * math.pi)
         span = self.high_freq_factor - self.low_freq_factor
         keep = np.clip((turns - self.low_freq_factor) / span, 0.0, 1.0)
         return keep * freq + (1 - keep) * freq / self.factor
 
     def tables(self, head_dim: int, max_seqlen: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosine and sine per position, float32 ``(max_seqlen, head_dim / 2)`` each."""
-        # float32 angles, as transformers computes them: the two must agree at long positions too.
+        """Return cosine and sine per position, float32 ``(max_seqlen, head_dim / 2)`` each."""
+        # float32 angles as in transformers, so that both agree at long positions too.
         freq = self.inverse_frequencies(head_dim).astype(np.float32)
         angles = np.arange(max_seqlen, dtype=np.float32)[:, None] * freq[None, :]
         return np.cos(angles), np.sin(angles)
@@ -74,18 +74,18 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes and options of an OPT- or Llama-like decoder; raises on sizes that do not divide.
+    """Sizes and options of an OPT- or Llama-like decoder. The constructor refuses values that do not fit.
 
     Attributes:
-        family: the adapter that produced it ("opt", "llama").
-        n_kv_heads: heads of K and V; ``n_heads`` for MHA, fewer for GQA, 1 for MQA.
+        family: the adapter that produced the spec ("opt", "llama").
+        n_kv_heads: number of K and V heads; ``n_heads`` for MHA, fewer for GQA, 1 for MQA.
         max_seqlen: positions the model was trained for.
         gated: the MLP computes ``act(gate) * up`` (Llama) instead of ``act(up)`` (OPT).
         position_offset: rows of a learned position table that come before position 0 (OPT has 2).
-        rope: rotary parameters, None for learned positions.
-        qkv_bias, o_bias, mlp_bias: which projections carry a bias.
-        tied_embeddings: the output projection is the embedding table.
-        head_unit: what is active or not as one: a query head, or all query heads of a KV head.
+        rope: rotary parameters; None for learned positions.
+        qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
+        tied_embeddings: whether the output projection is the embedding table.
+        head_unit: the unit of head selection: one query head, or all query heads of one KV head.
     """
 
     family: str
@@ -141,17 +141,17 @@ class ModelSpec:
 
     @property
     def group_size(self) -> int:
-        """Query heads that share one KV head."""
+        """Number of query heads that share one KV head."""
         return self.n_heads // self.n_kv_heads
 
     @property
     def heads_together(self) -> int:
-        """Neighbouring query heads that are active or not as one."""
+        """Number of neighbouring query heads that are selected together."""
         return self.group_size if self.head_unit == "kv_group" else 1
 
     @property
     def n_parameters(self) -> int:
-        """Parameters of the model, biases and norms included, tied embeddings once."""
+        """Number of parameters, with biases and norms; tied embeddings count once."""
         d, f, heads, kv = (
             self.hidden_size,
             self.intermediate_size,
@@ -168,7 +168,7 @@ class ModelSpec:
         return self.n_layers * (attention + mlp + 2 * norm) + norm + tables
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` reads it back."""
+        """Return the fields as plain JSON types; `from_dict` is the inverse."""
         return asdict(self)
 
     @classmethod

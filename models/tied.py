@@ -1,4 +1,4 @@
-"""Whether the output projection is the embedding table: the tensors that are there decide, as in ``transformers`` 5."""
+"""Decide from the stored tensors, as ``transformers`` 5 does, whether embeddings and output projection are tied."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Sources = dict[str, Source]
 def resolve_tied_embeddings(
     spec: ModelSpec, tensors: TensorFile, sources_of: Callable[[ModelSpec], Sources]
 ) -> tuple[ModelSpec, Sources]:
-    """Settle a config that says "tied" by what the checkpoint holds.
+    """Correct a spec with tied embeddings if the checkpoint stores two different matrices.
 
-    One of the two matrices serves for both, whichever is there; two that differ stay two.
+    If only one of the two matrices is stored, it serves as both.
 
     Args:
-        sources_of: the family's map from canonical names to those of the checkpoint.
+        sources_of: the family's function that maps canonical names to checkpoint names.
 
     Returns:
-        The spec with ``tied_embeddings`` as it is, and where each of its tensors lies.
+        The spec with the actual ``tied_embeddings``, and the source of each of its tensors.
     """
     sources = sources_of(spec)
     if not spec.tied_embeddings or HEAD not in tensors.names():

@@ -1,9 +1,9 @@
-"""Canonical weights: one naming and one layout for every family, read tensor by tensor.
+"""Canonical weights: the same names and layout for every family, read tensor by tensor.
 
-Layout: every projection is stored so that one output neuron or one head is a run of rows.
-``q/k/v/gate/up_proj`` are ``(out, hidden_size)`` as Hugging Face has them; ``o_proj`` and
-``down_proj`` are transposed to ``(in, hidden_size)``, so that one active head or neuron is a
-contiguous block in all of its matrices, and the sparse ops read only what is active.
+In every projection, a neuron is one row and a head is a run of rows. ``q/k/v/gate/up_proj`` are
+``(out, hidden_size)`` as in Hugging Face. ``o_proj`` and ``down_proj`` are transposed to
+``(in, hidden_size)``. An active head or neuron is therefore a contiguous block in all of its
+matrices, and the sparse ops read only active rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shadowllm.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Source:
-    """Name of a tensor in the family's own checkpoint, and whether it lies transposed there."""
+    """Name of a tensor in a checkpoint of the family, and whether it is stored transposed."""
 
     name: str
     transpose: bool = False
@@ -32,7 +32,7 @@ class TensorFile(Protocol):
 
     @property
     def dtypes(self) -> Mapping[str, str]:
-        """Element type of each tensor as it is stored, in the words of safetensors; floats may be left out."""
+        """Element type of each stored tensor, as safetensors names it; float tensors may be missing."""
         ...
 
     def names(self) -> set[str]: ...
@@ -43,11 +43,10 @@ class TensorFile(Protocol):
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """Canonical name -> tensor, each read from the checkpoint when asked for and not kept.
+    """Mapping of canonical names to tensors. Each access reads the tensor from the checkpoint again.
 
     Raises:
-        UserError: at construction when a tensor is missing, at access when its shape is wrong or it holds a number
-            that is not finite.
+        UserError: at construction if a tensor is missing; at access if its shape is wrong or it holds NaN or infinity.
     """
 
     def __init__(self, spec: ModelSpec, tensors: TensorFile, sources: Mapping[str, Source]) -> None:
@@ -77,17 +76,17 @@ class Weights(Mapping[str, torch.Tensor]):
         return len(self._sources)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape the spec asks of a canonical tensor."""
+        """Return the shape of a canonical tensor according to the spec."""
         return tensor_shape(self.spec, name)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the checkpoint's weight files: what a predictor is bound to. They are read once."""
+        """Return the SHA-256 of the checkpoint's weight files, computed once. A predictor is bound to it."""
         if self._fingerprint is None:
             self._fingerprint = self._tensors.fingerprint()
         return self._fingerprint
 
     def load(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        """All tensors in memory as contiguous ``dtype``; one copy, made tensor by tensor."""
+        """Read all tensors into memory as contiguous ``dtype``, one tensor at a time."""
         return {name: self[name].to(dtype).contiguous() for name in self}
 
 
@@ -115,7 +114,7 @@ def _check_complete(expected: set[str], present: set[str]) -> None:
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    # Least and greatest are NaN where any element is, and finding them needs no second copy.
+    # aminmax returns NaN if any element is NaN, and needs no second copy of the tensor.
     low, high = (float(bound) for bound in tensor.aminmax())
     if not math.isfinite(low) or not math.isfinite(high):
         what = "NaN" if math.isnan(low) else "an infinite number"
@@ -125,7 +124,7 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
 
 
 def tensor_shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
-    """Shape of a canonical tensor: ``(rows, hidden_size)`` for projections, ``(rows,)`` for biases."""
+    """Return the shape of a canonical tensor: ``(rows, hidden_size)`` for projections, ``(rows,)`` for biases."""
     d, heads, kv = spec.hidden_size, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     part, kind = name.split(".")[-2:]
     if part.endswith("norm"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if not (Path(__file__).parent / "models").is_dir():  # git wrote the links to the rooms as text files
+if not (Path(__file__).parent / "models").is_dir():  # git wrote the symbolic links as text files
     raise ImportError(
         "this copy of shadowllm was checked out or built without symbolic links; in the checkout run "
         "`git config core.symlinks true && git checkout -- shadowllm`, then install again"
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     __version__: str
 else:
-    # What takes long to import is imported when it is first asked for (PEP 562).
+    # Slow imports happen on first access (PEP 562).
     def __getattr__(name):
         if name == "__version__":
             from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""The library in four functions; ``import shadowllm`` gives them. The command line offers the same, and more."""
+"""The library in four functions, which ``import shadowllm`` provides. The command line offers these and more."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def export(
 
     Args:
         model: folder with safetensors, .gguf file, or name on the Hugging Face hub.
-        out: folder to make; it appears when all is done, or not at all.
+        out: folder to make; it appears only when everything is done.
         budget: default fractions to keep; half of the neurons and three quarters of the heads when None.
         target, selector, dtype, weight_dtype, head_unit, engines, validate: as in `shadowllm.config.Export`.
-        predictor: one to use, or its file, instead of training one.
-        calibration, training: how to trace the model and train the predictor; their defaults when None.
+        predictor: a predictor or its file, to use instead of training one.
+        calibration, training: how to trace the model and train the predictor; defaults when None.
         cache_dir, trust_remote_code: as in `shadowllm.config.Source`.
         overwrite: replace ``out`` if it is a bundle.
 
     Returns:
-        What was made.
+        The manifest of the bundle.
 
     Raises:
-        UserError: any input that cannot be used, or a bundle that fails its validation.
+        UserError: an input cannot be used, or the bundle fails its validation.
     """
     from shadowllm.bundle.predictor_file import Predictor
     from shadowllm.config import DEFAULT_BUDGET, Export, Source
@@ -89,16 +89,16 @@ def export(
 
 
 def load(bundle: StrPath, backend: str = "ort", *, threads: int | None = None, budget: Budget | None = None) -> Model:
-    """Open a bundle for `generate`, on one backend; to be used in a ``with`` statement.
+    """Open a bundle for `generate` on one backend. Use the result in a ``with`` statement.
 
     Args:
         bundle: folder that an export made.
         backend: one of `shadowllm.runtime.BACKENDS`; a ``-dense`` one runs the plain model.
-        threads: of each operator, for the backends that compute on the CPU.
+        threads: threads of each operator, for backends that compute on the CPU.
         budget: fractions to keep; the bundle's own when None. `Model.set_budget` changes it at any time.
 
     Raises:
-        UserError: no bundle, a damaged one, an unknown backend, or one that cannot run here.
+        UserError: there is no bundle, it is damaged, or the backend is unknown or cannot run here.
     """
     from shadowllm.runtime.model import Model
 
@@ -139,22 +139,22 @@ def generate(
     stream: bool = False,
     **options: Unpack[GenerateOptions],
 ) -> str | list[int] | Iterator[str] | Iterator[int]:
-    """Continue a prompt, as ``shadowllm run`` does: greedily unless a temperature is given.
+    """Continue a prompt, as ``shadowllm run`` does. Decoding is greedy unless a temperature is given.
 
     Args:
-        model: from `load`, inside its ``with`` statement. A new text ends the one before.
-        prompt: text, or token ids, to which nothing is added.
-        max_new_tokens: most tokens to generate.
-        stream: give the text piece by piece, or the ids one by one, as they come.
+        model: from `load`, inside its ``with`` statement. A new generation ends the previous one.
+        prompt: text, or token ids, which are used unchanged.
+        max_new_tokens: largest number of tokens to generate.
+        stream: return an iterator over pieces of text, or over token ids, as they are generated.
         options: `GenerateOptions`: ``chat``, ``chat_template``, ``stop``, ``temperature``, ``top_k``, ``top_p``,
-            ``min_p``, ``repetition_penalty``, ``no_repeat_ngram_size`` and ``seed``; what is left out comes from the
-            model's generation config, but for temperature and seed.
+            ``min_p``, ``repetition_penalty``, ``no_repeat_ngram_size`` and ``seed``. Options not given come from the
+            model's generation config, except temperature and seed.
 
     Returns:
-        Text for text, without the prompt; token ids for token ids, those of a stop string included.
+        Text for a text prompt, without the prompt. Token ids for token ids, including those of a stop string.
 
     Raises:
-        UserError: a model that is not open, a prompt or an option that cannot be used, or logits that are no numbers.
+        UserError: the model is not open, a prompt or an option cannot be used, or logits are not finite.
     """
     from shadowllm.runtime.generation.completion import Completion
 
@@ -180,17 +180,17 @@ def evaluate(
     head_unit: HeadUnit | None = None,
     aggregate: Aggregate = "token",
 ) -> Sequence[Result]:
-    """Perplexity and agreement with the dense model, over selectors and budgets, as ``shadowllm eval`` has them.
+    """Measure perplexity and agreement with the dense model over selectors and budgets, as ``shadowllm eval``.
 
     Args:
         texts: files or a Hugging Face dataset id; the documentation of Python modules when empty.
         tokens, seqlen, selectors, neurons, heads, head_unit, aggregate: as in `shadowllm.config.Evaluation`.
 
     Returns:
-        The dense model first, then each selector at each budget.
+        The result of the dense model, then of each selector at each budget.
 
     Raises:
-        UserError: no bundle, a damaged one, or a text, selector or budget that cannot be used.
+        UserError: there is no bundle, it is damaged, or a text, selector or budget cannot be used.
     """
     from shadowllm.config import Evaluation
     from shadowllm.evaluation.sweep import evaluate_text
@@ -213,7 +213,7 @@ def _texts(pieces: Iterator[list[str]]) -> Iterator[str]:
 
 
 def _ids(pieces: Iterator[list[str]], tokens: list[int]) -> Iterator[int]:
-    """Each token as it is appended to ``tokens``."""
+    """Yield each token after it is appended to ``tokens``."""
     given = 0
     for _ in pieces:
         yield from tokens[given:]

@@ -1,13 +1,13 @@
-"""Python processes that work for this one: requests and answers as JSON lines over a channel of their own.
+"""Child processes in Python. Requests and answers are JSON lines over a separate channel.
 
-The parent enters a `Child` and asks; the child answers from `serve`. The channel is a socket whose number stands
-in the environment variable SHADOWLLM_CHANNEL, so that whatever libraries print never mixes with the messages.
-Without that variable, as when a worker is run by hand, requests come from stdin and messages go to stdout.
+The parent enters a `Child` and calls `ask`; the child answers from `serve`. The channel is a socket. Its number is in
+the environment variable SHADOWLLM_CHANNEL, so that output of libraries never mixes with the messages. Without that
+variable, for example if a worker is run by hand, requests come from stdin and messages go to stdout.
 
-A request is any JSON value. A message is ``{"progress": ...}``, then ``{"result": ...}``,
+A request is any JSON value. The answer is any number of ``{"progress": ...}``, then ``{"result": ...}``,
 ``{"problem": str, "remedy": str}`` for a `UserError`, or ``{"traceback": str}`` for another exception.
 
-This module imports nothing heavy: workers of other toolkits run it under interpreters of their own.
+This module imports nothing heavy, because workers of other toolkits run it under their own interpreters.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ Progress = Callable[[Any], None]
 
 
 def module_command(module: str, *arguments: str) -> tuple[str, ...]:
-    """The command that runs a module under this interpreter."""
-    # -P keeps the current folder off the path, where another "shadowllm" may lie.
+    """Return the command that runs a module with this interpreter."""
+    # -P keeps the current folder off the path, because it may contain another "shadowllm".
     return (sys.executable, "-P", "-m", module, *arguments)
 
 
 class ChildError(RuntimeError):
-    """A child ended without an answer, or with a failure after it: by a signal, or by an exception that is a bug.
+    """A child ended without an answer or failed after it, by a signal or by an exception that is a bug.
 
     Attributes:
         status: exit status, or minus the number of the signal.
-        signal: name of the signal, as "SIGKILL"; None where it ended by itself.
-        said: its last lines: what it printed, if that was kept, then its traceback. No empty ones.
+        signal: name of the signal, as "SIGKILL"; None if no signal ended it.
+        said: its last lines that are not empty: its output, if that was kept, then its traceback.
     """
 
     def __init__(self, name: str, status: int, said: Sequence[str]) -> None:
@@ -61,23 +61,23 @@ class ChildError(RuntimeError):
 
 
 class Child:
-    """A running child process; leaving the context ends it, whatever happened.
+    """A running child process. Leaving the context always ends it.
 
-    It has a session of its own: Ctrl-C reaches this process alone, which then ends its children in order. On
-    Linux a child that serves also ends with the thread that started it, even if that is killed.
+    It has its own session, so Ctrl-C reaches only this process, which then ends its children in order. On Linux,
+    a child that runs `serve` also ends when the thread that started it ends, even if that is killed.
 
     Args:
         command: the program and its arguments; see `module_command`.
-        name: what it is called in errors, as "the engine worker".
-        environment: its variables.
-        keep_output: keep its last lines for errors. Else its stdout and stderr go to our stderr.
-        grace: seconds it has to clean up when it is ended in the middle of something; 0 kills it at once.
+        name: its name in errors, as "the engine worker".
+        environment: its environment variables.
+        keep_output: keep its last output lines for errors. Otherwise its stdout and stderr go to our stderr.
+        grace: seconds for its clean-up when it is ended early; 0 kills it at once.
 
     Attributes:
         process: the process, once entered.
 
     Raises:
-        OSError: on entering: the program cannot be started.
+        OSError: on entering, if the program cannot be started.
     """
 
     process: subprocess.Popen[bytes]
@@ -100,11 +100,11 @@ class Child:
             self._log: IO[str] | None = None
             if self._keep_output:
                 self._log = undo.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
-            self._channel, theirs = socket.socketpair()
+            self._channel, child_end = socket.socketpair()
             undo.enter_context(self._channel)
             self._messages = undo.enter_context(self._channel.makefile("r", encoding="utf-8"))
-            with theirs:
-                number = theirs.fileno()
+            with child_end:
+                number = child_end.fileno()
                 self.process = subprocess.Popen(
                     self._command,
                     stdin=subprocess.DEVNULL,
@@ -126,19 +126,19 @@ class Child:
 
         Args:
             request: a JSON value.
-            progress: is told what the child reports on the way.
-            timeout: seconds to wait for each message; after that the child is of no more use.
+            progress: called with each progress value that the child reports.
+            timeout: seconds to wait for each message. After a timeout the child cannot be used any more.
 
         Raises:
             UserError: the child raised it.
-            ChildError: it raised another exception, or ended otherwise.
+            ChildError: the child raised another exception, or ended without an answer.
             TimeoutError: no message came in time.
         """
         line = json.dumps(request) + "\n"
         self._channel.settimeout(timeout)
-        with suppress(ConnectionError):  # it is gone already; its status tells why
+        with suppress(ConnectionError):  # the child has already ended; its status tells why
             self._channel.sendall(line.encode())
-        while (line := self._receive()).endswith("\n"):  # one that breaks off is a death, too
+        while (line := self._receive()).endswith("\n"):  # an incomplete line means that the child died
             match json.loads(line):
                 case {"progress": value}:
                     progress(value)
@@ -151,7 +151,7 @@ class Child:
         raise self._death(timeout)
 
     def finish(self, timeout: float | None = None) -> None:
-        """Tell the child that no more requests come, and wait for its end.
+        """Tell the child that no more requests come, and wait until it ends.
 
         Raises:
             ChildError: its exit status is not 0.
@@ -194,7 +194,7 @@ class Child:
 
 
 def call(child: Child, request: Any, progress: Progress = lambda _: None, timeout: float | None = None) -> Any:
-    """Run a child for one request, to its regular end; the arguments and errors are those of `Child.ask`."""
+    """Run a child for one request and wait until it ends. Arguments and errors are those of `Child.ask`."""
     with child:
         result = child.ask(request, progress, timeout)
         child.finish(timeout)
@@ -202,12 +202,12 @@ def call(child: Child, request: Any, progress: Progress = lambda _: None, timeou
 
 
 def serve(answer: Callable[[Any, Progress], Any]) -> int:
-    """The child's side: answer requests until the parent has no more, or one fails.
+    """Answer requests in the child until the parent sends no more, or one fails.
 
-    SIGTERM becomes a `SystemExit` from here on, so that what is open is closed.
+    From here on SIGTERM raises `SystemExit`, so that open resources are closed.
 
     Args:
-        answer: is given a request and a function that reports progress, from any thread; returns the result.
+        answer: called with a request and a function that reports progress from any thread; returns the result.
             Requests, progress and results are JSON values.
 
     Returns:
@@ -241,26 +241,26 @@ def serve(answer: Callable[[Any, Progress], Any]) -> int:
 
 
 def _has_ended(channel: TextIO) -> bool:
-    """Whether the parent is gone, as one that was killed before we asked to end with it."""
+    """Return whether the parent has ended, for example because it was killed before `end_with_parent`."""
     poll = select.poll()
-    poll.register(channel, 0)  # tells of the other end's close alone
+    poll.register(channel, 0)  # reports only that the other end was closed
     return bool(poll.poll(0))
 
 
 def end_with_parent() -> None:
-    """Have Linux end this process when its parent is killed: nobody would collect the result."""
+    """Make Linux end this process when its parent is killed, because no one would collect the result."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _open_channel() -> tuple[TextIO, TextIO]:
-    """Where requests come from and messages go to."""
+    """Return the files from which requests are read and to which messages are written."""
     number = os.environ.pop(CHANNEL, None)
     if number is None:
-        # Libraries print to file descriptor 1 at will: keep it for messages, and send theirs to stderr.
+        # Libraries may print to file descriptor 1. Keep a copy of it for messages, and redirect it to stderr.
         messages = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         return sys.stdin, messages
     with socket.socket(fileno=int(number)) as channel:  # the two files keep it open
-        channel.set_inheritable(False)  # a process that outlives this one must not hold it
+        channel.set_inheritable(False)  # a process that outlives this one must not keep it open
         return channel.makefile("r", encoding="utf-8"), channel.makefile("w", encoding="utf-8")

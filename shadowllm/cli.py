@@ -20,11 +20,11 @@ from shadowllm.errors import UserError, os_error
 COMMANDS = {
     "export": "model -> bundle: ONNX graphs, predictor and, if asked for, TensorRT engines",
     "run": "generate text from a bundle",
-    "bench": "measure a bundle against ONNX Runtime dense",
+    "bench": "measure a bundle and compare it with dense ONNX Runtime",
     "eval": "perplexity and agreement with the dense model, over budgets and selectors",
-    "drift": "say how well a bundle's predictor fits a text",
-    "tune": "choose a bundle's budgets for a perplexity or a speedup",
-    "inspect": "say what is in a bundle, an ONNX file, an engine or a predictor",
+    "drift": "measure how well a bundle's predictor fits a text",
+    "tune": "choose a bundle's budgets for a target perplexity or speedup",
+    "inspect": "describe a bundle, an ONNX file, an engine or a predictor",
     "calibrate": "model -> importance traces (the first step of export on its own)",
     "train": "traces -> predictor (the second step of export on its own)",
     "build": "bundle -> TensorRT engines (the last step of export on its own)",
@@ -39,7 +39,7 @@ shows the options and examples of a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 a mistake the user can mend, 2 wrong usage."""
+    """Run a command; return the exit code: 0 success, 1 an error that the user can fix, 2 wrong usage."""
     _interrupt_on_signals()
     _print_anything()
     warnings.formatwarning = _format_warning
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was left half-written")
     except BrokenPipeError:
-        # The reader of our output went away (as in `| head`): no one is left to tell.
+        # The reader of our output has closed it (as in `| head`), so a message would not be seen.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -74,7 +74,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-        # Only the command that is asked for is imported: --help must not wait for PyTorch.
+        # Only the requested command is imported, so that --help does not wait for PyTorch.
         if name in arguments:
             module = importlib.import_module(f"shadowllm.commands.{name}")
             command.description, command.epilog = f"{summary[0].upper()}{summary[1:]}.", module.EPILOG
@@ -84,7 +84,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _check_names(args: argparse.Namespace) -> None:
-    """Refuse names of files that are not UTF-8: readers and writers in other packages take no others."""
+    """Refuse file names that are not UTF-8, because other packages cannot read or write them."""
     names = [value for name, value in vars(args).items() if isinstance(value, Path) or name == "model"]
     for name in map(os.path.abspath, names):
         if os.fsencode(name) != name.encode(errors="replace"):
@@ -94,14 +94,14 @@ def _check_names(args: argparse.Namespace) -> None:
 
 
 def _print_anything() -> None:
-    """Have characters that the output's encoding lacks replaced: a result must not be lost for one of them."""
+    """Replace characters that the output's encoding lacks, so that a result is not lost because of one."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def _fail(message: str) -> int:
-    message = message.replace("\n", "\\n")  # as in the name of a file: an error is one line
+    message = message.replace("\n", "\\n")  # a file name may contain one, but an error is one line
     print(f"shadowllm: error: {message}", file=sys.stderr)
     return 1
 
@@ -113,14 +113,18 @@ def _format_warning(
 
 
 class _Interrupted(KeyboardInterrupt):
-    """A signal's. Python ends by SIGINT itself if its own kind has passed an `exec` of text, caught or not."""
+    """An interrupt by a signal.
+
+    A subclass is needed: Python kills itself with SIGINT at exit if a plain KeyboardInterrupt has passed through an
+    `exec` of text, even if it was caught.
+    """
 
 
 def _interrupt_on_signals() -> None:
     if threading.current_thread() is not threading.main_thread():
-        return  # Python lets no other thread set handlers
+        return  # only the main thread can set handlers
     for number in (signal.SIGINT, signal.SIGTERM):
-        # What a shell starts in the background has Ctrl-C ignored, and stays that way.
+        # A shell starts background jobs with Ctrl-C ignored. That must not change.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _interrupt)
 

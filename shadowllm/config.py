@@ -1,6 +1,6 @@
-"""Every configuration: what to trace, train, export, build, tune and evaluate, and how.
+"""All configurations: how to trace, train, export, build, tune and evaluate.
 
-The command line makes its flags of these classes: names, defaults, limits and help. Nothing heavy is imported.
+The command line makes its flags from these classes: names, defaults, limits and help. Nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Aggregate = Literal["token", "sequence", "last-token"]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by their short names
 LOSSES = ("listnet", "weighted_bce", "bce", "mse")
 DEFAULT_BUDGET = Budget(neurons=0.5, heads=0.75)
-WIDEST = 1 << 16  # of a predictor's network: more would only exhaust the memory
+WIDEST = 1 << 16  # limit of a network's width: a wider one would only exhaust the memory
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class Calibration:
     """How a model is traced.
 
     Attributes:
-        texts: text files or a Hugging Face dataset id; none for the built-in text.
-        tokens: tokens to trace.
-        seqlen: tokens of a window.
+        texts: text files or a Hugging Face dataset id; the built-in text if empty.
+        tokens: number of tokens to trace.
+        seqlen: tokens per window.
         criterion: importance score: l2norm, plainact, grad_norm, fisher, snip, grasp, nwot, jacov or epenas.
-        dense_layers: leading layers that stay dense.
-        seed: of sampling and training.
+        dense_layers: number of leading layers that stay dense.
+        seed: seed of sampling and training.
 
     Raises:
-        UserError: a number beyond its limits.
+        UserError: a number is outside its limits.
     """
 
     texts: Sequence[str] = option(
@@ -64,7 +64,7 @@ class Calibration:
         flag="--calibration-text",
         metavar="FILE",
         help="text files or a Hugging Face dataset id",
-        otherwise="text the model writes, and Python's documentation",
+        otherwise="text that the model writes, and Python's documentation",
     )
     tokens: int = option(
         8192, flag="--calibration-tokens", metavar="N", least=1, called="the number of calibration tokens"
@@ -82,27 +82,29 @@ class Calibration:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train a network.
+    """How to train a predictor.
 
     Attributes:
-        budget: the fractions at which recall is judged, and membership is learned where the loss is one of
-            membership; the scores rank all units and serve other budgets too.
+        budget: fractions at which recall is measured; bce and weighted_bce also learn which units they keep. The scores
+            rank all units, so other budgets work too.
         loss: listnet, weighted_bce, bce or mse.
-        epochs: passes over the text; None for 4 over kept traces and 1 where every pass traces anew, which
+        epochs: passes over the text; None for 4 over stored traces, or 1 if every pass traces again, which
             costs more than the training itself.
-        learning_rate: peak of AdamW's; it falls to zero along a cosine.
-        weight_decay: AdamW's, on the output weights: pulls towards the static ranking.
-        batch_tokens: tokens of a step.
-        rank: width of a network; None for the largest under 4% of the model's parameters.
-        seed: of initial weights and order.
+        learning_rate: peak learning rate of AdamW; it falls to zero along a cosine.
+        weight_decay: weight decay of AdamW on the output weights; it pulls towards the static ranking.
+        batch_tokens: tokens per step.
+        rank: width of a network; None for the largest with all networks under 4% of the model's parameters.
+        seed: seed of initial weights and order.
 
     Raises:
-        UserError: no such loss, or a number beyond its limits.
+        UserError: the loss is unknown, or a number is outside its limits.
     """
 
     budget: Budget = DEFAULT_BUDGET
     loss: str = option("listnet")
-    epochs: int | None = option(None, least=1, help="passes over the text", otherwise="4, or 1 where it is traced anew")
+    epochs: int | None = option(
+        None, least=1, help="passes over the text", otherwise="4, or 1 if each pass traces again"
+    )
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     batch_tokens: int = 128
@@ -111,7 +113,7 @@ class TrainConfig:
         least=1,
         most=WIDEST,
         help="width of a network",
-        otherwise="all of them under 4% of the model's parameters",
+        otherwise="the largest with all networks under 4% of the model's parameters",
     )
     seed: int = option(0, least=0, most=LARGEST_SEED, called="the seed")
 
@@ -120,31 +122,33 @@ class TrainConfig:
             raise UserError(f"no training loss {self.loss!r}", f"known: {', '.join(sorted(LOSSES))}")
         given = [value for value in (self.epochs, self.batch_tokens, self.rank) if value is not None]
         if min(given) < 1 or self.learning_rate <= 0:
-            raise UserError("epochs, batch size, learning rate and rank must be positive", "mend the training options")
+            raise UserError(
+                "epochs, batch size, learning rate and rank must be positive", "correct the training options"
+            )
         check_numbers(self)
 
     def passes(self, anew: bool) -> int:
-        """Epochs, where every one traces the text anew or not."""
+        """Return the number of epochs, given whether each one traces the text again."""
         return self.epochs or (1 if anew else 4)
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How engines are built; flags have the names that trtexec gives them.
+    """How to build engines. Flags that trtexec also has keep its names.
 
     Attributes:
         flavour: which TensorRT, "tensorrt_rtx" or "tensorrt".
-        sms: compute capabilities, as 89 for 8.9; none for all the flavour supports.
-        capacity: positions of the KV cache.
-        max_seqlen: longest prompt of one call.
-        max_batch: most sequences at once.
-        timing_cache: kept across builds (full TensorRT).
-        workspace_bytes: scratch memory of a layer.
-        verbosity: how much the engine tells an inspector.
-        plugin_library: build with the C++ plugins (`make plugin`), not the Python ones.
+        sms: compute capabilities, as 89 for 8.9; all that the flavour supports if empty.
+        capacity: number of positions in the KV cache.
+        max_seqlen: longest prompt of one call, in tokens.
+        max_batch: largest number of sequences in a batch.
+        timing_cache: file with kernel timings, kept across builds (full TensorRT).
+        workspace_bytes: scratch memory per layer, in bytes.
+        verbosity: how much detail the engine keeps for an inspector.
+        plugin_library: library of the C++ plugins (`make plugin`) to use instead of the Python ones.
 
     Raises:
-        UserError: a size that is not positive.
+        UserError: a size is not positive.
     """
 
     flavour: Flavour
@@ -154,7 +158,7 @@ class EngineOptions:
         metavar="SM",
         least=1,
         help="compute capabilities, as 89 for 8.9",
-        otherwise="all the flavour supports",
+        otherwise="all that the flavour supports",
     )
     capacity: int = option(1024, least=1)
     max_seqlen: int = option(512, least=1)
@@ -172,14 +176,14 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of a bundle: one of the two.
+    """A target for the budgets of a bundle. Exactly one of the two is given.
 
     Attributes:
-        ppl_increase: largest increase in perplexity over dense, as a fraction of it.
-        speedup: least speedup of a decode step over ``dense.onnx``, both on ONNX Runtime.
+        ppl_increase: largest increase in perplexity over dense, as a fraction of dense perplexity.
+        speedup: smallest speedup of a decode step over ``dense.onnx``, both on ONNX Runtime.
 
     Raises:
-        UserError: both, neither, or one that no budget can meet.
+        UserError: both or neither are given, or no budget can meet the value.
     """
 
     ppl_increase: float | None = option(
@@ -192,7 +196,7 @@ class Target:
         None,
         flag="--target-speedup",
         metavar="FACTOR",
-        help="choose budgets that decode at least this many times as fast as dense here, as 1.2",
+        help="choose budgets that decode at least this many times as fast as dense on this machine, as 1.2",
     )
 
     def __post_init__(self) -> None:
@@ -206,31 +210,31 @@ class Target:
 
 @dataclass(frozen=True)
 class Export:
-    """What an export makes.
+    """Options of an export.
 
     Attributes:
-        selector: predictor to train where none is given; quantized-shadow needs no training, random measures
-            speed alone.
+        selector: predictor to train if none is given; quantized-shadow needs no training, random is only for measuring
+            speed.
         budget: default fractions to keep.
         dtype: of weights and activations: "float32", "float16" or "bfloat16".
-        validate: hold the graphs against PyTorch.
-        engines: one per flavour to build.
-        weight_dtype: store matrices as integers with a scale per 32 of them (ONNX Runtime only).
-        target: what to choose other default fractions for, once the bundle is written.
-        head_unit: what is chosen among heads: each query head, or all that share a KV head together; budgets round
-            to whole ones.
+        validate: compare the graphs with PyTorch.
+        engines: engines to build, one entry per flavour.
+        weight_dtype: store matrices as integers with one scale per 32 elements (ONNX Runtime only).
+        target: choose other default fractions for this target after the bundle is written.
+        head_unit: unit of head selection: each query head, or all query heads of one KV head; budgets are rounded to
+            whole units.
     """
 
     selector: Selector = option(
         "shadow",
-        help="predictor to train; quantized-shadow needs no training, random measures speed alone",
+        help="predictor to train; quantized-shadow needs no training, random is only for measuring speed",
     )
     budget: Budget = DEFAULT_BUDGET
-    dtype: str = option("float32", values=DTYPES, help="of weights and activations")
+    dtype: str = option("float32", values=DTYPES, help="dtype of weights and activations")
     validate: bool = option(
         True,
         flag="--skip-validation",
-        help="do not hold the graphs against PyTorch (the manifest then says so)",
+        help="do not compare the graphs with PyTorch (the manifest records this)",
     )
     engines: Sequence[EngineOptions] = ()
     weight_dtype: str | None = option(None, values={"int8": "int8", "int4": "int4"}, otherwise="as --dtype")
@@ -240,22 +244,22 @@ class Export:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What quality is measured of, and on which text.
+    """What to evaluate, and on which text.
 
     Attributes:
-        texts: text files or a Hugging Face dataset id; none for Python module docs, which no calibration uses.
-        tokens: tokens to evaluate.
-        seqlen: tokens of a window.
+        texts: text files or a Hugging Face dataset id; Python module docs, which no calibration uses, if empty.
+        tokens: number of tokens to evaluate.
+        seqlen: tokens per window.
         selectors: static, shadow, layerwise, oracle, random, quantized-shadow, or quantized-shadow-3 or -2 for fewer
-            bits; none for static, the bundle's own and oracle.
-        neurons, heads: fractions to keep, each with each; none for the bundle's own.
-        head_unit: what is chosen among heads: each query head, or all that share a KV head together; budgets round
-            to whole ones. None for the bundle's own.
-        aggregate: what chooses: each token for itself as decoding does, or once for a whole window the mean of its
-            tokens' scores (the paper's setting) or its last token's.
+            bits; static, the bundle's own and oracle if empty.
+        neurons, heads: fractions to keep, in all combinations; the bundle's own if empty.
+        head_unit: unit of head selection: each query head, or all query heads of one KV head; budgets are rounded to
+            whole units. None for the bundle's own.
+        aggregate: scores that select: those of each token, as in decoding, or once per window the mean of its tokens'
+            scores (the paper's setting) or those of its last token.
 
     Raises:
-        UserError: a number beyond its limits, or less text than one window.
+        UserError: a number is outside its limits, or ``tokens`` is less than one window.
     """
 
     texts: Sequence[str] = option(
@@ -277,20 +281,20 @@ class Evaluation:
         (),
         flag="--neuron-budget",
         metavar="FRACTION",
-        help="fractions to keep, each with each; layer by layer with commas",
+        help="fractions to keep, in all combinations; one per sparse layer, separated by commas",
         otherwise="the bundle's own",
     )
     heads: Sequence[Fractions] = option(
         (),
         flag="--head-budget",
         metavar="FRACTION",
-        help="fractions to keep, each with each; layer by layer with commas",
+        help="fractions to keep, in all combinations; one per sparse layer, separated by commas",
         otherwise="the bundle's own",
     )
     head_unit: HeadUnit | None = option(
         None,
-        help="what is chosen among heads: each query head, or all that share a KV head together; budgets round to "
-        "whole ones",
+        help="unit of head selection: each query head, or all query heads of one KV head; budgets are rounded to "
+        "whole units",
         otherwise="the bundle's own",
     )
     aggregate: Aggregate = option("token")

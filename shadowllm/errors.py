@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exception for errors that the user can fix, and conversions to it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us: a missing file, a wrong family, a corrupt bundle.
+    """An error in the user's input: a missing file, an unsupported family, a damaged bundle.
 
-    The command line prints it as one line and exits with code 1. Anything else that escapes is a
-    bug and keeps its traceback.
+    The command line prints it as one line and exits with code 1. Any other exception is a bug and
+    keeps its traceback.
 
     Args:
         problem: what is wrong, naming the file or value.
@@ -27,13 +27,13 @@ class UserError(Exception):
 
 @contextmanager
 def foreign_reader(problem: str, remedy: str) -> Iterator[None]:
-    """Around a call of another package's reader on a file of the user: whatever it raises is the file's fault.
+    """Convert any exception of another package's reader of a user's file to a `UserError`.
 
-    Such readers document no set of exceptions: a null in a config is a ZeroDivisionError, a new kind of
-    tokenizer a bare Exception. So this is the one place that catches them all.
+    Such readers do not document their exceptions. For example, a null in a config raises a ZeroDivisionError, and
+    a new kind of tokenizer raises a bare Exception. Therefore all are caught.
 
     Raises:
-        UserError: ``problem``, with what the reader said in brackets.
+        UserError: ``problem``, with the reader's message in brackets.
     """
     try:
         yield
@@ -44,14 +44,14 @@ def foreign_reader(problem: str, remedy: str) -> Iterator[None]:
 
 
 def in_one_line(error: BaseException, limit: int = 200) -> str:
-    """What an exception says, without line breaks, at most ``limit`` characters; its kind if it says nothing."""
+    """Return an exception's message in one line of at most ``limit`` characters; its type if it has no message."""
     text = " ".join(str(error).split())
     if not text:
         return type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-# What the system may refuse for a reason that lies outside this program, and what helps.
+# System errors whose cause is outside this program, with their remedies.
 _OS_REMEDIES = {
     errno.ENOSPC: "free disk space, or name a place on another disk",
     errno.EDQUOT: "free disk space within your quota, or name a place on another disk",
@@ -63,18 +63,18 @@ _OS_REMEDIES = {
     errno.ENOTDIR: "name a place inside a folder",
     errno.ENOLCK: "name a place on a file system that has file locks",
     errno.EOPNOTSUPP: "name a place on a file system that has file locks",
-    errno.ELOOP: "mend the link, or name another place",
+    errno.ELOOP: "correct the link, or name another place",
 }
 
 
 def os_error(error: OSError, place: object = "the output") -> UserError | None:
-    """What an error of the system means to the user; None for one that is a bug of ours, such as a missing file.
+    """Return the `UserError` for a system error; None if it is a bug of ours, such as a missing file.
 
     Args:
-        place: what was being written, where the error names no file itself.
+        place: what was being written, if the error names no file.
     """
     if error.errno not in _OS_REMEDIES:
         return None
-    # Bytes are what a third-party writer gave for a name.
+    # Third-party writers may give the name as bytes.
     name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else place
     return UserError(f"cannot use {name} ({error.strerror})", _OS_REMEDIES[error.errno])

@@ -1,4 +1,4 @@
-"""Checks that data read from JSON has the types a program is about to rely on."""
+"""Check that data read from JSON has the expected types."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is
 
 
 def check_type(value: Any, kind: Any, name: str) -> None:
-    """Compare a JSON value with a type: of JSON's own, a list (as tuple), dict, union, literal, TypedDict or dataclass.
+    """Check a JSON value against a plain type, list (as tuple), dict, union, literal, TypedDict or dataclass.
 
-    A TypedDict may have keys that its type does not name, a dataclass may not.
+    The value of a TypedDict may have unknown keys, that of a dataclass may not.
 
     Raises:
-        ValueError: names the part that differs.
+        ValueError: a part differs; the message names it.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
@@ -52,7 +52,7 @@ def _check_any(value: Any, kinds: tuple[Any, ...], name: str) -> None:
             return check_type(value, kind, name)
         except ValueError as error:
             errors.append(error)
-    # The longest name is that of the innermost part, where one kind fits from outside.
+    # The longest message names the innermost part, so it belongs to the type that fits best.
     raise max(errors, key=lambda error: len(str(error)))
 
 

@@ -1,4 +1,4 @@
-"""Numbers that users give, and what they may be."""
+"""Limits of the numbers that users give."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import os
 
 from shadowllm.errors import UserError
 
-LARGEST = 2**31 - 1  # of what counts tokens, layers and the like
-LARGEST_SEED = 2**63 - 1  # PyTorch and NumPy both take this much
+LARGEST = 2**31 - 1  # limit of counts of tokens, layers and so on
+LARGEST_SEED = 2**63 - 1  # PyTorch and NumPy both accept it
 THREADS_PER_CORE = 8
 
 
 def check_whole(name: str, value: int, least: int = 1, most: int = LARGEST) -> int:
-    """Give back a whole number within its limits.
+    """Return a whole number after checking its limits.
 
     Args:
-        name: of the option or setting, for the message.
+        name: name of the option or setting, for the message.
 
     Raises:
-        UserError: it is beyond them, or no whole number.
+        UserError: it is outside them, or not a whole number.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise UserError(f"{name} is {value}", f"give a whole number from {least} to {most}")
@@ -26,7 +26,7 @@ def check_whole(name: str, value: int, least: int = 1, most: int = LARGEST) -> i
 
 
 def check_seed(value: int, name: str = "the seed") -> int:
-    """Give back a seed that every random generator in use accepts.
+    """Return a seed after checking that every random generator in use accepts it.
 
     Raises:
         UserError: it is negative or too large.
@@ -35,9 +35,9 @@ def check_seed(value: int, name: str = "the seed") -> int:
 
 
 def check_threads(value: int, name: str = "the number of threads") -> int:
-    """Give back a number of threads that this machine can reasonably run.
+    """Return a number of threads after checking that this machine can reasonably run it.
 
     Raises:
-        UserError: none, or many more than there are cores: each would cost memory and slow down all others.
+        UserError: it is 0, or many times the number of cores. Each thread costs memory and slows down the others.
     """
     return check_whole(name, value, 1, THREADS_PER_CORE * (os.cpu_count() or 1))

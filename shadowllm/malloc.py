@@ -1,4 +1,4 @@
-"""A setting of the C library that makes passes over long windows faster."""
+"""A glibc setting that makes forward passes over long windows faster."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ KEPT_BYTES = 1 << 30
 def keep_freed_memory() -> bool:
     """Tell glibc to keep up to 1 GiB of freed memory for reuse instead of handing it back.
 
-    The activations of a pass are a few megabytes each. By default every one is mapped, faulted in
-    page by page and unmapped again, which took as long as the arithmetic on the machine measured.
-    Process-wide, so for commands to call, not for library code. Returns whether it took effect
-    (not where the C library is another one).
+    The activations of a pass are a few megabytes each. By default each one is mapped, faulted in page
+    by page and unmapped again. On the measured machine this took as long as the arithmetic.
+
+    The setting is process-wide, so only whole jobs such as calibration call this.
+
+    Returns:
+        Whether it took effect; False if the C library is not glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""What a field of a configuration says of itself: the numbers it takes, and the command-line flag that sets it."""
+"""Metadata of a configuration's fields: the limits of numbers, and the command-line flag."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ KEY = "option"  # of a field's metadata
 
 @dataclass(frozen=True)
 class Option:
-    """Beside name, type, default and docstring of a field.
+    """Metadata of a field, in addition to its name, type, default and docstring.
 
     Attributes:
-        flag: its name on the command line, where it is not the field's own.
-        metavar: what stands for the value in the help.
-        least, most: limits of a whole number, or of each in a sequence; no least, no limits.
-        called: its name in a message about its limits, where it is not the field's own.
-        values: what a user writes, and what the field is then; None takes anything.
-        otherwise: the default in words, where the value does not say it.
-        help: what the flag does, where the docstring does not say that.
+        flag: its flag, if that is not the field's name.
+        metavar: placeholder of the value in the help.
+        least, most: limits of a whole number, or of each in a sequence; no limits if ``least`` is None.
+        called: its name in a message about its limits, if that is not the field's name.
+        values: what a user may write -> the value of the field; None accepts anything.
+        otherwise: the default in words, if the value is not clear by itself.
+        help: the help of the flag, if that is not the docstring.
     """
 
     flag: str | None = None
@@ -37,18 +37,18 @@ class Option:
 
 
 def option(default: T, **keywords: Any) -> T:
-    """A field of a dataclass that a flag sets; ``keywords`` are `Option`'s."""
+    """Make a field of a dataclass that a flag can set; ``keywords`` are those of `Option`."""
     return field(default=default, metadata={KEY: Option(**keywords)})
 
 
 def check_numbers(config: Any) -> None:
-    """Refuse whole numbers beyond their limits.
+    """Refuse whole numbers outside their limits.
 
     Args:
         config: a dataclass with fields that `option` made.
 
     Raises:
-        UserError: a number is beyond its limits, or no whole number.
+        UserError: a number is outside its limits, or not a whole number.
     """
     for one in fields(config):
         found: Option | None = one.metadata.get(KEY)

@@ -1,4 +1,4 @@
-"""The main job as functions: calibrate, train, export, build. The command line only calls these."""
+"""The main steps as functions: calibrate, train, export, build. The command line and the API call these."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def calibrate_model(source: Source, options: Calibration) -> Traces:
     """Trace a model over calibration text.
 
     Raises:
-        UserError: no such model, text or criterion.
+        UserError: the model, text or criterion does not exist.
     """
     spec, weights, checkpoint = _open(source)
     return _calibrate(spec, weights, checkpoint, options)
@@ -53,7 +53,7 @@ def train_predictor(source: Source, traces: Traces, selector: str, train_config:
     """Train a predictor on traces of the same model.
 
     Raises:
-        UserError: the traces are of another model, or no such selector.
+        UserError: the traces are of another model, or the selector cannot be trained.
     """
     spec, weights, _ = _open(source)
     if traces.base_fingerprint != weights.fingerprint():
@@ -73,10 +73,10 @@ def export_model(
 ) -> Manifest:
     """Make a bundle: train a predictor unless one is given, write, validate, build engines.
 
-    The bundle appears under its name when all of it is done, or not at all.
+    The bundle appears under its name only when everything is done.
 
     Raises:
-        UserError: any input that cannot be used, or a bundle that fails its validation.
+        UserError: an input cannot be used, or the bundle fails its validation.
     """
     if process_count() > 1:
         raise UserError("an export runs in one process", "train a predictor in several, then export with --predictor")
@@ -108,7 +108,7 @@ def _check_apart(model: Path, out: Path) -> None:
 def _write(
     folder: Path, name: str, weights: Weights, checkpoint: Checkpoint, predictor: Predictor, options: Export
 ) -> Manifest:
-    """Fill a folder with a bundle and all that was asked for with it."""
+    """Write a bundle to a folder, then tune, validate and build engines as requested."""
     from shadowllm.bundle.cost_model import dense_reasons
 
     manifest = write_bundle(
@@ -128,7 +128,7 @@ def _write(
         from shadowllm.evaluation.tuning import tune
 
         manifest = tune(folder, options.target)
-    if options.validate:  # at the budgets that the bundle ends up with
+    if options.validate:  # after tuning, because it must use the final budgets
         from shadowllm.evaluation.validation import validate_apart
 
         model = checkpoint.folder / (checkpoint.gguf or "")
@@ -142,7 +142,7 @@ def _write(
 
 
 def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecord]:
-    """Build the engines of one flavour from a bundle's graphs, replacing older ones when all are done.
+    """Build the engines of one flavour from a bundle's graphs. They replace older ones when all are built.
 
     Raises:
         UserError: the package or GPU is missing, or a file of the bundle is damaged.
@@ -256,18 +256,18 @@ def _train(
 ) -> Predictor:
     if selector not in TRAINABLE:
         raise UserError(f"selector {selector!r} cannot be trained", f"use {', '.join(TRAINABLE)}")
-    # Traces too large to keep are made anew while training, and so is what only a network in a layer reads.
-    anew = (loaded or weights.load()) if selector == "layerwise" or not traces.stored else None
+    # Training traces again if the traces were too large to store, or for layerwise, whose layer inputs are not stored.
+    tracing_weights = (loaded or weights.load()) if selector == "layerwise" or not traces.stored else None
     if selector in ("static", "quantized-shadow"):
-        return train_static(spec, traces, kind=selector, budget=train_config.budget, weights=anew)
+        return train_static(spec, traces, kind=selector, budget=train_config.budget, weights=tracing_weights)
     with progress(
-        "Training the predictor", train_config.passes(anew is not None) * traces.windows.train.numel()
+        "Training the predictor", train_config.passes(tracing_weights is not None) * traces.windows.train.numel()
     ) as advance:
-        return train_network(spec, traces, train_config, kind=selector, weights=anew, advance=advance)
+        return train_network(spec, traces, train_config, kind=selector, weights=tracing_weights, advance=advance)
 
 
 def _random(spec: ModelSpec, weights: Weights, options: Calibration) -> Predictor:
-    """A ranking drawn at random: the right shape and cost, no quality."""
+    """Make a random ranking. It has the right shape and cost, but no quality."""
     _check_dense_layers(spec, options.dense_layers)
     generator, n_sparse = torch.Generator().manual_seed(options.seed), SparseLayers(spec, options.dense_layers).count
     tensors = {

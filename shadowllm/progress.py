@@ -1,4 +1,4 @@
-"""Progress of long steps: a bar on stderr for a person, nothing for a log file."""
+"""Progress of long steps: a bar if stderr is a terminal, nothing otherwise."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ Advance = Callable[[int], None]
 
 
 def no_progress(_amount: int) -> None:
-    """The silent default."""
+    """Do nothing; this is the default."""
 
 
 def is_first() -> bool:
-    """Whether this process, of those that a launcher such as torchrun started together, is the one that reports."""
+    """Return whether this process reports, if a launcher such as torchrun started several."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
-    """A bar from 0 to ``total``; the function yielded moves it on.
+    """Show a bar from 0 to ``total``; the yielded function advances it.
 
-    Nothing is written unless stderr is a terminal, and of several processes only the first one writes.
+    Nothing is written unless stderr is a terminal. If there are several processes, only the first one writes.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -1,1 +1,1 @@
-"""One adapter a model family."""
+"""One adapter per model family."""

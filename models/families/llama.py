@@ -1,4 +1,4 @@
-"""Llama 2/3 and its look-alikes (SmolLM2, TinyLlama): RMSNorm, RoPE, gated SiLU, optional GQA."""
+"""Llama 2/3 and compatible models (SmolLM2, TinyLlama): RMSNorm, RoPE, gated SiLU, optional GQA."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from shadowllm.errors import UserError
 from shadowllm.models.spec import ModelSpec, RopeSpec
 from shadowllm.models.weights import Source
 
-# Hugging Face's name, and ours.
+# Hugging Face's name -> our name.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
-# Parameters of each RoPE scaling: Hugging Face's name, and the one in `RopeSpec`.
+# Parameters of each RoPE scaling: Hugging Face's name -> the name in `RopeSpec`.
 ROPE_KEYS: dict[str, dict[str, str]] = {
     "default": {"rope_theta": "theta"},
     "linear": {"rope_theta": "theta", "factor": "factor"},
@@ -28,7 +28,7 @@ def spec(config: Any) -> ModelSpec:
     """Read a Hugging Face ``LlamaConfig``.
 
     Raises:
-        UserError: a variant this adapter does not cover, by name.
+        UserError: the model is a variant that this adapter does not support; the message names it.
     """
     activation = ACTIVATIONS.get(config.hidden_act)
     if activation is None:
@@ -57,24 +57,24 @@ def spec(config: Any) -> ModelSpec:
 
 
 def _rope(config: Any) -> RopeSpec:
-    # As transformers does once more when it builds the model: some keys move here from the top of the config.
+    # Moves some keys from the top level of the config into rope_parameters, as transformers does to build the model.
     config.standardize_rope_params()
-    found = dict(config.rope_parameters)
-    scaling = found.get("rope_type", "default")
+    parameters = dict(config.rope_parameters)
+    scaling = parameters.get("rope_type", "default")
     if scaling not in ROPE_KEYS:
         raise UserError(f"RoPE scaling {scaling!r} is not supported", f"supported: {', '.join(ROPE_KEYS)}")
-    if found.get("partial_rotary_factor", 1.0) != 1.0:
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("partial rotary embeddings are not supported", "use a model that rotates whole heads")
-    missing = [name for name in ROPE_KEYS[scaling] if name not in found]
+    missing = [name for name in ROPE_KEYS[scaling] if name not in parameters]
     if missing:
         raise UserError(
             f"RoPE scaling {scaling!r} needs {missing[0]}", "config.json does not give it: correct it there"
         )
-    return RopeSpec(scaling=scaling, **{ours: found[theirs] for theirs, ours in ROPE_KEYS[scaling].items()})
+    return RopeSpec(scaling=scaling, **{ours: parameters[key] for key, ours in ROPE_KEYS[scaling].items()})
 
 
 def sources(spec: ModelSpec) -> dict[str, Source]:
-    """Canonical tensor name -> where a Hugging Face Llama checkpoint keeps it."""
+    """Map each canonical tensor name to its source in a Hugging Face Llama checkpoint."""
     found = {
         "embed_tokens.weight": Source("embed_tokens.weight"),
         "final_norm.weight": Source("norm.weight"),

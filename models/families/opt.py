@@ -16,7 +16,7 @@ def spec(config: Any) -> ModelSpec:
     """Read a Hugging Face ``OPTConfig``.
 
     Raises:
-        UserError: a variant this adapter does not cover, by name.
+        UserError: the model is a variant that this adapter does not support; the message names it.
     """
     _refuse_variants(config)
     activation = {"relu": "relu", "gelu": "gelu"}.get(config.activation_function)
@@ -63,7 +63,7 @@ def _refuse_variants(config: Any) -> None:
 
 
 def sources(spec: ModelSpec) -> dict[str, Source]:
-    """Canonical tensor name -> where a Hugging Face OPT checkpoint keeps it."""
+    """Map each canonical tensor name to its source in a Hugging Face OPT checkpoint."""
     found = {
         "embed_tokens.weight": Source("decoder.embed_tokens.weight"),
         "embed_positions.weight": Source("decoder.embed_positions.weight"),

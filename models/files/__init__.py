@@ -1,1 +1,1 @@
-"""What a checkpoint holds: its files, weights, configuration and tokenizer."""
+"""Readers of a checkpoint: its files, weights, configuration and tokenizer."""

@@ -1,4 +1,4 @@
-"""Open a checkpoint: a local folder, a GGUF file or a name on the Hugging Face hub; tensors are read lazily."""
+"""Open a checkpoint from a local folder, a GGUF file or the Hugging Face hub. Tensors are read lazily."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Checkpoint:
     """The files of a model.
 
     Attributes:
-        folder: local folder they lie in.
-        gguf: name of the GGUF file in it (of a split model, the first part); None for safetensors.
+        folder: local folder that contains them.
+        gguf: name of the GGUF file in it (the first part of a split model); None for safetensors.
         config: the Hugging Face config object.
-        generation_config: the Hugging Face generation config; its stop tokens are those of the model.
+        generation_config: the Hugging Face generation config; it defines the model's stop tokens.
         tensors: the weights as floats, by Hugging Face name.
-        renamed: names of tensors that a wrapper has changed, as they are stored -> as Hugging Face has them.
+        renamed: stored name -> Hugging Face name, for tensors that a wrapper renamed.
         quantised: whether the tensors are stored as integers or float8 with scales.
-        trust_remote_code: as the caller allowed it.
+        trust_remote_code: whether the caller allowed code from the checkpoint.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class Checkpoint:
     _read: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer that belongs to the checkpoint; see `load_tokenizer`. It is read once."""
+        """Return the checkpoint's Hugging Face tokenizer, which is read once; see `load_tokenizer`."""
         if "tokenizer" not in self._read:
             self._read["tokenizer"] = tokenizer.load_tokenizer(self.folder, self.gguf, self.trust_remote_code)
         return self._read["tokenizer"]
@@ -58,11 +58,11 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path, cache_dir: Path | None, trust_remote_code: bool) -> Checkpoint:
-    """Find the files of ``model`` and read its config; weights stay on disk.
+    """Find the files of ``model`` and read its config. The weights stay on disk.
 
     Raises:
-        UserError: nothing there, several GGUF models, pickled weights only, an adapter, a bundle, or a config or a
-            quantisation that cannot be read.
+        UserError: there is no model or several GGUF models, the weights are pickled, it is an adapter or a bundle, or
+            the config or the quantisation cannot be read.
     """
     path = _local(str(model), cache_dir)
     if path.is_file():
@@ -92,7 +92,7 @@ def open_checkpoint(model: str | Path, cache_dir: Path | None, trust_remote_code
 
 
 def _local(model: str, cache_dir: Path | None) -> Path:
-    """The folder or GGUF file of a model, downloaded where it is none yet."""
+    """Return the local folder or GGUF file of a model; download it if it is not local."""
     path = Path(model).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path

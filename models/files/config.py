@@ -1,4 +1,4 @@
-"""A model's ``config.json`` and ``generation_config.json``, read by ``transformers`` behind one guard."""
+"""Check a model's ``config.json`` and ``generation_config.json``, and read them with ``transformers``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from shadowllm.models.files.lfs import refuse_pointers
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 
-# Sizes that must be whole numbers above zero wherever a config gives them. ``transformers`` checks their type, not
-# their value, and divides by some of them.
+# Sizes that must be positive whole numbers if a config has them. ``transformers`` checks only their type, and divides
+# by some of them.
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -29,10 +29,10 @@ SIZES = (
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The Hugging Face config object of a folder.
+    """Read the Hugging Face config object of a folder.
 
     Raises:
-        UserError: no config, unreadable JSON, a size that is no positive number, or what ``transformers`` refuses.
+        UserError: there is no config, it is not readable, a size is not positive, or ``transformers`` refuses it.
     """
     from transformers import AutoConfig
 
@@ -47,17 +47,17 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     remedy = "correct config.json, or download the model again"
     with foreign_reader(f"transformers cannot read {path}", remedy):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    old = data.get("compression_config")  # as compressed-tensors called it at first
+    old = data.get("compression_config")  # the first name of this key in compressed-tensors
     if isinstance(old, dict) and getattr(config, "quantization_config", None) is None:
         config.quantization_config = old
     return config
 
 
 def read_generation_config(folder: Path, config: Any) -> Any:
-    """The model's own generation config; where there is none, what ``transformers`` makes of its config.
+    """Read the model's generation config; if there is none, derive it from the model config.
 
     Raises:
-        UserError: a damaged file.
+        UserError: the file is damaged.
     """
     from transformers import GenerationConfig
 
@@ -70,10 +70,10 @@ def read_generation_config(folder: Path, config: Any) -> Any:
 
 
 def token_ids(value: Any, name: str) -> tuple[int, ...]:
-    """Token ids given as one number, a list of them or null.
+    """Return token ids that are given as one number, a list of them or null.
 
     Raises:
-        UserError: something else, or a negative number.
+        UserError: the value is something else, or a number is negative.
     """
     ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
     for item in ids:
@@ -83,10 +83,10 @@ def token_ids(value: Any, name: str) -> tuple[int, ...]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Raises:
-        UserError: the file is missing, is a pointer of Git LFS or holds something else.
+        UserError: the file is missing, is a Git LFS pointer or holds something else.
     """
     if not path.is_file():
         raise UserError(f"there is no {path.name} in {path.parent}", "a model folder holds it beside the weights")

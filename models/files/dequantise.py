@@ -1,4 +1,4 @@
-"""Integers and float8 of a checkpoint turned back into floats, one tensor at a time, as compressed-tensors does it."""
+"""Convert a checkpoint's integers and float8 back to floats, one tensor at a time, as compressed-tensors does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shadowllm.errors import UserError
 from shadowllm.models.files.safetensors_file import SafetensorsFiles
 
 SCALES = ("weight_scale", "weight_scale_inv")
-# Of activations and of the cache, which stay floats here.
+# Scales of activations and of the KV cache. They are ignored, because both stay floats here.
 ACTIVATION_SCALES = (
     "input_scale",
     "activation_scale",
@@ -27,21 +27,21 @@ DAMAGED = "the checkpoint is damaged: download it again, or use the model it was
 
 
 class DequantisedTensors:
-    """A quantised checkpoint as one of floats.
+    """A quantised checkpoint, read as floats.
 
-    ``X.weight`` is made of ``X.weight`` or ``X.weight_packed``, ``X.weight_scale`` (or ``weight_scale_inv``) and
+    ``X.weight`` is computed from ``X.weight`` or ``X.weight_packed``, ``X.weight_scale`` (or ``weight_scale_inv``) and
     ``X.weight_zero_point``.
 
     Args:
         tensors: the files.
-        block: rows and columns that share a scale, where the sizes do not say so by themselves.
-        floats_are_final: a weight that is stored as floats is not multiplied by the scale beside it.
+        block: rows and columns that share a scale, if the tensor shapes alone do not define them.
+        floats_are_final: do not multiply a weight that is stored as floats by the scale beside it.
 
     Attributes:
-        dtypes: as of `SafetensorsFiles`; "F32" for what is dequantised.
+        dtypes: as in `SafetensorsFiles`; "F32" for dequantised tensors.
 
     Raises:
-        UserError: at `read`, where the parts of a weight are missing or do not fit together.
+        UserError: at `read`, if the parts of a weight are missing or do not fit together.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class DequantisedTensors:
                 zero = unpacked(zero.T, rows, name).T
         _require(weight.ndim == 2, f"{name} has {weight.ndim} dimensions, not 2")
         columns = self._part(module, "weight_g_idx")
-        wide = weight.to(scale.dtype)  # in the type of the scales, as compressed-tensors multiplies
+        wide = weight.to(scale.dtype)  # compressed-tensors multiplies in the dtype of the scales too
         if zero is not None:
             wide = wide - self._spread(name, zero.to(scale.dtype), wide.shape, columns)
         return wide * self._spread(name, scale, wide.shape, columns)
@@ -98,7 +98,7 @@ class DequantisedTensors:
         present = [part for part in SCALES if f"{module}.{part}" in self._tensors.names()]
         _require(len(present) == 1, f"{module} has {' and '.join(present) or 'no scale'} beside its weight")
         scale = self._needed(module, present[0])
-        # Powers of two, which PyTorch does not compute with; as bytes they are the exponents.
+        # These scales are powers of two, stored as one exponent byte each. PyTorch cannot compute with this dtype.
         if scale.dtype == torch.uint8:
             scale = scale.view(torch.float8_e8m0fnu)
         if scale.dtype == torch.float8_e8m0fnu:
@@ -107,13 +107,13 @@ class DequantisedTensors:
         return scale
 
     def _spread(self, name: str, grid: Tensor, shape: torch.Size, columns: Tensor | None) -> Tensor:
-        """Scales or zero points so that each weight meets its own: of a tensor, of rows, of groups or of blocks."""
+        """Expand scales or zero points, one per tensor, row, group or block, to the weight's shape."""
         if grid.numel() == 1:
             return grid.reshape(1, 1)
         grid = grid[:, None] if grid.ndim == 1 else grid
         misfit = f"the scales of {name} do not fit its shape: {tuple(grid.shape)} for {tuple(shape)}"
         _require(grid.ndim == 2 and grid.numel() > 0, misfit)
-        if columns is not None and bool((columns >= 0).all()):  # groups in an order of their own
+        if columns is not None and bool((columns >= 0).all()):  # it gives the group of each column
             fits = columns.shape == shape[1:] and int(columns.max()) < grid.shape[1] and len(grid) == shape[0]
             _require(fits, misfit)
             return grid[:, columns.long()]
@@ -124,7 +124,7 @@ class DequantisedTensors:
         return grid[: shape[0], : shape[1]]
 
     def _step(self, size: int, parts: int, axis: int) -> int:
-        """Rows or columns that share a scale; 0 where they cannot be shared out."""
+        """Return how many rows or columns share a scale; 0 if the sizes do not fit."""
         given = self._block[axis] if self._block else 0
         if given > 0 and -(-size // given) == parts:
             return given  # the last block may be shorter
@@ -137,10 +137,10 @@ def _require(condition: bool, problem: str) -> None:
 
 
 def unpacked(words: Tensor, width: int, name: str) -> Tensor:
-    """Integers of 4 or 8 bits out of int32 ``(rows, words)``, lowest bits first: int8 ``(rows, width)``.
+    """Unpack integers of 4 or 8 bits from int32 ``(rows, words)``, lowest bits first, to int8 ``(rows, width)``.
 
     Raises:
-        UserError: another number of bits, or something else than rows of int32.
+        UserError: the number of bits is another one, or ``words`` are not rows of int32.
     """
     _require(words.ndim == 2 and words.dtype == torch.int32, f"{name} is not packed in rows of int32")
     bits = next((b for b in PACKED_BITS if -(-width * b // WORD) == words.shape[1]), None)

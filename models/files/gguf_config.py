@@ -1,7 +1,7 @@
-"""The model that a GGUF file describes: its metadata as a Hugging Face ``LlamaConfig``.
+"""Convert the metadata of a GGUF file to a Hugging Face ``LlamaConfig``.
 
-``transformers`` reads fewer keys than the files have (no RoPE scaling, no head size of its own, one stop token), so the
-metadata is read here. Keys and their meaning: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's loader.
+``transformers`` ignores some keys: it reads no RoPE scaling, no separate head size and only one stop token. Therefore
+this module reads the metadata. The GGUF specification (ggml, docs/gguf.md) and llama.cpp's loader define the keys.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ARCHITECTURE = "llama"
 USE_SAFETENSORS = "use the safetensors checkpoint of this model"
 STOP_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 BIASED = ("attn_q", "attn_k", "attn_v", "attn_output")
-# Keys of the architecture that are read, and those that change nothing that is computed here.
+# Keys of the architecture. READ are used; HARMLESS do not change the computation.
 READ = (
     "context_length",
     "embedding_length",
@@ -39,7 +39,7 @@ READ = (
     "rope.scaling.original_context_length",
 )
 HARMLESS = ("rope.scaling.finetuned", "attention.causal", "tensor_data_layout", "use_parallel_residual")
-# Neutral values of keys that would change the model.
+# Keys that would change the model with any value except this neutral one.
 NEUTRAL = {
     "expert_count": 0,
     "expert_used_count": 0,
@@ -55,21 +55,21 @@ NEUTRAL = {
     "attn_logit_softcapping": 0.0,
     "final_logit_softcapping": 0.0,
 }
-# Llama 3.1 and 3.2 keep their scaling as a table of factors; these are what the table is made of.
+# GGUF files of Llama 3.1 and 3.2 store RoPE scaling as a table of factors, computed from these parameters.
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
 TABLE_TOLERANCE = 1e-4
 
 
 def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], factors: np.ndarray | None) -> Any:
-    """The config of a GGUF model.
+    """Build the config of a GGUF model.
 
     Args:
-        metadata: all keys and values of the file.
+        metadata: keys and values of the file; the vocabulary is not needed.
         shapes: ``(rows, columns)`` of the tensors, by their names in the file.
         factors: the tensor ``rope_freqs.weight``, if there is one.
 
     Raises:
-        UserError: another architecture, a missing or impossible value, or a key that is not read and changes the model.
+        UserError: the architecture or a key that changes the model is not supported, or a value is missing or invalid.
     """
     from transformers import LlamaConfig
 
@@ -114,7 +114,7 @@ def _refuse_other_families(metadata: Mapping[str, Any]) -> None:
 
 
 class _Keys:
-    """The keys of the architecture, without its name before them."""
+    """The keys of the architecture, without its name as prefix."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         prefix = f"{ARCHITECTURE}."
@@ -136,7 +136,7 @@ class _Keys:
         return float(value)
 
     def refuse_unread(self) -> None:
-        """Refuse keys that change the model; warn of those that are unknown."""
+        """Refuse keys that change the model; warn about unknown keys."""
         unknown = []
         for key, value in self._values.items():
             if key in NEUTRAL and value != NEUTRAL[key]:
@@ -152,7 +152,7 @@ class _Keys:
 
 
 def _head_dim(keys: _Keys, heads: int, shapes: Mapping[str, Sequence[int]]) -> int:
-    """From the first query projection; the keys that speak of it must agree."""
+    """Return the head size, from the first query projection. The keys that give it must agree."""
     rows = _rows(shapes, "blk.0.attn_q.weight")
     if rows % heads:
         raise UserError(f"the GGUF file has {heads} heads and a query projection of {rows} rows", USE_SAFETENSORS)
@@ -198,9 +198,9 @@ def _says(key: str, value: object) -> str:
 
 
 def _rope(keys: _Keys, head_dim: int, factors: np.ndarray | None) -> dict[str, Any]:
-    """RoPE parameters under the names of ``transformers``."""
+    """Return the RoPE parameters under the names that ``transformers`` uses."""
     theta = keys.number("rope.freq_base", 10000.0)
-    # As llama.cpp has it: a factor without a type is linear, and 0 stands for none.
+    # As in llama.cpp: a factor without a type is linear, and a factor of 0 means no scaling.
     kind = keys.get("rope.scaling.type") or "linear"
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0)) or 1.0
     if kind not in ("none", "linear"):
@@ -215,7 +215,7 @@ def _rope(keys: _Keys, head_dim: int, factors: np.ndarray | None) -> dict[str, A
 
 
 def _llama3(theta: float, head_dim: int, factors: np.ndarray, context: int) -> dict[str, Any]:
-    """The parameters whose scaling is the table: each frequency divided by its factor."""
+    """Return the parameters that give the table, which divides each frequency by its factor."""
     factor = float(factors.max())
     spec = RopeSpec(theta, "llama3", factor, LLAMA3_LOW, LLAMA3_HIGH, context)
     plain, scaled = RopeSpec(theta).inverse_frequencies(head_dim), spec.inverse_frequencies(head_dim)

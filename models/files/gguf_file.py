@@ -12,7 +12,7 @@ from shadowllm.errors import UserError, foreign_reader
 from shadowllm.models.files.gguf_config import USE_SAFETENSORS, gguf_config
 from shadowllm.models.files.hashing import hash_files
 
-# Hugging Face module names whose GGUF names the gguf package knows, without the layer number.
+# Hugging Face names of the modules in a layer. The gguf package maps them to GGUF names.
 _BLOCKS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -27,21 +27,21 @@ _BLOCKS = (
 _TABLES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 ROPE_FACTORS = "rope_freqs.weight"
 TOKENS = "tokenizer.ggml.tokens"
-LONGEST_LIST = 4096  # what is longer is the vocabulary, which takes seconds to turn into Python's lists
+LONGEST_LIST = 4096  # longer lists belong to the vocabulary; converting them to Python lists takes seconds
 
 
 class GGUFTensors:
-    """A Llama-architecture GGUF model, in one file or split, under Hugging Face's tensor names.
+    """A Llama-architecture GGUF model in one or several files, under Hugging Face's tensor names.
 
     Attributes:
         config: the ``LlamaConfig`` that its metadata describes.
-        metadata: keys and values of the first file, the vocabulary left out.
+        metadata: keys and values of the first file, without the vocabulary.
         has_tokenizer: whether the first file holds a vocabulary.
         parts: the files.
-        dtypes: empty: whatever is stored, floats are read.
+        dtypes: empty, because `read` always returns floats.
 
     Raises:
-        UserError: a file that is damaged, of another architecture, or holds what is not read.
+        UserError: a file is damaged, has another architecture, or holds something that is not supported.
     """
 
     def __init__(self, parts: list[Path]) -> None:
@@ -86,14 +86,14 @@ class GGUFTensors:
         known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, n_layers)
         modules = [f"layers.{i}.{block}" for i in range(n_layers) for block in _BLOCKS]
         biased = ("self_attn",) * self.config.attention_bias + ("mlp",) * self.config.mlp_bias
-        theirs = {
+        stored_names = {
             f"{m}.{kind}": f"{known.get_name('model.' + m)}.{kind}"
             for m in modules
             for kind in ("weight", "bias")
             if kind == "weight" or m.split(".")[2] in biased
         }
-        theirs |= {f"{table}.weight": f"{stored}.weight" for table, stored in _TABLES.items()}
-        return {name: stored for name, stored in theirs.items() if stored in self._tensors}
+        stored_names |= {f"{table}.weight": f"{stored}.weight" for table, stored in _TABLES.items()}
+        return {name: stored for name, stored in stored_names.items() if stored in self._tensors}
 
     def _check_tensors(self) -> None:
         unread = sorted(self._tensors.keys() - set(self._names.values()) - {ROPE_FACTORS})
@@ -136,6 +136,6 @@ def _open(reader: Any, path: Path) -> Any:
 
 
 def _unpermute(array: np.ndarray, n_heads: int) -> np.ndarray:
-    # ggml interleaves the two halves of each rotated head; Hugging Face keeps them apart.
+    # ggml interleaves the two halves of each rotated head; Hugging Face stores one after the other.
     pairs = array.reshape(n_heads, array.shape[0] // n_heads // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)

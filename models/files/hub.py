@@ -1,6 +1,6 @@
-"""Models on the Hugging Face hub: the files of one model are downloaded, and no others.
+"""Download a model from the Hugging Face hub, without other files of its repository.
 
-A name is ``owner/name``; ``owner/name/file.gguf`` or ``owner/name:Q4_K_M`` says which GGUF file of several.
+A name is ``owner/name``; ``owner/name/file.gguf`` or ``owner/name:Q4_K_M`` selects one of several GGUF files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from shadowllm.errors import UserError, in_one_line
 from shadowllm.models.files.weight_files import INDEX, SINGLE_FILE, SPLIT, gguf_models, shard_names
 
 NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>.+\.gguf)|:(?P<tag>[\w.-]+))?")
-# What lies beside the weights. Nothing pickled, and no copies for other frameworks.
+# Files to download besides the weights. They exclude pickled files and copies for other frameworks.
 COMPANIONS = [
     "*.json",
     "*.jinja",
@@ -27,10 +27,10 @@ COMPANIONS = [
 
 
 def download(model: str, cache_dir: Path | None) -> Path:
-    """The local folder of a model on the hub, or its GGUF file.
+    """Download a model from the hub; return its local folder or its GGUF file.
 
     Raises:
-        UserError: no such name, several GGUF models to choose from, or no way to the hub and nothing in the cache.
+        UserError: the name does not exist or has several GGUF models, or the hub is unreachable and the cache is empty.
     """
     match = NAME.fullmatch(model)
     if match is None or model.startswith((".", "/", "~")):
@@ -46,7 +46,7 @@ def download(model: str, cache_dir: Path | None) -> Path:
         if chosen is None:
             return _snapshot(repo, cache_dir, online, COMPANIONS)
         return _snapshot(repo, cache_dir, online, _parts(names, chosen)) / chosen
-    # `transformers` reads the single file where there is one; a repository may hold shards as well.
+    # A repository may hold shards as well as a single file. `transformers` then reads the single file.
     if SINGLE_FILE in names:
         return _snapshot(repo, cache_dir, online, [*COMPANIONS, SINGLE_FILE])
     folder = _snapshot(repo, cache_dir, online, [*COMPANIONS, INDEX])
@@ -54,7 +54,7 @@ def download(model: str, cache_dir: Path | None) -> Path:
 
 
 def _listing(repo: str, cache_dir: Path | None) -> tuple[list[str], bool]:
-    """Names of the files of a repository, and whether the hub was there to ask; else those that the cache holds."""
+    """Return the file names of a repository and True; if the hub is unreachable, those in the cache and False."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
@@ -90,7 +90,7 @@ def _snapshot(repo: str, cache_dir: Path | None, online: bool, patterns: Sequenc
 
 def _gated(repo: str) -> UserError:
     return UserError(
-        f"{repo} is open only to those whom its owner has let in",
+        f"{repo} is gated, and you do not have access",
         f"ask for access on https://huggingface.co/{repo}, then log in with `hf auth login`",
     )
 
@@ -103,7 +103,7 @@ def _cannot(repo: str, error: Exception) -> UserError:
 
 
 def _chosen(repo: str, names: Sequence[str], file: str | None, tag: str | None) -> str | None:
-    """The GGUF file that was asked for, or the only one; None where a repository has none."""
+    """Return the requested GGUF file, or the only one; None if the repository has none."""
     models = gguf_models(name for name in names if name.endswith(".gguf"))
     if file is not None:
         found = [name for name in names if name == file]
@@ -125,7 +125,7 @@ def _chosen(repo: str, names: Sequence[str], file: str | None, tag: str | None) 
 
 
 def _parts(names: Sequence[str], chosen: str) -> list[str]:
-    """The file, and all parts of a split one."""
+    """Return the file, or all parts of a split model."""
     match = SPLIT.fullmatch(chosen)
     if match is None:
         return [chosen]

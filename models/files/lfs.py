@@ -1,4 +1,4 @@
-"""Pointers of Git LFS: the small text that git leaves in the place of a large file which was not fetched."""
+"""Git LFS pointers: small text files that git leaves in place of large files that were not fetched."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_pointers(paths: Iterable[Path]) -> None:
-    """Name the first file of which only the pointer is there.
+    """Refuse files that are only Git LFS pointers.
 
     Raises:
-        UserError: there is one.
+        UserError: a file is a pointer; the message names the first one.
     """
     for path in paths:
         with path.open("rb") as file:

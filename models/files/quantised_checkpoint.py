@@ -1,7 +1,7 @@
-"""Checkpoints that are quantised already: turned back into floats where that is exact, refused by name elsewhere.
+"""Read checkpoints that are already quantised: convert exact formats back to floats, refuse others by name.
 
-Read are the formats of compressed-tensors that keep one integer or float8 per weight, whole or packed, and FP8 as
-DeepSeek and Qwen publish it. Activations that such a checkpoint would quantise as well are left as they are.
+Supported are the compressed-tensors formats with one integer or float8 per weight, packed or not, and FP8 as
+published by DeepSeek and Qwen. Activations stay floats, even if the checkpoint would quantise them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ WAYS_OUT = {
     "bitsandbytes": "load it with transformers, call model.dequantize() and save_pretrained(), and export that",
     "mlx": "convert it back with mlx_lm.convert --dequantize, or use the model it was made from",
 }
-# Files in which tools kept their settings before these went into config.json.
+# Older tools store their settings in these files instead of config.json.
 OLD_CONFIGS = {
     "hf_quant_config.json": "modelopt",
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
     "quantization_config.json": "quanto",
 }
-# What lies beside a weight, by the last part of its name, and which method puts it there. The first match counts.
+# How the names of tensors beside a weight end -> the method that adds them. The first match counts.
 SIBLINGS = {
     "SCB": "bitsandbytes LLM.int8",
     "weight_format": "bitsandbytes LLM.int8",
@@ -59,10 +59,10 @@ SIBLINGS = {
 
 
 def plain_tensors(tensors: SafetensorsFiles, config: Any, folder: Path) -> TensorFile:
-    """The tensors as floats, whatever the config says they were quantised by.
+    """Return the tensors as floats; dequantise them if the config names a supported method.
 
     Raises:
-        UserError: a method, or a format of one, that is not read.
+        UserError: the method, or its format, is not supported.
     """
     method, settings = _method(config, folder, tensors)
     if method is None:
@@ -77,19 +77,19 @@ def plain_tensors(tensors: SafetensorsFiles, config: Any, folder: Path) -> Tenso
 
 
 def check_float(tensors: TensorFile, used: Iterable[str]) -> None:
-    """Refuse weights that are no plain floats, and weights that something beside them changes.
+    """Refuse weights that are not plain floats, and weights that another tensor would change.
 
     Args:
-        used: names of the tensors that are read.
+        used: names of the tensors that the model uses.
 
     Raises:
-        UserError: an integer or float8 tensor, or a scale, zero point or adapter beside one that is used.
+        UserError: a used tensor is integer or float8, or has a scale, zero point or adapter beside it.
     """
     used = set(used)
     modules = {name.rpartition(".")[0] for name in used}
     for name in sorted(tensors.names() - used):
         pieces = name.split(".")
-        # Some methods write several words: q_proj.weight.quant_state.bitsandbytes__nf4.
+        # Some methods add several parts to a name: q_proj.weight.quant_state.bitsandbytes__nf4.
         owner = next((m for i in range(1, len(pieces)) if (m := ".".join(pieces[:i])) in modules), None)
         part = name.removeprefix(f"{owner}.")
         if owner is not None and part not in ("bias", *ACTIVATION_SCALES):
@@ -115,8 +115,8 @@ def _refuse_sibling(owner: str, part: str) -> None:
 
 
 def _method(config: Any, folder: Path, tensors: SafetensorsFiles) -> tuple[str | None, Mapping[str, Any]]:
-    """Which method quantised the checkpoint, and what its config says about it."""
-    # First, because mlx_lm writes a quantization_config without a method as well.
+    """Return the method that quantised the checkpoint, if any, and its settings."""
+    # MLX is checked first, because mlx_lm also writes a quantization_config without a method.
     if getattr(config, "quantization", None) or (tensors.format == "mlx" and _has(tensors, "scales")):
         return "mlx", {}
     settings = getattr(config, "quantization_config", None)
@@ -155,7 +155,7 @@ def _check_compressed(settings: Mapping[str, Any], folder: Path) -> None:
 
 
 def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, where the config says so."""
+    """Return the rows and columns that share a scale, if the config gives them."""
     weights = [_mapping(group, "weights") for group in _groups(settings)]
     for size in (settings.get("weight_block_size"), *(each.get("block_structure") for each in weights)):
         if isinstance(size, list) and len(size) == 2 and all(type(each) is int for each in size):

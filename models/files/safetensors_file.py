@@ -1,4 +1,4 @@
-"""Tensors of a safetensors checkpoint, read one at a time."""
+"""Read the tensors of a safetensors checkpoint, one at a time."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from safetensors import SafetensorError, safe_open
 from shadowllm.errors import UserError, in_one_line
 from shadowllm.models.files.hashing import hash_files
 
-# What Hugging Face itself puts before the names of a whole model's tensors.
+# Prefixes that Hugging Face itself adds to the tensor names of a complete model.
 OWN_PREFIXES = ("model.decoder.", "model.", "decoder.")
-# How the names of a whole model begin, where its output projection lies beside the rest.
+# Tensor names of a complete model, including the output projection, start with one of these.
 WHOLE_MODEL = ("model.", "decoder.", "lm_head.")
-# What wrappers of modules inside the model put into names: torch.compile, FSDP, activation checkpointing.
+# Parts that wrappers of inner modules add to names: torch.compile, FSDP, activation checkpointing.
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 LORA = (".lora_", ".base_layer.", ".ia3_", ".modules_to_save.")
 
 
 class SafetensorsFiles:
-    """The files of a safetensors checkpoint, by Hugging Face's names without ``model.``.
+    """The tensors of a safetensors checkpoint, by Hugging Face's names without ``model.``.
 
-    What wrappers have put before every name (``module.``) or into names (``_orig_mod.``) is taken out.
+    Prefixes (``module.``) and inner parts (``_orig_mod.``) that wrappers added to names are removed.
 
     Attributes:
-        renamed: names from which something was taken out, as they are stored -> as Hugging Face has them.
+        renamed: stored name -> Hugging Face name, for the names that were changed.
         dtypes: element type of each tensor, as safetensors writes it ("F32", "BF16", "I8", "F8_E4M3").
-        format: what the files say they were written by ("pt", "mlx"), if anything.
+        format: the framework that wrote the files ("pt", "mlx"), if they record it.
 
     Raises:
-        UserError: a damaged or empty file, LoRA weights that are not merged, or one tensor under two names.
+        UserError: a file is damaged or empty, LoRA weights are not merged, or a tensor has two names.
     """
 
     def __init__(self, files: list[Path]) -> None:
@@ -79,7 +79,7 @@ class SafetensorsFiles:
         return set(self._where)
 
     def read(self, name: str) -> torch.Tensor:
-        # Opened per read: a mapping that lived on would keep every page read so far resident.
+        # The file is opened for each read: a longer mapping would keep all pages read so far in memory.
         with self._open(self._where[name]) as file:
             return file.get_tensor(self._stored[name])
 
@@ -88,8 +88,8 @@ class SafetensorsFiles:
 
 
 def foreign_prefix(names: Collection[str]) -> str:
-    """What stands before every name and is not Hugging Face's own; ends with a dot, or is empty."""
-    # All names between the first and the last in order begin as these two do.
+    """Return the common prefix of all names, without Hugging Face's own; it ends with a dot or is empty."""
+    # The common prefix of the first and last name in sorted order is common to all names.
     first, last = min(names).split("."), max(names).split(".")
     same = takewhile(lambda parts: parts[0] == parts[1], zip(first[:-1], last[:-1], strict=False))
     prefix = "".join(f"{part}." for part, _ in same)

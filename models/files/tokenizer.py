@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, read by `transformers`, and text turned into token ids that the model has rows for."""
+"""Read a checkpoint's tokenizer with `transformers`, and encode text to token ids that the model knows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shadowllm.models.files.lfs import refuse_pointers
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# One of these holds the vocabulary; without it there is no tokenizer, whatever else lies in the folder.
+# Files that hold a vocabulary. A folder has a tokenizer if it has one of them, or a tokenizer class of its own.
 VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
 CONFIG = "tokenizer_config.json"
 GGUF_TOKENS = "tokenizer.ggml.tokens"
@@ -26,7 +26,7 @@ def has_tokenizer(folder: Path, gguf: str | None) -> bool:
 
     Args:
         folder: of the checkpoint.
-        gguf: name of the GGUF file in it, which is the only place looked at then; None for safetensors.
+        gguf: name of the GGUF file in it; if given, only this file is searched. None for safetensors.
     """
     if gguf:
         from gguf import GGUFReader
@@ -36,15 +36,15 @@ def has_tokenizer(folder: Path, gguf: str | None) -> bool:
 
 
 def load_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint as `AutoTokenizer` reads it, without truncation and padding.
+    """Load a checkpoint's tokenizer with `AutoTokenizer`, without truncation and padding.
 
     Args:
         folder: of the checkpoint.
         gguf: name of the GGUF file in it, None for safetensors.
-        trust_remote_code: let ``transformers`` run a tokenizer's code from the checkpoint.
+        trust_remote_code: let ``transformers`` run tokenizer code from the checkpoint.
 
     Raises:
-        UserError: there is none, or it cannot be read; the message names the file and the cause.
+        UserError: there is no tokenizer, or it cannot be read; the message names the file and the cause.
     """
     from transformers import AutoTokenizer
 
@@ -57,7 +57,7 @@ def load_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> P
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **({"gguf_file": gguf} if gguf else {})
         )
-    except Exception as error:  # the user's files in other people's parsers, which raise anything
+    except Exception as error:  # third-party parsers raise any type on damaged files
         raise refusal(folder, gguf, error) from error
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
@@ -66,25 +66,25 @@ def load_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> P
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> Callable[[str], list[int]]:
-    """Text to token ids without special tokens: what running text is made of.
+    """Return a function that encodes text to token ids without special tokens.
 
     Args:
-        rows: of the model's embedding; the function returned refuses tokens beyond them. None takes any.
+        rows: rows of the model's embedding; the returned function refuses larger ids. None accepts any id.
     """
     return partial(encode, tokenizer, rows=rows, special=False)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, rows: int | None, special: bool) -> list[int]:
-    """Text to token ids that the model has a row for each.
+    """Encode text to token ids, and check that the model's embedding has a row for each.
 
     Args:
-        rows: of the model's embedding; None takes any id.
-        special: add the special tokens that the tokenizer puts around a text.
+        rows: rows of the model's embedding; None accepts any id.
+        special: add the tokenizer's special tokens around the text.
 
     Raises:
-        UserError: the tokenizer fails, or the model lacks a row, as where tokens were added to the tokenizer alone.
+        UserError: the tokenizer fails, or a row is missing, for example because only the tokenizer was extended.
     """
-    with foreign_reader(f"the tokenizer cannot read the text {text!r:.60}", "mend the model's tokenizer files"):
+    with foreign_reader(f"the tokenizer cannot read the text {text!r:.60}", "correct the model's tokenizer files"):
         ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     beyond = next((token for token in ids if rows is not None and token >= rows), None)
     if beyond is not None:
@@ -97,7 +97,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, rows: int | None, spec
 
 
 def _check_packages(folder: Path, gguf: str | None) -> None:
-    """Refuse a vocabulary that an optional package reads, where that is missing."""
+    """Refuse a vocabulary if the optional package that reads it is missing."""
     for path in _models(folder, gguf):
         needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
         if not _is_sentencepiece(path):
@@ -109,7 +109,7 @@ def _check_packages(folder: Path, gguf: str | None) -> None:
 
 
 def _models(folder: Path, gguf: str | None) -> list[Path]:
-    """Vocabulary files that an optional package reads; none where tokenizer.json makes them needless."""
+    """Return the vocabulary files that need an optional package; none if there is a tokenizer.json."""
     if gguf or (folder / "tokenizer.json").is_file():
         return []
     return sorted([*folder.glob("*.model"), *folder.glob("*.tiktoken")])
@@ -117,20 +117,20 @@ def _models(folder: Path, gguf: str | None) -> list[Path]:
 
 def _is_sentencepiece(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(1) == b"\n"  # the tag of a protobuf message's first field; tiktoken's file is lines of Base64
+        return file.read(1) == b"\n"  # tag of the first protobuf field; tiktoken files are Base64
 
 
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that this one lies in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
-    """What is wrong with a tokenizer that could not be read."""
+    """Return an error that explains why a tokenizer could not be read."""
     again = "download the checkpoint again"
-    if gguf and not has_tokenizer(folder, gguf):  # asked only now: it takes seconds to look
+    if gguf and not has_tokenizer(folder, gguf):  # checked only here, because it takes seconds
         return UserError(f"no tokenizer in {folder / gguf}", "take a GGUF file that holds one")
     if gguf:
         return UserError(f"the tokenizer in {folder / gguf} cannot be read ({in_one_line(error)})", again)
@@ -156,7 +156,7 @@ def refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
     if (folder / "vocab.json").is_file() and not whole.is_file() and not (folder / "merges.txt").is_file():
         return UserError(f"{folder} has vocab.json, and neither merges.txt nor tokenizer.json", again)
     for path in _models(folder, gguf):
-        if _is_sentencepiece(path):  # transformers takes a damaged one for tiktoken's
+        if _is_sentencepiece(path):  # transformers mistakes a damaged one for a tiktoken file
             return UserError(f"{path} cannot be read as a SentencePiece model", again)
     return UserError(
         f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {in_one_line(error)})",
@@ -165,7 +165,7 @@ def refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
 
 
 def _newer(path: Path) -> str:
-    """What the package ``tokenizers`` has against a file that is JSON; empty if nothing."""
+    """Return why the package ``tokenizers`` cannot read a JSON file; empty if it can."""
     from tokenizers import Tokenizer
 
     try:
@@ -176,9 +176,9 @@ def _newer(path: Path) -> str:
 
 
 def _is_custom(folder: Path) -> bool:
-    """Whether a tokenizer's class lies in the checkpoint."""
+    """Whether the tokenizer's class is stored in the checkpoint."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a damaged file is named when the tokenizer is loaded
+    except (OSError, ValueError):  # loading the tokenizer reports a damaged file
         return False
     return isinstance(config, dict) and "auto_map" in config

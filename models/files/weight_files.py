@@ -1,4 +1,4 @@
-"""Which files of a folder are the model's weights: those that ``transformers`` would load, and no others."""
+"""Find a model's weight files in a folder: exactly the files that ``transformers`` would load."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
-ORIGINAL = "consolidated."  # how the files in Meta's and Mistral's own format begin
+ORIGINAL = "consolidated."  # name prefix of files in Meta's and Mistral's own format
 HUGGING_FACE_FORMAT = "this is the makers' own format: use the model in the format of Hugging Face"
 SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def safetensors_files(folder: Path, named: object = None) -> list[Path]:
-    """The safetensors files that hold a model: ``model.safetensors``, else the shards of its index.
+    """Return the safetensors files of a model: ``model.safetensors``, or the shards of its index.
 
     Args:
-        named: the file that the config names (``transformers_weights``); it goes first.
+        named: the file that the config names (``transformers_weights``); it takes precedence.
 
     Returns:
-        Nothing where the folder holds neither.
+        The files; empty if the folder holds neither.
 
     Raises:
-        UserError: an index that cannot be read, or a file that is missing.
+        UserError: the index cannot be read, or a file is missing.
     """
     for name in (SINGLE_FILE, INDEX):
         path = folder / name
@@ -56,10 +56,10 @@ def _shards(index: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """Names of the shards that an index lists, sorted; relative to its folder.
+    """Return the sorted names of the shards in an index, relative to its folder.
 
     Raises:
-        UserError: an index that cannot be read, or that names a file outside its folder.
+        UserError: the index cannot be read, or it names a file outside its folder.
     """
     where = read_json_object(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
@@ -72,10 +72,10 @@ def shard_names(index: Path) -> list[str]:
 
 
 def gguf_file(folder: Path) -> str | None:
-    """Name of the only GGUF model in a folder (of a split one, its first part); None where there is none.
+    """Return the only GGUF model in a folder (of a split model, its first part); None if there is none.
 
     Raises:
-        UserError: several.
+        UserError: there are several.
     """
     models = gguf_models(path.name for path in folder.glob("*.gguf"))
     if len(models) > 1:
@@ -84,7 +84,7 @@ def gguf_file(folder: Path) -> str | None:
 
 
 def gguf_models(names: object) -> list[str]:
-    """The models among GGUF file names, sorted: a split one is named by the first of its parts that is there."""
+    """Return the sorted models among GGUF file names; a split model has the name of its first part present."""
     first: dict[str, str] = {}
     for name in sorted(names):  # type: ignore[call-overload]
         match = SPLIT.fullmatch(name)
@@ -93,7 +93,7 @@ def gguf_models(names: object) -> list[str]:
 
 
 def gguf_parts(path: Path) -> list[Path]:
-    """All files of a GGUF model, given any one of them.
+    """Return all files of a GGUF model, given any one of them.
 
     Raises:
         UserError: a part is missing.
@@ -110,7 +110,7 @@ def gguf_parts(path: Path) -> list[Path]:
 
 
 def refuse_what_is_no_model(folder: Path) -> None:
-    """Name a folder without weights for what it is.
+    """Refuse a folder without weights; the message tells what it is.
 
     Raises:
         UserError: always.
@@ -137,7 +137,7 @@ def refuse_what_is_no_model(folder: Path) -> None:
 
 
 def _use_of(name: str) -> str:
-    """What to do with a safetensors file that is not called as a model's weights are."""
+    """Return the remedy for a safetensors file whose name is not that of model weights."""
     if SHARD.fullmatch(name):
         return f"the index of the shards is missing: download {INDEX}"
     if name.startswith(ORIGINAL):
@@ -148,7 +148,7 @@ def _use_of(name: str) -> str:
 
 
 def warn_of_adapter(folder: Path) -> None:
-    """Say that an adapter beside the weights is not merged into them."""
+    """Warn that an adapter beside the weights is not merged into them."""
     if (folder / ADAPTER_CONFIG).is_file():
         warnings.warn(
             f"{folder} holds an adapter beside the model's weights: it is left out. To use it, merge it first "

@@ -14,8 +14,8 @@ EPILOG = """examples:
   shadowllm bench out/ --neuron-budget 0.3 --json bench.json --plot bench.png
   shadowllm bench out/ --prompt-len 512 --new-tokens 64 --iterations 10 --threads 2
 
-Every contender runs in a process of its own and they take turns, so that a slow moment of the
-machine meets all of them."""
+Each backend runs in its own process. They take turns, so that a slow period of the machine
+affects all of them."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,13 +23,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from shadowllm.runtime import BACKENDS
 
     parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle that `shadowllm export` made")
-    parser.add_argument("--backend", choices=BACKENDS, default="ort", help="what runs the sparse path (default: ort)")
+    parser.add_argument("--backend", choices=BACKENDS, default="ort", help="backend of the sparse path (default: ort)")
     parser.add_argument(
         "--against",
         choices=BACKENDS,
         nargs="+",
         default=["ort-dense"],
-        help="what to hold it against (default: ort-dense)",
+        help="backends to compare it with (default: ort-dense)",
     )
     options.add_whole(
         parser,
@@ -45,14 +45,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens to generate (default: 128)",
     )
-    options.add_whole(parser, "--iterations", default=5, metavar="N", help="runs that count (default: 5)")
+    options.add_whole(parser, "--iterations", default=5, metavar="N", help="measured runs (default: 5)")
     options.add_whole(
         parser,
         "--warmup-runs",
         least=0,
         default=1,
         metavar="N",
-        help="runs before them that do not (default: 1)",
+        help="runs before them that are not measured (default: 1)",
     )
     options.add_whole(
         parser,
@@ -60,14 +60,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         least=0,
         default=128,
         metavar="N",
-        help="length of each of the two texts quality is measured on; 0 for none (default: 128)",
+        help="length of each of the two texts for measuring quality; 0 for none (default: 128)",
     )
     parser.add_argument(
-        "--percentile", type=_percentile, nargs="+", default=[50, 90, 99], metavar="P", help="of the latency"
+        "--percentile",
+        type=_percentile,
+        nargs="+",
+        default=[50, 90, 99],
+        metavar="P",
+        help="percentiles of the latency",
     )
-    options.add_threads(parser, help="of each operator on the CPU (default: the backend's own)")
-    parser.add_argument("--json", type=options.output_file, metavar="FILE", help="write the report there")
-    parser.add_argument("--plot", type=options.output_file, metavar="FILE", help="draw it there, as PNG")
+    options.add_threads(parser, help="threads of each operator on the CPU (default: the backend's own)")
+    parser.add_argument("--json", type=options.output_file, metavar="FILE", help="write the report to this file")
+    parser.add_argument("--plot", type=options.output_file, metavar="FILE", help="draw it to this PNG file")
     options.add_budget(parser, None)
 
 
@@ -79,7 +84,7 @@ def _percentile(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print, and write what was asked for."""
+    """Measure, print, and write the requested files."""
     from rich.console import Console
 
     from shadowllm.bundle.manifest import read_manifest

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trace and write."""
+    """Trace the model and write the traces."""
     from shadowllm.pipeline import calibrate_model
 
     traces = calibrate_model(options.source(args), build(args, Calibration))

@@ -1,4 +1,4 @@
-"""What lies at a path, as plain JSON types: the matter of ``shadowllm inspect``."""
+"""Describe a file or bundle as plain JSON types, for ``shadowllm inspect``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def describe(path: Path) -> tuple[str, dict[str, Any]]:
-    """Kind of the thing ("bundle", "onnx", "engine", "predictor") and its description.
+    """Return the kind of a path ("bundle", "onnx", "engine", "predictor") and its description.
 
     Raises:
-        UserError: nothing there, of no such kind, or damaged.
+        UserError: the path does not exist, is of another kind, or is damaged.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist", "give a bundle, an .onnx file, an .engine file or a predictor")
@@ -33,7 +33,7 @@ def describe(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def bundle(path: Path) -> dict[str, Any]:
-    """A bundle after checking all of its files."""
+    """Describe a bundle, after checking all of its files."""
     from shadowllm.bundle.manifest import read_manifest, verify_files
 
     manifest = read_manifest(path)
@@ -57,7 +57,7 @@ def bundle(path: Path) -> dict[str, Any]:
 
 
 def onnx(path: Path) -> dict[str, Any]:
-    """An ONNX file, and what a build of it would need."""
+    """Describe an ONNX file, and the needs of an engine build."""
     from shadowllm.exporter.engines.graph import describe_onnx
 
     info = describe_onnx(path)
@@ -74,7 +74,7 @@ def onnx(path: Path) -> dict[str, Any]:
 
 
 def engine(path: Path) -> dict[str, Any]:
-    """An engine, by its sidecar and its own bytes; needs neither TensorRT nor a GPU."""
+    """Describe an engine from its sidecar and its bytes, without TensorRT or a GPU."""
     from shadowllm.exporter.engines.contents import engine_contents
 
     record = engine_contents(path)
@@ -92,7 +92,7 @@ def engine(path: Path) -> dict[str, Any]:
 
 
 def predictor(path: Path) -> dict[str, Any]:
-    """A predictor file."""
+    """Describe a predictor file."""
     from shadowllm.bundle.predictor_file import Predictor
 
     found = Predictor.load(path)
@@ -108,7 +108,7 @@ def predictor(path: Path) -> dict[str, Any]:
 
 
 def _by_layer(nodes: Iterable[CustomNode]) -> dict[str, list[str]]:
-    """Op names per decoder layer; those of the predictor serve all layers."""
+    """Return the op names per decoder layer. Ops of the predictor serve all layers."""
     found: dict[str, list[str]] = {}
     for node in nodes:
         found.setdefault("all layers" if node.layer is None else f"layer {node.layer}", []).append(node.op)

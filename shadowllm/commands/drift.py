@@ -12,28 +12,28 @@ EPILOG = """examples:
   shadowllm drift out/ --text served.txt
   shadowllm drift out/ --text served.txt --tokens 4096 --json
 
-Recall is the share of the truly important heads and neurons that were active. Where it is clearly lower on
-your text than on text like the calibration's, calibrate on yours: export with --calibration-text."""
+Recall is the share of the truly important heads and neurons that were active. If it is clearly lower on
+your text than on text like the calibration's, export again with your text as --calibration-text."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle to watch")
-    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text that the bundle is to serve")
-    options.add_whole(parser, "--tokens", default=1024, metavar="N", help="of each text (default: 1024)")
+    parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle to check")
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text as the bundle will serve it")
+    options.add_whole(parser, "--tokens", default=1024, metavar="N", help="tokens of each text (default: 1024)")
     options.add_whole(
         parser,
         "--seqlen",
         least=2,
         default=128,
         metavar="N",
-        help="tokens of a window (default: 128)",
+        help="tokens per window (default: 128)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Decode both texts and say how well each was predicted."""
+    """Decode both texts and print how well each was predicted."""
     from dataclasses import asdict
 
     from shadowllm.bundle.manifest import read_manifest

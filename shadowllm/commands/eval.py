@@ -23,10 +23,11 @@ EPILOG = """examples:
   shadowllm eval out/ --text book.txt --selector static shadow oracle --head-budget 0.67 --json eval.json
   shadowllm eval out/ --tasks arc_easy lambada_openai --limit 100
 
-Teacher-forced perplexity under the decode regime: every position has its own selection."""
+Perplexity is teacher-forced. As in decoding, every position has its own selection, unless --aggregate
+says otherwise."""
 
 
-# Options that only one of the two kinds of evaluation reads, with their defaults.
+# Options that only one of the two kinds of evaluation uses, with their defaults.
 OF_TEXT = {
     "text": Evaluation.texts,
     "tokens": Evaluation.tokens,
@@ -43,18 +44,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle to evaluate")
     add_flags(parser, Evaluation, parse={"neurons": parse_fractions, "heads": parse_fractions})
-    parser.add_argument("--layers", action="store_true", help="recall layer by layer too, here and in the JSON")
+    parser.add_argument(
+        "--layers", action="store_true", help="report recall per layer too, in the output and in the JSON"
+    )
     group = parser.add_argument_group("tasks of lm-evaluation-harness, instead of text")
     group.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks to run, by name or as YAML files")
-    options.add_whole(group, "--limit", metavar="N", help="documents of each task (default: all)")
-    parser.add_argument("--json", type=options.output_file, metavar="FILE", help="write the results there too")
+    options.add_whole(group, "--limit", metavar="N", help="number of documents per task (default: all)")
+    parser.add_argument("--json", type=options.output_file, metavar="FILE", help="also write the results to this file")
     parser.add_argument(
-        "--plot", type=options.output_file, metavar="FILE", help="draw perplexity over bytes per token there, as PNG"
+        "--plot", type=options.output_file, metavar="FILE", help="draw perplexity over bytes per token to this PNG file"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate a sweep and print it."""
+    """Evaluate all selectors and budgets, and print the results."""
     unused = OF_TEXT if args.tasks else OF_TASKS
     for option, default in unused.items():
         if getattr(args, option) != default:
@@ -132,7 +135,7 @@ def _print_table(results: Sequence[Result]) -> None:
             closure,
         )
     console = Console()
-    console.width = max(console.width, 110)  # a file has no width: columns must not be cut
+    console.width = max(console.width, 110)  # a file has no width, and columns must not be cut
     console.print(table)
     print(
         "top-1: agreement with dense; gap: share of the gap between static and oracle that is closed (log perplexity)"
@@ -140,7 +143,7 @@ def _print_table(results: Sequence[Result]) -> None:
 
 
 def _print_layers(results: Sequence[Result]) -> None:
-    """Recall of each sparse layer, neurons and heads, a column for each selector and budget."""
+    """Print the recall of neurons and heads per sparse layer, with a column per selector and budget."""
     from rich.console import Console
     from rich.table import Table
 

@@ -16,8 +16,8 @@ EPILOG = """examples:
   shadowllm export MODEL out/ --selector quantized-shadow --target-ppl-increase 2%
   shadowllm export opt-1.3b/ out/ --selector static --calibration-text corpus.txt --overwrite
 
-A predictor is trained on the spot unless --predictor names one. The budgets are defaults: `run` and
-`bench` take others without a new export."""
+A predictor is trained unless --predictor names one. The budgets are defaults: `run` and `bench`
+accept others without a new export."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export and say what was made."""
+    """Export a model and print a summary of the bundle."""
     from shadowllm.bundle.predictor_file import Predictor
     from shadowllm.commands import inspect
     from shadowllm.pipeline import export_model

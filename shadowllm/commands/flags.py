@@ -1,4 +1,4 @@
-"""Flags made of a dataclass's fields, and the dataclass made of what they were given."""
+"""Make flags from a dataclass's fields, and the dataclass from parsed flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shadowllm.errors import UserError
 from shadowllm.limits import check_whole
 from shadowllm.option import KEY, Option
 
-Group = argparse._ActionsContainer  # a parser or a group of one
+Group = argparse._ActionsContainer  # a parser or a group of a parser
 Parse = Callable[[str], Any]
 Config = TypeVar("Config")
 
@@ -26,15 +26,15 @@ def add_flags(
     unset: bool = False,
     parse: Mapping[str, Parse] | None = None,
 ) -> None:
-    """A flag for each field of a dataclass.
+    """Add a flag for each field of a dataclass.
 
-    Name, type, default and choices are the field's own, help is its line under "Attributes:"; what `option` says
-    of the field comes first. A flag for True is a switch, one whose field is True by default turns it off.
+    Name, type, default and choices come from the field, and help from its line under "Attributes:". The field's
+    `option` overrides them. A boolean field becomes a switch; if its default is True, the switch turns it off.
 
     Args:
-        names: fields, in the order of their flags; all that `option` made if none are named.
-        unset: flags that are not given are None, and their help tells no default.
-        parse: by field, what makes a value of its text, where the type alone does not say it.
+        names: fields, in the order of their flags; if none are named, all that `option` made.
+        unset: flags that are not given are None, and their help shows no default.
+        parse: by field, the function that parses its text, if the type alone does not define it.
     """
     hints, documented = get_type_hints(config), attributes(config)
     for one in _fields(config, names):
@@ -52,16 +52,16 @@ def add_flags(
 
 
 def build(args: argparse.Namespace, config: type[Config], **given: Any) -> Config:
-    """The dataclass as the flags have it; fields without a flag, and those that were not given, have their default.
+    """Make the dataclass from the flags. Fields without a flag, or whose flag was not given, have their default.
 
     Args:
-        given: fields that are known otherwise.
+        given: values of fields that do not come from flags.
     """
     return config(**(values(args, config) | given))
 
 
 def values(args: argparse.Namespace, config: type[Any], *names: str) -> dict[str, Any]:
-    """What flags were given for fields, or have for a default, by the name of the field; None is left out."""
+    """Return the values of flags (given or default) by field name, without those that are None."""
     found = {one: vars(args).get(_destination(one)) for one in _fields(config, names)}
     return {
         one.name: mapping[value] if (mapping := _option(one).values) else value
@@ -71,7 +71,7 @@ def values(args: argparse.Namespace, config: type[Any], *names: str) -> dict[str
 
 
 def whole(flag: str, least: int, most: int) -> Parse:
-    """The argparse type of a whole number within limits."""
+    """Return the argparse type of a whole number within limits."""
 
     def parse(text: str) -> int:
         try:
@@ -84,7 +84,7 @@ def whole(flag: str, least: int, most: int) -> Parse:
 
 
 def attributes(config: type[Any]) -> dict[str, str]:
-    """What a docstring says of each attribute, in one line without its full stop."""
+    """Return the description of each attribute in a docstring, on one line without its full stop."""
     doc = config.__doc__ or ""
     _, _, section = doc.partition("Attributes:\n")
     section = re.split(r"\n\s*\n", section)[0]
@@ -117,7 +117,7 @@ def _default(one: Field[Any]) -> Any:
 
 
 def _keywords(flag: str, found: Option, hint: Any, parse: Parse | None) -> dict[str, Any]:
-    """``add_argument``'s for a type."""
+    """Return the keywords of ``add_argument`` for a type."""
     keywords: dict[str, Any] = {"metavar": found.metavar} if found.metavar else {}
     if get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint):
         (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
@@ -133,7 +133,7 @@ def _keywords(flag: str, found: Option, hint: Any, parse: Parse | None) -> dict[
 
 
 def _told(found: Option, default: Any) -> str:
-    """The default, for the help: in words, or as the user would write it."""
+    """Return the default for the help: in words, or as the user would write it."""
     if found.otherwise:
         return f" (default: {found.otherwise})"
     if default is None or default == ():

@@ -12,9 +12,9 @@ from shadowllm.models.sparsity import describe_fractions
 
 EPILOG = """examples:
   shadowllm inspect out/                                        # a bundle: sizes, budgets, validation, engines
-  shadowllm inspect out/body.onnx                               # a graph, and what a build would need
+  shadowllm inspect out/body.onnx                               # a graph, and what an engine build needs
   shadowllm inspect out/engines/tensorrt_rtx/body.engine        # plugins per layer, targets, profiles
-  shadowllm inspect predictor.safetensors --json                # everything there is to say
+  shadowllm inspect predictor.safetensors --json                # everything
 
 The text is a summary; --json leaves nothing out."""
 
@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Describe whatever lies at the path."""
+    """Describe the file or bundle at the path."""
     if args.json:
         print(json.dumps(describe(args.path)[1], indent=2))
     else:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def show(path: Path) -> None:
-    """Print the summary of whatever lies at the path."""
+    """Print a summary of the file or bundle at the path."""
     from rich.console import Console
 
     kind, found = describe(path)
@@ -151,7 +151,7 @@ def _transformers(found: dict[str, Any]) -> str:
 
 
 def _layers(plugins: dict[str, list[str]]) -> str:
-    """Runs of layers with the same plugins in one go."""
+    """List the plugins of layers, with consecutive layers that have the same ones as one range."""
     runs: list[tuple[str, str, list[str]]] = []
     for place, ops in plugins.items():
         if runs and runs[-1][2] == ops and place.startswith("layer"):
@@ -181,7 +181,7 @@ def _targets(engine: dict[str, Any]) -> str:
 
 
 def _kernels(kernels: dict[str, list[int]]) -> str:
-    """Kernels by what they are compiled for."""
+    """List kernels, grouped by the compute capabilities they are compiled for."""
     from shadowllm.bundle.gpu_images import architectures
 
     alike: dict[str, list[str]] = {}

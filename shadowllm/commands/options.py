@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they become configurations."""
+"""Options that several commands share, and their conversion to configurations."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ BUNDLES_OWN = " (default: the bundle's own)"
 
 
 def add_whole(group: Group, option: str, *, least: int = 1, most: int = LARGEST, **keywords: Any) -> None:
-    """An option that takes a whole number from ``least`` to ``most``; the rest is as for ``add_argument``."""
+    """Add an option for a whole number from ``least`` to ``most``; ``keywords`` are those of ``add_argument``."""
     group.add_argument(option, type=whole(option, least, most), **keywords)
 
 
 def add_threads(group: Group, help: str) -> None:
-    """``--threads``, None unless given."""
+    """Add ``--threads``, which is None unless given."""
     parse = whole("--threads", 1, LARGEST)
     group.add_argument("--threads", type=lambda text: check_threads(parse(text), "--threads"), help=help)
 
@@ -48,7 +48,7 @@ def output_file(text: str) -> Path:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """MODEL and how it is fetched."""
+    """Add MODEL and the options of its download."""
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -58,15 +58,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def source(args: argparse.Namespace) -> Source:
-    """The model that `add_model` describes."""
+    """Return the model from the options of `add_model`."""
     return build(args, Source, model=args.model)
 
 
 def add_budget(parser: argparse.ArgumentParser, default: Budget | None = DEFAULT_BUDGET) -> None:
-    """Fractions to keep; without a default, None unless given."""
+    """Add the options of the budget; without a default they are None unless given."""
     group = parser.add_argument_group("budget")
     for unit, text in (
-        ("neuron", "MLP neurons to keep, in (0, 1], or one per sparse layer with commas"),
+        ("neuron", "MLP neurons to keep, in (0, 1], or one per sparse layer, separated by commas"),
         ("head", "attention heads to keep, in (0, 1], or as above"),
     ):
         value = getattr(default, f"{unit}s", None)
@@ -80,19 +80,19 @@ def add_budget(parser: argparse.ArgumentParser, default: Budget | None = DEFAULT
 
 
 def budget(args: argparse.Namespace, default: Budget | None = None) -> Budget:
-    """The budget that `add_budget` describes; what was not given is as in ``default``."""
+    """Return the budget from the options of `add_budget`; fractions not given come from ``default``."""
     default = default or Budget()
     return Budget(heads=args.head_budget or default.heads, neurons=args.neuron_budget or default.neurons)
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
-    """What budgets are to be chosen for."""
+    """Add the options of the target for which budgets are chosen."""
     group = parser.add_argument_group("target").add_mutually_exclusive_group()
     add_flags(group, Target, parse={"ppl_increase": _share})
 
 
 def target(args: argparse.Namespace) -> Target | None:
-    """The target that `add_target` describes, if any."""
+    """Return the target from the options of `add_target`, if any."""
     found = values(args, Target)
     return Target(**found) if found else None
 
@@ -105,24 +105,24 @@ def _share(text: str) -> float:
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """Text to trace and how: `Calibration`."""
+    """Add the options of `Calibration`."""
     add_flags(parser.add_argument_group("calibration"), Calibration)
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
-    """What is trained, and how."""
+    """Add the options of training."""
     group = parser.add_argument_group("training")
     add_flags(group, Export, "selector")
     add_flags(group, TrainConfig, "rank", "epochs", "loss")
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:
-    """The training that `add_training` describes, at the command's budget; the rest has its defaults."""
+    """Return the training options at the command's budget; others have their defaults."""
     return build(args, TrainConfig, budget=budget(args))
 
 
 def add_engines(parser: argparse.ArgumentParser) -> None:
-    """How engines are built: `EngineOptions`, apart from which."""
+    """Add the options of `EngineOptions`, except the flavour."""
     add_flags(parser.add_argument_group("engines"), EngineOptions, parse={"workspace_bytes": _workspace})
 
 

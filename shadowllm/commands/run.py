@@ -25,11 +25,11 @@ EPILOG = """examples:
   shadowllm run out/ --prompt "The sea" --against ort-dense                 # sparse and dense side by side
   shadowllm run out/ --prompt-file question.txt --chat --stop "###"         # a file; - is standard input
 
-Decoding is greedy unless --temperature is given. What is left out of the options under "sampling" comes from the
-model's generation config, but for --temperature and --seed; top-k, top-p and min-p count only with a temperature."""
+Decoding is greedy unless --temperature is given. Sampling options that are not given come from the model's generation
+config, except --temperature and --seed. top-k, top-p and min-p have an effect only with a temperature."""
 
 
-# What the model's generation config may say, by its name in `Sampling`.
+# Options that the model's generation config may set, by their names in `Sampling`.
 CONFIGURED = ("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
 
 
@@ -47,14 +47,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         dest="prompt",
         type=_file,
         metavar="FILE",
-        help="the same from a UTF-8 file, all of it, its last line end included; - is standard input",
+        help="read the prompt from a UTF-8 file, including its last line end; - is standard input",
     )
     parser.add_argument("--chat", action="store_true", help="put each prompt through the model's chat template")
-    parser.add_argument("--chat-template", metavar="NAME", help="the same, by name, where the model has several")
-    parser.add_argument("--backend", choices=BACKENDS, default="ort", help="what runs it (default: ort)")
+    parser.add_argument("--chat-template", metavar="NAME", help="the same, with this template if the model has several")
+    parser.add_argument("--backend", choices=BACKENDS, default="ort", help="backend (default: ort)")
     parser.add_argument("--against", choices=BACKENDS, help="run a second backend too and print both")
-    options.add_whole(parser, "--max-new-tokens", default=64, metavar="N", help="(default: 64)")
-    options.add_threads(parser, help="of each operator on the CPU (default: the backend's own)")
+    options.add_whole(
+        parser, "--max-new-tokens", default=64, metavar="N", help="largest number of new tokens (default: 64)"
+    )
+    options.add_threads(parser, help="threads of each operator on the CPU (default: the backend's own)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options.add_budget(parser, None)
     _add_sampling(parser)
@@ -136,7 +138,7 @@ def _generate(
 
 
 def _text(argument: str) -> str:
-    """An argument as UTF-8, where the locale's encoding could not read it."""
+    """Return an argument decoded as UTF-8, if the locale's encoding could not decode it."""
     try:
         argument.encode()
     except UnicodeEncodeError:
@@ -150,9 +152,9 @@ def _text(argument: str) -> str:
 
 
 def _file(name: str) -> str:
-    """What a file or standard input holds."""
+    """Return the text of a file or of standard input."""
     what = "standard input" if name == "-" else name
-    if name == "-" and sys.stdin is None:  # as Python has it where the caller closed it
+    if name == "-" and sys.stdin is None:  # the caller closed it
         raise UserError("standard input is closed", "give a text file to --prompt-file")
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()

@@ -20,7 +20,9 @@ EPILOG = """examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     options.add_model(parser)
-    parser.add_argument("--traces", type=Path, required=True, metavar="FILE", help="what `shadowllm calibrate` wrote")
+    parser.add_argument(
+        "--traces", type=Path, required=True, metavar="FILE", help="trace file that `shadowllm calibrate` wrote"
+    )
     parser.add_argument(
         "-o", "--output", type=options.output_file, required=True, metavar="FILE", help="predictor to write"
     )
@@ -30,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, write, and say how well it does on tokens it never saw."""
+    """Train a predictor, write it, and print its quality on held-out tokens."""
     from shadowllm.pipeline import train_predictor
     from shadowllm.predictor.tracefile import Traces
     from shadowllm.progress import is_first
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     predictor = train_predictor(
         options.source(args), Traces.load(args.traces), args.selector, options.train_config(args)
     )
-    if not is_first():  # of several processes that learned the same
+    if not is_first():  # only the first of several processes writes
         return
     predictor.save(args.output)
     print(f"{args.output}: {predictor.kind} predictor, {args.output.stat().st_size / 1e6:.1f} MB")
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def held_out(record: dict[str, Any]) -> str:
-    """The figures on held-out tokens, a line per predictor that was judged."""
+    """Return the figures on held-out tokens, with one line per evaluated predictor."""
     lines = [
         f"  {name:7s} " + "  ".join(f"{key} {value:.3f}" for key, value in found.items())
         for name, found in record.get("held_out", {}).items()

@@ -12,7 +12,7 @@ EPILOG = """examples:
   shadowllm tune out/ --target-speedup 1.2 --threads 2
   shadowllm tune out/ --target-ppl-increase 0.05 --text corpus.txt --tokens 8192
 
-The budgets found, layer by layer, become the bundle's defaults. No graph or engine changes."""
+The new budgets, one per layer, become the bundle's defaults. No graph or engine changes."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -20,22 +20,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle to choose budgets for")
     options.add_target(parser)
     parser.add_argument(
-        "--text", nargs="+", default=(), metavar="FILE", help="text to measure losses on (default: as calibration's)"
+        "--text", nargs="+", default=(), metavar="FILE", help="text for measuring losses (default: as in calibration)"
     )
-    options.add_whole(parser, "--tokens", default=2048, metavar="N", help="of that text (default: 2048)")
+    options.add_whole(parser, "--tokens", default=2048, metavar="N", help="tokens of that text (default: 2048)")
     options.add_whole(
         parser,
         "--seqlen",
         least=2,
         default=128,
         metavar="N",
-        help="tokens of a window (default: 128)",
+        help="tokens per window (default: 128)",
     )
-    options.add_threads(parser, help="of each operator, for a speedup (default: ONNX Runtime's own)")
+    options.add_threads(parser, help="threads of each operator, for a speedup (default: ONNX Runtime's own)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Tune and say what was chosen."""
+    """Tune the budgets and print a summary of the bundle."""
     from shadowllm.commands import inspect
     from shadowllm.errors import UserError
     from shadowllm.evaluation.tuning import tune

@@ -203,8 +203,8 @@ def test_dense_layers_have_a_reason(bundle):
     manifest = read_manifest(bundle("llama-blocks", kind="quantized-shadow"))
     found = dense_reasons(manifest, Budget(neurons=(0.99, 0.5)))
     assert list(found) == ["0", "1"]
-    assert found["0"] == "comes before the choice"
-    assert found["1"].startswith("does not pay: its rows and its share of the predictor cost as ")
+    assert found["0"] == "comes before the first selection"
+    assert found["1"].startswith("does not pay off: its sparse rows and its share of the predictor cost ")
     assert dense_reasons(manifest, Budget(neurons=(1.0, 0.5)), "because")["1"] == "because"
 
 
