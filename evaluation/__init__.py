@@ -1,1 +1,1 @@
-"""What a budget costs in quality and gives in speed."""
+"""Measurement of quality and speed, validation of bundles, and the choice of budgets."""

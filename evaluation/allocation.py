@@ -1,10 +1,9 @@
-"""Budgets layer by layer: few units where a layer bears it, more where it does not.
+"""Budgets per layer: layers that tolerate it keep few units, the others keep more.
 
-What is lost when one layer keeps a fraction ``f`` of its units falls off about exponentially,
-``scale * exp(-rate * f)``. Its scale is measured layer by layer, its rate over all layers together.
-For every price of a byte there is then one allocation that loses least: where the loss of the last
-byte saved is the price, in every layer, for heads and neurons alike. So a target leaves one number to
-be found, the price, by measuring.
+If one layer keeps a fraction ``f`` of its units, the loss is modelled as ``scale * exp(-rate * f)``. The scale is
+measured for each layer, the rate over all layers together. For a given price per byte, one allocation
+loses least: in every layer, for heads and for neurons, the last byte saved costs the price. So only the
+price must be searched to meet a target.
 """
 
 from __future__ import annotations
@@ -24,24 +23,24 @@ from shadowllm.models.sparsity import Budget, Unit, layer_units
 from shadowllm.predictor.selectors import Context, MaskedDecoder, Selector
 from shadowllm.progress import Advance, no_progress
 
-# Where losses are measured: low enough to stand out, and a second fraction for the rate.
+# Fractions at which losses are measured. The first is low enough for a clear loss; the second gives the rate.
 PROBES: Mapping[Unit, tuple[float, float]] = {"heads": (0.5, 0.75), "neurons": (0.25, 0.5)}
-# Of two groups of heads one alone can be left out, which says nothing of a rate. This one makes the price at which that
-# happens nearly the loss over what is saved.
+# With two groups of heads, only one can be left out, and one loss gives no rate. With this rate, the price at which a
+# group is left out is near the measured loss per element saved.
 RATE_OF_TWO = 4.0
-LEAST = 0.05
-STEPS = 8  # of the search for a price
+LEAST = 0.05  # smallest fraction
+STEPS = 8  # steps of the search for a price
 TINY = 1e-9
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What leaving out one kind of unit costs.
+    """The loss model of one kind of unit.
 
     Attributes:
-        scales: of each sparse layer, nats.
+        scales: scale of each sparse layer, nats.
         rate: how fast the loss falls as the fraction grows.
-        weights: elements that a layer saves by leaving out all units.
+        weights: number of weights that a layer saves by leaving out all units.
     """
 
     scales: np.ndarray
@@ -49,24 +48,24 @@ class Sensitivity:
     weights: int
 
     def fractions(self, price: float) -> tuple[float, ...]:
-        """The fraction of each layer at which one element more saves ``price`` nats."""
+        """Return the fraction of each layer at which one more weight saves ``price`` nats."""
         found = np.log(np.maximum(self.scales, TINY) * self.rate / (price * self.weights)) / self.rate
         return tuple(np.clip(found, LEAST, 1.0).tolist())
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Budgets by price."""
+    """The loss models of heads and neurons, which give a budget for every price."""
 
     heads: Sensitivity
     neurons: Sensitivity
 
     def budget(self, price: float) -> Budget:
-        """The allocation that loses least for what it saves at ``price`` nats per element."""
+        """Return the best budget at a price in nats per weight."""
         return Budget(heads=self.heads.fractions(price), neurons=self.neurons.fractions(price))
 
     def prices(self) -> tuple[float, float]:
-        """A price at which everything is kept, and one at which no layer keeps more than the least."""
+        """Return a price at which everything is kept, and one at which all layers keep the fraction `LEAST`."""
         units = (self.heads, self.neurons)
         low = min(float((s.scales.min() + TINY) * s.rate / s.weights * math.exp(-s.rate)) for s in units)
         high = max(float((s.scales.max() + TINY) * s.rate / s.weights * math.exp(-s.rate * LEAST)) for s in units)
@@ -74,9 +73,9 @@ class Allocation:
 
 
 class Loss:
-    """Mean KL divergence of a selector's next tokens from the dense model's, and its perplexity.
+    """Measures the perplexity of a selector, and its mean KL divergence from the dense model.
 
-    Keeps the dense distributions: float32 ``(tokens, vocab_size)``.
+    It keeps the next-token distributions of the dense model in memory: float32 ``(tokens, vocab_size)``.
 
     Args:
         windows: int64 ``(n, seqlen)``.
@@ -90,12 +89,12 @@ class Loss:
         self.dense_log_perplexity = self._mean(lambda i: F.nll_loss(self._dense[i], windows[i, 1:]))
 
     def log_perplexity(self, budget: Budget) -> float:
-        """Mean next-token cross entropy, nats."""
+        """Return the mean next-token cross entropy, nats."""
         decoder = MaskedDecoder(self._context, self._chooser, budget)
         return self._mean(lambda i: F.cross_entropy(decoder(self._windows[i : i + 1])[0, :-1], self._windows[i, 1:]))
 
     def divergence(self, budget: Budget) -> float:
-        """Mean KL divergence from dense, nats."""
+        """Return the mean KL divergence from the dense model, nats."""
         decoder = MaskedDecoder(self._context, self._chooser, budget)
 
         def one(i: int) -> Tensor:
@@ -109,15 +108,15 @@ class Loss:
 
 
 def passes(n_sparse: int) -> int:
-    """Passes over the text that `measure` takes."""
+    """Return the number of passes over the text that `measure` makes."""
     return 2 * (n_sparse + 2)
 
 
 def measure(context: Context, loss: Loss, advance: Advance = no_progress) -> Allocation:
-    """Find out what each layer bears.
+    """Measure how much each layer loses by leaving out units.
 
     Args:
-        advance: told 1 for each pass, `passes` in all.
+        advance: called with 1 after each pass, `passes` times in total.
     """
     spec, n_sparse = context.spec, context.sparse_layers.count
     found: dict[Unit, Sensitivity] = {}
@@ -137,7 +136,7 @@ def measure(context: Context, loss: Loss, advance: Advance = no_progress) -> All
 
 
 def _probes(unit: Unit, n_units: int) -> tuple[float, float]:
-    """Two fractions that leave out different numbers of units; of few groups of heads, all but two and all but one."""
+    """Return two fractions that leave out different numbers of units. With few groups of heads: two and one."""
     low, high = PROBES[unit]
     if round(low * n_units) < round(high * n_units) < n_units:
         return low, high
@@ -145,10 +144,10 @@ def _probes(unit: Unit, n_units: int) -> tuple[float, float]:
 
 
 def bisect(allocation: Allocation, go_sparser: Callable[[Budget], bool]) -> tuple[Budget | None, Budget | None]:
-    """Close in on the price where ``go_sparser`` turns from true to false; it is asked `STEPS` times.
+    """Search for the price at which ``go_sparser`` changes from true to false. It is called `STEPS` times.
 
     Returns:
-        The sparsest budget found for which it was true, and the densest for which it was false.
+        The sparsest budget for which it was true, and the densest for which it was false. None if there was none.
     """
     low, high = (math.log(price) for price in allocation.prices())
     denser = sparser = None

@@ -1,4 +1,4 @@
-"""Does a bundle's predictor still fit the text it meets? Its choices at run time against true importance."""
+"""Drift: whether a bundle's predictor still fits the text that it serves."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from shadowllm.runtime.ort.session import OrtSession
 
 @dataclass(frozen=True)
 class Recall:
-    """Share of the truly important units that a session had active, over decoded tokens.
+    """The share of the truly important units that were active in a session, over decoded tokens.
+
+    The truly important units are those with the highest scores of the bundle's criterion in the dense model, as many
+    as the budget keeps.
 
     Attributes:
-        heads, neurons: means over layers and tokens; the truly important are the bundle's criterion's
-            top units of the dense model, as many as the budget keeps.
-        expected_heads, expected_neurons: what a random choice would reach.
-        tokens: that were decoded.
+        heads, neurons: the share over all layers and tokens.
+        expected_heads, expected_neurons: the expected share of a random selection.
+        tokens: number of decoded tokens.
     """
 
     heads: float
@@ -43,18 +45,18 @@ def runtime_recall(
     budget: Budget | None = None,
     advance: Advance = no_progress,
 ) -> Recall:
-    """Decode texts with a session, and hold what it chose against the oracle.
+    """Decode texts with a session, and compare its selections with the oracle's.
 
     Args:
-        session: open, of the kind "sparse".
-        weights: the bundle's canonical float32 tensors, as its sparse layers have them.
-        windows: int64 ``(n, seqlen)``, each a text of its own: the first half is the prompt, the rest
-            is decoded token by token, teacher-forced.
-        budget: fractions to keep; the bundle's own when None.
-        advance: told how many tokens were decoded, as they are: ``n * (seqlen // 2)`` in all.
+        session: an open session of the kind "sparse".
+        weights: the bundle's canonical float32 tensors, as its sparse layers compute with them.
+        windows: int64 ``(n, seqlen)``; each is a separate text. The first half is the prompt, the rest is
+            decoded token by token, teacher-forced.
+        budget: fractions to keep; the bundle's default if None.
+        advance: called with 1 after each decoded token, ``n * (seqlen // 2)`` times in total.
 
     Raises:
-        UserError: windows of fewer than two tokens.
+        UserError: windows have fewer than two tokens.
     """
     if windows.ndim != 2 or windows.shape[1] < 2:
         raise UserError("nothing to decode", "give windows of at least two tokens")
@@ -73,13 +75,13 @@ def runtime_recall(
     tokens = len(windows) * (windows.shape[1] // 2)
     widths = layer_units(spec)
     shares = {unit: hits[unit] / (tokens * int(counts[unit].sum())) for unit in UNITS}
-    # A random choice of count units holds count / width of any other set, layer by layer.
+    # In each layer, a random selection of count units has the share count / width of any other set.
     chance = {unit: float((counts[unit] ** 2).sum() / widths[unit] / counts[unit].sum()) for unit in UNITS}
     return Recall(shares["heads"], shares["neurons"], chance["heads"], chance["neurons"], tokens)
 
 
 def _decoded(session: OrtSession, tokens: list[int], advance: Advance) -> Iterator[tuple[int, Mapping[Unit, Tensor]]]:
-    """Position and choice of every decoded token of a text."""
+    """Yield the position and the selection of every decoded token of a text."""
     start = len(tokens) - len(tokens) // 2
     session.reset()
     session.prefill([tokens[:start]])
@@ -90,7 +92,7 @@ def _decoded(session: OrtSession, tokens: list[int], advance: Advance) -> Iterat
 
 
 def _important(tracer: Tracer, window: Tensor, counts: ActiveCounts) -> dict[Unit, Tensor]:
-    """Masks ``(seqlen, n_sparse, n_units)`` of the units that matter most in the dense model."""
+    """Return masks ``(seqlen, n_sparse, n_units)`` of the most important units in the dense model."""
     traced = tracer.trace(window[None])
     found: dict[Unit, Tensor] = {}
     for unit in UNITS:

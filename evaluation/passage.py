@@ -1,7 +1,7 @@
-"""The text a benchmark runs on: documentation that Python ships, the same on every machine.
+"""The text of benchmarks: Python's module documentation, which every machine has.
 
-Module documentation, because the calibration text is drawn from the language reference: a
-predictor is not judged on what it was trained on.
+The built-in calibration text uses the language reference instead. So a predictor is not evaluated on text that it
+was trained on.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 
 from shadowllm.errors import UserError
 
-# heapq's essay on priority queues comes first (it has not changed in decades), then as much of
-# these as a long prompt needs.
+# The essay on priority queues in heapq comes first, because it has not changed in decades. These modules follow if
+# more text is needed.
 MODULES = ("difflib", "doctest", "argparse", "decimal", "statistics", "optparse", "random", "fractions", "pickle")
 
 
 def passage(encode: Callable[[str], Sequence[int]], length: int) -> list[int]:
-    """The first ``length`` token ids of the text.
+    """Return the first ``length`` token ids of the text.
 
     Raises:
-        UserError: the text has fewer.
+        UserError: the text has fewer tokens.
     """
     text = getattr(heapq, "__about__", "")
     ids = list(encode(text))

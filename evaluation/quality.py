@@ -1,6 +1,6 @@
-"""Quality of selectors against budgets: perplexity, distance from dense, recall of what matters.
+"""Quality of selectors at budgets: perplexity, distance from the dense model, and recall of important units.
 
-Teacher-forced over token windows with a choice per position, as decode makes it.
+It is measured teacher-forced over token windows. Every position has its own selection, as in decoding.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Place = tuple[int, Unit]  # a layer's heads or neurons
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What a selector finds in one sparse layer.
+    """The recall of a selector in one sparse layer.
 
     Attributes:
-        head_recall, neuron_recall: share of the truly important units among the chosen.
-        head_gap_closure, neuron_gap_closure: (recall - static's) / (1 - static's) at the same budget: how much of what
-            static misses is found; None where static was not run or misses nothing.
+        head_recall, neuron_recall: share of the truly important units that were selected.
+        head_gap_closure, neuron_gap_closure: (recall - static's) / (1 - static's) at the same budget. This is the
+            share of what static misses that was found. None if static was not run or misses nothing.
     """
 
     layer: int
@@ -49,19 +49,19 @@ class LayerResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One selector at one budget, means over all predicted tokens.
+    """The result of one selector at one budget. Figures are means over all predicted tokens.
 
     Attributes:
-        selector: its name; "dense" for the model as it is.
+        selector: its name; "dense" for the model without sparsity.
         head_budget, neuron_budget: fractions kept in the sparse layers, on average.
         perplexity: exp of the mean next-token cross entropy (nats).
-        kl: KL divergence of the selector's next-token distribution from dense's, nats.
-        top1_agreement: share of positions whose likeliest token is dense's.
+        kl: KL divergence of the selector's next-token distribution from the dense model's, nats.
+        top1_agreement: share of positions with the same most probable token as the dense model.
         head_recall, neuron_recall: share of the truly important units (the criterion's top k in the
-            dense pass) among the chosen; 1 for dense.
-        gap_closure: (ln ppl_static - ln ppl) / (ln ppl_static - ln ppl_oracle) at the same budget;
-            None where static or oracle was not run or they do not differ.
-        layers: recall layer by layer; empty for dense.
+            dense pass) that were selected; 1 for dense.
+        gap_closure: (ln ppl_static - ln ppl) / (ln ppl_static - ln ppl_oracle) at the same budget.
+            None if static or oracle was not run, or if they do not differ.
+        layers: recall per layer; empty for dense.
     """
 
     selector: str
@@ -91,20 +91,20 @@ def evaluate(
     seed: int = 0,
     advance: Advance = no_progress,
 ) -> list[Result]:
-    """Run selectors over a sweep of budgets (every neuron budget with every head budget).
+    """Run selectors at every combination of a neuron budget and a head budget.
 
     Args:
         weights: canonical float32 tensors in memory.
-        predictor: needed by all selectors but ``random`` and ``oracle``; its own ``dense_layers`` then holds.
-        selector: one name or several, or selectors ready-made by the names they are to have in the results.
-        windows: int64 ``(n, seqlen)``; each is a text of its own.
-        criterion: what oracle and recall go by; the predictor's own, else ``l2norm``.
-        aggregate: whether every token has its own choice; see `MaskedDecoder`.
-        seed: of the random selector.
-        advance: told 1 for each pass, ``n * (1 + selectors * budgets)`` in all.
+        predictor: needed by all selectors except ``random`` and ``oracle``. If given, its ``dense_layers`` is used.
+        selector: one name, several names, or a mapping from names in the results to selectors.
+        windows: int64 ``(n, seqlen)``; each is a separate text.
+        criterion: defines the true importance. If None: that of the predictor, or ``l2norm`` without one.
+        aggregate: whether every token has its own selection; see `MaskedDecoder`.
+        seed: seed of the random selector.
+        advance: called with 1 after each pass, ``n * (1 + selectors * budgets)`` times in total.
 
     Returns:
-        The dense result first, then the selectors, each with its budgets in the order given.
+        The dense result first, then the results of each selector, with budgets in the given order.
 
     Raises:
         UserError: no windows, windows of one token, an unknown name, a budget outside (0, 1] or a missing predictor.
@@ -137,7 +137,7 @@ def evaluate(
 
 @torch.no_grad()
 def _dense_pass(context: Context, window: Tensor) -> tuple[Tensor, dict[Unit, Tensor]]:
-    """Dense logits, and the true importance of every unit, ``(seqlen, n_sparse, n_units)``."""
+    """Return the dense logits, and the true importance of every unit, ``(seqlen, n_sparse, n_units)``."""
     tracer = Tracer(context.spec, context.weights, context.criterion, context.dense_layers)
     with torch.set_grad_enabled(find_criterion(context.criterion).needs_gradients):
         traced = tracer.trace(window)
@@ -146,7 +146,7 @@ def _dense_pass(context: Context, window: Tensor) -> tuple[Tensor, dict[Unit, Te
 
 @dataclass
 class _Sums:
-    """Totals over the windows seen."""
+    """Sums over the windows so far."""
 
     tokens: int = 0
     nll: float = 0.0
@@ -156,7 +156,7 @@ class _Sums:
     wanted: Counter[Place] = field(default_factory=Counter)
 
     def add(self, window: Tensor, logits: Tensor, dense: Tensor) -> None:
-        """Compare the logits of one window ``(1, seqlen)`` with dense's."""
+        """Compare the logits of one window ``(1, seqlen)`` with the dense model's."""
         mine, theirs = (x[0, :-1].log_softmax(dim=-1) for x in (logits, dense))
         self.tokens += len(mine)
         self.nll += float(F.nll_loss(mine, window[0, 1:], reduction="sum"))
@@ -164,7 +164,7 @@ class _Sums:
         self.agreed += int((mine.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
 
     def recall(self, unit: Unit, layer: int | None = None) -> float:
-        """Of one layer, or of all."""
+        """Return the recall of one layer, or of all."""
         places = [place for place in self.wanted if place[1] == unit and layer in (None, place[0])]
         wanted = sum(self.wanted[place] for place in places)
         return sum(self.hit[place] for place in places) / wanted if wanted else 1.0
@@ -207,7 +207,7 @@ class _Run:
 
 
 def _with_gap_closure(runs: Sequence[_Run]) -> Iterator[Result]:
-    # By the budgets themselves: two that differ layer by layer may have the same mean, which is what a result holds.
+    # The key is the budget itself. A result has only its mean, which two different budgets may share.
     found = {(run.name, run.budget): run.result() for run in runs}
     for (_, budget), result in found.items():
         static, oracle = (found.get((name, budget)) for name in ("static", "oracle"))

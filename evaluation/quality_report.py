@@ -1,4 +1,4 @@
-"""What an evaluation's selectors and budgets read per token: quality against bytes, as rows and as a figure."""
+"""The report of an evaluation: quality over bytes read per token, as JSON rows and as a figure."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ CONTEXT = 256  # tokens in the cache
 
 
 def rows(results: Sequence[Result], manifest: Manifest, layers: bool = False) -> dict[str, Any]:
-    """The JSON of an evaluation: ``{"dense": {...}, "results": [...]}``, each with ``bytes_per_token``.
+    """Return the JSON of an evaluation: ``{"dense": {...}, "results": [...]}``, each with ``bytes_per_token``.
 
-    Bytes are those of a decode step over `CONTEXT` tokens, weights as wide as the bundle stores them, and
-    what the selector itself reads; an oracle and a random choice read nothing.
+    These are the bytes of a decode step over `CONTEXT` tokens, with weights as wide as the bundle stores them. The
+    bytes that the selector reads are included; an oracle and a random selection read nothing.
 
     Args:
-        layers: what each selector found layer by layer, too.
+        layers: also include the recall per layer.
     """
     listed = [asdict(result) | {"bytes_per_token": _bytes(result, manifest)} for result in results]
     if not layers:
@@ -36,7 +36,7 @@ def rows(results: Sequence[Result], manifest: Manifest, layers: bool = False) ->
 
 
 def plot(found: dict[str, Any], path: Path, title: str) -> None:
-    """Perplexity over megabytes per token, a line per selector and head budget.
+    """Plot perplexity over megabytes per token, with a line for each selector and head budget.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.

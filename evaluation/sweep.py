@@ -27,11 +27,12 @@ from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation of text found.
+    """The result of an evaluation on text.
 
     Attributes:
-        manifest: the bundle's, with the head unit that was evaluated.
-        tokens, seqlen: how many tokens were evaluated, in windows of how many.
+        manifest: the bundle's manifest, with the head unit that was evaluated.
+        tokens: number of evaluated tokens.
+        seqlen: tokens of a window.
         results: the dense model first, then each selector at each budget.
     """
 
@@ -42,7 +43,7 @@ class Evaluated:
     results: Sequence[Result]
 
     def to_dict(self, layers: bool = False) -> dict[str, Any]:
-        """As ``shadowllm eval --json`` writes it, see `quality_report.rows`."""
+        """Return the JSON that ``shadowllm eval --json`` writes; see `quality_report.rows`."""
         settings = {
             "model": self.manifest.model,
             "text": list(self.options.texts) or "Python module documentation",
@@ -57,10 +58,10 @@ class Evaluated:
 
 
 def evaluate_text(bundle: Path, options: Evaluation) -> Evaluated:
-    """Teacher-forced quality of each selector at each budget.
+    """Measure the teacher-forced quality of each selector at each budget.
 
     Raises:
-        UserError: no bundle, a damaged file in it, or text, selector or budget that cannot be used.
+        UserError: no bundle, a damaged file in it, or a text, selector or budget that cannot be used.
     """
     keep_freed_memory()
     manifest = read_manifest(bundle)
@@ -89,13 +90,13 @@ def evaluate_text(bundle: Path, options: Evaluation) -> Evaluated:
 def evaluate_tasks(
     bundle: Path, tasks: Sequence[str], options: Evaluation, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """Tasks of lm-evaluation-harness, dense and with each selector at each budget; see `lm_tasks.run_tasks`.
+    """Run tasks of lm-evaluation-harness, dense and with each selector at each budget; see `lm_tasks.run_tasks`.
 
     Args:
-        options: selectors, the bundle's own if none are named, and budgets; what it says of text is not read.
+        options: selectors and budgets; options of the text are not used. The default selector is the bundle's.
 
     Raises:
-        UserError: the harness is not installed, or does not know a task.
+        UserError: the harness is not installed, or cannot run a task.
     """
     try:
         from shadowllm.evaluation.lm_tasks import run_tasks
@@ -109,13 +110,13 @@ def evaluate_tasks(
 
 
 def budgets(manifest: Manifest, options: Evaluation) -> tuple[Sequence[Fractions], Sequence[Fractions]]:
-    """Head budgets and neuron budgets to try."""
+    """Return the head budgets and the neuron budgets to evaluate. The bundle's own are the default."""
     own = Budget(**manifest.budgets)
     return options.heads or [own.heads], options.neurons or [own.neurons]
 
 
 def _windows(bundle: Path, manifest: Manifest, options: Evaluation) -> Tensor:
-    """The tokens to evaluate, int64 ``(windows, seqlen)``."""
+    """Return the tokens to evaluate, int64 ``(windows, seqlen)``."""
     encode = plain_encoder(load_tokenizer(bundle, manifest), manifest)
     seqlen, limit = min(options.seqlen, manifest.spec.max_seqlen), options.tokens // options.seqlen
     if options.texts:

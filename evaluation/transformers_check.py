@@ -1,6 +1,6 @@
-"""Our reading of a checkpoint against that of ``transformers``: the logits of a few tokens, both in float32.
+"""Comparison of our decoder with ``transformers`` on a checkpoint: the logits of a few tokens, both in float32.
 
-The other validation compares with our own decoder, and so cannot see a config or a tensor that we read wrongly.
+The other validation compares with our own decoder. So it cannot find a config or a tensor that we read wrongly.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from shadowllm.models.weights import Weights
 
 TOKENS = 24
 SEED = 0
-# Relative to the largest logit. Two orders of summation in float32 differ by some 1e-6 of it.
+# Relative to the largest logit. Two orders of summation in float32 differ by about 1e-6 of it.
 TOLERANCE = 1e-4
-# Integers with 16-bit scales are multiplied in 16 bits by one side and in 32 by the other.
+# One side multiplies integers with 16-bit scales in 16 bits, the other in 32 bits.
 QUANTISED_TOLERANCE = 2e-2
-# Loading takes the weights in float32 and, for a moment, one file of them as it is stored.
+# Loading needs memory for the weights in float32 and, for a moment, for one stored file of them.
 MEMORY_FACTOR = 1.5
 
 
 def compare_with_transformers(checkpoint: Checkpoint, weights: Weights) -> dict[str, Any]:
-    """Run the checkpoint in ``transformers`` and in our decoder.
+    """Run the checkpoint in ``transformers`` and in our decoder, and compare the logits.
 
     Returns:
-        For the manifest: ``tokens``, ``max_rel`` (largest difference over the largest logit) and ``tolerance``, or,
-        where ``transformers`` cannot load the checkpoint here, ``skipped`` and why.
+        For the manifest: ``tokens``, ``max_rel`` (largest difference over the largest logit) and ``tolerance``. If
+        ``transformers`` cannot load the checkpoint here: ``skipped``, the reason.
 
     Raises:
-        UserError: the two disagree.
+        UserError: the logits differ by more than the tolerance.
     """
     if reason := _unreadable(checkpoint, weights.spec):
         return {"skipped": reason}
@@ -48,7 +48,7 @@ def compare_with_transformers(checkpoint: Checkpoint, weights: Weights) -> dict[
         with foreign_reader("transformers cannot load it here", ""):
             theirs = _logits(checkpoint, input_ids)
     except UserError as error:
-        # The checkpoint is not at fault where only this optional judge cannot read it; the manifest says so.
+        # The comparison is optional: a checkpoint that only transformers cannot load is still valid.
         return {"skipped": error.problem}
     with torch.no_grad():
         ours = Decoder(weights.spec, _Float32(weights))(input_ids)
@@ -64,14 +64,14 @@ def compare_with_transformers(checkpoint: Checkpoint, weights: Weights) -> dict[
 
 
 def _unreadable(checkpoint: Checkpoint, spec: ModelSpec) -> str | None:
-    """Why ``transformers`` cannot be asked, where that is known beforehand."""
+    """Return why ``transformers`` cannot run the checkpoint, if that is known before loading."""
     needed, free = MEMORY_FACTOR * 4 * spec.n_parameters, psutil.virtual_memory().available
     if needed > free:
         return f"it would take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
     if len(getattr(checkpoint.tensors, "parts", ())) > 1:
         return "transformers does not read a GGUF model in several files"
     if checkpoint.quantised:
-        # It takes the size of a block from a division and so reads the wrong scales here.
+        # transformers computes the block size by a division, and so reads wrong scales if it leaves a remainder.
         block = checkpoint.config.quantization_config.get("weight_block_size") or ()
         heads, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
         sizes = (spec.hidden_size, spec.intermediate_size, heads, kv)
@@ -86,10 +86,10 @@ def _logits(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    # Of a GGUF file, transformers reads less than we do. The padding token may lie outside the vocabulary.
+    # Pass our config: transformers reads less of a GGUF file. The padding token may be outside the vocabulary.
     config = copy.deepcopy(checkpoint.config)
     config.pad_token_id, config.return_dict = None, True
-    # What the config names may not be installed.
+    # Eager attention: the implementation that the config names may not be installed.
     options: dict[str, Any] = {"config": config, "attn_implementation": "eager"}
     if checkpoint.gguf:
         options["gguf_file"] = checkpoint.gguf
@@ -97,7 +97,7 @@ def _logits(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:
     if checkpoint.quantised:
         options["quantization_config"] = _dequantising(config.quantization_config)
         if config.quantization_config["quant_method"] == "fp8":
-            mapping[r"\.weight_scale$"] = ".weight_scale_inv"  # as AutoFP8 calls the same scales
+            mapping[r"\.weight_scale$"] = ".weight_scale_inv"  # AutoFP8's name of the same scales
     if mapping:
         options["key_mapping"] = mapping
     model = AutoModelForCausalLM.from_pretrained(
@@ -109,7 +109,7 @@ def _logits(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:
 
 
 def _dequantising(settings: Mapping[str, Any]) -> Any:
-    """The config that has ``transformers`` turn quantised weights into floats as it loads them."""
+    """Return the config with which ``transformers`` converts quantised weights to floats while loading."""
     from transformers import CompressedTensorsConfig, FineGrainedFP8Config
 
     if settings["quant_method"] == "fp8":
@@ -118,7 +118,7 @@ def _dequantising(settings: Mapping[str, Any]) -> Any:
 
 
 class _Float32(Mapping[str, Tensor]):
-    """Weights of a checkpoint in float32, each read when asked for and not kept."""
+    """Weights of a checkpoint in float32. Each tensor is read on access and not kept."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights

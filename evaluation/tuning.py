@@ -1,4 +1,4 @@
-"""Choose a bundle's budgets by what they are to cost, or to gain."""
+"""Choice of a bundle's budgets for a target perplexity or a target speedup."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.session import OrtSession
 
 PROMPT, DECODED, ROUNDS = 64, 16, 6
-# A thread pool spins for a while after its last task, on cores that the other session needs.
+# A thread pool spins for a while after its last task, and the other session needs its cores.
 SETTLE_SECONDS = 0.05
 
 
@@ -39,16 +39,17 @@ def tune(
     threads: int | None = None,
     seed: int = 1,
 ) -> Manifest:
-    """Find the layer-by-layer budgets that meet a target, and make them the bundle's defaults.
+    """Find budgets per layer that meet a target, and make them the bundle's defaults.
 
     Args:
-        texts: what losses are measured on: files or dataset ids; empty for the built-in text.
-        tokens, seqlen: how much of it, in windows of how many.
-        threads: of the sessions that a speedup is measured on.
-        seed: of sampling; another one than calibration's, so that the text is another one too.
+        texts: text on which losses are measured: files or dataset ids; empty for the built-in text.
+        tokens: number of tokens of it.
+        seqlen: tokens of a window.
+        threads: threads of the sessions with which a speedup is measured.
+        seed: seed of sampling. It differs from the default seed of calibration, to get another text.
 
     Returns:
-        The manifest as written; ``allocation`` says what was asked, measured and chosen.
+        The new manifest. Its ``allocation`` records the target and the measured values.
 
     Raises:
         UserError: no bundle, a text that cannot be used, or a speedup that no budget reaches.
@@ -118,7 +119,7 @@ def _as_fast(wanted: float, race: Race, allocation: Allocation, advance: Advance
 
 
 class Race:
-    """The sparse decode step of a bundle against its dense one, in turns."""
+    """Times the sparse and the dense decode steps of a bundle in turns."""
 
     def __init__(self, bundle: Path, threads: int | None = None) -> None:
         self._sessions = [OrtSession(bundle, kind, threads=threads) for kind in ("sparse", "dense")]
@@ -133,7 +134,7 @@ class Race:
             session.__exit__(*error)
 
     def speedup(self, budget: Budget) -> float:
-        """Median over rounds of dense time over sparse time."""
+        """Return the median over rounds of dense time divided by sparse time."""
         spec = self._sessions[0].spec
         room = spec.max_seqlen // (1 + ROUNDS) - 1
         prompt = np.random.default_rng(0).integers(0, spec.vocab_size, min(PROMPT, room)).tolist()

@@ -1,8 +1,8 @@
-"""Hold a bundle against the PyTorch reference: what an export must pass before it gets its name.
+"""Validation of a bundle against the PyTorch reference. An export that fails it gets no bundle folder.
 
-The reference reads the checkpoint, not the bundle, so that a weight in the wrong place shows. Its
-weights are rounded to the bundle's type first and both sides compute in float32: what is left is
-the error of the graphs.
+The reference reads the checkpoint, not the bundle, so a weight in the wrong place shows as an error. Its weights are
+first rounded to the bundle's type, and both sides compute in float32. The remaining difference is the error of
+the graphs.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from shadowllm.models.weights import Weights
 from shadowllm.runtime.ort.session import OrtSession
 from shadowllm.runtime.torch_session import Masks, TorchSession
 
-# Relative to the largest reference value. float32 noise of a deep model is some 1e-5 of it.
+# Relative to the largest reference value. The float32 noise of a deep model is about 1e-5 of it.
 TOLERANCE = 1e-4
-# The native ops may round the inputs of integer rows to 16 bits. (The integers themselves are off by
-# a hundred times as much, on both sides alike.)
+# The native ops may round the inputs of integer rows to 16 bits. (The error of quantisation is a hundred times as
+# large, but it is the same on both sides.)
 INTEGER_TOLERANCE = 5e-4
-# Scores that differ in their last bits may swap two units at the edge of a budget.
+# Scores that differ in their last bits may swap two units at the limit of a budget.
 SELECTION_AGREEMENT = 0.99
 PROMPT, STEPS = 24, 16
 SEED = 0
@@ -49,13 +49,13 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class Error:
-    """How far an output is from its reference.
+    """The difference of an output from its reference.
 
     Attributes:
         output: case and tensor, for example "dense: logits".
         max_abs: largest absolute difference.
-        max_rel: the same over the largest reference value.
-        greedy_agreement: share of steps with the same most probable token; None for other tensors.
+        max_rel: ``max_abs`` divided by the largest reference value.
+        greedy_agreement: share of steps with the same most probable token; None if the output is not logits.
     """
 
     output: str
@@ -65,22 +65,22 @@ class Error:
 
 
 def validate_apart(bundle: Path, model: Path, tolerance: float = 0, trust_remote_code: bool = False) -> dict[str, Any]:
-    """`validate` and `compare_with_transformers` in a process of their own, which takes their memory along.
+    """Run `validate` and `compare_with_transformers` in a child process, so that their memory is freed afterwards.
 
     Args:
-        model: local folder or GGUF file the bundle was exported from.
-        tolerance: as of `validate`.
+        model: local folder or GGUF file from which the bundle was exported.
+        tolerance: the argument of `validate`.
         trust_remote_code: let ``transformers`` run code from the checkpoint.
 
     Returns:
-        What `validate` returns, and under "transformers" what `compare_with_transformers` does.
+        The result of `validate`, plus that of `compare_with_transformers` under "transformers".
 
     Raises:
-        UserError: as these two, or the process was killed.
+        UserError: raised by either of them, or the process was killed by a signal.
         ChildError: a bug, with its traceback.
     """
     command = module_command("shadowllm.evaluation.validation")
-    quiet = os.environ | {"TQDM_DISABLE": "1"}  # of transformers' bars, which ask for no terminal
+    quiet = os.environ | {"TQDM_DISABLE": "1"}  # transformers shows progress bars even without a terminal
     child = Child(command, "the validation process", environment=quiet, keep_output=False)
     try:
         return dict(call(child, [str(bundle), str(model), tolerance, trust_remote_code]))
@@ -95,7 +95,7 @@ def validate_apart(bundle: Path, model: Path, tolerance: float = 0, trust_remote
 
 def _in_child(request: list[Any], _progress: Progress) -> dict[str, Any]:
     bundle, model, tolerance, trust_remote_code = request
-    warnings.simplefilter("ignore")  # of the checkpoint: the parent has read it and said so
+    warnings.simplefilter("ignore")  # the parent has already read the checkpoint and shown its warnings
     _, weights, checkpoint = load_model(model, trust_remote_code=trust_remote_code)
     compared = compare_with_transformers(checkpoint, weights)
     predictor = Predictor.load(Path(bundle) / PREDICTOR_FILE)
@@ -106,15 +106,15 @@ def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: fl
     """Compare dense steps, sparse steps with everything active, and sparse steps at the bundle's budget.
 
     Args:
-        tolerance: largest relative error; 0 for that of the bundle's type.
+        tolerance: largest relative error; 0 for the default of the bundle's type.
 
     Returns:
-        For the manifest: the tolerance, one error per case and output, and how much of the
-        reference's own selection the exported predictor finds.
+        For the manifest: the tolerance, one error per case and output, and the least share of the
+        reference's own selection that the exported predictor also selects.
 
     Raises:
-        UserError: an output differs by more than ``tolerance``, the predictor selects otherwise, or a float16
-            bundle computes numbers that float16 does not hold.
+        UserError: an output differs by more than ``tolerance``, the predictor selects other units, or a float16
+            bundle computes numbers beyond the range of float16.
     """
     manifest = read_manifest(bundle)
     tolerance = tolerance or (INTEGER_TOLERANCE if manifest.quantisation else TOLERANCE)
@@ -136,7 +136,7 @@ def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: fl
 
 
 def _reference(manifest: Manifest, weights: Weights, predictor: Predictor) -> BundleWeights:
-    """The checkpoint's own weights, rounded as the bundle's are."""
+    """Return the checkpoint's weights, rounded like the bundle's."""
     q = manifest.quantisation
     if q:
         sparse, dense = dequantised_weights(manifest.spec, weights, QuantisedTensors(weights, q), q)
@@ -144,7 +144,7 @@ def _reference(manifest: Manifest, weights: Weights, predictor: Predictor) -> Bu
     rounded = TORCH_DTYPES[manifest.dtype]
     reference = {name: weights[name].to(rounded).float().contiguous() for name in weights}
     networks = {name: predictor.tensors[name].to(rounded).float() for name in predictor.learned}
-    predictor = replace(predictor, tensors=predictor.tensors | networks)  # all else is stored in float32
+    predictor = replace(predictor, tensors=predictor.tensors | networks)  # other tensors are stored in float32
     return BundleWeights(reference, reference, predictor)
 
 
@@ -163,13 +163,13 @@ def _judge(errors: list[Error], agreement: float, tolerance: float) -> None:
 
 @torch.no_grad()
 def check_float16(spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
-    """Refuse a model whose activations outgrow float16: on a GPU they would be infinite.
+    """Raise an error if activations exceed the range of float16. On a GPU they would become infinite.
 
     Args:
         weights: canonical float32 tensors.
 
     Raises:
-        UserError: naming the first such layer.
+        UserError: a layer exceeds the range; the message names the first one.
     """
     peaks = torch.zeros(spec.n_layers)
 
@@ -197,7 +197,7 @@ def _prompt(spec: ModelSpec) -> list[int]:
 
 
 def _compare(name: str, ours: OrtSession, theirs: TorchSession) -> tuple[list[Error], float]:
-    """Prefill a random prompt, then decode the reference's own greedy tokens on both sides."""
+    """Prefill a random prompt, then decode the reference's greedy tokens on both sides, and compare."""
     spec = ours.spec
     prompt = _prompt(spec)
     logits = [(ours.prefill([prompt])[0].copy(), theirs.prefill([prompt])[0])]
@@ -206,7 +206,7 @@ def _compare(name: str, ours: OrtSession, theirs: TorchSession) -> tuple[list[Er
         token = logits[-1][1].argmax(keepdims=True)
         mine = ours.decode(token)[0].copy()
         if ours.selection:
-            # The same selection on both sides: a tie that falls the other way is no error of the graphs.
+            # Both sides use the same selection: a tie that is decided differently is not an error of the graphs.
             theirs.forced = selection_masks(ours.selection, spec)
         logits.append((mine, theirs.decode(token)[0]))
         if theirs.forced:
@@ -231,7 +231,7 @@ def _error(output: str, pairs: list[tuple[np.ndarray, np.ndarray]], greedy: floa
 
 
 def selection_masks(selection: Mapping[Unit, np.ndarray], spec: ModelSpec) -> Masks:
-    """A selection as bool ``(n_sparse, n_units)``, of a session's padded index rows."""
+    """Convert a session's padded index rows to bool masks ``(n_sparse, n_units)``."""
     masks: Masks = {}
     for unit, width in layer_units(spec).items():
         rows = np.zeros((len(selection[unit]), width), dtype=bool)

@@ -1,1 +1,1 @@
-"""Selectors: calibration traces, importance criteria, trained predictors and their artefact."""
+"""Calibration traces, importance criteria, training of predictors, and selectors for evaluation."""

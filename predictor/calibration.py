@@ -1,8 +1,8 @@
-"""Calibration text: what the model writes itself and what Python documents, or the user's own.
+"""Calibration text: the built-in text, or the user's files and datasets.
 
-The default needs no download. Text sampled from a model lies where the model itself puts its
-probability (the idea of LLM-QAT, Liu et al., arXiv 2305.17888); Python's language reference adds
-prose, structure and code that no sampling reaches.
+The built-in text needs no download. Half of it is sampled from the model, so the model considers it likely
+(the idea of LLM-QAT, Liu et al., arXiv 2305.17888). The other half is Python's language reference. It adds
+prose, structure and code that sampling does not produce.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.progress import Advance, no_progress
 
 Encode = Callable[[str], Sequence[int]]
-HELD_OUT, HELD_OUT_TOKENS = 1 / 8, 16384  # a share, and no more than that
-GENERATED, GENERATED_AT_ONCE = 1 / 2, 256  # windows at once: each has a cache of its own
+HELD_OUT, HELD_OUT_TOKENS = 1 / 8, 16384  # share of the windows, and the upper limit in tokens
+GENERATED, GENERATED_AT_ONCE = 1 / 2, 256  # share of the windows, and windows per batch: each needs a KV cache
 TOP_K = 50
 DATASET_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 TEXT_FILES = (".txt", ".text", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".html", ".xml", ".log", ".tex", ".py")
@@ -32,12 +32,12 @@ TEXT_FILES = (".txt", ".text", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl",
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows, int64 ``(n, seqlen)``, disjoint.
+    """Disjoint token windows, int64 ``(n, seqlen)``.
 
     Attributes:
-        train: what a predictor learns from.
-        held_out: what it is judged by and never sees.
-        source: where the text came from, for the record.
+        train: for training a predictor.
+        held_out: for evaluating it; never used in training.
+        source: where the text came from, for the predictor's record.
     """
 
     train: Tensor
@@ -56,19 +56,19 @@ def calibration_windows(
     seed: int = 0,
     advance: Advance = no_progress,
 ) -> Windows:
-    """Windows of calibration text, the same for the same arguments.
+    """Return windows of calibration text. The same arguments give the same windows.
 
     Args:
-        weights: canonical float32 tensors; used only when ``texts`` is empty.
-        encode: text to token ids, without special tokens.
+        weights: canonical float32 tensors; used only if ``texts`` is empty.
+        encode: converts text to token ids, without special tokens.
         texts: files, or Hugging Face dataset ids; empty for the built-in text.
-        tokens: how many in all, held-out ones included; less where the text is shorter.
+        tokens: total number, held-out tokens included. A short text gives fewer.
         seqlen: tokens of a window.
-        seed: of sampling and shuffling.
-        advance: told how many tokens were generated, as they are.
+        seed: seed of sampling and shuffling.
+        advance: called with the number of tokens generated since the last call.
 
     Raises:
-        UserError: a text that is missing, unreadable or empty, too little text, or too long windows.
+        UserError: a text is missing, unreadable, empty or too short, or the windows are too long.
     """
     if not 2 <= seqlen <= spec.max_seqlen:
         raise UserError(
@@ -99,10 +99,10 @@ def calibration_windows(
 def generate(
     decoder: Decoder, n: int, length: int, generator: torch.Generator, advance: Advance = no_progress
 ) -> Tensor:
-    """Sample ``n`` texts of ``length`` tokens, int64 ``(n, length)``, all at once over a KV cache.
+    """Sample ``n`` texts of ``length`` tokens in one batch, int64 ``(n, length)``.
 
-    Each starts with the model's BOS token, if it has one, and a token drawn from the whole
-    vocabulary, so that no two are alike; the rest is sampled from the 50 likeliest.
+    Each text starts with the model's BOS token, if it has one. The next token is drawn from the whole
+    vocabulary, so that the texts differ. Every other token is sampled from the 50 most probable.
     """
     spec = decoder.spec
     tokens = torch.randint(0, spec.vocab_size, (n, length), generator=generator)
@@ -121,10 +121,10 @@ def generate(
 
 
 def token_windows(texts: Sequence[str], encode: Encode, seqlen: int, limit: int) -> Tensor:
-    """Up to ``limit`` windows of consecutive text, int64 ``(n, seqlen)``, to evaluate on.
+    """Return up to ``limit`` windows of consecutive text for evaluation, int64 ``(n, seqlen)``.
 
     Raises:
-        UserError: a text that is missing, unreadable, or shorter than one window.
+        UserError: a text is missing or unreadable, or the text is shorter than one window.
     """
     windows = _cut(_documents(texts), encode, limit, seqlen)
     if not len(windows):
@@ -133,7 +133,7 @@ def token_windows(texts: Sequence[str], encode: Encode, seqlen: int, limit: int)
 
 
 def _cut(documents: Iterator[str], encode: Encode, limit: int, seqlen: int) -> Tensor:
-    # Documents are encoded only until the windows are full: a corpus may be far larger.
+    # Stop when the windows are full: a corpus may be far larger.
     ids: list[int] = []
     for document in documents:
         ids.extend(encode(document))
@@ -165,13 +165,13 @@ def _documents(texts: Sequence[str]) -> Iterator[str]:
 
 
 def _may_be_dataset(name: str) -> bool:
-    """Whether a name that is no file can be a dataset id: ``name`` or ``owner/name``, without the looks of a path."""
+    """Whether a name that is not a file can be a dataset id: ``name`` or ``owner/name``, and not like a path."""
     in_a_folder = "/" in name and Path(name).parent.is_dir()
     return bool(DATASET_ID.fullmatch(name)) and not name.endswith(TEXT_FILES) and not in_a_folder
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    """The text of a file in parts, without the byte order mark that some editors write first."""
+    """Yield the text of a file in parts, without the byte order mark that some editors write."""
     remedy = "give plain text files in UTF-8"
     try:
         with path.open("rb") as raw:

@@ -1,8 +1,7 @@
-"""Importance criteria: what one head or neuron is worth to one token.
+"""Importance criteria: scores for how much one head or neuron matters for one token.
 
-Attention heads and MLP neurons are the same thing here: a unit is ``width`` activation values (the
-context of a head, the product of a neuron) and ``width`` rows of the projection that follows, so a
-criterion is one function for both.
+One function serves heads and neurons. Both are units: ``width`` activation values (the context of a head, the
+product of a neuron) and ``width`` rows of the projection that follows.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from shadowllm.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class UnitTrace:
-    """What a criterion sees of the units of one layer.
+    """The input of a criterion: data of the units of one layer.
 
     Attributes:
         activation: A, ``(..., n_units, width)``; width is ``head_dim`` for heads and 1 for neurons.
-        rows: W, the projection behind it, ``(n_units, width, hidden_size)``.
-        gradient: g = dL/dA of the window's summed next-token cross entropy, as ``activation``.
-        curvature: Hg, the derivative by A of half the squared length of all gradients, as ``activation``.
-        targets: the token that follows each position, int64 ``(batch, seqlen)``; -1 where none does.
+        rows: W, the rows of the projection that follows, ``(n_units, width, hidden_size)``.
+        gradient: g = dL/dA, where L is the window's summed next-token cross entropy. Same shape as ``activation``.
+        curvature: Hg, the derivative with respect to A of half the squared norm of all gradients. Same shape.
+        targets: the token that follows each position, int64 ``(batch, seqlen)``; -1 at the last position.
 
-    The last three are None unless the criterion needs them.
+    The last three are None if the criterion does not need them.
     """
 
     activation: Tensor
@@ -40,7 +39,7 @@ class UnitTrace:
 
 
 Score = Callable[[UnitTrace], Tensor]
-# Added to a kernel's diagonal, and to correlations before their logarithm, as the papers' codes do.
+# Added to a kernel's diagonal, and to correlations before their logarithm, as in the papers' code.
 RIDGE = 1e-5
 
 
@@ -50,7 +49,7 @@ class Criterion:
 
     Attributes:
         score: maps a `UnitTrace` to float32 ``(..., n_units)``, not negative.
-        derivatives: how many of the loss it needs: 0, 1 (the gradient) or 2 (the curvature too).
+        derivatives: highest derivative of the loss that it needs: 0, 1 (gradient) or 2 (also curvature).
     """
 
     name: str
@@ -59,7 +58,7 @@ class Criterion:
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether a forward pass alone does not suffice."""
+        """Whether the criterion needs a backward pass."""
         return self.derivatives > 0
 
 
@@ -77,7 +76,7 @@ def criterion(derivatives: int) -> Callable[[Score], Score]:
 
 
 def find_criterion(name: str) -> Criterion:
-    """Look a criterion up.
+    """Return the criterion of a name.
 
     Raises:
         UserError: no such criterion.
@@ -89,19 +88,19 @@ def find_criterion(name: str) -> Criterion:
 
 @criterion(derivatives=1)
 def plainact(trace: UnitTrace) -> Tensor:
-    """``|sum over the unit of A * dL/dA|``: to first order, how far the loss moves without the unit.
+    """``|sum over the unit of A * dL/dA|``: the change of the loss without the unit, to first order.
 
-    Source: ShadowLLM (Akhauri et al., arXiv 2406.16635), where it is the criterion of choice; the
-    first-order term is that of Molchanov et al., arXiv 1611.06440.
+    Source: ShadowLLM (Akhauri et al., arXiv 2406.16635), which recommends this criterion. The first-order
+    term is from Molchanov et al., arXiv 1611.06440.
     """
     return (trace.activation * _gradient(trace)).sum(dim=-1).abs()
 
 
 @criterion(derivatives=1)
 def grad_norm(trace: UnitTrace) -> Tensor:
-    """``||g||``: how strongly the loss pulls at the unit, whatever the unit says.
+    """``||g||``: how strongly the loss depends on the unit's activation. The activation's own value is not used.
 
-    Source: the gradient norm of Abdelfattah et al. (arXiv 2101.08134), taken at the activation.
+    Source: the gradient norm of Abdelfattah et al. (arXiv 2101.08134), here of the activation.
     """
     return _gradient(trace).norm(dim=-1)
 
@@ -110,7 +109,7 @@ def grad_norm(trace: UnitTrace) -> Tensor:
 def fisher(trace: UnitTrace) -> Tensor:
     """``sum of (A * g)^2``: the empirical Fisher information of a gate on each value of the unit.
 
-    A neuron is one value, so there it ranks as `plainact` does.
+    A neuron has one value, so for neurons it ranks as `plainact` does.
 
     Source: Theis et al. (arXiv 1801.05787), without their average over examples.
     """
@@ -121,21 +120,20 @@ def fisher(trace: UnitTrace) -> Tensor:
 def snip(trace: UnitTrace) -> Tensor:
     """``sum of |A * g|``: sensitivity of the loss to a gate on each value of the unit.
 
-    It bounds `plainact` from above, whose terms may cancel; a neuron is one value, so there both agree.
+    It is an upper bound of `plainact`, whose terms may cancel. A neuron has one value, so for neurons both are equal.
 
-    Source: connection sensitivity (Lee et al., arXiv 1810.02340), gating activations instead of weights.
+    Source: connection sensitivity (Lee et al., arXiv 1810.02340), with gates on activations instead of weights.
     """
     return (trace.activation * _gradient(trace)).abs().sum(dim=-1)
 
 
 @criterion(derivatives=2)
 def grasp(trace: UnitTrace) -> Tensor:
-    """``|sum of A * Hg|``: to first order, how far half the squared gradient moves without the unit.
+    """``|sum of A * Hg|``: the change of half the squared gradient norm without the unit, to first order.
 
-    The sign, which says whether training would be helped or hindered, is dropped: here a unit
-    matters either way.
+    The sign tells whether removal helps or hinders training. It is dropped: a unit matters in both cases.
 
-    Source: gradient signal preservation (Wang et al., arXiv 2002.07376), at activations instead of weights.
+    Source: gradient signal preservation (Wang et al., arXiv 2002.07376), for activations instead of weights.
     """
     if trace.curvature is None:
         raise ValueError("grasp needs the curvature")
@@ -144,27 +142,27 @@ def grasp(trace: UnitTrace) -> Tensor:
 
 @criterion(derivatives=0)
 def l2norm(trace: UnitTrace) -> Tensor:
-    """``||A @ W||``: length of what the unit adds to the residual stream.
+    """``||A @ W||``: the norm of what the unit adds to the residual stream.
 
-    For a neuron this is ``|h_f| * ||w_down[f]||``. Computed as ``sqrt(A (W W^T) A^T)``, so that the
-    ``hidden_size`` wide contribution of every unit and token need not exist.
+    For a neuron this is ``|h_f| * ||w_down[f]||``. It is computed as ``sqrt(A (W W^T) A^T)``: the contribution of
+    every unit and token, ``hidden_size`` values each, would take too much memory.
 
-    Source: the magnitude criterion of DejaVu (Liu et al., arXiv 2310.17157), with the projection in it.
+    Source: the magnitude criterion of DejaVu (Liu et al., arXiv 2310.17157), with the projection included.
     """
     if trace.rows.shape[1] == 1:
         return trace.activation[..., 0].abs() * trace.rows[:, 0].norm(dim=-1)
     gram = trace.rows @ trace.rows.transpose(-1, -2)
     moved = torch.einsum("...hd,hde->...he", trace.activation, gram)
-    # Rounding may leave the square of a vanishing contribution just below zero.
+    # Rounding can make the square of a tiny contribution negative.
     return (moved * trace.activation).sum(dim=-1).clamp_min(0).sqrt()
 
 
 @criterion(derivatives=0)
 def nwot(trace: UnitTrace) -> Tensor:
-    """Novelty of the token's code, one bit per value of the unit (is it above 0?), after the codes before it.
+    """Novelty of the token's code compared with the codes before it. A code has a bit for each value: is it above 0?
 
-    With K the share of bits two tokens agree in, a window's score is ``log det K``. Its Cholesky
-    factor splits that into one term per token, ``2 log L_tt``; here stands ``L_tt^2``, in (0, 1].
+    K is the share of bits in which two tokens agree. In the paper, the score of a window is ``log det K``. The
+    Cholesky factor L of K splits it into one term per token, ``2 log L_tt``. The result here is ``L_tt^2``, in (0, 1].
 
     Source: Mellor et al. (arXiv 2006.04647), eq. 2.
     """
@@ -176,12 +174,12 @@ def nwot(trace: UnitTrace) -> Tensor:
 
 @criterion(derivatives=1)
 def jacov(trace: UnitTrace) -> Tensor:
-    """Novelty of the token's gradient: low where it repeats gradients of other tokens of the window.
+    """Novelty of the token's gradient: low if it repeats gradients of other tokens of the window.
 
-    With K the correlation of two tokens' gradients over the values of the unit, a window's score is
-    ``-sum of log(v) + 1/v`` over the eigenvalues of ``K + RIDGE``. Both terms split by token, into
-    ``2 log L_tt + (L L^T)^-1_tt``; the reciprocal of that plus the constant that keeps it positive
-    stands here. One value has no correlation, so every neuron of a token scores alike.
+    K is the correlation of two tokens' gradients over the values of the unit. In the paper, the score of a window
+    is ``-sum of (log(v) + 1/v)`` over the eigenvalues v of ``K + RIDGE``. The sum splits into one term per token,
+    ``2 log L_tt + (L L^T)^-1_tt``. A constant makes this term positive, and the result here is its reciprocal.
+    A single value has no correlation, so all neurons of a token get the same score.
 
     Source: Mellor et al. (arXiv 2006.04647v1), as the aggregate of Abdelfattah et al. (arXiv 2101.08134).
     """
@@ -193,10 +191,11 @@ def jacov(trace: UnitTrace) -> Tensor:
 
 @criterion(derivatives=1)
 def epenas(trace: UnitTrace) -> Tensor:
-    """How differently the token's gradient correlates with those of its own class and of the others.
+    """How differently the token's gradient correlates with gradients of its own class and of other classes.
 
-    A class is the token to come. ``1 + |mean of log(|K| + RIDGE) within - mean of the same without|``, K
-    as in `jacov`; nothing to compare, or nothing to come, scores 1, and so does every neuron.
+    The class of a token is the next token. The score is ``1 + |mean of log(|K| + RIDGE) in its own class - mean of
+    the same in other classes|``, with K as in `jacov`. The score is 1 for all neurons, for a token without a next
+    token, and if the window has no token of another class.
 
     Source: Lopes et al. (arXiv 2102.08099), per token instead of per class.
     """
@@ -220,9 +219,9 @@ def _gradient(trace: UnitTrace) -> Tensor:
 
 
 def _correlation(x: Tensor) -> Tensor:
-    """Pearson correlation of every two tokens; 0 with a token whose values are all alike.
+    """Pearson correlation of every two tokens; 0 with a token whose values are all equal.
 
-    ``(batch, seqlen, n_units, width)`` to ``(batch, n_units, seqlen, seqlen)``.
+    Input ``(batch, seqlen, n_units, width)``, output ``(batch, n_units, seqlen, seqlen)``.
     """
     x = (x - x.mean(dim=-1, keepdim=True)).transpose(1, 2)
     length = x.norm(dim=-1, keepdim=True)
@@ -231,7 +230,7 @@ def _correlation(x: Tensor) -> Tensor:
 
 
 def _cholesky(kernel: Tensor) -> Tensor:
-    # A kernel of rank below its size is only positive definite with the ridge, and in float64.
+    # A kernel without full rank is positive definite only with the ridge and in float64.
     ridge = RIDGE * torch.eye(kernel.shape[-1], dtype=torch.float64)
     return torch.linalg.cholesky(kernel.double() + ridge).to(kernel.dtype)
 
@@ -246,7 +245,7 @@ def unit_trace(
     curvature: Tensor | None = None,
     targets: Tensor | None = None,
 ) -> UnitTrace:
-    """Bring what an activation hook saw (and its derivatives) and the layer's weights into a criterion's form."""
+    """Make a `UnitTrace` of an activation hook's tensor, its derivatives and the layer's weights."""
     if unit == "heads":
         rows = weights[f"layers.{layer}.o_proj.weight"].unflatten(0, (spec.n_heads, spec.head_dim))
         return UnitTrace(activation, rows, gradient, curvature, targets)

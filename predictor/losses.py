@@ -1,8 +1,8 @@
-"""Training losses: how far a layer's scores are from the importance they should rank by.
+"""Training losses, which compare the scores of a predictor with the importance of units.
 
-A loss is a registered function of the scores ``(tokens, n_sparse, n_units)``, the criterion's importance of
-the same shape (not negative, of any scale within a token and layer), and how many units the budget keeps.
-It returns a scalar.
+A loss is a registered function that returns a scalar. Its arguments are the scores ``(tokens, n_sparse, n_units)``,
+the importance of the same shape, and the number of units that the budget keeps. The importance is not
+negative, and its scale may differ between tokens and between layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def loss(function: Loss) -> Loss:
 
 @loss
 def bce(predicted: Tensor, importance: Tensor, count: int) -> Tensor:
-    """Binary cross entropy of being among the ``count`` most important, mean over units."""
+    """Binary cross entropy of membership in the ``count`` most important units, mean over units."""
     if count >= importance.shape[-1]:
         return predicted.sum() * 0  # everything is kept: nothing to learn
     wanted = (importance >= _threshold(importance, count)).to(predicted.dtype)
@@ -37,11 +37,11 @@ def bce(predicted: Tensor, importance: Tensor, count: int) -> Tensor:
 
 @loss
 def weighted_bce(predicted: Tensor, importance: Tensor, count: int) -> Tensor:
-    """`bce` with each unit weighted by how much a wrong choice costs, ``|importance - threshold|``.
+    """`bce` with each unit weighted by the cost of a wrong selection, ``|importance - threshold|``.
 
-    The optimum's sign is that of the expected ``importance - threshold``: near ties count for
-    nothing, and a rarely but hugely important unit is kept. Weights are relative to the mean
-    importance of their token and layer.
+    The optimal score has the sign of the expected ``importance - threshold``. So near ties hardly count, and a
+    unit that is rarely but extremely important is kept. Weights are relative to the mean importance of their
+    token and layer.
     """
     if count >= importance.shape[-1]:
         return predicted.sum() * 0
@@ -51,10 +51,10 @@ def weighted_bce(predicted: Tensor, importance: Tensor, count: int) -> Tensor:
 
 
 def _threshold(importance: Tensor, count: int) -> Tensor:
-    """The ``count``-th largest importance of each token and layer, ``(tokens, n_sparse, 1)``.
+    """Return the ``count``-th largest importance of each token and layer, ``(tokens, n_sparse, 1)``.
 
-    After a ReLU that may be 0, and everything would count as important. What then tells units apart
-    is how often and how much they fire: the ``count``-th largest mean over the tokens takes its place.
+    After a ReLU it can be 0, and then every unit would count as important. In this case the threshold is the
+    ``count``-th largest mean over the tokens, because the mean shows how often and how much units fire.
     """
     rank = importance.shape[-1] - count + 1
     of_token = importance.kthvalue(rank, dim=-1, keepdim=True).values
@@ -65,38 +65,37 @@ def _threshold(importance: Tensor, count: int) -> Tensor:
 @loss
 def mse(predicted: Tensor, importance: Tensor, count: int) -> Tensor:
     """Mean squared error to the log importance, standardised within each token and layer."""
-    # What is below the range of a trace counts as its end: silent neurons must not outweigh all others.
+    # Importance below the range of a trace is raised to its lower end, so that silent neurons do not dominate the loss.
     floor = importance.amax(dim=-1, keepdim=True).clamp_min(TINY) * 2.0**-OCTAVES
     return F.mse_loss(predicted, standard_log(torch.maximum(importance, floor)))
 
 
 @loss
 def listnet(predicted: Tensor, importance: Tensor, count: int) -> Tensor:
-    """Divergence of the scores' softmax from each unit's share of its token's importance, ``KL(p || softmax(s))``.
+    """``KL(p || softmax(s))``, where ``p`` is each unit's share of the importance of its token and layer.
 
-    ``p`` is the softmax of the log importance, so this is the top-one loss of ListNet (Cao et al., ICML
-    2007) on log importance, less its constant, the entropy of ``p``. Its optimum is ``s = log E[p]`` up to a
-    constant of the token and layer: units are ranked by the share they are expected to have, and to
-    keep the largest expected shares is to lose the least importance, at any budget. Silent units have the
-    share 0, and a silent token teaches nothing.
+    ``p`` is the softmax of the log importance. So this is the top-one loss of ListNet (Cao et al., ICML 2007) on log
+    importance, minus a constant, the entropy of ``p``. The optimum is ``s = log E[p]`` up to a constant per
+    token and layer: units are ranked by their expected share. Keeping the largest expected shares loses the
+    least importance, at any budget. Silent units have the share 0. Tokens without any importance add no loss.
     """
     share = importance / importance.sum(dim=-1, keepdim=True).clamp_min(TINY)
     return F.kl_div(predicted.log_softmax(dim=-1), share, reduction="none").sum(dim=-1).mean()
 
 
 def initial_bias(statistic: Tensor, count: int, loss: str) -> Tensor:
-    """Scores that are the same for every token, to start a network of the loss from.
+    """Return the initial output bias of a network: scores that are the same for every token.
 
-    A monotone map of the statistic, so that the untrained network ranks exactly as static does: for `listnet`
-    its own optimum without input, for `mse` the mean of its targets, and for the others the latter shifted so
-    that ``count`` units of a layer lie above zero, which is a fair first logit.
+    They are a monotone map of the statistic, so the untrained network ranks exactly as static does. `listnet`
+    starts at its optimum without input, the log. `mse` starts at the standardised log. The other losses start at the
+    standardised log, shifted so that ``count`` units of a layer are at or above zero.
 
     Args:
         statistic: mean relative importance, ``(n_sparse, n_units)``.
-        count: units the budget keeps.
+        count: number of units that the budget keeps.
     """
     if loss == "listnet":
-        # What never fired must stay within reach of training: just below the least that did.
+        # Units that never fired start at half the least that did, so that training can still raise them.
         least = statistic.where(statistic > 0, torch.inf).amin(dim=-1, keepdim=True)
         return statistic.maximum(least.nan_to_num(posinf=1.0) / 2).log()
     standard = standard_log(statistic.clamp_min(TINY))
@@ -106,7 +105,7 @@ def initial_bias(statistic: Tensor, count: int, loss: str) -> Tensor:
 
 
 def standard_log(importance: Tensor) -> Tensor:
-    """Logarithms with mean 0 and deviation 1 in each row."""
+    """Return logarithms, scaled to mean 0 and standard deviation 1 in each row."""
     log = importance.log()
     deviation, mean = torch.std_mean(log, dim=-1, keepdim=True, correction=0)
     return (log - mean) / deviation.clamp_min(1e-6)

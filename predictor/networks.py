@@ -1,4 +1,4 @@
-"""The learned networks: one that scores the whole model ahead (shadow), and one in each layer (layerwise)."""
+"""The trained networks: one that scores all sparse layers upfront (shadow), or one in each layer (layerwise)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SHARE = 0.04
 
 
 def scores(predictor: Predictor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores ahead of the layers: a shadow's, or the static ranking; a token's depend on its own hidden state alone.
+    """Score all sparse layers upfront: by the network of a shadow, or by the static ranking.
 
-    ``out = W relu(T layer_norm(hidden) + t) + b``; the layer norm has no parameters and eps 1e-5,
-    for what the network is to see is the direction of a hidden state, not its length.
+    The network is ``out = W relu(T layer_norm(hidden) + t) + b``. The layer norm has no parameters and eps 1e-5: the
+    network should see the direction of a hidden state, not its length.
 
     Args:
         hidden: input of the first sparse layer, float32 ``(tokens, hidden_size)``.
@@ -40,10 +40,10 @@ def scores(predictor: Predictor, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def layer_head_scores(predictor: Predictor, layer: int, x: Tensor) -> Tensor:
-    """Scores of one layer's heads, linear in the attention's input (see `linear_fit`).
+    """Score the heads of one layer by the linear map of the attention's input (see `linear_fit`).
 
     Args:
-        layer: of the model, a sparse one.
+        layer: index of a sparse layer in the model.
         x: normed attention input, float32 ``(..., hidden_size)``.
 
     Returns:
@@ -53,13 +53,13 @@ def layer_head_scores(predictor: Predictor, layer: int, x: Tensor) -> Tensor:
 
 
 def layer_neuron_scores(predictor: Predictor, layer: int, x: Tensor) -> Tensor:
-    """A layerwise network's scores of one layer's neurons, by the formula of `scores` on the layer's own input.
+    """Score the neurons of one layer by its network, with the formula of `scores` on the MLP's input.
 
-    Source: the MLP predictor of DejaVu (Liu et al., arXiv 2310.17157), which looks one layer ahead;
-    here it reads the very input of its own layer.
+    Source: the MLP predictor of DejaVu (Liu et al., arXiv 2310.17157). That one predicts one layer ahead; this
+    one reads the input of its own layer.
 
     Args:
-        layer: of the model, a sparse one.
+        layer: index of a sparse layer in the model.
         x: normed MLP input, float32 ``(..., hidden_size)``.
 
     Returns:
@@ -70,15 +70,15 @@ def layer_neuron_scores(predictor: Predictor, layer: int, x: Tensor) -> Tensor:
 
 
 def layerwise_scores(predictor: Predictor, inputs: Mapping[Unit, Tensor]) -> dict[Unit, Tensor]:
-    """`layer_head_scores` and `layer_neuron_scores` of all sparse layers at once, as training wants them.
+    """Return `layer_head_scores` and `layer_neuron_scores` of all sparse layers, for training.
 
     Args:
-        inputs: what each layer's units are computed from, float32 ``(tokens, n_sparse, hidden_size)``.
+        inputs: normed inputs of each layer's attention and MLP, float32 ``(tokens, n_sparse, hidden_size)``.
 
     Returns:
         Float32 ``(tokens, n_sparse, n_units)`` of heads and of neurons.
     """
-    # One batched product: the gradient of a layer's slice would be a tensor of all layers' size, for every layer.
+    # One batched product. With one product per layer, the gradient of each slice would be as large as the whole tensor.
     x = {unit: stacked.transpose(0, 1) for unit, stacked in inputs.items()}
     z = F.relu(_linears(predictor, "trunk", F.layer_norm(x["neurons"], x["neurons"].shape[-1:], eps=NORM_EPS)))
     heads, neurons = _linears(predictor, "heads", x["heads"]), _linears(predictor, "neurons", z)
@@ -86,7 +86,7 @@ def layerwise_scores(predictor: Predictor, inputs: Mapping[Unit, Tensor]) -> dic
 
 
 def _linears(predictor: Predictor, name: str, x: Tensor) -> Tensor:
-    """Each layer's own linear map of its own ``x[layer]``, ``(n_sparse, tokens, width)``."""
+    """Apply the linear map of each layer to its part of ``x``, ``(n_sparse, tokens, width)``."""
     weight, bias = (
         predictor.tensors[f"layers.{name}.{part}"].unflatten(0, (predictor.n_sparse, -1)) for part in ("weight", "bias")
     )
@@ -94,7 +94,7 @@ def _linears(predictor: Predictor, name: str, x: Tensor) -> Tensor:
 
 
 def _layer(predictor: Predictor, layer: int, name: str) -> Tensor:
-    """The rows of a stacked tensor that belong to a layer."""
+    """Return the rows of a stacked tensor that belong to a layer."""
     return predictor.tensors[f"layers.{name}"].unflatten(0, (predictor.n_sparse, -1))[layer - predictor.dense_layers]
 
 
@@ -103,15 +103,17 @@ def _trunk(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def default_rank(layers: SparseLayers, kind: Kind = "shadow", share: float = SHARE) -> int:
-    """Largest multiple of 16, up to 1024, that keeps a model's networks under a share of its parameters.
+    """Return the largest rank that keeps the networks under a share of the model's parameters.
+
+    It is a multiple of 16, at most 1024.
 
     Raises:
-        UserError: not even 16 fits: the model is too small to be worth a network.
+        UserError: rank 16 is already too large, because the model is small.
     """
     spec, n_sparse = layers.spec, layers.count
     outputs = n_sparse * (spec.intermediate_size + (spec.n_heads if kind == "shadow" else 0))
     trunks = n_sparse if kind == "layerwise" else 1
-    # rank * (hidden_size + 1) in each trunk, outputs * (rank + 1) behind them
+    # Parameters: rank * (hidden_size + 1) in each trunk, and outputs * (rank + 1) in the output layers.
     rank = int((share * spec.n_parameters - outputs) / (trunks * (spec.hidden_size + 1) + outputs))
     rank = min(MAX_RANK, rank // RANK_STEP * RANK_STEP)
     if rank < RANK_STEP:
@@ -125,13 +127,13 @@ def default_rank(layers: SparseLayers, kind: Kind = "shadow", share: float = SHA
 def initial_tensors(
     kind: Kind, layers: SparseLayers, rank: int, heads: Tensor, neurons: Tensor, seed: int
 ) -> dict[str, Tensor]:
-    """Networks that start as the static ranking: output weights zero, output biases as given.
+    """Make networks with output weights of zero and the given output biases, so that they start as the static ranking.
 
     Args:
         kind: "shadow" or "layerwise".
-        heads: bias of each head, ``(n_sparse, n_heads)``; a shadow's alone.
+        heads: bias of each head, ``(n_sparse, n_heads)``; used only for a shadow.
         neurons: bias of each neuron, ``(n_sparse, intermediate_size)``.
-        seed: of the trunks' random projections (normal, unit variance in and out).
+        seed: seed of the trunks' random weights (normal; inputs of unit variance give outputs of unit variance).
     """
     prefix, trunks = ("layers.", layers.count) if kind == "layerwise" else ("", 1)
     width = layers.spec.hidden_size

@@ -1,9 +1,9 @@
-"""Training in several processes at once: each learns from its own share of the text, all learn one network.
+"""Training of one network in several processes, each with its own share of the text.
 
     torchrun --nproc-per-node 2 -m shadowllm.cli train MODEL --traces traces.safetensors ...
 
-starts them, and so does any launcher that sets torchrun's variables. (`accelerate launch` itself starts several
-processes on CPUs through MPI alone.) Accelerate is an optional dependency, and one process never asks for it.
+Any launcher that sets the environment variables of torchrun can start the processes. (`accelerate launch` starts
+several processes on CPUs only through MPI.) Accelerate is an optional dependency; a single process does not need it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from shadowllm.errors import UserError
 
 
 def process_count() -> int:
-    """How many processes were started together, as their launcher says."""
+    """Return the number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Workers:
-    """The processes that train together; usually this one alone.
+    """The processes that train together. Usually there is only one.
 
     Attributes:
-        count: how many they are.
-        index: which of them this is, from 0.
+        count: number of processes.
+        index: index of this process, from 0.
 
     Raises:
-        UserError: there are several, and accelerate is not installed.
+        UserError: there are several processes, and accelerate is not installed.
     """
 
     def __init__(self) -> None:
@@ -44,11 +44,11 @@ class Workers:
                 raise UserError(
                     f"training in {self.count} processes needs the accelerate package", "pip install accelerate"
                 ) from error
-            self._accelerator = Accelerator(cpu=True)  # where the reference decoder runs
+            self._accelerator = Accelerator(cpu=True)  # the reference decoder runs on the CPU
             self.index = int(self._accelerator.process_index)
 
     def share(self, items: Tensor) -> Tensor:
-        """This process's part of some items along the first axis: as many as every other's, none in two.
+        """Return this process's part of the items along the first axis. Parts have equal sizes and do not overlap.
 
         Raises:
             UserError: fewer items than processes.
@@ -59,11 +59,11 @@ class Workers:
         return items[: each * self.count][self.index :: self.count]
 
     def average(self, tensors: Sequence[Tensor | None]) -> None:
-        """Replace each tensor by its mean over the processes, which must all come here with the same shapes."""
+        """Replace each tensor by its mean over the processes. All must call this with tensors of the same shapes."""
         found = [tensor for tensor in tensors if tensor is not None]
         if self._accelerator is None or not found:
             return
-        # One exchange for all: at these sizes a message's latency is what costs.
+        # One exchange for all tensors: at these sizes, most of the cost is the latency of a message.
         flat = torch.cat([tensor.flatten() for tensor in found])
         parts = self._accelerator.reduce(flat, reduction="mean").split([tensor.numel() for tensor in found])
         for tensor, part in zip(found, parts, strict=True):

@@ -1,4 +1,4 @@
-"""Choosing in place: a layer's units are scored on what the layer computes them from."""
+"""Selection per layer: the units of a layer are scored from the input of that layer."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from shadowllm.predictor.weight_copy import WeightCopy
 
 @dataclass(frozen=True)
 class PerLayerScores:
-    """Scores of every layer's units: heads by the predictor's linear fit, neurons by whatever the kind has.
+    """Scores the units of any layer: heads by the predictor's linear fit, neurons by a function.
 
     Attributes:
-        predictor: any with a fit of the heads.
-        neurons: scores ``(..., intermediate_size)`` of a layer's normed MLP input ``(..., hidden_size)``.
+        predictor: a predictor with a linear fit of the heads.
+        neurons: maps a layer and its normed MLP input ``(..., hidden_size)`` to scores ``(..., intermediate_size)``.
     """
 
     predictor: Predictor
     neurons: Callable[[int, Tensor], Tensor]
 
     def scores(self, layer: int, unit: Unit, x: Tensor) -> Tensor:
-        """Float32 ``(..., n_units)`` of normed attention or MLP input ``(..., hidden_size)``."""
+        """Return float32 ``(..., n_units)`` from the normed attention or MLP input ``(..., hidden_size)``."""
         return self.neurons(layer, x) if unit == "neurons" else layer_head_scores(self.predictor, layer, x)
 
 
 def per_layer_scores(
     kind: Kind, spec: ModelSpec, weights: Mapping[str, Tensor], predictor: Predictor, q: Quantisation = LOW_BIT_COPY
 ) -> PerLayerScores:
-    """The scores of a kind that chooses in place.
+    """Make the scores of a kind that selects per layer.
 
     Args:
-        weights: canonical float32 tensors; a quantised shadow copies them.
-        q: how its copy is rounded.
+        weights: canonical float32 tensors. A quantised shadow copies them.
+        q: rounding of the copy.
     """
     if kind == "layerwise":
         return PerLayerScores(predictor, partial(layer_neuron_scores, predictor))

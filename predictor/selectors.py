@@ -1,7 +1,7 @@
-"""Selectors: who chooses the active heads and neurons of each sparse layer, token by token.
+"""Selectors, which choose the active heads and neurons of each sparse layer during evaluation in PyTorch.
 
-For evaluation in PyTorch a selector is applied to every position of a window, each with its own
-choice. That is what a decode step does, so a teacher-forced pass measures the decode regime.
+Every position of a window has its own selection, as in a decode step. So a teacher-forced pass measures the
+quality of decoding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shadowllm.predictor.traces import Tracer
 
 @dataclass(frozen=True)
 class Context:
-    """What a selector may draw on; each takes what it needs."""
+    """The data that selectors are made from. Each selector uses a part of it."""
 
     spec: ModelSpec
     weights: Mapping[str, Tensor]
@@ -40,15 +40,15 @@ class Context:
 
     @property
     def sparse_layers(self) -> SparseLayers:
-        """The layers whose units are chosen."""
+        """The layers whose units are selected."""
         return SparseLayers(self.spec, self.dense_layers)
 
 
 class Selector(ABC):
-    """Scores the units of a layer; the highest stay active."""
+    """Scores the units of a layer. The units with the highest scores stay active."""
 
     def start(self, windows: Tensor, hidden: Tensor) -> None:  # noqa: B027 (most have nothing to prepare)
-        """Called once a pass.
+        """Prepare for a pass. This is called once per pass.
 
         Args:
             windows: the tokens ``(batch, seqlen)``.
@@ -56,18 +56,22 @@ class Selector(ABC):
         """
 
     def observe(self, layer: int, unit: Unit, x: Tensor) -> None:  # noqa: B027
-        """Called before units are scored, with the normed input ``(batch, seqlen, hidden_size)`` of their block."""
+        """Take the normed input ``(batch, seqlen, hidden_size)`` of a block, before its units are computed."""
 
     @abstractmethod
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
-        """Scores ``(batch, seqlen, n_units)``, or anything that broadcasts to it, of what an activation hook sees."""
+        """Return scores that broadcast to ``(batch, seqlen, n_units)``.
+
+        Args:
+            activation: the tensor that the decoder gives to an activation hook.
+        """
 
 
 SELECTORS: dict[str, Callable[[Context], Selector]] = {}
 
 
 def selector(name: str) -> Callable[[Callable[[Context], Selector]], Callable[[Context], Selector]]:
-    """Register a class or function that makes a `Selector` of a `Context`."""
+    """Register a class or function that makes a `Selector` from a `Context`."""
 
     def register(make: Callable[[Context], Selector]) -> Callable[[Context], Selector]:
         SELECTORS[name] = make
@@ -80,7 +84,7 @@ def make_selector(name: str, context: Context) -> Selector:
     """Build a selector by name.
 
     Raises:
-        UserError: no such selector, or it needs a predictor that was not given.
+        UserError: no such selector, or the predictor that it needs is missing or does not fit.
     """
     if name not in SELECTORS:
         raise UserError(f"no selector {name!r}", f"known: {', '.join(sorted(SELECTORS))}")
@@ -97,13 +101,13 @@ class Static(Selector):
         self._layers = context.sparse_layers
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
-        """One row for every token, ``(n_units,)``."""
+        """Return the same scores for every token, ``(n_units,)``."""
         return self._scores[unit][self._layers.row(layer)]
 
 
 @selector("shadow")
 class Shadow(Selector):
-    """One network at the first sparse layer that scores the whole model ahead."""
+    """One network at the first sparse layer, which scores the units of all sparse layers."""
 
     def __init__(self, context: Context) -> None:
         self._predictor = _needs_predictor("shadow", context)
@@ -117,19 +121,18 @@ class Shadow(Selector):
         self._scores = {unit: one.unflatten(0, windows.shape) for unit, one in zip(UNITS, found, strict=True)}
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
-        """This layer's part of the network's output."""
+        """Return this layer's part of the network's output."""
         return self._scores[unit][:, :, self._layers.row(layer)]
 
 
 class PerLayerSelector(Selector):
-    """Chooses in place, on what a layer's units are computed from.
+    """Selects per layer, from the layer's own input.
 
-    Heads go by the predictor's linear fit of their importance to the attention's input. Neurons go by its
-    networks ("layerwise"), or by ``|product| * ||w_down||`` of a low-bit copy of gate and up, which is
-    nearly what they will add ("quantized-shadow").
+    Heads are scored by the predictor's linear fit. Neurons are scored by the predictor's network of the layer
+    ("layerwise"), or by a low-bit copy of gate and up ("quantized-shadow", see `WeightCopy`).
 
     Args:
-        bits: of the copy; bundles have `LOW_BIT_COPY`'s.
+        bits: bits of the copy; a bundle has those of `LOW_BIT_COPY`.
     """
 
     def __init__(self, context: Context, kind: Kind, bits: int = LOW_BIT_COPY.bits) -> None:
@@ -144,11 +147,11 @@ class PerLayerSelector(Selector):
         self._found: dict[tuple[int, Unit], Tensor] = {}
 
     def observe(self, layer: int, unit: Unit, x: Tensor) -> None:
-        """Score the layer's units, before it computes them."""
+        """Score the layer's units before they are computed."""
         self._found = {(layer, unit): self._per_layer.scores(layer, unit, x)}
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
-        """What was found on the layer's input."""
+        """Return the scores that `observe` computed."""
         return self._found[layer, unit]
 
 
@@ -160,56 +163,56 @@ for _bits in (3, 2):
 
 @selector("random")
 class Random(Selector):
-    """A fresh random choice per token, layer and unit; the floor of every comparison."""
+    """A new random selection for each token, layer and unit. It is the lower bound in comparisons."""
 
     def __init__(self, context: Context) -> None:
         self._seed = context.seed
         self._generator = torch.Generator()
 
     def start(self, windows: Tensor, hidden: Tensor) -> None:
-        """Start over, so that every pass makes the same choices."""
+        """Seed the generator again, so that every pass makes the same selections."""
         self._generator.manual_seed(self._seed)
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
-        """Uniform in [0, 1)."""
+        """Return scores that are uniform in [0, 1)."""
         return torch.rand(activation.shape[:3], generator=self._generator)
 
 
 @selector("oracle")
 def oracle(context: Context) -> Selector:
-    """True importance; analysis only."""
+    """Make a selector that knows the true importance. It is for analysis only."""
     if find_criterion(context.criterion).needs_gradients:
         return _DenseOracle(context)
     return _PerLayerOracle(context)
 
 
 class _PerLayerOracle(Selector):
-    """Ranks what the layer computes at this moment, upstream masks included."""
+    """Ranks the activations of the masked pass itself, so they include the effect of earlier masks."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._score = find_criterion(context.criterion).score
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
-        """The criterion of the current activation."""
+        """Return the criterion of the current activation."""
         return self._score(unit_trace(self._context.spec, self._context.weights, layer, unit, activation))
 
 
 class _DenseOracle(Selector):
-    """Ranks the dense pass: a gradient exists only once the whole window has been through the model."""
+    """Ranks a dense pass, because gradients exist only after the whole window has passed through the model."""
 
     def __init__(self, context: Context) -> None:
         self._tracer = Tracer(context.spec, context.weights, context.criterion, context.dense_layers)
         self._scores: dict[Unit, Tensor] = {}
 
     def start(self, windows: Tensor, hidden: Tensor) -> None:
-        """Trace the window densely."""
+        """Trace the window with the dense model."""
         with torch.enable_grad():
             traced = self._tracer.trace(windows)
         self._scores = {unit: traced.importance(unit).unflatten(0, windows.shape) for unit in UNITS}
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
-        """This layer's part of the trace."""
+        """Return this layer's part of the trace."""
         return self._scores[unit][:, :, self._tracer.sparse_layers.row(layer)]
 
 
@@ -225,13 +228,13 @@ def _needs_kind(kind: Kind, predictor: Predictor) -> None:
 
 
 class MaskedDecoder:
-    """The reference decoder with all but the chosen units of its sparse layers zeroed, per token.
+    """The reference decoder with the unselected units of its sparse layers set to zero, per token.
 
     Args:
-        aggregate: name in `AGGREGATES`: per "token", or one choice for all tokens of a window. Such a choice knows
-            the text that follows: it reproduces figures, no decode step can make it.
+        aggregate: a name in `AGGREGATES`. "token" selects for each token. The others make one selection for a window,
+            as the paper and its code do. A decode step cannot do that, because it needs the text that follows.
 
-    After a pass ``masks`` holds what was chosen: bool ``(batch, seqlen, n_units)`` by layer and unit.
+    After a pass, ``masks`` has the selection: bool ``(batch, seqlen, n_units)`` by layer and unit.
     """
 
     def __init__(self, context: Context, chooser: Selector, budget: Budget, aggregate: str = "token") -> None:
@@ -244,7 +247,7 @@ class MaskedDecoder:
 
     @torch.no_grad()
     def __call__(self, windows: Tensor) -> Tensor:
-        """Logits ``(batch, seqlen, vocab_size)`` of int64 windows ``(batch, seqlen)``."""
+        """Return the logits ``(batch, seqlen, vocab_size)`` of int64 windows ``(batch, seqlen)``."""
         spec, first = self._context.spec, self._context.dense_layers
         decoder = Decoder(spec, self._context.weights, self._mask, self._observe)
         positions = torch.arange(windows.shape[1]).expand_as(windows)
@@ -263,17 +266,17 @@ class MaskedDecoder:
         if layer not in self._layers.layers:
             return activation
         count = self._count(layer, unit)
-        if count == self._sizes[unit]:  # nothing to choose, so nobody is asked
+        if count == self._sizes[unit]:  # everything is kept, so no scores are needed
             self.masks[layer, unit] = torch.ones(activation.shape[:3], dtype=torch.bool)
             return activation
         scores = self._chooser.scores(layer, unit, activation)
-        if scores.ndim == 3:  # else the same for all tokens anyway
+        if scores.ndim == 3:  # otherwise the scores are already the same for all tokens
             scores = self._aggregate(scores)
         mask = active_mask(self._context.spec, unit, scores, count).expand(activation.shape[:3])
         self.masks[layer, unit] = mask
         return activation * (mask.unsqueeze(-1) if unit == "heads" else mask)
 
     def _count(self, layer: int, unit: Unit) -> int:
-        """Units that a layer keeps; a dense one keeps all."""
+        """Return the number of units that a layer keeps. A dense layer keeps all."""
         kept = layer in self._layers.layers
         return int(self._counts[unit][self._layers.row(layer)]) if kept else self._sizes[unit]

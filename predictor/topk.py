@@ -1,4 +1,4 @@
-"""Choosing the largest scores, and how well one choice covers another."""
+"""Top-k selection by scores, and the recall of one selection against another."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from shadowllm.models.sparsity import Unit
 from shadowllm.models.spec import ModelSpec
 
-# What becomes of scores (batch, seqlen, n_units) before units are chosen. A decode step chooses token by token; one
-# choice for a whole sequence is the setting of the ShadowLLM paper, and the last token's that of its released code.
+# How scores (batch, seqlen, n_units) are combined before units are selected. A decode step selects for each token.
+# "sequence" is the setting of the ShadowLLM paper, and "last-token" that of its released code.
 AGGREGATES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "token": lambda scores: scores,
     "sequence": lambda scores: scores.mean(dim=1, keepdim=True),
@@ -21,18 +21,22 @@ AGGREGATES: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def active_mask(spec: ModelSpec, unit: Unit, scores: Tensor, count: int) -> Tensor:
-    """The ``count`` active units of a layer by their scores ``(..., n_units)``: a mask of the same shape.
+    """Mark the ``count`` active units of a layer.
 
     Args:
+        scores: ``(..., n_units)``.
         count: one of `Budget.counts`.
+
+    Returns:
+        bool ``(..., n_units)``.
     """
     return top_mask(shared_scores(spec, unit, scores), count)
 
 
 def shared_scores(spec: ModelSpec, unit: Unit, scores: Tensor) -> Tensor:
-    """Scores ``(..., n_units)`` by which units that are chosen together stand together.
+    """Give all heads of a group the sum of their scores ``(..., n_units)``, if groups are selected as a whole.
 
-    Such heads all get the sum of their scores, so that the tie rule of ``SelectTopK`` takes whole groups.
+    Ties go to the lower index, so ``SelectTopK`` then selects whole groups.
     """
     together = spec.heads_together if unit == "heads" else 1
     if together == 1:
@@ -42,7 +46,7 @@ def shared_scores(spec: ModelSpec, unit: Unit, scores: Tensor) -> Tensor:
 
 
 def top_mask(scores: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` largest entries along the last axis; ties go to the lower index, as in ``SelectTopK``.
+    """Mark the ``count`` largest entries along the last axis. Ties go to the lower index, as in ``SelectTopK``.
 
     Args:
         scores: float32 or float64 ``(..., n)``, finite, on the CPU.
@@ -54,17 +58,17 @@ def top_mask(scores: Tensor, count: int) -> Tensor:
     n = scores.shape[-1]
     if count >= n:
         return torch.ones_like(scores, dtype=torch.bool)
-    # NumPy partitions and counts several times as fast as PyTorch.
+    # NumPy's partition and count are several times faster than PyTorch's.
     values = scores.detach().reshape(-1, n).numpy()
     threshold = np.partition(values, n - count, axis=1)[:, n - count, None]
     chosen = values >= threshold
     surplus = np.count_nonzero(chosen, axis=1) - count
-    rows = surplus > 0  # with more entries at the threshold than there is room for: the last of them go
+    rows = surplus > 0  # too many entries equal the threshold: drop the last of them
     tied = values[rows] == threshold[rows]
     chosen[rows] &= ~(tied & (tied[:, ::-1].cumsum(axis=1, dtype=np.int32)[:, ::-1] <= surplus[rows, None]))
     return torch.from_numpy(chosen).view(scores.shape)
 
 
 def recall(chosen: Tensor, wanted: Tensor) -> float:
-    """Recall@k: the share of ``wanted`` that ``chosen`` holds; both bool of one shape."""
+    """Return recall@k: the share of ``wanted`` that is in ``chosen``. Both are bool and have the same shape."""
     return float(torch.count_nonzero(chosen & wanted) / torch.count_nonzero(wanted))

@@ -1,9 +1,9 @@
-"""What calibration leaves for training: windows, statistics, and as many traces as a limit allows.
+"""The result of calibration: token windows, statistics and, up to a size limit, the traces.
 
-A trace is kept as one byte per unit, 16 steps to the octave below the largest score of its token
-and layer: ranking and ratios are what training needs, and 4% steps keep both at a quarter of
-float32. Beyond the limit nothing but windows and statistics is kept, and training traces anew as it
-goes, so that the file stays small however long the text.
+A score is stored as one byte: its logarithm, relative to the largest score of its token and layer, with 16
+steps per octave. Training needs only rankings and ratios. Steps of 4% keep both, in a quarter of the bytes of
+float32. If the traces exceed the limit, they are not stored, and training computes them again. So the file
+stays small even if the text is long.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ OCTAVES = 255 / STEPS
 
 @dataclass(frozen=True)
 class Traces:
-    """A calibrated model.
+    """The result of calibrating one model.
 
     Attributes:
-        criterion, dense_layers: how it was traced.
+        criterion, dense_layers: settings of the tracer.
         base_fingerprint: `Weights.fingerprint` of the model.
         windows: the tokens, int64.
-        statistics: mean relative importance of each unit over the training tokens, each token and
-            layer scaled to a mean of 1: ``heads (n_sparse, n_heads)`` and ``neurons (n_sparse,
+        statistics: mean relative importance of each unit over the training tokens. Each token and layer is
+            scaled to a mean of 1. ``heads (n_sparse, n_heads)`` and ``neurons (n_sparse,
             intermediate_size)``, float32.
-        fit: the heads' importance as a linear map of their layer's input, as `LinearFit.solve` gives it; empty where
-            none was fitted.
-        stored: ``hidden`` float32 and uint8 codes ``heads`` and ``neurons`` of all tokens, held-out
-            windows first; empty when they would exceed the limit.
+        fit: linear map from a layer's input to the importance of its heads, as `LinearFit.solve` returns it.
+            Empty if none was fitted.
+        stored: ``hidden`` float32, and uint8 codes ``heads`` and ``neurons``, of all tokens. Held-out
+            windows come first. Empty if they exceed the limit.
     """
 
     criterion: str
@@ -82,7 +82,7 @@ class Traces:
         """Read a file that `save` wrote.
 
         Raises:
-            UserError: it is missing, damaged, or holds no traces.
+            UserError: the file is missing or damaged, or has no traces.
         """
         tensors, description = read_tensors(path, FORMAT, VERSION)
         try:
@@ -98,11 +98,14 @@ class Traces:
             raise UserError(f"{path} is not a readable trace file ({error})", "calibrate again") from error
 
     def training(self, tracer: Tracer | None, order: Tensor) -> Iterator[Chunk]:
-        """Traces of the training windows in the order of indices given: made anew by a tracer, else read back."""
+        """Yield traces of the training windows in a given order of indices.
+
+        A tracer computes them again. Without one, the stored traces are used.
+        """
         return self._chunks(self.windows.train, len(self.windows.held_out), tracer, order)
 
     def held_out(self, tracer: Tracer | None) -> Iterator[Chunk]:
-        """Traces of the held-out windows."""
+        """Yield traces of the held-out windows, as `training` does."""
         return self._chunks(self.windows.held_out, 0, tracer, torch.arange(len(self.windows.held_out)))
 
     def _chunks(self, windows: Tensor, first: int, tracer: Tracer | None, order: Tensor) -> Iterator[Chunk]:
@@ -112,7 +115,7 @@ class Traces:
         if not self.stored:
             raise UserError("the traces were too large to keep", "give the model, so that training can trace anew")
         seqlen = windows.shape[1]
-        # As many windows together as a live trace has, so that a training step mixes texts alike.
+        # The same windows per chunk as the tracer's, so that training steps mix texts in the same way.
         for part in (order + first).split(windows_per_chunk(seqlen)):
             rows = (part[:, None] * seqlen + torch.arange(seqlen)).flatten()
             yield Chunk(
@@ -132,16 +135,16 @@ def calibrate(
     fit_heads: bool = True,
     advance: Advance = no_progress,
 ) -> Traces:
-    """Trace the windows once, for statistics and, within ``limit_bytes``, for training.
+    """Trace the windows once, for the statistics and, if they fit in ``limit_bytes``, for training.
 
-    Text too long to keep is traced anew by training: then `SAMPLE_TOKENS` of it, the windows being in no order,
-    are enough for the statistics.
+    If the traces do not fit, training computes them again. Then `SAMPLE_TOKENS` training tokens are enough for
+    the statistics, because the windows are in random order.
 
     Args:
         weights: canonical float32 tensors in memory.
         fingerprint: `Weights.fingerprint` of the model.
-        fit_heads: fit the heads' linear map too. Its moments take ``8 * n_sparse * hidden_size ** 2`` bytes.
-        advance: told how many tokens are done with, as they are.
+        fit_heads: also fit the linear map of the heads. Its moments take ``8 * n_sparse * hidden_size ** 2`` bytes.
+        advance: called with the number of tokens finished since the last call.
 
     Raises:
         UserError: no such criterion.
@@ -173,20 +176,20 @@ def calibrate(
 
 
 def relative(scores: Tensor) -> Tensor:
-    """Scores over the mean of their token and layer; zero where all are."""
+    """Divide scores by the mean of their token and layer. If all are zero, they stay zero."""
     tiny = torch.finfo(torch.float32).tiny
     return scores / scores.mean(dim=-1, keepdim=True).clamp_min(tiny)
 
 
 def encode(scores: Tensor) -> Tensor:
-    """uint8 codes of scores, relative to the largest of each row; 0 for 16 octaves below and less."""
+    """Return uint8 codes of scores, relative to the largest of each row. Code 0 is about 16 octaves below, or less."""
     tiny = torch.finfo(torch.float32).tiny
     peak = scores.amax(dim=-1, keepdim=True).clamp_min(tiny)
     return (255 + STEPS * torch.log2((scores / peak).clamp_min(tiny))).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def decode(codes: Tensor) -> Tensor:
-    """Scores of codes, relative to the largest of each row, float32; what was too small to code is 0."""
+    """Return float32 scores of codes, relative to the largest of each row. Code 0 becomes the score 0."""
     return torch.exp2((codes.float() - 255) / STEPS).where(codes > 0, 0)
 
 

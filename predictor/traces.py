@@ -1,4 +1,4 @@
-"""Per-token importance traces, made window by window and consumed as they come."""
+"""Importance traces per token, computed chunk by chunk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHUNK_TOKENS = 512
 
 
 def windows_per_chunk(seqlen: int) -> int:
-    """Windows of ``seqlen`` tokens in a chunk, at least one."""
+    """Return the number of windows of ``seqlen`` tokens in a chunk, at least one."""
     return max(1, CHUNK_TOKENS // seqlen)
 
 
@@ -29,11 +29,11 @@ class Chunk:
     """Traces of some tokens, float32.
 
     Attributes:
-        hidden: input of layer ``dense_layers``, ``(tokens, hidden_size)``.
+        hidden: input of the first sparse layer, ``(tokens, hidden_size)``.
         heads: importance of each head, ``(tokens, n_sparse, n_heads)``.
         neurons: importance of each neuron, ``(tokens, n_sparse, intermediate_size)``.
-        inputs: what each layer's units are computed from, the normed input of its attention ("heads") and
-            of its MLP ("neurons"), ``(tokens, n_sparse, hidden_size)`` each; empty where traces are read back.
+        inputs: normed inputs of each layer's attention ("heads") and MLP ("neurons"),
+            ``(tokens, n_sparse, hidden_size)`` each. Empty if the traces were read from a file.
     """
 
     hidden: Tensor
@@ -43,15 +43,15 @@ class Chunk:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens."""
         return len(self.hidden)
 
     def importance(self, unit: Unit) -> Tensor:
-        """Of the heads or of the neurons."""
+        """Return the importance of the heads or of the neurons."""
         return self.heads if unit == "heads" else self.neurons
 
     def __getitem__(self, rows: Tensor) -> Chunk:
-        """Some of the tokens."""
+        """Return the chunk of the tokens with the given indices."""
         inputs = {unit: x[rows] for unit, x in self.inputs.items()}
         return Chunk(self.hidden[rows], self.heads[rows], self.neurons[rows], inputs)
 
@@ -63,7 +63,7 @@ class Tracer:
         spec: the model.
         weights: canonical float32 tensors in memory.
         criterion: name of a registered criterion.
-        dense_layers: layers at the bottom that stay dense and are not traced.
+        dense_layers: number of first layers that stay dense and are not traced.
 
     Raises:
         UserError: no such criterion.
@@ -76,12 +76,12 @@ class Tracer:
         self._criterion = find_criterion(criterion)
 
     def chunks(self, windows: Tensor) -> Iterator[Chunk]:
-        """Trace int64 ``(n_windows, seqlen)`` in the order given, about `CHUNK_TOKENS` tokens at a time."""
+        """Trace int64 ``(n_windows, seqlen)`` in order, about `CHUNK_TOKENS` tokens at a time."""
         for part in windows.split(windows_per_chunk(windows.shape[1])):
             yield self.trace(part)
 
     def trace(self, windows: Tensor) -> Chunk:
-        """Trace int64 ``(n_windows, seqlen)`` in one pass; windows do not see each other."""
+        """Trace int64 ``(n_windows, seqlen)`` in one pass. Windows are independent of each other."""
         scores = self._with_gradients if self._criterion.needs_gradients else self._forward_only
         inputs: dict[tuple[int, Unit], Tensor] = {}
 
@@ -94,14 +94,14 @@ class Tracer:
         return Chunk(hidden.flatten(0, 1), heads, neurons, {unit: self._by_token(inputs, unit) for unit in UNITS})
 
     def _by_token(self, found: Mapping[tuple[int, Unit], Tensor], unit: Unit) -> Tensor:
-        """One unit's ``(batch, seqlen, width)`` of every sparse layer as ``(tokens, n_sparse, width)``."""
+        """Stack the ``(batch, seqlen, width)`` tensors of one unit into ``(tokens, n_sparse, width)``."""
         return torch.stack([found[layer, unit].flatten(0, 1) for layer in self.sparse_layers.layers], dim=1)
 
     def _forward_only(self, windows: Tensor, input_hook: InputHook) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
         found: dict[tuple[int, Unit], Tensor] = {}
 
         def activation_hook(layer: int, unit: Unit, activation: Tensor) -> Tensor:
-            # Scored at once, so that no activation outlives its layer.
+            # Score here, so that the activation can be freed after its layer.
             if layer in self.sparse_layers.layers:
                 found[layer, unit] = self._score(layer, unit, activation)
             return activation
@@ -124,7 +124,7 @@ class Tracer:
         with sdpa_kernel(SDPBackend.MATH) if second else nullcontext():
             hidden, last = self._run(decoder, windows)
             logits = decoder.logits(last)
-        # A sum, not a mean: a token's score must not depend on how long its window is.
+        # A sum, not a mean: a token's score must not depend on the length of its window.
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
         gradients = torch.autograd.grad(loss, list(seen.values()), create_graph=second)
         curvatures: Sequence[Tensor | None] = [None] * len(gradients)
@@ -147,7 +147,7 @@ class Tracer:
             hidden = decoder.embed(windows, positions)
             for layer in range(self.sparse_layers.dense_layers):
                 hidden = decoder.layer(layer, hidden, positions)
-        # Only what comes after the dense layers is differentiated, and no weight ever is.
+        # Gradients are needed only in the layers after the dense ones, and never for weights.
         hidden = hidden.requires_grad_(self._criterion.needs_gradients)
         last = hidden
         for layer in self.sparse_layers.layers:

@@ -1,4 +1,4 @@
-"""Training of predictors on traces, and how well they do on tokens they never saw."""
+"""Training of predictors on traces, and their evaluation on held-out tokens."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def train_static(
     budget: Budget = DEFAULT_BUDGET,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Predictor:
-    """The ranking by mean importance over the training tokens; needs no training.
+    """Make a predictor from the result of calibration alone, without training.
 
     Args:
-        kind: "static", or "quantized-shadow", whose heads go by their fit instead.
-        budget: the fractions at which recall on the held-out tokens is recorded.
-        weights: canonical float32 tensors; needed only when the traces were too large to keep.
+        kind: "static", or "quantized-shadow", which scores heads by their linear fit and neurons by a low-bit copy.
+        budget: the budget at which the recall of the ranking on the held-out tokens is recorded.
+        weights: canonical float32 tensors; needed only if the traces were too large to keep.
     """
     predictor = _predictor(kind, spec, traces, {})
     found = evaluate_recall(spec, predictor, traces, budget, tracer=_tracer(spec, traces, weights))
@@ -54,23 +54,24 @@ def train_network(
     weights: Mapping[str, Tensor] | None = None,
     advance: Advance = no_progress,
 ) -> Predictor:
-    """Train the network that scores the whole model at its first sparse layer, or one in each layer.
+    """Train one network for all sparse layers ("shadow"), or one in each layer ("layerwise").
 
-    They start as the static ranking and learn what their input adds to that. Processes started together
-    (see `Workers`) share the windows and learn one network.
+    Training starts from the static ranking. Several processes (see `Workers`) share the windows and train the
+    same network.
 
     Args:
         kind: "shadow" or "layerwise".
-        weights: canonical float32 tensors, to trace anew; needed by layerwise networks, whose inputs are
-            not kept, and when the traces were too large to keep.
-        advance: told how many tokens were learned from, as they are (epochs times the training tokens).
+        weights: canonical float32 tensors, to compute the traces again. Needed if the traces were too large to
+            keep, and by layerwise networks, whose inputs are not kept.
+        advance: called with the number of tokens trained on since the last call. The total is the number of
+            training tokens times the epochs.
 
     Returns:
-        A predictor whose record holds loss and recall@k on the held-out tokens, its own and what they were
-        before training ("static").
+        A predictor. Its record has loss and recall@k on the held-out tokens, after training (under its kind) and
+        before ("static").
 
     Raises:
-        UserError: a model too small for a network, or traces to be made anew without ``weights``.
+        UserError: the model is too small for a network, or traces must be computed and ``weights`` is missing.
     """
     config = config or TrainConfig()
     tracer, workers = _tracer(spec, traces, weights), Workers()
@@ -103,12 +104,12 @@ def train_network(
 
 
 class Trainer:
-    """One network while it learns: takes traces in as they come.
+    """Trains one network on chunks of traces.
 
     Args:
-        start: a network, as `initial` makes it.
-        total: tokens that this process will see, by which the learning rate falls.
-        workers: the processes that learn the same network, each from its own tokens.
+        start: a network that `initial` made.
+        total: number of tokens that this process will train on; the learning rate reaches zero there.
+        workers: the processes that train the same network, each on its own tokens.
     """
 
     def __init__(
@@ -133,12 +134,12 @@ class Trainer:
         self.seen = 0
 
     def learn(self, chunk: Chunk) -> None:
-        """Go through the tokens of a chunk once, in a random order."""
+        """Train on the tokens of a chunk once, in random order."""
         for rows in torch.randperm(chunk.tokens, generator=self._order).split(self._config.batch_tokens):
             self._step(chunk[rows])
 
     def predictor(self) -> Predictor:
-        """The network as it is now."""
+        """Return a copy of the network in its current state."""
         return replace(self._network, tensors={name: t.detach().clone() for name, t in self._network.tensors.items()})
 
     def _step(self, batch: Chunk) -> None:
@@ -157,10 +158,10 @@ class Trainer:
 
 
 def chunk_scores(predictor: Predictor, chunk: Chunk) -> dict[Unit, Tensor]:
-    """What a predictor makes of traced tokens: ``(tokens, n_sparse, n_units)`` for heads and for neurons.
+    """Return a predictor's scores of traced tokens, ``(tokens, n_sparse, n_units)`` for heads and for neurons.
 
     Raises:
-        UserError: layerwise networks, and traces that were read back, without their layers' inputs.
+        UserError: the networks are layerwise, and the traces come from a file, which has no inputs of layers.
     """
     if predictor.kind != "layerwise":
         return dict(zip(UNITS, scores(predictor, chunk.hidden), strict=True))
@@ -178,11 +179,11 @@ def evaluate_recall(
     loss: str | None = None,
     tracer: Tracer | None = None,
 ) -> dict[str, float]:
-    """Recall@k at a budget, and a loss if named, over the held-out tokens.
+    """Measure recall@k at a budget, and optionally a loss, on the held-out tokens.
 
     Returns:
-        ``head_recall``, ``neuron_recall`` and, with a loss, ``loss`` (of all that was learned, added),
-        each a mean over tokens and layers.
+        ``head_recall``, ``neuron_recall`` and, if ``loss`` is given, ``loss``, the sum over the units that were
+        trained. Each is a mean over tokens and layers.
     """
     counts = _counts(SparseLayers(spec, traces.dense_layers), budget)
     sums: dict[str, float] = {"head_recall": 0.0, "neuron_recall": 0.0} | ({"loss": 0.0} if loss else {})
@@ -200,10 +201,12 @@ def evaluate_recall(
 
 @torch.no_grad()
 def initial(kind: Kind, spec: ModelSpec, traces: Traces, config: TrainConfig) -> Predictor:
-    """An untrained network ("shadow" or "layerwise") that ranks neurons, and a shadow's heads, as static does.
+    """Make an untrained network ("shadow" or "layerwise") that ranks as static does.
+
+    Only the heads of a layerwise predictor rank differently: they use the linear fit.
 
     Raises:
-        UserError: a model too small for a network of the usual size, where the config names none.
+        UserError: the config gives no rank, and the model is too small for the default one.
     """
     layers = SparseLayers(spec, traces.dense_layers)
     rank = config.rank or default_rank(layers, kind)
@@ -216,7 +219,7 @@ def initial(kind: Kind, spec: ModelSpec, traces: Traces, config: TrainConfig) ->
 
 
 def _predictor(kind: Kind, spec: ModelSpec, traces: Traces, tensors: Mapping[str, Tensor]) -> Predictor:
-    """With what calibration alone gives every predictor: the rankings, and the fit of the heads."""
+    """Make a predictor of the given tensors and the results of calibration: the rankings and the fit of the heads."""
     rankings = {f"{unit}.scores": traces.statistics[unit] for unit in UNITS}
     fit = {f"layers.heads.{name}": tensor for name, tensor in traces.fit.items()}
     return Predictor(
@@ -232,7 +235,7 @@ def _predictor(kind: Kind, spec: ModelSpec, traces: Traces, tensors: Mapping[str
 
 
 def _counts(layers: SparseLayers, budget: Budget) -> dict[Unit, int]:
-    """Units of a layer to keep: membership is learned at one budget for all layers."""
+    """Return the number of units to keep in a layer. Training uses the mean budget for all layers."""
     counts = budget.mean().counts(layers)
     return {unit: int(counts[unit][0]) for unit in UNITS}
 

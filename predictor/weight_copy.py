@@ -1,4 +1,4 @@
-"""The low-bit copy of gate and up by which a quantised shadow scores neurons before they are computed."""
+"""The low-bit copy of gate and up. A quantised shadow scores neurons with it before they are computed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from shadowllm.models.sparsity import SparseLayers
 
 
 class WeightCopy:
-    """Scores the neurons of a layer on the MLP's own input: nearly the length of what each will add.
+    """Scores the neurons of a layer from the MLP's input. A score is nearly the norm of what the neuron adds.
 
     Args:
-        layers: that are scored, and need a copy.
+        layers: the layers to copy and score.
         weights: canonical float32 tensors.
-        q: how gate and up are rounded; norms, biases and ``||w_down||`` are exact.
+        q: rounding of gate and up. Norms, biases and ``||w_down||`` are exact.
     """
 
     def __init__(self, layers: SparseLayers, weights: Mapping[str, Tensor], q: Quantisation = LOW_BIT_COPY) -> None:
@@ -33,7 +33,7 @@ class WeightCopy:
         self._decoder = Decoder(layers.spec, {**weights, **copies})
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
-        """``|product of the copy| * ||w_down||``.
+        """Return ``|product of the copy| * ||w_down||``.
 
         Args:
             x: normed MLP input ``(..., hidden_size)``.

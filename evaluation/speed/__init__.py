@@ -1,1 +1,1 @@
-"""Timing of sessions, each in a process of its own, and the report."""
+"""Timing of sessions, each in its own process, and the report."""

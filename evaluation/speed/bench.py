@@ -1,4 +1,4 @@
-"""``shadowllm bench``: a bundle's sparse path against dense ones, speed and quality side by side."""
+"""The benchmark of ``shadowllm bench``: speed and quality of a bundle's sparse path and of dense backends."""
 
 from __future__ import annotations
 
@@ -40,23 +40,24 @@ def bench(
     threads: int | None = None,
     percentiles: Sequence[float] = (50, 90, 99),
 ) -> Report:
-    """Time a bundle's sparse path against other backends, each in a process of its own, interleaved.
+    """Time a bundle's sparse path and other backends, each in its own process, with interleaved runs.
 
     Args:
         bundle: folder written by ``shadowllm export``.
-        against: backends to hold it against; the first is the baseline of the quality figures.
-        backend: the one that runs the sparse path.
-        budget: fractions kept; the bundle's default when None.
-        prompt_len: tokens of the prompt, from documentation text.
-        new_tokens: tokens of each generation; the first comes out of the prefill.
-        runs, warmup: generations counted, and generations before them that are not.
-        quality_tokens: length of each of the two texts quality is measured on: how the
-            documentation goes on, and what the baseline generated. 0 leaves quality out.
-        threads: of each session; its own default when None.
-        percentiles: of the inter-token latency; 50, 90 and 99 are always there.
+        against: backends to compare with; the first is the baseline of the quality figures.
+        backend: the backend that runs the sparse path.
+        budget: fractions to keep; the bundle's default if None.
+        prompt_len: tokens of the prompt, which is documentation text.
+        new_tokens: tokens of each generation; the first is the result of the prefill.
+        runs: number of counted generations.
+        warmup: number of generations before them, which are not counted.
+        quality_tokens: length of each of the two texts for quality: the continuation of the documentation,
+            and the text that the baseline generated. 0 omits quality.
+        threads: threads of each session; the session's default if None.
+        percentiles: percentiles of the inter-token latency; 50, 90 and 99 are always included.
 
     Raises:
-        UserError: no bundle, an argument out of range, too little text, or a worker that failed.
+        UserError: no bundle, an argument out of range, too little text, or a worker failed.
     """
     manifest = read_manifest(bundle)
     budget = budget or Budget(**manifest.budgets)
@@ -101,7 +102,7 @@ def bench(
 
 
 class Texts:
-    """The prompt and the two texts that quality is measured on."""
+    """The prompt and the two texts on which quality is measured."""
 
     def __init__(self, prompt: list[int], documentation: list[int], baseline: str) -> None:
         self.prompt = prompt
@@ -111,10 +112,10 @@ class Texts:
     def score(
         self, workers: Mapping[str, Worker], taken: Mapping[str, Sequence[Generation]], advance: Any
     ) -> dict[str, dict[str, float]]:
-        """Quality of each contender, teacher-forced after the prompt.
+        """Measure the quality of each contender, teacher-forced after the prompt.
 
-        Perplexity is that of the documentation; agreement counts over both texts how often the
-        most probable next token is the baseline's.
+        Perplexity is measured on the documentation. Agreement is the share of positions in both texts with the
+        same most probable next token as the baseline.
         """
         generated = taken[self._baseline][0].tokens[: len(self._documentation)]
         answers: dict[str, list[dict[str, Any]]] = {}
@@ -166,7 +167,7 @@ def _check(
 
 
 def session_command(bundle: Path, backend: str, budget: Budget, threads: int | None) -> tuple[str, ...]:
-    """The command line of a worker process that serves a session."""
+    """Return the command line of a worker process that serves a session."""
     limit = ("--threads", str(threads)) if threads else ()
     return module_command(
         "shadowllm.evaluation.speed.worker",
@@ -188,11 +189,11 @@ def traffic_of(
     prompt_len: int,
     new_tokens: int,
 ) -> Traffic:
-    """Mean bytes per decode step of a contender: the sparse path where ``name`` is "sparse", else a dense one.
+    """Return the mean bytes per decode step of a contender: of the sparse path if ``name`` is "sparse", else dense.
 
-    The sparse path of ONNX Runtime decodes dense where that reads less.
+    The sparse path of ONNX Runtime decodes dense if that reads less.
     """
-    # The CPU backends compute 16-bit bundles in float32, and read that many bytes; only native rows stay as they are.
+    # The CPU backends widen the weights of 16-bit bundles to float32. Only the rows of native ops stay at 16 bits.
     itemsize = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
     q = manifest.quantisation if backend.startswith("ort") else None
     matrix_itemsize = q.itemsize if q else itemsize

@@ -1,4 +1,4 @@
-"""What a measurement was taken on: hardware, software, commit and date. No host names, no paths."""
+"""The environment of a measurement: hardware, software, commit and date. No host names, no paths."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PACKAGES = ("shadowllm", "onnxruntime", "onnx-ir", "torch", "numpy", "transforme
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:
-    """JSON types: CPU model, cores, RAM in 1e9 bytes, OS, Python, package versions, commit, date, threads.
+    """Return CPU model, cores, RAM in 1e9 bytes, OS, Python, package versions, commit, date and threads, for JSON.
 
     Args:
-        threads: of each session; None is recorded as the number of cores.
+        threads: threads of each session; None is recorded as the number of cores.
     """
     return {
         "cpu": cpu_model(),
@@ -34,7 +34,7 @@ def environment(threads: int | None = None) -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """Name of the processor as the system gives it."""
+    """Return the name of the processor, from the operating system."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -44,14 +44,14 @@ def cpu_model() -> str:
 
 
 def ram_gb() -> float | None:
-    """Physical memory in 1e9 bytes, None where the system does not say."""
+    """Return the physical memory in 1e9 bytes, or None if it is unknown."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return None
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
 
 
 def package_versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Versions of those that are installed."""
+    """Return the versions of the packages that are installed."""
     found = {}
     for name in names:
         try:
@@ -62,7 +62,7 @@ def package_versions(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree this runs from, with "-dirty" for local changes; None outside one."""
+    """Return the commit of this source tree, with "-dirty" for local changes. None if this is an installed copy."""
     folder = Path(__file__).resolve().parent
     try:
         git = ["git", "-C", str(folder)]
@@ -78,5 +78,5 @@ def git_commit() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    # An installed copy may lie inside some other project's repository, whose commit says nothing.
+    # An installed copy may be inside the repository of another project, whose commit means nothing here.
     return done.stdout.strip() or None if done.returncode == tracked.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""The figure of a report: latency and throughput bars with the quality beside them."""
+"""The figure of a report: bars for latency, throughput and quality."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shadowllm.errors import UserError
 if TYPE_CHECKING:
     from shadowllm.evaluation.speed.report import Report
 
-FIRST, OTHERS = "#7fb2d6", "#c9ced3"  # the contender in question, and what it is held against
+FIRST, OTHERS = "#7fb2d6", "#c9ced3"  # colours of the first contender and of the others
 
 
 def draw(report: Report, path: Path) -> None:
@@ -49,7 +49,7 @@ def draw(report: Report, path: Path) -> None:
 
 
 def new_figure(inches: tuple[float, float]) -> Any:
-    """An empty matplotlib figure that needs no display.
+    """Return an empty matplotlib figure that needs no display.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -86,7 +86,7 @@ def _bars(
 ) -> None:
     bars = axis.barh(names, values, color=[FIRST] + [OTHERS] * (len(names) - 1), height=0.6)
     texts = [label.format(value) + note for value, note in zip(values, notes or [""] * len(names), strict=True)]
-    # Inside the bar: outside they would collide with the line that marks the tail.
+    # Labels without notes are inside the bar: outside they would collide with the line that marks the tail.
     axis.bar_label(bars, texts, label_type="edge" if notes else "center", padding=2 if notes else 0, fontsize=8)
     axis.set_title(title, fontsize=8, loc="left")
     axis.tick_params(labelsize=8)

@@ -1,4 +1,4 @@
-"""Runs contenders against each other: one worker process each, runs interleaved, warm-up left out."""
+"""Runs contenders in turns, each in its own worker process, and summarises their times."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 from shadowllm.child import Child, ChildError
 from shadowllm.errors import UserError
 
-# Thread pools spin for a few milliseconds after their last task; let them fall asleep before the next one runs.
+# Thread pools spin for a few milliseconds after their last task. They should sleep before the next contender runs.
 SETTLE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A name for the table, and the command that starts its worker (see `worker.serve`)."""
+    """A name for the table, and the command that starts a worker (see `worker.serve`)."""
 
     name: str
     command: tuple[str, ...]
@@ -31,9 +31,9 @@ class Generation:
 
     Attributes:
         itl_ms: one per decode step, so one fewer than ``tokens``.
-        parts_ms: mean per decode step of each part the session tells apart; empty if it does not.
-        peak_rss_mb: of the worker so far, in 1e6 bytes.
-        device_memory: bytes on the GPU by what they hold; empty where the session does not say.
+        parts_ms: mean time per decode step of each part; empty if the session does not measure parts.
+        peak_rss_mb: peak of the worker so far, in 1e6 bytes.
+        device_memory: bytes on the GPU by purpose; empty if the session does not report them.
     """
 
     ttft_ms: float
@@ -45,19 +45,19 @@ class Generation:
 
 
 class Worker:
-    """A running worker process; leaving the context ends it.
+    """A running worker process. Leaving the context ends it.
 
     Attributes:
-        load_report: ``load_seconds``, and ``peak_rss_mb`` in 1e6 bytes, once entered.
+        load_report: ``load_seconds`` and ``peak_rss_mb`` (1e6 bytes), set on entering the context.
 
     Raises:
-        UserError: what the worker reports as the user's to mend, or that it died.
+        UserError: the worker raised it, or the worker died.
     """
 
     def __init__(self, contender: Contender) -> None:
         self.name = contender.name
         self._program = contender.command[0]
-        # There is nothing that it should clean up.
+        # No grace period: a worker has nothing to clean up.
         self._child = Child(contender.command, f"the worker of {self.name}", grace=0)
         self.load_report: dict[str, Any] = {}
 
@@ -91,11 +91,11 @@ class Worker:
             raise UserError(f"the worker of {self.name} died ({reason}){last}", remedy) from death
 
     def generate(self, **arguments: Any) -> Generation:
-        """One timed generation; arguments as `worker.StepTimer.generate` takes them."""
+        """Run one timed generation. The arguments are those of `worker.StepTimer.generate`."""
         return Generation(**self.ask("generate", **arguments))
 
 
-# A last pass over the running workers, for example one that measures quality.
+# A function that uses the workers after the last run, for example to measure quality.
 After = Callable[[Mapping[str, Worker], Mapping[str, Sequence[Generation]]], Any]
 
 
@@ -111,20 +111,20 @@ def race(
 ) -> tuple[dict[str, list[Generation]], Any]:
     """Time every contender ``runs`` times in turn: A B C, B C A, C A B, ...
 
-    Interleaving spreads a machine's slow and fast spells over all contenders alike, and run i of
-    one can be held against run i of another. Whoever starts a round finds code and files colder than
-    those behind it (3% to 6% of a first token), so all take that place in turn.
+    Interleaving distributes slow and fast phases of the machine over all contenders. So run i of one contender can be
+    compared with run i of another. The first contender of a round is slower, because its code and files are not in the
+    caches (3% to 6% of the time to the first token). So the contenders take turns at going first.
 
     Args:
-        contenders: started in this order, all alive until the end.
+        contenders: started in this order, and all running until the end.
         requests: arguments of each ``generate`` request.
-        warmup: rounds that come first and are not counted.
+        warmup: number of rounds at the start that are not counted.
         after: called with the workers and the counted generations after the last run.
-        tick: told the contender's name after each generation, warm-up included.
-        settle: seconds of rest before each generation.
+        tick: called with the contender's name after each generation, including the warm-up.
+        settle: seconds to sleep before each generation.
 
     Returns:
-        The counted generations of each contender, in order, and what ``after`` returned.
+        The counted generations of each contender, in order, and the result of ``after``.
     """
     taken: dict[str, list[Generation]] = {contender.name: [] for contender in contenders}
     with ExitStack() as stack:
@@ -142,16 +142,15 @@ def race(
 
 @dataclass(frozen=True)
 class Summary:
-    """What the runs of one contender come to.
+    """The summary of the runs of one contender.
 
     Attributes:
         ttft_ms: min, median and max over runs.
-        itl_ms: min, median, mean, max and the percentiles asked for ("p50", "p90", ...) over all
-            decode steps of all runs.
-        tokens_per_second: decode throughput, median over runs; TTFT is not in it.
+        itl_ms: min, median, mean, max and percentiles ("p50", "p90", ...) over all decode steps of all runs.
+        tokens_per_second: decode throughput without TTFT, median over runs.
         tokens_per_second_spread: slowest and fastest run.
         parts_ms: median over runs.
-        device_memory: bytes by what they hold, the same in every run.
+        device_memory: bytes on the GPU by purpose, of the last run.
     """
 
     ttft_ms: dict[str, float]
@@ -186,7 +185,7 @@ def summarise(generations: Sequence[Generation], percentiles: Sequence[float] = 
 
 
 def speedup(baseline: Sequence[Generation], other: Sequence[Generation]) -> dict[str, float]:
-    """How many times faster ``other`` decodes than ``baseline``, run i against run i.
+    """Return how many times faster ``other`` decodes than ``baseline``, comparing run i with run i.
 
     Returns:
         ``median``, ``min`` and ``max`` over runs of the ratio of the median inter-token latencies.

@@ -1,4 +1,4 @@
-"""What a benchmark found, as table, JSON and figure."""
+"""The report of a benchmark, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """One contender.
+    """The result of one contender.
 
     Attributes:
-        traffic: bytes it has to read per decode step; None where it is not known.
-        quality: ``next_token_agreement`` with the baseline, ``perplexity``, ``tokens``; empty where
-            it was not measured.
+        traffic: bytes that it must read per decode step; None if unknown.
+        quality: ``next_token_agreement`` with the baseline, ``perplexity``, ``tokens``; empty if not measured.
     """
 
     name: str
@@ -33,11 +32,11 @@ class Result:
 
     @property
     def gb_per_second(self) -> float | None:
-        """Bytes per token over the median inter-token latency."""
+        """Bytes per token divided by the median inter-token latency."""
         return self.traffic.total / self.summary.itl_ms["median"] / 1e6 if self.traffic else None
 
     def to_dict(self) -> dict[str, Any]:
-        """One entry of the report's ``results``."""
+        """Return an entry of the report's ``results``."""
         summary = self.summary
         return {
             "name": self.name,
@@ -57,15 +56,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole benchmark.
+    """The report of a whole benchmark.
 
     Attributes:
-        settings: what was asked for: model, prompt length, new tokens, runs, warm-up, budgets.
-        bandwidth_gb_s: measured read bandwidth, the roof; None where it was not measured.
-        comparison: one entry per pair, ``{"name", "baseline", "speedup": {"median", "min", "max"}}``,
-            the ratio of median inter-token latencies run by run.
-        predictor: its own cost, ``ms_per_token``, ``share_of_step`` and ``bytes_per_token``; empty
-            where no contender has one.
+        settings: the benchmark's settings: model, prompt length, new tokens, runs, warm-up, budgets.
+        bandwidth_gb_s: measured read bandwidth, the upper limit; None if it was not measured.
+        comparison: one entry per pair, ``{"name", "baseline", "speedup": {"median", "min", "max"}}``. A speedup is the
+            ratio of the median inter-token latencies of a run.
+        predictor: cost of the predictor, ``ms_per_token``, ``share_of_step`` and ``bytes_per_token``; empty if it
+            was not measured.
     """
 
     environment: dict[str, Any]
@@ -76,7 +75,7 @@ class Report:
     predictor: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types, as ``--json`` writes them."""
+        """Return the JSON that ``--json`` writes."""
         return {
             "environment": self.environment,
             "settings": self.settings,
@@ -98,7 +97,7 @@ class Report:
             raise UserError(f"cannot write {path} ({error.strerror})", "name a file in a folder that exists") from error
 
     def print(self, console: Console) -> None:
-        """Table, one summary line per contender in trtexec's words, and the comparison."""
+        """Print the table, a summary line for each contender in the wording of trtexec, and the comparison."""
         from rich.table import Table
 
         console.print(self.title(), highlight=False, soft_wrap=True)  # a table's own title wraps at the table's width
@@ -118,7 +117,7 @@ class Report:
             console.print(line, highlight=False, soft_wrap=True)
 
     def title(self) -> str:
-        """Model and setting in one line."""
+        """Return the model and the settings in one line."""
         s = self.settings
         return (
             f"{s['model']}: prompt {s['prompt_len']} + {s['new_tokens']} new tokens, {s['runs']} runs, "
@@ -173,7 +172,7 @@ class Report:
 
 
 def latency_line(result: Result) -> str:
-    """trtexec's summary wording for the inter-token latency."""
+    """Return a summary of the inter-token latency in the wording of trtexec."""
     itl = result.summary.itl_ms
     tails = "".join(
         f", percentile({name[1:]}%) = {value:.3f} ms" for name, value in itl.items() if name[0] == "p" and name != "p50"

@@ -1,11 +1,11 @@
-"""One contender of a benchmark, alone in its process (see `shadowllm.child` for how it is talked to).
+"""The worker process of one contender of a benchmark (`shadowllm.child` describes the protocol).
 
-Two sessions in one process disturb each other (their thread pools spin on the same cores), so the
-harness starts one worker per contender. This module imports nothing heavy: workers of other
-toolkits run it under interpreters of their own.
+Two sessions in one process disturb each other, because their thread pools spin on the same cores. So the harness
+starts one worker per contender. Workers of other toolkits run this module under their own interpreters, so it imports
+nothing heavy.
 
-Requests are ``{"do": "load" | "generate" | "score", ...}``, "load" first and once; every result holds
-``peak_rss_mb`` too.
+Requests are ``{"do": "load" | "generate" | "score", ...}``. "load" comes first, and only once. Every result also
+has ``peak_rss_mb``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Answer = dict[str, Any]
 Commands = Mapping[str, Callable[..., Answer]]
-# Yields the new tokens of a prompt, one at a time.
+# Takes a prompt and a number of tokens, and yields the new tokens one at a time.
 Loop = Callable[[list[int], int], Iterator[int | None]]
 
 
@@ -49,25 +49,24 @@ class Steps(Protocol):
 
 
 class StepTimer:
-    """Times the steps of a session: the clock runs around ``prefill`` and ``decode`` only."""
+    """Times the steps of a session: only ``prefill`` and ``decode`` are timed."""
 
     def __init__(self, session: Steps) -> None:
         self._session = session
 
     def commands(self) -> Commands:
-        """What `serve` answers with."""
+        """Return the commands for `serve`."""
         return {"generate": self.generate, "score": self.score}
 
     def generate(self, prompt: list[int], new_tokens: int, forced: list[int] | None = None) -> Answer:
-        """Run a prompt and ``new_tokens`` tokens; the first of them comes out of the prefill.
+        """Run a prompt and generate ``new_tokens`` tokens; the first is the result of the prefill.
 
         Args:
-            forced: tokens to go on with (teacher forcing) instead of the most probable ones.
+            forced: tokens to feed (teacher forcing) instead of the most probable ones.
 
         Returns:
-            ``ttft_ms``; ``itl_ms``, one per decode step; ``tokens``, as the model chose them;
-            ``parts_ms``, mean per decode step and part, where the session measures its parts;
-            ``device_memory``, bytes on the GPU by what they hold, where the session knows.
+            The fields of `harness.Generation` without ``peak_rss_mb``. ``tokens`` are the most probable ones, even if
+            others were forced.
         """
         self._session.reset(1)
         start = time.perf_counter_ns()
@@ -91,11 +90,11 @@ class StepTimer:
         }
 
     def score(self, context: list[int], continuation: list[int]) -> Answer:
-        """Teacher-forced pass: the context is prefilled, the continuation decoded token by token.
+        """Run a teacher-forced pass: prefill the context, then decode the continuation token by token.
 
         Returns:
-            ``nll``, negative log-likelihood (nats) of each token of the continuation, and
-            ``predicted``, the most probable token in its place.
+            ``nll``, the negative log-likelihood (nats) of each token of the continuation, and
+            ``predicted``, the most probable token at its position.
         """
         self._session.reset(1)
         logits = self._session.prefill([context])[0]
@@ -108,17 +107,17 @@ class StepTimer:
 
 
 class LoopTimer:
-    """Times a whole generation loop, token by token: sampling and bookkeeping count."""
+    """Times a whole generation loop, token by token, including sampling and bookkeeping."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
 
     def commands(self) -> Commands:
-        """What `serve` answers with."""
+        """Return the commands for `serve`."""
         return {"generate": self.generate}
 
     def generate(self, prompt: list[int], new_tokens: int) -> Answer:
-        """As `StepTimer.generate`; the clock runs from one token to the next."""
+        """Generate like `StepTimer.generate`, but time from one token to the next."""
         tokens, ticks = [], [time.perf_counter_ns()]
         for token in self._loop(prompt, new_tokens):
             ticks.append(time.perf_counter_ns())
@@ -128,13 +127,13 @@ class LoopTimer:
 
 
 def serve(load: Callable[[], AbstractContextManager[Commands]]) -> int:
-    """Answer requests: first "load", then those that the session's commands answer.
+    """Answer requests: first "load", then the session's commands.
 
     Args:
-        load: opens the session; entering it is the load time reported.
+        load: returns a context manager that opens the session and gives its commands. Entering it is timed.
 
     Returns:
-        The exit status: 1 when a request or the loading failed.
+        The exit status: 1 if a request or the loading failed.
     """
 
     def load_session() -> Answer:
@@ -152,10 +151,10 @@ def serve(load: Callable[[], AbstractContextManager[Commands]]) -> int:
 
 
 def peak_rss_mb() -> float:
-    """Largest resident set of this process so far, in 1e6 bytes."""
+    """Return the largest resident set size of this process so far, in 1e6 bytes."""
     status = Path("/proc/self/status")
     if status.is_file():
-        # Not getrusage: its maximum survives exec, so a child would report its parent's.
+        # Not getrusage: its maximum is kept across exec, so a child process would report its parent's.
         kib = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(kib) * 1024 / 1e6
     import resource
@@ -171,7 +170,7 @@ def _negative_log_likelihood(logits: np.ndarray, token: int) -> float:
 
 
 def main() -> int:
-    """Serve a bundle's session; the arguments are those of `open_session`, and the budget."""
+    """Serve a bundle's session. The arguments are those of `open_session`, and the budget."""
     from shadowllm.models.sparsity import Budget, parse_fractions
 
     parser = argparse.ArgumentParser(prog="python -m shadowllm.evaluation.speed.worker", description=__doc__)
