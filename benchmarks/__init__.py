@@ -1,1 +1,1 @@
-"""Measurements: what is fast, how fast, and at what quality."""
+"""Benchmarks of speed, memory and quality."""

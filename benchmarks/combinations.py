@@ -1,8 +1,8 @@
-"""Are combinations worth having? A static hot set with the rest by networks; two kinds of networks together.
+"""Evaluates combined selectors: a static hot set with a network for the rest, and two kinds of networks together.
 
     python -m shadowllm.benchmarks.combinations MODEL out/scaling --tokens 131072 --json combinations.json
 
-on predictors that `shadowllm.benchmarks.scaling` trained, as it judges them.
+It uses predictors that `shadowllm.benchmarks.scaling` trained, and evaluates them in the same way.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ BUDGET = 0.5
 
 
 class Mean(Selector):
-    """Ranks by the mean of other selectors' log shares."""
+    """Ranks units by the mean of the log softmax of other selectors' scores."""
 
     def __init__(self, *parts: Selector) -> None:
         self._parts = parts
 
     def start(self, windows: Tensor, hidden: Tensor) -> None:
-        """Start all."""
+        """Start all selectors."""
         for part in self._parts:
             part.start(windows, hidden)
 
     def observe(self, layer: int, unit: Unit, x: Tensor) -> None:
-        """Show the input to all."""
+        """Pass the input to all selectors."""
         for part in self._parts:
             part.observe(layer, unit, x)
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
-        """Sum of the logarithms of what each takes the shares to be."""
+        """Sum of the log softmax of each selector's scores."""
         found = [part.scores(layer, unit, activation).log_softmax(dim=-1) for part in self._parts]
         return torch.stack(found).sum(dim=0)
 
 
 class HotSet(Mean):
-    """Always takes the first of a static ranking, ``count`` of each layer; the rest goes by another selector."""
+    """Always selects the first ``count`` neurons per layer of a static ranking; another selector chooses the rest."""
 
     def __init__(self, rest: Selector, ranking: Tensor, count: int, layers: SparseLayers) -> None:
         super().__init__(rest)
         self._hot, self._layers = top_mask(ranking, count), layers
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
-        """The other's scores, the hot set's out of reach."""
+        """The other selector's scores, with infinity for the hot set."""
         found = super().scores(layer, unit, activation)
         return found.masked_fill(self._hot[self._layers.row(layer)], torch.inf)
 
@@ -70,8 +70,8 @@ def main() -> None:
     """Command line."""
     parser = script_parser("combinations", __doc__)
     parser.add_argument("model", help="folder or GGUF file")
-    parser.add_argument("folder", type=Path, help="where the predictors lie")
-    parser.add_argument("--tokens", type=int, required=True, help="that they learned from")
+    parser.add_argument("folder", type=Path, help="folder with the predictors")
+    parser.add_argument("--tokens", type=int, required=True, help="number of tokens that they were trained on")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="write the results there")
     args = parser.parse_args()
     keep_freed_memory()

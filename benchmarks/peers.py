@@ -1,9 +1,9 @@
-"""Our dense graph and loop against those of other toolkits, each in a process and an environment of its own.
+"""Compares our dense graph and loop with those of other toolkits, each in its own process and environment.
 
     python -m shadowllm.benchmarks.peers MODEL BUNDLE --genai-python PYTHON --optimum-python PYTHON
 
-MODEL is what BUNDLE was exported from, in float32. The toolkits need different versions of
-transformers, hence the two environments (this project's own folder is the last ``.``):
+MODEL is the model that BUNDLE was exported from, in float32. The toolkits need different versions of
+transformers, and so two environments (the ``.`` is the folder of this project):
 
     python -m venv .peers/genai
     .peers/genai/bin/pip install torch==2.13.0
@@ -14,8 +14,8 @@ transformers, hence the two environments (this project's own folder is the last 
     .peers/optimum/bin/pip install onnxruntime==1.32.0 optimum-onnx==0.1.0 "transformers<4.58"
     .peers/optimum/bin/pip install --no-deps .
 
-All three environments should hold the same onnxruntime. A toolkit whose interpreter is not given
-is left out, and the report says so.
+All three environments should have the same version of onnxruntime. A toolkit without an interpreter
+is skipped, and the report lists it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from shadowllm.models.registry import load_model
 from shadowllm.progress import progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
-# Ours, theirs, and how many times faster ours is meant to be.
+# Our contender, the other toolkit's contender, and the target speedup of ours.
 TARGETS = (
     ("dense", "genai-graph", 0.95),
     ("dense", "optimum-run", 1.2),
@@ -53,7 +53,7 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contenders share."""
+    """Settings of all contenders."""
 
     threads: int
     prompt_len: int
@@ -68,10 +68,10 @@ def own_contenders(bundle: Path, setting: Setting) -> list[Contender]:
 
 
 def genai_contenders(python: Path, checkpoint: Path, folder: Path, setting: Setting) -> list[Contender]:
-    """The graph that onnxruntime-genai's builder writes, on plain ONNX Runtime, and its own generator.
+    """The graph that onnxruntime-genai's builder writes, on plain ONNX Runtime and with its own generator.
 
-    The generator runs twice: as its builder configures it, which leaves the threads to ONNX
-    Runtime GenAI's own choice, and told to use as many threads as the others.
+    The generator runs twice: as its builder configures it, which leaves the number of threads to
+    onnxruntime-genai, and with the same number of threads as the others.
     """
     _export(
         folder,
@@ -101,7 +101,7 @@ def genai_contenders(python: Path, checkpoint: Path, folder: Path, setting: Sett
 
 
 def _with_threads(folder: Path, threads: int) -> Path:
-    """A twin of a builder's folder whose configuration names the number of threads."""
+    """Copy a builder's folder, and set the number of threads in the configuration of the copy."""
     tuned = folder.with_name(f"{folder.name}-tuned")
     tuned.mkdir(exist_ok=True)
     for path in folder.iterdir():
@@ -109,7 +109,7 @@ def _with_threads(folder: Path, threads: int) -> Path:
             os.link(path, tuned / path.name)
     config = json.loads((folder / "genai_config.json").read_text())
     config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
-    (tuned / "genai_config.json").unlink()  # a link: writing through it would change the builder's own
+    (tuned / "genai_config.json").unlink()  # writing to this hard link would change the builder's file
     (tuned / "genai_config.json").write_text(json.dumps(config, indent=2))
     return tuned
 
@@ -141,7 +141,7 @@ def _peer(python: Path, how: str, folder: Path, setting: Setting) -> tuple[str, 
     return (
         str(python),
         "-P",
-        # By its path: the benchmarks are no part of the package that is installed there.
+        # By path, because the package that is installed there has no benchmarks.
         str(Path(__file__).resolve().with_name("peer_worker.py")),
         how,
         str(folder),
@@ -153,7 +153,7 @@ def _peer(python: Path, how: str, folder: Path, setting: Setting) -> tuple[str, 
 
 
 def _export(folder: Path, command: Sequence[str]) -> None:
-    """Run another toolkit's exporter, unless its graph is there already."""
+    """Run another toolkit's exporter, unless its graph exists."""
     if (folder / "model.onnx").is_file():
         return
     try:
@@ -161,7 +161,7 @@ def _export(folder: Path, command: Sequence[str]) -> None:
     except OSError as error:
         raise UserError(f"cannot start {command[0]} ({error.strerror})", "name an interpreter that exists") from error
     if done.returncode:
-        # A half-written graph must not pass for a finished one the next time.
+        # The next run must not take a half-written graph for a finished one.
         (folder / "model.onnx").unlink(missing_ok=True)
         last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
         raise UserError(f"{command[3]} failed: {last}", "see the module's documentation for the packages it needs")
@@ -171,7 +171,7 @@ def save_checkpoint(model: str, folder: Path) -> Path:
     """Write a model as a plain float32 Hugging Face checkpoint that both toolkits read.
 
     Raises:
-        UserError: what `load_model` refuses.
+        UserError: see `load_model`.
     """
     if (folder / "config.json").is_file():
         return folder
@@ -184,7 +184,7 @@ def save_checkpoint(model: str, folder: Path) -> Path:
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # A fresh model of the same weights: transformers refuses to save what came out of a quantised file.
+    # Copy the weights to a new model: transformers refuses to save one that it loaded from a quantised file.
     fresh = type(loaded)(config)
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(folder)
@@ -212,14 +212,14 @@ def compare(
     runs: int,
     starts: int = 1,
 ) -> tuple[Report, list[str]]:
-    """Export what is missing, race all contenders, and say what was left out.
+    """Export missing graphs, race all contenders, and return the report and the skipped toolkits.
 
     Args:
-        starts: times to race with new processes. Where a process's pages happen to lie makes it a few
-            percent faster or slower for as long as it lives.
+        starts: how often to race with new processes. The placement of its memory pages makes a process a few
+            percent faster or slower for its whole life.
 
     Raises:
-        UserError: nothing to compare with, no float32 bundle, or an exporter or worker that failed.
+        UserError: there is no other toolkit, the bundle is not float32, or an exporter or worker failed.
     """
     manifest = read_manifest(bundle)
     if manifest.dtype != "float32":
@@ -258,10 +258,10 @@ def compare(
 
 
 def _check_tokens(tokens: dict[str, list[int]]) -> None:
-    """All contenders must have computed the same thing, or their times say nothing."""
+    """Check that all contenders start with the same tokens; otherwise their times are not comparable."""
     reference = tokens["dense"]
     for name, found in tokens.items():
-        # Rounding may part two greedy paths late in a text; another model or cache parts them at once.
+        # Rounding can make greedy texts differ late. Another model or a wrong cache makes them differ at once.
         if found[:8] != reference[:8]:
             raise UserError(
                 f"{name} generates other tokens than our dense graph ({found[:8]}, not {reference[:8]})",
@@ -279,12 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--genai-python", type=Path, help="interpreter that has onnxruntime-genai")
     parser.add_argument("--optimum-python", type=Path, help="interpreter that has optimum-onnx")
-    parser.add_argument("--work", type=Path, default=Path(".peers"), help="where the peers' exports lie and are reused")
+    parser.add_argument("--work", type=Path, default=Path(".peers"), help="folder of the peers' exports, for reuse")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=3, help="of each process (default: 3)")
-    parser.add_argument("--starts", type=int, default=5, help="of new processes (default: 5)")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each process (default: 3)")
+    parser.add_argument("--starts", type=int, default=5, help="how often to start new processes (default: 5)")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     console = Console(width=max(Console().width, 120))  # seven contenders side by side

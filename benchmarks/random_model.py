@@ -1,4 +1,4 @@
-"""Models of well-known shapes with random weights: speed and memory do not depend on what the numbers are."""
+"""Models of well-known shapes with random weights: speed and memory do not depend on the values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Those that want a GPU, or, the tiny ones, a moment.
+# Shapes that need a GPU; below, tiny shapes for quick tests.
 GPU_SHAPES: dict[str, dict[str, Any]] = {
     "opt-1.3b": SHAPES["opt-1.3b"],
     "opt-6.7b": SHAPES["opt-1.3b"]
@@ -93,7 +93,7 @@ ALL_SHAPES = SHAPES | GPU_SHAPES | TINY_SHAPES
 
 
 def shape_spec(shape: str) -> ModelSpec:
-    """The model of a shape.
+    """The `ModelSpec` of a shape.
 
     Args:
         shape: a key of `ALL_SHAPES`.
@@ -107,10 +107,10 @@ def shape_spec(shape: str) -> ModelSpec:
 
 
 class RandomWeights(Mapping[str, "Tensor"]):
-    """Canonical tensors that are drawn when asked for, on the device that is to hold them.
+    """Random canonical tensors, each drawn on request, directly on the device.
 
     Args:
-        dtype: of all of them.
+        dtype: type of all tensors.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
@@ -139,7 +139,7 @@ class RandomWeights(Mapping[str, "Tensor"]):
 
 
 class RandomCopies(Mapping[str, "Tensor"]):
-    """The tensors of `bundle.weight_layout.copy_groups`, random, each drawn when asked for, on the device."""
+    """Random tensors of `bundle.weight_layout.copy_groups`, each drawn on request, directly on the device."""
 
     def __init__(self, layers: SparseLayers, device: torch.device) -> None:
         from shadowllm.bundle.weight_layout import copy_groups
@@ -196,9 +196,9 @@ def write_random_model(shape: str, folder: Path, seed: int = 0) -> None:
 def untrained(
     kind: Kind, spec: ModelSpec, fingerprint: str, dense_layers: int = 1, rank: int | None = None
 ) -> Predictor:
-    """A predictor that has learned nothing, of the usual size unless a network's ``rank`` is given.
+    """An untrained predictor, of the default size unless a network's ``rank`` is given.
 
-    A network still looks at its input.
+    The output of a network still depends on its input.
     """
     import torch
 

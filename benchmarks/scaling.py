@@ -1,13 +1,13 @@
-"""How well learned selectors do for the text they see and the size they have.
+"""Measures how the quality of learned selectors depends on their training text and their size.
 
     python -m shadowllm.benchmarks.scaling "$(python benchmarks/model_path.py)" out/scaling --json scaling.json
 
-Networks of several kinds, sizes and losses learn side by side from one pass over the documentation that
-Python ships (`small_opt.documents`, without the modules that are evaluated on) and, with --packages, that of
-installed packages. Each has its own learning rate schedule and stops at its own number of tokens, as
-`shadowllm train` would train it. They are written to a folder, and those found there are not trained again
-(nor judged again what the JSON has). Then each chooses neurons, with all heads kept and layer 0 dense, on
-the benchmarks' passage.
+Networks of several kinds, sizes and losses are trained together in one pass over Python's own documentation
+(`small_opt.documents`, without the modules that are evaluated on) and, with --packages, over the docstrings of
+installed packages. Each network has its own learning rate schedule and stops at its own number of tokens, as in
+`shadowllm train`. The networks are written to a folder. A network that is already there is not trained again, and
+one that is already in the JSON is not evaluated again. The evaluation selects neurons, with all heads kept and
+layer 0 dense, on the benchmarks' passage.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from shadowllm.predictor.train import Trainer, initial, train_static
 from shadowllm.progress import progress
 
 SEQLEN = 256
-STATISTICS = 16384  # tokens behind the static ranking
+STATISTICS = 16384  # tokens for the static ranking
 BUDGETS = (0.5, 0.3)
 EVALUATED, WINDOW = 2048, 512
 SEED = 0
@@ -63,9 +63,9 @@ class Point:
 
     Attributes:
         kind: "shadow" or "layerwise".
-        share: its size over that of the model, at most.
-        tokens: to learn from.
-        loss: by which.
+        share: largest size relative to the model.
+        tokens: number of tokens to train on.
+        loss: name of the loss.
     """
 
     kind: Kind
@@ -75,7 +75,7 @@ class Point:
 
     @classmethod
     def parse(cls, text: str) -> Point:
-        """``KIND:SHARE:TOKENS`` or ``KIND:SHARE:TOKENS:LOSS``, as ``layerwise:0.04:131072``."""
+        """Parse ``KIND:SHARE:TOKENS`` or ``KIND:SHARE:TOKENS:LOSS``, e.g. ``layerwise:0.04:131072``."""
         kind, share, tokens, *loss = text.split(":")
         if kind not in ("shadow", "layerwise") or len(loss) > 1 or any(name not in LOSSES for name in loss):
             raise UserError(f"{text!r} is no network to train", "write it as layerwise:0.04:131072 or ...:weighted_bce")
@@ -83,7 +83,7 @@ class Point:
 
     @property
     def file(self) -> str:
-        """Name of its predictor in the folder."""
+        """File name of its predictor."""
         return f"{self.kind}-{self.share:g}-{self.tokens}-{self.loss}.safetensors"
 
 
@@ -99,10 +99,10 @@ def text_windows(encode: Encode, seqlen: int, seed: int, packages: Sequence[str]
     """The documentation cut into windows, int64 ``(n, seqlen)``, in a random order.
 
     Args:
-        packages: names of installed ones whose docstrings are read too.
+        packages: names of installed packages whose docstrings are added.
 
     Raises:
-        UserError: one is not installed.
+        UserError: a package is not installed.
     """
     texts = chain(documents(), *(docstrings(_package(name), MODULES) for name in packages))
     ids = torch.tensor([token for text in texts for token in encode(text)])
@@ -112,7 +112,7 @@ def text_windows(encode: Encode, seqlen: int, seed: int, packages: Sequence[str]
 
 def _package(name: str) -> Path:
     found = find_spec(name) if name.isidentifier() else None
-    # A module in a file of its own has no folder to itself: beside it lies everything that is installed.
+    # A single-file module has no folder of its own: its folder holds all installed packages.
     if found is None or not found.submodule_search_locations:
         raise UserError(f"no package {name!r} is installed", "install it, or name another")
     return Path(found.submodule_search_locations[0])
@@ -121,10 +121,10 @@ def _package(name: str) -> Path:
 def train(
     spec: ModelSpec, traces: Traces, points: Sequence[Point], tracer: Tracer, windows: Tensor, folder: Path
 ) -> None:
-    """Train all points in one pass over the windows; each is written to the folder as it is done.
+    """Train all points in one pass over the windows, and write each predictor when it is done.
 
-    Its record holds what the run took until then: seconds, the most memory, and CPU seconds (of all threads) per
-    token, for tracing and for this network alone.
+    Its record has the cost of the run so far: seconds, peak memory, and CPU seconds (of all threads) per token, for
+    tracing and for this network.
     """
     learners = {point: _learner(spec, traces, point) for point in points}
     cost: dict[Point | None, float] = defaultdict(float)
@@ -161,10 +161,10 @@ def _learner(spec: ModelSpec, traces: Traces, point: Point) -> Trainer:
 def judge(
     spec: ModelSpec, weights: dict[str, Tensor], folder: Path, windows: Tensor, known: dict[str, Any]
 ) -> dict[str, Any]:
-    """Every predictor of the folder beside static and oracle, at each of `BUDGETS`.
+    """Evaluate every predictor of the folder, with static and oracle, at each of `BUDGETS`.
 
     Args:
-        known: what an earlier call returned; what it judged is not judged again.
+        known: result of an earlier call; selectors in it are not evaluated again.
     """
     predictors = {path.stem: Predictor.load(path) for path in sorted(folder.glob("*.safetensors"))}
     rows: list[dict[str, Any]] = known.get("results", [])
@@ -197,10 +197,10 @@ def main() -> None:
     """Command line."""
     parser = script_parser("scaling", __doc__)
     parser.add_argument("model", help="folder or GGUF file")
-    parser.add_argument("folder", type=Path, help="where the predictors lie")
-    parser.add_argument("--points", nargs="*", default=POINTS, help="networks to train, as layerwise:0.04:131072")
-    parser.add_argument("--packages", nargs="*", default=(), metavar="NAME", help="learn from their docstrings too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="judge the predictors, and write how they do")
+    parser.add_argument("folder", type=Path, help="folder of the predictors")
+    parser.add_argument("--points", nargs="*", default=POINTS, help="networks to train, e.g. layerwise:0.04:131072")
+    parser.add_argument("--packages", nargs="*", default=(), metavar="NAME", help="also train on their docstrings")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="evaluate the predictors and write the results")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     points = [point for point in map(Point.parse, args.points) if not (args.folder / point.file).exists()]
@@ -215,7 +215,7 @@ def main() -> None:
     if points or not static.exists():
         windows = text_windows(encode, SEQLEN, SEED, args.packages)
         if points and max(point.tokens for point in points) > windows.numel():
-            raise UserError(f"the text has {windows.numel()} tokens", "ask for points of fewer, or name --packages")
+            raise UserError(f"the text has {windows.numel()} tokens", "use points of fewer tokens, or add --packages")
         sample = Windows(windows[1 : STATISTICS // SEQLEN], windows[:1], "documentation that Python ships")
         traces = calibrate(spec, weights, sample, stored.fingerprint(), limit_bytes=0)
         train_static(spec, traces, weights=weights).save(static)

@@ -1,4 +1,4 @@
-"""What the benchmarks that are run by hand share: how they introduce themselves, and how a user's mistake ends them."""
+"""Shared code of the benchmark scripts: their argument parser, and the exit after a user error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def script_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def script(main: Callable[P, None]) -> Callable[P, int]:
-    """Make a function a program: it returns 0, or 1 after one line on stderr for a `UserError`."""
+    """Make a function a program: it returns 0, or for a `UserError` prints one line to stderr and returns 1."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:

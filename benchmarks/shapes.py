@@ -1,12 +1,12 @@
-"""Decoding end to end on shapes of about 1B parameters: sparse against dense, and against what the bytes allow.
+"""Measures end-to-end decoding on shapes of about 1B parameters: the speedup, and the speedup that the bytes allow.
 
     python -m shadowllm.benchmarks.shapes --json shapes.json
     python -m shadowllm.benchmarks.shapes --shapes llama-1.1b --weight-dtype int4
     python -m shadowllm.benchmarks.shapes --shapes llama-1.1b --selector quantized-shadow --dtype bfloat16
 
-Weights are random and the predictor is an untrained network of its usual size, or a copy of the
-weights: every cost is the real one, the text means nothing. The model is held twice, once packed for
-the dense steps: 1.3B parameters in float32 take about 17 GB for both contenders.
+Weights are random. The predictor is an untrained network of the default size, or a low-bit copy of the
+weights. So every cost is real, but the text has no meaning. The model is held twice, once packed for the
+dense steps, so 1.3B parameters in float32 take about 17 GB for both contenders.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DENSE = "ort-dense"
 def export_random(
     shape: str, folder: Path, kind: Kind, dtype: str, weight_dtype: str | None, rank: int | None = None
 ) -> Path:
-    """A bundle of a random model; ``rank`` is the predictor's, the usual one when None."""
+    """Export a bundle of a random model; ``rank`` is the predictor's, None for the default."""
     from shadowllm.models.registry import load_model
 
     model, bundle = folder / shape, folder / "bundle"
@@ -64,12 +64,12 @@ def measure(
     runs: int = 3,
     threads: int = 2,
 ) -> dict[str, Any]:
-    """Race the sparse path of a shape against its dense graph.
+    """Compare the speed of the sparse path of a shape with its dense graph.
 
     Returns:
         Latencies (ms) and bytes of both, ``speedup`` (median, min and max over runs), ``allowed`` (dense
         bytes over sparse bytes), ``share_of_allowed``, ``ttft_ratio`` and ``predictor_share`` of a step
-        (0 of a quantised shadow, which chooses inside ``body``).
+        (0 for a quantised shadow, which selects inside ``body``).
     """
     with tempfile.TemporaryDirectory() as folder:
         bundle = export_random(shape, Path(folder), kind, dtype, weight_dtype)
@@ -104,7 +104,7 @@ def measure(
 
 
 def print_result(found: dict[str, Any]) -> None:
-    """A few lines a person can read."""
+    """Print a short summary."""
     sparse, dense = found["contenders"][SPARSE], found["contenders"][DENSE]
     gain = found["speedup"]
     print(f"{found['shape']} {found['weight_dtype']}, {found['selector']}, {found['budget']}, {found['runs']} runs")
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     args = parser.parse_args(arguments)
     results = []
     for shape in args.shapes:

@@ -1,10 +1,10 @@
-"""Train a small OPT: a real ReLU model where none can be downloaded.
+"""Trains a small OPT, which is a real ReLU model that needs no download.
 
     python -m shadowllm.benchmarks.small_opt "$(python benchmarks/model_path.py)" out/small-opt
 
-OPT's architecture with the tokenizer of the model given, trained on the documentation that Python
-ships: its language reference, and the docstrings of its library but for the modules that benchmarks
-evaluate on.
+It has OPT's architecture and the tokenizer of the given model. It is trained on Python's own
+documentation: the language reference, and the docstrings of the standard library, except the modules that
+benchmarks evaluate on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LEARNING_RATE, WARMUP = 2e-3, 100
 
 
 def documents() -> Iterator[str]:
-    """The language reference, then the docstrings of every module of the library that is not evaluated on."""
+    """The language reference, then the docstrings of all standard modules that are not evaluated on."""
     from pydoc_data.topics import topics
 
     yield from topics.values()
@@ -50,7 +50,7 @@ def documents() -> Iterator[str]:
 
 
 def docstrings(folder: Path, without: Iterable[str] = ()) -> Iterator[str]:
-    """The docstrings of each module in a folder, but for its tests and the modules of the names given."""
+    """The docstrings of each module in a folder, except tests and the modules named in ``without``."""
     skipped = {"test", "tests", "idle_test", "site-packages", "lib2to3", "__pycache__"}
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(folder.rglob("*.py")):
@@ -65,16 +65,16 @@ def docstrings(folder: Path, without: Iterable[str] = ()) -> Iterator[str]:
 
 
 def train(tokenizer: Any, steps: int = STEPS, seed: int = 0, advance: Advance = no_progress) -> Any:
-    """A trained ``OPTForCausalLM``.
+    """Train an ``OPTForCausalLM``.
 
     Args:
-        steps: of `BATCH` windows of `SEQLEN` tokens each.
-        advance: told 1 for each step.
+        steps: number of steps, with `BATCH` windows of `SEQLEN` tokens each.
+        advance: called with 1 after each step.
     """
     torch.manual_seed(seed)
     ids = torch.tensor([token for text in documents() for token in tokenizer(text, add_special_tokens=False).input_ids])
-    # Most of the work would be the scores of tokens that the text never has. They share one row, weighed as all of
-    # them: as if each had been trained with that row for its own.
+    # Most of the work would be the logits of tokens that never occur in the text. They share one row, whose logit is
+    # counted once for each of them. The result is the same as if each had its own copy of that row.
     seen, ids = torch.unique(ids, return_inverse=True)
     others = torch.tensor(float(len(tokenizer) - len(seen)))
     model = _untrained(vocab_size=len(seen) + 1, pad_token_id=len(seen))
@@ -102,7 +102,7 @@ def _untrained(**config: Any) -> Any:
 
 
 def _for_all_tokens(trained: Any, seen: Tensor, tokenizer: Any) -> Any:
-    """The model of all the tokenizer's tokens from that of those `seen`, int64 ``(n,)``, and one row for the others."""
+    """Expand a model of the ``seen`` tokens, int64 ``(n,)``, plus one row for the others, to all tokens."""
     rows = torch.full((len(tokenizer),), len(seen))
     rows[seen] = torch.arange(len(seen))
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

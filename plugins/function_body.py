@@ -1,9 +1,9 @@
-"""What the ONNX function bodies of the custom ops share; each op's own is in its folder of `ops`.
+"""Shared code for the ONNX function bodies of the custom ops; the body of each op is in its folder of `ops`.
 
-They are in standard ops (opset 24), but for one node of ONNX Runtime's own. A bundle carries them as model-local
-functions, so that an ONNX Runtime without the native library still runs it. They are correct rather than fast:
-``Gather`` copies every row it selects. A function cannot branch on an attribute or on which inputs are present, so
-each body is written for one form of model (`FunctionForm`).
+Bodies use standard ops (opset 24), except for one op of ONNX Runtime. A bundle carries them as model-local functions,
+so that an ONNX Runtime without the native library can run it. They are correct, but not fast: ``Gather`` copies every
+row it selects. A function cannot branch on an attribute or on the presence of an input, so each body is written for
+one form of model (`FunctionForm`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MICROSOFT = "com.microsoft"
 
 @dataclass(frozen=True)
 class FunctionForm:
-    """What the bodies are specialised to: the options of a `ModelSpec` that change their nodes."""
+    """The options of a `ModelSpec` that change the nodes of the bodies."""
 
     activation: str
     gated: bool
@@ -42,7 +42,7 @@ class FunctionForm:
 
 @dataclass(frozen=True)
 class CopyForm:
-    """Sizes of the low-bit copy that ``ScoreNeurons`` reads, which ``MatMulNBits`` has as attributes."""
+    """Sizes of the low-bit copy that ``ScoreNeurons`` reads; ``MatMulNBits`` takes them as attributes."""
 
     hidden_size: int
     rows: int
@@ -50,7 +50,7 @@ class CopyForm:
 
 
 class FunctionBody:
-    """A function under construction: inputs by the names of the schema's ports, terse ops, int64 constants."""
+    """Builds one function: its inputs by port name, and short methods that add nodes and int64 constants."""
 
     def __init__(self, schema: OpSchema) -> None:
         self._schema = schema
@@ -61,15 +61,15 @@ class FunctionBody:
         return self.inputs[name]
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: object) -> ir.Value:
-        """The output of a new node."""
+        """Add a node and return its output."""
         return self._tape.op(op_type, inputs, attributes, domain=domain)  # type: ignore[arg-type]
 
     def pair(self, op_type: str, *inputs: ir.Value | None, **attributes: object) -> Sequence[ir.Value]:
-        """The two outputs of a new node."""
+        """Add a node and return its two outputs."""
         return self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=2)  # type: ignore[arg-type]
 
     def attribute(self, name: str) -> ir.Value:
-        """The int64 scalar that an attribute of the node holds."""
+        """The value of a node attribute, as an int64 scalar."""
         return self.op("Constant", value_int=ir.RefAttr("value_int", name, ir.AttributeType.INT))
 
     def const(self, values: int | Iterable[int]) -> ir.Value:
@@ -111,13 +111,13 @@ class FunctionBody:
         return y if bias is None else self.op("Add", y, bias)
 
     def activate(self, activation: str, x: ir.Value) -> ir.Value:
-        """The activation function of the MLP."""
+        """Apply the activation function of the MLP."""
         if activation == "silu":
             return self.op("Mul", x, self.op("Sigmoid", x))
         return self.op({"relu": "Relu", "gelu": "Gelu"}[activation], x)
 
     def finish(self, output: ir.Value) -> ir.Function:
-        """The function, whose one output this is."""
+        """Return the function with this output."""
         output.name = self._schema.outputs[0].name
         imports = {"": OPSET, op_domain.DOMAIN: op_domain.VERSION}
         imports |= {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in self._tape.nodes) else {}

@@ -1,4 +1,4 @@
-"""The programs in an engine's bytes, and the GPUs that their kernels are compiled for."""
+"""Finds the programs in an engine's bytes, and the GPUs that their kernels are compiled for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shadowllm.plugins.program_bytes import MAGIC, read
 
 
 def carried(programs: Iterable[Program]) -> dict[str, tuple[int, ...]]:
-    """Kernels by name, each with the GPUs that all of its variants have images for."""
+    """For each kernel name, the GPUs that all of its variants have images for."""
     found: dict[str, set[int]] = {}
     for program in programs:
         for kernel in program.kernels:
@@ -21,10 +21,10 @@ def carried(programs: Iterable[Program]) -> dict[str, tuple[int, ...]]:
 
 
 def programs_in(data: bytes | mmap) -> Iterator[Program]:
-    """All programs in an engine's bytes, where they stand as they were packed.
+    """All programs in an engine's bytes, which holds them exactly as they were packed.
 
     Raises:
-        ValueError: one is damaged.
+        ValueError: a program is damaged.
     """
     start = struct.pack("<q", len(MAGIC)) + MAGIC
     place = data.find(start)

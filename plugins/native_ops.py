@@ -1,6 +1,6 @@
 """Finds the native custom ops for ONNX Runtime on CPU and registers them with a session.
 
-Without them a graph still runs, through the function bodies it carries (`function_body`), only slower.
+Without them a graph still runs through its function bodies (`function_body`), but more slowly.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 FILE_NAME = "libshadowllm_native.so"
 PATH_VARIABLE = "SHADOWLLM_NATIVE_OPS"  # a library built by hand
-ISA_VARIABLE = "SHADOWLLM_NATIVE_ISA"  # kernels to use instead of the CPU's best; see `kernels`
+ISA_VARIABLE = "SHADOWLLM_NATIVE_ISA"  # kernels to use instead of the best ones; see `kernels`
 
 
 def library() -> Path | None:
-    """The native library: the one that ``SHADOWLLM_NATIVE_OPS`` names, else the one installed with this package.
+    """The native library: the file that ``SHADOWLLM_NATIVE_OPS`` names, or the one installed with this package.
 
     Raises:
-        UserError: the variable names no file.
+        UserError: the variable names a file that does not exist.
     """
     given = os.environ.get(PATH_VARIABLE)
     if given:
         if not Path(given).is_file():
             raise UserError(f"{PATH_VARIABLE} names {given}, which is no file", f"unset {PATH_VARIABLE} or correct it")
         return Path(given).resolve()
-    # An editable install keeps what it compiled apart from the sources, and both are on the package's path.
+    # An editable install keeps compiled files and sources in two folders; the package's path has both.
     found = (Path(folder) / FILE_NAME for folder in plugins.__path__)
     return next((path.resolve() for path in found if path.is_file()), None)
 
@@ -43,10 +43,10 @@ def register(session_options: ort.SessionOptions) -> bool:
     """Let sessions made with these options run the custom ops natively.
 
     Returns:
-        Whether they will. If not, one warning a process tells how to get the library.
+        Whether the native ops are registered. If not, a warning (once per process) explains how to get the library.
 
     Raises:
-        UserError: as `library`.
+        UserError: see `library`.
     """
     path = library()
     if path is None:
@@ -69,7 +69,7 @@ def register(session_options: ort.SessionOptions) -> bool:
 def kernels() -> tuple[str, ...]:
     """Names of the kernels that this CPU can run, best first, e.g. ``("avx512", "avx2", "portable")``.
 
-    Empty without the library. Setting ``SHADOWLLM_NATIVE_ISA`` to one of them chooses it for new sessions.
+    Empty without the library. The variable ``SHADOWLLM_NATIVE_ISA`` selects one of them for new sessions.
     """
     path = library()
     if path is None:
@@ -80,7 +80,7 @@ def kernels() -> tuple[str, ...]:
 
 
 def _load_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises for a library that it cannot open or that refuses to register."""
+    """Exceptions that ONNX Runtime raises if it cannot open a library or the library refuses to register."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return (state.Fail, state.InvalidArgument, state.RuntimeException, state.NotImplemented)

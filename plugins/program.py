@@ -1,17 +1,17 @@
-"""What a TensorRT plugin node runs: kernels compiled ahead of time, and how they are launched.
+"""The program of a TensorRT plugin node: precompiled kernels, and how they are launched.
 
-A *program* is the whole state of a plugin. The exporter makes one per node and puts it into the ONNX
-node as one binary attribute; the engine stores it; the plugin, in Python or in C++, only interprets
-it. So an engine needs neither Triton nor a compiler, and both plugins are the same few rules:
+A *program* is the whole state of a plugin. The exporter makes one per node and stores it in the ONNX
+node as one binary attribute. The engine stores it too, and the plugin, in Python or in C++, only interprets
+it. So an engine needs neither Triton nor a compiler, and both plugins follow the same few rules:
 
-- types and shapes of the inputs and outputs stand in the program;
-- the first plan whose ``max_batch`` and ``max_seqlen`` cover a call is run, launch after launch, on one
-  stream; batch and seqlen are the first two dimensions of input 0 (seqlen is 1 if it has only two);
-- each kernel has an image per compute capability, and may have PTX for GPUs that none was made for
+- the program has the types of the inputs, and the types and shapes of the outputs;
+- the plugin takes the first plan whose ``max_batch`` and ``max_seqlen`` cover the call, and runs its launches in
+  order on one stream; batch and seqlen are the first two dimensions of input 0 (seqlen is 1 if it has only two);
+- each kernel has one image per compute capability, and may have PTX for the other GPUs
   (`bundle.gpu_images.serving`);
-- tensors of floating-point types begin at multiples of `ALIGNED` bytes, which kernels are compiled for.
+- tensors of floating-point types begin at multiples of `ALIGNED` bytes, because kernels are compiled for that.
 
-`program_bytes` turns one into bytes and back.
+`program_bytes` converts programs to bytes and back.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-# The attribute of an ONNX node, and the field of a plugin, that holds one.
+# Name of the ONNX node attribute, and of the plugin field, that holds a program.
 PROGRAM = "program"
-# TensorRT's own numbers of its data types.
+# TensorRT's numbers for its data types.
 DTYPES = {"float32": 0, "float16": 1, "int32": 3, "bfloat16": 7}
 INT32, MAX_RANK = 2**31 - 1, 8
-# The most blocks along x, y and z of a grid.
+# Largest number of blocks along x, y and z of a grid.
 GRID = (INT32, 65535, 65535)
 ALIGNED = 16
 
@@ -36,7 +36,7 @@ class Size:
     """A number that may depend on the call: ``ceil(factor * batch * seqlen / divisor)``.
 
     Attributes:
-        batch, seqlen: whether that dimension is a factor.
+        batch, seqlen: whether the number is multiplied by that dimension.
     """
 
     factor: int = 1
@@ -45,13 +45,13 @@ class Size:
     divisor: int = 1
 
     def __call__(self, batch: int, seqlen: int) -> int:
-        """The number for a call."""
+        """The number for a call of this size."""
         product = self.factor * (batch if self.batch else 1) * (seqlen if self.seqlen else 1)
         return -(-product // self.divisor)
 
 
 def call_size(shape: Sequence[int]) -> tuple[int, int]:
-    """Batch and seqlen of a call from the shape of input 0."""
+    """Batch and seqlen of a call, from the shape of input 0."""
     return shape[0] if shape else 1, shape[1] if len(shape) > 2 else 1
 
 
@@ -60,8 +60,8 @@ class Argument:
     """A kernel parameter.
 
     Attributes:
-        kind: "input" and "output" are pointers to the tensor number ``value``, "workspace" one to the
-            byte ``value`` of the plan's workspace, "int" is the int32 ``size``.
+        kind: "input" and "output" are pointers to the tensor number ``value``. "workspace" is a pointer to
+            byte ``value`` of the plan's workspace. "int" is the int32 ``size``.
     """
 
     kind: Literal["input", "output", "workspace", "int"]
@@ -74,9 +74,9 @@ class Image:
     """A kernel compiled for one GPU architecture.
 
     Attributes:
-        sm: compute capability, as 89 for 8.9; `PTX` (0) for PTX text, which the driver compiles.
-        shared_bytes: dynamic shared memory of a block.
-        data: a cubin, or PTX without a closing zero.
+        sm: compute capability, e.g. 89 for 8.9; `PTX` (0) for PTX text, which the driver compiles.
+        shared_bytes: dynamic shared memory per block.
+        data: a cubin, or PTX without a terminating zero.
     """
 
     sm: int
@@ -89,9 +89,9 @@ class Kernel:
     """A compiled kernel.
 
     Attributes:
-        name: symbol in all images.
-        threads: in a block, one-dimensional.
-        hidden: pointers behind the arguments that the compiler added; null is passed.
+        name: symbol, the same in all images.
+        threads: threads per block, along x.
+        hidden: number of pointers that the compiler added after the arguments; null is passed for them.
         images: one per architecture.
     """
 
@@ -103,7 +103,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: number of the kernel, grid of blocks, arguments in order."""
+    """One launch: number of the kernel, grid of blocks, and arguments in order."""
 
     kernel: int
     grid: tuple[Size, Size, Size]
@@ -112,7 +112,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """The launches that serve every call up to a batch and a seqlen.
+    """The launches for every call up to a batch and a seqlen.
 
     Attributes:
         workspace_bytes: scratch memory on the device, aligned to 256.
@@ -126,7 +126,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Output:
-    """Type and shape of an output; a dimension is a number, or ``(input, axis)`` that it is equal to."""
+    """Type and shape of an output; a dimension is a number, or the ``(input, axis)`` of an equal dimension."""
 
     dtype: str
     shape: tuple[int | tuple[int, int], ...]
@@ -134,11 +134,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Program:
-    """All a plugin node needs.
+    """Everything that a plugin node needs.
 
     Attributes:
         inputs: type of each input, a key of `DTYPES`.
-        plans: in ascending order of what they cover.
+        plans: in ascending order of the calls they cover.
     """
 
     inputs: tuple[str, ...]
@@ -147,10 +147,10 @@ class Program:
     plans: tuple[Plan, ...]
 
     def __post_init__(self) -> None:
-        """Hold numbers and references against each other, so that no interpreter need do so in a call.
+        """Check numbers and references once, so that no interpreter has to check them in a call.
 
         Raises:
-            ValueError: one is out of range.
+            ValueError: a number or reference is out of range.
         """
         _within("inputs", len(self.inputs), 1)
         _within("plans", len(self.plans), 1)
@@ -181,7 +181,7 @@ class Program:
             for size, least in (*((size, 1) for size in launch.grid), *((a.size, 0) for a in launch.arguments)):
                 _within("factor", size.factor, least)
                 _within("divisor", size.divisor, 1)
-                # Sizes grow with the call, so the largest one says that all fit into an int32.
+                # Sizes grow with the call: if the largest one fits into an int32, all do.
                 _within("size", size(plan.max_batch, plan.max_seqlen) * size.divisor, 0)
             for size, most in zip(launch.grid, GRID, strict=True):
                 _within("grid", size(plan.max_batch, plan.max_seqlen), 1, most)
@@ -189,10 +189,10 @@ class Program:
                 _within(argument.kind, argument.value, 0, limits.get(argument.kind, plan.workspace_bytes))
 
     def plan(self, batch: int, seqlen: int) -> Plan:
-        """The plan that serves a call.
+        """The plan for a call.
 
         Raises:
-            ValueError: none does.
+            ValueError: no plan covers the call.
         """
         for plan in self.plans:
             if batch <= plan.max_batch and seqlen <= plan.max_seqlen:

@@ -1,7 +1,7 @@
-"""Programs as bytes, which nodes, engines and both plugins carry; ``tensorrt/cpp/program.cpp`` reads the same.
+"""Converts programs to bytes and back; ``tensorrt/cpp/program.cpp`` reads the same format.
 
-A program is a sequence of little-endian int64 and of byte strings (their length as int64, then the bytes), in
-the order in which `pack` writes them. One zero byte may follow: TensorRT's ONNX parser closes an attribute with it.
+A program is a sequence of little-endian int64 numbers and byte strings (length as int64, then the bytes), in the
+order in which `pack` writes them. One zero byte may follow, because TensorRT's ONNX parser ends an attribute with it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TypeVar
 from shadowllm.plugins.program import DTYPES, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
 
 MAGIC = b"shadowllm program 2"
-# Kinds of arguments are written as their places here.
+# Kinds of arguments are written as their index in this tuple.
 KINDS = ("input", "output", "workspace", "int")
 
 T = TypeVar("T")
 
 
 def pack(program: Program) -> bytes:
-    """Serialise; `unpack` reads it back."""
+    """Serialise a program; `unpack` reads it back."""
     out = _Writer()
     out.blob(MAGIC)
     out.many(program.inputs, lambda dtype: out.number(DTYPES[dtype]))
@@ -35,7 +35,7 @@ def unpack(data: bytes) -> Program:
     """Read a program.
 
     Raises:
-        ValueError: the bytes are none, or of another version.
+        ValueError: the bytes are not a program, or one of another version.
     """
     program, end = read(data)
     if data[end:] not in (b"", b"\0"):
@@ -44,10 +44,10 @@ def unpack(data: bytes) -> Program:
 
 
 def read(data: bytes | mmap, place: int = 0) -> tuple[Program, int]:
-    """The program that starts at a byte, and where it ends.
+    """The program that starts at byte ``place``, and the position of its end.
 
     Raises:
-        ValueError: as `unpack`.
+        ValueError: see `unpack`.
     """
     source = _Reader(data, place)
     try:
@@ -160,5 +160,5 @@ class _Reader:
         return Launch(self.number(), (self.size(), self.size(), self.size()), self.many(self.argument))
 
     def argument(self) -> Argument:
-        kind = dict(enumerate(KINDS))[self.number()]  # where no negative number is an index
+        kind = dict(enumerate(KINDS))[self.number()]  # a tuple would accept negative numbers
         return Argument(kind, self.number(), self.size())  # type: ignore[arg-type]

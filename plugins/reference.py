@@ -1,7 +1,7 @@
-"""What the NumPy references of the custom ops share; each op's own is in its folder of `ops`.
+"""Shared code for the NumPy references of the custom ops; the reference of each op is in its folder of `ops`.
 
-They are plain, slow, and what every other backend is held against: computed in float32 whatever the input
-type, and returned in the type of ``x``.
+The references are plain and slow, and every other backend is compared with them. They compute in float32 for every
+input type. An output of type T has the type of ``x``.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""The one list of the custom ops; whoever wants something of an op by its name finds it here.
+"""The list of the custom ops, and access to the parts of an op by its name.
 
-A folder of `ops` holds all about an op, in modules with the same names and contents for every op:
+A folder of `ops` holds everything about one op. Its modules have the same names and contents for every op:
 
-    schema.py      the signature, in a constant that is named as the folder, in capitals
-    reference.py   the NumPy reference, a function that is named as the folder
-    function.py    ``function_body``: the ONNX function body for one form of model, None where the op is not in it
+    schema.py      the signature: a constant with the name of the folder, in capitals
+    reference.py   the NumPy reference: a function with the name of the folder
+    function.py    ``function_body``: the ONNX function body for one form of model, None if that form has no such op
     kernel.py      the Triton kernels
     schedule.py    ``schedules``: how they are launched, a `triton.schedule.Planner`
-    launcher.py    the op on PyTorch tensors, a function that is named as the folder
+    launcher.py    the op on PyTorch tensors: a function with the name of the folder
     native.cpp     the op for ONNX Runtime on CPU, if there is one; it has a line in each of ``native/CMakeLists.txt``,
                    ``op.hpp`` and ``register.cpp``
 
-All but the schemas is imported when it is asked for: Triton may not be installed, and who runs an engine needs no ONNX.
+Only the schemas are imported at once. Triton may not be installed, and running an engine does not need ONNX.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from shadowllm.plugins.function_body import FunctionForm
     from shadowllm.plugins.triton.schedule import Planner
 
-# A new op is a folder and a line here.
+# A new op needs a folder and a line here.
 FOLDERS = (
     "select_topk",
     "sparse_mlp",
@@ -51,19 +51,19 @@ def reference(op: str) -> Callable[..., np.ndarray]:
     """The NumPy reference of an op.
 
     Raises:
-        KeyError: there is no such op; so do all functions here.
+        KeyError: there is no such op. `schedules` and `launcher` raise it too.
     """
     return _member(_FOLDERS[op], "reference", _FOLDERS[op])
 
 
 def function_bodies(form: FunctionForm) -> list[ir.Function]:
-    """The functions of domain ``shadowllm`` for one form of model; ``ScoreNeurons`` where there is a copy."""
+    """The functions of domain ``shadowllm`` for one form of model; ``ScoreNeurons`` only with a low-bit copy."""
     bodies = (_member(folder, "function", "function_body")(form) for folder in FOLDERS)
     return [body for body in bodies if body is not None]
 
 
 def schedules(op: str) -> Planner:
-    """What plans the launches of an op's kernels. Needs Triton."""
+    """The function that plans the launches of an op's kernels. Needs Triton."""
     return _member(_FOLDERS[op], "schedule", "schedules")
 
 

@@ -1,12 +1,12 @@
-"""What a custom op's signature is made of; `registry.SCHEMAS` has those of all ops.
+"""The classes that describe a custom op's signature; `registry.SCHEMAS` has the signatures of all ops.
 
-Domain ``shadowllm``, version 1. Shapes use batch B, seqlen S, hidden size D, intermediate size F,
-query heads H of dimension d, and capacity C of the KV cache. Every index input is int32, ascending,
-and carries a count; entries past the count are -1 and are never read.
+The domain is ``shadowllm``, version 1. Shapes use batch B, seqlen S, hidden size D, intermediate size F,
+query heads H of dimension d, and capacity C of the KV cache. Every index input is int32 and ascending,
+and comes with a count. Entries past the count are -1 and are never read.
 
-A weight matrix may be of integers (see `bundle.quantisation`): its ``w_`` input is then uint8, ``(rows, D)``
+A weight matrix may be quantised (see `bundle.quantisation`). Its ``w_`` input is then uint8, ``(rows, D)``
 for 8 bits or ``(rows, D/2)`` for 4, and its ``s_`` input holds the scales, ``(rows, blocks)``. A low-bit copy
-always is, and its rows are cut into their blocks.
+is always quantised, and has a separate dimension for the blocks of a row.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Port:
     """An input or output.
 
     Attributes:
-        name: as it stands in the ONNX function body.
+        name: as in the ONNX function body.
         shape: symbolic dimensions; ``()`` is a scalar.
         dtype: "T" is the type of the weights and activations.
-        optional: may be left out (an empty name in ONNX).
+        optional: may be absent (an empty name in ONNX).
     """
 
     name: str

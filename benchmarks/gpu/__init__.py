@@ -1,1 +1,1 @@
-"""What is to be known on a machine with a GPU: ``python -m shadowllm.benchmarks.gpu --json FILE``."""
+"""Measurements on a machine with a GPU: ``python -m shadowllm.benchmarks.gpu --json FILE``."""

@@ -1,16 +1,16 @@
-"""Everything that is to be known of ShadowLLM on a machine with a GPU, in one go.
+"""Runs all measurements of ShadowLLM on a machine with a GPU.
 
     python -m shadowllm.benchmarks.gpu --json gpu.json
     python -m shadowllm.benchmarks.gpu --quick --only checks rates
     TRITON_INTERPRET=1 python -m shadowllm.benchmarks.gpu --tiny      # the same code on a CPU, without times
 
-Sections: ``tensorrt`` (does it run its own engines on this card), ``checks`` (every kernel against its
-reference), ``rates`` (GB/s against the card's copy bandwidth), ``decode`` (random models of known shapes, sparse
-against PyTorch dense, both as CUDA graphs), ``engines`` (the same through TensorRT and ONNX Runtime, where
-they run; it writes the models to the temporary folder, and wants the whole of ShadowLLM installed).
+Sections: ``tensorrt`` (whether TensorRT runs engines on this card), ``checks`` (every kernel compared with its
+reference), ``rates`` (GB/s compared with the card's copy bandwidth), ``decode`` (random models of known shapes,
+sparse compared with PyTorch dense, both as CUDA graphs), ``engines`` (the same with TensorRT and ONNX Runtime, if
+they run). ``engines`` writes models to the temporary folder, and needs a full installation of ShadowLLM.
 
-A section that fails is recorded with its error and the others go on; the exit status is then 1. PyTorch,
-Triton, NumPy, transformers and safetensors are enough for the others.
+If a section fails, its error is recorded and the others go on; the exit status is then 1. ``checks``, ``rates``
+and ``decode`` need only PyTorch, Triton, NumPy, transformers and safetensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SECTIONS = ("tensorrt", "checks", "rates", "decode", "engines")
 
 
 def gpu_environment(device: torch.device) -> dict[str, Any]:
-    """`environment`, and the card: name, compute capability, memory and driver."""
+    """`environment`, plus the card: name, compute capability, memory and driver."""
     packages = (*PACKAGES, "triton", "cuda-bindings", "onnxruntime-gpu")
     found = environment() | {"packages": package_versions(packages), "device": str(device)}
     if device.type == "cpu":
@@ -61,13 +61,13 @@ def gpu_environment(device: torch.device) -> dict[str, Any]:
 
 
 class Recorder:
-    """Runs parts of the whole, and keeps what each found or the error it ended with."""
+    """Runs parts of the benchmark, and records the result or the error of each."""
 
     def __init__(self, path: Path | None, record: dict[str, Any]) -> None:
         self._path, self.record, self.failed = path, record, list[str]()
 
     def run(self, name: str, work: Callable[[], Any]) -> None:
-        """Run and keep; whatever goes wrong is an entry in the record and not the end."""
+        """Run one part and record it; a failure is recorded too, and does not stop the others."""
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             found = work()
@@ -83,7 +83,7 @@ class Recorder:
 
 
 def _probe(flavour: str) -> dict[str, Any]:
-    """A refusal is a finding, and no failure."""
+    """Probe a flavour; a refusal is a result, not a failure."""
     return {"probe": probe(flavour)}
 
 

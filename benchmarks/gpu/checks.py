@@ -1,4 +1,4 @@
-"""Every kernel against its NumPy reference, and its error against PyTorch's own in the same type."""
+"""Compares every kernel with its NumPy reference, and its error with PyTorch's error in the same type."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from shadowllm.models.decoder import ACTIVATIONS
 from shadowllm.plugins.registry import launcher, reference
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# One rounding of a result, relative to it: what anyone may be off by.
+# Relative error of one rounding of a result, which is always allowed.
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 
 
 @dataclass(frozen=True)
 class Check:
-    """How far a kernel is from its reference.
+    """The error of a kernel relative to its reference.
 
     Attributes:
         case: op and sizes.
-        error: largest difference over the largest reference value; of indices, how many differ.
-        allowed: twice PyTorch's own error in the same type, and one rounding of the result.
+        error: largest difference divided by the largest reference value; for indices, how many differ.
+        allowed: twice PyTorch's own error in the same type, plus one rounding of the result.
     """
 
     case: str
@@ -37,7 +37,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """A NaN does not."""
+        """Whether the error is allowed; a NaN is not."""
         return self.error <= self.allowed
 
 
@@ -107,7 +107,7 @@ TINY = (
     TopKCase(2, 88, 40),
     TopKCase(3, 31, 31, levels=4),
 )
-# Beside real sizes: one unit, none, all; widths that no block divides; ties; every length of a batch.
+# Real sizes, and also: one unit, none, all; widths that no block divides; ties; batches of different lengths.
 CASES = (
     *TINY,
     MlpCase(1, 1, 576, 1536, 768),
@@ -142,7 +142,7 @@ CASES = (
 
 
 def check_all(device: torch.device, cases: tuple[Any, ...] = CASES) -> Iterator[Check]:
-    """Check cases in both 16-bit types; selection has none."""
+    """Check cases in both 16-bit types; selection has only one type."""
     for case in cases:
         if isinstance(case, TopKCase):
             yield check_topk(case, device)
@@ -203,7 +203,7 @@ def _torch_attention(
     case: AttentionCase, x: Tensor, key: Tensor, value: Tensor, lengths: Tensor, indices: Tensor,
     w_q: Tensor, b_q: Tensor | None, w_o: Tensor, b_o: Tensor | None, cos: Tensor | None, sin: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """What PyTorch makes of the same numbers in their own type."""
+    """PyTorch's result for the same numbers in the same type."""
     heads = indices[: case.count].long()
     rows = (heads[:, None] * case.head_dim + torch.arange(case.head_dim, device=x.device)).flatten()
     query = F.linear(x, w_q[rows], None if b_q is None else b_q[rows])
@@ -249,7 +249,7 @@ def check_scores(case: ScoreCase, dtype: torch.dtype, device: torch.device) -> C
 
 
 def check_topk(case: TopKCase, device: torch.device) -> Check:
-    """``SelectTopK``: exact, ties to the lower index. Counts differ from row to row."""
+    """``SelectTopK``: must be exact, with ties to the lower index. Counts differ between rows."""
     generator = torch.Generator().manual_seed(case.width)
     scores = torch.randint(case.levels, (case.rows, case.width), generator=generator).float() / case.levels - 0.5
     counts = torch.tensor([max(0, case.count - row) for row in range(case.rows)], dtype=torch.int32)
@@ -259,11 +259,11 @@ def check_topk(case: TopKCase, device: torch.device) -> Check:
 
 
 def _judge(case: MlpCase | ScoreCase | AttentionCase, found: Tensor, own: Tensor, wanted: np.ndarray) -> Check:
-    # Where nothing is active and there is no bias, zero is exact.
+    # If nothing is active and there is no bias, the result is exactly zero.
     scale = float(np.abs(wanted).max()) or 1.0
     ours, theirs = (float(np.abs(_wide(y) - wanted).max()) / scale for y in (found, own))
     allowed = 2 * theirs + ROUNDING[found.dtype]
-    # Triton's interpreter cuts bfloat16 off where a GPU rounds: every rounding costs twice as much.
+    # Triton's interpreter truncates bfloat16, but a GPU rounds it: the error of every rounding doubles.
     return Check(str(case), ours, 2 * allowed if found.dtype == torch.bfloat16 and found.is_cpu else allowed)
 
 
@@ -284,7 +284,7 @@ def _random(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
 
 
 def _selection(width: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every so manieth unit, ascending, padded with -1, and how many."""
+    """Evenly spaced units, ascending and padded with -1, and their number."""
     indices = torch.full((width,), -1, dtype=torch.int32)
     if count:
         indices[:count] = torch.arange(count) * width // count + (width // count - 1 if count < width else 0)
@@ -300,7 +300,7 @@ def _wide(tensor: Tensor | None) -> Any:
 
 
 def summary(checks: list[Check]) -> dict[str, Any]:
-    """JSON types: every check, and the worst share of what it is allowed."""
+    """JSON types: every check, and the largest ratio of an error to the allowed error."""
     shares = [c.error / c.allowed for c in checks if c.allowed]
     return {
         "passed": all(c.passed for c in checks),

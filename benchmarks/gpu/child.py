@@ -1,4 +1,4 @@
-"""Parts of the benchmark in processes of their own: they may crash, and one process holds one flavour of TensorRT."""
+"""Runs parts of the benchmark in child processes: they may crash, and need one process per flavour of TensorRT."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from shadowllm.errors import UserError
 
 
 def answer(name: str, command: Sequence[str], request: Any, *, timeout: float) -> dict[str, Any]:
-    """What a child process answers to one request.
+    """Send one request to a child process, and return its answer.
 
     Args:
-        name: of what it works on, for errors.
-        command: of a program that serves (`shadowllm.child.serve`).
-        timeout: seconds to wait for it.
+        name: name for error messages.
+        command: command of a program that serves requests (`shadowllm.child.serve`).
+        timeout: seconds to wait for the answer.
 
     Returns:
-        Its answer, or ``{"error": ...}``: one line that begins with the name.
+        The answer, or ``{"error": ...}``: one line that begins with the name.
     """
     try:
         return dict(call(Child(command, name), request, timeout=timeout))

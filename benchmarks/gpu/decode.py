@@ -1,4 +1,4 @@
-"""Decoding end to end: a random model of a known shape, sparse against dense, on one copy of the weights."""
+"""Measures end-to-end decoding: a random model of a known shape, sparse and dense, on one copy of the weights."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SPARSE, QUANTISED, DENSE = "triton", "triton, quantized shadow", "torch dense"
 
 @dataclass(frozen=True)
 class Setting:
-    """Of a comparison; the defaults are those of the paper's own table.
+    """Settings of a comparison; the defaults are those of the paper's table.
 
     Attributes:
-        runs: generations of each contender that count, after one that does not.
-        rank: of the predictor; the usual one when None.
+        runs: measured generations of each contender, after one warm-up.
+        rank: rank of the predictor; None for the default.
     """
 
     prompt_len: int = 128
@@ -47,12 +47,12 @@ TINY = Setting(4, 4, 1, rank=2)
 
 
 def measure_shape(shape: str, device: torch.device, setting: Setting) -> dict[str, Any]:
-    """The Triton session at a budget, with a shadow and with a quantised shadow, against the same session dense.
+    """Compare the Triton session at a budget, with a shadow or a quantised shadow, with the same session dense.
 
     Returns:
-        JSON types. Of each contender: milliseconds per token and to the first one, GB/s, memory, and against
-        dense the ``speedup`` and what the bytes ``allow``. Also the shadow's and its selection's share of a sparse
-        step, and how far logits with everything active are from dense ones.
+        JSON types. For each contender: milliseconds per token and to the first token, GB/s, memory, the ``speedup``
+        over dense, and the speedup ``allowed`` by the bytes. Also the share of a sparse step that the shadow and its
+        selection take, and the error of logits with everything active, relative to dense.
     """
     spec = shape_spec(shape)
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def measure_shape(shape: str, device: torch.device, setting: Setting) -> dict[st
             made = TritonSession(spec, weights, chooser, setting.budget, cache_block=block, copies=copies)
             session = stack.enter_context(made)
             sessions[name] = session
-            _generate(session, setting)  # warm-up: whatever is allocated lazily is there afterwards
+            _generate(session, setting)  # warm-up, so that lazy allocations are done
             after = _allocated(device)
             memory[name] = None if after is None or before is None else (held + after - before) / 1e6
         errors = {name: _all_active_error(sessions[name], sessions[DENSE], setting) for name in (SPARSE, QUANTISED)}
@@ -82,7 +82,7 @@ def measure_shape(shape: str, device: torch.device, setting: Setting) -> dict[st
 
 
 def interleaved(sessions: Mapping[str, Session], setting: Setting) -> dict[str, list[tuple[float, float]]]:
-    """Times of every contender, turn by turn: milliseconds to the first token, and per token after it."""
+    """Times of every contender, which take turns: milliseconds to the first token, and per token after it."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
     names = list(sessions)
     for run in range(setting.runs):
@@ -103,7 +103,7 @@ def _generate(session: Session, setting: Setting) -> tuple[float, float]:
 
 
 def _all_active_error(sparse: TritonSession, dense: TritonSession, setting: Setting) -> float:
-    """Largest difference of logits over the largest logit, one decode step after the prompt."""
+    """Largest difference of logits divided by the largest logit, one decode step after the prompt."""
     prompt, token = [5] * setting.prompt_len, np.array([7])
     found = []
     sparse.set_budget(Budget())
@@ -168,7 +168,7 @@ def _report(
 
 
 def _bytes(spec: ModelSpec, chooser: Predictor | None, setting: Setting) -> int:
-    """Read per token, by a sparse step or, without a predictor, a dense one."""
+    """Bytes read per token by a sparse step or, without a predictor, by a dense one."""
     itemsize, active, choosing = setting.dtype.itemsize, None, 0.0
     if chooser is not None:
         layers = SparseLayers(spec, chooser.dense_layers)

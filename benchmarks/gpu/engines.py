@@ -1,7 +1,7 @@
-"""The comparison through TensorRT engines and ONNX Runtime's CUDA provider, where they run on this card.
+"""Measures decoding with TensorRT engines and ONNX Runtime's CUDA provider, if they run on this card.
 
-Run as a program, this module is the child that `measure_shape` starts for each flavour of TensorRT, of which a
-process can hold one. It builds the engines into the bundle and answers with the contenders' times, or
+Run as a program, this module is the child process that `measure_shape` starts for each flavour of TensorRT, because
+a process can load only one. It builds the engines into the bundle and answers with the contenders' times, or
 ``{"error": ...}``.
 """
 
@@ -29,16 +29,16 @@ from shadowllm.plugins.tensorrt.flavour import FLAVOURS, gpu_capability
 from shadowllm.runtime.session import Decodes, Session
 
 DTYPE = "float16"
-TIMEOUT = 3600.0  # seconds for a flavour to build its engines and be measured
+TIMEOUT = 3600.0  # seconds to build and measure the engines of a flavour
 
 
 def measure_shape(shape: str, setting: Setting) -> dict[str, Any]:
-    """Sparse and dense engines of each flavour, and ``dense.onnx`` on ONNX Runtime, over one random bundle.
+    """Measure sparse and dense engines of each flavour, and ``dense.onnx`` on ONNX Runtime, with one random bundle.
 
     Returns:
-        JSON types: per toolkit its contenders' milliseconds per token and to the first one, or its ``error``,
-        a line that names it.
-        Contenders of one toolkit take turns; toolkits follow one another, for the sake of the card's memory.
+        JSON types: per toolkit, its contenders' milliseconds per token and to the first token, or its ``error``,
+        a line that names the toolkit.
+        Contenders of one toolkit take turns. Toolkits run one after another, to limit the card's memory.
     """
     from shadowllm.benchmarks.shapes import export_random
 
@@ -54,25 +54,25 @@ def measure_shape(shape: str, setting: Setting) -> dict[str, Any]:
 
 
 def in_child(bundle: Path, flavour: Flavour, setting: Setting) -> dict[str, Any]:
-    """Build and time a bundle's engines of one flavour, in a process of its own; JSON as of `measure_shape`."""
-    told = {name: getattr(setting, name) for name in ("prompt_len", "new_tokens", "runs")}
-    request = {"bundle": str(bundle), "flavour": flavour, "setting": told | {"budget": vars(setting.budget)}}
+    """Build and time a bundle's engines of one flavour in a child process; JSON as in `measure_shape`."""
+    values = {name: getattr(setting, name) for name in ("prompt_len", "new_tokens", "runs")}
+    request = {"bundle": str(bundle), "flavour": flavour, "setting": values | {"budget": vars(setting.budget)}}
     return answer(flavour, module_command("shadowllm.benchmarks.gpu.engines"), request, timeout=TIMEOUT)
 
 
 def _answer(request: dict[str, Any], _: Progress) -> Any:
     """The child's part of `in_child`."""
-    bundle, flavour, told = Path(request["bundle"]), request["flavour"], request["setting"]
-    os.environ["XDG_CACHE_HOME"] = str(bundle.parent)  # nobody starts these engines again: keep no kernels
-    setting = Setting(**told | {"budget": Budget(**told["budget"])})
+    bundle, flavour, values = Path(request["bundle"]), request["flavour"], request["setting"]
+    os.environ["XDG_CACHE_HOME"] = str(bundle.parent)  # these engines run only once: keep no kernels
+    setting = Setting(**values | {"budget": Budget(**values["budget"])})
     return _guarded(flavour, partial(_engines, bundle, flavour, setting))
 
 
 def _guarded(name: str, work: Callable[[], Any]) -> Any:
-    """What a toolkit that is not ours cannot do is a finding."""
+    """Run a toolkit; its failure is recorded as a result."""
     try:
         return work()
-    except Exception as error:  # noqa: BLE001  # whatever it was, the other toolkits are still to be measured
+    except Exception as error:  # noqa: BLE001  # any failure of one toolkit must not lose the others
         return {"error": " ".join(f"{name}: {type(error).__name__}: {error}".split())}
 
 
@@ -122,10 +122,10 @@ def _capacity(setting: Setting) -> int:
 
 
 class OrtDense:
-    """``dense.onnx`` on one of ONNX Runtime's providers, one sequence, the cache updated where it lies on the device.
+    """``dense.onnx`` on a provider of ONNX Runtime, for one sequence; the cache is updated in place on the device.
 
     Args:
-        device: where the provider computes, in ONNX Runtime's words.
+        device: ONNX Runtime's name of the provider's device.
     """
 
     decodes: Decodes = "dense"
@@ -167,7 +167,7 @@ class OrtDense:
         self._length = 0
 
     def set_budget(self, budget: Any) -> None:
-        """A dense session has none."""
+        """Do nothing: a dense session has no budget."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """See `Session.prefill`."""
@@ -178,7 +178,7 @@ class OrtDense:
         return self._run(tokens[:, None].astype(np.int64))
 
     def decode_greedy(self, tokens: np.ndarray, steps: int) -> None:
-        """None, see `Session.decode_greedy`."""
+        """Return None; see `Session.decode_greedy`."""
 
     def _run(self, ids: np.ndarray) -> np.ndarray:
         seqlen = ids.shape[1]

@@ -1,9 +1,9 @@
-"""Does TensorRT run an engine on this card? A child process, since a refusal may be a crash.
+"""Checks whether TensorRT runs an engine on this card, in a child process, because a refusal may be a crash.
 
     echo '"tensorrt_rtx"' | python -m shadowllm.benchmarks.gpu.probe
 
-builds an engine of one node, deserialises and runs it, and prints JSON: ``{"version": ..., "runs": true}`` as the
-``result``.
+The command builds an engine of one node, deserialises and runs it, and prints JSON with
+``{"version": ..., "runs": true}`` as the ``result``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MODULE = "shadowllm.benchmarks.gpu.probe"
 
 
 def probe(flavour: str, timeout: float = 300) -> dict[str, Any]:
-    """What the child finds: ``runs``, and ``version`` or the exact ``error``."""
+    """The result of the child process: ``runs``, and ``version`` or the exact ``error``."""
     if importlib.util.find_spec(flavour) is None:
         return {"runs": False, "error": f"{flavour} is not installed"}
     return {"runs": False} | answer(flavour, module_command(MODULE), flavour, timeout=timeout)
@@ -30,7 +30,7 @@ def run_one(flavour: str) -> dict[str, Any]:
     """Build, deserialise and run the negation of a vector.
 
     Raises:
-        RuntimeError: TensorRT refuses, with everything it logged.
+        RuntimeError: TensorRT refuses; the message has everything that it logged.
     """
     import torch
 

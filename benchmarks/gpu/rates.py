@@ -1,4 +1,4 @@
-"""What share of the card's copy bandwidth the kernels reach, for the bytes they have to read."""
+"""Measures the share of the card's copy bandwidth that the kernels reach, for the bytes that they must read."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from shadowllm.plugins.ops.select_topk.launcher import select_topk
 from shadowllm.plugins.ops.sparse_attention.launcher import sparse_attention
 from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
 
-# A work set is as many copies of an op's data as fill this, used in turn: far beyond the last-level cache of any card.
+# A work set is enough copies of an op's data to fill this size, used in turn; far larger than any last-level cache.
 WORK_SET_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the layer that is measured.
+    """Sizes of the measured layer.
 
     Attributes:
-        context: tokens in the cache where attention is measured.
+        context: tokens in the KV cache when attention is measured.
     """
 
     hidden: int = 4096
@@ -45,7 +45,7 @@ TINY = Sizes(48, 88, 4, 12, 40, 33, 2, 1)
 
 
 def copy_bandwidth(device: torch.device, size: int = WORK_SET_BYTES) -> float | None:
-    """GB/s (1e9) at which the card copies a buffer, bytes read and bytes written counted."""
+    """GB/s (1e9) at which the card copies a buffer; counts bytes read and bytes written."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     taken = milliseconds(lambda: target.copy_(source), device)
@@ -53,11 +53,11 @@ def copy_bandwidth(device: torch.device, size: int = WORK_SET_BYTES) -> float | 
 
 
 def measure_rates(device: torch.device, sizes: Sizes = OPT_67B) -> dict[str, Any]:
-    """Every op at one token and half of its units, and PyTorch's dense product of the same matrices.
+    """Measure every op at one token and half of its units, and PyTorch's dense MLP with the same matrices.
 
     Returns:
         JSON types: ``copy_gb_per_s``; per op and type its milliseconds, bytes, GB/s and ``share`` of the
-        copy bandwidth. Times are None on a CPU.
+        copy bandwidth (only milliseconds for ``SelectTopK``). Times are None on a CPU.
     """
     copy = copy_bandwidth(device, sizes.work_set)
     found: dict[str, Any] = {"sizes": vars(sizes), "copy_gb_per_s": copy}
@@ -70,13 +70,13 @@ def measure_rates(device: torch.device, sizes: Sizes = OPT_67B) -> dict[str, Any
     return found
 
 
-# Makes one set of an op's weights and caches; what a call with one of them reads, in bytes, is told apart from
-# what it holds, since half of the rows stay unread.
+# A function that makes one set of an op's weights and caches, and the bytes that a call reads. A sparse op reads fewer
+# bytes than the set has, because it skips half of the rows.
 Data = tuple[Callable[[], tuple[Tensor, ...]], int]
 
 
 def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> dict[str, tuple[Data, Callable[..., Any]]]:
-    """By name: the data, and the op on it."""
+    """For each name, the data and the op on it."""
     width, item = s.heads * s.head_dim, dtype.itemsize
 
     def make(*shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
@@ -95,7 +95,7 @@ def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> dict[str, tuple[
         )
 
     def packed() -> tuple[Tensor, ...]:
-        """A copy of the up projection: any integers will do."""
+        """A low-bit copy of the up projection, with random integers."""
         rows = (s.neurons, LOW_BIT_COPY.blocks(s.hidden))
         copy = torch.randint(256, (*rows, LOW_BIT_COPY.block // 2), dtype=torch.uint8, device=device)
         return copy, torch.rand(rows, device=device), torch.rand(s.neurons, device=device)
@@ -110,7 +110,7 @@ def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> dict[str, tuple[
     cache = ((1, s.heads, s.capacity, s.head_dim),) * 2
     rows = ((width, s.hidden),) * 2
     mlp_bytes, row_bytes = s.neurons * s.hidden * item, width * s.hidden * item
-    cache_bytes = s.context * width * item  # of keys and values together, half of the heads
+    cache_bytes = s.context * width * item  # keys and values together, for half of the heads
     return {
         "ScoreNeurons": ((packed, sum(t.nbytes for t in packed())), scores),
         "SparseMLP": ((make(*matrices), mlp_bytes), mlp),
@@ -149,7 +149,7 @@ def _selection_work(device: torch.device, s: Sizes) -> Callable[[], Any]:
 
 
 def _spread(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A random half of the units, ascending, and its size."""
+    """A random half of the units, ascending, and their number."""
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(width, generator=generator)[: width // 2].sort().values.to(torch.int32)
     padded = torch.cat([chosen, torch.full((width - len(chosen),), -1, dtype=torch.int32)])

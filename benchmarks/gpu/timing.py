@@ -1,4 +1,4 @@
-"""Times on a GPU: work captured as a CUDA graph and replayed, so that Python's launches do not count."""
+"""Measures times on a GPU; work is replayed as a CUDA graph, so that Python's launch time does not count."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from shadowllm.runtime.gpu.cuda_graph import captured
 
 
 def milliseconds(work: Callable[[], Any], device: torch.device, repeats: int = 20) -> dict[str, float] | None:
-    """Time of one replay of ``work``, by events: median, min and max over ``repeats``, after three that do not count.
+    """Time of one replay of ``work``, from events: median, min and max of ``repeats``, after three warm-ups.
 
     Returns:
-        None on a CPU, where the work is done once: times there mean nothing.
+        None on a CPU, where the work runs once, because times there mean nothing.
     """
     if device.type == "cpu":
         work()

@@ -1,4 +1,4 @@
-// Chooses the kernels once per op: by what the CPU can run, or by name.
+// Chooses the kernels, once per op: the best that the CPU can run, or those that SHADOWLLM_NATIVE_ISA names.
 #include <cstdlib>
 #include <string>
 #include <vector>

@@ -1,8 +1,8 @@
 // The kernels, written once over the compiler's vector types and compiled once per instruction set.
 //
 // Included by one source per instruction set, which defines SHADOWLLM_VECTOR_BYTES and is compiled with its flags.
-// Everything lies in an unnamed namespace and no C++ library header is used: an inline function shared with the rest
-// of the library could be compiled for AVX-512 here and then be picked by the linker for everyone.
+// Everything is in an unnamed namespace and no C++ library header is used. Otherwise an inline function that is shared
+// with the rest of the library could be compiled for AVX-512 here, and the linker could use it in the whole library.
 #pragma once
 
 #include "vectors.hpp"
@@ -16,24 +16,24 @@ inline const T* row(const Rows& rows, const int32_t* ids, size_t i) {
   return reinterpret_cast<const T*>(static_cast<const char*>(rows.data) + id * rows.stride);
 }
 
-// Rows of a block. One token has eight rows read side by side, as many streams of loads; more tokens are compute bound
-// and take tiles of four rows and up to kTile tokens, whose sums fit into the registers.
+// Rows of a block. For one token, eight rows are read in parallel, as eight streams of loads. More tokens are compute
+// bound and use tiles of four rows and up to kTile tokens, whose sums fit into the registers.
 constexpr size_t kBlock = 8;
 constexpr size_t kTile = W >= 16 ? 4 : 2;
 
-// Fetches into L2 the cache lines of `next` that correspond to `count` elements from k on. The hardware's prefetcher
-// cannot guess where the next active row lies, so while a block is worked on, the following one is on its way.
+// Prefetches into L2 the cache lines of `next` that hold `count` elements from k on. The hardware prefetcher cannot
+// predict the next active row, so each block prefetches the next one.
 template <class T>
 __attribute__((always_inline)) inline void fetch(const T* next, size_t k, size_t count) {
   const char* from = reinterpret_cast<const char*>(next + k);
   for (size_t i = 0; i < count * sizeof(T); i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// Elements of the inner step: a cache line, or a vector where that is longer.
+// Elements of the inner step: a cache line, or a vector if that is longer.
 template <class T>
 constexpr size_t kStep = 64 / sizeof(T) > W ? 64 / sizeof(T) : W;
 
-// Calls step(k) for every whole vector of a row, and ahead(k) for every kStep elements. Returns where the rest begins.
+// Calls step(k) for every whole vector of a row, and ahead(k) for every kStep elements. Returns where the rest starts.
 template <class T, class Step, class Ahead>
 inline size_t for_row(size_t width, Step step, Ahead ahead) {
   size_t k = 0;
@@ -70,7 +70,7 @@ inline void project_tile(const T* const* rows, const T* const* next, const float
     }
 }
 
-// One row alone: the fastest way through rows that lie one after the other, where the hardware's prefetcher helps.
+// One row at a time. This is fastest for rows next to each other in memory, because the hardware prefetcher helps.
 template <class T>
 inline float project_row(const T* row, const T* next, const float* x, size_t width) {
   V acc[4] = {};
@@ -109,8 +109,8 @@ inline void accumulate_tile(const T* const* rows, const T* const* next, const fl
       for (size_t t = 0; t < M; ++t) y[t * width + k] += h[r * tokens + t] * load_one(rows[r] + k);
 }
 
-// Calls block(row pointers, next row pointers or null, first row) with kBlock rows at a time, then single(pointer, row)
-// with each of the rest.
+// Calls block(row pointers, next row pointers or null, first row) for kBlock rows at a time, then single(pointer, row)
+// for each of the rest.
 template <class T, class Block, class Single>
 inline void walk(const Rows& rows, Picks picks, Ahead ahead, Block block, Single single) {
   const T *now[kBlock], *next[kBlock];
@@ -157,7 +157,7 @@ void project_as(const Rows& rows, Picks picks, const float* x, size_t tokens, fl
             project_tile<T, 4, m.value>(of, then, x + t * width, width, out + (i + r) * tokens + t, tokens);
           });
         } else if (one_after_the_other(now, rows.stride)) {
-          // A following block that continues this one is left to the hardware.
+          // The hardware prefetches a next block of consecutive rows.
           if (next != nullptr && one_after_the_other(next, rows.stride)) next = nullptr;
           for (size_t r = 0; r < kBlock; ++r)
             out[i + r] = project_row(now[r], next == nullptr ? nullptr : next[r], x, width);
@@ -224,7 +224,7 @@ void accumulate(const Rows& rows, Picks picks, const float* h, size_t tokens, fl
   }
 }
 
-// Runs f over whole vectors, then over the rest in a padded one, so that a value never depends on its place.
+// Applies f to whole vectors, then to the rest in a padded one, so that a result does not depend on its position.
 template <class F>
 inline void for_vectors(float* h, size_t size, F f) {
   size_t i = 0;

@@ -1,12 +1,12 @@
-// Kernels over quantised rows, part of kernels.hpp: integers are turned into floats on the way into the registers, and
-// the sum over a block is scaled once.
+// Kernels for quantised rows, part of kernels.hpp. Integers are converted to floats when they are loaded, and products
+// are multiplied by the scale of their block.
 #pragma once
 
 namespace shadowllm {
 namespace {
 
-// Thirty-two or fewer consecutive elements of a row, as two vectors: `step` elements at a time, of which vector j holds
-// those that `split` puts there. Vectors of x and y are split alike, once for all rows of a tile.
+// Loads `step` (at most 32) consecutive elements of a row as two vectors. Vector j has the same elements that `split`
+// puts into vector j of x or y, which is split once for all rows of a tile.
 struct Bits8 {
   static constexpr size_t bits = 8, step = 2 * W;
 
@@ -15,7 +15,7 @@ struct Bits8 {
     for (size_t j = 0; j < 2; ++j) {
       VB bytes;
       memcpy(&bytes, row + k + j * W, sizeof bytes);
-      bytes ^= (int8_t)-128;  // from around 128 to around 0
+      bytes ^= (int8_t)-128;  // moves the middle from 128 to 0
       out[j] = __builtin_convertvector(__builtin_convertvector(bytes, VI), V);
     }
   }
@@ -29,13 +29,13 @@ struct Bits8 {
   }
 };
 
-// A byte holds an even element and the odd one behind it: one vector of each.
+// A byte holds an even element and the next odd one. One vector has the even elements, the other the odd ones.
 struct Bits4 {
   static constexpr size_t bits = 4, step = 2 * W;
 
   static inline void load(const uint8_t* row, size_t k, V out[2]) {
 #if defined(__AVX512F__)
-    // The table ignores the bits above the lowest four.
+    // The table lookup ignores the bits above the lowest four.
     const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + k / 2));
     const __m512i pairs = _mm512_maskz_cvtepu8_epi32(0xffff, bytes);
@@ -65,7 +65,7 @@ struct Bits4 {
   }
 };
 
-constexpr size_t kScales = 16;  // blocks whose products of input and scale are made together
+constexpr size_t kScales = 16;  // blocks whose products of input and scale are computed together
 
 struct QuantisedRow {
   const uint8_t* data;
@@ -82,13 +82,13 @@ __attribute__((always_inline)) inline void fetch_bytes(const void* from, size_t 
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
-// What R rows fetch ahead of block b: the same block of the following rows, and all of their scales at first.
+// Prefetches for R rows at block b: the same block of the next rows and, at the first block, all of their scales.
 template <class Q, size_t R>
 __attribute__((always_inline)) inline void fetch_block(const QuantisedRow* next, size_t b, size_t blocks,
                                                        size_t block) {
   if (next == nullptr) return;
   const size_t bytes = block * Q::bits / 8, at = b * bytes;
-  if (b != 0 && at / 64 == (at - bytes) / 64) return;  // the line is on its way
+  if (b != 0 && at / 64 == (at - bytes) / 64) return;  // the line was fetched for the last block
   for (size_t r = 0; r < R; ++r) {
     fetch_bytes(next[r].data + at, bytes);
     if (b == 0) fetch_bytes(next[r].scales, blocks * sizeof(float));
@@ -102,7 +102,7 @@ inline void project_quantised_tile(const QuantisedRow* rows, const QuantisedRow*
   const size_t blocks = width / block;
   for (size_t b = 0; b < blocks; ++b) {
     fetch_block<Q, R>(next, b, blocks, block);
-    // Scaled step by step, not once a block: sums that live across the inner loop would not stay in registers.
+    // Scaled in every step, not once per block: sums that live across the inner loop would not stay in registers.
     for (size_t k = b * block; k < (b + 1) * block; k += Q::step) {
       V in[M][2];
       for (size_t t = 0; t < M; ++t) Q::split(x + t * width + k, in[t]);
@@ -152,12 +152,12 @@ inline void accumulate_quantised_tile(const QuantisedRow* rows, const QuantisedR
   }
 }
 
-// Rows of integers are worked on so fast that the block after the next is the one to fetch.
+// Rows of integers are processed so fast that the block after the next one is prefetched.
 constexpr size_t kFetched = 2 * kBlock;
-static_assert(kFetched <= kLeastAhead, "as many rows of the next pass are known");
+static_assert(kFetched <= kLeastAhead, "the next pass must have enough rows to prefetch");
 
-// As walk, but always kBlock rows at a time: tile(rows, rows to fetch or null, first row, how many count). The last
-// tile is filled up with its last row, whose sums are not wanted.
+// Like walk, but always kBlock rows at a time: tile(rows, rows to fetch or null, first row, number of valid rows). The
+// last tile is padded with copies of the last row, whose sums are ignored.
 template <class Tile>
 inline void walk_quantised(const Rows& rows, Picks picks, Ahead ahead, Tile tile) {
   QuantisedRow now[kBlock], next[kBlock];
@@ -179,8 +179,8 @@ inline void walk_quantised(const Rows& rows, Picks picks, Ahead ahead, Tile tile
   }
 }
 
-// Calls tile(rows, next rows, first row, first token, rows that count, row count and token count as types): four rows a
-// tile where there is more than one token, as in `cover`.
+// Calls tile(rows, next rows, first row, first token, number of valid rows, row count and token count as types). With
+// more than one token, a tile has four rows, as in `cover`.
 template <class Tile>
 inline void for_tiles(const Rows& rows, Picks picks, size_t tokens, Ahead ahead, Tile tile) {
   walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t count) {

@@ -1,12 +1,12 @@
-// One token in integers, part of kernels_quantised.hpp: four products an instruction and lane (AVX-512 VNNI).
+// Integer kernels for one token, part of kernels_quantised.hpp: four products per instruction and lane (AVX-512 VNNI).
 //
-// What the rows are multiplied with is rounded to 16 bits and a scale for every block, and multiplied in two parts of 8
-// bits: 256 times finer than rounding it to 8 bits, as dense int8 arithmetic does, at twice the multiplications.
+// The factor of the rows is rounded to 16 bits with a scale per block, and multiplied in two parts of 8 bits. This is
+// 256 times finer than rounding to 8 bits, as in dense int8 arithmetic, but needs twice as many multiplications.
 #pragma once
 
 constexpr size_t kIntegerBlock = 32, kMostIntegers = 1 << 14;
 
-// The largest integer n whose parts n = 256 * high + low are signed bytes: n + 128 is the bytes of high and low + 128.
+// The largest n = 256 * high + low with signed bytes high and low. The bytes of n + 128 are high and low + 128.
 constexpr int kLargest = 127 * 256 + 127;
 
 inline __m512i shifted_integers(__m512 x) {
@@ -21,16 +21,16 @@ inline bool in_integers(const Rows& rows, size_t tokens) {
   return tokens == 1 && rows.block == kIntegerBlock && rows.width <= kMostIntegers;
 }
 
-// Bytes of a step: 64 of a row. At 8 bits they hold 64 elements, at 4 bits 128, even ones in the lower halves.
+// Elements of a step, which is 64 bytes of a row: 64 at 8 bits; 128 at 4 bits, with even ones in the lower halves.
 template <class Q>
 constexpr size_t kElements = 512 / Q::bits;
 
 // The input of a step, in the order of the bytes of a row.
 template <class Q>
 struct alignas(64) IntegerStep {
-  static constexpr size_t parts = 8 / Q::bits;  // even and odd elements apart at 4 bits
+  static constexpr size_t parts = 8 / Q::bits;  // at 4 bits, even and odd elements are separate
   int8_t high[parts][64], low[parts][64];
-  int32_t start[16];  // the middle of the integers times the input, to be taken away
+  int32_t start[16];  // minus the middle of the integers times the input
   float scale[16];
 };
 
@@ -53,7 +53,7 @@ inline const float* round_input(const float* x, size_t width, float* room) {
     Q::split(x + first, in);
     const __m512 largest = _mm512_max_ps(_mm512_abs_ps((__m512)in[0]), _mm512_abs_ps((__m512)in[1]));
     const bool ordered = _mm512_cmp_ps_mask((__m512)in[0], (__m512)in[1], _CMP_UNORD_Q) == 0;
-    const float most = ordered ? _mm512_reduce_max_ps(largest) : NAN;  // as an integer it would look like a number
+    const float most = ordered ? _mm512_reduce_max_ps(largest) : NAN;  // rounding would turn a NaN into a number
     const float inverse = most > 1e-30f ? kLargest / most : 0;
     for (size_t j = 0; j < 2; ++j) {
       const __m512i shifted = shifted_integers((__m512)(in[j] * inverse));
@@ -83,14 +83,14 @@ inline __m512i load_step(const QuantisedRow& row, size_t s, size_t width) {
   return _mm512_maskz_loadu_epi8(left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1, row.data + s * 64);
 }
 
-// Even or odd elements at four bits, all of them at eight.
+// The even or the odd elements at four bits, all elements at eight.
 template <class Q>
 inline __m512i part_of(__m512i bytes, size_t part) {
   if (Q::bits == 8) return bytes;
   return _mm512_and_si512(part == 0 ? bytes : _mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
 }
 
-// What eight rows fetch ahead of a step: the same step of the following rows, and all of their scales at first.
+// Prefetches for eight rows at a step: the same step of the next rows and, at the first step, all of their scales.
 __attribute__((always_inline)) inline void fetch_step(const QuantisedRow* next, size_t s, size_t blocks) {
   if (next == nullptr) return;
   for (size_t r = 0; r < kBlock; ++r) {
@@ -99,7 +99,7 @@ __attribute__((always_inline)) inline void fetch_step(const QuantisedRow* next, 
   }
 }
 
-// Which block of a step each of sixteen lanes belongs to, if every block has `lanes` of them.
+// For each of sixteen lanes, the number of its block in a step, if every block has `lanes` lanes.
 inline __m512i block_of_lane(size_t lanes) {
   int32_t blocks[16];
   for (size_t l = 0; l < 16; ++l) blocks[l] = static_cast<int32_t>(l / lanes);
@@ -136,7 +136,7 @@ inline void project_integer_tile(const QuantisedRow* rows, const QuantisedRow* n
       acc[r] = _mm512_fmadd_ps(product, _mm512_maskz_permutexvar_ps(0xffff, spread, scales), acc[r]);
     }
   }
-  float totals[kBlock];  // all of them: an array of which a part is read would not stay in registers
+  float totals[kBlock];  // sums all: a partly read array would not stay in registers
   for (size_t r = 0; r < kBlock; ++r) totals[r] = sum((V)acc[r]);
   memcpy(out, totals, count * sizeof(float));
 }
@@ -149,20 +149,20 @@ void project_integers(const Rows& rows, Picks picks, const float* input, float* 
   });
 }
 
-// What the blocks of eight rows are multiplied with, a block to a lane: h times the scale of the block, rounded to 16
-// bits of the largest of the eight.
+// The weights of eight rows, one block per lane: h times the scale of the block, rounded to 16 bits relative to the
+// largest of the eight.
 struct IntegerWeights {
-  __m512i high[2], low[2];  // a byte for each of four rows
-  __m512i start;            // the middle of the integers times the weights, to be taken away
+  __m512i high[2], low[2];  // one byte for each of four rows
+  __m512i start;            // minus the middle of the integers times the weights
   __m512 scale;
 };
 
-// The upper sixteen bits of one and the lower ones of the other.
+// In each lane, the upper sixteen bits of `upper` and the lower sixteen of `lower`.
 inline __m512i upper_halves_of(__m512i upper, __m512i lower) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, lower, upper);
 }
 
-// The two lower bytes of a and b as a's upper one, b's upper one, a's lower one, b's lower one.
+// In each lane, the second byte of a, the second of b, the first of a and the first of b.
 inline __m512i split_bytes(__m512i a, __m512i b) {
   const __m512i both = upper_halves_of(_mm512_maskz_slli_epi32(0xffff, b, 16), a);
   const __m128i order = _mm_set_epi8(14, 12, 15, 13, 10, 8, 11, 9, 6, 4, 7, 5, 2, 0, 3, 1);
@@ -180,7 +180,7 @@ inline IntegerWeights round_weights(const QuantisedRow* rows, const float* h, si
     most = _mm512_maskz_max_ps(0xffff, most, _mm512_abs_ps(exact[r]));
     unordered |= _mm512_cmp_ps_mask(exact[r], exact[r], _CMP_UNORD_Q);
   }
-  most = _mm512_mask_mov_ps(most, unordered, _mm512_set1_ps(NAN));  // as an integer it would look like a number
+  most = _mm512_mask_mov_ps(most, unordered, _mm512_set1_ps(NAN));  // rounding would turn a NaN into a number
   const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_set1_ps(1e-30f), _CMP_GT_OQ);
   const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(kLargest), most);
   IntegerWeights weights;
@@ -201,8 +201,8 @@ inline IntegerWeights round_weights(const QuantisedRow* rows, const float* h, si
   return weights;
 }
 
-// Brings the bytes of four rows that belong together side by side: out[j] has, in its 128-bit lane L, bytes 16 L + 4 j
-// and the following three.
+// Interleaves the bytes of four rows: in its 128-bit lane L, out[j] has bytes 16 L + 4 j to 16 L + 4 j + 3 of every
+// row.
 inline void interleave(const __m512i rows[4], __m512i out[4]) {
   const __m512i front = _mm512_unpacklo_epi8(rows[0], rows[1]), back = _mm512_unpackhi_epi8(rows[0], rows[1]);
   const __m512i front2 = _mm512_unpacklo_epi8(rows[2], rows[3]), back2 = _mm512_unpackhi_epi8(rows[2], rows[3]);
@@ -212,7 +212,7 @@ inline void interleave(const __m512i rows[4], __m512i out[4]) {
   out[3] = _mm512_unpackhi_epi16(back, back2);
 }
 
-// Adds eight rows to `sums`, sixteen floats for each part and j of a step, in the order that `interleave` leaves.
+// Adds eight rows to `sums`: sixteen floats for each step, part and j, in the order of `interleave`.
 template <class Q>
 inline void accumulate_integer_tile(const QuantisedRow* rows, const QuantisedRow* next, const float* h, size_t width,
                                     float* sums) {
@@ -247,7 +247,7 @@ inline void accumulate_integer_tile(const QuantisedRow* rows, const QuantisedRow
   }
 }
 
-// y += sums, back in the order of the row.
+// y += sums, reordered as in the row.
 template <class Q>
 inline void add_in_order(const float* sums, size_t width, float* y) {
   constexpr size_t parts = IntegerStep<Q>::parts;

@@ -54,7 +54,7 @@ std::string Node::text(const char* attribute) const {
   api_.check(api_.kernel_info_get_attribute_string(info_, attribute, nullptr, &size));
   std::string value(size, '\0');
   api_.check(api_.kernel_info_get_attribute_string(info_, attribute, value.data(), &size));
-  value.resize(size == 0 ? 0 : size - 1);  // the size counts the final zero
+  value.resize(size == 0 ? 0 : size - 1);  // the size includes the final zero
   return value;
 }
 
@@ -193,15 +193,15 @@ Scratch::~Scratch() { kept = std::move(memory_); }
 float* Scratch::take(size_t floats) {
   constexpr size_t kLine = kLineBytes / sizeof(float);
   if (memory_.size() < floats + kLine) {
-    memory_.clear();  // nothing to copy into the new memory
+    memory_.clear();  // so that resize copies nothing
     memory_.resize(floats + kLine);
   }
   return first_line(memory_.data());
 }
 
-// Half a megabyte keeps a thread busy for so long that starting it costs nothing, and about six chunks a core even out
-// the speed of the cores; less work is about one chunk a core. Counts with many divisors suit any number of threads.
-// With many tokens partial sums are what costs.
+// Half a megabyte per chunk makes the cost of starting a thread negligible, and about six chunks per core even out the
+// speed of the cores. Less work gets about one chunk per core. The counts have many divisors, which suits any number of
+// threads. With many tokens, the partial sums of each chunk are expensive, so there are at most 12 chunks.
 Chunks::Chunks(size_t items, size_t bytes_each, size_t tokens) : items_(items), count_(1) {
   static const size_t cores = std::max(1u, std::thread::hardware_concurrency());
   const size_t most = tokens > 4 ? 12 : std::clamp<size_t>(6 * cores, 12, 48), bytes = items * bytes_each * tokens;
@@ -240,7 +240,7 @@ void infer_like_first_input(const Api& api, OrtShapeInferContext* context) {
   std::vector<const char*> names(rank);
   api.check(api.get_dimensions(x, dims.data(), rank));
   api.check(api.get_symbolic_dimensions(x, names.data(), rank));
-  // ONNX Runtime would take an unknown dimension without a name for the size -1: then better no shape.
+  // ONNX Runtime would treat an unknown dimension without a name as size -1, so no shape is set.
   for (size_t i = 0; i < rank; ++i)
     if (dims[i] < 0 && *names[i] == '\0') return;
   api.check(api.shape_infer_set_output(context, 0, x));

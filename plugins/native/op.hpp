@@ -1,4 +1,4 @@
-// Between the runtime and an op: attributes, inputs and outputs as plain values, errors as statuses, work on the pool.
+// The layer between ONNX Runtime and an op: plain values for attributes, inputs and outputs, statuses, and threads.
 #pragma once
 
 #include <array>
@@ -13,7 +13,7 @@
 
 namespace shadowllm {
 
-// A tensor of at most four dimensions; absent where data is null and rank is -1.
+// A tensor of at most four dimensions. If it is absent, data is null and rank is -1.
 struct Tensor {
   void* data = nullptr;
   int type = kUndefined;
@@ -28,14 +28,14 @@ struct Tensor {
   }
 };
 
-// One input of an op's signature. kUndefined: any of the weight types.
+// One input of an op's signature. Type kUndefined means any weight type.
 struct Port {
   const char* name;
   int type;
   Characteristic characteristic;
 };
 
-// Rows of integers with their scales behind them.
+// Rows of integers, each followed by its scales.
 struct PackedRows {
   PackedRows() = default;
   PackedRows(const PackedRows&) = delete;  // a copy's `data` would point into the original's memory
@@ -44,20 +44,20 @@ struct PackedRows {
   PackedRows& operator=(PackedRows&&) = default;
 
   std::vector<float> memory;
-  char* data;     // the first cache line that starts in it
+  char* data;     // the first cache line that starts in `memory`
   size_t stride;  // bytes
 };
 
-// A kernel's own view of its node: what it is called in messages, and those inputs that never change.
+// A kernel's view of its node: its name for messages, and its constant inputs.
 class Node {
  public:
-  // Named by the op, and by its attribute `layer` where it has one.
+  // The name is the op's name, and the attribute `layer` if the op has one.
   Node(const Api& api, const OrtKernelInfo* info, const char* op, const Port* ports, size_t count, bool has_layer);
 
   int64_t integer(const char* attribute) const;
   std::string text(const char* attribute) const;
 
-  // Inputs of this call. Those of constant initializers were looked up once, at creation.
+  // Inputs of this call. Constant initializers were looked up once, at creation.
   std::vector<Tensor> inputs(const OrtKernelContext* context) const;
   Tensor output(OrtKernelContext* context, std::initializer_list<int64_t> dims) const;
   Tensor output_like(OrtKernelContext* context, const Tensor& tensor) const;
@@ -68,15 +68,15 @@ class Node {
   void expect(const std::vector<Tensor>& inputs, size_t port, std::initializer_list<int64_t> dims) const;
   // The last dimension of hidden states (batch, seqlen, width) or (batch * seqlen, width); throws on any other rank.
   int64_t width_of(const Tensor& x) const;
-  // Throws unless value lies in low..high, naming what, the value and the bounds.
+  // Throws unless value is in low..high. The message has `what`, the value and the bounds.
   void bound(const std::string& what, int64_t value, int64_t low, int64_t high) const;
-  // Copies a constant matrix of integers so that every row is followed by its scales and starts a cache line: read at
-  // random, that is one stretch of memory instead of two. Does nothing with any other input.
+  // Copies a constant matrix of integers so that every row starts at a cache line and is followed by its scales. A
+  // random row is then one stretch of memory instead of two. Does nothing for any other input.
   void pack(size_t port, size_t scales_port);
-  // The ids of a sparse op: `indices` up to `count`, every one in 0..rows-1 or it throws.
+  // The active indices of a sparse op: `indices` up to `count`. Throws unless all are in 0..rows-1.
   Picks active(const Tensor& indices, const Tensor& count, int64_t rows) const;
-  // A weight matrix of rows of `width` elements. Integers come with scales (rows, blocks); throws where the type is
-  // none of ours, or the shapes do not fit together.
+  // A weight matrix (rows, width). Integers come with scales (rows, blocks). Throws if the type is not supported, or if
+  // the shapes do not match.
   Rows matrix(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const;
   RowType row_type(const Tensor& tensor, const char* name) const;
 
@@ -109,7 +109,7 @@ class Pool {
   const OrtKernelContext* context_;
 };
 
-// Floats for one call, kept by the thread for its next one. Nested use on a thread gets memory of its own.
+// Floats for one call. The thread keeps the memory for its next call. Nested use on a thread gets separate memory.
 class Scratch {
  public:
   Scratch();
@@ -117,21 +117,21 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // The whole request of a call at once, uninitialised, aligned to a cache line.
+  // Returns uninitialised memory, aligned to a cache line. Take all that a call needs at once.
   float* take(size_t floats);
 
  private:
   std::vector<float> memory_;
 };
 
-// A span of work that one thread does at a time.
+// A range of items that one thread processes at a time.
 struct Chunk {
   size_t begin, end;
   size_t size() const { return end - begin; }
 };
 
-// Splits items among chunks that depend on the amount of work but never on the number of threads: partial sums are then
-// added in the same order whatever the session's options, and results repeat bit for bit.
+// Splits items into chunks, which depend on the work and the machine's cores, but not on the session's threads. So
+// partial sums are added in the same order with any session options, and results are repeatable bit for bit.
 class Chunks {
  public:
   Chunks(size_t items, size_t bytes_each, size_t tokens);
@@ -160,7 +160,7 @@ OrtStatus* guarded(const Api& api, Body body) noexcept {
   }
 }
 
-// Before 1.24, ONNX Runtime reads the type of every input ahead of an op's shape inference and dies of an absent one.
+// Before 1.24, ONNX Runtime reads the type of every input before an op's shape inference, and an absent one crashes it.
 bool infers_despite_absent_inputs(const char* runtime_version);
 
 // Describes Op to the runtime. Op has kName, kPorts, kOutputType, a constructor (api, info), compute(context) and a
@@ -213,8 +213,8 @@ struct Entry {
   const Port* ports;
   size_t port_count;
   int output_type;
-  // A shared pointer, because it remembers how to delete what OrtCustomOp cannot. `infers`: give the runtime the op's
-  // shape inference.
+  // A shared pointer, because it keeps the right deleter; OrtCustomOp has no virtual destructor. `infers`: whether the
+  // runtime gets the op's shape inference.
   std::shared_ptr<OrtCustomOp> (*make)(const Api& api, bool infers);
 };
 
@@ -226,7 +226,7 @@ constexpr Entry entry_of() {
           }};
 }
 
-// The ops, each from the native.cpp of its folder.
+// The ops. Each is defined in the native.cpp of its folder.
 extern const Entry kSelectTopK;
 extern const Entry kSparseMlp;
 extern const Entry kSparseAttention;

@@ -1,9 +1,9 @@
-// The part of ONNX Runtime's C API that the ops use, declared by hand: the Python wheel ships no headers.
+// The part of ONNX Runtime's C API that the ops use, declared by hand because the Python wheel has no headers.
 //
-// `OrtApi` is a table of function pointers that only ever grows at its end, so a function keeps its slot in every
-// later release: slots 0..101 date from API version 1, 249 from version 15, 268..274 from version 17, which is what
-// we ask for. `OrtCustomOp` grows at its end too, and its `version` field tells the runtime where ours stops. A wrong
-// slot would call another function, so `Api` proves the ones it can at load, and the tests run every op.
+// `OrtApi` is a table of function pointers that only grows at its end, so a function keeps its slot in every later
+// release. Slots 0..101 are from API version 1, slot 249 is from version 15, and slots 268..274 are from version 17,
+// which we request. `OrtCustomOp` also grows at its end, and its `version` field tells the runtime where ours ends. A
+// wrong slot would call another function, so `Api` checks some slots when it is created, and the tests run every op.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +25,7 @@ struct OrtCustomOp;
 using OrtApi = void (*const)();  // the first slot of the table
 
 struct OrtApiBase {
-  const OrtApi* (*GetApi)(uint32_t version);  // null, and a line on stderr, where the runtime is too old
+  const OrtApi* (*GetApi)(uint32_t version);  // null, and a line on stderr, if the runtime is too old
   const char* (*GetVersionString)();
 };
 
@@ -76,7 +76,7 @@ struct Error : std::runtime_error {
 // The functions of the table that we use, each bound to its slot.
 class Api {
  public:
-  // Throws Error where a slot does not do what its name says.
+  // Throws Error if a slot does not hold the expected function.
   explicit Api(const OrtApi* table) : table_(table) {
     bind(0, create_status);
     bind(1, get_error_code);

@@ -1,4 +1,4 @@
-// What the runtime calls when it loads this library, and what tells its ops.
+// The functions that ONNX Runtime calls when it loads this library, and the list of the ops.
 #include <algorithm>
 #include <mutex>
 #include <vector>
@@ -15,7 +15,7 @@ bool has_absent_inputs(const Entry& op) {
                      [](const Port& port) { return port.characteristic == kOptional; });
 }
 
-// The ops as one runtime knows them. The domain outlives every session that uses it: it goes with the library.
+// The ops, registered with one runtime. The domain lives as long as the library, and so longer than any session.
 struct Domain {
   Domain(const OrtApi* table, const char* runtime_version) : api(table) {
     const bool infers = infers_despite_absent_inputs(runtime_version);
@@ -34,7 +34,7 @@ struct Domain {
 
 const Domain& domain_of(const OrtApi* table, const char* runtime_version) {
   static std::mutex mutex;
-  static std::vector<std::unique_ptr<Domain>> domains;  // more than one where a process holds several runtimes
+  static std::vector<std::unique_ptr<Domain>> domains;  // more than one if a process has several runtimes
   const std::lock_guard<std::mutex> lock(mutex);
   for (const auto& domain : domains)
     if (domain->api.table() == table) return *domain;
@@ -42,7 +42,7 @@ const Domain& domain_of(const OrtApi* table, const char* runtime_version) {
   return *domains.back();
 }
 
-// A line of each op: its name, the type of its output, then name, type and characteristic of each input.
+// One line per op: its name, the type of its output, then name, type and characteristic of each input.
 std::string signatures_text() {
   std::string text;
   for (const Entry* op : kEntries) {
@@ -70,7 +70,7 @@ SHADOWLLM_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const 
   using namespace shadowllm;
   const OrtApi* table = base->GetApi(kApiVersion);
   if (table == nullptr) {
-    // Version 1 of the table is the start of every later one, and creating a status is its first function.
+    // Every later table starts with version 1, whose first function creates a status.
     return create_status_of(base->GetApi(1))(kFail,
                                              "the shadowllm ops need ONNX Runtime 1.17 or later (API version 17)");
   }
@@ -84,7 +84,7 @@ SHADOWLLM_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const 
 
 SHADOWLLM_EXPORT const char* shadowllm_native_kernels() noexcept { return shadowllm::supported_kernels(); }
 
-// What the ops' tables say, in the runtime's numbers of types and characteristics: a test holds it against the schemas.
+// The ops' signatures, with the runtime's numbers for types and characteristics. A test compares them with the schemas.
 SHADOWLLM_EXPORT const char* shadowllm_native_signatures() noexcept {
   static const std::string text = shadowllm::signatures_text();
   return text.c_str();

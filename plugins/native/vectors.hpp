@@ -1,4 +1,4 @@
-// Vectors of floats as the kernels use them: loading every weight type, storing, sums and exp. Part of kernels.hpp.
+// Vectors of floats for the kernels: loads of every weight type, stores, sums and exp. Part of kernels.hpp.
 #pragma once
 
 #include <math.h>
@@ -54,7 +54,7 @@ inline VU load_halves(const void* p) {
 
 inline V load(const Bf16* p) { return bits_as<V>(load_halves(p) << 16); }
 
-// Moving the exponent by a multiplication is exact and gets subnormals right; infinities and NaNs are put back by hand.
+// The portable form scales the exponent by an exact multiplication, then restores infinities and NaNs.
 inline V load(const F16* p) {
 #if defined(__AVX512F__)
   __m256i h;
@@ -94,8 +94,8 @@ inline float sum(V v) {
 }
 
 // exp(x) = 2^n exp(r), |r| <= ln(2)/2, with the Taylor polynomial of degree 7 (remainder 5e-9 relative). The argument
-// is held where the result is a normal float; adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low
-// bits.
+// is clamped so that the result is a normal float. Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the
+// low bits.
 inline V exponential(V x) {
   x = x > 88.0f ? splat(88.0f) : x;
   x = x < -87.0f ? splat(-87.0f) : x;

@@ -1,1 +1,1 @@
-"""The custom ops, a folder each: all that is known of an op stands there, and `registry` finds it."""
+"""The custom ops: one folder per op holds everything about it, and `registry` gives access by name."""

@@ -1,4 +1,4 @@
-"""TensorRT plugins of the custom ops, for TensorRT-RTX and for the full TensorRT alike.
+"""TensorRT plugins of the custom ops, for both TensorRT-RTX and the full TensorRT.
 
-Nothing here imports either of them before `flavour.load` is asked to.
+Nothing here imports either of them before `flavour.load` is called.
 """

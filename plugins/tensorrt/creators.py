@@ -1,7 +1,7 @@
-"""The custom ops as TensorRT plugins: one class for all of them, an interpreter of programs.
+"""The custom ops as TensorRT plugins: one class for all ops, which interprets programs.
 
-TensorRT's classes exist only once a flavour is loaded, so they are made by functions of the module.
-``cpp/plugin.cpp`` is the same in C++.
+TensorRT's classes exist only once a flavour is loaded, so functions create the classes that derive from them.
+``cpp/plugin.cpp`` does the same in C++.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from shadowllm.plugins.tensorrt.launcher import Launcher
 
 
 def register(trt: Any) -> list[Any]:
-    """Put the creators of all custom ops into TensorRT's registry, where the ONNX parser and the runtime look.
+    """Add the creators of all custom ops to TensorRT's registry, where the ONNX parser and the runtime find them.
 
     Returns:
-        The creators. The registry does not own Python objects: keep them as long as engines live.
+        The creators. The registry does not own Python objects: keep them as long as engines exist.
 
     Raises:
-        RuntimeError: the registry refuses one.
+        RuntimeError: the registry refuses a creator.
     """
     registry, plugin, creators = trt.get_plugin_registry(), plugin_class(trt), []
     for op in SCHEMAS:
-        one = creator_class(trt)(op, plugin)
-        if not registry.register_creator(one, DOMAIN):
+        creator = creator_class(trt)(op, plugin)
+        if not registry.register_creator(creator, DOMAIN):
             raise RuntimeError(f"TensorRT did not accept the plugin creator of {op}")
-        creators.append(one)
+        creators.append(creator)
     return creators
 
 
 def creator_class(trt: Any) -> Any:
-    """``IPluginCreatorV3One`` for the TensorRT module ``trt``; its objects take an op's name and a plugin class."""
+    """A class of ``IPluginCreatorV3One`` objects for the module ``trt``; they take an op's name and a plugin class."""
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         def __init__(self, op: str, plugin: Any) -> None:
             super().__init__()
             self.plugin = plugin
             self.name, self.plugin_version, self.plugin_namespace = op, str(VERSION), DOMAIN
-            # A collection points at its fields and owns nothing: they must live as long as the creator.
+            # A collection points to its fields and does not own them, so they must live as long as the creator.
             self.fields = [trt.PluginField(PROGRAM, np.empty(0, np.int8), trt.PluginFieldType.CHAR)]
             self.field_names = trt.PluginFieldCollection(self.fields)
 
@@ -61,7 +61,7 @@ def creator_class(trt: Any) -> Any:
 
 
 def plugin_class(trt: Any) -> Any:
-    """``IPluginV3`` for the TensorRT module ``trt``; its objects take an op and its `Launcher`."""
+    """A class of ``IPluginV3`` objects for the module ``trt``; they take an op's name and a `Launcher`."""
 
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc]
         def __init__(self, op: str, launcher: Launcher) -> None:
@@ -75,13 +75,13 @@ def plugin_class(trt: Any) -> Any:
             return self
 
         def clone(self) -> Any:
-            return Plugin(self.plugin_name, self.launcher)  # which belongs to no stream, so the copies share it
+            return Plugin(self.plugin_name, self.launcher)  # copies share it: it has no stream of its own
 
         def get_output_shapes(self, inputs: Sequence[Any], _shape_inputs: Any, build: Any) -> list[Any]:
-            def whole(dim: int | tuple[int, int]) -> Any:
+            def size(dim: int | tuple[int, int]) -> Any:
                 return build.constant(dim) if isinstance(dim, int) else inputs[dim[0]][dim[1]]
 
-            return [trt.DimsExprs([whole(dim) for dim in output.shape]) for output in self.program.outputs]
+            return [trt.DimsExprs([size(dim) for dim in output.shape]) for output in self.program.outputs]
 
         def get_output_data_types(self, _inputs: Sequence[Any]) -> list[Any]:
             return [trt.DataType(DTYPES[output.dtype]) for output in self.program.outputs]
@@ -101,7 +101,7 @@ def plugin_class(trt: Any) -> Any:
 
         def get_fields_to_serialize(self) -> Any:
             data = np.frombuffer(pack(self.program), np.int8)
-            self.fields = [trt.PluginField(PROGRAM, data, trt.PluginFieldType.CHAR)]  # read after this returns
+            self.fields = [trt.PluginField(PROGRAM, data, trt.PluginFieldType.CHAR)]  # TensorRT reads it later
             return trt.PluginFieldCollection(self.fields)
 
         def attach_to_context(self, _context: Any) -> Any:

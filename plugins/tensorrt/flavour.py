@@ -1,7 +1,7 @@
-"""The one module that imports TensorRT: everything else is handed the module as ``trt``.
+"""Imports TensorRT; the rest of the package gets the TensorRT module as an argument ``trt``.
 
 TensorRT-RTX (GeForce and RTX cards, builds without a GPU) and the full TensorRT (data-centre cards,
-builds on the card itself) share one Python interface under two module names, the *flavours*.
+builds on the target card) have the same Python interface under two module names, called *flavours*.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 
 
 def require(flavour: Flavour) -> None:
-    """Check that engines of this flavour can be built here, without importing it.
+    """Check, without importing TensorRT, that engines of this flavour can be built here.
 
     Raises:
-        UserError: an unknown flavour, a missing package, or, for "tensorrt", no GPU.
+        UserError: the flavour is unknown, a package is missing, or "tensorrt" has no GPU.
     """
     if flavour not in FLAVOURS:
         raise UserError(f"there is no engine flavour {flavour!r}", f"choose one of {', '.join(FLAVOURS)}")
-    blind = flavour == "tensorrt" and gpu_capability() is None
+    no_gpu = flavour == "tensorrt" and gpu_capability() is None
     for package in (flavour, "polygraphy", "cuda.bindings"):
         if not _installed(package):
             raise UserError(
-                f"the package {package} is not installed{', and there is no NVIDIA GPU here' * blind}",
+                f"the package {package} is not installed{', and there is no NVIDIA GPU here' * no_gpu}",
                 f"pip install 'shadowllm[{EXTRAS[flavour]}]'",
             )
-    if blind:
+    if no_gpu:
         raise UserError(
             "the builder of tensorrt needs an NVIDIA GPU and driver, and this machine has none",
             "use --engine tensorrt_rtx, which builds without a GPU, or build on the target machine",
@@ -46,15 +46,15 @@ def require(flavour: Flavour) -> None:
 
 
 def load(flavour: Flavour) -> Any:
-    """Import TensorRT of this flavour and point Polygraphy at the same one.
+    """Import TensorRT of this flavour and make Polygraphy use the same one.
 
-    One process can hold one flavour, because Polygraphy decides for good when it is imported.
+    A process can load only one flavour, because Polygraphy chooses once, when it is imported.
 
     Raises:
-        UserError: as `require`.
+        UserError: see `require`.
     """
     require(flavour)
-    # Polygraphy reads this when it is first imported, and picks the module name by it.
+    # Polygraphy reads this variable at its first import, to choose the module.
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if flavour == "tensorrt_rtx" else "0"
     config = importlib.import_module("polygraphy.config")
     if config.USE_TENSORRT_RTX is not (flavour == "tensorrt_rtx"):
@@ -66,20 +66,20 @@ def load(flavour: Flavour) -> Any:
 def child_environment(flavour: Flavour) -> Iterator[dict[str, str]]:
     """Environment for a child process that parses ONNX with this flavour.
 
-    The parser of TensorRT-RTX opens "libtensorrt_rtx.so", while the wheel ships only the name with
-    a version behind it; unresolved, the process dies without a word. A link of that name in a
-    temporary folder on the loader's path, which is read at process start alone, settles it.
+    The parser of TensorRT-RTX opens "libtensorrt_rtx.so", but the wheel has only the name with a version suffix.
+    If the name is not found, the process dies without a message. So a temporary folder with links of the plain names
+    is added to the loader's path. A child process is needed because the loader reads this path only at process start.
     """
     with tempfile.TemporaryDirectory(prefix="shadowllm-") as folder:
         for library in _libraries(flavour):
             Path(folder, library.name.split(".so")[0] + ".so").symlink_to(library)
         paths = [folder, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-        # Kernels are compiled there, whether or not this process interprets them.
+        # The child compiles kernels, even if this process interprets them.
         yield os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0"}
 
 
 def gpu_capability() -> int | None:
-    """Compute capability of the first GPU, as 89 for 8.9; None without a driver or a device."""
+    """Compute capability of the first GPU, e.g. 89 for 8.9; None without a driver or a device."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -97,12 +97,12 @@ def gpu_capability() -> int | None:
 def _installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # not even what it lies in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def _libraries(flavour: Flavour) -> list[Path]:
-    """Versioned shared libraries of the flavour's wheel; none where the system's own are used."""
+    """Versioned shared libraries of the flavour's wheel; empty if the system's libraries are used."""
     spec = importlib.util.find_spec(f"{flavour}_libs")
     if spec is None or spec.origin is None:
         return []

@@ -1,4 +1,4 @@
-"""Runs a program through the CUDA driver; ``cpp/launcher.cpp`` is the same in C++."""
+"""Runs a program through the CUDA driver; ``cpp/launcher.cpp`` does the same in C++."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from cuda.bindings import driver
 from shadowllm.bundle.gpu_images import PTX, serving
 from shadowllm.plugins.program import ALIGNED, Argument, Kernel, Launch, Program, call_size
 
-# Dynamic shared memory that a kernel may use without being allowed to.
+# Dynamic shared memory that a kernel may use without a setting that allows more.
 USUAL_SHARED_BYTES = 48 * 1024
 
 
 class Loaded(NamedTuple):
-    """A kernel in a CUDA context: the driver's handle, and the dynamic shared memory of its image."""
+    """A kernel loaded in a CUDA context: the driver's handle, and the dynamic shared memory of its image."""
 
     function: Any
     shared_bytes: int
 
 
 class Launcher:
-    """Launches the kernels of a program; modules are loaded once per CUDA context and shared by all."""
+    """Launches the kernels of a program; modules are loaded once per CUDA context and shared by all launchers."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self._loaded: dict[int, tuple[Loaded, ...]] = {}
 
     def load(self) -> tuple[Loaded, ...]:
-        """The program's kernels in the thread's current CUDA context.
+        """Load the program's kernels into the thread's current CUDA context.
 
-        Loading may wait for the device, which a stream under capture must not: do it beforehand.
+        Loading may wait for the device, which is not allowed during the capture of a stream. Load before the capture.
 
         Raises:
-            RuntimeError: no kernel serves the GPU, or the driver refuses one.
+            RuntimeError: a kernel has no image for the GPU, or the driver refuses one.
         """
         context = int(_done(driver.cuCtxGetCurrent()))
         if context not in self._loaded:
@@ -47,16 +47,16 @@ class Launcher:
     def run(
         self, shape: Sequence[int], inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int
     ) -> None:
-        """Launch a call.
+        """Run the launches of one call.
 
         Args:
-            shape: of input 0, whose first dimensions are batch and seqlen.
+            shape: shape of input 0; its first dimensions are batch and seqlen.
             inputs, outputs, workspace: addresses on the device.
             stream: handle of a CUDA stream.
 
         Raises:
             ValueError: no plan covers the call, or an address is not aligned.
-            RuntimeError: as `load`, or the driver refuses a launch.
+            RuntimeError: see `load`; or the driver refuses a launch.
         """
         batch, seqlen = call_size(shape)
         plan = self.program.plan(batch, seqlen)
@@ -79,7 +79,7 @@ class Launcher:
 
 
 def _check_addresses(what: str, dtypes: Sequence[str], addresses: Sequence[int]) -> None:
-    # Kernels load 16 bytes at a time: at any other address the GPU would fault, and take its context along.
+    # Kernels load 16 bytes at a time. An unaligned load is a GPU fault, which destroys the CUDA context.
     for i, (dtype, address) in enumerate(zip(dtypes, addresses, strict=True)):
         if dtype != "int32" and address % ALIGNED:
             raise ValueError(f"{what} {i} does not begin at a multiple of {ALIGNED} bytes")
@@ -88,10 +88,10 @@ def _check_addresses(what: str, dtypes: Sequence[str], addresses: Sequence[int])
 def _launch(
     loaded: Loaded, kernel: Kernel, launch: Launch, size: tuple[int, int], values: Sequence[int], stream: int
 ) -> None:
-    # Every parameter is at most eight bytes, little-endian: an int32 is read from the first four of its own.
+    # A parameter has at most eight bytes, little-endian, so an int32 is read from the first four bytes of its cell.
     cells = (ctypes.c_uint64 * len(values))(*values)
     places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(cells) + 8 * i for i in range(len(values))))
-    grid, block = (one(*size) for one in launch.grid), (kernel.threads, 1, 1)
+    grid, block = (axis(*size) for axis in launch.grid), (kernel.threads, 1, 1)
     _done(
         driver.cuLaunchKernel(
             loaded.function, *grid, *block, loaded.shared_bytes, driver.CUstream(stream), ctypes.addressof(places), 0
@@ -115,7 +115,7 @@ def _load(context: int, sm: int, kernel: Kernel) -> Loaded:
 
 @cache
 def _module(_context: int, image: bytes) -> Any:
-    return _done(driver.cuModuleLoadData(image + b"\0"))  # PTX is a text with an end
+    return _done(driver.cuModuleLoadData(image + b"\0"))  # PTX must end with a zero byte
 
 
 @cache
@@ -132,7 +132,7 @@ def _capability(_context: int) -> int:
 
 
 def _done(result: tuple[Any, ...]) -> Any:
-    """What a driver function returned, but for its status.
+    """Check the status that a driver function returned, and return its other result.
 
     Raises:
         RuntimeError: the status is an error.

@@ -1,12 +1,12 @@
-"""GPU kernels of the custom ops in Triton, for float32, float16 and bfloat16 with sums in float32.
+"""GPU kernels of the custom ops in Triton, for float32, float16 and bfloat16; sums are in float32.
 
-One description of the launches serves two users: `launch` runs them on PyTorch tensors (on the CPU too,
-under ``TRITON_INTERPRET=1``), and `compile` turns them into the programs that TensorRT plugins carry. The kernels
-of an op, the plan of their launches and the op as a function of tensors are in its folder of ``plugins/ops``.
+One description of the launches has two users. `launch` runs them on PyTorch tensors (also on the CPU, with
+``TRITON_INTERPRET=1``). `compile` turns them into the programs of TensorRT plugins. The kernels of an op, their
+schedules and the op as a function of tensors are in its folder of ``plugins/ops``.
 
-    tiles, project_back    parts of kernels, and a kernel, that several ops share
-    schedule               what a launch is, and how PyTorch runs one
-    launch                 an op's launches on tensors that fit its schema
-    compile                ahead of time, for engines
-    cache                  what a step does before attention
+    tiles, project_back    parts of kernels, and two kernels, that several ops share
+    schedule               describes launches, and runs them with PyTorch
+    launch                 checks tensors against an op's schema, and runs the op's launches
+    compile                ahead-of-time compilation, for engines
+    cache                  rotation and KV cache writes before attention
 """

@@ -1,7 +1,7 @@
-"""What a step does with its projections before attention: rotate, and write keys and values into the cache.
+"""Rotates the queries and keys of a step, and writes keys and values into the KV cache, before attention.
 
-In PyTorch this is a dozen small kernels per layer, which at one token cost more than the layer's attention.
-(In an engine it is TensorRT's own ``RotaryEmbedding`` and ``TensorScatter``.)
+In PyTorch this takes a dozen small kernels per layer, which at one token cost more than the layer's attention.
+(An engine uses TensorRT's own ``RotaryEmbedding`` and ``TensorScatter``.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def write_step(
     BLOCK: tl.constexpr,
     ROTARY: tl.constexpr,
 ):
-    """One program per token and head; heads are queries, keys, values, as they lie in ``projected``."""
+    """One program per token and head; heads are queries, then keys, then values, as in ``projected``."""
     token, head = tl.program_id(0), tl.program_id(1)
     batch, step = token // seqlen, token % seqlen
     n_heads = n_query + 2 * n_kv
@@ -51,7 +51,7 @@ def write_step(
         row = (batch.to(tl.int64) * n_query + head) * seqlen + step
         tl.store(query + row * HEAD_DIM + lane, x.to(query.dtype.element_ty), mask=inside)
     else:
-        # A position past the capacity writes nothing, whatever asked for it.
+        # Nothing is written for a position past the capacity.
         inside = lane < tl.where(place < capacity, HEAD_DIM, 0)
         if head < n_query + n_kv:
             row = (batch.to(tl.int64) * n_kv + head - n_query) * capacity + place
@@ -78,7 +78,7 @@ def write_cache(
             values side by side; there may be no queries.
         keys, values: ``(batch, n_kv, capacity, head_dim)``, contiguous, written in place.
         position_ids: int64 ``(batch, seqlen)``, contiguous.
-        cos, sin: ``(batch, seqlen, head_dim / 2)``, contiguous; None does not rotate.
+        cos, sin: ``(batch, seqlen, head_dim / 2)``, contiguous; None means no rotation.
 
     Returns:
         ``(batch, n_query, seqlen, head_dim)``.

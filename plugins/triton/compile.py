@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: an op's schedules become the program that a TensorRT plugin carries."""
+"""Ahead-of-time compilation: turns an op's schedules into the program of a TensorRT plugin."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from shadowllm.plugins.registry import SCHEMAS, schedules
 from shadowllm.plugins.schema import OpSchema
 from shadowllm.plugins.triton.schedule import Call, Operand, Schedule, Scratch, Shape
 
-# Of the PTX, so that drivers of CUDA 12 understand it.
+# PTX version that drivers of CUDA 12 understand.
 PTX_VERSION = 80
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
-WORDS = "*u32"  # of packed integers
-# Indices and counts may be rows of a larger tensor: of them nothing is known.
+WORDS = "*u32"  # packed integers
+# Indices and counts may be rows of a larger tensor, so their alignment is unknown.
 ALIGNED_POINTERS = ("*fp32", "*fp16", "*bf16", WORDS)
-# KiB of dynamic shared memory that a block may be given, by compute capability (CUDA C++ Programming Guide, table of
-# technical specifications). A GPU that is not in it says so itself, when a kernel is loaded.
+# KiB of dynamic shared memory that a block can have, by compute capability (CUDA C++ Programming Guide, table of
+# technical specifications). For a GPU that is missing here, the driver reports the error when a kernel is loaded.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input of a node: type, and shape with symbols for what is open."""
+    """An input of a node: its type, and its shape with symbols for variable dimensions."""
 
     dtype: str
     shape: tuple[int | str, ...]
@@ -51,19 +51,19 @@ def compile_program(
     max_seqlen: int,
     sms: Sequence[int],
 ) -> Program:
-    """The program of a node, the same object for the same arguments: the layers of a model share theirs.
+    """Compile the program of a node; equal arguments return the same object, so the layers of a model share it.
 
     Args:
         op: name of a schema.
-        inputs: those that are there, by the schema's names, in its order; bytes as int32. Only batch and seqlen of
-            ``x`` may be symbols, and batch of ``key``, ``value``, ``lengths``, ``cos`` and ``sin``.
-        attributes: of the node; ``layer`` is not read.
-        max_batch, max_seqlen: most sequences, and tokens of each, in a call.
-        sms: compute capabilities to compile for; `PTX` among them serves all others from 8.0 on.
+        inputs: the present inputs, by the schema's names; uint8 as int32 words. Only batch and seqlen of ``x`` may be
+            symbols, and batch of ``key``, ``value``, ``lengths``, ``cos`` and ``sin``.
+        attributes: attributes of the node; ``layer`` is not read.
+        max_batch, max_seqlen: largest number of sequences in a call, and of tokens in each.
+        sms: compute capabilities to compile for; `PTX` is for all others from 8.0 on.
 
     Raises:
-        ValueError: inputs that the op cannot have, or nothing to compile for.
-        UserError: as `compile_kernel`.
+        ValueError: the op cannot have these inputs, or ``sms`` is empty.
+        UserError: see `compile_kernel`.
     """
     if not sms:
         raise ValueError("there is no GPU to compile for")
@@ -110,7 +110,7 @@ def _compile(
 def _dimensions(
     schema: OpSchema, names: list[str], shape: tuple[str, ...], attributes: tuple[tuple[str, int | str], ...]
 ) -> tuple[int | tuple[int, int], ...]:
-    """A dimension is an attribute, or that of the first input which has its symbol."""
+    """Dimensions of an output; each is a number, an attribute, or a dimension of the first input with its symbol."""
     ports = {port.name: port.shape for port in schema.inputs}
     known: dict[str, int | tuple[int, int]] = {name: value for name, value in attributes if isinstance(value, int)}
     for i, name in enumerate(names):
@@ -175,7 +175,7 @@ class _Builder:
 
 
 def _folded(operand: Operand) -> bool:
-    """A size that is always one is a constant of the kernel: one token needs no masks along tokens."""
+    """Whether an operand is a size that is always one; as a constant it saves the masks along tokens."""
     return operand == Size()
 
 
@@ -188,14 +188,14 @@ def compile_kernel(
     stages: int,
     sms: Sequence[int],
 ) -> Kernel:
-    """Compile a kernel for several architectures at a time.
+    """Compile a kernel for several architectures in parallel.
 
     Args:
         kernel: a ``triton.jit`` function.
-        types: of the parameters that are passed, as Triton spells them.
-        constants: values of the other parameters, None where there is none.
-        warps, stages: as in `Call`.
-        sms: as in `compile_program`.
+        types: Triton's types of the parameters that are passed.
+        constants: values of the other parameters; a parameter without a value is None.
+        warps, stages: see `Call`.
+        sms: see `compile_program`.
 
     Raises:
         UserError: a block needs more shared memory than an architecture has.
@@ -213,14 +213,14 @@ def compile_kernel(
         options = {"num_warps": warps, "num_stages": stages} | ({"ptx_version": PTX_VERSION} if sm == PTX else {})
         return triton.compile(source, target=GPUTarget("cuda", PTX_SM if sm == PTX else sm, 32), options=options)
 
-    # Triton lets go of Python's lock while it compiles. What is set here is set for all threads.
+    # Triton releases the GIL while it compiles. The settings below apply to all threads.
     with triton.knobs.compilation.scope(), warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        triton.knobs.compilation.disable_line_info = True  # half of a cubin
-        warnings.simplefilter("ignore")  # on what the next version of Triton will do
+        triton.knobs.compilation.disable_line_info = True  # it would be half of a cubin
+        warnings.simplefilter("ignore")  # deprecations in Triton
         builds = dict(zip(sms, pool.map(build, sms), strict=True))
     for sm, one in builds.items():
         if one.metadata.global_scratch_size or one.metadata.profile_scratch_size:
-            raise RuntimeError(f"kernel {one.metadata.name} wants scratch memory of its own")
+            raise RuntimeError(f"kernel {one.metadata.name} needs scratch memory of its own")
         _check_shared(one.metadata.name, one.metadata.shared, sm)
     any_build = builds[sms[0]]
     return Kernel(

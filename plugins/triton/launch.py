@@ -1,9 +1,9 @@
-"""Runs an op's schedules on PyTorch tensors, once the tensors are held against its schema.
+"""Checks PyTorch tensors against an op's schema, and runs the op's schedules on them.
 
-The ops themselves, as functions of tensors with the arguments of the NumPy references, are the ``launcher.py`` of
-their folders. They run on a CUDA device, or on the CPU where ``TRITON_INTERPRET=1`` was set before Triton was
-imported. Nothing waits for the device, so all of them can be captured in a CUDA graph. Contents are
-not checked: a count above the capacity is taken for it, an index outside the weight is skipped.
+The ops as functions of tensors are in the ``launcher.py`` of their folders. They run on a CUDA device, or on the
+CPU if ``TRITON_INTERPRET=1`` was set before Triton was imported. Nothing waits for the device, so all ops can be
+captured in a CUDA graph. Contents are not checked: a count above the capacity is reduced to the capacity, and an
+index outside the weight is skipped.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ ACTIVATIONS = ("relu", "silu", "gelu")
 
 
 def check_activation(schema: OpSchema, activation: str) -> None:
-    """Check that the kernels have an activation.
+    """Check that the kernels implement an activation.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not implement it.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"{schema.name} has no activation {activation!r}, only {', '.join(ACTIVATIONS)}")
@@ -42,16 +42,16 @@ def launch(
     """Launch an op, and return its output.
 
     Args:
-        inputs: by the schema's names; None where there is none. The shape of the first tells batch and seqlen.
-        output: what is written.
+        inputs: tensors by the schema's names; None if absent. The shape of the first one gives batch and seqlen.
+        output: the tensor to write.
 
     Raises:
-        ValueError: a tensor of another type, device, layout or shape than the schema has.
+        ValueError: a tensor does not match the schema in type, device, layout or shape.
     """
     present = {name: tensor for name, tensor in inputs.items() if tensor is not None}
     _check(schema, present)
     batch, seqlen = call_size(present[schema.inputs[0].name].shape)
-    # The kernels read packed integers as words, as an engine has them.
+    # The kernels read packed integers as int32 words, as in an engine.
     present = {name: t.view(torch.int32) if t.dtype == torch.uint8 else t for name, t in present.items()}
     planned = _planned(
         planner,
@@ -66,7 +66,7 @@ def launch(
 
 
 def _limit(size: int) -> int:
-    """The next power of two: one plan serves the sizes up to it, and scratch memory is at most twice too large."""
+    """The next power of two, so that few plans serve all sizes; scratch memory at most doubles per dimension."""
     return 1 << (size - 1).bit_length()
 
 
@@ -83,10 +83,10 @@ def _planned(
 
 
 def _check(schema: OpSchema, tensors: Mapping[str, Tensor]) -> None:
-    """Hold types, devices, layouts and shapes against the schema.
+    """Check types, devices, layouts and shapes against the schema.
 
     Raises:
-        ValueError: names the first that does not fit.
+        ValueError: a tensor does not match; the message names the first one.
     """
     known: dict[str, int] = {}
     types = {"float32": torch.float32, "int32": torch.int32, "uint8": torch.uint8}

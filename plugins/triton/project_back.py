@@ -1,4 +1,4 @@
-"""The projection back to the hidden size from the active rows of a weight, for MLP and attention alike."""
+"""Projects back to the hidden size with the active rows of a weight; MLP and attention both use it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shadowllm.plugins.program import Size
 from shadowllm.plugins.triton.schedule import GEMV, PREFILL, Call, Operand, Scratch, Tier, Workspace
 from shadowllm.plugins.triton.tiles import LINE, active_rows, dot, tile_warps
 
-# Blocks of a launch that keep every multiprocessor of a large GPU loading.
+# Number of blocks that keeps every multiprocessor of a large GPU loading.
 BLOCKS = 512
 MAX_SPLITS = 32
 
@@ -28,15 +28,15 @@ def back_calls(
     width: int,
     skip_zeros: bool = False,
 ) -> tuple[Call, Call]:
-    """The launches of `project_back` and `sum_partials`, into the output "y".
+    """The launches of `project_back` and `sum_partials`, which write the output "y".
 
     Args:
         hidden: ``(tokens, cap * group)`` of type T.
-        weight, bias: names of inputs; no bias if None.
+        weight, bias: names of inputs; None for no bias.
         cap: length of the indices.
         units, group: the weight has ``units * group`` rows.
-        itemsize: bytes of an element of type T.
-        skip_zeros: whether rows of hidden values that are zero need not be read.
+        itemsize: bytes per element of type T.
+        skip_zeros: whether to skip weight rows whose hidden values are zero.
     """
     rows, cols = (16, min(256, triton.next_power_of_2(width))) if tier.block == GEMV else (LINE // itemsize, 64)
     tiles = triton.cdiv(width, cols)
@@ -69,7 +69,7 @@ def back_calls(
     summed: dict[str, Operand] = {"partials": partials, "y": "y", "tokens": tier.size}
     if bias:
         summed["bias"] = bias
-    # Tokens along x: the other two axes of a grid end at 65,535.
+    # Tokens are along x, because the other two axes of a grid are limited to 65,535.
     total = Call(sum_partials, (tier.size, Size(tiles), Size()), summed, constants)
     return multiply, total
 
@@ -92,12 +92,12 @@ def project_back(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One share of ``hidden (tokens, CAP * GROUP)`` times the active rows of ``weight (UNITS * GROUP, WIDTH)``.
+    """Multiply ``hidden (tokens, CAP * GROUP)`` by the active rows of ``weight (UNITS * GROUP, WIDTH)``.
 
-    Block (column tile, split, token tile) sums its share of the active rows into
-    ``partials (SPLITS, tokens, WIDTH)``; `sum_partials` adds the shares in a fixed order, so that results do
-    not depend on scheduling. Both the down projection (a unit is a neuron, one row) and the output
-    projection (a head, ``head_dim`` rows) are this.
+    Block (column tile, split, token tile) writes the sum over its share of the active rows into
+    ``partials (SPLITS, tokens, WIDTH)``. `sum_partials` adds the shares in a fixed order, so that results do
+    not depend on scheduling. This is the down projection (a unit is a neuron, one row) and the output
+    projection (a unit is a head, ``head_dim`` rows).
     """
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
@@ -117,7 +117,7 @@ def project_back(
             mask=(rows_m < tokens)[:, None] & live[None, :],
             other=0.0,
         )
-        if SKIP_ZEROS:  # what ReLU silenced needs no weights
+        if SKIP_ZEROS:  # a neuron that ReLU set to zero needs no weights
             live = live & (tl.sum(h.to(tl.float32), 0) != 0)
         w = tl.load(
             weight + rows[:, None] * WIDTH + cols[None, :], mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0
@@ -136,7 +136,7 @@ def project_back(
 
 @triton.jit
 def sum_partials(partials, bias, y, tokens, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``y (tokens, WIDTH)``: the shares of `project_back` added up, and the bias."""
+    """Write ``y (tokens, WIDTH)``: the sum of the shares of `project_back`, plus the bias."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)

@@ -1,6 +1,6 @@
-"""What the kernels of an op are launched with, and how PyTorch launches them.
+"""Describes the launches of an op's kernels, and runs them with PyTorch.
 
-Nothing here reads a tensor's contents: counts stay on the device, so one launch configuration, and one
+Nothing here reads a tensor's contents. Counts stay on the device, so one launch configuration, and one
 CUDA graph, serve every budget.
 """
 
@@ -21,14 +21,14 @@ GEMV, DOT, PREFILL = 1, 16, 64  # tokens in a tile
 
 @dataclass(frozen=True)
 class Scratch:
-    """A piece of the workspace: its first byte and the type of its elements ("float32", ... or "T")."""
+    """A part of the workspace: its first byte and the type of its elements ("float32", ... or "T")."""
 
     offset: int
     dtype: str
 
 
 Shape = tuple[int, ...]
-# What a kernel parameter is given: the op's input or output of that name, scratch memory, or an int32.
+# The value of a kernel parameter: an input or output of the op by name, scratch memory, or an int32.
 Operand = str | Scratch | Size
 
 
@@ -39,10 +39,10 @@ class Call:
     Attributes:
         kernel: a ``triton.jit`` function.
         grid: blocks along x, y, z.
-        operands: by parameter; a parameter without one is absent (None in the kernel).
+        operands: values by parameter; a parameter without a value is None in the kernel.
         constants: values of the ``constexpr`` parameters.
-        warps: of 32 threads in a block.
-        stages: of loads in flight in a loop around ``tl.dot``.
+        warps: number of warps (of 32 threads) per block.
+        stages: number of loads in flight in a loop around ``tl.dot``.
     """
 
     kernel: Any
@@ -55,7 +55,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The calls that serve every batch and seqlen up to these."""
+    """The calls that serve every batch and seqlen up to the given limits."""
 
     max_batch: int
     max_seqlen: int
@@ -64,7 +64,7 @@ class Schedule:
 
 
 class Planner(Protocol):
-    """How an op is launched: the function ``schedules`` of an op's own ``schedule.py``."""
+    """The type of the function ``schedules`` in an op's ``schedule.py``, which plans its launches."""
 
     def __call__(
         self,
@@ -75,28 +75,28 @@ class Planner(Protocol):
         max_batch: int,
         max_seqlen: int,
     ) -> list[Schedule]:
-        """The schedules of an op, in ascending order of what each covers.
+        """The schedules of an op, in ascending order of the calls they cover.
 
         Args:
-            shapes: of the inputs that are there, by the schema's names; batch and seqlen in them are not read.
-            attributes: of the node.
-            itemsize: bytes of an element of type T.
-            max_batch: most sequences of a call.
-            max_seqlen: most tokens of a sequence in a call.
+            shapes: shapes of the present inputs, by the schema's names; batch and seqlen in them are not read.
+            attributes: attributes of the node.
+            itemsize: bytes per element of type T.
+            max_batch: largest number of sequences in a call.
+            max_seqlen: largest number of tokens of a sequence in a call.
         """
 
     def __hash__(self) -> int:
-        """Schedules are remembered by who planned them."""
+        """A planner must be hashable, because schedules are cached by planner."""
 
 
 class Workspace:
-    """Hands out scratch memory piece by piece."""
+    """Allocates the scratch memory of a schedule."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
     def take(self, elements: int, dtype: str, itemsize: int) -> Scratch:
-        """A piece of so many elements, aligned to 256 bytes."""
+        """Allocate memory for a number of elements, aligned to 256 bytes."""
         found = Scratch(self.bytes, dtype)
         self.bytes += math.ceil(elements * itemsize / ALIGNMENT) * ALIGNMENT
         return found
@@ -107,8 +107,8 @@ class Tier:
     """A range of calls with one tile size.
 
     Attributes:
-        max_batch, max_seqlen: what it covers.
-        block: tokens in a tile: `GEMV` multiplies row by row, more go through ``tl.dot``.
+        max_batch, max_seqlen: the largest call that it covers.
+        block: tokens in a tile; `GEMV` multiplies row by row, larger tiles use ``tl.dot``.
     """
 
     max_batch: int
@@ -117,17 +117,17 @@ class Tier:
 
     @property
     def tokens(self) -> int:
-        """Most tokens of a call."""
+        """Largest number of tokens in a call."""
         return self.max_batch * self.max_seqlen
 
     @property
     def size(self) -> Size:
-        """Tokens of a call."""
+        """Number of tokens in a call."""
         return Size(batch=self.max_batch > 1, seqlen=self.max_seqlen > 1)
 
     @property
     def tiles(self) -> Size:
-        """Token tiles of a call."""
+        """Number of token tiles in a call."""
         return replace(self.size, divisor=self.block)
 
 

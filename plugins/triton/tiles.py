@@ -1,7 +1,7 @@
-"""What the kernels share: products of tokens with gathered rows, for one token and for many.
+"""Shared parts of the kernels: products of tokens with gathered rows, for one token and for many.
 
-A tile of one token is a matrix-vector product: it keeps one partial sum per loaded weight and adds up
-at the end, so that the loop has no traffic between threads. More tokens go through ``tl.dot``.
+A tile of one token is a matrix-vector product. It keeps one partial sum per loaded weight and adds them up
+at the end, so that threads exchange no data in the loop. More tokens use ``tl.dot``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import os
 import triton
 import triton.language as tl
 
-# Triton's interpreter takes the bits of bfloat16 for integers in tl.dot: there it multiplies in float32.
+# In tl.dot, Triton's interpreter treats the bits of bfloat16 as integers, so it gets float32 instead.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# Bytes, along what is summed over, that a loop around ``tl.dot`` takes at a time.
+# Bytes along the summed dimension that a loop around ``tl.dot`` takes per step.
 LINE = 128
 
 
@@ -29,10 +29,10 @@ def dot(a, b, acc):
 
 @triton.jit
 def token_tile(x, tokens, cols, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Columns of this block's tokens ``x (tokens, WIDTH)`` for `add_along`: ``(M, K)``.
+    """Load columns of this block's tokens of ``x (tokens, WIDTH)`` for `add_along`: ``(M, K)``.
 
-    One token is repeated to ``(N, K)``: the copies come from the cache, and every thread has what its weights
-    are multiplied with, where a ``(1, K)`` tile would have to be passed around in every turn of a loop.
+    One token is repeated to ``(N, K)``. The copies come from the cache, and every thread has the values that its
+    weights are multiplied by. A ``(1, K)`` tile would have to be exchanged between threads in every loop step.
     """
     if BLOCK_M == 1:
         place = tl.zeros((BLOCK_N,), tl.int32)[:, None] + cols[None, :]
@@ -45,7 +45,7 @@ def token_tile(x, tokens, cols, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOC
 
 @triton.jit
 def zeros_along(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Sums for `add_along`."""
+    """Initial sums for `add_along`."""
     if BLOCK_M == 1:
         return tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     else:
@@ -63,7 +63,7 @@ def add_along(acc, x, w, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def sum_along(acc, BLOCK_M: tl.constexpr):
-    """The products ``(M, N)``."""
+    """The final products ``(M, N)``, from the sums of `add_along`."""
     if BLOCK_M == 1:
         return tl.sum(acc, 1)[None, :]
     else:
@@ -72,11 +72,11 @@ def sum_along(acc, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def active_rows(indices, count, slots, GROUP: tl.constexpr, UNITS: tl.constexpr):
-    """Rows of a weight that stand at slots of a selection of units of ``GROUP`` rows each.
+    """Rows of a weight at the slots of a selection of units, which have ``GROUP`` rows each.
 
     Returns:
-        Rows int64 and whether they are active. A slot past the count, or an index outside the weight,
-        is not active, its row 0: nothing outside a buffer is read.
+        Rows, int64, and whether they are active. A slot past the count, or an index outside the weight,
+        is not active and gets a row of unit 0, so that nothing outside a buffer is read.
     """
     units = tl.load(indices + slots // GROUP, mask=slots < count * GROUP, other=-1)
     live = (units >= 0) & (units < UNITS)
@@ -85,7 +85,7 @@ def active_rows(indices, count, slots, GROUP: tl.constexpr, UNITS: tl.constexpr)
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """The MLP's activation of float32 values."""
+    """Apply the MLP's activation to float32 values."""
     if ACTIVATION == "relu":
         return tl.where(x < 0, 0.0, x)  # keeps a NaN, which a maximum may drop
     elif ACTIVATION == "silu":
@@ -95,10 +95,10 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 def block_along(width: int, tokens: int, itemsize: int) -> int:
-    """Columns that a loop over a row of this width takes at a time, for a tile of so many tokens."""
+    """Columns that a loop over a row of this width takes per step, for a tile of this many tokens."""
     return min(256 if tokens == 1 else LINE // itemsize, max(16, triton.next_power_of_2(width)))
 
 
 def tile_warps(tokens: int, itemsize: int) -> int:
-    """Warps for a tile of so many tokens; float32 is multiplied without tensor cores, which takes more registers."""
+    """Warps for a tile of this many tokens; float32 needs more registers, because it cannot use tensor cores."""
     return 8 if tokens > 1 and itemsize == 4 else 4

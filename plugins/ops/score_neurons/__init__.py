@@ -1,1 +1,1 @@
-"""``ScoreNeurons``: how much each neuron of an MLP will add, going by a 4-bit copy of its weights."""
+"""``ScoreNeurons``: importance scores of the neurons of an MLP, from a 4-bit copy of its weights."""

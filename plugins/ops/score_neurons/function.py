@@ -10,10 +10,10 @@ from shadowllm.plugins.ops.score_neurons.schema import SCORE_NEURONS
 
 
 def function_body(form: FunctionForm) -> ir.Function | None:
-    """The one body with a node of ONNX Runtime's own domain: its product with integers is as fast as it gets.
+    """The body, with ``MatMulNBits`` of ONNX Runtime, which is the fastest product with packed integers.
 
     Returns:
-        None for a model without a copy.
+        None for a model without a low-bit copy.
     """
     copy = form.copy
     if copy is None:

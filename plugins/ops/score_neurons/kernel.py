@@ -1,4 +1,4 @@
-"""``ScoreNeurons``: a 4-bit copy of gate and up multiplied as it lies, and nothing kept but one score a neuron."""
+"""``ScoreNeurons``: multiplies a packed 4-bit copy of gate and up, and keeps only one score per neuron."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import triton.language as tl
 
 from shadowllm.plugins.triton.tiles import activate, dot
 
-# The copy is read as int32 words, the first of its 8 integers lowest.
+# The copy is read as int32 words of 8 integers; the first is in the lowest bits.
 IN_WORD = tl.constexpr(8)
 
 
 @triton.jit
 def unpacked(words):
-    """The integers of ``words (N, W)``, -8 .. 7: float32 ``(N, W, 8)``."""
+    """The integers of ``words (N, W)``, in -8 .. 7, as float32 ``(N, W, 8)``."""
     shifts = 4 * tl.arange(0, IN_WORD)
     return (((words[:, :, None] >> shifts[None, None, :]) & 15) - 8).to(tl.float32)
 
@@ -34,9 +34,9 @@ def copy_products(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Rows of the copy times the ``BLOCK_M`` tokens of ``x (tokens, WIDTH)`` from the first on: ``(M, N)``.
+    """Products ``(M, N)`` of rows of the copy with ``BLOCK_M`` tokens of ``x (tokens, WIDTH)``, from ``first`` on.
 
-    One token takes ``BLOCK_W`` words of a row at a time; more take a block, whose scale then comes last.
+    For one token, each step takes ``BLOCK_W`` words of a row. For more tokens it takes a block, and scales the product.
     """
     if BLOCK_M == 1:
         acc = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
@@ -50,7 +50,7 @@ def copy_products(
         integers = unpacked(tl.load(copy + rows[:, None] * WORDS + places[None, :], mask=mask, other=0))
         cols = places[:, None] * IN_WORD + tl.arange(0, IN_WORD)[None, :]
         if BLOCK_M == 1:
-            # The same for every row, and from the cache: see `tiles.token_tile`.
+            # x is repeated for every row, as in `tiles.token_tile`; the copies come from the cache.
             place = tl.zeros((BLOCK_N,), tl.int32)[:, None, None] + cols[None, :, :]
             part = tl.sum(integers * tl.load(x + place, mask=place < WIDTH, other=0.0).to(tl.float32), 2)
             block = rows[:, None] * BLOCKS + (places // BLOCK_WORDS)[None, :]
@@ -91,10 +91,10 @@ def score_neurons(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """``scores (1, NEURONS)``: the mean over tokens of ``|product| * down_norms``, a tile of neurons a block.
+    """``scores (1, NEURONS)``: the mean over tokens of ``|product| * down_norms``, one tile of neurons per block.
 
-    The tokens are gone through one tile after the other, so that a sum has one order. Where all neurons are kept,
-    as in a prompt, nothing is read: any scores choose them all.
+    A block processes the token tiles one after the other, so that the order of a sum is fixed. If all neurons are kept,
+    as in a prompt, no weights are read, because any scores select all of them.
     """
     neurons = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = neurons < NEURONS

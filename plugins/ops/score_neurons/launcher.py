@@ -1,4 +1,4 @@
-"""``ScoreNeurons`` as a function of tensors; see `triton.launch`."""
+"""``ScoreNeurons`` as a function of PyTorch tensors; see `triton.launch`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def score_neurons(
     """``ScoreNeurons``: x ``(B, S, D)``, copy uint8 ``(rows, blocks, bytes)``, count an int32 scalar -> ``(1, F)``.
 
     Raises:
-        ValueError: a tensor of another type, device, layout or shape, rows that do not fit the neurons, blocks
-            that do not cover x or are no power of two, or an unknown activation.
+        ValueError: a tensor has the wrong type, device, layout or shape; the rows do not match the neurons; the
+            blocks do not cover x, or their size is not a power of two; or the activation is unknown.
     """
     check_activation(SCORE_NEURONS, activation)
     rows, blocks, width = copy.shape

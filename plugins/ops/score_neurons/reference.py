@@ -18,7 +18,7 @@ def score_neurons(
     *,
     activation: str,
 ) -> np.ndarray:
-    """``ScoreNeurons``: x ``(B, S, D)``, a copy ``(rows, blocks, bytes)`` of 4 bits -> float32 ``(1, F)``."""
+    """``ScoreNeurons``: x ``(B, S, D)``, 4-bit copy ``(rows, blocks, bytes)`` -> float32 ``(1, F)``."""
     wide, act = x.reshape(-1, x.shape[2]).astype(np.float32), ACTIVATIONS[activation]
     q = Quantisation(bits=4, block=2 * copy.shape[2])
     y = wide @ dequantise(copy.reshape(len(copy), -1), scales, wide.shape[1], q).T

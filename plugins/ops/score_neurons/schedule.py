@@ -15,7 +15,7 @@ from shadowllm.plugins.triton.tiles import tile_warps
 def schedules(
     shapes: Mapping[str, Shape], attributes: Mapping[str, int | str], *, itemsize: int, max_batch: int, max_seqlen: int
 ) -> list[Schedule]:
-    """As `triton.schedule.Planner`."""
+    """See `triton.schedule.Planner`."""
     ranges = tiers(max_batch, max_seqlen)
     return [plan_score_neurons(shapes, itemsize, tier, str(attributes["activation"])) for tier in ranges]
 
@@ -24,15 +24,15 @@ def plan_score_neurons(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, a
     """How to launch ``ScoreNeurons`` in a tier.
 
     Args:
-        shapes: of the inputs, by name; the copy's last dimension is its words.
-        itemsize: bytes of an element of x.
+        shapes: shapes of the inputs, by name; the copy's last dimension counts int32 words.
+        itemsize: bytes per element of x.
     """
     rows, blocks, words = shapes["copy"]
     (neurons,) = shapes["down_norms"]
     one = tier.block == GEMV
     names = [name for name in ("x", "copy", "scales", "b_gate", "b_up", "down_norms", "count") if name in shapes]
-    # One token: a word for each of 128 threads, whose 8 integers then stay with it, so that the loop has no barriers
-    # (seen in the machine code). Prompts are rarely scored, and a larger tile of them spills in float32.
+    # For one token, each of 128 threads loads one word and keeps its 8 integers, so the loop has no barriers (seen in
+    # the machine code). Prompts are rarely scored, and a larger tile of tokens would spill registers in float32.
     block_m, block_n = (GEMV, 4) if one else (DOT, 32)
     call = Call(
         score_neurons,

@@ -9,12 +9,12 @@ from shadowllm.plugins.ops.select_topk.schema import SELECT_TOPK
 
 
 def function_body(_form: FunctionForm) -> ir.Function:
-    """The same for every form."""
+    """The body, which is the same for every form of model."""
     body = FunctionBody(SELECT_TOPK)
     cap = body.attribute("cap")
     k = body.op("Reshape", cap, body.const([1]))
-    # The best first, ties to the lower index; those past the count are replaced by a bound that
-    # sorts last, so that one ascending sort leaves the chosen in front.
+    # Best first, ties to the lower index. Indices past the count are replaced by a bound that
+    # sorts last, so that one ascending sort puts the selected indices first.
     _, order = body.pair("TopK", body["scores"], k, largest=1, sorted=1)
     rank = body.op("Unsqueeze", body.op("Range", body.const(0), cap, body.const(1)), body.const([0]))
     counts = body.op("Unsqueeze", body.op("Cast", body["counts"], to=ir.DataType.INT64), body.const([1]))

@@ -1,4 +1,4 @@
-"""``SelectTopK``: a radix select of the threshold, then the active indices written in order."""
+"""``SelectTopK``: finds the threshold by radix selection, then writes the active indices in order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def ordered_keys(scores, places, N: tl.constexpr):
-    """Scores as uint32 whose order is theirs: -0 equals 0, and NaN is below everything."""
+    """Scores as uint32 keys with the same order: -0 equals 0, and NaN is below everything."""
     value = tl.load(scores + places, mask=places < N, other=0.0)
     bits = tl.where(value == 0, 0.0, value).to(tl.uint32, bitcast=True)
     key = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
@@ -17,10 +17,10 @@ def ordered_keys(scores, places, N: tl.constexpr):
 
 @triton.jit
 def select_topk(scores, counts, indices, N: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """One row a block: ``indices (rows, CAP)`` of the ``counts[row]`` largest of ``scores (rows, N)``.
+    """Write ``indices (rows, CAP)`` of the ``counts[row]`` largest of ``scores (rows, N)``, one row per block.
 
-    Eight bits at a time, from the top, a histogram of the keys that share the threshold's bits so far tells
-    the next eight. All arithmetic is on integers, so the result does not depend on the order of threads.
+    The threshold is found eight bits at a time, from the top. Each step makes a histogram of the next eight bits, over
+    the keys that share the bits found so far. Integer arithmetic makes the result independent of the thread order.
     """
     row = tl.program_id(0).to(tl.int64)
     count = tl.minimum(tl.maximum(tl.load(counts + row), 0), CAP)
@@ -30,7 +30,7 @@ def select_topk(scores, counts, indices, N: tl.constexpr, CAP: tl.constexpr, BLO
     digits = tl.arange(0, 256)
 
     threshold = tl.zeros((), tl.uint32)
-    need = count  # how many keys at or above the threshold are still to be found among those that share its bits
+    need = count  # how many keys to select among those that share the threshold's bits so far
     for step in tl.static_range(4):
         histogram = tl.zeros((256,), tl.int32)
         for start in range(0, N, BLOCK):

@@ -1,4 +1,4 @@
-"""``SelectTopK`` as a function of tensors; see `triton.launch`."""
+"""``SelectTopK`` as a function of PyTorch tensors; see `triton.launch`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def select_topk(scores: Tensor, counts: Tensor, cap: int) -> Tensor:
     """``SelectTopK``: scores float32 ``(R, N)``, counts int32 ``(R,)`` -> int32 ``(R, cap)``.
 
     Raises:
-        ValueError: a tensor of another type, device, layout or shape, or more indices than scores.
+        ValueError: a tensor has the wrong type, device, layout or shape, or there are fewer scores than ``cap``.
     """
     if cap > scores.shape[-1]:
         raise ValueError(f"SelectTopK cannot choose {cap} of {scores.shape[-1]}")

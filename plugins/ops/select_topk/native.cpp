@@ -1,4 +1,4 @@
-// SelectTopK: the largest scores of each row, by finding the smallest chosen one and reading once in order.
+// SelectTopK: finds the smallest selected score of each row, then reads the row once, in order.
 #include <algorithm>
 #include <cmath>
 
@@ -9,7 +9,7 @@ namespace {
 
 enum Input { kScores, kCounts };
 
-// Integers in the order of the scores. Both zeros are equal, and a NaN is below everything.
+// An integer with the same order as the score. Both zeros are equal, and a NaN is below everything.
 int32_t sortable(float score) {
   const float positive_zero = score + 0.0f;
   int32_t bits;
@@ -18,13 +18,13 @@ int32_t sortable(float score) {
 }
 
 struct Threshold {
-  int32_t key;  // the smallest chosen
-  size_t ties;  // how many of those equal to it are chosen
+  int32_t key;  // the smallest selected key
+  size_t ties;  // how many keys equal to it are selected
 };
 
-// The k-th largest of n keys, k in 1..n, bit by bit from the top: every try is a count, which is quick with vectors.
+// The k-th largest of n keys, k in 1..n. Finds its bits from the top; each bit needs one count, fast with vectors.
 Threshold kth_largest(const Kernels& kernels, const int32_t* keys, size_t n, size_t k) {
-  uint32_t found = 0;  // from the smallest integer up
+  uint32_t found = 0;  // distance from the smallest int32
   for (int bit = 31; bit >= 0; --bit) {
     const uint32_t higher = found | 1u << bit;
     const size_t count = kernels.count_above(keys, n, static_cast<int32_t>((higher - 1) ^ 0x80000000u));
@@ -41,7 +41,7 @@ void select(const Kernels& kernels, const float* scores, size_t n, size_t k, int
   Threshold threshold = kth_largest(kernels, keys, n, k);
   size_t filled = 0;
   for (size_t i = 0; i < n && filled < k; ++i) {
-    // No branch on the data: which unit is chosen cannot be foreseen.
+    // No branch on the data, because the CPU cannot predict which unit is selected.
     const bool tie = (keys[i] == threshold.key) & (threshold.ties > 0);
     out[filled] = static_cast<int32_t>(i);
     filled += (keys[i] > threshold.key) | tie;

@@ -10,14 +10,14 @@ from shadowllm.plugins.ops.select_topk.kernel import select_topk
 from shadowllm.plugins.program import Size
 from shadowllm.plugins.triton.schedule import GEMV, Call, Schedule, Shape, Tier
 
-# Scores that a block holds at a time; longer rows are gone through piece by piece.
+# Scores that a block loads at a time; longer rows take several steps.
 MAX_BLOCK = 8192
 
 
 def schedules(
     shapes: Mapping[str, Shape], attributes: Mapping[str, int | str], *, itemsize: int, max_batch: int, max_seqlen: int
 ) -> list[Schedule]:
-    """As `triton.schedule.Planner`, whatever the limits: the rows, which are the batch, are known."""
+    """See `triton.schedule.Planner`; the limits are not used, because the rows, which are the batch, are known."""
     return [plan_select_topk(shapes, Tier(shapes["scores"][0], 1, GEMV), int(attributes["cap"]))]
 
 
@@ -25,7 +25,7 @@ def plan_select_topk(shapes: Mapping[str, Shape], tier: Tier, cap: int) -> Sched
     """How to launch ``SelectTopK``; its rows are the batch.
 
     Args:
-        shapes: of the inputs, by name.
+        shapes: shapes of the inputs, by name.
     """
     width = shapes["scores"][1]
     block = min(MAX_BLOCK, max(16, triton.next_power_of_2(width)))

@@ -9,5 +9,5 @@ SELECT_TOPK = OpSchema(
     inputs=(Port("scores", ("R", "N"), "float32"), Port("counts", ("R",), "int32")),
     outputs=(Port("indices", ("R", "cap"), "int32"),),
     attributes=(Attribute("cap", int),),
-    doc="Ascending indices of the counts[r] largest scores of each row; equal scores go to the lower index.",
+    doc="Ascending indices of the counts[r] largest scores of each row; of equal scores, the lower index wins.",
 )

@@ -1,1 +1,1 @@
-"""``SparseAttention``: attention of the active query heads over the KV cache, and its output projection."""
+"""``SparseAttention``: attention of the active query heads over the KV cache, and the output projection."""

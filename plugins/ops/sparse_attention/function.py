@@ -11,7 +11,7 @@ from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION
 
 
 def function_body(form: FunctionForm) -> ir.Function:
-    """Gathers the active heads' rows and their cached heads, then attends as usual."""
+    """Gather the rows and KV heads of the active heads, then compute ordinary attention."""
     body = FunctionBody(SPARSE_ATTENTION)
     heads = body.active()
 
@@ -36,7 +36,7 @@ def function_body(form: FunctionForm) -> ir.Function:
 
 
 def _head_rows(body: FunctionBody, form: FunctionForm, weight: ir.Value, heads: ir.Value) -> ir.Value:
-    """The active heads' rows of a matrix of ``H*d`` rows."""
+    """The rows of the active heads, from a matrix of ``H*d`` rows."""
     size = body.op("Shape", weight, start=1, end=2)
     blocks = body.op("Reshape", weight, body.op("Concat", body.const([form.n_heads, form.head_dim]), size, axis=0))
     return body.op(

@@ -1,7 +1,8 @@
-"""``SparseAttention``: queries of the active heads, attention over the cache, their rows of ``w_o``.
+"""``SparseAttention``: queries of the active heads, and their attention over the KV cache.
 
-A decode step splits the cache among blocks (flash decoding) and merges their softmaxes; a prompt goes
-through tiles of queries (flash attention, Dao, arXiv 2307.08691), causal within the step.
+A decode step splits the cache among blocks (flash decoding) and merges their softmaxes. A prompt is
+processed in tiles of queries (flash attention, Dao, arXiv 2307.08691), causal within the step.
+`plugins.triton.project_back` multiplies the result by the heads' rows of ``w_o``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from shadowllm.plugins.triton.tiles import add_along, dot, sum_along, token_tile
 
 @triton.jit
 def active_head(indices, count, slot, HEADS: tl.constexpr, CAP: tl.constexpr):
-    """The head at a slot, -1 where it is past the count or not a head."""
+    """The head at a slot; negative if the slot is past the count or the index is not a head."""
     head = tl.load(indices + slot, mask=slot < tl.minimum(tl.load(count), CAP), other=-1)
     return tl.where(head < HEADS, head, -1)
 
@@ -38,10 +39,10 @@ def head_queries(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``query (tokens, CAP, HEAD_DIM)`` of the active heads, rotated.
+    """Write ``query (tokens, CAP, HEAD_DIM)`` of the active heads, rotated if ``cos`` is given.
 
-    A block makes some elements of the first half of a head and their partners in the second, which are
-    what the rotation pairs.
+    A block computes some elements of the first half of a head and their partners in the second half,
+    because the rotation combines these pairs.
     """
     HALF: tl.constexpr = (HEAD_DIM + 1) // 2
     PARTS: tl.constexpr = (HALF + BLOCK_N - 1) // BLOCK_N
@@ -101,8 +102,8 @@ def decode_attention(
 ):
     """Attention of one token's active heads over one span of the cache.
 
-    With one split the result is ``context (batch, CAP, HEAD_DIM)``; with several it is, unnormalised,
-    ``partials (batch, CAP, SPLITS, HEAD_DIM + 2)``, the maximum and the sum of its softmax behind it.
+    With one split the result is ``context (batch, CAP, HEAD_DIM)``. With several it is unnormalised, in
+    ``partials (batch, CAP, SPLITS, HEAD_DIM + 2)``, followed by the maximum and the sum of its softmax.
     """
     slot, split = tl.program_id(0), tl.program_id(2)
     row = tl.program_id(1).to(tl.int64)
@@ -156,7 +157,7 @@ def merge_splits(
     SPAN: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """``context (batch, CAP, HEAD_DIM)`` of what `decode_attention` found in the spans."""
+    """Merge the partial results of `decode_attention` into ``context (batch, CAP, HEAD_DIM)``."""
     slot = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     if active_head(indices, count, slot, HEADS, CAP) < 0:
@@ -167,11 +168,11 @@ def merge_splits(
     mass = tl.zeros((), tl.float32)
     acc = tl.zeros((BLOCK_H,), tl.float32)
     for _ in range(tl.cdiv(tl.minimum(tl.load(lengths + row), CAPACITY), SPAN)):
-        theirs = tl.load(part + HEAD_DIM)
-        higher = tl.maximum(top, theirs)
-        mine, yours = tl.exp(top - higher), tl.exp(theirs - higher)
-        mass = mass * mine + tl.load(part + HEAD_DIM + 1) * yours
-        acc = acc * mine + tl.load(part + dims, mask=dims < HEAD_DIM, other=0.0) * yours
+        part_top = tl.load(part + HEAD_DIM)
+        higher = tl.maximum(top, part_top)
+        shrink, part_shrink = tl.exp(top - higher), tl.exp(part_top - higher)
+        mass = mass * shrink + tl.load(part + HEAD_DIM + 1) * part_shrink
+        acc = acc * shrink + tl.load(part + dims, mask=dims < HEAD_DIM, other=0.0) * part_shrink
         top = higher
         part += HEAD_DIM + 2
     out = context + (row * CAP + slot) * HEAD_DIM + dims
@@ -198,7 +199,7 @@ def prompt_attention(
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """``context (batch, seqlen, CAP, HEAD_DIM)`` of a tile of queries of one active head.
+    """Write ``context (batch, seqlen, CAP, HEAD_DIM)`` for a tile of queries of one active head.
 
     Query ``s`` of a row sees positions up to ``lengths[row] - seqlen + s``.
     """
@@ -221,7 +222,7 @@ def prompt_attention(
     for start in range(0, tl.max(tl.where(step < seqlen, last, -1), 0) + 1, BLOCK_P):
         positions = start + tl.arange(0, BLOCK_P)
         kv = cache + positions[:, None] * HEAD_DIM + dims[None, :]
-        # What an earlier text left behind is not read: a weight of zero would not make it harmless if it is no number.
+        # Positions past the length are not read: they may hold NaN from an earlier text, and zero times NaN is NaN.
         mask = (positions < length)[:, None] & inside
         k = tl.load(key + kv, mask=mask, other=0.0)
         score = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_P), tl.float32)) * SCALE

@@ -1,4 +1,4 @@
-"""``SparseAttention`` as a function of tensors; see `triton.launch`."""
+"""``SparseAttention`` as a function of PyTorch tensors; see `triton.launch`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def sparse_attention(
     *,
     n_heads: int,
 ) -> Tensor:
-    """``SparseAttention``: x ``(B, S, D)``, cache ``(B, n_kv, C, d)`` with this step's in it -> ``(B, S, D)``.
+    """``SparseAttention``: x ``(B, S, D)``, cache ``(B, n_kv, C, d)`` that includes this step -> ``(B, S, D)``.
 
     Raises:
-        ValueError: a tensor of another type, device, layout or shape, or heads that do not divide.
+        ValueError: a tensor has the wrong type, device, layout or shape, or the heads do not divide evenly.
     """
     if w_q.shape[0] != n_heads * key.shape[-1] or n_heads % key.shape[1]:
         raise ValueError(f"SparseAttention has {n_heads} heads, w_q {tuple(w_q.shape)} and key {tuple(key.shape)}")

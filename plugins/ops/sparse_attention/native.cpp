@@ -1,7 +1,7 @@
-// SparseAttention: queries of the active heads, their attention over the visible cache, their output projection.
+// SparseAttention: queries of the active heads, their attention over the visible cache, and their output projection.
 //
-// Three steps on the pool: rows of w_q, then one task per head and sequence, then rows of w_o. A task per head alone
-// would need no step in between, but would leave most threads idle where few heads are active.
+// Three steps on the thread pool: rows of w_q, then one task per head and sequence, then rows of w_o. One task per head
+// would need only one step, but would leave most threads idle if few heads are active.
 #include <algorithm>
 #include <cmath>
 
@@ -12,8 +12,8 @@ namespace {
 
 enum Input { kX, kKey, kValue, kLengths, kIndices, kCount, kWQ, kBQ, kWO, kBO, kCos, kSin, kSQ, kSO };
 
-// One call, checked: sizes as in schema.py (hidden size D, H query heads of dimension d over n_kv cached ones),
-// and the inputs in the form in which the tasks read them.
+// One checked call: sizes as in schema.py (hidden size D, H query heads of dimension d over n_kv cached ones),
+// and the inputs in the form that the tasks read.
 struct Call {
   size_t batch, seqlen, width, group, kv_heads, capacity, head_dim, longest;
   Picks heads;
@@ -72,7 +72,7 @@ class SparseAttention {
       node_.bound("length of row " + std::to_string(b), in[kLengths].as<int32_t>()[b], seqlen, key.dims[2]);
   }
 
-  // Positions of this step, of hidden states (batch, seqlen, width) or (batch * seqlen, width).
+  // Number of positions in this step, from hidden states (batch, seqlen, width) or (batch * seqlen, width).
   int64_t seqlen_of(const Tensor& x, int64_t batch) const {
     const int64_t rows = x.rank == 3 ? x.dims[0] * x.dims[1] : x.dims[0];
     if (x.rank == 3 ? x.dims[0] != batch : batch < 1 || rows % batch != 0)
@@ -121,7 +121,7 @@ class SparseAttention {
     const size_t tasks = call.heads.count * call.batch, task_size = 2 * d + call.longest;
     const Chunks in_chunks(n, call.w_q.cost(), tokens), out_chunks(n, call.w_o.cost(), tokens);
     const size_t room = input_floats(call.width);
-    // (row, token): the queries and then the contexts. Per task: a query, a context, and scores of the cache.
+    // By (row, token): the queries, later the contexts. Per task: a query, a context, and the scores of the cache.
     Scratch scratch;
     float* prepared = scratch.take(room + n * tokens + tasks * task_size + out_chunks.count() * part + call.width + n);
     float* queries = prepared + room;

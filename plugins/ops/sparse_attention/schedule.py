@@ -12,14 +12,14 @@ from shadowllm.plugins.triton.project_back import back_calls
 from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
 from shadowllm.plugins.triton.tiles import LINE, block_along, tile_warps
 
-# Positions of the cache that one block of a decode step goes through, and that it loads at a time.
+# Cache positions that one block of a decode step processes in total, and at a time.
 SPAN, POSITIONS = 256, 32
 
 
 def schedules(
     shapes: Mapping[str, Shape], attributes: Mapping[str, int | str], *, itemsize: int, max_batch: int, max_seqlen: int
 ) -> list[Schedule]:
-    """As `triton.schedule.Planner`."""
+    """See `triton.schedule.Planner`."""
     ranges = tiers(max_batch, max_seqlen)
     return [plan_sparse_attention(shapes, itemsize, tier, int(attributes["n_heads"])) for tier in ranges]
 
@@ -28,8 +28,8 @@ def plan_sparse_attention(shapes: Mapping[str, Shape], itemsize: int, tier: Tier
     """How to launch ``SparseAttention`` in a tier.
 
     Args:
-        shapes: of the inputs that are there, by name.
-        itemsize: bytes of an element of the weights.
+        shapes: shapes of the present inputs, by name.
+        itemsize: bytes per element of the weights.
     """
     width = shapes["w_q"][1]
     _, kv_heads, capacity, head_dim = shapes["key"]
@@ -110,7 +110,7 @@ def _decode(
 
 
 def _prompt(tier: Tier, operands: Mapping[str, Operand], constants: Mapping[str, int | float], itemsize: int) -> Call:
-    # At most 16 KiB of queries: with keys and values they lie in shared memory, of which a block has 64 KiB on sm_75.
+    # At most 16 KiB of queries: queries, keys and values share the 64 KiB of shared memory of a block on sm_75.
     rows = max(16, min(tier.block, 16384 // (int(constants["BLOCK_H"]) * itemsize)))
     return Call(
         prompt_attention,

@@ -1,1 +1,1 @@
-"""``SparseMLP``: an MLP of the active neurons."""
+"""``SparseMLP``: an MLP that computes only its active neurons."""

@@ -9,7 +9,7 @@ from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 
 
 def function_body(form: FunctionForm) -> ir.Function:
-    """Gathers the active rows of each matrix, then multiplies as a dense MLP."""
+    """Gather the active rows of each matrix, then compute a dense MLP."""
     body = FunctionBody(SPARSE_MLP)
     rows = body.active()
 

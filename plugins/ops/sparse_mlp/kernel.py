@@ -1,4 +1,7 @@
-"""``SparseMLP``: gate and up of the active neurons in one pass, then their rows of ``w_down``."""
+"""``SparseMLP``: gate and up of the active neurons in one pass.
+
+`plugins.triton.project_back` multiplies the result by their rows of ``w_down``.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,9 @@ def mlp_hidden(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``hidden (tokens, CAP)``: what the active neurons make of ``x (tokens, WIDTH)``, slot by slot.
+    """Write ``hidden (tokens, CAP)``: the outputs of the active neurons for ``x (tokens, WIDTH)``, by slot.
 
-    Blocks past the count end at once: with half the neurons, half of the grid costs nothing.
+    Blocks past the count return at once, so half of the grid costs nothing if half of the neurons are active.
     """
     first = tl.program_id(0) * BLOCK_N
     n = tl.minimum(tl.load(count), CAP)

@@ -1,4 +1,4 @@
-"""``SparseMLP`` as a function of tensors; see `triton.launch`."""
+"""``SparseMLP`` as a function of PyTorch tensors; see `triton.launch`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sparse_mlp(
     """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)``, count an int32 scalar on the device -> ``(B, S, D)``.
 
     Raises:
-        ValueError: a tensor of another type, device, layout or shape, or an unknown activation.
+        ValueError: a tensor has the wrong type, device, layout or shape, or the activation is unknown.
     """
     check_activation(SPARSE_MLP, activation)
     inputs = {

@@ -7,7 +7,7 @@ namespace shadowllm {
 namespace {
 
 enum Input { kX, kIndices, kCount, kWGate, kBGate, kWUp, kBUp, kWDown, kBDown, kSGate, kSUp, kSDown };
-constexpr size_t kTokenBlock = 64;  // tokens that share one reading of the weights
+constexpr size_t kTokenBlock = 64;  // tokens per pass over the weights
 
 Activation parse_activation(const Node& node, const std::string& name) {
   if (name == "relu") return Activation::relu;
@@ -31,8 +31,8 @@ struct Bias {
   }
 };
 
-// Moves the neurons with an output other than zero to the front and returns how many there are. After ReLU most are
-// zero, and the rows of w_down that they would be multiplied with need not be read.
+// Moves the neurons with a nonzero output to the front and returns their number. After ReLU most outputs are zero, and
+// the rows of w_down for zeros need not be read.
 size_t drop_zeros(Picks picks, size_t tokens, float* h, int32_t* kept_ids) {
   size_t kept = 0;
   for (size_t i = 0; i < picks.count; ++i) {
@@ -102,8 +102,7 @@ class SparseMlp {
     const size_t width = up.width, neurons = picks.count, part = tokens * width;
     const size_t row_cost = up.cost() + down.cost() + (gated ? gate.cost() : 0), room = input_floats(width);
     const Chunks chunks(neurons, row_cost, tokens);
-    // Inputs as the kernels like them, partial sums, the two projections, the bias of the output, and the neurons left
-    // after drop_zeros.
+    // Prepared inputs, partial sums, two projections, the bias of the output, and the neurons left after drop_zeros.
     Scratch scratch;
     float* inputs = scratch.take(2 * room + chunks.count() * part + 2 * neurons * tokens + width + neurons);
     float* parts = inputs + 2 * room;

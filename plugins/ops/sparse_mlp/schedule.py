@@ -14,7 +14,7 @@ from shadowllm.plugins.triton.tiles import block_along, tile_warps
 def schedules(
     shapes: Mapping[str, Shape], attributes: Mapping[str, int | str], *, itemsize: int, max_batch: int, max_seqlen: int
 ) -> list[Schedule]:
-    """As `triton.schedule.Planner`."""
+    """See `triton.schedule.Planner`."""
     ranges = tiers(max_batch, max_seqlen)
     return [plan_sparse_mlp(shapes, itemsize, tier, str(attributes["activation"])) for tier in ranges]
 
@@ -23,14 +23,14 @@ def plan_sparse_mlp(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, acti
     """How to launch ``SparseMLP`` in a tier.
 
     Args:
-        shapes: of the inputs that are there, by name.
-        itemsize: bytes of an element of the weights.
+        shapes: shapes of the present inputs, by name.
+        itemsize: bytes per element of the weights.
     """
     neurons, width = shapes["w_up"]
     (cap,) = shapes["indices"]
     workspace = Workspace()
     hidden = workspace.take(tier.tokens * cap, "T", itemsize)
-    # One token: few rows a block, so that there are enough blocks to load from everywhere at once.
+    # For one token, a block has few rows, so that many blocks load at the same time.
     rows = 8 if tier.block == GEMV else 64
     inputs = [name for name in ("x", "indices", "count", "w_gate", "b_gate", "w_up", "b_up") if name in shapes]
     up = Call(

@@ -1,4 +1,4 @@
-// The CUDA driver, found when it is first needed: the library loads, and builds engines, on machines without a GPU.
+// The CUDA driver, loaded at its first use. So this library can be loaded, and build engines, without a GPU.
 #pragma once
 
 #include <string>
@@ -11,7 +11,7 @@ using Module = struct CUmod_st*;
 using Function = struct CUfunc_st*;
 using Stream = struct CUstream_st*;
 
-// Its functions by their own names, and what the headers of CUDA call the constants.
+// The driver's functions under their own names. Comments at the constants give their names in CUDA's headers.
 struct Driver {
   int (*cuCtxGetCurrent)(Context*);
   int (*cuCtxGetDevice)(int*);
@@ -30,7 +30,7 @@ struct Driver {
 constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 constexpr int kMaxDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
-// The driver of this machine. Throws an Error where there is none.
+// The driver of this machine. Throws an Error if there is none.
 const Driver& driver();
 
 }  // namespace shadowllm

@@ -3,7 +3,7 @@
 namespace shadowllm {
 namespace {
 
-// Dynamic shared memory that a kernel may use without being allowed to.
+// Dynamic shared memory that a kernel may use without a setting that allows more.
 constexpr int64_t kUsualSharedBytes = 48 * 1024;
 
 int64_t capability() {
@@ -15,13 +15,13 @@ int64_t capability() {
   return 10 * major + minor;
 }
 
-// Modules are loaded once per context and image and kept for good: the layers of a model share their kernels.
+// Modules are loaded once per context and image and never unloaded, because the layers of a model share kernels.
 Module module_of(Context context, std::string image) {
   static std::mutex mutex;
   static std::map<std::pair<Context, std::string>, Module> loaded;
   const std::lock_guard<std::mutex> lock(mutex);
   Module& found = loaded[{context, image}];
-  // PTX is a text with an end; a std::string has one.
+  // PTX must end with a zero byte, which c_str() provides.
   if (found == nullptr) driver().check(driver().cuModuleLoadData(&found, image.c_str()));
   return found;
 }
@@ -60,7 +60,7 @@ const std::vector<Loaded>& Launcher::load() {
   return loaded_[context] = std::move(loaded);
 }
 
-// Kernels load 16 bytes at a time: at any other address the GPU would fault, and take its context along.
+// Kernels load 16 bytes at a time. An unaligned load is a GPU fault, which destroys the CUDA context.
 void Launcher::check_addresses(const void* const* inputs, void* const* outputs) const {
   const size_t count = program.inputs.size();
   for (size_t i = 0; i < count + program.outputs.size(); ++i) {
@@ -87,7 +87,7 @@ void Launcher::run(const int64_t* dims, int rank, const void* const* inputs, voi
   };
   for (const Launch& launch : plan.launches) {
     const Kernel& kernel = program.kernels[launch.kernel];
-    // Every parameter is at most eight bytes, little-endian: an int32 is read from the first four of its own.
+    // A parameter has at most eight bytes, little-endian, so an int32 is read from the first four bytes of its cell.
     std::vector<uint64_t> cells;
     for (const Argument& argument : launch.arguments) cells.push_back(value(argument));
     cells.resize(cells.size() + size_t(kernel.hidden), 0);

@@ -1,4 +1,4 @@
-// Runs a program through the CUDA driver; ../launcher.py is the same in Python.
+// Runs a program through the CUDA driver; ../launcher.py does the same in Python.
 #pragma once
 
 #include <map>
@@ -11,7 +11,7 @@
 
 namespace shadowllm {
 
-// A kernel in a CUDA context: the driver's handle, and the dynamic shared memory of its image.
+// A kernel loaded in a CUDA context: the driver's handle, and the dynamic shared memory of its image.
 struct Loaded {
   Function function;
   unsigned shared_bytes;
@@ -21,12 +21,12 @@ class Launcher {
  public:
   explicit Launcher(std::string packed) : program(std::move(packed)) {}
 
-  // Loads the kernels into the thread's current CUDA context. That may wait for the device, which a stream under
-  // capture must not. Throws an Error where no image serves the GPU, or the driver refuses one.
+  // Loads the kernels into the thread's current CUDA context. This may wait for the device, which is not allowed during
+  // the capture of a stream. Throws an Error if a kernel has no image for the GPU, or the driver refuses one.
   const std::vector<Loaded>& load();
 
-  // Launches a call. `dims` is the shape of input 0, of which the first two are batch and seqlen; the pointers are
-  // addresses on the device. Throws an Error.
+  // Runs the launches of one call. `dims` is the shape of input 0, which starts with batch and seqlen. The pointers are
+  // device addresses. Throws an Error if no plan covers the call, an address is not aligned, or the driver fails.
   void run(const int64_t* dims, int rank, const void* const* inputs, void* const* outputs, void* workspace,
            Stream stream);
 

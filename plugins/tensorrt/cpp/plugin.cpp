@@ -5,7 +5,7 @@ using namespace nvinfer1;
 namespace shadowllm {
 namespace {
 
-// Runs `body`, and turns what it throws into a message and TensorRT's word for failure.
+// Runs `body` and returns 0. If it throws, logs the error and returns -1, which is failure for TensorRT.
 template <class Body>
 int32_t guarded(const std::string& op, Body body) noexcept {
   try {

@@ -1,5 +1,5 @@
-// A custom op as a TensorRT plugin: an interpreter of the program that its one field holds. ../creators.py is the same
-// in Python. TensorRT's interfaces are noexcept, so no exception leaves a method.
+// A custom op as a TensorRT plugin, which interprets the program in its only field. ../creators.py does the same in
+// Python. TensorRT's interfaces are noexcept, so no exception leaves a method.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -15,7 +15,7 @@ constexpr const char* kDomain = "shadowllm";
 constexpr const char* kVersion = "1";
 constexpr const char* kField = "program";
 
-// Tells TensorRT's logger, or stderr where it gave none.
+// Writes to TensorRT's logger, or to stderr if there is none.
 void log_error(const std::string& message) noexcept;
 
 class Plugin final : public nvinfer1::IPluginV3,
@@ -23,7 +23,7 @@ class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneBuild,
                      public nvinfer1::IPluginV3OneRuntime {
  public:
-  // Copies of a plugin share their launcher, which belongs to no stream.
+  // Copies of a plugin share their launcher, which has no stream of its own.
   Plugin(std::string op, std::shared_ptr<Launcher> launcher);
 
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;

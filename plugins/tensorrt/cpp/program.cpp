@@ -8,9 +8,9 @@ namespace {
 
 constexpr std::string_view kMagic = "shadowllm program 2";
 constexpr int64_t kInt32 = INT32_MAX, kMaxRank = 8, kNewest = 10000;
-constexpr std::array<int64_t, 3> kGrid{kInt32, 65535, 65535};  // the most blocks along x, y and z
+constexpr std::array<int64_t, 3> kGrid{kInt32, 65535, 65535};  // largest number of blocks along x, y and z
 
-// Little-endian int64 and byte strings, one behind the other; throws instead of reading past the end.
+// Reads little-endian int64 numbers and byte strings. Throws instead of reading past the end.
 class Reader {
  public:
   explicit Reader(std::string_view data) : data_(data) {}
@@ -27,7 +27,7 @@ class Reader {
     return take(size < 0 ? SIZE_MAX : size_t(size));
   }
 
-  // `read` consumes at least a number, so a wrong count runs into the end before it takes memory.
+  // `read` consumes at least one number, so a wrong count reaches the end of the data before it uses much memory.
   template <class Read>
   auto many(Read read) {
     std::vector<decltype(read())> found;
@@ -119,7 +119,7 @@ void within(const char* what, int64_t number, int64_t low, int64_t high = kInt32
                 std::to_string(high));
 }
 
-// Sizes grow with the call, so the largest one says that all fit into an int32. The factors were checked before.
+// Sizes grow with the call: if the largest one fits into an int32, all do. The factors were checked before.
 void check_largest(const Size& size, const Plan& plan) {
   int64_t product = size.factor;
   for (const int64_t more : {size.batch ? plan.max_batch : 1, size.seqlen ? plan.max_seqlen : 1}) {
@@ -146,7 +146,7 @@ const Image* Kernel::serving(int64_t sm) const {
   for (const Image& image : images) {
     if (image.sm == sm) own = &image;
     if (image.sm == kPtx && sm >= kPtxSm) ptx = &image;
-    // From 9.0 on compilers make cubins for one GPU alone.
+    // From 9.0 on, compilers make a cubin for only one GPU.
     const bool compatible = image.sm != kPtx && image.sm / 10 == sm / 10 && image.sm < sm && sm < 90;
     if (compatible && (older == nullptr || image.sm >= older->sm)) older = &image;
   }
@@ -160,7 +160,7 @@ Program::Program(std::string packed) : packed_(std::move(packed)) {
   outputs = from.many([&] { return read_output(from); });
   kernels = from.many([&] { return read_kernel(from); });
   plans = from.many([&] { return read_plan(from); });
-  // TensorRT's ONNX parser closes an attribute with a zero byte.
+  // TensorRT's ONNX parser ends an attribute with a zero byte.
   if (!from.rest().empty() && from.rest() != std::string_view("\0", 1))
     throw Error("the program is longer than it should be");
   packed_.resize(packed_.size() - from.rest().size());

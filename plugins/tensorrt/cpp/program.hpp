@@ -1,4 +1,4 @@
-// What a plugin node runs, read from its packed form. ../../program.py says what everything means; this is the same.
+// The program of a plugin node, read from its packed form. The fields are documented in ../../program.py.
 #pragma once
 
 #include <array>
@@ -23,7 +23,7 @@ struct Size {
   bool batch, seqlen;
   int64_t divisor;
 
-  // ceil(factor * batch * seqlen / divisor); a program's own checks say that it cannot overflow.
+  // ceil(factor * batch * seqlen / divisor); the checks of a program ensure that it cannot overflow.
   int64_t operator()(int64_t batch_size, int64_t seqlen_size) const {
     return (factor * (batch ? batch_size : 1) * (seqlen ? seqlen_size : 1) + divisor - 1) / divisor;
   }
@@ -47,7 +47,7 @@ struct Kernel {
   int64_t threads, hidden;
   std::vector<Image> images;
 
-  // The image that a GPU runs; null where none will do.
+  // The image that a GPU runs, or null if it can run none.
   const Image* serving(int64_t sm) const;
 };
 
@@ -62,7 +62,7 @@ struct Plan {
   std::vector<Launch> launches;
 };
 
-// A dimension of an output: `input` is -1 where it is the constant `value`, else `value` is an axis of that input.
+// A dimension of an output: the constant `value` if `input` is -1, otherwise equal to axis `value` of that input.
 struct Dimension {
   int64_t input, value;
 };
@@ -74,17 +74,17 @@ struct Output {
 
 class Program {
  public:
-  // Throws an Error unless the bytes are one whole program whose numbers and references fit together.
+  // Throws an Error unless the bytes are exactly one program with valid numbers and references.
   explicit Program(std::string packed);
   Program(const Program&) = delete;  // images point into the bytes
   Program& operator=(const Program&) = delete;
 
-  const Plan& plan(int64_t batch, int64_t seqlen) const;  // throws an Error where none covers the call
+  const Plan& plan(int64_t batch, int64_t seqlen) const;  // throws an Error if none covers the call
   int64_t workspace_bytes() const;
-  int64_t dtype(size_t position) const;  // of an input, or behind those of an output
+  int64_t dtype(size_t position) const;  // positions of inputs, then of outputs
   const std::string& packed() const { return packed_; }
 
-  std::vector<int64_t> inputs;  // types, TensorRT's numbers
+  std::vector<int64_t> inputs;  // types, as TensorRT's numbers
   std::vector<Output> outputs;
   std::vector<Kernel> kernels;
   std::vector<Plan> plans;

@@ -1,4 +1,4 @@
-// What TensorRT finds in the library: the creators of the plugins.
+// The functions that TensorRT looks up in the library, and the creators of the plugins.
 #include <cstdio>
 #include <cstring>
 #include <iterator>
@@ -55,7 +55,7 @@ void log_error(const std::string& message) noexcept {
   ILogger* logger = nullptr;
   try {
     if (logger_finder != nullptr) logger = logger_finder->findLogger();
-  } catch (...) {  // then there is no logger to tell
+  } catch (...) {  // without a logger, stderr is used
   }
   if (logger != nullptr)
     logger->log(ILogger::Severity::kERROR, message.c_str());

@@ -1,4 +1,4 @@
-// All that TensorRT's headers need of CUDA's: two opaque handles. The plugins call the driver, by its own names.
+// TensorRT's headers need only two opaque handles of CUDA. The plugins call the driver API directly.
 #pragma once
 
 typedef struct CUstream_st* cudaStream_t;
