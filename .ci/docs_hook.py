@@ -1,4 +1,4 @@
-"""The README as the first page of the site, and links out of docs/ to where the files can be read."""
+"""MkDocs hook: the README becomes the first page, and links out of docs/ lead to the repository."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add ``index.md``: the README, whose links are those of a file in ``docs/``."""
+    """Add the README as ``index.md``, with its links changed to those of a file in ``docs/``."""
     text = Path(config.config_file_path).with_name("README.md").read_text(encoding="utf-8")
     text = text.replace("](", "](../").replace("](../http", "](http").replace("](../docs/", "](")
     files.append(File.generated(config, "index.md", content=text))
@@ -17,5 +17,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, config: MkDocsConfig, **_: object) -> str:
-    """What lies outside of ``docs/`` is shown by the repository."""
+    """Make links to files outside of ``docs/`` lead to the repository."""
     return markdown.replace("](../", f"]({config.repo_url}/blob/main/")

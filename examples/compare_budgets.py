@@ -1,4 +1,4 @@
-"""What each budget costs in quality: python examples/compare_budgets.py MODEL OUT."""
+"""Compare the quality of several budgets: python examples/compare_budgets.py MODEL OUT."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Make a bundle of a model and continue a text with it: python examples/export_and_generate.py MODEL OUT."""
+"""Export a model to a bundle and generate text: python examples/export_and_generate.py MODEL OUT."""
 
 import sys
 

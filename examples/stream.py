@@ -1,4 +1,4 @@
-"""Print a text as it comes, at two budgets of one bundle: python examples/stream.py MODEL OUT."""
+"""Print text while it is generated, at two budgets of one bundle: python examples/stream.py MODEL OUT."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ def main(model_path: str, out: str) -> None:
         shadowllm.export(model_path, out, selector="static")
     with shadowllm.load(out) as model:
         for neurons in (1.0, 0.5):
-            model.set_budget(shadowllm.Budget(neurons=neurons))  # takes effect at once, no new export
+            model.set_budget(shadowllm.Budget(neurons=neurons))  # no new export is needed
             print(f"{neurons:.0%} of the neurons:")
             for piece in shadowllm.generate(model, "The sea", stream=True, temperature=0.8, top_p=0.9, seed=7):
                 print(piece, end="", flush=True)
@@ -21,5 +21,5 @@ def main(model_path: str, out: str) -> None:
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:3])
-    except shadowllm.UserError as error:  # what a user can mend: its message says how
+    except shadowllm.UserError as error:  # a mistake of the user; the message has the remedy
         sys.exit(f"error: {error}")

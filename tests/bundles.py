@@ -1,4 +1,4 @@
-"""Bundles with an untrained predictor: right in shape, wrong in judgement."""
+"""Bundles with an untrained predictor: shapes are right, scores mean nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUDGET = Budget(heads=0.5, neurons=0.5)
 def make_predictor(
     spec: ModelSpec, fingerprint: str, kind: str = "shadow", rank: int = 16, dense_layers: int = 1
 ) -> Predictor:
-    """Random scores that depend on the token where the kind allows it."""
+    """A predictor with random scores. They depend on the token if the kind allows it."""
     generator = torch.Generator().manual_seed(3)
     layers = SparseLayers(spec, dense_layers)
     tensors = {
@@ -69,7 +69,7 @@ def make_bundle(
 
 
 def as_in_the_hub_cache(bundle: Path, cache: Path) -> Path:
-    """A copy of a bundle as ``huggingface_hub`` caches it: every file is a relative link to a blob."""
+    """A copy of a bundle in the layout of the ``huggingface_hub`` cache: every file is a relative link to a blob."""
     snapshot, blobs = cache / "snapshots" / "0123abc", cache / "blobs"
     blobs.mkdir(parents=True)
     for source in (path for path in bundle.rglob("*") if path.is_file()):

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every supported variant, and the real model where its package is installed."""
+"""Fixtures: tiny random checkpoints of every supported variant, and the real model if its package is installed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROPE_LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 
-# One row a variant: family and what differs from the family's defaults.
+# One row per variant: its family, and the options that differ from the family's defaults.
 VARIANTS = {
     "llama-mha": ("llama", {}),
     "llama-gqa": ("llama", {"num_key_value_heads": 2}),
@@ -53,14 +53,14 @@ VARIANTS = {
 
 
 def pytest_collection_modifyitems(items):
-    """What reads the real model is slow."""
+    """Mark tests that read the real model as slow."""
     for item in items:
         if "smollm2" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What this machine could not run - instruction sets, a GPU, packages - each reason once."""
+    """List what this machine could not run (instruction sets, a GPU, packages), each reason once."""
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ")
         for report in terminalreporter.stats.get("skipped", [])
@@ -73,7 +73,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def build_transformers_model(family: str, options: dict):
-    """A random Hugging Face model, float32, every weight and bias away from its initial constant."""
+    """A random float32 Hugging Face model. No weight or bias keeps a constant initial value."""
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
     if family == "llama":
@@ -90,7 +90,7 @@ def build_transformers_model(family: str, options: dict):
 
 
 def build_tokenizer():
-    """One token a character; the vocabulary of the tiny models."""
+    """A tokenizer with one token per character and the vocabulary size of the tiny models."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -103,7 +103,7 @@ def build_tokenizer():
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """Folder of the tiny checkpoint of a variant, written once a run."""
+    """A function that returns the folder of a variant's tiny checkpoint. Each is written once per run."""
     made: dict[str, Path] = {}
 
     def get(variant: str) -> Path:
@@ -147,7 +147,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint, tmp_path_factory):
-    """Folder of a bundle of a variant, types and kind of predictor; written once a run, not to be changed."""
+    """A function that returns the folder of a bundle. Each is written once per run; tests must not change it."""
     from tests.bundles import make_bundle
 
     made: dict[tuple[str | None, ...], Path] = {}

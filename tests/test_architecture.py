@@ -1,4 +1,4 @@
-"""The shape of the sources: which file may import which, how long files and functions are."""
+"""Checks which file may import which, and how long files and functions are."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "shadowllm"
-# Each row may import from its own and those above it.
+# Each row may import from itself and from the rows above it.
 LAYERS = [
     {f"{PACKAGE}/{name}.py" for name in ("errors", "limits", "json_types", "progress", "malloc", "child")},
     {"models"},
-    {f"{PACKAGE}/{name}.py" for name in ("option", "config", "flags")},
+    {f"{PACKAGE}/{name}.py" for name in ("option", "config")},
     {"bundle"},
     {"plugins"},
     {"predictor"},
     {"exporter"},
     {"runtime"},
     {"evaluation"},
-    {PACKAGE},  # what is left of it: the pipeline, the Python interface, the command line
+    {PACKAGE},  # the rest: the pipeline, the Python interface, the command line
     {"benchmarks"},
 ]
 ROOMS = [name for layer in LAYERS for name in layer if not name.endswith(".py")]
@@ -37,7 +37,7 @@ LONG_FUNCTIONS = {
 
 
 def name_of(path: Path) -> str:
-    """The dotted name a file is imported by."""
+    """The dotted name of a file in imports."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = parts if parts[0] == PACKAGE else (PACKAGE, *parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -53,7 +53,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 
 
 def imports(name: str) -> set[str]:
-    """Files of the package that a file names in an import, wherever it stands: in functions and for types, too."""
+    """Files of the package that a file imports, also in functions and for types."""
     found = set()
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.ImportFrom):
@@ -76,7 +76,7 @@ def layer_of(name: str) -> int:
 
 
 def functions(name: str) -> Iterator[tuple[str, int]]:
-    """Each function of a file and its lines, without its docstring."""
+    """Each function of a file, and its number of lines without the docstring."""
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = len((ast.get_docstring(node, clean=False) or "").splitlines())
@@ -119,9 +119,9 @@ def test_files_and_functions_are_short():
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        # What runs an engine needs nothing of what wrote it.
+        # Running an engine must not need the packages that wrote it.
         ("shadowllm.runtime.gpu.trt_session", ("onnx", "onnx_ir", "onnxruntime")),
-        # Help and mistakes are told before anything slow is loaded.
+        # Help and usage errors must not wait for slow imports.
         ("shadowllm.cli", ("torch", "onnx", "onnxruntime", "transformers")),
     ],
 )

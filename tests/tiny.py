@@ -1,4 +1,4 @@
-"""Random tokens, and traces whose right answer is known."""
+"""Random tokens, and traces with a known right answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small tokenizers of the three kinds that Llama 3, Llama 2 and OPT have, and models for them."""
+"""Small tokenizers of the three kinds of Llama 3, Llama 2 and OPT, and models for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS = ("the", "sea", "shadow", "model", "small")
 
 
 def llama3():
-    """Byte-level BPE, BOS put in front by the post-processor."""
+    """Byte-level BPE; the post-processor adds BOS at the start."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -31,7 +31,7 @@ def llama3():
 
 
 def llama2():
-    """Pieces with U+2581 for a space, bytes for what has none, a decoder that strips the first space."""
+    """Pieces with U+2581 for a space, byte tokens for other characters, and a decoder that strips the first space."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -56,7 +56,7 @@ def llama2():
 
 
 def opt():
-    """GPT-2's BPE with </s> in front of every text, as OPT has it: vocab.json and merges.txt, no tokenizer.json."""
+    """GPT-2's BPE with </s> before every text, as in OPT: vocab.json and merges.txt, no tokenizer.json."""
     from transformers import GPT2Tokenizer
 
     model = json.loads(llama3().backend_tokenizer.to_str())["model"]
@@ -70,7 +70,7 @@ KINDS = {"llama3": llama3, "llama2": llama2, "opt": opt}
 
 
 def save_model(folder: Path, tokenizer, rows: int | None = None, **options) -> Path:
-    """A tiny random model beside a tokenizer, with as many rows as it has tokens unless told otherwise."""
+    """Write a tiny random model beside a tokenizer, by default with one embedding row per token."""
     sizes = {
         "vocab_size": rows or len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -82,7 +82,7 @@ def save_model(folder: Path, tokenizer, rows: int | None = None, **options) -> P
 
 
 def export(tokenizer, folder: Path, **options) -> Path:
-    """A bundle of such a model, in ``folder / "bundle"``; the checkpoint lies in ``folder / "model"``."""
+    """Make a bundle of such a model in ``folder / "bundle"``; the checkpoint is in ``folder / "model"``."""
     model = save_model(folder / "model", tokenizer, **options)
     (folder / "bundle").mkdir()
     make_bundle(model, folder / "bundle")

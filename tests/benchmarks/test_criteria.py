@@ -1,4 +1,4 @@
-"""Criteria against the loss that removing a unit really costs."""
+"""Compares the scores of criteria with the loss that removing a unit really adds."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_spearman_by_hand():
 
 @pytest.mark.slow
 def test_plainact_ranks_by_removal_loss_better_than_magnitude(model):
-    """The paper's claim, where the gradient is exact and the text is the one the loss is taken on."""
+    """The paper's claim, with an exact gradient, on the text on which the loss is measured."""
     spec, weights, window = model
     found = agreement(spec, weights, window, draw_places(spec, 16, 12))
     assert found["plainact"]["neurons"] > 0.9

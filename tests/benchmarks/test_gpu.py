@@ -1,4 +1,4 @@
-"""The GPU benchmark at tiny sizes, its kernels in Triton's interpreter where there is no GPU."""
+"""The GPU benchmark at tiny sizes. Without a GPU, kernels run in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A noisy copy of a model: off every grid, near the model, and a model that loads."""
+"""A noisy copy of a model: its weights are on no quantisation grid, it is close to the model, and it loads."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_points_learn_side_by_side_and_are_judged_once(checkpoint, tmp_path):
     }
     closures = {row["selector"]: row["gap_closure"] for row in found["results"]}
     assert (closures["static"], closures["oracle"]) == (0, 1)
-    again = judge(spec, weights, tmp_path, torch.zeros(0, 0), json.loads(json.dumps(found)))  # no text, no pass
+    again = judge(spec, weights, tmp_path, torch.zeros(0, 0), json.loads(json.dumps(found)))  # no pass without text
     assert again == json.loads(json.dumps(found))
 
 

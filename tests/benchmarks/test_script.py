@@ -1,4 +1,4 @@
-"""Benchmarks run by hand: a user's mistake is one line and exit code 1, a bug keeps its traceback."""
+"""Benchmark scripts: a user's mistake gives one line and exit code 1, and a bug keeps its traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small OPT's training: text it may learn from, a loss that falls, a checkpoint of the family."""
+"""Training of the small OPT: which text it uses, that the loss falls, and that the checkpoint loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes per decode step against counts done by hand and against the parameters there are; what pays by them."""
+"""Compares bytes per decode step with counts by hand and with the number of parameters; checks when sparsity pays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sidecar: everything that may not fit is refused by name before an engine is deserialised."""
+"""The engine record: an error names each thing that does not fit, before an engine is deserialised."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HERE = {"flavour": "tensorrt_rtx", "version": "1.7.1.116", "compute_capability":
 
 @pytest.fixture
 def engine_path(tmp_path):
-    """An engine file that is none, with a fitting sidecar."""
+    """A file that is no engine, with a record that fits it."""
     path = tmp_path / "body.engine"
     path.write_bytes(ENGINE)
     write_sidecar(

@@ -1,4 +1,4 @@
-"""The predictor on disk: round trip, damage, and the model it belongs to."""
+"""The predictor file: round trip, damaged files, and the check that it belongs to the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integer weights: how far they round, and that ONNX Runtime reads the same numbers out of them."""
+"""Integer weights: the rounding error, and that ONNX Runtime reads the same numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data file: numbers that its types cannot hold are refused by the tensor's name."""
+"""The data file: for a number that its type cannot hold, the error names the tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the harness makes of raw times."""
+"""How the harness aggregates raw times."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_other_percentiles():
 
 
 def test_speedup_pairs_runs_in_order():
-    # Run by run: 3x, 2x, 1x. Pooled medians would say otherwise.
+    # Per run: 3x, 2x, 1x. Pooled medians would give another result.
     slow = [generation([6.0, 6.0]), generation([8.0, 8.0]), generation([50.0, 50.0])]
     fast = [generation([2.0, 2.0]), generation([4.0, 4.0]), generation([50.0, 50.0])]
     assert speedup(slow, fast) == {"median": 2.0, "min": 1.0, "max": 3.0}

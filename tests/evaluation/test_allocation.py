@@ -1,4 +1,4 @@
-"""Budgets layer by layer: least loss for what is saved, and the price that a target asks for."""
+"""Budgets per layer: the least loss for the elements saved, and the price that meets a target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recall at run time against a count done by hand on the reference."""
+"""Compares recall at run time with a count by hand on the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapter to lm-evaluation-harness, on tasks of a few lines, against likelihoods taken by hand."""
+"""Compares the lm-evaluation-harness adapter, on tasks of a few lines, with likelihoods computed by hand."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def request(*arguments):
 
 
 def decoders(folder):
-    """Dense and masked, as the adapter should have them."""
+    """Dense and masked likelihoods, as the adapter should return them."""
     manifest = read_manifest(folder)
     read = read_weights(folder, manifest)
     context = Context(manifest.spec, read.sparse, predictor=read.predictor)
@@ -141,7 +141,7 @@ def test_command(folder, tmp_path, capsys):
 
 @pytest.fixture(scope="module", params=["llama3", "llama2"])
 def beside_the_harness(request, tmp_path_factory):
-    """A bundle's dense model, and the checkpoint it is made of as the harness reads it by itself."""
+    """A bundle's dense model, and its checkpoint in the harness's own model class."""
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     tmp = tmp_path_factory.mktemp(request.param)
@@ -151,7 +151,7 @@ def beside_the_harness(request, tmp_path_factory):
 
 
 def test_likelihoods_are_the_harness_own(beside_the_harness):
-    """BOS stands where the harness puts it: in front of a context, once, and alone where there is none."""
+    """BOS is where the harness puts it: once before a context, and alone if there is no context."""
     ours, theirs = beside_the_harness
     bos = theirs.tokenizer.bos_token
     pairs = [("the sea is", " small"), ("the sea ", "of"), ("", "the shadow"), (f"{bos}the sea", " é"), (" a", " 日")]

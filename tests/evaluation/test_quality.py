@@ -1,4 +1,4 @@
-"""Evaluation on tiny models of both families."""
+"""Quality measurement on tiny models of both families."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_layers_add_up(evaluated):
     assert results[0].layers == ()
     for result in results[1:]:
         assert [found.layer for found in result.layers] == [1, 2]
-        # Every layer keeps as many units, so the mean of layers is that of units.
+        # Every layer keeps the same number of units, so the mean over layers is the mean over units.
         for unit in ("neuron", "head"):
             recalls = [getattr(found, f"{unit}_recall") for found in result.layers]
             assert sum(recalls) / 2 == pytest.approx(getattr(result, f"{unit}_recall"))
@@ -108,7 +108,7 @@ def test_one_choice_for_a_window(llama, aggregate):
     decoder(windows)
     first = {key: mask for key, mask in decoder.masks.items() if key[0] == 1}
     assert all(torch.equal(mask, mask[:, :1].expand_as(mask)) for mask in decoder.masks.values())
-    # Up to the first sparse layer nothing is masked, so its importance is the dense model's.
+    # Nothing before the first sparse layer is masked, so its importance is that of the dense model.
     traced = Tracer(spec, weights, "l2norm").trace(windows).heads[:, 0].unflatten(0, windows.shape)
     scores = traced.mean(dim=1) if aggregate == "sequence" else traced[:, -1]
     assert torch.equal(first[1, "heads"][:, 0], top_mask(scores, 2))

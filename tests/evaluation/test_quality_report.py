@@ -1,4 +1,4 @@
-"""Rows and figure of an evaluation."""
+"""The table and the plot of an evaluation."""
 
 from __future__ import annotations
 

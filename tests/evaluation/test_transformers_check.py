@@ -1,4 +1,4 @@
-"""The comparison with transformers' own forward pass: it agrees where we read rightly, and fails where we do not."""
+"""The comparison with transformers: it passes for a correctly read checkpoint, and fails for a wrongly read one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_fact_read_wrongly_fails(checkpoint, variant, wrong):
 
 
 def test_scales_that_are_ignored_fail(checkpoint, tmp_path):
-    """The fault that comparing with our own decoder cannot see."""
+    """An error that the comparison with our own decoder cannot find."""
     folder = copied(checkpoint("llama-gqa"), tmp_path / "model")
     _, weights, opened = load_model(folder)
     double = copied(checkpoint("llama-gqa"), tmp_path / "other")

@@ -1,4 +1,4 @@
-"""Tuning a bundle: the target is met as measured, written down, and refused where nothing meets it."""
+"""Tuning a bundle: measurements meet the target, the manifest records it, and an impossible target is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exported graphs against the PyTorch reference on the original checkpoint, for every variant and type."""
+"""Compares exported graphs with the PyTorch reference on the original checkpoint, for every variant and type."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_activations_beyond_float16_are_named_by_layer(checkpoint, tmp_path, dty
 @pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
 @pytest.mark.parametrize("variant", ["llama-blocks", "opt-blocks"])
 def test_integer_graphs_reproduce_the_rounded_model(bundle, checkpoint, variant, weight_dtype):
-    # The fastest kernels round inputs to 16 bits; the others are held to the noise of float32.
+    # The fastest kernels round inputs to 16 bits. The others must stay within the noise of float32.
     fastest = native_ops.kernels()[:1] == ("avx512vnni",)
     check(bundle(variant, weight_dtype=weight_dtype), checkpoint(variant), 3e-4 if fastest else TIGHT)
 

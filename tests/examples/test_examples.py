@@ -1,4 +1,4 @@
-"""Every example runs as it stands, on a tiny model and less text."""
+"""Every example runs unchanged, on a tiny model and with less text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bundle as the hub's cache lays it out, every file a link out of its folder, does all that a bundle does."""
+"""A bundle in the layout of the hub's cache, where every file is a link out of its folder, works like any other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output folders: whole or not at all, one writer at a time, and nothing lost when a writer dies."""
+"""Output folders: complete or absent, one writer at a time, and no data loss if a writer dies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def contents(folder):
 
 
 def fill(folder, **files):
-    """Make a folder that passes for a bundle."""
+    """Make a folder that looks like a bundle."""
     folder.mkdir(exist_ok=True)
     for name, text in ({"manifest": ".json"} | files).items():
         (folder / (name + ".json" if name == "manifest" else name)).write_text(text)
@@ -119,7 +119,7 @@ class TestAnExistingFolderStays:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
 
     def test_where_nothing_can_be_moved_in_from_beside_it(self, old, tmp_path, monkeypatch):
-        """As a mount point, or a folder whose parent may not be written."""
+        """Nothing can be moved into the output from outside, as with a mount point."""
         rename = os.rename
 
         def within(source, target):

@@ -1,4 +1,4 @@
-"""Bundles on disk: one data file, checked names and hashes, all or nothing."""
+"""Bundles on disk: one data file, checks of names and hashes, and no incomplete bundles."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ class TestIntegerWeights:
 
     def test_they_are_smaller(self, bundle):
         sizes = [(bundle("llama-blocks", weight_dtype=w) / DATA_FILE).stat().st_size for w in (None, "int8", "int4")]
-        assert sizes[0] > 1.5 * sizes[1]  # o and down lie there twice, and the sizes are tiny
+        assert sizes[0] > 1.5 * sizes[1]  # o and down are stored twice, and the sizes are tiny
         assert sizes[1] > sizes[2]
 
     def test_they_read_back_as_they_round(self, bundle, checkpoint):

@@ -1,4 +1,4 @@
-"""Checkpoints written on purpose: edited copies of folders, and GGUF files of a tiny Llama."""
+"""Makes checkpoints for tests: edited copies of folders, and GGUF files of a tiny Llama."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ TENSORS = {
 
 
 def copied(source: Path, target: Path, **config) -> Path:
-    """A copy of a model folder with other values in its config; one of None stays null."""
+    """Copy a model folder with other values in its config; None is written as null."""
     shutil.copytree(source, target)
     edit_json(target / "config.json", **config)
     return target
 
 
 def edit_json(path: Path, **changes) -> None:
-    """Set keys of a JSON file, which need not exist."""
+    """Set keys of a JSON file. The file need not exist."""
     data = json.loads(path.read_text()) if path.is_file() else {}
     path.write_text(json.dumps(data | changes))
 
 
 def rewrite(folder: Path, change) -> None:
-    """Replace the tensors of a folder's model.safetensors by what ``change`` makes of them."""
+    """Replace the tensors of a folder's model.safetensors by the result of ``change``."""
     path = folder / "model.safetensors"
     save_file(change(load_file(path)), path, {"format": "pt"})
 

@@ -1,4 +1,4 @@
-"""Every adapter against transformers: the same logits to within float32 noise."""
+"""Compares every family with transformers: logits are equal within float32 noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shadowllm.models.decoder import Decoder, KVCache
 from shadowllm.models.registry import load_model
 from tests.conftest import VARIANTS, build_transformers_model
 
-# Long enough to see how large the noise of float32 gets; a dozen tokens may be lucky.
+# Long enough to show the full float32 noise; a dozen tokens may show less.
 TEXT = (
     "The shadow of a model is a small network that says, token by token, which heads and neurons matter. "
     "What it leaves out is not read, so a step takes less time; what it keeps is computed as before, "
@@ -25,7 +25,7 @@ def noise_bound(model, input_ids) -> tuple[torch.Tensor, float]:
     """Float64 logits of the model, and twice transformers' own float32 error plus a rounding floor."""
     with torch.no_grad():
         own = model(input_ids).logits
-        # A fresh model: one that was read from GGUF refuses to change its type.
+        # A new model, because one that was read from GGUF refuses to change its type.
         wide = type(model)(model.config).double().eval()
         wide.load_state_dict(model.state_dict())
         exact = wide(input_ids).logits

@@ -1,4 +1,4 @@
-"""The vocabulary of sparsity: layers and rows, and budgets as counts, one fraction for all layers or one for each."""
+"""Layers, rows and counts of budgets, with one fraction for all layers or one per layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def spec(checkpoint):
 
 
 def sparse(spec, count):
-    """So many sparse layers of a model, after one dense one."""
+    """Sparse layers of a model with one dense layer before them."""
     return SparseLayers(replace(spec, n_layers=count + 1), 1)
 
 

@@ -1,4 +1,4 @@
-"""Tied embeddings: the tensors decide, as in transformers 5."""
+"""Tied embeddings: the stored tensors decide, as in transformers 5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A node of an op in a model that carries the ONNX function bodies, on stock ONNX Runtime."""
+"""Runs one node of an op with its ONNX function body, on ONNX Runtime without the native library."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FORM = FunctionForm(
 
 
 def run(schema: OpSchema, form: FunctionForm, feeds: dict[str, np.ndarray], **attributes) -> np.ndarray:
-    """One node of the op in a model that carries the function bodies."""
+    """A model with one node of the op and the function bodies."""
     inputs = {
         name: ir.val(name, dtype=ir.DataType.from_numpy(array.dtype), shape=array.shape)
         for name, array in feeds.items()

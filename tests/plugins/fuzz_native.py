@@ -1,8 +1,8 @@
-"""Fuzz target of the native ops: random forms, shapes and damage against the NumPy references.
+"""Fuzz target of the native ops: compares random forms, shapes and damaged inputs with the NumPy references.
 
     python -m tests.plugins.fuzz_native --seconds 60 --seed 1
 
-Sound inputs must give the reference's result, damaged ones a refusal or a result, never a crash.
+Valid inputs must give the reference's result. Damaged inputs may give an error or a result, but never a crash.
 `make sanitize` runs it on a library built with the address and undefined-behaviour sanitizers.
 """
 
@@ -42,7 +42,7 @@ class Case:
 
 
 def draw(rng: np.random.Generator) -> Case:
-    """A sound case of any op."""
+    """A valid case of any op."""
     return (mlp, attention, topk)[rng.integers(3)](rng)
 
 
@@ -74,7 +74,7 @@ def topk(rng: np.random.Generator) -> Case:
 
 
 def weight_form(rng: np.random.Generator) -> tuple[int, Callable[[Inputs], Inputs]]:
-    """A hidden size and what turns the weights of such inputs into 4, 2 or 1 bytes, or half a byte."""
+    """A hidden size, and a function that stores the weights of such inputs in 4, 2, 1 or half a byte."""
     kind = rng.integers(4)
     if kind < 2:
         q = Quantisation(int(rng.choice([4, 8])), int(rng.choice([32, 64, 96])))
@@ -92,7 +92,7 @@ def weights_of(inputs: Inputs) -> tuple[str, ...]:
 
 
 def damage(rng: np.random.Generator, inputs: Inputs) -> Inputs:
-    """One input with other values, of another shape, or gone."""
+    """Give one input other values or another shape, or remove it."""
     name = str(rng.choice([name for name, value in inputs.items() if value is not None]))
     value = inputs[name]
     assert value is not None
@@ -108,7 +108,7 @@ def damage(rng: np.random.Generator, inputs: Inputs) -> Inputs:
 
 
 def judge(case: Case, found: np.ndarray) -> str | None:
-    """What is wrong with the result of a sound case, if anything."""
+    """Describe the error in the result of a valid case; None if it is right."""
     if found.size == 0:
         return None
     expected = reference(case.op)(**case.inputs, **case.attributes)

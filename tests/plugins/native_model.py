@@ -1,8 +1,8 @@
-"""A node of a native op in a session, and how far its result may err.
+"""A session with one node of a native op, and the largest error that its result may have.
 
-The native ops are held against float64 arithmetic, on every kernel that this CPU can run (the fixture ``isa``). An op
-may err by twice what the float32 NumPy reference errs, plus a floor of a few roundings of the result: both add the
-same products, in another order.
+The native ops are compared with float64 arithmetic, on every kernel that this CPU can run (the fixture ``isa``). The
+error may be twice that of the float32 NumPy reference, plus a few roundings of the result, because both add the same
+products in another order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ONNX_TYPES = {
 def make_session(
     op: str, inputs: dict[str, np.ndarray | None], weights: tuple[str, ...] = (), threads: int = 1, **attributes
 ):
-    """A session of one node. Inputs named in ``weights`` are initializers, the others come with each run."""
+    """A session of one node. Inputs named in ``weights`` are initializers. The others are given at each run."""
     schema = SCHEMAS[op]
     given = {name: value for name, value in inputs.items() if value is not None}
     node = helper.make_node(
@@ -73,7 +73,7 @@ def run(op: str, inputs: dict[str, np.ndarray | None], weights: tuple[str, ...] 
     return session.run(None, feeds)[0]
 
 
-# Of what integer rows are multiplied with: avx512vnni rounds it to 16 bits, and the errors of gate, up and down add.
+# avx512vnni rounds the inputs of integer rows to 16 bits, and the errors of gate, up and down add up.
 INPUT_STEP = {"avx512vnni": 3 / 32639}
 
 
@@ -101,7 +101,7 @@ QUANTISATIONS = [Quantisation(8), Quantisation(4), Quantisation(8, 64)]
 
 
 def integers(inputs: dict[str, np.ndarray | None], q: Quantisation) -> dict[str, np.ndarray | None]:
-    """The same inputs with their matrices as integers and scales."""
+    """The same inputs with matrices as integers and scales."""
     matrices = [name for name, value in inputs.items() if name.startswith("w_") and value is not None]
     found = dict(inputs)
     for name in matrices:
@@ -110,7 +110,7 @@ def integers(inputs: dict[str, np.ndarray | None], q: Quantisation) -> dict[str,
 
 
 def restored(inputs: dict[str, np.ndarray | None], width: int) -> dict[str, np.ndarray | None]:
-    """Integer inputs as the floats that they stand for."""
+    """Integer inputs converted to floats."""
     found = {name: value for name, value in inputs.items() if not name.startswith("s_")}
     for name, scales in inputs.items():
         if name.startswith("s_"):

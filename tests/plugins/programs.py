@@ -1,4 +1,4 @@
-"""Small programs, made by hand: their images are no real kernels, which nothing but a GPU would notice."""
+"""Small programs made by hand. Their images are no real kernels, but only a GPU could notice that."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CUBIN = b"\x7fELF\0\1\2\0"
 
 
 def program(dtype: str = "float16", sms: tuple[int, ...] = (80, 90, PTX)) -> Program:
-    """Two kernels, the second with much shared memory; a plan for one token, and one for all up to (4, 128)."""
+    """Two kernels, the second with much shared memory; a plan for one token, and one for calls up to (4, 128)."""
     grid = (Size(576, divisor=64), Size(batch=True), Size(batch=True, seqlen=True, divisor=16))
     first = Launch(0, grid, (Argument("input", 2), Argument("workspace", 512), Argument("int", 0, Size(576))))
     second = Launch(
@@ -31,5 +31,5 @@ def program(dtype: str = "float16", sms: tuple[int, ...] = (80, 90, PTX)) -> Pro
 
 
 def image(name: str, sm: int, parameters: int) -> bytes:
-    """What the fake driver of the tests takes for a kernel."""
+    """An image that the tests' fake driver accepts as a kernel."""
     return f"{name}-{sm}".encode() + b" .param ." * parameters + CUBIN

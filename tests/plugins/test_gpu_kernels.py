@@ -1,4 +1,4 @@
-"""The kernels as a GPU runs them; their logic is tested without one, in Triton's interpreter."""
+"""The kernels on a GPU. Other tests check their logic in Triton's interpreter."""
 
 from __future__ import annotations
 

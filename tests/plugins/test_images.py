@@ -1,4 +1,4 @@
-"""Which image of a kernel a GPU runs, and what an engine carries."""
+"""Which image of a kernel a GPU runs, and which images an engine contains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.plugins.programs import program
         ((86, 89, PTX), 80, PTX),
         ((80, 86, 89), 90, None),
         ((90, PTX), 90, 90),
-        ((100, 120, PTX), 121, PTX),  # a cubin for 12.0 is for it alone
+        ((100, 120, PTX), 121, PTX),  # a cubin for 12.0 runs only on 12.0
         ((80, PTX), 75, None),
         ((), 80, None),
     ],

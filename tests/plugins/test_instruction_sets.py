@@ -1,4 +1,4 @@
-"""What this CPU cannot run of the native kernels: one line for each instruction set."""
+"""Skips, with a reason, each instruction set of the native kernels that this CPU lacks."""
 
 from __future__ import annotations
 

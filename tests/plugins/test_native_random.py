@@ -1,4 +1,4 @@
-"""Random shapes and damage of the native ops."""
+"""The native ops with random shapes and damaged inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = built
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_shapes_and_damage(seed, isa):
-    """Sound inputs give the reference's result; damaged ones an error or a result, never a crash."""
+    """Valid inputs give the reference's result. Damaged inputs give an error or a result, never a crash."""
     rng = np.random.default_rng(seed)
     kv_heads, group, head_dim, batch, seqlen = (int(n) for n in rng.integers(1, [4, 4, 40, 4, 20]))
     neurons, hidden, capacity = int(rng.integers(1, 120)), int(rng.integers(1, 200)), seqlen + int(rng.integers(0, 60))
@@ -47,7 +47,7 @@ def test_random_shapes_and_damage(seed, isa):
         try:
             run(op, damaged, weights, layer=1, **attributes)
         except (STATES.InvalidArgument, STATES.RuntimeException) as error:  # of a run, of the session's creation
-            assert f"{op} layer 1: " in str(error)  # noqa: PT017 - a harmless damage raises nothing
+            assert f"{op} layer 1: " in str(error)  # noqa: PT017 - harmless damage raises no error
 
 
 def damage(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:

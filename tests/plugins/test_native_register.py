@@ -1,4 +1,4 @@
-"""Finding and registering the native library, and what ONNX Runtime makes of it."""
+"""The native library: how it is found and registered, and how ONNX Runtime uses it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ print(made)
 
 
 def model_with_bodies(op: str, inputs: dict[str, np.ndarray], **attributes) -> bytes:
-    """One node and the function bodies of its domain, as a bundle carries them."""
+    """One node and the function bodies of its domain, as in a bundle."""
     schema = SCHEMAS[op]
     types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
     node = helper.make_node(
@@ -136,7 +136,7 @@ def test_one_file_runs_the_body_or_the_native_op(op):
         outputs[native] = session.run(None, inputs)[0]
         with pytest.raises(Exception, match=r"out of|outside") as error:
             session.run(None, inputs | {"indices": np.full_like(inputs["indices"], 10**6)})
-        assert (f"{op} layer 7: index 1000000 is outside" in str(error.value)) == native  # only the op says it so
+        assert (f"{op} layer 7: index 1000000 is outside" in str(error.value)) == native  # only the op has this message
     np.testing.assert_allclose(outputs[True], outputs[False], rtol=0, atol=2e-6 * np.abs(outputs[False]).max())
 
 
@@ -166,7 +166,7 @@ def test_registration_is_silent_where_it_works():
 
 @built
 def test_an_input_of_unknown_unnamed_size_loads(tmp_path):
-    """A shape that is computed leaves dimensions without size or name; they must not be taken for a size."""
+    """A computed shape has dimensions without size or name; shape inference must not read these as sizes."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((7, 5)).astype(np.float32)
     x, shape = ir.val("x", dtype=ir.DataType.FLOAT, shape=["n", 5]), ir.val("shape", dtype=ir.DataType.INT64, shape=[3])
@@ -210,7 +210,7 @@ def test_shapes_are_inferred():
     x = mlp_inputs("llama", (41, 7, 1, 1, 7))
     session = make_session("SelectTopK", {"scores": scores_of("normal", 2, 9), "counts": np.zeros(2, np.int32)}, cap=5)
     assert session.get_outputs()[0].shape[1] == 5
-    if tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 24):  # earlier ones cannot where inputs are absent
+    if tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 24):  # earlier ones cannot if inputs are absent
         session = make_session("SparseMLP", x, MLP_WEIGHTS, activation="silu", layer=0)
         assert session.get_outputs()[0].shape == ["x_0", "x_1", "x_2"]
 

@@ -1,4 +1,4 @@
-"""A plugin's state: what it computes, and its serialised form."""
+"""Programs: the sizes that they compute, and their serialised form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the references share."""
+"""The functions that all NumPy references share."""
 
 from __future__ import annotations
 

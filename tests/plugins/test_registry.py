@@ -1,4 +1,4 @@
-"""The registry, and that whatever repeats an op's ports in its own terms has the same ones as the schema."""
+"""The registry; all other descriptions of an op's inputs and outputs agree with its schema."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shadowllm.plugins.registry import SCHEMAS
 
 SOURCES = Path(__file__).parents[2] / "plugins"
 FORM = FunctionForm("silu", True, True, True, True, True, 6, 2, 8, copy=CopyForm(64, 20, Quantisation(4)))
-# Ports that mean nothing to a backend: all scores are computed, and the kernels read no integer rows.
+# Ports that a backend does not use: the reference computes all scores, and the kernels read no integer rows.
 UNREAD = {
     "reference": {"ScoreNeurons": ("count",)},
     "launcher": {"SparseMLP": ("s_gate", "s_up", "s_down"), "SparseAttention": ("s_q", "s_o")},
@@ -73,7 +73,7 @@ def test_scores_have_a_body_where_there_is_a_copy():
 
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_launches_name_the_ports(op):
-    """What a schedule hands to kernels by name is an input or an output, and all that the launcher takes is used."""
+    """A schedule passes only inputs and outputs to kernels, and uses everything that the launcher takes."""
     pytest.importorskip("triton")
     shapes: dict[str, tuple[int, ...]] = {port.name: (1,) for port in SCHEMAS[op].inputs}
     shapes |= {"scores": (1, 7), "x": (1, 41), "copy": (14, 1, 8), "down_norms": (7,), "w_up": (7, 41)}

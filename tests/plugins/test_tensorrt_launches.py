@@ -1,4 +1,4 @@
-"""What the two interpreters of programs launch, told by a CUDA driver that only records: no GPU is needed."""
+"""Compares the launches of both interpreters of programs, on a CUDA driver that only records. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed (pip
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Folder of the fake driver and of the C++ probe, which watches its memory."""
+    """Folder of the fake driver and of the C++ probe, built with sanitizers if possible."""
     folder = tmp_path_factory.mktemp("driver")
     fake = [CXX, "-x", "c", "-shared", "-fPIC", "-O1", str(HERE / "fake_cuda.c"), "-o", str(folder / "libcuda.so.1")]
     subprocess.run([*fake, "-ldl"], check=True)
@@ -45,7 +45,7 @@ def built(tmp_path_factory):
 
 
 def record(built, tmp_path, calls, **environment):
-    """What Python and C++ launch for calls ``(program, batch, seqlen)``, line by line."""
+    """The launches of Python and of C++ for calls ``(program, batch, seqlen)``, as lines."""
     path = tmp_path / "calls"
     path.write_bytes(b"".join(struct.pack("<3q", batch, seqlen, len(data)) + data for data, batch, seqlen in calls))
     library_path = os.pathsep.join(filter(None, [str(built), os.environ.get("LD_LIBRARY_PATH")]))
@@ -157,7 +157,7 @@ def test_a_machine_without_a_driver(built, tmp_path):
 
 
 def test_damaged_programs_are_taken_or_refused_alike(built, tmp_path):
-    """Bytes changed at random, numbers replaced by wild ones, ends cut off."""
+    """Damaged programs: random bytes, extreme numbers, missing ends."""
     rng, whole = random.Random(0), pack(small())
     wild = [0, 1, -1, 2, 7, 2**31, -(2**63), 2**63 - 1, 2**32 + 1]
     calls = []

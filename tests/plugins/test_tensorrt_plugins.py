@@ -1,4 +1,4 @@
-"""The plugin classes: programs in and out, shapes, types and formats; and TensorRT's flavours."""
+"""The plugin classes (programs, shapes, types, formats) and TensorRT's flavours."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plugin(trt):
 
 
 def fields(trt, **values):
-    """A collection of fields, and what must live as long."""
+    """A collection of fields, and the objects that must live as long as it."""
     kept = [trt.PluginField(name, value, trt.PluginFieldType.CHAR) for name, value in values.items()]
     return trt.PluginFieldCollection(kept), kept
 

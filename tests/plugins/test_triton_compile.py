@@ -1,7 +1,7 @@
 """Kernels compiled ahead of time for every architecture, without a GPU.
 
-Triton's interpreter, which the other tests use, and its compiler exclude each other within a process: this
-one's are children.
+A process can use either Triton's interpreter or its compiler. The other tests use the interpreter, so these compile in
+child processes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ for op, inputs, attributes in graphs:
 
 @pytest.fixture(scope="module", params=["float16", "float32"])
 def programs(request):
-    """Of each op, for batches of up to 3: ``(dtype, {op: Program})``."""
+    """Compiled programs of each op, for batches of up to 3: ``(dtype, {op: Program})``."""
     told = child("-c", COMPILE, request.param, "3")
     ops = ("SelectTopK", "ScoreNeurons", "SparseMLP", "SparseAttention")
     return request.param, dict(zip(ops, (unpack(bytes.fromhex(line)) for line in told.split()), strict=True))
@@ -90,7 +90,7 @@ def test_plans_cover_one_token_a_batch_and_prompts(programs):
 
 
 def test_launches_fit_their_kernels(programs):
-    """Grids are not empty, arguments are of the types that the compiled kernel has, buffers lie in the workspace."""
+    """Grids are not empty, arguments have the types of the compiled kernel, and buffers are inside the workspace."""
     _, found = programs
     for program in found.values():
         for plan in program.plans:
@@ -109,7 +109,7 @@ def test_launches_fit_their_kernels(programs):
 
 
 def test_every_gpu_has_the_shared_memory(programs):
-    """What most have, 99 KiB; the least of all, 64 KiB of sm_75, is `test_long_heads_fit_small_gpus`'s affair."""
+    """Most GPUs have 99 KiB; `test_long_heads_fit_small_gpus` tests the smallest, 64 KiB of sm_75."""
     _, found = programs
     for program in found.values():
         for kernel in program.kernels:
@@ -147,7 +147,7 @@ def test_unknown_inputs_are_refused():
 
 
 def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path):
-    """At the shape of SmolLM2; the script also takes those of 7B models. (float32 compiles slowly: once is enough.)"""
+    """At the shape of SmolLM2; the script also accepts 7B models. (float32 compiles slowly, so it runs once.)"""
     rows = []
     wanted = {"float16": SMS, "bfloat16": SMS, "float32": (86,)}
     for dtype, sms in wanted.items():
@@ -174,7 +174,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
     assert all(0 < row["registers"] <= 255 and row["shared_bytes"] <= 99 * 1024 for row in rows)
 
 
-# How much of a GPU's shared memory a tile of a prompt's attention takes, with its own constants and with others.
+# Prints the shared memory that a tile of a prompt's attention needs, with its own constants and with others.
 ATTEND = """
 import sys
 from shadowllm.errors import UserError

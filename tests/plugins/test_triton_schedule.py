@@ -1,4 +1,4 @@
-"""Tiers of calls."""
+"""Tiers of a schedule: each call has one."""
 
 from __future__ import annotations
 

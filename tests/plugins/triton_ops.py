@@ -1,8 +1,8 @@
-"""What the tests of the Triton kernels share: where they run, and how far they may err.
+"""Shared by the tests of the Triton kernels: the device, and the largest error.
 
-They run on the GPU or, where there is none, in Triton's interpreter. A kernel may err by twice what PyTorch errs in
-the same type, plus a floor of a rounding of the result and of what lies between the kernels. (The interpreter
-truncates to bfloat16 where a GPU rounds.)
+The kernels run on the GPU or, if there is none, in Triton's interpreter. Their error may be twice that of PyTorch in
+the same type, plus one rounding of the result and one of the intermediate values. (The interpreter truncates to
+bfloat16, and a GPU rounds.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def assert_as_exact_as(found: Tensor, same_type: Tensor, exact: Tensor) -> None:
-    """``found`` errs at most twice as much as PyTorch in the same type, plus two roundings."""
+    """Check that the error of ``found`` is at most twice that of PyTorch in the same type, plus two roundings."""
     assert found.shape == exact.shape
     assert found.dtype == same_type.dtype
     floor = 2 * torch.finfo(found.dtype).eps * exact.abs().max()

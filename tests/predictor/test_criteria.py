@@ -1,4 +1,4 @@
-"""Criteria against their formulas written out, and against finite differences of the true loss."""
+"""Compares criteria with their formulas and with finite differences of the true loss."""
 
 from __future__ import annotations
 
@@ -146,8 +146,8 @@ def test_epenas_sets_a_tokens_own_class_against_the_others():
     first = 1 + abs(likeness[0, [0, 2, 5]].mean() - likeness[0, [1, 3, 4]].mean())
     alone = 1 + abs(likeness[3, 3] - likeness[3, [0, 1, 2, 4, 5]].mean())
     assert found[0, [0, 3], 1].tolist() == pytest.approx([first, alone])
-    assert found[0, 6].tolist() == [1, 1, 1]  # nothing follows the last token
-    assert found[1].unique().tolist() == [1]  # one class has nothing to be compared with
+    assert found[0, 6].tolist() == [1, 1, 1]  # no token follows the last one
+    assert found[1].unique().tolist() == [1]  # with one class there is no comparison
 
 
 @pytest.mark.parametrize("name", sorted(CRITERIA))

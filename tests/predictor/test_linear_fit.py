@@ -1,4 +1,4 @@
-"""The heads' fit against the same regression in NumPy, and on importance it can express exactly."""
+"""Compares the fit for heads with the same regression in NumPy, and tests it on importance that it can fit exactly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def taken_in(x, importance, chunk=100):
 
 def fitted(x, importance, chunk=100, judge=None):
     fit = taken_in(x, importance, chunk)
-    found = fit.solve(judge or fit)  # on its own tokens the least ridge wins
+    found = fit.solve(judge or fit)  # on the training tokens the smallest ridge is best
     return found["weight"].unflatten(0, (LAYERS, HEADS)), found["bias"].unflatten(0, (LAYERS, HEADS))
 
 
@@ -71,7 +71,7 @@ def test_the_ridge_is_the_best_one_for_other_tokens():
             predicted = torch.nn.functional.pad(others[:, layer], (0, 1), value=1.0).double() @ solution
             errors.append(float((predicted - share[:, layer]).square().mean()))
         assert float(found[layer]) == pytest.approx(min(errors), rel=1e-4)
-        assert errors.index(min(errors)) > 0  # noise: the least ridge is not the best one here
+        assert errors.index(min(errors)) > 0  # noise: the smallest ridge is not the best one here
 
 
 def test_inputs_that_never_vary_do_no_harm():

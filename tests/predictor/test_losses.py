@@ -1,4 +1,4 @@
-"""Losses: where their minimum lies, which way they pull, and what silent units do."""
+"""Losses: their minimum, the direction of their gradient, and units that are never active."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_listnet_follows_its_formula_whatever_the_scale_of_the_importance():
 
 
 def test_the_best_single_ranking_of_listnet_is_by_mean_share():
-    """What the network starts as: no other scores, the same for every token, do better."""
+    """The initial scores of the network are the best scores that are the same for every token."""
     wanted = importance(rows=(400, 2))
     mean = (wanted / wanted.mean(-1, keepdim=True)).mean(0)
     scores = initial_bias(mean, COUNT, "listnet").requires_grad_()
@@ -70,7 +70,7 @@ def test_a_silent_token_teaches_listnet_nothing_and_a_silent_unit_to_go_down():
 
 @pytest.mark.parametrize("loss", ["bce", "weighted_bce"])
 def test_silent_units_are_not_all_important(loss):
-    """After a ReLU most of a token's importance may be 0: at a larger budget that must not make everything wanted."""
+    """After a ReLU most importances of a token may be 0. A larger budget must not make all units targets."""
     wanted = torch.tensor([[[5.0, 0.0, 3.0, 0.0, 0.0, 0.0]], [[4.0, 0.0, 0.0, 1.0, 0.0, 0.0]]])
     predicted = torch.zeros(2, 1, 6, requires_grad=True)
     LOSSES[loss](predicted, wanted, COUNT).backward()

@@ -1,4 +1,4 @@
-"""Processes that learn one network together."""
+"""Training of one network in several processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_several_processes_ask_for_accelerate(monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_from_the_same_batches(llama, tmp_path):
-    """Two windows of 24 tokens in two processes, or both in one batch of 48: the same mean gradient, the same step."""
+    """Two windows of 24 tokens in two processes give the same gradient and step as one batch of 48."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     spec, weights = llama
     windows = split(token_windows(spec, n=3), held_out=1)

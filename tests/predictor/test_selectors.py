@@ -1,4 +1,4 @@
-"""Selectors as masks: exact counts, exact ties, and nothing changed when all is kept."""
+"""Selectors as masks: exact counts, the order of ties, and the dense result at full budget."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_choices_depend_on_the_token_unless_static(context, name):
 
 
 def test_masked_units_contribute_nothing(context):
-    """Zeroed activations equal a model whose masked rows are gone, for a choice without context."""
+    """Zeroed activations equal a model without the masked rows, for a selection that ignores the context."""
     spec, weights = context.spec, dict(context.weights)
     windows = token_windows(spec, n=1, seed=8)
     decoder = MaskedDecoder(context, make_selector("static", context), Budget(heads=0.5, neurons=0.3))
@@ -124,7 +124,7 @@ def test_oracle_ranks_the_masked_model_in_place(context):
 
 
 def test_the_shadow_is_causal(context):
-    """A token's choice must not depend on what comes after it: at decode time nothing has."""
+    """A token's selection must not depend on later tokens, because decoding does not know them."""
     windows = token_windows(context.spec, n=1, seed=8)
     changed = windows.clone()
     changed[:, 12:] = (changed[:, 12:] + 1) % context.spec.vocab_size
@@ -155,7 +155,7 @@ def choices(context, chooser):
 
 def test_a_copy_of_many_bits_chooses_what_the_oracle_does_and_fewer_bits_less_of_it(context):
     wanted = choices(context, make_selector("oracle", context))
-    # The second sparse layer's input depends on the choice in the first, so only a copy without error can be exact.
+    # The second sparse layer's input depends on the selection in the first, so only an exact copy gives equal results.
     recalls = [
         float((choices(context, PerLayerSelector(context, "quantized-shadow", bits)) & wanted).sum() / wanted.sum())
         for bits in (20, 4, 2)
@@ -167,7 +167,7 @@ def test_a_copy_of_many_bits_chooses_what_the_oracle_does_and_fewer_bits_less_of
 @pytest.mark.parametrize("name", ["layerwise", "quantized-shadow"])
 @pytest.mark.parametrize("unit", ["heads", "neurons"])
 def test_choosing_in_place_reads_the_layers_own_input(context, name, unit):
-    """Not the activation: another one must not change the choice."""
+    """The selection must not depend on the activation."""
     per_layer = chooser(name, context)
     per_layer.observe(1, unit, torch.randn(1, 2, context.spec.hidden_size, generator=torch.Generator().manual_seed(5)))
     activation = torch.zeros(1, 2, {"heads": context.spec.n_heads, "neurons": context.spec.intermediate_size}[unit])
@@ -188,7 +188,7 @@ def _model(context):
 
 
 def test_the_heads_fit_finds_more_than_the_ranking_of_the_same_text(llama):
-    """On the text itself: in a model of random weights little carries over to another one."""
+    """Tested on the training text, because with random weights little is true for another text."""
     spec, weights = llama
     traces = calibrate(spec, weights, split(token_windows(spec, n=40), held_out=8), "f00d")
     context = Context(spec, weights, predictor=train_static(spec, traces, kind="quantized-shadow"))

@@ -1,4 +1,4 @@
-"""Streaming, and what a trace file keeps."""
+"""Traces: streaming, and the contents of a trace file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_streamed_chunks_equal_one_pass(tiny, criterion, monkeypatch):
     assert [len(chunk.hidden) for chunk in chunks] == [48, 48, 24]
     for part in PARTS:
         streamed = torch.cat([getattr(chunk, part) for chunk in chunks])
-        # Windows do not see each other; only the blocking of matrix products differs.
+        # Windows are independent; only the blocking of matrix products differs.
         torch.testing.assert_close(streamed, getattr(whole, part), atol=1e-5, rtol=1e-4)
 
 
@@ -108,5 +108,5 @@ def test_statistics_of_text_too_long_to_keep_are_those_of_a_sample(llama, monkey
     made = calibrate(spec, weights, windows, "f00d", limit_bytes=0, advance=told.append)
     few = calibrate(spec, weights, replace(windows, train=windows.train[:2]), "f00d")
     assert all(torch.equal(made.statistics[unit], few.statistics[unit]) for unit in ("heads", "neurons"))
-    assert torch.equal(made.windows.train, windows.train)  # all of it is there to learn from
+    assert torch.equal(made.windows.train, windows.train)  # all of it is used for training
     assert sum(told) == 6 * 24

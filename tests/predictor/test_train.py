@@ -1,4 +1,4 @@
-"""Networks and their training."""
+"""The networks of predictors and their training."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_training_on_kept_and_on_live_traces(tiny):
     live = train_network(spec, calibrate(spec, weights, windows, "f00d", limit_bytes=0), config, weights=weights)
     kept = train_network(spec, calibrate(spec, weights, windows, "f00d"), config)
     for name in ("loss", "neuron_recall", "head_recall"):
-        # One byte a score, and another chunking of the shuffle: close, not equal.
+        # Scores have one byte, and the shuffle has other chunks, so results are close but not equal.
         assert abs(live.record["held_out"]["shadow"][name] - kept.record["held_out"]["shadow"][name]) < 0.03
     assert live.record["tokens"] == 8 * 24
 
@@ -169,7 +169,7 @@ def test_layers_scored_at_once_are_those_scored_one_by_one(llama):
     spec, _ = llama
     start = initial("layerwise", spec, LearnableTraces(spec), RECIPE)
     generator = torch.Generator().manual_seed(1)
-    # Every tensor random, so that no layer, weight or bias can stand in for another.
+    # Every tensor is random, so that swapped layers, weights or biases are found.
     tensors = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in start.tensors.items()}
     networks = replace(start, tensors=tensors)
     shape = (7, networks.n_sparse, spec.hidden_size)

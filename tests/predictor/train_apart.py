@@ -1,4 +1,4 @@
-"""What each process of `test_parallel` runs: FOLDER OUT BATCH_TOKENS; the spec and the traces lie in the folder."""
+"""The script that each process of `test_parallel` runs: FOLDER OUT BATCH_TOKENS. FOLDER has spec and traces."""
 
 from __future__ import annotations
 

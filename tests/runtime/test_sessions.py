@@ -1,4 +1,4 @@
-"""Sessions: the same results on every backend, exact at full budget, and honest at the door."""
+"""Sessions: the same results on every backend, dense results at full budget, and errors for wrong inputs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_budget_that_leaves_nothing_out_is_decoded_dense(bundle):
         session.set_budget(Budget())
         assert session.decodes == "dense"
         np.testing.assert_array_equal(logits_of(session, [PROMPT], forced), expected)
-        session.set_budget(Budget(neurons=0.5))  # in mid-text, over the same cache
+        session.set_budget(Budget(neurons=0.5))  # in the middle of a text, on the same cache
         assert session.decodes == "sparse"
         assert np.abs(session.decode(np.array([8])) - dense.decode(np.array([8]))).max() > 1e-3
 

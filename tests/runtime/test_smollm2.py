@@ -1,4 +1,4 @@
-"""A real trained model: with everything active, every sparse path is the dense model."""
+"""A real trained model: with all units active, every sparse path gives the dense results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def text(folder):
 
 
 def run(session, text):
-    """Teacher-forced logits at every position of the text, then a greedy continuation of its start."""
+    """Teacher-forced logits at every position of the text, then greedy text after its start."""
     with session:
         session.set_budget(Budget())
         logits = [session.prefill([text[:1]])[0].copy()]

@@ -1,4 +1,4 @@
-"""The child of `test_child`: a request ``[how, value]`` says what it does. Run as a script."""
+"""The child process of `test_child`, a script. A request ``[how, value]`` selects what it does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The library's four functions on tiny bundles."""
+"""The four functions of ``import shadowllm`` on tiny bundles."""
 
 from __future__ import annotations
 

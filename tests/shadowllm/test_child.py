@@ -1,4 +1,4 @@
-"""Processes that work for this one: every way they can answer, fail and end."""
+"""Child processes: every way in which they can answer, fail and end."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class TestAnswers:
         code = "import os; from shadowllm.child import serve; serve(lambda name, _: os.environ.get(name))"
         command = (sys.executable, "-c", code)
         assert call(Child(command, "it", environment=os.environ | {"SHADE": "deep"}), "SHADE") == "deep"
-        assert call(Child(command, "it"), "SHADOWLLM_CHANNEL") is None  # nor do processes of its own see it
+        assert call(Child(command, "it"), "SHADOWLLM_CHANNEL") is None  # removed, so its processes lack it
 
     def test_by_hand(self):
         requests = "".join(json.dumps(request) + "\n" for request in (["noise", "x"], ["count", 1], ["refuse", 0]))
@@ -94,7 +94,7 @@ class TestErrors:
     @pytest.mark.parametrize("keep_output", [True, False])
     def test_a_bug_shows_its_traceback(self, keep_output):
         with child(keep_output=keep_output) as one:
-            for _ in range(2):  # who is dead stays dead, and says the same
+            for _ in range(2):  # a dead child gives the same error again
                 with pytest.raises(ChildError, match=r"^the child failed \(exit status 1\):\n") as caught:
                     one.ask(["bug", "a key"])
         error = caught.value

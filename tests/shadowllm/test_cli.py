@@ -1,4 +1,4 @@
-"""The command line on a tiny model, end to end, and on every mistake a user can make."""
+"""The command line on a tiny model: all commands, and the errors for wrong use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def copy(bundle, tmp_path):
 
 def fails(capsys, *arguments) -> str:
     """Run a command that must fail: exit code 1, one line on stderr; return that line."""
-    capsys.readouterr()  # what fixtures said
+    capsys.readouterr()  # the output of fixtures
     assert main(list(map(str, arguments))) == 1
     error = capsys.readouterr().err
     assert error.startswith("shadowllm: error: ")
@@ -258,7 +258,7 @@ def _installed(package: str) -> bool:
 
 @pytest.mark.slow
 class TestInterrupted:
-    """A real process, stopped while it writes."""
+    """Stop a real process while it writes."""
 
     def start(self, model, out):
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -268,7 +268,7 @@ class TestInterrupted:
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
-            # A suite run in a shell's background has inherited that Ctrl-C is ignored.
+            # If the tests run in a shell's background, they inherit that Ctrl-C is ignored.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 60
@@ -289,7 +289,7 @@ class TestInterrupted:
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_the_exit_code_is_ours_within_an_exec_of_text(self, number, tmp_path):
-        """As when it strikes while a dataclass is defined: Python remembers a KeyboardInterrupt that passed there."""
+        """A signal may come while a dataclass is defined; Python remembers a KeyboardInterrupt from there."""
         text = f"import os; os.kill(os.getpid(), {number.value})"
         (tmp_path / "interrupted.py").write_text(f"""
 import signal, sys

@@ -1,4 +1,4 @@
-"""Errors of the system: each by its cause, and only those that lie outside the program."""
+"""Operating system errors: only those with a cause outside of the program become a UserError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags are what the configurations say: names, limits, defaults and help."""
+"""Flags have the names, limits, defaults and help of the configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers on the command line and in the Python API: what lies beyond their limits is one clear line."""
+"""Numbers on the command line and in the Python API: beyond their limits, the error is one clear line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's commands and its Python example run as they stand, on a small model."""
+"""The README's commands and its Python example run unchanged on a small model."""
 
 from __future__ import annotations
 

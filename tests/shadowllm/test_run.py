@@ -1,4 +1,4 @@
-"""`shadowllm run`: what it prints is what the model says, whatever the terminal's encoding."""
+"""`shadowllm run` prints the model's text with any encoding of the terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAYS = ("\u2581sea", "\u2581small", "\u2581model")
 
 @pytest.fixture(scope="module")
 def speaking(tmp_path_factory):
-    """A bundle of a model that goes on behind "the" with three words, one a token."""
+    """A bundle of a model that continues "the" with three words of one token each."""
     from transformers import AutoModelForCausalLM
 
     folder, tokenizer = tmp_path_factory.mktemp("speaking"), llama2()
@@ -97,7 +97,7 @@ def test_a_prompt_from_a_file_or_standard_input(speaking, capsys, tmp_path, monk
     assert run(capsys, speaking, "--prompt-file", str(tmp_path / "prompt.txt")) == "the sea small model\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("the é".encode()), encoding="ascii"))
     assert run(capsys, speaking, "--prompt-file", "-").startswith("the é")
-    monkeypatch.setattr(sys, "stdin", None)  # as Python has it behind `<&-`
+    monkeypatch.setattr(sys, "stdin", None)  # Python has this value after `<&-`
     assert main(["run", str(speaking), "--prompt-file", "-"]) == 1
     assert "standard input is closed" in capsys.readouterr().err
 
@@ -140,7 +140,7 @@ def test_mistakes(speaking, capsys, tmp_path, monkeypatch, options, words):
 
 
 class TestEncodings:
-    """Real processes, since a stream's encoding is settled as Python starts."""
+    """Uses real processes, because Python sets a stream's encoding when it starts."""
 
     PROMPT = "sea 🙂 日"
 

@@ -1,4 +1,4 @@
-"""``bench`` over a tiny bundle, with real workers, and the report it makes."""
+"""``bench`` on a tiny bundle with real workers, and its report."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_baseline_agrees_with_itself(data):
     sparse, dense = (result["quality"] for result in data["results"])
     assert dense["next_token_agreement"] == 1
     assert sparse["next_token_agreement"] < 1  # half of a random model's neurons are not the whole model
-    assert dense["tokens"] == 8 + 6  # documentation, and what the baseline generated
+    assert dense["tokens"] == 8 + 6  # the documentation, and the text that the baseline generated
     assert sparse["perplexity"] != dense["perplexity"]
 
 

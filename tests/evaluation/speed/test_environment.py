@@ -1,4 +1,4 @@
-"""Environment record, bandwidth and the text that benchmarks run on."""
+"""The environment record, the bandwidth measurement and the text of benchmarks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_packages_that_are_not_installed_are_left_out():
 
 
 def test_bandwidth_is_a_plausible_rate():
-    # Between a slow disk and a cache of any CPU: catches units wrong by a factor of 1000, and nothing finer.
+    # Between a slow disk and any CPU cache: this only finds units that are wrong by a factor of 1000.
     assert 0.1 < read_bandwidth(1, passes=2, buffer_bytes=1 << 26) < 10_000
 
 

@@ -1,4 +1,4 @@
-"""The worker's protocol, over a real (tiny) model in a real child process."""
+"""The worker's protocol, with a real (tiny) model in a real child process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker over a tiny random model, for the tests; its mode says how it misbehaves.
+"""A worker with a tiny random model, for the tests. Its mode selects an error.
 
 Run as a script: ``python tiny_worker.py MODE [LOG]``. A line ``MODE`` goes to LOG per generation.
 """
@@ -74,7 +74,7 @@ class TinySession:
         self._cache, self._length = KVCache.empty(SPEC, batch, SPEC.max_seqlen), 0
 
     def prefill(self, prompts):
-        print("a library's chatter on stdout")  # must not reach the protocol
+        print("a library's chatter on stdout")  # must not be read as part of the protocol
         if self._log:
             with self._log.open("a") as file:
                 file.write(self._mode + "\n")

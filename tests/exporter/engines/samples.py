@@ -1,4 +1,4 @@
-"""Small ONNX files for the engine tests: one with three of the custom ops, and some that must be refused."""
+"""Small ONNX files for the engine tests: one with three custom ops, and some that must be refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORM = FunctionForm(
 
 
 def write_sample(path: Path, dtype: str = "float16") -> Path:
-    """Selection, attention and MLP of two "layers" 5 and 6, weights in a file beside; biases left out."""
+    """Selection, attention and MLP of two "layers" 5 and 6, without biases; weights are in a second file."""
     kind, rng, tape = ir.DataType[{"float32": "FLOAT"}.get(dtype, dtype.upper())], np.random.default_rng(0), Tape()
 
     def weight(name: str, rows: int) -> ir.Value:
@@ -69,7 +69,7 @@ def write_sample(path: Path, dtype: str = "float16") -> Path:
 
 
 def write_selection(path: Path) -> Path:
-    """One ``SelectTopK``, which compiles in a second."""
+    """One ``SelectTopK``; it compiles in a second."""
     tape, x = Tape(), ir.val("scores", dtype=ir.DataType.FLOAT, shape=[3, 41])
     counts = ir.val("counts", dtype=ir.DataType.INT32, shape=[3])
     y = tape.op("SelectTopK", [x, counts], {"cap": 41}, domain=DOMAIN)

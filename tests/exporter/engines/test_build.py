@@ -1,4 +1,4 @@
-"""Real engines from the real TensorRT-RTX builder, and every way a build can go wrong."""
+"""Engines from the real TensorRT-RTX builder, and every error of a build."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_target_gpus_can_be_chosen(tmp_path):
     assert [record.compute_capabilities for record in chosen] == [(80, 120), (75,)]
     assert [set(record.kernels.values()) for record in chosen] == [{(80, 120)}, {(75,)}]
     headers = {(tmp_path / f"{i}.engine").read_bytes()[:64] for i in range(2)}
-    assert len(headers) == 2  # the targets stand in the engine's header
+    assert len(headers) == 2  # the targets are in the engine's header
 
 
 @needs_builder

@@ -1,4 +1,4 @@
-"""What the engine step reads from an ONNX file, and the copy it makes for TensorRT's parser."""
+"""The facts that an engine build reads from an ONNX file, and its copy for TensorRT's parser."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_dimension_without_a_range_is_named(tmp_path):
 
 
 def test_bytes_are_read_as_words(bundle):
-    """The same bytes of the data file: TensorRT has no weights of uint8."""
+    """The int32 copy uses the same bytes of the data file, because TensorRT has no uint8 weights."""
     asked = {}
 
     def compiler(op, inputs, attributes):

@@ -1,4 +1,4 @@
-"""The C++ plugins in TensorRT-RTX itself: it loads the library, and builds engines with it."""
+"""TensorRT-RTX loads the library of C++ plugins and builds engines with it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_engines_of_both_plugins_carry_the_same_programs(tmp_path, dtype):
     paths = [tmp_path / "python.engine", tmp_path / "cpp.engine"]
     for path, library in zip(paths, (None, LIBRARY), strict=True):
         build(onnx_path, path, sms=(89,), plugin_library=library)
-    python, cpp = (path.read_bytes() for path in paths)  # the builder does not repeat every byte of its own
+    python, cpp = (path.read_bytes() for path in paths)  # some of the builder's own bytes differ from build to build
     assert list(programs_in(python)) == list(programs_in(cpp))
     assert len(python) == len(cpp)
     assert engine_contents(paths[1]).kernels["select_topk"] == (89,)

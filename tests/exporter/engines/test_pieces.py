@@ -1,4 +1,4 @@
-"""Engines of the pieces that the exporter really writes, for models with and without biases, RoPE and gates."""
+"""Builds engines from the exporter's own graphs, for models with and without biases, RoPE and gates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def random_predictor(weights) -> Predictor:
-    """A shadow of rank 3 for all layers but the first."""
+    """A shadow of rank 3 for all layers except the first."""
     spec, generator = weights.spec, torch.Generator().manual_seed(0)
     n, heads, neurons = spec.n_layers - 1, spec.n_heads, spec.intermediate_size
     shapes = {

@@ -1,4 +1,4 @@
-"""Configs: what they say is read as transformers reads it, and nonsense is refused in one line."""
+"""Configs: they are read as in transformers, and unusable values are refused in one line."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ STOP = 90
     [
         ({"eos_token_id": [2, STOP]}, 2, (2, STOP)),
         ({"eos_token_id": 2}, STOP, (2,)),
-        ({"bos_token_id": 1}, STOP, ()),  # the file is there and names none
+        ({"bos_token_id": 1}, STOP, ()),  # the file exists but names no stop tokens
         (None, STOP, (STOP,)),
         (None, [2, STOP], (2, STOP)),
         (None, None, ()),

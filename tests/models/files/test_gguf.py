@@ -1,4 +1,4 @@
-"""GGUF files: every key and tensor is read, or refused by name."""
+"""GGUF files: every key and tensor is read, or an error names it."""
 
 from __future__ import annotations
 

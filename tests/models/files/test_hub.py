@@ -1,4 +1,4 @@
-"""The hub, played by a server on this machine: one model's files are asked for, and no others."""
+"""Downloads from a local fake hub: only the files of one model are requested."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPO = "someone/a-model"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the files of one repository as the hub does; ``asked`` are those that were downloaded."""
+    """Serves the files of one repository like the hub; ``asked`` lists the downloaded files."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

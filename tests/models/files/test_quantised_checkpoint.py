@@ -1,4 +1,4 @@
-"""Checkpoints that are quantised already: the right floats, or a refusal that names the method."""
+"""Quantised checkpoints: the right floats, or an error that names the method."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_older_name_of_the_settings(folder):
     with pytest.raises(UserError, match="as marlin-24"):
         load_model(folder)
     edit_json(folder / "config.json", compression_config="marlin")
-    load_model(folder)  # transformers does not look at it either
+    load_model(folder)  # transformers ignores it too
 
 
 def test_mlx(folder):
@@ -259,7 +259,7 @@ PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     ("scale", "activation"), [("weight_scale_inv", "activation_scale"), ("weight_scale", "input_scale")]
 )
 def test_fp8_with_one_scale_for_a_tensor(folder, scale, activation):
-    """As transformers calls the scales, and as AutoFP8 does."""
+    """The names of the scales in transformers and in AutoFP8."""
     small = {}
 
     def change(tensors):

@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints: read as transformers reads them, and refused by name."""
+"""Tokenizers of checkpoints: they are read as in transformers, or an error names the cause."""
 
 from __future__ import annotations
 

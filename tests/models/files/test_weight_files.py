@@ -1,4 +1,4 @@
-"""Which files of a folder are the weights, and folders that are no model."""
+"""Which files of a folder are the weights, and errors for folders that are no model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def same_as_transformers(folder):
 
 
 def shards(checkpoint, folder):
-    """An older, sharded save of other weights."""
+    """Write a checkpoint with other weights, in shards."""
     AutoModelForCausalLM.from_pretrained(checkpoint("llama-mha")).save_pretrained(folder, max_shard_size="40KB")
 
 

@@ -1,6 +1,6 @@
-// A CUDA driver that launches nothing and says on stdout what it was asked for. FAKE_SM is its GPU's compute
-// capability; FAKE_FAIL names a function that fails. An image is known by its first word, and has as many parameters as
-// it says ".param ." (as PTX does).
+// A fake CUDA driver that prints the requested launches to stdout. FAKE_SM is its GPU's compute capability. FAKE_FAIL
+// names a function that fails. The first word of an image is its name. The number of ".param ." in it is its number of
+// parameters, as in PTX.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdint.h>

@@ -1,5 +1,5 @@
-// Runs the calls in a file through the C++ launcher: int64 batch, seqlen, length of the program, then the program. The
-// inputs begin PROBE_INPUT bytes, the outputs PROBE_OUTPUT bytes, behind a round address.
+// Runs the calls in a file with the C++ launcher. Each call is int64 batch, seqlen and length of the program, then the
+// program. Inputs begin PROBE_INPUT bytes, and outputs PROBE_OUTPUT bytes, after an aligned address.
 // probe.py does the same in Python.
 #include <cstdio>
 #include <cstdlib>

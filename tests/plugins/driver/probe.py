@@ -1,4 +1,4 @@
-"""Runs the calls in a file through the Python launcher; ``probe.cpp`` does the same in C++."""
+"""Runs the calls in a file with the Python launcher; ``probe.cpp`` does the same in C++."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shadowllm.plugins.tensorrt.launcher import Launcher
 
 
 def main(path: str) -> None:
-    """Say for each call what is launched."""
+    """Print the launches of each call."""
     data, place, i = Path(path).read_bytes(), 0, 0
     while place < len(data):
         batch, seqlen, size = struct.unpack_from("<3q", data, place)
@@ -22,7 +22,7 @@ def main(path: str) -> None:
 
 
 def run(packed: bytes, batch: int, seqlen: int) -> None:
-    """One call, at made up addresses."""
+    """Make one call, with invented addresses."""
     try:
         program = unpack(packed)
     except ValueError:

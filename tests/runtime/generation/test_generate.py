@@ -1,4 +1,4 @@
-"""The generation loop and the choice of tokens, against frequencies by hand and against transformers' own."""
+"""The generation loop and the sampling of tokens, compared with frequencies by hand and with transformers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class TestChoice:
         logits[1, 4] = bad
         with pytest.raises(UserError, match=r"OrtSession computed NaN or infinite logits for sequence 2, position 4"):
             chooser.choose(logits)
-        chooser.running[1] = False  # what has ended does not matter
+        chooser.running[1] = False  # sequences that have ended are not checked
         chooser.choose(logits)
 
     def test_logits_that_the_options_make_infinite(self):
@@ -156,7 +156,7 @@ def test_greedy_tokens_are_those_of_transformers(bundle, checkpoint, options):
     ],
 )
 def test_stop_strings_end_texts_where_transformers_ends_them(tmp_path, stops, lengths):
-    """Inside tokens, over several, beginning in the prompt; each sequence of a batch by itself."""
+    """Stop strings inside a token, over several tokens, from the prompt on; separate for each sequence of a batch."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = llama3()

@@ -1,4 +1,4 @@
-"""Options of sampling: their ranges, and what a bundle's generation config says of them."""
+"""Sampling options: their ranges, and their defaults from a bundle's generation config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text in and out of bundles, held against transformers on the checkpoints they were made of."""
+"""Compares tokenizing and decoding of bundles with transformers on the original checkpoints."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEMPLATES = [
 
 
 class Exported:
-    """A bundle, what it is read with, and the tokenizer of the checkpoint as transformers reads it."""
+    """A bundle, its tokenizer, and the checkpoint's tokenizer as read by transformers."""
 
     def __init__(self, tokenizer, folder, **options):
         self.bundle = export(tokenizer, folder, **options)
@@ -171,7 +171,7 @@ class TestChat:
 
 
 def words_with_cleaning():
-    """A tokenizer of words that transformers cleans up after."""
+    """A word tokenizer whose text transformers cleans up."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<unk>", "<s>", "</s>", "it", "is", ".", ",", "'", "s", "do", "n't", "?", "!", "'s", "'re", " "]
@@ -186,7 +186,7 @@ class TestStream:
     @pytest.mark.parametrize("kind", [*KINDS, "cleaned"])
     @pytest.mark.parametrize("seed", range(40))
     def test_pieces_are_the_text_decoded_at_once(self, kind, seed):
-        """Tokens drawn from the whole vocabulary, bytes of no character among them, behind a text or nothing."""
+        """Random tokens from the whole vocabulary, with invalid bytes, after a text or at the start."""
         tokenizer = words_with_cleaning() if kind == "cleaned" else KINDS[kind]()
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, len(tokenizer) + 3, (60,), generator=generator).tolist()

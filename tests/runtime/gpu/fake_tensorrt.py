@@ -1,7 +1,7 @@
-"""Engines without a GPU: each is played by ONNX Runtime, and device memory by the host's.
+"""Fake engines for tests without a GPU: ONNX Runtime computes them, and host memory is the device memory.
 
-This tests all that a session does around TensorRT and CUDA: what is bound where, in which order pieces run,
-what a captured step repeats, who copies what. It says nothing of the engines and kernels themselves.
+This tests how a session uses TensorRT and CUDA: bindings, the order of graphs, the captured step and the copies. It
+does not test the engines and kernels themselves.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ FLAVOUR, TRT_VERSION = "tensorrt_rtx", "0.0.played"
 
 
 def at(address, shape, dtype):
-    """The array that lies at an address."""
+    """The array at an address."""
     size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
     data = np.frombuffer(memoryview((ctypes.c_byte * size).from_address(address)), dtype=np.uint8)
     return data[: int(np.prod(shape)) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
 
 
 class HostCuda:
-    """`Cuda` on host memory. Work is done as it is asked for, or noted while a graph is captured."""
+    """`Cuda` on host memory. Work is done at once, or recorded while a graph is captured."""
 
     stream = 7
 
@@ -108,7 +108,7 @@ NUMPY = {"INT64": np.int64, "INT32": np.int32, "FLOAT": np.float32}
 
 
 class RuntimeCache:
-    """Remembers the shapes that were "compiled" for. Like the real one it refuses what it did not write."""
+    """Stores the shapes that were "compiled". Like the real cache, it refuses files that it did not write."""
 
     MAGIC = b"played "
 
@@ -126,7 +126,7 @@ class RuntimeCache:
 
 
 class RuntimeConfig:
-    """What a context of TensorRT-RTX is made with."""
+    """The configuration of a TensorRT-RTX context."""
 
     dynamic_shapes_kernel_specialization_strategy = "lazy"
 
@@ -146,7 +146,7 @@ class RuntimeConfig:
 
 @dataclass
 class Context:
-    """An execution context; one is made per phase."""
+    """An execution context; there is one per phase."""
 
     engine: object
     config: RuntimeConfig | None = None
@@ -184,7 +184,7 @@ class Context:
 
 
 class Engine:
-    """A graph in ONNX Runtime behind the part of ``ICudaEngine`` that a session uses."""
+    """A graph in ONNX Runtime with the part of ``ICudaEngine`` that a session uses."""
 
     device_memory_size_v2 = 1000
     compilations = 0
@@ -260,7 +260,7 @@ def played(bundle, cuda, rtx=True):
 
 
 def write_engines(bundle, manifest, *, capacity=16, max_seqlen=8, max_batch=2, pieces=None):
-    """Files in the place of engines: each piece's graph, ready for ONNX Runtime, and a sidecar as a build writes it."""
+    """Write fake engine files: each graph, ready for ONNX Runtime, and a record as a build writes it."""
     folder = bundle / "engines" / FLAVOUR
     folder.mkdir(parents=True, exist_ok=True)
     for piece in pieces or manifest.sparse_pieces:

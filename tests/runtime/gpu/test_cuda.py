@@ -1,4 +1,4 @@
-"""The CUDA calls of an engine session, as far as the real library goes without a GPU: to its error codes."""
+"""The CUDA calls of an engine session. Without a GPU, the real library only returns error codes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(gpu_capability() is not None, reason="there is a
 
 @pytest.fixture
 def cuda():
-    """One that believes in a GPU, so that every call reaches CUDA."""
+    """A `Cuda` that assumes a GPU, so that every call reaches the library."""
     made = object.__new__(Cuda)
     made._api, made.stream, made._held = runtime, 0, []
     return made
@@ -73,7 +73,7 @@ def test_with_an_old_driver_or_no_gpu(monkeypatch, error, words):
     ],
 )
 def test_a_failure_names_its_call(cuda, call, work):
-    """The arguments are of the right types, too: else the binding raises a TypeError."""
+    """The arguments have the right types too, or the binding would raise a TypeError."""
     with pytest.raises(CudaError, match=f"{call} failed: cudaError"):
         work(cuda)
 
@@ -120,7 +120,7 @@ def test_memory_and_graphs_are_freed_in_reverse(cuda, monkeypatch):
 
 
 class Node:
-    """Garbage that only the collector frees."""
+    """Garbage that only the garbage collector frees."""
 
     def __init__(self):
         self.itself = self

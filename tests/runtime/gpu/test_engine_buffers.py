@@ -1,4 +1,4 @@
-"""Buffers and bindings of an engine session: arithmetic on sizes and names."""
+"""Buffers and bindings of an engine session, computed from sizes and names."""
 
 from __future__ import annotations
 

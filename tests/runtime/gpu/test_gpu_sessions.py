@@ -1,4 +1,4 @@
-"""Sessions on a GPU: CUDA graphs, 16-bit weights, engines. Their logic is tested without one elsewhere."""
+"""Sessions on a GPU: CUDA graphs, 16-bit weights, engines. Other tests check their logic without a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPTS = [[5, 17, 42], [8, 61]]
 
 
 def follow(session):
-    """Logits after prompts, at one budget, and at another in mid-text, ``(steps, batch, vocab_size)``."""
+    """Logits after prompts at one budget, then at another budget, ``(steps, batch, vocab_size)``."""
     session.reset(2)
     session.set_budget(Budget(heads=0.5, neurons=0.5))
     found = [session.prefill(PROMPTS).copy(), session.decode(np.array([3, 90])).copy()]
@@ -34,7 +34,7 @@ def follow(session):
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-biases", "opt"])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float16", 4e-3), ("bfloat16", 3e-2)])
 def test_triton_follows_the_reference(bundle, variant, dtype, bound):
-    folder = bundle(variant, dtype=dtype, kind="static")  # whose choice does not hang on rounding
+    folder = bundle(variant, dtype=dtype, kind="static")  # its selection does not depend on rounding
     with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
         found, expected = follow(ours), follow(theirs)
     assert np.abs(found - expected).max() < bound * np.abs(expected).max()

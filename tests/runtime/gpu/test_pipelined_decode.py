@@ -1,4 +1,4 @@
-"""Steps ahead of their results."""
+"""Pipelined decoding: steps are launched before earlier results are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shadowllm.runtime.gpu.pipelined_decode import AHEAD, SLOTS, PipelinedDecode
 
 
 class Counting(PipelinedDecode):
-    """Its step counts; a slot that is written before it was read is an error."""
+    """Each step counts up; writing a slot before it was read is an error."""
 
     step = 1
 

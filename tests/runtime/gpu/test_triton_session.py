@@ -1,4 +1,4 @@
-"""The Triton session against the reference, its kernels under Triton's interpreter where there is no GPU."""
+"""Compares the Triton session with the reference. Without a GPU, kernels run in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shadowllm.runtime.torch_session import TorchSession
 pytestmark = pytest.mark.slow
 
 PROMPTS = [[5, 17, 42], [8, 61]]
-# Of float32 results; a GPU adds up in another order.
+# For float32 results; a GPU adds in another order.
 TOLERANCE = 1e-4 if torch.cuda.is_available() else 1e-5
 FORCED = np.array([[3, 90], [14, 7]])
 
@@ -88,7 +88,7 @@ def test_other_choices(bundle, options):
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float16", 4e-3), ("bfloat16", 4e-2)])
 def test_sixteen_bits(bundle, dtype, bound):
-    folder = bundle(dtype=dtype, kind="static")  # whose choice does not hang on rounding
+    folder = bundle(dtype=dtype, kind="static")  # its selection does not depend on rounding
     with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
         assert distance(steps(ours, PROMPTS[:1], FORCED[:, :1]), steps(theirs, PROMPTS[:1], FORCED[:, :1])) < bound
 
@@ -99,7 +99,7 @@ def test_greedy_text_is_the_reference_s_and_may_stop_early(bundle):
         expected = list(generate(theirs, prompt, 4))
         following = generate(ours, prompt, 6)
         assert list(itertools.islice(following, 3)) == expected[:3]
-        # The steps that were launched beyond the last token asked for are forgotten.
+        # Steps that were launched after the last requested token have no effect.
         assert ours.decode(np.array(expected[2])).argmax(axis=1).tolist() == expected[3]
 
 

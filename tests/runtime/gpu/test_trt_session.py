@@ -1,4 +1,4 @@
-"""The engine session around engines that ONNX Runtime plays (`fake_tensorrt`), against the reference."""
+"""Compares the engine session, on fake engines in ONNX Runtime (`fake_tensorrt`), with the reference."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ FORCED = np.array([[3, 90], [14, 7]])
 
 @pytest.fixture
 def engines(bundle, tmp_path, monkeypatch):
-    """Opens a session over played engines of a variant; what differs goes to `write_engines`."""
-    monkeypatch.setenv(PLUGINS_VARIABLE, __file__)  # the played registry loads anything
+    """A function that opens a session on fake engines of a variant; options go to `write_engines`."""
+    monkeypatch.setenv(PLUGINS_VARIABLE, __file__)  # the fake registry loads anything
     monkeypatch.setattr(module, "gpu_capability", lambda: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -70,7 +70,7 @@ def test_a_ragged_batch_at_changing_budgets(engines, bundle, variant, options):
         for session in (ours, theirs):
             session.set_budget(first)
             logits = steps(session, PROMPTS, FORCED)
-            session.set_budget(second)  # in mid-text: counts, and nothing else
+            session.set_budget(second)  # in the middle of a text: only counts change
             found.append(np.stack([*logits, session.decode(np.array([11, 12]))]))
     assert distance(*found) < 1e-5
 
@@ -83,7 +83,7 @@ def test_dense_engines(engines, bundle, rtx):
 
 def test_greedy_text_is_one_replay_a_token(engines, bundle):
     with engines() as ours, open_session(bundle(), "torch") as theirs:
-        for prompts in (PROMPTS, PROMPTS[:1], PROMPTS):  # another batch is another graph
+        for prompts in (PROMPTS, PROMPTS[:1], PROMPTS):  # another batch size needs another graph
             expected = list(generate(theirs, prompts, 10))
             before = ours._cuda.replays
             assert list(generate(ours, prompts, 10)) == expected
@@ -92,7 +92,7 @@ def test_greedy_text_is_one_replay_a_token(engines, bundle):
         first = ours.prefill(PROMPTS).argmax(axis=1)
         found = list(itertools.islice(ours.decode_greedy(first, 6), 2))
         assert [row.tolist() for row in found] == expected[1:3]
-        # The steps that were launched beyond the last one asked for are forgotten.
+        # Steps that were launched after the last requested one have no effect.
         assert ours.decode(found[-1]).argmax(axis=1).tolist() == expected[3]
 
 
@@ -134,11 +134,11 @@ def test_leaving_frees_everything(engines):
 
 
 class TestKeptKernels:
-    """What TensorRT-RTX compiles when a session starts is there when the next one does."""
+    """Code that TensorRT-RTX compiles for one session is read by the next."""
 
     @staticmethod
     def compilations(session):
-        """Of all engines, while a text is generated."""
+        """Number of compilations of all engines while a text is generated."""
         list(generate(session, PROMPTS, 3))
         return sum(piece._engine.compilations for piece in session._pieces.values())
 
@@ -153,7 +153,7 @@ class TestKeptKernels:
         with first:
             decode = [piece._contexts["decode"].config for piece in first._pieces.values()]
             assert [config.dynamic_shapes_kernel_specialization_strategy for config in decode] == ["eager"] * 3
-            assert self.compilations(first) == 8  # of batches of 1 and 2: three pieces decode, two prefill one
+            assert self.compilations(first) == 8  # batches of 1 and 2: three graphs decode, two prefill one
         files = sorted((tmp_path / "cache" / "shadowllm").iterdir())
         digests = sorted(record.engine_sha256 for record in first._records.values())
         assert sorted(path.name for path in files) == [
@@ -184,7 +184,7 @@ class TestKeptKernels:
 
 
 def test_what_is_played_is_there():
-    """Every name that a session uses of TensorRT-RTX's classes, by which the played ones go, is in the real ones."""
+    """The real classes of TensorRT-RTX have every name that the fake ones define for a session."""
     trt = pytest.importorskip("tensorrt_rtx")
     pairs = {"IRuntimeCache": RuntimeCache, "IRuntimeConfig": RuntimeConfig, "IExecutionContext": Context}
     for name, ours in (*pairs.items(), ("ICudaEngine", Engine)):

@@ -1,4 +1,4 @@
-"""Fused attention computes what the standard nodes compute, and says so under the same names."""
+"""Fused attention has the same outputs as the standard nodes, under the same names."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_fused_graph_equals_the_standard_one(bundle, variant):
         assert list(ours) == list(theirs)
         for name, array in theirs.items():
             for row, visible in enumerate(np.max(positions, axis=1) + 1):
-                # What lies in the cache past a sequence's own end is nobody's.
+                # Cache entries after the end of a sequence are not used.
                 there = np.s_[row] if name == "logits" else np.s_[row, :, :visible]
                 assert np.abs(ours[name][there] - array[there]).max() < 1e-5 * np.abs(array[there]).max(), name
 

@@ -1,4 +1,4 @@
-"""Fewer nodes, the same results, and a word where a graph is not as the exporter writes it."""
+"""The graph passes: fewer nodes, the same results, and an error for a graph of another form."""
 
 from __future__ import annotations
 

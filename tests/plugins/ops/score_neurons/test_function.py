@@ -1,4 +1,4 @@
-"""The function body on stock ONNX Runtime against the NumPy reference, on awkward sizes."""
+"""Compares the function body on ONNX Runtime with the NumPy reference, at awkward sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.plugins.function_model import FORM, run
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("batch", "seqlen", "hidden", "width"), [(1, 1, 41, 7), (3, 17, 130, 88)])
 def test_score_neurons(activation, gated, bias, batch, seqlen, hidden, width):
-    """ONNX Runtime rounds what it multiplies integers with to 8 bits where it has fast kernels for that."""
+    """ONNX Runtime rounds the inputs of integer weights to 8 bits if it has fast kernels for that."""
     rng, q, rows = np.random.default_rng(width), Quantisation(bits=4, block=64), (1 + gated) * width
     form = replace(FORM, activation=activation, gated=gated, mlp_bias=bias, copy=CopyForm(hidden, rows, q))
     data, scales = quantise(0.3 * rng.standard_normal((rows, hidden)).astype(np.float32), q)

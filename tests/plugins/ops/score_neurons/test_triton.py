@@ -1,4 +1,4 @@
-"""The kernel against the reference."""
+"""Compares the Triton kernel with the NumPy reference."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def copy_inputs(form: str, size: tuple[int, ...], dtype: torch.dtype) -> dict[st
 @pytest.mark.parametrize("size", COPY_SIZES, ids=str)
 @pytest.mark.parametrize("form", MLP_FORMS)
 def test_score_neurons(form, size, dtype):
-    """The copy is exact in any type, and sums are in float32: as the reference, which starts from the same x."""
+    """The copy is exact in any type and sums are in float32, as in the reference with the same x."""
     activation = MLP_FORMS[form][0]
     inputs = copy_inputs(form, size, dtype)
     found = score_neurons(**on_device(inputs), activation=activation)

@@ -1,4 +1,4 @@
-"""Scores of every awkward kind."""
+"""Awkward scores: ties, neighbouring floats and the like."""
 
 from __future__ import annotations
 

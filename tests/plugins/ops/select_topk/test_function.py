@@ -1,4 +1,4 @@
-"""The function body on stock ONNX Runtime against the NumPy reference, on awkward sizes."""
+"""Compares the function body on ONNX Runtime with the NumPy reference, at awkward sizes."""
 
 from __future__ import annotations
 

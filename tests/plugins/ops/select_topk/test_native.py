@@ -1,4 +1,4 @@
-"""The native op against the reference: indices are equal."""
+"""Compares the native op with the reference: indices are equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the native op refuses, and in which words; never a crash."""
+"""Errors of the native op for wrong inputs: their messages, and no crash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernel against the reference: indices are equal."""
+"""Compares the Triton kernel with the reference: indices are equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The function body on stock ONNX Runtime against the NumPy reference, on awkward sizes."""
+"""Compares the function body on ONNX Runtime with the NumPy reference, at awkward sizes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_integer_weights(q, seed):
         "key": cache[0],
         "value": cache[1],
         "lengths": np.array([3, 9], np.int32),
-        "indices": padded(np.array([1, 2, 5]), 6),  # the standard Attention takes no fewer than one head
+        "indices": padded(np.array([1, 2, 5]), 6),  # the standard Attention needs at least one head
         "count": np.array(3, np.int32),
         "cos": np.cos(angles).astype(np.float32),
         "sin": np.sin(angles).astype(np.float32),

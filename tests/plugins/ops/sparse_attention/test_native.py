@@ -1,4 +1,4 @@
-"""The native op against float64 arithmetic; see `native_model`."""
+"""Compares the native op with float64 arithmetic; see `native_model`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ATTENTION_SIZES = [  # D, H, n_kv, d, capacity, B, S, lengths, count
 def test_attention(form, size, isa):
     inputs = attention_inputs(form, size)
     exact, float32 = exact_attention(inputs, size[1]), sparse_attention(**inputs, n_heads=size[1])
-    for batch, length in enumerate(size[7]):  # what lies behind the sequence must not be read
+    for batch, length in enumerate(size[7]):  # cache entries after the end of the sequence must not be read
         inputs["key"][batch, :, length:] = inputs["value"][batch, :, length:] = np.nan
     found = run("SparseAttention", inputs, ATTENTION_WEIGHTS, threads=2, n_heads=size[1], layer=3)
     assert_as_exact_as(found, float32, exact)

@@ -1,4 +1,4 @@
-"""The kernels against float64 arithmetic; see `triton_ops`."""
+"""Compares the Triton kernels with float64 arithmetic; see `triton_ops`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def attention_inputs(size: tuple[int, ...], dtype: torch.dtype) -> dict[str, Ten
         return torch.randn(shape, generator=generator).to(dtype) if given else None
 
     angles = torch.rand(batch, seqlen, head_dim // 2, generator=generator) * 7
-    # Rows of different lengths: the shortest holds this step alone, the longest fills the cache.
+    # Rows of different lengths: the shortest has only this step, and the longest fills the cache.
     lengths = torch.linspace(capacity, seqlen, batch).int()
     return {
         "x": normal(batch, seqlen, width),
@@ -53,7 +53,7 @@ def attention_inputs(size: tuple[int, ...], dtype: torch.dtype) -> dict[str, Ten
 
 
 def dense_attention(inputs: dict[str, Tensor | None], n_heads: int, dtype: torch.dtype) -> Tensor:
-    """The op in plain PyTorch, in a type of choice."""
+    """The op in plain PyTorch, in a given type."""
     wide = {name: t.to(dtype) for name, t in inputs.items() if t is not None and t.is_floating_point()}
     x, head_dim = wide["x"], wide["key"].shape[-1]
     batch, seqlen, _ = x.shape

@@ -1,4 +1,4 @@
-"""The native op against float64 arithmetic; see `native_model`."""
+"""Compares the native op with float64 arithmetic; see `native_model`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_mlp_weights_that_are_no_initializers():
 
 
 def test_mlp_far_from_zero(isa):
-    """Activations saturate without overflow, and a NaN is not hidden."""
+    """Activations saturate without overflow, and NaN stays NaN."""
     inputs = mlp_inputs("llama", (64, 88, 1, 2, 88))
     inputs["x"] = inputs["x"] * np.float32(200)
     with np.errstate(over="ignore"):
@@ -84,7 +84,7 @@ INTEGER_SIZES = [
     (192, 88, 1, 1, 88),
     (64, 88, 4, 17, 41),
     (128, 9, 1, 2, 0),
-    (64, 88, 5, 13, 41),  # one token more than share a reading of the weights
+    (64, 88, 5, 13, 41),  # one token more than the tokens that share one read of the weights
     # One token: widths that end in the middle of a step, and last tiles of few rows.
     *((width, 88, 1, 1, count) for width, count in ((32, 87), (96, 85), (160, 81), (224, 86), (608, 65))),
 ]
@@ -141,14 +141,14 @@ def test_integer_rows_do_not_hide_what_is_no_number(q, value, isa):
 
 @pytest.mark.parametrize("q", QUANTISATIONS, ids=str)
 def test_integer_rows_are_the_same_beside_their_scales_and_apart(q, isa):
-    """Initializers are packed when the kernel is made, other inputs are read where they lie."""
+    """Initializers are packed when the kernel is created. Other inputs are read without a copy."""
     inputs = integers(mlp_inputs("llama", (576, 88, 1, 1, 45)), q)
     packed = run("SparseMLP", inputs, (*MLP_WEIGHTS, *MLP_SCALES), activation="silu", layer=0)
     np.testing.assert_array_equal(run("SparseMLP", inputs, activation="silu", layer=0), packed)
 
 
 def test_every_float16_is_widened_exactly(isa):
-    """All finite values, subnormals included, as a bias that nothing is added to."""
+    """All finite values, with subnormals, as a bias of a result of zero."""
     values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     values = values[np.isfinite(values)]
     inputs = mlp_inputs("llama", (values.size, 1, 1, 1, 0)) | {"b_down": values}

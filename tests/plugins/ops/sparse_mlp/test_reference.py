@@ -1,4 +1,4 @@
-"""The reference itself: against the plain dense formula."""
+"""Compares the NumPy reference with the plain dense formula."""
 
 from __future__ import annotations
 

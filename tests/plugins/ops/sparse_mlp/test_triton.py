@@ -1,4 +1,4 @@
-"""The kernels against float64 arithmetic; see `triton_ops`."""
+"""Compares the Triton kernels with float64 arithmetic; see `triton_ops`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def mlp_inputs(form: str, size: tuple[int, ...], dtype: torch.dtype) -> dict[str
 
 
 def dense_mlp(inputs: dict[str, Tensor | None], activation: str, dtype: torch.dtype) -> Tensor:
-    """The op in plain PyTorch, in a type of choice."""
+    """The op in plain PyTorch, in a given type."""
     rows = inputs["indices"][: int(inputs["count"])]
     rows = rows[rows >= 0].long()
     x = inputs["x"].to(dtype)
