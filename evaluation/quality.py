@@ -124,7 +124,7 @@ def evaluate(
         for heads in head_budgets
         for neurons in neuron_budgets
     ]
-    dense = _Sums()
+    dense = Sums()
     for window in windows.split(1):
         logits, truth = _dense_pass(context, window)
         dense.add(window, logits, logits)
@@ -145,8 +145,8 @@ def _dense_pass(context: Context, window: Tensor) -> tuple[Tensor, dict[Unit, Te
 
 
 @dataclass
-class _Sums:
-    """Sums over the windows so far."""
+class Sums:
+    """Sums over the windows so far, from which a `Result` is made."""
 
     tokens: int = 0
     nll: float = 0.0
@@ -170,6 +170,7 @@ class _Sums:
         return sum(self.hit[place] for place in places) / wanted if wanted else 1.0
 
     def result(self, name: str, budget: Budget) -> Result:
+        """Return the means over all tokens, under the name of a selector and its budget."""
         layers = sorted({layer for layer, _ in self.wanted})
         return Result(
             selector=name,
@@ -192,7 +193,7 @@ class _Run:
         self._layers = context.sparse_layers
         self._counts = budget.counts(self._layers)
         self._decoder = MaskedDecoder(context, chooser, budget, aggregate)
-        self._sums = _Sums()
+        self._sums = Sums()
 
     def add(self, window: Tensor, dense: Tensor, truth: Mapping[Unit, Tensor]) -> None:
         self._sums.add(window, self._decoder(window), dense)

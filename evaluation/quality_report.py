@@ -2,37 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from shadowllm.bundle.cost_model import selector_bytes, step_traffic
-from shadowllm.bundle.manifest import Manifest
+from shadowllm.bundle.manifest import ITEMSIZE, Manifest
 from shadowllm.evaluation.quality import DENSE, Result
 from shadowllm.evaluation.speed.figure import new_figure, save
+from shadowllm.evaluation.uniform import bits_for, uniform_bytes
 from shadowllm.models.sparsity import Budget
 
 CONTEXT = 256  # tokens in the cache
 
 
-def rows(results: Sequence[Result], manifest: Manifest, layers: bool = False) -> dict[str, Any]:
-    """Return the JSON of an evaluation: ``{"dense": {...}, "results": [...]}``, each with ``bytes_per_token``.
+def rows(
+    results: Sequence[Result], manifest: Manifest, layers: bool = False, uniform: Mapping[int, Result] | None = None
+) -> dict[str, Any]:
+    """Return the JSON of an evaluation: ``{"dense": {...}, "results": [...], "uniform": [...]}``.
+
+    Each row has ``bytes_per_token``. ``uniform_bits`` of a row of ``results`` names its fair rival in ``uniform``.
 
     These are the bytes of a decode step over `CONTEXT` tokens, with weights as wide as the bundle stores them. The
     bytes that the selector reads are included; an oracle and a random selection read nothing.
 
     Args:
         layers: also include the recall per layer.
+        uniform: results of `evaluate_uniform`.
     """
-    listed = [asdict(result) | {"bytes_per_token": _bytes(result, manifest)} for result in results]
+    listed = [asdict(result) | _cost(result, manifest) for result in results]
     if not layers:
         listed = [{name: value for name, value in row.items() if name != "layers"} for row in listed]
     dense = next(row for row in listed if row["selector"] == DENSE)
     return {
         "dense": {"perplexity": dense["perplexity"], "bytes_per_token": dense["bytes_per_token"]},
         "results": [row for row in listed if row is not dense],
+        "uniform": [
+            {
+                "bits": bits,
+                "bytes_per_token": uniform_bytes(manifest.spec, bits, CONTEXT, _float_bytes(manifest)),
+                "perplexity": result.perplexity,
+                "kl": result.kl,
+                "top1_agreement": result.top1_agreement,
+            }
+            for bits, result in (uniform or {}).items()
+        ],
     }
+
+
+def rival_bits(result: Result, manifest: Manifest) -> int | None:
+    """Return the bits of the uniform quantisation that reads at most as many bytes per token; None below 2 bits."""
+    return bits_for(manifest.spec, _bytes(result, manifest), CONTEXT, _float_bytes(manifest))
+
+
+def _cost(result: Result, manifest: Manifest) -> dict[str, Any]:
+    return {"bytes_per_token": _bytes(result, manifest), "uniform_bits": rival_bits(result, manifest)}
 
 
 def plot(found: dict[str, Any], path: Path, title: str) -> None:
@@ -50,6 +75,8 @@ def plot(found: dict[str, Any], path: Path, title: str) -> None:
     for (selector, heads), points in lines.items():
         label = selector if heads == 1 else f"{selector}, {heads:.0%} of heads"
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    if rivals := [(row["bytes_per_token"] / 1e6, row["perplexity"]) for row in found["uniform"]]:
+        axes.plot(*zip(*sorted(rivals), strict=True), "k--", marker="s", label="dense, uniformly quantised")
     axes.plot(found["dense"]["bytes_per_token"] / 1e6, found["dense"]["perplexity"], "k*", markersize=12, label=DENSE)
     axes.set(xlabel="MB read per token", ylabel="perplexity", title=title, yscale="log")
     axes.legend(fontsize=8)
@@ -57,11 +84,15 @@ def plot(found: dict[str, Any], path: Path, title: str) -> None:
     save(figure, path)
 
 
+def _float_bytes(manifest: Manifest) -> int:
+    """Return the bytes of a norm and of an element of the KV cache."""
+    return ITEMSIZE[manifest.dtype]
+
+
 def _bytes(result: Result, manifest: Manifest) -> int:
-    spec, itemsize = manifest.spec, manifest.itemsize
-    floats = 4 if manifest.quantisation else itemsize
+    spec, itemsize, floats = manifest.spec, manifest.itemsize, _float_bytes(manifest)
     if result.selector == DENSE:
-        return step_traffic(spec, int(floats), CONTEXT, matrix_itemsize=itemsize).total
+        return step_traffic(spec, floats, CONTEXT, matrix_itemsize=itemsize).total
     active = Budget(heads=result.head_budget, neurons=result.neuron_budget).counts(manifest.sparse_layers)
     choosing = selector_bytes(result.selector, manifest.sparse_layers, itemsize, int(manifest.predictor["rank"]))
-    return step_traffic(spec, int(floats), CONTEXT, active, choosing=choosing, matrix_itemsize=itemsize).total
+    return step_traffic(spec, floats, CONTEXT, active, choosing=choosing, matrix_itemsize=itemsize).total

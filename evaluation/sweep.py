@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from shadowllm.evaluation import quality_report
 from shadowllm.evaluation.passage import passage
 from shadowllm.evaluation.quality import Result, evaluate
 from shadowllm.evaluation.speed.environment import environment
+from shadowllm.evaluation.uniform import evaluate_uniform
 from shadowllm.malloc import keep_freed_memory
 from shadowllm.models.sparsity import Budget, Fractions
 from shadowllm.predictor.calibration import token_windows
@@ -34,6 +35,7 @@ class Evaluated:
         tokens: number of evaluated tokens.
         seqlen: tokens of a window.
         results: the dense model first, then each selector at each budget.
+        uniform: the fair rivals: the dense model at the numbers of bits that read as many bytes per token.
     """
 
     manifest: Manifest
@@ -41,6 +43,7 @@ class Evaluated:
     tokens: int
     seqlen: int
     results: Sequence[Result]
+    uniform: Mapping[int, Result]
 
     def to_dict(self, layers: bool = False) -> dict[str, Any]:
         """Return the JSON that ``shadowllm eval --json`` writes; see `quality_report.rows`."""
@@ -54,7 +57,7 @@ class Evaluated:
             "predictor": self.manifest.predictor,
         }
         found = {"settings": settings, "environment": environment(torch.get_num_threads())}
-        return quality_report.rows(self.results, self.manifest, layers) | found
+        return quality_report.rows(self.results, self.manifest, layers, self.uniform) | found
 
 
 def evaluate_text(bundle: Path, options: Evaluation) -> Evaluated:
@@ -84,7 +87,10 @@ def evaluate_text(bundle: Path, options: Evaluation) -> Evaluated:
             aggregate=options.aggregate,
             advance=advance,
         )
-    return Evaluated(manifest, options, windows.numel(), windows.shape[1], results)
+    rivals = sorted({bits for result in results[1:] if (bits := quality_report.rival_bits(result, manifest))})
+    with progress("Evaluating uniform quantisation", len(windows) * len(rivals)) as advance:
+        uniform = evaluate_uniform(manifest.spec, read.sparse, rivals, windows, advance)
+    return Evaluated(manifest, options, windows.numel(), windows.shape[1], results, uniform)
 
 
 def evaluate_tasks(

@@ -14,9 +14,10 @@ from shadowllm.errors import UserError
 from shadowllm.models.sparsity import parse_fractions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from shadowllm.evaluation.quality import Result
+    from shadowllm.evaluation.sweep import Evaluated
 
 EPILOG = """examples:
   shadowllm eval out/ --text book.txt --neuron-budget 0.3 0.5 0.7
@@ -74,7 +75,7 @@ def _text(args: argparse.Namespace) -> None:
     from shadowllm.evaluation.sweep import evaluate_text
 
     evaluated = evaluate_text(args.bundle, build(args, Evaluation))
-    _print_table(evaluated.results)
+    _print_table(evaluated)
     if args.layers:
         _print_layers(evaluated.results)
     found = evaluated.to_dict(args.layers)
@@ -104,9 +105,11 @@ def _tasks(args: argparse.Namespace) -> None:
         print(f"results: {args.json}")
 
 
-def _print_table(results: Sequence[Result]) -> None:
+def _print_table(evaluated: Evaluated) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from shadowllm.evaluation.quality_report import rival_bits
 
     table = Table()
     for column in (
@@ -119,9 +122,10 @@ def _print_table(results: Sequence[Result]) -> None:
         "neuron recall",
         "head recall",
         "gap",
+        "equal bytes",
     ):
         table.add_column(column, justify="left" if column == "selector" else "right", no_wrap=True)
-    for r in results:
+    for r in evaluated.results:
         closure = "" if r.gap_closure is None else f"{r.gap_closure:.0%}"
         table.add_row(
             r.selector,
@@ -133,13 +137,19 @@ def _print_table(results: Sequence[Result]) -> None:
             f"{r.neuron_recall:.1%}",
             f"{r.head_recall:.1%}",
             closure,
+            _rival(evaluated.uniform, None if r is evaluated.results[0] else rival_bits(r, evaluated.manifest)),
         )
     console = Console()
-    console.width = max(console.width, 110)  # a file has no width, and columns must not be cut
+    console.width = max(console.width, 125)  # a file has no width, and columns must not be cut
     console.print(table)
     print(
-        "top-1: agreement with dense; gap: share of the gap between static and oracle that is closed (log perplexity)"
+        "top-1: agreement with dense; gap: share of the gap between static and oracle that is closed (log perplexity)\n"
+        "equal bytes: perplexity of the dense model, quantised until it reads as many bytes per token (and its bits)"
     )
+
+
+def _rival(uniform: Mapping[int, Result], bits: int | None) -> str:
+    return f"{uniform[bits].perplexity:.2f} (int{bits})" if bits else ""
 
 
 def _print_layers(results: Sequence[Result]) -> None:

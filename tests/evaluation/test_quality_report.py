@@ -32,7 +32,7 @@ def found(bundle):
         *(result(name) for name in ("oracle", "quantized-shadow-2", "quantized-shadow")),
         result("quantized-shadow", 0.5),
     ]
-    return manifest, rows(results, manifest)
+    return manifest, rows(results, manifest, uniform={8: result("uniform-int8")})
 
 
 def test_rows_hold_what_the_command_promises(found):
