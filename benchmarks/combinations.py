@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from shadowllm.benchmarks.scaling import EVALUATED, STATIC, WINDOW, Point
-from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.bundle.predictor_file import Kind, Predictor
-from shadowllm.evaluation.passage import passage
+from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.quality import evaluate
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.malloc import keep_freed_memory

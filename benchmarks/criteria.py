@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shadowllm.benchmarks.script import script, script_parser
-from shadowllm.evaluation.passage import passage
+from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.registry import load_model

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.benchmarks.random_model import SHAPES, write_random_model
-from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.environment import environment
 

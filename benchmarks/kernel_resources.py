@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.bundle.quantisation import LOW_BIT_COPY
 from shadowllm.evaluation.speed.environment import environment
-from shadowllm.plugins.program import Kernel, Program
+from shadowllm.plugins.kernel_program import Kernel, Program
 from shadowllm.plugins.triton import cache
 from shadowllm.plugins.triton.compile import POINTERS, Tensor, compile_kernel, compile_program
 from shadowllm.progress import progress

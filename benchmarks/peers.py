@@ -28,12 +28,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.bundle.cost_model import mean_traffic
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.child import module_command
 from shadowllm.errors import UserError
-from shadowllm.evaluation.passage import passage
+from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import Contender, Generation, race, speedup, summarise
 from shadowllm.evaluation.speed.report import Report, Result

@@ -27,12 +27,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.benchmarks.small_opt import docstrings, documents
 from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.config import TrainConfig
 from shadowllm.errors import UserError
-from shadowllm.evaluation.passage import MODULES, passage
+from shadowllm.evaluation.default_text import MODULES, passage
 from shadowllm.evaluation.quality import evaluate
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.worker import peak_rss_mb

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from shadowllm.benchmarks.random_model import SHAPES, untrained, write_random_model
-from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.bundle.manifest import ITEMSIZE, read_manifest
 from shadowllm.bundle.predictor_file import Kind
 from shadowllm.bundle.quantisation import WEIGHT_DTYPES

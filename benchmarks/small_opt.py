@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from shadowllm.benchmarks.script import script, script_parser
-from shadowllm.evaluation.passage import MODULES
+from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.evaluation.default_text import MODULES
 from shadowllm.exporter.staging import check_output, staged
 from shadowllm.malloc import keep_freed_memory
 from shadowllm.models.registry import load_model

@@ -11,7 +11,7 @@ from shadowllm.bundle.cost_model import selector_bytes, step_traffic
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest
 from shadowllm.evaluation.quality import DENSE, Result
 from shadowllm.evaluation.speed.figure import new_figure, save
-from shadowllm.evaluation.uniform import bits_for, uniform_bytes
+from shadowllm.evaluation.uniform_quantisation import bits_for, uniform_bytes
 from shadowllm.models.sparsity import Budget
 
 CONTEXT = 256  # tokens in the cache

@@ -15,10 +15,10 @@ from shadowllm.bundle.weights import read_weights
 from shadowllm.config import Evaluation
 from shadowllm.errors import UserError
 from shadowllm.evaluation import quality_report
-from shadowllm.evaluation.passage import passage
+from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.quality import Result, evaluate
 from shadowllm.evaluation.speed.environment import environment
-from shadowllm.evaluation.uniform import evaluate_uniform
+from shadowllm.evaluation.uniform_quantisation import evaluate_uniform
 from shadowllm.malloc import keep_freed_memory
 from shadowllm.models.sparsity import Budget, Fractions
 from shadowllm.predictor.calibration import token_windows

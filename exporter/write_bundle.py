@@ -27,7 +27,7 @@ from shadowllm.bundle.weight_file import TORCH_DTYPES, WeightStore
 from shadowllm.bundle.weight_layout import Group, copy_groups, model_groups, quantised_groups
 from shadowllm.bundle.weights import PREDICTOR_FILE
 from shadowllm.errors import UserError
-from shadowllm.exporter.graphs import pieces
+from shadowllm.exporter.graphs import bundle_graphs
 from shadowllm.exporter.graphs.initializers import DTYPES
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.config import GENERATION_CONFIG
@@ -115,13 +115,13 @@ def check_dtypes(spec: ModelSpec, dtype: str, weight_dtype: str | None) -> None:
 def _models(
     spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None
 ) -> Iterator[tuple[str, ir.Model]]:
-    yield "dense", pieces.dense_graph(spec, store, dtype, q)
+    yield "dense", bundle_graphs.dense_graph(spec, store, dtype, q)
     layers = SparseLayers(spec, predictor.dense_layers)
-    yield "stem", pieces.stem_graph(layers, store, dtype, q)
+    yield "stem", bundle_graphs.stem_graph(layers, store, dtype, q)
     if not predictor.per_layer:
-        yield "predictor", pieces.predictor_graph(spec, store, dtype, predictor, q)
+        yield "predictor", bundle_graphs.predictor_graph(spec, store, dtype, predictor, q)
     chooser = predictor if predictor.per_layer else None
-    yield "body", pieces.body_graph(layers, store, dtype, q, chooser)
+    yield "body", bundle_graphs.body_graph(layers, store, dtype, q, chooser)
 
 
 def _groups(spec: ModelSpec, dtype: str, predictor: Predictor, q: Quantisation | None) -> Iterator[Group]:

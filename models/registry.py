@@ -14,7 +14,7 @@ from shadowllm.models.files.checkpoint import Checkpoint, open_checkpoint
 from shadowllm.models.files.config import token_ids
 from shadowllm.models.files.quantised_checkpoint import check_float
 from shadowllm.models.spec import ModelSpec
-from shadowllm.models.tied import resolve_tied_embeddings
+from shadowllm.models.tied_embeddings import resolve_tied_embeddings
 from shadowllm.models.weights import Source, Weights
 
 # Stored tensors that need no warning: they follow from the config, or repeat a tied output projection.

@@ -12,8 +12,8 @@ from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.models.sparsity import SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
+from shadowllm.predictor.low_bit_copy import LowBitCopy
 from shadowllm.predictor.networks import layer_head_scores, layer_neuron_scores
-from shadowllm.predictor.weight_copy import WeightCopy
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,4 @@ def per_layer_scores(
     """
     if kind == "layerwise":
         return PerLayerScores(predictor, partial(layer_neuron_scores, predictor))
-    return PerLayerScores(predictor, WeightCopy(SparseLayers(spec, predictor.dense_layers), weights, q).scores)
+    return PerLayerScores(predictor, LowBitCopy(SparseLayers(spec, predictor.dense_layers), weights, q).scores)

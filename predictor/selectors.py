@@ -129,7 +129,7 @@ class PerLayerSelector(Selector):
     """Selects per layer, from the layer's own input.
 
     Heads are scored by the predictor's linear fit. Neurons are scored by the predictor's network of the layer
-    ("layerwise"), or by a low-bit copy of gate and up ("quantized-shadow", see `WeightCopy`).
+    ("layerwise"), or by a low-bit copy of gate and up ("quantized-shadow", see `LowBitCopy`).
 
     Args:
         bits: bits of the copy; a bundle has those of `LOW_BIT_COPY`.

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from shadowllm.config_fields import check_numbers, option
 from shadowllm.errors import UserError
 from shadowllm.limits import LARGEST_SEED
 from shadowllm.models.sparsity import Budget, Fractions
 from shadowllm.models.spec import HeadUnit
-from shadowllm.option import check_numbers, option
 
 Flavour = Literal["tensorrt_rtx", "tensorrt"]
 Verbosity = Literal["none", "layer_names_only", "detailed"]

@@ -26,7 +26,7 @@ from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import SparseLayers, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Weights
-from shadowllm.plugins.tensorrt.flavour import require
+from shadowllm.plugins.tensorrt.load_tensorrt import require
 from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.parallel import process_count
 from shadowllm.predictor.tracefile import Traces, calibrate

@@ -29,10 +29,10 @@ import torch
 
 from shadowllm.benchmarks.gpu.probe import probe
 from shadowllm.benchmarks.random_model import GPU_SHAPES, TINY_SHAPES
-from shadowllm.benchmarks.script import script, script_parser
+from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.environment import PACKAGES, environment, package_versions
-from shadowllm.plugins.tensorrt.flavour import FLAVOURS
+from shadowllm.plugins.tensorrt.load_tensorrt import FLAVOURS
 from shadowllm.runtime.gpu.cuda_graph import kernel_device
 
 SECTIONS = ("tensorrt", "checks", "rates", "decode", "engines")

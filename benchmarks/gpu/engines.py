@@ -25,7 +25,7 @@ from shadowllm.child import Progress, module_command, serve
 from shadowllm.config import EngineOptions, Flavour
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
-from shadowllm.plugins.tensorrt.flavour import FLAVOURS, gpu_capability
+from shadowllm.plugins.tensorrt.load_tensorrt import FLAVOURS, gpu_capability
 from shadowllm.runtime.session import Decodes, Session
 
 DTYPE = "float16"

@@ -12,7 +12,7 @@ from shadowllm.bundle.cost_model import Traffic, mean_traffic, predictor_bytes, 
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest, read_manifest
 from shadowllm.child import module_command
 from shadowllm.errors import UserError
-from shadowllm.evaluation.passage import passage
+from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import Contender, Generation, Worker, race, speedup, summarise

@@ -20,10 +20,10 @@ from shadowllm.bundle.op_domain import VERSION
 from shadowllm.child import Child, ChildError, call, module_command
 from shadowllm.config import Flavour, Verbosity
 from shadowllm.errors import UserError
-from shadowllm.exporter.engines.contents import missing_contents
 from shadowllm.exporter.engines.graph import GraphInfo, describe_onnx
+from shadowllm.exporter.engines.inspect_engine import missing_contents
 from shadowllm.exporter.engines.profiles import bindings, check_profiles, largest
-from shadowllm.plugins.tensorrt.flavour import child_environment, require
+from shadowllm.plugins.tensorrt.load_tensorrt import child_environment, require
 
 
 def build_engine(

@@ -16,8 +16,8 @@ from onnx_ir.tape import Tape
 from shadowllm.bundle.engine_record import CustomNode
 from shadowllm.bundle.op_domain import DOMAIN, VERSION
 from shadowllm.errors import UserError
-from shadowllm.plugins.program import PROGRAM, Program
-from shadowllm.plugins.program_bytes import pack
+from shadowllm.plugins.kernel_program import PROGRAM, Program
+from shadowllm.plugins.kernel_program_bytes import pack
 from shadowllm.plugins.registry import SCHEMAS
 
 ONNX_FLOAT = {"float": "float32"}  # all other types have the same name in ONNX and here

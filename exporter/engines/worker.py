@@ -15,10 +15,10 @@ from shadowllm.bundle.op_domain import DOMAIN, VERSION
 from shadowllm.child import Progress, serve
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines.graph import Attributes, Compiler, TensorInfo, prepare
-from shadowllm.plugins.images import carried
-from shadowllm.plugins.program import Program
+from shadowllm.plugins.engine_programs import carried
+from shadowllm.plugins.kernel_program import Program
 from shadowllm.plugins.registry import SCHEMAS
-from shadowllm.plugins.tensorrt import creators, flavour
+from shadowllm.plugins.tensorrt import creators, load_tensorrt
 
 
 def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     Raises:
         UserError: the parser or the builder refuses; the message has its reason.
     """
-    trt = flavour.load(request["flavour"])
+    trt = load_tensorrt.load(request["flavour"])
     logger = _logger_class(trt)()
     keep = _register(trt, request["plugin_library"])  # noqa: F841  # the registry does not keep the plugins alive
     start = time.perf_counter()
@@ -60,7 +60,7 @@ def targets(trt: Any, request: dict[str, Any]) -> list[int]:
         UserError: TensorRT-RTX does not know a requested one.
     """
     if request["flavour"] == "tensorrt":
-        capability = flavour.gpu_capability()
+        capability = load_tensorrt.gpu_capability()
         return [] if capability is None else [capability]
     known = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
     unknown = [sm for sm in request["sms"] if sm not in known]

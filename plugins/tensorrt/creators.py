@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from shadowllm.bundle.op_domain import DOMAIN, VERSION
-from shadowllm.plugins.program import DTYPES, PROGRAM, call_size
-from shadowllm.plugins.program_bytes import pack, unpack
+from shadowllm.plugins.kernel_program import DTYPES, PROGRAM, call_size
+from shadowllm.plugins.kernel_program_bytes import pack, unpack
 from shadowllm.plugins.registry import SCHEMAS
 from shadowllm.plugins.tensorrt.launcher import Launcher
 

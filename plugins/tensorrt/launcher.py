@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from cuda.bindings import driver
 
 from shadowllm.bundle.gpu_images import PTX, serving
-from shadowllm.plugins.program import ALIGNED, Argument, Kernel, Launch, Program, call_size
+from shadowllm.plugins.kernel_program import ALIGNED, Argument, Kernel, Launch, Program, call_size
 
 # Dynamic shared memory that a kernel may use without a setting that allows more.
 USUAL_SHARED_BYTES = 48 * 1024

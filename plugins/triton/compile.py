@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from shadowllm.bundle.gpu_images import PTX, PTX_SM
 from shadowllm.errors import UserError
-from shadowllm.plugins.program import ALIGNED, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
+from shadowllm.plugins.kernel_program import ALIGNED, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
 from shadowllm.plugins.registry import SCHEMAS, schedules
 from shadowllm.plugins.schema import OpSchema
 from shadowllm.plugins.triton.schedule import Call, Operand, Schedule, Scratch, Shape

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from shadowllm.plugins.program import call_size
+from shadowllm.plugins.kernel_program import call_size
 from shadowllm.plugins.schema import OpSchema
 from shadowllm.plugins.triton.schedule import Planner, Schedule, Shape, cover, run
 

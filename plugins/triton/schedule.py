@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from shadowllm.plugins.program import Size
+from shadowllm.plugins.kernel_program import Size
 
 ALIGNMENT = 256
 GEMV, DOT, PREFILL = 1, 16, 64  # tokens in a tile

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowllm.bundle.manifest import Manifest, verify_files
+from shadowllm.config_fields import option
 from shadowllm.errors import UserError, in_one_line
 from shadowllm.json_types import check_type
-from shadowllm.option import option
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList

@@ -15,7 +15,7 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.config import Flavour
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import UNITS, Budget, SparseLayers
-from shadowllm.plugins.tensorrt.flavour import gpu_capability, load
+from shadowllm.plugins.tensorrt.load_tensorrt import gpu_capability, load
 from shadowllm.runtime.gpu.cuda import Cuda
 from shadowllm.runtime.gpu.engine_buffers import Limits, buffers, constants, layout, memory_of
 from shadowllm.runtime.gpu.kernel_cache import kernel_file

@@ -19,7 +19,7 @@ from shadowllm.plugins.function_body import MICROSOFT
 
 
 class FuseAttention(InPlacePass):
-    """Replaces every dense attention block of a graph from `exporter.graphs.pieces`.
+    """Replaces every dense attention block of a graph from `exporter.graphs.bundle_graphs`.
 
     Requires: each ``Attention`` reads a cache that ``TensorScatter`` wrote, and a query split from one stacked q/k/v
     projection. Ensures: the same inputs and outputs under the same names. The graph does not change if the op does

@@ -75,7 +75,7 @@ def onnx(path: Path) -> dict[str, Any]:
 
 def engine(path: Path) -> dict[str, Any]:
     """Describe an engine from its sidecar and its bytes, without TensorRT or a GPU."""
-    from shadowllm.exporter.engines.contents import engine_contents
+    from shadowllm.exporter.engines.inspect_engine import engine_contents
 
     record = engine_contents(path)
     return {

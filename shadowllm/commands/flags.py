@@ -10,9 +10,9 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from shadowllm.config_fields import KEY, Option
 from shadowllm.errors import UserError
 from shadowllm.limits import check_whole
-from shadowllm.option import KEY, Option
 
 Group = argparse._ActionsContainer  # a parser or a group of a parser
 Parse = Callable[[str], Any]

@@ -24,7 +24,7 @@ from shadowllm.bundle.weight_layout import copy_groups
 from shadowllm.models.sparsity import SparseLayers
 from shadowllm.plugins.ops.select_topk import launcher as topk_launcher
 from shadowllm.plugins.ops.sparse_mlp import launcher as mlp_launcher
-from shadowllm.plugins.tensorrt.flavour import FLAVOURS
+from shadowllm.plugins.tensorrt.load_tensorrt import FLAVOURS
 from shadowllm.runtime import open_session
 from shadowllm.runtime.gpu.cuda_graph import kernel_device
 

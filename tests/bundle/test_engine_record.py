@@ -16,9 +16,9 @@ from shadowllm.bundle.engine_record import (
     write_sidecar,
 )
 from shadowllm.errors import UserError
-from shadowllm.exporter.engines.contents import engine_contents
-from shadowllm.plugins.program_bytes import pack
-from tests.plugins.programs import program
+from shadowllm.exporter.engines.inspect_engine import engine_contents
+from shadowllm.plugins.kernel_program_bytes import pack
+from tests.plugins.kernel_programs import program
 
 ENGINE = b"engine: SparseMLP layers.1.SparseMLP " * 7 + pack(program(sms=(0, 80, 89))) + b"the rest"
 FILES = {"body.onnx": "ab" * 32, "model.onnx.data": "cd" * 32}

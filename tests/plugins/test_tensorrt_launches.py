@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from shadowllm.bundle.gpu_images import PTX
-from shadowllm.plugins.program_bytes import pack
-from tests.plugins.programs import program
+from shadowllm.plugins.kernel_program_bytes import pack
+from tests.plugins.kernel_programs import program
 from tests.plugins.test_triton_compile import COMPILE, child
 
 HERE = Path(__file__).parent / "driver"

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 from shadowllm.errors import UserError
-from shadowllm.plugins.program import DTYPES, PROGRAM
-from shadowllm.plugins.program_bytes import pack, unpack
+from shadowllm.plugins.kernel_program import DTYPES, PROGRAM
+from shadowllm.plugins.kernel_program_bytes import pack, unpack
 from shadowllm.plugins.registry import SCHEMAS
-from shadowllm.plugins.tensorrt import creators, flavour
+from shadowllm.plugins.tensorrt import creators, load_tensorrt
 from shadowllm.plugins.tensorrt.launcher import Launcher
-from tests.plugins.programs import program
+from tests.plugins.kernel_programs import program
 
 
 @pytest.fixture(scope="module")
 def trt():
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (pip install 'shadowllm[tensorrt-rtx]')")
-    return flavour.load("tensorrt_rtx")
+    return load_tensorrt.load("tensorrt_rtx")
 
 
 @pytest.fixture
@@ -108,16 +108,16 @@ def test_a_packed_program_is_one_field(trt, plugin):
 
 def test_unknown_flavour_and_missing_package():
     with pytest.raises(UserError, match="no engine flavour 'onnx'; choose one of tensorrt_rtx, tensorrt"):
-        flavour.load("onnx")
+        load_tensorrt.load("onnx")
     if importlib.util.find_spec("tensorrt") is None:
         with pytest.raises(UserError, match=r"tensorrt is not installed.*pip install 'shadowllm\[tensorrt\]'"):
-            flavour.load("tensorrt")
+            load_tensorrt.load("tensorrt")
     assert "tensorrt" not in sys.modules
 
 
 @pytest.mark.usefixtures("trt")
 def test_child_finds_the_library_by_its_plain_name():
-    with flavour.child_environment("tensorrt_rtx") as environment:
+    with load_tensorrt.child_environment("tensorrt_rtx") as environment:
         folder = environment["LD_LIBRARY_PATH"].split(os.pathsep)[0]
         assert ctypes.CDLL(f"{folder}/libtensorrt_rtx.so").getInferLibVersion() > 0
     assert not os.path.exists(folder)

@@ -15,8 +15,8 @@ import sys
 import pytest
 
 from shadowllm.bundle.gpu_images import PTX
-from shadowllm.plugins.program import Size
-from shadowllm.plugins.program_bytes import unpack
+from shadowllm.plugins.kernel_program import Size
+from shadowllm.plugins.kernel_program_bytes import unpack
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ HEADS, HEAD_DIM, WIDTH, NEURONS = 4, 12, 48, 88
 COMPILE = f"""
 import sys
 from shadowllm.bundle.gpu_images import PTX
-from shadowllm.plugins.program_bytes import pack
+from shadowllm.plugins.kernel_program_bytes import pack
 from shadowllm.plugins.triton.compile import Tensor, compile_program
 dtype, batch = sys.argv[1], int(sys.argv[2])
 count, lengths = Tensor("int32", ()), Tensor("int32", ("batch",))

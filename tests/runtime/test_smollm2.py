@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shadowllm.bundle.manifest import read_manifest
-from shadowllm.evaluation.passage import passage
+from shadowllm.evaluation.default_text import passage
 from shadowllm.runtime import Budget, generate, open_session
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.session import OrtSession

@@ -12,8 +12,8 @@ import pytest
 
 from shadowllm import config
 from shadowllm.commands.flags import add_flags, attributes, build, values
+from shadowllm.config_fields import KEY, check_numbers, option
 from shadowllm.errors import UserError
-from shadowllm.option import KEY, check_numbers, option
 from shadowllm.predictor.losses import LOSSES
 
 CONFIGS = [found for found in vars(config).values() if is_dataclass(found) and found.__module__ == config.__name__]

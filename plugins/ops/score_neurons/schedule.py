@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import triton
 
+from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.score_neurons.kernel import score_neurons
-from shadowllm.plugins.program import Size
 from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Schedule, Shape, Tier, tiers
 from shadowllm.plugins.triton.tiles import tile_warps
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import triton
 
+from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.select_topk.kernel import select_topk
-from shadowllm.plugins.program import Size
 from shadowllm.plugins.triton.schedule import GEMV, Call, Schedule, Shape, Tier
 
 # Scores that a block loads at a time; longer rows take several steps.

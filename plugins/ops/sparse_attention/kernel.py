@@ -2,7 +2,7 @@
 
 A decode step splits the cache among blocks (flash decoding) and merges their softmaxes. A prompt is
 processed in tiles of queries (flash attention, Dao, arXiv 2307.08691), causal within the step.
-`plugins.triton.project_back` multiplies the result by the heads' rows of ``w_o``.
+`plugins.triton.output_projection` multiplies the result by the heads' rows of ``w_o``.
 """
 
 from __future__ import annotations

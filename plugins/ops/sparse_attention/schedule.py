@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import triton
 
+from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.sparse_attention.kernel import decode_attention, head_queries, merge_splits, prompt_attention
-from shadowllm.plugins.program import Size
-from shadowllm.plugins.triton.project_back import back_calls
+from shadowllm.plugins.triton.output_projection import back_calls
 from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
 from shadowllm.plugins.triton.tiles import LINE, block_along, tile_warps
 

@@ -1,6 +1,6 @@
 """``SparseMLP``: gate and up of the active neurons in one pass.
 
-`plugins.triton.project_back` multiplies the result by their rows of ``w_down``.
+`plugins.triton.output_projection` multiplies the result by their rows of ``w_down``.
 """
 
 from __future__ import annotations

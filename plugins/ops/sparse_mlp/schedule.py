@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.sparse_mlp.kernel import mlp_hidden
-from shadowllm.plugins.program import Size
-from shadowllm.plugins.triton.project_back import back_calls
+from shadowllm.plugins.triton.output_projection import back_calls
 from shadowllm.plugins.triton.schedule import GEMV, Call, Schedule, Shape, Tier, Workspace, tiers
 from shadowllm.plugins.triton.tiles import block_along, tile_warps
 

@@ -2,7 +2,7 @@
 
 #include <dlfcn.h>
 
-#include "program.hpp"
+#include "kernel_program.hpp"
 
 namespace shadowllm {
 namespace {

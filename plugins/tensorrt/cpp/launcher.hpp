@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "driver.hpp"
-#include "program.hpp"
+#include "kernel_program.hpp"
 
 namespace shadowllm {
 

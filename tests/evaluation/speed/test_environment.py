@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shadowllm.errors import UserError
-from shadowllm.evaluation.passage import passage
+from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
 from shadowllm.evaluation.speed.environment import environment, package_versions
 

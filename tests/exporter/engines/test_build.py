@@ -18,10 +18,10 @@ from shadowllm.bundle.manifest import file_hash
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines import build as engine
 from shadowllm.exporter.engines import worker as engine_worker
-from shadowllm.exporter.engines.contents import engine_contents
 from shadowllm.exporter.engines.graph import describe_onnx
+from shadowllm.exporter.engines.inspect_engine import engine_contents
 from shadowllm.exporter.engines.profiles import profiles_for
-from shadowllm.plugins.images import carried, programs_in
+from shadowllm.plugins.engine_programs import carried, programs_in
 from tests.exporter.engines.samples import DTYPES, write_sample, write_selection, write_sum
 
 pytestmark = pytest.mark.slow

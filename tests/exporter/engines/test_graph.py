@@ -9,9 +9,9 @@ from shadowllm.bundle.engine_record import CustomNode, ShapeProfile
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines.graph import describe_onnx, prepare
 from shadowllm.exporter.engines.profiles import bindings, check_profiles, largest, profiles_for
-from shadowllm.plugins.program_bytes import pack
+from shadowllm.plugins.kernel_program_bytes import pack
 from tests.exporter.engines.samples import HEAD_DIM, HEADS, HIDDEN, NEURONS, write_sample, write_sum
-from tests.plugins.programs import program
+from tests.plugins.kernel_programs import program
 
 PROGRAMS = {op: program(sms=(sm,)) for op, sm in (("SelectTopK", 80), ("SparseMLP", 86), ("SparseAttention", 89))}
 PLUGINS = ["layers.5.SparseAttention", "layers.5.SparseMLP", "layers.6.SparseAttention", "layers.6.SparseMLP"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from shadowllm.errors import UserError
-from shadowllm.exporter.engines.contents import engine_contents
-from shadowllm.plugins.images import programs_in
+from shadowllm.exporter.engines.inspect_engine import engine_contents
+from shadowllm.plugins.engine_programs import programs_in
 from tests.exporter.engines.samples import write_sample, write_selection
 from tests.exporter.engines.test_build import build, needs_builder
 

@@ -7,7 +7,7 @@ import struct
 import sys
 from pathlib import Path
 
-from shadowllm.plugins.program_bytes import unpack
+from shadowllm.plugins.kernel_program_bytes import unpack
 from shadowllm.plugins.tensorrt.launcher import Launcher
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shadowllm.errors import UserError
-from shadowllm.plugins.tensorrt.flavour import gpu_capability
+from shadowllm.plugins.tensorrt.load_tensorrt import gpu_capability
 from shadowllm.runtime.gpu.cuda import Cuda, CudaError, no_garbage_collection
 
 runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")

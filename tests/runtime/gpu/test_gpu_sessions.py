@@ -11,7 +11,7 @@ import torch
 
 from shadowllm.config import EngineOptions
 from shadowllm.pipeline import build_engines
-from shadowllm.plugins.tensorrt.flavour import FLAVOURS, gpu_capability
+from shadowllm.plugins.tensorrt.load_tensorrt import FLAVOURS, gpu_capability
 from shadowllm.runtime import Budget, generate, open_session
 
 pytestmark = [

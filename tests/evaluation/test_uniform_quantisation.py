@@ -12,7 +12,7 @@ from shadowllm.bundle.cost_model import step_traffic
 from shadowllm.bundle.quantisation import WEIGHT_DTYPES, dequantise, quantise
 from shadowllm.bundle.weight_names import is_quantised
 from shadowllm.cli import main
-from shadowllm.evaluation.uniform import bits_for, evaluate_uniform, uniform_bytes, uniform_weights
+from shadowllm.evaluation.uniform_quantisation import bits_for, evaluate_uniform, uniform_bytes, uniform_weights
 from shadowllm.models.decoder import Decoder
 from tests.tiny import token_windows
 

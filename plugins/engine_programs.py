@@ -6,8 +6,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from mmap import mmap
 
-from shadowllm.plugins.program import Program
-from shadowllm.plugins.program_bytes import MAGIC, read
+from shadowllm.plugins.kernel_program import Program
+from shadowllm.plugins.kernel_program_bytes import MAGIC, read
 
 
 def carried(programs: Iterable[Program]) -> dict[str, tuple[int, ...]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from shadowllm.bundle.gpu_images import PTX, serving
-from shadowllm.plugins.images import carried, programs_in
-from shadowllm.plugins.program_bytes import pack
-from tests.plugins.programs import program
+from shadowllm.plugins.engine_programs import carried, programs_in
+from shadowllm.plugins.kernel_program_bytes import pack
+from tests.plugins.kernel_programs import program
 
 
 @pytest.mark.parametrize(

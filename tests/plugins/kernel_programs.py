@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shadowllm.bundle.gpu_images import PTX
-from shadowllm.plugins.program import Argument, Image, Kernel, Launch, Output, Plan, Program, Size
+from shadowllm.plugins.kernel_program import Argument, Image, Kernel, Launch, Output, Plan, Program, Size
 
 CUBIN = b"\x7fELF\0\1\2\0"
 

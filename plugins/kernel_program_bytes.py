@@ -1,4 +1,4 @@
-"""Converts programs to bytes and back; ``tensorrt/cpp/program.cpp`` reads the same format.
+"""Converts programs to bytes and back; ``tensorrt/cpp/kernel_program.cpp`` reads the same format.
 
 A program is a sequence of little-endian int64 numbers and byte strings (length as int64, then the bytes), in the
 order in which `pack` writes them. One zero byte may follow, because TensorRT's ONNX parser ends an attribute with it.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from mmap import mmap
 from typing import TypeVar
 
-from shadowllm.plugins.program import DTYPES, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
+from shadowllm.plugins.kernel_program import DTYPES, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
 
 MAGIC = b"shadowllm program 2"
 # Kinds of arguments are written as their index in this tuple.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shadowllm.plugins.program import Size
+from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.triton.schedule import GEMV, PREFILL, Call, Operand, Scratch, Tier, Workspace
 from shadowllm.plugins.triton.tiles import LINE, active_rows, dot, tile_warps
 

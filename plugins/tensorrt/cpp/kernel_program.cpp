@@ -1,4 +1,4 @@
-#include "program.hpp"
+#include "kernel_program.hpp"
 
 #include <algorithm>
 #include <cstring>

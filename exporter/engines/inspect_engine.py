@@ -10,7 +10,7 @@ from pathlib import Path
 from shadowllm.bundle.engine_record import REMEDY, CustomNode, EngineRecord, read_sidecar
 from shadowllm.bundle.gpu_images import architectures
 from shadowllm.errors import UserError
-from shadowllm.plugins.images import carried, programs_in
+from shadowllm.plugins.engine_programs import carried, programs_in
 
 
 def engine_contents(engine_path: Path) -> EngineRecord:

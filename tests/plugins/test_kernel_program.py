@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from shadowllm.plugins.program import Output, Size
-from shadowllm.plugins.program_bytes import pack, unpack
-from tests.plugins.programs import program
+from shadowllm.plugins.kernel_program import Output, Size
+from shadowllm.plugins.kernel_program_bytes import pack, unpack
+from tests.plugins.kernel_programs import program
 
 
 @pytest.fixture(name="program")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shadowllm.benchmarks import criteria, noisy_model, small_opt
-from shadowllm.benchmarks.script import script
+from shadowllm.benchmarks.script_parser import script
 
 
 def test_done():

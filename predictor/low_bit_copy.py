@@ -14,7 +14,7 @@ from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparsity import SparseLayers
 
 
-class WeightCopy:
+class LowBitCopy:
     """Scores the neurons of a layer from the MLP's input. A score is nearly the norm of what the neuron adds.
 
     Args:
