@@ -98,7 +98,7 @@ def test_the_cpp_plugins_are_those_of_the_schemas():
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        (["registry", "program_bytes"], ["numpy", "torch", "triton", "onnx", "onnx_ir"]),
+        (["registry", "kernel_program_bytes"], ["numpy", "torch", "triton", "onnx", "onnx_ir"]),
         (["tensorrt.creators"], ["triton", "onnx", "onnx_ir"]),
         ([f"ops.{folder}.reference" for folder in registry.FOLDERS], ["torch", "triton", "onnx", "onnx_ir"]),
         ([f"ops.{folder}.function" for folder in registry.FOLDERS], ["torch", "triton", "onnxruntime"]),
