@@ -36,7 +36,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("driver")
     fake = [CXX, "-x", "c", "-shared", "-fPIC", "-O1", str(HERE / "fake_cuda.c"), "-o", str(folder / "libcuda.so.1")]
     subprocess.run([*fake, "-ldl"], check=True)
-    sources = [HERE / "probe.cpp", *(SOURCES / f"{name}.cpp" for name in ("program", "launcher", "driver"))]
+    sources = [HERE / "probe.cpp", *(SOURCES / f"{name}.cpp" for name in ("kernel_program", "launcher", "driver"))]
     watch = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     command = [CXX, "-std=c++17", "-O1", f"-I{SOURCES}", *map(str, sources), "-o", str(folder / "probe"), "-ldl"]
     if subprocess.run([*command, *watch], capture_output=True, check=False).returncode:
