@@ -87,7 +87,7 @@ def test_target_gpus_can_be_chosen(tmp_path):
     ("flavour", "capability", "wanted"), [("tensorrt_rtx", None, [80, 86, 89, 120, 121]), ("tensorrt", 90, [90])]
 )
 def test_default_targets(monkeypatch, flavour, capability, wanted):
-    monkeypatch.setattr(engine_worker.flavour, "gpu_capability", lambda: capability)
+    monkeypatch.setattr(engine_worker.load_tensorrt, "gpu_capability", lambda: capability)
     trt = pytest.importorskip("tensorrt_rtx")
     assert engine_worker.targets(trt, {"flavour": flavour, "sms": []}) == wanted
 

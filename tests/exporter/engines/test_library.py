@@ -14,7 +14,7 @@ from tests.exporter.engines.test_build import build, needs_builder
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LIBRARY = ROOT / "build" / "plugin" / "libshadowllm_tensorrt.so"
 needs_library = pytest.mark.skipif(
     not LIBRARY.is_file(), reason="the C++ plugins are not built (`make plugin`, which needs TensorRT's headers)"
