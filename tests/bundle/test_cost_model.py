@@ -21,28 +21,12 @@ from shadowllm.bundle.weight_names import copied
 from shadowllm.bundle.weights import read_weights
 from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import ActiveCounts, Budget, SparseLayers, layer_units
-from shadowllm.models.spec import ModelSpec, RopeSpec
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort.session import OrtSession
+from tests.evaluation.speed.tiny_worker import SPEC
 
-LLAMA = ModelSpec(
-    family="llama",
-    vocab_size=11,
-    hidden_size=6,
-    intermediate_size=10,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=2,
-    max_seqlen=16,
-    norm="rmsnorm",
-    norm_eps=1e-5,
-    activation="silu",
-    gated=True,
-    positions="rope",
-    rope=RopeSpec(),
-    tied_embeddings=True,
-)
+SIZES = {"vocab_size": 11, "hidden_size": 6, "intermediate_size": 10, "n_layers": 3, "head_dim": 2, "max_seqlen": 16}
+LLAMA = replace(SPEC, **SIZES)
 OPT = replace(
     LLAMA,
     family="opt",
