@@ -22,6 +22,7 @@ from shadowllm.bundle.weight_names import (
     is_scales,
     is_transposed,
     low_bit_copy,
+    rows_are_inputs,
     scales,
     scales_beside,
     transposed,
@@ -146,7 +147,7 @@ def dequantised_weights(
             continue
         rows, width = tensor_shape(spec, name)
         sparse[name] = dense[name] = torch.from_numpy(restore(name, width))
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if rows_are_inputs(name):
             dense[name] = torch.from_numpy(restore(transposed(name), rows).T.copy())
     return sparse, dense
 

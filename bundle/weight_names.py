@@ -80,6 +80,11 @@ def copy_source(name: str) -> str:
     return name.removeprefix(_COPY).replace(f".{_NORMS}", ".down_proj.weight")
 
 
+def rows_are_inputs(name: str) -> bool:
+    """Whether the rows of a canonical matrix are its inputs; in all other matrices they are outputs."""
+    return name.endswith(("o_proj.weight", "down_proj.weight"))
+
+
 def is_quantised(name: str) -> bool:
     """Whether a canonical weight is a matrix; norms, biases and position embeddings stay floats."""
     return name.endswith(("_proj.weight", "embed_tokens.weight", "lm_head.weight"))

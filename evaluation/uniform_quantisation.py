@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shadowllm.bundle.cost_model import step_traffic
 from shadowllm.bundle.quantisation import Quantisation, rounded
-from shadowllm.bundle.weight_names import is_quantised
+from shadowllm.bundle.weight_names import is_quantised, rows_are_inputs
 from shadowllm.evaluation.quality import Result, Sums
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparsity import Budget
@@ -50,8 +50,7 @@ def uniform_weights(weights: Mapping[str, Tensor], bits: int) -> dict[str, Tenso
 def _rounded(name: str, tensor: Tensor, q: Quantisation) -> Tensor:
     if not is_quantised(name):
         return tensor
-    # The rows of these canonical matrices are inputs; those of all others are outputs.
-    transposed = name.endswith(("o_proj.weight", "down_proj.weight"))
+    transposed = rows_are_inputs(name)
     matrix = torch.from_numpy(rounded((tensor.T if transposed else tensor).float().numpy(), q))
     return matrix.T.contiguous() if transposed else matrix
 
