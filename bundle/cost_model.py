@@ -8,16 +8,19 @@ left out (together under 1% at any real size).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from shadowllm.bundle.manifest import Manifest
-from shadowllm.bundle.quantisation import LOW_BIT_COPY
-from shadowllm.models.sparsity import ActiveCounts, Budget, SparseLayers, Unit, layer_units
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
+from shadowllm.models.sparsity import UNITS, ActiveCounts, Budget, Rest, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 
 # Time of a selection inside the layers, divided by the time to read its bytes. The small nodes between the low-bit
 # copy's product and the indices take extra time, and the threads wait for each other twice. Measured at float32,
-# bfloat16, int8 and int4.
+# bfloat16, int8 and int4. Bundles whose rest comes from the copy have no such nodes.
 PER_LAYER_COST = 1.7
+# Time to read a byte of the low-bit copy, divided by the time to read a byte of a full row. Not measured yet.
+COPY_COST = 1.0
 
 
 def unit_elements(spec: ModelSpec, unit: Unit) -> int:
@@ -42,6 +45,36 @@ def layer_elements(spec: ModelSpec, heads: int, neurons: int) -> int:
     return row_elements(spec, "heads", heads) + row_elements(spec, "neurons", neurons)
 
 
+def copy_row_bytes(spec: ModelSpec, q: Quantisation = LOW_BIT_COPY) -> int:
+    """Return the bytes of one row of a low-bit copy. All of its rows have ``hidden_size`` elements."""
+    return q.bytes(spec.hidden_size) + 4 * q.blocks(spec.hidden_size)
+
+
+def unit_copy_bytes(spec: ModelSpec, unit: Unit) -> int:
+    """Return the bytes of one head (rows of q and o) or neuron (of gate, up and down) in the low-bit copy."""
+    rows = 2 * spec.head_dim if unit == "heads" else 3 if spec.gated else 2
+    return rows * copy_row_bytes(spec)
+
+
+def layer_copy_bytes(spec: ModelSpec, heads: int, neurons: int) -> int:
+    """Return the bytes of the low-bit copy that a layer reads for its rest, the scores of neurons included.
+
+    A pass reads the copy of all heads or neurons, also of the active ones; none if all of them are active.
+    """
+    active, widths = {"heads": heads, "neurons": neurons}, layer_units(spec)
+    return sum(widths[unit] * unit_copy_bytes(spec, unit) for unit in UNITS if active[unit] < widths[unit])
+
+
+def shortens(spec: ModelSpec, shortlist: int | None) -> bool:
+    """Return whether a shortlist leaves out rows of the output table."""
+    return shortlist is not None and shortlist < spec.vocab_size
+
+
+def copied_table_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of the output table in the low-bit copy, with the error of each row."""
+    return spec.vocab_size * (copy_row_bytes(spec) + 4)
+
+
 @dataclass(frozen=True)
 class Traffic:
     """Bytes read per decode step, by part."""
@@ -64,6 +97,8 @@ def step_traffic(
     batch: int = 1,
     matrix_itemsize: float | None = None,
     row_itemsize: float | None = None,
+    rest: Rest = "drop",
+    shortlist: int | None = None,
 ) -> Traffic:
     """Return the bytes that one decode step reads.
 
@@ -71,17 +106,20 @@ def step_traffic(
         itemsize: bytes of an element of a weight and of the cache.
         context: tokens in the cache, including this step's.
         active: active units of the sparse layers, which are the last layers; None for a dense step.
-        choosing: bytes read by the selector, see `selector_bytes`.
+        choosing: bytes read by the selector, see `selector_bytes` (with the same ``rest``).
         batch: sequences that advance together; the weights are read once for all.
         matrix_itemsize: bytes of a matrix element, if it differs from ``itemsize``; for integers,
             including the share of a scale.
         row_itemsize: the same for the active rows of a sparse op, if it differs from other matrices.
+        rest: what units that are not active contribute. From a low-bit copy, all heads read their keys and values.
+        shortlist: rows of the output table that are read exactly, beside its low-bit copy; None for all.
     """
     counts = list(active.by_layer()) if active else []
     dense_layers = spec.n_layers - len(counts)
     d, kv = spec.hidden_size, spec.n_kv_heads * spec.head_dim
     # If query heads are selected one by one, all KV heads may be in use, but at most one per active query head.
-    kv_read = dense_layers * spec.n_kv_heads + sum(min(spec.n_kv_heads, n // spec.heads_together) for n, _ in counts)
+    used = [spec.n_heads if rest == "shadow" else heads // spec.heads_together for heads, _ in counts]
+    kv_read = dense_layers * spec.n_kv_heads + sum(min(spec.n_kv_heads, n) for n in used)
     elements = {
         "embedding rows": batch * d * (2 if spec.positions == "learned" else 1),
         "norms": (2 * spec.n_layers + 1) * d * (2 if spec.norm == "layernorm" else 1),
@@ -89,14 +127,26 @@ def step_traffic(
         "dense layers": dense_layers * layer_elements(spec, spec.n_heads, spec.intermediate_size),
         "active q/o rows": sum(row_elements(spec, "heads", heads) for heads, _ in counts),
         "active MLP rows": sum(row_elements(spec, "neurons", neurons) for _, neurons in counts),
-        "lm_head": spec.vocab_size * d,
+        "lm_head": 0 if shortens(spec, shortlist) else spec.vocab_size * d,
         "KV cache": batch * kv_read * 2 * context * spec.head_dim,
     }
     matrix_itemsize = itemsize if matrix_itemsize is None else matrix_itemsize
     row_itemsize = matrix_itemsize if row_itemsize is None else row_itemsize
     sizes = {"norms": itemsize, "KV cache": itemsize, "active q/o rows": row_itemsize, "active MLP rows": row_itemsize}
     parts = {name: round(count * sizes.get(name, matrix_itemsize)) for name, count in elements.items()}
-    return Traffic(parts | {"predictor": round(choosing)})
+    parts["predictor"] = round(choosing)
+    copied = _copied_bytes(spec, counts, rest, shortlist)
+    if copied:
+        parts["low-bit copy"] = copied
+    if shortlist is not None and shortens(spec, shortlist):
+        parts["shortlist"] = round(shortlist * d * row_itemsize)
+    return Traffic(parts)
+
+
+def _copied_bytes(spec: ModelSpec, counts: list[tuple[int, int]], rest: Rest, shortlist: int | None) -> int:
+    """Return the bytes of the low-bit copy that a step reads in addition to those of the selector."""
+    layers = sum(layer_copy_bytes(spec, *kept) for kept in counts) if rest == "shadow" else 0
+    return layers + (copied_table_bytes(spec) if shortens(spec, shortlist) else 0)
 
 
 def mean_traffic(
@@ -105,26 +155,19 @@ def mean_traffic(
     prompt_len: int,
     new_tokens: int,
     active: ActiveCounts | None = None,
-    *,
-    choosing: float = 0,
-    matrix_itemsize: float | None = None,
-    row_itemsize: float | None = None,
+    **options: Any,
 ) -> Traffic:
-    """Return the mean over the decode steps of a generation, in which the cache grows from the prompt length."""
+    """Return the mean over the decode steps of a generation, in which the cache grows from the prompt length.
+
+    Args:
+        options: the other arguments of `step_traffic`.
+    """
     # The cost is linear in the context, so the middle context has the mean cost. Steps see
     # prompt_len + 1 .. prompt_len + new_tokens - 1 tokens.
-    return step_traffic(
-        spec,
-        itemsize,
-        prompt_len + new_tokens // 2,
-        active,
-        choosing=choosing,
-        matrix_itemsize=matrix_itemsize,
-        row_itemsize=row_itemsize,
-    )
+    return step_traffic(spec, itemsize, prompt_len + new_tokens // 2, active, **options)
 
 
-def selector_bytes(selector: str, layers: SparseLayers, itemsize: float, rank: int) -> float:
+def selector_bytes(selector: str, layers: SparseLayers, itemsize: float, rank: int, rest: Rest = "drop") -> float:
     """Return the bytes that a selector reads per token.
 
     It reads networks, or one score per unit, or a linear fit of the heads and a low-bit copy of weights.
@@ -133,6 +176,8 @@ def selector_bytes(selector: str, layers: SparseLayers, itemsize: float, rank: i
         selector: a name from `predictor.selectors`; an oracle or a random selector reads nothing.
         itemsize: bytes per element of a network's weights.
         rank: rank of the networks.
+        rest: if units that are not active come from the low-bit copy, a quantised shadow scores in the same pass, and
+            the copy is not counted here.
     """
     spec = layers.spec
     neurons = layers.count * spec.intermediate_size
@@ -142,32 +187,38 @@ def selector_bytes(selector: str, layers: SparseLayers, itemsize: float, rank: i
         return 4 * fit + (layers.count * rank * (spec.hidden_size + 1) + neurons * (rank + 1)) * itemsize
     if selector.startswith("quantized-shadow"):
         bits = selector.removeprefix("quantized-shadow").removeprefix("-")
+        if rest == "shadow" and not bits:
+            return 4 * (fit + neurons)
         copied_rows = neurons * (2 if spec.gated else 1)
         copy = replace(LOW_BIT_COPY, bits=int(bits)) if bits else LOW_BIT_COPY
-        return 4 * (fit + neurons) + copied_rows * spec.hidden_size * copy.itemsize
+        return 4 * (fit + neurons) + copied_rows * copy_row_bytes(spec, copy)
     if selector == "shadow":
         return (rank * (spec.hidden_size + 1) + units * (rank + 1)) * itemsize
     return 4 * units if selector == "static" else 0
 
 
-def predictor_bytes(manifest: Manifest, itemsize: float) -> float:
+def predictor_bytes(manifest: Manifest, itemsize: float, rest: Rest = "drop") -> float:
     """Return `selector_bytes` of a bundle's own predictor."""
     kind, rank = manifest.predictor["kind"], int(manifest.predictor["rank"])
-    return selector_bytes(kind, manifest.sparse_layers, itemsize, rank)
+    return selector_bytes(kind, manifest.sparse_layers, itemsize, rank, rest)
 
 
 def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -> bool:
     """Return whether a sparse step with its predictor reads less than a dense step on ONNX Runtime.
 
-    Only the rows of the sparse layers are counted. Apart from the cache, nothing else differs.
+    Only what differs is counted: the rows and the copy of the sparse layers, and the output table. (The cache differs
+    too, if whole groups of heads are dropped.)
 
     Args:
         narrow_rows: active rows are read as 16 bits, while other weights are widened to 32.
     """
-    spec, layers = manifest.spec, manifest.sparse_layers
-    active = sum(layer_elements(spec, heads, neurons) for heads, neurons in budget.counts(layers).by_layer())
-    every = layers.count * layer_elements(spec, spec.n_heads, spec.intermediate_size)
-    return (every - active / (2 if narrow_rows else 1)) * _itemsize(manifest) > _choosing_bytes(manifest)
+    spec, layers, rest = manifest.spec, manifest.sparse_layers, _rest(manifest, budget)
+    counts, dense = list(budget.counts(layers).by_layer()), _dense_bytes(manifest)
+    saved = sum(dense - _sparse_bytes(manifest, kept, rest, narrow_rows) for kept in counts)
+    if budget.shortlist is not None and shortens(spec, budget.shortlist):
+        rows = spec.vocab_size - budget.shortlist / (2 if narrow_rows else 1)
+        saved += rows * spec.hidden_size * _itemsize(manifest) - COPY_COST * copied_table_bytes(spec)
+    return saved > _choosing_bytes(manifest, rest)
 
 
 def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget keeps all of it") -> dict[str, str]:
@@ -176,20 +227,24 @@ def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget k
     Args:
         whole: the reason for a layer whose budget keeps all heads and neurons.
     """
-    spec, layers, itemsize = manifest.spec, manifest.sparse_layers, _itemsize(manifest)
+    layers, rest, dense = manifest.sparse_layers, _rest(manifest, budget), _dense_bytes(manifest)
     reasons = {str(layer): "comes before the first selection" for layer in range(manifest.dense_layers)}
-    dense = layer_elements(spec, spec.n_heads, spec.intermediate_size) * itemsize
-    share = _choosing_bytes(manifest) / layers.count
+    share = _choosing_bytes(manifest, rest) / layers.count
     for layer, kept in zip(layers.layers, budget.counts(layers).by_layer(), strict=True):
-        sparse = layer_elements(spec, *kept) * itemsize
+        sparse = _sparse_bytes(manifest, kept, rest)
         if sparse == dense:
             reasons[str(layer)] = whole
         elif sparse + share >= dense:
+            copy = " and low-bit copy" if rest == "shadow" else ""
             reasons[str(layer)] = (
-                "does not pay off: its sparse rows and its share of the predictor cost "
+                f"does not pay off: its sparse rows{copy} and its share of the predictor cost "
                 f"{(sparse + share) / 1e6:.2f} MB, its dense rows {dense / 1e6:.2f} MB"
             )
     return reasons
+
+
+def _rest(manifest: Manifest, budget: Budget) -> Rest:
+    return budget.rest_with(manifest.rest == "shadow")
 
 
 def _itemsize(manifest: Manifest) -> float:
@@ -197,7 +252,18 @@ def _itemsize(manifest: Manifest) -> float:
     return manifest.quantisation.itemsize if manifest.quantisation else 4
 
 
-def _choosing_bytes(manifest: Manifest) -> float:
+def _dense_bytes(manifest: Manifest) -> float:
+    """Return the bytes of all rows of a layer."""
+    return layer_elements(manifest.spec, **layer_units(manifest.spec)) * _itemsize(manifest)
+
+
+def _sparse_bytes(manifest: Manifest, kept: tuple[int, int], rest: Rest, narrow_rows: bool = False) -> float:
+    """Return the cost of a layer's active rows and of its low-bit copy, in bytes."""
+    rows = layer_elements(manifest.spec, *kept) * _itemsize(manifest) / (2 if narrow_rows else 1)
+    return rows + (COPY_COST * layer_copy_bytes(manifest.spec, *kept) if rest == "shadow" else 0)
+
+
+def _choosing_bytes(manifest: Manifest, rest: Rest) -> float:
     """Return the cost of selection per step, in bytes."""
-    per_layer = manifest.selector == "per-layer"
-    return predictor_bytes(manifest, _itemsize(manifest)) * (PER_LAYER_COST if per_layer else 1)
+    inside_nodes = manifest.selector == "per-layer" and manifest.rest != "shadow"
+    return predictor_bytes(manifest, _itemsize(manifest), rest) * (PER_LAYER_COST if inside_nodes else 1)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Never, TypedDict
 from shadowllm.bundle.quantisation import WEIGHT_DTYPES, Quantisation
 from shadowllm.errors import UserError
 from shadowllm.json_types import check_type
-from shadowllm.models.sparsity import Budget, Fractions, SparseLayers
+from shadowllm.models.sparsity import Budget, Fractions, Rest, SparseLayers
 from shadowllm.models.spec import ModelSpec
 
 NAME = "manifest.json"
@@ -25,11 +25,18 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 Empty = dict[str, Never]
 
 
-class BudgetRecord(TypedDict):
-    """Type of the manifest's ``budgets``."""
+class FractionsRecord(TypedDict):
+    """Entries of the manifest's ``budgets`` that all bundles have."""
 
     heads: Fractions
     neurons: Fractions
+
+
+class BudgetRecord(FractionsRecord, total=False):
+    """Type of the manifest's ``budgets``: the fields of a `Budget`."""
+
+    shortlist: int | None
+    rest: Rest | None
 
 
 class TrainingRecord(TypedDict, total=False):
@@ -76,6 +83,7 @@ class _Contents(TypedDict):
 
     dtype: Literal["float32", "float16", "bfloat16"]
     selector: Literal["upfront", "per-layer"]
+    rest: Rest
     budgets: BudgetRecord
     predictor: PredictorRecord
     validation: ValidationRecord | Empty
@@ -94,7 +102,9 @@ class Manifest:
         dense_layers: leading layers that stay dense.
         selector: "upfront": the graph ``predictor`` selects, and the indices are inputs of ``body``;
             "per-layer": each layer of ``body`` selects for itself.
-        budgets: default fractions, ``{"heads": ..., "neurons": ...}``; lists if layers differ.
+        rest: "shadow" if the bundle has a low-bit copy of all matrices of the sparse layers and of the output table;
+            "drop" if units that are not active can only be left out.
+        budgets: the default `Budget` as a dict; fractions are lists if layers differ.
         predictor: kind, criterion and training record.
         base_fingerprint: SHA-256 of the checkpoint the predictor was trained on.
         op_domain_version: version of the custom ops in the graphs.
@@ -109,7 +119,7 @@ class Manifest:
     spec: ModelSpec
     dtype: str
     dense_layers: int
-    budgets: dict[str, Fractions]
+    budgets: dict[str, Any]
     predictor: dict[str, Any]
     base_fingerprint: str
     op_domain_version: int
@@ -117,6 +127,7 @@ class Manifest:
     files: dict[str, str]
     weight_dtype: str | None = None
     selector: str = "upfront"
+    rest: Rest = "drop"
     allocation: dict[str, Any] = field(default_factory=dict)
     dense: dict[str, str] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
@@ -135,6 +146,11 @@ class Manifest:
     def sparse_pieces(self) -> tuple[str, ...]:
         """The graphs of a sparse decode step, in execution order."""
         return ("stem", "body") if self.selector == "per-layer" else ("stem", "predictor", "body")
+
+    @property
+    def budget(self) -> Budget:
+        """The default budget."""
+        return Budget(**self.budgets)
 
     @property
     def quantisation(self) -> Quantisation | None:
@@ -206,7 +222,7 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     if not 0 < manifest.dense_layers < spec.n_layers:
         raise ValueError(f"{manifest.dense_layers} dense layers of {spec.n_layers}")
     _ = manifest.quantisation  # raises if the type is unknown
-    Budget(**manifest.budgets).counts(manifest.sparse_layers)
+    manifest.budget.counts(manifest.sparse_layers)
     return manifest
 
 

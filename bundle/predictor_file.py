@@ -80,6 +80,11 @@ class Predictor:
         return self.kind in ("layerwise", "quantized-shadow")
 
     @property
+    def is_random(self) -> bool:
+        """Whether the ranking is random: right in shape and cost, for measuring speed only."""
+        return self.record.get("ranking") == "random"
+
+    @property
     def learned(self) -> tuple[str, ...]:
         """Names of the network's tensors. Training changes them, and a bundle stores them like weights."""
         return tuple(self._network_shapes())

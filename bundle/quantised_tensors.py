@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shadowllm.bundle.certificate import best_weighting, copy_errors
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, dequantise, quantise, rounded
 from shadowllm.bundle.weight_names import (
@@ -16,6 +17,8 @@ from shadowllm.bundle.weight_names import (
     copy_source,
     integers,
     is_copy,
+    is_copy_errors,
+    is_copy_weighting,
     is_down_norms,
     is_integers,
     is_quantised,
@@ -105,16 +108,35 @@ class RoundedTensors(Mapping[str, Tensor]):
 
 
 class CopyTensors(Mapping[str, Tensor]):
-    """A quantised shadow's tensors, named as in `copy_groups`, made on access from a model's weights."""
+    """The tensors of a low-bit copy, named as in `copy_groups`, made on access from a model's weights."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._weights, self._matrices = weights, QuantisedTensors(weights, LOW_BIT_COPY)
+        self._weighting: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if not is_copy(name):
             raise KeyError(name)
         source = copy_source(name)
-        return row_norms(self._weights[source]) if is_down_norms(name) else self._matrices[source]
+        if is_down_norms(name):
+            return row_norms(self._weights[source])
+        if is_copy_weighting(name):
+            return torch.from_numpy(self._weighting_of(source))
+        return self._errors(source) if is_copy_errors(name) else self._matrices[source]
+
+    def _errors(self, table: str) -> Tensor:
+        rows = self._weights[table].numpy()
+        copy, factors = quantise(rows, LOW_BIT_COPY)
+        return torch.from_numpy(copy_errors(rows, copy, factors, self._weighting_of(table)))
+
+    def _weighting_of(self, table: str) -> np.ndarray:
+        """The weighting of the table's errors. The final norm tells how large each element of its inputs is."""
+        if table not in self._weighting:
+            squares = np.square(self._weights["final_norm.weight"].numpy())
+            if "final_norm.bias" in self._weights:
+                squares = squares + np.square(self._weights["final_norm.bias"].numpy())
+            self._weighting[table] = best_weighting(squares, mean_square_errors(self._weights[table]))
+        return self._weighting[table]
 
     def __iter__(self) -> Iterator[str]:
         return map(low_bit_copy, self._weights)
@@ -166,3 +188,12 @@ def dequantised_predictor(predictor: Predictor, q: Quantisation) -> Predictor:
 def row_norms(down_proj: Tensor) -> Tensor:
     """Return ``||w_down[f]||`` of each neuron, float32 ``(intermediate_size,)``."""
     return down_proj.float().norm(dim=-1)
+
+
+def mean_square_errors(table: Tensor) -> np.ndarray:
+    """Return the mean square of a matrix minus its low-bit copy over the rows, float64 ``(width,)``."""
+    total = np.zeros(table.shape[1])
+    for part in table.split(1 << 12):  # temporaries are several times as large as the rows
+        rows = part.float().numpy()
+        total += np.square(rows - rounded(rows, LOW_BIT_COPY), dtype=np.float64).sum(axis=0)
+    return total / len(table)

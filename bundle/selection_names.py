@@ -25,3 +25,8 @@ def of_row(name: str, row: int) -> str:
 
 
 SELECTION = tuple(name(unit) for unit in UNITS for name in (indices, counts))
+# Inputs of ``body`` in a bundle with a low-bit copy of all matrices, int32 ``()``: whether the other units are computed
+# from the copy, how many rows of the output table are exact, and whether the largest logit is proved to be exact.
+SCALARS = REST, SHORTLIST, CERTIFY = "rest", "shortlist", "certify"
+# Output: how many rows of the output table were computed exactly for each row of logits, int32 ``(rows,)``.
+RECOMPUTED = "recomputed"

@@ -10,7 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
-from shadowllm.bundle.weight_names import copied, down_norms, integers, low_bit_copy, scales, transposed
+from shadowllm.bundle.weight_names import (
+    copied,
+    copied_for_rest,
+    copy_errors,
+    copy_weighting,
+    down_norms,
+    integers,
+    low_bit_copy,
+    output_table,
+    scales,
+    transposed,
+)
 from shadowllm.models.sparsity import SparseLayers
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import tensor_shape
@@ -63,14 +74,28 @@ def model_groups(spec: ModelSpec, dtype: str, q: Quantisation | None = None) -> 
         yield from matrices("lm_head.weight")
 
 
-def copy_groups(layers: SparseLayers) -> Iterator[Group]:
-    """Yield the layout of a quantised shadow: per sparse layer, the copy of gate and up, and ``||w_down||``."""
+def copy_groups(layers: SparseLayers, rest: bool) -> Iterator[Group]:
+    """Yield the layout of the low-bit copy: per sparse layer, the copy of gate and up, and ``||w_down||``.
+
+    Args:
+        rest: whether the rest of a layer is computed from the copy. Then down, q and o of each sparse layer and the
+            output table are copied too, and the table has bounds of its copy's errors.
+    """
     spec = layers.spec
+
+    def copies(names: list[str]) -> Iterator[Group]:
+        return quantised_groups({low_bit_copy(name): tensor_shape(spec, name) for name in names}, LOW_BIT_COPY)
+
     for layer in layers.layers:
-        yield from quantised_groups(
-            {low_bit_copy(name): tensor_shape(spec, name) for name in copied(spec, layer)}, LOW_BIT_COPY
-        )
+        yield from copies(copied(spec, layer))
         yield [(down_norms(layer), (spec.intermediate_size,), "float32")]
+        for name in copied_for_rest(layer) if rest else ():
+            yield from copies([name])
+    if rest:
+        table = output_table(spec)
+        yield from copies([table])
+        yield [(copy_errors(table), (spec.vocab_size,), "float32")]
+        yield [(copy_weighting(table), (spec.hidden_size,), "float32")]
 
 
 def quantised_groups(shapes: Mapping[str, tuple[int, ...]], q: Quantisation) -> Iterator[Group]:

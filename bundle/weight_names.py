@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from shadowllm.models.sparsity import SparseLayers
 from shadowllm.models.spec import ModelSpec
 
-_INTEGERS, _SCALES, _TRANSPOSED, _COPY, _NORMS = ".q", ".scales", ".T", "copy.", "down_norms"
+_INTEGERS, _SCALES, _TRANSPOSED, _COPY, _NORMS, _ERRORS = ".q", ".scales", ".T", "copy.", "down_norms", ".errors"
+_WEIGHTING = ".weighting"
 
 
 def integers(matrix: str) -> str:
@@ -28,7 +30,7 @@ def transposed(matrix: str) -> str:
 
 
 def low_bit_copy(matrix: str) -> str:
-    """The low-bit copy of a matrix, with which a quantised shadow scores neurons."""
+    """The low-bit copy of a matrix, with which neurons are scored, and the rest of a layer is computed."""
     return _COPY + matrix
 
 
@@ -37,10 +39,43 @@ def down_norms(layer: int) -> str:
     return f"{_COPY}layers.{layer}.{_NORMS}"
 
 
+def copy_errors(table: str) -> str:
+    """How far the logits of the copy may be from the exact ones; float32 ``(vocab_size,)``, see `certificate`."""
+    return f"{_COPY}{table}{_ERRORS}"
+
+
+def copy_weighting(table: str) -> str:
+    """The weighting of these errors; float32 ``(hidden_size,)``, see `certificate`."""
+    return f"{_COPY}{table}{_WEIGHTING}"
+
+
 def copied(spec: ModelSpec, layer: int) -> list[str]:
-    """Return the canonical names of a layer's matrices with a low-bit copy, in storage order."""
+    """Return the canonical names of a layer's matrices that score neurons, in storage order: gate and up."""
     parts = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
     return [f"layers.{layer}.{part}.weight" for part in parts]
+
+
+def copied_for_rest(layer: int) -> list[str]:
+    """Return the canonical names of a layer's other matrices from which the rest is computed, in storage order."""
+    return [f"layers.{layer}.{part}_proj.weight" for part in ("down", "q", "o")]
+
+
+def copied_names(layers: SparseLayers, rest: bool) -> list[str]:
+    """Return the canonical names of all matrices with a low-bit copy, in storage order.
+
+    Args:
+        rest: whether the rest of a layer is computed from the copy. Then down, q and o of each sparse layer and the
+            output table are copied too.
+    """
+    found = []
+    for layer in layers.layers:
+        found += copied(layers.spec, layer) + (copied_for_rest(layer) if rest else [])
+    return found + ([output_table(layers.spec)] if rest else [])
+
+
+def output_table(spec: ModelSpec) -> str:
+    """Return the canonical name of the table that maps hidden states to logits."""
+    return "embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"
 
 
 def base(name: str) -> str:
@@ -66,7 +101,7 @@ def is_transposed(name: str) -> bool:
 
 
 def is_copy(name: str) -> bool:
-    """Whether the name was made by `low_bit_copy` or `down_norms`."""
+    """Whether the name was made by `low_bit_copy`, `down_norms`, `copy_errors` or `copy_weighting`."""
     return name.startswith(_COPY)
 
 
@@ -75,9 +110,24 @@ def is_down_norms(name: str) -> bool:
     return is_copy(name) and name.endswith(f".{_NORMS}")
 
 
+def is_copy_errors(name: str) -> bool:
+    """Whether the name was made by `copy_errors`."""
+    return is_copy(name) and name.endswith(_ERRORS)
+
+
+def is_copy_weighting(name: str) -> bool:
+    """Whether the name was made by `copy_weighting`."""
+    return is_copy(name) and name.endswith(_WEIGHTING)
+
+
 def copy_source(name: str) -> str:
-    """Return the canonical name behind a `low_bit_copy` name; for `down_norms`, the matrix of the norms."""
-    return name.removeprefix(_COPY).replace(f".{_NORMS}", ".down_proj.weight")
+    """Return the canonical name behind a name of a copy; for norms, errors and weighting, their matrix."""
+    return (
+        name.removeprefix(_COPY)
+        .removesuffix(_ERRORS)
+        .removesuffix(_WEIGHTING)
+        .replace(f".{_NORMS}", ".down_proj.weight")
+    )
 
 
 def rows_are_inputs(name: str) -> bool:

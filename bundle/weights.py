@@ -13,10 +13,12 @@ from torch import Tensor
 
 from shadowllm.bundle.manifest import DATA_FILE, Manifest, verify_files
 from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, dequantise
 from shadowllm.bundle.quantised_tensors import dequantised_predictor, dequantised_weights
 from shadowllm.bundle.weight_file import TORCH_DTYPES, WeightStore
 from shadowllm.bundle.weight_layout import Group, copy_groups, model_groups
-from shadowllm.bundle.weight_names import base
+from shadowllm.bundle.weight_names import base, copied_names, integers, low_bit_copy, scales
+from shadowllm.models.weights import tensor_shape
 
 PREDICTOR_FILE = "predictor.safetensors"
 
@@ -28,11 +30,13 @@ class BundleWeights:
     Attributes:
         sparse: canonical weights as in ``body``.
         dense: as in ``dense`` and ``stem``; they differ from ``sparse`` only in the rounding of integers.
+        copies: values of the low-bit copy by canonical name; None if the bundle has no copy of all matrices.
     """
 
     sparse: Mapping[str, Tensor]
     dense: Mapping[str, Tensor]
     predictor: Predictor
+    copies: Mapping[str, Tensor] | None = None
 
 
 def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
@@ -42,12 +46,23 @@ def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
         UserError: a file is damaged.
     """
     stored, predictor, spec, q = *map_weights(folder, manifest), manifest.spec, manifest.quantisation
+    copies = _read_copies(folder, manifest) if manifest.rest == "shadow" else None
     if q is None:
         weights = {name: tensor.float() for name, tensor in stored.items()}
-        return BundleWeights(weights, weights, predictor)
+        return BundleWeights(weights, weights, predictor, copies)
     names = {base(name): None for name in stored}  # ordered, without duplicates
     sparse, dense = dequantised_weights(spec, names, stored, q)
-    return BundleWeights(sparse, dense, dequantised_predictor(predictor, q))
+    return BundleWeights(sparse, dense, dequantised_predictor(predictor, q), copies)
+
+
+def _read_copies(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    layers, stored = manifest.sparse_layers, map_copies(folder, manifest)
+
+    def restored(name: str) -> Tensor:
+        data, factors = (stored[part(low_bit_copy(name))].numpy() for part in (integers, scales))
+        return torch.from_numpy(dequantise(data, factors, tensor_shape(layers.spec, name)[1], LOW_BIT_COPY).copy())
+
+    return {name: restored(name) for name in copied_names(layers, rest=True)}
 
 
 def map_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], Predictor]:
@@ -62,9 +77,9 @@ def map_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], Pr
 
 
 def map_copies(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """Map a quantised shadow's tensors like `map_weights`, which must have checked the file."""
+    """Map a low-bit copy's tensors like `map_weights`, which must have checked the file."""
     weights = model_groups(manifest.spec, manifest.dtype, manifest.quantisation)
-    return _mapped(folder, chain(weights, copy_groups(manifest.sparse_layers)))
+    return _mapped(folder, chain(weights, copy_groups(manifest.sparse_layers, manifest.rest == "shadow")))
 
 
 def _mapped(folder: Path, groups: Iterator[Group]) -> dict[str, Tensor]:

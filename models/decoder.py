@@ -25,6 +25,19 @@ InputHook = Callable[[int, Unit, Tensor], None]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
 
+@dataclass(frozen=True)
+class Visible:
+    """Keys and values ``(batch, n_kv_heads, length, head_dim)``, and which of them each token attends to.
+
+    Attributes:
+        mask: bool ``(batch, 1, seqlen, length)``.
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor
+
+
 @dataclass
 class KVCache:
     """A KV cache of fixed capacity: keys and values ``(batch, n_kv_heads, capacity, head_dim)`` per layer.
@@ -116,23 +129,38 @@ class Decoder:
     def logits(self, x: Tensor) -> Tensor:
         """Apply the final norm and the output projection."""
         table = "embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
-        return F.linear(self._norm("final_norm", x), self.weights[table])
+        return F.linear(self.final_hidden(x), self.weights[table])
+
+    def final_hidden(self, x: Tensor) -> Tensor:
+        """Apply the final norm; the result is the input of the output projection."""
+        return self._norm("final_norm", x)
 
     def _attention(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
-        place = f"layers.{layer}"
         if self.input_hook:
             self.input_hook(layer, "heads", x)
-        projected = self._projected(place, ("q", "k", "v"), x)
-        query, key, value = (y.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for y in projected)
-        query, key = self._rotate(query, position_ids), self._rotate(key, position_ids)
-        key_positions = position_ids
+        context = self.context(layer, x, position_ids, self.visible(layer, x, position_ids, cache))
+        return self._rows(f"layers.{layer}.o_proj", self._hooked(layer, "heads", context).flatten(2))
+
+    def visible(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Visible:
+        """Return the keys and values that a layer's tokens attend to. Those of ``x`` are written to the cache."""
+        place = f"layers.{layer}"
+        key, value = (self._heads(f"{place}.{part}_proj", x) for part in ("k", "v"))
+        key, key_positions = self._rotate(key, position_ids), position_ids
         if cache is not None:
             key, value = cache.update(layer, key, value, position_ids)
             key_positions = torch.arange(key.shape[2]).expand(x.shape[0], -1)
-        visible = key_positions[:, None, None, :] <= position_ids[:, None, :, None]
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True).transpose(1, 2)
-        context = self._hooked(layer, "heads", context)
-        return self._rows(f"{place}.o_proj", context.flatten(2))
+        return Visible(key, value, key_positions[:, None, None, :] <= position_ids[:, None, :, None])
+
+    def context(self, layer: int, x: Tensor, position_ids: Tensor, visible: Visible) -> Tensor:
+        """Return what the query heads read from keys and values, ``(batch, seqlen, n_heads, head_dim)``."""
+        query = self._rotate(self._heads(f"layers.{layer}.q_proj", x), position_ids)
+        return F.scaled_dot_product_attention(
+            query, visible.key, visible.value, attn_mask=visible.mask, enable_gqa=True
+        ).transpose(1, 2)
+
+    def _heads(self, name: str, x: Tensor) -> Tensor:
+        """Apply a projection, ``(batch, heads, seqlen, head_dim)``."""
+        return self._linear(name, x).unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
 
     def mlp_activation(self, layer: int, x: Tensor) -> Tensor:
         """Compute a layer's neuron activations from the normalised input, ``(batch, seqlen, intermediate_size)``."""

@@ -1,4 +1,4 @@
-"""Sparsity: the units that can be skipped, the sparse layers, and how many units each layer keeps.
+"""Sparsity: the units that are selected, the sparse layers, and how many units each layer keeps.
 
 Where heads and neurons appear together, heads come first.
 """
@@ -6,8 +6,8 @@ Where heads and neurons appear together, heads come first.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from shadowllm.models.spec import ModelSpec
 Unit = Literal["heads", "neurons"]
 UNITS: tuple[Unit, ...] = ("heads", "neurons")
 Fractions = float | tuple[float, ...]
+# Units that are not active are computed from the low-bit copy ("shadow"), or contribute nothing ("drop").
+Rest = Literal["shadow", "drop"]
 
 
 def layer_units(spec: ModelSpec) -> dict[Unit, int]:
@@ -26,7 +28,7 @@ def layer_units(spec: ModelSpec) -> dict[Unit, int]:
 
 @dataclass(frozen=True)
 class SparseLayers:
-    """The layers of a model that skip units: all layers after the leading dense layers.
+    """The layers of a model that select units: all layers after the leading dense layers.
 
     A tensor with one row per sparse layer has the shape ``(n_sparse, ...)``.
 
@@ -78,16 +80,29 @@ class ActiveCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Fractions of units that stay active: one for all sparse layers, or one per sparse layer.
+    """How much of a model a token reads at full precision. The default is everything: the dense model.
+
+    Attributes:
+        heads, neurons: fractions of units that are active: one for all sparse layers, or one per sparse layer.
+        shortlist: rows of the output table that are computed exactly, those with the largest logits in the low-bit
+            copy. The other logits are the copy's. None computes all rows exactly.
+        rest: what the other heads and neurons contribute. None is "shadow" if the bundle has a low-bit copy of all
+            matrices, else "drop".
 
     Raises:
-        UserError: a fraction is outside (0, 1].
+        UserError: a fraction is outside (0, 1], the shortlist is empty, or ``rest`` is unknown.
     """
 
     heads: Fractions = 1.0
     neurons: Fractions = 1.0
+    shortlist: int | None = None
+    rest: Rest | None = None
 
     def __post_init__(self) -> None:
+        if self.shortlist is not None and self.shortlist < 1:
+            raise UserError(f"a shortlist of {self.shortlist} rows is empty", "give 1 or more; 1024 is usual")
+        if self.rest not in (None, *get_args(Rest)):
+            raise UserError(f"unknown rest {self.rest!r}", f"use {' or '.join(get_args(Rest))}")
         for unit in UNITS:
             value = getattr(self, unit)
             if isinstance(value, list):  # JSON has no tuples
@@ -112,9 +127,26 @@ class Budget:
         heads = _counts(self.heads, spec.n_heads // spec.heads_together, layers.count) * spec.heads_together
         return ActiveCounts(heads, _counts(self.neurons, spec.intermediate_size, layers.count))
 
+    def rest_with(self, copies: bool) -> Rest:
+        """Return what the units that are not active contribute.
+
+        Args:
+            copies: whether there is a low-bit copy of all matrices.
+
+        Raises:
+            UserError: the budget needs this copy, and there is none.
+        """
+        if not copies and (self.rest == "shadow" or self.shortlist is not None):
+            needs = "computes the rest from the shadow" if self.rest == "shadow" else "has a shortlist"
+            raise UserError(
+                f"the budget {needs}, but there is no low-bit copy for that",
+                "leave it out, or export with --rest shadow",
+            )
+        return self.rest or ("shadow" if copies else "drop")
+
     def mean(self) -> Budget:
         """Return the mean fractions, equal for all layers."""
-        return Budget(heads=float(np.mean(_each(self.heads))), neurons=float(np.mean(_each(self.neurons))))
+        return replace(self, heads=float(np.mean(_each(self.heads))), neurons=float(np.mean(_each(self.neurons))))
 
 
 def parse_fractions(text: str) -> Fractions:

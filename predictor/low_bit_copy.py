@@ -1,4 +1,4 @@
-"""The low-bit copy of gate and up. A quantised shadow scores neurons with it before they are computed."""
+"""The low-bit copy of a model's matrices: it scores neurons, and gives the units that are not active."""
 
 from __future__ import annotations
 
@@ -9,26 +9,34 @@ from torch import Tensor
 
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, rounded
 from shadowllm.bundle.quantised_tensors import row_norms
-from shadowllm.bundle.weight_names import copied
+from shadowllm.bundle.weight_names import copied_names
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparsity import SparseLayers
+
+
+def low_bit_copies(
+    layers: SparseLayers, weights: Mapping[str, Tensor], q: Quantisation = LOW_BIT_COPY, rest: bool = False
+) -> dict[str, Tensor]:
+    """Return float32 values of the low-bit copy by canonical name: gate and up of the given layers.
+
+    Args:
+        weights: canonical float32 tensors.
+        q: rounding of the copy.
+        rest: see `weight_names.copied_names`.
+    """
+    return {name: torch.from_numpy(rounded(weights[name].numpy(), q)) for name in copied_names(layers, rest)}
 
 
 class LowBitCopy:
     """Scores the neurons of a layer from the MLP's input. A score is nearly the norm of what the neuron adds.
 
     Args:
-        layers: the layers to copy and score.
+        layers: the layers to score.
         weights: canonical float32 tensors.
-        q: rounding of gate and up. Norms, biases and ``||w_down||`` are exact.
+        copies: values of `low_bit_copies`. Norms, biases and ``||w_down||`` are exact.
     """
 
-    def __init__(self, layers: SparseLayers, weights: Mapping[str, Tensor], q: Quantisation = LOW_BIT_COPY) -> None:
-        copies = {
-            name: torch.from_numpy(rounded(weights[name].numpy(), q))
-            for layer in layers.layers
-            for name in copied(layers.spec, layer)
-        }
+    def __init__(self, layers: SparseLayers, weights: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
         self._down_norms = {layer: row_norms(weights[f"layers.{layer}.down_proj.weight"]) for layer in layers.layers}
         self._decoder = Decoder(layers.spec, {**weights, **copies})
 

@@ -11,6 +11,7 @@ from shadowllm.bundle.cost_model import (
     dense_reasons,
     mean_traffic,
     predictor_bytes,
+    selector_bytes,
     sparse_pays,
     step_traffic,
     unit_elements,
@@ -19,6 +20,7 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.quantised_tensors import CopyTensors
 from shadowllm.bundle.weight_names import copied
 from shadowllm.bundle.weights import read_weights
+from shadowllm.errors import UserError
 from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import ActiveCounts, Budget, SparseLayers, layer_units
 from shadowllm.plugins import native_ops
@@ -205,3 +207,72 @@ def test_layers_pay_where_the_step_does(bundle, kind):
 def test_a_copy_of_4_bits_does_not_pay_next_to_weights_of_4_bits(bundle, weight_dtype, pays):
     manifest = read_manifest(bundle("llama-blocks", weight_dtype=weight_dtype, kind="quantized-shadow"))
     assert sparse_pays(manifest, Budget(neurons=0.5)) == pays
+
+
+def mixed(shortlist=None, active=None, **options):
+    return step_traffic(LLAMA, 2, context=5, active=active, rest="shadow", shortlist=shortlist, **options).parts
+
+
+def test_a_rest_from_the_low_bit_copy_by_hand():
+    row = 32 + 4  # one block of 64 integers of 4 bits, the last of them unused, and a scale
+    parts = mixed(active=counts((1, 4), (2, 10)))
+    assert parts["low-bit copy"] == row * (4 * 2 * 2 + 10 * 3)  # q and o of 4 heads, gate, up and down of one layer
+    assert parts["active q/o rows"] == 2 * (1 + 4) * 2 * 2 * 6
+    assert parts["active MLP rows"] == 2 * (2 + 10) * 3 * 6
+    assert parts["KV cache"] == 2 * (2 + 2 + 2) * 2 * 5 * 2  # all heads read their keys and values
+    parts = mixed(active=counts((4, 4), (2, 10)))
+    assert parts["low-bit copy"] == row * 10 * 3
+
+
+def test_a_shortlist_by_hand():
+    parts = mixed(shortlist=3, row_itemsize=1)
+    assert parts["lm_head"] == 0
+    assert parts["low-bit copy"] == 11 * (32 + 4 + 4)  # with the error of each row
+    assert parts["shortlist"] == 3 * 6
+    for whole in (11, 12, None):
+        assert mixed(shortlist=whole) == step_traffic(LLAMA, 2, context=5).parts
+
+
+def test_everything_active_reads_no_copy():
+    assert mixed(active=Budget().counts(SparseLayers(LLAMA, 1)))["k/v projections"] > 0
+    assert (
+        step_traffic(LLAMA, 4, 9, Budget().counts(SparseLayers(LLAMA, 1)), rest="shadow").total
+        == step_traffic(LLAMA, 4, 9).total
+    )
+
+
+def test_a_quantised_shadow_scores_and_computes_the_rest_in_one_pass():
+    layers = SparseLayers(LLAMA, 1)
+    apart, together = (selector_bytes("quantized-shadow", layers, 4, 0, rest) for rest in ("drop", "shadow"))
+    assert apart - together == 2 * 10 * 2 * (32 + 4)  # gate and up of 10 neurons in two layers
+    assert together == 4 * 2 * (4 * 7 + 10)  # the fit of the heads, and the norms of down
+    # Another number of bits is another copy.
+    assert len({selector_bytes("quantized-shadow-2", layers, 4, 0, rest) for rest in ("drop", "shadow")}) == 1
+
+
+@pytest.fixture
+def with_copies(bundle):
+    """A manifest as of a bundle with copies. The sizes are those of a real model, so that copies are smaller."""
+    found = read_manifest(bundle("llama-blocks", kind="quantized-shadow"))
+    return replace(found, rest="shadow", spec=replace(found.spec, hidden_size=576, intermediate_size=1536))
+
+
+def test_a_mixed_step_pays_if_it_reads_less(with_copies):
+    assert not sparse_pays(with_copies, Budget())
+    assert sparse_pays(with_copies, Budget(neurons=0.1))
+    assert sparse_pays(with_copies, Budget(neurons=0.1, rest="drop"))
+    assert not sparse_pays(with_copies, Budget(neurons=0.95))  # the copy is 14% of 32 bits
+    # The vocabulary has 97 rows, but the fit of the heads and the norms of down must be paid for.
+    assert [sparse_pays(with_copies, Budget(shortlist=rows)) for rows in (1, 97)] == [True, False]
+
+
+def test_a_budget_that_needs_a_copy_is_refused_without_one(bundle):
+    with pytest.raises(UserError, match="no low-bit copy"):
+        sparse_pays(read_manifest(bundle()), Budget(shortlist=10))
+
+
+def test_mixed_layers_have_reasons(with_copies):
+    found = dense_reasons(with_copies, Budget(neurons=(0.95, 0.5)))
+    assert list(found) == ["0", "1"]
+    assert "sparse rows and low-bit copy" in found["1"]
+    assert list(dense_reasons(with_copies, Budget(shortlist=10))) == ["0", "1", "2"]

@@ -50,7 +50,8 @@ def test_a_dense_model_has_none_and_takes_any_budget(spec):
 
 def test_units_stand_in_one_order(spec):
     assert tuple(layer_units(spec).items()) == (("heads", 4), ("neurons", 88))
-    assert tuple(layer_units(spec)) == UNITS == tuple(vars(Budget())) == tuple(vars(Budget().counts(sparse(spec, 1))))
+    assert tuple(layer_units(spec)) == UNITS == tuple(vars(Budget()))[:2]
+    assert tuple(vars(Budget().counts(sparse(spec, 1)))) == UNITS
 
 
 def test_counts_go_by_name_and_by_layer(spec):

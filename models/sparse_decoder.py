@@ -1,0 +1,83 @@
+"""The reference decoder of a sparse step: active units at full precision, the rest from a low-bit copy or dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from shadowllm.models.decoder import Decoder, InputHook, KVCache
+from shadowllm.models.sparsity import Rest, Unit
+from shadowllm.models.spec import ModelSpec
+
+# Receives the activation of one layer's units (see `decoder.ActivationHook`) and returns which units are active: bool,
+# broadcast to ``(batch, seqlen, n_units)``; None if all of them are.
+Selection = Callable[[int, Unit, Tensor], Tensor | None]
+
+
+class SparseDecoder(Decoder):
+    """A `Decoder` in which some units of a layer are active, and the others come from a low-bit copy or are dropped.
+
+    Keys and values are exact for all heads.
+
+    Args:
+        spec: the model.
+        weights: canonical float32 tensors.
+        select: called once per layer and unit.
+        input_hook: called once per layer and unit, before ``select``, with the input of the units.
+        copies: float32 values of the low-bit copy, by canonical name: gate, up, down, q and o of the sparse layers, and
+            the output table.
+        rest: what units that are not active contribute; "shadow" needs ``copies``.
+        shortlist: rows of the output table that are computed exactly; None for all. The others need ``copies``.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Tensor],
+        select: Selection,
+        input_hook: InputHook | None = None,
+        copies: Mapping[str, Tensor] | None = None,
+        rest: Rest = "drop",
+        shortlist: int | None = None,
+    ) -> None:
+        super().__init__(spec, weights, input_hook=input_hook)
+        self._select, self._shortlist = select, shortlist
+        self._copy = Decoder(spec, {**weights, **copies}) if copies else None
+        self._rest = self._copy if rest == "shadow" else None
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Decoder.logits`. Rows outside of the shortlist are the copy's."""
+        exact = super().logits(x)
+        if self._shortlist is None or self._shortlist >= self.spec.vocab_size:
+            return exact
+        assert self._copy is not None
+        low = self._copy.logits(x)
+        best = low.topk(self._shortlist, dim=-1).indices
+        return low.scatter(-1, best, exact.gather(-1, best))
+
+    def _attention(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
+        if self.input_hook:
+            self.input_hook(layer, "heads", x)
+        visible, name = self.visible(layer, x, position_ids, cache), f"layers.{layer}.o_proj"
+        context = self.context(layer, x, position_ids, visible)
+        active = self._select(layer, "heads", context)
+        if active is None:
+            return self._rows(name, context.flatten(2))
+        y = self._rows(name, (context * active[..., None]).flatten(2))
+        if self._rest is None:
+            return y
+        rest = self._rest.context(layer, x, position_ids, visible) * ~active[..., None]
+        return y + rest.flatten(2) @ self._rest.weights[f"{name}.weight"]
+
+    def _mlp(self, layer: int, x: Tensor) -> Tensor:
+        if self.input_hook:
+            self.input_hook(layer, "neurons", x)
+        activation, name = self.mlp_activation(layer, x), f"layers.{layer}.down_proj"
+        active = self._select(layer, "neurons", activation)
+        if active is None:
+            return self._rows(name, activation)
+        y = self._rows(name, activation * active)
+        if self._rest is None:
+            return y
+        return y + (self._rest.mlp_activation(layer, x) * ~active) @ self._rest.weights[f"{name}.weight"]
