@@ -38,6 +38,10 @@ class FunctionForm:
     head_dim: int
     quantisation: Quantisation | None = None
     copy: CopyForm | None = None
+    rest: Quantisation | None = None  # the format of the low-bit copies of the sparse ops; None: they have no copies
+    chooses_neurons: bool = False  # `SparseMLP` has no indices and chooses itself
+    head_groups: int = 0  # G of a `SparseAttention` without indices, which chooses itself; 0: it has indices
+    table: TableForm | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,16 @@ class CopyForm:
     hidden_size: int
     rows: int
     quantisation: Quantisation
+
+
+@dataclass(frozen=True)
+class TableForm:
+    """Sizes of the low-bit copy of the output table that ``ShortlistLogits`` reads, and whether it has a weighting."""
+
+    hidden_size: int
+    rows: int
+    quantisation: Quantisation
+    weighted: bool = False
 
 
 class FunctionBody:
@@ -79,15 +93,65 @@ class FunctionBody:
 
     def active(self) -> ir.Value:
         """The first ``count`` indices, as int64."""
-        end = self.op("Reshape", self.op("Cast", self["count"], to=ir.DataType.INT64), self.const([1]))
-        return self.op("Cast", self.op("Slice", self["indices"], self.const([0]), end), to=ir.DataType.INT64)
+        found = self.op("Slice", self["indices"], self.const([0]), self.counted())
+        return self.op("Cast", found, to=ir.DataType.INT64)
+
+    def best(self, scores: ir.Value, k: ir.Value, counts: ir.Value) -> ir.Value:
+        """The ascending indices of the largest of each row of scores, -1 past the row's count.
+
+        Scores ``(n, W)``, a scalar k and counts ``(n, 1)`` give int64 ``(n, k)``. Ties go to the lower index.
+        """
+        size = self.op("Reshape", k, self.const([1]))
+        _, order = self.pair("TopK", scores, size, largest=1, sorted=1)
+        # Indices past the count are replaced by a bound that sorts last, so that one ascending sort puts the
+        # selected indices first.
+        rank = self.op("Range", self.const(0), k, self.const(1))
+        chosen = self.op("Less", self.op("Unsqueeze", rank, self.const([0])), counts)
+        bound = self.op("Shape", scores, start=1, end=2)
+        ascending, _ = self.pair("TopK", self.op("Where", chosen, order, bound), size, largest=0, sorted=1)
+        return self.op("Where", chosen, ascending, self.const(-1))
+
+    def choose(self, scores: ir.Value, count: ir.Value) -> ir.Value:
+        """The ascending indices of the ``count`` ``(1,)`` largest scores ``(W,)``, as int64."""
+        rows, k = self.op("Unsqueeze", scores, self.const([0])), self.op("Squeeze", self.op("Shape", scores))
+        found = self.best(rows, k, self.op("Unsqueeze", count, self.const([1])))
+        return self.op("Slice", self.op("Squeeze", found, self.const([0])), self.const([0]), count)
+
+    def counted(self) -> ir.Value:
+        """The input ``count`` as int64 ``(1,)``."""
+        return self.op("Reshape", self.op("Cast", self["count"], to=ir.DataType.INT64), self.const([1]))
+
+    def padded(self, chosen: ir.Value, width: ir.Value) -> ir.Value:
+        """Indices ``(n,)`` as the output ``chosen``: int32 ``(width,)``, -1 past their number."""
+        past = self.op("Expand", self.const(-1), self.op("Sub", width, self.op("Shape", chosen)))
+        return self.op("Cast", self.op("Concat", chosen, past, axis=0), to=ir.DataType.INT32)
+
+    def full(self, chosen: ir.Value, width: ir.Value) -> ir.Value:
+        """Boolean ``(width,)``: whether a unit is one of the indices ``chosen``."""
+        ones = self.op("Expand", self.const(1), self.op("Shape", chosen))
+        marks = self.op("ScatterElements", self.op("Expand", self.const(0), width), chosen, ones, axis=0)
+        return self.op("Cast", marks, to=ir.DataType.BOOL)
+
+    def of_rest(self, full: ir.Value) -> ir.Value:
+        """Boolean: whether a unit is computed from the copy, which none is where the input ``rest`` is 0."""
+        return self.op("And", self.op("Not", full), self.op("Cast", self["rest"], to=ir.DataType.BOOL))
+
+    def where(self, mask: ir.Value, x: ir.Value) -> ir.Value:
+        """``x`` where the mask is true, else 0."""
+        return self.op("Where", mask, x, self.op("CastLike", self.const(0), x))
+
+    def low_bit(self, part: str, q: Quantisation) -> ir.Value:
+        """All rows of the copy ``c_<part>`` in the type of x, ``(rows, D)``."""
+        data = self.op("Reshape", self[f"c_{part}"], self.const([0, -1]))
+        return self.op("CastLike", self._dequantise(data, self[f"cs_{part}"], q), self["x"])
 
     def matrix(self, part: str, pick: Callable[[ir.Value], ir.Value], form: FunctionForm) -> ir.Value:
         """The picked rows of ``w_<part>`` as floats, ``(rows, D)``."""
-        weight = pick(self[f"w_{part}"])
-        if form.quantisation is None:
-            return weight
-        return self._dequantise(weight, pick(self[f"s_{part}"]), form.quantisation)
+        return self.rows(pick(self[f"w_{part}"]), lambda: pick(self[f"s_{part}"]), form)
+
+    def rows(self, weight: ir.Value, scales: Callable[[], ir.Value], form: FunctionForm) -> ir.Value:
+        """Rows of a matrix as floats, ``(rows, D)``. ``scales`` makes those of integers."""
+        return weight if form.quantisation is None else self._dequantise(weight, scales(), form.quantisation)
 
     def _dequantise(self, data: ir.Value, scales: ir.Value, q: Quantisation) -> ir.Value:
         if q.bits == 4:
@@ -99,8 +163,10 @@ class FunctionBody:
         values = self.op("Sub", self.op("Cast", data, to=ir.DataType.FLOAT), middle)
         shape = self.op("Concat", self.op("Shape", scales), self.const([q.block]), axis=0)
         scaled = self.op("Mul", self.op("Reshape", values, shape), self.op("Unsqueeze", scales, self.const([2])))
-        rows, width = self.op("Shape", scales, start=0, end=1), self.op("Shape", self["x"], start=2, end=3)
-        return self.op("Reshape", scaled, self.op("Concat", rows, width, axis=0))
+        rows, blocks = self.op("Shape", scales, start=0, end=1), self.op("Shape", scales, start=1, end=2)
+        size = self.op("Concat", rows, self.op("Mul", blocks, self.const(q.block)), axis=0)
+        width = self.op("Shape", self["x"], start=-1)  # the last block may be padded
+        return self.op("Slice", self.op("Reshape", scaled, size), self.const([0]), width, self.const([1]))
 
     def _byte(self, value: int) -> ir.Value:
         return self.op("Constant", value=ir.tensor(np.array(value, dtype=np.uint8)))
@@ -116,12 +182,29 @@ class FunctionBody:
             return self.op("Mul", x, self.op("Sigmoid", x))
         return self.op({"relu": "Relu", "gelu": "Gelu"}[activation], x)
 
-    def finish(self, output: ir.Value) -> ir.Function:
-        """Return the function with this output."""
-        output.name = self._schema.outputs[0].name
+    def if_else(
+        self, condition: ir.Value, if_true: Callable[[], Sequence[ir.Value]], if_false: Callable[[], Sequence[ir.Value]]
+    ) -> Sequence[ir.Value]:
+        """Add an ``If`` node, whose branches are made of the nodes that two functions add; return its outputs."""
+        branches = {}
+        outer = self._tape
+        for name, add_nodes in (("then_branch", if_true), ("else_branch", if_false)):
+            self._tape = Tape()
+            outputs = add_nodes()
+            # A name in a branch must differ from those outside, which the branch can read.
+            for i, value in enumerate(value for node in self._tape.nodes for value in node.outputs):
+                value.name = f"{name}_{i}"
+            branches[name] = ir.Graph((), outputs, nodes=self._tape.nodes, name=name)
+        self._tape = outer
+        return self._tape.op_multi_out("If", [condition], branches, num_outputs=len(outputs))
+
+    def finish(self, *outputs: ir.Value) -> ir.Function:
+        """Return the function with these outputs. ONNX Runtime wants a node to name all outputs of its function."""
+        for output, port in zip(outputs, self._schema.outputs, strict=False):
+            output.name = port.name
         imports = {"": OPSET, op_domain.DOMAIN: op_domain.VERSION}
         imports |= {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in self._tape.nodes) else {}
-        graph = ir.Graph(tuple(self.inputs.values()), (output,), nodes=self._tape.nodes, opset_imports=imports)
+        graph = ir.Graph(tuple(self.inputs.values()), outputs, nodes=self._tape.nodes, opset_imports=imports)
         kinds = {int: ir.AttributeType.INT, str: ir.AttributeType.STRING}
         declared = [ir.Attr(a.name, kinds[a.type], None) for a in self._schema.attributes]
         return ir.Function(op_domain.DOMAIN, self._schema.name, graph=graph, attributes=declared)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from shadowllm.bundle.quantisation import Quantisation, dequantise
+
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
@@ -30,4 +32,28 @@ def active(indices: np.ndarray, count: int, bound: int) -> np.ndarray:
     if found.size and (found.min() < 0 or found.max() >= bound):
         bad = found[(found < 0) | (found >= bound)][0]
         raise IndexError(f"index {bad} is outside 0..{bound - 1}")
+    return found
+
+
+def copy_rows(copy: np.ndarray | None, scales: np.ndarray | None, width: int) -> np.ndarray:
+    """A low-bit copy ``(rows, blocks, bytes)`` with its scales ``(rows, blocks)``, as float32 ``(rows, width)``.
+
+    Raises:
+        ValueError: the op needs the copy, and it is absent.
+    """
+    if copy is None or scales is None:
+        raise ValueError("the low-bit copy is absent")
+    q = Quantisation(bits=4, block=2 * copy.shape[2])
+    return dequantise(copy.reshape(len(copy), -1), scales, width, q)
+
+
+def largest(scores: np.ndarray, count: int) -> np.ndarray:
+    """The ascending indices of the ``count`` largest scores ``(n,)``. Ties go to the lower index."""
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def padded(indices: np.ndarray, width: int) -> np.ndarray:
+    """Indices as int32 ``(width,)``, -1 past their number."""
+    found = np.full(width, -1, dtype=np.int32)
+    found[: len(indices)] = indices
     return found

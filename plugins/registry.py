@@ -23,9 +23,7 @@ from typing import TYPE_CHECKING, Any
 from shadowllm.plugins.schema import OpSchema
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx_ir as ir
-    from torch import Tensor
 
     from shadowllm.plugins.function_body import FunctionForm
     from shadowllm.plugins.triton.schedule import Planner
@@ -36,6 +34,7 @@ FOLDERS = (
     "sparse_mlp",
     "sparse_attention",
     "score_neurons",
+    "shortlist_logits",
 )
 
 
@@ -47,7 +46,7 @@ _FOLDERS: dict[str, str] = {_member(folder, "schema", folder.upper()).name: fold
 SCHEMAS: dict[str, OpSchema] = {op: _member(folder, "schema", folder.upper()) for op, folder in _FOLDERS.items()}
 
 
-def reference(op: str) -> Callable[..., np.ndarray]:
+def reference(op: str) -> Callable[..., Any]:
     """The NumPy reference of an op.
 
     Raises:
@@ -57,7 +56,7 @@ def reference(op: str) -> Callable[..., np.ndarray]:
 
 
 def function_bodies(form: FunctionForm) -> list[ir.Function]:
-    """The functions of domain ``shadowllm`` for one form of model; ``ScoreNeurons`` only with a low-bit copy."""
+    """The functions of domain ``shadowllm`` for one form of model, without the ops that the form lacks."""
     bodies = (_member(folder, "function", "function_body")(form) for folder in FOLDERS)
     return [body for body in bodies if body is not None]
 
@@ -67,6 +66,6 @@ def schedules(op: str) -> Planner:
     return _member(_FOLDERS[op], "schedule", "schedules")
 
 
-def launcher(op: str) -> Callable[..., Tensor]:
-    """The op as a function of PyTorch tensors. Needs Triton."""
+def launcher(op: str) -> Callable[..., Any]:
+    """The op as a function of PyTorch tensors; it returns its output, or a tuple of them. Needs Triton."""
     return _member(_FOLDERS[op], "launcher", _FOLDERS[op])

@@ -8,7 +8,6 @@ import onnxruntime as ort
 
 from shadowllm.bundle import op_domain
 from shadowllm.plugins.function_body import OPSET, FunctionForm
-from shadowllm.plugins.ops.select_topk.schema import SELECT_TOPK
 from shadowllm.plugins.registry import function_bodies
 from shadowllm.plugins.schema import OpSchema
 
@@ -28,18 +27,28 @@ FORM = FunctionForm(
 
 
 def run(schema: OpSchema, form: FunctionForm, feeds: dict[str, np.ndarray], **attributes) -> np.ndarray:
-    """A model with one node of the op and the function bodies."""
+    """The first output of the op."""
+    return run_all(schema, form, feeds, outputs=1, **attributes)[0]
+
+
+def run_all(
+    schema: OpSchema, form: FunctionForm, feeds: dict[str, np.ndarray], outputs: int | None = None, **attributes
+) -> list[np.ndarray]:
+    """The outputs of a model with one node of the op and the function bodies; ``outputs`` is how many it has."""
     inputs = {
         name: ir.val(name, dtype=ir.DataType.from_numpy(array.dtype), shape=array.shape)
         for name, array in feeds.items()
     }
-    node = ir.node(schema.name, [inputs.get(port.name) for port in schema.inputs], attributes, domain=op_domain.DOMAIN)
-    output = node.outputs[0]
-    output.name, output.dtype = "output", ir.DataType.INT32 if schema is SELECT_TOPK else ir.DataType.FLOAT
-    graph = ir.Graph(list(inputs.values()), [output], nodes=[node], opset_imports={"": OPSET, op_domain.DOMAIN: 1})
+    ports = schema.outputs[:outputs]
+    given = [inputs.get(port.name) for port in schema.inputs]
+    node = ir.node(schema.name, given, attributes, domain=op_domain.DOMAIN, num_outputs=len(ports))
+    for output, port in zip(node.outputs, ports, strict=True):
+        output.name = f"output_{port.name}"
+        output.dtype = ir.DataType.INT32 if port.dtype == "int32" else ir.DataType.FLOAT
+    graph = ir.Graph(list(inputs.values()), node.outputs, nodes=[node], opset_imports={"": OPSET, op_domain.DOMAIN: 1})
     model = ir.Model(graph, ir_version=11, functions=function_bodies(form))
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)[0]
+    return session.run(None, feeds)
 
 
 def padded(chosen: np.ndarray, cap: int) -> np.ndarray:

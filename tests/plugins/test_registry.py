@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,22 @@ import pytest
 
 from shadowllm.bundle.quantisation import Quantisation
 from shadowllm.plugins import registry
-from shadowllm.plugins.function_body import CopyForm, FunctionForm
+from shadowllm.plugins.function_body import CopyForm, FunctionForm, TableForm
 from shadowllm.plugins.registry import SCHEMAS
 
 SOURCES = Path(__file__).parents[2] / "plugins"
-FORM = FunctionForm("silu", True, True, True, True, True, 6, 2, 8, copy=CopyForm(64, 20, Quantisation(4)))
+COPIES = {"copy": CopyForm(64, 20, Quantisation(4)), "table": TableForm(64, 20, Quantisation(4))}
+FORM = FunctionForm("silu", True, True, True, True, True, 6, 2, 8, **COPIES)
+# The sparse ops choose the units themselves, with a low-bit copy.
+CHOOSING = replace(FORM, rest=Quantisation(4), chooses_neurons=True, head_groups=3)
 # Ports that a backend does not use: the reference computes all scores, and the kernels read no integer rows.
 UNREAD = {
     "reference": {"ScoreNeurons": ("count",)},
-    "launcher": {"SparseMLP": ("s_gate", "s_up", "s_down"), "SparseAttention": ("s_q", "s_o")},
+    "launcher": {
+        "SparseMLP": ("s_gate", "s_up", "s_down"),
+        "SparseAttention": ("s_q", "s_o"),
+        "ShortlistLogits": ("table_scales",),
+    },
 }
 
 
@@ -59,28 +67,36 @@ def test_functions_take_the_ports_and_attributes(op, backend):
 
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_bodies_have_the_ports_and_attributes(op):
-    (body,) = [body for body in registry.function_bodies(FORM) if body.name == op]
-    schema = SCHEMAS[op]
-    assert [value.name for value in body.inputs] == [port.name for port in schema.inputs]
-    assert [value.name for value in body.outputs] == [port.name for port in schema.outputs]
-    assert list(body.attributes) == [attribute.name for attribute in schema.attributes]
+    ports = SCHEMAS[op].outputs
+    for form, outputs in ((FORM, [port for port in ports if not port.optional]), (CHOOSING, ports)):
+        (body,) = [body for body in registry.function_bodies(form) if body.name == op]
+        schema = SCHEMAS[op]
+        assert [value.name for value in body.inputs] == [port.name for port in schema.inputs]
+        assert [value.name for value in body.outputs] == [port.name for port in outputs]
+        assert list(body.attributes) == [attribute.name for attribute in schema.attributes]
 
 
-def test_scores_have_a_body_where_there_is_a_copy():
+def test_ops_that_read_a_copy_only_have_a_body_where_there_is_one():
     plain = FunctionForm("silu", True, True, True, True, True, 6, 2, 8)
-    assert {body.name for body in registry.function_bodies(plain)} == set(SCHEMAS) - {"ScoreNeurons"}
+    assert {body.name for body in registry.function_bodies(plain)} == set(SCHEMAS) - {"ScoreNeurons", "ShortlistLogits"}
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_launches_name_the_ports(op):
-    """A schedule passes only inputs and outputs to kernels, and uses everything that the launcher takes."""
+    """A schedule passes only inputs and outputs to kernels, and uses everything that the launcher takes.
+
+    Without indices, the sparse ops choose the units themselves.
+    """
     pytest.importorskip("triton")
     shapes: dict[str, tuple[int, ...]] = {port.name: (1,) for port in SCHEMAS[op].inputs}
     shapes |= {"scores": (1, 7), "x": (1, 41), "copy": (14, 1, 8), "down_norms": (7,), "w_up": (7, 41)}
-    shapes |= {"key": (1, 2, 9, 8), "w_q": (32, 41), "indices": (4,)}
+    shapes |= {"key": (1, 2, 9, 8), "w_q": (32, 41), "indices": (4,), "score_weight": (2, 41), "table": (7, 41)}
+    shapes |= {"c_up": (7, 1, 8), "c_down": (7, 1, 8), "c_q": (32, 1, 8), "c_o": (32, 1, 8)}
     attributes = {"cap": 7, "activation": "silu", "n_heads": 4}
-    planned = registry.schedules(op)(shapes, attributes, itemsize=4, max_batch=2, max_seqlen=5)
-    named = {operand for one in planned for call in one.calls for operand in call.operands.values()}
+    named = set()
+    for given in (shapes, {name: shape for name, shape in shapes.items() if name != "indices"}):
+        planned = registry.schedules(op)(given, attributes, itemsize=4, max_batch=2, max_seqlen=5)
+        named |= {operand for one in planned for call in one.calls for operand in call.operands.values()}
     schema = SCHEMAS[op]
     read = {port.name for port in schema.inputs} - set(UNREAD["launcher"].get(op, ()))
     assert {operand for operand in named if isinstance(operand, str)} == read | {port.name for port in schema.outputs}

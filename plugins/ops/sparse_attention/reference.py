@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from shadowllm.bundle.quantisation import dense_rows
-from shadowllm.plugins.reference import active
+from shadowllm.plugins.reference import active, copy_rows, largest, padded
 
 
 def sparse_attention(
@@ -15,7 +15,7 @@ def sparse_attention(
     key: np.ndarray,
     value: np.ndarray,
     lengths: np.ndarray,
-    indices: np.ndarray,
+    indices: np.ndarray | None,
     count: int,
     w_q: np.ndarray,
     b_q: np.ndarray | None,
@@ -25,28 +25,60 @@ def sparse_attention(
     sin: np.ndarray | None = None,
     s_q: np.ndarray | None = None,
     s_o: np.ndarray | None = None,
+    rest: int | None = None,
+    c_q: np.ndarray | None = None,
+    c_o: np.ndarray | None = None,
+    cs_q: np.ndarray | None = None,
+    cs_o: np.ndarray | None = None,
+    score_weight: np.ndarray | None = None,
+    score_bias: np.ndarray | None = None,
     *,
     n_heads: int,
-) -> np.ndarray:
-    """``SparseAttention``: x ``(B, S, D)``, cache ``(B, n_kv, C, d)`` -> ``(B, S, D)``."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """``SparseAttention``: x ``(B, S, D)``, cache ``(B, n_kv, C, d)`` -> ``(B, S, D)``, chosen ``(H,)``."""
     batch, seqlen, width = x.shape
-    w_q, w_o = dense_rows(w_q, s_q, width), dense_rows(w_o, s_o, width)
-    n_kv, capacity, head_dim = key.shape[1:]
-    wide = x.astype(np.float32)
-    y = np.zeros((batch, seqlen, w_o.shape[1]), dtype=np.float32)
+    capacity, head_dim = key.shape[2:]
+    wide, group = x.astype(np.float32), n_heads // key.shape[1]
     visible = np.arange(capacity) <= (lengths[:, None] - seqlen + np.arange(seqlen))[..., None]
-    for head in active(indices, count, n_heads):
-        rows = slice(head * head_dim, (head + 1) * head_dim)
-        query = wide @ w_q[rows].T
-        if b_q is not None:
-            query = query + b_q[rows].astype(np.float32)
-        if cos is not None and sin is not None:
-            query = rotate(query, cos.astype(np.float32), sin.astype(np.float32))
-        keys, values = (cache[:, head // (n_heads // n_kv)].astype(np.float32) for cache in (key, value))
-        scores = np.where(visible, query @ keys.transpose(0, 2, 1) / math.sqrt(head_dim), -np.inf)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        y += (weights / weights.sum(axis=-1, keepdims=True)) @ values @ w_o[rows]
-    return (y if b_o is None else y + b_o.astype(np.float32)).astype(x.dtype)
+    if indices is None:
+        heads = _largest(wide, score_weight, score_bias, count, n_heads)
+    else:
+        heads = active(indices, count, n_heads)
+    y = np.zeros((batch, seqlen, width), dtype=np.float32)
+
+    def add(heads: list[int], q_rows: np.ndarray, o_rows: np.ndarray) -> None:
+        nonlocal y
+        for head in heads:
+            rows = slice(head * head_dim, (head + 1) * head_dim)
+            query = wide @ q_rows[rows].T + (0 if b_q is None else b_q[rows].astype(np.float32))
+            if cos is not None and sin is not None:
+                query = rotate(query, cos.astype(np.float32), sin.astype(np.float32))
+            keys, values = (cache[:, head // group].astype(np.float32) for cache in (key, value))
+            y += _attend(query, keys, values, visible) @ o_rows[rows]
+
+    add(heads.tolist(), dense_rows(w_q, s_q, width), dense_rows(w_o, s_o, width))
+    if rest:
+        others = sorted(set(range(n_heads)) - set(heads.tolist()))
+        add(others, copy_rows(c_q, cs_q, width), copy_rows(c_o, cs_o, width))
+    return (y if b_o is None else y + b_o.astype(np.float32)).astype(x.dtype), padded(heads, n_heads)
+
+
+def _largest(x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, count: int, n_heads: int) -> np.ndarray:
+    """The heads of the groups with the largest mean scores."""
+    if weight is None or bias is None:
+        raise ValueError("without indices, score_weight and score_bias are needed")
+    if not 0 <= count <= n_heads:
+        raise IndexError(f"count {count} is outside 0..{n_heads}")
+    together = n_heads // len(weight)
+    groups = largest((x.reshape(-1, x.shape[2]) @ weight.T + bias).mean(axis=0), count // together)
+    return (groups[:, None] * together + np.arange(together)).reshape(-1)
+
+
+def _attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """The attention of one head's queries ``(B, S, d)`` over its cache ``(B, C, d)``."""
+    scores = np.where(visible, query @ keys.transpose(0, 2, 1) / math.sqrt(query.shape[2]), -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (weights / weights.sum(axis=-1, keepdims=True)) @ values
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from shadowllm.plugins.function_body import FunctionBody, FunctionForm
@@ -9,23 +11,45 @@ from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 
 
 def function_body(form: FunctionForm) -> ir.Function:
-    """Gather the active rows of each matrix, then compute a dense MLP."""
+    """Gather the active rows of each matrix, then compute a dense MLP; with copies, add all other neurons."""
     body = FunctionBody(SPARSE_MLP)
-    rows = body.active()
+    low = _low(body, form) if form.rest else None
+    if form.chooses_neurons and low is not None:
+        size = body.op("Cast", body.op("Abs", low), to=ir.DataType.FLOAT)
+        mean = body.op("ReduceMean", size, body.const([0, 1]), keepdims=0)
+        rows = body.choose(body.op("Mul", mean, body["down_norms"]), body.counted())
+    else:
+        rows = body.active()
 
     def pick(weight: ir.Value) -> ir.Value:
         return body.op("Gather", weight, rows, axis=0)
 
     def project(part: str) -> ir.Value:
-        weight = body.matrix(part, pick, form)
-        bias = body.op("Gather", body[f"b_{part}"], rows, axis=0) if form.mlp_bias else None
-        return body.project(body["x"], weight, bias)
+        bias = pick(body[f"b_{part}"]) if form.mlp_bias else None
+        return body.project(body["x"], body.matrix(part, pick, form), bias)
 
-    up = project("up")
-    hidden = (
-        body.op("Mul", body.activate(form.activation, project("gate")), up)
-        if form.gated
-        else body.activate(form.activation, up)
-    )
-    y = body.op("MatMul", hidden, body.matrix("down", pick, form))
-    return body.finish(body.op("Add", y, body["b_down"]) if form.mlp_bias else y)
+    y = body.op("MatMul", _hidden(body, form, project), body.matrix("down", pick, form))
+    width = body.op("Shape", body["w_up"], start=0, end=1)
+    if low is not None and form.rest:
+        others = body.where(body.of_rest(body.full(rows, width)), low)
+        y = body.op("Add", y, body.op("MatMul", others, body.low_bit("down", form.rest)))
+    y = body.op("Add", y, body["b_down"]) if form.mlp_bias else y
+    return body.finish(y, body.padded(rows, width)) if form.chooses_neurons else body.finish(y)
+
+
+def _hidden(body: FunctionBody, form: FunctionForm, project: Callable[[str], ir.Value]) -> ir.Value:
+    """The products that the rows of down are multiplied by."""
+    if not form.gated:
+        return body.activate(form.activation, project("up"))
+    return body.op("Mul", body.activate(form.activation, project("gate")), project("up"))
+
+
+def _low(body: FunctionBody, form: FunctionForm) -> ir.Value:
+    """The products of all neurons from the copy, ``(B, S, F)``."""
+    copy = form.rest
+    assert copy is not None
+
+    def project(part: str) -> ir.Value:
+        return body.project(body["x"], body.low_bit(part, copy), body[f"b_{part}"] if form.mlp_bias else None)
+
+    return _hidden(body, form, project)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from shadowllm.bundle.quantisation import dense_rows
-from shadowllm.plugins.reference import ACTIVATIONS, active
+from shadowllm.plugins.reference import ACTIVATIONS, active, copy_rows, largest, padded
 
 
 def sparse_mlp(
     x: np.ndarray,
-    indices: np.ndarray,
+    indices: np.ndarray | None,
     count: int,
     w_gate: np.ndarray | None,
     b_gate: np.ndarray | None,
@@ -21,17 +21,40 @@ def sparse_mlp(
     s_gate: np.ndarray | None = None,
     s_up: np.ndarray | None = None,
     s_down: np.ndarray | None = None,
+    rest: int | None = None,
+    c_gate: np.ndarray | None = None,
+    c_up: np.ndarray | None = None,
+    c_down: np.ndarray | None = None,
+    cs_gate: np.ndarray | None = None,
+    cs_up: np.ndarray | None = None,
+    cs_down: np.ndarray | None = None,
+    down_norms: np.ndarray | None = None,
     *,
     activation: str,
-) -> np.ndarray:
-    """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)`` or integers with scales -> ``(B, S, D)``."""
-    rows, act, wide = active(indices, count, len(w_up)), ACTIVATIONS[activation], x.astype(np.float32)
+) -> tuple[np.ndarray, np.ndarray]:
+    """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)`` or integers with scales -> ``(B, S, D)``, chosen ``(F,)``."""
+    width, wide, act = x.shape[2], x.astype(np.float32), ACTIVATIONS[activation]
 
-    def project(weight: np.ndarray, scales: np.ndarray | None, bias: np.ndarray | None) -> np.ndarray:
-        y = wide @ dense_rows(weight, scales, x.shape[2])[rows].T
-        return y if bias is None else y + bias[rows].astype(np.float32)
+    def project(weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+        return wide @ weight.T + (0 if bias is None else bias.astype(np.float32))
 
-    up = project(w_up, s_up, b_up)
-    hidden = act(up) if w_gate is None else act(project(w_gate, s_gate, b_gate)) * up
-    y = hidden @ dense_rows(w_down, s_down, x.shape[2])[rows]
-    return (y if b_down is None else y + b_down.astype(np.float32)).astype(x.dtype)
+    def products(gate: np.ndarray | None, up: np.ndarray) -> np.ndarray:
+        return act(project(up, b_up)) if gate is None else act(project(gate, b_gate)) * project(up, b_up)
+
+    low = None
+    if rest or indices is None:
+        low = products(None if w_gate is None else copy_rows(c_gate, cs_gate, width), copy_rows(c_up, cs_up, width))
+    if indices is not None:
+        rows = active(indices, count, len(w_up))
+    else:
+        if not 0 <= count <= len(w_up):
+            raise IndexError(f"count {count} is outside 0..{len(w_up)}")
+        if low is None or down_norms is None:
+            raise ValueError("without indices, a low-bit copy and down_norms are needed")
+        rows = largest(np.abs(low).reshape(-1, len(w_up)).mean(axis=0) * down_norms, count)
+    hidden = products(None if w_gate is None else dense_rows(w_gate, s_gate, width), dense_rows(w_up, s_up, width))
+    y = hidden[..., rows] @ dense_rows(w_down, s_down, width)[rows]
+    if rest and low is not None:
+        others = np.setdiff1d(np.arange(len(w_up)), rows)
+        y = y + low[..., others] @ copy_rows(c_down, cs_down, width)[others]
+    return (y if b_down is None else y + b_down.astype(np.float32)).astype(x.dtype), padded(rows, len(w_up))

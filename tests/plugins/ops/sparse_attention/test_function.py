@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shadowllm.bundle.quantisation import Quantisation, quantise
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, quantise
 from shadowllm.plugins.function_body import FunctionForm
 from shadowllm.plugins.ops.sparse_attention.reference import sparse_attention
 from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION
-from tests.plugins.function_model import FORM, TOLERANCE, padded, run
+from tests.plugins.function_model import FORM, TOLERANCE, padded, run, run_all
 
 
 @pytest.mark.parametrize(("heads", "kv"), [(4, 4), (6, 2), (5, 1), (9, 3)])
@@ -55,7 +55,7 @@ def test_sparse_attention(heads, kv, rope, bias, batch, seqlen, length, count):
         tensors.get("cos"),
         tensors.get("sin"),
         n_heads=heads,
-    )
+    )[0]
     found = run(SPARSE_ATTENTION, form, feeds, n_heads=heads, layer=0)
     np.testing.assert_allclose(found, expected, **TOLERANCE)
 
@@ -79,5 +79,38 @@ def test_integer_weights(q, seed):
     for part in ("q", "o"):
         feeds[f"w_{part}"], feeds[f"s_{part}"] = quantise(0.3 * rng.standard_normal((48, 64)).astype(np.float32), q)
     found = run(SPARSE_ATTENTION, replace(FORM, quantisation=q), feeds, n_heads=6, layer=0)
-    expected = sparse_attention(**feeds, b_q=None, b_o=None, n_heads=6)
+    expected = sparse_attention(**feeds, b_q=None, b_o=None, n_heads=6)[0]
     np.testing.assert_allclose(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("rest", [0, 1])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("hidden", [41, 72])
+@pytest.mark.parametrize(("groups", "count"), [(0, 3), (6, 0), (6, 5), (2, 3), (2, 6)])
+def test_low_bit_copy(groups, count, rest, bias, hidden):
+    """Without groups, the indices are given."""
+    rng = np.random.default_rng(hidden)
+
+    def random(*shape):
+        return 0.5 * rng.standard_normal(shape).astype(np.float32)
+
+    form = replace(FORM, qkv_bias=bias, o_bias=bias, rest=LOW_BIT_COPY, head_groups=groups)
+    angles = random(2, 3, 4)
+    feeds = {"x": random(2, 3, hidden), "key": random(2, 2, 9, 8), "value": random(2, 2, 9, 8)}
+    feeds |= {"lengths": np.array([3, 9], np.int32), "cos": np.cos(angles), "sin": np.sin(angles)}
+    feeds |= {"count": np.array(count, np.int32), "rest": np.array(rest, np.int32)}
+    if groups:
+        feeds |= {"score_weight": random(groups, hidden), "score_bias": random(groups)}
+    else:
+        feeds["indices"] = padded(rng.choice(6, count, replace=False), 6)
+    for part in ("q", "o"):
+        weight = feeds[f"w_{part}"] = random(48, hidden)
+        blocks = LOW_BIT_COPY.blocks(hidden)
+        data, feeds[f"cs_{part}"] = quantise(np.pad(weight, ((0, 0), (0, blocks * 64 - hidden))), LOW_BIT_COPY)
+        feeds[f"c_{part}"] = data.reshape(48, blocks, 32)
+        if bias:
+            feeds[f"b_{part}"] = random(48 if part == "q" else hidden)
+    expected = sparse_attention(**(dict.fromkeys(("indices", "b_q", "b_o")) | feeds), n_heads=6)
+    outputs = run_all(SPARSE_ATTENTION, form, feeds, 2 if groups else 1, n_heads=6, layer=0)
+    for found, wanted in zip(outputs, expected, strict=False):
+        np.testing.assert_allclose(found, wanted, **TOLERANCE)

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shadowllm.bundle.quantisation import Quantisation, quantise
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, quantise
 from shadowllm.plugins.function_body import FunctionForm
 from shadowllm.plugins.ops.sparse_mlp.reference import sparse_mlp
 from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
-from tests.plugins.function_model import FORM, TOLERANCE, padded, run
+from tests.plugins.function_model import FORM, TOLERANCE, padded, run, run_all
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
@@ -36,7 +36,7 @@ def test_sparse_mlp(activation, gated, bias, batch, seqlen, hidden, width, count
         count,
         *(tensors.get(name) for name in ("w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down")),
         activation=activation,
-    )
+    )[0]
     found = run(SPARSE_MLP, form, feeds, activation=activation, layer=0)
     np.testing.assert_allclose(found, expected, **TOLERANCE)
 
@@ -51,5 +51,32 @@ def test_integer_weights(q, count):
         feeds[f"w_{part}"], feeds[f"s_{part}"] = quantise(0.3 * rng.standard_normal((41, 64)).astype(np.float32), q)
     form = replace(FORM, quantisation=q)
     found = run(SPARSE_MLP, form, feeds, activation="silu", layer=0)
-    expected = sparse_mlp(**feeds, b_gate=None, b_up=None, b_down=None, activation="silu")
+    expected = sparse_mlp(**feeds, b_gate=None, b_up=None, b_down=None, activation="silu")[0]
     np.testing.assert_allclose(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("chooses", [True, False])
+@pytest.mark.parametrize("rest", [0, 1])
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("hidden", "width", "count"), [(41, 7, 7), (72, 123, 0), (64, 88, 41)])
+def test_low_bit_copy(chooses, rest, gated, bias, hidden, width, count):
+    rng = np.random.default_rng(width)
+    form = replace(FORM, gated=gated, mlp_bias=bias, rest=LOW_BIT_COPY, chooses_neurons=chooses)
+    feeds = {"x": rng.standard_normal((2, 3, hidden)).astype(np.float32)}
+    feeds |= {"count": np.array(count, np.int32), "rest": np.array(rest, np.int32)}
+    if chooses:
+        feeds["down_norms"] = rng.random(width).astype(np.float32)
+    else:
+        feeds["indices"] = padded(rng.choice(width, count, replace=False), width)
+    for part in ("gate", "up", "down") if gated else ("up", "down"):
+        weight = feeds[f"w_{part}"] = 0.3 * rng.standard_normal((width, hidden)).astype(np.float32)
+        blocks = LOW_BIT_COPY.blocks(hidden)
+        data, feeds[f"cs_{part}"] = quantise(np.pad(weight, ((0, 0), (0, blocks * 64 - hidden))), LOW_BIT_COPY)
+        feeds[f"c_{part}"] = data.reshape(width, blocks, 32)
+        if bias:
+            feeds[f"b_{part}"] = rng.standard_normal(hidden if part == "down" else width).astype(np.float32)
+    absent = dict.fromkeys(("indices", "w_gate", "b_gate", "b_up", "b_down"))
+    expected = sparse_mlp(**(absent | feeds), activation="silu")
+    outputs = run_all(SPARSE_MLP, form, feeds, 2 if chooses else 1, activation="silu", layer=0)
+    for found, wanted in zip(outputs, expected, strict=False):
+        np.testing.assert_allclose(found, wanted, **TOLERANCE)

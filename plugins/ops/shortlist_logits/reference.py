@@ -1,0 +1,39 @@
+"""The NumPy reference of ``ShortlistLogits``; see `plugins.reference`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shadowllm.bundle.quantisation import dense_rows
+from shadowllm.plugins.reference import copy_rows, largest
+
+
+def shortlist_logits(
+    x: np.ndarray,
+    table: np.ndarray,
+    copy: np.ndarray,
+    scales: np.ndarray,
+    errors: np.ndarray,
+    shortlist: int,
+    certify: int,
+    weighting: np.ndarray | None = None,
+    table_scales: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """``ShortlistLogits``: x ``(R, D)``, table ``(V, D)`` -> float32 ``(R, V)``, int32 ``(R,)``.
+
+    Raises:
+        IndexError: the shortlist is negative.
+    """
+    if shortlist < 0:
+        raise IndexError(f"shortlist {shortlist} is negative")
+    wide = x.astype(np.float32)
+    exact = wide @ dense_rows(table, table_scales, x.shape[1]).T
+    low = wide @ copy_rows(copy, scales, x.shape[1]).T
+    norms = np.linalg.norm((wide if weighting is None else wide * weighting).astype(np.float64), axis=1)
+    count = max(shortlist, 1) if certify else shortlist
+    recomputed = np.zeros(exact.shape, dtype=bool)
+    for row, marks in enumerate(recomputed):
+        marks[largest(low[row], count)] = True
+        if certify:
+            marks |= low[row] + errors * norms[row] >= exact[row, marks].max()
+    return np.where(recomputed, exact, low), recomputed.sum(axis=1, dtype=np.int32)
