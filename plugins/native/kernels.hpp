@@ -192,6 +192,8 @@ void accumulate_as(const Rows& rows, Picks picks, const float* h, size_t tokens,
 }  // namespace shadowllm
 
 #include "kernels_quantised.hpp"
+// After the kernels that it uses.
+#include "kernels_copy.hpp"
 
 namespace shadowllm {
 namespace {
@@ -200,6 +202,7 @@ const float* prepare(const Rows& rows, const float* x, size_t tokens, float* roo
   switch (rows.type) {
     case RowType::i8: return prepare_quantised<Bits8>(rows, x, tokens, room);
     case RowType::i4: return prepare_quantised<Bits4>(rows, x, tokens, room);
+    case RowType::c4: return prepare_copy(rows, x, tokens, room);
     default: return x;
   }
 }
@@ -208,6 +211,7 @@ void project(const Rows& rows, Picks picks, const float* x, size_t tokens, float
   switch (rows.type) {
     case RowType::i8: return project_quantised<Bits8>(rows, picks, x, tokens, out, ahead);
     case RowType::i4: return project_quantised<Bits4>(rows, picks, x, tokens, out, ahead);
+    case RowType::c4: return project_copy(rows, picks, x, tokens, out, ahead);
     case RowType::f32: return project_as<float>(rows, picks, x, tokens, out, ahead);
     case RowType::bf16: return project_as<Bf16>(rows, picks, x, tokens, out, ahead);
     case RowType::f16: return project_as<F16>(rows, picks, x, tokens, out, ahead);
@@ -218,6 +222,7 @@ void accumulate(const Rows& rows, Picks picks, const float* h, size_t tokens, fl
   switch (rows.type) {
     case RowType::i8: return accumulate_quantised<Bits8>(rows, picks, h, tokens, y, ahead);
     case RowType::i4: return accumulate_quantised<Bits4>(rows, picks, h, tokens, y, ahead);
+    case RowType::c4: return accumulate_copy(rows, picks, h, tokens, y, ahead);
     case RowType::f32: return accumulate_as<float>(rows, picks, h, tokens, y, ahead);
     case RowType::bf16: return accumulate_as<Bf16>(rows, picks, h, tokens, y, ahead);
     case RowType::f16: return accumulate_as<F16>(rows, picks, h, tokens, y, ahead);

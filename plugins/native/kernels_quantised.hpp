@@ -209,12 +209,10 @@ const float* prepare_quantised(const Rows& rows, const float* x, size_t tokens, 
   return x;
 }
 
+// With floats, on any instruction set.
 template <class Q>
-void project_quantised(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
+void project_floats(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
   const size_t width = rows.width;
-#if defined(__AVX512VNNI__)
-  if (in_integers(rows, tokens)) return project_integers<Q>(rows, picks, x, out, ahead);
-#endif
   for_tiles(rows, picks, tokens, ahead,
             [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t t, size_t count, auto r, auto m) {
               project_quantised_tile<Q, r.value, m.value>(now, next, count, x + t * width, width, rows.block,
@@ -223,16 +221,29 @@ void project_quantised(const Rows& rows, Picks picks, const float* x, size_t tok
 }
 
 template <class Q>
-void accumulate_quantised(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y, Ahead ahead) {
+void accumulate_floats(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y, Ahead ahead) {
   const size_t width = rows.width;
-#if defined(__AVX512VNNI__)
-  if (in_integers(rows, tokens)) return accumulate_integers<Q>(rows, picks, h, y, ahead);
-#endif
   for_tiles(rows, picks, tokens, ahead,
             [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t t, size_t count, auto r, auto m) {
               accumulate_quantised_tile<Q, r.value, m.value>(now, next, count, h + i * tokens + t, tokens, width,
                                                              rows.block, y + t * width);
             });
+}
+
+template <class Q>
+void project_quantised(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
+#if defined(__AVX512VNNI__)
+  if (in_integers(rows, tokens)) return project_integers<Q>(rows, picks, x, out, ahead);
+#endif
+  project_floats<Q>(rows, picks, x, tokens, out, ahead);
+}
+
+template <class Q>
+void accumulate_quantised(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y, Ahead ahead) {
+#if defined(__AVX512VNNI__)
+  if (in_integers(rows, tokens)) return accumulate_integers<Q>(rows, picks, h, y, ahead);
+#endif
+  accumulate_floats<Q>(rows, picks, h, tokens, y, ahead);
 }
 
 }  // namespace

@@ -35,6 +35,7 @@ size_t Tensor::size() const {
 Node::Node(const Api& api, const OrtKernelInfo* info, const char* op, const Port* ports, size_t count, bool has_layer)
     : api_(api), info_(info), name_(op), ports_(ports), constants_(count) {
   if (has_layer) name_ += " layer " + std::to_string(integer("layer"));
+  exact_copies_ = integer_or("exact_copies", 0) != 0;
   for (size_t i = 0; i < count; ++i) {
     int is_constant = 0;
     const OrtValue* value = nullptr;
@@ -46,6 +47,15 @@ Node::Node(const Api& api, const OrtKernelInfo* info, const char* op, const Port
 int64_t Node::integer(const char* attribute) const {
   int64_t value = 0;
   api_.check(api_.kernel_info_get_attribute_int64(info_, attribute, &value));
+  return value;
+}
+
+int64_t Node::integer_or(const char* attribute, int64_t otherwise) const {
+  int64_t value = otherwise;
+  if (OrtStatus* status = api_.kernel_info_get_attribute_int64(info_, attribute, &value)) {
+    api_.release_status(status);
+    return otherwise;
+  }
   return value;
 }
 
@@ -91,6 +101,15 @@ Tensor Node::output(OrtKernelContext* context, std::initializer_list<int64_t> di
   OrtValue* value = nullptr;
   api_.check(api_.kernel_context_get_output(context, 0, dims.begin(), dims.size(), &value));
   return view(value);
+}
+
+Tensor Node::optional_output(OrtKernelContext* context, size_t index, std::initializer_list<int64_t> dims) const {
+  size_t count = 0;
+  api_.check(api_.kernel_context_get_output_count(context, &count));
+  if (index >= count) return {};
+  OrtValue* value = nullptr;
+  api_.check(api_.kernel_context_get_output(context, index, dims.begin(), dims.size(), &value));
+  return value == nullptr ? Tensor{} : view(value);
 }
 
 Tensor Node::output_like(OrtKernelContext* context, const Tensor& tensor) const {
@@ -167,6 +186,25 @@ Rows Node::matrix(const std::vector<Tensor>& in, size_t port, size_t scales_port
   return {data, stride, elements, type, reinterpret_cast<const float*>(data + bytes), stride, block};
 }
 
+Rows Node::copy(const std::vector<Tensor>& in, size_t port, size_t scales_port, int64_t rows, int64_t width) const {
+  const Tensor &tensor = in[port], &scales = in[scales_port];
+  const int64_t bytes = tensor.rank == 3 ? tensor.dims[2] : 0, block = 2 * bytes;
+  if (bytes < 1 || block % static_cast<int64_t>(kLeastQuantBlock) != 0)
+    fail(std::string(ports_[port].name) + " has shape " + shape_text(tensor.dims.data(), tensor.rank) +
+         ", not (rows, blocks, bytes) with bytes of a multiple of " + std::to_string(kLeastQuantBlock / 2));
+  const int64_t blocks = (width + block - 1) / block;
+  expect(in, port, {rows, blocks, bytes});
+  expect(in, scales_port, {rows, blocks});
+  const RowType type = exact_copies_ ? RowType::i4 : RowType::c4;
+  return {tensor.data,
+          static_cast<size_t>(blocks * bytes),
+          static_cast<size_t>(blocks * block),
+          type,
+          scales.as<float>(),
+          scales_bytes(scales),
+          static_cast<size_t>(block)};
+}
+
 void Node::pack(size_t port, size_t scales_port) {
   const Tensor &tensor = constants_[port], &scales = constants_[scales_port];
   if (tensor.type != kUInt8 || tensor.rank != 2 || scales.rank != 2 || tensor.dims[0] != scales.dims[0]) return;
@@ -229,6 +267,18 @@ bool infers_despite_absent_inputs(const char* runtime_version) {
   int major = 0, minor = 0;
   std::sscanf(runtime_version, "%d.%d", &major, &minor);
   return major > 1 || (major == 1 && minor >= 24);
+}
+
+void infer_output(const Api& api, OrtShapeInferContext* context, size_t output, int type, const int64_t* dims,
+                  const char** names, size_t rank) {
+  OrtTensorTypeAndShapeInfo* shape = nullptr;
+  api.check(api.create_tensor_type_and_shape_info(&shape));
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api.release_tensor_type_and_shape_info)> owner(
+      shape, api.release_tensor_type_and_shape_info);
+  api.check(api.set_tensor_element_type(shape, type));
+  api.check(api.set_dimensions(shape, dims, rank));
+  api.check(api.set_symbolic_dimensions(shape, names, rank));
+  api.check(api.shape_infer_set_output(context, output, shape));
 }
 
 void infer_like_first_input(const Api& api, OrtShapeInferContext* context) {

@@ -28,7 +28,7 @@ struct Tensor {
   }
 };
 
-// One input of an op's signature. Type kUndefined means any weight type.
+// One input or output of an op's signature. Type kUndefined means any weight type.
 struct Port {
   const char* name;
   int type;
@@ -55,11 +55,14 @@ class Node {
   Node(const Api& api, const OrtKernelInfo* info, const char* op, const Port* ports, size_t count, bool has_layer);
 
   int64_t integer(const char* attribute) const;
+  int64_t integer_or(const char* attribute, int64_t otherwise) const;
   std::string text(const char* attribute) const;
 
   // Inputs of this call. Constant initializers were looked up once, at creation.
   std::vector<Tensor> inputs(const OrtKernelContext* context) const;
   Tensor output(OrtKernelContext* context, std::initializer_list<int64_t> dims) const;
+  // An output that the node may lack; then the tensor is absent.
+  Tensor optional_output(OrtKernelContext* context, size_t index, std::initializer_list<int64_t> dims) const;
   Tensor output_like(OrtKernelContext* context, const Tensor& tensor) const;
 
   // Throws an Error that starts with the op and its layer.
@@ -78,6 +81,9 @@ class Node {
   // A weight matrix (rows, width). Integers come with scales (rows, blocks). Throws if the type is not supported, or if
   // the shapes do not match.
   Rows matrix(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const;
+  // A low-bit copy (rows, blocks, bytes) of a matrix (rows, width), with scales (rows, blocks). The width of the result
+  // is that of whole blocks. Throws if the shapes do not match.
+  Rows copy(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const;
   RowType row_type(const Tensor& tensor, const char* name) const;
 
  private:
@@ -89,6 +95,7 @@ class Node {
   const Port* ports_;
   std::vector<Tensor> constants_;
   std::map<size_t, PackedRows> packed_;
+  bool exact_copies_ = false;  // the factors of a copy's rows are not rounded to 8 bits; for validation
 };
 
 // ONNX Runtime's intra-op threads. Bodies must not throw.
@@ -137,8 +144,12 @@ class Chunks {
   Chunks(size_t items, size_t bytes_each, size_t tokens);
   size_t count() const { return count_; }
   Chunk operator[](size_t i) const;
+  // The same number of chunks over other items.
+  Chunks of(size_t items) const { return Chunks(items, count_); }
 
  private:
+  Chunks(size_t items, size_t count) : items_(items), count_(count) {}
+
   size_t items_, count_;
 };
 
@@ -163,7 +174,7 @@ OrtStatus* guarded(const Api& api, Body body) noexcept {
 // Before 1.24, ONNX Runtime reads the type of every input before an op's shape inference, and an absent one crashes it.
 bool infers_despite_absent_inputs(const char* runtime_version);
 
-// Describes Op to the runtime. Op has kName, kPorts, kOutputType, a constructor (api, info), compute(context) and a
+// Describes Op to the runtime. Op has kName, kPorts, kOutputs, a constructor (api, info), compute(context) and a
 // static infer(api, context).
 template <class Op>
 struct Registration : OrtCustomOp {
@@ -173,10 +184,10 @@ struct Registration : OrtCustomOp {
     GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // the CPU
     GetInputType = [](const OrtCustomOp*, size_t i) { return Op::kPorts[i].type; };
     GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Op::kPorts); };
-    GetOutputType = [](const OrtCustomOp*, size_t) -> int { return Op::kOutputType; };
-    GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
+    GetOutputType = [](const OrtCustomOp*, size_t i) { return Op::kOutputs[i].type; };
+    GetOutputTypeCount = [](const OrtCustomOp*) { return std::size(Op::kOutputs); };
     GetInputCharacteristic = [](const OrtCustomOp*, size_t i) -> int { return Op::kPorts[i].characteristic; };
-    GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return kRequired; };
+    GetOutputCharacteristic = [](const OrtCustomOp*, size_t i) -> int { return Op::kOutputs[i].characteristic; };
     GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
     GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
     GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
@@ -204,6 +215,10 @@ struct Registration : OrtCustomOp {
   const Api& api;
 };
 
+// Sets type and shape of one output during shape inference; a dimension without a size has a name.
+void infer_output(const Api& api, OrtShapeInferContext* context, size_t output, int type, const int64_t* dims,
+                  const char** names, size_t rank);
+
 // Shape inference of an op whose output has the shape of its first input.
 void infer_like_first_input(const Api& api, OrtShapeInferContext* context);
 
@@ -212,7 +227,8 @@ struct Entry {
   const char* name;
   const Port* ports;
   size_t port_count;
-  int output_type;
+  const Port* outputs;
+  size_t output_count;
   // A shared pointer, because it keeps the right deleter; OrtCustomOp has no virtual destructor. `infers`: whether the
   // runtime gets the op's shape inference.
   std::shared_ptr<OrtCustomOp> (*make)(const Api& api, bool infers);
@@ -220,7 +236,11 @@ struct Entry {
 
 template <class Op>
 constexpr Entry entry_of() {
-  return {Op::kName, Op::kPorts, std::size(Op::kPorts), Op::kOutputType,
+  return {Op::kName,
+          Op::kPorts,
+          std::size(Op::kPorts),
+          Op::kOutputs,
+          std::size(Op::kOutputs),
           [](const Api& api, bool infers) -> std::shared_ptr<OrtCustomOp> {
             return std::make_shared<Registration<Op>>(api, infers);
           }};
@@ -230,5 +250,6 @@ constexpr Entry entry_of() {
 extern const Entry kSelectTopK;
 extern const Entry kSparseMlp;
 extern const Entry kSparseAttention;
+extern const Entry kShortlistLogits;
 
 }  // namespace shadowllm

@@ -96,6 +96,7 @@ class Api {
     bind(86, kernel_info_get_attribute_int64);
     bind(87, kernel_info_get_attribute_string);
     bind(88, kernel_context_get_input_count);
+    bind(89, kernel_context_get_output_count);
     bind(90, kernel_context_get_input);
     bind(91, kernel_context_get_output);
     bind(93, release_status);
@@ -138,6 +139,7 @@ class Api {
   OrtStatus* (*kernel_info_get_attribute_int64)(const OrtKernelInfo*, const char* name, int64_t* out);
   OrtStatus* (*kernel_info_get_attribute_string)(const OrtKernelInfo*, const char* name, char* out, size_t* size);
   OrtStatus* (*kernel_context_get_input_count)(const OrtKernelContext*, size_t* out);
+  OrtStatus* (*kernel_context_get_output_count)(const OrtKernelContext*, size_t* out);
   OrtStatus* (*kernel_context_get_input)(const OrtKernelContext*, size_t index, const OrtValue** out);
   OrtStatus* (*kernel_context_get_output)(OrtKernelContext*, size_t index, const int64_t* dims, size_t rank,
                                           OrtValue** out);

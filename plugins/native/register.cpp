@@ -8,7 +8,7 @@
 namespace shadowllm {
 namespace {
 
-constexpr const Entry* kEntries[] = {&kSelectTopK, &kSparseMlp, &kSparseAttention};
+constexpr const Entry* kEntries[] = {&kSelectTopK, &kSparseMlp, &kSparseAttention, &kShortlistLogits};
 
 bool has_absent_inputs(const Entry& op) {
   return std::any_of(op.ports, op.ports + op.port_count,
@@ -42,18 +42,19 @@ const Domain& domain_of(const OrtApi* table, const char* runtime_version) {
   return *domains.back();
 }
 
-// One line per op: its name, the type of its output, then name, type and characteristic of each input.
+std::string ports_text(const Port* ports, size_t count) {
+  std::string text;
+  for (size_t i = 0; i < count; ++i)
+    text += " " + std::string(ports[i].name) + ":" + std::to_string(ports[i].type) + ":" +
+            std::to_string(int(ports[i].characteristic));
+  return text;
+}
+
+// One line per op: its name, its inputs, "->", its outputs. Each port has its name, type and characteristic.
 std::string signatures_text() {
   std::string text;
-  for (const Entry* op : kEntries) {
-    text += std::string(op->name) + " " + std::to_string(op->output_type);
-    for (size_t i = 0; i < op->port_count; ++i) {
-      const Port& port = op->ports[i];
-      text += " " + std::string(port.name);
-      for (const int number : {port.type, int(port.characteristic)}) text += ":" + std::to_string(number);
-    }
-    text += "\n";
-  }
+  for (const Entry* op : kEntries)
+    text += op->name + ports_text(op->ports, op->port_count) + " ->" + ports_text(op->outputs, op->output_count) + "\n";
   return text;
 }
 

@@ -7,11 +7,13 @@
 
 namespace shadowllm {
 
-enum class RowType { f32, bf16, f16, i8, i4 };
+enum class RowType { f32, bf16, f16, i8, i4, c4 };
 enum class Activation { relu, silu, gelu };
 
-// Quantised rows (i8, i4) have the layout of ONNX Runtime's MatMulNBits: unsigned integers around a middle of 128 or 8,
-// and a scale for every `block` of them. Two 4-bit integers share a byte, and the lower half comes first.
+// Quantised rows (i8, i4, c4) have the layout of ONNX Runtime's MatMulNBits: unsigned integers around a middle of 128
+// or 8, and a scale for every `block` of them. Two 4-bit integers share a byte, and the lower half comes first. Rows c4
+// are like i4, but belong to a low-bit copy. Kernels may round the factor of such rows to 8 bits, as its own rounding
+// to 4 bits is far larger.
 struct Rows {
   const void* data;
   size_t stride;  // bytes from one row to the next
@@ -28,7 +30,7 @@ struct Rows {
   }
 
   static size_t bits(RowType type) {
-    return type == RowType::f32 ? 32 : type == RowType::i8 ? 8 : type == RowType::i4 ? 4 : 16;
+    return type == RowType::f32 ? 32 : type == RowType::i8 ? 8 : type == RowType::i4 || type == RowType::c4 ? 4 : 16;
   }
 };
 
@@ -53,7 +55,8 @@ struct Ahead {
 struct Kernels {
   const char* name;
   // Returns x in the form that `project` reads with rows of this kind: x itself, or a converted copy in `room`, which
-  // has input_floats(width) floats and starts at a cache line.
+  // has input_floats(width) floats and starts at a cache line. An element changes by at most 1/32768 of the largest of
+  // its block, which the bound of ShortlistLogits relies on.
   const float* (*prepare)(const Rows&, const float* x, size_t tokens, float* room);
   // out[i * tokens + t] = sum over k of rows[pick i][k] * x[t * width + k], where `input` comes from `prepare`
   void (*project)(const Rows&, Picks, const float* input, size_t tokens, float* out, Ahead);

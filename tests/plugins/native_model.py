@@ -30,7 +30,12 @@ ONNX_TYPES = {
 
 
 def make_session(
-    op: str, inputs: dict[str, np.ndarray | None], weights: tuple[str, ...] = (), threads: int = 1, **attributes
+    op: str,
+    inputs: dict[str, np.ndarray | None],
+    weights: tuple[str, ...] = (),
+    threads: int = 1,
+    outputs: int | None = 1,
+    **attributes,
 ):
     """A session of one node. Inputs named in ``weights`` are initializers. The others are given at each run."""
     schema = SCHEMAS[op]
@@ -38,7 +43,7 @@ def make_session(
     node = helper.make_node(
         op,
         [port.name if port.name in given else "" for port in schema.inputs],
-        [schema.outputs[0].name],
+        [port.name for port in schema.outputs[:outputs]],
         domain=op_domain.DOMAIN,
         **attributes,
     )
@@ -47,12 +52,15 @@ def make_session(
         for name, value in given.items()
         if name not in weights
     ]
-    kind = TensorProto.INT32 if op == "SelectTopK" else TensorProto.FLOAT
+    kinds = {"int32": TensorProto.INT32}
     graph = helper.make_graph(
         [node],
         "test",
         fed,
-        [helper.make_tensor_value_info(schema.outputs[0].name, kind, None)],
+        [
+            helper.make_tensor_value_info(port.name, kinds.get(port.dtype, TensorProto.FLOAT), None)
+            for port in schema.outputs[:outputs]
+        ],
         [onnx.numpy_helper.from_array(given[name], name) for name in weights if name in given],
     )
     model = helper.make_model(
@@ -68,9 +76,22 @@ def make_session(
 
 
 def run(op: str, inputs: dict[str, np.ndarray | None], weights: tuple[str, ...] = (), threads: int = 1, **attributes):
-    session = make_session(op, inputs, weights, threads, **attributes)
+    """The first output."""
+    return run_all(op, inputs, weights, threads, 1, **attributes)[0]
+
+
+def run_all(
+    op: str,
+    inputs: dict[str, np.ndarray | None],
+    weights: tuple[str, ...] = (),
+    threads: int = 1,
+    outputs: int | None = None,
+    **attributes,
+):
+    """The first outputs, all unless ``outputs`` says how many."""
+    session = make_session(op, inputs, weights, threads, outputs, **attributes)
     feeds = {i.name: inputs[i.name] for i in session.get_inputs()}
-    return session.run(None, feeds)[0]
+    return session.run(None, feeds)
 
 
 # avx512vnni rounds the inputs of integer rows to 16 bits, and the errors of gate, up and down add up.

@@ -19,6 +19,7 @@ from shadowllm.plugins.function_body import OPSET, FunctionForm
 from shadowllm.plugins.registry import SCHEMAS, function_bodies
 from tests.plugins.native_model import built, make_session, ort, run
 from tests.plugins.ops.select_topk.native_inputs import scores_of
+from tests.plugins.ops.shortlist_logits.table_inputs import table_inputs, with_counts
 from tests.plugins.ops.sparse_attention.native_inputs import attention_inputs
 from tests.plugins.ops.sparse_mlp.native_inputs import MLP_WEIGHTS, mlp_inputs
 
@@ -213,6 +214,9 @@ def test_shapes_are_inferred():
     if tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 24):  # earlier ones cannot if inputs are absent
         session = make_session("SparseMLP", x, MLP_WEIGHTS, activation="silu", layer=0)
         assert session.get_outputs()[0].shape == ["x_0", "x_1", "x_2"]
+        inputs = with_counts(table_inputs("normal", 7, 1, 41), 3, certify=False)
+        session = make_session("ShortlistLogits", inputs, ("table",), outputs=None)
+        assert [output.shape for output in session.get_outputs()] == [["x_0", 7], ["x_0"]]
 
 
 @built
@@ -230,11 +234,11 @@ def test_what_is_registered_has_the_ports_of_the_schemas():
     told = dict(line.split(" ", 1) for line in tell().decode().splitlines())
     assert set(told) == set(SCHEMAS) - {"ScoreNeurons"}  # whose body is as fast
     types = {"T": {TensorProto.FLOAT, 0}, "float32": {TensorProto.FLOAT}, "int32": {TensorProto.INT32}}
+    types["uint8"] = {TensorProto.UINT8}
     for op, line in told.items():
-        output, *inputs = line.split()
-        (port,) = SCHEMAS[op].outputs
-        assert int(output) in types[port.dtype] - {0}
-        for port, text in zip(SCHEMAS[op].inputs, inputs, strict=True):
+        inputs, outputs = line.split("-> ")
+        ports = (*SCHEMAS[op].inputs, *SCHEMAS[op].outputs)
+        for port, text in zip(ports, (*inputs.split(), *outputs.split()), strict=True):
             name, dtype, optional = text.split(":")
             assert (name, int(optional)) == (port.name, port.optional)
             assert int(dtype) in types[port.dtype], f"{op} {name}"

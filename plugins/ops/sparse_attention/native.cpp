@@ -1,42 +1,53 @@
 // SparseAttention: queries of the active heads, their attention over the visible cache, and their output projection.
 //
 // Three steps on the thread pool: rows of w_q, then one task per head and sequence, then rows of w_o. One task per head
-// would need only one step, but would leave most threads idle if few heads are active.
-#include <algorithm>
+// would need only one step, but would leave most threads idle if few heads are active. With a low-bit copy, the other
+// heads take part in the same steps, with rows of the copy.
 #include <cmath>
 
-#include "op.hpp"
+#include "attention_call.hpp"
+#include "largest.hpp"
 
 namespace shadowllm {
 namespace {
 
-enum Input { kX, kKey, kValue, kLengths, kIndices, kCount, kWQ, kBQ, kWO, kBO, kCos, kSin, kSQ, kSO };
-
-// One checked call: sizes as in schema.py (hidden size D, H query heads of dimension d over n_kv cached ones),
-// and the inputs in the form that the tasks read.
-struct Call {
-  size_t batch, seqlen, width, group, kv_heads, capacity, head_dim, longest;
-  Picks heads;
-  Rows w_q, w_o, key, value;
-  const float *x, *cos, *sin;
-  const int32_t* lengths;
-  const Tensor &b_q, &b_o;
-  RowType b_q_type, b_o_type;
-
-  size_t tokens() const { return batch * seqlen; }
+enum Input {
+  kX,
+  kKey,
+  kValue,
+  kLengths,
+  kIndices,
+  kCount,
+  kWQ,
+  kBQ,
+  kWO,
+  kBO,
+  kCos,
+  kSin,
+  kSQ,
+  kSO,
+  kRest,
+  kCQ,
+  kCO,
+  kCsQ,
+  kCsO,
+  kScoreWeight,
+  kScoreBias
 };
 
 class SparseAttention {
  public:
   static constexpr const char* kName = "SparseAttention";
-  static constexpr int kOutputType = kFloat;
   static constexpr Port kPorts[] = {
-      {"x", kFloat, kRequired},       {"key", kUndefined, kRequired}, {"value", kUndefined, kRequired},
-      {"lengths", kInt32, kRequired}, {"indices", kInt32, kRequired}, {"count", kInt32, kRequired},
-      {"w_q", kUndefined, kRequired}, {"b_q", kUndefined, kOptional}, {"w_o", kUndefined, kRequired},
-      {"b_o", kUndefined, kOptional}, {"cos", kFloat, kOptional},     {"sin", kFloat, kOptional},
-      {"s_q", kFloat, kOptional},     {"s_o", kFloat, kOptional},
+      {"x", kFloat, kRequired},       {"key", kUndefined, kRequired},      {"value", kUndefined, kRequired},
+      {"lengths", kInt32, kRequired}, {"indices", kInt32, kOptional},      {"count", kInt32, kRequired},
+      {"w_q", kUndefined, kRequired}, {"b_q", kUndefined, kOptional},      {"w_o", kUndefined, kRequired},
+      {"b_o", kUndefined, kOptional}, {"cos", kFloat, kOptional},          {"sin", kFloat, kOptional},
+      {"s_q", kFloat, kOptional},     {"s_o", kFloat, kOptional},          {"rest", kInt32, kOptional},
+      {"c_q", kUInt8, kOptional},     {"c_o", kUInt8, kOptional},          {"cs_q", kFloat, kOptional},
+      {"cs_o", kFloat, kOptional},    {"score_weight", kFloat, kOptional}, {"score_bias", kFloat, kOptional},
   };
+  static constexpr Port kOutputs[] = {{"y", kFloat, kRequired}, {"chosen", kInt32, kOptional}};
 
   SparseAttention(const Api& api, const OrtKernelInfo* info)
       : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), true), kernels_(choose_kernels()) {
@@ -49,8 +60,19 @@ class SparseAttention {
   void compute(OrtKernelContext* context) const {
     const std::vector<Tensor> in = node_.inputs(context);
     check(in);
-    const Tensor y = node_.output_like(context, in[kX]);
-    if (y.size() != 0) run(Pool(api_, context), prepare(in), static_cast<float*>(y.data));
+    const Call call = read(in);
+    const Tensor y = node_.output_like(context, in[kX]), chosen = node_.optional_output(context, 1, {n_heads_});
+    Room size(nullptr);
+    (void)Memory(size, call);
+    Scratch scratch;
+    Room room(scratch.take(size.used()));
+    const Memory memory(room, call);
+    const int32_t* full = call.indices == nullptr ? choose(call, memory) : call.indices;
+    if (chosen.present()) {
+      int32_t* out = static_cast<int32_t*>(chosen.data);
+      std::fill(std::copy_n(full, std::min(call.full_count, call.n_heads), out), out + call.n_heads, -1);
+    }
+    if (y.size() != 0) run(Pool(api_, context), call, memory, list(call, memory, full), static_cast<float*>(y.data));
   }
 
  private:
@@ -70,44 +92,79 @@ class SparseAttention {
     if (in[kCos].present() && d % 2 != 0) node_.fail("head dimension " + std::to_string(d) + " is odd");
     for (int64_t b = 0; b < batch; ++b)
       node_.bound("length of row " + std::to_string(b), in[kLengths].as<int32_t>()[b], seqlen, key.dims[2]);
+    for (const size_t port : {kCount, kRest})
+      if (in[port].present() && in[port].size() != 1)
+        node_.fail(std::string(kPorts[port].name) + " has " + std::to_string(in[port].size()) + " elements, not 1");
+    check_copy(in);
+    if (!in[kIndices].present()) check_choice(in, width);
   }
+
+  void check_copy(const std::vector<Tensor>& in) const {
+    for (const auto& [one, other] : {std::pair{kCQ, kCsQ}, {kCO, kCsO}, {kCQ, kCO}})
+      if (in[one].present() != in[other].present())
+        node_.fail(std::string(kPorts[one].name) + " and " + kPorts[other].name + " must stand together");
+    if (wants_rest(in) && !in[kCQ].present()) node_.fail("rest is 1, but there is no low-bit copy");
+  }
+
+  void check_choice(const std::vector<Tensor>& in, int64_t width) const {
+    const Tensor& weight = in[kScoreWeight];
+    if (!weight.present() || !in[kScoreBias].present())
+      node_.fail("without indices, the heads are chosen with score_weight and score_bias, but these are missing");
+    const int64_t groups = weight.rank == 2 ? weight.dims[0] : 0, count = *in[kCount].as<int32_t>();
+    node_.expect(in, kScoreWeight, {groups, width});
+    if (groups < 1 || n_heads_ % groups != 0)
+      node_.fail(std::to_string(n_heads_) + " heads do not divide among the " + std::to_string(groups) +
+                 " rows of score_weight");
+    node_.expect(in, kScoreBias, {groups});
+    node_.bound("count", count, 0, n_heads_);
+    if (count % (n_heads_ / groups) != 0)
+      node_.fail("count " + std::to_string(count) + " is no multiple of the " + std::to_string(n_heads_ / groups) +
+                 " heads that are chosen together");
+  }
+
+  static bool wants_rest(const std::vector<Tensor>& in) { return in[kRest].present() && *in[kRest].as<int32_t>() != 0; }
 
   // Number of positions in this step, from hidden states (batch, seqlen, width) or (batch * seqlen, width).
   int64_t seqlen_of(const Tensor& x, int64_t batch) const {
     const int64_t rows = x.rank == 3 ? x.dims[0] * x.dims[1] : x.dims[0];
     if (x.rank == 3 ? x.dims[0] != batch : batch < 1 || rows % batch != 0)
       node_.fail("x holds " + std::to_string(rows) + " positions, the cache " + std::to_string(batch) + " sequences");
-    return batch == 0 ? 0 : rows / batch;
+    return x.rank == 3 ? x.dims[1] : rows / batch;
   }
 
-  Call prepare(const std::vector<Tensor>& in) const {
+  Call read(const std::vector<Tensor>& in) const {
     const auto dim = [&](Input port, int i) { return static_cast<size_t>(in[port].dims[i]); };
-    const auto bias_type = [&](Input port, const char* name) {
-      return in[port].present() ? node_.row_type(in[port], name) : RowType::f32;
+    const auto bias_type = [&](Input port) {
+      return in[port].present() ? node_.row_type(in[port], kPorts[port].name) : RowType::f32;
     };
-    const int32_t* lengths = in[kLengths].as<int32_t>();
     const int64_t rows = n_heads_ * in[kKey].dims[3], width = node_.width_of(in[kX]), batch = in[kKey].dims[0];
-    return {dim(kKey, 0),
-            static_cast<size_t>(seqlen_of(in[kX], batch)),
-            static_cast<size_t>(width),
-            static_cast<size_t>(n_heads_) / dim(kKey, 1),
-            dim(kKey, 1),
-            dim(kKey, 2),
-            dim(kKey, 3),
-            static_cast<size_t>(*std::max_element(lengths, lengths + batch)),
-            node_.active(in[kIndices], in[kCount], n_heads_),
-            node_.matrix(in, kWQ, kSQ, rows, width),
-            node_.matrix(in, kWO, kSO, rows, width),
-            cache(in, kKey),
-            cache(in, kValue),
-            in[kX].as<float>(),
-            in[kCos].as<float>(),
-            in[kSin].as<float>(),
-            lengths,
-            in[kBQ],
-            in[kBO],
-            bias_type(kBQ, "b_q"),
-            bias_type(kBO, "b_o")};
+    Call call{};
+    call.batch = dim(kKey, 0), call.kv_heads = dim(kKey, 1), call.capacity = dim(kKey, 2), call.head_dim = dim(kKey, 3);
+    call.seqlen = static_cast<size_t>(seqlen_of(in[kX], batch)), call.width = static_cast<size_t>(width);
+    call.n_heads = static_cast<size_t>(n_heads_), call.group = call.n_heads / call.kv_heads;
+    call.lengths = in[kLengths].as<int32_t>();
+    call.longest = batch == 0 ? 0 : static_cast<size_t>(*std::max_element(call.lengths, call.lengths + batch));
+    bool ascending = true;
+    if (in[kIndices].present()) {
+      const Picks heads = node_.active(in[kIndices], in[kCount], n_heads_);
+      call.indices = heads.ids, call.full_count = heads.count;
+      for (size_t i = 1; i < heads.count; ++i) ascending &= heads.ids[i - 1] < heads.ids[i];
+    } else {
+      call.full_count = static_cast<size_t>(*in[kCount].as<int32_t>());
+      call.score_groups = dim(kScoreWeight, 0);
+    }
+    call.w_q = node_.matrix(in, kWQ, kSQ, rows, width), call.w_o = node_.matrix(in, kWO, kSO, rows, width);
+    if (wants_rest(in)) call.rest_count = call.n_heads - (ascending ? call.full_count : 0);
+    if (in[kCQ].present()) {
+      const Rows q = node_.copy(in, kCQ, kCsQ, rows, width), o = node_.copy(in, kCO, kCsO, rows, width);
+      if (call.rest_count > 0) call.c_q = q, call.c_o = o;
+    }
+    call.key = cache(in, kKey), call.value = cache(in, kValue);
+    call.x = in[kX].as<float>(), call.cos = in[kCos].as<float>(), call.sin = in[kSin].as<float>();
+    call.score_weight = in[kScoreWeight].as<float>(), call.score_bias = in[kScoreBias].as<float>();
+    call.b_q = in[kBQ], call.b_o = in[kBO];
+    call.b_q_type = bias_type(kBQ), call.b_o_type = bias_type(kBO);
+    return call;
   }
 
   Rows cache(const std::vector<Tensor>& in, Input port) const {
@@ -116,38 +173,101 @@ class SparseAttention {
     return {in[port].data, d * element_size(type), d, type};
   }
 
-  void run(const Pool& pool, const Call& call, float* y) const {
-    const size_t d = call.head_dim, tokens = call.tokens(), n = call.heads.count * d, part = tokens * call.width;
-    const size_t tasks = call.heads.count * call.batch, task_size = 2 * d + call.longest;
-    const Chunks in_chunks(n, call.w_q.cost(), tokens), out_chunks(n, call.w_o.cost(), tokens);
-    const size_t room = input_floats(call.width);
-    // By (row, token): the queries, later the contexts. Per task: a query, a context, and the scores of the cache.
-    Scratch scratch;
-    float* prepared = scratch.take(room + n * tokens + tasks * task_size + out_chunks.count() * part + call.width + n);
-    float* queries = prepared + room;
-    float *work = queries + n * tokens, *parts = work + tasks * task_size;
-    float* start = parts + out_chunks.count() * part;
-    int32_t* rows = reinterpret_cast<int32_t*>(start + call.width);
-    for (size_t i = 0; i < n; ++i) rows[i] = static_cast<int32_t>(call.heads.ids[i / d] * d + i % d);
+  // The best groups of heads, as heads in ascending order.
+  const int32_t* choose(const Call& call, const Memory& memory) const {
+    const size_t groups = call.score_groups, together = call.n_heads / groups;
+    std::fill(memory.scores, memory.scores + groups, 0.0f);
+    const Rows rows{call.score_weight, call.width * sizeof(float), call.width, RowType::f32};
+    for (size_t t = 0; t < (call.full_count % call.n_heads == 0 ? 0 : call.tokens()); ++t) {
+      kernels_.project(rows, {nullptr, groups}, call.x + t * call.width, 1, memory.products, {});
+      for (size_t g = 0; g < groups; ++g) memory.scores[g] += memory.products[g] + call.score_bias[g];
+    }
+    const size_t count = call.full_count / together;
+    select_largest(kernels_, memory.scores, groups, count, memory.keys, memory.groups);
+    for (size_t g = 0; g < count; ++g)
+      for (size_t i = 0; i < together; ++i)
+        memory.heads[g * together + i] = static_cast<int32_t>(memory.groups[g] * together + i);
+    return memory.heads;
+  }
 
-    const float* input = kernels_.prepare(call.w_q, call.x, tokens, prepared);
-    pool.run(n == 0 ? 0 : in_chunks.count(), [&](size_t c) {
-      const Chunk chunk = in_chunks[c];
-      kernels_.project(call.w_q, {rows + chunk.begin, chunk.size()}, input, tokens, queries + chunk.begin * tokens, {});
-    });
-    pool.run(tasks, [&](size_t task) {
+  // The full heads, then the rest. There are few heads, so that a search for each is fast enough.
+  Heads list(const Call& call, const Memory& memory, const int32_t* full) const {
+    Heads heads{memory.heads, memory.rows, call.full_count, call.full_count};
+    if (full != heads.ids) std::copy_n(full, call.full_count, heads.ids);
+    for (size_t head = 0; call.rest_count > 0 && head < call.n_heads; ++head) {
+      const int32_t id = static_cast<int32_t>(head), *end = heads.ids + call.full_count;
+      if (std::find(static_cast<const int32_t*>(heads.ids), end, id) == end) heads.ids[heads.count++] = id;
+    }
+    const size_t d = call.head_dim;
+    for (size_t i = 0; i < heads.count; ++i)
+      for (size_t j = 0; j < d; ++j) heads.rows[i * d + j] = static_cast<int32_t>(heads.ids[i] * d + j);
+    return heads;
+  }
+
+  void run(const Pool& pool, const Call& call, const Memory& memory, const Heads& heads, float* y) const {
+    const size_t d = call.head_dim, tokens = call.tokens(), full = heads.full_count * d;
+    project(pool, call, memory, heads);
+    pool.run(heads.count * call.batch, [&](size_t task) {
       const size_t i = task / call.batch, b = task % call.batch;
-      attend(call, static_cast<size_t>(call.heads.ids[i]), b, queries + i * d * tokens, work + task * task_size);
+      attend(call, static_cast<size_t>(heads.ids[i]), b, memory.queries + i * d * tokens,
+             memory.work + task * memory.task_size);
     });
-    pool.run(out_chunks.count(), [&](size_t c) {
-      const Chunk chunk = out_chunks[c];
-      float* sum = parts + c * part;
+    const Chunks chunks = call.chunks(call.w_o, call.c_o), full_chunks = chunks.of(full);
+    const Chunks low_chunks = chunks.of(heads.count * d - full);
+    const size_t part = tokens * call.width;
+    pool.run(chunks.count(), [&](size_t c) {
+      const Chunk chunk = full_chunks[c], low = low_chunks[c];
+      float* sum = memory.parts + c * part;
       std::fill(sum, sum + part, 0.0f);
-      kernels_.accumulate(call.w_o, {rows + chunk.begin, chunk.size()}, queries + chunk.begin * tokens, tokens, sum,
-                          {});
+      kernels_.accumulate(call.w_o, {heads.rows + chunk.begin, chunk.size()}, memory.queries + chunk.begin * tokens,
+                          tokens, sum, {});
+      if (low.size() > 0)
+        add_rest(call, {heads.rows + full + low.begin, low.size()}, memory.queries + (full + low.begin) * tokens,
+                 memory.low_parts + c * tokens * call.padded(call.c_o), sum);
     });
-    if (call.b_o.present()) kernels_.widen(call.b_o.data, call.b_o_type, start, call.width);
-    add_up(pool, kernels_, parts, out_chunks.count(), tokens, call.width, call.b_o.present() ? start : nullptr, y);
+    const bool biased = call.b_o.present();
+    if (biased) kernels_.widen(call.b_o.data, call.b_o_type, memory.start, call.width);
+    add_up(pool, kernels_, memory.parts, chunks.count(), tokens, call.width, biased ? memory.start : nullptr, y);
+  }
+
+  // The queries of all heads, without bias.
+  void project(const Pool& pool, const Call& call, const Memory& memory, const Heads& heads) const {
+    const size_t tokens = call.tokens(), n = heads.count * call.head_dim, full = heads.full_count * call.head_dim;
+    if (n == 0) return;
+    const Chunks chunks = call.chunks(call.w_q, call.c_q), full_chunks = chunks.of(full);
+    const Chunks low_chunks = chunks.of(n - full);
+    const float* input = kernels_.prepare(call.w_q, call.x, tokens, memory.inputs);
+    const float* low_input = n == full ? nullptr : prepare_low(call, memory);
+    pool.run(chunks.count(), [&](size_t c) {
+      const Chunk chunk = full_chunks[c], low = low_chunks[c];
+      kernels_.project(call.w_q, {heads.rows + chunk.begin, chunk.size()}, input, tokens,
+                       memory.queries + chunk.begin * tokens, {});
+      if (low.size() > 0)
+        kernels_.project(call.c_q, {heads.rows + full + low.begin, low.size()}, low_input, tokens,
+                         memory.queries + (full + low.begin) * tokens, {});
+    });
+  }
+
+  // The input for the copy: x, with zeros up to a whole number of blocks.
+  const float* prepare_low(const Call& call, const Memory& memory) const {
+    const size_t wide = call.padded(call.c_q), tokens = call.tokens();
+    const float* x = call.x;
+    if (wide != 0) {
+      std::fill(memory.low_x, memory.low_x + tokens * wide, 0.0f);
+      for (size_t t = 0; t < tokens; ++t) std::copy_n(x + t * call.width, call.width, memory.low_x + t * wide);
+      x = memory.low_x;
+    }
+    return kernels_.prepare(call.c_q, x, tokens, memory.low_inputs);
+  }
+
+  // Adds the output projection of contexts, with rows of the copy, to `sum` (tokens, width).
+  void add_rest(const Call& call, Picks rows, const float* contexts, float* padded, float* sum) const {
+    const size_t wide = call.padded(call.c_o), tokens = call.tokens();
+    if (wide == 0) return kernels_.accumulate(call.c_o, rows, contexts, tokens, sum, {});
+    std::fill(padded, padded + tokens * wide, 0.0f);
+    kernels_.accumulate(call.c_o, rows, contexts, tokens, padded, {});
+    for (size_t t = 0; t < tokens; ++t)
+      for (size_t k = 0; k < call.width; ++k) sum[t * call.width + k] += padded[t * wide + k];
   }
 
   // Replaces the queries of one head and sequence by its contexts. Only visible positions of the cache are read.

@@ -44,7 +44,7 @@ ATTENTION_SIZES = [  # D, H, n_kv, d, capacity, B, S, lengths, count
 @pytest.mark.parametrize("form", ATTENTION_FORMS)
 def test_attention(form, size, isa):
     inputs = attention_inputs(form, size)
-    exact, float32 = exact_attention(inputs, size[1]), sparse_attention(**inputs, n_heads=size[1])
+    exact, float32 = exact_attention(inputs, size[1]), sparse_attention(**inputs, n_heads=size[1])[0]
     for batch, length in enumerate(size[7]):  # cache entries after the end of the sequence must not be read
         inputs["key"][batch, :, length:] = inputs["value"][batch, :, length:] = np.nan
     found = run("SparseAttention", inputs, ATTENTION_WEIGHTS, threads=2, n_heads=size[1], layer=3)
@@ -64,7 +64,7 @@ def test_attention_with_weights_of_two_bytes(dtype, isa):
     size = ATTENTION_SIZES[3]
     inputs = stored(attention_inputs("llama-biases", size), ATTENTION_WEIGHTS, dtype)
     found = run("SparseAttention", inputs, ATTENTION_WEIGHTS, threads=2, n_heads=size[1], layer=3)
-    assert_as_exact_as(found, sparse_attention(**inputs, n_heads=size[1]), exact_attention(inputs, size[1]))
+    assert_as_exact_as(found, sparse_attention(**inputs, n_heads=size[1])[0], exact_attention(inputs, size[1]))
 
 
 @pytest.mark.parametrize("q", QUANTISATIONS, ids=str)
@@ -82,7 +82,7 @@ def test_attention_with_weights_of_two_bytes(dtype, isa):
 def test_attention_with_integer_weights(form, size, q, isa):
     inputs = integers(attention_inputs(form, size), q)
     floats = restored(inputs, size[0])
-    exact, float32 = exact_attention(floats, size[1]), sparse_attention(**floats, n_heads=size[1])
+    exact, float32 = exact_attention(floats, size[1]), sparse_attention(**floats, n_heads=size[1])[0]
     weights = (*ATTENTION_WEIGHTS, "s_q", "s_o")
     found = run("SparseAttention", inputs, weights, threads=2, n_heads=size[1], layer=3)
     assert_as_exact_as(found, float32, exact, INPUT_STEP.get(isa, 0))

@@ -1,0 +1,197 @@
+// Integer kernels for one token and the rows of a low-bit copy, part of kernels_copy.hpp. AVX2, with VNNI's products of
+// four bytes where there are any.
+#pragma once
+
+constexpr size_t kBytesBlock = 64;  // elements of a block; its 32 bytes are one vector
+constexpr float kByteMost = 127;
+
+inline bool in_bytes(const Rows& rows, size_t tokens) { return tokens == 1 && rows.block == kBytesBlock; }
+
+// The input of a block, in the order of the bytes of a row.
+struct alignas(64) ByteBlock {
+  int8_t even[32], odd[32];
+  int32_t start[8];  // minus the middle of the integers times the input
+  float scale;
+};
+
+inline __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+
+inline float largest_of(__m256 v) {
+  float lanes[8], most = 0;
+  _mm256_storeu_ps(lanes, v);
+  for (size_t i = 0; i < 8; ++i) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
+
+inline const float* round_to_bytes(const float* x, size_t width, float* room) {
+  static_assert(sizeof(ByteBlock) <= kBytesBlock * sizeof(float), "it fits into room");
+  ByteBlock* blocks = reinterpret_cast<ByteBlock*>(room);
+  for (size_t b = 0; b < width / kBytesBlock; ++b) {
+    const float* from = x + b * kBytesBlock;
+    ByteBlock& block = blocks[b];
+    __m256 most = _mm256_setzero_ps(), unordered = most;
+    for (size_t i = 0; i < kBytesBlock; i += 8) {
+      const __m256 v = _mm256_loadu_ps(from + i);
+      most = _mm256_max_ps(most, magnitude(v));
+      unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    }
+    // Rounding would turn a NaN into a number.
+    const float peak = _mm256_movemask_ps(unordered) == 0 ? largest_of(most) : NAN;
+    const __m256 inverse = _mm256_set1_ps(peak > 1e-30f ? kByteMost / peak : 0);
+    alignas(32) int32_t integers[kBytesBlock];
+    for (size_t i = 0; i < kBytesBlock; i += 8)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(integers + i),
+                         _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + i), inverse)));
+    for (size_t i = 0; i < 32; ++i) block.even[i] = static_cast<int8_t>(integers[2 * i]);
+    for (size_t i = 0; i < 32; ++i) block.odd[i] = static_cast<int8_t>(integers[2 * i + 1]);
+    for (size_t lane = 0; lane < 8; ++lane) {
+      int32_t total = 0;
+      for (size_t i = 4 * lane; i < 4 * lane + 4; ++i) total += block.even[i] + block.odd[i];
+      block.start[lane] = -8 * total;
+    }
+    block.scale = peak / kByteMost;
+  }
+  return room;
+}
+
+inline __m256i load_block(const uint8_t* row, size_t b) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + b * 32));
+}
+
+inline __m256i low_halves(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+inline __m256i high_halves(__m256i bytes) { return low_halves(_mm256_srli_epi16(bytes, 4)); }
+
+// start plus the products of the integers of a block with its input, four bytes of a row per lane
+inline __m256i dot(__m256i bytes, __m256i even, __m256i odd, __m256i start) {
+#if defined(__AVX512VNNI__)
+  return _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(start, low_halves(bytes), even), high_halves(bytes), odd);
+#else
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low_halves(bytes), even),
+                                         _mm256_maddubs_epi16(high_halves(bytes), odd));  // at most 4 * 15 * 127
+  return _mm256_add_epi32(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+}
+
+// The sums of four vectors.
+inline __m128 sums_of(const __m256 v[4]) {
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
+inline void project_four(const QuantisedRow* rows, const QuantisedRow* next, const ByteBlock* input, size_t blocks,
+                         float* out) {
+  __m256 acc[4];
+  for (size_t r = 0; r < 4; ++r) acc[r] = _mm256_setzero_ps();
+  for (size_t b = 0; b < blocks; ++b) {
+    fetch_block<Bits4, 4>(next, b, blocks, kBytesBlock);
+    const __m256i even = _mm256_load_si256(reinterpret_cast<const __m256i*>(input[b].even));
+    const __m256i odd = _mm256_load_si256(reinterpret_cast<const __m256i*>(input[b].odd));
+    const __m256i start = _mm256_load_si256(reinterpret_cast<const __m256i*>(input[b].start));
+    const __m256 scale = _mm256_set1_ps(input[b].scale);
+    for (size_t r = 0; r < 4; ++r) {
+      const __m256 total = _mm256_cvtepi32_ps(dot(load_block(rows[r].data, b), even, odd, start));
+      acc[r] = _mm256_fmadd_ps(_mm256_mul_ps(total, scale), _mm256_set1_ps(rows[r].scales[b]), acc[r]);
+    }
+  }
+  _mm_storeu_ps(out, sums_of(acc));
+}
+
+void project_bytes(const Rows& rows, Picks picks, const float* input, float* out, Ahead ahead) {
+  const ByteBlock* blocks = reinterpret_cast<const ByteBlock*>(input);
+  const size_t count = rows.width / kBytesBlock;
+  walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
+    float sums[kBlock];
+    for (size_t r = 0; r < kBlock; r += 4)
+      project_four(now + r, next == nullptr ? nullptr : next + r, blocks, count, sums + r);
+    memcpy(out + i, sums, left * sizeof(float));
+  });
+}
+
+constexpr size_t kGroup = 16;  // rows whose products are added in 16 bits: 16 * 15 * 127 < 2^15
+
+// The weights of a group for eight blocks: h times the scale of the block, rounded to 8 bits relative to the largest.
+struct ByteWeights {
+  alignas(32) int32_t bytes[kGroup / 4][8];  // one byte for each of four rows
+  alignas(32) int32_t start[8];              // minus the middle of the integers times the weights
+  alignas(32) float scale[8];
+};
+
+inline void round_to_weights(const QuantisedRow* rows, const float* h, size_t first, size_t blocks,
+                             ByteWeights& weights) {
+  __m256 exact[kGroup], most = _mm256_setzero_ps(), unordered = most;
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(blocks - first)), lanes);
+  for (size_t r = 0; r < kGroup; ++r) {
+    exact[r] = _mm256_mul_ps(_mm256_set1_ps(h[r]), _mm256_maskload_ps(rows[r].scales + first, there));
+    most = _mm256_max_ps(most, magnitude(exact[r]));
+    unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(exact[r], exact[r], _CMP_UNORD_Q));
+  }
+  most = _mm256_blendv_ps(most, _mm256_set1_ps(NAN), unordered);  // rounding would turn a NaN into a number
+  const __m256 some = _mm256_cmp_ps(most, _mm256_set1_ps(1e-30f), _CMP_GT_OQ);
+  const __m256 inverse = _mm256_and_ps(some, _mm256_div_ps(_mm256_set1_ps(kByteMost), most));
+  __m256i total = _mm256_setzero_si256();
+  for (size_t g = 0; g < kGroup / 4; ++g) {
+    __m256i joined = _mm256_setzero_si256();
+    for (size_t r = 0; r < 4; ++r) {
+      const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(exact[4 * g + r], inverse));
+      total = _mm256_add_epi32(total, rounded);
+      const __m256i byte = _mm256_and_si256(rounded, _mm256_set1_epi32(255));
+      joined = _mm256_or_si256(joined, _mm256_sll_epi32(byte, _mm_cvtsi32_si128(static_cast<int>(8 * r))));
+    }
+    _mm256_store_si256(reinterpret_cast<__m256i*>(weights.bytes[g]), joined);
+  }
+  _mm256_store_si256(reinterpret_cast<__m256i*>(weights.start), _mm256_mullo_epi32(total, _mm256_set1_epi32(-8)));
+  _mm256_store_ps(weights.scale, _mm256_mul_ps(most, _mm256_set1_ps(1 / kByteMost)));
+}
+
+// y[0..8) += scale * eight integers
+inline void add_scaled(__m128i integers, __m256 scale, float* y) {
+  const __m256 exact = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(integers));
+  _mm256_storeu_ps(y, _mm256_fmadd_ps(exact, scale, _mm256_loadu_ps(y)));
+}
+
+// Adds block b of a group of rows to the 64 floats of y. The first vector of `even` and of `odd` has the bytes 0..7 and
+// 16..23 of the rows, the second one the others.
+inline void accumulate_block(const QuantisedRow* rows, const ByteWeights& weights, size_t b, float* y) {
+  const size_t at = b % 8;
+  const __m256i start = _mm256_set1_epi16(static_cast<int16_t>(weights.start[at]));
+  __m256i even[2] = {start, start}, odd[2] = {start, start};
+  for (size_t r = 0; r < kGroup; r += 2) {
+    const __m256i first = load_block(rows[r].data, b), second = load_block(rows[r + 1].data, b);
+    const int32_t four = weights.bytes[r / 4][at];
+    const __m256i pair = _mm256_set1_epi16(static_cast<int16_t>(r % 4 == 0 ? four : four >> 16));
+    const __m256i mixed[2] = {_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second)};
+    for (size_t j = 0; j < 2; ++j) {
+      even[j] = _mm256_add_epi16(even[j], _mm256_maddubs_epi16(low_halves(mixed[j]), pair));
+      odd[j] = _mm256_add_epi16(odd[j], _mm256_maddubs_epi16(high_halves(mixed[j]), pair));
+    }
+  }
+  const __m256 scale = _mm256_set1_ps(weights.scale[at]);
+  for (size_t j = 0; j < 2; ++j) {
+    const __m256i front = _mm256_unpacklo_epi16(even[j], odd[j]), back = _mm256_unpackhi_epi16(even[j], odd[j]);
+    add_scaled(_mm256_castsi256_si128(front), scale, y + 16 * j);
+    add_scaled(_mm256_castsi256_si128(back), scale, y + 16 * j + 8);
+    add_scaled(_mm256_extracti128_si256(front, 1), scale, y + 32 + 16 * j);
+    add_scaled(_mm256_extracti128_si256(back, 1), scale, y + 32 + 16 * j + 8);
+  }
+}
+
+void accumulate_bytes(const Rows& rows, Picks picks, const float* h, float* y) {
+  const size_t blocks = rows.width / kBytesBlock;
+  for (size_t i = 0; i < picks.count; i += kGroup) {
+    const size_t count = picks.count - i < kGroup ? picks.count - i : kGroup;
+    QuantisedRow now[kGroup], next[kGroup];
+    const bool more = i + 2 * kGroup <= picks.count;
+    float factors[kGroup] = {};
+    memcpy(factors, h + i, count * sizeof(float));
+    for (size_t r = 0; r < kGroup; ++r) now[r] = quantised_row(rows, picks.ids, i + (r < count ? r : 0));
+    if (more)
+      for (size_t r = 0; r < kGroup; ++r) next[r] = quantised_row(rows, picks.ids, i + kGroup + r);
+    ByteWeights weights;
+    for (size_t b = 0; b < blocks; ++b) {
+      if (b % 8 == 0) round_to_weights(now, factors, b, blocks, weights);
+      fetch_block<Bits4, kGroup>(more ? next : nullptr, b, blocks, kBytesBlock);
+      accumulate_block(now, weights, b, y + b * kBytesBlock);
+    }
+  }
+}

@@ -1,0 +1,94 @@
+// What one call of SparseMLP works on: its matrices, its biases, and its memory.
+#pragma once
+
+#include <algorithm>
+
+#include "op.hpp"
+#include "room.hpp"
+
+namespace shadowllm {
+
+constexpr size_t kTokenBlock = 64;  // tokens per pass over the weights
+
+struct Bias {
+  const void* data = nullptr;
+  RowType type = RowType::f32;
+
+  // h[i * tokens + t] += bias[ids[i]]
+  void add(const Kernels& kernels, Picks picks, size_t tokens, float* h) const {
+    if (data == nullptr) return;
+    for (size_t i = 0; i < picks.count; ++i) {
+      float value;
+      kernels.widen(static_cast<const char*>(data) + picks.ids[i] * element_size(type), type, &value, 1);
+      for (size_t t = 0; t < tokens; ++t) h[i * tokens + t] += value;
+    }
+  }
+};
+
+// The three matrices, in one precision. Without a gate, `gate` is `up`.
+struct Matrices {
+  Rows gate, up, down;
+  bool gated;
+
+  size_t cost() const { return up.cost() + down.cost() + (gated ? gate.cost() : 0); }
+};
+
+struct Call {
+  Matrices full, low;  // low only if copied
+  Bias b_gate, b_up, b_down;
+  size_t width, neurons, tokens;
+  bool choosing, copied, rest;  // copied: the low-bit copy is read
+  size_t full_count;            // neurons computed from their full rows
+  const float* norms;           // only if choosing
+
+  bool padded() const { return copied && low.up.width != width; }
+
+  // Chunks of all neurons if there is a copy, or of the full ones. Either is a function of sizes and of the count.
+  Chunks chunks(size_t tokens_now) const {
+    if (!copied) return Chunks(full_count, full.cost(), tokens_now);
+    const size_t bytes = neurons * low.cost() + full_count * full.cost();
+    return Chunks(neurons, neurons == 0 ? 0 : bytes / neurons, tokens_now);
+  }
+};
+
+// Memory for the choice, which is the same for all tokens. A mark is 1 if the neuron is computed from its full rows.
+struct ChoiceRoom {
+  float* scores;
+  int32_t *keys, *all, *chosen, *marks;
+
+  ChoiceRoom(Room& room, const Call& call) {
+    const size_t if_copied = call.copied ? call.neurons : 0, if_choosing = call.choosing ? call.neurons : 0;
+    scores = room.floats(if_copied);
+    keys = room.integers(if_copied);
+    marks = room.integers(if_copied);
+    chosen = room.integers(if_copied);
+    all = room.integers(std::max(if_copied, if_choosing));
+  }
+};
+
+// Memory for one block of tokens. Everything that starts with low belongs to the copy.
+struct BlockRoom {
+  float *inputs, *hidden, *ups, *parts, *start;
+  float *low_x, *low_inputs, *low_hidden, *low_ups, *low_parts;
+  int32_t *kept, *low_kept;
+  size_t tokens;
+
+  BlockRoom(Room& room, const Call& call, size_t tokens) : tokens(tokens) {
+    const size_t count = call.chunks(tokens).count(), low_width = call.copied ? call.low.up.width : 0;
+    const size_t low_neurons = call.copied ? call.neurons : 0, padded = call.padded() ? tokens * low_width : 0;
+    inputs = room.floats(2 * input_floats(call.width));
+    hidden = room.floats(call.full_count * tokens);
+    ups = room.floats(call.full_count * tokens);
+    parts = room.floats(count * tokens * call.width);
+    start = room.floats(call.width);
+    low_x = room.floats(padded);
+    low_inputs = room.floats(2 * input_floats(low_width));
+    low_hidden = room.floats(low_neurons * tokens);
+    low_ups = room.floats(low_neurons * tokens);
+    low_parts = room.floats(count * padded);
+    kept = room.integers(call.full_count);
+    low_kept = room.integers(low_neurons);
+  }
+};
+
+}  // namespace shadowllm
