@@ -4,7 +4,10 @@ One description of the launches has two users. `launch` runs them on PyTorch ten
 ``TRITON_INTERPRET=1``). `compile` turns them into the programs of TensorRT plugins. The kernels of an op, their
 schedules and the op as a function of tensors are in its folder of ``plugins/ops``.
 
-    tiles, project_back    parts of kernels, and two kernels, that several ops share
+    tiles, low_bit         parts of kernels that several ops share
+    output_projection      two kernels that several ops share
+    rest_projection        the same for the units that are computed from a low-bit copy
+    head_choice            chooses and orders the heads of attention
     schedule               describes launches, and runs them with PyTorch
     launch                 checks tensors against an op's schema, and runs the op's launches
     compile                ahead-of-time compilation, for engines

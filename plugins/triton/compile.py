@@ -98,11 +98,13 @@ def _compile(
         max_batch=max_batch,
         max_seqlen=max_seqlen,
     )
+    written = {operand for schedule in planned for call in schedule.calls for operand in call.operands.values()}
+    ports = [port for port in schema.outputs if not port.optional or port.name in written]
     builder = _Builder(schema, tensors, dtype, sms)
     plans = tuple(builder.plan(schedule) for schedule in planned)
     outputs = tuple(
         Output(dtype if port.dtype == "T" else port.dtype, _dimensions(schema, list(tensors), port.shape, attributes))
-        for port in schema.outputs
+        for port in ports
     )
     return Program(tuple(tensor.dtype for tensor in tensors.values()), outputs, tuple(builder.kernels), plans)
 

@@ -32,18 +32,39 @@ def check_activation(schema: OpSchema, activation: str) -> None:
         raise ValueError(f"{schema.name} has no activation {activation!r}, only {', '.join(ACTIVATIONS)}")
 
 
+def check_rest(schema: OpSchema, rest: Tensor | None, copies: Mapping[str, Tensor | None], width: int) -> None:
+    """Check that a rest and its low-bit copies are all there or all absent, and that the kernels can read the copies.
+
+    Args:
+        copies: integers ``c_...`` and scales ``cs_...``.
+        width: length of a row before it was packed.
+
+    Raises:
+        ValueError: some are missing; or the blocks do not cover a row, or their size is not a power of two.
+    """
+    absent = [name for name, tensor in {"rest": rest, **copies}.items() if tensor is None]
+    if absent and len(absent) <= len(copies):
+        raise ValueError(f"{schema.name} has a part of what a rest needs, and no {', '.join(absent)}")
+    for name, copy in copies.items():
+        if copy is None or copy.ndim != 3:
+            continue
+        _, blocks, size = copy.shape
+        if size < 4 or size & (size - 1) or not (blocks - 1) * 2 * size < width <= blocks * 2 * size:
+            raise ValueError(f"{schema.name}: {name} has shape {tuple(copy.shape)} for rows of {width}")
+
+
 def launch(
     schema: OpSchema,
     planner: Planner,
     inputs: Mapping[str, Tensor | None],
     attributes: Mapping[str, int | str],
-    output: Tensor,
-) -> Tensor:
-    """Launch an op, and return its output.
+    *outputs: Tensor,
+) -> None:
+    """Launch an op.
 
     Args:
         inputs: tensors by the schema's names; None if absent. The shape of the first one gives batch and seqlen.
-        output: the tensor to write.
+        outputs: the tensors to write, in the order of the schema.
 
     Raises:
         ValueError: a tensor does not match the schema in type, device, layout or shape.
@@ -61,8 +82,8 @@ def launch(
         _limit(batch),
         _limit(seqlen),
     )
-    run(cover(planned, batch, seqlen), {**present, schema.outputs[0].name: output}, batch, seqlen)
-    return output
+    written = {port.name: tensor for port, tensor in zip(schema.outputs, outputs, strict=False)}
+    run(cover(planned, batch, seqlen), {**present, **written}, batch, seqlen)
 
 
 def _limit(size: int) -> int:

@@ -6,12 +6,10 @@ import triton
 import triton.language as tl
 
 from shadowllm.plugins.kernel_program import Size
+from shadowllm.plugins.triton.low_bit import rest_is_added
+from shadowllm.plugins.triton.rest_projection import BLOCKS, MAX_SPLITS, Rest, rest_call
 from shadowllm.plugins.triton.schedule import GEMV, PREFILL, Call, Operand, Scratch, Tier, Workspace
 from shadowllm.plugins.triton.tiles import LINE, active_rows, dot, tile_warps
-
-# Number of blocks that keeps every multiprocessor of a large GPU loading.
-BLOCKS = 512
-MAX_SPLITS = 32
 
 
 def back_calls(
@@ -27,8 +25,11 @@ def back_calls(
     itemsize: int,
     width: int,
     skip_zeros: bool = False,
-) -> tuple[Call, Call]:
-    """The launches of `project_back` and `sum_partials`, which write the output "y".
+    indices: Operand = "indices",
+    count: Operand = "count",
+    rest: Rest | None = None,
+) -> tuple[Call, ...]:
+    """The launches of `project_back`, of `project_rest` if there is a rest, and of `sum_partials`: they write "y".
 
     Args:
         hidden: ``(tokens, cap * group)`` of type T.
@@ -37,6 +38,8 @@ def back_calls(
         units, group: the weight has ``units * group`` rows.
         itemsize: bytes per element of type T.
         skip_zeros: whether to skip weight rows whose hidden values are zero.
+        indices, count: the active units.
+        rest: the units that are computed from a low-bit copy.
     """
     rows, cols = (16, min(256, triton.next_power_of_2(width))) if tier.block == GEMV else (LINE // itemsize, 64)
     tiles = triton.cdiv(width, cols)
@@ -48,8 +51,8 @@ def back_calls(
         (Size(tiles), Size(splits), tier.tiles),
         {
             "hidden": hidden,
-            "indices": "indices",
-            "count": "count",
+            "indices": indices,
+            "count": count,
             "weight": weight,
             "partials": partials,
             "tokens": tier.size,
@@ -69,9 +72,13 @@ def back_calls(
     summed: dict[str, Operand] = {"partials": partials, "y": "y", "tokens": tier.size}
     if bias:
         summed["bias"] = bias
+    more, sizes = list[Call](), {"UNITS": units, "REST_SPLITS": 0}
+    if rest is not None:
+        call, read, sizes = rest_call(workspace, tier, rest, units=units, group=group, itemsize=itemsize, width=width)
+        more, summed = [call], summed | read
     # Tokens are along x, because the other two axes of a grid are limited to 65,535.
-    total = Call(sum_partials, (tier.size, Size(tiles), Size()), summed, constants)
-    return multiply, total
+    total = Call(sum_partials, (tier.size, Size(tiles), Size()), summed, constants | sizes)
+    return multiply, *more, total
 
 
 @triton.jit
@@ -135,13 +142,30 @@ def project_back(
 
 
 @triton.jit
-def sum_partials(partials, bias, y, tokens, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write ``y (tokens, WIDTH)``: the sum of the shares of `project_back`, plus the bias."""
+def sum_partials(
+    partials,
+    bias,
+    y,
+    rest_partials,
+    rest,
+    active,
+    tokens,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNITS: tl.constexpr,
+    REST_SPLITS: tl.constexpr,
+):
+    """Write ``y (tokens, WIDTH)``: the shares of `project_back`, plus those of `project_rest`, plus the bias."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for split in range(SPLITS):
         total += tl.load(partials + (split * tokens + token) * WIDTH + cols, mask=cols < WIDTH, other=0.0)
+    if rest is not None:  # noqa: SIM102 -- known at compile time, and the next one is not
+        if rest_is_added(rest, active, UNITS):
+            for split in range(REST_SPLITS):
+                total += tl.load(rest_partials + (split * tokens + token) * WIDTH + cols, mask=cols < WIDTH, other=0.0)
     if bias is not None:
         total += tl.load(bias + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
     tl.store(y + token * WIDTH + cols, total.to(y.dtype.element_ty), mask=cols < WIDTH)

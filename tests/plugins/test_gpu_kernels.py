@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shadowllm.benchmarks.gpu import checks
+from shadowllm.benchmarks.gpu import cases, checks
 from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
 
 pytestmark = [
@@ -14,7 +14,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("case", checks.CASES, ids=str)
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
 def test_errors_are_within_twice_pytorch_s_own(case):
     found = list(checks.check_all(torch.device("cuda"), (case,)))
     assert [check for check in found if not check.passed] == []
@@ -27,7 +27,7 @@ def test_one_graph_serves_every_count():
     indices, count = checks._selection(512, 512, device)
 
     def call():
-        return sparse_mlp(x, indices, count, None, None, up, None, down, None, activation="relu")
+        return sparse_mlp(x, indices, count, None, None, up, None, down, None, activation="relu")[0]
 
     call()
     graph = torch.cuda.CUDAGraph()

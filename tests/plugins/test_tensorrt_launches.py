@@ -21,6 +21,7 @@ from tests.plugins.test_triton_compile import COMPILE, child
 HERE = Path(__file__).parent / "driver"
 SOURCES = HERE.parents[2] / "plugins" / "tensorrt" / "cpp"
 CXX = os.environ.get("CXX", "g++")
+ROWS = (0, 4)  # the ops of `COMPILE` whose calls have no sequences, only rows
 
 pytestmark = [
     pytest.mark.slow,
@@ -89,7 +90,8 @@ def test_one_token_and_a_prompt(built, tmp_path):
 def test_compiled_kernels(built, tmp_path):
     """Of all ops: PTX, which says how many parameters it has, on a GPU that there is no cubin for."""
     packed = [bytes.fromhex(line) for line in child("-c", COMPILE, "float16", "3").split()]
-    calls = [(data, *size) for data in packed for size in ((1, 1), (2, 1), (2, 9)) if size[1] == 1 or data != packed[0]]
+    sizes = ((1, 1), (2, 1), (2, 9))
+    calls = [(data, *size) for i, data in enumerate(packed) for size in sizes if size[1] == 1 or i not in ROWS]
     python, cpp = record(built, tmp_path, calls, FAKE_SM="86")
     assert cpp == python
     launched = [line.split()[1] for line in python if line.startswith("launch")]

@@ -46,7 +46,24 @@ graphs = [
     ("SparseAttention", {{"x": x, "key": cache, "value": cache, "lengths": lengths, "indices":
       Tensor("int32", ({HEADS},)), "count": count, "w_q": heads, "w_o": heads, "cos": angles, "sin": angles}},
       {{"n_heads": {HEADS}, "layer": 1}}),
+    ("ShortlistLogits", {{"x": Tensor(dtype, ("batch", {WIDTH})), "table": rows,
+      "copy": Tensor("int32", ({NEURONS}, 1, 8)), "scales": Tensor("float32", ({NEURONS}, 1)),
+      "errors": Tensor("float32", ({NEURONS},)), "shortlist": count, "certify": count}}, {{}}),
 ]
+# The same with a rest from a low-bit copy: the op chooses the units, or gets them.
+copies = {{"rest": count}}
+for part in ("gate", "up", "down"):
+    copies |= {{"c_" + part: Tensor("int32", ({NEURONS}, 1, 8)), "cs_" + part: Tensor("float32", ({NEURONS}, 1))}}
+chosen = {{"x": x, "count": count, "w_gate": rows, "w_up": rows, "w_down": rows, **copies,
+  "down_norms": Tensor("float32", ({NEURONS},))}}
+graphs.append(("SparseMLP", chosen, {{"activation": "silu", "layer": 1}}))
+given = graphs[2][1] | {{name: port for name, port in copies.items() if "gate" not in name}}
+graphs.append(("SparseMLP", given, {{"activation": "relu", "layer": 1}}))
+packed = Tensor("int32", ({HEADS * HEAD_DIM}, 1, 8)), Tensor("float32", ({HEADS * HEAD_DIM}, 1))
+given = graphs[3][1] | {{"rest": count}} | dict(zip(("c_q", "cs_q", "c_o", "cs_o"), 2 * packed))
+chosen = {{name: port for name, port in given.items() if name != "indices"}}
+chosen |= {{"score_weight": Tensor("float32", (2, {WIDTH})), "score_bias": Tensor("float32", (2,))}}
+graphs += [("SparseAttention", one, {{"n_heads": {HEADS}, "layer": 1}}) for one in (chosen, given)]
 for op, inputs, attributes in graphs:
     limits = {{"max_batch": batch, "max_seqlen": 9, "sms": (90, PTX)}}
     program = compile_program(op, inputs, attributes, **limits)
@@ -60,7 +77,8 @@ for op, inputs, attributes in graphs:
 def programs(request):
     """Compiled programs of each op, for batches of up to 3: ``(dtype, {op: Program})``."""
     told = child("-c", COMPILE, request.param, "3")
-    ops = ("SelectTopK", "ScoreNeurons", "SparseMLP", "SparseAttention")
+    ops = ("SelectTopK", "ScoreNeurons", "SparseMLP", "SparseAttention", "ShortlistLogits")
+    ops += ("SparseMLP chooses", "SparseMLP rest", "SparseAttention chooses", "SparseAttention rest")
     return request.param, dict(zip(ops, (unpack(bytes.fromhex(line)) for line in told.split()), strict=True))
 
 
@@ -77,9 +95,31 @@ def test_ports(programs):
     assert found["ScoreNeurons"].inputs == (dtype, "int32", "float32", dtype, dtype, "float32", "int32")
     (scores,) = found["ScoreNeurons"].outputs
     assert (scores.dtype, scores.shape) == ("float32", (1, (3, 0)))
+    logits, recomputed = found["ShortlistLogits"].outputs
+    assert (logits.dtype, logits.shape) == ("float32", ((0, 0), (1, 0)))
+    assert (recomputed.dtype, recomputed.shape) == ("int32", ((0, 0),))
     (indices,), (y,) = found["SelectTopK"].outputs, found["SparseAttention"].outputs
     assert (indices.dtype, indices.shape) == ("int32", ((0, 0), NEURONS))
     assert (y.dtype, y.shape) == (dtype, ((0, 0), (0, 1), (0, 2)))
+
+
+def test_the_units_that_an_op_chooses_are_an_output(programs):
+    dtype, found = programs
+    for op in ("SparseMLP", "SparseAttention"):
+        assert [output.dtype for output in found[op].outputs] == [dtype]
+        assert [output.dtype for output in found[f"{op} rest"].outputs] == [dtype]
+        assert [output.dtype for output in found[f"{op} chooses"].outputs] == [dtype, "int32"]
+    assert found["SparseMLP chooses"].outputs[1].shape == ((2, 0),)  # rows of w_gate, the input after x and count
+    assert found["SparseAttention chooses"].outputs[1].shape == (HEADS,)
+
+
+def test_packed_integers_are_signed(programs):
+    """Words are unsigned in a program; an integer of a copy is in -8 .. 7."""
+    _, found = programs
+    for program in found.values():
+        for kernel in program.kernels:
+            text = next(image.data for image in kernel.images if image.sm == PTX).decode()
+            assert not re.search(r"cvt\.rn\S*\.f\w+\.u32", text), kernel.name
 
 
 def test_plans_cover_one_token_a_batch_and_prompts(programs):
@@ -167,7 +207,17 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
                 "merge_splits",
                 "prompt_attention",
                 "project_back",
+                "project_rest",
+                "score_heads",
+                "order_heads",
                 "sum_partials",
+                "table_logits",
+                "copy_logits",
+                "choose_shortlist",
+                "shortlist_logits",
+                "bound_row",
+                "doubtful_logits",
+                "count_rows",
                 "write_step",
             }
     assert not [row for row in rows if row["spilled_bytes"]]

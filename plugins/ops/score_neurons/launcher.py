@@ -43,4 +43,5 @@ def score_neurons(
         "count": count,
     }
     scores = torch.empty(1, len(down_norms), device=x.device)
-    return launch(SCORE_NEURONS, schedules, inputs, {"activation": activation}, scores)
+    launch(SCORE_NEURONS, schedules, inputs, {"activation": activation}, scores)
+    return scores

@@ -8,7 +8,7 @@ import triton
 
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.score_neurons.kernel import score_neurons
-from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Schedule, Shape, Tier, tiers
+from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Operand, Schedule, Shape, Tier, tiers
 from shadowllm.plugins.triton.tiles import tile_warps
 
 
@@ -27,23 +27,57 @@ def plan_score_neurons(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, a
         shapes: shapes of the inputs, by name; the copy's last dimension counts int32 words.
         itemsize: bytes per element of x.
     """
-    rows, blocks, words = shapes["copy"]
-    (neurons,) = shapes["down_norms"]
+    rows = shapes["copy"][0]
+    gated = rows == 2 * shapes["down_norms"][0]
+    read = {"up": "copy", "up_scales": "scales"} | ({"gate": "copy", "gate_scales": "scales"} if gated else {})
+    names = [name for name in ("x", "b_gate", "b_up", "down_norms", "count") if name in shapes]
+    call = score_call(
+        tier,
+        {name: name for name in names} | read | {"scores": "scores"},
+        neurons=shapes["down_norms"][0],
+        first_up=rows // 2 if gated else 0,
+        width=shapes["x"][-1],
+        copy=shapes["copy"],
+        itemsize=itemsize,
+        activation=activation,
+    )
+    return Schedule(tier.max_batch, tier.max_seqlen, 0, (call,))
+
+
+def score_call(
+    tier: Tier,
+    operands: Mapping[str, Operand],
+    *,
+    neurons: int,
+    first_up: int,
+    width: int,
+    copy: Shape,
+    itemsize: int,
+    activation: str,
+) -> Call:
+    """The launch of the kernel, with all its operands except the number of tokens.
+
+    Args:
+        first_up: row of ``up`` with the first neuron.
+        width: size of x.
+        copy: shape of a copy; its last dimension counts int32 words.
+        itemsize: bytes per element of x.
+    """
+    _, blocks, words = copy
     one = tier.block == GEMV
-    names = [name for name in ("x", "copy", "scales", "b_gate", "b_up", "down_norms", "count") if name in shapes]
     # For one token, each of 128 threads loads one word and keeps its 8 integers, so the loop has no barriers (seen in
     # the machine code). Prompts are rarely scored, and a larger tile of tokens would spill registers in float32.
     block_m, block_n = (GEMV, 4) if one else (DOT, 32)
-    call = Call(
+    return Call(
         score_neurons,
         (Size(neurons, divisor=block_n), Size(), Size()),
-        {name: name for name in names} | {"scores": "scores", "tokens": tier.size},
+        {**operands, "tokens": tier.size},
         {
+            "FIRST_UP": first_up,
             "NEURONS": neurons,
-            "WIDTH": shapes["x"][-1],
+            "WIDTH": width,
             "BLOCKS": blocks,
             "BLOCK_WORDS": words,
-            "GATED": int(rows == 2 * neurons),
             "ACTIVATION": activation,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
@@ -52,4 +86,3 @@ def plan_score_neurons(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, a
         warps=tile_warps(tier.block, itemsize),
         stages=3,
     )
-    return Schedule(tier.max_batch, tier.max_seqlen, 0, (call,))

@@ -16,19 +16,14 @@ def ordered_keys(scores, places, N: tl.constexpr):
 
 
 @triton.jit
-def select_topk(scores, counts, indices, N: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write ``indices (rows, CAP)`` of the ``counts[row]`` largest of ``scores (rows, N)``, one row per block.
+def largest_keys(scores, count, N: tl.constexpr, BLOCK: tl.constexpr):
+    """The smallest of the ``count`` largest keys of ``scores (N,)``, and how many of the keys equal to it they include.
 
-    The threshold is found eight bits at a time, from the top. Each step makes a histogram of the next eight bits, over
-    the keys that share the bits found so far. Integer arithmetic makes the result independent of the thread order.
+    The key is found eight bits at a time, from the top. Each step makes a histogram of the next eight bits, over the
+    keys that share the bits found so far. Integer arithmetic makes the result independent of the thread order.
     """
-    row = tl.program_id(0).to(tl.int64)
-    count = tl.minimum(tl.maximum(tl.load(counts + row), 0), CAP)
-    scores += row * N
-    indices += row * CAP
     lanes = tl.arange(0, BLOCK)
     digits = tl.arange(0, 256)
-
     threshold = tl.zeros((), tl.uint32)
     need = count  # how many keys to select among those that share the threshold's bits so far
     for step in tl.static_range(4):
@@ -44,6 +39,18 @@ def select_topk(scores, counts, indices, N: tl.constexpr, CAP: tl.constexpr, BLO
         digit = tl.max(tl.where(at_least >= need, digits, 0), 0)
         need -= tl.sum(tl.where(digits == digit, at_least - histogram, 0), 0)
         threshold = threshold | (digit.to(tl.uint32) << (24 - 8 * step))
+    return threshold, need
+
+
+@triton.jit
+def select_topk(scores, counts, indices, N: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Write ``indices (rows, CAP)`` of the ``counts[row]`` largest of ``scores (rows, N)``, one row per block."""
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.minimum(tl.maximum(tl.load(counts + row), 0), CAP)
+    scores += row * N
+    indices += row * CAP
+    lanes = tl.arange(0, BLOCK)
+    threshold, need = largest_keys(scores, count, N, BLOCK)
 
     written = tl.zeros((), tl.int32)
     ties = tl.zeros((), tl.int32)

@@ -20,4 +20,5 @@ def select_topk(scores: Tensor, counts: Tensor, cap: int) -> Tensor:
         raise ValueError(f"SelectTopK cannot choose {cap} of {scores.shape[-1]}")
     inputs = {"scores": scores, "counts": counts}
     indices = torch.empty(scores.shape[0], cap, dtype=torch.int32, device=scores.device)
-    return launch(SELECT_TOPK, schedules, inputs, {"cap": cap}, indices)
+    launch(SELECT_TOPK, schedules, inputs, {"cap": cap}, indices)
+    return indices

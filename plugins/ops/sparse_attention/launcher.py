@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shadowllm.plugins.ops.sparse_attention.schedule import schedules
 from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION
-from shadowllm.plugins.triton.launch import launch
+from shadowllm.plugins.triton.launch import check_rest, launch
 
 
 def sparse_attention(
@@ -15,7 +15,7 @@ def sparse_attention(
     key: Tensor,
     value: Tensor,
     lengths: Tensor,
-    indices: Tensor,
+    indices: Tensor | None,
     count: Tensor,
     w_q: Tensor,
     b_q: Tensor | None,
@@ -23,18 +23,36 @@ def sparse_attention(
     b_o: Tensor | None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    rest: Tensor | None = None,
+    c_q: Tensor | None = None,
+    c_o: Tensor | None = None,
+    cs_q: Tensor | None = None,
+    cs_o: Tensor | None = None,
+    score_weight: Tensor | None = None,
+    score_bias: Tensor | None = None,
     *,
     n_heads: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """``SparseAttention``: x ``(B, S, D)``, cache ``(B, n_kv, C, d)`` that includes this step -> ``(B, S, D)``.
 
+    Returns:
+        y, and the heads that the op chose, int32 ``(H,)``; None with indices.
+
     Raises:
-        ValueError: a tensor has the wrong type, device, layout or shape, or the heads do not divide evenly.
+        ValueError: a tensor has the wrong type, device, layout or shape; the heads do not divide evenly; or inputs for
+            the rest or the choice are missing.
     """
     if w_q.shape[0] != n_heads * key.shape[-1] or n_heads % key.shape[1]:
         raise ValueError(f"SparseAttention has {n_heads} heads, w_q {tuple(w_q.shape)} and key {tuple(key.shape)}")
     if (cos is None) != (sin is None) or (cos is not None and key.shape[-1] % 2):
         raise ValueError("SparseAttention needs both cos and sin or neither, and even heads to rotate")
+    copies = {"c_q": c_q, "c_o": c_o, "cs_q": cs_q, "cs_o": cs_o}
+    check_rest(SPARSE_ATTENTION, rest, copies, x.shape[-1])
+    if indices is None:
+        if c_q is None or score_weight is None or score_bias is None:
+            raise ValueError("SparseAttention needs indices, or a low-bit copy, score_weight and score_bias")
+        if not 0 < len(score_weight) <= n_heads or n_heads % len(score_weight):
+            raise ValueError(f"SparseAttention cannot choose {n_heads} heads in {len(score_weight)} groups")
     inputs = {
         "x": x,
         "key": key,
@@ -48,5 +66,15 @@ def sparse_attention(
         "b_o": b_o,
         "cos": cos,
         "sin": sin,
+        "rest": rest,
+        **copies,
+        "score_weight": score_weight,
+        "score_bias": score_bias,
     }
-    return launch(SPARSE_ATTENTION, schedules, inputs, {"n_heads": n_heads}, torch.empty_like(x))
+    y = torch.empty_like(x)
+    if indices is not None:
+        launch(SPARSE_ATTENTION, schedules, inputs, {"n_heads": n_heads}, y)
+        return y, None
+    chosen = torch.empty(n_heads, dtype=torch.int32, device=x.device)
+    launch(SPARSE_ATTENTION, schedules, inputs, {"n_heads": n_heads}, y, chosen)
+    return y, chosen

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import triton
 
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.sparse_attention.kernel import decode_attention, head_queries, merge_splits, prompt_attention
+from shadowllm.plugins.triton.head_choice import order_heads, score_heads
 from shadowllm.plugins.triton.output_projection import back_calls
-from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
+from shadowllm.plugins.triton.rest_projection import Rest
+from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
 from shadowllm.plugins.triton.tiles import LINE, block_along, tile_warps
 
 # Cache positions that one block of a decode step processes in total, and at a time.
@@ -33,39 +36,28 @@ def plan_sparse_attention(shapes: Mapping[str, Shape], itemsize: int, tier: Tier
     """
     width = shapes["w_q"][1]
     _, kv_heads, capacity, head_dim = shapes["key"]
-    (cap,) = shapes["indices"]
     workspace = Workspace()
+    choice = _choose(workspace, shapes, tier, n_heads)
+    cap = choice.cap
     query, context = (workspace.take(tier.tokens * cap * head_dim, "T", itemsize) for _ in range(2))
-    half = (head_dim + 1) // 2
-    rows = min(8 if tier.block == GEMV else 64, max(16, triton.next_power_of_2(half)))
-    inputs = [name for name in ("x", "indices", "count", "w_q", "b_q", "cos", "sin") if name in shapes]
-    heads = {"CAP": cap, "HEADS": n_heads, "HEAD_DIM": head_dim}
-    project = Call(
-        head_queries,
-        (Size(cap * triton.cdiv(half, rows)), tier.tiles, Size()),
-        {name: name for name in inputs} | {"query": query, "tokens": tier.size},
-        heads
-        | {
-            "WIDTH": width,
-            "BLOCK_M": tier.block,
-            "BLOCK_N": rows,
-            "BLOCK_K": block_along(width, tier.block, itemsize),
-        },
-        warps=tile_warps(tier.block, itemsize),
-        stages=3,
-    )
-    read: dict[str, Operand] = {name: name for name in ("key", "value", "lengths", "indices", "count")}
-    constants = heads | {
+    listed: dict[str, Operand] = {"indices": choice.indices, "count": choice.attended}
+    constants = {"CAP": cap, "HEADS": n_heads, "HEAD_DIM": head_dim}
+    project = _project(shapes, tier, {**listed, "query": query}, constants, itemsize, choice.active)
+    read: dict[str, Operand] = {name: name for name in ("key", "value", "lengths")}
+    sizes = constants | {
         "SCALE": head_dim**-0.5,
         "KV_HEADS": kv_heads,
         "CAPACITY": capacity,
         "BLOCK_H": max(16, triton.next_power_of_2(head_dim)),
     }
-    operands = read | {"query": query, "context": context}
+    operands = read | listed | {"query": query, "context": context}
     if tier.max_seqlen == 1:
-        attend = _decode(workspace, tier, operands, constants)
+        attend = _decode(workspace, tier, operands, sizes)
     else:
-        attend = [_prompt(tier, operands, constants, itemsize)]
+        attend = [_prompt(tier, operands, sizes, itemsize)]
+    rest = None
+    if choice.active is not None:
+        rest = Rest(context, choice.indices, choice.active, "c_o", "cs_o", *shapes["c_o"][1:])
     back = back_calls(
         workspace,
         tier,
@@ -77,8 +69,101 @@ def plan_sparse_attention(shapes: Mapping[str, Shape], itemsize: int, tier: Tier
         itemsize=itemsize,
         group=head_dim,
         width=width,
+        indices=choice.indices,
+        count=choice.active or "count",
+        rest=rest,
     )
-    return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (project, *attend, *back))
+    return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (*choice.calls, project, *attend, *back))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The heads that are attended.
+
+    Attributes:
+        calls: the launches that choose them.
+        indices, attended: the heads, and their number.
+        cap: length of the indices.
+        active: number of heads at the start of the indices that have full rows; the others have rows of the low-bit
+            copy. None without a copy.
+    """
+
+    calls: tuple[Call, ...]
+    indices: Operand
+    attended: Operand
+    cap: int
+    active: Operand | None
+
+
+def _choose(workspace: Workspace, shapes: Mapping[str, Shape], tier: Tier, n_heads: int) -> Choice:
+    if "c_q" not in shapes:
+        return Choice((), "indices", "count", shapes["indices"][0], None)
+    order = workspace.take(n_heads, "int32", 4)
+    active, attended = (workspace.take(1, "int32", 4) for _ in range(2))
+    calls, together = [], 1
+    read: dict[str, Operand] = {"indices": "indices"}
+    if "indices" not in shapes:
+        groups, width = shapes["score_weight"]
+        together = n_heads // groups
+        scores = workspace.take(groups, "float32", 4)
+        read = {"scores": scores, "chosen": "chosen"}
+        names = ("x", "score_weight", "score_bias", "count")
+        score = Call(
+            score_heads,
+            (Size(groups), Size(), Size()),
+            {name: name for name in names} | {"scores": scores, "tokens": tier.size},
+            {"HEADS": n_heads, "WIDTH": width, "BLOCK_K": min(2048, max(128, triton.next_power_of_2(width)))},
+        )
+        calls.append(score)
+    cap = shapes["indices"][0] if "indices" in shapes else n_heads
+    written: dict[str, Operand] = {"order": order, "active": active, "attended": attended}
+    block = max(16, triton.next_power_of_2(n_heads))
+    calls.append(
+        Call(
+            order_heads,
+            (Size(), Size(), Size()),
+            read | {"count": "count", "rest": "rest"} | written,
+            {"CAP": cap, "HEADS": n_heads, "TOGETHER": together, "BLOCK": block},
+        )
+    )
+    return Choice(tuple(calls), order, attended, n_heads, active)
+
+
+def _project(
+    shapes: Mapping[str, Shape],
+    tier: Tier,
+    operands: Mapping[str, Operand],
+    constants: Mapping[str, int],
+    itemsize: int,
+    active: Operand | None,
+) -> Call:
+    width, head_dim = shapes["w_q"][1], constants["HEAD_DIM"]
+    half = (head_dim + 1) // 2
+    one = tier.block == GEMV
+    rows = min(8 if one else 64, max(16, triton.next_power_of_2(half)))
+    inputs = [name for name in ("x", "w_q", "b_q", "cos", "sin") if name in shapes]
+    copy: dict[str, Operand] = {} if active is None else {"c_q": "c_q", "cs_q": "cs_q", "active": active}
+    _, blocks, words = (0, 0, 0) if active is None else shapes["c_q"]
+    # In float32, a larger tile of tokens with unpacked integers would spill registers.
+    block = DOT if active is not None and itemsize == 4 and not one else tier.block
+    return Call(
+        head_queries,
+        (Size(constants["CAP"] * triton.cdiv(half, rows)), replace(tier.size, divisor=block), Size()),
+        {name: name for name in inputs} | copy | {**operands, "tokens": tier.size},
+        {
+            **constants,
+            "WIDTH": width,
+            "BLOCKS": blocks,
+            "BLOCK_WORDS": words,
+            "BLOCK_M": block,
+            "BLOCK_N": rows,
+            "BLOCK_K": block_along(width, tier.block, itemsize),
+            # For one token, a thread loads one word of the copy, as in `score_neurons.schedule`.
+            "BLOCK_W": min(2 * words, triton.next_power_of_2(max(1, blocks * words))) if one else words,
+        },
+        warps=tile_warps(tier.block, itemsize),
+        stages=3,
+    )
 
 
 def _decode(

@@ -1,6 +1,7 @@
 """``SparseMLP``: gate and up of the active neurons in one pass.
 
-`plugins.triton.output_projection` multiplies the result by their rows of ``w_down``.
+`plugins.triton.output_projection` multiplies the result by their rows of ``w_down``. With a low-bit copy, the kernel of
+``ScoreNeurons`` computes the products of all neurons first, and that of ``SelectTopK`` may choose the active ones.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def mlp_hidden(
     w_up,
     b_up,
     hidden,
+    products,
     tokens,
     CAP: tl.constexpr,
     NEURONS: tl.constexpr,
@@ -32,6 +34,7 @@ def mlp_hidden(
 ):
     """Write ``hidden (tokens, CAP)``: the outputs of the active neurons for ``x (tokens, WIDTH)``, by slot.
 
+    If given, ``products (tokens, NEURONS)`` of a low-bit copy become zero for the active neurons, which replace them.
     Blocks past the count return at once, so half of the grid costs nothing if half of the neurons are active.
     """
     first = tl.program_id(0) * BLOCK_N
@@ -61,8 +64,9 @@ def mlp_hidden(
         h *= activate(g, ACTIVATION)
     else:
         h = activate(h, ACTIVATION)
-    tl.store(
-        hidden + rows_m[:, None].to(tl.int64) * CAP + slots[None, :],
-        h.to(hidden.dtype.element_ty),
-        mask=(rows_m < tokens)[:, None] & live[None, :],
-    )
+    inside_m = (rows_m < tokens)[:, None] & live[None, :]
+    place = rows_m[:, None].to(tl.int64) * CAP + slots[None, :]
+    tl.store(hidden + place, h.to(hidden.dtype.element_ty), mask=inside_m)
+    if products is not None:
+        place = rows_m[:, None].to(tl.int64) * NEURONS + rows[None, :]
+        tl.store(products + place, tl.zeros_like(h).to(products.dtype.element_ty), mask=inside_m)

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from shadowllm.plugins.ops.sparse_mlp.schedule import schedules
 from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
-from shadowllm.plugins.triton.launch import check_activation, launch
+from shadowllm.plugins.triton.launch import check_activation, check_rest, launch
 
 
 def sparse_mlp(
     x: Tensor,
-    indices: Tensor,
+    indices: Tensor | None,
     count: Tensor,
     w_gate: Tensor | None,
     b_gate: Tensor | None,
@@ -20,15 +20,41 @@ def sparse_mlp(
     b_up: Tensor | None,
     w_down: Tensor,
     b_down: Tensor | None,
+    rest: Tensor | None = None,
+    c_gate: Tensor | None = None,
+    c_up: Tensor | None = None,
+    c_down: Tensor | None = None,
+    cs_gate: Tensor | None = None,
+    cs_up: Tensor | None = None,
+    cs_down: Tensor | None = None,
+    down_norms: Tensor | None = None,
     *,
     activation: str,
-) -> Tensor:
-    """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)``, count an int32 scalar on the device -> ``(B, S, D)``.
+) -> tuple[Tensor, Tensor | None]:
+    """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)``, count and rest int32 scalars on the device -> ``(B, S, D)``.
+
+    Returns:
+        y, and the neurons that the op chose, int32 ``(F,)``; None with indices.
 
     Raises:
-        ValueError: a tensor has the wrong type, device, layout or shape, or the activation is unknown.
+        ValueError: a tensor has the wrong type, device, layout or shape; inputs for the rest or the choice are missing;
+            or the activation is unknown.
     """
     check_activation(SPARSE_MLP, activation)
+    copies = {
+        "c_gate": c_gate,
+        "c_up": c_up,
+        "c_down": c_down,
+        "cs_gate": cs_gate,
+        "cs_up": cs_up,
+        "cs_down": cs_down,
+    }
+    gated = w_gate is not None
+    check_rest(SPARSE_MLP, rest, {n: t for n, t in copies.items() if gated or "gate" not in n}, x.shape[-1])
+    if (c_gate is not None or cs_gate is not None) and not gated:
+        raise ValueError("SparseMLP has a copy of gate and no w_gate")
+    if indices is None and (c_up is None or down_norms is None):
+        raise ValueError("SparseMLP needs indices, or a low-bit copy and down_norms to choose by")
     inputs = {
         "x": x,
         "indices": indices,
@@ -39,5 +65,14 @@ def sparse_mlp(
         "b_up": b_up,
         "w_down": w_down,
         "b_down": b_down,
+        "rest": rest,
+        **copies,
+        "down_norms": down_norms,
     }
-    return launch(SPARSE_MLP, schedules, inputs, {"activation": activation}, torch.empty_like(x))
+    y = torch.empty_like(x)
+    if indices is not None:
+        launch(SPARSE_MLP, schedules, inputs, {"activation": activation}, y)
+        return y, None
+    chosen = torch.empty(len(w_up), dtype=torch.int32, device=x.device)
+    launch(SPARSE_MLP, schedules, inputs, {"activation": activation}, y, chosen)
+    return y, chosen

@@ -70,8 +70,9 @@ void log_error(const std::string& message) noexcept {
 SHADOWLLM_EXPORT void setLoggerFinder(ILoggerFinder* finder) { shadowllm::logger_finder = finder; }
 
 SHADOWLLM_EXPORT IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  static shadowllm::Creator top("SelectTopK"), scores("ScoreNeurons"), mlp("SparseMLP"), attention("SparseAttention");
-  static IPluginCreatorInterface* const creators[] = {&top, &scores, &mlp, &attention};
+  static shadowllm::Creator top("SelectTopK"), scores("ScoreNeurons"), mlp("SparseMLP"), attention("SparseAttention"),
+      logits("ShortlistLogits");
+  static IPluginCreatorInterface* const creators[] = {&top, &scores, &mlp, &attention, &logits};
   count = std::size(creators);
   return creators;
 }

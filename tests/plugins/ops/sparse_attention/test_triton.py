@@ -77,7 +77,7 @@ def dense_attention(inputs: dict[str, Tensor | None], n_heads: int, dtype: torch
 @pytest.mark.parametrize("size", ATTENTION_SIZES, ids=str)
 def test_attention(size, dtype):
     inputs, n_heads = attention_inputs(size, dtype), size[1]
-    found = sparse_attention(**on_device(inputs), n_heads=n_heads)
+    found, _ = sparse_attention(**on_device(inputs), n_heads=n_heads)
     exact = dense_attention(inputs, n_heads, torch.float64)
     assert_as_exact_as(found, dense_attention(inputs, n_heads, dtype), exact)
 
@@ -86,15 +86,15 @@ def test_attention(size, dtype):
 def test_attention_skips_heads_out_of_range(seqlen):
     inputs = attention_inputs((48, 4, 2, 12, 31, 1, seqlen, 4, True, True), torch.float32)
     inputs["indices"] = torch.tensor([4, 1, -9, 2**31 - 1]).int()
-    found = sparse_attention(**on_device(inputs), n_heads=4)
+    found, _ = sparse_attention(**on_device(inputs), n_heads=4)
     exact = dense_attention(inputs, 4, torch.float64)
     assert_as_exact_as(found, dense_attention(inputs, 4, torch.float32), exact)
 
 
 def test_attention_reads_nothing_past_the_cache():
     inputs = attention_inputs((48, 4, 2, 12, 31, 1, 1, 4, True, True), torch.float32)
-    full = sparse_attention(**on_device(inputs), n_heads=4)
-    beyond = sparse_attention(**on_device(inputs | {"lengths": torch.tensor([10**6]).int()}), n_heads=4)
+    full, _ = sparse_attention(**on_device(inputs), n_heads=4)
+    beyond, _ = sparse_attention(**on_device(inputs | {"lengths": torch.tensor([10**6]).int()}), n_heads=4)
     torch.testing.assert_close(beyond, full, rtol=0, atol=0)
 
 
@@ -102,10 +102,10 @@ def test_attention_reads_nothing_past_the_cache():
 def test_attention_reads_nothing_that_an_earlier_text_left(seqlen):
     inputs = attention_inputs((48, 4, 2, 12, 31, 1, seqlen, 4, True, True), torch.float32)
     inputs["lengths"] = torch.tensor([9]).int()
-    clean = sparse_attention(**on_device(inputs), n_heads=4)
+    clean, _ = sparse_attention(**on_device(inputs), n_heads=4)
     for name in ("key", "value"):
         inputs[name][:, :, 9:] = float("nan")
-    torch.testing.assert_close(sparse_attention(**on_device(inputs), n_heads=4), clean, rtol=0, atol=0)
+    torch.testing.assert_close(sparse_attention(**on_device(inputs), n_heads=4)[0], clean, rtol=0, atol=0)
 
 
 def test_attention_refuses_heads_that_do_not_divide():
