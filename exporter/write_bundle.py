@@ -31,7 +31,7 @@ from shadowllm.exporter.graphs import bundle_graphs
 from shadowllm.exporter.graphs.initializers import DTYPES
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.config import GENERATION_CONFIG
-from shadowllm.models.sparsity import Budget, SparseLayers
+from shadowllm.models.sparsity import Budget, Rest, SparseLayers
 from shadowllm.models.spec import HeadUnit, ModelSpec
 from shadowllm.models.weights import Weights
 from shadowllm.progress import progress
@@ -50,6 +50,7 @@ def write_bundle(
     weight_dtype: str | None = None,
     budget: Budget,
     head_unit: HeadUnit = "query_head",
+    rest: Rest = "drop",
 ) -> Manifest:
     """Write a bundle into ``folder``; only one tensor of the weights is in memory at a time.
 
@@ -59,23 +60,24 @@ def write_bundle(
         weight_dtype: "int8" or "int4" to store matrices as integers.
         budget: default fractions to keep; they can be changed at run time.
         head_unit: whether single query heads or whole KV groups are selected.
+        rest: "shadow" to store a low-bit copy of all matrices, from which other units can be computed.
 
     Raises:
         UserError: an unknown or unsuitable dtype, a predictor of another model, or a damaged checkpoint.
     """
-    check_dtypes(weights.spec, dtype, weight_dtype)
+    check_dtypes(weights.spec, dtype, weight_dtype, rest)
     spec = replace(weights.spec, head_unit=head_unit)
     q = WEIGHT_DTYPES[weight_dtype] if weight_dtype else None
     fingerprint = weights.fingerprint()
     predictor.check_base(spec, fingerprint)
-    store = WeightStore(folder / DATA_FILE, _groups(spec, dtype, predictor, q))
-    parts = {name: tensor for name, _, tensor in _predictor_parts(predictor)}
+    store = WeightStore(folder / DATA_FILE, _groups(spec, dtype, predictor, q, rest))
+    parts = {name: tensor for name, _, tensor in _predictor_parts(spec, predictor, rest)}
     tensors: Mapping[str, Tensor] = ChainMap(parts, weights)  # type: ignore[arg-type]
     stored = QuantisedTensors(tensors, q) if q else tensors
     copies = CopyTensors(RoundedTensors(weights, TORCH_DTYPES[dtype], q))
     with progress("Writing weights", store.size) as advance:
         hashes = {DATA_FILE: store.write(ChainMap(copies, stored), advance)}  # type: ignore[arg-type]
-    for piece, model in _models(spec, store, DTYPES[dtype], predictor, q):
+    for piece, model in _models(spec, store, DTYPES[dtype], predictor, q, rest == "shadow"):
         ir.save(model, folder / f"{piece}.onnx")
     predictor.save(folder / PREDICTOR_FILE)
     _write_companions(folder, checkpoint)
@@ -89,6 +91,7 @@ def write_bundle(
         dense_layers=predictor.dense_layers,
         budgets=asdict(budget),
         selector="per-layer" if predictor.per_layer else "upfront",
+        rest=rest,
         predictor={"kind": predictor.kind, "rank": predictor.rank, **predictor.record},
         base_fingerprint=fingerprint,
         op_domain_version=op_domain.VERSION,
@@ -99,12 +102,14 @@ def write_bundle(
     return manifest
 
 
-def check_dtypes(spec: ModelSpec, dtype: str, weight_dtype: str | None) -> None:
+def check_dtypes(spec: ModelSpec, dtype: str, weight_dtype: str | None, rest: Rest = "drop") -> None:
     """Refuse types that a bundle cannot have.
 
     Raises:
         UserError: an unknown type, or one that does not suit the model.
     """
+    if weight_dtype == "int4" and rest == "shadow":
+        raise UserError("a shadow of int4 weights has as many bits as they have", "use --rest drop")
     for given, known in ((dtype, ITEMSIZE), (weight_dtype or "int8", WEIGHT_DTYPES)):
         if given not in known:
             raise UserError(f"dtype {given!r} is not supported", f"use one of {', '.join(known)}")
@@ -113,7 +118,7 @@ def check_dtypes(spec: ModelSpec, dtype: str, weight_dtype: str | None) -> None:
 
 
 def _models(
-    spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None
+    spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None, rest: bool
 ) -> Iterator[tuple[str, ir.Model]]:
     yield "dense", bundle_graphs.dense_graph(spec, store, dtype, q)
     layers = SparseLayers(spec, predictor.dense_layers)
@@ -121,14 +126,14 @@ def _models(
     if not predictor.per_layer:
         yield "predictor", bundle_graphs.predictor_graph(spec, store, dtype, predictor, q)
     chooser = predictor if predictor.per_layer else None
-    yield "body", bundle_graphs.body_graph(layers, store, dtype, q, chooser)
+    yield "body", bundle_graphs.body_graph(layers, store, dtype, q, chooser, rest)
 
 
-def _groups(spec: ModelSpec, dtype: str, predictor: Predictor, q: Quantisation | None) -> Iterator[Group]:
+def _groups(spec: ModelSpec, dtype: str, predictor: Predictor, q: Quantisation | None, rest: Rest) -> Iterator[Group]:
     yield from model_groups(spec, dtype, q)
-    if predictor.kind == "quantized-shadow":
-        yield from copy_groups(SparseLayers(spec, predictor.dense_layers))
-    for name, source, tensor in _predictor_parts(predictor):
+    if rest == "shadow" or predictor.kind == "quantized-shadow":
+        yield from copy_groups(SparseLayers(spec, predictor.dense_layers), rest == "shadow")
+    for name, source, tensor in _predictor_parts(spec, predictor, rest):
         if q and source in predictor.learned and name.endswith(".weight"):
             yield from quantised_groups({name: tuple(tensor.shape)}, q)
         else:
@@ -136,7 +141,7 @@ def _groups(spec: ModelSpec, dtype: str, predictor: Predictor, q: Quantisation |
             yield [(name, tuple(tensor.shape), dtype if source in predictor.learned else "float32")]
 
 
-def _predictor_parts(predictor: Predictor) -> Iterator[tuple[str, str, Tensor]]:
+def _predictor_parts(spec: ModelSpec, predictor: Predictor, rest: Rest) -> Iterator[tuple[str, str, Tensor]]:
     """The predictor's tensors as the graphs read them: name in the graphs, name in the predictor, tensor.
 
     A per-layer predictor is split into the tensors of each layer.
@@ -148,6 +153,9 @@ def _predictor_parts(predictor: Predictor) -> Iterator[tuple[str, str, Tensor]]:
     for name, tensor in predictor.tensors.items():
         if name.startswith("layers."):
             for layer, part in enumerate(tensor.chunk(predictor.n_sparse), predictor.dense_layers):
+                if rest == "shadow" and name.startswith("layers.heads."):
+                    # The op scores whole groups, and the score of a group is the sum of its heads' scores.
+                    part = part.unflatten(0, (-1, spec.heads_together)).sum(dim=1)
                 yield f"predictor.layers.{layer}.{name.removeprefix('layers.')}", name, part
 
 

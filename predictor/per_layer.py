@@ -9,10 +9,9 @@ from functools import partial
 from torch import Tensor
 
 from shadowllm.bundle.predictor_file import Kind, Predictor
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.models.sparsity import SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
-from shadowllm.predictor.low_bit_copy import LowBitCopy
+from shadowllm.predictor.low_bit_copy import LowBitCopy, low_bit_copies
 from shadowllm.predictor.networks import layer_head_scores, layer_neuron_scores
 
 
@@ -34,14 +33,20 @@ class PerLayerScores:
 
 
 def per_layer_scores(
-    kind: Kind, spec: ModelSpec, weights: Mapping[str, Tensor], predictor: Predictor, q: Quantisation = LOW_BIT_COPY
+    kind: Kind,
+    spec: ModelSpec,
+    weights: Mapping[str, Tensor],
+    predictor: Predictor,
+    copies: Mapping[str, Tensor] | None = None,
 ) -> PerLayerScores:
     """Make the scores of a kind that selects per layer.
 
     Args:
-        weights: canonical float32 tensors. A quantised shadow copies them.
-        q: rounding of the copy.
+        weights: canonical float32 tensors.
+        copies: values of `low_bit_copies`, with which a quantised shadow scores; made from the weights if None.
     """
     if kind == "layerwise":
         return PerLayerScores(predictor, partial(layer_neuron_scores, predictor))
-    return PerLayerScores(predictor, LowBitCopy(SparseLayers(spec, predictor.dense_layers), weights, q).scores)
+    layers = SparseLayers(spec, predictor.dense_layers)
+    copies = copies or low_bit_copies(layers, weights)
+    return PerLayerScores(predictor, LowBitCopy(layers, weights, copies).scores)

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from shadowllm.bundle.predictor_file import Kind, Predictor
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
+from shadowllm.bundle.quantisation import LOW_BIT_COPY
 from shadowllm.errors import UserError
-from shadowllm.models.decoder import Decoder
+from shadowllm.models.sparse_decoder import SparseDecoder
 from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.criteria import find_criterion, unit_trace
+from shadowllm.predictor.low_bit_copy import low_bit_copies
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.per_layer import per_layer_scores
 from shadowllm.predictor.topk import AGGREGATES, active_mask
@@ -29,7 +30,11 @@ from shadowllm.predictor.traces import Tracer
 
 @dataclass(frozen=True)
 class Context:
-    """The data that selectors are made from. Each selector uses a part of it."""
+    """The data that selectors are made from. Each selector uses a part of it.
+
+    Attributes:
+        copies: values of the low-bit copy for the rest of the layers; see `low_bit_copies`.
+    """
 
     spec: ModelSpec
     weights: Mapping[str, Tensor]
@@ -37,6 +42,7 @@ class Context:
     predictor: Predictor | None = None
     criterion: str = "l2norm"
     seed: int = 0
+    copies: Mapping[str, Tensor] | None = None
 
     @property
     def sparse_layers(self) -> SparseLayers:
@@ -141,9 +147,10 @@ class PerLayerSelector(Selector):
             raise UserError("the predictor has no fit of the heads to their layers' input", "train it again")
         if kind == "layerwise":
             _needs_kind(kind, predictor)
-        self._per_layer = per_layer_scores(
-            kind, context.spec, context.weights, predictor, Quantisation(bits, LOW_BIT_COPY.block)
-        )
+        copies = context.copies
+        if kind == "quantized-shadow" and bits != LOW_BIT_COPY.bits:
+            copies = low_bit_copies(context.sparse_layers, context.weights, replace(LOW_BIT_COPY, bits=bits))
+        self._per_layer = per_layer_scores(kind, context.spec, context.weights, predictor, copies)
         self._found: dict[tuple[int, Unit], Tensor] = {}
 
     def observe(self, layer: int, unit: Unit, x: Tensor) -> None:
@@ -228,9 +235,10 @@ def _needs_kind(kind: Kind, predictor: Predictor) -> None:
 
 
 class MaskedDecoder:
-    """The reference decoder with the unselected units of its sparse layers set to zero, per token.
+    """The reference decoder with a selection of active units per token. The budget decides about the others.
 
     Args:
+        budget: with ``rest="shadow"`` or a shortlist it needs the copies of the context.
         aggregate: a name in `AGGREGATES`. "token" selects for each token. The others make one selection for a window,
             as the paper and its code do. A decode step cannot do that, because it needs the text that follows.
 
@@ -243,13 +251,22 @@ class MaskedDecoder:
         self._context, self._layers = context, context.sparse_layers
         self._chooser, self._aggregate = chooser, AGGREGATES[aggregate]
         self._counts, self._sizes = budget.counts(self._layers), layer_units(context.spec)
+        self._decoder = SparseDecoder(
+            context.spec,
+            context.weights,
+            self._mask,
+            self._observe,
+            context.copies,
+            budget.rest_with(context.copies is not None),
+            budget.shortlist,
+        )
         self.masks: dict[tuple[int, Unit], Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, windows: Tensor) -> Tensor:
         """Return the logits ``(batch, seqlen, vocab_size)`` of int64 windows ``(batch, seqlen)``."""
         spec, first = self._context.spec, self._context.dense_layers
-        decoder = Decoder(spec, self._context.weights, self._mask, self._observe)
+        decoder = self._decoder
         positions = torch.arange(windows.shape[1]).expand_as(windows)
         x = decoder.embed(windows, positions)
         for layer in range(spec.n_layers):
@@ -262,19 +279,19 @@ class MaskedDecoder:
         if self._count(layer, unit) < self._sizes[unit]:
             self._chooser.observe(layer, unit, x)
 
-    def _mask(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
+    def _mask(self, layer: int, unit: Unit, activation: Tensor) -> Tensor | None:
         if layer not in self._layers.layers:
-            return activation
+            return None
         count = self._count(layer, unit)
         if count == self._sizes[unit]:  # everything is kept, so no scores are needed
             self.masks[layer, unit] = torch.ones(activation.shape[:3], dtype=torch.bool)
-            return activation
+            return None
         scores = self._chooser.scores(layer, unit, activation)
         if scores.ndim == 3:  # otherwise the scores are already the same for all tokens
             scores = self._aggregate(scores)
         mask = active_mask(self._context.spec, unit, scores, count).expand(activation.shape[:3])
         self.masks[layer, unit] = mask
-        return activation * (mask.unsqueeze(-1) if unit == "heads" else mask)
+        return mask
 
     def _count(self, layer: int, unit: Unit) -> int:
         """Return the number of units that a layer keeps. A dense layer keeps all."""

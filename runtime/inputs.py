@@ -1,4 +1,4 @@
-"""Checks of the tokens that sessions are given."""
+"""Tokens and budgets that sessions are given: checks, and the form in which graphs read them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shadowllm.bundle.selection_names import CERTIFY, REST, SHORTLIST
 from shadowllm.errors import UserError
+from shadowllm.models.sparsity import Budget, Rest
 from shadowllm.models.spec import ModelSpec
 
 
@@ -70,6 +72,19 @@ def check_tokens(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec, steps
         raise UserError(f"{steps} more steps exceed the model's {positions} positions", "ask for fewer tokens")
     _check_vocabulary(tokens.tolist(), spec)
     return int(longest + steps)
+
+
+def budget_scalars(spec: ModelSpec, budget: Budget, rest: Rest) -> dict[str, int]:
+    """The scalars of a budget, by the names of their inputs.
+
+    Args:
+        rest: "shadow" for a bundle with a low-bit copy of all matrices.
+
+    Raises:
+        UserError: the budget needs this copy, and there is none.
+    """
+    computed = budget.rest_with(rest == "shadow") == "shadow"
+    return {REST: int(computed), SHORTLIST: budget.shortlist or spec.vocab_size, CERTIFY: 0}
 
 
 def _check_vocabulary(tokens: Sequence[int], spec: ModelSpec) -> None:

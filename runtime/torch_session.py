@@ -19,7 +19,8 @@ from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.weights import read_weights
 from shadowllm.limits import check_threads
 from shadowllm.models.decoder import Decoder, KVCache
-from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit
+from shadowllm.models.sparse_decoder import SparseDecoder
+from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.per_layer import per_layer_scores
@@ -40,6 +41,7 @@ class TorchSession:
         budget: initial fractions to keep.
         dense_weights: weights for prefill, dense steps and dense layers, if integer weights are rounded
             differently there; None uses ``weights``.
+        copies: values of `low_bit_copies` for the rest of the layers and the logits outside of a shortlist.
 
     Attributes:
         decodes: "sparse", or "dense" without a predictor.
@@ -57,12 +59,15 @@ class TorchSession:
         predictor: Predictor | None,
         budget: Budget | None = None,
         dense_weights: Mapping[str, Tensor] | None = None,
+        copies: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.spec = spec
+        self.spec, self._copies = spec, copies
         self.chosen: Masks = {}
         self.forced: Masks | None = None
         self._per_layer = (
-            per_layer_scores(predictor.kind, spec, weights, predictor) if predictor and predictor.per_layer else None
+            per_layer_scores(predictor.kind, spec, weights, predictor, copies)
+            if predictor and predictor.per_layer
+            else None
         )
         self._weights, self._predictor = weights, predictor
         self._layers = SparseLayers(spec, predictor.dense_layers if predictor else spec.n_layers)
@@ -89,8 +94,9 @@ class TorchSession:
             torch.set_num_threads(check_threads(threads))
         manifest = read_manifest(bundle)
         read = read_weights(bundle, manifest)
-        predictor = read.predictor if kind == "sparse" else None
-        return cls(manifest.spec, read.sparse, predictor, Budget(**manifest.budgets), read.dense)
+        if kind == "dense":
+            return cls(manifest.spec, read.sparse, None, None, read.dense)
+        return cls(manifest.spec, read.sparse, read.predictor, manifest.budget, read.dense, read.copies)
 
     def __enter__(self) -> Self:
         return self
@@ -106,6 +112,9 @@ class TorchSession:
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
         counts = budget.counts(self._layers)
+        sparse = self._predictor is not None  # a dense session takes the budget of a sparse one
+        self._rest: Rest = budget.rest_with(self._copies is not None) if sparse else "drop"
+        self._shortlist = budget.shortlist if sparse else None
         self._counts: dict[Unit, list[int]] = {unit: counts[unit].tolist() for unit in UNITS}
 
     @torch.no_grad()
@@ -144,11 +153,10 @@ class TorchSession:
                 found, row = self._per_layer.scores(layer, unit, normed.flatten(0, 1)), self._layers.row(layer)
                 self.chosen[unit][row] = active_mask(self.spec, unit, found.mean(dim=0), self._counts[unit][row])
 
-        def activation_hook(layer: int, unit: Unit, activation: Tensor) -> Tensor:
-            mask = selection[unit][self._layers.row(layer)]
-            return activation * (mask[:, None] if unit == "heads" else mask)
+        def select(layer: int, unit: Unit, _activation: Tensor) -> Tensor:
+            return selection[unit][self._layers.row(layer)]
 
-        body = Decoder(self.spec, self._weights, activation_hook, input_hook)
+        body = SparseDecoder(self.spec, self._weights, select, input_hook, self._copies, self._rest, self._shortlist)
         for layer in self._layers.layers:
             x = body.layer(layer, x, positions, self.cache)
         return body.logits(x)

@@ -148,6 +148,7 @@ def request_for(
         "bindings": bindings(graph, profiles),
         "max_batch": largest(graph, profiles, "batch"),
         "max_seqlen": largest(graph, profiles, "seqlen"),
+        "max_kept": largest(graph, profiles, "kept"),
         "profiles": [asdict(profile) for profile in profiles],
     }
 

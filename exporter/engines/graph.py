@@ -95,7 +95,7 @@ def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prep
     - A graph with logits also picks the most probable tokens (`pick_greedily`).
     - Function bodies of our ops are removed, so that the parser must use the plugins.
     - Our nodes get the plugin's namespace and version, and the program. The program replaces their attributes.
-    - Empty inputs of our nodes are removed, because TensorRT has none.
+    - Empty inputs of our nodes are removed, because TensorRT has none, and so are outputs that the program lacks.
     - ``Attention`` may be decomposed if no fused kernel fits (float32 has none).
     - uint8 weights become int32, four bytes per number: TensorRT has no uint8 weights, and kernels read words.
     - Symbols in ``bindings`` become numbers, because TensorRT needs a fixed cache capacity.
@@ -117,7 +117,7 @@ def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prep
         _read_bytes_as_words(node)
     programs = {named: compiler(node.op_type, _inputs(node), _attributes(node)) for named, node in nodes.items()}
     for named, node in nodes.items():
-        _make_plugin_node(node, named.name)
+        _make_plugin_node(node, named.name, len(programs[named].outputs))
     for node in model.graph.all_nodes():
         if node.op_type == "Attention" and not node.domain:
             node.attributes.add(ir.AttrInt64("TRT_decomposable", 1))
@@ -230,12 +230,13 @@ def _read_bytes_as_words(node: ir.Node) -> None:
         value.dtype, value.shape = value.const_value.dtype, value.const_value.shape
 
 
-def _make_plugin_node(node: ir.Node, name: str) -> None:
-    """Set the plugin's name and version, and remove empty inputs."""
+def _make_plugin_node(node: ir.Node, name: str, outputs: int) -> None:
+    """Set the plugin's name and version, and remove empty inputs and the outputs past the number of the plugin's."""
     present = [value for value in node.inputs if value is not None]
     for i, value in enumerate(present):
         node.replace_input_with(i, value)
     node.resize_inputs(len(present))
+    node.resize_outputs(min(len(node.outputs), outputs))
     node.name = name
     node.attributes.clear()
     node.attributes.add(ir.AttrString("plugin_namespace", DOMAIN))

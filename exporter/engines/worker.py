@@ -17,6 +17,7 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.engines.graph import Attributes, Compiler, TensorInfo, prepare
 from shadowllm.plugins.engine_programs import carried
 from shadowllm.plugins.kernel_program import Program
+from shadowllm.plugins.ops.shortlist_logits.schema import SHORTLIST_LOGITS
 from shadowllm.plugins.registry import SCHEMAS
 from shadowllm.plugins.tensorrt import creators, load_tensorrt
 
@@ -90,9 +91,9 @@ def compiler(request: dict[str, Any], sms: Sequence[int]) -> Compiler:
 
     def compile_node(op: str, inputs: Mapping[str, TensorInfo], attributes: Attributes) -> Program:
         tensors = {name: Tensor(info.dtype, info.shape) for name, info in inputs.items()}
-        return compile_program(
-            op, tensors, attributes, max_batch=request["max_batch"], max_seqlen=request["max_seqlen"], sms=sms
-        )
+        # Only this op has a row for each position whose logits are returned.
+        batch = request["max_batch"] * (request["max_kept"] if op == SHORTLIST_LOGITS.name else 1)
+        return compile_program(op, tensors, attributes, max_batch=batch, max_seqlen=request["max_seqlen"], sms=sms)
 
     return compile_node
 

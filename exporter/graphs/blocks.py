@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from shadowllm.bundle.weight_names import integers, scales
+from shadowllm.bundle.weight_names import down_norms, integers, scales
 from shadowllm.exporter.graphs.builder import GraphBuilder
 from shadowllm.exporter.graphs.nodes import batched, cast, gemm, mlp_activation, norm
 from shadowllm.exporter.graphs.selection import choose_heads, choose_neurons
@@ -17,6 +17,7 @@ from shadowllm.models.sparsity import Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION
 from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
+from shadowllm.plugins.schema import OpSchema
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,12 @@ class Selection:
     Attributes:
         tensors: indices and counts, as in `bundle.selection_names`. If the indices are None, each layer selects.
         rank: rank of the networks with which layers select neurons; 0 if they use the low-bit copy.
+        rest: int32 ``()``, whether the other units are computed from the low-bit copy; None if they are dropped.
     """
 
     tensors: Mapping[Unit, tuple[ir.Value | None, ir.Value]]
     rank: int = 0
+    rest: ir.Value | None = None
 
     def row(self, g: GraphBuilder, unit: Unit, row: int) -> tuple[ir.Value | None, ir.Value]:
         """One layer's indices ``(n_units,)`` or None, and its count ``()``."""
@@ -125,68 +128,94 @@ def sparse_layer(
     normed = norm(g, spec, f"{place}.input_norm", x)
     both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias)
     _, cache = to_cache(g, spec, step, cache, both, 0)
-    heads, count = selection.row(g, "heads", row)
-    if heads is None:
-        heads = choose_heads(g, spec, layer, normed, count)
-    x = g.op("Add", x, _sparse_attention(g, spec, layer, normed, step, cache, heads, count))
-    normed = norm(g, spec, f"{place}.post_norm", x)
-    neurons, count = selection.row(g, "neurons", row)
-    if neurons is None:
-        neurons = choose_neurons(g, spec, layer, normed, step.tokens, count, selection.rank)
-    x = g.op("Add", x, _sparse_mlp(g, spec, layer, normed, step, neurons, count))
-    return x, cache, {"heads": heads, "neurons": neurons}
+    y, heads = _sparse_attention(g, spec, layer, row, normed, step, cache, selection)
+    x = g.op("Add", x, y)
+    y, neurons = _sparse_mlp(g, spec, layer, row, norm(g, spec, f"{place}.post_norm", x), step, selection)
+    return g.op("Add", x, y), cache, {"heads": heads, "neurons": neurons}
 
 
 def _sparse_attention(
     g: GraphBuilder,
     spec: ModelSpec,
     layer: int,
+    row: int,
     normed: ir.Value,
     step: Step,
     cache: Cache,
-    indices: ir.Value,
-    count: ir.Value,
-) -> ir.Value:
+    selection: Selection,
+) -> tuple[ir.Value, ir.Value]:
+    """The attention of the selected heads, and their indices ``(n_heads,)``."""
     place = f"layers.{layer}"
-    y = g.custom(
-        SPARSE_ATTENTION,
-        f"{place}.attention",
-        {
-            "x": batched(g, spec, step.tokens, normed),
-            "key": cache.key,
-            "value": cache.value,
-            "lengths": step.lengths,
-            "indices": indices,
-            "count": count,
-            **_rows(g, place, "q", spec.qkv_bias),
-            **_rows(g, place, "o", spec.o_bias),
-            "cos": step.cos,
-            "sin": step.sin,
-        },
-        n_heads=spec.n_heads,
-        layer=layer,
-    )
-    return _flat(g, spec, y)
+    indices, count = selection.row(g, "heads", row)
+    scores: dict[str, ir.Value | None] = {}
+    if indices is None and selection.rest is None:
+        indices = choose_heads(g, spec, layer, normed, count)
+    elif indices is None:
+        scores = {f"score_{part}": g.weight(f"predictor.{place}.heads.{part}") for part in ("weight", "bias")}
+    inputs = {
+        "x": batched(g, spec, step.tokens, normed),
+        "key": cache.key,
+        "value": cache.value,
+        "lengths": step.lengths,
+        "indices": indices,
+        "count": count,
+        **_rows(g, place, "q", spec.qkv_bias),
+        **_rows(g, place, "o", spec.o_bias),
+        "cos": step.cos,
+        "sin": step.sin,
+        **_rest(g, place, selection, "q", "o"),
+        **scores,
+    }
+    attributes: dict[str, int | str] = {"n_heads": spec.n_heads, "layer": layer}
+    return _selected(g, spec, SPARSE_ATTENTION, f"{place}.attention", inputs, attributes)
 
 
 def _sparse_mlp(
-    g: GraphBuilder, spec: ModelSpec, layer: int, normed: ir.Value, step: Step, indices: ir.Value, count: ir.Value
-) -> ir.Value:
+    g: GraphBuilder, spec: ModelSpec, layer: int, row: int, normed: ir.Value, step: Step, selection: Selection
+) -> tuple[ir.Value, ir.Value]:
+    """The MLP of the selected neurons, and their indices ``(intermediate_size,)``."""
     place = f"layers.{layer}"
     parts = ("gate", "up", "down") if spec.gated else ("up", "down")
-    y = g.custom(
-        SPARSE_MLP,
-        f"{place}.mlp",
-        {
-            "x": batched(g, spec, step.tokens, normed),
-            "indices": indices,
-            "count": count,
-            **{name: value for part in parts for name, value in _rows(g, place, part, spec.mlp_bias).items()},
-        },
-        activation=spec.activation,
-        layer=layer,
-    )
-    return _flat(g, spec, y)
+    indices, count = selection.row(g, "neurons", row)
+    inside = selection.rest is not None and not selection.rank  # the op itself scores with its low-bit copy
+    if indices is None and not inside:
+        indices = choose_neurons(g, spec, layer, normed, step.tokens, count, selection.rank)
+    inputs = {
+        "x": batched(g, spec, step.tokens, normed),
+        "indices": indices,
+        "count": count,
+        **{name: value for part in parts for name, value in _rows(g, place, part, spec.mlp_bias).items()},
+        **_rest(g, place, selection, *parts),
+        "down_norms": g.weight(down_norms(layer)) if indices is None else None,
+    }
+    attributes: dict[str, int | str] = {"activation": spec.activation, "layer": layer}
+    return _selected(g, spec, SPARSE_MLP, f"{place}.mlp", inputs, attributes)
+
+
+def _selected(
+    g: GraphBuilder,
+    spec: ModelSpec,
+    schema: OpSchema,
+    name: str,
+    inputs: dict[str, ir.Value | None],
+    attributes: dict[str, int | str],
+) -> tuple[ir.Value, ir.Value]:
+    """Add a sparse op. Returns hidden states ``(batch*seqlen, hidden_size)`` and the active indices."""
+    indices = inputs["indices"]
+    if indices is not None:
+        return _flat(g, spec, g.custom(schema, name, inputs, **attributes)), indices
+    y, chosen = g.custom_outputs(schema, name, inputs, 2, **attributes)
+    return _flat(g, spec, y), chosen
+
+
+def _rest(g: GraphBuilder, place: str, selection: Selection, *parts: str) -> dict[str, ir.Value | None]:
+    """The inputs of a sparse op from which the units that are not active are computed; none if they are dropped."""
+    if selection.rest is None:
+        return {}
+    found: dict[str, ir.Value | None] = {"rest": selection.rest}
+    for part in parts:
+        found[f"c_{part}"], found[f"cs_{part}"] = g.copy(f"{place}.{part}_proj.weight")
+    return found
 
 
 def _rows(g: GraphBuilder, place: str, part: str, bias: bool) -> dict[str, ir.Value | None]:

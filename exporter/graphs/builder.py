@@ -10,8 +10,9 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from shadowllm.bundle import op_domain
-from shadowllm.bundle.quantisation import Quantisation
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.bundle.weight_file import WeightStore
+from shadowllm.bundle.weight_names import integers, low_bit_copy, scales
 from shadowllm.exporter.graphs.initializers import initializer
 from shadowllm.plugins.function_body import MICROSOFT, OPSET
 from shadowllm.plugins.schema import OpSchema
@@ -64,7 +65,13 @@ class GraphBuilder:
         return self._tape.op_multi_out("Split", (x, self.ints(sizes)), {"axis": axis}, num_outputs=len(sizes))
 
     def custom(self, schema: OpSchema, name: str, inputs: dict[str, ir.Value | None], **attributes: Any) -> ir.Value:
-        """Add a named node of one of our ops; optional inputs may be missing in ``inputs``."""
+        """Add a named node of one of our ops and return its first output; optional inputs may be missing."""
+        return self.custom_outputs(schema, name, inputs, 1, **attributes)[0]
+
+    def custom_outputs(
+        self, schema: OpSchema, name: str, inputs: dict[str, ir.Value | None], outputs: int, **attributes: Any
+    ) -> Sequence[ir.Value]:
+        """Add a named node of one of our ops and return its first outputs; optional inputs may be missing."""
         unknown = set(inputs) - {port.name for port in schema.inputs}
         missing = [p.name for p in schema.inputs if not p.optional and inputs.get(p.name) is None]
         if unknown or missing:
@@ -72,7 +79,15 @@ class GraphBuilder:
         ordered = [inputs.get(port.name) for port in schema.inputs]
         while ordered[-1] is None:
             ordered.pop()
-        return self._tape.op(schema.name, ordered, attributes, domain=op_domain.DOMAIN, name=name)
+        domain = op_domain.DOMAIN
+        return self._tape.op_multi_out(schema.name, ordered, attributes, num_outputs=outputs, domain=domain, name=name)
+
+    def copy(self, matrix: str) -> tuple[ir.Value, ir.Value]:
+        """The low-bit copy of a matrix, as its integers ``(rows, blocks, bytes)`` and scales ``(rows, blocks)``."""
+        factors = self.weight(scales(low_bit_copy(matrix)))
+        _, blocks = map(int, factors.shape)  # type: ignore[arg-type]
+        inner = (blocks, LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 8)
+        return self.weight(integers(low_bit_copy(matrix)), inner=inner), factors
 
     def microsoft(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Add a node of ONNX Runtime's own domain; only graphs with integer weights have such nodes."""

@@ -14,11 +14,13 @@ from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.bundle.weight_file import WeightStore
+from shadowllm.bundle.weight_names import copy_errors, copy_weighting, integers, output_table, scales
 from shadowllm.exporter.graphs import blocks, nodes, selection
 from shadowllm.exporter.graphs.builder import GraphBuilder
 from shadowllm.models.sparsity import SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
-from shadowllm.plugins.function_body import CopyForm, FunctionForm
+from shadowllm.plugins.function_body import CopyForm, FunctionForm, TableForm
+from shadowllm.plugins.ops.shortlist_logits.schema import SHORTLIST_LOGITS
 from shadowllm.plugins.registry import function_bodies
 
 INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT
@@ -26,14 +28,17 @@ TOKENS = ["batch", "seqlen"]
 
 
 def function_form(
-    spec: ModelSpec, quantisation: Quantisation | None = None, copy: Quantisation | None = None
+    spec: ModelSpec, quantisation: Quantisation | None = None, chooser: Predictor | None = None, rest: bool = False
 ) -> FunctionForm:
     """The properties of a model that its function bodies depend on.
 
     Args:
-        copy: format of the low-bit copy that scores neurons; None without a copy.
+        chooser: a per-layer predictor, or None.
+        rest: whether the sparse ops compute the rest from a low-bit copy. Then they also select for a per-layer
+            predictor, except the neurons of a network.
     """
     rows = (1 + spec.gated) * spec.intermediate_size
+    scored = chooser is not None and not chooser.rank and not rest
     return FunctionForm(
         activation=spec.activation,
         gated=spec.gated,
@@ -45,7 +50,11 @@ def function_form(
         n_kv_heads=spec.n_kv_heads,
         head_dim=spec.head_dim,
         quantisation=quantisation,
-        copy=CopyForm(spec.hidden_size, rows, copy) if copy else None,
+        copy=CopyForm(spec.hidden_size, rows, LOW_BIT_COPY) if scored else None,
+        rest=LOW_BIT_COPY if rest else None,
+        chooses_neurons=rest and chooser is not None and not chooser.rank,
+        head_groups=spec.n_heads // spec.heads_together if rest and chooser is not None else 0,
+        table=TableForm(spec.hidden_size, spec.vocab_size, LOW_BIT_COPY, weighted=True) if rest else None,
     )
 
 
@@ -86,18 +95,21 @@ def body_graph(
     dtype: ir.DataType,
     q: Quantisation | None = None,
     chooser: Predictor | None = None,
+    rest: bool = False,
 ) -> ir.Model:
     """The sparse layers: hidden, position_ids, logits_to_keep, selection, cache -> logits, cache.
 
     Args:
         chooser: a per-layer predictor, or None. With it, indices are outputs of each layer, as
             ``neuron_indices.3``, and not inputs.
+        rest: whether units that are not active, and logits outside of a shortlist, are computed from the low-bit copy.
+            Then ``rest``, ``shortlist`` and ``certify`` are inputs, int32 ``()``, and ``recomputed`` is an output.
     """
     g, spec = GraphBuilder("body", dtype, store, q), sparse.spec
     hidden = g.input("hidden", [*TOKENS, spec.hidden_size])
     position_ids = g.input("position_ids", TOKENS, INT64)
     keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
-    selection = _selection_inputs(g, sparse, chooser)
+    selection = _selection_inputs(g, sparse, chooser, rest)
     caches = _cache_inputs(g, spec, sparse.layers)
     step = blocks.step(g, spec, position_ids, caches[0].key, dense=False, sparse=True)
     x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
@@ -106,19 +118,21 @@ def body_graph(
         if chooser:
             for unit, width in layer_units(spec).items():
                 g.output(chosen[unit], names.of_row(names.indices(unit), row), [width], INT32)
-    _logits(g, spec, x, step, keep)
+    if rest:
+        _shortlist_logits(g, spec, x, step, keep)
+    else:
+        _logits(g, spec, x, step, keep)
     _cache_outputs(g, spec, sparse.layers, caches)
-    copy = LOW_BIT_COPY if chooser and not chooser.rank else None
-    return g.model(function_bodies(function_form(spec, q, copy)))
+    return g.model(function_bodies(function_form(spec, q, chooser, rest)))
 
 
-def _selection_inputs(g: GraphBuilder, sparse: SparseLayers, chooser: Predictor | None) -> blocks.Selection:
+def _selection_inputs(g: GraphBuilder, sparse: SparseLayers, chooser: Predictor | None, rest: bool) -> blocks.Selection:
     """The inputs for a selection: indices and counts, or only counts with a per-layer predictor."""
     found: dict[Unit, tuple[ir.Value | None, ir.Value]] = {}
     for unit, width in layer_units(sparse.spec).items():
         indices = None if chooser else g.input(names.indices(unit), [sparse.count, width], INT32)
         found[unit] = indices, g.input(names.counts(unit), [sparse.count], INT32)
-    return blocks.Selection(found, chooser.rank if chooser else 0)
+    return blocks.Selection(found, chooser.rank if chooser else 0, g.input(names.REST, [], INT32) if rest else None)
 
 
 def predictor_graph(
@@ -157,14 +171,42 @@ def _shadow_scores(g: GraphBuilder, spec: ModelSpec, predictor: Predictor) -> di
 
 
 def _logits(g: GraphBuilder, spec: ModelSpec, x: ir.Value, step: blocks.Step, keep: ir.Value) -> None:
-    """Norm and output projection of the kept positions only: a prompt needs only its last row."""
+    logits = nodes.gemm(g, _kept(g, spec, x, step, keep), [output_table(spec).removesuffix(".weight")], bias=False)
+    _output_logits(g, spec, nodes.as_float(g, logits), keep)
+
+
+def _shortlist_logits(g: GraphBuilder, spec: ModelSpec, x: ir.Value, step: blocks.Step, keep: ir.Value) -> None:
+    table, kept = output_table(spec), _kept(g, spec, x, step, keep)
+    # Set here, because nothing infers it, and the op's output shapes depend on it.
+    kept.dtype, kept.shape = g.dtype, ir.Shape(["rows", spec.hidden_size])
+    copy, factors = g.copy(table)
+    inputs: dict[str, ir.Value | None] = {
+        "x": kept,
+        "table": g.weight(table if g.quantisation is None else integers(table)),
+        "copy": copy,
+        "scales": factors,
+        "errors": g.weight(copy_errors(table)),
+        "shortlist": g.input(names.SHORTLIST, [], INT32),
+        "certify": g.input(names.CERTIFY, [], INT32),
+        "weighting": g.weight(copy_weighting(table)),
+        "table_scales": None if g.quantisation is None else g.weight(scales(table)),
+    }
+    logits, recomputed = g.custom_outputs(SHORTLIST_LOGITS, "shortlist_logits", inputs, 2)
+    logits.name = "row_logits"  # engines show the node under this name
+    _output_logits(g, spec, logits, keep)
+    g.output(recomputed, names.RECOMPUTED, ["rows"], INT32)
+
+
+def _kept(g: GraphBuilder, spec: ModelSpec, x: ir.Value, step: blocks.Step, keep: ir.Value) -> ir.Value:
+    """The normed hidden states of the kept positions only: a prompt needs only its last row."""
     x = g.op("Reshape", x, g.shape(step.tokens, [spec.hidden_size]))
     x = g.op("GatherND", x, g.op("Unsqueeze", keep, g.ints([2])), batch_dims=1)
-    x = nodes.norm(g, spec, "final_norm", g.op("Reshape", x, g.ints([-1, spec.hidden_size])))
-    table = "embed_tokens" if spec.tied_embeddings else "lm_head"
-    logits = nodes.gemm(g, x, [table], bias=False)
+    return nodes.norm(g, spec, "final_norm", g.op("Reshape", x, g.ints([-1, spec.hidden_size])))
+
+
+def _output_logits(g: GraphBuilder, spec: ModelSpec, logits: ir.Value, keep: ir.Value) -> None:
     logits = g.op("Reshape", logits, g.shape(g.op("Shape", keep), [spec.vocab_size]))
-    g.output(nodes.as_float(g, logits), "logits", ["batch", "kept", spec.vocab_size], FLOAT)
+    g.output(logits, "logits", ["batch", "kept", spec.vocab_size], FLOAT)
 
 
 def _cache_dims(spec: ModelSpec) -> list[int | str]:

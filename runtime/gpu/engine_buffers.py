@@ -22,13 +22,14 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")  # also the order of an engine's profiles
 ALIGNMENT = 256  # of every address that TensorRT is given
 ITEMSIZE = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "bfloat16": 2}
-# Tensors whose buffer depends on the phase. A prefill is dense: all units are selected, and no predictor runs.
+# Tensors whose buffer depends on the phase. A prefill is dense: all units are selected, all rows of the output table
+# are exact, and no predictor runs.
 OWN = {
     "prefill": {
         "input_ids": "prompt_ids",
         "position_ids": "prompt_positions",
         "logits_to_keep": "last_tokens",
-        **{name: f"all_{name}" for name in names.SELECTION},
+        **{name: f"all_{name}" for name in (*names.SELECTION, names.SHORTLIST)},
     },
     "decode": {"input_ids": "tokens", "position_ids": "positions", "logits_to_keep": "first_token"},
 }
@@ -94,6 +95,9 @@ def buffers(layers: SparseLayers, dtype: str, batch: int, limits: Limits) -> dic
     ]
     if layers.count:
         found.append(Buffer("hidden", dtype, (*prompt, spec.hidden_size)))
+        # Of bundles with a low-bit copy of all matrices.
+        found += (Buffer(name, "int32", ()) for name in (*names.SCALARS, f"all_{names.SHORTLIST}"))
+        found.append(Buffer(names.RECOMPUTED, "int32", (batch,)))
         for unit, width in layer_units(spec).items():
             indices, counts = names.indices(unit), names.counts(unit)
             for prefix in ("all_", ""):
@@ -133,8 +137,10 @@ def layout(found: Mapping[str, Buffer]) -> tuple[dict[str, int], int]:
 
 
 def constants(found: Mapping[str, Buffer]) -> dict[str, np.ndarray]:
-    """Contents of the buffers that never change, which select all units; other buffers start at zero."""
+    """Contents of the buffers that never change, which select everything; other buffers start at zero."""
     contents = {}
+    if f"all_{names.SHORTLIST}" in found:
+        contents[f"all_{names.SHORTLIST}"] = np.array(found["logits"].shape[-1], dtype=np.int32)
     for unit in UNITS:
         indices, counts = (f"all_{name(unit)}" for name in (names.indices, names.counts))
         if indices in found:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from shadowllm.bundle.predictor_file import Predictor
-from shadowllm.bundle.quantisation import LOW_BIT_COPY
-from shadowllm.bundle.weight_names import copied, down_norms, integers, low_bit_copy, scales
+from shadowllm.bundle.weight_names import copied, down_norms
 from shadowllm.models.sparsity import SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.ops.score_neurons.launcher import score_neurons
 from shadowllm.plugins.ops.select_topk.launcher import select_topk
 from shadowllm.predictor.networks import layer_head_scores, layer_neuron_scores
 from shadowllm.predictor.topk import shared_scores
+from shadowllm.runtime.gpu.rest import packed
 
 Counts = Mapping[Unit, Tensor]  # int32 ``(n_sparse,)``
 
@@ -25,7 +25,7 @@ Counts = Mapping[Unit, Tensor]  # int32 ``(n_sparse,)``
 class Selection(Protocol):
     """The active units of a step's sparse layers; all sequences share them."""
 
-    def active(self, unit: Unit, row: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def active(self, unit: Unit, row: int, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """The active units of a sparse layer.
 
         Args:
@@ -33,7 +33,8 @@ class Selection(Protocol):
             x: the normed attention or MLP input, ``(batch, 1, hidden_size)``.
 
         Returns:
-            Indices int32 ``(n_units,)``, ascending, -1 past the count, and the count, an int32 scalar.
+            Indices int32 ``(n_units,)``, ascending, -1 past the count, and the count, an int32 scalar. The indices are
+            None if the op chooses the units itself.
         """
         ...
 
@@ -56,17 +57,21 @@ class PerLayerSelection:
 
     Attributes:
         predictor: with tensors on the device; those of a network have the model's dtype.
-        copies: arguments of ``ScoreNeurons`` for each sparse layer, from `device_copies`; None for a network.
+        copies: arguments of ``ScoreNeurons`` for each sparse layer, from `device_copies`; None if there is none.
+        inside: the units that the ops choose themselves.
     """
 
     spec: ModelSpec
     predictor: Predictor
     counts: Counts
     copies: list[dict[str, Any]] | None
+    inside: frozenset[Unit] = frozenset()
 
-    def active(self, unit: Unit, row: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def active(self, unit: Unit, row: int, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """See `Selection`."""
         count = self.counts[unit][row]
+        if unit in self.inside:
+            return None, count
         return choose(self.spec, unit, self._scores(unit, row, x, count), count[None])[0], count
 
     def _scores(self, unit: Unit, row: int, x: Tensor, count: Tensor) -> Tensor:
@@ -101,10 +106,9 @@ def device_copies(
     """
 
     def layer_copy(layer: int) -> dict[str, Any]:
-        names = [low_bit_copy(name) for name in copied(layers.spec, layer)]
-        rows, factors = (torch.cat([copies[part(name)] for name in names]).to(device) for part in (integers, scales))
+        rows, factors = packed(layers, copies, copied(layers.spec, layer), device)
         return {
-            "copy": rows.unflatten(1, (LOW_BIT_COPY.blocks(layers.spec.hidden_size), -1)),
+            "copy": rows,
             "scales": factors,
             **{f"b_{part}": weights.get(f"layers.{layer}.{part}_proj.bias") for part in ("gate", "up")},
             "down_norms": copies[down_norms(layer)].to(device),

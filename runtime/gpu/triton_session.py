@@ -11,18 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantised_tensors import CopyTensors
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import KVCache
-from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit
+from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
 from shadowllm.runtime.gpu.cuda_graph import captured, kernel_device
 from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
+from shadowllm.runtime.gpu.rest import RestInputs, rest_inputs
 from shadowllm.runtime.gpu.selection import PerLayerSelection, UpfrontSelection, choose, device_copies
 from shadowllm.runtime.gpu.triton_step import StepDecoder, merged
-from shadowllm.runtime.inputs import check_tokens, pad_prompts
+from shadowllm.runtime.inputs import budget_scalars, check_tokens, pad_prompts
 from shadowllm.runtime.session import Decodes
 
 # The cache grows by this many positions. Each growth needs a new CUDA graph.
@@ -43,7 +45,8 @@ class TritonSession(PipelinedDecode):
         predictor: selects heads and neurons, upfront or per layer; None decodes dense.
         budget: initial fractions to keep.
         cache_block: number of positions by which the cache grows.
-        copies: low-bit copy of a quantised shadow, by its names in a bundle; None makes it from the weights.
+        copies: low-bit copy, by its names in a bundle; None makes it from the weights.
+        rest: "shadow" if the copy is of all matrices, so that what is not active is computed from it.
 
     Attributes:
         decodes: "sparse", or "dense" without a predictor.
@@ -62,15 +65,18 @@ class TritonSession(PipelinedDecode):
         budget: Budget | None = None,
         cache_block: int = CACHE_BLOCK,
         copies: Mapping[str, Tensor] | None = None,
+        rest: Rest = "drop",
     ) -> None:
         self.spec = spec
         self.device = kernel_device()
-        self._source, self._predictor, self._block, self._copies = weights, predictor, cache_block, copies
+        self._source, self._predictor, self._block = weights, predictor, cache_block
+        self._copies, self._rest = copies, rest
         self._layers = SparseLayers(spec, predictor.dense_layers if predictor else spec.n_layers)
         self.decodes: Decodes = "sparse" if predictor else "dense"
         self._counts: dict[Unit, Tensor] = {
             unit: torch.zeros(self._layers.count, dtype=torch.int32, device=self.device) for unit in UNITS
         }
+        self._scalars = {name: torch.zeros((), dtype=torch.int32, device=self.device) for name in names.SCALARS}
         self.set_budget(budget or Budget())
 
     @classmethod
@@ -92,9 +98,10 @@ class TritonSession(PipelinedDecode):
         kernel_device()  # fails here if there is no GPU, before gigabytes are hashed
         weights, predictor = map_weights(bundle, manifest)
         if kind == "dense":
-            return cls(manifest.spec, weights, None)
-        copies = map_copies(bundle, manifest) if predictor.kind == "quantized-shadow" else None
-        return cls(manifest.spec, weights, predictor, Budget(**manifest.budgets), copies=copies)
+            return cls(manifest.spec, weights, None, rest=manifest.rest)
+        copied = manifest.rest == "shadow" or predictor.kind == "quantized-shadow"
+        copies = map_copies(bundle, manifest) if copied else None
+        return cls(manifest.spec, weights, predictor, manifest.budget, copies=copies, rest=manifest.rest)
 
     def __enter__(self) -> Self:
         weights = merged(self.spec, self._source, self.device)
@@ -105,14 +112,17 @@ class TritonSession(PipelinedDecode):
             kinds = {name: self.dtype if name in learned else torch.float32 for name in tensors}
             tensors = {name: tensor.to(self.device, kinds[name]) for name, tensor in tensors.items()}
             self._predictor = replace(self._predictor, tensors=tensors)
-            self._per_layer = self._chooser(self._predictor, weights) if self._predictor.per_layer else None
-        self._decoder = StepDecoder(self._layers, weights)
+            rest = self._rest_inputs(self._predictor, weights) if self._rest == "shadow" else None
+            self._per_layer = self._chooser(self._predictor, weights, rest) if self._predictor.per_layer else None
+            self._decoder = StepDecoder(self._layers, weights, rest)
+        else:
+            self._decoder = StepDecoder(self._layers, weights)
         self.reset()
         return self
 
     def __exit__(self, *error: object) -> None:
-        names = ("_replay", "_decoder", "cache", "_tokens", "_positions", "_logits", "_host_logits", "_slots")
-        self._forget(*names, "_source", "_predictor", "_copies", "_per_layer")
+        tensors = ("_replay", "_decoder", "cache", "_tokens", "_positions", "_logits", "_host_logits", "_slots")
+        self._forget(*tensors, "_source", "_predictor", "_copies", "_per_layer")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -124,10 +134,12 @@ class TritonSession(PipelinedDecode):
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
+        counts, scalars = budget.counts(self._layers), budget_scalars(self.spec, budget, self._rest)
         self._budgets_set += 1
-        counts = budget.counts(self._layers)
         for unit, on_device in self._counts.items():
             on_device.copy_(torch.from_numpy(counts[unit]))
+        for name, number in scalars.items():
+            self._scalars[name].fill_(number)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -226,9 +238,14 @@ class TritonSession(PipelinedDecode):
         chosen = {unit: choose(self.spec, unit, one.mean(dim=0).float(), counts[unit]) for unit, one in found}
         return UpfrontSelection(chosen, counts)
 
-    def _chooser(self, predictor: Predictor, weights: Mapping[str, Tensor]) -> PerLayerSelection:
+    def _rest_inputs(self, predictor: Predictor, weights: Mapping[str, Tensor]) -> RestInputs:
+        return rest_inputs(self._layers, self._copies or CopyTensors(self._source), predictor, weights, self._scalars)
+
+    def _chooser(
+        self, predictor: Predictor, weights: Mapping[str, Tensor], rest: RestInputs | None
+    ) -> PerLayerSelection:
         copies = None
-        if predictor.kind == "quantized-shadow":
+        if predictor.kind == "quantized-shadow" and rest is None:
             source = self._copies or CopyTensors(weights)
             copies = device_copies(self._layers, source, weights, self.device)
-        return PerLayerSelection(self.spec, predictor, self._counts, copies)
+        return PerLayerSelection(self.spec, predictor, self._counts, copies, rest.inside if rest else frozenset())

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shadowllm.models.decoder import Decoder, KVCache
-from shadowllm.models.sparsity import SparseLayers
+from shadowllm.models.sparsity import SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import tensor_shape
+from shadowllm.plugins.ops.shortlist_logits.launcher import shortlist_logits
 from shadowllm.plugins.ops.sparse_attention.launcher import sparse_attention
 from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
 from shadowllm.plugins.triton.cache import write_cache
+from shadowllm.runtime.gpu.rest import RestInputs
 from shadowllm.runtime.gpu.selection import Selection
 
 
@@ -46,12 +48,13 @@ class StepDecoder(Decoder):
     Args:
         layers: the sparse layers.
         weights: from `merged`, on the device of the session.
+        rest: the low-bit copy from which sparse steps compute what is not active; None if it is dropped.
     """
 
-    def __init__(self, layers: SparseLayers, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, layers: SparseLayers, weights: Mapping[str, Tensor], rest: RestInputs | None = None) -> None:
         spec = layers.spec
         super().__init__(spec, weights)
-        self._layers = layers
+        self._layers, self._rest = layers, rest
         self._device, self._dtype = weights["embed_tokens.weight"].device, weights["embed_tokens.weight"].dtype
         if spec.rope:
             self._cos, self._sin = self._cos.to(self._device), self._sin.to(self._device)
@@ -75,6 +78,13 @@ class StepDecoder(Decoder):
         self._shared = Shared(mask, lengths, *tables)
         self.selection: Selection | None = None
 
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Decoder.logits`; in a sparse step, those outside of the shortlist come from the copy."""
+        if self.selection is None or self._rest is None:
+            return super().logits(x)
+        found, _ = shortlist_logits(self._norm("final_norm", x).flatten(0, 1), **self._rest.logits)
+        return found.view(*x.shape[:2], -1)
+
     def _attention(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
         assert cache is not None
         shared, chosen, place = self._shared, self.selection, f"layers.{layer}"
@@ -84,17 +94,21 @@ class StepDecoder(Decoder):
             query = write_cache(self._linear(f"{place}.qkv_proj", x), keys, values, position_ids, *rotary)
             return self._rows(f"{place}.o_proj", self._context(query, keys, values).transpose(1, 2).flatten(2))
         write_cache(self._linear(f"{place}.kv_proj", x), keys, values, position_ids, *rotary)
-        return sparse_attention(
+        indices, count = chosen.active("heads", self._layers.row(layer), x)
+        y, _ = sparse_attention(
             x,
             keys,
             values,
             shared.lengths,
-            *chosen.active("heads", self._layers.row(layer), x),
+            indices,
+            count,
             **self._matrices(place, "q", "o"),
+            **self._copies(layer, "heads"),
             cos=shared.cos,
             sin=shared.sin,
             n_heads=self.spec.n_heads,
         )
+        return y
 
     def _context(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Dense attention, ``(batch, n_heads, seqlen, head_dim)`` in and out."""
@@ -109,9 +123,13 @@ class StepDecoder(Decoder):
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
         if self.selection is None:
             return super()._mlp(layer, x)
-        chosen = self.selection.active("neurons", self._layers.row(layer), x)
-        matrices = self._matrices(f"layers.{layer}", "gate", "up", "down")
-        return sparse_mlp(x, *chosen, **matrices, activation=self.spec.activation)
+        indices, count = self.selection.active("neurons", self._layers.row(layer), x)
+        inputs = {**self._matrices(f"layers.{layer}", "gate", "up", "down"), **self._copies(layer, "neurons")}
+        y, _ = sparse_mlp(x, indices, count, **inputs, activation=self.spec.activation)
+        return y
+
+    def _copies(self, layer: int, unit: Unit) -> Mapping[str, Any]:
+        return self._rest.layers[self._layers.row(layer)][unit] if self._rest else {}
 
     def _matrices(self, place: str, *parts: str) -> dict[str, Any]:
         """Weight and bias of each part, by the names of the ops' arguments; None if the model has none."""

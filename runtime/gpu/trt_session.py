@@ -21,7 +21,7 @@ from shadowllm.runtime.gpu.engine_buffers import Limits, buffers, constants, lay
 from shadowllm.runtime.gpu.kernel_cache import kernel_file
 from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
 from shadowllm.runtime.gpu.trt_engine import TrtEngine, load_plugins, logger_class
-from shadowllm.runtime.inputs import check_tokens, pad_prompts
+from shadowllm.runtime.inputs import budget_scalars, check_tokens, pad_prompts
 from shadowllm.runtime.session import Memory
 
 Kind = Literal["sparse", "dense"]
@@ -30,9 +30,10 @@ Kind = Literal["sparse", "dense"]
 class TrtSession(PipelinedDecode):
     """A `Session` over the engines of one flavour.
 
-    Prefill runs ``stem`` and ``body`` with the engines' first profile and with all units selected. A decode step runs
+    Prefill runs ``stem`` and ``body`` with the engines' first profile and with everything exact. A decode step runs
     ``stem``, ``predictor`` (if there is one) and ``body`` with the second profile, and picks the next tokens. It is
-    captured as one CUDA graph, and its last copies write the inputs of the next step. Budgets are counts on the device.
+    captured as one CUDA graph, and its last copies write the inputs of the next step. Budgets are numbers on the
+    device.
 
     Args:
         bundle: folder with engines of that flavour.
@@ -56,12 +57,12 @@ class TrtSession(PipelinedDecode):
         self._folder, self._trt = bundle / "engines" / flavour, trt
         self._limits = Limits.of(list(self._records.values()))
         self.spec = replace(manifest.spec, max_seqlen=min(manifest.spec.max_seqlen, self._limits.capacity))
-        self._dtype = manifest.dtype
+        self._dtype, self._rest = manifest.dtype, manifest.rest
         self._layers = SparseLayers(self.spec, self.spec.n_layers if kind == "dense" else manifest.dense_layers)
         self._batch = 0
         self.decodes: Kind = kind
         self.memory: Memory | None = None
-        self.set_budget(Budget(**manifest.budgets))
+        self.set_budget(manifest.budget)
         self._pieces: dict[str, TrtEngine] = {}
         self._cuda = cuda()
 
@@ -114,10 +115,10 @@ class TrtSession(PipelinedDecode):
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
+        self._counts, self._scalars = budget.counts(self._layers), budget_scalars(self.spec, budget, self._rest)
         self._budgets_set += 1
-        self._counts = budget.counts(self._layers)
         if self._batch:
-            self._write_counts()
+            self._write_budget()
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """See `Session.prefill`.
@@ -175,7 +176,7 @@ class TrtSession(PipelinedDecode):
         self.memory = memory_of(list(self._records.values()), self._buffers, workspace)
         for name, contents in constants(self._buffers).items():
             self._write(name, contents)
-        self._write_counts()
+        self._write_budget()
         self._logits = cuda.pinned(self._buffers["logits"].shape, np.float32)
         self._slots = cuda.pinned((SLOTS, batch, 1), np.int64)
         self._events = [cuda.event() for _ in self._slots]
@@ -196,10 +197,12 @@ class TrtSession(PipelinedDecode):
         for target, source in (("tokens", "next_tokens"), ("positions", "next_position_ids")):
             self._cuda.copy(self._address(target), self._address(source), self._buffers[target].nbytes)
 
-    def _write_counts(self) -> None:
+    def _write_budget(self) -> None:
         if self._layers.count:
             for unit in UNITS:
                 self._write(selection_names.counts(unit), self._counts[unit])
+            for name, number in self._scalars.items():
+                self._write(name, np.array(number, dtype=np.int32))
 
     def _write(self, name: str, contents: np.ndarray) -> None:
         self._cuda.write(self._address(name), np.ascontiguousarray(contents))

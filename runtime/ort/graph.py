@@ -13,6 +13,7 @@ from onnx_ir.passes import InPlacePass, PassResult, Sequential
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from shadowllm.bundle.manifest import Manifest
+from shadowllm.bundle.op_domain import DOMAIN
 from shadowllm.errors import UserError
 from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
 from shadowllm.runtime.ort.fuse_attention import FuseAttention
@@ -47,21 +48,34 @@ def _passes(name: str, manifest: Manifest, native: bool, exact: bool) -> list[In
     if manifest.dtype != "float32":
         passes.insert(0, UpcastToFloat32(keep_rows=native))
     if exact:
-        passes.append(ExactIntegerInputs())
+        passes.append(ExactIntegerInputs(native))
     if name == "body":
         passes += [SplitSelection(), *([FlattenHiddenStates()] if native else [])]
     return passes
 
 
 class ExactIntegerInputs(InPlacePass):
-    """Makes ``MatMulNBits`` read float32 inputs; by default they are rounded to 8 bits for speed."""
+    """Makes the products with integers read float32 inputs; by default they are rounded to 8 bits for speed.
+
+    These are ``MatMulNBits``, and the native ops' products with a low-bit copy.
+
+    Args:
+        native: whether the native ops run the graph. Function bodies do not round, and do not know the attribute.
+    """
+
+    def __init__(self, native: bool) -> None:
+        self._native = native
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the model in place."""
-        nodes = [node for node in chain(model.graph, *model.functions.values()) if node.op_type == "MatMulNBits"]
-        for node in nodes:
+        nodes = list(chain(model.graph, *model.functions.values()))
+        products = [node for node in nodes if node.op_type == "MatMulNBits"]
+        for node in products:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
-        return PassResult(model, modified=bool(nodes))
+        ours = [node for node in model.graph if node.domain == DOMAIN] if self._native else []
+        for node in ours:
+            node.attributes["exact_copies"] = ir.AttrInt64("exact_copies", 1)
+        return PassResult(model, modified=bool(products or ours))
 
 
 class OrtGraph:

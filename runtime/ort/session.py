@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 
 from shadowllm.bundle import selection_names as names
@@ -17,8 +18,9 @@ from shadowllm.limits import check_threads
 from shadowllm.models.sparsity import UNITS, Budget, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
-from shadowllm.runtime.inputs import check_tokens, pad_prompts
+from shadowllm.runtime.inputs import budget_scalars, check_tokens, pad_prompts
 from shadowllm.runtime.ort.graph import OrtGraph, for_cpu
+from shadowllm.runtime.ort.shared_weights import SharedWeights
 from shadowllm.runtime.session import Decodes
 
 # The cache grows by this many positions, so that a short text needs little memory.
@@ -50,6 +52,8 @@ class OrtSession:
     Attributes:
         cache: float32 ``(batch, n_kv_heads, capacity, head_dim)`` by "layer.key" and "layer.value".
         decodes: "sparse" or "dense", at the current budget.
+        recomputed: rows of the output table that the last sparse step computed exactly, int32 ``(batch,)``; 0 if the
+            bundle has no low-bit copy of the table.
         selection: padded indices of the last sparse step, by unit, int32 ``(n_sparse, n_units)``.
         step_seconds: seconds of each part of the last step; None without ``profile``.
 
@@ -76,18 +80,22 @@ class OrtSession:
         self._bundle, self._kind, self._threads = bundle, kind, threads
         self._native, self._exact = native, exact
         self._counts = Budget().counts(self.manifest.sparse_layers)
-        self.set_budget(Budget(**self.manifest.budgets))
+        self._scalars = {name: np.zeros((), np.int32) for name in names.SCALARS}
+        self._pieces: dict[str, OrtGraph] = {}
+        self.set_budget(self.manifest.budget)
 
     def __enter__(self) -> Self:
         pieces = ("dense",) if self._kind == "dense" else ("dense", *self.manifest.sparse_pieces)
         names = [DATA_FILE, *(f"{piece}.onnx" for piece in pieces)]
         verify_files(self._bundle, self.manifest.digests(*names))
+        self._weights, self._packed = SharedWeights((self._bundle / DATA_FILE).resolve()), False
         self._pieces = {piece: self._open(piece) for piece in pieces}
         self.reset()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._pieces.clear()
+        del self._weights
         self._steps: dict[str, list[Step]] = {}
         self.cache: dict[str, np.ndarray] = {}
 
@@ -98,8 +106,14 @@ class OrtSession:
         if piece != "dense":
             # The graphs of a step run one after the other: the threads of one must not spin while the next one runs.
             options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Packed weights make dense steps faster, and are a copy. A graph that only prefills does without.
+        packed = piece == "dense" and (self.decodes == "dense" or self.manifest.quantisation is not None)
+        options.add_session_config_entry("session.disable_prepacking", str(int(piece == "dense" and not packed)))
+        self._packed |= packed
         native = self._native and piece in ("predictor", "body") and native_ops.register(options)
         path = self._bundle / f"{piece}.onnx"
+        if not packed:
+            self._weights.give(ir.load(path).graph, options)
         # The graph is loaded from memory, so ONNX Runtime needs the folder of the weights. It refuses a link out of
         # this folder, so links are resolved here.
         weights = (self._bundle / DATA_FILE).resolve()
@@ -118,13 +132,19 @@ class OrtSession:
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
         counts = budget.counts(self.manifest.sparse_layers)
+        scalars = budget_scalars(self.spec, budget, self.manifest.rest)
         for unit in UNITS:
             self._counts[unit][:] = counts[unit]  # in place: graphs are bound to these arrays
+        for name, number in scalars.items():
+            self._scalars[name][...] = number
         if self._kind != "auto":
             self.decodes: Decodes = self._kind
         else:
             narrow_rows = self.manifest.dtype != "float32" and self._native and native_ops.library() is not None
             self.decodes = "sparse" if sparse_pays(self.manifest, budget, narrow_rows) else "dense"
+        if self._pieces and self.decodes == "dense" and not self._packed:
+            self._pieces["dense"] = self._open("dense")
+            self._bind_decode()
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """See `Session.prefill`."""
@@ -174,6 +194,7 @@ class OrtSession:
     def _bind_decode(self) -> None:
         """Bind the decode step's buffers, which are the same arrays for all tokens."""
         batch, n_sparse = self._batch, self.manifest.sparse_layers.count
+        self.recomputed = np.zeros(batch, dtype=np.int32)
         self._input_ids, self._positions = (np.zeros((batch, 1), dtype=np.int64) for _ in range(2))
         units = layer_units(self.spec) if self._kind != "dense" else {}
         self.selection: dict[Unit, np.ndarray] = {
@@ -185,7 +206,9 @@ class OrtSession:
             "logits_to_keep": np.zeros((batch, 1), dtype=np.int64),
             "logits": self._logits,
             "hidden": np.zeros((batch, 1, self.spec.hidden_size), dtype=np.float32),
+            names.RECOMPUTED: self.recomputed,
         }
+        buffers |= self._scalars
         for more in (self._selected(), self._past(), self._present()):
             buffers |= more
         # The graphs of a decode step, in their order.

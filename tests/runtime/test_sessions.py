@@ -62,6 +62,56 @@ def test_backends_agree_at_a_small_budget(bundle, variant, weight_dtype, predict
     assert np.abs(found[0] - found[1]).max() < tolerance * np.abs(found[1]).max()
 
 
+@pytest.mark.parametrize("predictor", ["quantized-shadow", "layerwise", "shadow", "static"])
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-biases", "opt"])
+@pytest.mark.parametrize(
+    "budget", [Budget(neurons=0.2, heads=0.5, shortlist=5), Budget(neurons=0.6, heads=0.5, rest="drop")]
+)
+@pytest.mark.parametrize("native", [True, False])
+def test_backends_agree_with_a_rest_from_the_low_bit_copy(bundle, variant, predictor, budget, native):
+    folder = bundle(variant, kind=predictor, rest="shadow")
+    with OrtSession(folder, "sparse", native=native, exact=True) as first, open_session(folder, "torch") as second:
+        found = []
+        for session in (first, second):
+            session.set_budget(budget)
+            found.append(logits_of(session, [PROMPT], [3, 90, 14]))
+    assert np.abs(found[0] - found[1]).max() < 1e-5 * np.abs(found[1]).max()
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("variant", "predictor"), [("llama-blocks", "quantized-shadow"), ("opt-blocks", "shadow")])
+def test_backends_agree_with_a_rest_beside_int8_rows(bundle, variant, predictor, native):
+    folder = bundle(variant, kind=predictor, rest="shadow", weight_dtype="int8")
+    with OrtSession(folder, "sparse", native=native, exact=True) as first, open_session(folder, "torch") as second:
+        found = []
+        for session in (first, second):
+            session.set_budget(Budget(neurons=0.2, heads=0.5, shortlist=5))
+            found.append(logits_of(session, [PROMPT], [3, 90, 14]))
+    tolerance = 3e-4 if native else 1e-5  # native integer rows may round inputs to 16 bits
+    assert np.abs(found[0] - found[1]).max() < tolerance * np.abs(found[1]).max()
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_backends_agree_with_a_rest_beside_rows_of_two_bytes(bundle, dtype, native):
+    folder = bundle("llama-blocks", dtype=dtype, kind="quantized-shadow", rest="shadow")
+    with OrtSession(folder, "sparse", native=native, exact=True) as first, open_session(folder, "torch") as second:
+        found = []
+        for session in (first, second):
+            session.set_budget(Budget(neurons=0.2, heads=0.5, shortlist=5))
+            found.append(logits_of(session, [PROMPT], [3, 90, 14]))
+    assert np.abs(found[0] - found[1]).max() < 1e-5 * np.abs(found[1]).max()
+
+
+def test_a_dense_session_takes_the_budget_of_a_mixed_one(bundle):
+    folder = bundle("llama-gqa", kind="quantized-shadow", rest="shadow")
+    for backend in ("torch-dense", "ort-dense"):
+        with open_session(folder, backend) as session:
+            plain = logits_of(session, [PROMPT], [3])
+            session.set_budget(Budget(neurons=0.2, heads=0.5, shortlist=5, rest="shadow"))
+            np.testing.assert_array_equal(logits_of(session, [PROMPT], [3]), plain)
+
+
 def test_the_budget_changes_the_result_and_can_change_back(bundle):
     with open_session(bundle(), "ort") as session:
 

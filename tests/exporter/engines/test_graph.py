@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx
 import pytest
 
 from shadowllm.bundle.engine_record import CustomNode, ShapeProfile
+from shadowllm.bundle.selection_names import SCALARS
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines.graph import describe_onnx, prepare
 from shadowllm.exporter.engines.profiles import bindings, check_profiles, largest, profiles_for
@@ -49,6 +52,8 @@ def test_copy_for_the_parser(tmp_path):
         "plugin_version": b"1",
         "program": pack(PROGRAMS["SparseMLP"]),
     }
+    attention = next(node for node in model.graph.node if node.name == "layers.6.SparseAttention")
+    assert len(attention.output) == 1  # the sample's node has two, the program one
     assert len(mlp.input) == 6
     assert all(mlp.input)
     custom = {node.name: PROGRAMS[node.op_type] for node in model.graph.node if node.domain == "shadowllm"}
@@ -178,3 +183,31 @@ def test_bytes_are_read_as_words(bundle):
     assert (inputs["copy"].dtype, inputs["copy"].shape) == ("int32", (2 * 96, 1, 8))
     assert (inputs["down_norms"].dtype, inputs["count"].shape) == ("float32", ())
     assert asked["SelectTopK", None]["scores"].shape == (1, 96)
+
+
+@pytest.mark.parametrize("kind", ["quantized-shadow", "layerwise", "shadow"])
+def test_a_rest_is_an_input_of_the_sparse_ops(bundle, kind):
+    asked = {}
+
+    def compiler(op, inputs, attributes):
+        asked[op, attributes.get("layer")] = inputs
+        return replace(program(), outputs=2 * program().outputs)
+
+    path = bundle(kind=kind, rest="shadow") / "body.onnx"
+    graph = describe_onnx(path)
+    scalars = {tensor.name: tensor for tensor in graph.inputs if tensor.shape == ()}
+    assert {name: tensor.dtype for name, tensor in scalars.items()} == dict.fromkeys(SCALARS, "int32")
+    profiles = profiles_for(graph, capacity=48, max_seqlen=8)
+    check_profiles(graph, profiles)  # scalars have no open shape, so no range
+    assert not set(SCALARS) & set(profiles[0].shapes)
+    prepare(path, {"capacity": 48}, compiler)
+    attention, mlp, logits = (
+        asked[key] for key in (("SparseAttention", 1), ("SparseMLP", 2), ("ShortlistLogits", None))
+    )
+    assert attention["rest"].shape == mlp["rest"].shape == logits["certify"].shape == ()
+    assert (mlp["c_down"].dtype, mlp["c_down"].shape, mlp["cs_down"].shape) == ("int32", (88, 1, 8), (88, 1))
+    assert (attention["c_o"].dtype, attention["c_o"].shape) == ("int32", (48, 1, 8))
+    assert ("indices" in mlp, "down_norms" in mlp) == ((False, True) if kind == "quantized-shadow" else (True, False))
+    assert ("indices" in attention, "score_weight" in attention) == (kind == "shadow", kind != "shadow")
+    assert logits["copy"].shape == (97, 1, 8)
+    assert logits["x"].shape[1] == 48

@@ -79,6 +79,38 @@ def test_a_quantised_shadow_chooses_inside_its_engine(tmp_path, family, library)
     assert record.kernels["score_neurons"] == (89,)
 
 
+@needs_builder
+@pytest.mark.parametrize("library", [None, pytest.param(LIBRARY, marks=needs_library)], ids=["python", "c++"])
+@pytest.mark.parametrize(
+    ("kind", "ops"),
+    [
+        ("quantized-shadow", ["SparseAttention", "SparseMLP"]),
+        ("layerwise", ["SparseAttention", "SelectTopK", "SparseMLP"]),
+        ("shadow", ["SparseAttention", "SparseMLP"]),
+    ],
+)
+@pytest.mark.parametrize("family", MODELS)
+def test_a_rest_from_the_low_bit_copy(tmp_path, family, kind, ops, library):
+    build_transformers_model(family, MODELS[family]).save_pretrained(tmp_path / "model")
+    path = tmp_path / "bundle" / "body.onnx"
+    path.parent.mkdir()
+    make_bundle(tmp_path / "model", path.parent, "float16", kind, rest="shadow")
+    # Two sequences with two kept positions each are four rows of logits.
+    sizes = {"capacity": 64, "max_seqlen": 32, "max_batch": 2, "max_kept": 2}
+    record = build_engine(
+        path,
+        tmp_path / "body.engine",
+        flavour="tensorrt_rtx",
+        profiles=profiles_for(describe_onnx(path), **sizes),
+        sms=(89,),
+        plugin_library=library,
+    )
+    assert [node.op for node in record.plugins] == [*2 * ops, "ShortlistLogits"]
+    assert record.plugins[-1].name == "row_logits.ShortlistLogits"
+    assert ("score_heads" in record.kernels) == (kind != "shadow")
+    assert {"project_rest", "shortlist_logits"} < set(record.kernels)
+
+
 def check_pieces(tmp_path, family, options, dtype, library) -> None:
     build_transformers_model(family, options).save_pretrained(tmp_path / "model")
     _, weights, files = load_model(tmp_path / "model")

@@ -41,6 +41,8 @@ def test_shapes_follow_the_phase():
     assert shape_of(found[buffer_of("logits_to_keep", "prefill")], 5) == (2, 1)
     assert shape_of(found[buffer_of("past_key_values.1.key", "prefill")], 5) == (2, 2, 24, 8)
     assert shape_of(found[buffer_of("neuron_indices", "decode")], 1) == (2, 48)
+    assert [buffer_of("shortlist", phase) for phase in ("prefill", "decode")] == ["all_shortlist", "shortlist"]
+    assert shape_of(found["all_shortlist"], 5) == ()
 
 
 def test_a_dense_session_has_no_selection():
@@ -54,6 +56,7 @@ def test_a_prefill_selects_everything():
     contents = constants(buffers(SparseLayers(SPEC, 1), "float16", 1, LIMITS))
     np.testing.assert_array_equal(contents["all_head_indices"], [[0, 1, 2, 3]] * 2)
     np.testing.assert_array_equal(contents["all_neuron_counts"], [48, 48])
+    assert contents["all_shortlist"] == SPEC.vocab_size
     assert all(array.dtype == np.int32 for array in contents.values())
 
 

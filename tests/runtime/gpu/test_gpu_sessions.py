@@ -33,8 +33,9 @@ def follow(session):
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-biases", "opt"])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float16", 4e-3), ("bfloat16", 3e-2)])
-def test_triton_follows_the_reference(bundle, variant, dtype, bound):
-    folder = bundle(variant, dtype=dtype, kind="static")  # its selection does not depend on rounding
+@pytest.mark.parametrize("rest", ["drop", "shadow"])
+def test_triton_follows_the_reference(bundle, variant, dtype, bound, rest):
+    folder = bundle(variant, dtype=dtype, kind="static", rest=rest)  # its selection does not depend on rounding
     with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
         found, expected = follow(ours), follow(theirs)
     assert np.abs(found - expected).max() < bound * np.abs(expected).max()
@@ -55,12 +56,13 @@ def test_replays_give_the_text_of_single_steps(bundle, backend):
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("variant", ["llama-head-dim-16", "opt-head-dim-16"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_engines_follow_the_reference(bundle, tmp_path, monkeypatch, flavour, variant, dtype):
+@pytest.mark.parametrize("rest", ["drop", "shadow"])
+def test_engines_follow_the_reference(bundle, tmp_path, monkeypatch, flavour, variant, dtype, rest):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if importlib.util.find_spec(flavour) is None:
         pytest.skip(f"{flavour} is not installed")
     folder = tmp_path / "bundle"
-    shutil.copytree(bundle(variant, dtype=dtype, kind="static"), folder)
+    shutil.copytree(bundle(variant, dtype=dtype, kind="static", rest=rest), folder)
     sms = (gpu_capability(),) if flavour == "tensorrt_rtx" else ()
     build_engines(folder, EngineOptions(flavour, sms=sms, capacity=64, max_seqlen=32, max_batch=2))
     with open_session(folder, flavour) as ours, open_session(folder, "torch") as theirs:

@@ -86,11 +86,39 @@ def test_other_choices(bundle, options):
         assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "quantized-shadow"},
+        {"kind": "quantized-shadow", "variant": "opt"},
+        {"kind": "quantized-shadow", "variant": "llama-biases", "head_unit": "kv_group"},
+        {"kind": "layerwise", "head_unit": "kv_group"},
+        {"kind": "shadow"},
+        {"kind": "static", "variant": "llama-mqa-tied"},
+    ],
+    ids=str,
+)
+def test_a_rest_from_the_low_bit_copy(bundle, options):
+    """One step serves all budgets: a shortlist, then all logits exact, then no rest."""
+    folder, found = bundle(**options, rest="shadow"), []
+    with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
+        for session in (ours, theirs):
+            session.set_budget(Budget(neurons=(0.25, 0.6), heads=0.5, shortlist=5))
+            logits = [*steps(session, PROMPTS, FORCED)]
+            for budget in (Budget(neurons=0.4, heads=0.5), Budget(neurons=0.4, heads=0.5, rest="drop")):
+                session.set_budget(budget)
+                logits.append(session.decode(np.array([11, 12])).copy())
+            found.append(np.stack(logits))
+    for one, other in zip(*found, strict=True):
+        assert distance(one, other) < TOLERANCE
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [("float16", 4e-3), ("bfloat16", 4e-2)])
 def test_sixteen_bits(bundle, dtype, bound):
-    folder = bundle(dtype=dtype, kind="static")  # its selection does not depend on rounding
-    with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
-        assert distance(steps(ours, PROMPTS[:1], FORCED[:, :1]), steps(theirs, PROMPTS[:1], FORCED[:, :1])) < bound
+    for rest in ("drop", "shadow"):
+        folder = bundle(dtype=dtype, kind="static", rest=rest)  # its selection does not depend on rounding
+        with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
+            assert distance(steps(ours, PROMPTS[:1], FORCED[:, :1]), steps(theirs, PROMPTS[:1], FORCED[:, :1])) < bound
 
 
 def test_greedy_text_is_the_reference_s_and_may_stop_early(bundle):
@@ -103,14 +131,13 @@ def test_greedy_text_is_the_reference_s_and_may_stop_early(bundle):
         assert ours.decode(np.array(expected[2])).argmax(axis=1).tolist() == expected[3]
 
 
-def test_without_a_bundle_the_copy_is_made_of_the_weights(bundle):
-    folder = bundle("llama-biases", kind="quantized-shadow")
+@pytest.mark.parametrize(("rest", "shortlist"), [("drop", None), ("shadow", 7)])
+def test_without_a_bundle_the_copy_is_made_of_the_weights(bundle, rest, shortlist):
+    folder = bundle("llama-biases", kind="quantized-shadow", rest=rest)
     read = TorchSession.open(folder)
-    with (
-        TritonSession(read.spec, read._weights, read._predictor, Budget(heads=0.5, neurons=0.3)) as ours,
-        read as theirs,
-    ):
-        theirs.set_budget(Budget(heads=0.5, neurons=0.3))
+    budget = Budget(heads=0.5, neurons=0.3, shortlist=shortlist)
+    with TritonSession(read.spec, read._weights, read._predictor, budget, rest=rest) as ours, read as theirs:
+        theirs.set_budget(budget)
         assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
 
 
@@ -139,6 +166,8 @@ def test_what_is_refused(bundle):
     with pytest.raises(UserError, match="does not run int8 weights"):
         TritonSession.open(bundle("llama-blocks", weight_dtype="int8"))
     with open_session(bundle(), "triton") as session:
+        with pytest.raises(UserError, match="has a shortlist, but there is no low-bit copy"):
+            session.set_budget(Budget(shortlist=5))
         with pytest.raises(UserError, match="call prefill first"):
             session.decode(np.array([1]))
         session.prefill([[1, 2]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from tests.runtime.gpu.fake_tensorrt import (
     HostCuda,
     RuntimeCache,
     RuntimeConfig,
+    at,
     played,
     write_engines,
 )
@@ -73,6 +75,24 @@ def test_a_ragged_batch_at_changing_budgets(engines, bundle, variant, options):
             session.set_budget(second)  # in the middle of a text: only counts change
             found.append(np.stack([*logits, session.decode(np.array([11, 12]))]))
     assert distance(*found) < 1e-5
+
+
+@pytest.mark.parametrize("predictor", ["quantized-shadow", "layerwise", "shadow", "static"])
+def test_a_rest_from_the_low_bit_copy(engines, bundle, predictor):
+    budget, options = Budget(neurons=0.25, heads=0.5, shortlist=5), {"kind": predictor, "rest": "shadow"}
+    with engines(bundle_options=options) as ours, open_session(bundle(**options), "torch") as theirs:
+        found = []
+        for session in (ours, theirs):
+            session.set_budget(budget)
+            logits = [*steps(session, PROMPTS, FORCED)]
+            for second in (Budget(neurons=0.4, heads=0.5), replace(budget, rest="drop")):  # only numbers change
+                session.set_budget(second)
+                logits.append(session.decode(np.array([11, 12])))
+            found.append(np.stack(logits))
+        recomputed = at(ours._address("recomputed"), (2,), np.int32)
+        assert recomputed.tolist() == [5, 5]
+    for one, other in zip(*found, strict=True):
+        assert distance(one, other) < 1e-5
 
 
 @pytest.mark.parametrize("rtx", [True, False])
