@@ -82,29 +82,43 @@ class Loss:
     """
 
     def __init__(self, context: Context, chooser: Selector, windows: Tensor) -> None:
-        self._context, self._chooser, self._windows = context, chooser, windows
+        self.context, self._chooser, self._windows = context, chooser, windows
+        self._known: dict[Budget, float] = {}
         with torch.no_grad():
             decoder = Decoder(context.spec, context.weights)
             self._dense = [decoder(window)[0, :-1].log_softmax(dim=-1) for window in windows.split(1)]
         self.dense_log_perplexity = self._mean(lambda i: F.nll_loss(self._dense[i], windows[i, 1:]))
 
     def log_perplexity(self, budget: Budget) -> float:
-        """Return the mean next-token cross entropy, nats."""
-        decoder = MaskedDecoder(self._context, self._chooser, budget)
-        return self._mean(lambda i: F.cross_entropy(decoder(self._windows[i : i + 1])[0, :-1], self._windows[i, 1:]))
+        """Return the mean next-token cross entropy, nats. A budget is measured only once."""
+        if budget not in self._known:
+            decoder, windows = MaskedDecoder(self.context, self._chooser, budget), self._windows
+            self._known[budget] = self._mean(
+                lambda i: F.cross_entropy(decoder(windows[i : i + 1])[0, :-1], windows[i, 1:])
+            )
+        return self._known[budget]
 
-    def divergence(self, budget: Budget) -> float:
-        """Return the mean KL divergence from the dense model, nats."""
-        decoder = MaskedDecoder(self._context, self._chooser, budget)
+    def increase(self, budget: Budget) -> float:
+        """Return by how much the mean next-token cross entropy is above the dense model's, nats."""
+        return self.log_perplexity(budget) - self.dense_log_perplexity
+
+    def divergence(self, budget: Budget, share: float = 1.0) -> float:
+        """Return the mean KL divergence from the dense model, nats, over the first windows or all.
+
+        Args:
+            share: share of the windows that are read.
+        """
+        decoder = MaskedDecoder(self.context, self._chooser, budget)
 
         def one(i: int) -> Tensor:
             mine = decoder(self._windows[i : i + 1])[0, :-1].log_softmax(dim=-1)
             return F.kl_div(mine, self._dense[i], reduction="batchmean", log_target=True)
 
-        return self._mean(one)
+        return self._mean(one, share)
 
-    def _mean(self, of_window: Callable[[int], Tensor]) -> float:
-        return sum(float(of_window(i)) for i in range(len(self._windows))) / len(self._windows)
+    def _mean(self, of_window: Callable[[int], Tensor], share: float = 1.0) -> float:
+        n = max(1, round(share * len(self._windows)))
+        return sum(float(of_window(i)) for i in range(n)) / n
 
 
 def passes(n_sparse: int) -> int:
@@ -126,13 +140,17 @@ def measure(context: Context, loss: Loss, advance: Advance = no_progress) -> All
 
         def lost(fractions: tuple[float, ...], unit: Unit = unit) -> float:
             advance(1)
-            return max(loss.divergence(Budget(**{unit: fractions})), TINY)
+            return max(loss.divergence(_of_unit(unit, fractions)), TINY)
 
         whole = [lost((fraction,) * n_sparse) for fraction in (low, high)]
         rate = max(math.log(whole[0] / whole[1]) / (high - low), 1.0) if n_units > 2 else RATE_OF_TWO
         alone = [lost(tuple(low if i == row else 1.0 for i in range(n_sparse))) for row in range(n_sparse)]
         found[unit] = Sensitivity(np.array(alone) * math.exp(rate * low), rate, width * unit_elements(spec, unit))
     return Allocation(found["heads"], found["neurons"])
+
+
+def _of_unit(unit: Unit, fractions: tuple[float, ...]) -> Budget:
+    return Budget(heads=fractions) if unit == "heads" else Budget(neurons=fractions)
 
 
 def _probes(unit: Unit, n_units: int) -> tuple[float, float]:

@@ -61,7 +61,7 @@ def runtime_recall(
     if windows.ndim != 2 or windows.shape[1] < 2:
         raise UserError("nothing to decode", "give windows of at least two tokens")
     manifest = session.manifest
-    spec, budget = manifest.spec, budget or Budget(**manifest.budgets)
+    spec, budget = manifest.spec, budget or manifest.budget
     counts = budget.counts(manifest.sparse_layers)
     criterion = str(manifest.predictor.get("criterion", "l2norm"))
     tracer = Tracer(spec, weights, criterion, manifest.dense_layers)

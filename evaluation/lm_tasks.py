@@ -60,7 +60,7 @@ class BundleLM(TemplateLM):
         super().__init__()
         self._bundle, self._manifest = Path(bundle), read_manifest(Path(bundle))
         self._tokenizer = load_tokenizer(self._bundle, self._manifest)
-        self._budget = budget or Budget(**self._manifest.budgets)
+        self._budget = budget or self._manifest.budget
         self._kind = str(self._manifest.predictor["kind"])
         self._selector = selector or self._kind
         self._logits = _decoder(self._manifest, read or read_weights(self._bundle, self._manifest), self)
@@ -159,7 +159,7 @@ def _decoder(manifest: Manifest, read: BundleWeights, lm: BundleLM) -> Callable[
     if selector == DENSE:
         return Decoder(manifest.spec, read.dense)
     criterion = str(read.predictor.record.get("criterion", "l2norm"))
-    context = Context(manifest.spec, read.sparse, manifest.dense_layers, read.predictor, criterion)
+    context = Context(manifest.spec, read.sparse, manifest.dense_layers, read.predictor, criterion, copies=read.copies)
     return MaskedDecoder(context, make_selector(selector, context), budget)
 
 
@@ -173,8 +173,8 @@ def run_tasks(
         limit: number of documents of each task; all if None.
 
     Yields:
-        A row for each selection and task: ``selector``, ``neuron_budget``, ``head_budget``, ``task``, and
-        ``metrics`` by their names in the harness.
+        A row for each selection and task: ``selector``, ``neuron_budget``, ``head_budget``, ``shortlist``, ``rest``,
+        ``task``, and ``metrics`` by their names in the harness.
 
     Raises:
         UserError: the harness cannot run a task.
@@ -195,6 +195,8 @@ def run_tasks(
                 "selector": selector,
                 "neuron_budget": mean.neurons,
                 "head_budget": mean.heads,
+                "shortlist": budget.shortlist,
+                "rest": None if selector == DENSE else budget.rest_with(read.copies is not None),
                 "task": task,
                 "metrics": figures,
             }

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder
-from shadowllm.models.sparsity import UNITS, Budget, Fractions, Unit
+from shadowllm.models.sparsity import UNITS, Budget, Fractions, Rest, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.criteria import find_criterion
 from shadowllm.predictor.selectors import Context, MaskedDecoder, Selector, make_selector
@@ -54,6 +55,8 @@ class Result:
     Attributes:
         selector: its name; "dense" for the model without sparsity.
         head_budget, neuron_budget: fractions kept in the sparse layers, on average.
+        shortlist: rows of the output table that were computed exactly; None for all.
+        rest: what the other heads and neurons contributed; None for a dense model.
         perplexity: exp of the mean next-token cross entropy (nats).
         kl: KL divergence of the selector's next-token distribution from the dense model's, nats.
         top1_agreement: share of positions with the same most probable token as the dense model.
@@ -74,6 +77,8 @@ class Result:
     neuron_recall: float
     gap_closure: float | None = None
     layers: tuple[LayerResult, ...] = ()
+    shortlist: int | None = None
+    rest: Rest | None = None
 
 
 def evaluate(
@@ -85,19 +90,25 @@ def evaluate(
     *,
     head_budgets: Sequence[Fractions] = (1.0,),
     neuron_budgets: Sequence[Fractions],
+    shortlists: Sequence[int | None] = (None,),
+    rests: Sequence[Rest | None] = (None,),
+    copies: Mapping[str, Tensor] | None = None,
     dense_layers: int = 1,
     criterion: str | None = None,
     aggregate: str = "token",
     seed: int = 0,
     advance: Advance = no_progress,
 ) -> list[Result]:
-    """Run selectors at every combination of a neuron budget and a head budget.
+    """Run selectors at every combination of a head budget, a neuron budget, a rest and a shortlist.
 
     Args:
         weights: canonical float32 tensors in memory.
         predictor: needed by all selectors except ``random`` and ``oracle``. If given, its ``dense_layers`` is used.
         selector: one name, several names, or a mapping from names in the results to selectors.
         windows: int64 ``(n, seqlen)``; each is a separate text.
+        shortlists, rests: see `Budget`.
+        copies: values of the low-bit copy (`low_bit_copies` with ``rest``), which a shortlist and ``rest="shadow"``
+            need.
         criterion: defines the true importance. If None: that of the predictor, or ``l2norm`` without one.
         aggregate: whether every token has its own selection; see `MaskedDecoder`.
         seed: seed of the random selector.
@@ -107,22 +118,22 @@ def evaluate(
         The dense result first, then the results of each selector, with budgets in the given order.
 
     Raises:
-        UserError: no windows, windows of one token, an unknown name, a budget outside (0, 1] or a missing predictor.
+        UserError: no windows, windows of one token, an unknown name, a budget outside (0, 1], a missing predictor or
+            missing copies.
     """
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise UserError("nothing to evaluate on", "give at least one window of two tokens")
     if predictor is not None:
         dense_layers = predictor.dense_layers
         criterion = criterion or predictor.record.get("criterion")
-    context = Context(spec, weights, dense_layers, predictor, criterion or "l2norm", seed)
+    context = Context(spec, weights, dense_layers, predictor, criterion or "l2norm", seed, copies)
     if not isinstance(selector, Mapping):
         names = [selector] if isinstance(selector, str) else selector
         selector = {name: make_selector(name, context) for name in names}
     runs = [
-        _Run(name, chooser, Budget(heads=heads, neurons=neurons), context, aggregate)
+        _Run(name, chooser, budget, context, aggregate)
         for name, chooser in selector.items()
-        for heads in head_budgets
-        for neurons in neuron_budgets
+        for budget in combinations(head_budgets, neuron_budgets, shortlists, rests)
     ]
     dense = Sums()
     for window in windows.split(1):
@@ -133,6 +144,19 @@ def evaluate(
             run.add(window, logits, truth)
             advance(1)
     return [dense.result(DENSE, Budget()), *_with_gap_closure(runs)]
+
+
+def combinations(
+    heads: Sequence[Fractions],
+    neurons: Sequence[Fractions],
+    shortlists: Sequence[int | None] = (None,),
+    rests: Sequence[Rest | None] = (None,),
+) -> list[Budget]:
+    """Return the budgets of all combinations, in the order in which they are evaluated."""
+    return [
+        Budget(heads=h, neurons=n, shortlist=rows, rest=rest)
+        for h, n, rest, rows in product(heads, neurons, rests, shortlists)
+    ]
 
 
 @torch.no_grad()
@@ -182,6 +206,8 @@ class Sums:
             head_recall=self.recall("heads"),
             neuron_recall=self.recall("neurons"),
             layers=tuple(LayerResult(layer, *(self.recall(unit, layer) for unit in UNITS)) for layer in layers),
+            shortlist=budget.shortlist,
+            rest=budget.rest,
         )
 
 
@@ -193,6 +219,7 @@ class _Run:
         self._layers = context.sparse_layers
         self._counts = budget.counts(self._layers)
         self._decoder = MaskedDecoder(context, chooser, budget, aggregate)
+        self._rest = budget.rest_with(context.copies is not None)
         self._sums = Sums()
 
     def add(self, window: Tensor, dense: Tensor, truth: Mapping[Unit, Tensor]) -> None:
@@ -204,7 +231,7 @@ class _Run:
             self._sums.wanted[layer, unit] += int(wanted.sum())
 
     def result(self) -> Result:
-        return self._sums.result(self.name, self.budget)
+        return self._sums.result(self.name, replace(self.budget, rest=self._rest))
 
 
 def _with_gap_closure(runs: Sequence[_Run]) -> Iterator[Result]:

@@ -61,19 +61,18 @@ def _cost(result: Result, manifest: Manifest) -> dict[str, Any]:
 
 
 def plot(found: dict[str, Any], path: Path, title: str) -> None:
-    """Plot perplexity over megabytes per token, with a line for each selector and head budget.
+    """Plot perplexity over megabytes per token, with a line for each selector, head budget, rest and shortlist.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
-    lines: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    lines: dict[str, list[tuple[float, float]]] = {}
     for row in found["results"]:
         point = (row["bytes_per_token"] / 1e6, row["perplexity"])
-        lines.setdefault((row["selector"], row["head_budget"]), []).append(point)
+        lines.setdefault(_label(row), []).append(point)
     figure = new_figure((6.4, 4.4))
     axes = figure.subplots()
-    for (selector, heads), points in lines.items():
-        label = selector if heads == 1 else f"{selector}, {heads:.0%} of heads"
+    for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     if rivals := [(row["bytes_per_token"] / 1e6, row["perplexity"]) for row in found["uniform"]]:
         axes.plot(*zip(*sorted(rivals), strict=True), "k--", marker="s", label="dense, uniformly quantised")
@@ -82,6 +81,14 @@ def plot(found: dict[str, Any], path: Path, title: str) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     save(figure, path)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    parts = [str(row["selector"])]
+    parts += [f"{row['head_budget']:.0%} of heads"] if row["head_budget"] != 1 else []
+    parts += ["rest from the copy"] if row["rest"] == "shadow" else []
+    parts += [f"shortlist {row['shortlist']}"] if row["shortlist"] else []
+    return ", ".join(parts)
 
 
 def _float_bytes(manifest: Manifest) -> int:
@@ -93,6 +100,14 @@ def _bytes(result: Result, manifest: Manifest) -> int:
     spec, itemsize, floats = manifest.spec, manifest.itemsize, _float_bytes(manifest)
     if result.selector == DENSE:
         return step_traffic(spec, floats, CONTEXT, matrix_itemsize=itemsize).total
-    active = Budget(heads=result.head_budget, neurons=result.neuron_budget).counts(manifest.sparse_layers)
-    choosing = selector_bytes(result.selector, manifest.sparse_layers, itemsize, int(manifest.predictor["rank"]))
-    return step_traffic(spec, floats, CONTEXT, active, choosing=choosing, matrix_itemsize=itemsize).total
+    layers, rest = manifest.sparse_layers, result.rest or "drop"
+    return step_traffic(
+        spec,
+        floats,
+        CONTEXT,
+        Budget(heads=result.head_budget, neurons=result.neuron_budget).counts(layers),
+        choosing=selector_bytes(result.selector, layers, itemsize, int(manifest.predictor["rank"]), rest),
+        matrix_itemsize=itemsize,
+        rest=rest,
+        shortlist=result.shortlist,
+    ).total

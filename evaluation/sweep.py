@@ -12,15 +12,15 @@ from torch import Tensor
 
 from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.bundle.weights import read_weights
-from shadowllm.config import Evaluation
 from shadowllm.errors import UserError
+from shadowllm.eval_config import Evaluation
 from shadowllm.evaluation import quality_report
 from shadowllm.evaluation.default_text import passage
-from shadowllm.evaluation.quality import Result, evaluate
+from shadowllm.evaluation.quality import Result, combinations, evaluate
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.uniform_quantisation import evaluate_uniform
 from shadowllm.malloc import keep_freed_memory
-from shadowllm.models.sparsity import Budget, Fractions
+from shadowllm.models.sparsity import Budget, Fractions, Rest
 from shadowllm.predictor.calibration import token_windows
 from shadowllm.progress import progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
@@ -73,8 +73,8 @@ def evaluate_text(bundle: Path, options: Evaluation) -> Evaluated:
     read = read_weights(bundle, manifest)
     own = manifest.predictor["kind"]
     selectors = options.selectors or list(dict.fromkeys(("static", own, "oracle")))
-    heads, neurons = budgets(manifest, options)
-    passes = len(windows) * (1 + len(selectors) * len(neurons) * len(heads))
+    swept = settings(manifest, options)
+    passes = len(windows) * (1 + len(selectors) * len(swept.budgets()))
     with progress("Evaluating", passes) as advance:
         results = evaluate(
             manifest.spec,
@@ -82,8 +82,11 @@ def evaluate_text(bundle: Path, options: Evaluation) -> Evaluated:
             read.predictor,
             selectors,
             windows,
-            head_budgets=heads,
-            neuron_budgets=neurons,
+            head_budgets=swept.heads,
+            neuron_budgets=swept.neurons,
+            shortlists=swept.shortlists,
+            rests=swept.rests,
+            copies=read.copies,
             aggregate=options.aggregate,
             advance=advance,
         )
@@ -110,15 +113,33 @@ def evaluate_tasks(
         raise UserError(f"--tasks needs lm-evaluation-harness ({error})", "pip install 'shadowllm[lm-eval]'") from error
     manifest = read_manifest(bundle)
     selectors = options.selectors or [manifest.predictor["kind"]]
-    heads, neurons = budgets(manifest, options)
-    selections = [(name, Budget(heads=h, neurons=n)) for name in selectors for h in heads for n in neurons]
+    selections = [(name, budget) for name in selectors for budget in settings(manifest, options).budgets()]
     return list(run_tasks(bundle, tasks, selections, limit))
 
 
-def budgets(manifest: Manifest, options: Evaluation) -> tuple[Sequence[Fractions], Sequence[Fractions]]:
-    """Return the head budgets and the neuron budgets to evaluate. The bundle's own are the default."""
-    own = Budget(**manifest.budgets)
-    return options.heads or [own.heads], options.neurons or [own.neurons]
+@dataclass(frozen=True)
+class Settings:
+    """The values of each field of a budget that are evaluated, in all combinations."""
+
+    heads: Sequence[Fractions]
+    neurons: Sequence[Fractions]
+    shortlists: Sequence[int | None]
+    rests: Sequence[Rest | None]
+
+    def budgets(self) -> list[Budget]:
+        """Return all combinations."""
+        return combinations(self.heads, self.neurons, self.shortlists, self.rests)
+
+
+def settings(manifest: Manifest, options: Evaluation) -> Settings:
+    """Return the values to evaluate. The bundle's own are the default."""
+    own = manifest.budget
+    return Settings(
+        options.heads or [own.heads],
+        options.neurons or [own.neurons],
+        options.shortlist or [own.shortlist],
+        options.rest or [own.rest],
+    )
 
 
 def _windows(bundle: Path, manifest: Manifest, options: Evaluation) -> Tensor:

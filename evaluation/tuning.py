@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Self
@@ -16,6 +16,7 @@ from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.bundle.weights import read_weights
 from shadowllm.config import Target
 from shadowllm.errors import UserError
+from shadowllm.evaluation import mixed_allocation as mixed
 from shadowllm.evaluation.allocation import STEPS, Allocation, Loss, bisect, measure, passes
 from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.calibration import calibration_windows
@@ -24,6 +25,7 @@ from shadowllm.progress import Advance, progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.session import OrtSession
 
+WHOLE = "leaving out units here costs more perplexity per byte than elsewhere"
 PROMPT, DECODED, ROUNDS = 64, 16, 6
 # A thread pool spins for a while after its last task, and the other session needs its cores.
 SETTLE_SECONDS = 0.05
@@ -39,7 +41,10 @@ def tune(
     threads: int | None = None,
     seed: int = 1,
 ) -> Manifest:
-    """Find budgets per layer that meet a target, and make them the bundle's defaults.
+    """Find budgets that meet a target, and make them the bundle's defaults.
+
+    A bundle whose rest comes from the low-bit copy gets one fraction of heads, one of neurons and a shortlist, see
+    `mixed_allocation`. Other bundles get fractions per layer, see `allocation`.
 
     Args:
         texts: text on which losses are measured: files or dataset ids; empty for the built-in text.
@@ -65,18 +70,11 @@ def tune(
         seqlen=min(seqlen, manifest.spec.max_seqlen),
         seed=seed,
     ).train
-    context = Context(manifest.spec, read.sparse, manifest.dense_layers, read.predictor)
+    context = Context(manifest.spec, read.sparse, manifest.dense_layers, read.predictor, copies=read.copies)
     loss = Loss(context, make_selector(read.predictor.kind, context), windows)
-    measured: dict[str, float] = {}
-    with progress("Choosing budgets", passes(manifest.sparse_layers.count) + STEPS) as advance:
-        allocation = measure(context, loss, advance)
-        if target.ppl_increase is not None:
-            budget = _within(target.ppl_increase, loss, allocation, advance)
-        else:
-            assert target.speedup is not None
-            with Race(bundle, threads) as race:
-                budget, measured["speedup"] = _as_fast(target.speedup, race, allocation, advance)
-    measured["ppl_increase"] = math.expm1(loss.log_perplexity(budget) - loss.dense_log_perplexity)
+    mixes = manifest.rest == "shadow"
+    budget, measured = (_choose_mixed if mixes else _choose_per_layer)(bundle, manifest, target, loss, threads)
+    measured["ppl_increase"] = math.expm1(loss.increase(budget))
     tuned = replace(
         manifest,
         budgets=asdict(budget),
@@ -85,37 +83,72 @@ def tune(
             "measured": measured,
             "tokens": windows.numel(),
         },
-        dense=dense_reasons(manifest, budget, "leaving out units here costs more perplexity per byte than elsewhere"),
+        dense=dense_reasons(manifest, budget) if mixes else dense_reasons(manifest, budget, WHOLE),
     )
     tuned.write(bundle)
     return tuned
 
 
+Ask = Callable[[Budget], bool]
+Chosen = tuple[Budget, dict[str, float]]  # a budget, and what was measured of it
+
+
+def _choose_mixed(bundle: Path, manifest: Manifest, target: Target, loss: Loss, threads: int | None) -> Chosen:
+    checks = mixed.CHECKS if target.ppl_increase is not None else STEPS
+    with progress("Choosing budgets", mixed.PASSES + checks) as advance:
+        steps = mixed.measure(manifest.sparse_layers, manifest.itemsize, loss, advance)
+        if target.ppl_increase is not None:
+            return mixed.least_within(steps, math.log1p(target.ppl_increase), loss.increase, advance), {}
+        return _as_fast(bundle, target, threads, lambda too_slow: mixed.densest(steps, too_slow, STEPS, advance))
+
+
+def _choose_per_layer(bundle: Path, manifest: Manifest, target: Target, loss: Loss, threads: int | None) -> Chosen:
+    with progress("Choosing budgets", passes(manifest.sparse_layers.count) + STEPS) as advance:
+        allocation = measure(loss.context, loss, advance)
+        if target.ppl_increase is not None:
+            return _within(target.ppl_increase, loss, allocation, advance), {}
+
+        def search(too_slow: Ask) -> Budget | None:
+            def ask(budget: Budget) -> bool:
+                advance(1)
+                return too_slow(budget)
+
+            return bisect(allocation, ask)[1]
+
+        return _as_fast(bundle, target, threads, search)
+
+
 def _within(increase: float, loss: Loss, allocation: Allocation, advance: Advance) -> Budget:
-    limit = loss.dense_log_perplexity + math.log1p(increase)
+    limit = math.log1p(increase)
 
     def bearable(budget: Budget) -> bool:
         advance(1)
-        return loss.log_perplexity(budget) <= limit
+        return loss.increase(budget) <= limit
 
     return bisect(allocation, bearable)[0] or Budget()
 
 
-def _as_fast(wanted: float, race: Race, allocation: Allocation, advance: Advance) -> tuple[Budget, float]:
-    speeds: dict[Budget, float] = {}
+def _as_fast(bundle: Path, target: Target, threads: int | None, search: Callable[[Ask], Budget | None]) -> Chosen:
+    """Find the densest budget that is fast enough.
 
-    def too_slow(budget: Budget) -> bool:
-        advance(1)
-        speeds[budget] = race.speedup(budget)
-        return speeds[budget] < wanted
+    Args:
+        search: finds it by asking whether budgets are too slow.
+    """
+    wanted, speeds = target.speedup, dict[Budget, float]()
+    assert wanted is not None
+    with Race(bundle, threads) as race:
 
-    found = bisect(allocation, too_slow)[1]
+        def too_slow(budget: Budget) -> bool:
+            speeds[budget] = race.speedup(budget)
+            return speeds[budget] < wanted
+
+        found = search(too_slow)
     if found is None:
+        best = max(speeds.values(), default=1)
         raise UserError(
-            f"a speedup of {wanted:g} is out of reach: the sparsest budget tried gave {max(speeds.values()):.2f}",
-            "ask for less",
+            f"a speedup of {wanted:g} is out of reach: the sparsest budget tried gave {best:.2f}", "ask for less"
         )
-    return found, speeds[found]
+    return found, {"speedup": speeds[found]}
 
 
 class Race:

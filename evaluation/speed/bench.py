@@ -60,7 +60,7 @@ def bench(
         UserError: no bundle, an argument out of range, too little text, or a worker failed.
     """
     manifest = read_manifest(bundle)
-    budget = budget or Budget(**manifest.budgets)
+    budget = budget or manifest.budget
     _check(manifest, against, prompt_len, new_tokens, runs, warmup, quality_tokens)
     text = passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), prompt_len + quality_tokens)
     backends = {SPARSE: backend} | {name: name for name in against}
@@ -95,6 +95,8 @@ def bench(
         "backend": backend,
         "neuron_budget": budget.neurons,
         "head_budget": budget.heads,
+        "shortlist": budget.shortlist,
+        "rest": budget.rest_with(manifest.rest == "shadow"),
         "predictor": manifest.predictor.get("kind"),
     }
     pairs = [{"name": SPARSE, "baseline": name, "speedup": speedup(taken[name], taken[SPARSE])} for name in against]
@@ -168,7 +170,8 @@ def _check(
 
 def session_command(bundle: Path, backend: str, budget: Budget, threads: int | None) -> tuple[str, ...]:
     """Return the command line of a worker process that serves a session."""
-    limit = ("--threads", str(threads)) if threads else ()
+    options = {"--threads": threads, "--shortlist": budget.shortlist, "--rest": budget.rest}
+    given = [text for name, value in options.items() if value for text in (name, str(value))]
     return module_command(
         "shadowllm.evaluation.speed.worker",
         str(bundle),
@@ -177,7 +180,7 @@ def session_command(bundle: Path, backend: str, budget: Budget, threads: int | N
         format_fractions(budget.neurons),
         "--head-budget",
         format_fractions(budget.heads),
-        *limit,
+        *given,
     )
 
 
@@ -199,18 +202,23 @@ def traffic_of(
     matrix_itemsize = q.itemsize if q else itemsize
     native = backend == "ort" and q is None and native_ops.library()
     row_itemsize = ITEMSIZE[manifest.dtype] if native else matrix_itemsize
-    active, choosing = None, 0.0
+    options: dict[str, Any] = {}
     if name == SPARSE and (backend != "ort" or sparse_pays(manifest, budget, row_itemsize < matrix_itemsize)):
-        active, choosing = budget.counts(manifest.sparse_layers), predictor_bytes(manifest, matrix_itemsize)
+        rest = budget.rest_with(manifest.rest == "shadow")
+        options = {
+            "active": budget.counts(manifest.sparse_layers),
+            "choosing": predictor_bytes(manifest, matrix_itemsize, rest),
+            "rest": rest,
+            "shortlist": budget.shortlist,
+        }
     return mean_traffic(
         manifest.spec,
         itemsize,
         prompt_len,
         new_tokens,
-        active,
-        choosing=choosing,
         matrix_itemsize=matrix_itemsize,
         row_itemsize=row_itemsize,
+        **options,
     )
 
 

@@ -179,6 +179,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--neuron-budget", type=parse_fractions, default=1.0)
     parser.add_argument("--head-budget", type=parse_fractions, default=1.0)
+    parser.add_argument("--shortlist", type=int)
+    parser.add_argument("--rest")
     parser.add_argument("--loop", action="store_true", help="time the generation loop, not the session's steps alone")
     arguments = parser.parse_args()
 
@@ -187,7 +189,14 @@ def main() -> int:
         from shadowllm.runtime import generate, open_session
 
         with open_session(arguments.bundle, arguments.backend, threads=arguments.threads, profile=True) as session:
-            session.set_budget(Budget(heads=arguments.head_budget, neurons=arguments.neuron_budget))
+            session.set_budget(
+                Budget(
+                    heads=arguments.head_budget,
+                    neurons=arguments.neuron_budget,
+                    shortlist=arguments.shortlist,
+                    rest=arguments.rest,
+                )
+            )
             if arguments.loop:
                 yield LoopTimer(lambda prompt, n: (row[0] for row in generate(session, [prompt], n))).commands()
             else:

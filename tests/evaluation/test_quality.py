@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -13,7 +14,8 @@ from shadowllm.config import TrainConfig
 from shadowllm.errors import UserError
 from shadowllm.evaluation.quality import evaluate
 from shadowllm.models.decoder import Decoder
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import Budget, SparseLayers
+from shadowllm.predictor.low_bit_copy import low_bit_copies
 from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
 from shadowllm.predictor.topk import top_mask
 from shadowllm.predictor.tracefile import calibrate
@@ -156,3 +158,45 @@ def test_gap_closure_goes_by_the_budgets_themselves_not_by_their_means(tiny):
     for position, budget in enumerate((0.5, uneven)):
         alone = evaluate(spec, weights, predictor, SELECTORS, windows, neuron_budgets=[budget])
         assert [r.gap_closure for r in both[1 + position :: 2]] == [r.gap_closure for r in alone[1:]]
+
+
+@pytest.fixture(scope="module")
+def mixed(llama):
+    spec, weights = llama
+    return spec, weights, low_bit_copies(SparseLayers(spec, 1), weights, rest=True)
+
+
+def test_a_rest_from_the_low_bit_copy_is_nearer_to_dense_than_none(mixed):
+    spec, weights, copies = mixed
+    found = evaluate(
+        spec,
+        weights,
+        None,
+        ["oracle", "random"],
+        token_windows(spec, n=2, seed=8),
+        neuron_budgets=[0.2],
+        head_budgets=[0.5],
+        rests=["shadow", "drop"],
+        shortlists=[None, 10, spec.vocab_size],
+        copies=copies,
+    )
+    expected = [("dense", None, None)]
+    expected += [
+        (name, *b) for name in ("oracle", "random") for b in itertools.product(("shadow", "drop"), (None, 10, 97))
+    ]
+    assert [(r.selector, r.rest, r.shortlist) for r in found] == expected
+    for results in (found[1:7], found[7:]):
+        shadow, shadow_10, shadow_all, drop, drop_10, _ = results
+        assert 0 < shadow.kl < drop.kl
+        assert shadow_10.kl > shadow.kl == shadow_all.kl
+        assert drop_10.kl != drop.kl
+        assert (shadow.neuron_recall, shadow.head_recall) == (shadow_10.neuron_recall, shadow_10.head_recall)
+
+
+def test_copies_are_used_unless_a_budget_says_otherwise(mixed):
+    spec, weights, copies = mixed
+    windows = token_windows(spec, n=1)
+    assert evaluate(spec, weights, None, "oracle", windows, neuron_budgets=[0.2], copies=copies)[1].rest == "shadow"
+    assert evaluate(spec, weights, None, "oracle", windows, neuron_budgets=[0.2])[1].rest == "drop"
+    with pytest.raises(UserError, match="no low-bit copy"):
+        evaluate(spec, weights, None, "oracle", windows, neuron_budgets=[0.2], shortlists=[10])

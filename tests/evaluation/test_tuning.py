@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from shadowllm.bundle.manifest import read_manifest
+from shadowllm.bundle.weights import read_weights
 from shadowllm.cli import main
 from shadowllm.config import Target
 from shadowllm.errors import UserError
+from shadowllm.evaluation.quality import evaluate
 from shadowllm.evaluation.tuning import tune
 from shadowllm.models.sparsity import Budget
+from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.runtime import open_session
+from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
 pytestmark = pytest.mark.slow
 
@@ -73,3 +78,48 @@ def test_command(copy, capsys):
     assert main(["tune", str(copy)]) == 1
     assert "no target" in capsys.readouterr().err
     assert main(["tune", str(copy), "--target-ppl-increase", "much"]) == 1
+
+
+def test_a_mixed_budget_is_one_for_all_layers_and_has_a_shortlist(with_copies):
+    tuned = tune(with_copies, Target(ppl_increase=0.01), **QUICK)
+    assert tuned.allocation["measured"]["ppl_increase"] <= 0.01
+    budget = read_manifest(with_copies).budget
+    assert budget.neurons < 1
+    assert isinstance(budget.heads, float)
+    assert budget.shortlist is None or budget.shortlist < 97
+    looser = tune(with_copies, Target(ppl_increase=0.2), **QUICK)
+    assert looser.budget.neurons <= budget.neurons
+    assert looser.budget.heads <= budget.heads
+
+
+def test_a_mixed_budget_is_shown(with_copies, capsys):
+    manifest = read_manifest(with_copies)
+    replace(manifest, budgets={"heads": 0.5, "neurons": 0.25, "shortlist": 20, "rest": None}).write(with_copies)
+    assert main(["inspect", str(with_copies)]) == 0
+    expected = "25% of neurons, 50% of heads, 20 rows of the output table, the rest from the low-bit copy"
+    assert expected in capsys.readouterr().out
+
+
+def test_the_increase_of_a_mixed_budget_is_that_of_an_evaluation(with_copies, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("What is measured while tuning is measured as in an evaluation. " * 9)
+    manifest = tune(with_copies, Target(ppl_increase=0.05), texts=[str(text)], **QUICK)
+    read = read_weights(with_copies, manifest)
+    encode = plain_encoder(load_tokenizer(with_copies, manifest), manifest)
+    windows = calibration_windows(
+        manifest.spec, read.sparse, encode, texts=[str(text)], tokens=512, seqlen=32, seed=1
+    ).train
+    budget = manifest.budget
+    dense, mixed = evaluate(
+        manifest.spec,
+        read.sparse,
+        read.predictor,
+        "quantized-shadow",
+        windows,
+        head_budgets=[budget.heads],
+        neuron_budgets=[budget.neurons],
+        shortlists=[budget.shortlist],
+        copies=read.copies,
+    )
+    increase = mixed.perplexity / dense.perplexity - 1
+    assert manifest.allocation["measured"]["ppl_increase"] == pytest.approx(increase, rel=1e-4, abs=1e-6)
