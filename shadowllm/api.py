@@ -12,9 +12,10 @@ from shadowllm.models.sparsity import Budget
 if TYPE_CHECKING:
     from shadowllm.bundle.manifest import Manifest
     from shadowllm.bundle.predictor_file import Predictor
-    from shadowllm.config import Aggregate, Calibration, EngineOptions, Selector, Target, TrainConfig
+    from shadowllm.config import Calibration, EngineOptions, Selector, Target, TrainConfig
+    from shadowllm.eval_config import Aggregate
     from shadowllm.evaluation.quality import Result
-    from shadowllm.models.sparsity import Fractions
+    from shadowllm.models.sparsity import Fractions, Rest
     from shadowllm.models.spec import HeadUnit
     from shadowllm.runtime.generation.completion import GenerateOptions
     from shadowllm.runtime.model import Model
@@ -31,11 +32,12 @@ def export(
     *,
     budget: Budget | None = None,
     target: Target | None = None,
-    selector: Selector = "shadow",
+    selector: Selector | None = None,
     predictor: StrPath | Predictor | None = None,
     dtype: str = "float32",
     weight_dtype: str | None = None,
     head_unit: HeadUnit = "query_head",
+    rest: Rest | None = None,
     engines: Sequence[EngineOptions] = (),
     validate: bool = True,
     calibration: Calibration | None = None,
@@ -49,8 +51,8 @@ def export(
     Args:
         model: folder with safetensors, .gguf file, or name on the Hugging Face hub.
         out: folder to make; it appears only when everything is done.
-        budget: default fractions to keep; half of the neurons and three quarters of the heads when None.
-        target, selector, dtype, weight_dtype, head_unit, engines, validate: as in `shadowllm.config.Export`.
+        budget: the default budget of the bundle; chosen for ``target`` when None.
+        target, selector, dtype, weight_dtype, head_unit, rest, engines, validate: as in `shadowllm.config.Export`.
         predictor: a predictor or its file, to use instead of training one.
         calibration, training: how to trace the model and train the predictor; defaults when None.
         cache_dir, trust_remote_code: as in `shadowllm.config.Source`.
@@ -63,18 +65,19 @@ def export(
         UserError: an input cannot be used, or the bundle fails its validation.
     """
     from shadowllm.bundle.predictor_file import Predictor
-    from shadowllm.config import DEFAULT_BUDGET, Export, Source
+    from shadowllm.config import Export, Source
     from shadowllm.pipeline import export_model
 
     plan = Export(
         selector=selector,
-        budget=budget or DEFAULT_BUDGET,
+        budget=budget,
         dtype=dtype,
         validate=validate,
         engines=engines,
         weight_dtype=weight_dtype,
         target=target,
         head_unit=head_unit,
+        rest=rest,
     )
     given = predictor if isinstance(predictor, Predictor) or predictor is None else Predictor.load(Path(predictor))
     return export_model(
@@ -177,6 +180,8 @@ def evaluate(
     selectors: Sequence[str] = (),
     neurons: Sequence[Fractions] = (),
     heads: Sequence[Fractions] = (),
+    rest: Sequence[Rest] = (),
+    shortlist: Sequence[int] = (),
     head_unit: HeadUnit | None = None,
     aggregate: Aggregate = "token",
 ) -> Sequence[Result]:
@@ -184,7 +189,8 @@ def evaluate(
 
     Args:
         texts: files or a Hugging Face dataset id; the documentation of Python modules when empty.
-        tokens, seqlen, selectors, neurons, heads, head_unit, aggregate: as in `shadowllm.config.Evaluation`.
+        tokens, seqlen, selectors, neurons, heads, rest, shortlist, head_unit, aggregate: as in
+            `shadowllm.eval_config.Evaluation`.
 
     Returns:
         The result of the dense model, then of each selector at each budget.
@@ -192,7 +198,7 @@ def evaluate(
     Raises:
         UserError: there is no bundle, it is damaged, or a text, selector or budget cannot be used.
     """
-    from shadowllm.config import Evaluation
+    from shadowllm.eval_config import Evaluation
     from shadowllm.evaluation.sweep import evaluate_text
 
     options = Evaluation(
@@ -202,6 +208,8 @@ def evaluate(
         selectors=selectors,
         neurons=neurons,
         heads=heads,
+        rest=rest,
+        shortlist=shortlist,
         head_unit=head_unit,
         aggregate=aggregate,
     )

@@ -1,4 +1,4 @@
-"""All configurations: how to trace, train, export, build, tune and evaluate.
+"""Configurations: how to trace, train, export, build and tune; those of an evaluation are in `eval_config`.
 
 The command line makes its flags from these classes: names, defaults, limits and help. Nothing heavy is imported.
 """
@@ -14,13 +14,12 @@ from typing import Literal
 from shadowllm.config_fields import check_numbers, option
 from shadowllm.errors import UserError
 from shadowllm.limits import LARGEST_SEED
-from shadowllm.models.sparsity import Budget, Fractions
+from shadowllm.models.sparsity import Budget, Rest
 from shadowllm.models.spec import HeadUnit
 
 Flavour = Literal["tensorrt_rtx", "tensorrt"]
 Verbosity = Literal["none", "layer_names_only", "detailed"]
 Selector = Literal["shadow", "layerwise", "quantized-shadow", "static", "random"]
-Aggregate = Literal["token", "sequence", "last-token"]
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by their short names
 LOSSES = ("listnet", "weighted_bce", "bce", "mse")
@@ -208,28 +207,35 @@ class Target:
             raise UserError(f"the speedup {self.speedup} is not above 1", "1.2 asks for 1.2 times as fast")
 
 
+DEFAULT_TARGET = Target(ppl_increase=0.05)
+
+
 @dataclass(frozen=True)
 class Export:
     """Options of an export.
 
     Attributes:
-        selector: predictor to train if none is given; quantized-shadow needs no training, random is only for measuring
-            speed.
-        budget: default fractions to keep.
+        selector: predictor to make if none is given; quantized-shadow needs no training, random is only for measuring
+            speed. None is quantized-shadow, or shadow if the rest is dropped.
+        budget: the default budget of the bundle. None chooses it: see ``target``.
         dtype: of weights and activations: "float32", "float16" or "bfloat16".
         validate: compare the graphs with PyTorch.
         engines: engines to build, one entry per flavour.
         weight_dtype: store matrices as integers with one scale per 32 elements (ONNX Runtime only).
-        target: choose other default fractions for this target after the bundle is written.
+        target: choose the default budget for this target after the bundle is written. None, without a budget, is a
+            perplexity of 5% above dense if the rest is computed from a shadow, else `DEFAULT_BUDGET`.
         head_unit: unit of head selection: each query head, or all query heads of one KV head; budgets are rounded to
             whole units.
+        rest: what units that are not active contribute: their value in a low-bit copy of the matrices, which is stored
+            too ("shadow"), or nothing ("drop"). None is "shadow", or "drop" with int4 weights, which are as short.
     """
 
-    selector: Selector = option(
-        "shadow",
-        help="predictor to train; quantized-shadow needs no training, random is only for measuring speed",
+    selector: Selector | None = option(
+        None,
+        help="predictor to make; quantized-shadow needs no training, random is only for measuring speed",
+        otherwise="quantized-shadow, or shadow if it is trained or the rest is dropped",
     )
-    budget: Budget = DEFAULT_BUDGET
+    budget: Budget | None = None
     dtype: str = option("float32", values=DTYPES, help="dtype of weights and activations")
     validate: bool = option(
         True,
@@ -240,68 +246,14 @@ class Export:
     weight_dtype: str | None = option(None, values={"int8": "int8", "int4": "int4"}, otherwise="as --dtype")
     target: Target | None = None
     head_unit: HeadUnit = option("query_head")
+    rest: Rest | None = None
 
+    @property
+    def kind(self) -> Selector:
+        """The predictor to make."""
+        return self.selector or ("quantized-shadow" if self.computes_rest == "shadow" else "shadow")
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What to evaluate, and on which text.
-
-    Attributes:
-        texts: text files or a Hugging Face dataset id; Python module docs, which no calibration uses, if empty.
-        tokens: number of tokens to evaluate.
-        seqlen: tokens per window.
-        selectors: static, shadow, layerwise, oracle, random, quantized-shadow, or quantized-shadow-3 or -2 for fewer
-            bits; static, the bundle's own and oracle if empty.
-        neurons, heads: fractions to keep, in all combinations; the bundle's own if empty.
-        head_unit: unit of head selection: each query head, or all query heads of one KV head; budgets are rounded to
-            whole units. None for the bundle's own.
-        aggregate: scores that select: those of each token, as in decoding, or once per window the mean of its tokens'
-            scores (the paper's setting) or those of its last token.
-
-    Raises:
-        UserError: a number is outside its limits, or ``tokens`` is less than one window.
-    """
-
-    texts: Sequence[str] = option(
-        (),
-        flag="--text",
-        metavar="FILE",
-        help="text files or a Hugging Face dataset id",
-        otherwise="Python module docs, not calibrated on",
-    )
-    tokens: int = option(2048, metavar="N", least=1)
-    seqlen: int = option(512, metavar="N", least=2)
-    selectors: Sequence[str] = option(
-        (),
-        flag="--selector",
-        help="static, shadow, layerwise, oracle, random, quantized-shadow, or quantized-shadow-3 or -2 for fewer bits",
-        otherwise="static, the bundle's own, oracle",
-    )
-    neurons: Sequence[Fractions] = option(
-        (),
-        flag="--neuron-budget",
-        metavar="FRACTION",
-        help="fractions to keep, in all combinations; one per sparse layer, separated by commas",
-        otherwise="the bundle's own",
-    )
-    heads: Sequence[Fractions] = option(
-        (),
-        flag="--head-budget",
-        metavar="FRACTION",
-        help="fractions to keep, in all combinations; one per sparse layer, separated by commas",
-        otherwise="the bundle's own",
-    )
-    head_unit: HeadUnit | None = option(
-        None,
-        help="unit of head selection: each query head, or all query heads of one KV head; budgets are rounded to "
-        "whole units",
-        otherwise="the bundle's own",
-    )
-    aggregate: Aggregate = option("token")
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        if self.tokens < self.seqlen:
-            raise UserError(
-                f"{self.tokens} tokens are less than one window of {self.seqlen}", "raise --tokens or lower --seqlen"
-            )
+    @property
+    def computes_rest(self) -> Rest:
+        """What units that are not active contribute in the bundle."""
+        return self.rest or ("drop" if self.weight_dtype == "int4" else "shadow")

@@ -12,7 +12,15 @@ import torch
 from shadowllm.bundle.engine_record import EngineRecord
 from shadowllm.bundle.manifest import Manifest, read_manifest, verify_files
 from shadowllm.bundle.predictor_file import Kind, Predictor
-from shadowllm.config import Calibration, EngineOptions, Export, Source, TrainConfig
+from shadowllm.config import (
+    DEFAULT_BUDGET,
+    DEFAULT_TARGET,
+    Calibration,
+    EngineOptions,
+    Export,
+    Source,
+    TrainConfig,
+)
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines.build import build_engine
 from shadowllm.exporter.engines.graph import describe_onnx
@@ -86,11 +94,13 @@ def export_model(
     with staged(out, overwrite) as folder:
         spec, weights, checkpoint = _open(source)
         _check_apart(checkpoint.folder, out)
-        check_dtypes(spec, options.dtype, options.weight_dtype)
+        check_dtypes(spec, options.dtype, options.weight_dtype, options.computes_rest)
+        if options.budget:
+            options.budget.rest_with(options.computes_rest == "shadow")
         if predictor is None:
-            train_config = train_config or TrainConfig(budget=options.budget)
+            train_config = train_config or TrainConfig(budget=options.budget or DEFAULT_BUDGET)
             calibration = calibration or Calibration()
-            predictor = _make_predictor(spec, weights, checkpoint, options.selector, calibration, train_config)
+            predictor = _make_predictor(spec, weights, checkpoint, options.kind, calibration, train_config)
         predictor.check_base(spec, weights.fingerprint())
         name = Path(source.model).name
         return _write(folder, name, weights, checkpoint, predictor, options)
@@ -119,15 +129,20 @@ def _write(
         predictor,
         dtype=options.dtype,
         weight_dtype=options.weight_dtype,
-        budget=options.budget,
+        budget=options.budget or DEFAULT_BUDGET,
         head_unit=options.head_unit,
+        rest=options.computes_rest,
     )
-    manifest = replace(manifest, dense=dense_reasons(manifest, options.budget))
+    manifest = replace(manifest, dense=dense_reasons(manifest, manifest.budget))
     manifest.write(folder)
-    if options.target:
+    target = options.target
+    measurable = "tokenizer.json" in manifest.files and not predictor.is_random
+    if target is None and options.budget is None and manifest.rest == "shadow" and measurable:
+        target = DEFAULT_TARGET
+    if target:
         from shadowllm.evaluation.tuning import tune
 
-        manifest = tune(folder, options.target)
+        manifest = tune(folder, target)
     if options.validate:  # after tuning, because it must use the final budgets
         from shadowllm.evaluation.validation import validate_apart
 

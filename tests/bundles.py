@@ -51,6 +51,8 @@ def make_bundle(
     rank: int = 16,
     weight_dtype: str | None = None,
     head_unit: str = "query_head",
+    rest: str = "drop",
+    budget: Budget = BUDGET,
 ) -> Manifest:
     """Export ``model`` into ``folder``."""
     spec, weights, checkpoint = load_model(model)
@@ -63,8 +65,9 @@ def make_bundle(
         predictor,
         dtype=dtype,
         weight_dtype=weight_dtype,
-        budget=BUDGET,
+        budget=budget,
         head_unit=head_unit,
+        rest=rest,
     )
 
 

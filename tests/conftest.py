@@ -158,11 +158,13 @@ def bundle(checkpoint, tmp_path_factory):
         kind: str = "shadow",
         weight_dtype: str | None = None,
         head_unit: str = "query_head",
+        rest: str = "drop",
     ) -> Path:
-        key = (variant, dtype, kind, weight_dtype, head_unit)
+        key = (variant, dtype, kind, weight_dtype, head_unit, rest)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("-".join(map(str, key)))
-            make_bundle(checkpoint(variant), made[key], dtype, kind, weight_dtype=weight_dtype, head_unit=head_unit)
+            options = {"weight_dtype": weight_dtype, "head_unit": head_unit, "rest": rest}
+            make_bundle(checkpoint(variant), made[key], dtype, kind, **options)
         return made[key]
 
     return get

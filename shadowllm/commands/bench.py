@@ -7,7 +7,6 @@ from pathlib import Path
 
 from shadowllm.commands import options
 from shadowllm.errors import UserError
-from shadowllm.models.sparsity import Budget
 
 EPILOG = """examples:
   shadowllm bench out/ --against ort-dense
@@ -73,7 +72,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_threads(parser, help="threads of each operator on the CPU (default: the backend's own)")
     parser.add_argument("--json", type=options.output_file, metavar="FILE", help="write the report to this file")
     parser.add_argument("--plot", type=options.output_file, metavar="FILE", help="draw it to this PNG file")
-    options.add_budget(parser, None)
+    options.add_budget(parser)
 
 
 def _percentile(text: str) -> float:
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.bundle.manifest import read_manifest
     from shadowllm.evaluation.speed.bench import bench
 
-    budget = options.budget(args, Budget(**read_manifest(args.bundle).budgets))
+    budget = options.budget(args, read_manifest(args.bundle).budget)
     report = bench(
         args.bundle,
         args.against,

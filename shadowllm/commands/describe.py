@@ -46,6 +46,7 @@ def bundle(path: Path) -> dict[str, Any]:
         "spec": manifest.spec.to_dict(),
         "dense_layers": manifest.dense_layers,
         "budgets": manifest.budgets,
+        "rest": manifest.rest,
         "allocation": manifest.allocation,
         "dense": manifest.dense,
         "predictor": manifest.predictor,

@@ -9,25 +9,32 @@ from typing import TYPE_CHECKING
 
 from shadowllm.commands import options
 from shadowllm.commands.flags import add_flags, build
-from shadowllm.config import Evaluation
 from shadowllm.errors import UserError
+from shadowllm.eval_config import Evaluation, Generation
 from shadowllm.models.sparsity import parse_fractions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Any
 
+    from shadowllm.evaluation.decoded import Decoded, Decoding
     from shadowllm.evaluation.quality import Result
     from shadowllm.evaluation.sweep import Evaluated
 
 EPILOG = """examples:
+  shadowllm eval out/ --generate --neuron-budget 0.5 --json eval.json
   shadowllm eval out/ --text book.txt --neuron-budget 0.3 0.5 0.7
   shadowllm eval out/ --text book.txt --selector static shadow oracle --head-budget 0.67 --json eval.json
+  shadowllm eval out/ --neuron-budget 0.1 0.2 --rest shadow drop --shortlist 256 1024
   shadowllm eval out/ --tasks arc_easy lambada_openai --limit 100
 
 Perplexity is teacher-forced. As in decoding, every position has its own selection, unless --aggregate
 says otherwise."""
 
 
+# Options of decoding, and those that decoding cannot follow: a session has the bundle's own unit, for each token.
+OF_GENERATION = {name: getattr(Generation, name) for name in ("prompts", "new_tokens", "problems")}
+NOT_OF_GENERATION = {name: getattr(Evaluation, name) for name in ("head_unit", "aggregate")}
 # Options that only one of the two kinds of evaluation uses, with their defaults.
 OF_TEXT = {
     "text": Evaluation.texts,
@@ -37,8 +44,10 @@ OF_TEXT = {
     "aggregate": Evaluation.aggregate,
     "layers": False,
     "plot": None,
+    "generate": False,
 }
 OF_TASKS = {"limit": None}
+COPY_COLUMNS = ("rest", "shortlist")  # of a bundle with a low-bit copy of all matrices
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +60,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tasks of lm-evaluation-harness, instead of text")
     group.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks to run, by name or as YAML files")
     options.add_whole(group, "--limit", metavar="N", help="number of documents per task (default: all)")
+    group = parser.add_argument_group("decoding, in addition to text")
+    group.add_argument(
+        "--generate",
+        action="store_true",
+        help="also compare decoded text, and answers to generated problems, with the dense model's",
+    )
+    add_flags(group, Generation)
     parser.add_argument("--json", type=options.output_file, metavar="FILE", help="also write the results to this file")
     parser.add_argument(
         "--plot", type=options.output_file, metavar="FILE", help="draw perplexity over bytes per token to this PNG file"
@@ -59,32 +75,83 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate all selectors and budgets, and print the results."""
-    unused = OF_TEXT if args.tasks else OF_TASKS
-    for option, default in unused.items():
-        if getattr(args, option) != default:
-            flag = f"--{option.replace('_', '-')}"
-            raise UserError(f"{flag} does nothing {'with' if args.tasks else 'without'} --tasks", "leave it out")
+    _refuse(args, OF_TEXT if args.tasks else OF_TASKS, "with --tasks" if args.tasks else "without --tasks")
+    if args.generate:
+        _refuse(args, NOT_OF_GENERATION, "with --generate")
+    else:
+        _refuse(args, OF_GENERATION, "without --generate")
     if args.tasks:
         _tasks(args)
     else:
         _text(args)
 
 
+def _refuse(args: argparse.Namespace, unused: Mapping[str, object], when: str) -> None:
+    for option, default in unused.items():
+        if getattr(args, option) != default:
+            raise UserError(f"--{option.replace('_', '-')} does nothing {when}", "leave it out")
+
+
 def _text(args: argparse.Namespace) -> None:
     from shadowllm.evaluation.quality_report import plot
     from shadowllm.evaluation.sweep import evaluate_text
 
+    decoding = _decoding(args) if args.generate else None
     evaluated = evaluate_text(args.bundle, build(args, Evaluation))
     _print_table(evaluated)
     if args.layers:
         _print_layers(evaluated.results)
     found = evaluated.to_dict(args.layers)
+    if decoding:
+        found |= _print_decoded(decoding.run())
     if args.plot:
         plot(found, args.plot, f"{evaluated.manifest.model}, {evaluated.tokens} tokens")
         print(f"figure: {args.plot}")
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
         print(f"results: {args.json}")
+
+
+def _decoding(args: argparse.Namespace) -> Decoding:
+    from shadowllm.bundle.manifest import read_manifest
+    from shadowllm.evaluation.decoded import Decoding
+    from shadowllm.evaluation.sweep import settings
+
+    manifest, text = read_manifest(args.bundle), build(args, Evaluation)
+    return Decoding(args.bundle, settings(manifest, text).budgets(), build(args, Generation), text.texts)
+
+
+def _print_decoded(decoded: Sequence[Decoded]) -> dict[str, list[dict[str, Any]]]:
+    """Print texts and answers, and return them for the JSON."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from shadowllm.evaluation.decoded import rows
+
+    found = rows(decoded)
+    texts = Table("budget", "texts", "identical", "same token", "mean", "median", title="decoded text")
+    for row in found["generation"]:
+        shares = (f"{row[name]:.1%}" for name in ("identical", "agreement"))
+        tokens = (f"{row[name]:.0f}" for name in ("mean_divergence", "median_divergence"))
+        texts.add_row(_kept(row), str(len(row["lengths"])), *shares, *tokens)
+    answers = Table("budget", "task", "dense", "sparse", "same answer", title="answers, exact match")
+    for row in found["reasoning"]:
+        answers.add_row(_kept(row), row["task"], *(f"{row[name]:.0%}" for name in ("dense", "sparse", "agreement")))
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(texts, answers)
+    print(
+        "same token, same answer: as dense, the tokens after the same text; mean, median: new tokens before the first\n"
+        "different one"
+    )
+    return found
+
+
+def _kept(row: Mapping[str, Any]) -> str:
+    parts = [f"{row['neuron_budget']:.0%} of neurons", f"{row['head_budget']:.0%} of heads"]
+    parts += [f"rest {row['rest']}"] if row["rest"] else []
+    parts += [f"{row['shortlist']} exact rows"] if row["shortlist"] else []
+    return ", ".join(parts)
 
 
 def _tasks(args: argparse.Namespace) -> None:
@@ -95,10 +162,13 @@ def _tasks(args: argparse.Namespace) -> None:
     from shadowllm.evaluation.sweep import evaluate_tasks
 
     rows = evaluate_tasks(args.bundle, args.tasks, build(args, Evaluation), args.limit)
-    table = Table("selector", "neurons", "heads", "task", "metrics")
+    copies = any(row["rest"] == "shadow" or row["shortlist"] for row in rows)
+    table = Table("selector", "neurons", "heads", *(COPY_COLUMNS if copies else ()), "task", "metrics")
     for row in rows:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
-        table.add_row(row["selector"], f"{row['neuron_budget']:.0%}", f"{row['head_budget']:.0%}", row["task"], figures)
+        shared = _of_copies(row["rest"], row["shortlist"]) if copies else ()
+        budget = f"{row['neuron_budget']:.0%}", f"{row['head_budget']:.0%}", *shared
+        table.add_row(row["selector"], *budget, row["task"], figures)
     Console().print(table)
     if args.json:
         args.json.write_text(json.dumps({"tasks": rows, "environment": environment()}, indent=2) + "\n")
@@ -111,11 +181,12 @@ def _print_table(evaluated: Evaluated) -> None:
 
     from shadowllm.evaluation.quality_report import rival_bits
 
-    table = Table()
+    table, copies = Table(), evaluated.manifest.rest == "shadow"
     for column in (
         "selector",
         "neurons",
         "heads",
+        *(COPY_COLUMNS if copies else ()),
         "perplexity",
         "KL, nats",
         "top-1",
@@ -131,6 +202,7 @@ def _print_table(evaluated: Evaluated) -> None:
             r.selector,
             f"{r.neuron_budget:.0%}",
             f"{r.head_budget:.0%}",
+            *(_of_copies(r.rest, r.shortlist) if copies else ()),
             f"{r.perplexity:.2f}",
             f"{r.kl:.3f}",
             f"{r.top1_agreement:.1%}",
@@ -140,12 +212,17 @@ def _print_table(evaluated: Evaluated) -> None:
             _rival(evaluated.uniform, None if r is evaluated.results[0] else rival_bits(r, evaluated.manifest)),
         )
     console = Console()
-    console.width = max(console.width, 125)  # a file has no width, and columns must not be cut
+    console.width = max(console.width, 145 if copies else 125)  # a file has no width, and columns must not be cut
     console.print(table)
     print(
         "top-1: agreement with dense; gap: share of the gap between static and oracle that is closed (log perplexity)\n"
         "equal bytes: perplexity of the dense model, quantised until it reads as many bytes per token (and its bits)"
     )
+
+
+def _of_copies(rest: str | None, shortlist: int | None) -> tuple[str, str]:
+    """Return the cells of `COPY_COLUMNS`."""
+    return rest or "", str(shortlist or "all")
 
 
 def _rival(uniform: Mapping[int, Result], bits: int | None) -> str:
@@ -161,7 +238,9 @@ def _print_layers(results: Sequence[Result]) -> None:
     table = Table(title="recall of neurons / of heads")
     table.add_column("layer", justify="right")
     for r in shown:
-        table.add_column(f"{r.selector}\n{r.neuron_budget:.0%}, {r.head_budget:.0%}", justify="right", no_wrap=True)
+        copies = f"\n{r.rest}, {r.shortlist or 'all'} rows" if r.rest == "shadow" or r.shortlist else ""
+        name = f"{r.selector}\n{r.neuron_budget:.0%}, {r.head_budget:.0%}{copies}"
+        table.add_column(name, justify="right", no_wrap=True)
     for row, first in enumerate(shown[0].layers):
         cells = (f"{r.layers[row].neuron_recall:.0%} / {r.layers[row].head_recall:.0%}" for r in shown)
         table.add_row(str(first.layer), *cells)

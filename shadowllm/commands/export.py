@@ -10,14 +10,15 @@ from shadowllm.commands.flags import add_flags, build
 from shadowllm.config import Calibration, EngineOptions, Export
 
 EPILOG = """examples:
-  shadowllm export MODEL out/ --neuron-budget 0.5 --head-budget 0.75
+  shadowllm export MODEL out/                                 # the fastest budget within +5% perplexity
+  shadowllm export MODEL out/ --target-ppl-increase 2%
+  shadowllm export MODEL out/ --neuron-budget 0.1 --head-budget 0.5 --shortlist 1024
   shadowllm export MODEL out/ --predictor predictor.safetensors --dtype fp16 --engine tensorrt_rtx --sm 89 120
+  shadowllm export MODEL out/ --selector shadow --rest drop --neuron-budget 0.5 --head-budget 0.75    # as in the paper
   shadowllm export MODEL out/ --weight-dtype int4
-  shadowllm export MODEL out/ --selector quantized-shadow --target-ppl-increase 2%
-  shadowllm export opt-1.3b/ out/ --selector static --calibration-text corpus.txt --overwrite
 
-A predictor is trained unless --predictor names one. The budgets are defaults: `run` and `bench`
-accept others without a new export."""
+A predictor is made unless --predictor names one. The budget is a default: `run` and `bench` accept others without a
+new export."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=options.FLAVOURS, action="append", default=[], help="build engines too; may be repeated"
     )
     add_flags(parser, Export, "validate")
-    options.add_budget(parser)
+    options.add_budget(parser, "chosen for the target if no part of the budget is given")
     add_flags(parser, Export, "head_unit")
     options.add_target(parser)
     options.add_calibration(parser)
@@ -49,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
     bundle = build(
         args,
         Export,
-        budget=options.budget(args),
+        budget=options.export_budget(args),
+        rest=args.rest,
         engines=[build(args, EngineOptions, flavour=flavour) for flavour in args.engine],
         target=options.target(args),
     )

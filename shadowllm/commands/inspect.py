@@ -49,7 +49,7 @@ Lines = list[tuple[str, str]]
 
 
 def _bundle(found: dict[str, Any]) -> Lines:
-    spec, budgets = found["spec"], found["budgets"]
+    spec = found["spec"]
     lines = [
         (
             "model",
@@ -61,10 +61,7 @@ def _bundle(found: dict[str, Any]) -> Lines:
             f"{spec['n_heads']} heads over {spec['n_kv_heads']} KV heads, {spec['intermediate_size']} neurons"
             + (", heads chosen in KV groups" if spec["head_unit"] == "kv_group" else ""),
         ),
-        (
-            "budget",
-            f"{describe_fractions(budgets['neurons'])} of neurons, {describe_fractions(budgets['heads'])} of heads",
-        ),
+        ("budget", _budget(found["budgets"], found["rest"])),
         *([("tuned", _tuned(found["allocation"]))] if found["allocation"] else []),
         *([("dense", _layers({f"layer {n}": [why] for n, why in found["dense"].items()}))] if found["dense"] else []),
         ("predictor", _trained(found["predictor"])),
@@ -75,6 +72,15 @@ def _bundle(found: dict[str, Any]) -> Lines:
     for name, engine in found["engines"].items():
         lines.append(("engine", f"{name} {_size(engine['bytes'])}, {_targets(engine)}; plugins: {_counts(engine)}"))
     return lines
+
+
+def _budget(budgets: dict[str, Any], rest: str) -> str:
+    parts = [f"{describe_fractions(budgets['neurons'])} of neurons, {describe_fractions(budgets['heads'])} of heads"]
+    if budgets.get("shortlist"):
+        parts.append(f"{budgets['shortlist']} rows of the output table")
+    if (budgets.get("rest") or rest) == "shadow":
+        parts.append("the rest from the low-bit copy")
+    return ", ".join(parts)
 
 
 def _tuned(allocation: dict[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,11 +21,10 @@ from shadowllm.config import (
 )
 from shadowllm.errors import UserError
 from shadowllm.limits import LARGEST, check_threads
-from shadowllm.models.sparsity import Budget, parse_fractions
+from shadowllm.models.sparsity import Budget, Rest, parse_fractions
 
 FLAVOURS = get_args(Flavour)
 SIZES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-BUNDLES_OWN = " (default: the bundle's own)"
 
 
 def add_whole(group: Group, option: str, *, least: int = 1, most: int = LARGEST, **keywords: Any) -> None:
@@ -62,12 +63,19 @@ def source(args: argparse.Namespace) -> Source:
     return build(args, Source, model=args.model)
 
 
-def add_budget(parser: argparse.ArgumentParser, default: Budget | None = DEFAULT_BUDGET) -> None:
-    """Add the options of the budget; without a default they are None unless given."""
+def add_fractions(parser: argparse.ArgumentParser, default: Budget | None, otherwise: str = "") -> Group:
+    """Add the fractions of a budget. Without a default they are None unless given.
+
+    Args:
+        otherwise: the default in words, for the help.
+
+    Returns:
+        The group of the options, for more of them.
+    """
     group = parser.add_argument_group("budget")
     for unit, text in (
-        ("neuron", "MLP neurons to keep, in (0, 1], or one per sparse layer, separated by commas"),
-        ("head", "attention heads to keep, in (0, 1], or as above"),
+        ("neuron", "MLP neurons at full precision, in (0, 1], or one per sparse layer, separated by commas"),
+        ("head", "attention heads at full precision, in (0, 1], or as above"),
     ):
         value = getattr(default, f"{unit}s", None)
         group.add_argument(
@@ -75,14 +83,57 @@ def add_budget(parser: argparse.ArgumentParser, default: Budget | None = DEFAULT
             type=parse_fractions,
             default=value,
             metavar="FRACTION",
-            help=text + (BUNDLES_OWN if value is None else f" (default: {value})"),
+            help=f"{text} (default: {otherwise or value})",
         )
+    return group
 
 
-def budget(args: argparse.Namespace, default: Budget | None = None) -> Budget:
-    """Return the budget from the options of `add_budget`; fractions not given come from ``default``."""
-    default = default or Budget()
-    return Budget(heads=args.head_budget or default.heads, neurons=args.neuron_budget or default.neurons)
+def add_budget(parser: argparse.ArgumentParser, otherwise: str = "the bundle's own") -> None:
+    """Add all options of a budget. They are None unless given."""
+    group = add_fractions(parser, None, otherwise)
+    rows = whole("--shortlist", 1, LARGEST)
+    group.add_argument(
+        "--shortlist",
+        type=lambda text: "all" if text == "all" else rows(text),
+        metavar="ROWS",
+        help=f"rows of the output table at full precision, or all (default: {otherwise})",
+    )
+    group.add_argument(
+        "--rest",
+        choices=get_args(Rest),
+        help="other neurons and heads: from a low-bit copy of the weights (shadow), or left out (drop)",
+    )
+    group.add_argument("--exact", action="store_true", help="everything at full precision: the dense model")
+
+
+def budget(args: argparse.Namespace, default: Budget, ignored: Collection[str] = ()) -> Budget:
+    """Return the budget from the options of `add_budget`; those not given come from ``default``.
+
+    Args:
+        ignored: fields that may be given beside --exact.
+
+    Raises:
+        UserError: --exact with another option of the budget.
+    """
+    given = _given(args)
+    if args.exact and given.keys() - ignored:
+        raise UserError("--exact stands with another option of the budget", "leave out one of them")
+    return Budget() if args.exact else replace(default, **given)
+
+
+def export_budget(args: argparse.Namespace) -> Budget | None:
+    """Return the budget from the options of `add_budget`, or None if it is to be chosen for a target.
+
+    ``--rest`` alone is no budget: it decides whether the bundle has a low-bit copy.
+    """
+    return budget(args, DEFAULT_BUDGET, {"rest"}) if args.exact or _given(args).keys() - {"rest"} else None
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `add_budget` that were given, by the fields of `Budget`."""
+    rows = {} if args.shortlist is None else {"shortlist": None if args.shortlist == "all" else args.shortlist}
+    others = {"heads": args.head_budget, "neurons": args.neuron_budget, "rest": args.rest}
+    return rows | {name: value for name, value in others.items() if value is not None}
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +169,9 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 def train_config(args: argparse.Namespace) -> TrainConfig:
     """Return the training options at the command's budget; others have their defaults."""
-    return build(args, TrainConfig, budget=budget(args))
+    given = {"heads": args.head_budget, "neurons": args.neuron_budget}
+    given = {name: value for name, value in given.items() if value is not None}
+    return build(args, TrainConfig, budget=replace(DEFAULT_BUDGET, **given))
 
 
 def add_engines(parser: argparse.ArgumentParser) -> None:

@@ -58,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     options.add_threads(parser, help="threads of each operator on the CPU (default: the backend's own)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    options.add_budget(parser, None)
+    options.add_budget(parser)
     _add_sampling(parser)
 
 
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         stop=args.stop,
         **values(args, Sampling, "temperature", *CONFIGURED, "seed"),
     )
-    budget = options.budget(args, Budget(**manifest.budgets))
+    budget = options.budget(args, manifest.budget)
     streaming = not (args.json or args.against or len(args.prompt) > 1)
     backends = [backend for backend in (args.backend, args.against) if backend]
     results = [_generate(args, request, backend, budget, streaming) for backend in backends]

@@ -8,7 +8,7 @@ from typing import Any
 
 from shadowllm.commands import options
 from shadowllm.commands.flags import add_flags
-from shadowllm.config import TrainConfig
+from shadowllm.config import DEFAULT_BUDGET, TrainConfig
 
 EPILOG = """examples:
   shadowllm train MODEL --traces traces.safetensors -o predictor.safetensors
@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=options.output_file, required=True, metavar="FILE", help="predictor to write"
     )
     add_flags(parser, TrainConfig, "seed")
-    options.add_budget(parser)
+    options.add_fractions(parser, DEFAULT_BUDGET)
     options.add_training(parser)
 
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.progress import is_first
 
     predictor = train_predictor(
-        options.source(args), Traces.load(args.traces), args.selector, options.train_config(args)
+        options.source(args), Traces.load(args.traces), args.selector or "shadow", options.train_config(args)
     )
     if not is_first():  # only the first of several processes writes
         return

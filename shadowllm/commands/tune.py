@@ -12,7 +12,8 @@ EPILOG = """examples:
   shadowllm tune out/ --target-speedup 1.2 --threads 2
   shadowllm tune out/ --target-ppl-increase 0.05 --text corpus.txt --tokens 8192
 
-The new budgets, one per layer, become the bundle's defaults. No graph or engine changes."""
+The new budget becomes the bundle's default. It has a fraction per layer if the rest is dropped, else one for all layers
+and a shortlist. No graph or engine changes."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

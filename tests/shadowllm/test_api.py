@@ -64,7 +64,7 @@ class TestExport:
         made = shadowllm.export(
             checkpoint("llama-gqa"), tmp_path / "out", budget=budget, selector="static", calibration=QUICK
         )
-        assert made.budgets == read_manifest(tmp_path / "out").budgets == {"neurons": 0.5, "heads": 1.0}
+        assert made.budget == read_manifest(tmp_path / "out").budget == budget
         assert made.validation
         assert made.predictor["kind"] == "static"
 
@@ -78,7 +78,8 @@ class TestExport:
             validate=False,
         )
         assert (made.dtype, made.spec.head_unit, made.validation) == ("float16", "kv_group", {})
-        assert made.budgets == {"neurons": 0.5, "heads": 0.75}
+        assert (made.rest, made.allocation["target"]) == ("shadow", {"ppl_increase": 0.05})
+        assert made.allocation["measured"]["ppl_increase"] <= 0.05
 
     def test_mistakes(self, checkpoint, bundle, tmp_path):
         with pytest.raises(shadowllm.UserError, match="exists already"):

@@ -54,7 +54,7 @@ class TestMainJob:
         assert "oracle" in capsys.readouterr().out
 
     def test_export_trains_when_no_predictor_is_given(self, model, tmp_path, capsys):
-        assert main(["export", model, str(tmp_path / "out"), *QUICK]) == 0
+        assert main(["export", model, str(tmp_path / "out"), "--selector", "shadow", *QUICK]) == 0
         assert "shadow of rank 16" in capsys.readouterr().out
 
     def test_the_seed_decides_everything(self, model, tmp_path):

@@ -10,13 +10,18 @@ from typing import Literal
 
 import pytest
 
-from shadowllm import config
+from shadowllm import config, eval_config
 from shadowllm.commands.flags import add_flags, attributes, build, values
 from shadowllm.config_fields import KEY, check_numbers, option
 from shadowllm.errors import UserError
 from shadowllm.predictor.losses import LOSSES
 
-CONFIGS = [found for found in vars(config).values() if is_dataclass(found) and found.__module__ == config.__name__]
+CONFIGS = [
+    found
+    for module in (config, eval_config)
+    for found in vars(module).values()
+    if isinstance(found, type) and is_dataclass(found) and found.__module__ == module.__name__
+]
 
 
 @dataclass(frozen=True)
