@@ -42,11 +42,12 @@ class Shape:
     head_dim: int
     gated: bool
     capacity: int = 1024
+    vocab_size: int = 32000
 
 
 SHAPES = {
-    "smollm2-135m": Shape(576, 1536, 30, 9, 3, 64, gated=True),
-    "opt-6.7b": Shape(4096, 16384, 32, 32, 32, 128, gated=False),
+    "smollm2-135m": Shape(576, 1536, 30, 9, 3, 64, gated=True, vocab_size=49152),
+    "opt-6.7b": Shape(4096, 16384, 32, 32, 32, 128, gated=False, vocab_size=50272),
     "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 128, gated=True),
 }
 
@@ -109,14 +110,48 @@ def programs(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[s
         "count": count,
     }
     activation = "silu" if shape.gated else "relu"
-    wanted: dict[str, tuple[Mapping[str, Tensor], Mapping[str, int | str]]] = {
-        "SelectTopK": (scores, {"cap": neurons}),
-        "ScoreNeurons": (scored, {"activation": activation}),
-        "SparseMLP": (mlp, {"activation": activation}),
-        "SparseAttention": (attention, {"n_heads": heads}),
-    }
-    for op, (inputs, attributes) in wanted.items():
+    groups = shape.n_kv_heads
+    mixed_mlp = _with_rest(mlp, "gate", "up", "down") | {"down_norms": Tensor("float32", (neurons,))}
+    mixed_attention = _with_rest(attention, "q", "o")
+    mixed_attention |= {"score_weight": Tensor("float32", (groups, width)), "score_bias": Tensor("float32", (groups,))}
+    wanted: list[tuple[str, Mapping[str, Tensor], Mapping[str, int | str]]] = [
+        ("SelectTopK", scores, {"cap": neurons}),
+        ("ScoreNeurons", scored, {"activation": activation}),
+        ("SparseMLP", mlp, {"activation": activation}),
+        ("SparseMLP", mixed_mlp, {"activation": activation}),
+        ("SparseAttention", attention, {"n_heads": heads}),
+        ("SparseAttention", mixed_attention, {"n_heads": heads}),
+        ("ShortlistLogits", _table(shape, dtype), {}),
+    ]
+    for op, inputs, attributes in wanted:
         yield op, compile_program(op, inputs, attributes, max_batch=1, max_seqlen=512, sms=sms)
+
+
+def _table(shape: Shape, dtype: str) -> dict[str, Tensor]:
+    """Inputs of the logits of one token."""
+    words = LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 32
+    return {
+        "x": Tensor(dtype, ("batch", shape.hidden_size)),
+        "table": Tensor(dtype, (shape.vocab_size, shape.hidden_size)),
+        "copy": Tensor("int32", (shape.vocab_size, LOW_BIT_COPY.blocks(shape.hidden_size), words)),
+        "scales": Tensor("float32", (shape.vocab_size, LOW_BIT_COPY.blocks(shape.hidden_size))),
+        "errors": Tensor("float32", (shape.vocab_size,)),
+        "shortlist": Tensor("int32", ()),
+        "certify": Tensor("int32", ()),
+        "weighting": Tensor("float32", (shape.hidden_size,)),
+    }
+
+
+def _with_rest(inputs: Mapping[str, Tensor], *parts: str) -> dict[str, Tensor]:
+    """Inputs of a sparse op that adds a rest from a low-bit copy, and chooses the active units itself."""
+    found = {name: port for name, port in inputs.items() if name != "indices"} | {"rest": Tensor("int32", ())}
+    for part in parts:
+        if f"w_{part}" in inputs:
+            rows, width = (int(size) for size in inputs[f"w_{part}"].shape)
+            size = (rows, LOW_BIT_COPY.blocks(width))
+            found[f"c_{part}"] = Tensor("int32", (*size, LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 32))
+            found[f"cs_{part}"] = Tensor("float32", size)
+    return found
 
 
 def cache_writer(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Kernel:
@@ -170,7 +205,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
-    with progress("Compiling", 4 * len(args.shapes) * len(args.dtypes)) as advance:
+    with progress("Compiling", 6 * len(args.shapes) * len(args.dtypes)) as advance:
         for name in args.shapes:
             found[name] = []
             for dtype in args.dtypes:

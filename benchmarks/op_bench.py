@@ -26,13 +26,13 @@ from rich.console import Console
 from rich.progress import track
 
 from shadowllm.bundle import op_domain
-from shadowllm.bundle.quantisation import WEIGHT_DTYPES, quantise
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, WEIGHT_DTYPES, Quantisation, quantise
 from shadowllm.child import Child, Progress, module_command, serve
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.plugins import native_ops
 from shadowllm.plugins.function_body import MICROSOFT
-from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
+from shadowllm.plugins.ops.sparse_mlp.schema import PARTS, SPARSE_MLP
 
 SIZES = {"large": (2048, 8192, 8), "small": (576, 1536, 30)}  # hidden size, intermediate size, layers
 FLOATS = {
@@ -43,6 +43,7 @@ FLOATS = {
 DTYPES = (*FLOATS, *WEIGHT_DTYPES)
 # Accuracy levels of MatMulNBits: float32 or int8 activations. Both run, and the faster one is the baseline.
 ACCURACY_LEVELS = (1, 4)
+KINDS = ("sparse", "mixed")
 INDEX_SETS = 5  # sets of random neurons, so that no cache keeps the rows of one set
 
 
@@ -51,16 +52,22 @@ class Stack:
     """The layers that one process runs: all of one kind, each added to its input."""
 
     size: str
-    kind: str  # "dense" or "sparse"
+    kind: str  # "dense", "sparse", or "mixed": the neurons that are not kept come from a low-bit copy
     dtype: str
     accuracy_level: int = 0  # only for a dense stack of integers
 
     @property
     def bytes(self) -> float:
-        """Bytes of all weights, scales included."""
+        """Bytes of all weights, scales included, but without the low-bit copy."""
         hidden, neurons, layers = SIZES[self.size]
         q = WEIGHT_DTYPES.get(self.dtype)
-        return 3 * hidden * neurons * layers * (q.bits / 8 + 4 / q.block if q else FLOATS[self.dtype][1])
+        return 3 * hidden * neurons * layers * (q.itemsize if q else FLOATS[self.dtype][1])
+
+    def read(self, kept: float) -> float:
+        """Bytes read for a token."""
+        hidden, neurons, layers = SIZES[self.size]
+        copied = self.kind == "mixed" and kept < 1
+        return kept * self.bytes + (3 * hidden * neurons * layers * LOW_BIT_COPY.itemsize if copied else 0)
 
 
 class Builder:
@@ -89,14 +96,18 @@ class Builder:
             return self._declare(name, kind, ort.OrtValue.ortvalue_from_numpy_with_onnx_type(halves, kind))
         return self._declare(name, kind, ort.OrtValue.ortvalue_from_numpy(data.astype(dtype)))
 
-    def integers(self, name: str, shape: tuple[int, int], dtype: str, *, blocked: bool) -> tuple[str, str]:
+    def integers(self, name: str, shape: tuple[int, int], q: Quantisation, *, blocked: bool) -> tuple[str, str]:
         """Integers and scales; in the shape for `MatMulNBits` if ``blocked``."""
-        data, scales = quantise(self._values(shape), WEIGHT_DTYPES[dtype])
+        data, scales = quantise(self._values(shape), q)
         data = data.reshape(*scales.shape, -1) if blocked else data
         return (
             self._declare(name, TensorProto.UINT8, ort.OrtValue.ortvalue_from_numpy(data)),
             self._declare(f"{name}.scales", TensorProto.FLOAT, ort.OrtValue.ortvalue_from_numpy(scales)),
         )
+
+    def constant(self, name: str, values: np.ndarray) -> str:
+        kind = TensorProto.INT32 if values.dtype == np.int32 else TensorProto.FLOAT
+        return self._declare(name, kind, ort.OrtValue.ortvalue_from_numpy(values))
 
     def _declare(self, name: str, kind: int, value: ort.OrtValue) -> str:
         tensor = TensorProto(name=name, data_type=kind, dims=value.shape(), data_location=TensorProto.EXTERNAL)
@@ -142,7 +153,7 @@ def dense_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list[
             return build.op("MatMul", [x, build.weight(name, (width, n_out), stack.dtype)], output)
         q = WEIGHT_DTYPES[stack.dtype]
         attributes = {"K": width, "N": n_out, "bits": q.bits, "block_size": q.block}
-        inputs = [x, *build.integers(name, (n_out, width), stack.dtype, blocked=True)]
+        inputs = [x, *build.integers(name, (n_out, width), q, blocked=True)]
         return build.op(
             "MatMulNBits", inputs, output, domain=MICROSOFT, accuracy_level=stack.accuracy_level, **attributes
         )
@@ -156,19 +167,30 @@ def dense_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list[
 
 
 def sparse_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list[str]]:
-    """The same layers as `SparseMLP`, each with its own list of active neurons."""
+    """The same layers as `SparseMLP`, each with its own list of active neurons, or with its own choice of them."""
     hidden, neurons, layers = SIZES[stack.size]
     build, x = Builder(hidden), "x0"
     build.inputs.append(helper.make_tensor_value_info("count", TensorProto.INT32, []))
     for i in range(layers):
-        build.inputs.append(helper.make_tensor_value_info(f"indices{i}", TensorProto.INT32, [neurons]))
-        inputs = {"x": x, "indices": f"indices{i}", "count": "count"}
-        for part in ("gate", "up", "down"):
+        inputs = {"x": x, "count": "count"}
+        if stack.kind == "mixed":
+            inputs["rest"] = build.constant(f"rest{i}", np.asarray(1, dtype=np.int32))
+            # Equal norms: a random neuron is as likely to be chosen as any other.
+            inputs["down_norms"] = build.constant(f"norms{i}", np.ones(neurons, dtype=np.float32))
+        else:
+            build.inputs.append(helper.make_tensor_value_info(f"indices{i}", TensorProto.INT32, [neurons]))
+            inputs["indices"] = f"indices{i}"
+        for part in PARTS:
+            if stack.kind == "mixed":
+                inputs[f"c_{part}"], inputs[f"cs_{part}"] = build.integers(
+                    f"c_{part}{i}", (neurons, hidden), LOW_BIT_COPY, blocked=True
+                )
             name, shape = f"w_{part}{i}", (neurons, hidden)
             if stack.dtype in FLOATS:
                 inputs[f"w_{part}"] = build.weight(name, shape, stack.dtype)
             else:
-                inputs[f"w_{part}"], inputs[f"s_{part}"] = build.integers(name, shape, stack.dtype, blocked=False)
+                q = WEIGHT_DTYPES[stack.dtype]
+                inputs[f"w_{part}"], inputs[f"s_{part}"] = build.integers(name, shape, q, blocked=False)
         ordered = [inputs.get(port.name, "") for port in SPARSE_MLP.inputs]
         y = build.op("SparseMLP", ordered, f"y{i}", domain=op_domain.DOMAIN, activation="silu", layer=i)
         x = build.op("Add", [x, y], f"x{i + 1}")
@@ -176,14 +198,15 @@ def sparse_stack(stack: Stack, threads: int) -> tuple[ort.InferenceSession, list
 
 
 def bind(session: ort.InferenceSession, stack: Stack, output: str, kept: float, seed: int) -> ort.IOBinding:
-    """Bind random inputs and the output of a session; a sparse stack keeps the share ``kept`` of its neurons."""
+    """Bind random inputs and the output of a session; a sparse or mixed one keeps the share ``kept`` of its neurons."""
     hidden, neurons, layers = SIZES[stack.size]
     rng = np.random.default_rng(seed)
     binding = session.io_binding()
     feeds: dict[str, np.ndarray] = {"x0": rng.standard_normal((1, 1, hidden)).astype(np.float32)}
-    if stack.kind == "sparse":
-        count = round(kept * neurons)
+    count = max(1, round(kept * neurons))
+    if stack.kind != "dense":
         feeds["count"] = np.asarray(count, dtype=np.int32)
+    if stack.kind == "sparse":
         for i in range(layers):
             indices = np.full(neurons, -1, dtype=np.int32)
             indices[:count] = np.sort(rng.permutation(neurons)[:count])
@@ -223,28 +246,27 @@ def start_worker(stack: Stack, threads: int) -> Child:
     return Child(command, f"the process of {stack}", keep_output=False)
 
 
-def stacks_of(size: str, dtypes: list[str]) -> list[Stack]:
-    """Dense stacks (float32, and each integer type at every accuracy level), then sparse stacks."""
+def stacks_of(size: str, kinds: list[str], dtypes: list[str]) -> list[Stack]:
+    """Dense stacks (float32, and each integer type at every accuracy level), then sparse and mixed ones of `kinds`."""
     integers = [dtype for dtype in dtypes if dtype in WEIGHT_DTYPES]
     return [
         Stack(size, "dense", "float32"),
         *(Stack(size, "dense", dtype, level) for dtype in integers for level in ACCURACY_LEVELS),
-        *(Stack(size, "sparse", dtype) for dtype in dtypes),
+        *(Stack(size, kind, dtype) for kind in kinds for dtype in dtypes if kind == "sparse" or dtype in FLOATS),
     ]
 
 
-def measure_size(size: str, dtypes: list[str], kept: list[float], rounds: int, threads: int) -> list[dict[str, Any]]:
-    """Measure one size; return table rows: dense ones, then one per dtype and fraction kept."""
+def measure_size(stacks: list[Stack], kept: list[float], rounds: int, threads: int) -> list[dict[str, Any]]:
+    """Measure the stacks of one size; return table rows: dense ones, then one per stack and fraction kept."""
     roof = read_bandwidth(threads)
-    stacks = stacks_of(size, dtypes)
-    jobs = [(stack, k) for stack in stacks for k in (kept if stack.kind == "sparse" else [1.0])]
+    jobs = [(stack, k) for stack in stacks for k in ([1.0] if stack.kind == "dense" else kept)]
     times: dict[tuple[Stack, float], list[float]] = {job: [] for job in jobs}
     with ExitStack() as running:
         workers: dict[Stack, Child] = {}
         for stack in stacks:
             workers[stack] = running.enter_context(start_worker(stack, threads))
             workers[stack].ask([])
-        for _ in track(range(rounds), size, console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        for _ in track(range(rounds), stacks[0].size, console=Console(stderr=True), disable=not sys.stderr.isatty()):
             for stack, k in jobs:
                 times[stack, k] += workers[stack].ask([k, 4])
     roof = max(roof, read_bandwidth(threads))
@@ -263,7 +285,7 @@ def row_of(stack: Stack, kept: float, seconds: list[float], dense: float, roof: 
     """Results of one stack at one fraction kept: median and quartiles of the times, and the bandwidth."""
     middle = median(seconds)
     low, high = np.percentile(seconds, [25, 75]) * 1e3
-    rate = stack.bytes * kept / middle / 1e9
+    rate = stack.read(kept) / middle / 1e9
     return asdict(stack) | {
         "kept": kept,
         "median_ms": middle * 1e3,
@@ -304,6 +326,7 @@ def main() -> None:
         default=["float32", "bfloat16", "int8", "int4"],
         help="types of the sparse weights; floats are compared with dense float32, integers with MatMulNBits",
     )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="beside dense")
     parser.add_argument("--kept", nargs="+", type=float, default=[1.0, 0.5, 0.3, 0.1], help="fractions of the neurons")
     parser.add_argument("--rounds", type=int, default=15, help="number of rounds; each stack runs four times per round")
     parser.add_argument("--threads", type=int, default=2)
@@ -311,7 +334,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         sys.exit(worker(Stack(**json.loads(args.worker)), args.threads))
-    rows = [row for size in args.sizes for row in measure_size(size, args.dtypes, args.kept, args.rounds, args.threads)]
+    rows = []
+    for size in args.sizes:
+        rows += measure_size(stacks_of(size, args.kinds, args.dtypes), args.kept, args.rounds, args.threads)
     print_table(rows)
     if args.json:
         kernels = os.environ.get(native_ops.ISA_VARIABLE) or native_ops.kernels()[0]

@@ -144,7 +144,7 @@ class RandomCopies(Mapping[str, "Tensor"]):
     def __init__(self, layers: SparseLayers, device: torch.device) -> None:
         from shadowllm.bundle.weight_layout import copy_groups
 
-        self._shapes = {name: shape for group in copy_groups(layers) for name, shape, _ in group}
+        self._shapes = {name: shape for group in copy_groups(layers, rest=True) for name, shape, _ in group}
         self._device = device
 
     def __getitem__(self, name: str) -> Tensor:

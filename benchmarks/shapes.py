@@ -3,6 +3,7 @@
     python -m shadowllm.benchmarks.shapes --json shapes.json
     python -m shadowllm.benchmarks.shapes --shapes llama-1.1b --weight-dtype int4
     python -m shadowllm.benchmarks.shapes --shapes llama-1.1b --selector quantized-shadow --dtype bfloat16
+    python -m shadowllm.benchmarks.shapes --shapes llama-1.1b --selector quantized-shadow --rest shadow
 
 Weights are random. The predictor is an untrained network of the default size, or a low-bit copy of the
 weights. So every cost is real, but the text has no meaning. The model is held twice, once packed for the
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -30,14 +31,20 @@ from shadowllm.evaluation.speed.bench import SPARSE, session_command, traffic_of
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import Contender, race, speedup, summarise
 from shadowllm.exporter.write_bundle import write_bundle
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import Budget, Rest
 from shadowllm.progress import progress
 
 DENSE = "ort-dense"
 
 
 def export_random(
-    shape: str, folder: Path, kind: Kind, dtype: str, weight_dtype: str | None, rank: int | None = None
+    shape: str,
+    folder: Path,
+    kind: Kind,
+    dtype: str,
+    weight_dtype: str | None,
+    rank: int | None = None,
+    rest: Rest = "drop",
 ) -> Path:
     """Export a bundle of a random model; ``rank`` is the predictor's, None for the default."""
     from shadowllm.models.registry import load_model
@@ -48,7 +55,8 @@ def export_random(
     write_random_model(shape, model)
     spec, weights, checkpoint = load_model(str(model))
     predictor = untrained(kind, spec, weights.fingerprint(), rank=rank)
-    write_bundle(bundle, shape, weights, checkpoint, predictor, dtype=dtype, weight_dtype=weight_dtype, budget=Budget())
+    options = {"dtype": dtype, "weight_dtype": weight_dtype, "budget": Budget(), "rest": rest}
+    write_bundle(bundle, shape, weights, checkpoint, predictor, **options)  # type: ignore[arg-type]
     return bundle
 
 
@@ -72,7 +80,7 @@ def measure(
         (0 for a quantised shadow, which selects inside ``body``).
     """
     with tempfile.TemporaryDirectory() as folder:
-        bundle = export_random(shape, Path(folder), kind, dtype, weight_dtype)
+        bundle = export_random(shape, Path(folder), kind, dtype, weight_dtype, rest=budget.rest or "drop")
         manifest = read_manifest(bundle)
         backends = {SPARSE: "ort", DENSE: DENSE}
         contenders = [Contender(n, session_command(bundle, b, budget, threads)) for n, b in backends.items()]
@@ -132,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weight-dtype", choices=WEIGHT_DTYPES, help="default: as --dtype")
     parser.add_argument("--neuron-budget", type=float, default=0.5)
     parser.add_argument("--head-budget", type=float, default=0.5)
+    parser.add_argument("--shortlist", type=int, help="rows of the output table at full precision; needs --rest shadow")
+    parser.add_argument("--rest", choices=get_args(Rest), default="drop", help="as for `shadowllm export`")
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
@@ -143,7 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results.append(
             measure(
                 shape,
-                budget=Budget(heads=args.head_budget, neurons=args.neuron_budget),
+                budget=Budget(
+                    heads=args.head_budget, neurons=args.neuron_budget, shortlist=args.shortlist, rest=args.rest
+                ),
                 kind=args.selector,
                 dtype=args.dtype,
                 weight_dtype=args.weight_dtype,

@@ -97,7 +97,7 @@ def _free() -> None:
 
 def measure(recorder: Recorder, sections: Sequence[str], device: torch.device, args: argparse.Namespace) -> None:
     """Run the sections in order."""
-    from shadowllm.benchmarks.gpu import checks, decode, rates
+    from shadowllm.benchmarks.gpu import cases, checks, decode, rates
 
     setting = decode.TINY if args.tiny else decode.QUICK if args.quick else decode.Setting()
     shapes = args.shapes or list(TINY_SHAPES if args.tiny else GPU_SHAPES)
@@ -105,8 +105,8 @@ def measure(recorder: Recorder, sections: Sequence[str], device: torch.device, a
         for flavour in FLAVOURS:
             recorder.run(f"tensorrt: {flavour}", partial(_probe, flavour))
     if "checks" in sections:
-        cases = checks.TINY if args.tiny else checks.CASES
-        recorder.run("checks", lambda: checks.summary(list(checks.check_all(device, cases))))
+        chosen = cases.TINY if args.tiny else cases.CASES
+        recorder.run("checks", lambda: checks.summary(list(checks.check_all(device, chosen))))
     if "rates" in sections:
         sizes = rates.TINY if args.tiny else rates.OPT_67B
         recorder.run("rates", lambda: rates.measure_rates(device, sizes))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, dequantise, quantise
+from shadowllm.benchmarks.gpu.cases import CASES, AttentionCase, LogitsCase, MlpCase, Rest, ScoreCase, TopKCase
+from shadowllm.bundle.certificate import copy_errors
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, dequantise, quantise, rounded
 from shadowllm.models.decoder import ACTIVATIONS
 from shadowllm.plugins.registry import launcher, reference
 
@@ -41,106 +43,6 @@ class Check:
         return self.error <= self.allowed
 
 
-@dataclass(frozen=True)
-class MlpCase:
-    """Sizes and options of a ``SparseMLP`` call."""
-
-    batch: int
-    seqlen: int
-    hidden: int
-    neurons: int
-    count: int
-    activation: str = "silu"
-    gated: bool = True
-    bias: bool = False
-
-
-@dataclass(frozen=True)
-class ScoreCase:
-    """Sizes and options of a ``ScoreNeurons`` call."""
-
-    batch: int
-    seqlen: int
-    hidden: int
-    neurons: int
-    activation: str = "silu"
-    gated: bool = True
-    bias: bool = False
-
-
-@dataclass(frozen=True)
-class AttentionCase:
-    """Sizes and options of a ``SparseAttention`` call; ``length`` tokens are cached, fewer in later sequences."""
-
-    batch: int
-    seqlen: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    capacity: int
-    length: int
-    count: int
-    rope: bool = True
-    bias: bool = False
-
-
-@dataclass(frozen=True)
-class TopKCase:
-    """Sizes of a ``SelectTopK`` call; scores are rounded to ``levels`` values so that they tie."""
-
-    rows: int
-    width: int
-    count: int
-    levels: int = 1 << 20
-
-
-TINY = (
-    MlpCase(1, 1, 48, 88, 37),
-    MlpCase(2, 1, 80, 33, 33, "relu", gated=False, bias=True),
-    MlpCase(2, 3, 48, 40, 21, "gelu", bias=True),
-    AttentionCase(1, 1, 4, 2, 12, 48, 40, 33, 3),
-    AttentionCase(2, 1, 3, 3, 16, 48, 24, 24, 2, rope=False, bias=True),
-    AttentionCase(2, 3, 4, 1, 20, 40, 16, 9, 4),
-    ScoreCase(1, 1, 48, 88),
-    ScoreCase(2, 3, 130, 33, "relu", gated=False, bias=True),
-    TopKCase(2, 88, 40),
-    TopKCase(3, 31, 31, levels=4),
-)
-# Real sizes, and also: one unit, none, all; widths that no block divides; ties; batches of different lengths.
-CASES = (
-    *TINY,
-    MlpCase(1, 1, 576, 1536, 768),
-    MlpCase(1, 1, 2048, 8192, 4096, "relu", gated=False, bias=True),
-    MlpCase(1, 1, 4096, 16384, 8192, "relu", gated=False, bias=True),
-    MlpCase(1, 1, 4096, 11008, 5504),
-    MlpCase(1, 1, 1000, 777, 1),
-    MlpCase(1, 1, 1000, 777, 0, bias=True),
-    MlpCase(3, 1, 1000, 777, 777),
-    MlpCase(8, 1, 2048, 5632, 2816),
-    MlpCase(2, 37, 576, 1536, 700),
-    MlpCase(1, 128, 2048, 8192, 4096, "relu", gated=False, bias=True),
-    AttentionCase(1, 1, 32, 32, 64, 2048, 1024, 200, 16, rope=False, bias=True),
-    AttentionCase(1, 1, 32, 32, 128, 4096, 2048, 2048, 16),
-    AttentionCase(1, 1, 32, 4, 64, 2048, 1024, 777, 13),
-    AttentionCase(1, 1, 9, 3, 64, 576, 300, 1, 5),
-    AttentionCase(1, 1, 7, 7, 80, 333, 100, 50, 0, bias=True),
-    AttentionCase(8, 1, 32, 8, 128, 4096, 512, 500, 16),
-    AttentionCase(2, 37, 9, 3, 64, 576, 64, 50, 6),
-    AttentionCase(1, 128, 32, 32, 64, 2048, 256, 128, 32, rope=False, bias=True),
-    ScoreCase(1, 1, 576, 1536),
-    ScoreCase(1, 1, 4096, 16384, "relu", gated=False, bias=True),
-    ScoreCase(1, 1, 4096, 11008),
-    ScoreCase(8, 1, 2048, 5632),
-    ScoreCase(2, 37, 1000, 777, bias=True),
-    TopKCase(31, 16384, 8192),
-    TopKCase(23, 32, 16),
-    TopKCase(1, 65536, 12345, levels=50),
-    TopKCase(5, 1, 1),
-    TopKCase(4, 4097, 1, levels=1),
-)
-
-
 def check_all(device: torch.device, cases: tuple[Any, ...] = CASES) -> Iterator[Check]:
     """Check cases in both 16-bit types; selection has only one type."""
     for case in cases:
@@ -163,11 +65,19 @@ def check_mlp(case: MlpCase, dtype: torch.dtype, device: torch.device) -> Check:
     b_gate = make(n, scale=0.1) if case.bias and case.gated else None
     indices, count = _selection(n, case.count, device)
     weights = (gate, b_gate, up, b_up, down, b_down)
-    found = launcher("SparseMLP")(x, indices, count, *weights, activation=case.activation)
-    wanted = reference("SparseMLP")(
-        _wide(x), _host(indices), case.count, *map(_wide, weights), activation=case.activation
+    inside = case.rest == "chosen"
+    copies, numbers = _copies(case.rest, {"gate": gate, "up": up, "down": down})
+    extra = copies | ({"down_norms": make(n).float().abs()} if inside else {})
+    given = None if inside else indices
+    found, chosen = launcher("SparseMLP")(x, given, count, *weights, **extra, activation=case.activation)
+    indices = indices if chosen is None else chosen
+    wanted, _ = reference("SparseMLP")(
+        _wide(x), _host(indices), case.count, *map(_wide, weights), **numbers, activation=case.activation
     )
     rows = indices[: case.count].long()
+    if case.rest != "none":
+        up, down = (_mixed(w, rows) for w in (up, down))
+        gate, rows = None if gate is None else _mixed(gate, rows), torch.arange(n, device=device)
 
     def project(weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight[rows], None if bias is None else bias[rows])
@@ -191,11 +101,21 @@ def check_attention(case: AttentionCase, dtype: torch.dtype, device: torch.devic
     lengths = torch.tensor([max(case.seqlen, case.length - 3 * row) for row in range(case.batch)], dtype=torch.int32)
     lengths = lengths.to(device)
     indices, count = _selection(h, case.count, device)
-    found = launcher("SparseAttention")(x, key, value, lengths, indices, count, w_q, b_q, w_o, b_o, cos, sin, n_heads=h)
+    inside = case.rest == "chosen"
+    copies, numbers = _copies(case.rest, {"q": w_q, "o": w_o})
+    extra = copies | ({"score_weight": make(h, n).float(), "score_bias": make(h).float()} if inside else {})
+    tensors = (x, key, value, lengths, None if inside else indices, count, w_q, b_q, w_o, b_o, cos, sin)
+    found, chosen = launcher("SparseAttention")(*tensors, **extra, n_heads=h)
+    indices = indices if chosen is None else chosen
     units = (_host(lengths), _host(indices), case.count)
     after = map(_wide, (w_q, b_q, w_o, b_o, cos, sin))
-    wanted = reference("SparseAttention")(_wide(x), _wide(key), _wide(value), *units, *after, n_heads=h)
-    own = _torch_attention(case, x, key, value, lengths, indices, w_q, b_q, w_o, b_o, cos, sin)
+    wanted, _ = reference("SparseAttention")(_wide(x), _wide(key), _wide(value), *units, *after, **numbers, n_heads=h)
+    if case.rest != "none":
+        rows = (indices[: case.count, None] * d + torch.arange(d, device=device)).flatten().long()
+        w_q, w_o = (_mixed(w, rows) for w in (w_q, w_o))
+        indices, _ = _selection(h, h, device)
+    active = replace(case, count=h) if case.rest != "none" else case
+    own = _torch_attention(active, x, key, value, lengths, indices, w_q, b_q, w_o, b_o, cos, sin)
     return _judge(case, found, own, wanted)
 
 
@@ -248,6 +168,45 @@ def check_scores(case: ScoreCase, dtype: torch.dtype, device: torch.device) -> C
     return _judge(case, found, own, wanted)
 
 
+def check_logits(case: LogitsCase, dtype: torch.dtype, device: torch.device) -> Check:
+    """``ShortlistLogits``. Rows whose logits in the copy nearly tie with the shortlist's last could differ."""
+    make = _random(dtype, device)
+    x, table = make(case.tokens, case.hidden), make(case.vocab, case.hidden, scale=case.hidden**-0.5)
+    data, scales = quantise(_wide(table), LOW_BIT_COPY)
+    copy = data.reshape(case.vocab, LOW_BIT_COPY.blocks(case.hidden), -1)
+    errors = copy_errors(_wide(table), copy, scales)
+    numbers = [torch.tensor(n, dtype=torch.int32, device=device) for n in (case.shortlist, int(case.certify))]
+    packed = (torch.from_numpy(array).to(device) for array in (copy, scales, errors))
+    found, _ = launcher("ShortlistLogits")(x, table, *packed, *numbers)
+    wanted, _ = reference("ShortlistLogits")(
+        _wide(x), _wide(table), copy, scales, errors, case.shortlist, int(case.certify)
+    )
+    low, exact = (F.linear(x, w).float() for w in (_mixed(table, torch.empty(0, dtype=torch.int64)), table))
+    near = (exact - found).abs() <= (low - found).abs()  # the rows that were recomputed, as far as it matters
+    return _judge(case, found, torch.where(near, exact, low), wanted)
+
+
+def _copies(rest: Rest, matrices: Mapping[str, Tensor | None]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The inputs of a sparse op for a rest from low-bit copies, as tensors and for the reference."""
+    copies: dict[str, Tensor] = {}
+    if rest == "none":
+        return copies, {}
+    for part, matrix in matrices.items():
+        if matrix is not None:
+            data, scales = (torch.from_numpy(a).to(matrix.device) for a in quantise(_wide(matrix), LOW_BIT_COPY))
+            copies |= {f"c_{part}": data.unflatten(1, (scales.shape[1], -1)), f"cs_{part}": scales}
+    some = next(iter(copies.values()))
+    numbers = {name: _host(tensor) for name, tensor in copies.items()}
+    return {"rest": torch.tensor(1, dtype=torch.int32, device=some.device), **copies}, {"rest": 1, **numbers}
+
+
+def _mixed(matrix: Tensor, rows: Tensor) -> Tensor:
+    """The given rows of a matrix, and the other rows from its low-bit copy."""
+    mixed = torch.from_numpy(rounded(_wide(matrix), LOW_BIT_COPY)).to(matrix)
+    mixed[rows] = matrix[rows]
+    return mixed
+
+
 def check_topk(case: TopKCase, device: torch.device) -> Check:
     """``SelectTopK``: must be exact, with ties to the lower index. Counts differ between rows."""
     generator = torch.Generator().manual_seed(case.width)
@@ -258,7 +217,9 @@ def check_topk(case: TopKCase, device: torch.device) -> Check:
     return Check(str(case), float((_host(found) != wanted).sum()), 0.0)
 
 
-def _judge(case: MlpCase | ScoreCase | AttentionCase, found: Tensor, own: Tensor, wanted: np.ndarray) -> Check:
+def _judge(
+    case: MlpCase | ScoreCase | AttentionCase | LogitsCase, found: Tensor, own: Tensor, wanted: np.ndarray
+) -> Check:
     # If nothing is active and there is no bias, the result is exactly zero.
     scale = float(np.abs(wanted).max()) or 1.0
     ours, theirs = (float(np.abs(_wide(y) - wanted).max()) / scale for y in (found, own))
@@ -271,6 +232,7 @@ CHECKS: dict[type, Callable[..., Check]] = {
     MlpCase: check_mlp,
     ScoreCase: check_scores,
     AttentionCase: check_attention,
+    LogitsCase: check_logits,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from shadowllm.benchmarks.gpu.timing import milliseconds
 from shadowllm.bundle.quantisation import LOW_BIT_COPY
 from shadowllm.plugins.ops.score_neurons.launcher import score_neurons
 from shadowllm.plugins.ops.select_topk.launcher import select_topk
+from shadowllm.plugins.ops.shortlist_logits.launcher import shortlist_logits
 from shadowllm.plugins.ops.sparse_attention.launcher import sparse_attention
 from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
 
@@ -38,10 +40,12 @@ class Sizes:
     context: int = 2048
     sparse_layers: int = 31
     work_set: int = WORK_SET_BYTES
+    vocab: int = 50272
+    shortlist: int = 1024
 
 
 OPT_67B = Sizes()
-TINY = Sizes(48, 88, 4, 12, 40, 33, 2, 1)
+TINY = Sizes(48, 88, 4, 12, 40, 33, 2, 1, 97, 9)
 
 
 def copy_bandwidth(device: torch.device, size: int = WORK_SET_BYTES) -> float | None:
@@ -75,33 +79,23 @@ def measure_rates(device: torch.device, sizes: Sizes = OPT_67B) -> dict[str, Any
 Data = tuple[Callable[[], tuple[Tensor, ...]], int]
 
 
-def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> dict[str, tuple[Data, Callable[..., Any]]]:
+Ops = dict[str, tuple[Data, Callable[..., Any]]]
+
+
+def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> Ops:
     """For each name, the data and the op on it."""
     width, item = s.heads * s.head_dim, dtype.itemsize
-
-    def make(*shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: tuple(torch.randn(shape, dtype=dtype, device=device) * 0.02 for shape in shapes)
-
-    x = make((1, 1, s.hidden))()[0]
+    make, x = partial(_random, device, dtype), _random(device, dtype, (1, 1, s.hidden))()[0]
     heads, neurons = (_spread(n, device) for n in (s.heads, s.neurons))
     one, many = (torch.tensor([n], dtype=torch.int32, device=device) for n in (1, s.context))
 
     def mlp(up: Tensor, down: Tensor) -> Tensor:
-        return sparse_mlp(x, *neurons, None, None, up, None, down, None, activation="relu")
+        return sparse_mlp(x, *neurons, None, None, up, None, down, None, activation="relu")[0]
 
     def attention(lengths: Tensor) -> Callable[..., Tensor]:
         return lambda key, value, q, o: sparse_attention(
             x, key, value, lengths, *heads, q, None, o, None, n_heads=s.heads
-        )
-
-    def packed() -> tuple[Tensor, ...]:
-        """A low-bit copy of the up projection, with random integers."""
-        rows = (s.neurons, LOW_BIT_COPY.blocks(s.hidden))
-        copy = torch.randint(256, (*rows, LOW_BIT_COPY.block // 2), dtype=torch.uint8, device=device)
-        return copy, torch.rand(rows, device=device), torch.rand(s.neurons, device=device)
-
-    def scores(copy: Tensor, scales: Tensor, down_norms: Tensor) -> Tensor:
-        return score_neurons(x, copy, scales, None, None, down_norms, neurons[1], activation="relu")
+        )[0]
 
     def dense(up: Tensor, down: Tensor) -> Tensor:
         return F.relu(F.linear(x, up)) @ down
@@ -112,12 +106,49 @@ def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> dict[str, tuple[
     mlp_bytes, row_bytes = s.neurons * s.hidden * item, width * s.hidden * item
     cache_bytes = s.context * width * item  # keys and values together, for half of the heads
     return {
-        "ScoreNeurons": ((packed, sum(t.nbytes for t in packed())), scores),
         "SparseMLP": ((make(*matrices), mlp_bytes), mlp),
         "projections (SparseAttention over one token)": ((make(*cache, *rows), row_bytes), attention(one)),
         "SparseAttention over the context": ((make(*cache, *rows), row_bytes + cache_bytes), attention(many)),
         "PyTorch dense MLP": ((make(*matrices), 2 * mlp_bytes), dense),
+    } | _copy_ops(device, dtype, s)
+
+
+def _copy_ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> Ops:
+    """The same for the ops that read a low-bit copy."""
+    item, count = dtype.itemsize, _spread(s.neurons, device)[1]
+    make, x = partial(_random, device, dtype), _random(device, dtype, (1, 1, s.hidden))()[0]
+    rest, certify, shortlist = (torch.tensor(n, dtype=torch.int32, device=device) for n in (1, 0, s.shortlist))
+
+    def packed(count: int = s.neurons) -> tuple[Tensor, ...]:
+        """A low-bit copy of a matrix, with random integers, and a number for each row."""
+        rows = (count, LOW_BIT_COPY.blocks(s.hidden))
+        copy = torch.randint(256, (*rows, LOW_BIT_COPY.block // 2), dtype=torch.uint8, device=device)
+        return copy, torch.rand(rows, device=device), torch.rand(count, device=device)
+
+    def scores(copy: Tensor, scales: Tensor, down_norms: Tensor) -> Tensor:
+        return score_neurons(x, copy, scales, None, None, down_norms, count, activation="relu")
+
+    def with_rest(
+        up: Tensor, down: Tensor, c_up: Tensor, cs_up: Tensor, down_norms: Tensor, c_down: Tensor, cs_down: Tensor
+    ) -> Tensor:
+        copies = {"c_up": c_up, "c_down": c_down, "cs_up": cs_up, "cs_down": cs_down, "down_norms": down_norms}
+        return sparse_mlp(x, None, count, None, None, up, None, down, None, rest=rest, **copies, activation="relu")[0]
+
+    def logits(table: Tensor, copy: Tensor, scales: Tensor, errors: Tensor) -> Tensor:
+        return shortlist_logits(x[0], table, copy, scales, errors, shortlist, certify)[0]
+
+    matrices, copy_bytes = ((s.neurons, s.hidden),) * 2, sum(t.nbytes for t in packed())
+    mlp_bytes = s.neurons * s.hidden * item + 2 * copy_bytes
+    table_bytes = copy_bytes * s.vocab // s.neurons + s.shortlist * s.hidden * item
+    return {
+        "ScoreNeurons": ((packed, copy_bytes), scores),
+        "SparseMLP with a rest": ((lambda: (*make(*matrices)(), *packed(), *packed()[:2]), mlp_bytes), with_rest),
+        "ShortlistLogits": ((lambda: (*make((s.vocab, s.hidden))(), *packed(s.vocab)), table_bytes), logits),
     }
+
+
+def _random(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: tuple(torch.randn(shape, dtype=dtype, device=device) * 0.02 for shape in shapes)
 
 
 def _rate(

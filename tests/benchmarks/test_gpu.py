@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (pip install 'shadowllm[triton]')")
 
 from shadowllm.benchmarks import random_model
-from shadowllm.benchmarks.gpu import checks, decode, engines
+from shadowllm.benchmarks.gpu import cases, checks, decode, engines
 from shadowllm.benchmarks.gpu.__main__ import Recorder, main
 from shadowllm.benchmarks.gpu.child import answer
 from shadowllm.benchmarks.gpu.probe import probe
@@ -59,7 +59,7 @@ def test_all_of_it_on_a_bare_machine(tmp_path):
         "tensorrt: tensorrt_rtx", "tensorrt: tensorrt", "checks", "rates", "decode: tiny-opt", "decode: tiny-llama",
     }  # fmt: skip
     assert found["checks"]["passed"]
-    assert len(found["checks"]["checks"]) == 2 * 8 + 2
+    assert len(found["checks"]["checks"]) == 2 * 14 + 2
     on_gpu = torch.cuda.is_available()
     for shape in ("tiny-opt", "tiny-llama"):
         result = found[f"decode: {shape}"]
@@ -85,11 +85,11 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch, capsy
 
 def test_a_wrong_kernel_fails_its_check(monkeypatch):
     device, right = kernel_device(), mlp_launcher.sparse_mlp
-    monkeypatch.setattr(mlp_launcher, "sparse_mlp", lambda *a, **k: right(*a, **k) * 1.02)
-    case = checks.TINY[0]
+    monkeypatch.setattr(mlp_launcher, "sparse_mlp", lambda *a, **k: (right(*a, **k)[0] * 1.02, None))
+    case = cases.TINY[0]
     assert not checks.check_mlp(case, torch.float16, device).passed
     monkeypatch.setattr(topk_launcher, "select_topk", lambda scores, counts, cap: torch.zeros(len(scores), cap).int())
-    found = [checks.check_topk(replace(checks.TINY[-1], count=3), device)]
+    found = [checks.check_topk(replace(cases.TINY[-1], count=3), device)]
     assert checks.summary(found) | {"checks": []} == {
         "passed": False, "worst_share_of_allowed": 0.0, "failed": [found[0].case], "checks": [],
     }  # fmt: skip
@@ -183,5 +183,7 @@ def test_large_sizes_are_not_for_the_interpreter(capsys):
 def test_random_copies_are_like_a_bundle_s():
     layers = SparseLayers(random_model.shape_spec("tiny-llama"), 1)
     copies = random_model.RandomCopies(layers, torch.device("cpu"))
-    wanted = {name: (shape, TORCH_DTYPES[dtype]) for group in copy_groups(layers) for name, shape, dtype in group}
+    wanted = {
+        name: (shape, TORCH_DTYPES[dtype]) for group in copy_groups(layers, rest=True) for name, shape, dtype in group
+    }
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in copies.items()} == wanted
