@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shadowllm.errors import UserError, foreign_reader
+from shadowllm.models.activations import stated_activation
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.spec import ModelSpec
@@ -65,9 +66,14 @@ def compare_with_transformers(checkpoint: Checkpoint, weights: Weights) -> dict[
 
 def _unreadable(checkpoint: Checkpoint, spec: ModelSpec) -> str | None:
     """Return why ``transformers`` cannot run the checkpoint, if that is known before loading."""
+    from transformers.activations import ACT2FN
+
     needed, free = MEMORY_FACTOR * 4 * spec.n_parameters, psutil.virtual_memory().available
     if needed > free:
         return f"it would take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    activation, _ = stated_activation(checkpoint.config)
+    if activation not in ACT2FN:
+        return f"transformers has no activation {activation!r}"
     if len(getattr(checkpoint.tensors, "parts", ())) > 1:
         return "transformers does not read a GGUF model in several files"
     if checkpoint.quantised:

@@ -65,13 +65,20 @@ class Error:
     greedy_agreement: float | None = None
 
 
-def validate_apart(bundle: Path, model: Path, tolerance: float = 0, trust_remote_code: bool = False) -> dict[str, Any]:
+def validate_apart(
+    bundle: Path,
+    model: Path,
+    tolerance: float = 0,
+    trust_remote_code: bool = False,
+    activation: tuple[str | None, float | None] = (None, None),
+) -> dict[str, Any]:
     """Run `validate` and `compare_with_transformers` in a child process, so that their memory is freed afterwards.
 
     Args:
         model: local folder or GGUF file from which the bundle was exported.
         tolerance: the argument of `validate`.
         trust_remote_code: let ``transformers`` run code from the checkpoint.
+        activation: the activation and its threshold, as `load_model` takes them.
 
     Returns:
         The result of `validate`, plus that of `compare_with_transformers` under "transformers".
@@ -84,7 +91,7 @@ def validate_apart(bundle: Path, model: Path, tolerance: float = 0, trust_remote
     quiet = os.environ | {"TQDM_DISABLE": "1"}  # transformers shows progress bars even without a terminal
     child = Child(command, "the validation process", environment=quiet, keep_output=False)
     try:
-        return dict(call(child, [str(bundle), str(model), tolerance, trust_remote_code]))
+        return dict(call(child, [str(bundle), str(model), tolerance, trust_remote_code, *activation]))
     except ChildError as death:
         if death.signal is None:
             raise
@@ -95,9 +102,11 @@ def validate_apart(bundle: Path, model: Path, tolerance: float = 0, trust_remote
 
 
 def _in_child(request: list[Any], _progress: Progress) -> dict[str, Any]:
-    bundle, model, tolerance, trust_remote_code = request
+    bundle, model, tolerance, trust_remote_code, activation, threshold = request
     warnings.simplefilter("ignore")  # the parent has already read the checkpoint and shown its warnings
-    _, weights, checkpoint = load_model(model, trust_remote_code=trust_remote_code)
+    _, weights, checkpoint = load_model(
+        model, trust_remote_code=trust_remote_code, activation=activation, activation_threshold=threshold
+    )
     compared = compare_with_transformers(checkpoint, weights)
     predictor = Predictor.load(Path(bundle) / PREDICTOR_FILE)
     return validate(Path(bundle), weights, predictor, tolerance) | {"transformers": compared}

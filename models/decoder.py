@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shadowllm.models.activations import QUICK_GELU_SLOPE
 from shadowllm.models.sparsity import Unit
 from shadowllm.models.spec import ModelSpec
 
@@ -22,7 +24,29 @@ ActivationHook = Callable[[int, Unit, Tensor], Tensor]
 # Receives the normalised input of one layer's units, (batch, seqlen, hidden_size).
 InputHook = Callable[[int, Unit, Tensor], None]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "drelu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(QUICK_GELU_SLOPE * x),
+}
+
+
+def mlp_product(activation: str, threshold: float, first: Tensor, up: Tensor | None = None) -> Tensor:
+    """The products that the rows of down are multiplied by: ``act(first)``, times up if there is a gate.
+
+    Args:
+        threshold: of FATReLU.
+        first: output of gate, or of up without a gate; any shape.
+        up: of the same shape; None without a gate.
+    """
+    active = F.threshold(first, threshold, 0.0) if activation == "fatrelu" else ACTIVATIONS[activation](first)
+    if up is None:
+        return active
+    return active * (F.relu(up) if activation == "drelu" else up)
 
 
 @dataclass(frozen=True)
@@ -164,9 +188,8 @@ class Decoder:
 
     def mlp_activation(self, layer: int, x: Tensor) -> Tensor:
         """Compute a layer's neuron activations from the normalised input, ``(batch, seqlen, intermediate_size)``."""
-        place, act = f"layers.{layer}", ACTIVATIONS[self.spec.activation]
-        *gate, up = self._projected(place, ("gate", "up") if self.spec.gated else ("up",), x)
-        return act(gate[0]) * up if gate else act(up)
+        spec, parts = self.spec, ("gate", "up") if self.spec.gated else ("up",)
+        return mlp_product(spec.activation, spec.activation_threshold, *self._projected(f"layers.{layer}", parts, x))
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
         if self.input_hook:

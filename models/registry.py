@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.errors import UserError
+from shadowllm.models.activations import NAMES, override_activation, stated_activation
 from shadowllm.models.families import llama, opt
 from shadowllm.models.files.checkpoint import Checkpoint, open_checkpoint
 from shadowllm.models.files.config import token_ids
@@ -36,7 +37,12 @@ FAMILIES = {
 
 
 def load_model(
-    model: str | Path, *, cache_dir: Path | None = None, trust_remote_code: bool = False
+    model: str | Path,
+    *,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    activation: str | None = None,
+    activation_threshold: float | None = None,
 ) -> tuple[ModelSpec, Weights, Checkpoint]:
     """Open a model: its spec, its weights (read on demand) and its checkpoint.
 
@@ -44,6 +50,9 @@ def load_model(
         model: local folder or ``.gguf`` file, or a Hugging Face id.
         cache_dir: folder for downloads; Hugging Face's default when None.
         trust_remote_code: passed to ``transformers``; never needed for the supported families.
+        activation: the activation of the MLP, by its name in configs; None for what the checkpoint says. GGUF files
+            do not say it.
+        activation_threshold: of FATReLU.
 
     Raises:
         UserError: there is no model, its family is not supported, or its files do not fit the config.
@@ -57,6 +66,8 @@ def load_model(
         )
     if not getattr(config, "is_causal", True):
         raise UserError("config.json says that the model is not causal (is_causal)", "use a model that generates text")
+    if activation is not None:
+        _override(checkpoint, activation, activation_threshold)
     spec = replace(
         family.spec(config),
         bos_token_id=_bos(config),
@@ -69,6 +80,16 @@ def load_model(
     weights = Weights(spec, tensors, sources)
     _warn_of_unused(tensors.names() - used)
     return spec, weights, checkpoint
+
+
+def _override(checkpoint: Checkpoint, activation: str, threshold: float | None) -> None:
+    """Write the given activation into the config, with a warning if the checkpoint's own says another one."""
+    said, _ = stated_activation(checkpoint.config)
+    if checkpoint.gguf is None and NAMES.get(said) != NAMES.get(activation):
+        warnings.warn(
+            f"config.json says that the activation is {said!r}, and {activation!r} is used instead", stacklevel=3
+        )
+    override_activation(checkpoint.config, activation, threshold)
 
 
 def _bos(config: Any) -> int | None:

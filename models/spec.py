@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from shadowllm.errors import UserError
+from shadowllm.models.activations import Activation
 
 Norm = Literal["layernorm", "rmsnorm"]
-Activation = Literal["relu", "silu", "gelu"]
 Positions = Literal["learned", "rope"]
 RopeScaling = Literal["default", "linear", "llama3"]
 HeadUnit = Literal["query_head", "kv_group"]
@@ -80,6 +80,7 @@ class ModelSpec:
         family: the adapter that produced the spec ("opt", "llama").
         n_kv_heads: number of K and V heads; ``n_heads`` for MHA, fewer for GQA, 1 for MQA.
         max_seqlen: positions the model was trained for.
+        activation_threshold: of FATReLU; 0 for all others.
         gated: the MLP computes ``act(gate) * up`` (Llama) instead of ``act(up)`` (OPT).
         position_offset: rows of a learned position table that come before position 0 (OPT has 2).
         rope: rotary parameters; None for learned positions.
@@ -111,6 +112,7 @@ class ModelSpec:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
     head_unit: HeadUnit = "query_head"
+    activation_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -134,6 +136,10 @@ class ModelSpec:
         _require(_is_number(eps) and eps >= 0, f"norm_eps must be a number of at least 0, got {eps!r}")
         _require(self.norm in get_args(Norm), f"norm {self.norm!r}")
         _require(self.activation in get_args(Activation), f"activation {self.activation!r}")
+        threshold = self.activation_threshold
+        _require(_is_number(threshold) and threshold >= 0, f"activation threshold {threshold!r}")
+        _require(self.activation == "fatrelu" or threshold == 0, f"{self.activation} with a threshold")
+        _require(self.activation != "drelu" or self.gated, "dReLU without a gate")
         _require(self.positions in get_args(Positions), f"positions {self.positions!r}")
         _require(self.head_unit in get_args(HeadUnit), f"head unit {self.head_unit!r}")
         _require((self.rope is not None) == (self.positions == "rope"), "rope spec and positions disagree")

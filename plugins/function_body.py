@@ -17,6 +17,7 @@ from onnx_ir.tape import Tape
 
 from shadowllm.bundle import op_domain
 from shadowllm.bundle.quantisation import Quantisation
+from shadowllm.plugins.activation_nodes import activate, times_up
 from shadowllm.plugins.schema import OpSchema
 
 OPSET = 24
@@ -42,6 +43,8 @@ class FunctionForm:
     chooses_neurons: bool = False  # `SparseMLP` has no indices and chooses itself
     head_groups: int = 0  # G of a `SparseAttention` without indices, which chooses itself; 0: it has indices
     table: TableForm | None = None
+    threshold: float = 0.0  # of FATReLU
+    gate_first: bool = False  # `SparseMLP` has neither indices nor a copy, and drops neurons whose gate is zero
 
 
 @dataclass(frozen=True)
@@ -176,11 +179,14 @@ class FunctionBody:
         y = self.op("MatMul", x, self.op("Transpose", weight, perm=[1, 0]))
         return y if bias is None else self.op("Add", y, bias)
 
-    def activate(self, activation: str, x: ir.Value) -> ir.Value:
-        """Apply the activation function of the MLP."""
-        if activation == "silu":
-            return self.op("Mul", x, self.op("Sigmoid", x))
-        return self.op({"relu": "Relu", "gelu": "Gelu"}[activation], x)
+    def number(self, value: float) -> ir.Value:
+        """A scalar constant of the type of x."""
+        return self.op("CastLike", self.op("Constant", value_float=value), self["x"])
+
+    def product(self, form: FunctionForm, first: ir.Value, up: ir.Value | None = None) -> ir.Value:
+        """The products that the rows of down are multiplied by, from the outputs of gate and up, or of up alone."""
+        active = activate(self, form.activation, form.threshold, first)
+        return active if up is None else times_up(self, form.activation, active, up)
 
     def if_else(
         self, condition: ir.Value, if_true: Callable[[], Sequence[ir.Value]], if_false: Callable[[], Sequence[ir.Value]]
@@ -205,6 +211,6 @@ class FunctionBody:
         imports = {"": OPSET, op_domain.DOMAIN: op_domain.VERSION}
         imports |= {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in self._tape.nodes) else {}
         graph = ir.Graph(tuple(self.inputs.values()), outputs, nodes=self._tape.nodes, opset_imports=imports)
-        kinds = {int: ir.AttributeType.INT, str: ir.AttributeType.STRING}
+        kinds = {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT, str: ir.AttributeType.STRING}
         declared = [ir.Attr(a.name, kinds[a.type], None) for a in self._schema.attributes]
         return ir.Function(op_domain.DOMAIN, self._schema.name, graph=graph, attributes=declared)

@@ -12,12 +12,32 @@ from collections.abc import Callable
 import numpy as np
 
 from shadowllm.bundle.quantisation import Quantisation, dequantise
+from shadowllm.models.activations import GELU_CUBIC, GELU_SQRT, QUICK_GELU_SLOPE
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "drelu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float32])(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: x * 0.5 * (1 + np.tanh(GELU_SQRT * (x + GELU_CUBIC * x**3))),
+    "quick_gelu": lambda x: x / (1 + np.exp(-QUICK_GELU_SLOPE * x)),
 }
+
+
+def activate(activation: str, threshold: float, x: np.ndarray) -> np.ndarray:
+    """The activation function of an MLP. ``threshold`` is that of FATReLU."""
+    if activation == "fatrelu":
+        return np.where(x <= np.float32(threshold), np.zeros_like(x), x)
+    return ACTIVATIONS[activation](x)
+
+
+def mlp_product(activation: str, threshold: float, first: np.ndarray, up: np.ndarray | None = None) -> np.ndarray:
+    """The products that the rows of down are multiplied by, from the outputs of gate and up, or of up alone."""
+    active = activate(activation, threshold, first)
+    if up is None:
+        return active
+    return active * (np.maximum(up, 0) if activation == "drelu" else up)
 
 
 def active(indices: np.ndarray, count: int, bound: int) -> np.ndarray:

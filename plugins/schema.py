@@ -11,8 +11,11 @@ is always quantised, and has a separate dimension for the blocks of a row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+Attributes = Mapping[str, int | float | str]  # of a node, by name
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,11 @@ class Port:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A node attribute: ``int`` or ``str``."""
+    """A node attribute. One with a default may be absent."""
 
     name: str
-    type: type[int] | type[str]
+    type: type[int] | type[str] | type[float]
+    default: float | None = None
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ def export(
     training: TrainConfig | None = None,
     cache_dir: StrPath | None = None,
     trust_remote_code: bool = False,
+    activation: str | None = None,
+    activation_threshold: float | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Make a bundle of a model, as ``shadowllm export`` does.
@@ -55,7 +57,7 @@ def export(
         target, selector, dtype, weight_dtype, head_unit, rest, engines, validate: as in `shadowllm.config.Export`.
         predictor: a predictor or its file, to use instead of training one.
         calibration, training: how to trace the model and train the predictor; defaults when None.
-        cache_dir, trust_remote_code: as in `shadowllm.config.Source`.
+        cache_dir, trust_remote_code, activation, activation_threshold: as in `shadowllm.config.Source`.
         overwrite: replace ``out`` if it is a bundle.
 
     Returns:
@@ -81,7 +83,13 @@ def export(
     )
     given = predictor if isinstance(predictor, Predictor) or predictor is None else Predictor.load(Path(predictor))
     return export_model(
-        Source(str(model), None if cache_dir is None else Path(cache_dir), trust_remote_code),
+        Source(
+            str(model),
+            None if cache_dir is None else Path(cache_dir),
+            trust_remote_code,
+            activation,
+            activation_threshold,
+        ),
         Path(out),
         plan,
         predictor=given,

@@ -14,6 +14,7 @@ from typing import Literal
 from shadowllm.config_fields import check_numbers, option
 from shadowllm.errors import UserError
 from shadowllm.limits import LARGEST_SEED
+from shadowllm.models.activations import NAMES
 from shadowllm.models.sparsity import Budget, Rest
 from shadowllm.models.spec import HeadUnit
 
@@ -35,11 +36,26 @@ class Source:
         model: folder with safetensors, .gguf file, or name on the hub: owner/name, owner/name:Q4_K_M.
         cache_dir: where downloads are kept.
         trust_remote_code: let transformers run code from the checkpoint.
+        activation: activation of the MLP, if the checkpoint does not say it (GGUF) or its own code decides it.
+        activation_threshold: threshold of the activation fatrelu.
+
+    Raises:
+        UserError: the activation is unknown, or it is fatrelu and has no threshold, or the reverse.
     """
 
     model: str
     cache_dir: Path | None = option(None)
     trust_remote_code: bool = option(False)
+    activation: str | None = option(
+        None, values={name: name for name in NAMES}, otherwise="the config's, or silu for a GGUF file"
+    )
+    activation_threshold: float | None = option(None, metavar="T", otherwise="the config's")
+
+    def __post_init__(self) -> None:
+        if self.activation is not None and self.activation not in NAMES:
+            raise UserError(f"activation {self.activation!r} is not supported", f"supported: {', '.join(NAMES)}")
+        if self.activation_threshold is not None and self.activation != "fatrelu":
+            raise UserError("only fatrelu has an activation threshold", "give --activation fatrelu too")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from shadowllm.exporter.engines.profiles import profiles_for
 from shadowllm.exporter.staging import staged
 from shadowllm.exporter.write_bundle import check_dtypes, write_bundle
 from shadowllm.malloc import keep_freed_memory
+from shadowllm.models.activations import stated_activation
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.tokenizer import text_encoder
 from shadowllm.models.registry import load_model
@@ -107,7 +108,13 @@ def export_model(
 
 
 def _open(source: Source) -> tuple[ModelSpec, Weights, Checkpoint]:
-    return load_model(source.model, cache_dir=source.cache_dir, trust_remote_code=source.trust_remote_code)
+    return load_model(
+        source.model,
+        cache_dir=source.cache_dir,
+        trust_remote_code=source.trust_remote_code,
+        activation=source.activation,
+        activation_threshold=source.activation_threshold,
+    )
 
 
 def _check_apart(model: Path, out: Path) -> None:
@@ -147,9 +154,13 @@ def _write(
         from shadowllm.evaluation.validation import validate_apart
 
         model = checkpoint.folder / (checkpoint.gguf or "")
-        manifest = replace(
-            manifest, validation=validate_apart(folder, model, trust_remote_code=checkpoint.trust_remote_code)
+        found = validate_apart(
+            folder,
+            model,
+            trust_remote_code=checkpoint.trust_remote_code,
+            activation=stated_activation(checkpoint.config),
         )
+        manifest = replace(manifest, validation=found)
         manifest.write(folder)
     for engine in options.engines:
         build_engines(folder, engine)

@@ -19,6 +19,7 @@ from shadowllm.errors import UserError
 from shadowllm.plugins.kernel_program import PROGRAM, Program
 from shadowllm.plugins.kernel_program_bytes import pack
 from shadowllm.plugins.registry import SCHEMAS
+from shadowllm.plugins.schema import Attributes
 
 ONNX_FLOAT = {"float": "float32"}  # all other types have the same name in ONNX and here
 
@@ -76,7 +77,6 @@ def describe_onnx(path: Path) -> GraphInfo:
     )
 
 
-Attributes = Mapping[str, int | str]
 # Compiles the program of a node. Arguments: its op, its inputs by the schema's names, its attributes.
 Compiler = Callable[[str, Mapping[str, TensorInfo], Attributes], Program]
 
@@ -201,8 +201,8 @@ def _inputs(node: ir.Node) -> dict[str, TensorInfo]:
     return found
 
 
-def _attributes(node: ir.Node) -> dict[str, int | str]:
-    known = SCHEMAS[node.op_type].attributes
+def _attributes(node: ir.Node) -> Attributes:
+    known = [one for one in SCHEMAS[node.op_type].attributes if one.default is None or one.name in node.attributes]
     missing = [attribute.name for attribute in known if attribute.name not in node.attributes]
     if missing:
         raise UserError(f"{_custom_node(node).name} has no attribute {missing[0]!r}", "export the model again")

@@ -14,11 +14,12 @@ from shadowllm.bundle.engine_record import CustomNode, profile_from_json
 from shadowllm.bundle.op_domain import DOMAIN, VERSION
 from shadowllm.child import Progress, serve
 from shadowllm.errors import UserError
-from shadowllm.exporter.engines.graph import Attributes, Compiler, TensorInfo, prepare
+from shadowllm.exporter.engines.graph import Compiler, TensorInfo, prepare
 from shadowllm.plugins.engine_programs import carried
 from shadowllm.plugins.kernel_program import Program
 from shadowllm.plugins.ops.shortlist_logits.schema import SHORTLIST_LOGITS
 from shadowllm.plugins.registry import SCHEMAS
+from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.tensorrt import creators, load_tensorrt
 
 

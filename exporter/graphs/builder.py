@@ -116,6 +116,11 @@ class GraphBuilder:
         """An int64 constant: a vector, or a scalar for a plain int."""
         return self.constant(np.asarray(values, dtype=np.int64), f"int64_{values}".replace(" ", ""))
 
+    def number(self, value: float) -> ir.Value:
+        """A scalar constant of the graph's type."""
+        array = ir.tensor(np.float32(value)).numpy().astype(self.dtype.numpy())
+        return self.constant(array, f"number_{value}")
+
     def shape(self, leading: ir.Value, rest: Sequence[int]) -> ir.Value:
         """A shape tensor: the dimensions in ``leading``, then the constants in ``rest``."""
         key = f"shape_{leading.name or id(leading)}_{list(rest)}"

@@ -12,6 +12,7 @@ from shadowllm.bundle.quantisation import ACCURACY_LEVEL, Quantisation
 from shadowllm.bundle.weight_names import integers, scales, transposed
 from shadowllm.exporter.graphs.builder import GraphBuilder
 from shadowllm.models.spec import ModelSpec
+from shadowllm.plugins.activation_nodes import activate, times_up
 
 
 def cast(g: GraphBuilder, x: ir.Value) -> ir.Value:
@@ -108,14 +109,6 @@ def _integer_gemm(
 
 def mlp_activation(g: GraphBuilder, spec: ModelSpec, projected: ir.Value) -> ir.Value:
     """The input of the down projection, from the output of gate and up side by side, or of up."""
-    if not spec.gated:
-        return activate(g, spec, projected)
-    gate, up = g.split(projected, [spec.intermediate_size] * 2, axis=1)
-    return g.op("Mul", activate(g, spec, gate), up)
-
-
-def activate(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:
-    """Apply the MLP's activation function."""
-    if spec.activation == "silu":
-        return g.op("Mul", x, g.op("Sigmoid", x))
-    return g.op({"relu": "Relu", "gelu": "Gelu"}[spec.activation], x)
+    parts = g.split(projected, [spec.intermediate_size] * (1 + spec.gated), axis=1)
+    active = activate(g, spec.activation, spec.activation_threshold, parts[0])
+    return times_up(g, spec.activation, active, parts[1]) if spec.gated else active

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from shadowllm.errors import UserError
+from shadowllm.models.activations import read_activation
 from shadowllm.models.spec import ModelSpec, RopeSpec
 from shadowllm.models.weights import Source
 
-# Hugging Face's name -> our name.
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
 # Parameters of each RoPE scaling: Hugging Face's name -> the name in `RopeSpec`.
 ROPE_KEYS: dict[str, dict[str, str]] = {
     "default": {"rope_theta": "theta"},
@@ -30,9 +29,7 @@ def spec(config: Any) -> ModelSpec:
     Raises:
         UserError: the model is a variant that this adapter does not support; the message names it.
     """
-    activation = ACTIVATIONS.get(config.hidden_act)
-    if activation is None:
-        raise UserError(f"Llama activation {config.hidden_act!r} is not supported", "use silu, gelu or relu")
+    activation, threshold = read_activation(config)
     return ModelSpec(
         family="llama",
         vocab_size=config.vocab_size,
@@ -45,7 +42,8 @@ def spec(config: Any) -> ModelSpec:
         max_seqlen=config.max_position_embeddings,
         norm="rmsnorm",
         norm_eps=config.rms_norm_eps,
-        activation=activation,  # type: ignore[arg-type]
+        activation=activation,
+        activation_threshold=threshold,
         gated=True,
         positions="rope",
         rope=_rope(config),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shadowllm.errors import UserError
+from shadowllm.models.activations import read_activation
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Source
 
@@ -19,9 +20,7 @@ def spec(config: Any) -> ModelSpec:
         UserError: the model is a variant that this adapter does not support; the message names it.
     """
     _refuse_variants(config)
-    activation = {"relu": "relu", "gelu": "gelu"}.get(config.activation_function)
-    if activation is None:
-        raise UserError(f"OPT activation {config.activation_function!r} is not supported", "use relu or gelu")
+    activation, threshold = read_activation(config)
     return ModelSpec(
         family="opt",
         vocab_size=config.vocab_size,
@@ -34,7 +33,8 @@ def spec(config: Any) -> ModelSpec:
         max_seqlen=config.max_position_embeddings,
         norm="layernorm",
         norm_eps=1e-5,
-        activation=activation,  # type: ignore[arg-type]
+        activation=activation,
+        activation_threshold=threshold,
         gated=False,
         positions="learned",
         position_offset=POSITION_OFFSET,

@@ -241,17 +241,29 @@ inline void for_vectors(float* h, size_t size, F f) {
   memcpy(h + i, rest, (size - i) * sizeof(float));
 }
 
+inline V relu(V x) { return x < 0.0f ? V{} : x; }  // keeps a NaN
+inline V times_sigmoid(V x, V y) { return x / (exponential(-y) + 1.0f); }
+
 void activate(Activation activation, float* h, const float* up, size_t size) {
-  switch (activation) {
+  const float threshold = activation.threshold;
+  switch (activation.kind) {
     case Activation::relu:
-      for_vectors(h, size, [](V x, size_t) { return x < 0.0f ? V{} : x; });  // keeps a NaN
+    case Activation::drelu: for_vectors(h, size, [](V x, size_t) { return relu(x); }); break;
+    case Activation::relu2: for_vectors(h, size, [](V x, size_t) { return relu(x) * relu(x); }); break;
+    case Activation::fatrelu: for_vectors(h, size, [=](V x, size_t) { return x <= threshold ? V{} : x; }); break;
+    case Activation::silu: for_vectors(h, size, [](V x, size_t) { return times_sigmoid(x, x); }); break;
+    case Activation::quick_gelu: for_vectors(h, size, [](V x, size_t) { return times_sigmoid(x, x * 1.702f); }); break;
+    case Activation::gelu_tanh:  // (1 + tanh(u)) / 2 is the sigmoid of 2 u
+      for_vectors(h, size, [](V x, size_t) { return times_sigmoid(x, (x + x * x * x * 0.044715f) * 1.59576912f); });
       break;
-    case Activation::silu: for_vectors(h, size, [](V x, size_t) { return x / (exponential(-x) + 1.0f); }); break;
     case Activation::gelu:
       for (size_t i = 0; i < size; ++i) h[i] = 0.5f * h[i] * (1 + erff(h[i] * 0.70710678f));
       break;
   }
-  if (up != nullptr)
+  if (up == nullptr) return;
+  if (activation.kind == Activation::drelu)
+    for (size_t i = 0; i < size; ++i) h[i] *= up[i] < 0 ? 0 : up[i];
+  else
     for (size_t i = 0; i < size; ++i) h[i] *= up[i];
 }
 

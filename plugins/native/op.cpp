@@ -59,6 +59,15 @@ int64_t Node::integer_or(const char* attribute, int64_t otherwise) const {
   return value;
 }
 
+float Node::real_or(const char* attribute, float otherwise) const {
+  float value = otherwise;
+  if (OrtStatus* status = api_.kernel_info_get_attribute_float(info_, attribute, &value)) {
+    api_.release_status(status);
+    return otherwise;
+  }
+  return value;
+}
+
 std::string Node::text(const char* attribute) const {
   size_t size = 0;
   api_.check(api_.kernel_info_get_attribute_string(info_, attribute, nullptr, &size));

@@ -56,6 +56,7 @@ class Node {
 
   int64_t integer(const char* attribute) const;
   int64_t integer_or(const char* attribute, int64_t otherwise) const;
+  float real_or(const char* attribute, float otherwise) const;
   std::string text(const char* attribute) const;
 
   // Inputs of this call. Constant initializers were looked up once, at creation.

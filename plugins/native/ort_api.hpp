@@ -93,6 +93,7 @@ class Api {
     bind(62, get_dimensions);
     bind(63, get_symbolic_dimensions);
     bind(65, get_tensor_type_and_shape);
+    bind(85, kernel_info_get_attribute_float);
     bind(86, kernel_info_get_attribute_int64);
     bind(87, kernel_info_get_attribute_string);
     bind(88, kernel_context_get_input_count);
@@ -136,6 +137,7 @@ class Api {
   OrtStatus* (*get_dimensions)(const OrtTensorTypeAndShapeInfo*, int64_t* dims, size_t rank);
   OrtStatus* (*get_symbolic_dimensions)(const OrtTensorTypeAndShapeInfo*, const char** names, size_t rank);
   OrtStatus* (*get_tensor_type_and_shape)(const OrtValue*, OrtTensorTypeAndShapeInfo** out);
+  OrtStatus* (*kernel_info_get_attribute_float)(const OrtKernelInfo*, const char* name, float* out);
   OrtStatus* (*kernel_info_get_attribute_int64)(const OrtKernelInfo*, const char* name, int64_t* out);
   OrtStatus* (*kernel_info_get_attribute_string)(const OrtKernelInfo*, const char* name, char* out, size_t* size);
   OrtStatus* (*kernel_context_get_input_count)(const OrtKernelContext*, size_t* out);

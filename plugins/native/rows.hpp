@@ -8,7 +8,15 @@
 namespace shadowllm {
 
 enum class RowType { f32, bf16, f16, i8, i4, c4 };
-enum class Activation { relu, silu, gelu };
+
+// The activation of an MLP; see models/activations.py.
+struct Activation {
+  enum Kind { relu, relu2, fatrelu, drelu, silu, gelu, gelu_tanh, quick_gelu } kind;
+  float threshold = 0;  // of fatrelu
+
+  // Whether it is exactly zero for many inputs.
+  bool zeroes() const { return kind <= drelu; }
+};
 
 // Quantised rows (i8, i4, c4) have the layout of ONNX Runtime's MatMulNBits: unsigned integers around a middle of 128
 // or 8, and a scale for every `block` of them. Two 4-bit integers share a byte, and the lower half comes first. Rows c4
@@ -62,7 +70,7 @@ struct Kernels {
   void (*project)(const Rows&, Picks, const float* input, size_t tokens, float* out, Ahead);
   // y[t * width + k] += sum over i of h[i * tokens + t] * rows[pick i][k]
   void (*accumulate)(const Rows&, Picks, const float* h, size_t tokens, float* y, Ahead);
-  // h[i] = act(h[i]), times up[i] if up is not null
+  // h[i] = act(h[i]), times up[i] if up is not null; in dReLU, up[i] is replaced by relu(up[i])
   void (*activate)(Activation, float* h, const float* up, size_t size);
   // h[i] = exp(h[i] - max h); returns the sum
   float (*exponentials)(float* h, size_t size);

@@ -19,7 +19,7 @@ from shadowllm.bundle.gpu_images import PTX, PTX_SM
 from shadowllm.errors import UserError
 from shadowllm.plugins.kernel_program import ALIGNED, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
 from shadowllm.plugins.registry import SCHEMAS, schedules
-from shadowllm.plugins.schema import OpSchema
+from shadowllm.plugins.schema import Attributes, OpSchema
 from shadowllm.plugins.triton.schedule import Call, Operand, Schedule, Scratch, Shape
 
 # PTX version that drivers of CUDA 12 understand.
@@ -45,7 +45,7 @@ class Tensor:
 def compile_program(
     op: str,
     inputs: Mapping[str, Tensor],
-    attributes: Mapping[str, int | str],
+    attributes: Attributes,
     *,
     max_batch: int,
     max_seqlen: int,
@@ -81,7 +81,7 @@ def compile_program(
 def _compile(
     op: str,
     inputs: tuple[tuple[str, Tensor], ...],
-    attributes: tuple[tuple[str, int | str], ...],
+    attributes: tuple[tuple[str, int | float | str], ...],
     max_batch: int,
     max_seqlen: int,
     sms: tuple[int, ...],
@@ -110,7 +110,7 @@ def _compile(
 
 
 def _dimensions(
-    schema: OpSchema, names: list[str], shape: tuple[str, ...], attributes: tuple[tuple[str, int | str], ...]
+    schema: OpSchema, names: list[str], shape: tuple[str, ...], attributes: tuple[tuple[str, int | float | str], ...]
 ) -> tuple[int | tuple[int, int], ...]:
     """Dimensions of an output; each is a number, an attribute, or a dimension of the first input with its symbol."""
     ports = {port.name: port.shape for port in schema.inputs}

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from shadowllm.models.activations import Activation
 from shadowllm.plugins.kernel_program import call_size
-from shadowllm.plugins.schema import OpSchema
+from shadowllm.plugins.schema import Attributes, OpSchema
 from shadowllm.plugins.triton.schedule import Planner, Schedule, Shape, cover, run
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-ACTIVATIONS = ("relu", "silu", "gelu")
+ACTIVATIONS = get_args(Activation)
 
 
 def check_activation(schema: OpSchema, activation: str) -> None:
@@ -57,7 +59,7 @@ def launch(
     schema: OpSchema,
     planner: Planner,
     inputs: Mapping[str, Tensor | None],
-    attributes: Mapping[str, int | str],
+    attributes: Attributes,
     *outputs: Tensor,
 ) -> None:
     """Launch an op.
@@ -95,7 +97,7 @@ def _limit(size: int) -> int:
 def _planned(
     planner: Planner,
     shapes: tuple[tuple[str, Shape], ...],
-    attributes: tuple[tuple[str, int | str], ...],
+    attributes: tuple[tuple[str, int | float | str], ...],
     itemsize: int,
     max_batch: int,
     max_seqlen: int,

@@ -25,8 +25,8 @@ def back_calls(
     itemsize: int,
     width: int,
     skip_zeros: bool = False,
-    indices: Operand = "indices",
-    count: Operand = "count",
+    indices: Operand | None = "indices",
+    count: Operand | None = "count",
     rest: Rest | None = None,
 ) -> tuple[Call, ...]:
     """The launches of `project_back`, of `project_rest` if there is a rest, and of `sum_partials`: they write "y".
@@ -38,7 +38,7 @@ def back_calls(
         units, group: the weight has ``units * group`` rows.
         itemsize: bytes per element of type T.
         skip_zeros: whether to skip weight rows whose hidden values are zero.
-        indices, count: the active units.
+        indices, count: the active units; None for all.
         rest: the units that are computed from a low-bit copy.
     """
     rows, cols = (16, min(256, triton.next_power_of_2(width))) if tier.block == GEMV else (LINE // itemsize, 64)
@@ -51,8 +51,8 @@ def back_calls(
         (Size(tiles), Size(splits), tier.tiles),
         {
             "hidden": hidden,
-            "indices": indices,
-            "count": count,
+            **({} if indices is None else {"indices": indices}),
+            **({} if count is None else {"count": count}),
             "weight": weight,
             "partials": partials,
             "tokens": tier.size,
@@ -109,7 +109,9 @@ def project_back(
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
     rows_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.minimum(tl.load(count), CAP)
+    n = tl.zeros((), tl.int32) + CAP
+    if count is not None:
+        n = tl.minimum(tl.load(count), CAP)
     share = tl.cdiv(tl.cdiv(n * GROUP, SPLITS), BLOCK_N) * BLOCK_N
     stop = tl.minimum(n * GROUP, (split + 1) * share)
     if BLOCK_M == 1:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from shadowllm.plugins.kernel_program import Size
+from shadowllm.plugins.schema import Attributes
 
 ALIGNMENT = 256
 GEMV, DOT, PREFILL = 1, 16, 64  # tokens in a tile
@@ -69,7 +70,7 @@ class Planner(Protocol):
     def __call__(
         self,
         shapes: Mapping[str, Shape],
-        attributes: Mapping[str, int | str],
+        attributes: Attributes,
         *,
         itemsize: int,
         max_batch: int,

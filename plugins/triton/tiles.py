@@ -11,8 +11,13 @@ import os
 import triton
 import triton.language as tl
 
+from shadowllm.models.activations import GELU_CUBIC, GELU_SQRT, QUICK_GELU_SLOPE
+from shadowllm.plugins.schema import Attributes
+
 # In tl.dot, Triton's interpreter treats the bits of bfloat16 as integers, so it gets float32 instead.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+SLOPE, SQRT, CUBIC = (tl.constexpr(number) for number in (QUICK_GELU_SLOPE, GELU_SQRT, GELU_CUBIC))
 
 # Bytes along the summed dimension that a loop around ``tl.dot`` takes per step.
 LINE = 128
@@ -74,24 +79,57 @@ def sum_along(acc, BLOCK_M: tl.constexpr):
 def active_rows(indices, count, slots, GROUP: tl.constexpr, UNITS: tl.constexpr):
     """Rows of a weight at the slots of a selection of units, which have ``GROUP`` rows each.
 
+    Without indices, the selection is of all units in their order.
+
     Returns:
         Rows, int64, and whether they are active. A slot past the count, or an index outside the weight,
         is not active and gets a row of unit 0, so that nothing outside a buffer is read.
     """
-    units = tl.load(indices + slots // GROUP, mask=slots < count * GROUP, other=-1)
+    if indices is None:
+        units = tl.where(slots < count * GROUP, slots // GROUP, -1)
+    else:
+        units = tl.load(indices + slots // GROUP, mask=slots < count * GROUP, other=-1)
     live = (units >= 0) & (units < UNITS)
     return tl.where(live, units, 0).to(tl.int64) * GROUP + slots % GROUP, live
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """Apply the MLP's activation to float32 values."""
-    if ACTIVATION == "relu":
-        return tl.where(x < 0, 0.0, x)  # keeps a NaN, which a maximum may drop
+def activate(x, ACTIVATION: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Apply the MLP's activation to float32 values; see `models.activations`."""
+    if ACTIVATION == "relu" or ACTIVATION == "drelu":
+        return relu(x)
+    elif ACTIVATION == "relu2":
+        return relu(x) * relu(x)
+    elif ACTIVATION == "fatrelu":
+        return tl.where(x <= THRESHOLD, 0.0, x)
     elif ACTIVATION == "silu":
         return x * tl.sigmoid(x)
+    elif ACTIVATION == "quick_gelu":
+        return x * tl.sigmoid(SLOPE * x)
+    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 is sigmoid(2 u)
+        return x * tl.sigmoid(2 * SQRT * (x + CUBIC * x * x * x))
     else:
         return x * 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def relu(x):
+    """``max(x, 0)``. It keeps a NaN, which a maximum may drop."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def times_up(active, up, ACTIVATION: tl.constexpr):
+    """Multiply the activated gate by up, which has a ReLU too in dReLU."""
+    if ACTIVATION == "drelu":
+        return active * relu(up)
+    else:
+        return active * up
+
+
+def activation_constants(attributes: Attributes) -> dict[str, float | str]:
+    """The constants of `activate`, from the attributes of a node."""
+    return {"ACTIVATION": str(attributes["activation"]), "THRESHOLD": float(attributes.get("threshold", 0))}
 
 
 def block_along(width: int, tokens: int, itemsize: int) -> int:

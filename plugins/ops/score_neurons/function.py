@@ -36,9 +36,9 @@ def function_body(form: FunctionForm) -> ir.Function | None:
     )
     if form.gated:
         gate, up = body.pair("Split", projected, axis=1, num_outputs=2)
-        product = body.op("Mul", body.activate(form.activation, gate), up)
+        product = body.product(form, gate, up)
     else:
-        product = body.activate(form.activation, projected)
+        product = body.product(form, projected)
     mean = body.op("ReduceMean", body.op("Abs", product), body.const([0]), keepdims=1)
     return body.finish(body.op("Mul", mean, body["down_norms"]))
 

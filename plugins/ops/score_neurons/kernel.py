@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from shadowllm.plugins.triton.low_bit import copy_products, rest_is_added
-from shadowllm.plugins.triton.tiles import activate
+from shadowllm.plugins.triton.tiles import activate, times_up
 
 
 @triton.jit
@@ -33,6 +33,7 @@ def score_neurons(
     BLOCKS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    THRESHOLD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -68,9 +69,9 @@ def score_neurons(
                 )  # fmt: skip
                 if b_gate is not None:
                     g += tl.load(b_gate + rows, mask=live, other=0.0)[None, :].to(tl.float32)
-                h *= activate(g, ACTIVATION)
+                h = times_up(activate(g, ACTIVATION, THRESHOLD), h, ACTIVATION)
             else:
-                h = activate(h, ACTIVATION)
+                h = activate(h, ACTIVATION, THRESHOLD)
             rows_m = first + tl.arange(0, BLOCK_M)
             inside = (rows_m < tokens)[:, None]
             if products is not None:

@@ -20,6 +20,7 @@ def score_neurons(
     count: Tensor,
     *,
     activation: str,
+    threshold: float = 0.0,
 ) -> Tensor:
     """``ScoreNeurons``: x ``(B, S, D)``, copy uint8 ``(rows, blocks, bytes)``, count an int32 scalar -> ``(1, F)``.
 
@@ -43,5 +44,5 @@ def score_neurons(
         "count": count,
     }
     scores = torch.empty(1, len(down_norms), device=x.device)
-    launch(SCORE_NEURONS, schedules, inputs, {"activation": activation}, scores)
+    launch(SCORE_NEURONS, schedules, inputs, {"activation": activation, "threshold": threshold}, scores)
     return scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from shadowllm.bundle.quantisation import Quantisation, dequantise
-from shadowllm.plugins.reference import ACTIVATIONS
+from shadowllm.plugins.reference import mlp_product
 
 
 def score_neurons(
@@ -17,12 +17,13 @@ def score_neurons(
     down_norms: np.ndarray,
     *,
     activation: str,
+    threshold: float = 0.0,
 ) -> np.ndarray:
     """``ScoreNeurons``: x ``(B, S, D)``, 4-bit copy ``(rows, blocks, bytes)`` -> float32 ``(1, F)``."""
-    wide, act = x.reshape(-1, x.shape[2]).astype(np.float32), ACTIVATIONS[activation]
+    wide = x.reshape(-1, x.shape[2]).astype(np.float32)
     q = Quantisation(bits=4, block=2 * copy.shape[2])
     y = wide @ dequantise(copy.reshape(len(copy), -1), scales, wide.shape[1], q).T
     biases = [bias.astype(np.float32) for bias in (b_gate, b_up) if bias is not None]
-    first, *rest = np.split(y + np.concatenate(biases) if biases else y, len(copy) // len(down_norms), axis=1)
-    product = act(first) * rest[0] if rest else act(first)
+    parts = np.split(y + np.concatenate(biases) if biases else y, len(copy) // len(down_norms), axis=1)
+    product = mlp_product(activation, threshold, *parts)
     return (np.abs(product).mean(axis=0) * down_norms)[None].astype(np.float32)

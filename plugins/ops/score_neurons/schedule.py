@@ -8,24 +8,28 @@ import triton
 
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.score_neurons.kernel import score_neurons
+from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Operand, Schedule, Shape, Tier, tiers
-from shadowllm.plugins.triton.tiles import tile_warps
+from shadowllm.plugins.triton.tiles import activation_constants, tile_warps
 
 
 def schedules(
-    shapes: Mapping[str, Shape], attributes: Mapping[str, int | str], *, itemsize: int, max_batch: int, max_seqlen: int
+    shapes: Mapping[str, Shape], attributes: Attributes, *, itemsize: int, max_batch: int, max_seqlen: int
 ) -> list[Schedule]:
     """See `triton.schedule.Planner`."""
     ranges = tiers(max_batch, max_seqlen)
-    return [plan_score_neurons(shapes, itemsize, tier, str(attributes["activation"])) for tier in ranges]
+    return [plan_score_neurons(shapes, itemsize, tier, activation_constants(attributes)) for tier in ranges]
 
 
-def plan_score_neurons(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, activation: str) -> Schedule:
+def plan_score_neurons(
+    shapes: Mapping[str, Shape], itemsize: int, tier: Tier, activation: Mapping[str, float | str]
+) -> Schedule:
     """How to launch ``ScoreNeurons`` in a tier.
 
     Args:
         shapes: shapes of the inputs, by name; the copy's last dimension counts int32 words.
         itemsize: bytes per element of x.
+        activation: `activation_constants`.
     """
     rows = shapes["copy"][0]
     gated = rows == 2 * shapes["down_norms"][0]
@@ -53,7 +57,7 @@ def score_call(
     width: int,
     copy: Shape,
     itemsize: int,
-    activation: str,
+    activation: Mapping[str, float | str],
 ) -> Call:
     """The launch of the kernel, with all its operands except the number of tokens.
 
@@ -62,6 +66,7 @@ def score_call(
         width: size of x.
         copy: shape of a copy; its last dimension counts int32 words.
         itemsize: bytes per element of x.
+        activation: `activation_constants`.
     """
     _, blocks, words = copy
     one = tier.block == GEMV
@@ -78,7 +83,7 @@ def score_call(
             "WIDTH": width,
             "BLOCKS": blocks,
             "BLOCK_WORDS": words,
-            "ACTIVATION": activation,
+            **activation,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "BLOCK_W": min(4 * words, triton.next_power_of_2(blocks * words)) if one else words,

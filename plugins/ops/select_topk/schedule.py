@@ -8,6 +8,7 @@ import triton
 
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.select_topk.kernel import select_topk
+from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Shape, Tier
 
 # Scores that a block loads at a time; longer rows take several steps.
@@ -15,7 +16,7 @@ MAX_BLOCK = 8192
 
 
 def schedules(
-    shapes: Mapping[str, Shape], attributes: Mapping[str, int | str], *, itemsize: int, max_batch: int, max_seqlen: int
+    shapes: Mapping[str, Shape], attributes: Attributes, *, itemsize: int, max_batch: int, max_seqlen: int
 ) -> list[Schedule]:
     """See `triton.schedule.Planner`; the limits are not used, because the rows, which are the batch, are known."""
     return [plan_select_topk(shapes, Tier(shapes["scores"][0], 1, GEMV), int(attributes["cap"]))]

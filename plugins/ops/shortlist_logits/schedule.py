@@ -9,6 +9,7 @@ import triton
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.select_topk.schedule import MAX_BLOCK
 from shadowllm.plugins.ops.shortlist_logits import kernel
+from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Operand, Schedule, Shape, Tier, Workspace, tiers
 from shadowllm.plugins.triton.tiles import block_along, tile_warps
 
@@ -19,7 +20,7 @@ PARTS = 1024
 
 
 def schedules(
-    shapes: Mapping[str, Shape], attributes: Mapping[str, int | str], *, itemsize: int, max_batch: int, max_seqlen: int
+    shapes: Mapping[str, Shape], attributes: Attributes, *, itemsize: int, max_batch: int, max_seqlen: int
 ) -> list[Schedule]:
     """See `triton.schedule.Planner`; the rows of x are the batch."""
     return [plan_shortlist_logits(shapes, itemsize, tier) for tier in tiers(max_batch, 1)]

@@ -9,6 +9,7 @@ import triton
 
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.sparse_attention.kernel import decode_attention, head_queries, merge_splits, prompt_attention
+from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.head_choice import order_heads, score_heads
 from shadowllm.plugins.triton.output_projection import back_calls
 from shadowllm.plugins.triton.rest_projection import Rest
@@ -20,7 +21,7 @@ SPAN, POSITIONS = 256, 32
 
 
 def schedules(
-    shapes: Mapping[str, Shape], attributes: Mapping[str, int | str], *, itemsize: int, max_batch: int, max_seqlen: int
+    shapes: Mapping[str, Shape], attributes: Attributes, *, itemsize: int, max_batch: int, max_seqlen: int
 ) -> list[Schedule]:
     """See `triton.schedule.Planner`."""
     ranges = tiers(max_batch, max_seqlen)

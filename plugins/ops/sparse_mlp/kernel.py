@@ -1,7 +1,10 @@
-"""``SparseMLP``: gate and up of the active neurons in one pass.
+"""``SparseMLP``: gate and up of the active neurons in one pass, or gate first.
 
 `plugins.triton.output_projection` multiplies the result by their rows of ``w_down``. With a low-bit copy, the kernel of
 ``ScoreNeurons`` computes the products of all neurons first, and that of ``SelectTopK`` may choose the active ones.
+
+Without indices and without a copy, `gate_first` reads the rows of up only of neurons whose gate is not zero. The output
+projection skips the rows of down whose hidden values are zero, and `list_fired` lists the neurons.
 """
 
 from __future__ import annotations
@@ -9,7 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shadowllm.plugins.triton.tiles import activate, active_rows, add_along, sum_along, token_tile, zeros_along
+from shadowllm.plugins.triton.tiles import (
+    activate,
+    active_rows,
+    add_along,
+    sum_along,
+    times_up,
+    token_tile,
+    zeros_along,
+)
 
 
 @triton.jit
@@ -28,6 +39,7 @@ def mlp_hidden(
     NEURONS: tl.constexpr,
     WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    THRESHOLD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -61,12 +73,93 @@ def mlp_hidden(
         g = sum_along(gate, BLOCK_M)
         if b_gate is not None:
             g += tl.load(b_gate + rows, mask=live, other=0.0)[None, :].to(tl.float32)
-        h *= activate(g, ACTIVATION)
+        h = times_up(activate(g, ACTIVATION, THRESHOLD), h, ACTIVATION)
     else:
-        h = activate(h, ACTIVATION)
+        h = activate(h, ACTIVATION, THRESHOLD)
     inside_m = (rows_m < tokens)[:, None] & live[None, :]
     place = rows_m[:, None].to(tl.int64) * CAP + slots[None, :]
     tl.store(hidden + place, h.to(hidden.dtype.element_ty), mask=inside_m)
     if products is not None:
         place = rows_m[:, None].to(tl.int64) * NEURONS + rows[None, :]
         tl.store(products + place, tl.zeros_like(h).to(products.dtype.element_ty), mask=inside_m)
+
+
+@triton.jit
+def gate_first(
+    x,
+    w_first,
+    b_first,
+    w_up,
+    b_up,
+    hidden,
+    fired,
+    tokens,
+    NEURONS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write ``hidden (tokens, NEURONS)``, and int32 ``fired (token tiles, NEURONS)``: 1 where a gate is not zero.
+
+    ``w_first`` is gate, or up in an MLP without a gate; then ``w_up`` is None.
+    """
+    neurons = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = neurons < NEURONS
+    rows = tl.where(live, neurons, 0)
+    rows_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = (rows_m < tokens)[:, None] & live[None, :]
+    h = project(x, w_first, b_first, rows, live, tokens, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
+    h = activate(h, ACTIVATION, THRESHOLD)
+    any_token = tl.max((inside & (h != 0)).to(tl.int32), 0)
+    tl.store(fired + tl.program_id(1) * NEURONS + neurons, any_token, mask=live)
+    if w_up is not None:
+        up = project(x, w_up, b_up, rows, any_token != 0, tokens, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
+        h = times_up(h, up, ACTIVATION)
+    tl.store(
+        hidden + rows_m[:, None].to(tl.int64) * NEURONS + neurons[None, :], h.to(hidden.dtype.element_ty), mask=inside
+    )
+
+
+@triton.jit
+def project(
+    x,
+    weight,
+    bias,
+    rows,
+    live,
+    tokens,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The products ``(BLOCK_M, BLOCK_N)`` of the block's tokens with some rows, plus bias. Only live rows are read."""
+    total = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
+    for start in range(0, WIDTH, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        place = rows.to(tl.int64)[:, None] * WIDTH + cols[None, :]
+        w = tl.load(weight + place, mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0)
+        total = add_along(total, token_tile(x, tokens, cols, WIDTH, BLOCK_M, BLOCK_N), w, BLOCK_M)
+    y = sum_along(total, BLOCK_M)
+    if bias is not None:
+        y += tl.load(bias + rows, mask=live, other=0.0)[None, :].to(tl.float32)
+    return y
+
+
+@triton.jit
+def list_fired(fired, chosen, tiles, NEURONS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write ``chosen (NEURONS,)``: the neurons that fired for any token, ascending and -1 past their number."""
+    count = tl.zeros((), tl.int32)
+    for first in range(0, NEURONS, BLOCK):
+        neurons = first + tl.arange(0, BLOCK)
+        any_tile = tl.zeros((BLOCK,), tl.int32)
+        for tile in range(tiles):
+            any_tile |= tl.load(fired + tile * NEURONS + neurons, mask=neurons < NEURONS, other=0)
+        tl.store(chosen + count + tl.cumsum(any_tile, 0) - 1, neurons, mask=any_tile != 0)
+        count += tl.sum(any_tile, 0)
+    for first in range(0, NEURONS, BLOCK):
+        slots = first + tl.arange(0, BLOCK)
+        tl.store(chosen + slots, -1, mask=(slots >= count) & (slots < NEURONS))

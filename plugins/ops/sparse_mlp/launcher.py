@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shadowllm.models.activations import RELU_LIKE
 from shadowllm.plugins.ops.sparse_mlp.schedule import schedules
 from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 from shadowllm.plugins.triton.launch import check_activation, check_rest, launch
@@ -30,6 +31,7 @@ def sparse_mlp(
     down_norms: Tensor | None = None,
     *,
     activation: str,
+    threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)``, count and rest int32 scalars on the device -> ``(B, S, D)``.
 
@@ -53,8 +55,10 @@ def sparse_mlp(
     check_rest(SPARSE_MLP, rest, {n: t for n, t in copies.items() if gated or "gate" not in n}, x.shape[-1])
     if (c_gate is not None or cs_gate is not None) and not gated:
         raise ValueError("SparseMLP has a copy of gate and no w_gate")
-    if indices is None and (c_up is None or down_norms is None):
-        raise ValueError("SparseMLP needs indices, or a low-bit copy and down_norms to choose by")
+    if indices is None and (c_up is None) != (down_norms is None):
+        raise ValueError("SparseMLP needs a low-bit copy and down_norms to choose by, and has only one of them")
+    if indices is None and c_up is None and activation not in RELU_LIKE:
+        raise ValueError(f"SparseMLP needs indices or a low-bit copy, because {activation} is never zero")
     inputs = {
         "x": x,
         "indices": indices,
@@ -69,10 +73,10 @@ def sparse_mlp(
         **copies,
         "down_norms": down_norms,
     }
-    y = torch.empty_like(x)
+    y, attributes = torch.empty_like(x), {"activation": activation, "threshold": threshold}
     if indices is not None:
-        launch(SPARSE_MLP, schedules, inputs, {"activation": activation}, y)
+        launch(SPARSE_MLP, schedules, inputs, attributes, y)
         return y, None
     chosen = torch.empty(len(w_up), dtype=torch.int32, device=x.device)
-    launch(SPARSE_MLP, schedules, inputs, {"activation": activation}, y, chosen)
+    launch(SPARSE_MLP, schedules, inputs, attributes, y, chosen)
     return y, chosen

@@ -33,11 +33,17 @@ struct Matrices {
   size_t cost() const { return up.cost() + down.cost() + (gated ? gate.cost() : 0); }
 };
 
+// Vectors x in the form that `project` reads with the rows of gate and of up.
+struct Inputs {
+  const float *gate, *up;
+};
+
 struct Call {
   Matrices full, low;  // low only if copied
   Bias b_gate, b_up, b_down;
   size_t width, neurons, tokens;
   bool choosing, copied, rest;  // copied: the low-bit copy is read
+  bool gate_first;              // the neurons whose gate is not zero are active
   size_t full_count;            // neurons computed from their full rows
   const float* norms;           // only if choosing
 
@@ -51,7 +57,20 @@ struct Call {
   }
 };
 
-// Memory for the choice, which is the same for all tokens. A mark is 1 if the neuron is computed from its full rows.
+// Moves the neurons with a nonzero output to the front and returns their number. After ReLU most outputs are zero, and
+// the rows of w_down for zeros need not be read. `kept_ids` may be picks.ids.
+inline size_t drop_zeros(Picks picks, size_t tokens, float* h, int32_t* kept_ids) {
+  size_t kept = 0;
+  for (size_t i = 0; i < picks.count; ++i) {
+    const float* from = h + i * tokens;
+    if (std::all_of(from, from + tokens, [](float value) { return value == 0; })) continue;
+    if (kept != i) std::copy(from, from + tokens, h + kept * tokens);
+    kept_ids[kept++] = picks.ids[i];
+  }
+  return kept;
+}
+
+// Memory for the choice, which is the same for all tokens. A mark is 1 if the neuron is active.
 struct ChoiceRoom {
   float* scores;
   int32_t *keys, *all, *chosen, *marks;
@@ -60,7 +79,7 @@ struct ChoiceRoom {
     const size_t if_copied = call.copied ? call.neurons : 0, if_choosing = call.choosing ? call.neurons : 0;
     scores = room.floats(if_copied);
     keys = room.integers(if_copied);
-    marks = room.integers(if_copied);
+    marks = room.integers(std::max(if_copied, if_choosing));
     chosen = room.integers(if_copied);
     all = room.integers(std::max(if_copied, if_choosing));
   }

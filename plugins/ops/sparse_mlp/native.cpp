@@ -1,11 +1,11 @@
 // SparseMLP: gate, up and down of the active neurons in one pass over their rows. With a low-bit copy, the other
 // neurons are computed from it in the same pass. If the op chooses the neurons, an earlier pass computes gate and up of
-// all neurons from the copy, and the later one uses these products.
+// all neurons from the copy, and the later one uses these products. Without indices and copy: see gate_first.hpp.
 #include <cmath>
 #include <numeric>
 
+#include "gate_first.hpp"
 #include "largest.hpp"
-#include "mlp_call.hpp"
 
 namespace shadowllm {
 namespace {
@@ -34,23 +34,10 @@ enum Input {
 };
 
 Activation parse_activation(const Node& node, const std::string& name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  node.fail("activation '" + name + "' is none of relu, silu and gelu");
-}
-
-// Moves the neurons with a nonzero output to the front and returns their number. After ReLU most outputs are zero, and
-// the rows of w_down for zeros need not be read.
-size_t drop_zeros(Picks picks, size_t tokens, float* h, int32_t* kept_ids) {
-  size_t kept = 0;
-  for (size_t i = 0; i < picks.count; ++i) {
-    const float* from = h + i * tokens;
-    if (std::all_of(from, from + tokens, [](float value) { return value == 0; })) continue;
-    if (kept != i) std::copy(from, from + tokens, h + kept * tokens);
-    kept_ids[kept++] = picks.ids[i];
-  }
-  return kept;
+  constexpr const char* kNames[] = {"relu", "relu2", "fatrelu", "drelu", "silu", "gelu", "gelu_tanh", "quick_gelu"};
+  for (size_t i = 0; i < std::size(kNames); ++i)
+    if (name == kNames[i]) return {static_cast<Activation::Kind>(i), node.real_or("threshold", 0)};
+  node.fail("activation '" + name + "' is not supported");
 }
 
 class SparseMlp {
@@ -109,7 +96,8 @@ class SparseMlp {
         for_blocks([&](const BlockRoom& room, const float* x, float*) { score(pool, call, choice_room, room, x); });
       picks.ids = choose(call, choice_room);
     }
-    if (chosen.present()) {
+    if (call.gate_first) std::fill_n(choice_room.marks, neurons, 0);
+    if (chosen.present() && !call.gate_first) {
       int32_t* out = static_cast<int32_t*>(chosen.data);
       std::fill(std::copy_n(picks.ids, std::min(picks.count, call.neurons), out), out + neurons, -1);
     }
@@ -117,13 +105,11 @@ class SparseMlp {
     for_blocks([&](const BlockRoom& room, const float* x, float* to) {
       run(pool, call, picks, choice_room, room, x, call.choosing && keeps, to);
     });
+    if (chosen.present() && call.gate_first)
+      list_marked(choice_room.marks, call.neurons, static_cast<int32_t*>(chosen.data));
   }
 
  private:
-  struct Inputs {
-    const float *gate, *up;
-  };
-
   void check(const std::vector<Tensor>& in) const {
     if (in[kWUp].rank != 2) node_.fail("w_up has " + std::to_string(in[kWUp].rank) + " dimensions, not 2");
     const int64_t width = node_.width_of(in[kX]), neurons = in[kWUp].dims[0];
@@ -148,9 +134,13 @@ class SparseMlp {
         node_.fail("the low-bit copy must have the matrices of the layer, but " + std::string(kPorts[copy].name) +
                    (needed ? " is missing" : " stands alone"));
     }
-    if (!in[kIndices].present() && !(copied && in[kDownNorms].present()))
+    if (!in[kIndices].present() && !gate_first(in) && !(copied && in[kDownNorms].present()))
       node_.fail("without indices, the neurons are chosen with a low-bit copy and down_norms, but these are missing");
     if (wants_rest(in) && !copied) node_.fail("rest is 1, but there is no low-bit copy");
+  }
+
+  bool gate_first(const std::vector<Tensor>& in) const {
+    return !in[kIndices].present() && !in[kCUp].present() && !in[kDownNorms].present() && activation_.zeroes();
   }
 
   static bool wants_rest(const std::vector<Tensor>& in) { return in[kRest].present() && *in[kRest].as<int32_t>() != 0; }
@@ -163,8 +153,8 @@ class SparseMlp {
   Call read(const std::vector<Tensor>& in) const {
     const int64_t rows = in[kWUp].dims[0], columns = node_.width_of(in[kX]), count = *in[kCount].as<int32_t>();
     Call call{};
-    call.choosing = !in[kIndices].present();
-    if (call.choosing) node_.bound("count", count, 0, rows);
+    call.choosing = !in[kIndices].present(), call.gate_first = gate_first(in);
+    if (call.choosing && !call.gate_first) node_.bound("count", count, 0, rows);
     const bool gated = in[kWGate].present(), copied = in[kCUp].present();
     const Rows up = node_.matrix(in, kWUp, kSUp, rows, columns), down = node_.matrix(in, kWDown, kSDown, rows, columns);
     call.full = {gated ? node_.matrix(in, kWGate, kSGate, rows, columns) : up, up, down, gated};
@@ -177,7 +167,7 @@ class SparseMlp {
     }
     call.b_gate = bias(in, kBGate), call.b_up = bias(in, kBUp), call.b_down = bias(in, kBDown);
     call.width = static_cast<size_t>(columns), call.neurons = static_cast<size_t>(rows);
-    call.full_count = static_cast<size_t>(std::max<int64_t>(count, 0));
+    call.full_count = static_cast<size_t>(call.gate_first ? rows : std::max<int64_t>(count, 0));
     call.rest = wants_rest(in) && count < rows;
     call.copied = copied && count < rows && (call.choosing || call.rest);
     call.norms = in[kDownNorms].as<float>();
@@ -261,7 +251,7 @@ class SparseMlp {
     for (size_t i = chunk.begin; i < chunk.end; ++i)
       if (choice.marks[i] != 0) std::fill_n(h + (i - chunk.begin) * tokens, tokens, 0.0f);
     Picks left{choice.all + chunk.begin, chunk.size()};
-    if (activation_ == Activation::relu) {
+    if (activation_.zeroes()) {
       int32_t* kept = room.low_kept + chunk.begin;
       left = {kept, drop_zeros(left, tokens, h, kept)};
     }
@@ -276,7 +266,7 @@ class SparseMlp {
   void add_full(const Call& call, Picks picks, const BlockRoom& room, Chunk chunk, Inputs inputs, float* sum) const {
     const Picks mine{picks.ids + chunk.begin, chunk.size()};
     const size_t at = chunk.begin * room.tokens;
-    const bool dense = activation_ != Activation::relu;
+    const bool dense = !activation_.zeroes();
     float* h = room.hidden + at;
     products(call, call.full, mine, inputs, room.tokens, dense ? &call.full.down : nullptr, h, room.ups + at);
     Picks left = mine;
@@ -296,7 +286,10 @@ class SparseMlp {
       std::fill(sum, sum + part, 0.0f);
       if (low) low_products(call, choice, room, chunks[c], low_inputs);
       if (call.rest) add_rest(call, choice, room, chunks[c], room.low_parts + c * low_part, sum);
-      add_full(call, picks, room, full_chunks[c], inputs, sum);
+      const Chunk full = full_chunks[c];
+      if (!call.gate_first) return add_full(call, picks, room, full, inputs, sum);
+      const Picks mine{picks.ids + full.begin, full.size()};
+      add_gate_first(kernels_, activation_, call, mine, inputs, room, full.begin, choice.marks, sum);
     });
     const bool biased = call.b_down.data != nullptr;
     if (biased) kernels_.widen(call.b_down.data, call.b_down.type, room.start, call.width);

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from shadowllm.bundle.quantisation import dense_rows
-from shadowllm.plugins.reference import ACTIVATIONS, active, copy_rows, largest, padded
+from shadowllm.models.activations import RELU_LIKE
+from shadowllm.plugins.reference import activate, active, copy_rows, largest, mlp_product, padded
 
 
 def sparse_mlp(
@@ -31,21 +32,27 @@ def sparse_mlp(
     down_norms: np.ndarray | None = None,
     *,
     activation: str,
+    threshold: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)`` or integers with scales -> ``(B, S, D)``, chosen ``(F,)``."""
-    width, wide, act = x.shape[2], x.astype(np.float32), ACTIVATIONS[activation]
+    width, wide = x.shape[2], x.astype(np.float32)
 
     def project(weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
         return wide @ weight.T + (0 if bias is None else bias.astype(np.float32))
 
     def products(gate: np.ndarray | None, up: np.ndarray) -> np.ndarray:
-        return act(project(up, b_up)) if gate is None else act(project(gate, b_gate)) * project(up, b_up)
+        first = project(up, b_up) if gate is None else project(gate, b_gate)
+        return mlp_product(activation, threshold, first, None if gate is None else project(up, b_up))
 
-    low = None
-    if rest or indices is None:
+    low, gate_first = None, indices is None and c_up is None and down_norms is None and activation in RELU_LIKE
+    if rest or (indices is None and not gate_first):
         low = products(None if w_gate is None else copy_rows(c_gate, cs_gate, width), copy_rows(c_up, cs_up, width))
     if indices is not None:
         rows = active(indices, count, len(w_up))
+    elif gate_first:
+        first = (w_up, s_up, b_up) if w_gate is None else (w_gate, s_gate, b_gate)
+        gates = activate(activation, threshold, project(dense_rows(*first[:2], width), first[2]))
+        rows = np.flatnonzero(gates.any(axis=(0, 1)))
     else:
         if not 0 <= count <= len(w_up):
             raise IndexError(f"count {count} is outside 0..{len(w_up)}")

@@ -4,30 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from shadowllm.models.activations import RELU_LIKE
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.score_neurons.schedule import score_call
 from shadowllm.plugins.ops.select_topk.schedule import topk_call
-from shadowllm.plugins.ops.sparse_mlp.kernel import mlp_hidden
+from shadowllm.plugins.ops.sparse_mlp.kernel import gate_first, list_fired, mlp_hidden
+from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.output_projection import back_calls
 from shadowllm.plugins.triton.rest_projection import Rest
 from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
-from shadowllm.plugins.triton.tiles import block_along, tile_warps
+from shadowllm.plugins.triton.tiles import activation_constants, block_along, tile_warps
 
 
 def schedules(
-    shapes: Mapping[str, Shape], attributes: Mapping[str, int | str], *, itemsize: int, max_batch: int, max_seqlen: int
+    shapes: Mapping[str, Shape], attributes: Attributes, *, itemsize: int, max_batch: int, max_seqlen: int
 ) -> list[Schedule]:
     """See `triton.schedule.Planner`."""
-    ranges = tiers(max_batch, max_seqlen)
-    return [plan_sparse_mlp(shapes, itemsize, tier, str(attributes["activation"])) for tier in ranges]
+    plan = plan_gate_first if shapes.keys().isdisjoint(("indices", "c_up")) else plan_sparse_mlp
+    activation = activation_constants(attributes)
+    return [plan(shapes, itemsize, tier, activation) for tier in tiers(max_batch, max_seqlen)]
 
 
-def plan_sparse_mlp(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, activation: str) -> Schedule:
+def plan_gate_first(
+    shapes: Mapping[str, Shape], itemsize: int, tier: Tier, activation: Mapping[str, float | str]
+) -> Schedule:
+    """How to launch ``SparseMLP`` without indices and without a copy; arguments as for `plan_sparse_mlp`."""
+    neurons, width = shapes["w_up"]
+    workspace = Workspace()
+    hidden = workspace.take(tier.tokens * neurons, "T", itemsize)
+    fired = workspace.take(-(-tier.tokens // tier.block) * neurons, "int32", 4)
+    names = {"w_first": "w_gate", "b_first": "b_gate", "w_up": "w_up", "b_up": "b_up"}
+    if "w_gate" not in shapes:
+        names = {"w_first": "w_up", "b_first": "b_up"}
+    first = Call(
+        gate_first,
+        (Size(neurons, divisor=_rows(tier)), tier.tiles, Size()),
+        {"x": "x", "hidden": hidden, "fired": fired, "tokens": tier.size}
+        | {parameter: name for parameter, name in names.items() if name in shapes},
+        {"NEURONS": neurons, "WIDTH": width, **activation, **_tile(tier, width, itemsize)},
+        warps=tile_warps(tier.block, itemsize),
+        stages=3,
+    )
+    listed = Call(
+        list_fired,
+        (Size(), Size(), Size()),
+        {"fired": fired, "chosen": "chosen", "tiles": tier.tiles},
+        {"NEURONS": neurons, "BLOCK": 1024},
+    )
+    bias = "b_down" if "b_down" in shapes else None
+    sizes = {"cap": neurons, "units": neurons, "group": 1, "width": width, "itemsize": itemsize}
+    back = back_calls(workspace, tier, hidden, "w_down", bias, **sizes, skip_zeros=True, indices=None, count=None)
+    return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (first, listed, *back))
+
+
+def _rows(tier: Tier) -> int:
+    """Rows of gate and up in a block. For one token, they are few, so that many blocks load at the same time."""
+    return 8 if tier.block == GEMV else 64
+
+
+def _tile(tier: Tier, width: int, itemsize: int) -> dict[str, int]:
+    return {"BLOCK_M": tier.block, "BLOCK_N": _rows(tier), "BLOCK_K": block_along(width, tier.block, itemsize)}
+
+
+def plan_sparse_mlp(
+    shapes: Mapping[str, Shape], itemsize: int, tier: Tier, activation: Mapping[str, float | str]
+) -> Schedule:
     """How to launch ``SparseMLP`` in a tier.
 
     Args:
         shapes: shapes of the present inputs, by name.
         itemsize: bytes per element of the weights.
+        activation: `activation_constants`.
     """
     neurons, width = shapes["w_up"]
     workspace = Workspace()
@@ -35,23 +82,13 @@ def plan_sparse_mlp(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, acti
     indices = "indices" if "indices" in shapes else "chosen"
     cap = shapes.get("indices", (neurons,))[0]
     hidden = workspace.take(tier.tokens * cap, "T", itemsize)
-    # For one token, a block has few rows, so that many blocks load at the same time.
-    rows = 8 if tier.block == GEMV else 64
     inputs = [name for name in ("x", "count", "w_gate", "b_gate", "w_up", "b_up") if name in shapes]
     zeroed: dict[str, Operand] = {} if products is None else {"products": products}
     up = Call(
         mlp_hidden,
-        (Size(cap, divisor=rows), tier.tiles, Size()),
+        (Size(cap, divisor=_rows(tier)), tier.tiles, Size()),
         {name: name for name in inputs} | zeroed | {"indices": indices, "hidden": hidden, "tokens": tier.size},
-        {
-            "CAP": cap,
-            "NEURONS": neurons,
-            "WIDTH": width,
-            "ACTIVATION": activation,
-            "BLOCK_M": tier.block,
-            "BLOCK_N": rows,
-            "BLOCK_K": block_along(width, tier.block, itemsize),
-        },
+        {"CAP": cap, "NEURONS": neurons, "WIDTH": width, **activation, **_tile(tier, width, itemsize)},
         warps=tile_warps(tier.block, itemsize),
         stages=3,
     )
@@ -66,7 +103,7 @@ def plan_sparse_mlp(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, acti
         itemsize=itemsize,
         group=1,
         width=width,
-        skip_zeros=activation == "relu" and "w_gate" not in shapes,
+        skip_zeros=activation["ACTIVATION"] in RELU_LIKE,
         indices=indices,
         rest=None if products is None else Rest(products, None, "count", "c_down", "cs_down", *shapes["c_down"][1:]),
     )
@@ -74,7 +111,11 @@ def plan_sparse_mlp(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, acti
 
 
 def _copied(
-    workspace: Workspace, shapes: Mapping[str, Shape], itemsize: int, tier: Tier, activation: str
+    workspace: Workspace,
+    shapes: Mapping[str, Shape],
+    itemsize: int,
+    tier: Tier,
+    activation: Mapping[str, float | str],
 ) -> tuple[list[Call], Scratch | None]:
     """The launches before the active neurons are computed, and the products of all neurons from the copy.
 
