@@ -7,6 +7,7 @@ left out (together under 1% at any real size).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,11 @@ from shadowllm.models.spec import ModelSpec
 PER_LAYER_COST = 1.7
 # Time to read a byte of the low-bit copy, divided by the time to read a byte of a full row. Not measured yet.
 COPY_COST = 1.0
+
+
+# Time to read a row of up or down of a neuron that fired, divided by the time to read it among all rows in their order.
+# Not measured yet.
+SCATTERED_COST = 1.15
 
 
 def unit_elements(spec: ModelSpec, unit: Unit) -> int:
@@ -43,6 +49,29 @@ def layer_elements(spec: ModelSpec, heads: int, neurons: int) -> int:
     The K and V projections are not counted, because they are read for all heads.
     """
     return row_elements(spec, "heads", heads) + row_elements(spec, "neurons", neurons)
+
+
+def gate_first_elements(spec: ModelSpec, fired: float, scattered: float = 1.0) -> float:
+    """Return the elements that an MLP reads if gate decides: gate, or up without a gate, and other rows if it fired.
+
+    Args:
+        fired: share of the neurons whose gate is not zero.
+        scattered: cost of an element of the other rows.
+    """
+    first = spec.hidden_size + spec.mlp_bias
+    others = unit_elements(spec, "neurons") - first
+    output_bias = spec.mlp_bias * spec.hidden_size
+    return spec.intermediate_size * (first + scattered * fired * others) + output_bias
+
+
+def fired_shares(manifest: Manifest) -> list[float] | None:
+    """Return the share of neurons of each sparse layer that fired on the calibration text; None if none decides so.
+
+    If they were not measured, all neurons count as fired.
+    """
+    if manifest.predictor["kind"] != "relu":
+        return None
+    return list(manifest.predictor.get("fired") or [1.0] * manifest.sparse_layers.count)
 
 
 def copy_row_bytes(spec: ModelSpec, q: Quantisation = LOW_BIT_COPY) -> int:
@@ -99,6 +128,7 @@ def step_traffic(
     row_itemsize: float | None = None,
     rest: Rest = "drop",
     shortlist: int | None = None,
+    fired: Sequence[float] | None = None,
 ) -> Traffic:
     """Return the bytes that one decode step reads.
 
@@ -113,6 +143,8 @@ def step_traffic(
         row_itemsize: the same for the active rows of a sparse op, if it differs from other matrices.
         rest: what units that are not active contribute. From a low-bit copy, all heads read their keys and values.
         shortlist: rows of the output table that are read exactly, beside its low-bit copy; None for all.
+        fired: with the selector relu, the share of neurons of each sparse layer whose gate is not zero. ``active`` then
+            decides about heads only.
     """
     counts = list(active.by_layer()) if active else []
     dense_layers = spec.n_layers - len(counts)
@@ -120,13 +152,16 @@ def step_traffic(
     # If query heads are selected one by one, all KV heads may be in use, but at most one per active query head.
     used = [spec.n_heads if rest == "shadow" else heads // spec.heads_together for heads, _ in counts]
     kv_read = dense_layers * spec.n_kv_heads + sum(min(spec.n_kv_heads, n) for n in used)
+    neurons = [float(row_elements(spec, "neurons", kept)) for _, kept in counts]
+    if fired is not None:
+        neurons = [gate_first_elements(spec, share) for share in fired]
     elements = {
         "embedding rows": batch * d * (2 if spec.positions == "learned" else 1),
         "norms": (2 * spec.n_layers + 1) * d * (2 if spec.norm == "layernorm" else 1),
         "k/v projections": spec.n_layers * 2 * kv * (d + spec.qkv_bias),
         "dense layers": dense_layers * layer_elements(spec, spec.n_heads, spec.intermediate_size),
         "active q/o rows": sum(row_elements(spec, "heads", heads) for heads, _ in counts),
-        "active MLP rows": sum(row_elements(spec, "neurons", neurons) for _, neurons in counts),
+        "active MLP rows": sum(neurons),
         "lm_head": 0 if shortens(spec, shortlist) else spec.vocab_size * d,
         "KV cache": batch * kv_read * 2 * context * spec.head_dim,
     }
@@ -214,7 +249,7 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -
     """
     spec, layers, rest = manifest.spec, manifest.sparse_layers, _rest(manifest, budget)
     counts, dense = list(budget.counts(layers).by_layer()), _dense_bytes(manifest)
-    saved = sum(dense - _sparse_bytes(manifest, kept, rest, narrow_rows) for kept in counts)
+    saved = sum(dense - _sparse_bytes(manifest, row, kept, rest, narrow_rows) for row, kept in enumerate(counts))
     if budget.shortlist is not None and shortens(spec, budget.shortlist):
         rows = spec.vocab_size - budget.shortlist / (2 if narrow_rows else 1)
         saved += rows * spec.hidden_size * _itemsize(manifest) - COPY_COST * copied_table_bytes(spec)
@@ -231,7 +266,7 @@ def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget k
     reasons = {str(layer): "comes before the first selection" for layer in range(manifest.dense_layers)}
     share = _choosing_bytes(manifest, rest) / layers.count
     for layer, kept in zip(layers.layers, budget.counts(layers).by_layer(), strict=True):
-        sparse = _sparse_bytes(manifest, kept, rest)
+        sparse = _sparse_bytes(manifest, layers.row(layer), kept, rest)
         if sparse == dense:
             reasons[str(layer)] = whole
         elif sparse + share >= dense:
@@ -257,9 +292,13 @@ def _dense_bytes(manifest: Manifest) -> float:
     return layer_elements(manifest.spec, **layer_units(manifest.spec)) * _itemsize(manifest)
 
 
-def _sparse_bytes(manifest: Manifest, kept: tuple[int, int], rest: Rest, narrow_rows: bool = False) -> float:
-    """Return the cost of a layer's active rows and of its low-bit copy, in bytes."""
-    rows = layer_elements(manifest.spec, *kept) * _itemsize(manifest) / (2 if narrow_rows else 1)
+def _sparse_bytes(manifest: Manifest, row: int, kept: tuple[int, int], rest: Rest, narrow_rows: bool = False) -> float:
+    """Return the cost of the active rows and of the low-bit copy of a sparse layer, in bytes."""
+    spec, fired = manifest.spec, fired_shares(manifest)
+    elements = float(layer_elements(spec, *kept))
+    if fired is not None:
+        elements = row_elements(spec, "heads", kept[0]) + gate_first_elements(spec, fired[row], SCATTERED_COST)
+    rows = elements * _itemsize(manifest) / (2 if narrow_rows else 1)
     return rows + (COPY_COST * layer_copy_bytes(manifest.spec, *kept) if rest == "shadow" else 0)
 
 

@@ -44,6 +44,7 @@ class TrainingRecord(TypedDict, total=False):
 
     criterion: str
     tokens: int
+    fired: tuple[float, ...]
     held_out: dict[str, dict[str, float]]
 
 
@@ -221,6 +222,9 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     check_type(vars(manifest), _Contents, "the manifest")
     if not 0 < manifest.dense_layers < spec.n_layers:
         raise ValueError(f"{manifest.dense_layers} dense layers of {spec.n_layers}")
+    fired = manifest.predictor.get("fired", [])
+    if fired and (len(fired) != manifest.sparse_layers.count or not all(0 <= share <= 1 for share in fired)):
+        raise ValueError(f"{len(fired)} shares of neurons that fired")
     _ = manifest.quantisation  # raises if the type is unknown
     manifest.budget.counts(manifest.sparse_layers)
     return manifest

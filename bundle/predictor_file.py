@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from shadowllm.errors import UserError
+from shadowllm.models.sparsity import Budget
 from shadowllm.models.spec import ModelSpec
 
-Kind = Literal["static", "shadow", "layerwise", "quantized-shadow"]
+Kind = Literal["static", "shadow", "layerwise", "quantized-shadow", "relu"]
 FORMAT = "shadowllm-predictor"
 VERSION = 1
 
@@ -31,7 +33,8 @@ class Predictor:
         kind: "static" (a ranking), "shadow" (one network, and the ranking it started from), "layerwise"
             (one network per layer for neurons, a linear map of the layer's input for heads) or
             "quantized-shadow" (the same map for heads, a low-bit copy of the weights for neurons; the
-            copy is made when a bundle is written).
+            copy is made when a bundle is written) or "relu" (the same map for heads; neurons need no predictor, as
+            those whose gate is zero contribute nothing).
         n_sparse, dense_layers, n_heads, intermediate_size, hidden_size: sizes of the model it scores.
         tensors: float32. All kinds: ``heads.scores (n_sparse, n_heads)`` and ``neurons.scores
             (n_sparse, intermediate_size)``. A shadow adds ``trunk.weight (rank, hidden_size)``,
@@ -77,7 +80,7 @@ class Predictor:
     @property
     def per_layer(self) -> bool:
         """Whether each layer selects for itself, instead of one selection at the first sparse layer."""
-        return self.kind in ("layerwise", "quantized-shadow")
+        return self.kind in ("layerwise", "quantized-shadow", "relu")
 
     @property
     def is_random(self) -> bool:
@@ -159,6 +162,18 @@ class Predictor:
             return cls(tensors=tensors, **description)
         except TypeError as error:
             raise UserError(f"{path} is not a readable predictor ({error})", "train it again") from error
+
+
+def check_neuron_budget(kind: str, budget: Budget) -> None:
+    """Refuse a budget of neurons where the ReLU decides which neurons are computed.
+
+    Raises:
+        UserError: the predictor is of the kind "relu", and the budget leaves out neurons.
+    """
+    if kind == "relu" and np.min(budget.neurons) < 1:
+        raise UserError(
+            "a neuron budget below 1, but the selector relu computes every neuron that fires", "leave it out"
+        )
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shadowllm.bundle.cost_model import selector_bytes, step_traffic
+from shadowllm.bundle.cost_model import fired_shares, selector_bytes, step_traffic
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest
 from shadowllm.evaluation.quality import DENSE, Result
 from shadowllm.evaluation.speed.figure import new_figure, save
@@ -110,4 +110,5 @@ def _bytes(result: Result, manifest: Manifest) -> int:
         matrix_itemsize=itemsize,
         rest=rest,
         shortlist=result.shortlist,
+        fired=fired_shares(manifest) if result.selector == "relu" else None,
     ).total

@@ -57,9 +57,12 @@ def tune(
         The new manifest. Its ``allocation`` records the target and the measured values.
 
     Raises:
-        UserError: no bundle, a text that cannot be used, or a speedup that no budget reaches.
+        UserError: no bundle, a text that cannot be used, a speedup that no budget reaches, or a bundle with the
+            selector relu.
     """
     manifest = read_manifest(bundle)
+    if manifest.predictor["kind"] == "relu":
+        raise UserError("there is no budget to tune: the selector relu is exact", "run the bundle as it is")
     read, tokenizer = read_weights(bundle, manifest), load_tokenizer(bundle, manifest)
     windows = calibration_windows(
         manifest.spec,

@@ -258,6 +258,7 @@ def selection_masks(selection: Mapping[Unit, np.ndarray], spec: ModelSpec) -> Ma
 
 
 def _agreement(found: Masks, wanted: Masks) -> float:
+    wanted = {unit: mask for unit, mask in wanted.items() if mask.any()}  # it may be that no neuron fires
     return min(float((found[unit] & wanted[unit]).sum() / wanted[unit].sum()) for unit in wanted)
 
 

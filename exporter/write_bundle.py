@@ -29,6 +29,7 @@ from shadowllm.bundle.weights import PREDICTOR_FILE
 from shadowllm.errors import UserError
 from shadowllm.exporter.graphs import bundle_graphs
 from shadowllm.exporter.graphs.initializers import DTYPES
+from shadowllm.models.activations import RELU_LIKE
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.config import GENERATION_CONFIG
 from shadowllm.models.sparsity import Budget, Rest, SparseLayers
@@ -66,6 +67,7 @@ def write_bundle(
         UserError: an unknown or unsuitable dtype, a predictor of another model, or a damaged checkpoint.
     """
     check_dtypes(weights.spec, dtype, weight_dtype, rest)
+    check_selector(weights.spec, predictor.kind, rest)
     spec = replace(weights.spec, head_unit=head_unit)
     q = WEIGHT_DTYPES[weight_dtype] if weight_dtype else None
     fingerprint = weights.fingerprint()
@@ -115,6 +117,23 @@ def check_dtypes(spec: ModelSpec, dtype: str, weight_dtype: str | None, rest: Re
             raise UserError(f"dtype {given!r} is not supported", f"use one of {', '.join(known)}")
     if weight_dtype:
         check_quantisable(spec, dtype, WEIGHT_DTYPES[weight_dtype])
+
+
+def check_selector(spec: ModelSpec, kind: str, rest: Rest) -> None:
+    """Refuse the selector relu where it is not exact.
+
+    Raises:
+        UserError: the activation of the model is never zero, or other units would come from a low-bit copy.
+    """
+    if kind != "relu":
+        return
+    if spec.activation not in RELU_LIKE:
+        raise UserError(
+            f"the selector relu needs an activation that is zero for many inputs, and the model has {spec.activation}",
+            "use another selector; or give --activation, if the checkpoint says the activation wrongly or not at all",
+        )
+    if rest == "shadow":
+        raise UserError("the selector relu is exact, and needs no low-bit copy", "leave out --rest shadow")
 
 
 def _models(

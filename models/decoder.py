@@ -35,6 +35,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def activate(activation: str, threshold: float, x: Tensor) -> Tensor:
+    """Apply the activation function of an MLP to the output of gate, or of up without a gate.
+
+    Args:
+        threshold: of FATReLU.
+    """
+    return F.threshold(x, threshold, 0.0) if activation == "fatrelu" else ACTIVATIONS[activation](x)
+
+
 def mlp_product(activation: str, threshold: float, first: Tensor, up: Tensor | None = None) -> Tensor:
     """The products that the rows of down are multiplied by: ``act(first)``, times up if there is a gate.
 
@@ -43,7 +52,7 @@ def mlp_product(activation: str, threshold: float, first: Tensor, up: Tensor | N
         first: output of gate, or of up without a gate; any shape.
         up: of the same shape; None without a gate.
     """
-    active = F.threshold(first, threshold, 0.0) if activation == "fatrelu" else ACTIVATIONS[activation](first)
+    active = activate(activation, threshold, first)
     if up is None:
         return active
     return active * (F.relu(up) if activation == "drelu" else up)
@@ -190,6 +199,14 @@ class Decoder:
         """Compute a layer's neuron activations from the normalised input, ``(batch, seqlen, intermediate_size)``."""
         spec, parts = self.spec, ("gate", "up") if self.spec.gated else ("up",)
         return mlp_product(spec.activation, spec.activation_threshold, *self._projected(f"layers.{layer}", parts, x))
+
+    def gate_activation(self, layer: int, x: Tensor) -> Tensor:
+        """Compute ``act(gate)``, or ``act(up)`` without a gate; shapes as for `mlp_activation`.
+
+        A neuron where it is zero contributes nothing.
+        """
+        spec, first = self.spec, "gate" if self.spec.gated else "up"
+        return activate(spec.activation, spec.activation_threshold, self._linear(f"layers.{layer}.{first}_proj", x))
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
         if self.input_hook:

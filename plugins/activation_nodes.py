@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
@@ -12,7 +12,7 @@ from shadowllm.models.activations import QUICK_GELU_SLOPE
 class NodeBuilder(Protocol):
     """Adds nodes to a graph or to a function."""
 
-    def op(self, op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         """Add a node and return its output."""
         ...
 

@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from shadowllm.bundle.predictor_file import Kind, Predictor
+from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparsity import SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.low_bit_copy import LowBitCopy, low_bit_copies
@@ -22,10 +23,12 @@ class PerLayerScores:
     Attributes:
         predictor: a predictor with a linear fit of the heads.
         neurons: maps a layer and its normed MLP input ``(..., hidden_size)`` to scores ``(..., intermediate_size)``.
+        gate_first: all neurons whose score is not zero are active. Otherwise a budget decides.
     """
 
     predictor: Predictor
     neurons: Callable[[int, Tensor], Tensor]
+    gate_first: bool = False
 
     def scores(self, layer: int, unit: Unit, x: Tensor) -> Tensor:
         """Return float32 ``(..., n_units)`` from the normed attention or MLP input ``(..., hidden_size)``."""
@@ -47,6 +50,8 @@ def per_layer_scores(
     """
     if kind == "layerwise":
         return PerLayerScores(predictor, partial(layer_neuron_scores, predictor))
+    if kind == "relu":
+        return PerLayerScores(predictor, Decoder(spec, weights).gate_activation, gate_first=True)
     layers = SparseLayers(spec, predictor.dense_layers)
     copies = copies or low_bit_copies(layers, weights)
     return PerLayerScores(predictor, LowBitCopy(layers, weights, copies).scores)

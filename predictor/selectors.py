@@ -135,7 +135,8 @@ class PerLayerSelector(Selector):
     """Selects per layer, from the layer's own input.
 
     Heads are scored by the predictor's linear fit. Neurons are scored by the predictor's network of the layer
-    ("layerwise"), or by a low-bit copy of gate and up ("quantized-shadow", see `LowBitCopy`).
+    ("layerwise"), or by a low-bit copy of gate and up ("quantized-shadow", see `LowBitCopy`). With "relu", all neurons
+    are computed, and those that do not fire add nothing.
 
     Args:
         bits: bits of the copy; a bundle has those of `LOW_BIT_COPY`.
@@ -154,7 +155,13 @@ class PerLayerSelector(Selector):
         self._found: dict[tuple[int, Unit], Tensor] = {}
 
     def observe(self, layer: int, unit: Unit, x: Tensor) -> None:
-        """Score the layer's units before they are computed."""
+        """Score the layer's units before they are computed.
+
+        Raises:
+            UserError: the selector is relu, and the budget leaves out neurons.
+        """
+        if unit == "neurons" and self._per_layer.gate_first:
+            raise UserError("the selector relu takes no neuron budget", "use a neuron budget of 1")
         self._found = {(layer, unit): self._per_layer.scores(layer, unit, x)}
 
     def scores(self, layer: int, unit: Unit, activation: Tensor) -> Tensor:
@@ -163,6 +170,7 @@ class PerLayerSelector(Selector):
 
 
 SELECTORS["layerwise"] = partial(PerLayerSelector, kind="layerwise")
+SELECTORS["relu"] = partial(PerLayerSelector, kind="relu")
 SELECTORS["quantized-shadow"] = partial(PerLayerSelector, kind="quantized-shadow")
 for _bits in (3, 2):
     SELECTORS[f"quantized-shadow-{_bits}"] = partial(PerLayerSelector, kind="quantized-shadow", bits=_bits)

@@ -59,6 +59,14 @@ class Session(Protocol):
         """Seconds of each part of the last decode step, by name; None if they are not measured."""
         ...
 
+    @property
+    def fired(self) -> Sequence[float] | None:
+        """Share of the neurons of each sparse layer that the last sparse step computed, with the selector relu.
+
+        None with other selectors, after a dense step, and if the shares are not known.
+        """
+        ...
+
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *error: object) -> None: ...

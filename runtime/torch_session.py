@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shadowllm.bundle.manifest import read_manifest
-from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.predictor_file import Predictor, check_neuron_budget
 from shadowllm.bundle.weights import read_weights
 from shadowllm.limits import check_threads
 from shadowllm.models.decoder import Decoder, KVCache
@@ -98,6 +98,14 @@ class TorchSession:
             return cls(manifest.spec, read.sparse, None, None, read.dense)
         return cls(manifest.spec, read.sparse, read.predictor, manifest.budget, read.dense, read.copies)
 
+    @property
+    def fired(self) -> list[float] | None:
+        """See `Session.fired`."""
+        if self._per_layer is None or not self._per_layer.gate_first or not self.chosen:
+            return None
+        shares: list[float] = self.chosen["neurons"].float().mean(dim=1).tolist()
+        return shares
+
     def __enter__(self) -> Self:
         return self
 
@@ -112,6 +120,7 @@ class TorchSession:
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
         counts = budget.counts(self._layers)
+        check_neuron_budget(self._predictor.kind if self._predictor else "", budget)
         sparse = self._predictor is not None  # a dense session takes the budget of a sparse one
         self._rest: Rest = budget.rest_with(self._copies is not None) if sparse else "drop"
         self._shortlist = budget.shortlist if sparse else None
@@ -151,7 +160,10 @@ class TorchSession:
         def input_hook(layer: int, unit: Unit, normed: Tensor) -> None:
             if self._per_layer is not None:
                 found, row = self._per_layer.scores(layer, unit, normed.flatten(0, 1)), self._layers.row(layer)
-                self.chosen[unit][row] = active_mask(self.spec, unit, found.mean(dim=0), self._counts[unit][row])
+                if unit == "neurons" and self._per_layer.gate_first:
+                    self.chosen[unit][row] = found.ne(0).any(dim=0)
+                else:
+                    self.chosen[unit][row] = active_mask(self.spec, unit, found.mean(dim=0), self._counts[unit][row])
 
         def select(layer: int, unit: Unit, _activation: Tensor) -> Tensor:
             return selection[unit][self._layers.row(layer)]

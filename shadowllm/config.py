@@ -20,7 +20,7 @@ from shadowllm.models.spec import HeadUnit
 
 Flavour = Literal["tensorrt_rtx", "tensorrt"]
 Verbosity = Literal["none", "layer_names_only", "detailed"]
-Selector = Literal["shadow", "layerwise", "quantized-shadow", "static", "random"]
+Selector = Literal["shadow", "layerwise", "quantized-shadow", "relu", "static", "random"]
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by their short names
 LOSSES = ("listnet", "weighted_bce", "bce", "mse")
@@ -231,8 +231,9 @@ class Export:
     """Options of an export.
 
     Attributes:
-        selector: predictor to make if none is given; quantized-shadow needs no training, random is only for measuring
-            speed. None is quantized-shadow, or shadow if the rest is dropped.
+        selector: predictor to make if none is given; quantized-shadow needs no training, relu leaves out the neurons
+            that a ReLU sets to zero, random is only for measuring speed. None is quantized-shadow, or shadow if the
+            rest is dropped.
         budget: the default budget of the bundle. None chooses it: see ``target``.
         dtype: of weights and activations: "float32", "float16" or "bfloat16".
         validate: compare the graphs with PyTorch.
@@ -243,12 +244,14 @@ class Export:
         head_unit: unit of head selection: each query head, or all query heads of one KV head; budgets are rounded to
             whole units.
         rest: what units that are not active contribute: their value in a low-bit copy of the matrices, which is stored
-            too ("shadow"), or nothing ("drop"). None is "shadow", or "drop" with int4 weights, which are as short.
+            too ("shadow"), or nothing ("drop"). None is "shadow", or "drop" with int4 weights, which are as short, and
+            with the selector relu, where they are zero.
     """
 
     selector: Selector | None = option(
         None,
-        help="predictor to make; quantized-shadow needs no training, random is only for measuring speed",
+        help="predictor to make; quantized-shadow needs no training, relu is exact and for ReLU models, random is only "
+        "for measuring speed",
         otherwise="quantized-shadow, or shadow if it is trained or the rest is dropped",
     )
     budget: Budget | None = None
@@ -272,4 +275,4 @@ class Export:
     @property
     def computes_rest(self) -> Rest:
         """What units that are not active contribute in the bundle."""
-        return self.rest or ("drop" if self.weight_dtype == "int4" else "shadow")
+        return self.rest or ("drop" if self.weight_dtype == "int4" or self.selector == "relu" else "shadow")

@@ -11,7 +11,7 @@ import torch
 
 from shadowllm.bundle.engine_record import EngineRecord
 from shadowllm.bundle.manifest import Manifest, read_manifest, verify_files
-from shadowllm.bundle.predictor_file import Kind, Predictor
+from shadowllm.bundle.predictor_file import Kind, Predictor, check_neuron_budget
 from shadowllm.config import (
     DEFAULT_BUDGET,
     DEFAULT_TARGET,
@@ -26,18 +26,19 @@ from shadowllm.exporter.engines.build import build_engine
 from shadowllm.exporter.engines.graph import describe_onnx
 from shadowllm.exporter.engines.profiles import profiles_for
 from shadowllm.exporter.staging import staged
-from shadowllm.exporter.write_bundle import check_dtypes, write_bundle
+from shadowllm.exporter.write_bundle import check_dtypes, check_selector, write_bundle
 from shadowllm.malloc import keep_freed_memory
 from shadowllm.models.activations import stated_activation
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.tokenizer import text_encoder
 from shadowllm.models.registry import load_model
-from shadowllm.models.sparsity import SparseLayers, layer_units
+from shadowllm.models.sparsity import Budget, SparseLayers, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Weights
 from shadowllm.plugins.tensorrt.load_tensorrt import require
 from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.parallel import process_count
+from shadowllm.predictor.silence import fired_shares
 from shadowllm.predictor.tracefile import Traces, calibrate
 from shadowllm.predictor.train import train_network, train_static
 from shadowllm.progress import progress
@@ -45,7 +46,7 @@ from shadowllm.progress import progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-TRAINABLE: tuple[Kind, ...] = ("shadow", "layerwise", "quantized-shadow", "static")
+TRAINABLE: tuple[Kind, ...] = ("shadow", "layerwise", "quantized-shadow", "relu", "static")
 
 
 def calibrate_model(source: Source, options: Calibration) -> Traces:
@@ -95,9 +96,9 @@ def export_model(
     with staged(out, overwrite) as folder:
         spec, weights, checkpoint = _open(source)
         _check_apart(checkpoint.folder, out)
-        check_dtypes(spec, options.dtype, options.weight_dtype, options.computes_rest)
-        if options.budget:
-            options.budget.rest_with(options.computes_rest == "shadow")
+        if predictor is not None and predictor.kind == "relu":
+            options = replace(options, selector="relu")
+        _check_options(spec, options)
         if predictor is None:
             train_config = train_config or TrainConfig(budget=options.budget or DEFAULT_BUDGET)
             calibration = calibration or Calibration()
@@ -105,6 +106,17 @@ def export_model(
         predictor.check_base(spec, weights.fingerprint())
         name = Path(source.model).name
         return _write(folder, name, weights, checkpoint, predictor, options)
+
+
+def _check_options(spec: ModelSpec, options: Export) -> None:
+    """Refuse options that do not go together, before any work is done."""
+    check_dtypes(spec, options.dtype, options.weight_dtype, options.computes_rest)
+    check_selector(spec, options.kind, options.computes_rest)
+    if options.budget:
+        options.budget.rest_with(options.computes_rest == "shadow")
+        check_neuron_budget(options.kind, options.budget)
+    if options.target and options.kind == "relu":
+        raise UserError("a target chooses budgets, but the selector relu is exact and has none", "leave it out")
 
 
 def _open(source: Source) -> tuple[ModelSpec, Weights, Checkpoint]:
@@ -136,7 +148,7 @@ def _write(
         predictor,
         dtype=options.dtype,
         weight_dtype=options.weight_dtype,
-        budget=options.budget or DEFAULT_BUDGET,
+        budget=options.budget or (Budget() if predictor.kind == "relu" else DEFAULT_BUDGET),
         head_unit=options.head_unit,
         rest=options.computes_rest,
     )
@@ -284,8 +296,13 @@ def _train(
         raise UserError(f"selector {selector!r} cannot be trained", f"use {', '.join(TRAINABLE)}")
     # Training traces again if the traces were too large to store, or for layerwise, whose layer inputs are not stored.
     tracing_weights = (loaded or weights.load()) if selector == "layerwise" or not traces.stored else None
-    if selector in ("static", "quantized-shadow"):
-        return train_static(spec, traces, kind=selector, budget=train_config.budget, weights=tracing_weights)
+    if selector in ("static", "quantized-shadow", "relu"):
+        made = train_static(spec, traces, kind=selector, budget=train_config.budget, weights=tracing_weights)
+        if selector != "relu":
+            return made
+        layers = SparseLayers(spec, traces.dense_layers)
+        fired = fired_shares(layers, loaded or weights.load(), traces.windows.train)
+        return replace(made, record=made.record | {"fired": fired})
     with progress(
         "Training the predictor", train_config.passes(tracing_weights is not None) * traces.windows.train.numel()
     ) as advance:

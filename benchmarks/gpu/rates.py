@@ -131,8 +131,9 @@ def _copy_ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> Ops:
     def with_rest(
         up: Tensor, down: Tensor, c_up: Tensor, cs_up: Tensor, down_norms: Tensor, c_down: Tensor, cs_down: Tensor
     ) -> Tensor:
-        copies = {"c_up": c_up, "c_down": c_down, "cs_up": cs_up, "cs_down": cs_down, "down_norms": down_norms}
-        return sparse_mlp(x, None, count, None, None, up, None, down, None, rest=rest, **copies, activation="relu")[0]
+        of_copy: dict[str, Any] = {"c_up": c_up, "c_down": c_down, "cs_up": cs_up, "cs_down": cs_down}
+        of_copy |= {"rest": rest, "down_norms": down_norms}
+        return sparse_mlp(x, None, count, None, None, up, None, down, None, **of_copy, activation="relu")[0]
 
     def logits(table: Tensor, copy: Tensor, scales: Tensor, errors: Tensor) -> Tensor:
         return shortlist_logits(x[0], table, copy, scales, errors, shortlist, certify)[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shadowllm.bundle.cost_model import Traffic, mean_traffic, predictor_bytes, sparse_pays
+from shadowllm.bundle.cost_model import Traffic, fired_shares, mean_traffic, predictor_bytes, sparse_pays
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest, read_manifest
 from shadowllm.child import module_command
 from shadowllm.errors import UserError
@@ -81,8 +81,9 @@ def bench(
     wanted = sorted({50, 90, 99, *percentiles})
     results = []
     for name, generations in taken.items():
-        traffic = traffic_of(manifest, name, backends[name], budget, prompt_len, new_tokens)
-        results.append(Result(name, summarise(generations, wanted), traffic, (scores or {}).get(name, {})))
+        summary = summarise(generations, wanted)
+        traffic = traffic_of(manifest, name, backends[name], budget, prompt_len, new_tokens, summary.fired)
+        results.append(Result(name, summary, traffic, (scores or {}).get(name, {})))
     settings = {
         "model": manifest.model,
         "dtype": manifest.dtype,
@@ -191,10 +192,15 @@ def traffic_of(
     budget: Budget,
     prompt_len: int,
     new_tokens: int,
+    fired: Sequence[float] = (),
 ) -> Traffic:
     """Return the mean bytes per decode step of a contender: of the sparse path if ``name`` is "sparse", else dense.
 
     The sparse path of ONNX Runtime decodes dense if that reads less.
+
+    Args:
+        fired: measured share of neurons that fired in each sparse layer, with the selector relu; that of the
+            calibration text if empty.
     """
     # The CPU backends widen the weights of 16-bit bundles to float32. Only the rows of native ops stay at 16 bits.
     itemsize = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
@@ -210,6 +216,7 @@ def traffic_of(
             "choosing": predictor_bytes(manifest, matrix_itemsize, rest),
             "rest": rest,
             "shortlist": budget.shortlist,
+            "fired": fired or fired_shares(manifest),
         }
     return mean_traffic(
         manifest.spec,

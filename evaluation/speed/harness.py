@@ -34,6 +34,7 @@ class Generation:
         parts_ms: mean time per decode step of each part; empty if the session does not measure parts.
         peak_rss_mb: peak of the worker so far, in 1e6 bytes.
         device_memory: bytes on the GPU by purpose; empty if the session does not report them.
+        fired: mean share of the neurons of each sparse layer that fired (`Session.fired`); empty if not reported.
     """
 
     ttft_ms: float
@@ -42,6 +43,7 @@ class Generation:
     parts_ms: dict[str, float]
     peak_rss_mb: float
     device_memory: dict[str, int] = field(default_factory=dict)
+    fired: list[float] = field(default_factory=list)
 
 
 class Worker:
@@ -151,6 +153,7 @@ class Summary:
         tokens_per_second_spread: slowest and fastest run.
         parts_ms: median over runs.
         device_memory: bytes on the GPU by purpose, of the last run.
+        fired: mean over runs; empty if the session does not report it.
     """
 
     ttft_ms: dict[str, float]
@@ -160,6 +163,7 @@ class Summary:
     parts_ms: dict[str, float]
     peak_rss_mb: float
     device_memory: dict[str, int] = field(default_factory=dict)
+    fired: list[float] = field(default_factory=list)
 
 
 def summarise(generations: Sequence[Generation], percentiles: Sequence[float] = (50, 90, 99)) -> Summary:
@@ -181,6 +185,7 @@ def summarise(generations: Sequence[Generation], percentiles: Sequence[float] = 
         parts_ms=parts,
         peak_rss_mb=max(generation.peak_rss_mb for generation in generations),
         device_memory=generations[-1].device_memory,
+        fired=np.mean([generation.fired for generation in generations], axis=0).tolist(),
     )
 
 

@@ -50,6 +50,7 @@ class Result:
             "peak_rss_mb": summary.peak_rss_mb,
             "device_memory": summary.device_memory,
             "parts_ms": summary.parts_ms,
+            "fired": summary.fired,
             "quality": self.quality,
         }
 
@@ -135,6 +136,8 @@ class Report:
             "Peak RSS, MB": f"{summary.peak_rss_mb:.0f}",
             "GPU memory, MB": f"{sum(summary.device_memory.values()) / 1e6:.0f}" if summary.device_memory else "-",
         }
+        if summary.fired:
+            cells["Neurons that fired"] = f"{sum(summary.fired) / len(summary.fired):.1%}"
         if result.traffic and result.gb_per_second:
             share = f" ({result.gb_per_second / self.bandwidth_gb_s:.0%})" if self.bandwidth_gb_s else ""
             cells |= {

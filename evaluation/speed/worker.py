@@ -41,6 +41,9 @@ class Steps(Protocol):
     @property
     def step_seconds(self) -> Mapping[str, float] | None: ...
 
+    @property
+    def fired(self) -> Sequence[float] | None: ...
+
     def reset(self, batch: int = 1) -> None: ...
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray: ...
@@ -72,7 +75,7 @@ class StepTimer:
         start = time.perf_counter_ns()
         logits = self._session.prefill([prompt])
         ttft = time.perf_counter_ns() - start
-        tokens, steps, parts = [int(logits[0].argmax())], [], []
+        tokens, steps, parts, fired = [int(logits[0].argmax())], [], [], []
         for index in range(new_tokens - 1):
             step_input = np.array([forced[index] if forced else tokens[-1]], dtype=np.int64)
             start = time.perf_counter_ns()
@@ -80,6 +83,7 @@ class StepTimer:
             steps.append((time.perf_counter_ns() - start) / 1e6)
             tokens.append(int(logits[0].argmax()))
             parts.append(dict(self._session.step_seconds or {}))
+            fired.append(self._session.fired or ())
         names, memory = parts[0] if parts else {}, self._session.memory
         return {
             "ttft_ms": ttft / 1e6,
@@ -87,6 +91,7 @@ class StepTimer:
             "tokens": tokens,
             "parts_ms": {name: 1e3 * float(np.mean([part[name] for part in parts])) for name in names},
             "device_memory": vars(memory) if memory else {},
+            "fired": np.mean(fired, axis=0).tolist() if fired else [],
         }
 
     def score(self, context: list[int], continuation: list[int]) -> Answer:

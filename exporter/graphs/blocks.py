@@ -11,13 +11,13 @@ import onnx_ir as ir
 
 from shadowllm.bundle.weight_names import down_norms, integers, scales
 from shadowllm.exporter.graphs.builder import GraphBuilder
-from shadowllm.exporter.graphs.nodes import batched, cast, gemm, mlp_activation, norm
+from shadowllm.exporter.graphs.nodes import activation_attributes, batched, cast, gemm, mlp_activation, norm
 from shadowllm.exporter.graphs.selection import choose_heads, choose_neurons
 from shadowllm.models.sparsity import Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION
 from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
-from shadowllm.plugins.schema import OpSchema
+from shadowllm.plugins.schema import Attributes, OpSchema
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,13 @@ class Selection:
         tensors: indices and counts, as in `bundle.selection_names`. If the indices are None, each layer selects.
         rank: rank of the networks with which layers select neurons; 0 if they use the low-bit copy.
         rest: int32 ``()``, whether the other units are computed from the low-bit copy; None if they are dropped.
+        gate_first: the active neurons are those whose gate is not zero.
     """
 
     tensors: Mapping[Unit, tuple[ir.Value | None, ir.Value]]
     rank: int = 0
     rest: ir.Value | None = None
+    gate_first: bool = False
 
     def row(self, g: GraphBuilder, unit: Unit, row: int) -> tuple[ir.Value | None, ir.Value]:
         """One layer's indices ``(n_units,)`` or None, and its count ``()``."""
@@ -166,8 +168,7 @@ def _sparse_attention(
         **_rest(g, place, selection, "q", "o"),
         **scores,
     }
-    attributes: dict[str, int | str] = {"n_heads": spec.n_heads, "layer": layer}
-    return _selected(g, spec, SPARSE_ATTENTION, f"{place}.attention", inputs, attributes)
+    return _selected(g, spec, SPARSE_ATTENTION, f"{place}.attention", inputs, {"n_heads": spec.n_heads, "layer": layer})
 
 
 def _sparse_mlp(
@@ -177,7 +178,8 @@ def _sparse_mlp(
     place = f"layers.{layer}"
     parts = ("gate", "up", "down") if spec.gated else ("up", "down")
     indices, count = selection.row(g, "neurons", row)
-    inside = selection.rest is not None and not selection.rank  # the op itself scores with its low-bit copy
+    # The op itself scores with its low-bit copy, or computes the gates first.
+    inside = selection.gate_first or (selection.rest is not None and not selection.rank)
     if indices is None and not inside:
         indices = choose_neurons(g, spec, layer, normed, step.tokens, count, selection.rank)
     inputs = {
@@ -186,9 +188,9 @@ def _sparse_mlp(
         "count": count,
         **{name: value for part in parts for name, value in _rows(g, place, part, spec.mlp_bias).items()},
         **_rest(g, place, selection, *parts),
-        "down_norms": g.weight(down_norms(layer)) if indices is None else None,
+        "down_norms": g.weight(down_norms(layer)) if indices is None and not selection.gate_first else None,
     }
-    attributes: dict[str, int | str] = {"activation": spec.activation, "layer": layer}
+    attributes = activation_attributes(spec) | {"layer": layer}
     return _selected(g, spec, SPARSE_MLP, f"{place}.mlp", inputs, attributes)
 
 
@@ -198,7 +200,7 @@ def _selected(
     schema: OpSchema,
     name: str,
     inputs: dict[str, ir.Value | None],
-    attributes: dict[str, int | str],
+    attributes: Attributes,
 ) -> tuple[ir.Value, ir.Value]:
     """Add a sparse op. Returns hidden states ``(batch*seqlen, hidden_size)`` and the active indices."""
     indices = inputs["indices"]

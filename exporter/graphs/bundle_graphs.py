@@ -38,7 +38,8 @@ def function_form(
             predictor, except the neurons of a network.
     """
     rows = (1 + spec.gated) * spec.intermediate_size
-    scored = chooser is not None and not chooser.rank and not rest
+    gate_first = chooser is not None and chooser.kind == "relu"
+    scored = chooser is not None and not chooser.rank and not rest and not gate_first
     return FunctionForm(
         activation=spec.activation,
         gated=spec.gated,
@@ -55,6 +56,8 @@ def function_form(
         chooses_neurons=rest and chooser is not None and not chooser.rank,
         head_groups=spec.n_heads // spec.heads_together if rest and chooser is not None else 0,
         table=TableForm(spec.hidden_size, spec.vocab_size, LOW_BIT_COPY, weighted=True) if rest else None,
+        threshold=spec.activation_threshold,
+        gate_first=gate_first,
     )
 
 
@@ -132,7 +135,12 @@ def _selection_inputs(g: GraphBuilder, sparse: SparseLayers, chooser: Predictor 
     for unit, width in layer_units(sparse.spec).items():
         indices = None if chooser else g.input(names.indices(unit), [sparse.count, width], INT32)
         found[unit] = indices, g.input(names.counts(unit), [sparse.count], INT32)
-    return blocks.Selection(found, chooser.rank if chooser else 0, g.input(names.REST, [], INT32) if rest else None)
+    return blocks.Selection(
+        found,
+        chooser.rank if chooser else 0,
+        g.input(names.REST, [], INT32) if rest else None,
+        gate_first=chooser is not None and chooser.kind == "relu",
+    )
 
 
 def predictor_graph(

@@ -107,6 +107,12 @@ def _integer_gemm(
     )
 
 
+def activation_attributes(spec: ModelSpec) -> dict[str, int | float | str]:
+    """The activation as attributes of an op; a threshold only if the activation has one."""
+    threshold: dict[str, int | float | str] = {"threshold": spec.activation_threshold}
+    return {"activation": spec.activation, **(threshold if spec.activation == "fatrelu" else {})}
+
+
 def mlp_activation(g: GraphBuilder, spec: ModelSpec, projected: ir.Value) -> ir.Value:
     """The input of the down projection, from the output of gate and up side by side, or of up."""
     parts = g.split(projected, [spec.intermediate_size] * (1 + spec.gated), axis=1)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from shadowllm.bundle.quantisation import LOW_BIT_COPY
 from shadowllm.bundle.weight_names import copied, down_norms, integers, low_bit_copy, scales
 from shadowllm.exporter.graphs.builder import GraphBuilder
-from shadowllm.exporter.graphs.nodes import as_float, batched, cast, gemm
+from shadowllm.exporter.graphs.nodes import activation_attributes, as_float, batched, cast, gemm
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.ops.score_neurons.schema import SCORE_NEURONS
 from shadowllm.plugins.ops.select_topk.schema import SELECT_TOPK
@@ -64,7 +64,7 @@ def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, coun
             "down_norms": g.weight(down_norms(layer)),
             "count": count,
         },
-        activation=spec.activation,
+        **activation_attributes(spec),
         layer=layer,
     )
     # Set here, because nothing infers them after the function body is removed.

@@ -42,8 +42,13 @@ class RestInputs:
     inside: frozenset[Unit]
 
 
-def chosen_inside(predictor: Predictor) -> frozenset[Unit]:
-    """The units that the ops choose: all with a quantised shadow, and the heads with a network per layer."""
+def chosen_inside(predictor: Predictor, rest: bool = True) -> frozenset[Unit]:
+    """The units that the ops choose: all with a quantised shadow, and the heads with a network per layer.
+
+    Without a rest, the ops choose no units, except that the ReLU of gate chooses the neurons.
+    """
+    if not rest:
+        return frozenset(("neurons",) if predictor.kind == "relu" else ())
     if not predictor.per_layer:
         return frozenset()
     return frozenset(("heads", "neurons") if predictor.kind == "quantized-shadow" else ("heads",))

@@ -77,7 +77,10 @@ class PerLayerSelection:
     def _scores(self, unit: Unit, row: int, x: Tensor, count: Tensor) -> Tensor:
         layer, tokens = SparseLayers(self.spec, self.predictor.dense_layers).layer(row), x.flatten(0, 1)
         if unit == "neurons" and self.copies is not None:
-            return score_neurons(x, **self.copies[row], count=count, activation=self.spec.activation)
+            spec, copy = self.spec, self.copies[row]
+            return score_neurons(
+                x, **copy, count=count, activation=spec.activation, threshold=spec.activation_threshold
+            )
         found = (
             layer_head_scores(self.predictor, layer, tokens.float())
             if unit == "heads"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shadowllm.bundle import selection_names as names
-from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.predictor_file import Predictor, check_neuron_budget
 from shadowllm.bundle.quantised_tensors import CopyTensors
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import KVCache
@@ -21,7 +21,7 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
 from shadowllm.runtime.gpu.cuda_graph import captured, kernel_device
 from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
-from shadowllm.runtime.gpu.rest import RestInputs, rest_inputs
+from shadowllm.runtime.gpu.rest import RestInputs, chosen_inside, rest_inputs
 from shadowllm.runtime.gpu.selection import PerLayerSelection, UpfrontSelection, choose, device_copies
 from shadowllm.runtime.gpu.triton_step import StepDecoder, merged
 from shadowllm.runtime.inputs import budget_scalars, check_tokens, pad_prompts
@@ -134,6 +134,7 @@ class TritonSession(PipelinedDecode):
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
+        check_neuron_budget(self._predictor.kind if self._predictor else "", budget)
         counts, scalars = budget.counts(self._layers), budget_scalars(self.spec, budget, self._rest)
         self._budgets_set += 1
         for unit, on_device in self._counts.items():
@@ -248,4 +249,5 @@ class TritonSession(PipelinedDecode):
         if predictor.kind == "quantized-shadow" and rest is None:
             source = self._copies or CopyTensors(weights)
             copies = device_copies(self._layers, source, weights, self.device)
-        return PerLayerSelection(self.spec, predictor, self._counts, copies, rest.inside if rest else frozenset())
+        inside = rest.inside if rest else chosen_inside(predictor, rest=False)
+        return PerLayerSelection(self.spec, predictor, self._counts, copies, inside)

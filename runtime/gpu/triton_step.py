@@ -125,7 +125,8 @@ class StepDecoder(Decoder):
             return super()._mlp(layer, x)
         indices, count = self.selection.active("neurons", self._layers.row(layer), x)
         inputs = {**self._matrices(f"layers.{layer}", "gate", "up", "down"), **self._copies(layer, "neurons")}
-        y, _ = sparse_mlp(x, indices, count, **inputs, activation=self.spec.activation)
+        spec = self.spec
+        y, _ = sparse_mlp(x, indices, count, **inputs, activation=spec.activation, threshold=spec.activation_threshold)
         return y
 
     def _copies(self, layer: int, unit: Unit) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from shadowllm.bundle import selection_names
 from shadowllm.bundle.engine_record import EngineRecord, check_sidecar
 from shadowllm.bundle.manifest import read_manifest
+from shadowllm.bundle.predictor_file import check_neuron_budget
 from shadowllm.config import Flavour
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import UNITS, Budget, SparseLayers
@@ -58,6 +59,7 @@ class TrtSession(PipelinedDecode):
         self._limits = Limits.of(list(self._records.values()))
         self.spec = replace(manifest.spec, max_seqlen=min(manifest.spec.max_seqlen, self._limits.capacity))
         self._dtype, self._rest = manifest.dtype, manifest.rest
+        self._selects_by: str = manifest.predictor["kind"]
         self._layers = SparseLayers(self.spec, self.spec.n_layers if kind == "dense" else manifest.dense_layers)
         self._batch = 0
         self.decodes: Kind = kind
@@ -115,6 +117,7 @@ class TrtSession(PipelinedDecode):
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
+        check_neuron_budget(self._selects_by, budget)
         self._counts, self._scalars = budget.counts(self._layers), budget_scalars(self.spec, budget, self._rest)
         self._budgets_set += 1
         if self._batch:

@@ -14,6 +14,7 @@ import onnxruntime as ort
 from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.cost_model import sparse_pays
 from shadowllm.bundle.manifest import DATA_FILE, Manifest, read_manifest, verify_files
+from shadowllm.bundle.predictor_file import check_neuron_budget
 from shadowllm.limits import check_threads
 from shadowllm.models.sparsity import UNITS, Budget, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
@@ -84,6 +85,14 @@ class OrtSession:
         self._pieces: dict[str, OrtGraph] = {}
         self.set_budget(self.manifest.budget)
 
+    @property
+    def fired(self) -> list[float] | None:
+        """See `Session.fired`."""
+        if self.manifest.predictor["kind"] != "relu" or self.decodes == "dense":
+            return None
+        shares: list[float] = (self.selection["neurons"] >= 0).mean(axis=1).tolist()
+        return shares
+
     def __enter__(self) -> Self:
         pieces = ("dense",) if self._kind == "dense" else ("dense", *self.manifest.sparse_pieces)
         names = [DATA_FILE, *(f"{piece}.onnx" for piece in pieces)]
@@ -131,6 +140,7 @@ class OrtSession:
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
+        check_neuron_budget(self.manifest.predictor["kind"], budget)
         counts = budget.counts(self.manifest.sparse_layers)
         scalars = budget_scalars(self.spec, budget, self.manifest.rest)
         for unit in UNITS:

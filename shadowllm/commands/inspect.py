@@ -134,6 +134,8 @@ def _trained(record: dict[str, Any]) -> str:
     text = f"{record['kind']}{rank}"
     if "tokens" in record and "criterion" in record:
         text += f", trained on {record['tokens']} tokens by {record['criterion']}"
+    if fired := record.get("fired"):
+        text += f", {sum(fired) / len(fired):.1%} of neurons fired ({min(fired):.1%} to {max(fired):.1%} by layer)"
     judged = record.get("held_out", {}).get(record["kind"])
     return text + (f"; held out: {', '.join(f'{k} {v:.3f}' for k, v in judged.items())}" if judged else "")
 

@@ -126,7 +126,8 @@ def export_budget(args: argparse.Namespace) -> Budget | None:
 
     ``--rest`` alone is no budget: it decides whether the bundle has a low-bit copy.
     """
-    return budget(args, DEFAULT_BUDGET, {"rest"}) if args.exact or _given(args).keys() - {"rest"} else None
+    default = Budget() if args.selector == "relu" else DEFAULT_BUDGET
+    return budget(args, default, {"rest"}) if args.exact or _given(args).keys() - {"rest"} else None
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

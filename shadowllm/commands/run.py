@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,11 +114,12 @@ def _generate(
     from shadowllm.runtime import open_session
     from shadowllm.runtime.generation.completion import Completion
 
-    completion, prompt = Completion(request), args.prompt[0]
+    completion, prompt, fired = Completion(request), args.prompt[0], list[Sequence[float]]()
     with open_session(args.bundle, backend, threads=args.threads) as session:
         session.set_budget(budget)
         start = time.perf_counter()
         for pieces in completion.grow(session):
+            fired.append(session.fired or ())
             if streaming:
                 print(prompt + pieces[0], end="", flush=True)
                 prompt = ""
@@ -134,7 +136,14 @@ def _generate(
         "seconds": seconds,
         "tokens_per_second": sum(map(len, completion.tokens)) / seconds,
         "device_memory": vars(memory) if memory else None,
+        "fired": _mean_by_layer(fired),
     }
+
+
+def _mean_by_layer(fired: Sequence[Sequence[float]]) -> list[float]:
+    """Return the mean share of neurons that fired in each sparse layer, over the sparse steps."""
+    steps = [shares for shares in fired if shares]
+    return [sum(layer) / len(steps) for layer in zip(*steps, strict=True)]
 
 
 def _text(argument: str) -> str:
@@ -165,6 +174,10 @@ def _file(name: str) -> str:
         raise UserError(f"{what} is not UTF-8 text ({error})", "convert it to UTF-8") from error
 
 
+def _mean_share(fired: Sequence[float]) -> str:
+    return f"{sum(fired) / len(fired):.1%}" if fired else "-"
+
+
 def _print_table(prompts: list[str], results: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -176,4 +189,6 @@ def _print_table(prompts: list[str], results: list[dict[str, Any]]) -> None:
         table.add_column(result["backend"], ratio=3)
     for row, prompt in enumerate(prompts):
         table.add_row(Text(prompt), *(Text(result["texts"][row]) for result in results))
+    if any(result["fired"] for result in results):
+        table.add_row("neurons that fired", *(_mean_share(result["fired"]) for result in results))
     Console().print(table)

@@ -8,6 +8,7 @@ from torch import Tensor
 from shadowllm.models.activations import RELU_LIKE
 from shadowllm.plugins.ops.sparse_mlp.schedule import schedules
 from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
+from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.launch import check_activation, check_rest, launch
 
 
@@ -73,7 +74,8 @@ def sparse_mlp(
         **copies,
         "down_norms": down_norms,
     }
-    y, attributes = torch.empty_like(x), {"activation": activation, "threshold": threshold}
+    y = torch.empty_like(x)
+    attributes: Attributes = {"activation": activation, "threshold": threshold}
     if indices is not None:
         launch(SPARSE_MLP, schedules, inputs, attributes, y)
         return y, None

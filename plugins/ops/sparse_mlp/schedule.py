@@ -36,11 +36,11 @@ def plan_gate_first(
     names = {"w_first": "w_gate", "b_first": "b_gate", "w_up": "w_up", "b_up": "b_up"}
     if "w_gate" not in shapes:
         names = {"w_first": "w_up", "b_first": "b_up"}
+    operands: dict[str, Operand] = {"x": "x", "hidden": hidden, "fired": fired, "tokens": tier.size}
     first = Call(
         gate_first,
         (Size(neurons, divisor=_rows(tier)), tier.tiles, Size()),
-        {"x": "x", "hidden": hidden, "fired": fired, "tokens": tier.size}
-        | {parameter: name for parameter, name in names.items() if name in shapes},
+        operands | {parameter: name for parameter, name in names.items() if name in shapes},
         {"NEURONS": neurons, "WIDTH": width, **activation, **_tile(tier, width, itemsize)},
         warps=tile_warps(tier.block, itemsize),
         stages=3,
@@ -51,9 +51,21 @@ def plan_gate_first(
         {"fired": fired, "chosen": "chosen", "tiles": tier.tiles},
         {"NEURONS": neurons, "BLOCK": 1024},
     )
-    bias = "b_down" if "b_down" in shapes else None
-    sizes = {"cap": neurons, "units": neurons, "group": 1, "width": width, "itemsize": itemsize}
-    back = back_calls(workspace, tier, hidden, "w_down", bias, **sizes, skip_zeros=True, indices=None, count=None)
+    back = back_calls(
+        workspace,
+        tier,
+        hidden,
+        "w_down",
+        "b_down" if "b_down" in shapes else None,
+        cap=neurons,
+        units=neurons,
+        group=1,
+        itemsize=itemsize,
+        width=width,
+        skip_zeros=True,
+        indices=None,
+        count=None,
+    )
     return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (first, listed, *back))
 
 

@@ -68,6 +68,7 @@ class TinySession:
 
     def __init__(self, mode: str, log: Path | None) -> None:
         self._decoder, self._mode, self._log = tiny_decoder(), mode, log
+        self.fired = None
         self.step_seconds = {"stem": 0.001, "predictor": 0.002, "body": 0.003}
 
     def reset(self, batch: int = 1) -> None:
