@@ -48,7 +48,7 @@ def read_activation(config: Any) -> tuple[Activation, float]:
         UserError: the activation is not supported, or FATReLU has no threshold.
     """
     name, threshold = stated_activation(config)
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise UserError(f"activation {name!r} is not supported", f"supported: {', '.join(NAMES)}")
     activation = NAMES[name]
     if activation != "fatrelu":

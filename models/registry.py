@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.errors import UserError
-from shadowllm.models.activations import NAMES, override_activation, stated_activation
+from shadowllm.models.activations import override_activation, stated_activation
 from shadowllm.models.families import llama, opt
 from shadowllm.models.files.checkpoint import Checkpoint, open_checkpoint
 from shadowllm.models.files.config import token_ids
@@ -85,7 +85,7 @@ def load_model(
 def _override(checkpoint: Checkpoint, activation: str, threshold: float | None) -> None:
     """Write the given activation into the config, with a warning if the checkpoint's own says another one."""
     said, _ = stated_activation(checkpoint.config)
-    if checkpoint.gguf is None and NAMES.get(said) != NAMES.get(activation):
+    if checkpoint.gguf is None and said != activation:
         warnings.warn(
             f"config.json says that the activation is {said!r}, and {activation!r} is used instead", stacklevel=3
         )

@@ -103,7 +103,7 @@ class TorchSession:
         """See `Session.fired`."""
         if self._per_layer is None or not self._per_layer.gate_first or not self.chosen:
             return None
-        shares: list[float] = self.chosen["neurons"].float().mean(dim=1).tolist()
+        shares: list[float] = self.chosen["neurons"].double().mean(dim=1).tolist()
         return shares
 
     def __enter__(self) -> Self:

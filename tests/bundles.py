@@ -34,7 +34,7 @@ def make_predictor(
         tensors |= initial_tensors(kind, layers, rank, *biases, seed=3)
         for name in [name for name in tensors if name.endswith(("heads.weight", "neurons.weight"))]:
             tensors[name] = torch.randn(tensors[name].shape, generator=generator)
-    if kind in ("layerwise", "quantized-shadow"):
+    if kind in ("layerwise", "quantized-shadow", "relu"):
         heads = layers.count * spec.n_heads
         tensors["layers.heads.weight"] = torch.randn(heads, spec.hidden_size, generator=generator)
         tensors["layers.heads.bias"] = torch.randn(heads, generator=generator)
@@ -52,7 +52,7 @@ def make_bundle(
     weight_dtype: str | None = None,
     head_unit: str = "query_head",
     rest: str = "drop",
-    budget: Budget = BUDGET,
+    budget: Budget | None = None,
 ) -> Manifest:
     """Export ``model`` into ``folder``."""
     spec, weights, checkpoint = load_model(model)
@@ -65,7 +65,7 @@ def make_bundle(
         predictor,
         dtype=dtype,
         weight_dtype=weight_dtype,
-        budget=budget,
+        budget=budget or (Budget() if kind == "relu" else BUDGET),
         head_unit=head_unit,
         rest=rest,
     )

@@ -45,6 +45,8 @@ VARIANTS = {
     "llama-rope-linear": ("llama", {"rope_parameters": ROPE_LINEAR}),
     "llama-rope-llama3": ("llama", {"rope_parameters": ROPE_LLAMA3}),
     "llama-blocks": ("llama", {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2}),
+    "llama-relu": ("llama", {"hidden_act": "relu", "num_key_value_heads": 2, "mlp_bias": True}),
+    "llama-blocks-relu": ("llama", {"hidden_act": "relu", "hidden_size": 64, "intermediate_size": 96}),
     "opt": ("opt", {}),
     "opt-head-dim-16": ("opt", {"num_attention_heads": 3}),
     "opt-blocks": ("opt", {"hidden_size": 64, "ffn_dim": 96, "word_embed_proj_dim": 64}),

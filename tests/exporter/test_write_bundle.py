@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 from types import SimpleNamespace
 
 import onnx
@@ -22,14 +23,26 @@ from tests.bundles import BUDGET, make_bundle, make_predictor
 from tests.conftest import VARIANTS
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", ["shadow", "layerwise", "quantized-shadow"])
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [
+        *product(VARIANTS, ["shadow", "layerwise", "quantized-shadow"]),
+        *product(["llama-relu", "llama-blocks-relu", "opt"], ["relu"]),
+    ],
+)
 def test_onnx_checker_accepts_every_piece(bundle, variant, kind):
     folder = bundle(variant, kind=kind)
     found = {path.stem for path in folder.glob("*.onnx")}
     assert found == {"dense", *read_manifest(folder).sparse_pieces}
     for piece in found:
         onnx.checker.check_model(str(folder / f"{piece}.onnx"))
+
+
+def test_the_selector_relu_is_refused_where_it_is_not_exact(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="needs an activation that is zero for many inputs, and the model has silu"):
+        make_bundle(checkpoint("llama-gqa"), tmp_path, kind="relu")
+    with pytest.raises(UserError, match="leave out --rest shadow"):
+        make_bundle(checkpoint("opt"), tmp_path, kind="relu", rest="shadow")
 
 
 def test_weights_lie_on_disk_once(bundle):

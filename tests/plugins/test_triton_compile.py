@@ -59,6 +59,8 @@ chosen = {{"x": x, "count": count, "w_gate": rows, "w_up": rows, "w_down": rows,
 graphs.append(("SparseMLP", chosen, {{"activation": "silu", "layer": 1}}))
 given = graphs[2][1] | {{name: port for name, port in copies.items() if "gate" not in name}}
 graphs.append(("SparseMLP", given, {{"activation": "relu", "layer": 1}}))
+gates = {{"x": x, "count": count, "w_gate": rows, "w_up": rows, "w_down": rows}}
+graphs.append(("SparseMLP", gates, {{"activation": "fatrelu", "threshold": 0.01, "layer": 1}}))
 packed = Tensor("int32", ({HEADS * HEAD_DIM}, 1, 8)), Tensor("float32", ({HEADS * HEAD_DIM}, 1))
 given = graphs[3][1] | {{"rest": count}} | dict(zip(("c_q", "cs_q", "c_o", "cs_o"), 2 * packed))
 chosen = {{name: port for name, port in given.items() if name != "indices"}}
@@ -78,7 +80,8 @@ def programs(request):
     """Compiled programs of each op, for batches of up to 3: ``(dtype, {op: Program})``."""
     told = child("-c", COMPILE, request.param, "3")
     ops = ("SelectTopK", "ScoreNeurons", "SparseMLP", "SparseAttention", "ShortlistLogits")
-    ops += ("SparseMLP chooses", "SparseMLP rest", "SparseAttention chooses", "SparseAttention rest")
+    ops += ("SparseMLP chooses", "SparseMLP rest", "SparseMLP gate first")
+    ops += ("SparseAttention chooses", "SparseAttention rest")
     return request.param, dict(zip(ops, (unpack(bytes.fromhex(line)) for line in told.split()), strict=True))
 
 
@@ -109,6 +112,7 @@ def test_the_units_that_an_op_chooses_are_an_output(programs):
         assert [output.dtype for output in found[op].outputs] == [dtype]
         assert [output.dtype for output in found[f"{op} rest"].outputs] == [dtype]
         assert [output.dtype for output in found[f"{op} chooses"].outputs] == [dtype, "int32"]
+    assert [output.dtype for output in found["SparseMLP gate first"].outputs] == [dtype, "int32"]
     assert found["SparseMLP chooses"].outputs[1].shape == ((2, 0),)  # rows of w_gate, the input after x and count
     assert found["SparseAttention chooses"].outputs[1].shape == (HEADS,)
 

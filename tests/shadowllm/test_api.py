@@ -15,8 +15,9 @@ import pytest
 import shadowllm
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.cli import main
-from shadowllm.config import Calibration
+from shadowllm.config import Calibration, Target
 from shadowllm.evaluation.quality import Result
+from shadowllm.evaluation.tuning import tune
 
 QUICK = Calibration(tokens=512, seqlen=32)
 
@@ -59,6 +60,36 @@ class TestImport:
 
 
 class TestExport:
+    def test_relu_needs_no_budget(self, checkpoint, tmp_path):
+        """The other options that a lossless bundle cannot have are refused before any work is done."""
+        model, out = checkpoint("llama-relu"), tmp_path / "out"
+        for options, words in (
+            ({"budget": shadowllm.Budget(neurons=0.5)}, "computes every neuron that fires"),
+            ({"target": Target(speedup=1.2)}, "a target chooses budgets"),
+            ({"rest": "shadow"}, "leave out --rest shadow"),
+        ):
+            with pytest.raises(shadowllm.UserError, match=words):
+                shadowllm.export(model, out, selector="relu", **options)
+        with pytest.raises(shadowllm.UserError, match="the model has silu"):
+            shadowllm.export(checkpoint("llama-gqa"), out, selector="relu")
+        made = shadowllm.export(model, out, selector="relu", calibration=QUICK)
+        assert (made.budget, made.rest) == (shadowllm.Budget(), "drop")
+        assert all(0.2 < share < 0.8 for share in made.predictor["fired"])
+        assert made.validation["selection_agreement"] == 1
+        with pytest.raises(shadowllm.UserError, match="no budget to tune"):
+            tune(out, Target(speedup=1.2))
+        results = shadowllm.evaluate(out, tokens=64, seqlen=32, heads=[1.0, 0.5])
+        assert results[1].perplexity == pytest.approx(results[0].perplexity, rel=1e-5)
+        assert results[2].perplexity != pytest.approx(results[0].perplexity, rel=1e-3)
+
+    def test_an_activation_that_the_file_does_not_say(self, checkpoint, tmp_path):
+        options = {"activation": "fatrelu", "activation_threshold": 0.05, "selector": "relu", "calibration": QUICK}
+        with pytest.warns(UserWarning, match="'fatrelu' is used instead"):
+            made = shadowllm.export(checkpoint("llama-relu"), tmp_path / "out", **options)
+        assert (made.spec.activation, made.spec.activation_threshold) == ("fatrelu", 0.05)
+        assert made.validation["transformers"] == {"skipped": "transformers has no activation 'fatrelu'"}
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_act_param"] == 0.05
+
     def test_makes_a_bundle(self, checkpoint, tmp_path):
         budget = shadowllm.Budget(neurons=0.5)
         made = shadowllm.export(

@@ -73,6 +73,13 @@ def test_networks_inside_the_layers_become_an_engine(bundle, tmp_path):
 
 
 @needs_builder
+def test_gate_first_becomes_an_engine(bundle, tmp_path):
+    record = build(bundle("llama-relu", kind="relu") / "body.onnx", tmp_path / "body.engine")
+    assert [node.op for node in record.plugins] == ["SelectTopK", "SparseAttention", "SparseMLP"] * 2
+    assert {"gate_first", "list_fired"} < set(record.kernels)
+
+
+@needs_builder
 def test_target_gpus_can_be_chosen(tmp_path):
     onnx_path = write_selection(tmp_path / "selection.onnx")
     chosen = [build(onnx_path, tmp_path / f"{i}.engine", sms=sms) for i, sms in enumerate([(120, 80), (75,)])]

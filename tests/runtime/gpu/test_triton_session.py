@@ -77,6 +77,8 @@ def test_dense_follows_the_reference(bundle):
         {"kind": "layerwise"},
         {"kind": "quantized-shadow"},
         {"kind": "quantized-shadow", "variant": "opt", "head_unit": "kv_group"},
+        {"kind": "relu", "variant": "llama-relu"},
+        {"kind": "relu", "variant": "opt"},
     ],
     ids=str,
 )

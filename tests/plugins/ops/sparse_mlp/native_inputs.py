@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shadowllm.plugins.reference import ACTIVATIONS
+from shadowllm.plugins.reference import mlp_product
 from tests.plugins.native_model import pick
 
 MLP_SCALES = ("s_gate", "s_up", "s_down")
@@ -40,14 +40,16 @@ def mlp_inputs(form: str, size: tuple[int, ...], seed: int = 0) -> dict[str, np.
     }
 
 
-def exact_mlp(inputs: dict[str, np.ndarray | None], activation: str) -> np.ndarray:
+def exact_mlp(inputs: dict[str, np.ndarray | None], activation: str, threshold: float = 0.0) -> np.ndarray:
+    """In float64. Without indices, all neurons are active."""
     wide = {k: v.astype(np.float64) for k, v in inputs.items() if v is not None and v.dtype != np.int32}
-    rows = inputs["indices"][: int(inputs["count"])]
+    rows = np.arange(len(wide["w_up"])) if inputs["indices"] is None else inputs["indices"][: int(inputs["count"])]
+    if not len(rows):  # np.vectorize refuses empty input
+        return np.broadcast_to(wide.get("b_down", 0.0), wide["x"].shape)
     up = wide["x"] @ wide["w_up"][rows].T + (wide["b_up"][rows] if "b_up" in wide else 0)
-    act = ACTIVATIONS[activation] if len(rows) else np.asarray  # np.vectorize refuses empty input
-    hidden = (
-        act(up)
-        if "w_gate" not in wide
-        else up * act(wide["x"] @ wide["w_gate"][rows].T + (wide["b_gate"][rows] if "b_gate" in wide else 0))
-    )
+    if "w_gate" in wide:
+        gate = wide["x"] @ wide["w_gate"][rows].T + (wide["b_gate"][rows] if "b_gate" in wide else 0)
+        hidden = mlp_product(activation, threshold, gate, up)
+    else:
+        hidden = mlp_product(activation, threshold, up)
     return hidden @ wide["w_down"][rows] + wide.get("b_down", 0)

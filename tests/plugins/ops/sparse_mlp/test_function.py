@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, quantise
+from shadowllm.models.activations import Activation
 from shadowllm.plugins.function_body import FunctionForm
 from shadowllm.plugins.ops.sparse_mlp.reference import sparse_mlp
 from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 from tests.plugins.function_model import FORM, TOLERANCE, padded, run, run_all
 
 
-@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+@pytest.mark.parametrize("activation", get_args(Activation))
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
@@ -22,7 +24,7 @@ from tests.plugins.function_model import FORM, TOLERANCE, padded, run, run_all
 )
 def test_sparse_mlp(activation, gated, bias, batch, seqlen, hidden, width, count):
     rng = np.random.default_rng(width)
-    form = FunctionForm(activation, gated, False, False, bias, True, 6, 2, 8)
+    form = FunctionForm(activation, gated, False, False, bias, True, 6, 2, 8, threshold=0.25)
     present = {"w_up": (width, hidden), "w_down": (width, hidden)} | ({"w_gate": (width, hidden)} if gated else {})
     if bias:
         present |= {"b_up": (width,), "b_down": (hidden,)} | ({"b_gate": (width,)} if gated else {})
@@ -36,6 +38,7 @@ def test_sparse_mlp(activation, gated, bias, batch, seqlen, hidden, width, count
         count,
         *(tensors.get(name) for name in ("w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down")),
         activation=activation,
+        threshold=0.25,
     )[0]
     found = run(SPARSE_MLP, form, feeds, activation=activation, layer=0)
     np.testing.assert_allclose(found, expected, **TOLERANCE)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
 from shadowllm.bundle.quantisation import Quantisation
+from shadowllm.models.activations import Activation
 from shadowllm.plugins.ops.sparse_mlp.reference import sparse_mlp
 from tests.plugins.native_model import (
     INPUT_STEP,
@@ -48,6 +51,17 @@ def test_mlp(form, size, isa):
     assert_as_exact_as(found, float32, exact)
 
 
+@pytest.mark.parametrize("size", [(41, 7, 2, 3, 5), (123, 88, 1, 1, 45)], ids=str)
+@pytest.mark.parametrize("form", ["llama-biases", "opt"])
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_activations(activation, form, size, isa):
+    if activation == "drelu" and form == "opt":
+        return  # a model without a gate has no such activation
+    inputs, attributes = mlp_inputs(form, size), {"activation": activation, "threshold": 0.5}
+    found = run("SparseMLP", inputs, MLP_WEIGHTS, layer=3, **attributes)
+    assert_as_exact_as(found, sparse_mlp(**inputs, **attributes)[0], exact_mlp(inputs, **attributes))
+
+
 def test_mlp_weights_that_are_no_initializers():
     inputs = mlp_inputs("llama-biases", (123, 88, 2, 3, 50))
     attributes = {"activation": "silu", "layer": 0}
@@ -64,7 +78,7 @@ def test_mlp_far_from_zero(isa):
         exact, float32 = exact_mlp(inputs, "silu"), sparse_mlp(**inputs, activation="silu")[0]
     assert_as_exact_as(run("SparseMLP", inputs, MLP_WEIGHTS, activation="silu", layer=0), float32, exact)
     inputs["x"][0, 1, 5] = np.nan
-    for activation in ("relu", "silu", "gelu"):
+    for activation in get_args(Activation):
         found = run("SparseMLP", inputs, MLP_WEIGHTS, activation=activation, layer=0)
         assert np.isfinite(found[0, 0]).all()
         assert np.isnan(found[0, 1]).all()
