@@ -62,7 +62,7 @@ def _refuse_variants(config: Any) -> None:
         )
 
 
-def sources(spec: ModelSpec) -> dict[str, Source]:
+def sources(spec: ModelSpec, config: Any) -> dict[str, Source]:
     """Map each canonical tensor name to its source in a Hugging Face OPT checkpoint."""
     found = {
         "embed_tokens.weight": Source("decoder.embed_tokens.weight"),

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder, KVCache
 from shadowllm.models.registry import load_model
-from tests.conftest import VARIANTS, build_transformers_model
+from tests.conftest import FAMILIES, VARIANTS, build_transformers_model
 
 # Long enough to show the full float32 noise; a dozen tokens may show less.
 TEXT = (
@@ -33,7 +33,7 @@ def noise_bound(model, input_ids) -> tuple[torch.Tensor, float]:
     return exact, float(2 * (own - exact).abs().max() + floor)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS | FAMILIES)
 def test_logits_match_transformers(checkpoint, variant):
     spec, weights, _ = load_model(checkpoint(variant))
     input_ids = torch.randint(0, spec.vocab_size, (2, 33), generator=torch.Generator().manual_seed(1))
@@ -43,13 +43,14 @@ def test_logits_match_transformers(checkpoint, variant):
     assert (logits - exact).abs().max() <= bound
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS | FAMILIES)
 def test_parameter_count_matches_transformers(checkpoint, variant):
     spec, _, _ = load_model(checkpoint(variant))
-    assert spec.n_parameters == sum(p.numel() for p in build_transformers_model(*VARIANTS[variant]).parameters())
+    model = build_transformers_model(*(VARIANTS | FAMILIES)[variant])
+    assert spec.n_parameters == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
+@pytest.mark.parametrize("variant", ["llama-gqa", "opt", *FAMILIES])
 def test_cached_steps_equal_the_whole_sequence(checkpoint, variant):
     spec, weights, _ = load_model(checkpoint(variant))
     decoder, cache = Decoder(spec, weights.load()), KVCache.empty(spec, batch=2, capacity=32)
@@ -100,7 +101,7 @@ def test_opt_variants_refused_by_name(checkpoint, tmp_path, options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "RoPE scaling 'yarn'"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "RoPE scaling 'proportional'"),
         ({"model_type": "gpt2"}, "'gpt2' is not supported"),
         ({"num_key_value_heads": 3}, "do not divide"),
         ({"intermediate_size": 77}, "has shape"),
