@@ -55,7 +55,7 @@ def model_groups(spec: ModelSpec, dtype: str, q: Quantisation | None = None) -> 
     mlp = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
     for i in range(spec.n_layers):
         place = f"layers.{i}"
-        yield floats(*norm(f"{place}.input_norm"), *norm(f"{place}.post_norm"))
+        yield floats(*(name for place in spec.norms_of(i) for name in norm(place)))
         if spec.qk_norm:
             yield floats(f"{place}.q_norm.weight", f"{place}.k_norm.weight")
         for parts, biased in (

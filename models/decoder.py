@@ -124,9 +124,14 @@ class Decoder:
         return x
 
     def layer(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Run one pre-norm layer, ``(batch, seqlen, hidden_size)`` in and out."""
-        x = x + self._attention(layer, self._norm(f"layers.{layer}.input_norm", x), position_ids, cache)
-        return x + self._mlp(layer, self._norm(f"layers.{layer}.post_norm", x))
+        """Run one layer, ``(batch, seqlen, hidden_size)`` in and out."""
+        first, *second = self.spec.norms_of(layer)
+        if self.spec.pre_norm:
+            x = x + self._attention(layer, self._norm(first, x), position_ids, cache)
+            return x + self._mlp(layer, self._norm(second[0], x))
+        x = self._norm(first, x + self._attention(layer, x, position_ids, cache))
+        x = x + self._mlp(layer, x)
+        return self._norm(second[0], x) if second else x
 
     def logits(self, x: Tensor) -> Tensor:
         """Apply the final norm and the output projection."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.errors import UserError
-from shadowllm.models.families import granite, llama, opt, phi3, qwen2, qwen3, smollm3
+from shadowllm.models.families import bamboo, granite, llama, minicpm, opt, phi3, qwen2, qwen3, smollm3
 from shadowllm.models.files.checkpoint import Checkpoint, open_checkpoint
 from shadowllm.models.files.config import token_ids
 from shadowllm.models.files.quantised_checkpoint import check_float
@@ -30,14 +30,17 @@ class Family:
 
 
 FAMILIES = {
+    "bamboo": Family(bamboo.spec, llama.sources),
     "granite": Family(granite.spec, granite.sources),
     "llama": Family(llama.spec, llama.sources),
+    "minicpm": Family(minicpm.spec, minicpm.sources),
     "mistral": Family(llama.llama_like, llama.sources),
     "opt": Family(opt.spec, opt.sources),
     "phi3": Family(phi3.spec, phi3.sources),
     "qwen2": Family(qwen2.spec, llama.sources),
     "qwen3": Family(qwen3.spec, llama.sources),
     "smollm3": Family(smollm3.spec, llama.sources),
+    "sparsellama": Family(llama.spec, llama.sources),
 }
 
 
@@ -68,9 +71,11 @@ def load_model(
         bos_token_id=_bos(config),
         eos_token_ids=token_ids(checkpoint.generation_config.eos_token_id, "eos_token_id"),
     )
+    said = spec.tied_embeddings
     spec, sources = resolve_tied_embeddings(spec, tensors, lambda spec: family.sources(spec, config))
-    config.tie_word_embeddings = spec.tied_embeddings
-    used = {source.name for source in sources.values()}
+    if spec.tied_embeddings != said:
+        config.tie_word_embeddings = spec.tied_embeddings
+    used = {name for source in sources.values() for name in source.names}
     check_float(tensors, used)
     weights = Weights(spec, tensors, sources)
     _warn_of_unused(tensors.names() - used)

@@ -25,6 +25,8 @@ class ModelSpec:
         family: the adapter that produced the spec, a row of `registry.FAMILIES`.
         n_kv_heads: number of K and V heads; ``n_heads`` for MHA, fewer for GQA, 1 for MQA.
         max_seqlen: longest text that the model's description is right for.
+        pre_norm: attention and MLP read the normed hidden states. Otherwise (OPT-350m) they read the hidden states
+            themselves, and the sum of both is normed; the last of these norms is the model's ``final_norm``.
         gated: the MLP computes ``act(gate) * up`` (Llama) instead of ``act(up)`` (OPT).
         position_offset: rows of a learned position table that come before position 0 (OPT has 2).
         rope: rotary parameters; None for learned positions.
@@ -62,6 +64,7 @@ class ModelSpec:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
     head_unit: HeadUnit = "query_head"
+    pre_norm: bool = True
 
     def __post_init__(self) -> None:
         for name in (
@@ -109,6 +112,12 @@ class ModelSpec:
         """Whether heads can be selected; otherwise all of them are always active."""
         return not self.qk_norm
 
+    def norms_of(self, layer: int) -> tuple[str, ...]:
+        """Return the canonical names of a layer's norms over hidden states."""
+        place = f"layers.{layer}"
+        first, second = f"{place}.input_norm", f"{place}.post_norm"
+        return (first, second) if self.pre_norm or layer < self.n_layers - 1 else (first,)
+
     def rope_of(self, layer: int) -> RopeSpec | None:
         """Return the rotary parameters of a layer."""
         return self.second_rope if layer in self.second_rope_layers else self.rope
@@ -142,7 +151,8 @@ class ModelSpec:
         tables = self.vocab_size * d * (1 if self.tied_embeddings else 2)
         if self.positions == "learned":
             tables += (self.max_seqlen + self.position_offset) * d
-        return self.n_layers * (attention + mlp + 2 * norm) + norm + tables
+        norms = sum(len(self.norms_of(layer)) for layer in range(self.n_layers)) + 1
+        return self.n_layers * (attention + mlp) + norms * norm + tables
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types; `from_dict` is the inverse."""

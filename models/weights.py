@@ -29,6 +29,8 @@ class Source:
         part: first row of the canonical tensor and number of all rows, if the stored tensor is several in one.
         order: the stored row, within a head, of each row of a head (see `rope.rotated_first`); None keeps the order.
         scale, shift: the canonical tensor is ``scale * (stored + shift)``, computed in float32.
+        factor: another tensor; the canonical one is the product ``stored @ factor``, computed in float32. With
+            ``factor_transposed``, it is ``stored @ factor.T``.
     """
 
     name: str
@@ -37,6 +39,13 @@ class Source:
     order: Sequence[int] | None = None
     scale: float = 1.0
     shift: float = 0.0
+    factor: str | None = None
+    factor_transposed: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors of the checkpoint that are read."""
+        return [self.name] + ([self.factor] if self.factor else [])
 
     def convert(self, stored: torch.Tensor) -> torch.Tensor:
         """Apply ``order``, ``scale``, ``shift`` and ``transpose`` to the rows of the stored tensor."""
@@ -70,7 +79,7 @@ class Weights(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, spec: ModelSpec, tensors: TensorFile, sources: Mapping[str, Source]) -> None:
-        _check_complete({source.name for source in sources.values()}, tensors.names())
+        _check_complete({name for source in sources.values() for name in source.names}, tensors.names())
         self.spec = spec
         self._tensors = tensors
         self._sources = dict(sources)
@@ -78,7 +87,7 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         source = self._sources[name]
-        tensor = self._tensors.read(source.name)
+        tensor = self._read(source)
         expected = self.shape(name)
         expected = expected[::-1] if source.transpose else expected
         first, total = source.part or (0, expected[0])
@@ -90,6 +99,19 @@ class Weights(Mapping[str, torch.Tensor]):
             )
         _check_finite(source.name, tensor)
         return source.convert(tensor[first : first + expected[0]])
+
+    def _read(self, source: Source) -> torch.Tensor:
+        tensor = self._tensors.read(source.name)
+        if source.factor is None:
+            return tensor
+        factor = self._tensors.read(source.factor).float()
+        factor = factor.t() if source.factor_transposed else factor
+        if tensor.ndim != 2 or factor.ndim != 2 or tensor.shape[1] != factor.shape[0]:
+            raise UserError(
+                f"tensors {source.name} and {source.factor} have shapes that cannot be multiplied",
+                "the checkpoint and its config.json do not belong together",
+            )
+        return tensor.float() @ factor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)

@@ -71,6 +71,8 @@ PHI = {"num_attention_heads": 3, "num_key_value_heads": 1, "pad_token_id": 0, "r
 FAMILIES = {
     "granite": ("granite", GROUPED | MULTIPLIERS | {"tie_word_embeddings": True}),
     "mistral": ("mistral", GROUPED | {"sliding_window": None}),
+    "opt-post-norm": ("opt", {"do_layer_norm_before": False}),
+    "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
     "phi3": ("phi3", PHI),
     "qwen2": ("qwen2", GROUPED),
     "qwen3": ("qwen3", GROUPED | {"head_dim": 16}),

@@ -11,7 +11,15 @@ import onnx_ir as ir
 
 from shadowllm.bundle.weight_names import down_norms, integers, scales
 from shadowllm.exporter.graphs.builder import GraphBuilder
-from shadowllm.exporter.graphs.nodes import batched, cast, gemm, head_norms, mlp_activation, norm
+from shadowllm.exporter.graphs.nodes import (
+    batched,
+    block_input,
+    block_output,
+    cast,
+    gemm,
+    head_norms,
+    mlp_activation,
+)
 from shadowllm.exporter.graphs.selection import choose_heads, choose_neurons
 from shadowllm.models.rope import RopeSpec
 from shadowllm.models.sparsity import Unit
@@ -105,9 +113,11 @@ def dense_layer(
 ) -> tuple[ir.Value, Cache]:
     """One layer with all heads and neurons; returns hidden states and the updated cache."""
     place = f"layers.{layer}"
-    y, cache = _dense_attention(g, spec, layer, norm(g, spec, f"{place}.input_norm", x), step, cache)
-    x = g.op("Add", x, y)
-    return g.op("Add", x, _dense_mlp(g, spec, layer, norm(g, spec, f"{place}.post_norm", x))), cache
+    first, second = f"{place}.input_norm", f"{place}.post_norm"
+    y, cache = _dense_attention(g, spec, layer, block_input(g, spec, first, x), step, cache)
+    x = block_output(g, spec, layer, first, x, y)
+    y = _dense_mlp(g, spec, layer, block_input(g, spec, second, x))
+    return block_output(g, spec, layer, second, x, y), cache
 
 
 def _dense_attention(
@@ -143,7 +153,8 @@ def sparse_layer(
         Hidden states, the updated cache, and the active indices, ``(n_units,)`` each.
     """
     place = f"layers.{layer}"
-    normed = norm(g, spec, f"{place}.input_norm", x)
+    first, second = f"{place}.input_norm", f"{place}.post_norm"
+    normed = block_input(g, spec, first, x)
     if spec.selects_heads:
         both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias)
         _, cache = to_cache(g, spec, layer, step, cache, both, 0)
@@ -151,9 +162,9 @@ def sparse_layer(
     else:
         y, cache = _dense_attention(g, spec, layer, normed, step, cache)
         heads = g.op("Identity", g.constant(np.arange(spec.n_heads, dtype=np.int32), "all_heads"))
-    x = g.op("Add", x, y)
-    y, neurons = _sparse_mlp(g, spec, layer, row, norm(g, spec, f"{place}.post_norm", x), step, selection)
-    return g.op("Add", x, y), cache, {"heads": heads, "neurons": neurons}
+    x = block_output(g, spec, layer, first, x, y)
+    y, neurons = _sparse_mlp(g, spec, layer, row, block_input(g, spec, second, x), step, selection)
+    return block_output(g, spec, layer, second, x, y), cache, {"heads": heads, "neurons": neurons}
 
 
 def _sparse_attention(

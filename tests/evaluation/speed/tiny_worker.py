@@ -35,7 +35,7 @@ SPEC = ModelSpec(
     activation="silu",
     gated=True,
     positions="rope",
-    rope=RopeSpec((1.0, 0.01)),
+    rope=RopeSpec((1.0,)),
     tied_embeddings=True,
 )
 
