@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shadowllm.errors import UserError
@@ -77,11 +76,11 @@ def sources(spec: ModelSpec, config: Any) -> dict[str, Source]:
         "embed_positions.weight": Source("decoder.embed_positions.weight"),
     }
     if not spec.tied_embeddings:
-        found["lm_head.weight"] = Source(table if config.tie_word_embeddings else head)
+        found["lm_head.weight"] = Source(head)
     if _projects(config):
         to, back = "decoder.project_in.weight", "decoder.project_out.weight"
         found["embed_tokens.weight"] = Source(table, factor=to, factor_transposed=True)
-        found["lm_head.weight"] = replace(found["lm_head.weight"], factor=back)
+        found["lm_head.weight"] = Source(table if config.tie_word_embeddings else head, factor=back)
     for i in range(spec.n_layers):
         found |= _layer_sources(spec, i)
     norm = "decoder.final_layer_norm" if spec.pre_norm else f"decoder.layers.{spec.n_layers - 1}.final_layer_norm"
