@@ -23,24 +23,44 @@ DERIVED = ("rotary_emb.inv_freq", "lm_head.weight", "decoder.version")
 
 @dataclass(frozen=True)
 class Family:
-    """An adapter: converts a config to a spec, and gives the source of each canonical tensor."""
+    """An adapter, and what the table of families says about it.
+
+    Attributes:
+        spec: converts a config to a spec.
+        sources: gives the source of each canonical tensor, from the spec and the config.
+        models: well-known models.
+        differences: how they differ from Llama.
+        heads: whether heads can be selected, as in `ModelSpec.selects_heads`.
+    """
 
     spec: Callable[[Any], ModelSpec]
     sources: Callable[[ModelSpec, Any], dict[str, Source]]
+    models: str
+    differences: str
+    heads: bool = True
 
 
 FAMILIES = {
-    "bamboo": Family(bamboo.spec, llama.sources),
-    "granite": Family(granite.spec, granite.sources),
-    "llama": Family(llama.spec, llama.sources),
-    "minicpm": Family(minicpm.spec, minicpm.sources),
-    "mistral": Family(llama.llama_like, llama.sources),
-    "opt": Family(opt.spec, opt.sources),
-    "phi3": Family(phi3.spec, phi3.sources),
-    "qwen2": Family(qwen2.spec, llama.sources),
-    "qwen3": Family(qwen3.spec, llama.sources),
-    "smollm3": Family(smollm3.spec, llama.sources),
-    "sparsellama": Family(llama.spec, llama.sources),
+    "bamboo": Family(bamboo.spec, llama.sources, "TurboSparse-Mistral, Bamboo", "sliding window, ReLU of gate and up"),
+    "granite": Family(granite.spec, granite.sources, "Granite 3", "constant factors, biases"),
+    "llama": Family(llama.spec, llama.sources, "Llama 2 and 3, SmolLM2, TinyLlama, ReluLLaMA", "biases"),
+    "minicpm": Family(minicpm.spec, minicpm.sources, "MiniCPM, MiniCPM-S", "constant factors"),
+    "mistral": Family(llama.llama_like, llama.sources, "Mistral 7B, Mistral Nemo", "sliding window"),
+    "opt": Family(opt.spec, opt.sources, "OPT", "LayerNorm (after the blocks in OPT-350m), learned positions, no gate"),
+    "phi3": Family(
+        phi3.spec, phi3.sources, "Phi-3, Phi-3.5, Phi-4-mini", "fused projections, partial RoPE, sliding window"
+    ),
+    "qwen2": Family(qwen2.spec, llama.sources, "Qwen2, Qwen2.5", "biases of q, k and v, sliding window"),
+    "qwen3": Family(qwen3.spec, llama.sources, "Qwen3", "norms of q and k, sliding window", heads=False),
+    "smollm3": Family(smollm3.spec, llama.sources, "SmolLM3", "layers without RoPE"),
+    "sparsellama": Family(llama.spec, llama.sources, "ProSparse", "biases"),
+}
+# Families that are known and cannot be supported yet, with the reason.
+REFUSED = {
+    "gemma2": "its attention scores are capped (attn_logit_softcapping), which no sparse op does",
+    "mixtral": "its MLP is a mixture of experts",
+    "qwen2_moe": "its MLP is a mixture of experts",
+    "qwen3_moe": "its MLP is a mixture of experts",
 }
 
 
@@ -62,7 +82,9 @@ def load_model(
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(
-            f"model family {config.model_type!r} is not supported", f"supported: {', '.join(sorted(FAMILIES))}"
+            f"model family {config.model_type!r} is not supported"
+            + (f": {REFUSED[config.model_type]}" if config.model_type in REFUSED else ""),
+            f"supported: {', '.join(sorted(FAMILIES))}",
         )
     if not getattr(config, "is_causal", True):
         raise UserError("config.json says that the model is not causal (is_causal)", "use a model that generates text")
