@@ -69,6 +69,7 @@ LONGROPE = {
 }
 PHI = {"num_attention_heads": 3, "num_key_value_heads": 1, "pad_token_id": 0, "rope_parameters": LONGROPE}
 FAMILIES = {
+    "gemma": ("gemma", GROUPED | {"head_dim": 16, "hidden_act": "silu", "tie_word_embeddings": True}),
     "granite": ("granite", GROUPED | MULTIPLIERS | {"tie_word_embeddings": True}),
     "mistral": ("mistral", GROUPED | {"sliding_window": None}),
     "opt-post-norm": ("opt", {"do_layer_norm_before": False}),
