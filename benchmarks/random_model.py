@@ -114,10 +114,10 @@ class RandomWeights(Mapping[str, "Tensor"]):
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
-        from shadowllm.models.registry import FAMILIES
+        from shadowllm.bundle.weight_layout import model_groups
 
         self._spec, self._dtype, self._device = spec, dtype, device
-        self._names = list(FAMILIES[spec.family].sources(spec))
+        self._names = [name for group in model_groups(spec, "float32") for name, _, _ in group]
 
     def __getitem__(self, name: str) -> Tensor:
         import torch

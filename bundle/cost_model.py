@@ -157,7 +157,9 @@ def step_traffic(
         neurons = [gate_first_elements(spec, share) for share in fired]
     elements = {
         "embedding rows": batch * d * (2 if spec.positions == "learned" else 1),
-        "norms": (2 * spec.n_layers + 1) * d * (2 if spec.norm == "layernorm" else 1),
+        "norms": (sum(len(spec.norms_of(i)) for i in range(spec.n_layers)) + 1)
+        * d
+        * (2 if spec.norm == "layernorm" else 1),
         "k/v projections": spec.n_layers * 2 * kv * (d + spec.qkv_bias),
         "dense layers": dense_layers * layer_elements(spec, spec.n_heads, spec.intermediate_size),
         "active q/o rows": sum(row_elements(spec, "heads", heads) for heads, _ in counts),

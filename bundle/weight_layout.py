@@ -55,7 +55,9 @@ def model_groups(spec: ModelSpec, dtype: str, q: Quantisation | None = None) -> 
     mlp = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
     for i in range(spec.n_layers):
         place = f"layers.{i}"
-        yield floats(*norm(f"{place}.input_norm"), *norm(f"{place}.post_norm"))
+        yield floats(*(name for place in spec.norms_of(i) for name in norm(place)))
+        if spec.qk_norm:
+            yield floats(f"{place}.q_norm.weight", f"{place}.k_norm.weight")
         for parts, biased in (
             (("q_proj", "k_proj", "v_proj"), spec.qkv_bias),
             (("o_proj",), spec.o_bias),
@@ -89,7 +91,7 @@ def copy_groups(layers: SparseLayers, rest: bool) -> Iterator[Group]:
     for layer in layers.layers:
         yield from copies(copied(spec, layer))
         yield [(down_norms(layer), (spec.intermediate_size,), "float32")]
-        for name in copied_for_rest(layer) if rest else ():
+        for name in copied_for_rest(spec, layer) if rest else ():
             yield from copies([name])
     if rest:
         table = output_table(spec)

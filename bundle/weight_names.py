@@ -55,9 +55,10 @@ def copied(spec: ModelSpec, layer: int) -> list[str]:
     return [f"layers.{layer}.{part}.weight" for part in parts]
 
 
-def copied_for_rest(layer: int) -> list[str]:
+def copied_for_rest(spec: ModelSpec, layer: int) -> list[str]:
     """Return the canonical names of a layer's other matrices from which the rest is computed, in storage order."""
-    return [f"layers.{layer}.{part}_proj.weight" for part in ("down", "q", "o")]
+    parts = ("down", "q", "o") if spec.selects_heads else ("down",)
+    return [f"layers.{layer}.{part}_proj.weight" for part in parts]
 
 
 def copied_names(layers: SparseLayers, rest: bool) -> list[str]:
@@ -69,7 +70,7 @@ def copied_names(layers: SparseLayers, rest: bool) -> list[str]:
     """
     found = []
     for layer in layers.layers:
-        found += copied(layers.spec, layer) + (copied_for_rest(layer) if rest else [])
+        found += copied(layers.spec, layer) + (copied_for_rest(layers.spec, layer) if rest else [])
     return found + ([output_table(layers.spec)] if rest else [])
 
 

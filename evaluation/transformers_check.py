@@ -18,6 +18,7 @@ from shadowllm.errors import UserError, foreign_reader
 from shadowllm.models.activations import stated_activation
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.files.checkpoint import Checkpoint
+from shadowllm.models.files.config import RELATIVES
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Weights
 
@@ -76,6 +77,8 @@ def _unreadable(checkpoint: Checkpoint, spec: ModelSpec) -> str | None:
         return f"transformers has no activation {activation!r}"
     if len(getattr(checkpoint.tensors, "parts", ())) > 1:
         return "transformers does not read a GGUF model in several files"
+    if spec.family in RELATIVES and not checkpoint.trust_remote_code:
+        return f"transformers has no code for {spec.family} models"
     if checkpoint.quantised:
         # transformers computes the block size by a division, and so reads wrong scales if it leaves a remainder.
         block = checkpoint.config.quantization_config.get("weight_block_size") or ()

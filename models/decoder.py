@@ -125,9 +125,11 @@ class Decoder:
         self.weights = weights
         self.activation_hook = activation_hook
         self.input_hook = input_hook
-        if spec.rope:
-            cos, sin = spec.rope.tables(spec.head_dim, spec.max_seqlen)
-            self._cos, self._sin = torch.from_numpy(cos), torch.from_numpy(sin)
+        # Cosine and sine per position, by the RoPE that layers have.
+        self.rotary = {
+            rope: tuple(map(torch.from_numpy, rope.tables(spec.head_dim, spec.max_seqlen)))
+            for rope in filter(None, (spec.rope, spec.second_rope))
+        }
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Compute the logits of every position.
@@ -155,9 +157,14 @@ class Decoder:
         return x
 
     def layer(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Run one pre-norm layer, ``(batch, seqlen, hidden_size)`` in and out."""
-        x = x + self._attention(layer, self._norm(f"layers.{layer}.input_norm", x), position_ids, cache)
-        return x + self._mlp(layer, self._norm(f"layers.{layer}.post_norm", x))
+        """Run one layer, ``(batch, seqlen, hidden_size)`` in and out."""
+        first, *second = self.spec.norms_of(layer)
+        if self.spec.pre_norm:
+            x = x + self._attention(layer, self._norm(first, x), position_ids, cache)
+            return x + self._mlp(layer, self._norm(second[0], x))
+        x = self._norm(first, x + self._attention(layer, x, position_ids, cache))
+        x = x + self._mlp(layer, x)
+        return self._norm(second[0], x) if second else x
 
     def logits(self, x: Tensor) -> Tensor:
         """Apply the final norm and the output projection."""
@@ -178,7 +185,7 @@ class Decoder:
         """Return the keys and values that a layer's tokens attend to. Those of ``x`` are written to the cache."""
         place = f"layers.{layer}"
         key, value = (self._heads(f"{place}.{part}_proj", x) for part in ("k", "v"))
-        key, key_positions = self._rotate(key, position_ids), position_ids
+        key, key_positions = self._positioned(layer, "k", key, position_ids), position_ids
         if cache is not None:
             key, value = cache.update(layer, key, value, position_ids)
             key_positions = torch.arange(key.shape[2]).expand(x.shape[0], -1)
@@ -186,7 +193,7 @@ class Decoder:
 
     def context(self, layer: int, x: Tensor, position_ids: Tensor, visible: Visible) -> Tensor:
         """Return what the query heads read from keys and values, ``(batch, seqlen, n_heads, head_dim)``."""
-        query = self._rotate(self._heads(f"layers.{layer}.q_proj", x), position_ids)
+        query = self._positioned(layer, "q", self._heads(f"layers.{layer}.q_proj", x), position_ids)
         return F.scaled_dot_product_attention(
             query, visible.key, visible.value, attn_mask=visible.mask, enable_gqa=True
         ).transpose(1, 2)
@@ -228,12 +235,15 @@ class Decoder:
         bias = self.weights.get(f"{name}.bias")
         return y if bias is None else y + bias
 
-    def _rotate(self, x: Tensor, position_ids: Tensor) -> Tensor:
-        # Half-split rotation: element i pairs with element i + head_dim / 2, as in Hugging Face's Llama.
-        if self.spec.rope is None:
+    def _positioned(self, layer: int, part: str, x: Tensor, position_ids: Tensor) -> Tensor:
+        """Norm and rotate the queries or keys of a layer's heads."""
+        if self.spec.qk_norm:
+            x = self._norm(f"layers.{layer}.{part}_norm", x)
+        rope = self.spec.rope_of(layer)
+        if rope is None:
             return x
-        cos = self._cos[position_ids].to(x.dtype)[:, None]
-        sin = self._sin[position_ids].to(x.dtype)[:, None]
+        # Half-split rotation: element i pairs with element i + head_dim / 2, as in Hugging Face's Llama.
+        cos, sin = (table[position_ids].to(x.dtype)[:, None] for table in self.rotary[rope])
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

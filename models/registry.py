@@ -10,7 +10,7 @@ from typing import Any
 
 from shadowllm.errors import UserError
 from shadowllm.models.activations import override_activation, stated_activation
-from shadowllm.models.families import llama, opt
+from shadowllm.models.families import bamboo, gemma, granite, llama, minicpm, opt, phi3, qwen2, qwen3, smollm3
 from shadowllm.models.files.checkpoint import Checkpoint, open_checkpoint
 from shadowllm.models.files.config import token_ids
 from shadowllm.models.files.quantised_checkpoint import check_float
@@ -24,15 +24,45 @@ DERIVED = ("rotary_emb.inv_freq", "lm_head.weight", "decoder.version")
 
 @dataclass(frozen=True)
 class Family:
-    """An adapter: converts a config to a spec, and gives the source of each canonical tensor."""
+    """An adapter, and what the table of families says about it.
+
+    Attributes:
+        spec: converts a config to a spec.
+        sources: gives the source of each canonical tensor, from the spec and the config.
+        models: well-known models.
+        differences: how they differ from Llama.
+        heads: whether heads can be selected, as in `ModelSpec.selects_heads`.
+    """
 
     spec: Callable[[Any], ModelSpec]
-    sources: Callable[[ModelSpec], dict[str, Source]]
+    sources: Callable[[ModelSpec, Any], dict[str, Source]]
+    models: str
+    differences: str
+    heads: bool = True
 
 
 FAMILIES = {
-    "llama": Family(llama.spec, llama.sources),
-    "opt": Family(opt.spec, opt.sources),
+    "bamboo": Family(bamboo.spec, llama.sources, "TurboSparse-Mistral, Bamboo", "sliding window, ReLU of gate and up"),
+    "gemma": Family(gemma.spec, gemma.sources, "Gemma", "norms with 1 added, scaled embeddings"),
+    "granite": Family(granite.spec, granite.sources, "Granite 3", "constant factors, biases"),
+    "llama": Family(llama.spec, llama.sources, "Llama 2 and 3, SmolLM2, TinyLlama, ReluLLaMA", "biases"),
+    "minicpm": Family(minicpm.spec, minicpm.sources, "MiniCPM, MiniCPM-S", "constant factors"),
+    "mistral": Family(llama.llama_like, llama.sources, "Mistral 7B, Mistral Nemo", "sliding window"),
+    "opt": Family(opt.spec, opt.sources, "OPT", "LayerNorm (after the blocks in OPT-350m), learned positions, no gate"),
+    "phi3": Family(
+        phi3.spec, phi3.sources, "Phi-3, Phi-3.5, Phi-4-mini", "fused projections, partial RoPE, sliding window"
+    ),
+    "qwen2": Family(qwen2.spec, llama.sources, "Qwen2, Qwen2.5", "biases of q, k and v, sliding window"),
+    "qwen3": Family(qwen3.spec, llama.sources, "Qwen3", "norms of q and k, sliding window", heads=False),
+    "smollm3": Family(smollm3.spec, llama.sources, "SmolLM3", "layers without RoPE"),
+    "sparsellama": Family(llama.spec, llama.sources, "ProSparse", "biases"),
+}
+# Families that are known and cannot be supported yet, with the reason.
+REFUSED = {
+    "gemma2": "its attention scores are capped (attn_logit_softcapping), which no sparse op does",
+    "mixtral": "its MLP is a mixture of experts",
+    "qwen2_moe": "its MLP is a mixture of experts",
+    "qwen3_moe": "its MLP is a mixture of experts",
 }
 
 
@@ -62,7 +92,9 @@ def load_model(
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(
-            f"model family {config.model_type!r} is not supported", f"supported: {', '.join(sorted(FAMILIES))}"
+            f"model family {config.model_type!r} is not supported"
+            + (f": {REFUSED[config.model_type]}" if config.model_type in REFUSED else ""),
+            f"supported: {', '.join(sorted(FAMILIES))}",
         )
     if not getattr(config, "is_causal", True):
         raise UserError("config.json says that the model is not causal (is_causal)", "use a model that generates text")
@@ -73,9 +105,11 @@ def load_model(
         bos_token_id=_bos(config),
         eos_token_ids=token_ids(checkpoint.generation_config.eos_token_id, "eos_token_id"),
     )
-    spec, sources = resolve_tied_embeddings(spec, tensors, family.sources)
-    config.tie_word_embeddings = spec.tied_embeddings
-    used = {source.name for source in sources.values()}
+    said = spec.tied_embeddings
+    spec, sources = resolve_tied_embeddings(spec, tensors, lambda spec: family.sources(spec, config))
+    if spec.tied_embeddings != said:
+        config.tie_word_embeddings = spec.tied_embeddings
+    used = {name for source in sources.values() for name in source.names}
     check_float(tensors, used)
     weights = Weights(spec, tensors, sources)
     _warn_of_unused(tensors.names() - used)

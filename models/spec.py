@@ -6,85 +6,35 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from shadowllm.errors import UserError
 from shadowllm.models.activations import Activation
+from shadowllm.models.rope import RopeSpec
 
 Norm = Literal["layernorm", "rmsnorm"]
 Positions = Literal["learned", "rope"]
-RopeScaling = Literal["default", "linear", "llama3"]
 HeadUnit = Literal["query_head", "kv_group"]
 # The limit exists because position tables are computed for all positions.
 MOST_POSITIONS = 1 << 24
 
 
 @dataclass(frozen=True)
-class RopeSpec:
-    """Rotary position embedding (Su et al., arXiv 2104.09864) with the scalings Llama uses.
-
-    Attributes:
-        theta: base of the geometric frequency series.
-        scaling: "default", "linear" (all frequencies divided by ``factor``) or "llama3" (only
-            low frequencies are divided, with a smooth ramp between the two bounds).
-        factor, low_freq_factor, high_freq_factor, original_max_seqlen: parameters of the scaling,
-            named as in Hugging Face ``rope_parameters``.
-    """
-
-    theta: float = 10000.0
-    scaling: RopeScaling = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seqlen: int = 8192
-
-    def __post_init__(self) -> None:
-        _require(self.scaling in get_args(RopeScaling), f"RoPE scaling {self.scaling!r}")
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_seqlen"):
-            value = getattr(self, name)
-            _require(_is_number(value) and value > 0, f"RoPE {name} must be a positive number, got {value!r}")
-        _require(
-            self.high_freq_factor > self.low_freq_factor,
-            f"RoPE high_freq_factor {self.high_freq_factor} is not above low_freq_factor {self.low_freq_factor}",
-        )
-
-    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """Return the angle per position of each rotated pair, float64 ``(head_dim / 2,)``."""
-        freq = self.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        if self.scaling == "linear":
-            return freq / self.factor
-        if self.scaling == "llama3":
-            return self._llama3(freq)
-        return freq
-
-    def _llama3(self, freq: np.ndarray) -> np.ndarray:
-        # keep = 1 leaves a frequency unchanged, 0 divides it by factor. Llama 3.1 uses a linear ramp between them.
-        turns = self.original_max_seqlen * freq / (2 * math.pi)
-        span = self.high_freq_factor - self.low_freq_factor
-        keep = np.clip((turns - self.low_freq_factor) / span, 0.0, 1.0)
-        return keep * freq + (1 - keep) * freq / self.factor
-
-    def tables(self, head_dim: int, max_seqlen: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return cosine and sine per position, float32 ``(max_seqlen, head_dim / 2)`` each."""
-        # float32 angles as in transformers, so that both agree at long positions too.
-        freq = self.inverse_frequencies(head_dim).astype(np.float32)
-        angles = np.arange(max_seqlen, dtype=np.float32)[:, None] * freq[None, :]
-        return np.cos(angles), np.sin(angles)
-
-
-@dataclass(frozen=True)
 class ModelSpec:
-    """Sizes and options of an OPT- or Llama-like decoder. The constructor refuses values that do not fit.
+    """Sizes and options of a decoder. The constructor refuses values that do not fit.
 
     Attributes:
-        family: the adapter that produced the spec ("opt", "llama").
+        family: the adapter that produced the spec, a row of `registry.FAMILIES`.
         n_kv_heads: number of K and V heads; ``n_heads`` for MHA, fewer for GQA, 1 for MQA.
-        max_seqlen: positions the model was trained for.
+        max_seqlen: longest text that the model's description is right for.
         activation_threshold: of FATReLU; 0 for all others.
+        pre_norm: attention and MLP read the normed hidden states. Otherwise (OPT-350m) they read the hidden states
+            themselves, and the sum of both is normed; the last of these norms is the model's ``final_norm``.
         gated: the MLP computes ``act(gate) * up`` (Llama) instead of ``act(up)`` (OPT).
         position_offset: rows of a learned position table that come before position 0 (OPT has 2).
         rope: rotary parameters; None for learned positions.
+        second_rope, second_rope_layers: rotary parameters of layers that differ from the others, and these layers.
         qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
+        qk_norm: whether each head's query and key are normed (RMSNorm over head_dim) before they are rotated. Then
+            all heads are always active, because a sparse op does not norm its queries.
         tied_embeddings: whether the output projection is the embedding table.
         head_unit: the unit of head selection: one query head, or all query heads of one KV head.
     """
@@ -105,14 +55,18 @@ class ModelSpec:
     positions: Positions
     position_offset: int = 0
     rope: RopeSpec | None = None
+    second_rope: RopeSpec | None = None
+    second_rope_layers: tuple[int, ...] = ()
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     tied_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
     head_unit: HeadUnit = "query_head"
     activation_threshold: float = 0.0
+    pre_norm: bool = True
 
     def __post_init__(self) -> None:
         for name in (
@@ -143,7 +97,36 @@ class ModelSpec:
         _require(self.positions in get_args(Positions), f"positions {self.positions!r}")
         _require(self.head_unit in get_args(HeadUnit), f"head unit {self.head_unit!r}")
         _require((self.rope is not None) == (self.positions == "rope"), "rope spec and positions disagree")
-        _require(self.rope is None or self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+        self._check_ropes()
+
+    def _check_ropes(self) -> None:
+        for rope in filter(None, (self.rope, self.second_rope)):
+            _require(
+                self.head_dim % 2 == 0 and len(rope.frequencies) <= self.head_dim // 2,
+                f"{2 * len(rope.frequencies)} of {self.head_dim} dimensions of a head are rotated: RoPE rotates pairs",
+            )
+        layers = self.second_rope_layers
+        _require((self.second_rope is not None) == bool(layers), "the second RoPE and its layers disagree")
+        _require(
+            all(type(layer) is int and 0 <= layer < self.n_layers for layer in layers)
+            and (self.rope is not None or not layers),
+            f"layers {layers!r} of a second RoPE",
+        )
+
+    @property
+    def selects_heads(self) -> bool:
+        """Whether heads can be selected; otherwise all of them are always active."""
+        return not self.qk_norm
+
+    def norms_of(self, layer: int) -> tuple[str, ...]:
+        """Return the canonical names of a layer's norms over hidden states."""
+        place = f"layers.{layer}"
+        first, second = f"{place}.input_norm", f"{place}.post_norm"
+        return (first, second) if self.pre_norm or layer < self.n_layers - 1 else (first,)
+
+    def rope_of(self, layer: int) -> RopeSpec | None:
+        """Return the rotary parameters of a layer."""
+        return self.second_rope if layer in self.second_rope_layers else self.rope
 
     @property
     def group_size(self) -> int:
@@ -152,7 +135,9 @@ class ModelSpec:
 
     @property
     def heads_together(self) -> int:
-        """Number of neighbouring query heads that are selected together."""
+        """Number of neighbouring query heads that are selected together: all, if heads cannot be selected."""
+        if not self.selects_heads:
+            return self.n_heads
         return self.group_size if self.head_unit == "kv_group" else 1
 
     @property
@@ -166,12 +151,14 @@ class ModelSpec:
         )
         norm = d * (2 if self.norm == "layernorm" else 1)
         attention = d * (2 * heads + 2 * kv) + self.qkv_bias * (heads + 2 * kv) + self.o_bias * d
+        attention += 2 * self.qk_norm * self.head_dim
         matrices = 3 if self.gated else 2
         mlp = matrices * d * f + self.mlp_bias * (d + (matrices - 1) * f)
         tables = self.vocab_size * d * (1 if self.tied_embeddings else 2)
         if self.positions == "learned":
             tables += (self.max_seqlen + self.position_offset) * d
-        return self.n_layers * (attention + mlp + 2 * norm) + norm + tables
+        norms = sum(len(self.norms_of(layer)) for layer in range(self.n_layers)) + 1
+        return self.n_layers * (attention + mlp) + norms * norm + tables
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types; `from_dict` is the inverse."""
@@ -186,9 +173,11 @@ class ModelSpec:
         """
         fields = dict(data)
         try:
-            if fields.get("rope") is not None:
-                fields["rope"] = RopeSpec(**fields["rope"])
-            fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
+            for name in ("rope", "second_rope"):
+                if fields.get(name) is not None:
+                    fields[name] = RopeSpec(**fields[name])
+            for name in ("eos_token_ids", "second_rope_layers"):
+                fields[name] = tuple(fields.get(name, ()))
             return cls(**fields)
         except (TypeError, KeyError) as error:
             raise UserError(

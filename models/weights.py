@@ -9,8 +9,8 @@ matrices, and the sparse ops read only active rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -21,10 +21,39 @@ from shadowllm.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Source:
-    """Name of a tensor in a checkpoint of the family, and whether it is stored transposed."""
+    """A tensor of a checkpoint, and how it becomes a canonical one.
+
+    Attributes:
+        name: its name in the checkpoint.
+        transpose: whether it is stored transposed.
+        part: first row of the canonical tensor and number of all rows, if the stored tensor is several in one.
+        order: the stored row, within a head, of each row of a head (see `rope.rotated_first`); None keeps the order.
+        scale, shift: the canonical tensor is ``scale * (stored + shift)``, computed in float32.
+        factor: another tensor; the canonical one is the product ``stored @ factor``, computed in float32. With
+            ``factor_transposed``, it is ``stored @ factor.T``.
+    """
 
     name: str
     transpose: bool = False
+    part: tuple[int, int] | None = None
+    order: Sequence[int] | None = None
+    scale: float = 1.0
+    shift: float = 0.0
+    factor: str | None = None
+    factor_transposed: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors of the checkpoint that are read."""
+        return [self.name] + ([self.factor] if self.factor else [])
+
+    def convert(self, stored: torch.Tensor) -> torch.Tensor:
+        """Apply ``order``, ``scale``, ``shift`` and ``transpose`` to the rows of the stored tensor."""
+        if self.order is not None:
+            stored = stored.unflatten(0, (-1, len(self.order)))[:, list(self.order)].flatten(0, 1)
+        if (self.scale, self.shift) != (1.0, 0.0):
+            stored = self.scale * (stored.float() + self.shift)
+        return stored.t() if self.transpose else stored
 
 
 class TensorFile(Protocol):
@@ -50,7 +79,7 @@ class Weights(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, spec: ModelSpec, tensors: TensorFile, sources: Mapping[str, Source]) -> None:
-        _check_complete({source.name for source in sources.values()}, tensors.names())
+        _check_complete({name for source in sources.values() for name in source.names}, tensors.names())
         self.spec = spec
         self._tensors = tensors
         self._sources = dict(sources)
@@ -58,16 +87,31 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         source = self._sources[name]
-        tensor = self._tensors.read(source.name)
+        tensor = self._read(source)
         expected = self.shape(name)
-        stored = expected[::-1] if source.transpose else expected
+        expected = expected[::-1] if source.transpose else expected
+        first, total = source.part or (0, expected[0])
+        stored = (total, *expected[1:])
         if tuple(tensor.shape) != stored:
             raise UserError(
                 f"tensor {source.name} has shape {tuple(tensor.shape)}, the config says {stored}",
                 "the checkpoint and its config.json do not belong together",
             )
         _check_finite(source.name, tensor)
-        return tensor.t() if source.transpose else tensor
+        return source.convert(tensor[first : first + expected[0]])
+
+    def _read(self, source: Source) -> torch.Tensor:
+        tensor = self._tensors.read(source.name)
+        if source.factor is None:
+            return tensor
+        factor = self._tensors.read(source.factor).float()
+        factor = factor.t() if source.factor_transposed else factor
+        if tensor.ndim != 2 or factor.ndim != 2 or tensor.shape[1] != factor.shape[0]:
+            raise UserError(
+                f"tensors {source.name} and {source.factor} have shapes that cannot be multiplied",
+                "the checkpoint and its config.json do not belong together",
+            )
+        return tensor.float() @ factor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -90,6 +134,18 @@ class Weights(Mapping[str, torch.Tensor]):
         return {name: self[name].to(dtype).contiguous() for name in self}
 
 
+def stacked(spec: ModelSpec, sources: Mapping[str, Source], names: Sequence[str], whole: str) -> dict[str, Source]:
+    """Return the sources of canonical matrices that a checkpoint stores as one, on top of each other.
+
+    Args:
+        sources: their sources if each were stored alone.
+        names: canonical names, in the stored order.
+        whole: name of the stored matrix.
+    """
+    rows = [tensor_shape(spec, name)[0] for name in names]
+    return {name: replace(sources[name], name=whole, part=(sum(rows[:i]), sum(rows))) for i, name in enumerate(names)}
+
+
 def _check_complete(expected: set[str], present: set[str]) -> None:
     missing = sorted(expected - present)
     if not missing:
@@ -102,7 +158,7 @@ def _check_complete(expected: set[str], present: set[str]) -> None:
     if missing == ["lm_head.weight"]:
         raise UserError(
             "the checkpoint lacks the tensor lm_head.weight, its output projection: it is a base model or a classifier",
-            "use a model that generates text, saved as LlamaForCausalLM or OPTForCausalLM",
+            "use a model that generates text, saved as a class for causal language models (LlamaForCausalLM)",
         )
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     others = sorted(present - expected)
@@ -127,6 +183,8 @@ def tensor_shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
     """Return the shape of a canonical tensor: ``(rows, hidden_size)`` for projections, ``(rows,)`` for biases."""
     d, heads, kv = spec.hidden_size, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     part, kind = name.split(".")[-2:]
+    if part in ("q_norm", "k_norm"):
+        return (spec.head_dim,)
     if part.endswith("norm"):
         return (d,)
     if kind == "bias" and part in ("o_proj", "down_proj"):

@@ -25,6 +25,7 @@ COMMANDS = {
     "drift": "measure how well a bundle's predictor fits a text",
     "tune": "choose a bundle's budgets for a target perplexity or speedup",
     "inspect": "describe a bundle, an ONNX file, an engine or a predictor",
+    "families": "list the model families that are supported, and their features",
     "calibrate": "model -> importance traces (the first step of export on its own)",
     "train": "traces -> predictor (the second step of export on its own)",
     "build": "bundle -> TensorRT engines (the last step of export on its own)",
@@ -68,7 +69,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         prog="shadowllm",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Contextual sparsity for OPT and Llama models: predict what matters, skip the rest.",
+        description="Contextual sparsity for language models: predict what matters, skip the rest.",
     )
     parser.add_argument("--version", action="version", version=f"shadowllm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

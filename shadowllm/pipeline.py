@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from shadowllm.bundle.engine_record import EngineRecord
@@ -112,8 +114,11 @@ def _check_options(spec: ModelSpec, options: Export) -> None:
     """Refuse options that do not go together, before any work is done."""
     check_dtypes(spec, options.dtype, options.weight_dtype, options.computes_rest)
     check_selector(spec, options.kind, options.computes_rest)
+    if options.engines:
+        _check_engine_spec(spec)
     if options.budget:
         options.budget.rest_with(options.computes_rest == "shadow")
+        _warn_of_heads(spec, options.budget)
         check_neuron_budget(options.kind, options.budget)
     if options.target and options.kind == "relu":
         raise UserError("a target chooses budgets, but the selector relu is exact and has none", "leave it out")
@@ -188,6 +193,7 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
     require(options.flavour)
     manifest = read_manifest(bundle)
     _check_engine_weights(manifest.weight_dtype)
+    _check_engine_spec(manifest.spec)
     verify_files(bundle, {name: digest for name, digest in manifest.files.items() if "onnx" in name})
     target = bundle / "engines" / options.flavour
     partial = target.with_name(f".{options.flavour}.partial")
@@ -226,6 +232,22 @@ def _check_engine_weights(weight_dtype: str | None) -> None:
     if weight_dtype:
         raise UserError(
             f"engines are not built of {weight_dtype} weights", "export without --weight-dtype, for example in fp16"
+        )
+
+
+def _check_engine_spec(spec: ModelSpec) -> None:
+    if not spec.selects_heads:
+        raise UserError(
+            f"engines are not built of {spec.family} models, whose heads are not selected",
+            "run the bundle with the backends ort, triton or torch",
+        )
+
+
+def _warn_of_heads(spec: ModelSpec, budget: Budget) -> None:
+    if not spec.selects_heads and np.mean(budget.heads) < 1:
+        warnings.warn(
+            f"all heads of {spec.family} models are active, whatever the budget says: leave the head budget out",
+            stacklevel=3,
         )
 
 

@@ -53,6 +53,35 @@ VARIANTS = {
     "opt-untied-no-bias": ("opt", {"tie_word_embeddings": False, "enable_bias": False}),
 }
 
+# The other families. They are built as Llama is, so fewer tests run on them.
+GROUPED = {"num_key_value_heads": 2}
+MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+    "original_max_position_embeddings": 48,
+}
+PHI = {"num_attention_heads": 3, "num_key_value_heads": 1, "pad_token_id": 0, "rope_parameters": LONGROPE}
+FAMILIES = {
+    "gemma": ("gemma", GROUPED | {"head_dim": 16, "hidden_act": "silu", "tie_word_embeddings": True}),
+    "granite": ("granite", GROUPED | MULTIPLIERS | {"tie_word_embeddings": True}),
+    "mistral": ("mistral", GROUPED | {"sliding_window": None}),
+    "opt-post-norm": ("opt", {"do_layer_norm_before": False}),
+    "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
+    "phi3": ("phi3", PHI),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen3": ("qwen3", GROUPED | {"head_dim": 16}),
+    "smollm3": ("smollm3", GROUPED | {"head_dim": 16, "no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
+}
+
 
 def pytest_collection_modifyitems(items):
     """Mark tests that read the real model as slow."""
@@ -76,12 +105,10 @@ def pytest_terminal_summary(terminalreporter):
 
 def build_transformers_model(family: str, options: dict):
     """A random float32 Hugging Face model. No weight or bias keeps a constant initial value."""
-    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**(LLAMA | options)))
-    else:
-        model = OPTForCausalLM(OPTConfig(**(COMMON | {"ffn_dim": 88, "word_embed_proj_dim": 48} | options)))
+    defaults = COMMON | {"ffn_dim": 88, "word_embed_proj_dim": 48} if family == "opt" else LLAMA
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(defaults | options)))
     generator = torch.Generator().manual_seed(len(str(options)) + len(family))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -111,7 +138,7 @@ def checkpoint(tmp_path_factory):
     def get(variant: str) -> Path:
         if variant not in made:
             made[variant] = tmp_path_factory.mktemp(variant)
-            build_transformers_model(*VARIANTS[variant]).save_pretrained(made[variant])
+            build_transformers_model(*(VARIANTS | FAMILIES)[variant]).save_pretrained(made[variant])
             build_tokenizer().save_pretrained(made[variant])
         return made[variant]
 

@@ -11,8 +11,18 @@ import onnx_ir as ir
 
 from shadowllm.bundle.weight_names import down_norms, integers, scales
 from shadowllm.exporter.graphs.builder import GraphBuilder
-from shadowllm.exporter.graphs.nodes import activation_attributes, batched, cast, gemm, mlp_activation, norm
+from shadowllm.exporter.graphs.nodes import (
+    activation_attributes,
+    batched,
+    block_input,
+    block_output,
+    cast,
+    gemm,
+    head_norms,
+    mlp_activation,
+)
 from shadowllm.exporter.graphs.selection import choose_heads, choose_neurons
+from shadowllm.models.rope import RopeSpec
 from shadowllm.models.sparsity import Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION
@@ -30,15 +40,14 @@ class Step:
         visible: bool ``(batch, 1, seqlen, capacity)``, the attention mask; None if no dense layer needs it.
         lengths: int32 ``(batch,)``, tokens in the cache after this step's tokens are written; None if no sparse
             layer needs it.
-        cos, sin: ``(batch, seqlen, head_dim/2)``, None without RoPE.
+        rotary: cos and sin ``(batch, seqlen, head_dim/2)`` of each RoPE of the model.
     """
 
     tokens: ir.Value
     write_indices: ir.Value
     visible: ir.Value | None
     lengths: ir.Value | None
-    cos: ir.Value | None
-    sin: ir.Value | None
+    rotary: Mapping[RopeSpec, tuple[ir.Value, ir.Value]]
 
 
 @dataclass(frozen=True)
@@ -77,21 +86,29 @@ def step(
 ) -> Step:
     """Compute masks, lengths and rotary tables from ``position_ids``, int64 ``(batch, seqlen)``."""
     first, last = (g.op("Gather", position_ids, g.ints(i), axis=1) for i in (0, -1))
-    visible = lengths = cos = sin = None
+    visible = lengths = None
     if dense:
         capacity = g.op("Squeeze", g.op("Shape", capacity_of, start=2, end=3))
         slots = g.op("Range", g.ints(0), capacity, g.ints(1))
         visible = g.op("LessOrEqual", slots, g.op("Unsqueeze", position_ids, g.ints([1, 3])))
     if sparse:
         lengths = g.op("Cast", g.op("Add", last, g.ints(1)), to=ir.DataType.INT32)
-    if spec.rope:
-        # In float32 for every dtype of the model: 16-bit angles are wrong after a few hundred positions.
-        frequencies = g.constant(spec.rope.inverse_frequencies(spec.head_dim).astype(np.float32), "inverse_frequencies")
-        angles = g.op(
-            "Mul", g.op("Cast", g.op("Unsqueeze", position_ids, g.ints([2])), to=ir.DataType.FLOAT), frequencies
-        )
-        cos, sin = (cast(g, g.op(kind, angles)) for kind in ("Cos", "Sin"))
-    return Step(g.op("Shape", position_ids), first, visible, lengths, cos, sin)
+    ropes = filter(None, (spec.rope, spec.second_rope))
+    rotary = {rope: _rotary(g, spec, rope, position_ids, f"rope_{i}") for i, rope in enumerate(ropes)}
+    return Step(g.op("Shape", position_ids), first, visible, lengths, rotary)
+
+
+def _rotary(
+    g: GraphBuilder, spec: ModelSpec, rope: RopeSpec, position_ids: ir.Value, name: str
+) -> tuple[ir.Value, ir.Value]:
+    # In float32 for every dtype of the model: 16-bit angles are wrong after a few hundred positions.
+    positions = g.op("Cast", g.op("Unsqueeze", position_ids, g.ints([2])), to=ir.DataType.FLOAT)
+    angles = g.op("Mul", positions, g.constant(rope.inverse_frequencies(spec.head_dim), f"{name}.inverse_frequencies"))
+    cos, sin = g.op("Cos", angles), g.op("Sin", angles)
+    if rope.amplitude != 1:
+        amplitudes = g.constant(rope.amplitudes(spec.head_dim), f"{name}.amplitudes")
+        cos, sin = (g.op("Mul", table, amplitudes) for table in (cos, sin))
+    return cast(g, cos), cast(g, sin)
 
 
 def dense_layer(
@@ -99,13 +116,23 @@ def dense_layer(
 ) -> tuple[ir.Value, Cache]:
     """One layer with all heads and neurons; returns hidden states and the updated cache."""
     place = f"layers.{layer}"
-    normed = norm(g, spec, f"{place}.input_norm", x)
+    first, second = f"{place}.input_norm", f"{place}.post_norm"
+    y, cache = _dense_attention(g, spec, layer, block_input(g, spec, first, x), step, cache)
+    x = block_output(g, spec, layer, first, x, y)
+    y = _dense_mlp(g, spec, layer, block_input(g, spec, second, x))
+    return block_output(g, spec, layer, second, x, y), cache
+
+
+def _dense_attention(
+    g: GraphBuilder, spec: ModelSpec, layer: int, normed: ir.Value, step: Step, cache: Cache
+) -> tuple[ir.Value, Cache]:
+    """The attention of all heads, and the updated cache."""
+    place = f"layers.{layer}"
     both = gemm(g, normed, [f"{place}.{part}_proj" for part in "qkv"], spec.qkv_bias)
-    query, cache = to_cache(g, spec, step, cache, both, spec.n_heads)
+    query, cache = to_cache(g, spec, layer, step, cache, both, spec.n_heads)
     context = g.op("Attention", query, cache.key, cache.value, step.visible, scale=1 / math.sqrt(spec.head_dim))
     context = g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), g.ints([-1, spec.n_heads * spec.head_dim]))
-    x = g.op("Add", x, gemm(g, context, [f"{place}.o_proj"], spec.o_bias, rows_out=False))
-    return g.op("Add", x, _dense_mlp(g, spec, layer, norm(g, spec, f"{place}.post_norm", x))), cache
+    return gemm(g, context, [f"{place}.o_proj"], spec.o_bias, rows_out=False), cache
 
 
 def _dense_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.Value:
@@ -118,7 +145,9 @@ def _dense_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.
 def sparse_layer(
     g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step, cache: Cache, selection: Selection
 ) -> tuple[ir.Value, Cache, dict[Unit, ir.Value]]:
-    """One layer with selected query heads and neurons; K and V are computed for all heads.
+    """One layer with selected query heads, if the model has them selected, and selected neurons.
+
+    K and V are computed for all heads.
 
     Args:
         row: the layer's row in the selection.
@@ -127,13 +156,18 @@ def sparse_layer(
         Hidden states, the updated cache, and the active indices, ``(n_units,)`` each.
     """
     place = f"layers.{layer}"
-    normed = norm(g, spec, f"{place}.input_norm", x)
-    both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias)
-    _, cache = to_cache(g, spec, step, cache, both, 0)
-    y, heads = _sparse_attention(g, spec, layer, row, normed, step, cache, selection)
-    x = g.op("Add", x, y)
-    y, neurons = _sparse_mlp(g, spec, layer, row, norm(g, spec, f"{place}.post_norm", x), step, selection)
-    return g.op("Add", x, y), cache, {"heads": heads, "neurons": neurons}
+    first, second = f"{place}.input_norm", f"{place}.post_norm"
+    normed = block_input(g, spec, first, x)
+    if spec.selects_heads:
+        both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias)
+        _, cache = to_cache(g, spec, layer, step, cache, both, 0)
+        y, heads = _sparse_attention(g, spec, layer, row, normed, step, cache, selection)
+    else:
+        y, cache = _dense_attention(g, spec, layer, normed, step, cache)
+        heads = g.op("Identity", g.constant(np.arange(spec.n_heads, dtype=np.int32), "all_heads"))
+    x = block_output(g, spec, layer, first, x, y)
+    y, neurons = _sparse_mlp(g, spec, layer, row, block_input(g, spec, second, x), step, selection)
+    return block_output(g, spec, layer, second, x, y), cache, {"heads": heads, "neurons": neurons}
 
 
 def _sparse_attention(
@@ -149,6 +183,7 @@ def _sparse_attention(
     """The attention of the selected heads, and their indices ``(n_heads,)``."""
     place = f"layers.{layer}"
     indices, count = selection.row(g, "heads", row)
+    rope = spec.rope_of(layer)
     scores: dict[str, ir.Value | None] = {}
     if indices is None and selection.rest is None:
         indices = choose_heads(g, spec, layer, normed, count)
@@ -163,8 +198,7 @@ def _sparse_attention(
         "count": count,
         **_rows(g, place, "q", spec.qkv_bias),
         **_rows(g, place, "o", spec.o_bias),
-        "cos": step.cos,
-        "sin": step.sin,
+        **dict(zip(("cos", "sin"), step.rotary[rope], strict=True) if rope else ()),
         **_rest(g, place, selection, "q", "o"),
         **scores,
     }
@@ -231,9 +265,9 @@ def _rows(g: GraphBuilder, place: str, part: str, bias: bool) -> dict[str, ir.Va
 
 
 def to_cache(
-    g: GraphBuilder, spec: ModelSpec, step: Step, cache: Cache, projected: ir.Value, n_heads: int
+    g: GraphBuilder, spec: ModelSpec, layer: int, step: Step, cache: Cache, projected: ir.Value, n_heads: int
 ) -> tuple[ir.Value, Cache]:
-    """Apply RoPE to this step's heads and write its keys and values into the cache.
+    """Norm and rotate this step's heads as the model does, and write its keys and values into the cache.
 
     Query and key share one transpose and one rotation: at one token a node costs more than the few numbers
     it moves.
@@ -245,11 +279,13 @@ def to_cache(
     Returns:
         The query ``(batch, n_heads, seqlen, head_dim)`` (the key if ``n_heads`` is 0) and the cache.
     """
-    kv = spec.n_kv_heads
+    kv, rope = spec.n_kv_heads, spec.rope_of(layer)
+    if spec.qk_norm:
+        projected = head_norms(g, spec, layer, projected)
     x = g.op("Reshape", projected, g.shape(step.tokens, [n_heads + 2 * kv, spec.head_dim]))
     query_key, value = g.split(g.op("Transpose", x, perm=[0, 2, 1, 3]), [n_heads + kv, kv], axis=1)
-    if step.cos is not None:
-        query_key = g.op("RotaryEmbedding", query_key, step.cos, step.sin)
+    if rope and rope.frequencies:
+        query_key = g.op("RotaryEmbedding", query_key, *step.rotary[rope])
     parts = g.split(query_key, [n_heads, kv] if n_heads else [kv], axis=1)
     return parts[0], Cache(
         *(

@@ -114,7 +114,8 @@ def body_graph(
     keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
     selection = _selection_inputs(g, sparse, chooser, rest)
     caches = _cache_inputs(g, spec, sparse.layers)
-    step = blocks.step(g, spec, position_ids, caches[0].key, dense=False, sparse=True)
+    attention = {"dense": not spec.selects_heads, "sparse": spec.selects_heads}
+    step = blocks.step(g, spec, position_ids, caches[0].key, **attention)
     x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
     for row, layer in enumerate(sparse.layers):
         x, caches[row], chosen = blocks.sparse_layer(g, spec, layer, row, x, step, caches[row], selection)

@@ -71,6 +71,30 @@ def norm(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
     return g.op("RMSNormalization", x, weight, epsilon=spec.norm_eps, axis=-1)
 
 
+def block_input(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
+    """What attention or MLP reads: the normed hidden states, or in a post-norm model the hidden states."""
+    return norm(g, spec, name, x) if spec.pre_norm else x
+
+
+def block_output(g: GraphBuilder, spec: ModelSpec, layer: int, name: str, x: ir.Value, y: ir.Value) -> ir.Value:
+    """The hidden states after attention or MLP, whose output is y."""
+    x = g.op("Add", x, y)
+    return x if spec.pre_norm or name not in spec.norms_of(layer) else norm(g, spec, name, x)
+
+
+def head_norms(g: GraphBuilder, spec: ModelSpec, layer: int, projected: ir.Value) -> ir.Value:
+    """RMSNorm of each head of query and key, in ``(batch*seqlen, (n_heads + 2*n_kv_heads)*head_dim)`` of q, k and v."""
+    heads = [spec.n_heads, spec.n_kv_heads, spec.n_kv_heads]
+    x = g.op("Reshape", projected, g.ints([-1, sum(heads), spec.head_dim]))
+    query, key, value = g.split(x, heads, axis=1)
+    query, key = (
+        g.op("RMSNormalization", part, g.weight(f"layers.{layer}.{name}_norm.weight"), epsilon=spec.norm_eps, axis=-1)
+        for name, part in (("q", query), ("k", key))
+    )
+    joined = g.op("Concat", query, key, value, axis=1)
+    return g.op("Reshape", joined, g.ints([-1, sum(heads) * spec.head_dim]))
+
+
 def gemm(
     g: GraphBuilder, x: ir.Value, names: list[str], bias: bool, *, rows_out: bool = True, width: int | None = None
 ) -> ir.Value:

@@ -1,26 +1,20 @@
-"""Llama 2/3 and compatible models (SmolLM2, TinyLlama): RMSNorm, RoPE, gated SiLU, optional GQA."""
+"""Llama 2/3 and compatible models (SmolLM2, TinyLlama): RMSNorm, RoPE, gated SiLU, optional GQA.
+
+Families that differ from Llama in a few points use `llama_like` and `llama_sources`.
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from shadowllm.errors import UserError
 from shadowllm.models.activations import read_activation
-from shadowllm.models.spec import ModelSpec, RopeSpec
+from shadowllm.models.rope import position_limit, read_rope, rotary_dim, rotated_first
+from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Source
 
-# Parameters of each RoPE scaling: Hugging Face's name -> the name in `RopeSpec`.
-ROPE_KEYS: dict[str, dict[str, str]] = {
-    "default": {"rope_theta": "theta"},
-    "linear": {"rope_theta": "theta", "factor": "factor"},
-    "llama3": {
-        "rope_theta": "theta",
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_max_seqlen",
-    },
-}
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def spec(config: Any) -> ModelSpec:
@@ -29,73 +23,112 @@ def spec(config: Any) -> ModelSpec:
     Raises:
         UserError: the model is a variant that this adapter does not support; the message names it.
     """
+    return llama_like(config, qkv_bias=config.attention_bias, o_bias=config.attention_bias, mlp_bias=config.mlp_bias)
+
+
+def llama_like(config: Any, *, partial_rotary: bool = False, **differences: Any) -> ModelSpec:
+    """Read what configs of Llama and similar models have in common.
+
+    Args:
+        partial_rotary: whether models of the family can rotate a part of each head.
+        differences: fields of the spec in which the family differs, or which Llama's config names differently.
+
+    Raises:
+        UserError: the activation, the RoPE scaling or the kind of attention is not supported.
+    """
     activation, threshold = read_activation(config)
-    return ModelSpec(
-        family="llama",
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        n_layers=config.num_hidden_layers,
-        n_heads=config.num_attention_heads,
-        n_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        max_seqlen=config.max_position_embeddings,
-        norm="rmsnorm",
-        norm_eps=config.rms_norm_eps,
-        activation=activation,
-        activation_threshold=threshold,
-        gated=True,
-        positions="rope",
-        rope=_rope(config),
-        qkv_bias=config.attention_bias,
-        o_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
-        tied_embeddings=config.tie_word_embeddings,
-    )
-
-
-def _rope(config: Any) -> RopeSpec:
-    # Moves some keys from the top level of the config into rope_parameters, as transformers does to build the model.
-    config.standardize_rope_params()
-    parameters = dict(config.rope_parameters)
-    scaling = parameters.get("rope_type", "default")
-    if scaling not in ROPE_KEYS:
-        raise UserError(f"RoPE scaling {scaling!r} is not supported", f"supported: {', '.join(ROPE_KEYS)}")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError("partial rotary embeddings are not supported", "use a model that rotates whole heads")
-    missing = [name for name in ROPE_KEYS[scaling] if name not in parameters]
-    if missing:
+    if getattr(config, "head_dim", None) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    if rotary_dim(config) != config.head_dim and not partial_rotary:
         raise UserError(
-            f"RoPE scaling {scaling!r} needs {missing[0]}", "config.json does not give it: correct it there"
+            f"partial rotary embeddings are not supported in {config.model_type} models",
+            "use a model that rotates whole heads",
         )
-    return RopeSpec(scaling=scaling, **{ours: parameters[key] for key, ours in ROPE_KEYS[scaling].items()})
+    fields = {
+        "family": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "max_seqlen": _max_seqlen(config),
+        "norm": "rmsnorm",
+        "norm_eps": config.rms_norm_eps,
+        "activation": activation,
+        "activation_threshold": threshold,
+        "gated": True,
+        "positions": "rope",
+        "rope": read_rope(config),
+        "tied_embeddings": config.tie_word_embeddings,
+    }
+    return ModelSpec(**(fields | differences))
 
 
-def sources(spec: ModelSpec) -> dict[str, Source]:
+def _max_seqlen(config: Any) -> int:
+    """The longest text of which every token attends to all others, with the same frequencies."""
+    limits = {"max_position_embeddings": config.max_position_embeddings}
+    if (window := _window(config)) is not None:
+        limits["sliding_window"] = window
+    if (limit := position_limit(config)) is not None:
+        limits["original_max_position_embeddings"] = limit
+    name = min(limits, key=lambda name: limits[name])
+    if limits[name] < config.max_position_embeddings:
+        warnings.warn(
+            f"texts are limited to {limits[name]} tokens ({name} in config.json) instead of "
+            f"{config.max_position_embeddings}: what the model does with longer ones is not supported",
+            stacklevel=5,
+        )
+    return limits[name]
+
+
+def _window(config: Any) -> int | None:
+    """The number of tokens that a layer with a sliding window attends to; None if there is no such layer."""
+    types = getattr(config, "layer_types", None) or []
+    if unknown := set(types) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{min(unknown)} layers are not supported", "use a model whose layers attend to all tokens")
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if not types or "sliding_attention" in types else None
+
+
+def sources(spec: ModelSpec, config: Any) -> dict[str, Source]:
     """Map each canonical tensor name to its source in a Hugging Face Llama checkpoint."""
+    return llama_sources(spec, spec.head_dim)
+
+
+def llama_sources(spec: ModelSpec, rotated: int) -> dict[str, Source]:
+    """Map canonical names to sources in a checkpoint whose tensors have Llama's names.
+
+    Args:
+        rotated: how many dimensions of a head are rotated.
+    """
     found = {
         "embed_tokens.weight": Source("embed_tokens.weight"),
         "final_norm.weight": Source("norm.weight"),
     }
     if not spec.tied_embeddings:
         found["lm_head.weight"] = Source("lm_head.weight")
-    biased = {
-        "q_proj": spec.qkv_bias,
-        "k_proj": spec.qkv_bias,
-        "v_proj": spec.qkv_bias,
-        "o_proj": spec.o_bias,
-        "gate_proj": spec.mlp_bias,
-        "up_proj": spec.mlp_bias,
-        "down_proj": spec.mlp_bias,
-    }
     for i in range(spec.n_layers):
-        place = f"layers.{i}"
-        found[f"{place}.input_norm.weight"] = Source(f"{place}.input_layernorm.weight")
-        found[f"{place}.post_norm.weight"] = Source(f"{place}.post_attention_layernorm.weight")
-        for name, bias in biased.items():
-            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            theirs = f"{place}.{block}.{name}"
-            found[f"{place}.{name}.weight"] = Source(f"{theirs}.weight", transpose=name in ("o_proj", "down_proj"))
-            if bias:
-                found[f"{place}.{name}.bias"] = Source(f"{theirs}.bias")
+        found |= _layer_sources(spec, f"layers.{i}", rotated)
+    return found
+
+
+def _layer_sources(spec: ModelSpec, place: str, rotated: int) -> dict[str, Source]:
+    order = rotated_first(spec.head_dim, rotated)
+    biased = dict.fromkeys(("q_proj", "k_proj", "v_proj"), spec.qkv_bias) | {"o_proj": spec.o_bias}
+    biased |= dict.fromkeys(MLP, spec.mlp_bias)
+    found = {
+        f"{place}.input_norm.weight": Source(f"{place}.input_layernorm.weight"),
+        f"{place}.post_norm.weight": Source(f"{place}.post_attention_layernorm.weight"),
+    }
+    for name in ("q_norm", "k_norm") if spec.qk_norm else ():
+        found[f"{place}.{name}.weight"] = Source(f"{place}.self_attn.{name}.weight", order=order)
+    for name, bias in biased.items():
+        theirs = f"{place}.{'mlp' if name in MLP else 'self_attn'}.{name}"
+        reordered = order if name in ("q_proj", "k_proj") else None
+        transposed = name in ("o_proj", "down_proj")
+        found[f"{place}.{name}.weight"] = Source(f"{theirs}.weight", transpose=transposed, order=reordered)
+        if bias:
+            found[f"{place}.{name}.bias"] = Source(f"{theirs}.bias", order=reordered)
     return found

@@ -27,6 +27,9 @@ SIZES = (
     "max_position_embeddings",
 )
 
+# Model types that transformers has no code for, and the one whose config has the same fields.
+RELATIVES = {"bamboo": "mistral", "minicpm": "llama", "sparsellama": "llama"}
+
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
     """Read the Hugging Face config object of a folder.
@@ -46,10 +49,23 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
             raise UserError(f"{path} says {name} is {size!r}", "it must be a whole number above 0")
     remedy = "correct config.json, or download the model again"
     with foreign_reader(f"transformers cannot read {path}", remedy):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if data.get("model_type") in RELATIVES and not trust_remote_code:
+            config = _read_as_relative(data)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     old = data.get("compression_config")  # the first name of this key in compressed-tensors
     if isinstance(old, dict) and getattr(config, "quantization_config", None) is None:
         config.quantization_config = old
+    return config
+
+
+def _read_as_relative(data: dict[str, Any]) -> Any:
+    """Read a config that transformers has no class for. The result has the fields of both families."""
+    from transformers import AutoConfig
+
+    fields = {name: value for name, value in data.items() if name != "model_type"}
+    config = AutoConfig.for_model(RELATIVES[data["model_type"]], **fields)
+    setattr(config, "model_type", data["model_type"])  # noqa: B010  (mypy takes it for a constant of the class)
     return config
 
 

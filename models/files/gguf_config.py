@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shadowllm.errors import UserError
-from shadowllm.models.spec import RopeSpec
+from shadowllm.models.rope import read_rope
 
 ARCHITECTURE = "llama"
 USE_SAFETENSORS = "use the safetensors checkpoint of this model"
@@ -216,16 +216,25 @@ def _rope(keys: _Keys, head_dim: int, factors: np.ndarray | None) -> dict[str, A
 
 def _llama3(theta: float, head_dim: int, factors: np.ndarray, context: int) -> dict[str, Any]:
     """Return the parameters that give the table, which divides each frequency by its factor."""
-    factor = float(factors.max())
-    spec = RopeSpec(theta, "llama3", factor, LLAMA3_LOW, LLAMA3_HIGH, context)
-    plain, scaled = RopeSpec(theta).inverse_frequencies(head_dim), spec.inverse_frequencies(head_dim)
-    if factors.shape != plain.shape or not np.allclose(plain / factors, scaled, rtol=TABLE_TOLERANCE, atol=0):
-        raise UserError("the RoPE factors of the GGUF file are not those of Llama 3.1", USE_SAFETENSORS)
-    return {
+    plain = {"rope_type": "default", "rope_theta": theta}
+    scaled = {
         "rope_type": "llama3",
         "rope_theta": theta,
-        "factor": factor,
+        "factor": float(factors.max()),
         "low_freq_factor": LLAMA3_LOW,
         "high_freq_factor": LLAMA3_HIGH,
         "original_max_position_embeddings": context,
     }
+    frequencies, expected = (_frequencies(parameters, head_dim) for parameters in (plain, scaled))
+    if factors.shape != frequencies.shape or not np.allclose(
+        frequencies / factors, expected, rtol=TABLE_TOLERANCE, atol=0
+    ):
+        raise UserError("the RoPE factors of the GGUF file are not those of Llama 3.1", USE_SAFETENSORS)
+    return scaled
+
+
+def _frequencies(parameters: dict[str, Any], head_dim: int) -> np.ndarray:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(head_dim=head_dim, rope_parameters=dict(parameters))
+    return read_rope(config).inverse_frequencies(head_dim)

@@ -80,7 +80,7 @@ def rest_inputs(
         return found
 
     def of_layer(layer: int) -> dict[Unit, Inputs]:
-        heads = of_parts(layer, ("q", "o"))
+        heads = of_parts(layer, ("q", "o") if layers.spec.selects_heads else ())
         neurons = of_parts(layer, ("gate", "up", "down") if layers.spec.gated else ("up", "down"))
         if "heads" in inside:
             heads |= _head_scores(layers, predictor, layers.row(layer))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shadowllm.models.decoder import Decoder, KVCache
+from shadowllm.models.rope import RopeSpec
 from shadowllm.models.sparsity import SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import tensor_shape
@@ -33,13 +34,12 @@ class Shared:
         mask: ``(batch, 1, 1, capacity)``, 0 for cached tokens that a decode step sees and -inf for others;
             None for prompts, which use causal attention over their own tokens.
         lengths: int32 ``(batch,)``, tokens in the cache after the step's tokens are written.
-        cos, sin: ``(batch, seqlen, head_dim / 2)``; None without RoPE.
+        rotary: cos and sin ``(batch, seqlen, head_dim / 2)`` of each RoPE of the model.
     """
 
     mask: Tensor | None
     lengths: Tensor
-    cos: Tensor | None = None
-    sin: Tensor | None = None
+    rotary: Mapping[RopeSpec, tuple[Tensor, ...]]
 
 
 class StepDecoder(Decoder):
@@ -56,8 +56,7 @@ class StepDecoder(Decoder):
         super().__init__(spec, weights)
         self._layers, self._rest = layers, rest
         self._device, self._dtype = weights["embed_tokens.weight"].device, weights["embed_tokens.weight"].dtype
-        if spec.rope:
-            self._cos, self._sin = self._cos.to(self._device), self._sin.to(self._device)
+        self.rotary = {rope: tuple(table.to(self._device) for table in tables) for rope, tables in self.rotary.items()}
 
     def begin(self, position_ids: Tensor, capacity: int | None = None) -> None:
         """Prepare a step; its layers are dense until `selection` is set.
@@ -74,8 +73,10 @@ class StepDecoder(Decoder):
             mask = torch.zeros((len(position_ids), 1, 1, capacity), dtype=self._dtype, device=self._device)
             mask.masked_fill_(slots > position_ids[:, None, None], -torch.inf)
         lengths = (position_ids[:, -1] + 1).to(torch.int32)
-        tables = [t[position_ids].to(self._dtype) for t in (self._cos, self._sin)] if self.spec.rope else []
-        self._shared = Shared(mask, lengths, *tables)
+        rotary = {
+            rope: tuple(table[position_ids].to(self._dtype) for table in tables) for rope, tables in self.rotary.items()
+        }
+        self._shared = Shared(mask, lengths, rotary)
         self.selection: Selection | None = None
 
     def logits(self, x: Tensor) -> Tensor:
@@ -89,9 +90,11 @@ class StepDecoder(Decoder):
         assert cache is not None
         shared, chosen, place = self._shared, self.selection, f"layers.{layer}"
         keys, values = cache.keys[layer], cache.values[layer]
-        rotary = (shared.cos, shared.sin)
-        if chosen is None:
-            query = write_cache(self._linear(f"{place}.qkv_proj", x), keys, values, position_ids, *rotary)
+        rope = self.spec.rope_of(layer)
+        rotary = shared.rotary[rope] if rope else (None, None)
+        if chosen is None or not self.spec.selects_heads:
+            projected = self._normed_heads(layer, self._linear(f"{place}.qkv_proj", x))
+            query = write_cache(projected, keys, values, position_ids, *rotary)
             return self._rows(f"{place}.o_proj", self._context(query, keys, values).transpose(1, 2).flatten(2))
         write_cache(self._linear(f"{place}.kv_proj", x), keys, values, position_ids, *rotary)
         indices, count = chosen.active("heads", self._layers.row(layer), x)
@@ -104,11 +107,20 @@ class StepDecoder(Decoder):
             count,
             **self._matrices(place, "q", "o"),
             **self._copies(layer, "heads"),
-            cos=shared.cos,
-            sin=shared.sin,
+            cos=rotary[0],
+            sin=rotary[1],
             n_heads=self.spec.n_heads,
         )
         return y
+
+    def _normed_heads(self, layer: int, projected: Tensor) -> Tensor:
+        """Norm each head of query and key in ``(batch, seqlen, (n_heads + 2 * n_kv_heads) * head_dim)`` of q, k, v."""
+        if not self.spec.qk_norm:
+            return projected
+        kv = self.spec.n_kv_heads
+        query, key, value = projected.unflatten(-1, (-1, self.spec.head_dim)).split([self.spec.n_heads, kv, kv], dim=2)
+        query, key = (self._norm(f"layers.{layer}.{part}_norm", x) for part, x in (("q", query), ("k", key)))
+        return torch.cat((query, key, value), dim=2).flatten(2)
 
     def _context(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Dense attention, ``(batch, n_heads, seqlen, head_dim)`` in and out."""

@@ -8,12 +8,14 @@ writes the cache in place and reads only the visible part of it.
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PreconditionError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from shadowllm.models.rope import RopeSpec
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.function_body import MICROSOFT
 
@@ -75,12 +77,20 @@ class _Shared:
         width = (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim
         widths = self._constant("projected_width", np.array([width]))
         self.shape = self._op("Concat", self._op("Shape", positions), widths, axis=0)
-        self.tables: tuple[ir.Value, ...] = ()
-        if spec.rope:
-            # Float32 angles, as in the exported graph and in transformers.
-            frequencies = spec.rope.inverse_frequencies(spec.head_dim).astype(np.float32)
-            angles = np.arange(spec.max_seqlen, dtype=np.float32)[:, None] * frequencies
-            self.tables = tuple(self._constant(f"{f.__name__}_table", f(angles)) for f in (np.cos, np.sin))
+        self._tables: dict[RopeSpec, tuple[ir.Value, ...]] = {}
+
+    def tables(self, layer: int) -> tuple[ir.Value, ...]:
+        """Cosine and sine per position of a layer; none if it does not rotate."""
+        spec, rope = self.spec, self.spec.rope_of(layer)
+        if rope is None or not rope.frequencies:
+            return ()
+        if rope not in self._tables:
+            tables, number = rope.tables(spec.head_dim, spec.max_seqlen), len(self._tables)
+            self._tables[rope] = tuple(
+                self._constant(f"{name}_table_{number}", table)
+                for name, table in zip(("cos", "sin"), tables, strict=True)
+            )
+        return self._tables[rope]
 
     def _constant(self, name: str, array: np.ndarray | np.generic) -> ir.Value:
         value = ir.val(name, const_value=ir.tensor(np.asarray(array), name=name))
@@ -96,6 +106,7 @@ class _Shared:
 def _fuse(graph: ir.Graph, attention: ir.Node, shared: _Shared) -> None:
     spec = shared.spec
     scatters = [_producer(attention.inputs[i], "TensorScatter") for i in (1, 2)]
+    tables = shared.tables(_layer(scatters[0]))
     packed = ir.node("Reshape", [_projection(attention.inputs[0]), shared.shape])
     fused = ir.node(
         "GroupQueryAttention",
@@ -106,13 +117,13 @@ def _fuse(graph: ir.Graph, attention: ir.Node, shared: _Shared) -> None:
             *(scatter.inputs[0] for scatter in scatters),
             shared.last_slots,
             shared.total,
-            *shared.tables,
+            *tables,
         ],
         {
             "num_heads": spec.n_heads,
             "kv_num_heads": spec.n_kv_heads,
             "scale": 1 / math.sqrt(spec.head_dim),
-            "do_rotary": int(bool(shared.tables)),
+            "do_rotary": int(bool(tables)),
         },
         domain=MICROSOFT,
         num_outputs=3,
@@ -136,6 +147,14 @@ def _projection(query: ir.Value | None) -> ir.Value:
         node = _producer(node.inputs[0])
     assert node.inputs[0] is not None
     return node.inputs[0]
+
+
+def _layer(scatter: ir.Node) -> int:
+    """The layer of a cache, from the name of the graph input that it is written to: ``past_key_values.3.key``."""
+    cache = scatter.inputs[0]
+    if cache is None or cache.name is None or not (found := re.fullmatch(r"past_key_values\.(\d+)\.key", cache.name)):
+        raise PreconditionError("a cache is not a graph input of the exporter")
+    return int(found[1])
 
 
 def _producer(value: ir.Value | None, op_type: str | None = None) -> ir.Node:

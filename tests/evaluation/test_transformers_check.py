@@ -12,7 +12,7 @@ from shadowllm.errors import UserError
 from shadowllm.evaluation import transformers_check
 from shadowllm.evaluation.transformers_check import TOLERANCE, compare_with_transformers
 from shadowllm.models.registry import load_model
-from tests.conftest import VARIANTS, build_transformers_model
+from tests.conftest import FAMILIES, VARIANTS, build_transformers_model
 from tests.models.checkpoints import copied, edit_json, rewrite, write_gguf
 
 
@@ -21,7 +21,7 @@ def compare(path):
     return compare_with_transformers(checkpoint, weights)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS | FAMILIES)
 def test_families_are_read_as_transformers_reads_them(checkpoint, variant):
     found = compare(checkpoint(variant))
     assert found["tokens"] == 24
@@ -40,7 +40,7 @@ def test_families_are_read_as_transformers_reads_them(checkpoint, variant):
 def test_a_fact_read_wrongly_fails(checkpoint, variant, wrong):
     spec, weights, opened = load_model(checkpoint(variant))
     if "rope" in wrong:
-        wrong = {"rope": replace(spec.rope, scaling="default")}
+        wrong = {"rope": replace(spec.rope, frequencies=[2 * f for f in spec.rope.frequencies])}
     changed = {"embed_positions.weight": weights["embed_positions.weight"][2:]} if "position_offset" in wrong else {}
     weights.spec = replace(spec, **wrong)
     if changed:

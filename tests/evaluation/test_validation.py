@@ -17,7 +17,7 @@ from shadowllm.models.registry import load_model
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort.session import OrtSession
 from tests.bundles import make_bundle
-from tests.conftest import VARIANTS
+from tests.conftest import FAMILIES, VARIANTS
 from tests.models.checkpoints import copied, rewrite
 
 pytestmark = pytest.mark.slow
@@ -37,6 +37,16 @@ def test_graphs_reproduce_the_model(bundle, checkpoint, variant):
         f"{case}: {output}" for case in ("dense", "all active", "at budget") for output in ("logits", "cache")
     ]
     assert all(error["greedy_agreement"] in (1.0, None) for error in found["errors"])
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [(variant, "quantized-shadow") for variant in FAMILIES] + [("qwen3", "layerwise"), ("smollm3", "shadow")],
+)
+def test_graphs_reproduce_every_family(bundle, checkpoint, variant, kind):
+    rest = "shadow" if kind == "quantized-shadow" else "drop"
+    found = check(bundle(variant, kind=kind, rest=rest), checkpoint(variant))
+    assert found["selection_agreement"] == 1.0
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder, KVCache
 from shadowllm.models.registry import load_model
-from tests.conftest import VARIANTS, build_transformers_model
+from tests.conftest import FAMILIES, VARIANTS, build_transformers_model
 
 # Long enough to show the full float32 noise; a dozen tokens may show less.
 TEXT = (
@@ -33,7 +33,7 @@ def noise_bound(model, input_ids) -> tuple[torch.Tensor, float]:
     return exact, float(2 * (own - exact).abs().max() + floor)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS | FAMILIES)
 def test_logits_match_transformers(checkpoint, variant):
     spec, weights, _ = load_model(checkpoint(variant))
     input_ids = torch.randint(0, spec.vocab_size, (2, 33), generator=torch.Generator().manual_seed(1))
@@ -43,13 +43,16 @@ def test_logits_match_transformers(checkpoint, variant):
     assert (logits - exact).abs().max() <= bound
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", sorted((VARIANTS | FAMILIES).keys() - {"opt-350m"})
+)  # its projections become tables
 def test_parameter_count_matches_transformers(checkpoint, variant):
     spec, _, _ = load_model(checkpoint(variant))
-    assert spec.n_parameters == sum(p.numel() for p in build_transformers_model(*VARIANTS[variant]).parameters())
+    model = build_transformers_model(*(VARIANTS | FAMILIES)[variant])
+    assert spec.n_parameters == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
+@pytest.mark.parametrize("variant", ["llama-gqa", "opt", *FAMILIES])
 def test_cached_steps_equal_the_whole_sequence(checkpoint, variant):
     spec, weights, _ = load_model(checkpoint(variant))
     decoder, cache = Decoder(spec, weights.load()), KVCache.empty(spec, batch=2, capacity=32)
@@ -85,8 +88,7 @@ def test_sharded_checkpoint_reads_like_one_file(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"do_layer_norm_before": False}, "post-norm"),
-        ({"word_embed_proj_dim": 24}, "embedding projections"),
+        ({"word_embed_proj_dim": 24}, "lacks the tensor decoder.project_in.weight"),
         ({"layer_norm_elementwise_affine": False}, "LayerNorm weights"),
         ({"activation_function": "tanh"}, "activation 'tanh'"),
     ],
@@ -98,9 +100,30 @@ def test_opt_variants_refused_by_name(checkpoint, tmp_path, options, words):
 
 
 @pytest.mark.parametrize(
+    ("variant", "options", "limit"),
+    [
+        ("mistral", {"sliding_window": 16}, 16),
+        ("mistral", {"sliding_window": 4096}, 64),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2, "layer_types": None}, 16),
+        ("qwen3", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 3, "layer_types": None}, 64),
+    ],
+)
+def test_texts_fit_into_a_sliding_window(checkpoint, tmp_path, variant, options, limit, recwarn):
+    edit_config(checkpoint(variant), tmp_path, options)
+    assert load_model(tmp_path)[0].max_seqlen == limit
+    assert any("limited to 16 tokens (sliding_window" in str(w.message) for w in recwarn) == (limit == 16)
+
+
+def test_layers_of_an_unknown_kind_are_refused(checkpoint, tmp_path):
+    edit_config(checkpoint("qwen3"), tmp_path, {"layer_types": ["chunked_attention"] * 3})
+    with pytest.raises(UserError, match="chunked_attention"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "RoPE scaling 'yarn'"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "RoPE scaling 'proportional'"),
         ({"model_type": "gpt2"}, "'gpt2' is not supported"),
         ({"num_key_value_heads": 3}, "do not divide"),
         ({"intermediate_size": 77}, "has shape"),

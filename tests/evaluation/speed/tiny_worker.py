@@ -16,7 +16,8 @@ import torch
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.worker import StepTimer, serve
 from shadowllm.models.decoder import Decoder, KVCache
-from shadowllm.models.spec import ModelSpec, RopeSpec
+from shadowllm.models.rope import RopeSpec
+from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import tensor_shape
 
 SPEC = ModelSpec(
@@ -34,7 +35,7 @@ SPEC = ModelSpec(
     activation="silu",
     gated=True,
     positions="rope",
-    rope=RopeSpec(),
+    rope=RopeSpec((1.0,)),
     tied_embeddings=True,
 )
 

@@ -1,0 +1,40 @@
+"""MiniCPM and MiniCPM-S (Hu et al., arXiv 2404.06395): Llama with constant factors.
+
+``transformers`` has no code for it. Its config is read as Llama's (see `files.config.RELATIVES`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from shadowllm.errors import UserError
+from shadowllm.models.families.factors import Factors
+from shadowllm.models.families.llama import llama_like, llama_sources
+from shadowllm.models.spec import ModelSpec
+from shadowllm.models.weights import Source
+
+
+def spec(config: Any) -> ModelSpec:
+    """Read a ``config.json`` of MiniCPM.
+
+    Raises:
+        UserError: a factor is missing or not usable, or as `llama_like` does.
+    """
+    bias = bool(getattr(config, "attention_bias", False))
+    found = llama_like(config, qkv_bias=bias, o_bias=bias)
+    return replace(found, norm_eps=_factors(config).norm_eps(found.norm_eps))
+
+
+def sources(spec: ModelSpec, config: Any) -> dict[str, Source]:
+    """Map each canonical tensor name to its source in a MiniCPM checkpoint, whose tensors have Llama's names."""
+    return _factors(config).scaled(spec, llama_sources(spec, spec.head_dim))
+
+
+def _factors(config: Any) -> Factors:
+    missing = [name for name in ("scale_emb", "scale_depth", "dim_model_base") if not getattr(config, name, None)]
+    if missing:
+        raise UserError(f"MiniCPM needs {missing[0]}", "config.json does not give it: correct it there")
+    residual = config.scale_depth / math.sqrt(config.num_hidden_layers)
+    return Factors(config.scale_emb, residual, config.hidden_size / config.dim_model_base)

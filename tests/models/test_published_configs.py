@@ -1,0 +1,62 @@
+"""The configurations of sparse models as they are published: which family they are, and what is read from them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from shadowllm.errors import UserError
+from shadowllm.evaluation.transformers_check import compare_with_transformers
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.registry import load_model
+from tests.conftest import GROUPED, MULTIPLIERS, build_transformers_model
+from tests.models.checkpoints import logits
+
+
+def published(model, folder, **changes):
+    """Save a model with another config, in the spelling of older versions of transformers."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": theta, "rope_scaling": None} | changes))
+    return folder
+
+
+def test_relullama_is_a_llama_with_relu(tmp_path):
+    model = build_transformers_model("llama", {"hidden_act": "relu"})
+    spec, weights, _ = load_model(published(model, tmp_path, architectures=["LlamaForCausalLM"]))
+    assert (spec.family, spec.activation) == ("llama", "relu")
+    torch.testing.assert_close(logits(Decoder(spec, weights.load())), logits(model), atol=2e-5, rtol=0)
+
+
+def test_a_config_of_prosparse_is_read_as_llamas(tmp_path):
+    model = build_transformers_model("llama", {"hidden_act": "relu"})
+    code = {"AutoConfig": "configuration_sparsellama.SparseLlamaConfig"}
+    names = {"architectures": ["SparseLlamaForCausalLM"], "model_type": "sparsellama", "auto_map": code}
+    spec, weights, checkpoint = load_model(published(model, tmp_path, **names))
+    assert spec.family == "sparsellama"
+    torch.testing.assert_close(logits(Decoder(spec, weights.load())), logits(model), atol=2e-5, rtol=0)
+    assert "no code for sparsellama" in compare_with_transformers(checkpoint, weights)["skipped"]
+
+
+def test_minicpm_has_granites_factors(tmp_path):
+    """Granite has the same equations, and transformers has code for it."""
+    factors = MULTIPLIERS | {"residual_multiplier": 1.4 / 3**0.5, "attention_multiplier": 12**-0.5}
+    model = build_transformers_model("granite", GROUPED | factors | {"tie_word_embeddings": True})
+    names = {"architectures": ["MiniCPMForCausalLM"], "model_type": "minicpm", "scale_emb": 12, "scale_depth": 1.4}
+    folder = published(model, tmp_path, dim_model_base=6, **names)
+    spec, weights, _ = load_model(folder)
+    assert spec.family == "minicpm"
+    torch.testing.assert_close(logits(Decoder(spec, weights.load())), logits(model), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"scale_emb": None}, "needs scale_emb"), ({"scale_depth": -1.0}, "residual factor is -")]
+)
+def test_factors_of_minicpm_that_are_not_usable(tmp_path, changes, words):
+    factors = {"model_type": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 6}
+    folder = published(build_transformers_model("llama", {}), tmp_path, **(factors | changes))
+    with pytest.raises(UserError, match=words):
+        load_model(folder)
