@@ -109,7 +109,7 @@ def project_back(
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
     rows_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.minimum(tl.load(count), CAP)
+    n = tl.minimum(tl.maximum(tl.load(count), 0), CAP)
     share = tl.cdiv(tl.cdiv(n * GROUP, SPLITS), BLOCK_N) * BLOCK_N
     stop = tl.minimum(n * GROUP, (split + 1) * share)
     if BLOCK_M == 1:
