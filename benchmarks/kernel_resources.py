@@ -2,8 +2,8 @@
 
     python -m shadowllm.benchmarks.kernel_resources --json kernels.json
 
-For each shape, type and architecture it records registers per thread, shared memory per block, and bytes spilled
-to local memory. Spills are too slow for a memory-bound kernel.
+For each shape, type and architecture it records registers per thread, shared memory per block, bytes spilled to local
+memory, fused multiply-adds, and barriers inside innermost loops. Spills are too slow for a memory-bound kernel.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class Resources:
         registers: per thread.
         shared_bytes: per block, static and dynamic.
         spilled_bytes: local memory per thread.
+        multiply_adds: FFMA instructions in the machine code.
+        loop_barriers: the most barriers in one innermost loop of the machine code.
     """
 
     op: str
@@ -70,6 +72,8 @@ class Resources:
     registers: int
     shared_bytes: int
     spilled_bytes: int
+    multiply_adds: int
+    loop_barriers: int
 
 
 def programs(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[str, Program]]:
@@ -168,7 +172,7 @@ def resources(op: str, kernels: Iterable[Kernel], dtype: str) -> Iterator[Resour
     """Resources of all images of the kernels; the images must be cubins."""
     for kernel in kernels:
         for image in kernel.images:
-            used = _usage(image.data)
+            used, code = _usage(image.data), _machine_code(image.data)
             yield Resources(
                 op,
                 kernel.name,
@@ -178,21 +182,45 @@ def resources(op: str, kernels: Iterable[Kernel], dtype: str) -> Iterator[Resour
                 used["REG"],
                 used["SHARED"] + image.shared_bytes,
                 used["LOCAL"] + used["STACK"],
+                sum(" FFMA" in line for line in code),
+                _loop_barriers(code),
             )
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
-    """Resource usage of a cubin, from NVIDIA's ``cuobjdump``, which is part of Triton."""
+    """Resource usage of a cubin."""
+    output = _printed("cuobjdump", "--dump-resource-usage", cubin)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output)}
+
+
+def _machine_code(cubin: bytes) -> list[str]:
+    """The instructions and labels of a cubin, as lines."""
+    return _printed("nvdisasm", "--print-code", cubin).splitlines()
+
+
+def _loop_barriers(code: Sequence[str]) -> int:
+    """The most barriers in one innermost loop: from a label to a later branch back to it, with no such branch inside."""
+    labels: dict[str, int] = {}
+    most, inner = 0, -1  # inner: where the last loop began
+    for place, line in enumerate(code):
+        if found := re.match(r"(\S+):", line):
+            labels[found[1]] = place
+        jump = re.search(r"\bBRA\b.*`\((\S+)\)", line)
+        start = labels.get(jump[1]) if jump else None
+        if start is not None and start > inner:
+            most, inner = max(most, sum(" BAR.SYNC" in one for one in code[start:place])), start
+    return most
+
+
+def _printed(tool: str, option: str, cubin: bytes) -> str:
+    """What one of NVIDIA's tools prints about a cubin; they are part of Triton."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        output = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output)}
+        return subprocess.run([path, option, file.name], check=True, capture_output=True, text=True).stdout
 
 
 @script

@@ -156,9 +156,14 @@ def _build(trt: Any, builder: Any, network: Any, logger: Any, request: dict[str,
         config = CreateConfigRTX(compute_capabilities=chosen, **options)
     else:
         config = CreateConfig(load_timing_cache=request["timing_cache"], **options)
+    made = config(builder, network)
+    made.max_aux_streams = 0  # all work of a step is on the stream that is captured
+    if request["flavour"] == "tensorrt_rtx":
+        # Without this, a context may allocate memory in a step, which a stream under capture must not do.
+        made.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     try:
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-            return EngineBytesFromNetwork((builder, network), config, save_timing_cache=request["timing_cache"])()
+            return EngineBytesFromNetwork((builder, network), made, save_timing_cache=request["timing_cache"])()
     except PolygraphyException as error:
         raise UserError(f"TensorRT refuses: {logger.last_error or error}", "check shapes and types") from error
 

@@ -112,7 +112,8 @@ def plugin_class(trt: Any) -> Any:
             pass
 
         def on_shape_change(self, _inputs: Any, _outputs: Any) -> None:
-            pass
+            # A builder times plugins without a context that they are attached to, and may capture the timed run.
+            self.launcher.load()
 
         def enqueue(
             self,

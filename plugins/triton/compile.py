@@ -20,7 +20,7 @@ from shadowllm.errors import UserError
 from shadowllm.plugins.kernel_program import ALIGNED, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
 from shadowllm.plugins.registry import SCHEMAS, schedules
 from shadowllm.plugins.schema import Attributes, OpSchema
-from shadowllm.plugins.triton.schedule import Call, Operand, Schedule, Scratch, Shape
+from shadowllm.plugins.triton.schedule import FLOATS_FUSED, Call, Operand, Schedule, Scratch, Shape
 
 # PTX version that drivers of CUDA 12 understand.
 PTX_VERSION = 80
@@ -212,7 +212,8 @@ def compile_kernel(
 
     def build(sm: int) -> Any:
         source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=known)
-        options = {"num_warps": warps, "num_stages": stages} | ({"ptx_version": PTX_VERSION} if sm == PTX else {})
+        options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, **FLOATS_FUSED}
+        options |= {"ptx_version": PTX_VERSION} if sm == PTX else {}
         return triton.compile(source, target=GPUTarget("cuda", PTX_SM if sm == PTX else sm, 32), options=options)
 
     # Triton releases the GIL while it compiles. The settings below apply to all threads.

@@ -111,7 +111,7 @@ def project_back(
     rows_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.zeros((), tl.int32) + CAP
     if count is not None:
-        n = tl.minimum(tl.load(count), CAP)
+        n = tl.minimum(tl.maximum(tl.load(count), 0), CAP)
     share = tl.cdiv(tl.cdiv(n * GROUP, SPLITS), BLOCK_N) * BLOCK_N
     stop = tl.minimum(n * GROUP, (split + 1) * share)
     if BLOCK_M == 1:

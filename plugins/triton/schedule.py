@@ -18,6 +18,8 @@ from shadowllm.plugins.schema import Attributes
 
 ALIGNMENT = 256
 GEMV, DOT, PREFILL = 1, 16, 64  # tokens in a tile
+# A product and the sum after it become one instruction. Later versions of Triton do not do this by default.
+FLOATS_FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -167,4 +169,4 @@ def run(schedule: Schedule, tensors: Mapping[str, torch.Tensor | None], batch: i
     for call in schedule.calls:
         grid = tuple(size(batch, seqlen) for size in call.grid)
         given = {name: value(call.operands.get(name)) for name in call.kernel.arg_names if name not in call.constants}
-        call.kernel[grid](**given, **call.constants, num_warps=call.warps, num_stages=call.stages)
+        call.kernel[grid](**given, **call.constants, num_warps=call.warps, num_stages=call.stages, **FLOATS_FUSED)

@@ -41,6 +41,7 @@ class TrtEngine:
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self._inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
         self._dtypes = {name: engine.get_tensor_dtype(name).name for name in names}
+        self._check_caches()
         self._contexts: dict[Phase, Any] = {}
         # The full TensorRT has no runtime cache, because it compiles kernels at build time.
         self._kernels = KernelCache(engine.create_runtime_config(), kernels) if hasattr(trt, "IRuntimeCache") else None
@@ -76,15 +77,25 @@ class TrtEngine:
             shape = shape_of(found[buffer_of(tensor, phase)], seqlen)
             self._need(self._contexts[phase].set_input_shape(tensor, shape), f"the shape {shape} of {tensor}")
 
-    def check_capturable(self, stream: int) -> None:
-        """Check that a decode step can be captured, if this TensorRT has a function for that."""
+    def capturable(self, stream: int) -> bool:
+        """Whether a decode step can be captured. A TensorRT without a function that says so captures every step."""
         context = self._contexts["decode"]
-        if hasattr(context, "is_stream_capturable"):
-            self._need(context.is_stream_capturable(stream), "being captured")
+        return not hasattr(context, "is_stream_capturable") or bool(context.is_stream_capturable(stream))
 
     def run(self, phase: Phase, stream: int) -> None:
         """Launch one run; does not wait."""
         self._need(self._contexts[phase].execute_async_v3(stream), f"the {phase} step")
+
+    def _check_caches(self) -> None:
+        """Check that the engine writes each cache in place, because input and output have one address.
+
+        Raises:
+            UserError: the output is another tensor for TensorRT.
+        """
+        for output in sorted(self._dtypes.keys() - self._inputs):
+            same = [name for name in self._inputs if buffer_of(name, "decode") == buffer_of(output, "decode")]
+            if same and self._engine.get_aliased_input_tensor(output) not in same:
+                raise UserError(f"{self._name} does not update {same[0]} in place", REMEDY)
 
     def _context(self, trt: Any, eager: bool) -> Any:
         """Make a context that uses scratch memory from the session.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ class TrtSession(PipelinedDecode):
 
     Prefill runs ``stem`` and ``body`` with the engines' first profile and with everything exact. A decode step runs
     ``stem``, ``predictor`` (if there is one) and ``body`` with the second profile, and picks the next tokens. It is
-    captured as one CUDA graph, and its last copies write the inputs of the next step. Budgets are numbers on the
+    captured as one CUDA graph if TensorRT allows it, and its last copies write the inputs of the next step. Budgets are numbers on the
     device.
 
     Args:
@@ -189,9 +190,15 @@ class TrtSession(PipelinedDecode):
             piece.shape("decode", self._buffers, 1)
         self._step()  # before the capture, because TensorRT prepares for a shape in its first run
         cuda.wait()
-        for piece in self._pieces.values():
-            piece.check_capturable(cuda.stream)
-        self._replay = cuda.capture(self._step)
+        stuck = [name for name, piece in self._pieces.items() if not piece.capturable(cuda.stream)]
+        if stuck:
+            warnings.warn(
+                f"TensorRT cannot capture {', '.join(stuck)} in a CUDA graph: every step is launched kernel by kernel, "
+                "which takes longer",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._replay = self._step if stuck else cuda.capture(self._step)
 
     def _step(self) -> None:
         """Launch one decode step, from the tokens and positions on the device to the next ones."""

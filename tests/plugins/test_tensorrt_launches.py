@@ -185,3 +185,32 @@ def small():
         replace(k, images=(replace(k.images[0], data=f"{i}".encode()),)) for i, k in enumerate(whole.kernels)
     )
     return replace(whole, kernels=kernels)
+
+
+# A builder shapes a plugin without attaching it to a context, and may capture the run that it times.
+TIMED = """
+import os
+from types import SimpleNamespace
+from shadowllm.plugins.tensorrt import creators, load_tensorrt
+from shadowllm.plugins.tensorrt.launcher import Launcher
+from tests.plugins.kernel_programs import program
+plugin = creators.plugin_class(load_tensorrt.load("tensorrt_rtx"))("SparseMLP", Launcher(program()))
+plugin.on_shape_change([], [])
+os.environ["FAKE_CAPTURES"] = "1"
+inputs = [SimpleNamespace(dims=(1, 1, 576))]
+plugin.enqueue(inputs, [], [16 * (i + 1) for i in range(len(plugin.program.inputs))], [1024], 0, 0x55)
+print("timed", flush=True)
+"""
+
+
+def test_a_builder_may_capture_the_run_that_it_times(built):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (pip install 'shadowllm[tensorrt-rtx]')")
+    paths = os.pathsep.join(filter(None, [str(built), os.environ.get("LD_LIBRARY_PATH")]))
+    environment = os.environ | {"LD_LIBRARY_PATH": paths, "FAKE_SM": "80"}
+    root = HERE.parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", TIMED], env=environment, capture_output=True, text=True, check=False, cwd=root
+    )
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "timed", done.stderr
+    assert [line.split()[0] for line in lines[-2:]] == ["launch", "timed"]

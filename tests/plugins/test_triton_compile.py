@@ -226,6 +226,12 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
             }
     assert not [row for row in rows if row["spilled_bytes"]]
     assert all(0 < row["registers"] <= 255 and row["shared_bytes"] <= 99 * 1024 for row in rows)
+    # One token's products are fused multiply-adds, and threads do not wait for each other inside a loop.
+    fused = {
+        (row["kernel"], row["dtype"], row["sm"]) for row in rows if row["multiply_adds"] and not row["loop_barriers"]
+    }
+    products = ("mlp_hidden", "project_back", "project_rest", "score_neurons", "head_queries", "table_logits")
+    assert {(kernel, dtype, sm) for kernel in products for dtype, sms in wanted.items() for sm in sms} <= fused
 
 
 # Prints the shared memory that a tile of a prompt's attention needs, with its own constants and with others.

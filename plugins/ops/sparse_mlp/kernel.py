@@ -50,7 +50,7 @@ def mlp_hidden(
     Blocks past the count return at once, so half of the grid costs nothing if half of the neurons are active.
     """
     first = tl.program_id(0) * BLOCK_N
-    n = tl.minimum(tl.load(count), CAP)
+    n = tl.minimum(tl.maximum(tl.load(count), 0), CAP)
     if first >= n:
         return
     slots = first + tl.arange(0, BLOCK_N)

@@ -86,6 +86,11 @@ IPluginV3* Plugin::attachToContext(IPluginResourceContext*) noexcept {
   return guarded(op_, [&] { launcher_->load(); }) == 0 ? clone() : nullptr;
 }
 
+// A builder times plugins without a context that they are attached to, and may capture the timed run.
+int32_t Plugin::onShapeChange(const PluginTensorDesc*, int32_t, const PluginTensorDesc*, int32_t) noexcept {
+  return guarded(op_, [&] { launcher_->load(); });
+}
+
 int32_t Plugin::enqueue(const PluginTensorDesc* inputs, const PluginTensorDesc*, const void* const* read,
                         void* const* written, void* workspace, cudaStream_t stream) noexcept {
   return guarded(op_,

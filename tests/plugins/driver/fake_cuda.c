@@ -1,6 +1,6 @@
 // A fake CUDA driver that prints the requested launches to stdout. FAKE_SM is its GPU's compute capability. FAKE_FAIL
-// names a function that fails. The first word of an image is its name. The number of ".param ." in it is its number of
-// parameters, as in PTX.
+// names a function that fails. While FAKE_CAPTURES is set, a stream is under capture, and what waits fails. The first
+// word of an image is its name. The number of ".param ." in it is its number of parameters, as in PTX.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdint.h>
@@ -14,6 +14,8 @@ typedef struct {
 } Function;
 
 static int status(const char* function) {
+  // CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+  if (getenv("FAKE_CAPTURES") && strcmp(function, "cuLaunchKernel") != 0) return 900;
   const char* failing = getenv("FAKE_FAIL");
   return failing && strcmp(failing, function) == 0 ? 719 : 0;
 }
@@ -36,7 +38,7 @@ int cuGetProcAddress_v2(const char* name, void** found, int version, uint64_t fl
 }
 
 int cuGetErrorName(int error, const char** name) {
-  *name = error == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : NULL;
+  *name = error == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : error == 900 ? "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" : NULL;
   return *name ? 0 : 1;
 }
 

@@ -207,6 +207,9 @@ class Engine:
     def get_tensor_dtype(self, name):
         return DataType[DTYPES[(self.inputs | self.outputs)[name].type]]
 
+    def get_aliased_input_tensor(self, name):
+        return name.replace("present.", "past_key_values.") if name.startswith("present.") else None
+
     def create_runtime_config(self):
         return RuntimeConfig()
 

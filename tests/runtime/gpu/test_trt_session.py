@@ -116,6 +116,22 @@ def test_greedy_text_is_one_replay_a_token(engines, bundle):
         assert ours.decode(found[-1]).argmax(axis=1).tolist() == expected[3]
 
 
+def test_a_step_that_cannot_be_captured_is_launched_directly(engines, bundle, monkeypatch):
+    monkeypatch.setattr(Context, "is_stream_capturable", lambda _context, _stream: False, raising=False)
+    with open_session(bundle(), "torch") as theirs:
+        expected = list(generate(theirs, PROMPTS, 6))
+    session = engines()
+    with pytest.warns(RuntimeWarning, match="cannot capture stem, predictor, body in a CUDA graph"), session:
+        assert list(generate(session, PROMPTS, 6)) == expected
+        assert session._cuda.replays == 0
+
+
+def test_an_engine_with_a_second_cache_is_refused(engines, monkeypatch):
+    monkeypatch.setattr(Engine, "get_aliased_input_tensor", lambda _engine, _name: None)
+    with pytest.raises(UserError, match=r"stem.engine does not update past_key_values.0.key in place"), engines():
+        pass
+
+
 def test_limits_of_the_engines_are_told(engines):
     with engines(capacity=12, max_seqlen=8, max_batch=2) as session:
         assert session.spec.max_seqlen == 12

@@ -91,6 +91,13 @@ def test_attention_skips_heads_out_of_range(seqlen):
     assert_as_exact_as(found, dense_attention(inputs, 4, torch.float32), exact)
 
 
+@pytest.mark.parametrize("count", [-3, 0xAAAAAAAA - 2**32, -(2**31)])  # 12 times the second is a large int32
+def test_attention_takes_a_negative_count_for_none(count):
+    inputs = attention_inputs((48, 4, 2, 12, 31, 1, 1, 4, True, True), torch.float32)
+    found, _ = sparse_attention(**on_device(inputs | {"count": torch.tensor(count).int()}), n_heads=4)
+    torch.testing.assert_close(found.cpu(), inputs["b_o"].expand(1, 1, -1), rtol=0, atol=0)
+
+
 def test_attention_reads_nothing_past_the_cache():
     inputs = attention_inputs((48, 4, 2, 12, 31, 1, 1, 4, True, True), torch.float32)
     full, _ = sparse_attention(**on_device(inputs), n_heads=4)

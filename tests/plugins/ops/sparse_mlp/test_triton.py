@@ -87,7 +87,7 @@ def test_mlp_skips_indices_out_of_range(tokens):
     assert_as_exact_as(found, dense_mlp(valid, "silu", torch.float32), exact)
 
 
-@pytest.mark.parametrize("count", [-3, 89])
+@pytest.mark.parametrize("count", [-3, 0xAAAAAAAA - 2**32, 89])
 def test_mlp_takes_a_count_out_of_range_for_the_nearest(count):
     inputs = mlp_inputs("opt", (41, 88, 1, 1, 88), torch.float32)
     valid = inputs | {"count": torch.tensor(min(88, max(0, count)))}
