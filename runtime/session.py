@@ -50,6 +50,14 @@ class Session(Protocol):
         ...
 
     @property
+    def recomputed(self) -> np.ndarray | None:
+        """Rows of the output table that the last sparse step computed exactly, ``(batch,)``; None if it is not known.
+
+        They are the shortlist, and those that a certificate needs.
+        """
+        ...
+
+    @property
     def memory(self) -> Memory | None:
         """Device memory in use since `reset`; None if it is not known."""
         ...

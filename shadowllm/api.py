@@ -182,6 +182,7 @@ def evaluate(
     heads: Sequence[Fractions] = (),
     rest: Sequence[Rest] = (),
     shortlist: Sequence[int] = (),
+    certify: bool = False,
     head_unit: HeadUnit | None = None,
     aggregate: Aggregate = "token",
 ) -> Sequence[Result]:
@@ -189,7 +190,7 @@ def evaluate(
 
     Args:
         texts: files or a Hugging Face dataset id; the documentation of Python modules when empty.
-        tokens, seqlen, selectors, neurons, heads, rest, shortlist, head_unit, aggregate: as in
+        tokens, seqlen, selectors, neurons, heads, rest, shortlist, certify, head_unit, aggregate: as in
             `shadowllm.eval_config.Evaluation`.
 
     Returns:
@@ -210,6 +211,7 @@ def evaluate(
         heads=heads,
         rest=rest,
         shortlist=shortlist,
+        certify=certify,
         head_unit=head_unit,
         aggregate=aggregate,
     )

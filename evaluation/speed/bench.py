@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from shadowllm.models.sparsity import Budget, format_fractions
 from shadowllm.plugins import native_ops
 from shadowllm.progress import progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
+from shadowllm.runtime.recomputed_rows import RecomputedRows
 
 SPARSE = "sparse"
 CPU_BACKENDS = ("ort", "torch")
@@ -81,8 +83,11 @@ def bench(
     wanted = sorted({50, 90, 99, *percentiles})
     results = []
     for name, generations in taken.items():
-        traffic = traffic_of(manifest, name, backends[name], budget, prompt_len, new_tokens)
-        results.append(Result(name, summarise(generations, wanted), traffic, (scores or {}).get(name, {})))
+        recomputed = _recomputed(generations, budget)
+        read = replace(budget, shortlist=round(recomputed["mean"])) if recomputed else budget
+        traffic = traffic_of(manifest, name, backends[name], read, prompt_len, new_tokens)
+        quality = (scores or {}).get(name, {})
+        results.append(Result(name, summarise(generations, wanted), traffic, quality, recomputed))
     settings = {
         "model": manifest.model,
         "dtype": manifest.dtype,
@@ -96,11 +101,20 @@ def bench(
         "neuron_budget": budget.neurons,
         "head_budget": budget.heads,
         "shortlist": budget.shortlist,
+        "certify": budget.certify,
         "rest": budget.rest_with(manifest.rest == "shadow"),
         "predictor": manifest.predictor.get("kind"),
     }
     pairs = [{"name": SPARSE, "baseline": name, "speedup": speedup(taken[name], taken[SPARSE])} for name in against]
     return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
+
+
+def _recomputed(generations: Sequence[Generation], budget: Budget) -> dict[str, float]:
+    rows = RecomputedRows(budget)
+    for generation in generations:
+        if generation.recomputed:
+            rows.add(np.array(generation.recomputed))
+    return rows.summary()
 
 
 class Texts:
@@ -171,6 +185,7 @@ def _check(
 def session_command(bundle: Path, backend: str, budget: Budget, threads: int | None) -> tuple[str, ...]:
     """Return the command line of a worker process that serves a session."""
     options = {"--threads": threads, "--shortlist": budget.shortlist, "--rest": budget.rest}
+    certify = ("--certify",) if budget.certify else ()
     given = [text for name, value in options.items() if value for text in (name, str(value))]
     return module_command(
         "shadowllm.evaluation.speed.worker",
@@ -181,6 +196,7 @@ def session_command(bundle: Path, backend: str, budget: Budget, threads: int | N
         "--head-budget",
         format_fractions(budget.heads),
         *given,
+        *certify,
     )
 
 

@@ -34,6 +34,7 @@ class Generation:
         parts_ms: mean time per decode step of each part; empty if the session does not measure parts.
         peak_rss_mb: peak of the worker so far, in 1e6 bytes.
         device_memory: bytes on the GPU by purpose; empty if the session does not report them.
+        recomputed: rows of the output table that each decode step computed exactly; empty if they are not known.
     """
 
     ttft_ms: float
@@ -42,6 +43,7 @@ class Generation:
     parts_ms: dict[str, float]
     peak_rss_mb: float
     device_memory: dict[str, int] = field(default_factory=dict)
+    recomputed: list[int] = field(default_factory=list)
 
 
 class Worker:

@@ -39,6 +39,9 @@ class Steps(Protocol):
     def memory(self) -> Memory | None: ...
 
     @property
+    def recomputed(self) -> np.ndarray | None: ...
+
+    @property
     def step_seconds(self) -> Mapping[str, float] | None: ...
 
     def reset(self, batch: int = 1) -> None: ...
@@ -72,7 +75,7 @@ class StepTimer:
         start = time.perf_counter_ns()
         logits = self._session.prefill([prompt])
         ttft = time.perf_counter_ns() - start
-        tokens, steps, parts = [int(logits[0].argmax())], [], []
+        tokens, steps, parts, recomputed = [int(logits[0].argmax())], [], [], []
         for index in range(new_tokens - 1):
             step_input = np.array([forced[index] if forced else tokens[-1]], dtype=np.int64)
             start = time.perf_counter_ns()
@@ -80,6 +83,8 @@ class StepTimer:
             steps.append((time.perf_counter_ns() - start) / 1e6)
             tokens.append(int(logits[0].argmax()))
             parts.append(dict(self._session.step_seconds or {}))
+            if (rows := self._session.recomputed) is not None:
+                recomputed.append(int(rows[0]))
         names, memory = parts[0] if parts else {}, self._session.memory
         return {
             "ttft_ms": ttft / 1e6,
@@ -87,6 +92,7 @@ class StepTimer:
             "tokens": tokens,
             "parts_ms": {name: 1e3 * float(np.mean([part[name] for part in parts])) for name in names},
             "device_memory": vars(memory) if memory else {},
+            "recomputed": recomputed,
         }
 
     def score(self, context: list[int], continuation: list[int]) -> Answer:
@@ -181,6 +187,7 @@ def main() -> int:
     parser.add_argument("--head-budget", type=parse_fractions, default=1.0)
     parser.add_argument("--shortlist", type=int)
     parser.add_argument("--rest")
+    parser.add_argument("--certify", action="store_true")
     parser.add_argument("--loop", action="store_true", help="time the generation loop, not the session's steps alone")
     arguments = parser.parse_args()
 
@@ -195,6 +202,7 @@ def main() -> int:
                     neurons=arguments.neuron_budget,
                     shortlist=arguments.shortlist,
                     rest=arguments.rest,
+                    certify=arguments.certify,
                 )
             )
             if arguments.loop:

@@ -24,6 +24,7 @@ class PipelinedDecode(ABC):
     _replay: Callable[[], Any]
     _budgets_set = 0
     step_seconds = None  # a step is one launch, so its parts cannot be timed
+    recomputed = None  # stays on the device
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """See `Session.decode`."""

@@ -52,8 +52,6 @@ class OrtSession:
     Attributes:
         cache: float32 ``(batch, n_kv_heads, capacity, head_dim)`` by "layer.key" and "layer.value".
         decodes: "sparse" or "dense", at the current budget.
-        recomputed: rows of the output table that the last sparse step computed exactly, int32 ``(batch,)``; 0 if the
-            bundle has no low-bit copy of the table.
         selection: padded indices of the last sparse step, by unit, int32 ``(n_sparse, n_units)``.
         step_seconds: seconds of each part of the last step; None without ``profile``.
 
@@ -146,6 +144,11 @@ class OrtSession:
             self._pieces["dense"] = self._open("dense")
             self._bind_decode()
 
+    @property
+    def recomputed(self) -> np.ndarray | None:
+        """See `Session.recomputed`; None if the bundle has no low-bit copy of the output table."""
+        return self._recomputed if self.manifest.rest == "shadow" and self.decodes == "sparse" else None
+
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """See `Session.prefill`."""
         input_ids, positions, lengths = pad_prompts(prompts, self._batch, self.spec)
@@ -194,7 +197,7 @@ class OrtSession:
     def _bind_decode(self) -> None:
         """Bind the decode step's buffers, which are the same arrays for all tokens."""
         batch, n_sparse = self._batch, self.manifest.sparse_layers.count
-        self.recomputed = np.zeros(batch, dtype=np.int32)
+        self._recomputed = np.zeros(batch, dtype=np.int32)
         self._input_ids, self._positions = (np.zeros((batch, 1), dtype=np.int64) for _ in range(2))
         units = layer_units(self.spec) if self._kind != "dense" else {}
         self.selection: dict[Unit, np.ndarray] = {
@@ -206,7 +209,7 @@ class OrtSession:
             "logits_to_keep": np.zeros((batch, 1), dtype=np.int64),
             "logits": self._logits,
             "hidden": np.zeros((batch, 1, self.spec.hidden_size), dtype=np.float32),
-            names.RECOMPUTED: self.recomputed,
+            names.RECOMPUTED: self._recomputed,
         }
         buffers |= self._scalars
         for more in (self._selected(), self._past(), self._present()):

@@ -88,8 +88,12 @@ def add_fractions(parser: argparse.ArgumentParser, default: Budget | None, other
     return group
 
 
-def add_budget(parser: argparse.ArgumentParser, otherwise: str = "the bundle's own") -> None:
-    """Add all options of a budget. They are None unless given."""
+def add_budget(parser: argparse.ArgumentParser, otherwise: str = "the bundle's own", requested: bool = True) -> None:
+    """Add all options of a budget. They are None unless given.
+
+    Args:
+        requested: whether the budget is for a request, and not the default of a bundle. Then it may ask for a proof.
+    """
     group = add_fractions(parser, None, otherwise)
     rows = whole("--shortlist", 1, LARGEST)
     group.add_argument(
@@ -103,6 +107,13 @@ def add_budget(parser: argparse.ArgumentParser, otherwise: str = "the bundle's o
         choices=get_args(Rest),
         help="other neurons and heads: from a low-bit copy of the weights (shadow), or left out (drop)",
     )
+    if requested:
+        group.add_argument(
+            "--certify",
+            action="store_true",
+            help="with a shortlist: prove that the largest logit is that of the whole table, by computing more rows at "
+            "full precision where needed",
+        )
     group.add_argument("--exact", action="store_true", help="everything at full precision: the dense model")
 
 
@@ -133,6 +144,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `add_budget` that were given, by the fields of `Budget`."""
     rows = {} if args.shortlist is None else {"shortlist": None if args.shortlist == "all" else args.shortlist}
     others = {"heads": args.head_budget, "neurons": args.neuron_budget, "rest": args.rest}
+    others |= {"certify": True} if vars(args).get("certify") else {}
     return rows | {name: value for name, value in others.items() if value is not None}
 
 

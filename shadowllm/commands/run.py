@@ -112,12 +112,15 @@ def _generate(
 ) -> dict[str, Any]:
     from shadowllm.runtime import open_session
     from shadowllm.runtime.generation.completion import Completion
+    from shadowllm.runtime.recomputed_rows import RecomputedRows
 
-    completion, prompt = Completion(request), args.prompt[0]
+    completion, prompt, recomputed = Completion(request), args.prompt[0], RecomputedRows(budget)
     with open_session(args.bundle, backend, threads=args.threads) as session:
         session.set_budget(budget)
         start = time.perf_counter()
-        for pieces in completion.grow(session):
+        for step, pieces in enumerate(completion.grow(session)):
+            if step:  # the first tokens come from the prefill
+                recomputed.add(session.recomputed)
             if streaming:
                 print(prompt + pieces[0], end="", flush=True)
                 prompt = ""
@@ -132,6 +135,7 @@ def _generate(
         "texts": completion.texts,
         "tokens": completion.tokens,
         "seconds": seconds,
+        "recomputed_rows": recomputed.summary(),
         "tokens_per_second": sum(map(len, completion.tokens)) / seconds,
         "device_memory": vars(memory) if memory else None,
     }
