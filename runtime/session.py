@@ -12,6 +12,7 @@ from shadowllm.models.sparsity import Budget
 from shadowllm.models.spec import ModelSpec
 
 Decodes = Literal["sparse", "dense"]
+Prefill = Literal["dense", "sparse"]
 
 
 @dataclass(frozen=True)

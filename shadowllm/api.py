@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shadowllm.models.spec import HeadUnit
     from shadowllm.runtime.generation.completion import GenerateOptions
     from shadowllm.runtime.model import Model
+    from shadowllm.runtime.session import Prefill
 
 __all__ = ["Budget", "evaluate", "export", "generate", "load"]
 
@@ -91,7 +92,14 @@ def export(
     )
 
 
-def load(bundle: StrPath, backend: str = "ort", *, threads: int | None = None, budget: Budget | None = None) -> Model:
+def load(
+    bundle: StrPath,
+    backend: str = "ort",
+    *,
+    threads: int | None = None,
+    budget: Budget | None = None,
+    prefill: Prefill = "dense",
+) -> Model:
     """Open a bundle for `generate` on one backend. Use the result in a ``with`` statement.
 
     Args:
@@ -99,13 +107,15 @@ def load(bundle: StrPath, backend: str = "ort", *, threads: int | None = None, b
         backend: one of `shadowllm.runtime.BACKENDS`; a ``-dense`` one runs the plain model.
         threads: threads of each operator, for backends that compute on the CPU.
         budget: fractions to keep; the bundle's own when None. `Model.set_budget` changes it at any time.
+        prefill: which graphs prefill in the backend ``ort``. "sparse" needs less memory, and prompts take longer.
 
     Raises:
-        UserError: there is no bundle, it is damaged, or the backend is unknown or cannot run here.
+        UserError: there is no bundle, it is damaged, or the backend is unknown, cannot run here or does not have
+            ``prefill``.
     """
     from shadowllm.runtime.model import Model
 
-    return Model(Path(bundle), backend, threads=threads, budget=budget)
+    return Model(Path(bundle), backend, threads=threads, budget=budget, prefill=prefill)
 
 
 @overload

@@ -23,6 +23,7 @@ from shadowllm.plugins import native_ops
 from shadowllm.progress import progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.recomputed_rows import RecomputedRows
+from shadowllm.runtime.session import Prefill
 
 SPARSE = "sparse"
 CPU_BACKENDS = ("ort", "torch")
@@ -41,6 +42,7 @@ def bench(
     quality_tokens: int = 128,
     threads: int | None = None,
     percentiles: Sequence[float] = (50, 90, 99),
+    prefill: Prefill = "dense",
 ) -> Report:
     """Time a bundle's sparse path and other backends, each in its own process, with interleaved runs.
 
@@ -57,6 +59,7 @@ def bench(
             and the text that the baseline generated. 0 omits quality.
         threads: threads of each session; the session's default if None.
         percentiles: percentiles of the inter-token latency; 50, 90 and 99 are always included.
+        prefill: which graphs of the sparse path prefill, see `open_session`.
 
     Raises:
         UserError: no bundle, an argument out of range, too little text, or a worker failed.
@@ -67,7 +70,8 @@ def bench(
     text = passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), prompt_len + quality_tokens)
     backends = {SPARSE: backend} | {name: name for name in against}
     contenders = [
-        Contender(name, session_command(bundle, chosen, budget, threads)) for name, chosen in backends.items()
+        Contender(name, session_command(bundle, chosen, budget, threads, prefill if name == SPARSE else "dense"))
+        for name, chosen in backends.items()
     ]
     texts = Texts(text[:prompt_len], text[prompt_len:], baseline=against[0])
     with progress("Benchmark", len(contenders) * (warmup + runs + 2 * bool(quality_tokens))) as advance:
@@ -98,6 +102,7 @@ def bench(
         "warmup": warmup,
         "quality_tokens": quality_tokens,
         "backend": backend,
+        "prefill": prefill,
         "neuron_budget": budget.neurons,
         "head_budget": budget.heads,
         "shortlist": budget.shortlist,
@@ -182,7 +187,9 @@ def _check(
         )
 
 
-def session_command(bundle: Path, backend: str, budget: Budget, threads: int | None) -> tuple[str, ...]:
+def session_command(
+    bundle: Path, backend: str, budget: Budget, threads: int | None, prefill: Prefill = "dense"
+) -> tuple[str, ...]:
     """Return the command line of a worker process that serves a session."""
     options = {"--threads": threads, "--shortlist": budget.shortlist, "--rest": budget.rest}
     certify = ("--certify",) if budget.certify else ()
@@ -195,6 +202,8 @@ def session_command(bundle: Path, backend: str, budget: Budget, threads: int | N
         format_fractions(budget.neurons),
         "--head-budget",
         format_fractions(budget.heads),
+        "--prefill",
+        prefill,
         *given,
         *certify,
     )

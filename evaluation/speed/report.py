@@ -146,8 +146,8 @@ class Report:
             }
         if result.recomputed_rows:
             cells |= {
-                "Exact rows of the output table": f"{result.recomputed_rows['mean']:.0f}",
-                "Steps with more than the shortlist": f"{result.recomputed_rows['fallback_share']:.1%}",
+                "Exact output rows": f"{result.recomputed_rows['mean']:.0f}",
+                "Steps beyond the shortlist": f"{result.recomputed_rows['fallback_share']:.1%}",
             }
         if quality:
             cells |= {

@@ -188,6 +188,7 @@ def main() -> int:
     parser.add_argument("--shortlist", type=int)
     parser.add_argument("--rest")
     parser.add_argument("--certify", action="store_true")
+    parser.add_argument("--prefill", default="dense")
     parser.add_argument("--loop", action="store_true", help="time the generation loop, not the session's steps alone")
     arguments = parser.parse_args()
 
@@ -195,7 +196,8 @@ def main() -> int:
     def load() -> Iterator[Commands]:
         from shadowllm.runtime import generate, open_session
 
-        with open_session(arguments.bundle, arguments.backend, threads=arguments.threads, profile=True) as session:
+        options = {"threads": arguments.threads, "prefill": arguments.prefill}
+        with open_session(arguments.bundle, arguments.backend, profile=True, **options) as session:
             session.set_budget(
                 Budget(
                     heads=arguments.head_budget,

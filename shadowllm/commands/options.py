@@ -22,6 +22,7 @@ from shadowllm.config import (
 from shadowllm.errors import UserError
 from shadowllm.limits import LARGEST, check_threads
 from shadowllm.models.sparsity import Budget, Rest, parse_fractions
+from shadowllm.runtime.session import Prefill
 
 FLAVOURS = get_args(Flavour)
 SIZES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -36,6 +37,17 @@ def add_threads(group: Group, help: str) -> None:
     """Add ``--threads``, which is None unless given."""
     parse = whole("--threads", 1, LARGEST)
     group.add_argument("--threads", type=lambda text: check_threads(parse(text), "--threads"), help=help)
+
+
+def add_prefill(parser: argparse.ArgumentParser) -> None:
+    """Add ``--prefill``."""
+    parser.add_argument(
+        "--prefill",
+        choices=get_args(Prefill),
+        default="dense",
+        help="graphs that prefill with the backend ort; sparse needs less memory, and prompts take longer "
+        "(default: dense)",
+    )
 
 
 def output_file(text: str) -> Path:

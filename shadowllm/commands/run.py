@@ -17,6 +17,7 @@ from shadowllm.models.sparsity import Budget
 
 if TYPE_CHECKING:
     from shadowllm.runtime.generation.completion import Request
+    from shadowllm.runtime.session import Prefill
 
 EPILOG = """examples:
   shadowllm run out/ --prompt "The shadow of a model"
@@ -57,6 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         parser, "--max-new-tokens", default=64, metavar="N", help="largest number of new tokens (default: 64)"
     )
     options.add_threads(parser, help="threads of each operator on the CPU (default: the backend's own)")
+    options.add_prefill(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options.add_budget(parser)
     _add_sampling(parser)
@@ -115,7 +117,8 @@ def _generate(
     from shadowllm.runtime.recomputed_rows import RecomputedRows
 
     completion, prompt, recomputed = Completion(request), args.prompt[0], RecomputedRows(budget)
-    with open_session(args.bundle, backend, threads=args.threads) as session:
+    prefill: Prefill = args.prefill if backend == args.backend else "dense"  # the backend of --against has its own way
+    with open_session(args.bundle, backend, threads=args.threads, prefill=prefill) as session:
         session.set_budget(budget)
         start = time.perf_counter()
         for step, pieces in enumerate(completion.grow(session)):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.weights import read_weights
+from shadowllm.cli import main
+from shadowllm.eval_config import Generation
+from shadowllm.evaluation.decoded import Decoding
+from shadowllm.evaluation.decoded import rows as rows_of
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.quality import evaluate
 from shadowllm.runtime import Budget, open_session
@@ -94,6 +100,28 @@ def test_an_evaluation_reports_the_rows_of_the_certificate(adversarial):
     assert found[True].recomputed_rows["mean"] > 2
     assert found[True].recomputed_rows["fallback_share"] == 1.0
     assert found[True].top1_agreement == 1.0
+
+
+def test_commands_report_what_a_certificate_costs(adversarial, tmp_path, capsys):
+    budget = ["--neuron-budget", "0.2", "--shortlist", "2", "--certify"]
+    prompt = ["--prompt", "abcd", "--max-new-tokens", "6"]
+    assert main(["run", str(adversarial[None]), *prompt, *budget, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["results"]
+    assert found["budget"]["certify"] is True
+    assert found["recomputed_rows"]["mean"] > 2
+    report, text = tmp_path / "eval.json", ["--text", __file__, "--tokens", "32", "--seqlen", "32"]
+    selector = ["--selector", "quantized-shadow"]
+    assert main(["eval", str(adversarial[None]), *text, *selector, *budget, "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["results"][0]["recomputed_rows"]["fallback_share"] > 0
+    assert "beyond the shortlist" in capsys.readouterr().out
+
+
+def test_a_comparison_of_texts_counts_the_rows(adversarial):
+    budget = Budget(neurons=0.2, shortlist=2, certify=True)
+    options = Generation(prompts=1, prompt_tokens=8, new_tokens=8, problems=1)
+    (row,) = rows_of(Decoding(adversarial[None], [budget], options).run())["generation"]
+    assert row["certify"] is True
+    assert row["recomputed_rows"]["mean"] > 2
 
 
 def test_without_a_shortlist_a_certificate_changes_nothing(adversarial):
