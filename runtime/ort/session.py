@@ -101,6 +101,7 @@ class OrtSession:
         verify_files(self._bundle, self.manifest.digests(*names))
         self._weights, self._packed = SharedWeights((self._bundle / DATA_FILE).resolve()), False
         self._pieces = {piece: self._open(piece) for piece in pieces}
+        self._weights.release()
         self.reset()
         return self
 

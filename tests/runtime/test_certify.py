@@ -11,14 +11,14 @@ import torch
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.weights import read_weights
 from shadowllm.cli import main
-from shadowllm.eval_config import Generation
-from shadowllm.evaluation.decoded import Decoding
-from shadowllm.evaluation.decoded import rows as rows_of
+from shadowllm.evaluation.decoded import Decoded, rows
 from shadowllm.evaluation.default_text import passage
+from shadowllm.evaluation.generation import compare_texts
 from shadowllm.evaluation.quality import evaluate
 from shadowllm.runtime import Budget, open_session
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.session import OrtSession
+from shadowllm.runtime.recomputed_rows import RecomputedRows
 from shadowllm.runtime.torch_session import TorchSession
 from tests.bundles import make_bundle
 from tests.conftest import VARIANTS, build_tokenizer, build_transformers_model
@@ -70,11 +70,11 @@ def test_a_certified_token_is_that_of_the_whole_table(adversarial, weight_dtype,
     with kind(adversarial[weight_dtype]) as session:
         whole, _ = decoded(session, TEXT, Budget())
         guessed, few = decoded(session, TEXT, Budget(shortlist=1))
-        proved, rows = decoded(session, TEXT, Budget(shortlist=1, certify=True))
+        proved, counts = decoded(session, TEXT, Budget(shortlist=1, certify=True))
     assert (guessed != whole).mean() > 0.5
     assert (few == 1).all()
     assert (proved == whole).all()
-    assert (rows > 1).all()
+    assert (counts > 1).all()
 
 
 def test_an_evaluation_reports_the_rows_of_the_certificate(adversarial):
@@ -118,18 +118,21 @@ def test_commands_report_what_a_certificate_costs(adversarial, tmp_path, capsys)
 
 def test_a_comparison_of_texts_counts_the_rows(adversarial):
     budget = Budget(neurons=0.2, shortlist=2, certify=True)
-    options = Generation(prompts=1, prompt_tokens=8, new_tokens=8, problems=1)
-    (row,) = rows_of(Decoding(adversarial[None], [budget], options).run())["generation"]
+    recomputed = RecomputedRows(budget)
+    with OrtSession(adversarial[None], "sparse") as session:
+        session.set_budget(budget)
+        agreement = compare_texts(session, [TEXT[:8]], [TEXT[8:16]], recomputed=recomputed)
+    (row,) = rows([Decoded(budget, agreement, [], recomputed.summary())])["generation"]
     assert row["certify"] is True
     assert row["recomputed_rows"]["mean"] > 2
 
 
 def test_without_a_shortlist_a_certificate_changes_nothing(adversarial):
     with OrtSession(adversarial[None], "sparse") as session:
-        whole, rows = decoded(session, TEXT, Budget(certify=True))
+        whole, counts = decoded(session, TEXT, Budget(certify=True))
         plain, _ = decoded(session, TEXT, Budget())
     assert (whole == plain).all()
-    assert (rows == 97).all()
+    assert (counts == 97).all()
 
 
 @pytest.mark.slow
@@ -141,6 +144,6 @@ def test_the_real_model_is_certified_at_all_positions(smollm2, tmp_path):
         dense.prefill([text[:32]])
         expected = [dense.decode(np.array([token]))[0].argmax() for token in text[32:]]
     with OrtSession(tmp_path, "sparse") as session:
-        proved, rows = decoded(session, text, Budget(shortlist=16, certify=True), prompt=32)
+        proved, counts = decoded(session, text, Budget(shortlist=16, certify=True), prompt=32)
     assert proved.tolist() == expected
-    assert (rows > 16).any()
+    assert (counts > 16).any()
