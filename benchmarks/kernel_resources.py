@@ -199,7 +199,7 @@ def _machine_code(cubin: bytes) -> list[str]:
 
 
 def _loop_barriers(code: Sequence[str]) -> int:
-    """The most barriers in one innermost loop: from a label to a later branch back to it, with no such branch inside."""
+    """The most barriers in one innermost loop: from a label to a branch back to it, with no such branch inside."""
     labels: dict[str, int] = {}
     most, inner = 0, -1  # inner: where the last loop began
     for place, line in enumerate(code):

@@ -31,7 +31,7 @@ class CacheGraph:
     Batch 1. Subclasses decide how the cache is passed.
     """
 
-    memory = step_seconds = fired = None  # not known
+    memory = step_seconds = fired = recomputed = None  # not known
 
     def __init__(self, session: ort.InferenceSession, capacity: int) -> None:
         self._session = session

@@ -37,6 +37,7 @@ class BudgetRecord(FractionsRecord, total=False):
 
     shortlist: int | None
     rest: Rest | None
+    certify: bool
 
 
 class TrainingRecord(TypedDict, total=False):

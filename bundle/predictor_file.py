@@ -23,6 +23,7 @@ from shadowllm.models.spec import ModelSpec
 Kind = Literal["static", "shadow", "layerwise", "quantized-shadow", "relu"]
 FORMAT = "shadowllm-predictor"
 VERSION = 1
+FINAL_SQUARES = "final.squares"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Predictor:
             kinds may have these too, for evaluation. Layerwise also adds its networks, with the rows
             of all layers concatenated: ``layers.trunk.weight (n_sparse * rank, hidden_size)``,
             ``layers.trunk.bias``, ``layers.neurons.weight (n_sparse * intermediate_size, rank)`` and
-            ``layers.neurons.bias``.
+            ``layers.neurons.bias``. All kinds may have ``final.squares (hidden_size,)``, see `final_squares`.
         base_fingerprint: `Weights.fingerprint` of the model it was trained on.
         record: training settings and results; JSON types.
 
@@ -67,7 +68,10 @@ class Predictor:
             raise UserError(f"unknown predictor kind {self.kind!r}", f"known: {', '.join(get_args(Kind))}")
         found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         fit = self._fit_shapes()
-        if found != self._shapes() | (fit if self.per_layer or fit.keys() & found else {}):
+        optional = fit if self.per_layer or fit.keys() & found else {}
+        if FINAL_SQUARES in found:
+            optional[FINAL_SQUARES] = (self.hidden_size,)
+        if found != self._shapes() | optional:
             raise UserError("the predictor's tensors do not fit its description", "train it again")
 
     @property
@@ -81,6 +85,14 @@ class Predictor:
     def per_layer(self) -> bool:
         """Whether each layer selects for itself, instead of one selection at the first sparse layer."""
         return self.kind in ("layerwise", "quantized-shadow", "relu")
+
+    @property
+    def final_squares(self) -> Tensor | None:
+        """Mean squares of the inputs of the output table, float32 ``(hidden_size,)``; None without calibration text.
+
+        The certificate of a shortlist is calibrated on them, see `certificate.best_weighting`.
+        """
+        return self.tensors.get(FINAL_SQUARES)
 
     @property
     def is_random(self) -> bool:

@@ -108,10 +108,16 @@ class RoundedTensors(Mapping[str, Tensor]):
 
 
 class CopyTensors(Mapping[str, Tensor]):
-    """The tensors of a low-bit copy, named as in `copy_groups`, made on access from a model's weights."""
+    """The tensors of a low-bit copy, named as in `copy_groups`, made on access from a model's weights.
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    Args:
+        final_squares: mean squares of the inputs of the output table, ``(hidden_size,)``. They decide how many rows a
+            certificate recomputes. None estimates them from the weights of the final norm.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], final_squares: Tensor | None = None) -> None:
         self._weights, self._matrices = weights, QuantisedTensors(weights, LOW_BIT_COPY)
+        self._final_squares = final_squares
         self._weighting: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -130,13 +136,20 @@ class CopyTensors(Mapping[str, Tensor]):
         return torch.from_numpy(copy_errors(rows, copy, factors, self._weighting_of(table)))
 
     def _weighting_of(self, table: str) -> np.ndarray:
-        """The weighting of the table's errors. The final norm tells how large each element of its inputs is."""
+        """The weighting of the table's errors."""
         if table not in self._weighting:
-            squares = np.square(self._weights["final_norm.weight"].numpy())
-            if "final_norm.bias" in self._weights:
-                squares = squares + np.square(self._weights["final_norm.bias"].numpy())
+            squares = (
+                self._estimated_squares() if self._final_squares is None else self._final_squares.numpy(force=True)
+            )
             self._weighting[table] = best_weighting(squares, mean_square_errors(self._weights[table]))
         return self._weighting[table]
+
+    def _estimated_squares(self) -> np.ndarray:
+        """The final norm tells how large each element of its output is."""
+        squares = np.square(self._weights["final_norm.weight"].numpy())
+        if "final_norm.bias" in self._weights:
+            squares = squares + np.square(self._weights["final_norm.bias"].numpy())
+        return squares
 
     def __iter__(self) -> Iterator[str]:
         return map(low_bit_copy, self._weights)

@@ -17,7 +17,17 @@ from shadowllm.bundle.quantisation import LOW_BIT_COPY, dequantise
 from shadowllm.bundle.quantised_tensors import dequantised_predictor, dequantised_weights
 from shadowllm.bundle.weight_file import TORCH_DTYPES, WeightStore
 from shadowllm.bundle.weight_layout import Group, copy_groups, model_groups
-from shadowllm.bundle.weight_names import base, copied_names, integers, low_bit_copy, scales
+from shadowllm.bundle.weight_names import (
+    base,
+    copied_names,
+    copy_errors,
+    copy_weighting,
+    integers,
+    low_bit_copy,
+    output_table,
+    scales,
+)
+from shadowllm.models.sparse_decoder import Certificate
 from shadowllm.models.weights import tensor_shape
 
 PREDICTOR_FILE = "predictor.safetensors"
@@ -31,12 +41,14 @@ class BundleWeights:
         sparse: canonical weights as in ``body``.
         dense: as in ``dense`` and ``stem``; they differ from ``sparse`` only in the rounding of integers.
         copies: values of the low-bit copy by canonical name; None if the bundle has no copy of all matrices.
+        certificate: of the largest logit; None without copies.
     """
 
     sparse: Mapping[str, Tensor]
     dense: Mapping[str, Tensor]
     predictor: Predictor
     copies: Mapping[str, Tensor] | None = None
+    certificate: Certificate | None = None
 
 
 def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
@@ -46,13 +58,14 @@ def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
         UserError: a file is damaged.
     """
     stored, predictor, spec, q = *map_weights(folder, manifest), manifest.spec, manifest.quantisation
-    copies = _read_copies(folder, manifest) if manifest.rest == "shadow" else None
+    copied = manifest.rest == "shadow"
+    rest = (_read_copies(folder, manifest), _read_certificate(folder, manifest)) if copied else (None, None)
     if q is None:
         weights = {name: tensor.float() for name, tensor in stored.items()}
-        return BundleWeights(weights, weights, predictor, copies)
+        return BundleWeights(weights, weights, predictor, *rest)
     names = {base(name): None for name in stored}  # ordered, without duplicates
     sparse, dense = dequantised_weights(spec, names, stored, q)
-    return BundleWeights(sparse, dense, dequantised_predictor(predictor, q), copies)
+    return BundleWeights(sparse, dense, dequantised_predictor(predictor, q), *rest)
 
 
 def _read_copies(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
@@ -63,6 +76,11 @@ def _read_copies(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
         return torch.from_numpy(dequantise(data, factors, tensor_shape(layers.spec, name)[1], LOW_BIT_COPY).copy())
 
     return {name: restored(name) for name in copied_names(layers, rest=True)}
+
+
+def _read_certificate(folder: Path, manifest: Manifest) -> Certificate:
+    stored, table = map_copies(folder, manifest), output_table(manifest.spec)
+    return Certificate(stored[copy_errors(table)].clone(), stored[copy_weighting(table)].clone())
 
 
 def map_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], Predictor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from shadowllm.predictor.calibration import token_windows
 from shadowllm.progress import progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.session import OrtSession
+from shadowllm.runtime.recomputed_rows import RecomputedRows
 
 FIGURES = ("identical", "agreement", "mean_divergence", "median_divergence", "divergences", "lengths")
 
@@ -29,11 +30,13 @@ class Decoded:
         budget: the budget of the sparse session.
         agreement: of long texts.
         scores: of each reasoning task.
+        recomputed_rows: over the decode steps of the long texts, see `RecomputedRows.summary`.
     """
 
     budget: Budget
     agreement: Agreement
     scores: Sequence[Score]
+    recomputed_rows: Mapping[str, float] = field(default_factory=dict)
 
 
 class Decoding:
@@ -87,9 +90,12 @@ class Decoding:
             with OrtSession(self._bundle, "sparse") as session:
                 for budget in self._budgets:
                     session.set_budget(budget)
-                    agreement = compare_texts(session, self._prompts, texts, advance)
+                    recomputed = RecomputedRows(budget)
+                    agreement = compare_texts(session, self._prompts, texts, advance, recomputed)
                     solved = solve(session, self._encoded, self._tokenizer, advance)
-                    found.append(Decoded(budget, agreement, score(self._problems, answers, solved)))
+                    found.append(
+                        Decoded(budget, agreement, score(self._problems, answers, solved), recomputed.summary())
+                    )
         return found
 
 
@@ -107,9 +113,10 @@ def rows(found: Sequence[Decoded]) -> dict[str, list[dict[str, Any]]]:
             "head_budget": mean.heads,
             "shortlist": one.budget.shortlist,
             "rest": one.budget.rest,
+            "certify": one.budget.certify,
         }
         texts = {name: getattr(one.agreement, name) for name in FIGURES}
-        generation.append(kept | texts)
+        generation.append(kept | texts | {"recomputed_rows": one.recomputed_rows})
         reasoning.extend(kept | asdict(score) for score in one.scores)
     return {"generation": generation, "reasoning": reasoning}
 

@@ -15,6 +15,7 @@ from shadowllm.errors import UserError
 from shadowllm.progress import Advance, no_progress
 from shadowllm.runtime.generation.generate import Chooser
 from shadowllm.runtime.generation.sampling import Sampling
+from shadowllm.runtime.recomputed_rows import RecomputedRows
 from shadowllm.runtime.session import Session
 
 
@@ -120,6 +121,7 @@ def compare_texts(
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
     advance: Advance = no_progress,
+    recomputed: RecomputedRows | None = None,
 ) -> Agreement:
     """Feed the dense model's texts to a session, and compare its most probable token at every step.
 
@@ -130,6 +132,7 @@ def compare_texts(
         prompts: token ids.
         texts: what `greedy_texts` found with the dense model.
         advance: called with 1 after each prompt.
+        recomputed: where to add the rows of the output table that each decode step computed exactly.
 
     Raises:
         UserError: no text has a second token, or as `Feed`.
@@ -140,6 +143,8 @@ def compare_texts(
         same = [feed.likeliest == text[0]]
         for fed, expected in pairwise(text):
             feed.append(fed)
+            if recomputed is not None:
+                recomputed.add(session.recomputed)
             same.append(feed.likeliest == expected)
         agreed, steps = agreed + sum(same[1:]), steps + len(same) - 1
         divergences.append(None if all(same) else same.index(False))

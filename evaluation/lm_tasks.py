@@ -159,7 +159,15 @@ def _decoder(manifest: Manifest, read: BundleWeights, lm: BundleLM) -> Callable[
     if selector == DENSE:
         return Decoder(manifest.spec, read.dense)
     criterion = str(read.predictor.record.get("criterion", "l2norm"))
-    context = Context(manifest.spec, read.sparse, manifest.dense_layers, read.predictor, criterion, copies=read.copies)
+    context = Context(
+        manifest.spec,
+        read.sparse,
+        manifest.dense_layers,
+        read.predictor,
+        criterion,
+        copies=read.copies,
+        certificate=read.certificate,
+    )
     return MaskedDecoder(context, make_selector(selector, context), budget)
 
 
@@ -173,8 +181,8 @@ def run_tasks(
         limit: number of documents of each task; all if None.
 
     Yields:
-        A row for each selection and task: ``selector``, ``neuron_budget``, ``head_budget``, ``shortlist``, ``rest``,
-        ``task``, and ``metrics`` by their names in the harness.
+        A row for each selection and task: ``selector``, ``neuron_budget``, ``head_budget``, ``shortlist``, ``certify``,
+        ``rest``, ``task``, and ``metrics`` by their names in the harness.
 
     Raises:
         UserError: the harness cannot run a task.
@@ -196,6 +204,7 @@ def run_tasks(
                 "neuron_budget": mean.neurons,
                 "head_budget": mean.heads,
                 "shortlist": budget.shortlist,
+                "certify": budget.certify,
                 "rest": None if selector == DENSE else budget.rest_with(read.copies is not None),
                 "task": task,
                 "metrics": figures,

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder
+from shadowllm.models.sparse_decoder import Certificate
 from shadowllm.models.sparsity import UNITS, Budget, Fractions, Rest, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.criteria import find_criterion
@@ -26,6 +27,7 @@ from shadowllm.predictor.selectors import Context, MaskedDecoder, Selector, make
 from shadowllm.predictor.topk import active_mask
 from shadowllm.predictor.traces import Tracer
 from shadowllm.progress import Advance, no_progress
+from shadowllm.runtime.recomputed_rows import RecomputedRows
 
 DENSE = "dense"
 Place = tuple[int, Unit]  # a layer's heads or neurons
@@ -65,6 +67,9 @@ class Result:
         gap_closure: (ln ppl_static - ln ppl) / (ln ppl_static - ln ppl_oracle) at the same budget.
             None if static or oracle was not run, or if they do not differ.
         layers: recall per layer; empty for dense.
+        certify: whether the largest logit was proved to be that of the whole table.
+        recomputed_rows: ``mean`` and ``fallback_share`` of the rows of the output table that were computed exactly, see
+            `RecomputedRows.summary`; empty without a shortlist.
     """
 
     selector: str
@@ -79,6 +84,8 @@ class Result:
     layers: tuple[LayerResult, ...] = ()
     shortlist: int | None = None
     rest: Rest | None = None
+    certify: bool = False
+    recomputed_rows: Mapping[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -93,6 +100,7 @@ def evaluate(
     shortlists: Sequence[int | None] = (None,),
     rests: Sequence[Rest | None] = (None,),
     copies: Mapping[str, Tensor] | None = None,
+    certificate: Certificate | None = None,
     dense_layers: int = 1,
     criterion: str | None = None,
     aggregate: str = "token",
@@ -109,6 +117,7 @@ def evaluate(
         shortlists, rests: see `Budget`.
         copies: values of the low-bit copy (`low_bit_copies` with ``rest``), which a shortlist and ``rest="shadow"``
             need.
+        certificate: proves the largest logit of every position with a shortlist; None for no proof.
         criterion: defines the true importance. If None: that of the predictor, or ``l2norm`` without one.
         aggregate: whether every token has its own selection; see `MaskedDecoder`.
         seed: seed of the random selector.
@@ -126,14 +135,14 @@ def evaluate(
     if predictor is not None:
         dense_layers = predictor.dense_layers
         criterion = criterion or predictor.record.get("criterion")
-    context = Context(spec, weights, dense_layers, predictor, criterion or "l2norm", seed, copies)
+    context = Context(spec, weights, dense_layers, predictor, criterion or "l2norm", seed, copies, certificate)
     if not isinstance(selector, Mapping):
         names = [selector] if isinstance(selector, str) else selector
         selector = {name: make_selector(name, context) for name in names}
     runs = [
         _Run(name, chooser, budget, context, aggregate)
         for name, chooser in selector.items()
-        for budget in combinations(head_budgets, neuron_budgets, shortlists, rests)
+        for budget in combinations(head_budgets, neuron_budgets, shortlists, rests, certificate is not None)
     ]
     dense = Sums()
     for window in windows.split(1):
@@ -151,10 +160,11 @@ def combinations(
     neurons: Sequence[Fractions],
     shortlists: Sequence[int | None] = (None,),
     rests: Sequence[Rest | None] = (None,),
+    certify: bool = False,
 ) -> list[Budget]:
     """Return the budgets of all combinations, in the order in which they are evaluated."""
     return [
-        Budget(heads=h, neurons=n, shortlist=rows, rest=rest)
+        Budget(heads=h, neurons=n, shortlist=rows, rest=rest, certify=certify)
         for h, n, rest, rows in product(heads, neurons, rests, shortlists)
     ]
 
@@ -208,6 +218,7 @@ class Sums:
             layers=tuple(LayerResult(layer, *(self.recall(unit, layer) for unit in UNITS)) for layer in layers),
             shortlist=budget.shortlist,
             rest=budget.rest,
+            certify=budget.certify,
         )
 
 
@@ -220,10 +231,12 @@ class _Run:
         self._counts = budget.counts(self._layers)
         self._decoder = MaskedDecoder(context, chooser, budget, aggregate)
         self._rest = budget.rest_with(context.copies is not None)
-        self._sums = Sums()
+        self._sums, self._recomputed = Sums(), RecomputedRows(budget)
 
     def add(self, window: Tensor, dense: Tensor, truth: Mapping[Unit, Tensor]) -> None:
         self._sums.add(window, self._decoder(window), dense)
+        assert self._decoder.recomputed is not None
+        self._recomputed.add(self._decoder.recomputed.numpy())
         for (layer, unit), chosen in self._decoder.masks.items():
             row = self._layers.row(layer)
             wanted = active_mask(self._layers.spec, unit, truth[unit][:, row], int(self._counts[unit][row]))
@@ -231,7 +244,8 @@ class _Run:
             self._sums.wanted[layer, unit] += int(wanted.sum())
 
     def result(self) -> Result:
-        return self._sums.result(self.name, replace(self.budget, rest=self._rest))
+        found = self._sums.result(self.name, replace(self.budget, rest=self._rest))
+        return replace(found, recomputed_rows=self._recomputed.summary())
 
 
 def _with_gap_closure(runs: Sequence[_Run]) -> Iterator[Result]:

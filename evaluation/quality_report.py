@@ -88,6 +88,7 @@ def _label(row: Mapping[str, Any]) -> str:
     parts += [f"{row['head_budget']:.0%} of heads"] if row["head_budget"] != 1 else []
     parts += ["rest from the copy"] if row["rest"] == "shadow" else []
     parts += [f"shortlist {row['shortlist']}"] if row["shortlist"] else []
+    parts += ["certified"] if row["certify"] and row["shortlist"] else []
     return ", ".join(parts)
 
 
@@ -109,6 +110,6 @@ def _bytes(result: Result, manifest: Manifest) -> int:
         choosing=selector_bytes(result.selector, layers, itemsize, int(manifest.predictor["rank"]), rest),
         matrix_itemsize=itemsize,
         rest=rest,
-        shortlist=result.shortlist,
         fired=fired_shares(manifest) if result.selector == "relu" else None,
+        shortlist=round(result.recomputed_rows["mean"]) if result.recomputed_rows else None,
     ).total

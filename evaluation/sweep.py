@@ -87,6 +87,7 @@ def evaluate_text(bundle: Path, options: Evaluation) -> Evaluated:
             shortlists=swept.shortlists,
             rests=swept.rests,
             copies=read.copies,
+            certificate=read.certificate if swept.certify else None,
             aggregate=options.aggregate,
             advance=advance,
         )
@@ -119,16 +120,17 @@ def evaluate_tasks(
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of each field of a budget that are evaluated, in all combinations."""
+    """The values of each field of a budget that are evaluated, in all combinations, and whether all are certified."""
 
     heads: Sequence[Fractions]
     neurons: Sequence[Fractions]
     shortlists: Sequence[int | None]
     rests: Sequence[Rest | None]
+    certify: bool
 
     def budgets(self) -> list[Budget]:
         """Return all combinations."""
-        return combinations(self.heads, self.neurons, self.shortlists, self.rests)
+        return combinations(self.heads, self.neurons, self.shortlists, self.rests, self.certify)
 
 
 def settings(manifest: Manifest, options: Evaluation) -> Settings:
@@ -139,6 +141,7 @@ def settings(manifest: Manifest, options: Evaluation) -> Settings:
         options.neurons or [own.neurons],
         options.shortlist or [own.shortlist],
         options.rest or [own.rest],
+        options.certify or own.certify,
     )
 
 

@@ -76,7 +76,7 @@ def write_bundle(
     parts = {name: tensor for name, _, tensor in _predictor_parts(spec, predictor, rest)}
     tensors: Mapping[str, Tensor] = ChainMap(parts, weights)  # type: ignore[arg-type]
     stored = QuantisedTensors(tensors, q) if q else tensors
-    copies = CopyTensors(RoundedTensors(weights, TORCH_DTYPES[dtype], q))
+    copies = CopyTensors(RoundedTensors(weights, TORCH_DTYPES[dtype], q), predictor.final_squares)
     with progress("Writing weights", store.size) as advance:
         hashes = {DATA_FILE: store.write(ChainMap(copies, stored), advance)}  # type: ignore[arg-type]
     for piece, model in _models(spec, store, DTYPES[dtype], predictor, q, rest == "shadow"):

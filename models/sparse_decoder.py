@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from shadowllm.models.decoder import Decoder, InputHook, KVCache
@@ -13,6 +15,25 @@ from shadowllm.models.spec import ModelSpec
 # Receives the activation of one layer's units (see `decoder.ActivationHook`) and returns which units are active: bool,
 # broadcast to ``(batch, seqlen, n_units)``; None if all of them are.
 Selection = Callable[[int, Unit, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A bound on the error of each logit of the low-bit copy, ``errors[v] * |weighting * x|``.
+
+    `bundle.certificate` explains and makes it.
+
+    Attributes:
+        errors: float32 ``(vocab_size,)``.
+        weighting: float32 ``(hidden_size,)``.
+    """
+
+    errors: Tensor
+    weighting: Tensor
+
+    def bound(self, x: Tensor) -> Tensor:
+        """Return the bound ``(..., vocab_size)`` for inputs of the output table ``(..., hidden_size)``."""
+        return (x * self.weighting).double().norm(dim=-1, keepdim=True).float() * self.errors
 
 
 class SparseDecoder(Decoder):
@@ -29,6 +50,10 @@ class SparseDecoder(Decoder):
             the output table.
         rest: what units that are not active contribute; "shadow" needs ``copies``.
         shortlist: rows of the output table that are computed exactly; None for all. The others need ``copies``.
+        certificate: compute more rows exactly, so that the largest logit is that of the whole table; None for no proof.
+
+    Attributes:
+        recomputed: rows that the last call of `logits` computed exactly, int64 ``(batch, seqlen)``; None before it.
     """
 
     def __init__(
@@ -40,9 +65,11 @@ class SparseDecoder(Decoder):
         copies: Mapping[str, Tensor] | None = None,
         rest: Rest = "drop",
         shortlist: int | None = None,
+        certificate: Certificate | None = None,
     ) -> None:
         super().__init__(spec, weights, input_hook=input_hook)
-        self._select, self._shortlist = select, shortlist
+        self._select, self._shortlist, self._certificate = select, shortlist, certificate
+        self.recomputed: Tensor | None = None
         self._copy = Decoder(spec, {**weights, **copies}) if copies else None
         self._rest = self._copy if rest == "shadow" else None
 
@@ -50,11 +77,17 @@ class SparseDecoder(Decoder):
         """See `Decoder.logits`. Rows outside of the shortlist are the copy's."""
         exact = super().logits(x)
         if self._shortlist is None or self._shortlist >= self.spec.vocab_size:
+            self.recomputed = torch.full(x.shape[:2], self.spec.vocab_size)
             return exact
         assert self._copy is not None
         low = self._copy.logits(x)
         best = low.topk(self._shortlist, dim=-1).indices
-        return low.scatter(-1, best, exact.gather(-1, best))
+        recomputed = torch.zeros_like(low, dtype=torch.bool).scatter(-1, best, value=True)
+        if self._certificate is not None:
+            largest = exact.gather(-1, best).amax(dim=-1, keepdim=True)
+            recomputed |= low + self._certificate.bound(self.final_hidden(x)) >= largest
+        self.recomputed = recomputed.sum(dim=-1)
+        return torch.where(recomputed, exact, low)
 
     def _attention(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
         if self.input_hook:

@@ -86,6 +86,9 @@ class Budget:
         heads, neurons: fractions of units that are active: one for all sparse layers, or one per sparse layer.
         shortlist: rows of the output table that are computed exactly, those with the largest logits in the low-bit
             copy. The other logits are the copy's. None computes all rows exactly.
+        certify: whether more rows are computed exactly, until the largest logit is proved to be that of the whole
+            table. How many are needed depends on the token. Without a shortlist all rows are exact, and this has no
+            effect.
         rest: what the other heads and neurons contribute. None is "shadow" if the bundle has a low-bit copy of all
             matrices, else "drop".
 
@@ -97,6 +100,7 @@ class Budget:
     neurons: Fractions = 1.0
     shortlist: int | None = None
     rest: Rest | None = None
+    certify: bool = False
 
     def __post_init__(self) -> None:
         if self.shortlist is not None and self.shortlist < 1:

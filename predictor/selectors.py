@@ -17,7 +17,7 @@ from torch import Tensor
 from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.bundle.quantisation import LOW_BIT_COPY
 from shadowllm.errors import UserError
-from shadowllm.models.sparse_decoder import SparseDecoder
+from shadowllm.models.sparse_decoder import Certificate, SparseDecoder
 from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.criteria import find_criterion, unit_trace
@@ -34,6 +34,7 @@ class Context:
 
     Attributes:
         copies: values of the low-bit copy for the rest of the layers; see `low_bit_copies`.
+        certificate: of the largest logit, for budgets with ``certify``.
     """
 
     spec: ModelSpec
@@ -43,6 +44,7 @@ class Context:
     criterion: str = "l2norm"
     seed: int = 0
     copies: Mapping[str, Tensor] | None = None
+    certificate: Certificate | None = None
 
     @property
     def sparse_layers(self) -> SparseLayers:
@@ -250,7 +252,8 @@ class MaskedDecoder:
         aggregate: a name in `AGGREGATES`. "token" selects for each token. The others make one selection for a window,
             as the paper and its code do. A decode step cannot do that, because it needs the text that follows.
 
-    After a pass, ``masks`` has the selection: bool ``(batch, seqlen, n_units)`` by layer and unit.
+    After a pass, ``masks`` has the selection: bool ``(batch, seqlen, n_units)`` by layer and unit. `recomputed` has the
+    rows of the output table that were computed exactly, int64 ``(batch, seqlen)``.
     """
 
     def __init__(self, context: Context, chooser: Selector, budget: Budget, aggregate: str = "token") -> None:
@@ -267,8 +270,14 @@ class MaskedDecoder:
             context.copies,
             budget.rest_with(context.copies is not None),
             budget.shortlist,
+            context.certificate if budget.certify else None,
         )
         self.masks: dict[tuple[int, Unit], Tensor] = {}
+
+    @property
+    def recomputed(self) -> Tensor | None:
+        """See `SparseDecoder`."""
+        return self._decoder.recomputed
 
     @torch.no_grad()
     def __call__(self, windows: Tensor) -> Tensor:

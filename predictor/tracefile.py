@@ -26,7 +26,7 @@ from shadowllm.predictor.traces import Chunk, Tracer, windows_per_chunk
 from shadowllm.progress import Advance, no_progress
 
 FORMAT = "shadowllm-traces"
-VERSION = 2
+VERSION = 3
 LIMIT_BYTES = 1 << 30
 SAMPLE_TOKENS = 65536
 STEPS = 16  # per octave
@@ -44,6 +44,8 @@ class Traces:
         statistics: mean relative importance of each unit over the training tokens. Each token and layer is
             scaled to a mean of 1. ``heads (n_sparse, n_heads)`` and ``neurons (n_sparse,
             intermediate_size)``, float32.
+        final_squares: mean squares of the inputs of the output table over the training tokens, float32
+            ``(hidden_size,)``. A certificate of the largest logit is calibrated on them.
         fit: linear map from a layer's input to the importance of its heads, as `LinearFit.solve` returns it.
             Empty if none was fitted.
         stored: ``hidden`` float32, and uint8 codes ``heads`` and ``neurons``, of all tokens. Held-out
@@ -55,12 +57,13 @@ class Traces:
     base_fingerprint: str
     windows: Windows
     statistics: dict[str, Tensor]
+    final_squares: Tensor
     fit: dict[str, Tensor]
     stored: dict[str, Tensor]
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
-        tensors = {"train": self.windows.train, "held_out": self.windows.held_out}
+        tensors = {"train": self.windows.train, "held_out": self.windows.held_out, "final_squares": self.final_squares}
         tensors |= {f"statistics.{key}": value for key, value in self.statistics.items()}
         tensors |= {f"fit.{key}": value for key, value in self.fit.items()}
         tensors |= {f"stored.{key}": value for key, value in self.stored.items()}
@@ -90,6 +93,7 @@ class Traces:
             return cls(
                 windows=windows,
                 statistics=_part(tensors, "statistics."),
+                final_squares=tensors["final_squares"],
                 fit=_part(tensors, "fit."),
                 stored=_part(tensors, "stored."),
                 **description,
@@ -155,7 +159,7 @@ def calibrate(
     sums: dict[str, Any] = {"heads": 0.0, "neurons": 0.0}
     n_sparse = tracer.sparse_layers.count
     fits = [LinearFit(n_sparse, spec.hidden_size, spec.n_heads) for _ in range(2)] if fit_heads else []
-    start = 0
+    squares, start = torch.zeros(spec.hidden_size), 0
     sampled = windows.train if stored else windows.train[: max(1, SAMPLE_TOKENS // windows.train.shape[1])]
     for split in (windows.held_out, sampled):
         for chunk in tracer.chunks(split):
@@ -165,6 +169,8 @@ def calibrate(
                 stored["heads"][start:end], stored["neurons"][start:end] = encode(chunk.heads), encode(chunk.neurons)
             if split is sampled:
                 sums = {unit: total + relative(getattr(chunk, unit)).sum(dim=0) for unit, total in sums.items()}
+                assert chunk.final is not None
+                squares += chunk.final.square().sum(dim=0)
             if fits:
                 fits[split is not sampled].add(chunk.inputs["heads"], chunk.heads)
             advance(end - start)
@@ -172,7 +178,7 @@ def calibrate(
     advance(tokens.numel() - start)
     means = {unit: total / sampled.numel() for unit, total in sums.items()}
     fit = fits[0].solve(fits[1]) if fits else {}
-    return Traces(criterion, dense_layers, fingerprint, windows, means, fit, stored)
+    return Traces(criterion, dense_layers, fingerprint, windows, means, squares / sampled.numel(), fit, stored)
 
 
 def relative(scores: Tensor) -> Tensor:

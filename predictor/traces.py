@@ -34,12 +34,14 @@ class Chunk:
         neurons: importance of each neuron, ``(tokens, n_sparse, intermediate_size)``.
         inputs: normed inputs of each layer's attention ("heads") and MLP ("neurons"),
             ``(tokens, n_sparse, hidden_size)`` each. Empty if the traces were read from a file.
+        final: normed input of the output table, ``(tokens, hidden_size)``. None if the traces were read from a file.
     """
 
     hidden: Tensor
     heads: Tensor
     neurons: Tensor
     inputs: dict[Unit, Tensor] = field(default_factory=dict)
+    final: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -53,7 +55,12 @@ class Chunk:
     def __getitem__(self, rows: Tensor) -> Chunk:
         """Return the chunk of the tokens with the given indices."""
         inputs = {unit: x[rows] for unit, x in self.inputs.items()}
-        return Chunk(self.hidden[rows], self.heads[rows], self.neurons[rows], inputs)
+        final = None if self.final is None else self.final[rows]
+        return Chunk(self.hidden[rows], self.heads[rows], self.neurons[rows], inputs, final)
+
+
+# Hidden states ``(batch, seqlen, hidden_size)`` at the first sparse layer and after the last layer, and scores.
+_Pass = tuple[Tensor, Tensor, dict[tuple[int, Unit], Tensor]]
 
 
 class Tracer:
@@ -89,15 +96,18 @@ class Tracer:
             if layer in self.sparse_layers.layers:
                 inputs[layer, unit] = x.detach()
 
-        hidden, found = scores(windows, input_hook)
+        hidden, last, found = scores(windows, input_hook)
         heads, neurons = (self._by_token(found, unit) for unit in UNITS)
-        return Chunk(hidden.flatten(0, 1), heads, neurons, {unit: self._by_token(inputs, unit) for unit in UNITS})
+        with torch.no_grad():
+            final = Decoder(self.spec, self._weights).final_hidden(last).flatten(0, 1)
+        by_unit = {unit: self._by_token(inputs, unit) for unit in UNITS}
+        return Chunk(hidden.flatten(0, 1), heads, neurons, by_unit, final)
 
     def _by_token(self, found: Mapping[tuple[int, Unit], Tensor], unit: Unit) -> Tensor:
         """Stack the ``(batch, seqlen, width)`` tensors of one unit into ``(tokens, n_sparse, width)``."""
         return torch.stack([found[layer, unit].flatten(0, 1) for layer in self.sparse_layers.layers], dim=1)
 
-    def _forward_only(self, windows: Tensor, input_hook: InputHook) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
+    def _forward_only(self, windows: Tensor, input_hook: InputHook) -> _Pass:
         found: dict[tuple[int, Unit], Tensor] = {}
 
         def activation_hook(layer: int, unit: Unit, activation: Tensor) -> Tensor:
@@ -107,10 +117,10 @@ class Tracer:
             return activation
 
         with torch.no_grad():
-            hidden, _ = self._run(Decoder(self.spec, self._weights, activation_hook, input_hook), windows)
-        return hidden, found
+            hidden, last = self._run(Decoder(self.spec, self._weights, activation_hook, input_hook), windows)
+        return hidden, last, found
 
-    def _with_gradients(self, windows: Tensor, input_hook: InputHook) -> tuple[Tensor, dict[tuple[int, Unit], Tensor]]:
+    def _with_gradients(self, windows: Tensor, input_hook: InputHook) -> _Pass:
         seen: dict[tuple[int, Unit], Tensor] = {}
 
         def activation_hook(layer: int, unit: Unit, activation: Tensor) -> Tensor:
@@ -133,10 +143,11 @@ class Tracer:
             curvatures = torch.autograd.grad(half_square, list(seen.values()))
         targets = F.pad(windows[:, 1:], (0, 1), value=-1)
         with torch.no_grad():
-            return hidden.detach(), {
+            found = {
                 key: self._score(*key, activation, gradient, curvature, targets)
                 for (key, activation), gradient, curvature in zip(seen.items(), gradients, curvatures, strict=True)
             }
+        return hidden.detach(), last.detach(), found
 
     def _score(self, layer: int, unit: Unit, activation: Tensor, *more: Tensor | None) -> Tensor:
         return self._criterion.score(unit_trace(self.spec, self._weights, layer, unit, activation, *more))

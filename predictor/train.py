@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowllm.bundle.predictor_file import Kind, Predictor
+from shadowllm.bundle.predictor_file import FINAL_SQUARES, Kind, Predictor
 from shadowllm.config import DEFAULT_BUDGET, TrainConfig
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit
@@ -220,7 +220,7 @@ def initial(kind: Kind, spec: ModelSpec, traces: Traces, config: TrainConfig) ->
 
 def _predictor(kind: Kind, spec: ModelSpec, traces: Traces, tensors: Mapping[str, Tensor]) -> Predictor:
     """Make a predictor of the given tensors and the results of calibration: the rankings and the fit of the heads."""
-    rankings = {f"{unit}.scores": traces.statistics[unit] for unit in UNITS}
+    rankings = {f"{unit}.scores": traces.statistics[unit] for unit in UNITS} | {FINAL_SQUARES: traces.final_squares}
     fit = {f"layers.heads.{name}": tensor for name, tensor in traces.fit.items()}
     return Predictor(
         kind,

@@ -8,14 +8,21 @@ from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime.generation.generate import generate
 from shadowllm.runtime.generation.sampling import Sampling
-from shadowllm.runtime.session import Session
+from shadowllm.runtime.session import Prefill, Session
 
 __all__ = ["BACKENDS", "Budget", "Sampling", "Session", "generate", "open_session"]
 
 BACKENDS = ("ort", "ort-dense", "torch", "torch-dense", "triton", "triton-dense", "tensorrt_rtx", "tensorrt")
 
 
-def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = None, profile: bool = False) -> Session:
+def open_session(
+    bundle: Path,
+    backend: str = "ort",
+    *,
+    threads: int | None = None,
+    profile: bool = False,
+    prefill: Prefill = "dense",
+) -> Session:
     """Make a session for a bundle; only the packages that the backend needs are imported.
 
     Args:
@@ -23,16 +30,22 @@ def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = No
         backend: one of `BACKENDS`; a ``-dense`` one runs the dense model.
         threads: CPU threads of each operator, for the backends ``ort`` and ``torch``.
         profile: whether an ONNX Runtime session records the seconds of each part of a step.
+        prefill: which graphs prefill in the backend ``ort``; "sparse" needs less memory and takes longer, see
+            `OrtSession`.
 
     Raises:
-        UserError: an unknown backend, no bundle, engines that cannot run, or threads for a GPU backend.
+        UserError: an unknown backend, no bundle, engines that cannot run, or an option that the backend does not have.
     """
+    if prefill != "dense" and backend in BACKENDS and backend != "ort":
+        raise UserError(
+            f"the backend {backend!r} does not prefill with sparse graphs", "leave out --prefill, or use ort"
+        )
     if threads is not None and backend in BACKENDS and not backend.startswith(("ort", "torch")):
         raise UserError(f"threads do nothing for the backend {backend!r}, which runs on a GPU", "leave them out")
     if backend in ("ort", "ort-dense"):
         from shadowllm.runtime.ort.session import OrtSession
 
-        return OrtSession(bundle, "dense" if backend == "ort-dense" else "auto", threads, profile)
+        return OrtSession(bundle, "dense" if backend == "ort-dense" else "auto", threads, profile, prefill=prefill)
     if backend in ("torch", "torch-dense"):
         from shadowllm.runtime.torch_session import TorchSession
 

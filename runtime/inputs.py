@@ -84,7 +84,7 @@ def budget_scalars(spec: ModelSpec, budget: Budget, rest: Rest) -> dict[str, int
         UserError: the budget needs this copy, and there is none.
     """
     computed = budget.rest_with(rest == "shadow") == "shadow"
-    return {REST: int(computed), SHORTLIST: budget.shortlist or spec.vocab_size, CERTIFY: 0}
+    return {REST: int(computed), SHORTLIST: budget.shortlist or spec.vocab_size, CERTIFY: int(budget.certify)}
 
 
 def _check_vocabulary(tokens: Sequence[int], spec: ModelSpec) -> None:

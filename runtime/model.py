@@ -13,7 +13,7 @@ from shadowllm.models.sparsity import Budget
 from shadowllm.runtime import open_session
 from shadowllm.runtime.generation.completion import GenerateOptions, Request, make_request
 from shadowllm.runtime.generation.text import load_tokenizer
-from shadowllm.runtime.session import Session
+from shadowllm.runtime.session import Prefill, Session
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ class Model:
     """A bundle on one backend, used as a context manager: entering loads it, leaving frees it.
 
     Args:
-        bundle, backend, threads: as for `open_session`.
+        bundle, backend, threads, prefill: as for `open_session`.
         budget: fractions to keep; None is the bundle's default.
 
     Attributes:
@@ -34,11 +34,17 @@ class Model:
     """
 
     def __init__(
-        self, bundle: Path, backend: str = "ort", *, threads: int | None = None, budget: Budget | None = None
+        self,
+        bundle: Path,
+        backend: str = "ort",
+        *,
+        threads: int | None = None,
+        budget: Budget | None = None,
+        prefill: Prefill = "dense",
     ) -> None:
         self._bundle, self._entered = bundle, False
         self.manifest = read_manifest(bundle)
-        self._session = open_session(bundle, backend, threads=threads)
+        self._session = open_session(bundle, backend, threads=threads, prefill=prefill)
         if budget is not None:
             self._session.set_budget(budget)
 

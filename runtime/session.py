@@ -12,6 +12,7 @@ from shadowllm.models.sparsity import Budget
 from shadowllm.models.spec import ModelSpec
 
 Decodes = Literal["sparse", "dense"]
+Prefill = Literal["dense", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,14 @@ class Session(Protocol):
     @property
     def decodes(self) -> Decodes:
         """Whether a decode step is sparse or dense at the current budget."""
+        ...
+
+    @property
+    def recomputed(self) -> np.ndarray | None:
+        """Rows of the output table that the last sparse step computed exactly, ``(batch,)``; None if it is not known.
+
+        They are the shortlist, and those that a certificate needs.
+        """
         ...
 
     @property

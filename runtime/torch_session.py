@@ -19,7 +19,7 @@ from shadowllm.bundle.predictor_file import Predictor, check_neuron_budget
 from shadowllm.bundle.weights import read_weights
 from shadowllm.limits import check_threads
 from shadowllm.models.decoder import Decoder, KVCache
-from shadowllm.models.sparse_decoder import SparseDecoder
+from shadowllm.models.sparse_decoder import Certificate, SparseDecoder
 from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
@@ -42,11 +42,13 @@ class TorchSession:
         dense_weights: weights for prefill, dense steps and dense layers, if integer weights are rounded
             differently there; None uses ``weights``.
         copies: values of `low_bit_copies` for the rest of the layers and the logits outside of a shortlist.
+        certificate: of the largest logit, for budgets with ``certify``.
 
     Attributes:
         decodes: "sparse", or "dense" without a predictor.
         chosen: the predictor's selection in the last sparse step.
         forced: a selection to use instead of ``chosen``, to compare backends under the same selection.
+        recomputed: see `Session.recomputed`.
     """
 
     memory = None
@@ -60,8 +62,10 @@ class TorchSession:
         budget: Budget | None = None,
         dense_weights: Mapping[str, Tensor] | None = None,
         copies: Mapping[str, Tensor] | None = None,
+        certificate: Certificate | None = None,
     ) -> None:
-        self.spec, self._copies = spec, copies
+        self.spec, self._copies, self._certificate = spec, copies, certificate
+        self.recomputed: np.ndarray | None = None
         self.chosen: Masks = {}
         self.forced: Masks | None = None
         self._per_layer = (
@@ -96,7 +100,9 @@ class TorchSession:
         read = read_weights(bundle, manifest)
         if kind == "dense":
             return cls(manifest.spec, read.sparse, None, None, read.dense)
-        return cls(manifest.spec, read.sparse, read.predictor, manifest.budget, read.dense, read.copies)
+        return cls(
+            manifest.spec, read.sparse, read.predictor, manifest.budget, read.dense, read.copies, read.certificate
+        )
 
     @property
     def fired(self) -> list[float] | None:
@@ -123,7 +129,7 @@ class TorchSession:
         check_neuron_budget(self._predictor.kind if self._predictor else "", budget)
         sparse = self._predictor is not None  # a dense session takes the budget of a sparse one
         self._rest: Rest = budget.rest_with(self._copies is not None) if sparse else "drop"
-        self._shortlist = budget.shortlist if sparse else None
+        self._shortlist, self._certify = budget.shortlist if sparse else None, budget.certify
         self._counts: dict[Unit, list[int]] = {unit: counts[unit].tolist() for unit in UNITS}
 
     @torch.no_grad()
@@ -168,10 +174,22 @@ class TorchSession:
         def select(layer: int, unit: Unit, _activation: Tensor) -> Tensor:
             return selection[unit][self._layers.row(layer)]
 
-        body = SparseDecoder(self.spec, self._weights, select, input_hook, self._copies, self._rest, self._shortlist)
+        body = SparseDecoder(
+            self.spec,
+            self._weights,
+            select,
+            input_hook,
+            self._copies,
+            self._rest,
+            self._shortlist,
+            self._certificate if self._certify else None,
+        )
         for layer in self._layers.layers:
             x = body.layer(layer, x, positions, self.cache)
-        return body.logits(x)
+        logits = body.logits(x)
+        assert body.recomputed is not None
+        self.recomputed = body.recomputed[:, -1].numpy()
+        return logits
 
     def _stem(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         x = self._decoder.embed(input_ids, positions)

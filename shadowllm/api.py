@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shadowllm.models.spec import HeadUnit
     from shadowllm.runtime.generation.completion import GenerateOptions
     from shadowllm.runtime.model import Model
+    from shadowllm.runtime.session import Prefill
 
 __all__ = ["Budget", "evaluate", "export", "generate", "load"]
 
@@ -99,7 +100,14 @@ def export(
     )
 
 
-def load(bundle: StrPath, backend: str = "ort", *, threads: int | None = None, budget: Budget | None = None) -> Model:
+def load(
+    bundle: StrPath,
+    backend: str = "ort",
+    *,
+    threads: int | None = None,
+    budget: Budget | None = None,
+    prefill: Prefill = "dense",
+) -> Model:
     """Open a bundle for `generate` on one backend. Use the result in a ``with`` statement.
 
     Args:
@@ -107,13 +115,15 @@ def load(bundle: StrPath, backend: str = "ort", *, threads: int | None = None, b
         backend: one of `shadowllm.runtime.BACKENDS`; a ``-dense`` one runs the plain model.
         threads: threads of each operator, for backends that compute on the CPU.
         budget: fractions to keep; the bundle's own when None. `Model.set_budget` changes it at any time.
+        prefill: which graphs prefill in the backend ``ort``. "sparse" needs less memory, and prompts take longer.
 
     Raises:
-        UserError: there is no bundle, it is damaged, or the backend is unknown or cannot run here.
+        UserError: there is no bundle, it is damaged, or the backend is unknown, cannot run here or does not have
+            ``prefill``.
     """
     from shadowllm.runtime.model import Model
 
-    return Model(Path(bundle), backend, threads=threads, budget=budget)
+    return Model(Path(bundle), backend, threads=threads, budget=budget, prefill=prefill)
 
 
 @overload
@@ -190,6 +200,7 @@ def evaluate(
     heads: Sequence[Fractions] = (),
     rest: Sequence[Rest] = (),
     shortlist: Sequence[int] = (),
+    certify: bool = False,
     head_unit: HeadUnit | None = None,
     aggregate: Aggregate = "token",
 ) -> Sequence[Result]:
@@ -197,7 +208,7 @@ def evaluate(
 
     Args:
         texts: files or a Hugging Face dataset id; the documentation of Python modules when empty.
-        tokens, seqlen, selectors, neurons, heads, rest, shortlist, head_unit, aggregate: as in
+        tokens, seqlen, selectors, neurons, heads, rest, shortlist, certify, head_unit, aggregate: as in
             `shadowllm.eval_config.Evaluation`.
 
     Returns:
@@ -218,6 +229,7 @@ def evaluate(
         heads=heads,
         rest=rest,
         shortlist=shortlist,
+        certify=certify,
         head_unit=head_unit,
         aggregate=aggregate,
     )

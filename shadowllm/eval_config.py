@@ -28,6 +28,7 @@ class Evaluation:
         rest: what the other units contribute, "shadow" or "drop", in all combinations; the bundle's own if empty.
         shortlist: rows of the output table that are computed exactly, in all combinations; the bundle's own if empty.
             A number above the size of the vocabulary means all.
+        certify: prove that the largest logit is that of the whole table, by computing more rows exactly where needed.
         head_unit: unit of head selection: each query head, or all query heads of one KV head; budgets are rounded to
             whole units. None for the bundle's own.
         aggregate: scores that select: those of each token, as in decoding, or once per window the mean of its tokens'
@@ -79,6 +80,7 @@ class Evaluation:
         "vocabulary mean all",
         otherwise="the bundle's own",
     )
+    certify: bool = option(False)
     head_unit: HeadUnit | None = option(
         None,
         help="unit of head selection: each query head, or all query heads of one KV head; budgets are rounded to "

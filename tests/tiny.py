@@ -40,6 +40,7 @@ class LearnableTraces:
         fit = LinearFit(n_sparse, spec.hidden_size, spec.n_heads)
         fit.add(train.inputs["heads"], train.heads)
         self.fit = fit.solve(fit)
+        self.final_squares = torch.ones(spec.hidden_size)
         self.statistics = {"heads": train.heads.mean(dim=0), "neurons": train.neurons.mean(dim=0)}
 
     def _rows(self, windows):

@@ -129,7 +129,7 @@ class OrtDense:
     """
 
     decodes: Decodes = "dense"
-    memory = step_seconds = fired = None  # not known
+    memory = step_seconds = fired = recomputed = None  # not known
 
     def __init__(self, bundle: Path, capacity: int, provider: str, device: str) -> None:
         import onnxruntime as ort

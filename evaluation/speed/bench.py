@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from shadowllm.models.sparsity import Budget, format_fractions
 from shadowllm.plugins import native_ops
 from shadowllm.progress import progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
+from shadowllm.runtime.recomputed_rows import RecomputedRows
+from shadowllm.runtime.session import Prefill
 
 SPARSE = "sparse"
 CPU_BACKENDS = ("ort", "torch")
@@ -39,6 +42,7 @@ def bench(
     quality_tokens: int = 128,
     threads: int | None = None,
     percentiles: Sequence[float] = (50, 90, 99),
+    prefill: Prefill = "dense",
 ) -> Report:
     """Time a bundle's sparse path and other backends, each in its own process, with interleaved runs.
 
@@ -55,6 +59,7 @@ def bench(
             and the text that the baseline generated. 0 omits quality.
         threads: threads of each session; the session's default if None.
         percentiles: percentiles of the inter-token latency; 50, 90 and 99 are always included.
+        prefill: which graphs of the sparse path prefill, see `open_session`.
 
     Raises:
         UserError: no bundle, an argument out of range, too little text, or a worker failed.
@@ -65,7 +70,8 @@ def bench(
     text = passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), prompt_len + quality_tokens)
     backends = {SPARSE: backend} | {name: name for name in against}
     contenders = [
-        Contender(name, session_command(bundle, chosen, budget, threads)) for name, chosen in backends.items()
+        Contender(name, session_command(bundle, chosen, budget, threads, prefill if name == SPARSE else "dense"))
+        for name, chosen in backends.items()
     ]
     texts = Texts(text[:prompt_len], text[prompt_len:], baseline=against[0])
     with progress("Benchmark", len(contenders) * (warmup + runs + 2 * bool(quality_tokens))) as advance:
@@ -81,9 +87,11 @@ def bench(
     wanted = sorted({50, 90, 99, *percentiles})
     results = []
     for name, generations in taken.items():
+        recomputed = _recomputed(generations, budget)
+        read = replace(budget, shortlist=round(recomputed["mean"])) if recomputed else budget
         summary = summarise(generations, wanted)
-        traffic = traffic_of(manifest, name, backends[name], budget, prompt_len, new_tokens, summary.fired)
-        results.append(Result(name, summary, traffic, (scores or {}).get(name, {})))
+        traffic = traffic_of(manifest, name, backends[name], read, prompt_len, new_tokens, summary.fired)
+        results.append(Result(name, summary, traffic, (scores or {}).get(name, {}), recomputed))
     settings = {
         "model": manifest.model,
         "dtype": manifest.dtype,
@@ -94,14 +102,24 @@ def bench(
         "warmup": warmup,
         "quality_tokens": quality_tokens,
         "backend": backend,
+        "prefill": prefill,
         "neuron_budget": budget.neurons,
         "head_budget": budget.heads,
         "shortlist": budget.shortlist,
+        "certify": budget.certify,
         "rest": budget.rest_with(manifest.rest == "shadow"),
         "predictor": manifest.predictor.get("kind"),
     }
     pairs = [{"name": SPARSE, "baseline": name, "speedup": speedup(taken[name], taken[SPARSE])} for name in against]
     return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
+
+
+def _recomputed(generations: Sequence[Generation], budget: Budget) -> dict[str, float]:
+    rows = RecomputedRows(budget)
+    for generation in generations:
+        if generation.recomputed:
+            rows.add(np.array(generation.recomputed))
+    return rows.summary()
 
 
 class Texts:
@@ -169,9 +187,12 @@ def _check(
         )
 
 
-def session_command(bundle: Path, backend: str, budget: Budget, threads: int | None) -> tuple[str, ...]:
+def session_command(
+    bundle: Path, backend: str, budget: Budget, threads: int | None, prefill: Prefill = "dense"
+) -> tuple[str, ...]:
     """Return the command line of a worker process that serves a session."""
     options = {"--threads": threads, "--shortlist": budget.shortlist, "--rest": budget.rest}
+    certify = ("--certify",) if budget.certify else ()
     given = [text for name, value in options.items() if value for text in (name, str(value))]
     return module_command(
         "shadowllm.evaluation.speed.worker",
@@ -181,7 +202,10 @@ def session_command(bundle: Path, backend: str, budget: Budget, threads: int | N
         format_fractions(budget.neurons),
         "--head-budget",
         format_fractions(budget.heads),
+        "--prefill",
+        prefill,
         *given,
+        *certify,
     )
 
 

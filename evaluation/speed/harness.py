@@ -35,6 +35,7 @@ class Generation:
         peak_rss_mb: peak of the worker so far, in 1e6 bytes.
         device_memory: bytes on the GPU by purpose; empty if the session does not report them.
         fired: mean share of the neurons of each sparse layer that fired (`Session.fired`); empty if not reported.
+        recomputed: rows of the output table that each decode step computed exactly; empty if they are not known.
     """
 
     ttft_ms: float
@@ -44,6 +45,7 @@ class Generation:
     peak_rss_mb: float
     device_memory: dict[str, int] = field(default_factory=dict)
     fired: list[float] = field(default_factory=list)
+    recomputed: list[int] = field(default_factory=list)
 
 
 class Worker:

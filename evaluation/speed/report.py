@@ -23,12 +23,14 @@ class Result:
     Attributes:
         traffic: bytes that it must read per decode step; None if unknown.
         quality: ``next_token_agreement`` with the baseline, ``perplexity``, ``tokens``; empty if not measured.
+        recomputed_rows: see `RecomputedRows.summary`; empty without a shortlist.
     """
 
     name: str
     summary: Summary
     traffic: Traffic | None = None
     quality: dict[str, float] = field(default_factory=dict)
+    recomputed_rows: dict[str, float] = field(default_factory=dict)
 
     @property
     def gb_per_second(self) -> float | None:
@@ -52,6 +54,7 @@ class Result:
             "parts_ms": summary.parts_ms,
             "fired": summary.fired,
             "quality": self.quality,
+            "recomputed_rows": self.recomputed_rows,
         }
 
 
@@ -143,6 +146,11 @@ class Report:
             cells |= {
                 "Bytes touched, MB/token": f"{result.traffic.total / 1e6:.1f}",
                 "Bandwidth reached, GB/s": f"{result.gb_per_second:.1f}{share}",
+            }
+        if result.recomputed_rows:
+            cells |= {
+                "Exact output rows": f"{result.recomputed_rows['mean']:.0f}",
+                "Steps beyond the shortlist": f"{result.recomputed_rows['fallback_share']:.1%}",
             }
         if quality:
             cells |= {

@@ -39,6 +39,9 @@ class Steps(Protocol):
     def memory(self) -> Memory | None: ...
 
     @property
+    def recomputed(self) -> np.ndarray | None: ...
+
+    @property
     def step_seconds(self) -> Mapping[str, float] | None: ...
 
     @property
@@ -75,7 +78,7 @@ class StepTimer:
         start = time.perf_counter_ns()
         logits = self._session.prefill([prompt])
         ttft = time.perf_counter_ns() - start
-        tokens, steps, parts, fired = [int(logits[0].argmax())], [], [], []
+        tokens, steps, parts, fired, recomputed = [int(logits[0].argmax())], [], [], [], list[int]()
         for index in range(new_tokens - 1):
             step_input = np.array([forced[index] if forced else tokens[-1]], dtype=np.int64)
             start = time.perf_counter_ns()
@@ -84,6 +87,8 @@ class StepTimer:
             tokens.append(int(logits[0].argmax()))
             parts.append(dict(self._session.step_seconds or {}))
             fired.append(self._session.fired or ())
+            if (rows := self._session.recomputed) is not None:
+                recomputed.append(int(rows[0]))
         names, memory = parts[0] if parts else {}, self._session.memory
         return {
             "ttft_ms": ttft / 1e6,
@@ -92,6 +97,7 @@ class StepTimer:
             "parts_ms": {name: 1e3 * float(np.mean([part[name] for part in parts])) for name in names},
             "device_memory": vars(memory) if memory else {},
             "fired": np.mean(fired, axis=0).tolist() if fired else [],
+            "recomputed": recomputed,
         }
 
     def score(self, context: list[int], continuation: list[int]) -> Answer:
@@ -186,6 +192,8 @@ def main() -> int:
     parser.add_argument("--head-budget", type=parse_fractions, default=1.0)
     parser.add_argument("--shortlist", type=int)
     parser.add_argument("--rest")
+    parser.add_argument("--certify", action="store_true")
+    parser.add_argument("--prefill", default="dense")
     parser.add_argument("--loop", action="store_true", help="time the generation loop, not the session's steps alone")
     arguments = parser.parse_args()
 
@@ -193,13 +201,15 @@ def main() -> int:
     def load() -> Iterator[Commands]:
         from shadowllm.runtime import generate, open_session
 
-        with open_session(arguments.bundle, arguments.backend, threads=arguments.threads, profile=True) as session:
+        options = {"threads": arguments.threads, "prefill": arguments.prefill}
+        with open_session(arguments.bundle, arguments.backend, profile=True, **options) as session:
             session.set_budget(
                 Budget(
                     heads=arguments.head_budget,
                     neurons=arguments.neuron_budget,
                     shortlist=arguments.shortlist,
                     rest=arguments.rest,
+                    certify=arguments.certify,
                 )
             )
             if arguments.loop:

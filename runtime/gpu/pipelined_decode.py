@@ -25,6 +25,7 @@ class PipelinedDecode(ABC):
     _budgets_set = 0
     step_seconds = None  # a step is one launch, so its parts cannot be timed
     fired = None  # not copied from the device
+    recomputed = None  # stays on the device
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """See `Session.decode`."""

@@ -240,7 +240,8 @@ class TritonSession(PipelinedDecode):
         return UpfrontSelection(chosen, counts)
 
     def _rest_inputs(self, predictor: Predictor, weights: Mapping[str, Tensor]) -> RestInputs:
-        return rest_inputs(self._layers, self._copies or CopyTensors(self._source), predictor, weights, self._scalars)
+        copies = self._copies or CopyTensors(self._source, predictor.final_squares)
+        return rest_inputs(self._layers, copies, predictor, weights, self._scalars)
 
     def _chooser(
         self, predictor: Predictor, weights: Mapping[str, Tensor], rest: RestInputs | None

@@ -34,8 +34,8 @@ class TrtSession(PipelinedDecode):
 
     Prefill runs ``stem`` and ``body`` with the engines' first profile and with everything exact. A decode step runs
     ``stem``, ``predictor`` (if there is one) and ``body`` with the second profile, and picks the next tokens. It is
-    captured as one CUDA graph if TensorRT allows it, and its last copies write the inputs of the next step. Budgets are numbers on the
-    device.
+    captured as one CUDA graph if TensorRT allows it, and its last copies write the inputs of the next step. Budgets are
+    numbers on the device.
 
     Args:
         bundle: folder with engines of that flavour.

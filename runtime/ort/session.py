@@ -15,17 +15,20 @@ from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.cost_model import sparse_pays
 from shadowllm.bundle.manifest import DATA_FILE, Manifest, read_manifest, verify_files
 from shadowllm.bundle.predictor_file import check_neuron_budget
+from shadowllm.errors import UserError
 from shadowllm.limits import check_threads
-from shadowllm.models.sparsity import UNITS, Budget, Unit, layer_units
+from shadowllm.models.sparsity import UNITS, ActiveCounts, Budget, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.inputs import budget_scalars, check_tokens, pad_prompts
 from shadowllm.runtime.ort.graph import OrtGraph, for_cpu
 from shadowllm.runtime.ort.shared_weights import SharedWeights
-from shadowllm.runtime.session import Decodes
+from shadowllm.runtime.session import Decodes, Prefill
 
 # The cache grows by this many positions, so that a short text needs little memory.
 CACHE_BLOCK = 256
+# All heads, neurons and rows, none of them from the low-bit copy.
+EVERYTHING = Budget(rest="drop")
 
 Kind = Literal["auto", "sparse", "dense"]
 
@@ -37,6 +40,10 @@ class OrtSession:
     ``body``. "auto" does the same, unless the budget saves less than the predictor costs: then it decodes with
     ``dense.onnx``.
 
+    With ``prefill="sparse"``, the graphs of a sparse step also prefill, with everything active, and ``dense.onnx`` is
+    not opened. The weights are then in memory only once. A prompt takes longer. A budget for which "auto" would decode
+    with ``dense.onnx`` decodes with these graphs too, with everything active.
+
     16-bit bundles are computed in float32, because ONNX Runtime's CPU kernels have no 16-bit arithmetic. Only the
     native ops read 16-bit rows.
 
@@ -47,19 +54,19 @@ class OrtSession:
         profile: whether to record the seconds of each part of the last step in ``step_seconds``.
         native: whether to run the custom ops with the native library, if it is built. Otherwise their function
             bodies run.
+        prefill: which graphs prefill.
         exact: whether integer layers read float32 inputs, and not inputs rounded to 8 bits. This is slow, and meant
             for validation.
 
     Attributes:
         cache: float32 ``(batch, n_kv_heads, capacity, head_dim)`` by "layer.key" and "layer.value".
         decodes: "sparse" or "dense", at the current budget.
-        recomputed: rows of the output table that the last sparse step computed exactly, int32 ``(batch,)``; 0 if the
-            bundle has no low-bit copy of the table.
         selection: padded indices of the last sparse step, by unit, int32 ``(n_sparse, n_units)``.
         step_seconds: seconds of each part of the last step; None without ``profile``.
 
     Raises:
-        UserError: no bundle, a damaged file, a wrong number of threads, or a graph this ONNX Runtime cannot run.
+        UserError: no bundle, a damaged file, a wrong number of threads, a dense session that is to prefill with sparse
+            graphs, or a graph this ONNX Runtime cannot run.
     """
 
     memory = None
@@ -72,6 +79,7 @@ class OrtSession:
         profile: bool = False,
         native: bool = True,
         exact: bool = False,
+        prefill: Prefill = "dense",
     ) -> None:
         if threads is not None:
             check_threads(threads)
@@ -80,8 +88,10 @@ class OrtSession:
         self.step_seconds: dict[str, float] | None = {} if profile else None
         self._bundle, self._kind, self._threads = bundle, kind, threads
         self._native, self._exact = native, exact
-        self._counts = Budget().counts(self.manifest.sparse_layers)
-        self._scalars = {name: np.zeros((), np.int32) for name in names.SCALARS}
+        if kind == "dense" and prefill == "sparse":
+            raise UserError("a dense session has no sparse graphs to prefill with", "leave out the option, or use ort")
+        self._prefills = prefill
+        self._counts, self._scalars = self._numbers(EVERYTHING)
         self._pieces: dict[str, OrtGraph] = {}
         self.set_budget(self.manifest.budget)
 
@@ -94,11 +104,13 @@ class OrtSession:
         return shares
 
     def __enter__(self) -> Self:
-        pieces = ("dense",) if self._kind == "dense" else ("dense", *self.manifest.sparse_pieces)
+        pieces = () if self._kind == "dense" else self.manifest.sparse_pieces
+        pieces = ("dense", *pieces) if self._prefills == "dense" else pieces
         names = [DATA_FILE, *(f"{piece}.onnx" for piece in pieces)]
         verify_files(self._bundle, self.manifest.digests(*names))
         self._weights, self._packed = SharedWeights((self._bundle / DATA_FILE).resolve()), False
         self._pieces = {piece: self._open(piece) for piece in pieces}
+        self._weights.release()
         self.reset()
         return self
 
@@ -129,6 +141,11 @@ class OrtSession:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
         return OrtGraph(path, options, lambda: for_cpu(path, self.manifest, native, self._exact))
 
+    @property
+    def _prefill_pieces(self) -> tuple[str, ...]:
+        """The graphs that prefill, and decode if a sparse step does not pay off."""
+        return ("dense",) if self._prefills == "dense" else self.manifest.sparse_pieces
+
     def reset(self, batch: int = 1) -> None:
         """See `Session.reset`."""
         self._batch = batch
@@ -141,20 +158,32 @@ class OrtSession:
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
         check_neuron_budget(self.manifest.predictor["kind"], budget)
-        counts = budget.counts(self.manifest.sparse_layers)
-        scalars = budget_scalars(self.spec, budget, self.manifest.rest)
-        for unit in UNITS:
-            self._counts[unit][:] = counts[unit]  # in place: graphs are bound to these arrays
-        for name, number in scalars.items():
-            self._scalars[name][...] = number
+        counts, scalars = self._numbers(budget)
         if self._kind != "auto":
             self.decodes: Decodes = self._kind
         else:
             narrow_rows = self.manifest.dtype != "float32" and self._native and native_ops.library() is not None
             self.decodes = "sparse" if sparse_pays(self.manifest, budget, narrow_rows) else "dense"
-        if self._pieces and self.decodes == "dense" and not self._packed:
+        if self.decodes == "dense" and self._prefills == "sparse":
+            counts, scalars = self._numbers(EVERYTHING)
+        for unit in UNITS:
+            self._counts[unit][:] = counts[unit]  # in place: graphs are bound to these arrays
+        for name, number in scalars.items():
+            self._scalars[name][...] = number
+        if "dense" in self._pieces and self.decodes == "dense" and not self._packed:
             self._pieces["dense"] = self._open("dense")
             self._bind_decode()
+
+    def _numbers(self, budget: Budget) -> tuple[ActiveCounts, dict[str, np.ndarray]]:
+        """The inputs of the graphs that a budget decides: counts, and scalars by name."""
+        scalars = budget_scalars(self.spec, budget, self.manifest.rest)
+        arrays = {name: np.array(number, dtype=np.int32) for name, number in scalars.items()}
+        return budget.counts(self.manifest.sparse_layers), arrays
+
+    @property
+    def recomputed(self) -> np.ndarray | None:
+        """See `Session.recomputed`; None if the bundle has no low-bit copy of the output table."""
+        return self._recomputed if self.manifest.rest == "shadow" and self.decodes == "sparse" else None
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """See `Session.prefill`."""
@@ -164,8 +193,13 @@ class OrtSession:
             "input_ids": input_ids,
             "position_ids": positions,
             "logits_to_keep": lengths[:, None] - 1,
-        } | self._past()
-        self._pieces["dense"].bind(feeds, {"logits": self._logits} | self._present())()
+        }
+        buffers = self._buffers(feeds)
+        if self._prefills == "sparse":
+            counts, scalars = self._numbers(EVERYTHING)
+            buffers |= scalars | self._selected(counts)
+        for name in self._prefill_pieces:
+            self._pieces[name].bind(buffers, buffers)()
         self._lengths[:] = lengths
         return self._logits[:, 0]
 
@@ -204,35 +238,36 @@ class OrtSession:
     def _bind_decode(self) -> None:
         """Bind the decode step's buffers, which are the same arrays for all tokens."""
         batch, n_sparse = self._batch, self.manifest.sparse_layers.count
-        self.recomputed = np.zeros(batch, dtype=np.int32)
+        self._recomputed = np.zeros(batch, dtype=np.int32)
         self._input_ids, self._positions = (np.zeros((batch, 1), dtype=np.int64) for _ in range(2))
         units = layer_units(self.spec) if self._kind != "dense" else {}
         self.selection: dict[Unit, np.ndarray] = {
             unit: np.zeros((n_sparse, width), dtype=np.int32) for unit, width in units.items()
         }
-        buffers: dict[str, np.ndarray] = {
+        feeds = {
             "input_ids": self._input_ids,
             "position_ids": self._positions,
             "logits_to_keep": np.zeros((batch, 1), dtype=np.int64),
-            "logits": self._logits,
-            "hidden": np.zeros((batch, 1, self.spec.hidden_size), dtype=np.float32),
-            names.RECOMPUTED: self.recomputed,
         }
-        buffers |= self._scalars
-        for more in (self._selected(), self._past(), self._present()):
-            buffers |= more
+        buffers = self._buffers(feeds) | self._scalars | self._selected(self._counts)
         # The graphs of a decode step, in their order.
-        pieces = {"dense": ("dense",), "sparse": self.manifest.sparse_pieces}
+        pieces = {"dense": self._prefill_pieces, "sparse": self.manifest.sparse_pieces}
         self._steps = {
             kind: [Step(name, self._pieces[name], buffers) for name in names]
             for kind, names in pieces.items()
             if self._kind in ("auto", kind)
         }
 
-    def _selected(self) -> dict[str, np.ndarray]:
+    def _buffers(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The arrays of a step over the tokens ``input_ids (batch, seqlen)``, without those of the budget."""
+        hidden = np.zeros((*feeds["input_ids"].shape, self.spec.hidden_size), dtype=np.float32)
+        given = {"logits": self._logits, "hidden": hidden, names.RECOMPUTED: self._recomputed}
+        return {**feeds, **given, **self._past(), **self._present()}
+
+    def _selected(self, counts: ActiveCounts) -> dict[str, np.ndarray]:
         """Indices and counts of all sparse layers, and their rows, which are inputs after `SplitSelection`."""
         whole = {names.indices(unit): indices for unit, indices in self.selection.items()}
-        whole |= {names.counts(unit): self._counts[unit] for unit in UNITS}
+        whole |= {names.counts(unit): counts[unit] for unit in UNITS}
         rows = {names.of_row(name, row): found[row, ...] for name, found in whole.items() for row in range(len(found))}
         return whole | rows
 

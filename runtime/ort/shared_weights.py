@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,9 @@ class SharedWeights:
     """
 
     def __init__(self, path: Path) -> None:
-        self._data = np.memmap(path, dtype=np.uint8, mode="c")
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # ONNX Runtime asks for writable memory
+        self._data = np.frombuffer(self._map, dtype=np.uint8)
         self._values: list[ort.OrtValue] = []  # ONNX Runtime does not own them
 
     def give(self, graph: ir.Graph, options: ort.SessionOptions) -> None:
@@ -36,6 +39,14 @@ class SharedWeights:
             shared = _ort_value(flat, tensor)
             options.add_initializer(value.name, shared)
             self._values.append(shared)
+
+    def release(self) -> None:
+        """Give the memory of pages that were read back to the system; a page that is used again is mapped again.
+
+        Native ops pack integer rows when their graph is loaded, and then never read these pages again.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _ort_value(data: np.ndarray, tensor: ir.ExternalTensor) -> ort.OrtValue:

@@ -72,6 +72,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_threads(parser, help="threads of each operator on the CPU (default: the backend's own)")
     parser.add_argument("--json", type=options.output_file, metavar="FILE", help="write the report to this file")
     parser.add_argument("--plot", type=options.output_file, metavar="FILE", help="draw it to this PNG file")
+    options.add_prefill(parser)
     options.add_budget(parser)
 
 
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
         quality_tokens=args.quality_tokens,
         threads=args.threads,
         percentiles=args.percentile,
+        prefill=args.prefill,
     )
     report.print(Console())
     if args.json:

@@ -99,6 +99,7 @@ def _text(args: argparse.Namespace) -> None:
     decoding = _decoding(args) if args.generate else None
     evaluated = evaluate_text(args.bundle, build(args, Evaluation))
     _print_table(evaluated)
+    _print_recomputed(evaluated.results)
     if args.layers:
         _print_layers(evaluated.results)
     found = evaluated.to_dict(args.layers)
@@ -151,6 +152,8 @@ def _kept(row: Mapping[str, Any]) -> str:
     parts = [f"{row['neuron_budget']:.0%} of neurons", f"{row['head_budget']:.0%} of heads"]
     parts += [f"rest {row['rest']}"] if row["rest"] else []
     parts += [f"{row['shortlist']} exact rows"] if row["shortlist"] else []
+    if row["certify"] and row.get("recomputed_rows"):
+        parts += [_certified(row["recomputed_rows"])]
     return ", ".join(parts)
 
 
@@ -223,6 +226,20 @@ def _print_table(evaluated: Evaluated) -> None:
 def _of_copies(rest: str | None, shortlist: int | None) -> tuple[str, str]:
     """Return the cells of `COPY_COLUMNS`."""
     return rest or "", str(shortlist or "all")
+
+
+def _print_recomputed(results: Sequence[Result]) -> None:
+    """Print what the certificate cost."""
+    for r in results:
+        if r.certify and r.recomputed_rows:
+            budget = f"{r.neuron_budget:.0%} of neurons, {r.head_budget:.0%} of heads, shortlist {r.shortlist}"
+            print(f"{r.selector}, {budget}: {_certified(r.recomputed_rows)}")
+
+
+def _certified(rows: Mapping[str, float]) -> str:
+    return (
+        f"certified with {rows['mean']:.0f} exact rows, beyond the shortlist {rows['fallback_share']:.1%} of the time"
+    )
 
 
 def _rival(uniform: Mapping[int, Result], bits: int | None) -> str:

@@ -22,6 +22,7 @@ from shadowllm.config import (
 from shadowllm.errors import UserError
 from shadowllm.limits import LARGEST, check_threads
 from shadowllm.models.sparsity import Budget, Rest, parse_fractions
+from shadowllm.runtime.session import Prefill
 
 FLAVOURS = get_args(Flavour)
 SIZES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -36,6 +37,17 @@ def add_threads(group: Group, help: str) -> None:
     """Add ``--threads``, which is None unless given."""
     parse = whole("--threads", 1, LARGEST)
     group.add_argument("--threads", type=lambda text: check_threads(parse(text), "--threads"), help=help)
+
+
+def add_prefill(parser: argparse.ArgumentParser) -> None:
+    """Add ``--prefill``."""
+    parser.add_argument(
+        "--prefill",
+        choices=get_args(Prefill),
+        default="dense",
+        help="graphs that prefill with the backend ort; sparse needs less memory, and prompts take longer "
+        "(default: dense)",
+    )
 
 
 def output_file(text: str) -> Path:
@@ -88,8 +100,12 @@ def add_fractions(parser: argparse.ArgumentParser, default: Budget | None, other
     return group
 
 
-def add_budget(parser: argparse.ArgumentParser, otherwise: str = "the bundle's own") -> None:
-    """Add all options of a budget. They are None unless given."""
+def add_budget(parser: argparse.ArgumentParser, otherwise: str = "the bundle's own", requested: bool = True) -> None:
+    """Add all options of a budget. They are None unless given.
+
+    Args:
+        requested: whether the budget is for a request, and not the default of a bundle. Then it may ask for a proof.
+    """
     group = add_fractions(parser, None, otherwise)
     rows = whole("--shortlist", 1, LARGEST)
     group.add_argument(
@@ -103,6 +119,13 @@ def add_budget(parser: argparse.ArgumentParser, otherwise: str = "the bundle's o
         choices=get_args(Rest),
         help="other neurons and heads: from a low-bit copy of the weights (shadow), or left out (drop)",
     )
+    if requested:
+        group.add_argument(
+            "--certify",
+            action="store_true",
+            help="with a shortlist: prove that the largest logit is that of the whole table, by computing more rows at "
+            "full precision where needed",
+        )
     group.add_argument("--exact", action="store_true", help="everything at full precision: the dense model")
 
 
@@ -134,6 +157,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `add_budget` that were given, by the fields of `Budget`."""
     rows = {} if args.shortlist is None else {"shortlist": None if args.shortlist == "all" else args.shortlist}
     others = {"heads": args.head_budget, "neurons": args.neuron_budget, "rest": args.rest}
+    others |= {"certify": True} if vars(args).get("certify") else {}
     return rows | {name: value for name, value in others.items() if value is not None}
 
 

@@ -18,6 +18,7 @@ from shadowllm.models.sparsity import Budget
 
 if TYPE_CHECKING:
     from shadowllm.runtime.generation.completion import Request
+    from shadowllm.runtime.session import Prefill
 
 EPILOG = """examples:
   shadowllm run out/ --prompt "The shadow of a model"
@@ -58,6 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         parser, "--max-new-tokens", default=64, metavar="N", help="largest number of new tokens (default: 64)"
     )
     options.add_threads(parser, help="threads of each operator on the CPU (default: the backend's own)")
+    options.add_prefill(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options.add_budget(parser)
     _add_sampling(parser)
@@ -113,13 +115,18 @@ def _generate(
 ) -> dict[str, Any]:
     from shadowllm.runtime import open_session
     from shadowllm.runtime.generation.completion import Completion
+    from shadowllm.runtime.recomputed_rows import RecomputedRows
 
-    completion, prompt, fired = Completion(request), args.prompt[0], list[Sequence[float]]()
-    with open_session(args.bundle, backend, threads=args.threads) as session:
+    completion, prompt, recomputed = Completion(request), args.prompt[0], RecomputedRows(budget)
+    fired = list[Sequence[float]]()
+    prefill: Prefill = args.prefill if backend == args.backend else "dense"  # the backend of --against has its own way
+    with open_session(args.bundle, backend, threads=args.threads, prefill=prefill) as session:
         session.set_budget(budget)
         start = time.perf_counter()
-        for pieces in completion.grow(session):
+        for step, pieces in enumerate(completion.grow(session)):
             fired.append(session.fired or ())
+            if step:  # the first tokens come from the prefill
+                recomputed.add(session.recomputed)
             if streaming:
                 print(prompt + pieces[0], end="", flush=True)
                 prompt = ""
@@ -134,6 +141,7 @@ def _generate(
         "texts": completion.texts,
         "tokens": completion.tokens,
         "seconds": seconds,
+        "recomputed_rows": recomputed.summary(),
         "tokens_per_second": sum(map(len, completion.tokens)) / seconds,
         "device_memory": vars(memory) if memory else None,
         "fired": _mean_by_layer(fired),

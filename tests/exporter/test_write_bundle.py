@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
 
+from shadowllm.bundle.certificate import best_weighting
 from shadowllm.bundle.manifest import DATA_FILE, read_manifest, verify_files
-from shadowllm.bundle.weights import read_weights
+from shadowllm.bundle.predictor_file import FINAL_SQUARES
+from shadowllm.bundle.quantised_tensors import mean_square_errors
+from shadowllm.bundle.weight_names import copy_weighting, output_table
+from shadowllm.bundle.weights import map_copies, read_weights
 from shadowllm.config import EngineOptions
 from shadowllm.errors import UserError
 from shadowllm.exporter.write_bundle import check_dtypes, write_bundle
@@ -185,6 +191,23 @@ def test_predictor_of_another_model(checkpoint, tmp_path):
     spec, _, _ = load_model(checkpoint("llama-gqa"))
     with pytest.raises(UserError, match="predictor of another model"):
         make_predictor(spec, "0" * 64).check_base(spec, load_model(checkpoint("llama-gqa"))[1].fingerprint())
+
+
+def test_the_weighting_of_the_certificate_is_calibrated_if_there_was_text(checkpoint, tmp_path):
+    spec, weights, files = load_model(checkpoint("llama-blocks"))
+    table, stored = output_table(spec), {}
+    predictor = make_predictor(spec, weights.fingerprint(), "quantized-shadow")
+    squares = torch.rand(spec.hidden_size, generator=torch.Generator().manual_seed(5)) ** 4
+    calibrated = replace(predictor, tensors=predictor.tensors | {FINAL_SQUARES: squares})
+    for name, given in (("norm", predictor), ("text", calibrated)):
+        folder = tmp_path / name
+        folder.mkdir()
+        manifest = write_bundle(folder, name, weights, files, given, budget=BUDGET, rest="shadow")
+        stored[name] = map_copies(folder, manifest)[copy_weighting(table)].numpy()
+    norm = weights["final_norm.weight"].square()
+    for name, inputs in (("norm", norm), ("text", squares)):
+        expected = best_weighting(inputs.numpy(), mean_square_errors(weights[table]))
+        np.testing.assert_allclose(stored[name], expected, rtol=1e-6)
 
 
 def test_the_same_export_twice_is_the_same(checkpoint, tmp_path):

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder
 from shadowllm.predictor import tracefile
 from shadowllm.predictor import traces as traces_module
 from shadowllm.predictor.tracefile import Traces, calibrate, decode, encode
 from shadowllm.predictor.traces import Tracer
+from shadowllm.predictor.train import train_static
 from tests.tiny import split, token_windows
 
 PARTS = ("hidden", "heads", "neurons")
@@ -72,6 +74,24 @@ def test_a_kept_trace_reads_like_a_fresh_one(tiny, tmp_path):
             scores = scores / scores.amax(dim=-1, keepdim=True)
             torch.testing.assert_close(torch.cat([getattr(c, unit) for c in kept]), scores, rtol=0.022, atol=2**-15)
     assert all(torch.equal(read.statistics[unit], made.statistics[unit]) for unit in ("heads", "neurons"))
+
+
+@pytest.mark.parametrize("criterion", ["l2norm", "grad_norm"])
+def test_final_squares_are_those_of_the_inputs_of_the_output_table(tiny, criterion, tmp_path):
+    spec, weights = tiny
+    windows = split(token_windows(spec, n=4), held_out=1)
+    decoder, positions = Decoder(spec, weights), torch.arange(24).expand_as(windows.train)
+    x = decoder.embed(windows.train, positions)
+    for layer in range(spec.n_layers):
+        x = decoder.layer(layer, x, positions)
+    expected = decoder.final_hidden(x).square().mean(dim=(0, 1))
+    made = calibrate(spec, weights, windows, "f00d", criterion=criterion)
+    torch.testing.assert_close(made.final_squares, expected, atol=1e-5, rtol=1e-4)
+    made.save(tmp_path / "traces")
+    assert torch.equal(Traces.load(tmp_path / "traces").final_squares, made.final_squares)
+    predictor = train_static(spec, made)
+    predictor.save(tmp_path / "predictor")
+    assert torch.equal(Predictor.load(tmp_path / "predictor").final_squares, made.final_squares)
 
 
 def test_statistics_are_of_the_training_tokens_only(llama):

@@ -30,6 +30,7 @@ RESULT = {
     "device_memory",
     "parts_ms",
     "quality",
+    "recomputed_rows",
 }
 SHORT = {"prompt_len": 12, "new_tokens": 6, "runs": 2, "warmup": 1, "quality_tokens": 8, "threads": 1}
 
@@ -82,6 +83,20 @@ def test_everything_active_is_as_good_as_dense(bundle):
     sparse, dense = bench(bundle(), budget=Budget(heads=1.0, neurons=1.0), **SHORT | {"runs": 1, "warmup": 0}).results
     assert sparse.quality["next_token_agreement"] == 1
     assert sparse.quality["perplexity"] == pytest.approx(dense.quality["perplexity"], rel=1e-5)
+
+
+def test_the_rows_of_a_certificate_are_reported_and_counted_as_bytes(bundle):
+    folder = bundle("llama-blocks", kind="quantized-shadow", rest="shadow")
+    budget = Budget(neurons=0.2, shortlist=2, certify=True)
+    report = bench(folder, budget=budget, **SHORT | {"runs": 1, "warmup": 0, "quality_tokens": 0})
+    sparse, dense = report.results
+    assert sparse.recomputed_rows["mean"] > 2
+    assert 0 < sparse.recomputed_rows["fallback_share"] <= 1
+    assert dense.recomputed_rows == {}
+    assert sparse.traffic.parts["shortlist"] == round(sparse.recomputed_rows["mean"]) * 64 * 4
+    console = Console(width=80, file=StringIO())
+    report.print(console)
+    assert "Steps beyond the shortlist" in console.file.getvalue()
 
 
 def test_printed_report_fits_a_terminal(report):

@@ -65,7 +65,7 @@ def tiny_decoder() -> Decoder:
 class TinySession:
     """The reference decoder with a cache, batch 1."""
 
-    memory = None
+    memory = recomputed = None
 
     def __init__(self, mode: str, log: Path | None) -> None:
         self._decoder, self._mode, self._log = tiny_decoder(), mode, log

@@ -1,0 +1,38 @@
+"""The mapped data file: pages that were read are given back, and read again when they are needed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from shadowllm.runtime.ort.shared_weights import SharedWeights
+
+SIZE = 1 << 25
+STATUS = Path("/proc/self/status")
+
+
+def mapped_bytes():
+    return int(re.search(r"RssFile:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
+
+
+@pytest.mark.skipif(not STATUS.is_file(), reason="no /proc: not Linux")
+def test_released_pages_leave_the_memory_and_keep_their_contents(tmp_path):
+    path = tmp_path / "data"
+    expected = np.random.default_rng(0).integers(0, 256, SIZE, dtype=np.uint8)
+    expected.tofile(path)
+    weights = SharedWeights(path)
+    tensor = ir.ExternalTensor(path, 0, SIZE, ir.DataType.UINT8, shape=ir.Shape([SIZE]), name="w")
+    value = ir.Value(name="w", const_value=tensor)
+    weights.give(ir.Graph([], [], nodes=[], initializers=[value]), ort.SessionOptions())
+    (shared,) = weights._values
+    before = mapped_bytes()
+    assert np.array_equal(shared.numpy(), expected)
+    assert mapped_bytes() - before > SIZE / 2
+    weights.release()
+    assert mapped_bytes() - before < SIZE / 2
+    assert np.array_equal(shared.numpy(), expected)
