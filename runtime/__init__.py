@@ -15,7 +15,14 @@ __all__ = ["BACKENDS", "Budget", "Sampling", "Session", "generate", "open_sessio
 BACKENDS = ("ort", "ort-dense", "torch", "torch-dense", "triton", "triton-dense", "tensorrt_rtx", "tensorrt")
 
 
-def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = None, profile: bool = False) -> Session:
+def open_session(
+    bundle: Path,
+    backend: str = "ort",
+    *,
+    threads: int | None = None,
+    profile: bool = False,
+    prepack: bool = False,
+) -> Session:
     """Make a session for a bundle; only the packages that the backend needs are imported.
 
     Args:
@@ -23,16 +30,21 @@ def open_session(bundle: Path, backend: str = "ort", *, threads: int | None = No
         backend: one of `BACKENDS`; a ``-dense`` one runs the dense model.
         threads: CPU threads of each operator, for the backends ``ort`` and ``torch``.
         profile: whether an ONNX Runtime session records the seconds of each part of a step.
+        prepack: whether a sparse ONNX Runtime session keeps a packed copy of float weights, so that its dense steps
+            (prefill, and the verification of lossless decoding) are as fast as those of a dense session.
 
     Raises:
-        UserError: an unknown backend, no bundle, engines that cannot run, or threads for a GPU backend.
+        UserError: an unknown backend, no bundle, engines that cannot run, or threads or packed weights for
+            a backend without them.
     """
     if threads is not None and backend in BACKENDS and not backend.startswith(("ort", "torch")):
         raise UserError(f"threads do nothing for the backend {backend!r}, which runs on a GPU", "leave them out")
+    if prepack and backend in BACKENDS and not backend.startswith("ort"):
+        raise UserError(f"the backend {backend!r} does not pack weights", "leave --prepack out")
     if backend in ("ort", "ort-dense"):
         from shadowllm.runtime.ort.session import OrtSession
 
-        return OrtSession(bundle, "dense" if backend == "ort-dense" else "auto", threads, profile)
+        return OrtSession(bundle, "dense" if backend == "ort-dense" else "auto", threads, profile, prepack=prepack)
     if backend in ("torch", "torch-dense"):
         from shadowllm.runtime.torch_session import TorchSession
 

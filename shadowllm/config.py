@@ -13,7 +13,7 @@ from typing import Literal
 
 from shadowllm.config_fields import check_numbers, option
 from shadowllm.errors import UserError
-from shadowllm.limits import LARGEST_SEED
+from shadowllm.limits import LARGEST_SEED, LONGEST_DRAFT
 from shadowllm.models.sparsity import Budget, Rest
 from shadowllm.models.spec import HeadUnit
 
@@ -141,6 +141,7 @@ class EngineOptions:
         capacity: number of positions in the KV cache.
         max_seqlen: longest prompt of one call, in tokens.
         max_batch: largest number of sequences in a batch.
+        max_draft: most tokens that a round of lossless decoding drafts; 0 builds engines without it.
         timing_cache: file with kernel timings, kept across builds (full TensorRT).
         workspace_bytes: scratch memory per layer, in bytes.
         verbosity: how much detail the engine keeps for an inspector.
@@ -162,6 +163,7 @@ class EngineOptions:
     capacity: int = option(1024, least=1)
     max_seqlen: int = option(512, least=1)
     max_batch: int = option(1, least=1)
+    max_draft: int = option(0, least=0, most=LONGEST_DRAFT)
     timing_cache: Path | None = option(None, flag="--timingCacheFile", metavar="FILE")
     workspace_bytes: int | None = option(
         None, flag="--memPoolSize", metavar="workspace:SIZE", help="scratch memory, as workspace:512M"
