@@ -23,7 +23,7 @@ class Model:
     """A bundle on one backend, used as a context manager: entering loads it, leaving frees it.
 
     Args:
-        bundle, backend, threads: as for `open_session`.
+        bundle, backend, threads, prepack: as for `open_session`.
         budget: fractions to keep; None is the bundle's default.
 
     Attributes:
@@ -34,11 +34,17 @@ class Model:
     """
 
     def __init__(
-        self, bundle: Path, backend: str = "ort", *, threads: int | None = None, budget: Budget | None = None
+        self,
+        bundle: Path,
+        backend: str = "ort",
+        *,
+        threads: int | None = None,
+        budget: Budget | None = None,
+        prepack: bool = False,
     ) -> None:
         self._bundle, self._entered = bundle, False
         self.manifest = read_manifest(bundle)
-        self._session = open_session(bundle, backend, threads=threads)
+        self._session = open_session(bundle, backend, threads=threads, prepack=prepack)
         if budget is not None:
             self._session.set_budget(budget)
 

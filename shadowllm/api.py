@@ -91,7 +91,14 @@ def export(
     )
 
 
-def load(bundle: StrPath, backend: str = "ort", *, threads: int | None = None, budget: Budget | None = None) -> Model:
+def load(
+    bundle: StrPath,
+    backend: str = "ort",
+    *,
+    threads: int | None = None,
+    budget: Budget | None = None,
+    prepack: bool = False,
+) -> Model:
     """Open a bundle for `generate` on one backend. Use the result in a ``with`` statement.
 
     Args:
@@ -99,13 +106,15 @@ def load(bundle: StrPath, backend: str = "ort", *, threads: int | None = None, b
         backend: one of `shadowllm.runtime.BACKENDS`; a ``-dense`` one runs the plain model.
         threads: threads of each operator, for backends that compute on the CPU.
         budget: fractions to keep; the bundle's own when None. `Model.set_budget` changes it at any time.
+        prepack: keep a packed copy of float weights, with which ONNX Runtime's dense steps are faster. It is of use for
+            ``generate(..., lossless=True)``.
 
     Raises:
         UserError: there is no bundle, it is damaged, or the backend is unknown or cannot run here.
     """
     from shadowllm.runtime.model import Model
 
-    return Model(Path(bundle), backend, threads=threads, budget=budget)
+    return Model(Path(bundle), backend, threads=threads, budget=budget, prepack=prepack)
 
 
 @overload
@@ -149,7 +158,8 @@ def generate(
         prompt: text, or token ids, which are used unchanged.
         max_new_tokens: largest number of tokens to generate.
         stream: return an iterator over pieces of text, or over token ids, as they are generated.
-        options: `GenerateOptions`: ``chat``, ``chat_template``, ``stop``, ``temperature``, ``top_k``, ``top_p``,
+        options: `GenerateOptions`: ``lossless`` (the dense model's own text, drafted at the model's budget),
+            ``draft_length``, ``chat``, ``chat_template``, ``stop``, ``temperature``, ``top_k``, ``top_p``,
             ``min_p``, ``repetition_penalty``, ``no_repeat_ngram_size`` and ``seed``. Options not given come from the
             model's generation config, except temperature and seed.
 

@@ -209,6 +209,37 @@ class Target:
             raise UserError(f"the speedup {self.speedup} is not above 1", "1.2 asks for 1.2 times as fast")
 
 
+@dataclass(frozen=True)
+class Drafting:
+    """Lossless decoding: sparse steps draft tokens, and a dense step verifies them.
+
+    Attributes:
+        lossless: write the text of the dense model: sparse steps draft it, dense steps verify several tokens at once.
+        draft_length: tokens drafted at once; None adapts it to what pays, by acceptance and the times of the steps.
+        first_length: tokens of the first drafts if their length adapts.
+
+    Raises:
+        UserError: a length is outside its limits, or given without ``lossless``.
+    """
+
+    lossless: bool = option(False)
+    draft_length: int | None = option(
+        None,
+        metavar="N",
+        least=0,
+        most=LONGEST_DRAFT,
+        called="the draft length",
+        help="with --lossless: tokens drafted at once",
+        otherwise="adapted to what pays",
+    )
+    first_length: int = 2
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.draft_length is not None and not self.lossless:
+            raise UserError("a draft length is given, but decoding is not lossless", "add --lossless or lossless=True")
+
+
 DEFAULT_TARGET = Target(ppl_increase=0.05)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from shadowllm.bundle.cost_model import Traffic, mean_traffic, predictor_bytes, sparse_pays
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest, read_manifest
 from shadowllm.child import module_command
+from shadowllm.config import Drafting
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
@@ -22,7 +23,7 @@ from shadowllm.plugins import native_ops
 from shadowllm.progress import progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
-SPARSE = "sparse"
+SPARSE, LOSSLESS = "sparse", "lossless"
 CPU_BACKENDS = ("ort", "torch")
 
 
@@ -39,14 +40,19 @@ def bench(
     quality_tokens: int = 128,
     threads: int | None = None,
     percentiles: Sequence[float] = (50, 90, 99),
+    drafting: Drafting | None = None,
+    prepack: bool = False,
 ) -> Report:
     """Time a bundle's sparse path and other backends, each in its own process, with interleaved runs.
+
+    Lossless decoding is timed as a whole loop, and so are the backends beside it. Its tokens come several at once, so
+    speeds are compared by the mean latency. Instead of quality, the report tells whether the tokens are the baseline's.
 
     Args:
         bundle: folder written by ``shadowllm export``.
         against: backends to compare with; the first is the baseline of the quality figures.
         backend: the backend that runs the sparse path.
-        budget: fractions to keep; the bundle's default if None.
+        budget: fractions to keep; the bundle's default if None (of drafts, if decoding is lossless).
         prompt_len: tokens of the prompt, which is documentation text.
         new_tokens: tokens of each generation; the first is the result of the prefill.
         runs: number of counted generations.
@@ -55,17 +61,25 @@ def bench(
             and the text that the baseline generated. 0 omits quality.
         threads: threads of each session; the session's default if None.
         percentiles: percentiles of the inter-token latency; 50, 90 and 99 are always included.
+        drafting: whether the bundle decodes losslessly, and how it drafts.
+        prepack: as for `open_session`, for the sparse path.
 
     Raises:
         UserError: no bundle, an argument out of range, too little text, or a worker failed.
     """
     manifest = read_manifest(bundle)
-    budget = budget or manifest.budget
+    drafting = drafting or Drafting()
+    budget = budget or (manifest.draft_budget if drafting.lossless else manifest.budget)
     _check(manifest, against, prompt_len, new_tokens, runs, warmup, quality_tokens)
+    quality_tokens = 0 if drafting.lossless else quality_tokens
     text = passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), prompt_len + quality_tokens)
-    backends = {SPARSE: backend} | {name: name for name in against}
+    own = LOSSLESS if drafting.lossless else SPARSE
+    backends = {own: backend} | {name: name for name in against}
+    options = [*drafting_options(drafting, manifest), *(["--prepack"] if prepack else [])]
+    loop = ["--loop"] if drafting.lossless else []
     contenders = [
-        Contender(name, session_command(bundle, chosen, budget, threads)) for name, chosen in backends.items()
+        Contender(name, session_command(bundle, chosen, budget, threads, options if name == own else loop))
+        for name, chosen in backends.items()
     ]
     texts = Texts(text[:prompt_len], text[prompt_len:], baseline=against[0])
     with progress("Benchmark", len(contenders) * (warmup + runs + 2 * bool(quality_tokens))) as advance:
@@ -81,8 +95,13 @@ def bench(
     wanted = sorted({50, 90, 99, *percentiles})
     results = []
     for name, generations in taken.items():
-        traffic = traffic_of(manifest, name, backends[name], budget, prompt_len, new_tokens)
-        results.append(Result(name, summarise(generations, wanted), traffic, (scores or {}).get(name, {})))
+        traffic = (
+            traffic_of(manifest, name, backends[name], budget, prompt_len, new_tokens) if name != LOSSLESS else None
+        )
+        same = generations[0].tokens == taken[against[0]][0].tokens if drafting.lossless else None
+        lossless = [generation.lossless for generation in generations if generation.lossless]
+        quality = (scores or {}).get(name, {})
+        results.append(Result(name, summarise(generations, wanted), traffic, quality, lossless, same))
     settings = {
         "model": manifest.model,
         "dtype": manifest.dtype,
@@ -98,8 +117,12 @@ def bench(
         "shortlist": budget.shortlist,
         "rest": budget.rest_with(manifest.rest == "shadow"),
         "predictor": manifest.predictor.get("kind"),
+        "lossless": drafting.lossless,
+        "draft_length": drafting.draft_length,
+        "prepack": prepack,
     }
-    pairs = [{"name": SPARSE, "baseline": name, "speedup": speedup(taken[name], taken[SPARSE])} for name in against]
+    average = np.mean if drafting.lossless else np.median
+    pairs = [{"name": own, "baseline": name, "speedup": speedup(taken[name], taken[own], average)} for name in against]
     return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
 
 
@@ -147,7 +170,7 @@ def _check(
     warmup: int,
     quality_tokens: int,
 ) -> None:
-    if not against or len(set(against)) < len(against) or SPARSE in against:
+    if not against or len(set(against)) < len(against) or {SPARSE, LOSSLESS} & set(against):
         raise UserError(
             f"cannot compare with {', '.join(against) or 'nothing'}",
             "give each backend once, for example --against ort-dense",
@@ -168,8 +191,18 @@ def _check(
         )
 
 
-def session_command(bundle: Path, backend: str, budget: Budget, threads: int | None) -> tuple[str, ...]:
-    """Return the command line of a worker process that serves a session."""
+def drafting_options(drafting: Drafting, manifest: Manifest) -> list[str]:
+    """Return the options of a worker that decodes losslessly; none if it does not."""
+    if not drafting.lossless:
+        return []
+    given = [] if drafting.draft_length is None else ["--draft-length", str(drafting.draft_length)]
+    return ["--lossless", "--first-length", str(manifest.first_draft_length), *given]
+
+
+def session_command(
+    bundle: Path, backend: str, budget: Budget, threads: int | None, more: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Return the command line of a worker process that serves a session; ``more`` are further options of it."""
     options = {"--threads": threads, "--shortlist": budget.shortlist, "--rest": budget.rest}
     given = [text for name, value in options.items() if value for text in (name, str(value))]
     return module_command(
@@ -181,6 +214,7 @@ def session_command(bundle: Path, backend: str, budget: Budget, threads: int | N
         "--head-budget",
         format_fractions(budget.heads),
         *given,
+        *more,
     )
 
 

@@ -34,6 +34,7 @@ class Generation:
         parts_ms: mean time per decode step of each part; empty if the session does not measure parts.
         peak_rss_mb: peak of the worker so far, in 1e6 bytes.
         device_memory: bytes on the GPU by purpose; empty if the session does not report them.
+        lossless: what the drafts of lossless decoding gave (`DraftRecord.to_dict`); empty without them.
     """
 
     ttft_ms: float
@@ -42,6 +43,7 @@ class Generation:
     parts_ms: dict[str, float]
     peak_rss_mb: float
     device_memory: dict[str, int] = field(default_factory=dict)
+    lossless: dict[str, Any] = field(default_factory=dict)
 
 
 class Worker:
@@ -184,13 +186,19 @@ def summarise(generations: Sequence[Generation], percentiles: Sequence[float] = 
     )
 
 
-def speedup(baseline: Sequence[Generation], other: Sequence[Generation]) -> dict[str, float]:
+def speedup(
+    baseline: Sequence[Generation],
+    other: Sequence[Generation],
+    average: Callable[[Sequence[float]], Any] = np.median,
+) -> dict[str, float]:
     """Return how many times faster ``other`` decodes than ``baseline``, comparing run i with run i.
 
+    Args:
+        average: of the inter-token latencies of a run. Tokens of lossless decoding come several at once, so only the
+            mean says how fast it is.
+
     Returns:
-        ``median``, ``min`` and ``max`` over runs of the ratio of the median inter-token latencies.
+        ``median``, ``min`` and ``max`` over runs of the ratio of the average inter-token latencies.
     """
-    ratios = [
-        float(np.median(slow.itl_ms) / np.median(fast.itl_ms)) for slow, fast in zip(baseline, other, strict=True)
-    ]
+    ratios = [float(average(slow.itl_ms) / average(fast.itl_ms)) for slow, fast in zip(baseline, other, strict=True)]
     return {"median": float(np.median(ratios)), "min": min(ratios), "max": max(ratios)}

@@ -23,12 +23,16 @@ class Result:
     Attributes:
         traffic: bytes that it must read per decode step; None if unknown.
         quality: ``next_token_agreement`` with the baseline, ``perplexity``, ``tokens``; empty if not measured.
+        lossless: what the drafts of each run gave (`DraftRecord.to_dict`); empty without drafts.
+        same_tokens: whether the first run has the baseline's tokens; None if that is not asked.
     """
 
     name: str
     summary: Summary
     traffic: Traffic | None = None
     quality: dict[str, float] = field(default_factory=dict)
+    lossless: Sequence[dict[str, Any]] = ()
+    same_tokens: bool | None = None
 
     @property
     def gb_per_second(self) -> float | None:
@@ -51,6 +55,8 @@ class Result:
             "device_memory": summary.device_memory,
             "parts_ms": summary.parts_ms,
             "quality": self.quality,
+            "lossless": list(self.lossless),
+            "same_tokens": self.same_tokens,
         }
 
 
@@ -124,11 +130,16 @@ class Report:
             f"{self.environment['threads']} threads"
         )
 
+    @property
+    def average(self) -> str:
+        """The average of the inter-token latencies; tokens of lossless decoding come several at once."""
+        return "mean" if self.settings.get("lossless") else "median"
+
     def _cells(self, result: Result) -> dict[str, str]:
         summary, itl, quality = result.summary, result.summary.itl_ms, result.quality
         cells = {
             "TTFT, ms": f"{summary.ttft_ms['median']:.1f}",
-            "ITL median, ms": f"{itl['median']:.2f}",
+            f"ITL {self.average}, ms": f"{itl[self.average]:.2f}",
             "ITL percentile(90%), ms": f"{itl['p90']:.2f}",
             "ITL percentile(99%), ms": f"{itl['p99']:.2f}",
             "Throughput, tokens/s": f"{summary.tokens_per_second:.1f}",
@@ -141,6 +152,16 @@ class Report:
                 "Bytes touched, MB/token": f"{result.traffic.total / 1e6:.1f}",
                 "Bandwidth reached, GB/s": f"{result.gb_per_second:.1f}{share}",
             }
+        if result.same_tokens is not None:
+            cells["Same tokens"] = "yes" if result.same_tokens else "no"
+        if result.lossless:
+            accepted, drafted, drafts = (
+                sum(run[name] for run in result.lossless) for name in ("accepted", "drafted", "drafts")
+            )
+            if drafts:
+                cells["Accepted per draft"] = (
+                    f"{accepted / drafts:.2f} of {drafted / drafts:.2f} ({accepted / drafted:.0%})"
+                )
         if quality:
             cells |= {
                 "Next-token agreement": f"{quality['next_token_agreement']:.1%}",

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from statistics import linear_regression, mean, median
 from typing import Any
 
+from shadowllm.config import Drafting
+
 MOST = 8  # tokens of an adapted draft
 # Drafts stay accepted with this share until rounds are seen; it counts as much as this number of drafted tokens.
 ASSUMED, ASSUMED_TOKENS = 0.75, 2.0
-FORGET = 0.95  # the weight of all earlier rounds falls by this factor with each round
+FORGET = 0.97  # the weight of all earlier rounds falls by this factor with each round
 SAMPLES = 5  # latest times of a step, of which the median counts
 DENSE_EVERY = 64  # rounds after which the time of a dense step is measured again
-SHARE = 0.005  # of the decoding time, which drafts that do not pay may cost
+SHARE = 0.01  # of the decoding time, which drafts that do not pay may cost
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class DraftRecord:
         }
 
     def __str__(self) -> str:
-        dense = f"{self.lengths[0]} dense steps without a draft"
+        dense = f"dense steps without a draft: {self.lengths[0]}"
         if not self.drafts:
             return f"lossless: no drafts; {dense}"
         used = [length for length in self.lengths if length]
@@ -79,6 +81,15 @@ class DraftRecord:
             f"lossless: {self.drafts} drafts of {span} tokens, {self.accepted / self.drafts:.2f} accepted per draft "
             f"({self.accepted / self.drafted:.0%}); {dense}"
         )
+
+
+def draft_length_of(drafting: Drafting) -> DraftLength | None:
+    """Return the draft length of a generation; None if it is not lossless."""
+    if not drafting.lossless:
+        return None
+    if drafting.draft_length is not None:
+        return DraftLength(drafting.draft_length)
+    return AdaptiveLength(drafting.first_length)
 
 
 def expected_tokens(acceptance: float, length: int) -> float:

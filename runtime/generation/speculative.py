@@ -108,16 +108,16 @@ def accept(chooser: Chooser, drafted: Draft, logits: np.ndarray) -> list[list[in
     Raises:
         UserError: as `Chooser.choose`, for the logits that are used.
     """
+    best = logits.argmax(axis=-1) if chooser.plain else None
     taken: list[list[int]] = [[] for _ in chooser.texts]
-    best = logits.argmax(axis=-1)
-    agreeing = count_agreeing(drafted.tokens, best)
     for row in chooser.rows:
-        if chooser.plain:
-            taken[row] = best[row, : agreeing[row] + 1].tolist()
+        tokens = drafted.tokens[row].tolist()
+        if best is not None:
+            taken[row] = best[row, : count_agreeing(tokens, best[row]) + 1].tolist()
             for ahead in range(len(taken[row])):
                 chooser.check(row, logits[row, ahead], ahead)
         else:
-            taken[row] = _sample(chooser, row, drafted.tokens[row].tolist(), drafted.probabilities[row], logits[row])
+            taken[row] = _sample(chooser, row, tokens, drafted.probabilities[row], logits[row])
         chooser.texts[row].extend(taken[row])
     return taken
 
@@ -133,14 +133,14 @@ def _sample(
     return [*tokens, chooser.draw(chooser.probabilities(row, logits[-1], tokens))]
 
 
-def count_agreeing(tokens: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """Return how many drafted tokens in a row are the dense model's, int64 ``(batch,)``.
+def count_agreeing(tokens: Sequence[int], best: Sequence[int] | np.ndarray) -> int:
+    """Return how many drafted tokens are the dense model's, up to the first other one.
 
     Args:
-        tokens: ``(batch, length)``.
-        best: the most probable tokens of the dense model, ``(batch, length + 1)``.
+        tokens: drafted tokens.
+        best: the most probable tokens of the dense model at their positions; there may be more.
     """
-    return np.asarray(np.cumprod(tokens == best[:, :-1], axis=1).sum(axis=1))
+    return next((index for index, token in enumerate(tokens) if token != best[index]), len(tokens))
 
 
 def accepts(dense: float, drafted: float, uniform: float) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
-from onnx_ir.passes import InPlacePass, PassResult, Sequential
+from onnx_ir.passes import InPlacePass, PassResult
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from shadowllm.bundle.manifest import Manifest
@@ -34,7 +34,8 @@ def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, f
         fused: whether dense attention becomes one op, which takes several tokens after a past for one sequence only.
     """
     model = ir.load(path)
-    Sequential(*_passes(path.stem, manifest, native, exact, fused))(model)
+    for rewrite in _passes(path.stem, manifest, native, exact, fused):
+        rewrite(model)
     proto = ir.to_proto(model)
     # The data file may be a link, as in the Hugging Face cache. ONNX Runtime is given the folder of the link's target.
     for place in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
