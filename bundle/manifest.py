@@ -80,6 +80,14 @@ class AllocationRecord(TypedDict):
     measured: dict[str, float]
 
 
+class DraftingRecord(TypedDict):
+    """Type of the manifest's ``drafting``, if ``tune --lossless`` chose it."""
+
+    budget: BudgetRecord
+    draft_length: int
+    measured: dict[str, float]
+
+
 class _Contents(TypedDict):
     """Types that readers rely on, stricter than those of `Manifest`."""
 
@@ -90,6 +98,7 @@ class _Contents(TypedDict):
     predictor: PredictorRecord
     validation: ValidationRecord | Empty
     allocation: AllocationRecord | Empty
+    drafting: DraftingRecord | Empty
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,8 @@ class Manifest:
         op_domain_version: version of the custom ops in the graphs.
         tools: versions of the packages that wrote the bundle.
         allocation: target and measurements of the budget tuning; empty if the budgets were given.
+        drafting: budget and length of the drafts of lossless decoding, and what was measured of them on the machine
+            that chose them; empty if they were not chosen.
         dense: by layer, the reason why it is dense, or should be, at these budgets.
         validation: errors against the reference, measured after the export.
         files: SHA-256 of each file, by its path inside the bundle.
@@ -131,6 +142,7 @@ class Manifest:
     selector: str = "upfront"
     rest: Rest = "drop"
     allocation: dict[str, Any] = field(default_factory=dict)
+    drafting: dict[str, Any] = field(default_factory=dict)
     dense: dict[str, str] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
 
@@ -153,6 +165,16 @@ class Manifest:
     def budget(self) -> Budget:
         """The default budget."""
         return Budget(**self.budgets)
+
+    @property
+    def draft_budget(self) -> Budget:
+        """The budget of the drafts of lossless decoding."""
+        return Budget(**self.drafting["budget"]) if self.drafting else self.budget
+
+    @property
+    def first_draft_length(self) -> int:
+        """The length of the first drafts of lossless decoding, if it adapts."""
+        return int(self.drafting.get("draft_length", 2))
 
     @property
     def quantisation(self) -> Quantisation | None:
@@ -227,7 +249,8 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     if fired and (len(fired) != manifest.sparse_layers.count or not all(0 <= share <= 1 for share in fired)):
         raise ValueError(f"{len(fired)} shares of neurons that fired")
     _ = manifest.quantisation  # raises if the type is unknown
-    manifest.budget.counts(manifest.sparse_layers)
+    for budget in (manifest.budget, manifest.draft_budget):
+        budget.counts(manifest.sparse_layers)
     return manifest
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from shadowllm.errors import UserError
 from shadowllm.progress import Advance, no_progress
-from shadowllm.runtime.generation.generate import Chooser
+from shadowllm.runtime.generation.chooser import Chooser
 from shadowllm.runtime.generation.sampling import Sampling
 from shadowllm.runtime.recomputed_rows import RecomputedRows
 from shadowllm.runtime.session import Session

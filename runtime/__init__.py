@@ -22,6 +22,7 @@ def open_session(
     threads: int | None = None,
     profile: bool = False,
     prefill: Prefill = "dense",
+    prepack: bool = False,
 ) -> Session:
     """Make a session for a bundle; only the packages that the backend needs are imported.
 
@@ -32,6 +33,8 @@ def open_session(
         profile: whether an ONNX Runtime session records the seconds of each part of a step.
         prefill: which graphs prefill in the backend ``ort``; "sparse" needs less memory and takes longer, see
             `OrtSession`.
+        prepack: whether a sparse ONNX Runtime session keeps a packed copy of float weights, so that its dense steps
+            (prefill, and the verification of lossless decoding) are as fast as those of a dense session.
 
     Raises:
         UserError: an unknown backend, no bundle, engines that cannot run, or an option that the backend does not have.
@@ -42,10 +45,13 @@ def open_session(
         )
     if threads is not None and backend in BACKENDS and not backend.startswith(("ort", "torch")):
         raise UserError(f"threads do nothing for the backend {backend!r}, which runs on a GPU", "leave them out")
+    if prepack and backend in BACKENDS and not backend.startswith("ort"):
+        raise UserError(f"the backend {backend!r} does not pack weights", "leave --prepack out")
     if backend in ("ort", "ort-dense"):
-        from shadowllm.runtime.ort.session import OrtSession
+        from shadowllm.runtime.ort.session import Kind, OrtSession
 
-        return OrtSession(bundle, "dense" if backend == "ort-dense" else "auto", threads, profile, prefill=prefill)
+        kind: Kind = "dense" if backend == "ort-dense" else "auto"
+        return OrtSession(bundle, kind, threads, profile, prefill=prefill, prepack=prepack)
     if backend in ("torch", "torch-dense"):
         from shadowllm.runtime.torch_session import TorchSession
 

@@ -74,6 +74,39 @@ def check_tokens(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec, steps
     return int(longest + steps)
 
 
+def check_verified(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec) -> int:
+    """Refuse tokens, int64 ``(batch, seqlen)``, that a session cannot append to sequences of the given lengths.
+
+    Returns:
+        Length of the longest sequence after this step.
+
+    Raises:
+        UserError: as `check_tokens`.
+    """
+    if tokens.ndim != 2 or not tokens.shape[1]:
+        raise UserError(
+            f"verify takes integers of shape (batch, seqlen), got {tokens.shape}",
+            "give at least one token per sequence",
+        )
+    longest = check_tokens(tokens[:, 0], lengths, spec, tokens.shape[1])
+    _check_vocabulary(tokens.ravel().tolist(), spec)
+    return longest
+
+
+def check_rewind(lengths: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Return the lengths to which sequences of ``used`` tokens are set back, as int64 ``(batch,)``.
+
+    Raises:
+        UserError: a length is below 1, or above the number of tokens of its sequence.
+    """
+    if lengths.shape != used.shape or (lengths < 1).any() or (lengths > used).any():
+        raise UserError(
+            f"sequences of {used.tolist()} tokens cannot be set back to {lengths.tolist()}",
+            "give a length from 1 to the present one for each sequence",
+        )
+    return lengths.astype(np.int64)
+
+
 def budget_scalars(spec: ModelSpec, budget: Budget, rest: Rest) -> dict[str, int]:
     """The scalars of a budget, by the names of their inputs.
 

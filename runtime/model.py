@@ -23,7 +23,7 @@ class Model:
     """A bundle on one backend, used as a context manager: entering loads it, leaving frees it.
 
     Args:
-        bundle, backend, threads, prefill: as for `open_session`.
+        bundle, backend, threads, prefill, prepack: as for `open_session`.
         budget: fractions to keep; None is the bundle's default.
 
     Attributes:
@@ -41,10 +41,11 @@ class Model:
         threads: int | None = None,
         budget: Budget | None = None,
         prefill: Prefill = "dense",
+        prepack: bool = False,
     ) -> None:
         self._bundle, self._entered = bundle, False
         self.manifest = read_manifest(bundle)
-        self._session = open_session(bundle, backend, threads=threads, prefill=prefill)
+        self._session = open_session(bundle, backend, threads=threads, prefill=prefill, prepack=prepack)
         if budget is not None:
             self._session.set_budget(budget)
 

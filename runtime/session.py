@@ -1,10 +1,10 @@
-"""The interface of every backend: prefill prompts, decode token by token, change the budget in between."""
+"""The interfaces of the backends: prefill prompts, decode token by token, change the budget, verify drafts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -116,5 +116,41 @@ class Session(Protocol):
 
         Raises:
             UserError: as `decode`, or more steps than the model has positions.
+        """
+        ...
+
+
+@runtime_checkable
+class VerifyingSession(Session, Protocol):
+    """A session that can also run dense steps over several tokens, and set each sequence back.
+
+    Attributes:
+        longest_draft: `verify` takes at most one token more than this.
+    """
+
+    longest_draft: int
+
+    def verify(self, tokens: np.ndarray) -> np.ndarray:
+        """Append one or more tokens per sequence, int64 ``(batch, seqlen)``, with one dense step.
+
+        The step writes the cache entries of its positions. So after `rewind` it replaces those of sparse steps, and
+        the cache is that of a dense session.
+
+        Returns:
+            The logits after each token, float32 ``(batch, seqlen, vocab_size)``. The next call may overwrite them.
+
+        Raises:
+            UserError: as `decode`, fewer free positions than tokens, or more tokens than this session can verify.
+        """
+        ...
+
+    def rewind(self, lengths: np.ndarray) -> None:
+        """Keep only the first ``lengths`` tokens of each sequence, int64 ``(batch,)``.
+
+        Nothing is copied: a token attends to positions up to its own, so entries after it are not visible, and
+        later steps overwrite them.
+
+        Raises:
+            UserError: a length is below 1, or above the number of tokens of its sequence.
         """
         ...

@@ -17,7 +17,7 @@ from torch import Tensor
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.predictor_file import Predictor, check_neuron_budget
 from shadowllm.bundle.weights import read_weights
-from shadowllm.limits import check_threads
+from shadowllm.limits import LONGEST_DRAFT, check_threads
 from shadowllm.models.decoder import Decoder, KVCache
 from shadowllm.models.sparse_decoder import Certificate, SparseDecoder
 from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit
@@ -25,14 +25,14 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.per_layer import per_layer_scores
 from shadowllm.predictor.topk import active_mask
-from shadowllm.runtime.inputs import check_tokens, pad_prompts
+from shadowllm.runtime.inputs import check_rewind, check_tokens, check_verified, pad_prompts
 from shadowllm.runtime.session import Decodes
 
 Masks = dict[Unit, Tensor]  # a selection as bool ``(n_sparse, n_units)``
 
 
 class TorchSession:
-    """A `Session` over the reference decoder.
+    """A `VerifyingSession` over the reference decoder.
 
     Args:
         spec: the model.
@@ -51,6 +51,7 @@ class TorchSession:
         recomputed: see `Session.recomputed`.
     """
 
+    longest_draft = LONGEST_DRAFT
     memory = None
     step_seconds = None
 
@@ -157,6 +158,19 @@ class TorchSession:
 
     def decode_greedy(self, tokens: np.ndarray, steps: int) -> None:
         """Return None, see `Session.decode_greedy`: every step needs the host."""
+
+    @torch.no_grad()
+    def verify(self, tokens: np.ndarray) -> np.ndarray:
+        """See `VerifyingSession.verify`."""
+        self._reserve(check_verified(tokens, self._lengths, self.spec))
+        positions = self._lengths[:, None] + np.arange(tokens.shape[1])
+        logits = self._decoder(torch.from_numpy(tokens), torch.from_numpy(positions), self.cache)
+        self._lengths += tokens.shape[1]
+        return logits.numpy()
+
+    def rewind(self, lengths: np.ndarray) -> None:
+        """See `VerifyingSession.rewind`."""
+        self._lengths = check_rewind(lengths, self._lengths)
 
     def _sparse_step(self, input_ids: Tensor, positions: Tensor, predictor: Predictor) -> Tensor:
         x = self._stem(input_ids, positions)

@@ -107,6 +107,7 @@ def load(
     threads: int | None = None,
     budget: Budget | None = None,
     prefill: Prefill = "dense",
+    prepack: bool = False,
 ) -> Model:
     """Open a bundle for `generate` on one backend. Use the result in a ``with`` statement.
 
@@ -116,6 +117,8 @@ def load(
         threads: threads of each operator, for backends that compute on the CPU.
         budget: fractions to keep; the bundle's own when None. `Model.set_budget` changes it at any time.
         prefill: which graphs prefill in the backend ``ort``. "sparse" needs less memory, and prompts take longer.
+        prepack: keep a packed copy of float weights, with which ONNX Runtime's dense steps are faster. It is of use for
+            ``generate(..., lossless=True)``.
 
     Raises:
         UserError: there is no bundle, it is damaged, or the backend is unknown, cannot run here or does not have
@@ -123,7 +126,7 @@ def load(
     """
     from shadowllm.runtime.model import Model
 
-    return Model(Path(bundle), backend, threads=threads, budget=budget, prefill=prefill)
+    return Model(Path(bundle), backend, threads=threads, budget=budget, prefill=prefill, prepack=prepack)
 
 
 @overload
@@ -167,7 +170,8 @@ def generate(
         prompt: text, or token ids, which are used unchanged.
         max_new_tokens: largest number of tokens to generate.
         stream: return an iterator over pieces of text, or over token ids, as they are generated.
-        options: `GenerateOptions`: ``chat``, ``chat_template``, ``stop``, ``temperature``, ``top_k``, ``top_p``,
+        options: `GenerateOptions`: ``lossless`` (the dense model's own text, drafted at the model's budget),
+            ``draft_length``, ``chat``, ``chat_template``, ``stop``, ``temperature``, ``top_k``, ``top_p``,
             ``min_p``, ``repetition_penalty``, ``no_repeat_ngram_size`` and ``seed``. Options not given come from the
             model's generation config, except temperature and seed.
 

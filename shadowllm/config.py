@@ -13,7 +13,7 @@ from typing import Literal
 
 from shadowllm.config_fields import check_numbers, option
 from shadowllm.errors import UserError
-from shadowllm.limits import LARGEST_SEED
+from shadowllm.limits import LARGEST_SEED, LONGEST_DRAFT
 from shadowllm.models.activations import NAMES
 from shadowllm.models.sparsity import Budget, Rest
 from shadowllm.models.spec import HeadUnit
@@ -157,6 +157,7 @@ class EngineOptions:
         capacity: number of positions in the KV cache.
         max_seqlen: longest prompt of one call, in tokens.
         max_batch: largest number of sequences in a batch.
+        max_draft: most tokens that a round of lossless decoding drafts; 0 builds engines without it.
         timing_cache: file with kernel timings, kept across builds (full TensorRT).
         workspace_bytes: scratch memory per layer, in bytes.
         verbosity: how much detail the engine keeps for an inspector.
@@ -178,6 +179,7 @@ class EngineOptions:
     capacity: int = option(1024, least=1)
     max_seqlen: int = option(512, least=1)
     max_batch: int = option(1, least=1)
+    max_draft: int = option(0, least=0, most=LONGEST_DRAFT)
     timing_cache: Path | None = option(None, flag="--timingCacheFile", metavar="FILE")
     workspace_bytes: int | None = option(
         None, flag="--memPoolSize", metavar="workspace:SIZE", help="scratch memory, as workspace:512M"
@@ -221,6 +223,37 @@ class Target:
             raise UserError(f"the perplexity increase {self.ppl_increase} is not above 0", "2% or 0.02 asks for 2%")
         if self.speedup is not None and not 1 < self.speedup < math.inf:
             raise UserError(f"the speedup {self.speedup} is not above 1", "1.2 asks for 1.2 times as fast")
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Lossless decoding: sparse steps draft tokens, and a dense step verifies them.
+
+    Attributes:
+        lossless: write the text of the dense model: sparse steps draft it, dense steps verify several tokens at once.
+        draft_length: tokens drafted at once; None adapts it to what pays, by acceptance and the times of the steps.
+        first_length: tokens of the first drafts if their length adapts.
+
+    Raises:
+        UserError: a length is outside its limits, or given without ``lossless``.
+    """
+
+    lossless: bool = option(False)
+    draft_length: int | None = option(
+        None,
+        metavar="N",
+        least=0,
+        most=LONGEST_DRAFT,
+        called="the draft length",
+        help="with --lossless: tokens drafted at once",
+        otherwise="adapted to what pays",
+    )
+    first_length: int = 2
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.draft_length is not None and not self.lossless:
+            raise UserError("a draft length is given, but decoding is not lossless", "add --lossless or lossless=True")
 
 
 DEFAULT_TARGET = Target(ppl_increase=0.05)

@@ -8,6 +8,7 @@ from shadowllm.errors import UserError
 
 LARGEST = 2**31 - 1  # limit of counts of tokens, layers and so on
 LARGEST_SEED = 2**63 - 1  # PyTorch and NumPy both accept it
+LONGEST_DRAFT = 64  # drafted tokens of a round; more than a few never pay
 THREADS_PER_CORE = 8
 
 

@@ -208,6 +208,7 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
                 capacity=capacity,
                 max_batch=options.max_batch,
                 max_seqlen=min(options.max_seqlen, capacity),
+                max_kept=options.max_draft + 1,
             )
             records[piece] = build_engine(
                 onnx,

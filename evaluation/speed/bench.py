@@ -12,6 +12,7 @@ import numpy as np
 from shadowllm.bundle.cost_model import Traffic, fired_shares, mean_traffic, predictor_bytes, sparse_pays
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest, read_manifest
 from shadowllm.child import module_command
+from shadowllm.config import Drafting
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
@@ -25,7 +26,7 @@ from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.recomputed_rows import RecomputedRows
 from shadowllm.runtime.session import Prefill
 
-SPARSE = "sparse"
+SPARSE, LOSSLESS = "sparse", "lossless"
 CPU_BACKENDS = ("ort", "torch")
 
 
@@ -43,14 +44,19 @@ def bench(
     threads: int | None = None,
     percentiles: Sequence[float] = (50, 90, 99),
     prefill: Prefill = "dense",
+    drafting: Drafting | None = None,
+    prepack: bool = False,
 ) -> Report:
     """Time a bundle's sparse path and other backends, each in its own process, with interleaved runs.
+
+    Lossless decoding is timed as a whole loop, and so are the backends beside it. Its tokens come several at once, so
+    speeds are compared by the mean latency. Instead of quality, the report tells whether the tokens are the baseline's.
 
     Args:
         bundle: folder written by ``shadowllm export``.
         against: backends to compare with; the first is the baseline of the quality figures.
         backend: the backend that runs the sparse path.
-        budget: fractions to keep; the bundle's default if None.
+        budget: fractions to keep; the bundle's default if None (of drafts, if decoding is lossless).
         prompt_len: tokens of the prompt, which is documentation text.
         new_tokens: tokens of each generation; the first is the result of the prefill.
         runs: number of counted generations.
@@ -60,17 +66,24 @@ def bench(
         threads: threads of each session; the session's default if None.
         percentiles: percentiles of the inter-token latency; 50, 90 and 99 are always included.
         prefill: which graphs of the sparse path prefill, see `open_session`.
+        drafting: whether the bundle decodes losslessly, and how it drafts.
+        prepack: as for `open_session`, for the sparse path.
 
     Raises:
         UserError: no bundle, an argument out of range, too little text, or a worker failed.
     """
     manifest = read_manifest(bundle)
-    budget = budget or manifest.budget
+    drafting = drafting or Drafting()
+    budget = budget or (manifest.draft_budget if drafting.lossless else manifest.budget)
     _check(manifest, against, prompt_len, new_tokens, runs, warmup, quality_tokens)
+    quality_tokens = 0 if drafting.lossless else quality_tokens
     text = passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), prompt_len + quality_tokens)
-    backends = {SPARSE: backend} | {name: name for name in against}
+    own = LOSSLESS if drafting.lossless else SPARSE
+    backends = {own: backend} | {name: name for name in against}
+    options = ["--prefill", prefill, *drafting_options(drafting, manifest), *(["--prepack"] if prepack else [])]
+    loop = ["--loop"] if drafting.lossless else []
     contenders = [
-        Contender(name, session_command(bundle, chosen, budget, threads, prefill if name == SPARSE else "dense"))
+        Contender(name, session_command(bundle, chosen, budget, threads, options if name == own else loop))
         for name, chosen in backends.items()
     ]
     texts = Texts(text[:prompt_len], text[prompt_len:], baseline=against[0])
@@ -90,8 +103,13 @@ def bench(
         recomputed = _recomputed(generations, budget)
         read = replace(budget, shortlist=round(recomputed["mean"])) if recomputed else budget
         summary = summarise(generations, wanted)
-        traffic = traffic_of(manifest, name, backends[name], read, prompt_len, new_tokens, summary.fired)
-        results.append(Result(name, summary, traffic, (scores or {}).get(name, {}), recomputed))
+        traffic = None
+        if name != LOSSLESS:
+            traffic = traffic_of(manifest, name, backends[name], read, prompt_len, new_tokens, summary.fired)
+        same = generations[0].tokens == taken[against[0]][0].tokens if drafting.lossless else None
+        lossless = [generation.lossless for generation in generations if generation.lossless]
+        quality = (scores or {}).get(name, {})
+        results.append(Result(name, summary, traffic, quality, recomputed, lossless, same))
     settings = {
         "model": manifest.model,
         "dtype": manifest.dtype,
@@ -109,8 +127,12 @@ def bench(
         "certify": budget.certify,
         "rest": budget.rest_with(manifest.rest == "shadow"),
         "predictor": manifest.predictor.get("kind"),
+        "lossless": drafting.lossless,
+        "draft_length": drafting.draft_length,
+        "prepack": prepack,
     }
-    pairs = [{"name": SPARSE, "baseline": name, "speedup": speedup(taken[name], taken[SPARSE])} for name in against]
+    average = np.mean if drafting.lossless else np.median
+    pairs = [{"name": own, "baseline": name, "speedup": speedup(taken[name], taken[own], average)} for name in against]
     return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
 
 
@@ -166,7 +188,7 @@ def _check(
     warmup: int,
     quality_tokens: int,
 ) -> None:
-    if not against or len(set(against)) < len(against) or SPARSE in against:
+    if not against or len(set(against)) < len(against) or {SPARSE, LOSSLESS} & set(against):
         raise UserError(
             f"cannot compare with {', '.join(against) or 'nothing'}",
             "give each backend once, for example --against ort-dense",
@@ -187,10 +209,18 @@ def _check(
         )
 
 
+def drafting_options(drafting: Drafting, manifest: Manifest) -> list[str]:
+    """Return the options of a worker that decodes losslessly; none if it does not."""
+    if not drafting.lossless:
+        return []
+    given = [] if drafting.draft_length is None else ["--draft-length", str(drafting.draft_length)]
+    return ["--lossless", "--first-length", str(manifest.first_draft_length), *given]
+
+
 def session_command(
-    bundle: Path, backend: str, budget: Budget, threads: int | None, prefill: Prefill = "dense"
+    bundle: Path, backend: str, budget: Budget, threads: int | None, more: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Return the command line of a worker process that serves a session."""
+    """Return the command line of a worker process that serves a session; ``more`` are further options of it."""
     options = {"--threads": threads, "--shortlist": budget.shortlist, "--rest": budget.rest}
     certify = ("--certify",) if budget.certify else ()
     given = [text for name, value in options.items() if value for text in (name, str(value))]
@@ -202,10 +232,9 @@ def session_command(
         format_fractions(budget.neurons),
         "--head-budget",
         format_fractions(budget.heads),
-        "--prefill",
-        prefill,
         *given,
         *certify,
+        *more,
     )
 
 

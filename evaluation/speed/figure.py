@@ -25,10 +25,11 @@ def draw(report: Report, path: Path) -> None:
     axes = figure.subplots(1, columns, sharey=True)
     names = [result.name for result in report.results]
     summaries = [result.summary for result in report.results]
-    medians = [summary.itl_ms["median"] for summary in summaries]
-    _bars(axes[0], names, medians, "Inter-token latency, ms\n(median, line to 90%)", "{:.1f}")
+    average = report.average
+    averages = [summary.itl_ms[average] for summary in summaries]
+    _bars(axes[0], names, averages, f"Inter-token latency, ms\n({average}, line to 90%)", "{:.1f}")
     tails = [summary.itl_ms["p90"] for summary in summaries]
-    axes[0].hlines(range(len(names)), medians, tails, color="#555555", linewidth=1)
+    axes[0].hlines(range(len(names)), averages, tails, color="#555555", linewidth=1)
     rates = [summary.tokens_per_second for summary in summaries]
     _bars(axes[1], names, rates, "Decode throughput,\ntokens/s", "{:.1f}")
     if measured:

@@ -24,6 +24,8 @@ class Result:
         traffic: bytes that it must read per decode step; None if unknown.
         quality: ``next_token_agreement`` with the baseline, ``perplexity``, ``tokens``; empty if not measured.
         recomputed_rows: see `RecomputedRows.summary`; empty without a shortlist.
+        lossless: what the drafts of each run gave (`DraftRecord.to_dict`); empty without drafts.
+        same_tokens: whether the first run has the baseline's tokens; None if that is not asked.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Result:
     traffic: Traffic | None = None
     quality: dict[str, float] = field(default_factory=dict)
     recomputed_rows: dict[str, float] = field(default_factory=dict)
+    lossless: Sequence[dict[str, Any]] = ()
+    same_tokens: bool | None = None
 
     @property
     def gb_per_second(self) -> float | None:
@@ -55,6 +59,8 @@ class Result:
             "fired": summary.fired,
             "quality": self.quality,
             "recomputed_rows": self.recomputed_rows,
+            "lossless": list(self.lossless),
+            "same_tokens": self.same_tokens,
         }
 
 
@@ -128,11 +134,16 @@ class Report:
             f"{self.environment['threads']} threads"
         )
 
+    @property
+    def average(self) -> str:
+        """The average of the inter-token latencies; tokens of lossless decoding come several at once."""
+        return "mean" if self.settings.get("lossless") else "median"
+
     def _cells(self, result: Result) -> dict[str, str]:
         summary, itl, quality = result.summary, result.summary.itl_ms, result.quality
         cells = {
             "TTFT, ms": f"{summary.ttft_ms['median']:.1f}",
-            "ITL median, ms": f"{itl['median']:.2f}",
+            f"ITL {self.average}, ms": f"{itl[self.average]:.2f}",
             "ITL percentile(90%), ms": f"{itl['p90']:.2f}",
             "ITL percentile(99%), ms": f"{itl['p99']:.2f}",
             "Throughput, tokens/s": f"{summary.tokens_per_second:.1f}",
@@ -152,6 +163,16 @@ class Report:
                 "Exact output rows": f"{result.recomputed_rows['mean']:.0f}",
                 "Steps beyond the shortlist": f"{result.recomputed_rows['fallback_share']:.1%}",
             }
+        if result.same_tokens is not None:
+            cells["Same tokens"] = "yes" if result.same_tokens else "no"
+        if result.lossless:
+            accepted, drafted, drafts = (
+                sum(run[name] for run in result.lossless) for name in ("accepted", "drafted", "drafts")
+            )
+            if drafts:
+                cells["Accepted per draft"] = (
+                    f"{accepted / drafts:.2f} of {drafted / drafts:.2f} ({accepted / drafted:.0%})"
+                )
         if quality:
             cells |= {
                 "Next-token agreement": f"{quality['next_token_agreement']:.1%}",

@@ -24,7 +24,8 @@ from shadowllm.child import Progress
 from shadowllm.child import serve as serve_requests
 
 if TYPE_CHECKING:
-    from shadowllm.runtime.session import Memory
+    from shadowllm.config import Drafting
+    from shadowllm.runtime.session import Memory, Session
 
 Answer = dict[str, Any]
 Commands = Mapping[str, Callable[..., Answer]]
@@ -118,10 +119,14 @@ class StepTimer:
 
 
 class LoopTimer:
-    """Times a whole generation loop, token by token, including sampling and bookkeeping."""
+    """Times a whole generation loop, token by token, including sampling and bookkeeping.
 
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
+    Args:
+        lossless: returns what the drafts of the last loop gave.
+    """
+
+    def __init__(self, loop: Loop, lossless: Callable[[], Answer] = dict) -> None:
+        self._loop, self._lossless = loop, lossless
 
     def commands(self) -> Commands:
         """Return the commands for `serve`."""
@@ -134,7 +139,8 @@ class LoopTimer:
             ticks.append(time.perf_counter_ns())
             tokens.append(token)
         spans = (np.diff(ticks) / 1e6).tolist()
-        return {"ttft_ms": spans[0], "itl_ms": spans[1:], "tokens": tokens, "parts_ms": {}}
+        answer = {"ttft_ms": spans[0], "itl_ms": spans[1:], "tokens": tokens, "parts_ms": {}}
+        return answer | {"lossless": self._lossless()}
 
 
 def serve(load: Callable[[], AbstractContextManager[Commands]]) -> int:
@@ -181,7 +187,8 @@ def _negative_log_likelihood(logits: np.ndarray, token: int) -> float:
 
 
 def main() -> int:
-    """Serve a bundle's session. The arguments are those of `open_session`, and the budget."""
+    """Serve a bundle's session. The arguments are those of `open_session`, the budget, and those of `Drafting`."""
+    from shadowllm.config import Drafting
     from shadowllm.models.sparsity import Budget, parse_fractions
 
     parser = argparse.ArgumentParser(prog="python -m shadowllm.evaluation.speed.worker", description=__doc__)
@@ -195,29 +202,47 @@ def main() -> int:
     parser.add_argument("--certify", action="store_true")
     parser.add_argument("--prefill", default="dense")
     parser.add_argument("--loop", action="store_true", help="time the generation loop, not the session's steps alone")
-    arguments = parser.parse_args()
+    parser.add_argument("--lossless", action="store_true", help="the same, with drafts and their verification")
+    parser.add_argument("--draft-length", type=int)
+    parser.add_argument("--first-length", type=int, default=2)
+    parser.add_argument("--prepack", action="store_true")
+    given = parser.parse_args()
+    budget = Budget(
+        heads=given.head_budget,
+        neurons=given.neuron_budget,
+        shortlist=given.shortlist,
+        rest=given.rest,
+        certify=given.certify,
+    )
+    drafting = Drafting(given.lossless, given.draft_length, given.first_length)
 
     @contextmanager
     def load() -> Iterator[Commands]:
-        from shadowllm.runtime import generate, open_session
+        from shadowllm.runtime import open_session
 
-        options = {"threads": arguments.threads, "prefill": arguments.prefill}
-        with open_session(arguments.bundle, arguments.backend, profile=True, **options) as session:
-            session.set_budget(
-                Budget(
-                    heads=arguments.head_budget,
-                    neurons=arguments.neuron_budget,
-                    shortlist=arguments.shortlist,
-                    rest=arguments.rest,
-                    certify=arguments.certify,
-                )
-            )
-            if arguments.loop:
-                yield LoopTimer(lambda prompt, n: (row[0] for row in generate(session, [prompt], n))).commands()
-            else:
-                yield StepTimer(session).commands()
+        options = {"threads": given.threads, "profile": True, "prefill": given.prefill, "prepack": given.prepack}
+        with open_session(given.bundle, given.backend, **options) as session:
+            session.set_budget(budget)
+            timer = _loop_timer(session, drafting) if given.loop or given.lossless else StepTimer(session)
+            yield timer.commands()
 
     return serve(load)
+
+
+def _loop_timer(session: Session, drafting: Drafting) -> LoopTimer:
+    """Time greedy generations of a session; the lengths of drafts start anew in each."""
+    from shadowllm.runtime import generate
+    from shadowllm.runtime.generation.draft_length import draft_length_of
+
+    last: Answer = {}
+
+    def loop(prompt: list[int], new_tokens: int) -> Iterator[int | None]:
+        length = draft_length_of(drafting)
+        for row in generate(session, [prompt], new_tokens, draft_length=length):
+            yield row[0]
+        last.update(length.record.to_dict() if length else {})
+
+    return LoopTimer(loop, lambda: dict(last))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from shadowllm.bundle.manifest import Manifest
+from shadowllm.config import Drafting
 from shadowllm.limits import check_whole
+from shadowllm.runtime.generation.draft_length import DraftRecord, draft_length_of
 from shadowllm.runtime.generation.generate import generate
 from shadowllm.runtime.generation.sampling import Sampling, bundle_sampling
 from shadowllm.runtime.generation.text import TextStream, encode_prompt, stop_criteria
@@ -25,6 +27,7 @@ class GenerateOptions(TypedDict, total=False):
         chat: apply the model's chat template to each text.
         chat_template: apply the chat template with this name, if the model has several.
         stop: a string, or several; the text ends before the first of them.
+        lossless, draft_length: as in `Drafting`.
         temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size, seed: as in `Sampling`.
             Temperature and seed never come from the config. Without a temperature, decoding is greedy.
     """
@@ -32,6 +35,8 @@ class GenerateOptions(TypedDict, total=False):
     chat: bool
     chat_template: str | None
     stop: str | Sequence[str] | None
+    lossless: bool
+    draft_length: int | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -51,6 +56,7 @@ class Request:
         stop_ids: tokens that end a text.
         stops: strings that end a text.
         stopping: detects the stop strings; None without them.
+        drafting: whether the text is that of the dense model, and how it is drafted.
         tokenizer: None if all prompts are token ids and there are no stop strings. Then no text is made.
     """
 
@@ -61,6 +67,7 @@ class Request:
     stops: tuple[str, ...] = ()
     stopping: StopStringCriteria | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    drafting: Drafting = field(default_factory=Drafting)
 
 
 def make_request(
@@ -83,6 +90,9 @@ def make_request(
     check_whole("the number of new tokens", max_new_tokens)
     chat, template = bool(options.pop("chat", False)), options.pop("chat_template", None)
     stop = options.pop("stop", None)
+    drafting = Drafting(
+        bool(options.pop("lossless", False)), options.pop("draft_length", None), manifest.first_draft_length
+    )
     sampling, stops = bundle_sampling(bundle, manifest, (stop,) if isinstance(stop, str) else stop, **options)
     tokenizer = load() if stops or any(isinstance(prompt, str) for prompt in prompts) else None
 
@@ -94,7 +104,7 @@ def make_request(
 
     ids = [encoded(prompt) for prompt in prompts]
     stopping = None if tokenizer is None else stop_criteria(tokenizer, stops)
-    return Request(ids, max_new_tokens, sampling, manifest.spec.eos_token_ids, stops, stopping, tokenizer)
+    return Request(ids, max_new_tokens, sampling, manifest.spec.eos_token_ids, stops, stopping, tokenizer, drafting)
 
 
 class Completion:
@@ -103,6 +113,7 @@ class Completion:
     Attributes:
         texts: the new text of each sequence so far; empty if the request has no tokenizer.
         tokens: the new token ids of each sequence, those of a stop string included.
+        drafts: what the drafts of a lossless request gave so far; None for other requests.
     """
 
     def __init__(self, request: Request) -> None:
@@ -112,6 +123,8 @@ class Completion:
         )
         self.texts = [""] * len(request.prompts)
         self.tokens: list[list[int]] = [[] for _ in request.prompts]
+        self._draft_length = draft_length_of(request.drafting)
+        self.drafts: DraftRecord | None = self._draft_length.record if self._draft_length else None
 
     def grow(self, session: Session) -> Iterator[list[str]]:
         """Generate the texts; call this only once.
@@ -123,9 +136,8 @@ class Completion:
             UserError: as `generate`.
         """
         asked = self._request
-        for step in generate(
-            session, asked.prompts, asked.max_new_tokens, asked.sampling, asked.stop_ids, asked.stopping
-        ):
+        ends = asked.stop_ids, asked.stopping
+        for step in generate(session, asked.prompts, asked.max_new_tokens, asked.sampling, *ends, self._draft_length):
             pieces = [""] * len(self.texts)
             for row, token in enumerate(step):
                 if token is not None:

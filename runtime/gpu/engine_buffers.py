@@ -28,7 +28,7 @@ OWN = {
     "prefill": {
         "input_ids": "prompt_ids",
         "position_ids": "prompt_positions",
-        "logits_to_keep": "last_tokens",
+        "logits_to_keep": "kept_tokens",
         **{name: f"all_{name}" for name in (*names.SELECTION, names.SHORTLIST)},
     },
     "decode": {"input_ids": "tokens", "position_ids": "positions", "logits_to_keep": "first_token"},
@@ -37,11 +37,19 @@ OWN = {
 
 @dataclass(frozen=True)
 class Limits:
-    """The sizes that engines are built for: most sequences, longest prompt, positions of the cache."""
+    """The sizes that engines are built for.
+
+    Attributes:
+        batch: most sequences.
+        seqlen: longest prompt.
+        capacity: positions of the cache.
+        kept: most tokens of a sequence whose logits a dense step returns. 1 serves prompts alone.
+    """
 
     batch: int
     seqlen: int
     capacity: int
+    kept: int = 1
 
     @classmethod
     def of(cls, records: Sequence[EngineRecord]) -> Limits:
@@ -52,7 +60,12 @@ class Limits:
         """
         profiles = {profile.name: profile.shapes for profile in records[0].profiles}
         batch, seqlen = profiles["prefill"]["input_ids"][2]
-        found = cls(batch, seqlen, profiles["prefill"]["past_key_values.0.key"][2][2])
+        kept = [
+            record.profiles[0].shapes["logits_to_keep"][2][1]
+            for record in records
+            if "logits_to_keep" in record.profiles[0].shapes
+        ]
+        found = cls(batch, seqlen, profiles["prefill"]["past_key_values.0.key"][2][2], *kept)
         for record in records[1:]:
             shapes = record.profiles[0].shapes
             if "hidden" in shapes and shapes["hidden"][2][:2] != (batch, seqlen):
@@ -84,20 +97,20 @@ def buffers(layers: SparseLayers, dtype: str, batch: int, limits: Limits) -> dic
         dtype: type of activations and cache.
     """
     spec = layers.spec
-    prompt, one = (batch, limits.seqlen), (batch, 1)
+    prompt, kept, one = (batch, limits.seqlen), (batch, limits.kept), (batch, 1)
     cache = (batch, spec.n_kv_heads, limits.capacity, spec.head_dim)
     found = [
         *(Buffer(name, "int64", prompt) for name in ("prompt_ids", "prompt_positions")),
-        *(Buffer(name, "int64", one) for name in ("last_tokens", "first_token", "tokens", "positions")),
-        *(Buffer(name, "int64", one) for name in ("next_tokens", "next_position_ids")),
-        Buffer("logits", "float32", (*one, spec.vocab_size)),
+        *(Buffer(name, "int64", kept) for name in ("kept_tokens", "next_tokens")),
+        *(Buffer(name, "int64", one) for name in ("first_token", "tokens", "positions", "next_position_ids")),
+        Buffer("logits", "float32", (*kept, spec.vocab_size)),
         *(Buffer(f"cache.{layer}.{part}", dtype, cache) for layer in range(spec.n_layers) for part in ("key", "value")),
     ]
     if layers.count:
         found.append(Buffer("hidden", dtype, (*prompt, spec.hidden_size)))
         # Of bundles with a low-bit copy of all matrices.
         found += (Buffer(name, "int32", ()) for name in (*names.SCALARS, f"all_{names.SHORTLIST}"))
-        found.append(Buffer(names.RECOMPUTED, "int32", (batch,)))
+        found.append(Buffer(names.RECOMPUTED, "int32", (batch * limits.kept,)))
         for unit, width in layer_units(spec).items():
             indices, counts = names.indices(unit), names.counts(unit)
             for prefix in ("all_", ""):
@@ -120,11 +133,11 @@ def buffer_of(tensor: str, phase: Phase) -> str:
     return OWN[phase].get(tensor, tensor)
 
 
-def shape_of(buffer: Buffer, seqlen: int) -> tuple[int, ...]:
-    """Shape of a buffer's tensor in a step over ``seqlen`` tokens."""
+def shape_of(buffer: Buffer, seqlen: int, kept: int = 1) -> tuple[int, ...]:
+    """Shape of an input in a step over ``seqlen`` tokens per sequence, which returns the logits after ``kept``."""
     if buffer.name in ("prompt_ids", "prompt_positions", "hidden"):
         return (buffer.shape[0], seqlen, *buffer.shape[2:])
-    return buffer.shape
+    return (buffer.shape[0], kept) if buffer.name == "kept_tokens" else buffer.shape
 
 
 def layout(found: Mapping[str, Buffer]) -> tuple[dict[str, int], int]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from shadowllm.runtime.inputs import check_rewind
+
 # Steps launched beyond the one that is waited for: enough that the GPU never waits for Python.
 AHEAD = 4
 SLOTS = AHEAD + 1  # host copies of tokens, one for each launched step
@@ -55,6 +57,10 @@ class PipelinedDecode(ABC):
             tokens = self._received(done % SLOTS)
             self._lengths += 1  # later launched steps wrote past this length, where nothing reads
             yield tokens
+
+    def rewind(self, lengths: np.ndarray) -> None:
+        """See `VerifyingSession.rewind`."""
+        self._lengths = check_rewind(lengths, self._lengths)
 
     @abstractmethod
     def _start(self, tokens: np.ndarray, steps: int) -> None:

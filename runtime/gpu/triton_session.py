@@ -15,6 +15,7 @@ from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.predictor_file import Predictor, check_neuron_budget
 from shadowllm.bundle.quantised_tensors import CopyTensors
 from shadowllm.errors import UserError
+from shadowllm.limits import LONGEST_DRAFT
 from shadowllm.models.decoder import KVCache
 from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
@@ -24,7 +25,8 @@ from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
 from shadowllm.runtime.gpu.rest import RestInputs, chosen_inside, rest_inputs
 from shadowllm.runtime.gpu.selection import PerLayerSelection, UpfrontSelection, choose, device_copies
 from shadowllm.runtime.gpu.triton_step import StepDecoder, merged
-from shadowllm.runtime.inputs import budget_scalars, check_tokens, pad_prompts
+from shadowllm.runtime.gpu.triton_verification import Verification
+from shadowllm.runtime.inputs import budget_scalars, check_tokens, check_verified, pad_prompts
 from shadowllm.runtime.session import Decodes
 
 # The cache grows by this many positions. Each growth needs a new CUDA graph.
@@ -32,7 +34,7 @@ CACHE_BLOCK = 1024
 
 
 class TritonSession(PipelinedDecode):
-    """A `Session` on one GPU.
+    """A `VerifyingSession` on one GPU.
 
     Prefill is dense. A decode step reads its tokens and positions on the device and writes the most probable next
     ones there, so greedy decoding only replays one CUDA graph. Budgets are counts that the kernels read, so a new
@@ -55,6 +57,7 @@ class TritonSession(PipelinedDecode):
         UserError: no GPU.
     """
 
+    longest_draft = LONGEST_DRAFT
     memory = None  # PyTorch manages the device memory
 
     def __init__(
@@ -121,7 +124,17 @@ class TritonSession(PipelinedDecode):
         return self
 
     def __exit__(self, *error: object) -> None:
-        tensors = ("_replay", "_decoder", "cache", "_tokens", "_positions", "_logits", "_host_logits", "_slots")
+        tensors = (
+            "_replay",
+            "_verifications",
+            "_decoder",
+            "cache",
+            "_tokens",
+            "_positions",
+            "_logits",
+            "_host_logits",
+            "_slots",
+        )
         self._forget(*tensors, "_source", "_predictor", "_copies", "_per_layer")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -156,6 +169,16 @@ class TritonSession(PipelinedDecode):
         self._logits.copy_(decoder.logits(x[torch.arange(len(lengths), device=self.device), lengths - 1]))
         self._lengths[:] = padded[-1]
         return self._fetched()
+
+    def verify(self, tokens: np.ndarray) -> np.ndarray:
+        """See `VerifyingSession.verify`. Each number of tokens has its own CUDA graph, captured at its first use."""
+        self._reserve(check_verified(tokens, self._lengths, self.spec))
+        seqlen = tokens.shape[1]
+        if seqlen not in self._verifications:
+            self._verifications[seqlen] = Verification(self._decoder, self.cache, seqlen, self.device)
+        logits = self._verifications[seqlen](tokens, self._lengths)
+        self._lengths += seqlen
+        return logits
 
     def _start(self, tokens: np.ndarray, steps: int) -> None:
         """Grow the cache for the steps, and write the first step's tokens and positions to the device."""
@@ -193,7 +216,7 @@ class TritonSession(PipelinedDecode):
 
         The capture runs steps at position 0 of the cache, which is still empty.
         """
-        self._forget("_replay", "cache")
+        self._forget("_replay", "_verifications", "cache")
         batch = len(self._lengths)
         self.cache = KVCache.empty(self.spec, batch, capacity, self.dtype, self.device)
         self._tokens, self._positions = (
@@ -205,6 +228,7 @@ class TritonSession(PipelinedDecode):
         self._slots = torch.zeros((SLOTS, batch, 1), dtype=torch.int64, pin_memory=cuda)
         self._events = [torch.cuda.Event() for _ in self._slots] if cuda else []
         self._replay = captured(self._step, self.device)
+        self._verifications: dict[int, Verification] = {}
 
     def _forget(self, *names: str) -> None:
         """Wait for the GPU, then drop tensors and the CUDA graph."""

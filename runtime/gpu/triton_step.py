@@ -31,8 +31,8 @@ class Shared:
     """Values that all layers of one step share.
 
     Attributes:
-        mask: ``(batch, 1, 1, capacity)``, 0 for cached tokens that a decode step sees and -inf for others;
-            None for prompts, which use causal attention over their own tokens.
+        mask: ``(batch, 1, seqlen, capacity)``, 0 for cached tokens that a token sees and -inf for others; None for
+            prompts, which use causal attention over their own tokens.
         lengths: int32 ``(batch,)``, tokens in the cache after the step's tokens are written.
         rotary: cos and sin ``(batch, seqlen, head_dim / 2)`` of each RoPE of the model.
     """
@@ -62,16 +62,16 @@ class StepDecoder(Decoder):
         """Prepare a step; its layers are dense until `selection` is set.
 
         Args:
-            position_ids: int64 ``(batch, seqlen)`` on the device, for one token per sequence or for prompts. Prompts
-                have ``0 .. seqlen - 1`` in every row.
-            capacity: capacity of the cache for a decode step; None for prompts.
+            position_ids: int64 ``(batch, seqlen)`` on the device. Prompts have ``0 .. seqlen - 1`` in every row.
+            capacity: capacity of the cache if the tokens follow others; None for prompts.
         """
         mask = None
         if capacity is not None:
             # An additive mask: PyTorch would convert a boolean mask again in every layer.
             slots = torch.arange(capacity, device=self._device)
-            mask = torch.zeros((len(position_ids), 1, 1, capacity), dtype=self._dtype, device=self._device)
-            mask.masked_fill_(slots > position_ids[:, None, None], -torch.inf)
+            shape = (len(position_ids), 1, position_ids.shape[1], capacity)
+            mask = torch.zeros(shape, dtype=self._dtype, device=self._device)
+            mask.masked_fill_(slots > position_ids[:, None, :, None], -torch.inf)
         lengths = (position_ids[:, -1] + 1).to(torch.int32)
         rotary = {
             rope: tuple(table[position_ids].to(self._dtype) for table in tables) for rope, tables in self.rotary.items()
@@ -128,6 +128,9 @@ class StepDecoder(Decoder):
         if mask is None:
             own = (keys[:, :, :seqlen], values[:, :, :seqlen])
             return F.scaled_dot_product_attention(query, *own, is_causal=True, enable_gqa=self.spec.group_size > 1)
+        if seqlen > 1:
+            grouped_queries = self.spec.group_size > 1
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped_queries)
         # At one token, treat the query heads of a group as tokens of its KV head, which every fused kernel supports.
         grouped = query.view(len(query), self.spec.n_kv_heads, self.spec.group_size, self.spec.head_dim)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(query.shape)

@@ -71,10 +71,10 @@ class TrtEngine:
                     raise UserError(f"{self._name} has a tensor {tensor} of {dtype}, which is not known here", REMEDY)
                 self._need(context.set_tensor_address(tensor, addresses[name]), f"the address of {tensor}")
 
-    def shape(self, phase: Phase, found: Mapping[str, Buffer], seqlen: int) -> None:
-        """Set the input shapes of a phase for steps over ``seqlen`` tokens."""
+    def shape(self, phase: Phase, found: Mapping[str, Buffer], seqlen: int, kept: int = 1) -> None:
+        """Set the input shapes of a phase for steps over ``seqlen`` tokens that return the logits after ``kept``."""
         for tensor in self._inputs:
-            shape = shape_of(found[buffer_of(tensor, phase)], seqlen)
+            shape = shape_of(found[buffer_of(tensor, phase)], seqlen, kept)
             self._need(self._contexts[phase].set_input_shape(tensor, shape), f"the shape {shape} of {tensor}")
 
     def capturable(self, stream: int) -> bool:

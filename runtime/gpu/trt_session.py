@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,14 +24,14 @@ from shadowllm.runtime.gpu.engine_buffers import Limits, buffers, constants, lay
 from shadowllm.runtime.gpu.kernel_cache import kernel_file
 from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
 from shadowllm.runtime.gpu.trt_engine import TrtEngine, load_plugins, logger_class
-from shadowllm.runtime.inputs import budget_scalars, check_tokens, pad_prompts
+from shadowllm.runtime.inputs import budget_scalars, check_tokens, check_verified, pad_prompts
 from shadowllm.runtime.session import Memory
 
 Kind = Literal["sparse", "dense"]
 
 
 class TrtSession(PipelinedDecode):
-    """A `Session` over the engines of one flavour.
+    """A `VerifyingSession` over the engines of one flavour.
 
     Prefill runs ``stem`` and ``body`` with the engines' first profile and with everything exact. A decode step runs
     ``stem``, ``predictor`` (if there is one) and ``body`` with the second profile, and picks the next tokens. It is
@@ -46,6 +47,7 @@ class TrtSession(PipelinedDecode):
     Attributes:
         spec: the model, with at most as many positions as the engines' cache.
         decodes: as ``kind``.
+        longest_draft: as the engines are built.
         memory: device memory in use since `reset`; None before it.
 
     Raises:
@@ -58,6 +60,7 @@ class TrtSession(PipelinedDecode):
         manifest, self._records = check_engines(bundle, flavour, trt.__version__, kind)
         self._folder, self._trt = bundle / "engines" / flavour, trt
         self._limits = Limits.of(list(self._records.values()))
+        self.longest_draft = min(self._limits.kept, self._limits.seqlen) - 1
         self.spec = replace(manifest.spec, max_seqlen=min(manifest.spec.max_seqlen, self._limits.capacity))
         self._dtype, self._rest = manifest.dtype, manifest.rest
         self._selects_by: str = manifest.predictor["kind"]
@@ -137,15 +140,36 @@ class TrtSession(PipelinedDecode):
                 f"a prompt of {seqlen} tokens, the engines take {self._limits.seqlen}",
                 f"`shadowllm build --max-seqlen {seqlen}`",
             )
-        self._write("prompt_ids", ids)
-        self._write("prompt_positions", positions)
-        self._write("last_tokens", lengths[:, None] - 1)
-        for name, piece in self._pieces.items():
-            if name != "predictor":
-                piece.shape("prefill", self._buffers, seqlen)
-                piece.run("prefill", self._cuda.stream)
+        self._run_dense(ids, positions, lengths[:, None] - 1)
         self._lengths[:] = lengths
         return self._fetched()
+
+    def verify(self, tokens: np.ndarray) -> np.ndarray:
+        """See `VerifyingSession.verify`; it runs as a prefill, after the tokens that are in the cache.
+
+        Raises:
+            UserError: also if the engines do not return the logits after so many tokens.
+        """
+        check_verified(tokens, self._lengths, self.spec)
+        batch, seqlen = tokens.shape
+        if seqlen > self.longest_draft + 1:
+            raise UserError(
+                f"the engines verify {self.longest_draft} drafted tokens at once, {seqlen - 1} are asked for",
+                f"`shadowllm build --max-draft {seqlen - 1}`",
+            )
+        steps = np.tile(np.arange(seqlen), (batch, 1))
+        self._run_dense(tokens, self._lengths[:, None] + steps, steps)
+        self._lengths += seqlen
+        return self._read_logits(seqlen)
+
+    def _run_dense(self, ids: np.ndarray, positions: np.ndarray, kept: np.ndarray) -> None:
+        """Launch a dense step; all are int64, ``(batch, seqlen)`` and, of the tokens with logits, ``(batch, kept)``."""
+        for name, contents in (("prompt_ids", ids), ("prompt_positions", positions), ("kept_tokens", kept)):
+            self._write(name, contents.astype(np.int64))
+        for name, piece in self._pieces.items():
+            if name != "predictor":
+                piece.shape("prefill", self._buffers, ids.shape[1], kept.shape[1])
+                piece.run("prefill", self._cuda.stream)
 
     def _start(self, tokens: np.ndarray, steps: int) -> None:
         check_tokens(tokens, self._lengths, self.spec, steps)
@@ -161,9 +185,15 @@ class TrtSession(PipelinedDecode):
         return self._slots[slot, :, 0].copy()
 
     def _fetched(self) -> np.ndarray:
-        self._cuda.read(self._logits, self._address("logits"))
+        return self._read_logits(1)[:, 0]
+
+    def _read_logits(self, kept: int) -> np.ndarray:
+        """Wait for the logits after ``kept`` tokens, float32 ``(batch, kept, vocab_size)``."""
+        shape = (len(self._lengths), kept, self.spec.vocab_size)
+        there = self._logits[: math.prod(shape)]
+        self._cuda.read(there, self._address("logits"))
         self._cuda.wait()
-        return self._logits[:, 0].copy()  # a copy, because the pinned memory is freed when the session ends
+        return there.reshape(shape).copy()  # a copy, because the pinned memory is freed when the session ends
 
     def _allocate(self, batch: int) -> None:
         """Allocate all memory, bind it and capture the CUDA graph for a number of sequences.
@@ -181,7 +211,7 @@ class TrtSession(PipelinedDecode):
         for name, contents in constants(self._buffers).items():
             self._write(name, contents)
         self._write_budget()
-        self._logits = cuda.pinned(self._buffers["logits"].shape, np.float32)
+        self._logits = cuda.pinned((math.prod(self._buffers["logits"].shape),), np.float32)
         self._slots = cuda.pinned((SLOTS, batch, 1), np.int64)
         self._events = [cuda.event() for _ in self._slots]
         addresses = {name: self._address(name) for name in self._buffers}

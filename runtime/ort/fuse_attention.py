@@ -57,9 +57,14 @@ class FuseAttention(InPlacePass):
         return PassResult(model, modified=bool(blocks))
 
     def _blocks(self, model: ir.Model) -> list[ir.Node]:
-        if self._spec.head_dim % (16 if self._spec.rope else 8):
+        if not fuses(self._spec):
             return []
         return [node for node in model.graph if node.op_type == "Attention"]
+
+
+def fuses(spec: ModelSpec) -> bool:
+    """Return whether the fused op supports the model's head size."""
+    return spec.head_dim % (16 if spec.rope else 8) == 0
 
 
 class _Shared:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
-from onnx_ir.passes import InPlacePass, PassResult, Sequential
+from onnx_ir.passes import InPlacePass, PassResult
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from shadowllm.bundle.manifest import Manifest
@@ -21,7 +21,7 @@ from shadowllm.runtime.ort.split_selection import SplitSelection
 from shadowllm.runtime.ort.upcast_to_float32 import UpcastToFloat32
 
 
-def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False) -> bytes:
+def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, fused: bool = True) -> bytes:
     """Rewrite a graph of a bundle for ONNX Runtime's CPU kernels and serialise it.
 
     Inputs and outputs are those of the file, except that ``body`` takes its selection row by row.
@@ -31,9 +31,11 @@ def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False) -
         manifest: manifest of the bundle.
         native: whether the native ops run the graph.
         exact: whether integer layers read float32 inputs, and not inputs rounded to 8 bits.
+        fused: whether dense attention becomes one op, which takes several tokens after a past for one sequence only.
     """
     model = ir.load(path)
-    Sequential(*_passes(path.stem, manifest, native, exact))(model)
+    for rewrite in _passes(path.stem, manifest, native, exact, fused):
+        rewrite(model)
     proto = ir.to_proto(model)
     # The data file may be a link, as in the Hugging Face cache. ONNX Runtime is given the folder of the link's target.
     for place in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
@@ -42,9 +44,9 @@ def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False) -
     return proto.SerializeToString()
 
 
-def _passes(name: str, manifest: Manifest, native: bool, exact: bool) -> list[InPlacePass]:
+def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: bool) -> list[InPlacePass]:
     """The passes for a graph, in their order."""
-    passes: list[InPlacePass] = [FuseAttention(manifest.spec)]
+    passes: list[InPlacePass] = [FuseAttention(manifest.spec)] if fused else []
     if manifest.dtype != "float32":
         passes.insert(0, UpcastToFloat32(keep_rows=native))
     if exact:

@@ -16,13 +16,15 @@ from shadowllm.bundle.cost_model import sparse_pays
 from shadowllm.bundle.manifest import DATA_FILE, Manifest, read_manifest, verify_files
 from shadowllm.bundle.predictor_file import check_neuron_budget
 from shadowllm.errors import UserError
-from shadowllm.limits import check_threads
+from shadowllm.limits import LONGEST_DRAFT, check_threads
 from shadowllm.models.sparsity import UNITS, ActiveCounts, Budget, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
-from shadowllm.runtime.inputs import budget_scalars, check_tokens, pad_prompts
+from shadowllm.runtime.inputs import budget_scalars, check_rewind, check_tokens, check_verified, pad_prompts
+from shadowllm.runtime.ort.fuse_attention import fuses
 from shadowllm.runtime.ort.graph import OrtGraph, for_cpu
 from shadowllm.runtime.ort.shared_weights import SharedWeights
+from shadowllm.runtime.ort.verification import Verification
 from shadowllm.runtime.session import Decodes, Prefill
 
 # The cache grows by this many positions, so that a short text needs little memory.
@@ -34,7 +36,7 @@ Kind = Literal["auto", "sparse", "dense"]
 
 
 class OrtSession:
-    """A `Session` over ONNX Runtime.
+    """A `VerifyingSession` over ONNX Runtime.
 
     "dense" always runs ``dense.onnx``. "sparse" prefills with it and decodes with ``stem``, ``predictor`` and
     ``body``. "auto" does the same, unless the budget saves less than the predictor costs: then it decodes with
@@ -57,6 +59,8 @@ class OrtSession:
         prefill: which graphs prefill.
         exact: whether integer layers read float32 inputs, and not inputs rounded to 8 bits. This is slow, and meant
             for validation.
+        prepack: whether a sparse session of float weights also keeps ONNX Runtime's packed copy of them for dense
+            steps. Prefill and `verify` are then as fast as in a dense session, and the weights are in memory twice.
 
     Attributes:
         cache: float32 ``(batch, n_kv_heads, capacity, head_dim)`` by "layer.key" and "layer.value".
@@ -80,6 +84,7 @@ class OrtSession:
         native: bool = True,
         exact: bool = False,
         prefill: Prefill = "dense",
+        prepack: bool = False,
     ) -> None:
         if threads is not None:
             check_threads(threads)
@@ -87,10 +92,11 @@ class OrtSession:
         self.spec: ModelSpec = self.manifest.spec
         self.step_seconds: dict[str, float] | None = {} if profile else None
         self._bundle, self._kind, self._threads = bundle, kind, threads
-        self._native, self._exact = native, exact
+        self._native, self._exact, self._prepack = native, exact, prepack
         if kind == "dense" and prefill == "sparse":
             raise UserError("a dense session has no sparse graphs to prefill with", "leave out the option, or use ort")
         self._prefills = prefill
+        self.longest_draft = LONGEST_DRAFT if prefill == "dense" else 0  # the dense graph verifies
         self._counts, self._scalars = self._numbers(EVERYTHING)
         self._pieces: dict[str, OrtGraph] = {}
         self.set_budget(self.manifest.budget)
@@ -116,19 +122,21 @@ class OrtSession:
 
     def __exit__(self, *error: object) -> None:
         self._pieces.clear()
+        self._verifications: dict[int, Verification] = {}
         del self._weights
         self._steps: dict[str, list[Step]] = {}
         self.cache: dict[str, np.ndarray] = {}
 
-    def _open(self, piece: str) -> OrtGraph:
+    def _open(self, piece: str, fused: bool = True) -> OrtGraph:
         options = ort.SessionOptions()
         if self._threads:
             options.intra_op_num_threads = self._threads
-        if piece != "dense":
-            # The graphs of a step run one after the other: the threads of one must not spin while the next one runs.
+        if self.decodes == "sparse":
+            # The graphs of a text run one after the other: the threads of one must not spin while the next one runs.
             options.add_session_config_entry("session.force_spinning_stop", "1")
         # Packed weights make dense steps faster, and are a copy. A graph that only prefills does without.
-        packed = piece == "dense" and (self.decodes == "dense" or self.manifest.quantisation is not None)
+        pack = self._prepack or self.decodes == "dense" or self.manifest.quantisation is not None
+        packed = piece == "dense" and pack
         options.add_session_config_entry("session.disable_prepacking", str(int(piece == "dense" and not packed)))
         self._packed |= packed
         native = self._native and piece in ("predictor", "body") and native_ops.register(options)
@@ -139,7 +147,7 @@ class OrtSession:
         # this folder, so links are resolved here.
         weights = (self._bundle / DATA_FILE).resolve()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
-        return OrtGraph(path, options, lambda: for_cpu(path, self.manifest, native, self._exact))
+        return OrtGraph(path, options, lambda: for_cpu(path, self.manifest, native, self._exact, fused))
 
     @property
     def _prefill_pieces(self) -> tuple[str, ...]:
@@ -221,6 +229,33 @@ class OrtSession:
     def decode_greedy(self, tokens: np.ndarray, steps: int) -> None:
         """Return None, see `Session.decode_greedy`: every step needs the host."""
 
+    def verify(self, tokens: np.ndarray) -> np.ndarray:
+        """See `VerifyingSession.verify`."""
+        self._reserve(check_verified(tokens, self._lengths, self.spec))
+        seqlen = tokens.shape[1]
+        if seqlen not in self._verifications:
+            graph, cache = self._verifier(seqlen), self._past() | self._present()
+            self._verifications[seqlen] = Verification(graph, self.spec, self._batch, seqlen, cache)
+        logits = self._verifications[seqlen](tokens, self._lengths)
+        self._lengths += seqlen
+        return logits
+
+    def _verifier(self, seqlen: int) -> OrtGraph:
+        """The dense graph for ``seqlen`` tokens per sequence.
+
+        The fused attention of ONNX Runtime's CPU provider does not take several tokens after a past for more than one
+        sequence. The same graph with standard nodes does. It is loaded when it is first needed.
+        """
+        if self._batch == 1 or seqlen == 1 or not fuses(self.spec):
+            return self._pieces["dense"]
+        if "dense, standard" not in self._pieces:
+            self._pieces["dense, standard"] = self._open("dense", fused=False)
+        return self._pieces["dense, standard"]
+
+    def rewind(self, lengths: np.ndarray) -> None:
+        """See `VerifyingSession.rewind`."""
+        self._lengths = check_rewind(lengths, self._lengths)
+
     def _reserve(self, length: int) -> None:
         """Grow the cache to at least ``length`` positions and keep its contents."""
         if length <= self._capacity:
@@ -237,6 +272,7 @@ class OrtSession:
 
     def _bind_decode(self) -> None:
         """Bind the decode step's buffers, which are the same arrays for all tokens."""
+        self._verifications = {}
         batch, n_sparse = self._batch, self.manifest.sparse_layers.count
         self._recomputed = np.zeros(batch, dtype=np.int32)
         self._input_ids, self._positions = (np.zeros((batch, 1), dtype=np.int64) for _ in range(2))

@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 
 from shadowllm.commands import options
+from shadowllm.commands.flags import build
 from shadowllm.errors import UserError
 
 EPILOG = """examples:
   shadowllm bench out/ --against ort-dense
   shadowllm bench out/ --neuron-budget 0.3 --json bench.json --plot bench.png
+  shadowllm bench out/ --lossless                       # dense's own text, drafted sparse
   shadowllm bench out/ --prompt-len 512 --new-tokens 64 --iterations 10 --threads 2
 
 Each backend runs in its own process. They take turns, so that a slow period of the machine
@@ -74,6 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=options.output_file, metavar="FILE", help="draw it to this PNG file")
     options.add_prefill(parser)
     options.add_budget(parser)
+    options.add_drafting(parser)
 
 
 def _percentile(text: str) -> float:
@@ -88,9 +91,11 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from shadowllm.bundle.manifest import read_manifest
+    from shadowllm.config import Drafting
     from shadowllm.evaluation.speed.bench import bench
 
-    budget = options.budget(args, read_manifest(args.bundle).budget)
+    manifest, drafting = read_manifest(args.bundle), build(args, Drafting)
+    budget = options.budget(args, manifest.draft_budget if drafting.lossless else manifest.budget)
     report = bench(
         args.bundle,
         args.against,
@@ -104,6 +109,8 @@ def run(args: argparse.Namespace) -> None:
         threads=args.threads,
         percentiles=args.percentile,
         prefill=args.prefill,
+        drafting=drafting,
+        prepack=args.prepack,
     )
     report.print(Console())
     if args.json:

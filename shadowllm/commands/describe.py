@@ -48,6 +48,7 @@ def bundle(path: Path) -> dict[str, Any]:
         "budgets": manifest.budgets,
         "rest": manifest.rest,
         "allocation": manifest.allocation,
+        "drafting": manifest.drafting,
         "dense": manifest.dense,
         "predictor": manifest.predictor,
         "validation": manifest.validation,

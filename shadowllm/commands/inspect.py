@@ -63,6 +63,7 @@ def _bundle(found: dict[str, Any]) -> Lines:
         ),
         ("budget", _budget(found["budgets"], found["rest"])),
         *([("tuned", _tuned(found["allocation"]))] if found["allocation"] else []),
+        *([("drafts", _drafts(found["drafting"], found["rest"]))] if found["drafting"] else []),
         *([("dense", _layers({f"layer {n}": [why] for n, why in found["dense"].items()}))] if found["dense"] else []),
         ("predictor", _trained(found["predictor"])),
         ("validation", _validation(found["validation"])),
@@ -90,6 +91,14 @@ def _tuned(allocation: dict[str, Any]) -> str:
         return ", ".join(words[name].format(value) for name, value in figures.items())
 
     return f"for {said(allocation['target'])}; measured {said(allocation['measured'])}"
+
+
+def _drafts(drafting: dict[str, Any], rest: str) -> str:
+    measured = drafting["measured"]
+    return (
+        f"{drafting['draft_length']} tokens with {_budget(drafting['budget'], rest)}; measured acceptance "
+        f"{measured['acceptance']:.0%}, {measured['speedup']:.2f} times as fast as dense"
+    )
 
 
 def _onnx(found: dict[str, Any]) -> Lines:

@@ -12,6 +12,7 @@ from shadowllm.commands.flags import Group, add_flags, build, values, whole
 from shadowllm.config import (
     DEFAULT_BUDGET,
     Calibration,
+    Drafting,
     EngineOptions,
     Export,
     Flavour,
@@ -161,10 +162,27 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     return rows | {name: value for name, value in others.items() if value is not None}
 
 
-def add_target(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the target for which budgets are chosen."""
+def add_drafting(parser: argparse.ArgumentParser) -> None:
+    """Add the options of lossless decoding."""
+    group = parser.add_argument_group("lossless decoding")
+    add_flags(group, Drafting)
+    add_prepack(group)
+
+
+def add_prepack(group: Group) -> None:
+    """Add ``--prepack``."""
+    group.add_argument(
+        "--prepack",
+        action="store_true",
+        help="keep a packed copy of float weights for ONNX Runtime's dense steps: faster, and twice the memory",
+    )
+
+
+def add_target(parser: argparse.ArgumentParser) -> Group:
+    """Add the options of the target for which budgets are chosen, and return their group, of which one may be given."""
     group = parser.add_argument_group("target").add_mutually_exclusive_group()
     add_flags(group, Target, parse={"ppl_increase": _share})
+    return group
 
 
 def target(args: argparse.Namespace) -> Target | None:

@@ -25,6 +25,7 @@ EPILOG = """examples:
   shadowllm run out/ --prompt "Once upon a time" --temperature 0.8 --top-p 0.9 --seed 7
   shadowllm run out/ --prompt "One" --prompt "Two" --neuron-budget 0.3      # a batch, another budget
   shadowllm run out/ --prompt "The sea" --against ort-dense                 # sparse and dense side by side
+  shadowllm run out/ --prompt "The sea" --lossless                          # dense's own text, drafted sparse
   shadowllm run out/ --prompt-file question.txt --chat --stop "###"         # a file; - is standard input
 
 Decoding is greedy unless --temperature is given. Sampling options that are not given come from the model's generation
@@ -62,6 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_prefill(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options.add_budget(parser)
+    options.add_drafting(parser)
     _add_sampling(parser)
 
 
@@ -82,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
     from functools import partial
 
     from shadowllm.bundle.manifest import read_manifest
+    from shadowllm.config import Drafting
     from shadowllm.runtime import Sampling
     from shadowllm.runtime.generation.completion import make_request
     from shadowllm.runtime.generation.text import load_tokenizer
@@ -98,9 +101,10 @@ def run(args: argparse.Namespace) -> None:
         chat=args.chat,
         chat_template=args.chat_template,
         stop=args.stop,
+        **values(args, Drafting),
         **values(args, Sampling, "temperature", *CONFIGURED, "seed"),
     )
-    budget = options.budget(args, manifest.budget)
+    budget = options.budget(args, manifest.draft_budget if args.lossless else manifest.budget)
     streaming = not (args.json or args.against or len(args.prompt) > 1)
     backends = [backend for backend in (args.backend, args.against) if backend]
     results = [_generate(args, request, backend, budget, streaming) for backend in backends]
@@ -120,7 +124,8 @@ def _generate(
     completion, prompt, recomputed = Completion(request), args.prompt[0], RecomputedRows(budget)
     fired = list[Sequence[float]]()
     prefill: Prefill = args.prefill if backend == args.backend else "dense"  # the backend of --against has its own way
-    with open_session(args.bundle, backend, threads=args.threads, prefill=prefill) as session:
+    prepack = args.prepack and (backend == args.backend or backend.startswith("ort"))
+    with open_session(args.bundle, backend, threads=args.threads, prefill=prefill, prepack=prepack) as session:
         session.set_budget(budget)
         start = time.perf_counter()
         for step, pieces in enumerate(completion.grow(session)):
@@ -134,12 +139,15 @@ def _generate(
         memory, decodes = session.memory, session.decodes
     if streaming:
         print()
+    if completion.drafts and not args.json:
+        print(f"{backend}: {completion.drafts}", file=sys.stderr)
     return {
         "backend": backend,
         "budget": vars(budget),
         "decodes": decodes,
         "texts": completion.texts,
         "tokens": completion.tokens,
+        "lossless": completion.drafts.to_dict() if completion.drafts else None,
         "seconds": seconds,
         "recomputed_rows": recomputed.summary(),
         "tokens_per_second": sum(map(len, completion.tokens)) / seconds,

@@ -11,15 +11,21 @@ EPILOG = """examples:
   shadowllm tune out/ --target-ppl-increase 2%
   shadowllm tune out/ --target-speedup 1.2 --threads 2
   shadowllm tune out/ --target-ppl-increase 0.05 --text corpus.txt --tokens 8192
+  shadowllm tune out/ --lossless                        # the fastest drafts of lossless decoding on this machine
 
 The new budget becomes the bundle's default. It has a fraction per layer if the rest is dropped, else one for all layers
-and a shortlist. No graph or engine changes."""
+and a shortlist. With --lossless, it becomes the default of drafts only. No graph or engine changes."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle to choose budgets for")
-    options.add_target(parser)
+    options.add_target(parser).add_argument(
+        "--lossless",
+        action="store_true",
+        help="choose budget and length of the drafts of lossless decoding (backend ort)",
+    )
+    options.add_prepack(parser)
     parser.add_argument(
         "--text", nargs="+", default=(), metavar="FILE", help="text for measuring losses (default: as in calibration)"
     )
@@ -32,17 +38,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens per window (default: 128)",
     )
-    options.add_threads(parser, help="threads of each operator, for a speedup (default: ONNX Runtime's own)")
+    options.add_threads(parser, help="threads of each operator, for a speedup or drafts (default: ONNX Runtime's own)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Tune the budgets and print a summary of the bundle."""
     from shadowllm.commands import inspect
     from shadowllm.errors import UserError
+    from shadowllm.evaluation.draft_tuning import tune_drafts
     from shadowllm.evaluation.tuning import tune
 
     target = options.target(args)
-    if target is None:
-        raise UserError("no target was given", "add --target-ppl-increase or --target-speedup")
-    tune(args.bundle, target, texts=args.text, tokens=args.tokens, seqlen=args.seqlen, threads=args.threads)
+    text = {"texts": args.text, "tokens": args.tokens, "seqlen": args.seqlen, "threads": args.threads}
+    if args.lossless:
+        for found in tune_drafts(args.bundle, prepack=args.prepack, **text)[1]:
+            print(found)
+    elif target is not None:
+        tune(args.bundle, target, **text)
+    else:
+        raise UserError("no target was given", "add --target-ppl-increase, --target-speedup or --lossless")
     inspect.show(args.bundle)

@@ -12,11 +12,13 @@ from shadowllm.bundle.weights import read_weights
 from shadowllm.cli import main
 from shadowllm.config import Target
 from shadowllm.errors import UserError
+from shadowllm.evaluation.draft_tuning import Measured, tune_drafts
 from shadowllm.evaluation.quality import evaluate
 from shadowllm.evaluation.tuning import tune
 from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.runtime import open_session
+from shadowllm.runtime.generation.draft_length import MOST
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
 pytestmark = pytest.mark.slow
@@ -123,3 +125,32 @@ def test_the_increase_of_a_mixed_budget_is_that_of_an_evaluation(with_copies, tm
     )
     increase = mixed.perplexity / dense.perplexity - 1
     assert manifest.allocation["measured"]["ppl_increase"] == pytest.approx(increase, rel=1e-4, abs=1e-6)
+
+
+def test_drafts_are_measured_and_used(with_copies, capsys):
+    """The manifest gets the fastest budget that was measured; lossless decoding drafts with it."""
+    before = read_manifest(with_copies)
+    tuned, found = tune_drafts(with_copies, threads=1, **QUICK)
+    assert before.budget == tuned.budget == found[0].budget
+    assert len({measured.budget for measured in found}) == len(found) > 3
+    best = max(measured.speedup(length) for measured in found for length in range(MOST + 1))
+    assert read_manifest(with_copies).drafting["measured"]["speedup"] == pytest.approx(best)
+    assert read_manifest(with_copies).draft_budget in {measured.budget for measured in found}
+    assert "tokens with" in str(found[0])
+    assert main(["inspect", str(with_copies)]) == 0
+    assert "times as fast as dense" in capsys.readouterr().out
+    assert main(["tune", str(with_copies), "--lossless", "--tokens", "512", "--seqlen", "32", "--threads", "1"]) == 0
+    assert capsys.readouterr().out.count("acceptance") == len(found) + 1
+
+
+def test_the_speedup_of_drafts():
+    """Half of the drafted tokens are right: two drafts give 1.75 tokens for 2 * 0.2 + 1.2 dense steps."""
+    measured = Measured(Budget(), acceptance=0.5, draft_seconds=0.2, verify_seconds={1: 1.0, 3: 1.2, 9: 2.0})
+    assert measured.speedup(2) == pytest.approx(1.75 / 1.6)
+    assert measured.best_length == 2
+    assert Measured(Budget(), 0.1, 0.5, {1: 1.0, 2: 1.2}).best_length == 0
+
+
+def test_too_little_text_for_drafts(with_copies):
+    with pytest.raises(UserError, match="too short to measure drafts"):
+        tune_drafts(with_copies, tokens=32, seqlen=8, threads=1)

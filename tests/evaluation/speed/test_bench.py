@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from shadowllm.benchmarks.peers import Setting, _check_tokens, compare
+from shadowllm.config import Drafting
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.bench import bench
 from shadowllm.evaluation.speed.figure import draw
@@ -31,6 +32,8 @@ RESULT = {
     "parts_ms",
     "quality",
     "recomputed_rows",
+    "lossless",
+    "same_tokens",
 }
 SHORT = {"prompt_len": 12, "new_tokens": 6, "runs": 2, "warmup": 1, "quality_tokens": 8, "threads": 1}
 
@@ -97,6 +100,24 @@ def test_the_rows_of_a_certificate_are_reported_and_counted_as_bytes(bundle):
     console = Console(width=80, file=StringIO())
     report.print(console)
     assert "Steps beyond the shortlist" in console.file.getvalue()
+
+
+def test_lossless(bundle):
+    """It has the baseline's tokens, and says how much of the drafts was accepted."""
+    folder, budget = bundle("llama-blocks", kind="quantized-shadow", rest="shadow"), Budget(heads=0.5, neurons=0.5)
+    drafting = Drafting(lossless=True, draft_length=2)
+    report = bench(folder, budget=budget, drafting=drafting, **SHORT)
+    ours, dense = report.results
+    assert (ours.name, dense.name) == ("lossless", "ort-dense")
+    assert ours.same_tokens
+    assert [run["drafted"] for run in ours.lossless] == [ours.lossless[0]["drafted"]] * 2
+    assert not dense.lossless
+    means = [result.summary.itl_ms["mean"] for result in (dense, ours)]
+    assert report.comparison[0]["speedup"]["min"] <= means[0] / means[1] <= report.comparison[0]["speedup"]["max"]
+    console = Console(width=80, file=StringIO())
+    report.print(console)
+    for words in ("ITL mean, ms", "Same tokens", "Accepted per draft", "lossless against ort-dense:"):
+        assert words in console.file.getvalue()
 
 
 def test_printed_report_fits_a_terminal(report):

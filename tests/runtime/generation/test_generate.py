@@ -8,7 +8,7 @@ import torch
 
 from shadowllm.errors import UserError
 from shadowllm.runtime import Sampling, generate, open_session
-from shadowllm.runtime.generation.generate import Chooser
+from shadowllm.runtime.generation.chooser import Chooser
 from shadowllm.runtime.generation.text import stop_criteria
 from tests.tokenizers import export, llama3
 

@@ -262,7 +262,7 @@ def played(bundle, cuda, rtx=True):
     return trt
 
 
-def write_engines(bundle, manifest, *, capacity=16, max_seqlen=8, max_batch=2, pieces=None):
+def write_engines(bundle, manifest, *, capacity=16, max_seqlen=8, max_batch=2, max_kept=1, pieces=None):
     """Write fake engine files: each graph, ready for ONNX Runtime, and a record as a build writes it."""
     folder = bundle / "engines" / FLAVOUR
     folder.mkdir(parents=True, exist_ok=True)
@@ -271,7 +271,7 @@ def write_engines(bundle, manifest, *, capacity=16, max_seqlen=8, max_batch=2, p
         model = read_onnx(onnx)
         pick_greedily(model.graph)
         path.write_bytes(ir.to_proto(model).SerializeToString())
-        sizes = {"capacity": capacity, "max_seqlen": max_seqlen, "max_batch": max_batch}
+        sizes = {"capacity": capacity, "max_seqlen": max_seqlen, "max_batch": max_batch, "max_kept": max_kept}
         write_sidecar(
             path,
             EngineRecord(

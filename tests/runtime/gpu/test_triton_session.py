@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'shad
 from shadowllm.errors import UserError
 from shadowllm.plugins.triton.cache import write_cache
 from shadowllm.runtime import Budget, generate, open_session
+from shadowllm.runtime.generation.draft_length import DraftLength
 from shadowllm.runtime.gpu.cuda_graph import kernel_device
 from shadowllm.runtime.gpu.triton_session import TritonSession
 from shadowllm.runtime.torch_session import TorchSession
@@ -131,6 +132,34 @@ def test_greedy_text_is_the_reference_s_and_may_stop_early(bundle):
         assert list(itertools.islice(following, 3)) == expected[:3]
         # Steps that were launched after the last requested token have no effect.
         assert ours.decode(np.array(expected[2])).argmax(axis=1).tolist() == expected[3]
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
+def test_verification_is_dense_and_rewinding_hides_what_follows(bundle, variant):
+    """Sequences of different lengths, after sparse steps at the same positions; one CUDA graph serves two calls."""
+    tokens, lengths = np.array([[3, 90, 14], [7, 5, 8]]), np.array([3, 2])
+    with open_session(bundle(variant), "triton") as ours, open_session(bundle(variant), "torch-dense") as theirs:
+        steps(ours, PROMPTS, FORCED)
+        steps(theirs, PROMPTS, [])
+        expected = theirs.verify(tokens)
+        for _ in range(2):
+            ours.rewind(lengths)
+            assert distance(ours.verify(tokens), expected) < TOLERANCE
+        after = np.array([11, 12])
+        assert distance(ours.verify(after[:, None])[:, 0], theirs.decode(after)) < TOLERANCE
+
+
+def test_lossless_text_is_that_of_dense(bundle):
+    folder = bundle("llama-gqa", kind="quantized-shadow", rest="shadow")
+    with open_session(folder, "triton") as ours, open_session(folder, "torch-dense") as theirs:
+        ours.set_budget(Budget(neurons=0.6, heads=0.75, rest="drop"))
+        lengths = DraftLength(2)
+        found = list(generate(ours, PROMPTS, 6, draft_length=lengths))
+        expected = list(generate(theirs, PROMPTS, 6))
+    assert [[t for t in row if t is not None] for row in zip(*found, strict=True)] == [
+        list(row) for row in zip(*expected, strict=True)
+    ]
+    assert lengths.record.drafted
 
 
 @pytest.mark.parametrize(("rest", "shortlist"), [("drop", None), ("shadow", 7)])

@@ -13,6 +13,7 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.worker import StepTimer
 from shadowllm.runtime import Budget, generate, open_session
+from shadowllm.runtime.generation.draft_length import DraftLength
 from shadowllm.runtime.gpu import trt_session as module
 from shadowllm.runtime.gpu.trt_engine import PLUGINS_VARIABLE, load_plugins
 from shadowllm.runtime.gpu.trt_session import TrtSession
@@ -136,6 +137,34 @@ def test_an_engine_with_a_second_cache_is_refused(engines, monkeypatch):
     monkeypatch.setattr(Engine, "get_aliased_input_tensor", lambda _engine, _name: None)
     with pytest.raises(UserError, match=r"stem.engine does not update past_key_values.0.key in place"), engines():
         pass
+
+
+@pytest.mark.parametrize("rest", ["drop", "shadow"])
+def test_lossless_text_is_that_of_dense(engines, bundle, rest):
+    """The engines of the sparse step verify too, with everything selected, in their prefill profile."""
+    options = {"kind": "quantized-shadow", "rest": rest}
+    with engines(bundle_options=options, max_kept=4) as ours, open_session(bundle(**options), "torch-dense") as theirs:
+        assert ours.longest_draft == 3
+        ours.set_budget(Budget(neurons=0.6, heads=0.75, rest="drop"))
+        for prompts in (PROMPTS, PROMPTS[:1]):
+            for length in (1, 3, 6):  # 6 are cut to 3
+                lengths = DraftLength(length)
+                found = generate(ours, prompts, 10, draft_length=lengths)
+                texts = [[token for token in row if token is not None] for row in zip(*found, strict=True)]
+                assert texts == [list(row) for row in zip(*generate(theirs, prompts, 10), strict=True)]
+                assert 0 < lengths.record.accepted < lengths.record.drafted
+
+
+def test_engines_without_verification_are_named(engines):
+    with engines() as session:
+        assert session.longest_draft == 0
+        with pytest.raises(UserError, match=r"cannot verify drafts; build them with `shadowllm build --max-draft 8`"):
+            list(generate(session, PROMPTS, 4, draft_length=DraftLength(2)))
+    with engines("opt", max_kept=2) as session:
+        session.reset(2)
+        session.prefill(PROMPTS)
+        with pytest.raises(UserError, match=r"verify 1 drafted tokens at once, 2 are asked for.*--max-draft 2"):
+            session.verify(np.ones((2, 3), dtype=np.int64))
 
 
 def test_limits_of_the_engines_are_told(engines):

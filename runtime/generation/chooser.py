@@ -1,0 +1,123 @@
+"""The choice of tokens from logits, for every sequence of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shadowllm.errors import UserError
+from shadowllm.runtime.generation.sampling import Sampling
+
+
+class Chooser:
+    """Chooses the next token of every sequence of a batch.
+
+    Attributes:
+        texts: token ids of each sequence: the prompt, and the tokens chosen so far.
+        running: bool ``(batch,)``, which sequences have not ended; tokens chosen for the others do not matter.
+        plain: whether it always takes the token with the largest unchanged logit.
+
+    Args:
+        prompts: token ids of each sequence.
+        stop_ids: tokens that end a sequence.
+        backend: name of the backend, for the error about logits that are NaN or infinite.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: Sequence[int] = (), backend: str = ""
+    ) -> None:
+        self.texts = [list(prompt) for prompt in prompts]
+        self._processors = [sampling.processors(len(prompt), stop_ids) for prompt in prompts]
+        self._sampled, self._backend = sampling.temperature > 0, backend
+        self.running = np.ones(len(prompts), dtype=bool)
+        self.plain = not self._sampled and not any(self._processors)
+        if self._sampled:
+            import torch  # not at the top, because the command line imports this package for the names of backends
+
+            self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    @property
+    def rows(self) -> list[int]:
+        """The sequences that have not ended."""
+        return [int(row) for row in np.flatnonzero(self.running)]
+
+    def choose(self, logits: np.ndarray) -> np.ndarray:
+        """Choose one token for each row of float32 ``(batch, vocab_size)`` logits, and append it; int64 ``(batch,)``.
+
+        Raises:
+            UserError: logits of a running sequence are NaN or +Inf, or its sampling options leave no token.
+        """
+        for row in self.rows:
+            self.check(row, logits[row])
+        tokens = logits.argmax(axis=-1)
+        for row in self.rows:
+            if not self.plain:
+                tokens[row] = self.draw(self.probabilities(row, logits[row]))
+            self.texts[row].append(int(tokens[row]))
+        return tokens
+
+    def probabilities(self, row: int, logits: np.ndarray, ahead: Sequence[int] = ()) -> np.ndarray:
+        """The distribution of a sequence's next token under the sampling options, float32 ``(vocab_size,)``.
+
+        Without sampling, the chosen token has all of the probability.
+
+        Args:
+            logits: float32 ``(vocab_size,)``.
+            ahead: tokens between the sequence's text and the next token.
+
+        Raises:
+            UserError: as `choose`.
+        """
+        import torch
+
+        self.check(row, logits, len(ahead))
+        text = [*self.texts[row], *ahead]
+        scores = self._processors[row](torch.LongTensor([text]), torch.tensor(logits)[None])[0]
+        if not scores.max() < torch.inf:
+            raise UserError(
+                f"the sampling options make a logit infinite for sequence {row + 1}, position {len(text)}",
+                "choose a repetition penalty nearer to 1, or a higher temperature",
+            )
+        if scores.max() == -torch.inf:
+            raise UserError(
+                f"no token is left for sequence {row + 1} at position {len(text)}",
+                "suppress fewer tokens, or lower the n-gram size that may not repeat",
+            )
+        if self._sampled:
+            return np.asarray(scores.softmax(dim=-1).numpy())
+        found = np.zeros(logits.shape, dtype=np.float32)
+        found[int(scores.argmax())] = 1
+        return found
+
+    def draw(self, probabilities: np.ndarray) -> int:
+        """A token drawn from ``(vocab_size,)`` probabilities; the most probable one without sampling."""
+        if not self._sampled:
+            return int(probabilities.argmax())
+        import torch
+
+        return int(torch.multinomial(torch.from_numpy(probabilities), 1, generator=self._generator))
+
+    def uniform(self) -> float:
+        """A random number, uniform in [0, 1); 0 without sampling."""
+        if not self._sampled:
+            return 0.0
+        import torch
+
+        return float(torch.rand((), generator=self._generator))
+
+    def check(self, row: int, logits: np.ndarray, ahead: int = 0) -> None:
+        """Refuse logits ``(vocab_size,)`` of a sequence that are NaN or +Inf.
+
+        Args:
+            ahead: number of tokens between the sequence's text and the next token.
+
+        Raises:
+            UserError: they are.
+        """
+        if not (logits < np.inf).all():  # a comparison with NaN is false
+            raise UserError(
+                f"{self._backend} computed NaN or infinite logits for sequence {row + 1}, position "
+                f"{len(self.texts[row]) + ahead}",
+                "export in bf16 or fp32; if that does not help, the model's weights are damaged",
+            )

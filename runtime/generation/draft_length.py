@@ -1,0 +1,195 @@
+"""How many tokens a round of lossless decoding drafts: a given number, or one that adapts to what pays."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import linear_regression, mean, median
+from typing import Any
+
+from shadowllm.config import Drafting
+
+MOST = 8  # tokens of an adapted draft
+# Drafts stay accepted with this share until rounds are seen; it counts as much as this number of drafted tokens.
+ASSUMED, ASSUMED_TOKENS = 0.75, 2.0
+FORGET = 0.97  # the weight of all earlier rounds falls by this factor with each round
+SAMPLES = 5  # latest times of a step, of which the median counts
+DENSE_EVERY = 64  # rounds after which the time of a dense step is measured again
+SHARE = 0.01  # of the decoding time, which drafts that do not pay may cost
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: drafted tokens, and their verification by one dense step.
+
+    Attributes:
+        length: number of drafted tokens per sequence; 0 for a plain dense step.
+        accepted: of each running sequence, the number of drafted tokens that were accepted.
+        draft_seconds, verify_seconds: time of all draft steps, and of the verification with the choice of tokens.
+    """
+
+    length: int
+    accepted: Sequence[int]
+    draft_seconds: float
+    verify_seconds: float
+
+
+@dataclass
+class DraftRecord:
+    """What the drafts of a generation gave, counted for each sequence.
+
+    Attributes:
+        lengths: number of verified drafts by their length; the length 0 counts plain dense steps.
+        drafted, accepted: number of tokens.
+    """
+
+    lengths: Counter[int] = field(default_factory=Counter)
+    drafted: int = 0
+    accepted: int = 0
+
+    def add(self, done: Round) -> None:
+        """Count a round."""
+        self.lengths[done.length] += len(done.accepted)
+        self.drafted += done.length * len(done.accepted)
+        self.accepted += sum(done.accepted)
+
+    @property
+    def drafts(self) -> int:
+        """Number of drafts with at least one token."""
+        return sum(count for length, count in self.lengths.items() if length)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts, and the share and the mean number of drafted tokens that were accepted, as JSON."""
+        return {
+            "drafts": self.drafts,
+            "dense_steps": self.lengths[0],
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "acceptance": self.accepted / self.drafted if self.drafted else None,
+            "accepted_per_draft": self.accepted / self.drafts if self.drafts else None,
+            "draft_lengths": {str(length): count for length, count in sorted(self.lengths.items())},
+        }
+
+    def __str__(self) -> str:
+        dense = f"dense steps without a draft: {self.lengths[0]}"
+        if not self.drafts:
+            return f"lossless: no drafts; {dense}"
+        used = [length for length in self.lengths if length]
+        span = f"{min(used)} to {max(used)}" if len(used) > 1 else f"{used[0]}"
+        return (
+            f"lossless: {self.drafts} drafts of {span} tokens, {self.accepted / self.drafts:.2f} accepted per draft "
+            f"({self.accepted / self.drafted:.0%}); {dense}"
+        )
+
+
+def draft_length_of(drafting: Drafting) -> DraftLength | None:
+    """Return the draft length of a generation; None if it is not lossless."""
+    if not drafting.lossless:
+        return None
+    if drafting.draft_length is not None:
+        return DraftLength(drafting.draft_length)
+    return AdaptiveLength(drafting.first_length)
+
+
+def expected_tokens(acceptance: float, length: int) -> float:
+    """Return the expected number of tokens of a round (Leviathan et al., arXiv 2211.17192, equation 1).
+
+    Args:
+        acceptance: probability that a drafted token is accepted, if those before it are.
+        length: number of drafted tokens.
+    """
+    return sum(acceptance**i for i in range(length + 1))
+
+
+class DraftLength:
+    """Drafts of one length.
+
+    Attributes:
+        record: what the rounds so far gave.
+    """
+
+    def __init__(self, length: int = 0) -> None:
+        self._length, self.record = length, DraftRecord()
+
+    def choose(self) -> int:
+        """The number of tokens to draft in the next round."""
+        return self._length
+
+    def observe(self, done: Round) -> None:
+        """Take note of a round."""
+        self.record.add(done)
+
+
+class AdaptiveLength(DraftLength):
+    """Drafts of the length that gives the most tokens per second, by the acceptance and the times of earlier rounds.
+
+    The first rounds are plain dense steps, which measure their time. If no length pays, all rounds are plain dense
+    steps, with a rare draft of one token to notice if that changes. Such a draft is made only if the time that drafts
+    have lost is less than `SHARE` of the time since then.
+
+    Args:
+        first: length of the first drafts.
+        most: largest length.
+    """
+
+    def __init__(self, first: int = 2, most: int = MOST) -> None:
+        super().__init__()
+        self._first, self._most = min(first, most), most
+        self._accepted, self._tested = ASSUMED * ASSUMED_TOKENS, ASSUMED_TOKENS
+        self._step: deque[float] = deque(maxlen=SAMPLES)  # seconds of one draft step
+        self._steps: dict[int, deque[float]] = {}  # seconds of a dense step, by its number of positions
+        self._lost, self._since_dense = 0.0, 0
+
+    @property
+    def acceptance(self) -> float:
+        """The estimated probability that a drafted token is accepted, if those before it are."""
+        return self._accepted / self._tested
+
+    def choose(self) -> int:
+        """See `DraftLength.choose`."""
+        if not self._measured(1) or self._since_dense >= DENSE_EVERY:
+            return 0
+        if not self._step or not any(self._measured(size) for size in self._steps if size > 1):
+            return self._first
+        best = max(range(self._most + 1), key=self._rate)
+        return 1 if best == 0 and self._lost <= 0 else best
+
+    def observe(self, done: Round) -> None:
+        """See `DraftLength.observe`."""
+        super().observe(done)
+        seconds = done.draft_seconds + done.verify_seconds
+        self._lost = max(0.0, self._lost - SHARE * seconds)
+        size = done.length + 1
+        if size not in self._steps:
+            # The first step of a size is slower, because buffers are bound in it. So its time does not count.
+            self._steps[size] = deque(maxlen=SAMPLES)
+        else:
+            self._steps[size].append(done.verify_seconds)
+        if not done.length:
+            self._since_dense = 0
+            return
+        self._since_dense += 1
+        self._step.append(done.draft_seconds / done.length)
+        self._accepted = FORGET * self._accepted + sum(done.accepted)
+        self._tested = FORGET * self._tested + sum(min(n + 1, done.length) for n in done.accepted)
+        self._lost = max(0.0, self._lost + seconds - (1 + mean(done.accepted)) * self._seconds(1))
+
+    def _measured(self, size: int) -> bool:
+        return bool(self._steps.get(size))
+
+    def _rate(self, length: int) -> float:
+        """Expected tokens per second of rounds of a length."""
+        drafting = length * median(self._step)
+        return expected_tokens(self.acceptance, length) / (drafting + self._seconds(length + 1))
+
+    def _seconds(self, size: int) -> float:
+        """Seconds of a dense step over ``size`` positions: measured for 1, on a line through measured sizes above."""
+        if size == 1:
+            return median(self._steps[1])
+        sizes = [other for other in self._steps if other > 1 and self._measured(other)]
+        times = [median(self._steps[other]) for other in sizes]
+        if len(sizes) == 1:
+            return times[0]
+        slope, start = linear_regression(sizes, times)
+        return max(start + slope * size, min(times))
