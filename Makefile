@@ -87,6 +87,12 @@ PEERS_ORT := onnxruntime==1.32.0
 	$@/bin/pip install --quiet $(PEERS_ORT) optimum-onnx==0.1.0 "transformers<4.58"
 	$@/bin/pip install --quiet --no-deps .
 
+# Compiles llama.cpp for this machine's processor, which takes about half an hour.
+.peers/llamacpp:
+	$(PYTHON) -m venv $@
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $@/bin/pip install --quiet --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	$@/bin/pip install --quiet --no-deps .
+
 peers: $(VENV)/.installed .peers/genai .peers/optimum
 	$(BIN)/python -m shadowllm.benchmarks.peers $(shell $(BIN)/python benchmarks/model_path.py) $(OUT)/bundle \
 	  --genai-python .peers/genai/bin/python --optimum-python .peers/optimum/bin/python \

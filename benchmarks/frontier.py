@@ -6,6 +6,12 @@
 Every contender is a session in its own process, and their runs are interleaved. Perplexity is measured by the same
 sessions, token by token after a prompt, on text that no budget was chosen on. "chosen" is the budget that ``export``
 chooses by default for floats. The others are named by neurons/heads/shortlist at full precision.
+
+With the options ``--gguf out/noisy.gguf --llama-cpp-python .peers/llamacpp/bin/python``, the types of llama.cpp are
+contenders too. This makes the file and the environment; llama.cpp compiles for about half an hour:
+
+    python -m shadowllm.benchmarks.gguf_model out/noisy "$(python benchmarks/model_path.py)" out/noisy.gguf
+    make .peers/llamacpp
 """
 
 from __future__ import annotations
@@ -18,16 +24,18 @@ from typing import Any
 
 import numpy as np
 
+from shadowllm.benchmarks.llama_cpp_rivals import NAME, Rival, llama_cpp_rivals
 from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.weights import PREDICTOR_FILE
 from shadowllm.config import Export, Source
+from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.bench import SPARSE, session_command, traffic_of
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.figure import new_figure, save
-from shadowllm.evaluation.speed.harness import Contender, Worker, race, speedup, summarise
+from shadowllm.evaluation.speed.harness import Contender, Generation, Worker, race, speedup, summarise
 from shadowllm.models.sparsity import Budget
 from shadowllm.pipeline import export_model
 from shadowllm.progress import progress
@@ -80,10 +88,12 @@ def measure(
     windows: int = 3,
     seqlen: int = 512,
     threads: int = 2,
+    rivals: Sequence[Rival] = (),
 ) -> list[dict[str, Any]]:
     """Return a row for each contender: latency (ms), bytes per token, perplexity, speedup over dense, peak RSS (MB)."""
     wanted = contenders_of(bundles)
     contenders = [Contender(name, session_command(*one, threads)) for name, one in wanted.items()]
+    contenders += [rival.contender for rival in rivals]
     manifest = read_manifest(bundles["float32"])
     encode = plain_encoder(load_tokenizer(bundles["float32"], manifest), manifest)
     ids = _tokens(encode, texts, windows * seqlen + prompt_len)
@@ -95,23 +105,29 @@ def measure(
 
         request = {"prompt": prompt, "new_tokens": new_tokens}
         taken, perplexities = race(contenders, request, runs=runs, warmup=1, tick=lambda _: advance(1), after=score)
-    rows = []
+    read: dict[str, tuple[Budget | None, int]] = {
+        rival.contender.name: (None, rival.bytes_per_token) for rival in rivals
+    }
     for name, (bundle, backend, budget) in wanted.items():
-        summary, kind = summarise(taken[name]), SPARSE if backend == "ort" else name
+        kind = SPARSE if backend == "ort" else name
         traffic = traffic_of(read_manifest(bundle), kind, backend, budget, prompt_len, new_tokens)
-        rows.append(
-            {
-                "name": name,
-                "budget": vars(budget) if kind == SPARSE else None,
-                "itl_ms": summary.itl_ms["median"],
-                "ttft_ms": summary.ttft_ms["median"],
-                "speedup": speedup(taken[DENSE], taken[name]),
-                "bytes_per_token": traffic.total,
-                "perplexity": perplexities[name],
-                "peak_rss_mb": summary.peak_rss_mb,
-            }
-        )
-    return rows
+        read[name] = budget if kind == SPARSE else None, traffic.total
+    return [_row(name, *read[name], taken[name], taken[DENSE]) | {"perplexity": perplexities[name]} for name in taken]
+
+
+def _row(
+    name: str, budget: Budget | None, size: int, taken: Sequence[Generation], dense: Sequence[Generation]
+) -> dict[str, Any]:
+    summary = summarise(taken)
+    return {
+        "name": name,
+        "budget": None if budget is None else vars(budget),
+        "itl_ms": summary.itl_ms["median"],
+        "ttft_ms": summary.ttft_ms["median"],
+        "speedup": speedup(dense, taken),
+        "bytes_per_token": size,
+        "peak_rss_mb": summary.peak_rss_mb,
+    }
 
 
 def _tokens(encode: Any, texts: Sequence[Path], length: int) -> list[int]:
@@ -138,19 +154,25 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     figure = new_figure((6.4, 4.4))
     axes = figure.subplots()
-    kinds = {"ONNX Runtime, dense": "", "mixed, float32": "float32 ", "mixed, int8": "int8 "}
-    for label, prefix in kinds.items():
-        points = [row for row in rows if row["budget"] is not None and prefix and row["name"].startswith(prefix)]
-        points = points or [row for row in rows if row["budget"] is None]
-        points.sort(key=lambda row: row["itl_ms"])
-        axes.plot([row["itl_ms"] for row in points], [row["perplexity"] for row in points], marker="o", label=label)
-        for row in points:
-            text = row["name"].removesuffix(" dense").removeprefix(prefix or " ")
-            axes.annotate(text, (row["itl_ms"], row["perplexity"]), fontsize=7)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted(rows, key=lambda row: row["itl_ms"]):
+        (label, text), point = _labels(row), (row["itl_ms"], row["perplexity"])
+        lines.setdefault(label, []).append(point)
+        axes.annotate(text, point, fontsize=7)
+    for label, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.set(xlabel="ms per token", ylabel="perplexity")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     save(figure, path)
+
+
+def _labels(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the line of a contender and its label on the line."""
+    first, rest = row["name"].split(" ", 1)
+    if row["budget"] is not None:
+        return f"mixed, {first}", rest
+    return (NAME, rest) if first == NAME else ("ONNX Runtime, dense", first)
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -176,11 +198,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--llama-cpp-python", type=Path, metavar="PYTHON", help="interpreter with llama-cpp-python")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the model as a float32 GGUF file, for llama.cpp")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also write a figure to this file")
     args = parser.parse_args(arguments)
+    if (args.gguf is None) != (args.llama_cpp_python is None):
+        raise UserError("llama.cpp needs --gguf and --llama-cpp-python", "give both, or none of them")
     bundles = export_all(args.model, args.out, args.dtype, args.bundle)
-    rows = measure(bundles, args.text, runs=args.runs, windows=args.windows, threads=args.threads)
+    rivals = llama_cpp_rivals(args.llama_cpp_python, args.gguf, args.out, args.threads) if args.gguf else []
+    sizes = {"runs": args.runs, "windows": args.windows, "threads": args.threads}
+    rows = measure(bundles, args.text, rivals=rivals, **sizes)
     print_rows(rows)
     if args.json:
         record = {"environment": environment(args.threads), "model": Path(args.model).name, "results": rows}

@@ -4,7 +4,8 @@
 
 For each length of the shortlist: the share of positions whose largest logit is that of the whole table without a
 certificate, and how many rows the certificate recomputes, with the weighting of the bundle and with one that is
-calibrated on the first half of the tokens. Hidden states are those of the dense model.
+calibrated on the first half of the tokens. Hidden states are those of the dense model. "session" is the same from a
+sparse session of ONNX Runtime with all neurons and heads at full precision, decoding with the certificate.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from shadowllm.bundle.weights import map_copies, read_weights
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.models.decoder import Decoder
+from shadowllm.models.sparsity import Budget
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
+from shadowllm.runtime.ort.session import OrtSession
+from shadowllm.runtime.recomputed_rows import RecomputedRows
 
 LENGTHS = (64, 256, 1024)
 WINDOW = 512
@@ -66,7 +70,39 @@ def measure(bundle: Path, texts: Sequence[Path], tokens: int) -> list[dict[str, 
         * copy_errors(rows.numpy(), copy, stored[scales(low_bit_copy(table))].numpy(), weighting)
         for name, weighting in weightings.items()
     }
-    return [_row(exact, low, bounds, min(length, len(rows))) for length in LENGTHS]
+    lengths = [min(length, len(rows)) for length in LENGTHS]
+    sessions = with_session(bundle, [window[0].tolist() for window in windows[-(-len(windows) // 2) :]], lengths)
+    return [_row(exact, low, bounds, length) | {"session": sessions[length]} for length in lengths]
+
+
+def with_session(bundle: Path, windows: Sequence[Sequence[int]], lengths: Sequence[int]) -> dict[int, dict[str, float]]:
+    """Decode windows with certified shortlists.
+
+    Returns:
+        For each length: ``argmax_agreement`` with all rows exact, and the figures of `RecomputedRows.summary`.
+    """
+    found = {}
+    with OrtSession(bundle, "sparse") as session:
+        whole, _ = _decoded(session, windows, Budget())
+        for length in dict.fromkeys(lengths):
+            tokens, rows = _decoded(session, windows, Budget(shortlist=length, certify=True))
+            found[length] = {"argmax_agreement": float((tokens == whole).mean())} | rows.summary()
+    return found
+
+
+def _decoded(
+    session: OrtSession, windows: Sequence[Sequence[int]], budget: Budget
+) -> tuple[np.ndarray, RecomputedRows]:
+    """The most probable token after each token of the windows but the first, and the rows computed for it."""
+    session.set_budget(budget)
+    tokens, rows = [], RecomputedRows(budget)
+    for window in windows:
+        session.reset()
+        session.prefill([window[:1]])
+        for token in window[1:]:
+            tokens.append(int(session.decode(np.array([token]))[0].argmax()))
+            rows.add(session.recomputed)
+    return np.array(tokens), rows
 
 
 def _windows(ids: Sequence[int], longest: int) -> list[Tensor]:

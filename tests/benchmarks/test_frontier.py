@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+import sys
+from pathlib import Path
 
-from shadowllm.benchmarks.frontier import DENSE, DIAL, contenders_of, measure, plot, print_rows
+import gguf
+import pytest
+import torch
+
+from shadowllm.benchmarks.frontier import DENSE, DIAL, contenders_of, main, measure, plot, print_rows
+from shadowllm.benchmarks.gguf_model import write_gguf
+from shadowllm.benchmarks.llama_cpp_rivals import llama_cpp_rivals
+from shadowllm.benchmarks.noisy_model import write_noisy_model
+from shadowllm.errors import UserError
+from shadowllm.models.registry import load_model
+from tests.conftest import VARIANTS, build_transformers_model
+from tests.models import checkpoints
 
 
 @pytest.fixture
@@ -37,3 +49,29 @@ def test_rows_and_figure(bundles, tmp_path, capsys):
     assert "int8 10%/100%/1024" in capsys.readouterr().out
     plot(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_llama_cpp_needs_its_file_and_its_interpreter(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        llama_cpp_rivals(Path("python"), tmp_path / "model.gguf", tmp_path, 1)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UserError, match="cannot run"):
+        llama_cpp_rivals(tmp_path / "python", tmp_path / "model.gguf", tmp_path, 1)
+    with pytest.raises(UserError, match=r"cannot make Q8_0 .*llama_cpp"):
+        llama_cpp_rivals(Path(sys.executable), tmp_path / "model.gguf", tmp_path, 1)
+    assert main(["model", str(tmp_path), "--gguf", "model.gguf"]) == 1
+
+
+def test_a_gguf_file_holds_the_model(checkpoint, tmp_path):
+    described = build_transformers_model(*VARIANTS["llama-gqa"])
+    checkpoints.write_gguf(tmp_path / "described.gguf", described, keys={".general.name": "tiny"})
+    noisy, out = tmp_path / "noisy", tmp_path / "noisy.gguf"
+    noisy.mkdir()
+    write_noisy_model(str(checkpoint("llama-gqa")), noisy)
+    write_gguf(str(noisy), tmp_path / "described.gguf", out)
+    expected, found = (load_model(path)[1].load() for path in (noisy, out))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert gguf.GGUFReader(out).fields["general.name"].contents() == "tiny"
+    with pytest.raises(UserError, match="have other tensors"):
+        write_gguf(str(checkpoint("llama-mqa-tied")), tmp_path / "described.gguf", out)

@@ -19,6 +19,8 @@ def test_more_rows_agree_more_often_and_the_certificate_covers_them(bundle, tmp_
     for row in rows:
         assert row["recomputed_bundle"]["mean"] >= row["shortlist"]
         assert row["recomputed_calibrated"]["p99"] >= row["shortlist"]
+        assert row["session"]["argmax_agreement"] == 1.0
+        assert row["session"]["mean"] >= row["shortlist"]
 
 
 def test_a_bundle_without_a_copy_is_refused(bundle):
