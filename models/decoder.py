@@ -160,11 +160,15 @@ class Decoder:
         """Run one layer, ``(batch, seqlen, hidden_size)`` in and out."""
         first, *second = self.spec.norms_of(layer)
         if self.spec.pre_norm:
-            x = x + self._attention(layer, self._norm(first, x), position_ids, cache)
-            return x + self._mlp(layer, self._norm(second[0], x))
+            y = self._attention(layer, self._norm(first, x), position_ids, cache)
+            x = x + self._output(f"layers.{layer}.attention", y)
+            return x + self._output(f"layers.{layer}.mlp", self._mlp(layer, self._norm(second[0], x)))
         x = self._norm(first, x + self._attention(layer, x, position_ids, cache))
         x = x + self._mlp(layer, x)
         return self._norm(second[0], x) if second else x
+
+    def _output(self, block: str, y: Tensor) -> Tensor:
+        return self._norm(f"{block}_output_norm", y) if self.spec.output_norms else y
 
     def logits(self, x: Tensor) -> Tensor:
         """Apply the final norm and the output projection."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from shadowllm.errors import UserError
 from shadowllm.models.activations import override_activation, stated_activation
-from shadowllm.models.families import bamboo, gemma, granite, llama, minicpm, opt, phi3, qwen2, qwen3, smollm3
+from shadowllm.models.families import bamboo, gemma, gemma3, granite, llama, minicpm, opt, phi3, qwen2, qwen3, smollm3
 from shadowllm.models.files.checkpoint import Checkpoint, open_checkpoint
 from shadowllm.models.files.config import token_ids
 from shadowllm.models.files.quantised_checkpoint import check_float
@@ -44,6 +44,13 @@ class Family:
 FAMILIES = {
     "bamboo": Family(bamboo.spec, llama.sources, "TurboSparse-Mistral, Bamboo", "sliding window, ReLU of gate and up"),
     "gemma": Family(gemma.spec, gemma.sources, "Gemma", "norms with 1 added, scaled embeddings"),
+    "gemma3_text": Family(
+        gemma3.spec,
+        gemma3.sources,
+        "Gemma 3 1B",
+        "as Gemma; norms of q, k and outputs, sliding window, two RoPEs",
+        heads=False,
+    ),
     "granite": Family(granite.spec, granite.sources, "Granite 3", "constant factors, biases"),
     "llama": Family(llama.spec, llama.sources, "Llama 2 and 3, SmolLM2, TinyLlama, ReluLLaMA", "biases"),
     "minicpm": Family(minicpm.spec, minicpm.sources, "MiniCPM, MiniCPM-S", "constant factors"),
@@ -59,6 +66,7 @@ FAMILIES = {
 }
 # Families that are known and cannot be supported yet, with the reason.
 REFUSED = {
+    "gemma3": "it reads images too",
     "gemma2": "its attention scores are capped (attn_logit_softcapping), which no sparse op does",
     "mixtral": "its MLP is a mixture of experts",
     "qwen2_moe": "its MLP is a mixture of experts",

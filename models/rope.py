@@ -88,9 +88,9 @@ def rotated_first(head_dim: int, rotary_dim: int) -> list[int] | None:
     return rotated[:half] + others[:rest] + rotated[half:] + others[rest:]
 
 
-def rotary_dim(config: Any) -> int:
+def rotary_dim(config: Any, layer_type: str | None) -> int:
     """Return how many dimensions of a head are rotated, from ``partial_rotary_factor``."""
-    return int(config.head_dim * (_parameters(config, None).get("partial_rotary_factor") or 1.0))
+    return int(config.head_dim * (_parameters(config, layer_type).get("partial_rotary_factor") or 1.0))
 
 
 def read_rope(config: Any, layer_type: str | None = None) -> RopeSpec:
@@ -122,9 +122,9 @@ def read_rope(config: Any, layer_type: str | None = None) -> RopeSpec:
     return RopeSpec(tuple(frequencies), float(amplitude))
 
 
-def position_limit(config: Any) -> int | None:
+def position_limit(config: Any, layer_type: str | None) -> int | None:
     """Return the longest text for which the frequencies of `read_rope` are right; None if they always are."""
-    parameters = _parameters(config, None)
+    parameters = _parameters(config, layer_type)
     scaling = parameters.get("rope_type")
     if scaling == "longrope":  # longer texts use other frequencies
         return int(parameters["original_max_position_embeddings"])

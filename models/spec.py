@@ -28,6 +28,7 @@ class ModelSpec:
         activation_threshold: of FATReLU; 0 for all others.
         pre_norm: attention and MLP read the normed hidden states. Otherwise (OPT-350m) they read the hidden states
             themselves, and the sum of both is normed; the last of these norms is the model's ``final_norm``.
+        output_norms: whether the outputs of attention and MLP are normed before they are added to the hidden states.
         gated: the MLP computes ``act(gate) * up`` (Llama) instead of ``act(up)`` (OPT).
         position_offset: rows of a learned position table that come before position 0 (OPT has 2).
         rope: rotary parameters; None for learned positions.
@@ -67,6 +68,7 @@ class ModelSpec:
     head_unit: HeadUnit = "query_head"
     activation_threshold: float = 0.0
     pre_norm: bool = True
+    output_norms: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -97,6 +99,7 @@ class ModelSpec:
         _require(self.positions in get_args(Positions), f"positions {self.positions!r}")
         _require(self.head_unit in get_args(HeadUnit), f"head unit {self.head_unit!r}")
         _require((self.rope is not None) == (self.positions == "rope"), "rope spec and positions disagree")
+        _require(self.pre_norm or not self.output_norms, "norms of outputs in a post-norm model")
         self._check_ropes()
 
     def _check_ropes(self) -> None:
@@ -122,6 +125,8 @@ class ModelSpec:
         """Return the canonical names of a layer's norms over hidden states."""
         place = f"layers.{layer}"
         first, second = f"{place}.input_norm", f"{place}.post_norm"
+        if self.output_norms:
+            return first, second, f"{place}.attention_output_norm", f"{place}.mlp_output_norm"
         return (first, second) if self.pre_norm or layer < self.n_layers - 1 else (first,)
 
     def rope_of(self, layer: int) -> RopeSpec | None:

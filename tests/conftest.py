@@ -70,8 +70,21 @@ LONGROPE = {
     "original_max_position_embeddings": 48,
 }
 PHI = {"num_attention_heads": 3, "num_key_value_heads": 1, "pad_token_id": 0, "rope_parameters": LONGROPE}
+GEMMA3 = GROUPED | {
+    "head_dim": 16,
+    "hidden_activation": "silu",
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 20,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 64,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
+    },
+}
 FAMILIES = {
     "gemma": ("gemma", GROUPED | {"head_dim": 16, "hidden_act": "silu", "tie_word_embeddings": True}),
+    "gemma3": ("gemma3_text", GEMMA3),
     "granite": ("granite", GROUPED | MULTIPLIERS | {"tie_word_embeddings": True}),
     "mistral": ("mistral", GROUPED | {"sliding_window": None}),
     "opt-post-norm": ("opt", {"do_layer_norm_before": False}),

@@ -115,12 +115,10 @@ def dense_layer(
     g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, step: Step, cache: Cache
 ) -> tuple[ir.Value, Cache]:
     """One layer with all heads and neurons; returns hidden states and the updated cache."""
-    place = f"layers.{layer}"
-    first, second = f"{place}.input_norm", f"{place}.post_norm"
-    y, cache = _dense_attention(g, spec, layer, block_input(g, spec, first, x), step, cache)
-    x = block_output(g, spec, layer, first, x, y)
-    y = _dense_mlp(g, spec, layer, block_input(g, spec, second, x))
-    return block_output(g, spec, layer, second, x, y), cache
+    y, cache = _dense_attention(g, spec, layer, block_input(g, spec, layer, "attention", x), step, cache)
+    x = block_output(g, spec, layer, "attention", x, y)
+    y = _dense_mlp(g, spec, layer, block_input(g, spec, layer, "mlp", x))
+    return block_output(g, spec, layer, "mlp", x, y), cache
 
 
 def _dense_attention(
@@ -156,8 +154,7 @@ def sparse_layer(
         Hidden states, the updated cache, and the active indices, ``(n_units,)`` each.
     """
     place = f"layers.{layer}"
-    first, second = f"{place}.input_norm", f"{place}.post_norm"
-    normed = block_input(g, spec, first, x)
+    normed = block_input(g, spec, layer, "attention", x)
     if spec.selects_heads:
         both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias)
         _, cache = to_cache(g, spec, layer, step, cache, both, 0)
@@ -165,9 +162,9 @@ def sparse_layer(
     else:
         y, cache = _dense_attention(g, spec, layer, normed, step, cache)
         heads = g.op("Identity", g.constant(np.arange(spec.n_heads, dtype=np.int32), "all_heads"))
-    x = block_output(g, spec, layer, first, x, y)
-    y, neurons = _sparse_mlp(g, spec, layer, row, block_input(g, spec, second, x), step, selection)
-    return block_output(g, spec, layer, second, x, y), cache, {"heads": heads, "neurons": neurons}
+    x = block_output(g, spec, layer, "attention", x, y)
+    y, neurons = _sparse_mlp(g, spec, layer, row, block_input(g, spec, layer, "mlp", x), step, selection)
+    return block_output(g, spec, layer, "mlp", x, y), cache, {"heads": heads, "neurons": neurons}
 
 
 def _sparse_attention(
@@ -296,4 +293,7 @@ def to_cache(
 
 
 def _flat(g: GraphBuilder, spec: ModelSpec, x: ir.Value) -> ir.Value:
-    return g.op("Reshape", x, g.ints([-1, spec.hidden_size]))
+    y = g.op("Reshape", x, g.ints([-1, spec.hidden_size]))
+    # Nothing infers the shape of a sparse op's output, and a norm of it needs the rank.
+    y.dtype, y.shape = g.dtype, ir.Shape([None, spec.hidden_size])
+    return y

@@ -6,6 +6,8 @@ in the layout of the sparse ops (``transB``), so both read the same bytes.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import onnx_ir as ir
 
 from shadowllm.bundle.quantisation import ACCURACY_LEVEL, Quantisation
@@ -71,14 +73,21 @@ def norm(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
     return g.op("RMSNormalization", x, weight, epsilon=spec.norm_eps, axis=-1)
 
 
-def block_input(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
+Block = Literal["attention", "mlp"]
+# The norm of the input of a block in a pre-norm model, or of the sum of input and output in a post-norm model.
+NORM: dict[Block, str] = {"attention": "input_norm", "mlp": "post_norm"}
+
+
+def block_input(g: GraphBuilder, spec: ModelSpec, layer: int, block: Block, x: ir.Value) -> ir.Value:
     """What attention or MLP reads: the normed hidden states, or in a post-norm model the hidden states."""
-    return norm(g, spec, name, x) if spec.pre_norm else x
+    return norm(g, spec, f"layers.{layer}.{NORM[block]}", x) if spec.pre_norm else x
 
 
-def block_output(g: GraphBuilder, spec: ModelSpec, layer: int, name: str, x: ir.Value, y: ir.Value) -> ir.Value:
+def block_output(g: GraphBuilder, spec: ModelSpec, layer: int, block: Block, x: ir.Value, y: ir.Value) -> ir.Value:
     """The hidden states after attention or MLP, whose output is y."""
-    x = g.op("Add", x, y)
+    if spec.output_norms:
+        y = norm(g, spec, f"layers.{layer}.{block}_output_norm", y)
+    x, name = g.op("Add", x, y), f"layers.{layer}.{NORM[block]}"
     return x if spec.pre_norm or name not in spec.norms_of(layer) else norm(g, spec, name, x)
 
 

@@ -26,11 +26,14 @@ def spec(config: Any) -> ModelSpec:
     return llama_like(config, qkv_bias=config.attention_bias, o_bias=config.attention_bias, mlp_bias=config.mlp_bias)
 
 
-def llama_like(config: Any, *, partial_rotary: bool = False, **differences: Any) -> ModelSpec:
+def llama_like(
+    config: Any, *, partial_rotary: bool = False, layer_type: str | None = None, **differences: Any
+) -> ModelSpec:
     """Read what configs of Llama and similar models have in common.
 
     Args:
         partial_rotary: whether models of the family can rotate a part of each head.
+        layer_type: the type of layer whose RoPE is ``rope``, if the config has several types.
         differences: fields of the spec in which the family differs, or which Llama's config names differently.
 
     Raises:
@@ -39,7 +42,7 @@ def llama_like(config: Any, *, partial_rotary: bool = False, **differences: Any)
     activation, threshold = read_activation(config)
     if getattr(config, "head_dim", None) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
-    if rotary_dim(config) != config.head_dim and not partial_rotary:
+    if rotary_dim(config, layer_type) != config.head_dim and not partial_rotary:
         raise UserError(
             f"partial rotary embeddings are not supported in {config.model_type} models",
             "use a model that rotates whole heads",
@@ -53,25 +56,25 @@ def llama_like(config: Any, *, partial_rotary: bool = False, **differences: Any)
         "n_heads": config.num_attention_heads,
         "n_kv_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
-        "max_seqlen": _max_seqlen(config),
+        "max_seqlen": _max_seqlen(config, layer_type),
         "norm": "rmsnorm",
         "norm_eps": config.rms_norm_eps,
         "activation": activation,
         "activation_threshold": threshold,
         "gated": True,
         "positions": "rope",
-        "rope": read_rope(config),
+        "rope": read_rope(config, layer_type),
         "tied_embeddings": config.tie_word_embeddings,
     }
     return ModelSpec(**(fields | differences))
 
 
-def _max_seqlen(config: Any) -> int:
+def _max_seqlen(config: Any, layer_type: str | None) -> int:
     """The longest text of which every token attends to all others, with the same frequencies."""
     limits = {"max_position_embeddings": config.max_position_embeddings}
     if (window := _window(config)) is not None:
         limits["sliding_window"] = window
-    if (limit := position_limit(config)) is not None:
+    if (limit := position_limit(config, layer_type)) is not None:
         limits["original_max_position_embeddings"] = limit
     name = min(limits, key=lambda name: limits[name])
     if limits[name] < config.max_position_embeddings:

@@ -20,7 +20,7 @@ def spec(config: Any) -> ModelSpec:
 
 def sources(spec: ModelSpec, config: Any) -> dict[str, Source]:
     """Map each canonical tensor name to its source in a Hugging Face Phi-3 checkpoint."""
-    found = llama_sources(spec, rotary_dim(config))
+    found = llama_sources(spec, rotary_dim(config, None))
     for i in range(spec.n_layers):
         for whole, parts in FUSED.items():
             block = "mlp" if parts[0] in MLP else "self_attn"

@@ -37,8 +37,8 @@ class FlattenHiddenStates(InPlacePass):
             before = node.inputs[0].producer() if node.inputs[0] else None
             assert before is not None
             node.replace_input_with(0, before.inputs[0])
-            node.outputs[0].shape = None
             for user, _ in node.outputs[0].uses():
+                node.outputs[0].shape, node.outputs[0].dtype = user.outputs[0].shape, user.outputs[0].dtype
                 user.outputs[0].replace_all_uses_with(node.outputs[0])
         RemoveUnusedNodesPass()(model)
         return PassResult(model, modified=bool(found))
