@@ -90,12 +90,9 @@ def bench(
         recomputed = _recomputed(generations, budget)
         read = replace(budget, shortlist=round(recomputed["mean"])) if recomputed else budget
         traffic = traffic_of(manifest, name, backends[name], read, prompt_len, new_tokens)
-        quality = (scores or {}).get(name, {})
-        results.append(Result(name, summarise(generations, wanted), traffic, quality, recomputed))
-    settings = {
-        "model": manifest.model,
-        "dtype": manifest.dtype,
-        "weight_dtype": manifest.weight_dtype or manifest.dtype,
+        summary, quality = summarise(generations, wanted), (scores or {}).get(name, {})
+        results.append(Result(name, summary, traffic, quality, recomputed))
+    settings = _settings(manifest, budget) | {
         "prompt_len": prompt_len,
         "new_tokens": new_tokens,
         "runs": runs,
@@ -103,6 +100,17 @@ def bench(
         "quality_tokens": quality_tokens,
         "backend": backend,
         "prefill": prefill,
+    }
+    pairs = [{"name": SPARSE, "baseline": name, "speedup": speedup(taken[name], taken[SPARSE])} for name in against]
+    return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
+
+
+def _settings(manifest: Manifest, budget: Budget) -> dict[str, Any]:
+    """The part of the report's settings that bundle and budget decide."""
+    return {
+        "model": manifest.model,
+        "dtype": manifest.dtype,
+        "weight_dtype": manifest.weight_dtype or manifest.dtype,
         "neuron_budget": budget.neurons,
         "head_budget": budget.heads,
         "shortlist": budget.shortlist,
@@ -110,8 +118,6 @@ def bench(
         "rest": budget.rest_with(manifest.rest == "shadow"),
         "predictor": manifest.predictor.get("kind"),
     }
-    pairs = [{"name": SPARSE, "baseline": name, "speedup": speedup(taken[name], taken[SPARSE])} for name in against]
-    return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
 
 
 def _recomputed(generations: Sequence[Generation], budget: Budget) -> dict[str, float]:
