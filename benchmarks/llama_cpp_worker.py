@@ -30,7 +30,7 @@ FILE_TYPES = {
 class LlamaCpp:
     """A model and one sequence, with the methods of a session that are timed."""
 
-    memory = step_seconds = recomputed = None  # not known
+    memory = step_seconds = fired = recomputed = None  # not known
 
     def __init__(self, path: Path, threads: int, positions: int) -> None:
         options = llama_cpp.llama_model_default_params()

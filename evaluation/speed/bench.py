@@ -110,10 +110,7 @@ def bench(
         lossless = [generation.lossless for generation in generations if generation.lossless]
         quality = (scores or {}).get(name, {})
         results.append(Result(name, summary, traffic, quality, recomputed, lossless, same))
-    settings = {
-        "model": manifest.model,
-        "dtype": manifest.dtype,
-        "weight_dtype": manifest.weight_dtype or manifest.dtype,
+    settings = _settings(manifest, budget) | {
         "prompt_len": prompt_len,
         "new_tokens": new_tokens,
         "runs": runs,
@@ -121,19 +118,28 @@ def bench(
         "quality_tokens": quality_tokens,
         "backend": backend,
         "prefill": prefill,
+        "prepack": prepack,
+        "lossless": drafting.lossless,
+        "draft_length": drafting.draft_length,
+    }
+    average = np.mean if drafting.lossless else np.median
+    pairs = [{"name": own, "baseline": name, "speedup": speedup(taken[name], taken[own], average)} for name in against]
+    return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
+
+
+def _settings(manifest: Manifest, budget: Budget) -> dict[str, Any]:
+    """The part of the report's settings that bundle and budget decide."""
+    return {
+        "model": manifest.model,
+        "dtype": manifest.dtype,
+        "weight_dtype": manifest.weight_dtype or manifest.dtype,
         "neuron_budget": budget.neurons,
         "head_budget": budget.heads,
         "shortlist": budget.shortlist,
         "certify": budget.certify,
         "rest": budget.rest_with(manifest.rest == "shadow"),
         "predictor": manifest.predictor.get("kind"),
-        "lossless": drafting.lossless,
-        "draft_length": drafting.draft_length,
-        "prepack": prepack,
     }
-    average = np.mean if drafting.lossless else np.median
-    pairs = [{"name": own, "baseline": name, "speedup": speedup(taken[name], taken[own], average)} for name in against]
-    return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
 
 
 def _recomputed(generations: Sequence[Generation], budget: Budget) -> dict[str, float]:
