@@ -102,16 +102,20 @@ def bench(
         lossless = [generation.lossless for generation in generations if generation.lossless]
         quality = (scores or {}).get(name, {})
         results.append(Result(name, summarise(generations, wanted), traffic, quality, lossless, same))
-    settings = {
+    sizes = {"prompt_len": prompt_len, "new_tokens": new_tokens, "runs": runs, "warmup": warmup}
+    sizes |= {"quality_tokens": quality_tokens}
+    settings = _settings(manifest, budget, drafting) | sizes | {"backend": backend, "prepack": prepack}
+    average = np.mean if drafting.lossless else np.median
+    pairs = [{"name": own, "baseline": name, "speedup": speedup(taken[name], taken[own], average)} for name in against]
+    return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
+
+
+def _settings(manifest: Manifest, budget: Budget, drafting: Drafting) -> dict[str, Any]:
+    """The settings in the report that come of the bundle and the request."""
+    return {
         "model": manifest.model,
         "dtype": manifest.dtype,
         "weight_dtype": manifest.weight_dtype or manifest.dtype,
-        "prompt_len": prompt_len,
-        "new_tokens": new_tokens,
-        "runs": runs,
-        "warmup": warmup,
-        "quality_tokens": quality_tokens,
-        "backend": backend,
         "neuron_budget": budget.neurons,
         "head_budget": budget.heads,
         "shortlist": budget.shortlist,
@@ -119,11 +123,7 @@ def bench(
         "predictor": manifest.predictor.get("kind"),
         "lossless": drafting.lossless,
         "draft_length": drafting.draft_length,
-        "prepack": prepack,
     }
-    average = np.mean if drafting.lossless else np.median
-    pairs = [{"name": own, "baseline": name, "speedup": speedup(taken[name], taken[own], average)} for name in against]
-    return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
 
 
 class Texts:
