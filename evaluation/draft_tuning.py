@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from statistics import median
+from typing import TypedDict, Unpack
 
 import torch
 
@@ -24,6 +25,17 @@ from shadowllm.runtime.ort.session import OrtSession
 # Budgets to try beside the bundle's own: neurons, heads, shortlist.
 MIXED = ((0.3, 1.0, 4096), (0.1, 1.0, 1024), (0.1, 0.34, 1024), (0.05, 0.12, 256))
 DROPPED = ((0.5, 1.0, None), (0.3, 1.0, None))
+SEED = 1  # of the text, as in `tuning`: not the default of calibration
+
+
+class Options(TypedDict, total=False):
+    """Options of `measure_drafts`."""
+
+    texts: Sequence[str]
+    tokens: int
+    seqlen: int
+    threads: int | None
+    prepack: bool
 
 
 @dataclass(frozen=True)
@@ -78,51 +90,16 @@ class _EachLength(DraftLength):
         self.rounds.append(done)
 
 
-def tune_drafts(
-    bundle: Path,
-    *,
-    texts: Sequence[str] = (),
-    tokens: int = 2048,
-    seqlen: int = 128,
-    threads: int | None = None,
-    prepack: bool = False,
-    seed: int = 1,
-) -> tuple[Manifest, list[Measured]]:
-    """Measure drafts of several budgets on ONNX Runtime, and record the fastest in the manifest.
-
-    The first half of each window of text is a prompt, which is continued greedily. Acceptance and times are those of
-    the continuations.
-
-    Args:
-        texts: files or dataset ids; empty for the built-in text.
-        tokens: number of tokens of the text.
-        seqlen: tokens of a window.
-        threads, prepack: as for `open_session`.
-        seed: seed of sampling.
+def tune_drafts(bundle: Path, **options: Unpack[Options]) -> tuple[Manifest, list[Measured]]:
+    """Measure drafts of several budgets with `measure_drafts`, and record the fastest in the manifest.
 
     Returns:
         The new manifest, and what was measured of each budget.
 
     Raises:
-        UserError: no bundle, a text that cannot be used, or too little of it.
+        UserError: as `measure_drafts`.
     """
-    manifest = read_manifest(bundle)
-    prompts = _prompts(bundle, manifest, texts, tokens, seqlen, seed)
-    budgets = _candidates(manifest)
-    found = []
-    with (
-        OrtSession(bundle, "sparse", threads=threads, prepack=prepack) as session,
-        progress("Measuring drafts", len(budgets) * len(prompts)) as advance,
-    ):
-        for budget in budgets:
-            session.set_budget(budget)
-            lengths = _EachLength()
-            for prompt in prompts:
-                new_tokens = min(len(prompt), manifest.spec.max_seqlen - len(prompt))
-                for _ in generate(session, [prompt], new_tokens, draft_length=lengths):
-                    pass
-                advance(1)
-            found.append(_summary(budget, lengths.rounds))
+    manifest, found = read_manifest(bundle), measure_drafts(bundle, **options)
     best = max(found, key=lambda measured: measured.speedup(measured.best_length))
     length = best.best_length
     measured = {
@@ -138,14 +115,54 @@ def tune_drafts(
     return tuned, found
 
 
-def _prompts(
-    bundle: Path, manifest: Manifest, texts: Sequence[str], tokens: int, seqlen: int, seed: int
-) -> list[list[int]]:
+def measure_drafts(
+    bundle: Path,
+    *,
+    texts: Sequence[str] = (),
+    tokens: int = 2048,
+    seqlen: int = 128,
+    threads: int | None = None,
+    prepack: bool = False,
+) -> list[Measured]:
+    """Measure drafts of the bundle's budget and of others on ONNX Runtime.
+
+    The first half of each window of text is a prompt, which is continued greedily. Acceptance and times are those of
+    the continuations.
+
+    Args:
+        texts: files or dataset ids; empty for the built-in text.
+        tokens: number of tokens of the text.
+        seqlen: tokens of a window.
+        threads, prepack: as for `open_session`.
+
+    Raises:
+        UserError: no bundle, a text that cannot be used, or too little of it.
+    """
+    manifest = read_manifest(bundle)
+    prompts, budgets = _prompts(bundle, manifest, texts, tokens, seqlen), _candidates(manifest)
+    found = []
+    with (
+        OrtSession(bundle, "sparse", threads=threads, prepack=prepack) as session,
+        progress("Measuring drafts", len(budgets) * len(prompts)) as advance,
+    ):
+        for budget in budgets:
+            session.set_budget(budget)
+            lengths = _EachLength()
+            for prompt in prompts:
+                new_tokens = min(len(prompt), manifest.spec.max_seqlen - len(prompt))
+                for _ in generate(session, [prompt], new_tokens, draft_length=lengths):
+                    pass
+                advance(1)
+            found.append(_summary(budget, lengths.rounds))
+    return found
+
+
+def _prompts(bundle: Path, manifest: Manifest, texts: Sequence[str], tokens: int, seqlen: int) -> list[list[int]]:
     encode = plain_encoder(load_tokenizer(bundle, manifest), manifest)
     length = min(seqlen, manifest.spec.max_seqlen)
     weights = read_weights(bundle, manifest).sparse
     found = calibration_windows(
-        manifest.spec, weights, encode, texts=texts, tokens=tokens, seqlen=length, seed=seed
+        manifest.spec, weights, encode, texts=texts, tokens=tokens, seqlen=length, seed=SEED
     ).train
     half: torch.Tensor = found[:, : length // 2]
     return [list(map(int, row)) for row in half]

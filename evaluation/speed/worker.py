@@ -206,6 +206,7 @@ def main() -> int:
     parser.add_argument("--draft-length", type=int)
     parser.add_argument("--first-length", type=int, default=2)
     parser.add_argument("--prepack", action="store_true")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the sampling in a loop")
     given = parser.parse_args()
     budget = Budget(
         heads=given.head_budget,
@@ -223,22 +224,23 @@ def main() -> int:
         options = {"threads": given.threads, "profile": True, "prefill": given.prefill, "prepack": given.prepack}
         with open_session(given.bundle, given.backend, **options) as session:
             session.set_budget(budget)
-            timer = _loop_timer(session, drafting) if given.loop or given.lossless else StepTimer(session)
+            loop = given.loop or given.lossless
+            timer = _loop_timer(session, drafting, given.temperature) if loop else StepTimer(session)
             yield timer.commands()
 
     return serve(load)
 
 
-def _loop_timer(session: Session, drafting: Drafting) -> LoopTimer:
-    """Time greedy generations of a session; the lengths of drafts start anew in each."""
-    from shadowllm.runtime import generate
+def _loop_timer(session: Session, drafting: Drafting, temperature: float) -> LoopTimer:
+    """Time generations of a session; the lengths of drafts start anew in each."""
+    from shadowllm.runtime import Sampling, generate
     from shadowllm.runtime.generation.draft_length import draft_length_of
 
     last: Answer = {}
 
     def loop(prompt: list[int], new_tokens: int) -> Iterator[int | None]:
         length = draft_length_of(drafting)
-        for row in generate(session, [prompt], new_tokens, draft_length=length):
+        for row in generate(session, [prompt], new_tokens, Sampling(temperature), draft_length=length):
             yield row[0]
         last.update(length.record.to_dict() if length else {})
 

@@ -73,7 +73,9 @@ class Chooser:
 
         self.check(row, logits, len(ahead))
         text = [*self.texts[row], *ahead]
-        scores = self._processors[row](torch.LongTensor([text]), torch.tensor(logits)[None])[0]
+        ids, scores = torch.LongTensor([text]), torch.tensor(logits)[None]
+        for processor in self._processors[row]:  # the list's own call inspects the signature of each every time
+            scores = processor(ids, scores)
         if not scores.max() < torch.inf:
             raise UserError(
                 f"the sampling options make a logit infinite for sequence {row + 1}, position {len(text)}",
@@ -85,7 +87,7 @@ class Chooser:
                 "suppress fewer tokens, or lower the n-gram size that may not repeat",
             )
         if self._sampled:
-            return np.asarray(scores.softmax(dim=-1).numpy())
+            return np.asarray(scores[0].softmax(dim=-1).numpy())
         found = np.zeros(logits.shape, dtype=np.float32)
         found[int(scores.argmax())] = 1
         return found

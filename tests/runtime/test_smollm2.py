@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.evaluation.default_text import passage
+from shadowllm.evaluation.lossless_check import compare_lossless
 from shadowllm.runtime import Budget, generate, open_session
+from shadowllm.runtime.generation.draft_length import DraftLength
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.session import OrtSession
 from shadowllm.runtime.torch_session import TorchSession
@@ -57,3 +61,18 @@ def test_everything_active_equals_dense(folder, text, dense, session):
     assert np.abs(logits - dense[0]).max() < 1e-4 * np.abs(dense[0]).max()
     assert tokens == dense[1]
     assert len(tokens) == GREEDY
+
+
+def test_lossless_text_is_that_of_dense(smollm2, tmp_path):
+    """Drafts with 30% of the neurons and heads from the full rows, the rest from the low-bit copy."""
+    make_bundle(smollm2, tmp_path, kind="quantized-shadow", rest="shadow")
+    manifest = read_manifest(tmp_path)
+    ids = passage(plain_encoder(load_tokenizer(tmp_path, manifest), manifest), 3 * 32)
+    prompts = [ids[start : start + 32] for start in range(0, len(ids), 32)]
+    with OrtSession(tmp_path, "sparse") as lossless, OrtSession(tmp_path, "dense") as dense:
+        lossless.set_budget(Budget(neurons=0.3, heads=0.3, shortlist=1024))
+        found = compare_lossless(lossless, dense, prompts, GREEDY, partial(DraftLength, 4))
+    assert found.wrong == []
+    assert len(found.ties) < 3
+    accepted, drafted = (sum(getattr(record, name) for record in found.drafts) for name in ("accepted", "drafted"))
+    assert 0.5 < accepted / drafted <= 1

@@ -182,6 +182,17 @@ class TestGenerate:
                 shadowllm.generate(model, prompt, **options)
 
 
+def test_lossless_text_is_that_of_dense(bundle):
+    folder = bundle("llama-gqa", kind="quantized-shadow", rest="shadow")
+    with shadowllm.load(folder, "ort-dense", threads=1) as dense:
+        expected = shadowllm.generate(dense, "Hello", 16)
+    budget = shadowllm.Budget(neurons=0.6, heads=0.75, rest="drop")
+    with shadowllm.load(folder, threads=1, budget=budget, prepack=True) as model:
+        assert shadowllm.generate(model, "Hello", 16, lossless=True) == expected
+        streamed = shadowllm.generate(model, "Hello", 16, lossless=True, draft_length=3, stream=True)
+        assert "".join(streamed) == expected
+
+
 class TestEvaluate:
     def test_results_as_the_command_has_them(self, bundle, tmp_path, capsys):
         found = shadowllm.evaluate(

@@ -92,6 +92,41 @@ def test_options_reach_the_choice_of_tokens(speaking, capsys):
     assert narrow == [[llama2().vocab[word] for word in SAYS]]
 
 
+def test_lossless(bundle, capsys):
+    """The texts and tokens are those of dense, and a line says what the drafts gave."""
+    folder = bundle("llama-gqa", kind="quantized-shadow", rest="shadow")
+    options = [
+        "--prompt",
+        "the sea",
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "12",
+        "--threads",
+        "1",
+        "--neuron-budget",
+        "0.5",
+    ]
+    lossless = ["--lossless", "--draft-length", "3", "--prepack"]
+
+    def results(*arguments):
+        assert main(["run", str(folder), *options, *arguments]) == 0
+        return json.loads(capsys.readouterr().out)["results"]
+
+    ours, dense = results("--json", *lossless, "--against", "ort-dense")
+    assert ours["tokens"] == dense["tokens"]
+    assert ours["lossless"]["drafted"] > 0
+    assert ours["lossless"]["drafts"] + ours["lossless"]["dense_steps"] > 0
+    assert dense["lossless"]["drafted"] == 0  # a dense session has nothing to draft
+    assert results("--json")[0]["lossless"] is None
+    assert main(["run", str(folder), "--prompt", "the sea", "--max-new-tokens", "6", *lossless]) == 0
+    assert "ort: lossless: " in capsys.readouterr().err
+    assert main(["run", str(folder), "--prompt", "x", "--draft-length", "3"]) == 1
+    assert "decoding is not lossless" in capsys.readouterr().err
+    assert main(["run", str(folder), "--prompt", "x", "--prepack", "--backend", "torch"]) == 1
+    assert "'torch' does not pack weights" in capsys.readouterr().err
+
+
 def test_a_prompt_from_a_file_or_standard_input(speaking, capsys, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfthe")
     assert run(capsys, speaking, "--prompt-file", str(tmp_path / "prompt.txt")) == "the sea small model\n"

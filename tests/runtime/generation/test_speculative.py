@@ -176,9 +176,9 @@ class TestRules:
 
 @pytest.mark.slow
 class TestSampling:
-    """The first four tokens of a tiny model: the first from the prefill, two drafted ones, and the one after them."""
+    """The first four tokens of a tiny model. The prefill gives the first; the others are drawn in rounds."""
 
-    PROMPT, SAMPLING, NEW = [5, 17, 42], {"temperature": 1.0, "top_k": 8}, 4
+    PROMPT, SAMPLING, NEW = [5, 17, 42], {"temperature": 0.4, "top_k": 8}, 4
     DRAFT = Budget(neurons=0.3, heads=0.5, rest="drop")
 
     @pytest.fixture
@@ -203,7 +203,7 @@ class TestSampling:
         return found
 
     def p_value(self, folder, expected, draws):
-        """The p-value of a chi-square test of the frequencies of texts. Texts with few expected draws are one class."""
+        """The p-value of a chi-square test of the frequencies of texts. Those expected rarely are one class."""
         batch, counts = 1000, Counter[tuple[int, ...]]()
         with TorchSession.open(folder) as session:
             session.set_budget(self.DRAFT)
@@ -224,9 +224,10 @@ class TestSampling:
         return float(torch.special.gammaincc(torch.tensor((len(found) - 1) / 2), torch.tensor(statistic / 2)))
 
     def test_frequencies_are_those_of_dense(self, folder, expected):
-        assert self.p_value(folder, expected, 20_000) > 0.01
+        """8,000 texts are 24,000 tokens that were drawn in rounds."""
+        assert self.p_value(folder, expected, 8_000) > 0.01
 
     def test_a_wrong_rule_is_noticed(self, folder, expected, monkeypatch):
         """Every drafted token that dense could draw is accepted."""
         monkeypatch.setattr(speculative, "accepts", lambda dense, drafted, uniform: dense > 0)
-        assert self.p_value(folder, expected, 4_000) < 1e-6
+        assert self.p_value(folder, expected, 2_000) < 1e-6

@@ -1,0 +1,176 @@
+"""Checks that lossless decoding writes the dense model's text, and measures its speed beside ONNX Runtime dense.
+
+    python -m shadowllm.benchmarks.noisy_model "$(python benchmarks/model_path.py)" out/noisy
+    python -m shadowllm.benchmarks.frontier out/noisy out/frontier
+    python -m shadowllm.benchmarks.lossless out/frontier/float32 --json lossless.json
+
+Text: greedy continuations, token by token against the dense session. Places where the two largest logits differ by less
+than rounding changes are counted as ties.
+
+Speed: each contender runs in its own process, and their runs are interleaved. "random" is a prompt of random tokens,
+continued at a high temperature, which defeats drafts.
+
+Costs: the times of drafts and verifications, and the speedup that they imply at given acceptances. This is what a model
+with random weights can show.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.config import Drafting
+from shadowllm.errors import UserError
+from shadowllm.evaluation.default_text import passage
+from shadowllm.evaluation.draft_tuning import measure_drafts
+from shadowllm.evaluation.lossless_check import compare_lossless
+from shadowllm.evaluation.speed.bench import drafting_options, session_command
+from shadowllm.evaluation.speed.environment import environment
+from shadowllm.evaluation.speed.harness import Contender, race, speedup, summarise
+from shadowllm.progress import Advance, progress
+from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
+from shadowllm.runtime.ort.session import OrtSession
+
+PARTS = ("text", "speed", "costs")
+ACCEPTANCES = (0.7, 0.8, 0.9)
+HOT = 100.0  # a temperature at which nearly all tokens are as probable
+
+
+def check_text(
+    bundle: Path, prompts: int = 20, new_tokens: int = 256, prompt_len: int = 64, threads: int | None = None
+) -> dict[str, Any]:
+    """Compare lossless greedy texts with those of the dense session, at the bundle's budget of drafts."""
+    ids = _passage(bundle, prompts * prompt_len)
+    starts = [ids[start : start + prompt_len] for start in range(0, len(ids), prompt_len)]
+    with (
+        OrtSession(bundle, "sparse", threads) as lossless,
+        OrtSession(bundle, "dense", threads) as dense,
+        progress("Text", prompts) as advance,
+    ):
+        lossless.set_budget(read_manifest(bundle).draft_budget)
+        found = compare_lossless(lossless, dense, starts, new_tokens, advance=advance)
+    drafted, accepted = (sum(getattr(record, name) for record in found.drafts) for name in ("drafted", "accepted"))
+    return {
+        "prompts": prompts,
+        "tokens": found.tokens,
+        "ties": [asdict(one) for one in found.ties],
+        "wrong": [asdict(one) for one in found.wrong],
+        "drafted": drafted,
+        "accepted": accepted,
+    }
+
+
+def measure_speed(
+    bundle: Path, prompt_len: int = 128, new_tokens: int = 128, runs: int = 5, threads: int | None = None
+) -> dict[str, Any]:
+    """Return latencies (ms per token) and speedups over dense, with and without packed weights, for both prompts."""
+    manifest = read_manifest(bundle)
+    random = np.random.default_rng(0).integers(0, manifest.spec.vocab_size, prompt_len).tolist()
+    cases = {"text": (_passage(bundle, prompt_len), 0.0), "random": (random, HOT)}
+    drafting = drafting_options(Drafting(lossless=True), manifest)
+    backends = {"dense": ("ort-dense", ["--loop"]), "lossless": ("ort", drafting)}
+    backends["lossless, packed weights"] = "ort", [*drafting, "--prepack"]
+    result = {}
+    for case, (prompt, temperature) in cases.items():
+        hot = ["--temperature", str(temperature)]
+        contenders = [
+            Contender(name, session_command(bundle, backend, manifest.draft_budget, threads, [*more, *hot]))
+            for name, (backend, more) in backends.items()
+        ]
+        with progress(f"Speed, {case}", len(contenders) * (1 + runs)) as advance:
+            request = {"prompt": prompt, "new_tokens": new_tokens}
+            taken, _ = race(contenders, request, runs=runs, warmup=1, tick=partial(_tick, advance))
+        result[case] = {
+            name: {
+                "itl_ms": summarise(generations).itl_ms["mean"],
+                "ttft_ms": summarise(generations).ttft_ms["median"],
+                "peak_rss_mb": summarise(generations).peak_rss_mb,
+                "speedup": speedup(taken["dense"], generations, np.mean),
+                "same_tokens": generations[0].tokens == taken["dense"][0].tokens if not temperature else None,
+                "drafts": [generation.lossless for generation in generations if generation.lossless],
+            }
+            for name, generations in taken.items()
+        }
+    return result
+
+
+def measure_costs(bundle: Path, threads: int | None = None) -> list[dict[str, Any]]:
+    """Return the times of drafts of several budgets, and the speedups at their best lengths by acceptance."""
+    rows = []
+    for found in measure_drafts(bundle, threads=threads):
+        implied = {share: replace(found, acceptance=share) for share in ACCEPTANCES}
+        rows.append(
+            {
+                "budget": asdict(found.budget),
+                "acceptance": found.acceptance,
+                "draft_ms": 1e3 * found.draft_seconds,
+                "verify_ms": {size: 1e3 * seconds for size, seconds in found.verify_seconds.items()},
+                "speedup": found.speedup(found.best_length),
+                "speedup_at": {share: one.speedup(one.best_length) for share, one in implied.items()},
+            }
+        )
+    return rows
+
+
+def _tick(advance: Advance, _: str) -> None:
+    advance(1)
+
+
+def _passage(bundle: Path, length: int) -> list[int]:
+    manifest = read_manifest(bundle)
+    return passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), length)
+
+
+def print_results(found: dict[str, Any]) -> None:
+    """Print what was measured."""
+    if text := found.get("text"):
+        same = text["tokens"] - len(text["ties"]) - len(text["wrong"])
+        print(f"text: {same} of {text['tokens']} tokens are the same; ties: {len(text['ties'])}", end="; ")
+        print(f"wrong: {len(text['wrong'])}; accepted {text['accepted']} of {text['drafted']} drafted tokens")
+    for case, rows in found.get("speed", {}).items():
+        for name, row in rows.items():
+            gain = row["speedup"]
+            spread = f"{gain['median']:.2f}x ({gain['min']:.2f} to {gain['max']:.2f})"
+            print(f"{case:6} {name:25} {row['itl_ms']:7.2f} ms per token  {spread}  {row['peak_rss_mb']:.0f} MB")
+    for row in found.get("costs", ()):
+        print(json.dumps(row))
+
+
+@script
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = script_parser("lossless", __doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("--prompts", type=int, default=20, help="number of texts that are compared")
+    parser.add_argument("--new-tokens", type=int, default=256, help="of each of them")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    args = parser.parse_args(arguments)
+    found: dict[str, Any] = {}
+    if "text" in args.parts:
+        found["text"] = check_text(args.bundle, args.prompts, args.new_tokens, threads=args.threads)
+    if "speed" in args.parts:
+        found["speed"] = measure_speed(args.bundle, runs=args.runs, threads=args.threads)
+    if "costs" in args.parts:
+        found["costs"] = measure_costs(args.bundle, args.threads)
+    print_results(found)
+    if args.json:
+        record = {"environment": environment(args.threads), "model": read_manifest(args.bundle).model, **found}
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+    if found.get("text", {}).get("wrong"):
+        raise UserError("the text is not that of the dense model", "report this with the JSON of --json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

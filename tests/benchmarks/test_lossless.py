@@ -1,0 +1,39 @@
+"""The benchmark of lossless decoding, on a tiny bundle."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from shadowllm.benchmarks.lossless import check_text, main, measure_costs, measure_speed, print_results
+
+
+@pytest.fixture
+def folder(bundle):
+    return bundle("llama-blocks", kind="quantized-shadow", rest="shadow")
+
+
+def test_text_and_command(folder, tmp_path, capsys):
+    found = check_text(folder, prompts=2, new_tokens=8, prompt_len=12, threads=1)
+    assert (found["tokens"], found["ties"], found["wrong"]) == (16, [], [])
+    # The command's prompts have 64 tokens, which is all that this model has.
+    assert main([str(folder), "--parts", "text", "--threads", "1", "--prompts", "1", "--new-tokens", "9"]) == 1
+    assert "exceed the model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_speed_and_costs(folder, capsys):
+    speed = measure_speed(folder, prompt_len=12, new_tokens=8, runs=1, threads=1)
+    assert set(speed) == {"text", "random"}
+    for rows in speed.values():
+        assert list(rows) == ["dense", "lossless", "lossless, packed weights"]
+        assert rows["dense"]["speedup"]["median"] == 1
+        assert rows["lossless"]["drafts"]
+    assert speed["text"]["lossless"]["same_tokens"]
+    assert speed["random"]["lossless"]["same_tokens"] is None
+    costs = measure_costs(folder, threads=1)
+    assert all(row["speedup_at"][0.7] <= row["speedup_at"][0.9] for row in costs)
+    print_results({"speed": speed, "costs": costs})
+    assert "lossless, packed weights" in capsys.readouterr().out
+    json.dumps([speed, costs])
