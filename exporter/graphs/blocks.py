@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from shadowllm.bundle.weight_names import down_norms, integers, scales
+from shadowllm.bundle.weight_names import down_norms
 from shadowllm.exporter.graphs.builder import GraphBuilder
 from shadowllm.exporter.graphs.nodes import batched, cast, gemm, mlp_activation, norm
 from shadowllm.exporter.graphs.selection import choose_heads, choose_neurons
@@ -98,19 +98,21 @@ def dense_layer(
     """One layer with all heads and neurons; returns hidden states and the updated cache."""
     place = f"layers.{layer}"
     normed = norm(g, spec, f"{place}.input_norm", x)
-    both = gemm(g, normed, [f"{place}.{part}_proj" for part in "qkv"], spec.qkv_bias)
+    both = gemm(g, normed, [f"{place}.{part}_proj" for part in "qkv"], spec.qkv_bias, spec.hidden_size)
     query, cache = to_cache(g, spec, step, cache, both, spec.n_heads)
     context = g.op("Attention", query, cache.key, cache.value, step.visible, scale=1 / math.sqrt(spec.head_dim))
     context = g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), g.ints([-1, spec.n_heads * spec.head_dim]))
-    x = g.op("Add", x, gemm(g, context, [f"{place}.o_proj"], spec.o_bias, rows_out=False))
+    width = spec.n_heads * spec.head_dim
+    x = g.op("Add", x, gemm(g, context, [f"{place}.o_proj"], spec.o_bias, width, rows_out=False))
     return g.op("Add", x, _dense_mlp(g, spec, layer, norm(g, spec, f"{place}.post_norm", x))), cache
 
 
 def _dense_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.Value:
     place = f"layers.{layer}"
     parts = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
-    hidden = mlp_activation(g, spec, gemm(g, x, [f"{place}.{part}" for part in parts], spec.mlp_bias))
-    return gemm(g, hidden, [f"{place}.down_proj"], spec.mlp_bias, rows_out=False)
+    both = gemm(g, x, [f"{place}.{part}" for part in parts], spec.mlp_bias, spec.hidden_size)
+    hidden = mlp_activation(g, spec, both)
+    return gemm(g, hidden, [f"{place}.down_proj"], spec.mlp_bias, spec.intermediate_size, rows_out=False)
 
 
 def sparse_layer(
@@ -126,7 +128,7 @@ def sparse_layer(
     """
     place = f"layers.{layer}"
     normed = norm(g, spec, f"{place}.input_norm", x)
-    both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias)
+    both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias, spec.hidden_size)
     _, cache = to_cache(g, spec, step, cache, both, 0)
     y, heads = _sparse_attention(g, spec, layer, row, normed, step, cache, selection)
     x = g.op("Add", x, y)
@@ -221,10 +223,7 @@ def _rest(g: GraphBuilder, place: str, selection: Selection, *parts: str) -> dic
 def _rows(g: GraphBuilder, place: str, part: str, bias: bool) -> dict[str, ir.Value | None]:
     """The inputs of a sparse op for one matrix: the matrix, and its scales and bias if it has them."""
     name = f"{place}.{part}_proj"
-    if g.quantisation is None:
-        found: dict[str, ir.Value | None] = {f"w_{part}": g.weight(f"{name}.weight")}
-    else:
-        found = {f"w_{part}": g.weight(integers(f"{name}.weight")), f"s_{part}": g.weight(scales(f"{name}.weight"))}
+    found: dict[str, ir.Value | None] = dict(zip((f"w_{part}", f"s_{part}"), g.rows(f"{name}.weight"), strict=True))
     return found | ({f"b_{part}": g.weight(f"{name}.bias")} if bias else {})
 
 
