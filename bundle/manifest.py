@@ -139,6 +139,11 @@ class Manifest:
         return self.quantisation.itemsize if self.quantisation else ITEMSIZE[self.dtype]
 
     @property
+    def itemsize_beside_copy(self) -> float:
+        """The same for an element of a row whose low-bit copy is read too, see `Quantisation`."""
+        return self.quantisation.itemsize_beside_copy if self.quantisation else self.itemsize
+
+    @property
     def sparse_layers(self) -> SparseLayers:
         """The layers whose units are selected."""
         return SparseLayers(self.spec, self.dense_layers)
@@ -203,7 +208,9 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest is None:
         raise UserError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", remedy)
     if version == OLDER_VERSION and manifest.weight_dtype and manifest.rest == "shadow":
-        raise UserError(f"{folder} has a low-bit copy beside its {manifest.weight_dtype} weights, not inside them", remedy)
+        raise UserError(
+            f"{folder} has a low-bit copy beside its {manifest.weight_dtype} weights, not inside them", remedy
+        )
     for name in manifest.files:
         _check_inside(path, name)
     return manifest

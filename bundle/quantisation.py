@@ -1,13 +1,13 @@
 """Integer weights: rows of integers, with one scale per block of consecutive elements.
 
 The layout is that of ONNX Runtime's ``MatMulNBits``, so that its dense layers and our sparse rows
-read the same format. Integers are unsigned, with the middle at ``2 ** (bits - 1)``. A byte holds one 8-bit, two 4-bit or
-four 2-bit integers, the first in its lowest bits. Each block of a row has one float32 scale.
+read the same format. Integers are unsigned, with the middle at ``2 ** (bits - 1)``. A byte holds one 8-bit, two
+4-bit or four 2-bit integers, the first in its lowest bits. Each block of a row has one float32 scale.
 
 Integers may be *nested*. Then an integer ``q`` is stored in two parts, ``q = 2^r * copy + residual``, with
-``copy = floor((q + 2^(r-1)) / 2^r)`` and a residual of r bits. The first part, with the scale of q times ``2^r``, is the
-low-bit copy of the matrix, in the same format as any other low-bit copy. The residual has the scales of the copy divided
-by ``2^r``, so none are stored for it.
+``copy = floor((q + 2^(r-1)) / 2^r)`` and a residual of r bits. The first part, with ``2^r`` times the scale of q,
+is the low-bit copy of the matrix, in the same format as any other low-bit copy. The residual has the scales of the
+copy divided by ``2^r``, so none are stored for it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Quantisation:
 
     @property
     def residual_step(self) -> float:
-        """The scale of the residual, relative to the scale of the copy. A power of two, so products with it are exact."""
+        """The scale of the residual divided by that of the copy: a power of two, so products with it are exact."""
         return 2.0**-self.residual_bits
 
     @property
@@ -74,6 +74,11 @@ class Quantisation:
         """
         return (1 if self.residual_bits else self.bits / 8) + 4 / self.block
 
+    @property
+    def itemsize_beside_copy(self) -> float:
+        """Bytes per element of a full row beside its low-bit copy, which is read too: a residual, if there is one."""
+        return self.residual_bits / 8 if self.residual_bits else self.itemsize
+
     def blocks(self, width: int) -> int:
         """Return the scales per row; the last block may be padded."""
         return -(-width // self.block)
@@ -86,8 +91,8 @@ class Quantisation:
 # Format of the low-bit copy. With one scale per 64 elements, the copy of gate and up is under a fifth of a 16-bit MLP.
 LOW_BIT_COPY = Quantisation(bits=4, block=64)
 WEIGHT_DTYPES = {"int8": Quantisation(8), "int4": Quantisation(4)}
-# Of bundles with a low-bit copy of all matrices. Both types have the same copy. A copy of 3 bits would make the two parts
-# of int6 equal, but would need code of its own for every kernel, and 3 bits are a far worse copy than 4.
+# Of bundles with a low-bit copy of all matrices. All types have the same copy. Two parts of 3 bits for int6 would need
+# kernels of their own, and a copy of 3 bits is far worse than one of 4.
 NESTED = {"int8": Quantisation(8, 64, residual_bits=4), "int6": Quantisation(6, 64, residual_bits=2)}
 
 
@@ -151,7 +156,7 @@ def _packed(integers: np.ndarray, bits: int) -> np.ndarray:
     each = 8 // bits
     data = found[:, ::each]
     for place in range(1, each):
-        data = data | found[:, place::each] << (bits * place)
+        data = data | found[:, place::each] << np.uint8(bits * place)
     return data
 
 
@@ -230,10 +235,14 @@ def bundle_format(weight_dtype: str | None, rest: str) -> Quantisation | None:
     if weight_dtype in known:
         return known[weight_dtype]
     if weight_dtype not in other:
-        raise UserError(f"dtype {weight_dtype!r} is not supported", f"use one of {', '.join({**NESTED, **WEIGHT_DTYPES})}")
+        raise UserError(
+            f"dtype {weight_dtype!r} is not supported", f"use one of {', '.join({**NESTED, **WEIGHT_DTYPES})}"
+        )
     if rest == "shadow":
         raise UserError("a shadow of int4 weights has as many bits as they have", "use --rest drop")
-    raise UserError("int6 weights contain their shadow, and --rest drop leaves it out", "use --rest shadow or --weight-dtype int8")
+    raise UserError(
+        "int6 weights contain their shadow, and --rest drop leaves it out", "use --rest shadow or --weight-dtype int8"
+    )
 
 
 def dense_rows(weight: np.ndarray, scales: np.ndarray | None, width: int) -> np.ndarray:

@@ -130,7 +130,7 @@ class CopyTensors(Mapping[str, Tensor]):
             not among these tensors.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], q: Quantisation | None) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], q: Quantisation | None = None) -> None:
         self._weights, self._q, self._matrices = weights, q, QuantisedTensors(weights, LOW_BIT_COPY)
         self._weighting: dict[str, np.ndarray] = {}
 
@@ -183,8 +183,8 @@ def dequantised_weights(
         if not q.residual_bits:
             return dequantise(tensors[integers(name)].numpy(), tensors[scales(name)].numpy(), width, q)
         copy = low_bit_copy(name)
-        parts = (tensors[part].numpy() for part in (integers(copy), scales(copy), residual(name)))
-        return dequantise_nested(*parts, width, q)
+        high, steps, low = (tensors[part].numpy() for part in (integers(copy), scales(copy), residual(name)))
+        return dequantise_nested(high, steps, low, width, q)
 
     sparse: dict[str, Tensor] = {}
     dense: dict[str, Tensor] = {}
@@ -201,7 +201,6 @@ def dequantised_weights(
 
 def dequantised_predictor(predictor: Predictor, q: Quantisation) -> Predictor:
     """Return the predictor as in the graph: its network's matrices are rounded to integers and back."""
-
     matrices = [name for name in predictor.learned if name.endswith(".weight")]
     found = {name: torch.from_numpy(rounded(predictor.tensors[name].numpy(), q).copy()) for name in matrices}
     return replace(predictor, tensors=predictor.tensors | found)
@@ -212,7 +211,7 @@ def row_norms(down_proj: Tensor) -> Tensor:
     return down_proj.float().norm(dim=-1)
 
 
-def mean_square_errors(table: Tensor, q: Quantisation | None) -> np.ndarray:
+def mean_square_errors(table: Tensor, q: Quantisation | None = None) -> np.ndarray:
     """Return the mean square of a matrix minus its low-bit copy over the rows, float64 ``(width,)``.
 
     Args:

@@ -103,7 +103,7 @@ def copy_groups(layers: SparseLayers, rest: bool, nested: bool = False) -> Itera
 
 
 def quantised_groups(shapes: Mapping[str, tuple[int, ...]], q: Quantisation) -> Iterator[Group]:
-    """Yield the layout of matrices ``(rows, width)`` that are read together: integers, scales, and residuals if nested."""
+    """Yield the layout of matrices ``(rows, width)`` that are read together: integers, then scales; then residuals."""
     if q.residual_bits:
         yield from quantised_groups({low_bit_copy(name): shape for name, shape in shapes.items()}, q.copy)
         yield [(residual(name), (rows, q.residual.bytes(width)), "uint8") for name, (rows, width) in shapes.items()]

@@ -79,7 +79,7 @@ def output_table(spec: ModelSpec) -> str:
 
 
 def base(name: str) -> str:
-    """Return the canonical name behind a name of integers, scales or a residual, transposed or not; others unchanged."""
+    """Return the canonical name behind a name of a part of a matrix, transposed or not; others unchanged."""
     return matrix(name).removesuffix(_TRANSPOSED)
 
 
@@ -95,6 +95,11 @@ def matrix(name: str) -> str:
 def is_part(name: str) -> bool:
     """Whether the name was made by `integers`, `scales` or `residual`."""
     return name.endswith((_INTEGERS, _SCALES, _RESIDUAL))
+
+
+def is_integers(name: str) -> bool:
+    """Whether the name was made by `integers`."""
+    return name.endswith(_INTEGERS)
 
 
 def is_transposed(name: str) -> bool:

@@ -108,6 +108,7 @@ def _bytes(result: Result, manifest: Manifest) -> int:
         Budget(heads=result.head_budget, neurons=result.neuron_budget).counts(layers),
         choosing=selector_bytes(result.selector, layers, itemsize, int(manifest.predictor["rank"]), rest),
         matrix_itemsize=itemsize,
+        itemsize_beside_copy=manifest.itemsize_beside_copy,
         rest=rest,
         shortlist=result.shortlist,
     ).total

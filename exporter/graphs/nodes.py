@@ -82,9 +82,7 @@ def norm(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
     return g.op("RMSNormalization", x, weight, epsilon=spec.norm_eps, axis=-1)
 
 
-def gemm(
-    g: GraphBuilder, x: ir.Value, names: list[str], bias: bool, width: int, *, rows_out: bool = True
-) -> ir.Value:
+def gemm(g: GraphBuilder, x: ir.Value, names: list[str], bias: bool, width: int, *, rows_out: bool = True) -> ir.Value:
     """Multiply ``x`` by one stored matrix, or by several stacked ones.
 
     Args:
@@ -104,7 +102,7 @@ def _integer_gemm(
 ) -> ir.Value:
     """Multiply with ``MatMulNBits``; the rows of its matrices are output channels.
 
-    With nested integers, the products of the copy and of the residual are added. Both are standard nodes of ONNX Runtime.
+    With nested integers, the products of the copy and of the residual are added.
     """
     stored = [low_bit_copy(name) for name in matrices] if q.residual_bits else matrices
     factors = g.weight(*map(scales, stored))

@@ -69,8 +69,7 @@ class _Joiner:
 
     def join(self, copy: ir.Node, residual: ir.Node) -> tuple[ir.Value, ir.Value]:
         """The joined integers, uint8 ``(rows, blocks, block)``, and their scales ``(rows, blocks)``."""
-        q, (_, high, steps), low = self._q, copy.inputs[:3], residual.inputs[1]
-        assert high is not None and low is not None and steps is not None
+        q, high, low, steps = self._q, *(_given(*place) for place in ((copy, 1), (residual, 1), (copy, 2)))
         whole = self._op("BitShift", self._unpacked(high, q.copy.bits), self._byte(q.residual_bits), direction="LEFT")
         whole = self._op("BitwiseOr", whole, self._unpacked(low, q.residual_bits))
         # The parts are unsigned around a middle of their own. Modulo 256, this moves the middle of their sum to 128.
@@ -118,6 +117,13 @@ def _pairs(model: ir.Model) -> list[tuple[ir.Node, ir.Node, ir.Node]]:
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == op_type else None
+
+
+def _given(node: ir.Node, place: int) -> ir.Value:
+    value = node.inputs[place]
+    if value is None:
+        raise PreconditionError(f"the product of {_weights(node)} has no input {place}")
+    return value
 
 
 def _weights(product: ir.Node) -> str:
