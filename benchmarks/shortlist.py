@@ -61,7 +61,9 @@ def measure(bundle: Path, texts: Sequence[Path], tokens: int) -> list[dict[str, 
     rows = read.sparse[table]
     weightings = {
         "bundle": stored[copy_weighting(table)].numpy(),
-        "calibrated": best_weighting(calibration.square().mean(dim=0).numpy(), mean_square_errors(rows)),
+        "calibrated": best_weighting(
+            calibration.square().mean(dim=0).numpy(), mean_square_errors(rows, manifest.quantisation)
+        ),
     }
     assert read.copies is not None
     exact, low = evaluated @ rows.T, evaluated @ read.copies[table].T

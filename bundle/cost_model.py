@@ -7,7 +7,7 @@ left out (together under 1% at any real size).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +22,10 @@ from shadowllm.models.spec import ModelSpec
 PER_LAYER_COST = 1.7
 # Time to read a byte of the low-bit copy, divided by the time to read a byte of a full row. Not measured yet.
 COPY_COST = 1.0
-
-
 # Time to read a row of up or down of a neuron that fired, divided by the time to read it among all rows in their order.
 # Not measured yet.
 SCATTERED_COST = 1.15
+ROWS: dict[Unit, str] = {"heads": "active q/o rows", "neurons": "active MLP rows"}  # parts of a step's bytes
 
 
 def unit_elements(spec: ModelSpec, unit: Unit) -> int:
@@ -126,6 +125,7 @@ def step_traffic(
     batch: int = 1,
     matrix_itemsize: float | None = None,
     row_itemsize: float | None = None,
+    itemsize_beside_copy: float | None = None,
     rest: Rest = "drop",
     shortlist: int | None = None,
     fired: Sequence[float] | None = None,
@@ -141,6 +141,9 @@ def step_traffic(
         matrix_itemsize: bytes of a matrix element, if it differs from ``itemsize``; for integers,
             including the share of a scale.
         row_itemsize: the same for the active rows of a sparse op, if it differs from other matrices.
+        itemsize_beside_copy: the same for active rows whose low-bit copy is read in any case, if it differs from other
+            rows. (If a quantised shadow chooses neurons, and the others are left out, then the copy of gate and up of
+            active neurons is counted twice.)
         rest: what units that are not active contribute. From a low-bit copy, all heads read their keys and values.
         shortlist: rows of the output table that are read exactly, beside its low-bit copy; None for all.
         fired: with the selector relu, the share of neurons of each sparse layer whose gate is not zero. ``active`` then
@@ -152,9 +155,6 @@ def step_traffic(
     # If query heads are selected one by one, all KV heads may be in use, but at most one per active query head.
     used = [spec.n_heads if rest == "shadow" else heads // spec.heads_together for heads, _ in counts]
     kv_read = dense_layers * spec.n_kv_heads + sum(min(spec.n_kv_heads, n) for n in used)
-    neurons = [float(row_elements(spec, "neurons", kept)) for _, kept in counts]
-    if fired is not None:
-        neurons = [gate_first_elements(spec, share) for share in fired]
     elements = {
         "embedding rows": batch * d * (2 if spec.positions == "learned" else 1),
         "norms": (sum(len(spec.norms_of(i)) for i in range(spec.n_layers)) + 1)
@@ -162,22 +162,37 @@ def step_traffic(
         * (2 if spec.norm == "layernorm" else 1),
         "k/v projections": spec.n_layers * 2 * kv * (d + spec.qkv_bias),
         "dense layers": dense_layers * layer_elements(spec, spec.n_heads, spec.intermediate_size),
-        "active q/o rows": sum(row_elements(spec, "heads", heads) for heads, _ in counts),
-        "active MLP rows": sum(neurons),
         "lm_head": 0 if shortens(spec, shortlist) else spec.vocab_size * d,
         "KV cache": batch * kv_read * 2 * context * spec.head_dim,
     }
     matrix_itemsize = itemsize if matrix_itemsize is None else matrix_itemsize
     row_itemsize = matrix_itemsize if row_itemsize is None else row_itemsize
-    sizes = {"norms": itemsize, "KV cache": itemsize, "active q/o rows": row_itemsize, "active MLP rows": row_itemsize}
+    itemsize_beside_copy = row_itemsize if itemsize_beside_copy is None else itemsize_beside_copy
+    sizes = {"norms": itemsize, "KV cache": itemsize}
     parts = {name: round(count * sizes.get(name, matrix_itemsize)) for name, count in elements.items()}
+    for place, unit in enumerate(UNITS):
+        kept = [count[place] for count in counts]
+        parts[ROWS[unit]] = round(_active_bytes(spec, unit, kept, rest, row_itemsize, itemsize_beside_copy))
+    if fired is not None:
+        parts[ROWS["neurons"]] = round(row_itemsize * sum(gate_first_elements(spec, share) for share in fired))
     parts["predictor"] = round(choosing)
     copied = _copied_bytes(spec, counts, rest, shortlist)
     if copied:
         parts["low-bit copy"] = copied
     if shortlist is not None and shortens(spec, shortlist):
-        parts["shortlist"] = round(shortlist * d * row_itemsize)
+        parts["shortlist"] = round(shortlist * d * itemsize_beside_copy)
     return Traffic(parts)
+
+
+def _active_bytes(
+    spec: ModelSpec, unit: Unit, kept: Iterable[int], rest: Rest, whole: float, beside_copy: float
+) -> float:
+    """Return the bytes of the active rows of all layers. The other arguments are bytes per element."""
+    width = layer_units(spec)[unit]
+    return sum(
+        row_elements(spec, unit, count) * (beside_copy if rest == "shadow" and count < width else whole)
+        for count in kept
+    )
 
 
 def _copied_bytes(spec: ModelSpec, counts: list[tuple[int, int]], rest: Rest, shortlist: int | None) -> int:
@@ -253,8 +268,9 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -
     counts, dense = list(budget.counts(layers).by_layer()), _dense_bytes(manifest)
     saved = sum(dense - _sparse_bytes(manifest, row, kept, rest, narrow_rows) for row, kept in enumerate(counts))
     if budget.shortlist is not None and shortens(spec, budget.shortlist):
-        rows = spec.vocab_size - budget.shortlist / (2 if narrow_rows else 1)
-        saved += rows * spec.hidden_size * _itemsize(manifest) - COPY_COST * copied_table_bytes(spec)
+        whole = spec.vocab_size * _itemsize(manifest)
+        saved += spec.hidden_size * (whole - budget.shortlist * _beside_copy(manifest, narrow_rows))
+        saved -= COPY_COST * copied_table_bytes(spec)
     return saved > _choosing_bytes(manifest, rest)
 
 
@@ -286,7 +302,14 @@ def _rest(manifest: Manifest, budget: Budget) -> Rest:
 
 def _itemsize(manifest: Manifest) -> float:
     """Return the bytes of a weight as ONNX Runtime reads it. Floats are read at 32 bits."""
-    return manifest.quantisation.itemsize if manifest.quantisation else 4
+    return manifest.quantisation.product_itemsize if manifest.quantisation else 4
+
+
+def _beside_copy(manifest: Manifest, narrow_rows: bool) -> float:
+    """Return the bytes of a weight in a row whose low-bit copy is read too."""
+    if manifest.quantisation:
+        return manifest.quantisation.itemsize_beside_copy
+    return 2 if narrow_rows else 4
 
 
 def _dense_bytes(manifest: Manifest) -> float:
@@ -295,13 +318,19 @@ def _dense_bytes(manifest: Manifest) -> float:
 
 
 def _sparse_bytes(manifest: Manifest, row: int, kept: tuple[int, int], rest: Rest, narrow_rows: bool = False) -> float:
-    """Return the cost of the active rows and of the low-bit copy of a sparse layer, in bytes."""
-    spec, fired = manifest.spec, fired_shares(manifest)
-    elements = float(layer_elements(spec, *kept))
+    """Return the cost of the active rows and of the low-bit copy of a sparse layer, in bytes.
+
+    Whole rows of nested integers cost what they cost in a dense step, because their two parts take as long to multiply.
+    """
+    spec, whole, fired = manifest.spec, _itemsize(manifest) / (2 if narrow_rows else 1), fired_shares(manifest)
     if fired is not None:
-        elements = row_elements(spec, "heads", kept[0]) + gate_first_elements(spec, fired[row], SCATTERED_COST)
-    rows = elements * _itemsize(manifest) / (2 if narrow_rows else 1)
-    return rows + (COPY_COST * layer_copy_bytes(manifest.spec, *kept) if rest == "shadow" else 0)
+        heads = row_elements(spec, "heads", kept[0])
+        return whole * (heads + gate_first_elements(spec, fired[row], SCATTERED_COST))
+    rows = sum(
+        _active_bytes(spec, unit, [count], rest, whole, _beside_copy(manifest, narrow_rows))
+        for unit, count in zip(UNITS, kept, strict=True)
+    )
+    return rows + (COPY_COST * layer_copy_bytes(spec, *kept) if rest == "shadow" else 0)
 
 
 def _choosing_bytes(manifest: Manifest, rest: Rest) -> float:

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Never, TypedDict
 
-from shadowllm.bundle.quantisation import WEIGHT_DTYPES, Quantisation
+from shadowllm.bundle.quantisation import Quantisation, bundle_format
 from shadowllm.errors import UserError
 from shadowllm.json_types import check_type
 from shadowllm.models.sparsity import Budget, Fractions, Rest, SparseLayers
 from shadowllm.models.spec import ModelSpec
 
 NAME = "manifest.json"
-SCHEMA_VERSION = 2
+# Version 2 is still read. It differs in bundles with integer weights and a low-bit copy, which was stored beside them.
+SCHEMA_VERSION, OLDER_VERSION = 3, 2
 DATA_FILE = "model.onnx.data"
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -109,7 +110,7 @@ class Manifest:
         model: name the model was exported under.
         spec: sizes and options of the model.
         dtype: of weights and activations ("float32", "float16", "bfloat16").
-        weight_dtype: of matrices, if it differs from ``dtype`` ("int8", "int4"); else None.
+        weight_dtype: of matrices, if it differs from ``dtype`` ("int8", "int6", "int4"); else None.
         dense_layers: leading layers that stay dense.
         selector: "upfront": the graph ``predictor`` selects, and the indices are inputs of ``body``;
             "per-layer": each layer of ``body`` selects for itself.
@@ -152,6 +153,11 @@ class Manifest:
         return self.quantisation.itemsize if self.quantisation else ITEMSIZE[self.dtype]
 
     @property
+    def itemsize_beside_copy(self) -> float:
+        """The same for an element of a row whose low-bit copy is read too, see `Quantisation`."""
+        return self.quantisation.itemsize_beside_copy if self.quantisation else self.itemsize
+
+    @property
     def sparse_layers(self) -> SparseLayers:
         """The layers whose units are selected."""
         return SparseLayers(self.spec, self.dense_layers)
@@ -181,13 +187,9 @@ class Manifest:
         """How integer weights are stored; None if the weights are floats.
 
         Raises:
-            UserError: the weight type is unknown.
+            UserError: the weight type is unknown, or does not go with `rest`.
         """
-        if self.weight_dtype is None:
-            return None
-        if self.weight_dtype not in WEIGHT_DTYPES:
-            raise UserError(f"the bundle has weights of type {self.weight_dtype!r}", "export the model again")
-        return WEIGHT_DTYPES[self.weight_dtype]
+        return bundle_format(self.weight_dtype, self.rest)
 
     def digests(self, *names: str) -> dict[str, str]:
         """Return the SHA-256 of some of the bundle's files.
@@ -222,13 +224,17 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = json.loads(path.read_text())
         version = data.pop("schema_version")
-        manifest = _manifest(data) if version == SCHEMA_VERSION else None
+        manifest = _manifest(data) if version in (SCHEMA_VERSION, OLDER_VERSION) else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error})", remedy) from error
     except UserError as error:
         raise UserError(f"{path} is damaged ({error.problem})", remedy) from error
     if manifest is None:
         raise UserError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", remedy)
+    if version == OLDER_VERSION and manifest.weight_dtype and manifest.rest == "shadow":
+        raise UserError(
+            f"{folder} has a low-bit copy beside its {manifest.weight_dtype} weights, not inside them", remedy
+        )
     for name in manifest.files:
         _check_inside(path, name)
     return manifest

@@ -1,8 +1,13 @@
-"""Integer weights: rows of 8- or 4-bit integers, with one scale per block of consecutive elements.
+"""Integer weights: rows of integers, with one scale per block of consecutive elements.
 
 The layout is that of ONNX Runtime's ``MatMulNBits``, so that its dense layers and our sparse rows
-read the same format. Integers are unsigned, with the middle at ``2 ** (bits - 1)``. A byte holds two
-4-bit integers, the first in its lower half. Each block of a row has one float32 scale.
+read the same format. Integers are unsigned, with the middle at ``2 ** (bits - 1)``. A byte holds one 8-bit, two
+4-bit or four 2-bit integers, the first in its lowest bits. Each block of a row has one float32 scale.
+
+Integers may be *nested*. Then an integer ``q`` is stored in two parts, ``q = 2^r * copy + residual``, with
+``copy = floor((q + 2^(r-1)) / 2^r)`` and a residual of r bits. The first part, with ``2^r`` times the scale of q,
+is the low-bit copy of the matrix, in the same format as any other low-bit copy. The residual has the scales of the
+copy divided by ``2^r``, so none are stored for it.
 """
 
 from __future__ import annotations
@@ -10,6 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from shadowllm.errors import UserError
 
 # Attribute of ``MatMulNBits``: its inputs are rounded to 8 bits. ONNX Runtime has fast kernels for this.
 ACCURACY_LEVEL = 4
@@ -21,17 +28,56 @@ class Quantisation:
     """How weights are stored.
 
     Attributes:
-        bits: 8 or 4 in files; only `rounded` accepts other numbers.
+        bits: 8, 4 or 2 in files, or the sum over both parts of nested integers; only `rounded` accepts other numbers.
         block: consecutive elements of a row that share a scale.
+        residual_bits: bits of the residual of nested integers, 4 or 2; 0 if the integers are stored in one part.
     """
 
     bits: int
     block: int = 32
+    residual_bits: int = 0
+
+    @property
+    def copy(self) -> Quantisation:
+        """The format of the first part of nested integers."""
+        return Quantisation(self.bits - self.residual_bits, self.block)
+
+    @property
+    def residual(self) -> Quantisation:
+        """The format of the second part of nested integers."""
+        return Quantisation(self.residual_bits, self.block)
+
+    @property
+    def residual_step(self) -> float:
+        """The scale of the residual divided by that of the copy: a power of two, so products with it are exact."""
+        return 2.0**-self.residual_bits
+
+    @property
+    def lowest(self) -> int:
+        """The least signed integer. The largest is ``-lowest - 1``.
+
+        Nested integers have a smaller range, so that both ends have a residual in its own range.
+        """
+        middle = 1 << (self.bits - 1)
+        return (1 << self.residual_bits >> 1) - middle
 
     @property
     def itemsize(self) -> float:
         """Bytes per element, including the share of a scale."""
         return self.bits / 8 + 4 / self.block
+
+    @property
+    def product_itemsize(self) -> float:
+        """Bytes per element that ``MatMulNBits`` reads, including the share of a scale.
+
+        A session joins nested integers to 8 bits for the dense products.
+        """
+        return (1 if self.residual_bits else self.bits / 8) + 4 / self.block
+
+    @property
+    def itemsize_beside_copy(self) -> float:
+        """Bytes per element of a full row beside its low-bit copy, which is read too: a residual, if there is one."""
+        return self.residual_bits / 8 if self.residual_bits else self.itemsize
 
     def blocks(self, width: int) -> int:
         """Return the scales per row; the last block may be padded."""
@@ -42,10 +88,12 @@ class Quantisation:
         return self.blocks(width) * self.block * self.bits // 8
 
 
-WEIGHT_DTYPES = {"int8": Quantisation(8), "int4": Quantisation(4)}
-# Format of the low-bit copy of gate and up, with which a quantised shadow scores neurons. With one scale per 64
-# elements, the copy is under a fifth of a 16-bit MLP.
+# Format of the low-bit copy. With one scale per 64 elements, the copy of gate and up is under a fifth of a 16-bit MLP.
 LOW_BIT_COPY = Quantisation(bits=4, block=64)
+WEIGHT_DTYPES = {"int8": Quantisation(8), "int4": Quantisation(4)}
+# Of bundles with a low-bit copy of all matrices. All types have the same copy. Two parts of 3 bits for int6 would need
+# kernels of their own, and a copy of 3 bits is far worse than one of 4.
+NESTED = {"int8": Quantisation(8, 64, residual_bits=4), "int6": Quantisation(6, 64, residual_bits=2)}
 
 
 def quantise(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarray]:
@@ -54,48 +102,147 @@ def quantise(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarra
     The element of a block that is farthest from zero becomes the lower end of the range, which has one
     more step below the middle than above it (as in GGUF's Q4_0).
     """
-    rows, width = matrix.shape
-    data = np.empty((rows, q.bytes(width)), dtype=np.uint8)
-    scales = np.empty((rows, q.blocks(width)), dtype=np.float32)
-    step = max(1, CHUNK // max(1, width))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        data[part], scales[part] = _quantise(matrix[part], q)
+    data = np.empty((len(matrix), q.bytes(matrix.shape[1])), dtype=np.uint8)
+    scales = np.empty((len(matrix), q.blocks(matrix.shape[1])), dtype=np.float32)
+    for part in _parts(matrix):
+        integers, scales[part] = _integers(matrix[part], q)
+        data[part] = _packed(integers, q.bits)
     return data, scales
 
 
-def _quantise(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarray]:
-    integers, scales = _integers(matrix, q)
-    found = integers.astype(np.uint8).reshape(len(matrix), -1)
-    return (found if q.bits == 8 else found[:, ::2] | found[:, 1::2] << 4), scales
+def quantise_nested(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Round float32 ``(rows, width)`` to nested integers.
+
+    Returns:
+        The copy uint8 ``(rows, bytes)``, its scales float32 ``(rows, blocks)``, the residual uint8 ``(rows, bytes)``.
+    """
+    rows, width = matrix.shape
+    copy = np.empty((rows, q.copy.bytes(width)), dtype=np.uint8)
+    residual = np.empty((rows, q.residual.bytes(width)), dtype=np.uint8)
+    scales = np.empty((rows, q.blocks(width)), dtype=np.float32)
+    for part in _parts(matrix):
+        integers, steps = _integers(matrix[part], q)
+        high = _high(integers, q)
+        copy[part], scales[part] = _packed(high, q.copy.bits), steps / np.float32(q.residual_step)
+        residual[part] = _packed(integers - high / np.float32(q.residual_step), q.residual_bits)
+    return copy, scales, residual
+
+
+def _parts(matrix: np.ndarray) -> list[slice]:
+    step = max(1, CHUNK // max(1, matrix.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(matrix), step)]
 
 
 def _integers(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarray]:
-    """Return integers ``(rows, blocks, block)``, as floats, and scales ``(rows, blocks)``."""
+    """Return signed integers ``(rows, blocks, block)``, as floats, and scales ``(rows, blocks)``."""
     rows, width = matrix.shape
-    middle = 1 << (q.bits - 1)
     padded = np.zeros((rows, q.blocks(width) * q.block), dtype=np.float32)
     padded[:, :width] = matrix
     blocks = padded.reshape(rows, -1, q.block)
     farthest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)
-    scales = (farthest / np.float32(-middle)).astype(np.float32)
+    scales = (farthest / np.float32(q.lowest)).astype(np.float32)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    return np.clip(np.rint(blocks * inverse) + middle, 0, 2 * middle - 1), scales[..., 0]
+    return np.clip(np.rint(blocks * inverse), q.lowest, -q.lowest - 1), scales[..., 0]
+
+
+def _high(integers: np.ndarray, q: Quantisation) -> np.ndarray:
+    """The first part of nested integers: the nearest multiple of ``2^r``, divided by it; ties go up."""
+    return np.floor(integers * np.float32(q.residual_step) + np.float32(0.5))
+
+
+def _packed(integers: np.ndarray, bits: int) -> np.ndarray:
+    """Signed integers ``(rows, blocks, block)`` as bytes ``(rows, bytes)``."""
+    found = (integers + (1 << (bits - 1))).astype(np.uint8).reshape(len(integers), -1)
+    each = 8 // bits
+    data = found[:, ::each]
+    for place in range(1, each):
+        data = data | found[:, place::each] << np.uint8(bits * place)
+    return data
 
 
 def rounded(matrix: np.ndarray, q: Quantisation) -> np.ndarray:
     """Round float32 ``(rows, width)`` to integers of any number of bits and back, without packing."""
     integers, scales = _integers(matrix, q)
-    values = (integers - np.float32(1 << (q.bits - 1))) * scales[..., None]
-    return values.reshape(len(matrix), -1)[:, : matrix.shape[1]]
+    return _scaled(integers, scales, matrix.shape[1])
+
+
+def rounded_copy(matrix: np.ndarray, q: Quantisation | None) -> np.ndarray:
+    """The values of the low-bit copy of float32 ``(rows, width)``, without packing.
+
+    Args:
+        q: format of the matrix. If it is nested, the copy is the first part of its integers.
+    """
+    if q is None or not q.residual_bits:
+        return rounded(matrix, LOW_BIT_COPY)
+    integers, scales = _integers(matrix, q)
+    return _scaled(_high(integers, q), scales / np.float32(q.residual_step), matrix.shape[1])
+
+
+def quantised_copy(matrix: np.ndarray, q: Quantisation | None) -> tuple[np.ndarray, np.ndarray]:
+    """The low-bit copy of float32 ``(rows, width)``: uint8 ``(rows, bytes)``, float32 scales ``(rows, blocks)``.
+
+    Args:
+        q: as in `rounded_copy`.
+    """
+    return quantise_nested(matrix, q)[:2] if q and q.residual_bits else quantise(matrix, LOW_BIT_COPY)
+
+
+def _scaled(integers: np.ndarray, scales: np.ndarray, width: int) -> np.ndarray:
+    return (integers * scales[..., None]).reshape(len(integers), -1)[:, :width]
+
+
+def unpacked(data: np.ndarray, bits: int) -> np.ndarray:
+    """The unsigned integers of bytes ``(rows, bytes)``, uint8 ``(rows, elements)``."""
+    places = [data >> (bits * place) & ((1 << bits) - 1) for place in range(8 // bits)]
+    return np.stack(places, axis=-1).reshape(len(data), -1) if bits < 8 else data
 
 
 def dequantise(data: np.ndarray, scales: np.ndarray, width: int, q: Quantisation) -> np.ndarray:
     """Invert `quantise` up to rounding; return float32 ``(rows, width)``."""
-    if q.bits == 4:
-        data = np.stack((data & 15, data >> 4), axis=-1).reshape(len(data), -1)
-    values = data.astype(np.float32) - np.float32(1 << (q.bits - 1))
-    return (values.reshape(*scales.shape, -1) * scales[..., None]).reshape(len(data), -1)[:, :width]
+    values = unpacked(data, q.bits).astype(np.float32) - np.float32(1 << (q.bits - 1))
+    return _scaled(values.reshape(*scales.shape, -1), scales, width)
+
+
+def dequantise_nested(
+    copy: np.ndarray, scales: np.ndarray, residual: np.ndarray, width: int, q: Quantisation
+) -> np.ndarray:
+    """Invert `quantise_nested` up to rounding; return float32 ``(rows, width)``."""
+    fine = scales * np.float32(q.residual_step)
+    return dequantise(copy, scales, width, q.copy) + dequantise(residual, fine, width, q.residual)
+
+
+def nested_format(copy: np.ndarray, residual: np.ndarray) -> Quantisation:
+    """The format of nested integers, from their parts ``(rows, blocks, bytes)`` and ``(rows, bytes)``."""
+    _, blocks, bytes_each = copy.shape
+    block = 2 * bytes_each
+    residual_bits = 8 * residual.shape[1] // (blocks * block)
+    return Quantisation(4 + residual_bits, block, residual_bits)
+
+
+def bundle_format(weight_dtype: str | None, rest: str) -> Quantisation | None:
+    """Return how a bundle stores integer weights; None if its weights are floats.
+
+    Args:
+        weight_dtype: "int8", "int6", "int4" or None.
+        rest: "shadow" if the bundle has a low-bit copy of all matrices. Integers are then nested.
+
+    Raises:
+        UserError: no bundle has such weights.
+    """
+    if weight_dtype is None:
+        return None
+    known, other = (NESTED, WEIGHT_DTYPES) if rest == "shadow" else (WEIGHT_DTYPES, NESTED)
+    if weight_dtype in known:
+        return known[weight_dtype]
+    if weight_dtype not in other:
+        raise UserError(
+            f"dtype {weight_dtype!r} is not supported", f"use one of {', '.join({**NESTED, **WEIGHT_DTYPES})}"
+        )
+    if rest == "shadow":
+        raise UserError("a shadow of int4 weights has as many bits as they have", "use --rest drop")
+    raise UserError(
+        "int6 weights contain their shadow, and --rest drop leaves it out", "use --rest shadow or --weight-dtype int8"
+    )
 
 
 def dense_rows(weight: np.ndarray, scales: np.ndarray | None, width: int) -> np.ndarray:

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from shadowllm.bundle.certificate import best_weighting, copy_errors
 from shadowllm.bundle.predictor_file import Predictor
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, dequantise, quantise, rounded
+from shadowllm.bundle.quantisation import (
+    LOW_BIT_COPY,
+    Quantisation,
+    dequantise,
+    dequantise_nested,
+    quantise,
+    quantise_nested,
+    quantised_copy,
+    rounded,
+    rounded_copy,
+)
 from shadowllm.bundle.weight_names import (
     base,
     copy_source,
@@ -20,14 +30,14 @@ from shadowllm.bundle.weight_names import (
     is_copy_errors,
     is_copy_weighting,
     is_down_norms,
-    is_integers,
+    is_part,
     is_quantised,
-    is_scales,
     is_transposed,
     low_bit_copy,
+    matrix,
+    residual,
     rows_are_inputs,
     scales,
-    scales_beside,
     transposed,
 )
 from shadowllm.errors import UserError
@@ -39,10 +49,12 @@ def check_quantisable(spec: ModelSpec, dtype: str, q: Quantisation) -> None:
     """Refuse models that cannot have integer weights.
 
     Raises:
-        UserError: the activations are 16-bit, or rows are not whole blocks.
+        UserError: the activations are 16-bit, or rows are not whole blocks. (Rows of nested integers are padded.)
     """
     if dtype != "float32":
         raise UserError(f"integer weights go with float32 activations, not {dtype}", "leave out --dtype")
+    if q.residual_bits:
+        return
     sizes = {
         "hidden size": spec.hidden_size,
         "intermediate size": spec.intermediate_size,
@@ -57,29 +69,31 @@ def check_quantisable(spec: ModelSpec, dtype: str, q: Quantisation) -> None:
 
 
 class QuantisedTensors(Mapping[str, Tensor]):
-    """Tensors of another mapping, plus each matrix and its transpose as integers and scales.
+    """Tensors of another mapping, plus each matrix and its transpose as integers and scales, or as nested integers.
 
-    `weight_names` defines the names. Each access makes the tensor. Read the integers first: their
-    scales are then kept until they are read.
+    `weight_names` defines the names. The first access to a part of a matrix makes all of its parts. The others are kept
+    until they are read.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], q: Quantisation) -> None:
         self._tensors, self._q = tensors, q
-        self._scales: dict[str, Tensor] = {}
+        self._parts: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        if is_scales(name):
-            return self._scales.pop(name) if name in self._scales else self._make(name)[1]
-        if not is_integers(name):
+        if not is_part(name):
             return self._tensors[name]
-        data, self._scales[scales_beside(name)] = self._make(name)
-        return data
+        if name not in self._parts:
+            self._parts |= {part: torch.from_numpy(array) for part, array in self._make(name).items()}
+        return self._parts.pop(name)
 
-    def _make(self, name: str) -> tuple[Tensor, Tensor]:
-        tensor = self._tensors[base(name)]
-        matrix = (tensor.T if is_transposed(name) else tensor).float().contiguous().cpu().numpy()
-        data, found = quantise(matrix, self._q)
-        return torch.from_numpy(data), torch.from_numpy(found)
+    def _make(self, name: str) -> dict[str, np.ndarray]:
+        tensor, whole = self._tensors[base(name)], matrix(name)
+        values = (tensor.T if is_transposed(name) else tensor).float().contiguous().cpu().numpy()
+        if not self._q.residual_bits:
+            return dict(zip((integers(whole), scales(whole)), quantise(values, self._q), strict=True))
+        copy = low_bit_copy(whole)
+        names = (integers(copy), scales(copy), residual(whole))
+        return dict(zip(names, quantise_nested(values, self._q), strict=True))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -111,17 +125,23 @@ class CopyTensors(Mapping[str, Tensor]):
     """The tensors of a low-bit copy, named as in `copy_groups`, made on access from a model's weights.
 
     Args:
+        weights: canonical float32 tensors, rounded as in the bundle.
+        q: format of the weights; None if they are floats. The copy of nested integers is a part of them, and so it is
+            not among these tensors.
         final_squares: mean squares of the inputs of the output table, ``(hidden_size,)``. They decide how many rows a
             certificate recomputes. None estimates them from the weights of the final norm.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], final_squares: Tensor | None = None) -> None:
-        self._weights, self._matrices = weights, QuantisedTensors(weights, LOW_BIT_COPY)
+    def __init__(
+        self, weights: Mapping[str, Tensor], q: Quantisation | None = None, final_squares: Tensor | None = None
+    ) -> None:
+        self._weights, self._q, self._matrices = weights, q, QuantisedTensors(weights, LOW_BIT_COPY)
         self._final_squares = final_squares
         self._weighting: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        if not is_copy(name):
+        nested = self._q is not None and self._q.residual_bits > 0
+        if not is_copy(name) or (nested and is_part(name)):
             raise KeyError(name)
         source = copy_source(name)
         if is_down_norms(name):
@@ -132,7 +152,7 @@ class CopyTensors(Mapping[str, Tensor]):
 
     def _errors(self, table: str) -> Tensor:
         rows = self._weights[table].numpy()
-        copy, factors = quantise(rows, LOW_BIT_COPY)
+        copy, factors = quantised_copy(rows, self._q)
         return torch.from_numpy(copy_errors(rows, copy, factors, self._weighting_of(table)))
 
     def _weighting_of(self, table: str) -> np.ndarray:
@@ -141,7 +161,7 @@ class CopyTensors(Mapping[str, Tensor]):
             squares = (
                 self._estimated_squares() if self._final_squares is None else self._final_squares.numpy(force=True)
             )
-            self._weighting[table] = best_weighting(squares, mean_square_errors(self._weights[table]))
+            self._weighting[table] = best_weighting(squares, mean_square_errors(self._weights[table], self._q))
         return self._weighting[table]
 
     def _estimated_squares(self) -> np.ndarray:
@@ -172,7 +192,11 @@ def dequantised_weights(
     """
 
     def restore(name: str, width: int) -> np.ndarray:
-        return dequantise(tensors[integers(name)].numpy(), tensors[scales(name)].numpy(), width, q)
+        if not q.residual_bits:
+            return dequantise(tensors[integers(name)].numpy(), tensors[scales(name)].numpy(), width, q)
+        copy = low_bit_copy(name)
+        high, steps, low = (tensors[part].numpy() for part in (integers(copy), scales(copy), residual(name)))
+        return dequantise_nested(high, steps, low, width, q)
 
     sparse: dict[str, Tensor] = {}
     dense: dict[str, Tensor] = {}
@@ -189,13 +213,9 @@ def dequantised_weights(
 
 def dequantised_predictor(predictor: Predictor, q: Quantisation) -> Predictor:
     """Return the predictor as in the graph: its network's matrices are rounded to integers and back."""
-
-    def restore(tensor: Tensor) -> Tensor:
-        data, found = quantise(tensor.numpy(), q)
-        return torch.from_numpy(dequantise(data, found, tensor.shape[1], q).copy())
-
     matrices = [name for name in predictor.learned if name.endswith(".weight")]
-    return replace(predictor, tensors=predictor.tensors | {name: restore(predictor.tensors[name]) for name in matrices})
+    found = {name: torch.from_numpy(rounded(predictor.tensors[name].numpy(), q).copy()) for name in matrices}
+    return replace(predictor, tensors=predictor.tensors | found)
 
 
 def row_norms(down_proj: Tensor) -> Tensor:
@@ -203,10 +223,14 @@ def row_norms(down_proj: Tensor) -> Tensor:
     return down_proj.float().norm(dim=-1)
 
 
-def mean_square_errors(table: Tensor) -> np.ndarray:
-    """Return the mean square of a matrix minus its low-bit copy over the rows, float64 ``(width,)``."""
+def mean_square_errors(table: Tensor, q: Quantisation | None = None) -> np.ndarray:
+    """Return the mean square of a matrix minus its low-bit copy over the rows, float64 ``(width,)``.
+
+    Args:
+        q: format of the matrix, see `quantisation.rounded_copy`.
+    """
     total = np.zeros(table.shape[1])
     for part in table.split(1 << 12):  # temporaries are several times as large as the rows
         rows = part.float().numpy()
-        total += np.square(rows - rounded(rows, LOW_BIT_COPY), dtype=np.float64).sum(axis=0)
+        total += np.square(rows - rounded_copy(rows, q), dtype=np.float64).sum(axis=0)
     return total / len(table)

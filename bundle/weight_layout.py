@@ -19,6 +19,7 @@ from shadowllm.bundle.weight_names import (
     integers,
     low_bit_copy,
     output_table,
+    residual,
     scales,
     transposed,
 )
@@ -76,17 +77,20 @@ def model_groups(spec: ModelSpec, dtype: str, q: Quantisation | None = None) -> 
         yield from matrices("lm_head.weight")
 
 
-def copy_groups(layers: SparseLayers, rest: bool) -> Iterator[Group]:
+def copy_groups(layers: SparseLayers, rest: bool, nested: bool = False) -> Iterator[Group]:
     """Yield the layout of the low-bit copy: per sparse layer, the copy of gate and up, and ``||w_down||``.
 
     Args:
         rest: whether the rest of a layer is computed from the copy. Then down, q and o of each sparse layer and the
             output table are copied too, and the table has bounds of its copy's errors.
+        nested: whether the copy is a part of the weights, which `model_groups` has. Then only what belongs to the copy
+            is left: norms, errors and weighting.
     """
     spec = layers.spec
 
     def copies(names: list[str]) -> Iterator[Group]:
-        return quantised_groups({low_bit_copy(name): tensor_shape(spec, name) for name in names}, LOW_BIT_COPY)
+        shapes = {} if nested else {low_bit_copy(name): tensor_shape(spec, name) for name in names}
+        return quantised_groups(shapes, LOW_BIT_COPY)
 
     for layer in layers.layers:
         yield from copies(copied(spec, layer))
@@ -101,6 +105,10 @@ def copy_groups(layers: SparseLayers, rest: bool) -> Iterator[Group]:
 
 
 def quantised_groups(shapes: Mapping[str, tuple[int, ...]], q: Quantisation) -> Iterator[Group]:
-    """Yield the layout of matrices ``(rows, width)`` that are read together: first integers, then scales."""
+    """Yield the layout of matrices ``(rows, width)`` that are read together: integers, then scales; then residuals."""
+    if q.residual_bits:
+        yield from quantised_groups({low_bit_copy(name): shape for name, shape in shapes.items()}, q.copy)
+        yield [(residual(name), (rows, q.residual.bytes(width)), "uint8") for name, (rows, width) in shapes.items()]
+        return
     yield [(integers(name), (rows, q.bytes(width)), "uint8") for name, (rows, width) in shapes.items()]
     yield [(scales(name), (rows, q.blocks(width)), "float32") for name, (rows, width) in shapes.items()]

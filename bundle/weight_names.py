@@ -6,7 +6,7 @@ from shadowllm.models.sparsity import SparseLayers
 from shadowllm.models.spec import ModelSpec
 
 _INTEGERS, _SCALES, _TRANSPOSED, _COPY, _NORMS, _ERRORS = ".q", ".scales", ".T", "copy.", "down_norms", ".errors"
-_WEIGHTING = ".weighting"
+_WEIGHTING, _RESIDUAL = ".weighting", ".residual"
 
 
 def integers(matrix: str) -> str:
@@ -19,9 +19,9 @@ def scales(matrix: str) -> str:
     return matrix + _SCALES
 
 
-def scales_beside(integers_name: str) -> str:
-    """The name of the scales that belong to integers."""
-    return integers_name.removesuffix(_INTEGERS) + _SCALES
+def residual(matrix: str) -> str:
+    """The residual of a matrix of nested integers, uint8 ``(rows, bytes)``; `low_bit_copy` names the rest of them."""
+    return matrix + _RESIDUAL
 
 
 def transposed(matrix: str) -> str:
@@ -80,10 +80,22 @@ def output_table(spec: ModelSpec) -> str:
 
 
 def base(name: str) -> str:
-    """Return the canonical name behind a name of integers or scales, transposed or not; others unchanged."""
-    for suffix in (_INTEGERS, _SCALES, _TRANSPOSED):
+    """Return the canonical name behind a name of a part of a matrix, transposed or not; others unchanged."""
+    return matrix(name).removesuffix(_TRANSPOSED)
+
+
+def matrix(name: str) -> str:
+    """Like `base`, but a transposed matrix keeps its name."""
+    if not is_part(name):
+        return name
+    for suffix in (_INTEGERS, _SCALES, _RESIDUAL):
         name = name.removesuffix(suffix)
-    return name
+    return name.removeprefix(_COPY)
+
+
+def is_part(name: str) -> bool:
+    """Whether the name was made by `integers`, `scales` or `residual`."""
+    return name.endswith((_INTEGERS, _SCALES, _RESIDUAL))
 
 
 def is_integers(name: str) -> bool:
@@ -91,14 +103,9 @@ def is_integers(name: str) -> bool:
     return name.endswith(_INTEGERS)
 
 
-def is_scales(name: str) -> bool:
-    """Whether the name was made by `scales`."""
-    return name.endswith(_SCALES)
-
-
 def is_transposed(name: str) -> bool:
     """Whether the name was made with `transposed`."""
-    return name.removesuffix(_INTEGERS).removesuffix(_SCALES).endswith(_TRANSPOSED)
+    return matrix(name).endswith(_TRANSPOSED)
 
 
 def is_copy(name: str) -> bool:

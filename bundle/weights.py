@@ -96,8 +96,10 @@ def map_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], Pr
 
 def map_copies(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """Map a low-bit copy's tensors like `map_weights`, which must have checked the file."""
-    weights = model_groups(manifest.spec, manifest.dtype, manifest.quantisation)
-    return _mapped(folder, chain(weights, copy_groups(manifest.sparse_layers, manifest.rest == "shadow")))
+    q = manifest.quantisation
+    nested = q is not None and q.residual_bits > 0
+    copies = copy_groups(manifest.sparse_layers, manifest.rest == "shadow", nested)
+    return _mapped(folder, chain(model_groups(manifest.spec, manifest.dtype, q), copies))
 
 
 def _mapped(folder: Path, groups: Iterator[Group]) -> dict[str, Tensor]:

@@ -94,13 +94,21 @@ def _step(knobs: tuple[Knob, Knob, Knob], at: tuple[int, ...]) -> Step:
     )
 
 
-def measure(layers: SparseLayers, itemsize: float, loss: Loss, advance: Advance = no_progress) -> list[Step]:
+def measure(
+    layers: SparseLayers,
+    itemsize: float,
+    loss: Loss,
+    advance: Advance = no_progress,
+    itemsize_beside_copy: float | None = None,
+) -> list[Step]:
     """Measure what each kind loses alone, and return the path of the best budgets.
 
     Args:
         itemsize: bytes of an element of a full row.
         advance: called with 1 after each pass, `PASSES` times in total.
+        itemsize_beside_copy: the same for rows whose low-bit copy is read too; None is the same number.
     """
+    beside_copy = itemsize if itemsize_beside_copy is None else itemsize_beside_copy
 
     def knob(settings: Sequence[int], sizes: Sequence[float], probes: Sequence[float], budget: ToBudget) -> Knob:
         nearest = {min(settings, key=lambda count: abs(count - probe)) for probe in probes}
@@ -117,28 +125,42 @@ def measure(layers: SparseLayers, itemsize: float, loss: Loss, advance: Advance 
     rows = _spread(min(LEAST_ROWS, spec.vocab_size), spec.vocab_size)
     probed = {unit: [fraction * widths[unit] for fraction in PROBES[unit]] for unit in widths}
     return path(
-        knob(heads, _sizes(layers, "heads", heads, itemsize), probed["heads"], lambda n: Budget(heads=n / heads[-1])),
+        knob(
+            heads,
+            _sizes(layers, "heads", heads, itemsize, beside_copy),
+            probed["heads"],
+            lambda n: Budget(heads=n / heads[-1]),
+        ),
         knob(
             neurons,
-            _sizes(layers, "neurons", neurons, itemsize),
+            _sizes(layers, "neurons", neurons, itemsize, beside_copy),
             probed["neurons"],
             lambda n: Budget(neurons=n / neurons[-1]),
         ),
-        knob(rows, _table_sizes(spec, rows, itemsize), SHORTLISTS, lambda n: Budget(shortlist=n)),
+        knob(rows, _table_sizes(spec, rows, itemsize, beside_copy), SHORTLISTS, lambda n: Budget(shortlist=n)),
     )
 
 
-def _sizes(layers: SparseLayers, unit: Unit, settings: Sequence[int], itemsize: float) -> list[float]:
+def _sizes(
+    layers: SparseLayers, unit: Unit, settings: Sequence[int], itemsize: float, beside_copy: float
+) -> list[float]:
     """Return the cost per step, in bytes, of each number of heads or neurons in all layers, the copy included."""
     spec, everything = layers.spec, layer_units(layers.spec)
-    row = unit_elements(spec, unit) * itemsize
-    copies = (layer_copy_bytes(spec, **(everything | {unit: count})) for count in settings)
-    return [layers.count * (count * row + COPY_COST * copy) for count, copy in zip(settings, copies, strict=True)]
+
+    def size(count: int) -> float:
+        each = unit_elements(spec, unit) * (beside_copy if count < everything[unit] else itemsize)
+        return count * each + COPY_COST * layer_copy_bytes(spec, **(everything | {unit: count}))
+
+    return [layers.count * size(count) for count in settings]
 
 
-def _table_sizes(spec: ModelSpec, settings: Sequence[int], itemsize: float) -> list[float]:
+def _table_sizes(spec: ModelSpec, settings: Sequence[int], itemsize: float, beside_copy: float) -> list[float]:
     copy = COPY_COST * copied_table_bytes(spec)
-    return [count * spec.hidden_size * itemsize + (copy if count < spec.vocab_size else 0) for count in settings]
+    return [
+        spec.hidden_size * (count * beside_copy if count < spec.vocab_size else count * itemsize)
+        + (copy if count < spec.vocab_size else 0)
+        for count in settings
+    ]
 
 
 def _spread(least: int, most: int) -> list[int]:

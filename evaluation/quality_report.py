@@ -109,6 +109,7 @@ def _bytes(result: Result, manifest: Manifest) -> int:
         Budget(heads=result.head_budget, neurons=result.neuron_budget).counts(layers),
         choosing=selector_bytes(result.selector, layers, itemsize, int(manifest.predictor["rank"]), rest),
         matrix_itemsize=itemsize,
+        itemsize_beside_copy=manifest.itemsize_beside_copy,
         rest=rest,
         fired=fired_shares(manifest) if result.selector == "relu" else None,
         shortlist=round(result.recomputed_rows["mean"]) if result.recomputed_rows else None,

@@ -99,7 +99,7 @@ Chosen = tuple[Budget, dict[str, float]]  # a budget, and what was measured of i
 def _choose_mixed(bundle: Path, manifest: Manifest, target: Target, loss: Loss, threads: int | None) -> Chosen:
     checks = mixed.CHECKS if target.ppl_increase is not None else STEPS
     with progress("Choosing budgets", mixed.PASSES + checks) as advance:
-        steps = mixed.measure(manifest.sparse_layers, manifest.itemsize, loss, advance)
+        steps = mixed.measure(manifest.sparse_layers, manifest.itemsize, loss, advance, manifest.itemsize_beside_copy)
         if target.ppl_increase is not None:
             return mixed.least_within(steps, math.log1p(target.ppl_increase), loss.increase, advance), {}
         return _as_fast(bundle, target, threads, lambda too_slow: mixed.densest(steps, too_slow, STEPS, advance))

@@ -154,7 +154,7 @@ def _reference(manifest: Manifest, weights: Weights, predictor: Predictor) -> Bu
     q = manifest.quantisation
     if q:
         sparse, dense = dequantised_weights(manifest.spec, weights, QuantisedTensors(weights, q), q)
-        copies = low_bit_copies(manifest.sparse_layers, sparse, rest=True) if manifest.rest == "shadow" else None
+        copies = low_bit_copies(manifest.sparse_layers, sparse, rest=True, stored=q) if q.residual_bits else None
         return BundleWeights(sparse, dense, dequantised_predictor(predictor, q), copies)
     rounded = TORCH_DTYPES[manifest.dtype]
     reference = {name: weights[name].to(rounded).float().contiguous() for name in weights}

@@ -16,7 +16,7 @@ from torch import Tensor
 from shadowllm.bundle import op_domain
 from shadowllm.bundle.manifest import DATA_FILE, ITEMSIZE, Manifest, file_hash
 from shadowllm.bundle.predictor_file import Predictor
-from shadowllm.bundle.quantisation import WEIGHT_DTYPES, Quantisation
+from shadowllm.bundle.quantisation import Quantisation, bundle_format
 from shadowllm.bundle.quantised_tensors import (
     CopyTensors,
     QuantisedTensors,
@@ -58,7 +58,7 @@ def write_bundle(
     Args:
         name: name of the model in the manifest.
         dtype: type of weights and activations: "float32", "float16" or "bfloat16".
-        weight_dtype: "int8" or "int4" to store matrices as integers.
+        weight_dtype: "int8", "int6" or "int4" to store matrices as integers.
         budget: default fractions to keep; they can be changed at run time.
         head_unit: whether single query heads or whole KV groups are selected.
         rest: "shadow" to store a low-bit copy of all matrices, from which other units can be computed.
@@ -69,14 +69,14 @@ def write_bundle(
     check_dtypes(weights.spec, dtype, weight_dtype, rest)
     check_selector(weights.spec, predictor.kind, rest)
     spec = replace(weights.spec, head_unit=head_unit)
-    q = WEIGHT_DTYPES[weight_dtype] if weight_dtype else None
+    q = bundle_format(weight_dtype, rest)
     fingerprint = weights.fingerprint()
     predictor.check_base(spec, fingerprint)
     store = WeightStore(folder / DATA_FILE, _groups(spec, dtype, predictor, q, rest))
     parts = {name: tensor for name, _, tensor in _predictor_parts(spec, predictor, rest)}
     tensors: Mapping[str, Tensor] = ChainMap(parts, weights)  # type: ignore[arg-type]
     stored = QuantisedTensors(tensors, q) if q else tensors
-    copies = CopyTensors(RoundedTensors(weights, TORCH_DTYPES[dtype], q), predictor.final_squares)
+    copies = CopyTensors(RoundedTensors(weights, TORCH_DTYPES[dtype], q), q, predictor.final_squares)
     with progress("Writing weights", store.size) as advance:
         hashes = {DATA_FILE: store.write(ChainMap(copies, stored), advance)}  # type: ignore[arg-type]
     for piece, model in _models(spec, store, DTYPES[dtype], predictor, q, rest == "shadow"):
@@ -110,13 +110,10 @@ def check_dtypes(spec: ModelSpec, dtype: str, weight_dtype: str | None, rest: Re
     Raises:
         UserError: an unknown type, or one that does not suit the model.
     """
-    if weight_dtype == "int4" and rest == "shadow":
-        raise UserError("a shadow of int4 weights has as many bits as they have", "use --rest drop")
-    for given, known in ((dtype, ITEMSIZE), (weight_dtype or "int8", WEIGHT_DTYPES)):
-        if given not in known:
-            raise UserError(f"dtype {given!r} is not supported", f"use one of {', '.join(known)}")
-    if weight_dtype:
-        check_quantisable(spec, dtype, WEIGHT_DTYPES[weight_dtype])
+    if dtype not in ITEMSIZE:
+        raise UserError(f"dtype {dtype!r} is not supported", f"use one of {', '.join(ITEMSIZE)}")
+    if q := bundle_format(weight_dtype, rest):
+        check_quantisable(spec, dtype, q)
 
 
 def check_selector(spec: ModelSpec, kind: str, rest: Rest) -> None:
@@ -151,7 +148,8 @@ def _models(
 def _groups(spec: ModelSpec, dtype: str, predictor: Predictor, q: Quantisation | None, rest: Rest) -> Iterator[Group]:
     yield from model_groups(spec, dtype, q)
     if rest == "shadow" or predictor.kind == "quantized-shadow":
-        yield from copy_groups(SparseLayers(spec, predictor.dense_layers), rest == "shadow")
+        nested = q is not None and q.residual_bits > 0
+        yield from copy_groups(SparseLayers(spec, predictor.dense_layers), rest == "shadow", nested)
     for name, source, tensor in _predictor_parts(spec, predictor, rest):
         if q and source in predictor.learned and name.endswith(".weight"):
             yield from quantised_groups({name: tuple(tensor.shape)}, q)

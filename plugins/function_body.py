@@ -150,18 +150,38 @@ class FunctionBody:
 
     def matrix(self, part: str, pick: Callable[[ir.Value], ir.Value], form: FunctionForm) -> ir.Value:
         """The picked rows of ``w_<part>`` as floats, ``(rows, D)``."""
-        return self.rows(pick(self[f"w_{part}"]), lambda: pick(self[f"s_{part}"]), form)
+        return self.rows(pick, f"w_{part}", f"s_{part}", f"c_{part}", f"cs_{part}", form)
 
-    def rows(self, weight: ir.Value, scales: Callable[[], ir.Value], form: FunctionForm) -> ir.Value:
-        """Rows of a matrix as floats, ``(rows, D)``. ``scales`` makes those of integers."""
-        return weight if form.quantisation is None else self._dequantise(weight, scales(), form.quantisation)
+    def rows(
+        self,
+        pick: Callable[[ir.Value], ir.Value],
+        weight: str,
+        scales: str,
+        copy: str,
+        copy_scales: str,
+        form: FunctionForm,
+    ) -> ir.Value:
+        """The picked rows of a matrix as floats, ``(rows, D)``, from the inputs with these names."""
+        q = form.quantisation
+        if q is None:
+            return pick(self[weight])
+        if not q.residual_bits:
+            return self._dequantise(pick(self[weight]), pick(self[scales]), q)
+        high = pick(self.op("Reshape", self[copy], self.const([0, -1])))
+        steps = pick(self[copy_scales])
+        fine = self.op("Mul", steps, self.op("Constant", value_float=q.residual_step))
+        residual = self._dequantise(pick(self[weight]), fine, q.residual)
+        return self.op("Add", self._dequantise(high, steps, q.copy), residual)
 
     def _dequantise(self, data: ir.Value, scales: ir.Value, q: Quantisation) -> ir.Value:
-        if q.bits == 4:
-            low = self.op("BitwiseAnd", data, self._byte(15))
-            high = self.op("BitShift", data, self._byte(4), direction="RIGHT")
-            pair = (self.op("Unsqueeze", half, self.const([2])) for half in (low, high))
-            data = self.op("Concat", *pair, axis=2)
+        if q.bits < 8:
+            mask = self._byte((1 << q.bits) - 1)
+            shifted = (
+                self.op("BitShift", data, self._byte(place), direction="RIGHT") if place else data
+                for place in range(0, 8, q.bits)
+            )
+            places = (self.op("Unsqueeze", self.op("BitwiseAnd", part, mask), self.const([2])) for part in shifted)
+            data = self.op("Concat", *places, axis=2)
         middle = self.op("Constant", value_float=float(1 << (q.bits - 1)))
         values = self.op("Sub", self.op("Cast", data, to=ir.DataType.FLOAT), middle)
         shape = self.op("Concat", self.op("Shape", scales), self.const([q.block]), axis=0)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from shadowllm.bundle.quantisation import Quantisation, dequantise
+from shadowllm.bundle.quantisation import Quantisation, dense_rows, dequantise, dequantise_nested, nested_format
 from shadowllm.models.activations import GELU_CUBIC, GELU_SQRT, QUICK_GELU_SLOPE
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -65,6 +65,26 @@ def copy_rows(copy: np.ndarray | None, scales: np.ndarray | None, width: int) ->
         raise ValueError("the low-bit copy is absent")
     q = Quantisation(bits=4, block=2 * copy.shape[2])
     return dequantise(copy.reshape(len(copy), -1), scales, width, q)
+
+
+def full_rows(
+    weight: np.ndarray,
+    scales: np.ndarray | None,
+    copy: np.ndarray | None,
+    copy_scales: np.ndarray | None,
+    width: int,
+) -> np.ndarray:
+    """A weight matrix as float32 ``(rows, width)``: of floats, of integers, or of residuals, which the copy completes.
+
+    Raises:
+        ValueError: the weight is a residual, and its copy is absent.
+    """
+    if weight.dtype != np.uint8 or scales is not None:
+        return dense_rows(weight, scales, width)
+    if copy is None or copy_scales is None:
+        raise ValueError("integers without scales are a residual, but the low-bit copy is absent")
+    q = nested_format(copy, weight)
+    return dequantise_nested(copy.reshape(len(copy), -1), copy_scales, weight, width, q)
 
 
 def largest(scores: np.ndarray, count: int) -> np.ndarray:

@@ -6,7 +6,9 @@ and comes with a count. Entries past the count are -1 and are never read.
 
 A weight matrix may be quantised (see `bundle.quantisation`). Its ``w_`` input is then uint8, ``(rows, D)``
 for 8 bits or ``(rows, D/2)`` for 4, and its ``s_`` input holds the scales, ``(rows, blocks)``. A low-bit copy
-is always quantised, and has a separate dimension for the blocks of a row.
+is always quantised, and has a separate dimension for the blocks of a row. A ``w_`` input of integers without scales
+is the residual of nested integers: a full row is the row of the copy plus that of the residual. It has the blocks of
+the copy, and its bits follow from the bytes of its rows.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, rounded
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, rounded, rounded_copy
 from shadowllm.bundle.quantised_tensors import row_norms
 from shadowllm.bundle.weight_names import copied_names
 from shadowllm.models.decoder import Decoder
@@ -15,16 +17,26 @@ from shadowllm.models.sparsity import SparseLayers
 
 
 def low_bit_copies(
-    layers: SparseLayers, weights: Mapping[str, Tensor], q: Quantisation = LOW_BIT_COPY, rest: bool = False
+    layers: SparseLayers,
+    weights: Mapping[str, Tensor],
+    bits: int = LOW_BIT_COPY.bits,
+    rest: bool = False,
+    stored: Quantisation | None = None,
 ) -> dict[str, Tensor]:
     """Return float32 values of the low-bit copy by canonical name: gate and up of the given layers.
 
     Args:
         weights: canonical float32 tensors.
-        q: rounding of the copy.
+        bits: of the copy; bundles have those of `LOW_BIT_COPY`.
         rest: see `weight_names.copied_names`.
+        stored: the integers to which the weights are rounded; see `quantisation.rounded_copy`.
     """
-    return {name: torch.from_numpy(rounded(weights[name].numpy(), q)) for name in copied_names(layers, rest)}
+    q = replace(LOW_BIT_COPY, bits=bits)
+
+    def copy(matrix: np.ndarray) -> np.ndarray:
+        return rounded_copy(matrix, stored) if bits == LOW_BIT_COPY.bits else rounded(matrix, q)
+
+    return {name: torch.from_numpy(copy(weights[name].numpy())) for name in copied_names(layers, rest)}
 
 
 class LowBitCopy:

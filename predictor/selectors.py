@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -152,7 +152,7 @@ class PerLayerSelector(Selector):
             _needs_kind(kind, predictor)
         copies = context.copies
         if kind == "quantized-shadow" and bits != LOW_BIT_COPY.bits:
-            copies = low_bit_copies(context.sparse_layers, context.weights, replace(LOW_BIT_COPY, bits=bits))
+            copies = low_bit_copies(context.sparse_layers, context.weights, bits)
         self._per_layer = per_layer_scores(kind, context.spec, context.weights, predictor, copies)
         self._found: dict[tuple[int, Unit], Tensor] = {}
 

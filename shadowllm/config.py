@@ -271,14 +271,15 @@ class Export:
         dtype: of weights and activations: "float32", "float16" or "bfloat16".
         validate: compare the graphs with PyTorch.
         engines: engines to build, one entry per flavour.
-        weight_dtype: store matrices as integers with one scale per 32 elements (ONNX Runtime only).
+        weight_dtype: store matrices as integers with one scale per 32 or 64 elements (ONNX Runtime only). Those of int6
+            contain the low-bit copy, and so do those of int8 if there is one.
         target: choose the default budget for this target after the bundle is written. None, without a budget, is a
             perplexity of 5% above dense if the rest is computed from a shadow, else `DEFAULT_BUDGET`.
         head_unit: unit of head selection: each query head, or all query heads of one KV head; budgets are rounded to
             whole units.
         rest: what units that are not active contribute: their value in a low-bit copy of the matrices, which is stored
-            too ("shadow"), or nothing ("drop"). None is "shadow", or "drop" with int4 weights, which are as short, and
-            with the selector relu, where they are zero.
+            beside floats and inside integers ("shadow"), or nothing ("drop"). None is "shadow", or "drop" with int4
+            weights, which are as short, and with the selector relu, where they are zero.
     """
 
     selector: Selector | None = option(
@@ -295,7 +296,9 @@ class Export:
         help="do not compare the graphs with PyTorch (the manifest records this)",
     )
     engines: Sequence[EngineOptions] = ()
-    weight_dtype: str | None = option(None, values={"int8": "int8", "int4": "int4"}, otherwise="as --dtype")
+    weight_dtype: str | None = option(
+        None, values={"int8": "int8", "int6": "int6", "int4": "int4"}, otherwise="as --dtype"
+    )
     target: Target | None = None
     head_unit: HeadUnit = option("query_head")
     rest: Rest | None = None

@@ -264,11 +264,13 @@ def traffic_of(
     # The CPU backends widen the weights of 16-bit bundles to float32. Only the rows of native ops stay at 16 bits.
     itemsize = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
     q = manifest.quantisation if backend.startswith("ort") else None
-    matrix_itemsize = q.itemsize if q else itemsize
+    matrix_itemsize = q.product_itemsize if q else itemsize
     native = backend == "ort" and q is None and native_ops.library()
-    row_itemsize = ITEMSIZE[manifest.dtype] if native else matrix_itemsize
+    row_itemsize = q.itemsize if q else ITEMSIZE[manifest.dtype] if native else matrix_itemsize
     options: dict[str, Any] = {}
-    if name == SPARSE and (backend != "ort" or sparse_pays(manifest, budget, row_itemsize < matrix_itemsize)):
+    if name == SPARSE and (
+        backend != "ort" or sparse_pays(manifest, budget, bool(native) and row_itemsize < matrix_itemsize)
+    ):
         rest = budget.rest_with(manifest.rest == "shadow")
         options = {
             "active": budget.counts(manifest.sparse_layers),
@@ -284,6 +286,7 @@ def traffic_of(
         new_tokens,
         matrix_itemsize=matrix_itemsize,
         row_itemsize=row_itemsize,
+        itemsize_beside_copy=q.itemsize_beside_copy if q else row_itemsize,
         **options,
     )
 

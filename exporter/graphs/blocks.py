@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from shadowllm.bundle.weight_names import down_norms, integers, scales
+from shadowllm.bundle.weight_names import down_norms
 from shadowllm.exporter.graphs.builder import GraphBuilder
 from shadowllm.exporter.graphs.nodes import (
     activation_attributes,
@@ -126,18 +126,20 @@ def _dense_attention(
 ) -> tuple[ir.Value, Cache]:
     """The attention of all heads, and the updated cache."""
     place = f"layers.{layer}"
-    both = gemm(g, normed, [f"{place}.{part}_proj" for part in "qkv"], spec.qkv_bias)
+    both = gemm(g, normed, [f"{place}.{part}_proj" for part in "qkv"], spec.qkv_bias, spec.hidden_size)
     query, cache = to_cache(g, spec, layer, step, cache, both, spec.n_heads)
     context = g.op("Attention", query, cache.key, cache.value, step.visible, scale=1 / math.sqrt(spec.head_dim))
     context = g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), g.ints([-1, spec.n_heads * spec.head_dim]))
-    return gemm(g, context, [f"{place}.o_proj"], spec.o_bias, rows_out=False), cache
+    width = spec.n_heads * spec.head_dim
+    return gemm(g, context, [f"{place}.o_proj"], spec.o_bias, width, rows_out=False), cache
 
 
 def _dense_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.Value:
     place = f"layers.{layer}"
     parts = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
-    hidden = mlp_activation(g, spec, gemm(g, x, [f"{place}.{part}" for part in parts], spec.mlp_bias))
-    return gemm(g, hidden, [f"{place}.down_proj"], spec.mlp_bias, rows_out=False)
+    both = gemm(g, x, [f"{place}.{part}" for part in parts], spec.mlp_bias, spec.hidden_size)
+    hidden = mlp_activation(g, spec, both)
+    return gemm(g, hidden, [f"{place}.down_proj"], spec.mlp_bias, spec.intermediate_size, rows_out=False)
 
 
 def sparse_layer(
@@ -156,7 +158,7 @@ def sparse_layer(
     place = f"layers.{layer}"
     normed = block_input(g, spec, layer, "attention", x)
     if spec.selects_heads:
-        both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias)
+        both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias, spec.hidden_size)
         _, cache = to_cache(g, spec, layer, step, cache, both, 0)
         y, heads = _sparse_attention(g, spec, layer, row, normed, step, cache, selection)
     else:
@@ -254,10 +256,7 @@ def _rest(g: GraphBuilder, place: str, selection: Selection, *parts: str) -> dic
 def _rows(g: GraphBuilder, place: str, part: str, bias: bool) -> dict[str, ir.Value | None]:
     """The inputs of a sparse op for one matrix: the matrix, and its scales and bias if it has them."""
     name = f"{place}.{part}_proj"
-    if g.quantisation is None:
-        found: dict[str, ir.Value | None] = {f"w_{part}": g.weight(f"{name}.weight")}
-    else:
-        found = {f"w_{part}": g.weight(integers(f"{name}.weight")), f"s_{part}": g.weight(scales(f"{name}.weight"))}
+    found: dict[str, ir.Value | None] = dict(zip((f"w_{part}", f"s_{part}"), g.rows(f"{name}.weight"), strict=True))
     return found | ({f"b_{part}": g.weight(f"{name}.bias")} if bias else {})
 
 

@@ -12,7 +12,7 @@ from onnx_ir.tape import Tape
 from shadowllm.bundle import op_domain
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.bundle.weight_file import WeightStore
-from shadowllm.bundle.weight_names import integers, low_bit_copy, scales
+from shadowllm.bundle.weight_names import integers, low_bit_copy, residual, scales
 from shadowllm.exporter.graphs.initializers import initializer
 from shadowllm.plugins.function_body import MICROSOFT, OPSET
 from shadowllm.plugins.schema import OpSchema
@@ -88,6 +88,14 @@ class GraphBuilder:
         _, blocks = map(int, factors.shape)  # type: ignore[arg-type]
         inner = (blocks, LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 8)
         return self.weight(integers(low_bit_copy(matrix)), inner=inner), factors
+
+    def rows(self, matrix: str) -> tuple[ir.Value, ir.Value | None]:
+        """The rows of a matrix as our ops read them, and their scales: floats and residuals have none."""
+        if self.quantisation is None:
+            return self.weight(matrix), None
+        if self.quantisation.residual_bits:
+            return self.weight(residual(matrix)), None
+        return self.weight(integers(matrix)), self.weight(scales(matrix))
 
     def microsoft(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Add a node of ONNX Runtime's own domain; only graphs with integer weights have such nodes."""

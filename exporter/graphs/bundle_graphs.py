@@ -14,7 +14,7 @@ from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.bundle.weight_file import WeightStore
-from shadowllm.bundle.weight_names import copy_errors, copy_weighting, integers, output_table, scales
+from shadowllm.bundle.weight_names import copy_errors, copy_weighting, output_table
 from shadowllm.exporter.graphs import blocks, nodes, selection
 from shadowllm.exporter.graphs.builder import GraphBuilder
 from shadowllm.models.sparsity import SparseLayers, Unit, layer_units
@@ -173,14 +173,15 @@ def _shadow_scores(g: GraphBuilder, spec: ModelSpec, predictor: Predictor) -> di
     z = g.op("ReduceMean", selection.trunk(g, spec, "predictor.trunk", x), g.ints([0]), keepdims=1)
     found = {}
     for unit, width in layer_units(spec).items():
-        y = nodes.gemm(g, z, [f"predictor.{unit}"], bias=True, width=predictor.rank)
+        y = nodes.gemm(g, z, [f"predictor.{unit}"], True, predictor.rank)
         y = g.op("Reshape", y, g.ints([predictor.n_sparse, width]))
         found[unit] = nodes.as_float(g, y)
     return found
 
 
 def _logits(g: GraphBuilder, spec: ModelSpec, x: ir.Value, step: blocks.Step, keep: ir.Value) -> None:
-    logits = nodes.gemm(g, _kept(g, spec, x, step, keep), [output_table(spec).removesuffix(".weight")], bias=False)
+    table = output_table(spec).removesuffix(".weight")
+    logits = nodes.gemm(g, _kept(g, spec, x, step, keep), [table], False, spec.hidden_size)
     _output_logits(g, spec, nodes.as_float(g, logits), keep)
 
 
@@ -188,17 +189,17 @@ def _shortlist_logits(g: GraphBuilder, spec: ModelSpec, x: ir.Value, step: block
     table, kept = output_table(spec), _kept(g, spec, x, step, keep)
     # Set here, because nothing infers it, and the op's output shapes depend on it.
     kept.dtype, kept.shape = g.dtype, ir.Shape(["rows", spec.hidden_size])
-    copy, factors = g.copy(table)
+    (rows, row_scales), (copy, factors) = g.rows(table), g.copy(table)
     inputs: dict[str, ir.Value | None] = {
         "x": kept,
-        "table": g.weight(table if g.quantisation is None else integers(table)),
+        "table": rows,
         "copy": copy,
         "scales": factors,
         "errors": g.weight(copy_errors(table)),
         "shortlist": g.input(names.SHORTLIST, [], INT32),
         "certify": g.input(names.CERTIFY, [], INT32),
         "weighting": g.weight(copy_weighting(table)),
-        "table_scales": None if g.quantisation is None else g.weight(scales(table)),
+        "table_scales": row_scales,
     }
     logits, recomputed = g.custom_outputs(SHORTLIST_LOGITS, "shortlist_logits", inputs, 2)
     logits.name = "row_logits"  # engines show the node under this name

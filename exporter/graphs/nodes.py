@@ -6,12 +6,14 @@ in the layout of the sparse ops (``transB``), so both read the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from shadowllm.bundle.quantisation import ACCURACY_LEVEL, Quantisation
-from shadowllm.bundle.weight_names import integers, scales, transposed
+from shadowllm.bundle.weight_names import integers, low_bit_copy, residual, scales, transposed
 from shadowllm.exporter.graphs.builder import GraphBuilder
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.activation_nodes import activate, times_up
@@ -30,27 +32,36 @@ def as_float(g: GraphBuilder, x: ir.Value) -> ir.Value:
 def embed(g: GraphBuilder, spec: ModelSpec, input_ids: ir.Value, position_ids: ir.Value) -> ir.Value:
     """Token and learned position embeddings, ``(batch*seqlen, hidden_size)``."""
     flat = g.op("Reshape", input_ids, g.ints([-1]))
-    x = _embedding_rows(g, flat)
+    x = _embedding_rows(g, spec, flat)
     if spec.positions == "rope":
         return x
     places = g.op("Add", g.op("Reshape", position_ids, g.ints([-1])), g.ints(spec.position_offset))
     return g.op("Add", x, g.op("Gather", g.weight("embed_positions.weight"), places, axis=0))
 
 
-def _embedding_rows(g: GraphBuilder, ids: ir.Value) -> ir.Value:
+def _embedding_rows(g: GraphBuilder, spec: ModelSpec, ids: ir.Value) -> ir.Value:
     name, q = "embed_tokens.weight", g.quantisation
     if q is None:
         return g.op("Gather", g.weight(name), ids, axis=0)
-    return g.microsoft(
-        "GatherBlockQuantized",
-        g.weight(integers(name)),
-        ids,
-        g.weight(scales(name)),
-        gather_axis=0,
-        quantize_axis=1,
-        block_size=q.block,
-        bits=q.bits,
-    )
+
+    def rows(data: ir.Value, factors: ir.Value, q: Quantisation) -> ir.Value:
+        sizes = {"gather_axis": 0, "quantize_axis": 1, "block_size": q.block, "bits": q.bits}
+        return g.microsoft("GatherBlockQuantized", data, ids, factors, **sizes)
+
+    if not q.residual_bits:
+        return rows(g.weight(integers(name)), g.weight(scales(name)), q)
+    factors = g.weight(scales(low_bit_copy(name)))
+    copy = rows(g.weight(integers(low_bit_copy(name))), factors, q.copy)
+    x = add_residual(g, copy, rows(g.weight(residual(name)), factors, q.residual), q)
+    if spec.hidden_size % q.block == 0:
+        return x
+    return g.op("Slice", x, g.ints([0]), g.ints([spec.hidden_size]), g.ints([1]))  # without the padding of rows
+
+
+def add_residual(g: GraphBuilder, copy: ir.Value, rest: ir.Value, q: Quantisation) -> ir.Value:
+    """Add what the residual gives with the scales of the copy to what the copy gives."""
+    step = g.constant(np.array(q.residual_step, dtype=np.float32), "residual_step")
+    return g.op("Add", copy, g.op("Mul", rest, step))
 
 
 def batched(g: GraphBuilder, spec: ModelSpec, tokens: ir.Value, x: ir.Value) -> ir.Value:
@@ -104,14 +115,12 @@ def head_norms(g: GraphBuilder, spec: ModelSpec, layer: int, projected: ir.Value
     return g.op("Reshape", joined, g.ints([-1, sum(heads) * spec.head_dim]))
 
 
-def gemm(
-    g: GraphBuilder, x: ir.Value, names: list[str], bias: bool, *, rows_out: bool = True, width: int | None = None
-) -> ir.Value:
+def gemm(g: GraphBuilder, x: ir.Value, names: list[str], bias: bool, width: int, *, rows_out: bool = True) -> ir.Value:
     """Multiply ``x`` by one stored matrix, or by several stacked ones.
 
     Args:
+        width: width of ``x``; rows of integers may be padded to a larger one.
         rows_out: whether the matrix's rows are output channels (q, k, v, gate, up) or input channels (o, down).
-        width: width of ``x``, needed if integer weights may be padded to a larger one.
     """
     biases = [g.weight(*(f"{name}.bias" for name in names))] if bias else []
     matrices = [f"{name}.weight" for name in names]
@@ -122,22 +131,26 @@ def gemm(
 
 
 def _integer_gemm(
-    g: GraphBuilder, x: ir.Value, matrices: list[str], biases: list[ir.Value], q: Quantisation, width: int | None
+    g: GraphBuilder, x: ir.Value, matrices: list[str], biases: list[ir.Value], q: Quantisation, width: int
 ) -> ir.Value:
-    """Multiply with ``MatMulNBits``; the rows of its matrices are output channels."""
-    factors = g.weight(*map(scales, matrices))
+    """Multiply with ``MatMulNBits``; the rows of its matrices are output channels.
+
+    With nested integers, the products of the copy and of the residual are added.
+    """
+    stored = [low_bit_copy(name) for name in matrices] if q.residual_bits else matrices
+    factors = g.weight(*map(scales, stored))
     n_out, blocks = map(int, factors.shape)  # type: ignore[arg-type]
-    data = g.weight(*map(integers, matrices), inner=(blocks, q.block * q.bits // 8))
-    inputs = [x, data, factors] + ([None, None, *biases] if biases else [])
-    return g.microsoft(
-        "MatMulNBits",
-        *inputs,
-        K=width or blocks * q.block,
-        N=n_out,
-        bits=q.bits,
-        block_size=q.block,
-        accuracy_level=ACCURACY_LEVEL,
-    )
+
+    def product(names: Iterable[str], q: Quantisation, biases: list[ir.Value]) -> ir.Value:
+        data = g.weight(*names, inner=(blocks, q.block * q.bits // 8))
+        inputs = [x, data, factors] + ([None, None, *biases] if biases else [])
+        sizes = {"K": width, "N": n_out, "bits": q.bits, "block_size": q.block}
+        return g.microsoft("MatMulNBits", *inputs, **sizes, accuracy_level=ACCURACY_LEVEL)
+
+    if not q.residual_bits:
+        return product(map(integers, stored), q, biases)
+    copy = product(map(integers, stored), q.copy, biases)
+    return add_residual(g, copy, product(map(residual, matrices), q.residual, []), q)
 
 
 def activation_attributes(spec: ModelSpec) -> dict[str, int | float | str]:

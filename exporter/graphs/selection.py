@@ -34,7 +34,7 @@ def choose_neurons(
     if rank:
         place = f"predictor.layers.{layer}"
         z = trunk(g, spec, f"{place}.trunk", x)
-        scores = _shared(g, as_float(g, gemm(g, z, [f"{place}.neurons"], bias=True, width=rank)))
+        scores = _shared(g, as_float(g, gemm(g, z, [f"{place}.neurons"], True, rank)))
     else:
         scores = _copy_scores(g, spec, layer, batched(g, spec, tokens, x), count)
     return _choose(g, f"layers.{layer}.select_neurons", scores, count, spec.intermediate_size)
@@ -44,7 +44,7 @@ def trunk(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
     """The hidden layer of a learned network, ``relu(T layer_norm(x) + t)``; see `networks.scores`."""
     ones = cast(g, g.constant(np.ones(spec.hidden_size, dtype=np.float32), "ones"))
     normed = g.op("LayerNormalization", x, ones, epsilon=NORM_EPS, axis=-1)
-    return g.op("Relu", gemm(g, normed, [name], bias=True, width=spec.hidden_size))
+    return g.op("Relu", gemm(g, normed, [name], True, spec.hidden_size))
 
 
 def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:

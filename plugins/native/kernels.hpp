@@ -202,7 +202,8 @@ const float* prepare(const Rows& rows, const float* x, size_t tokens, float* roo
   switch (rows.type) {
     case RowType::i8: return prepare_quantised<Bits8>(rows, x, tokens, room);
     case RowType::i4: return prepare_quantised<Bits4>(rows, x, tokens, room);
-    case RowType::c4: return prepare_copy(rows, x, tokens, room);
+    case RowType::c4:
+    case RowType::c2: return prepare_copy(rows, x, tokens, room);
     default: return x;
   }
 }
@@ -211,7 +212,9 @@ void project(const Rows& rows, Picks picks, const float* x, size_t tokens, float
   switch (rows.type) {
     case RowType::i8: return project_quantised<Bits8>(rows, picks, x, tokens, out, ahead);
     case RowType::i4: return project_quantised<Bits4>(rows, picks, x, tokens, out, ahead);
-    case RowType::c4: return project_copy(rows, picks, x, tokens, out, ahead);
+    case RowType::i2: return project_floats<Bits2>(rows, picks, x, tokens, out, ahead);
+    case RowType::c4: return project_copy<Bits4>(rows, picks, x, tokens, out, ahead);
+    case RowType::c2: return project_copy<Bits2>(rows, picks, x, tokens, out, ahead);
     case RowType::f32: return project_as<float>(rows, picks, x, tokens, out, ahead);
     case RowType::bf16: return project_as<Bf16>(rows, picks, x, tokens, out, ahead);
     case RowType::f16: return project_as<F16>(rows, picks, x, tokens, out, ahead);
@@ -222,7 +225,9 @@ void accumulate(const Rows& rows, Picks picks, const float* h, size_t tokens, fl
   switch (rows.type) {
     case RowType::i8: return accumulate_quantised<Bits8>(rows, picks, h, tokens, y, ahead);
     case RowType::i4: return accumulate_quantised<Bits4>(rows, picks, h, tokens, y, ahead);
-    case RowType::c4: return accumulate_copy(rows, picks, h, tokens, y, ahead);
+    case RowType::i2: return accumulate_floats<Bits2>(rows, picks, h, tokens, y, ahead);
+    case RowType::c4: return accumulate_copy<Bits4>(rows, picks, h, tokens, y, ahead);
+    case RowType::c2: return accumulate_copy<Bits2>(rows, picks, h, tokens, y, ahead);
     case RowType::f32: return accumulate_as<float>(rows, picks, h, tokens, y, ahead);
     case RowType::bf16: return accumulate_as<Bf16>(rows, picks, h, tokens, y, ahead);
     case RowType::f16: return accumulate_as<F16>(rows, picks, h, tokens, y, ahead);

@@ -1,8 +1,8 @@
-// Integer kernels for one token and the rows of a low-bit copy, part of kernels_copy.hpp. AVX2, with VNNI's products of
-// four bytes where there are any.
+// Integer kernels for one token and the rows of a low-bit copy or its residuals, part of kernels_copy.hpp. AVX2, with
+// VNNI's products of four bytes where there are any. Rows of 2 bits are spread to 4 bits when they are loaded.
 #pragma once
 
-constexpr size_t kBytesBlock = 64;  // elements of a block; its 32 bytes are one vector
+constexpr size_t kBytesBlock = 64;  // elements of a block; at 4 bits they are one vector
 constexpr float kByteMost = 127;
 
 inline bool in_bytes(const Rows& rows, size_t tokens) { return tokens == 1 && rows.block == kBytesBlock; }
@@ -10,7 +10,7 @@ inline bool in_bytes(const Rows& rows, size_t tokens) { return tokens == 1 && ro
 // The input of a block, in the order of the bytes of a row.
 struct alignas(64) ByteBlock {
   int8_t even[32], odd[32];
-  int32_t start[8];  // minus the middle of the integers times the input
+  int32_t start[8];  // minus the middle of 4-bit integers times the input
   float scale;
 };
 
@@ -54,8 +54,19 @@ inline const float* round_to_bytes(const float* x, size_t width, float* room) {
   return room;
 }
 
+// The integers of a block, in 4 bits each.
+template <class Q>
 inline __m256i load_block(const uint8_t* row, size_t b) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + b * 32));
+  if (Q::bits == 4) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + b * 32));
+  const __m256i fours = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + b * 16)));
+  const __m256i twos = _mm256_and_si256(_mm256_or_si256(fours, _mm256_slli_epi16(fours, 4)), _mm256_set1_epi8(0x0f));
+  return _mm256_and_si256(_mm256_or_si256(twos, _mm256_slli_epi16(twos, 2)), _mm256_set1_epi8(0x33));
+}
+
+// The start of a sum for the middle of Q, from that for the middle of 4-bit integers, which is a multiple of it.
+template <class Q>
+inline __m256i start_of(__m256i start) {
+  return Q::bits == 4 ? start : _mm256_srai_epi32(start, 2);
 }
 
 inline __m256i low_halves(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
@@ -78,31 +89,33 @@ inline __m128 sums_of(const __m256 v[4]) {
   return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
+template <class Q>
 inline void project_four(const QuantisedRow* rows, const QuantisedRow* next, const ByteBlock* input, size_t blocks,
                          float* out) {
   __m256 acc[4];
   for (size_t r = 0; r < 4; ++r) acc[r] = _mm256_setzero_ps();
   for (size_t b = 0; b < blocks; ++b) {
-    fetch_block<Bits4, 4>(next, b, blocks, kBytesBlock);
+    fetch_block<Q, 4>(next, b, blocks, kBytesBlock);
     const __m256i even = _mm256_load_si256(reinterpret_cast<const __m256i*>(input[b].even));
     const __m256i odd = _mm256_load_si256(reinterpret_cast<const __m256i*>(input[b].odd));
-    const __m256i start = _mm256_load_si256(reinterpret_cast<const __m256i*>(input[b].start));
+    const __m256i start = start_of<Q>(_mm256_load_si256(reinterpret_cast<const __m256i*>(input[b].start)));
     const __m256 scale = _mm256_set1_ps(input[b].scale);
     for (size_t r = 0; r < 4; ++r) {
-      const __m256 total = _mm256_cvtepi32_ps(dot(load_block(rows[r].data, b), even, odd, start));
+      const __m256 total = _mm256_cvtepi32_ps(dot(load_block<Q>(rows[r].data, b), even, odd, start));
       acc[r] = _mm256_fmadd_ps(_mm256_mul_ps(total, scale), _mm256_set1_ps(rows[r].scales[b]), acc[r]);
     }
   }
   _mm_storeu_ps(out, sums_of(acc));
 }
 
+template <class Q>
 void project_bytes(const Rows& rows, Picks picks, const float* input, float* out, Ahead ahead) {
   const ByteBlock* blocks = reinterpret_cast<const ByteBlock*>(input);
   const size_t count = rows.width / kBytesBlock;
   walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
     float sums[kBlock];
     for (size_t r = 0; r < kBlock; r += 4)
-      project_four(now + r, next == nullptr ? nullptr : next + r, blocks, count, sums + r);
+      project_four<Q>(now + r, next == nullptr ? nullptr : next + r, blocks, count, sums + r);
     memcpy(out + i, sums, left * sizeof(float));
   });
 }
@@ -112,7 +125,7 @@ constexpr size_t kGroup = 16;  // rows whose products are added in 16 bits: 16 *
 // The weights of a group for eight blocks: h times the scale of the block, rounded to 8 bits relative to the largest.
 struct ByteWeights {
   alignas(32) int32_t bytes[kGroup / 4][8];  // one byte for each of four rows
-  alignas(32) int32_t start[8];              // minus the middle of the integers times the weights
+  alignas(32) int32_t start[8];              // minus the middle of 4-bit integers times the weights
   alignas(32) float scale[8];
 };
 
@@ -152,12 +165,14 @@ inline void add_scaled(__m128i integers, __m256 scale, float* y) {
 
 // Adds block b of a group of rows to the 64 floats of y. The first vector of `even` and of `odd` has the bytes 0..7 and
 // 16..23 of the rows, the second one the others.
+template <class Q>
 inline void accumulate_block(const QuantisedRow* rows, const ByteWeights& weights, size_t b, float* y) {
   const size_t at = b % 8;
-  const __m256i start = _mm256_set1_epi16(static_cast<int16_t>(weights.start[at]));
+  const __m256i start =
+      _mm256_set1_epi16(static_cast<int16_t>(Q::bits == 4 ? weights.start[at] : weights.start[at] / 4));
   __m256i even[2] = {start, start}, odd[2] = {start, start};
   for (size_t r = 0; r < kGroup; r += 2) {
-    const __m256i first = load_block(rows[r].data, b), second = load_block(rows[r + 1].data, b);
+    const __m256i first = load_block<Q>(rows[r].data, b), second = load_block<Q>(rows[r + 1].data, b);
     const int32_t four = weights.bytes[r / 4][at];
     const __m256i pair = _mm256_set1_epi16(static_cast<int16_t>(r % 4 == 0 ? four : four >> 16));
     const __m256i mixed[2] = {_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second)};
@@ -176,6 +191,7 @@ inline void accumulate_block(const QuantisedRow* rows, const ByteWeights& weight
   }
 }
 
+template <class Q>
 void accumulate_bytes(const Rows& rows, Picks picks, const float* h, float* y) {
   const size_t blocks = rows.width / kBytesBlock;
   for (size_t i = 0; i < picks.count; i += kGroup) {
@@ -190,8 +206,8 @@ void accumulate_bytes(const Rows& rows, Picks picks, const float* h, float* y) {
     ByteWeights weights;
     for (size_t b = 0; b < blocks; ++b) {
       if (b % 8 == 0) round_to_weights(now, factors, b, blocks, weights);
-      fetch_block<Bits4, kGroup>(more ? next : nullptr, b, blocks, kBytesBlock);
-      accumulate_block(now, weights, b, y + b * kBytesBlock);
+      fetch_block<Q, kGroup>(more ? next : nullptr, b, blocks, kBytesBlock);
+      accumulate_block<Q>(now, weights, b, y + b * kBytesBlock);
     }
   }
 }

@@ -1,5 +1,5 @@
-// Kernels for the rows of a low-bit copy, part of kernels.hpp. For one token, the factor of the rows is rounded to 8
-// bits with a scale per block, and the products are integer products.
+// Kernels for the rows of a low-bit copy and for its residuals, part of kernels.hpp. For one token, the factor of the
+// rows is rounded to 8 bits with a scale per block, and the products are integer products.
 #pragma once
 
 namespace shadowllm {
@@ -9,6 +9,7 @@ namespace {
 #include "kernels_bytes.hpp"
 #endif
 
+// The result serves rows of 4 and of 2 bits.
 const float* prepare_copy(const Rows& rows, const float* x, size_t tokens, float* room) {
 #if defined(__AVX2__)
   if (in_bytes(rows, tokens)) return round_to_bytes(x, rows.width, room);
@@ -17,18 +18,20 @@ const float* prepare_copy(const Rows& rows, const float* x, size_t tokens, float
   return x;
 }
 
+template <class Q>
 void project_copy(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
 #if defined(__AVX2__)
-  if (in_bytes(rows, tokens)) return project_bytes(rows, picks, x, out, ahead);
+  if (in_bytes(rows, tokens)) return project_bytes<Q>(rows, picks, x, out, ahead);
 #endif
-  project_floats<Bits4>(rows, picks, x, tokens, out, ahead);
+  project_floats<Q>(rows, picks, x, tokens, out, ahead);
 }
 
+template <class Q>
 void accumulate_copy(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y, Ahead ahead) {
 #if defined(__AVX2__)
-  if (in_bytes(rows, tokens)) return accumulate_bytes(rows, picks, h, y);
+  if (in_bytes(rows, tokens)) return accumulate_bytes<Q>(rows, picks, h, y);
 #endif
-  accumulate_floats<Bits4>(rows, picks, h, tokens, y, ahead);
+  accumulate_floats<Q>(rows, picks, h, tokens, y, ahead);
 }
 
 }  // namespace

@@ -65,6 +65,24 @@ struct Bits4 {
   }
 };
 
+// Four bits hold an even element and the next odd one.
+struct Bits2 : Bits4 {
+  static constexpr size_t bits = 2;
+
+  static inline void load(const uint8_t* row, size_t k, V out[2]) {
+    uint32_t words[(W + 7) / 8] = {};  // of eight pairs each
+    memcpy(words, row + k / 4, W / 2);
+    VU pairs, places;
+    for (size_t i = 0; i < W; ++i) {
+      pairs[i] = words[i / 8];
+      places[i] = i % 8 * 4;
+    }
+    pairs >>= places;
+    out[0] = __builtin_convertvector((VI)(pairs & 3), V) - 2.0f;
+    out[1] = __builtin_convertvector((VI)(pairs >> 2 & 3), V) - 2.0f;
+  }
+};
+
 constexpr size_t kScales = 16;  // blocks whose products of input and scale are computed together
 
 struct QuantisedRow {

@@ -214,19 +214,64 @@ Rows Node::copy(const std::vector<Tensor>& in, size_t port, size_t scales_port, 
           static_cast<size_t>(block)};
 }
 
+Rows Node::residual(const std::vector<Tensor>& in, size_t port, const Rows& copy, int64_t rows) const {
+  const Tensor& tensor = in[port];
+  const int64_t width = static_cast<int64_t>(copy.width);
+  const bool two = tensor.rank == 2 && tensor.dims[1] * 4 == width;
+  expect(in, port, {rows, two ? width / 4 : width / 2});
+  Rows found = copy;
+  found.type = exact_copies_ ? (two ? RowType::i2 : RowType::i4) : two ? RowType::c2 : RowType::c4;
+  found.step = two ? 1.0f / 4 : 1.0f / 16;
+  const auto own = packed_.find(port);
+  found.data = own == packed_.end() ? tensor.data : own->second.data;
+  found.stride = own == packed_.end() ? static_cast<size_t>(tensor.dims[1]) : own->second.stride;
+  return found;
+}
+
+// Memory for rows that start at cache lines.
+PackedRows& Node::reserve(size_t port, size_t rows, size_t bytes) {
+  PackedRows& own = packed_[port];
+  own.stride = (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
+  own.memory.resize((rows * own.stride + kLineBytes) / sizeof(float));
+  own.data = reinterpret_cast<char*>(first_line(own.memory.data()));
+  return own;
+}
+
+void Node::pack_records(std::initializer_list<std::pair<size_t, size_t>> ports_and_scales) {
+  std::vector<size_t> ports;
+  size_t bytes = 0;
+  for (const auto& [port, scales] : ports_and_scales) {
+    const Tensor& tensor = constants_[port];
+    if (!tensor.present()) continue;
+    if (!is_residual(tensor, constants_[scales]) || tensor.rank != 2) return;
+    if (!ports.empty() && tensor.dims[0] != constants_[ports.front()].dims[0]) return;
+    ports.push_back(port);
+    bytes += static_cast<size_t>(tensor.dims[1]);
+  }
+  if (ports.empty()) return;
+  const size_t rows = static_cast<size_t>(constants_[ports.front()].dims[0]);
+  const PackedRows& first = reserve(ports.front(), rows, bytes);
+  char* data = first.data;
+  for (const size_t port : ports) {
+    const size_t width = static_cast<size_t>(constants_[port].dims[1]);
+    PackedRows& own = packed_[port];
+    own.data = data, own.stride = first.stride;
+    for (size_t i = 0; i < rows; ++i)
+      std::memcpy(data + i * first.stride, constants_[port].as<char>() + i * width, width);
+    data += width;
+  }
+}
+
 void Node::pack(size_t port, size_t scales_port) {
   const Tensor &tensor = constants_[port], &scales = constants_[scales_port];
   if (tensor.type != kUInt8 || tensor.rank != 2 || scales.rank != 2 || tensor.dims[0] != scales.dims[0]) return;
   const size_t rows = static_cast<size_t>(tensor.dims[0]), bytes = static_cast<size_t>(tensor.dims[1]);
-  const size_t beside = scales_bytes(scales), stride = (bytes + beside + kLineBytes - 1) / kLineBytes * kLineBytes;
+  const size_t beside = scales_bytes(scales);
   if (bytes % alignof(float) != 0) return;
-  PackedRows& own = packed_[port];
-  own.memory.resize((rows * stride + kLineBytes) / sizeof(float));
-  own.data = reinterpret_cast<char*>(first_line(own.memory.data()));
-  own.stride = stride;
+  const PackedRows& own = reserve(port, rows, bytes + beside);
   for (size_t i = 0; i < rows; ++i) {
-    std::memcpy(own.data + i * stride, tensor.as<char>() + i * bytes, bytes);
-    std::memcpy(own.data + i * stride + bytes, scales.as<char>() + i * beside, beside);
+    std::memcpy(own.data + i * own.stride, tensor.as<char>() + i * bytes, bytes);
+    std::memcpy(own.data + i * own.stride + bytes, scales.as<char>() + i * beside, beside);
   }
 }
 

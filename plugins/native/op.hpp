@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "ort_api.hpp"
@@ -35,7 +36,7 @@ struct Port {
   Characteristic characteristic;
 };
 
-// Rows of integers, each followed by its scales.
+// Rows of integers, each followed by its scales or by rows of other matrices.
 struct PackedRows {
   PackedRows() = default;
   PackedRows(const PackedRows&) = delete;  // a copy's `data` would point into the original's memory
@@ -43,9 +44,9 @@ struct PackedRows {
   PackedRows(PackedRows&&) = default;  // a vector that is moved keeps its memory
   PackedRows& operator=(PackedRows&&) = default;
 
-  std::vector<float> memory;
-  char* data;     // the first cache line that starts in `memory`
-  size_t stride;  // bytes
+  std::vector<float> memory;  // empty if the rows are stored with those of another matrix
+  char* data;                 // the first row
+  size_t stride;              // bytes
 };
 
 // A kernel's view of its node: its name for messages, and its constant inputs.
@@ -77,6 +78,9 @@ class Node {
   // Copies a constant matrix of integers so that every row starts at a cache line and is followed by its scales. A
   // random row is then one stretch of memory instead of two. Does nothing for any other input.
   void pack(size_t port, size_t scales_port);
+  // Copies constant matrices of residuals so that row i of all of them is one record, which starts at a cache line.
+  // Does nothing unless all that are present are such matrices.
+  void pack_records(std::initializer_list<std::pair<size_t, size_t>> ports_and_scales);
   // The active indices of a sparse op: `indices` up to `count`. Throws unless all are in 0..rows-1.
   Picks active(const Tensor& indices, const Tensor& count, int64_t rows) const;
   // A weight matrix (rows, width). Integers come with scales (rows, blocks). Throws if the type is not supported, or if
@@ -85,10 +89,17 @@ class Node {
   // A low-bit copy (rows, blocks, bytes) of a matrix (rows, width), with scales (rows, blocks). The width of the result
   // is that of whole blocks. Throws if the shapes do not match.
   Rows copy(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const;
+  // Whether an input holds residuals: integers without scales, that the low-bit copy completes.
+  static bool is_residual(const Tensor& weights, const Tensor& scales) {
+    return weights.type == kUInt8 && weights.present() && !scales.present();
+  }
+  // The residuals (rows, bytes) of a copy. Throws if the shape does not match.
+  Rows residual(const std::vector<Tensor>& inputs, size_t port, const Rows& copy, int64_t rows) const;
   RowType row_type(const Tensor& tensor, const char* name) const;
 
  private:
   Tensor view(const OrtValue* value) const;
+  PackedRows& reserve(size_t port, size_t rows, size_t bytes);
 
   const Api& api_;
   const OrtKernelInfo* info_;  // valid during creation only

@@ -7,7 +7,7 @@
 
 namespace shadowllm {
 
-enum class RowType { f32, bf16, f16, i8, i4, c4 };
+enum class RowType { f32, bf16, f16, i8, i4, i2, c4, c2 };
 
 // The activation of an MLP; see models/activations.py.
 struct Activation {
@@ -18,10 +18,11 @@ struct Activation {
   bool zeroes() const { return kind <= drelu; }
 };
 
-// Quantised rows (i8, i4, c4) have the layout of ONNX Runtime's MatMulNBits: unsigned integers around a middle of 128
-// or 8, and a scale for every `block` of them. Two 4-bit integers share a byte, and the lower half comes first. Rows c4
-// are like i4, but belong to a low-bit copy. Kernels may round the factor of such rows to 8 bits, as its own rounding
-// to 4 bits is far larger.
+// Quantised rows (i8, i4, i2, c4, c2) have the layout of ONNX Runtime's MatMulNBits: unsigned integers around a middle
+// of 128, 8 or 2, and a scale for every `block` of them. Two 4-bit or four 2-bit integers share a byte, and the first
+// has the lowest bits. Rows c4 are like i4, but belong to a low-bit copy, whose own rounding to 4 bits is far larger
+// than a rounding of their factor to 8 bits, which kernels may do. So may they with residuals of a copy (c4 and c2),
+// because the factor of nested integers is then rounded as ONNX Runtime rounds it for 8-bit integers.
 struct Rows {
   const void* data;
   size_t stride;  // bytes from one row to the next
@@ -30,6 +31,7 @@ struct Rows {
   const float* scales = nullptr;  // width / block per row
   size_t scales_stride = 0;       // bytes
   size_t block = 0;
+  float step = 0;  // of residuals: the full row is that of the copy plus `step` times this one; 0 for whole rows
 
   // The cost of a row, in bytes read in the same time. Integers count twice: computing takes as long as reading.
   size_t cost() const {
@@ -38,7 +40,15 @@ struct Rows {
   }
 
   static size_t bits(RowType type) {
-    return type == RowType::f32 ? 32 : type == RowType::i8 ? 8 : type == RowType::i4 || type == RowType::c4 ? 4 : 16;
+    switch (type) {
+      case RowType::f32: return 32;
+      case RowType::i8: return 8;
+      case RowType::i4:
+      case RowType::c4: return 4;
+      case RowType::i2:
+      case RowType::c2: return 2;
+      default: return 16;
+    }
   }
 };
 

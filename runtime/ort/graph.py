@@ -17,6 +17,7 @@ from shadowllm.bundle.op_domain import DOMAIN
 from shadowllm.errors import UserError
 from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
 from shadowllm.runtime.ort.fuse_attention import FuseAttention
+from shadowllm.runtime.ort.join_nested import JoinNested
 from shadowllm.runtime.ort.split_selection import SplitSelection
 from shadowllm.runtime.ort.upcast_to_float32 import UpcastToFloat32
 
@@ -47,6 +48,9 @@ def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, f
 def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: bool) -> list[InPlacePass]:
     """The passes for a graph, in their order."""
     passes: list[InPlacePass] = [FuseAttention(manifest.spec)] if fused else []
+    q = manifest.quantisation
+    if q and q.residual_bits:
+        passes.insert(0, JoinNested(q))
     if manifest.dtype != "float32":
         passes.insert(0, UpcastToFloat32(keep_rows=native))
     if exact:

@@ -17,6 +17,7 @@ from shadowllm.bundle.cost_model import (
     unit_elements,
 )
 from shadowllm.bundle.manifest import read_manifest
+from shadowllm.bundle.quantisation import NESTED
 from shadowllm.bundle.quantised_tensors import CopyTensors
 from shadowllm.bundle.weight_names import copied
 from shadowllm.bundle.weights import read_weights
@@ -276,3 +277,23 @@ def test_mixed_layers_have_reasons(with_copies):
     assert list(found) == ["0", "1"]
     assert "sparse rows and low-bit copy" in found["1"]
     assert list(dense_reasons(with_copies, Budget(shortlist=10))) == ["0", "1", "2"]
+
+
+def test_nested_rows_by_hand():
+    """Beside the copy, an active row costs its residual. Else it costs both parts."""
+    q = NESTED["int8"]
+    sizes = {"row_itemsize": q.itemsize, "itemsize_beside_copy": q.itemsize_beside_copy}
+    parts = mixed(active=counts((1, 4), (2, 10)), shortlist=3, **sizes)
+    assert parts["active q/o rows"] == round(2 * 2 * 6 * (1 * 0.5 + 4 * 1.0625))
+    assert parts["active MLP rows"] == round(3 * 6 * (2 * 0.5 + 10 * 1.0625))
+    assert parts["shortlist"] == 3 * 6 * 0.5
+    dropped = step_traffic(LLAMA, 2, 5, counts((1, 4), (2, 10)), **sizes).parts
+    assert dropped["active MLP rows"] == round(3 * 6 * 12 * 1.0625)
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", "int6"])
+def test_nested_steps_pay_unless_everything_is_active(with_copies, weight_dtype):
+    nested = replace(with_copies, weight_dtype=weight_dtype)
+    assert not sparse_pays(nested, Budget())
+    assert dense_reasons(nested, Budget(), "whole")["1"] == "whole"
+    assert sparse_pays(nested, Budget(neurons=0.3))

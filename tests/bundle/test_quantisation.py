@@ -7,7 +7,21 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from shadowllm.bundle.quantisation import Quantisation, dense_rows, dequantise, quantise, rounded
+from shadowllm.bundle.quantisation import (
+    NESTED,
+    Quantisation,
+    bundle_format,
+    dense_rows,
+    dequantise,
+    dequantise_nested,
+    nested_format,
+    quantise,
+    quantise_nested,
+    rounded,
+    rounded_copy,
+    unpacked,
+)
+from shadowllm.errors import UserError
 
 QUANTISATIONS = [Quantisation(8), Quantisation(4), Quantisation(4, 16), Quantisation(8, 64)]
 SIZES = [(1, 32), (7, 64), (41, 96), (5, 40)]  # the last is padded to whole blocks
@@ -111,3 +125,50 @@ def test_onnx_runtime_gathers_the_same_numbers(q):
     ids = np.array([40, 0, 7, 7])
     found = run(node, {"i": ids}, {"d": data, "s": scales})
     np.testing.assert_array_equal(found, dequantise(data, scales, 64, q)[ids])
+
+
+@pytest.mark.parametrize("q", NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+class TestNested:
+    def test_the_parts_are_the_copy_and_what_it_lacks(self, q, size):
+        wide = matrix(*size)
+        copy, scales, residual = quantise_nested(wide, q)
+        high, low = unpacked(copy, 4).astype(int) - 8, unpacked(residual, q.residual_bits).astype(int)
+        step, half = 2**q.residual_bits, 2 ** (q.residual_bits - 1)
+        whole = step * high + low - half
+        assert np.abs(high).max() == 7
+        np.testing.assert_array_equal(high, (whole + half) // step)
+        assert whole.min() == -7 * step - half
+        assert whole.max() <= 7 * step + half - 1
+        values = whole[:, : size[1]] * (scales / step).repeat(64, axis=1)[:, : size[1]]
+        np.testing.assert_allclose(values, rounded(wide, q), rtol=1e-6)
+        assert (np.abs(values - wide) <= np.abs(scales / step).repeat(64, axis=1)[:, : size[1]] * 1.0001).all()
+
+    def test_packing_and_unpacking(self, q, size):
+        wide = matrix(*size)
+        copy, scales, residual = quantise_nested(wide, q)
+        whole = dequantise_nested(copy, scales, residual, size[1], q)
+        np.testing.assert_allclose(whole, rounded(wide, q), atol=1e-6)
+        np.testing.assert_array_equal(dequantise(copy, scales, size[1], q.copy), rounded_copy(wide, q))
+        assert nested_format(copy.reshape(*scales.shape, -1), residual) == q
+
+    def test_rounding_again_changes_no_integer(self, q, size):
+        copy, scales, residual = quantise_nested(matrix(*size), q)
+        again = quantise_nested(dequantise_nested(copy, scales, residual, size[1], q), q)
+        np.testing.assert_array_equal(again[0], copy)
+        np.testing.assert_array_equal(again[2], residual)
+        np.testing.assert_allclose(again[1], scales, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "rest", "words"),
+    [
+        ("int6", "drop", "int6 weights contain their shadow.* --rest shadow or --weight-dtype int8"),
+        ("int4", "shadow", "as many bits as they have.* --rest drop"),
+        ("int3", "shadow", "'int3' is not supported"),
+        ("int3", "drop", "'int3' is not supported"),
+    ],
+)
+def test_types_that_no_bundle_has(weight_dtype, rest, words):
+    with pytest.raises(UserError, match=words):
+        bundle_format(weight_dtype, rest)

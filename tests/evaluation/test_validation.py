@@ -76,6 +76,13 @@ def test_integer_graphs_reproduce_the_rounded_model(bundle, checkpoint, variant,
     check(bundle(variant, weight_dtype=weight_dtype), checkpoint(variant), 3e-4 if fastest else TIGHT)
 
 
+@pytest.mark.parametrize("weight_dtype", ["int8", "int6"])
+@pytest.mark.parametrize(("variant", "kind"), [("llama-gqa", "quantized-shadow"), ("opt", "shadow")])
+def test_nested_graphs_reproduce_the_rounded_model(bundle, checkpoint, variant, kind, weight_dtype):
+    """The hidden sizes are no multiples of a block, so rows are padded."""
+    check(bundle(variant, weight_dtype=weight_dtype, kind=kind, rest="shadow"), checkpoint(variant))
+
+
 @pytest.mark.parametrize("isa", [isa for isa in ("avx512", "portable") if isa in native_ops.kernels()])
 def test_integer_graphs_with_exact_kernels(bundle, checkpoint, isa, monkeypatch):
     monkeypatch.setenv(native_ops.ISA_VARIABLE, isa)

@@ -149,7 +149,7 @@ class TestManifest:
         ("place", "values"),
         [
             ("dtype", ["int3", None, 32]),
-            ("weight_dtype", ["int3", 8, []]),
+            ("weight_dtype", ["int3", "int6", 8, []]),
             ("selector", ["", None]),
             ("dense_layers", [None, "1", 1.0, True, 0, 3, -1]),
             ("budgets", [None, [], {}, 0.5, {"neurons": 0.5}, {"neurons": 0.5, "heads": "0.5"}]),
@@ -251,6 +251,26 @@ class TestIntegerWeights:
         sizes = [(bundle("llama-blocks", weight_dtype=w) / DATA_FILE).stat().st_size for w in (None, "int8", "int4")]
         assert sizes[0] > 1.5 * sizes[1]  # o and down are stored twice, and the sizes are tiny
         assert sizes[1] > sizes[2]
+
+    def test_a_copy_inside_them_costs_less_than_beside_them(self, bundle):
+        """The copy alone is nearly as large as the residuals, and norms and bounds are all that it adds."""
+        sizes = {
+            (w, rest): (bundle("llama-blocks", weight_dtype=w, kind="quantized-shadow", rest=rest) / DATA_FILE).stat()
+            for w, rest in (("int8", "drop"), ("int8", "shadow"), ("int6", "shadow"))
+        }
+        plain, nested, six = (found.st_size for found in sizes.values())
+        assert six < nested < 1.1 * plain
+
+    def test_a_copy_beside_them_is_refused(self, bundle, tmp_path):
+        for weight_dtype, version in (("int8", 2), (None, 2), ("int8", 3)):
+            folder = bundle("llama-blocks", weight_dtype=weight_dtype, kind="quantized-shadow", rest="shadow")
+            record = json.loads((folder / "manifest.json").read_text()) | {"schema_version": version}
+            (tmp_path / "manifest.json").write_text(json.dumps(record))
+            if weight_dtype and version == 2:
+                with pytest.raises(UserError, match="low-bit copy beside its int8 weights, not inside them"):
+                    read_manifest(tmp_path)
+            else:
+                assert read_manifest(tmp_path).weight_dtype == weight_dtype
 
     def test_they_read_back_as_they_round(self, bundle, checkpoint):
         folder = bundle("llama-blocks", weight_dtype="int8")

@@ -13,13 +13,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from shadowllm.bundle.quantisation import Quantisation
+from shadowllm.bundle.quantisation import NESTED, Quantisation
 from shadowllm.plugins import native_ops
 from shadowllm.plugins.reference import copy_rows
 from shadowllm.plugins.registry import reference
@@ -30,12 +30,13 @@ from tests.plugins.ops.shortlist_logits.table_inputs import (
     assert_certified,
     error_scale,
     exact_logits,
+    nested_table,
     table_inputs,
     with_counts,
 )
 from tests.plugins.ops.sparse_attention import mixed_inputs as attention_copy
 from tests.plugins.ops.sparse_attention.native_inputs import ATTENTION_FORMS, attention_inputs
-from tests.plugins.ops.sparse_mlp.mixed_inputs import COPIES, Rounding, with_copy
+from tests.plugins.ops.sparse_mlp.mixed_inputs import COPIES, Rounding, is_nested, with_copy
 from tests.plugins.ops.sparse_mlp.native_inputs import MLP_FORMS, mlp_inputs
 
 Inputs = dict[str, np.ndarray | None]
@@ -64,7 +65,7 @@ def mlp(rng: np.random.Generator) -> Case:
     size = (hidden, neurons, batch, seqlen, int(rng.integers(1, neurons + 1)))
     inputs = convert(mlp_inputs(form, size, int(rng.integers(1 << 30))))
     if inputs.get("s_up") is None and rng.random() < 0.6:
-        q = Quantisation(4, int(rng.choice([32, 64, 64, 64, 96])))
+        q = copy_format(rng)
         inputs = with_copy(inputs, rest=int(rng.integers(2)), choosing=rng.random() < 0.5, q=q)
     return Case("SparseMLP", inputs, weights_of(inputs), {"activation": MLP_FORMS[form][0]})
 
@@ -84,7 +85,7 @@ def attention(rng: np.random.Generator) -> Case:
             inputs,
             rest=int(rng.integers(2)),
             groups=heads // together if chosen_inside else 0,
-            q=Quantisation(4, int(rng.choice([32, 64, 64, 64, 96]))),
+            q=copy_format(rng),
         )
     return Case("SparseAttention", inputs, weights_of(inputs), {"n_heads": heads})
 
@@ -100,7 +101,15 @@ def logits(rng: np.random.Generator) -> Case:
     rows, tokens, width = (int(n) for n in rng.integers([1, 0, 1], [400, 20, 200]))
     inputs = table_inputs(str(rng.choice(KINDS)), rows, tokens, width, weighted=tokens > 0 and rng.random() < 0.5)
     inputs = with_counts(inputs, int(rng.integers(0, rows + 9)), certify=rng.random() < 0.5)
+    if rng.random() < 0.4:
+        inputs = nested_table(inputs, rng.choice(np.array(list(NESTED.values()), dtype=object)))[0]
     return Case("ShortlistLogits", inputs, ("table", "copy", "scales", "errors", "weighting"), {})
+
+
+def copy_format(rng: np.random.Generator) -> Quantisation:
+    """The format of a low-bit copy, or of nested integers that contain one."""
+    q = rng.choice(np.array([Quantisation(4, 64), *NESTED.values()], dtype=object))
+    return replace(q, block=int(rng.choice([32, 64, 64, 64, 96])))
 
 
 def weight_form(rng: np.random.Generator) -> tuple[int, Callable[[Inputs], Inputs]]:
@@ -161,8 +170,9 @@ def judge(case: Case, found: list[np.ndarray]) -> str | None:
     elif inputs.get("rest") is not None and y.size // y.shape[-1] % 64 == 1:
         # One token is left for the last pass, where the copy's inputs have 8 bits.
         last = inputs | {"x": inputs["x"].reshape(-1, y.shape[-1])[-1:]}
+        full = inputs["indices"][: int(inputs["count"])] if is_nested(inputs) else ()
         bound = np.full(y.shape, bound)
-        bound.reshape(-1, y.shape[-1])[-1] += 6 * Rounding.of(last, case.attributes["activation"]).y
+        bound.reshape(-1, y.shape[-1])[-1] += 6 * Rounding.of(last, case.attributes["activation"], full).y
     return None if (error <= bound).all() else f"off by {error.max()}"
 
 

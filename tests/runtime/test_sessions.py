@@ -79,16 +79,19 @@ def test_backends_agree_with_a_rest_from_the_low_bit_copy(bundle, variant, predi
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize(("variant", "predictor"), [("llama-blocks", "quantized-shadow"), ("opt-blocks", "shadow")])
-def test_backends_agree_with_a_rest_beside_int8_rows(bundle, variant, predictor, native):
-    folder = bundle(variant, kind=predictor, rest="shadow", weight_dtype="int8")
+@pytest.mark.parametrize("rest", ["shadow", "drop"])
+@pytest.mark.parametrize(
+    ("variant", "predictor", "weight_dtype"),
+    [("llama-blocks", "quantized-shadow", "int8"), ("opt", "shadow", "int8"), ("llama-gqa", "layerwise", "int6")],
+)
+def test_backends_agree_with_nested_weights(bundle, variant, predictor, weight_dtype, rest, native):
+    folder = bundle(variant, kind=predictor, rest="shadow", weight_dtype=weight_dtype)
     with OrtSession(folder, "sparse", native=native, exact=True) as first, open_session(folder, "torch") as second:
         found = []
         for session in (first, second):
-            session.set_budget(Budget(neurons=0.2, heads=0.5, shortlist=5))
+            session.set_budget(Budget(neurons=0.2, heads=0.5, shortlist=5, rest=rest))
             found.append(logits_of(session, [PROMPT], [3, 90, 14]))
-    tolerance = 3e-4 if native else 1e-5  # native integer rows may round inputs to 16 bits
-    assert np.abs(found[0] - found[1]).max() < tolerance * np.abs(found[1]).max()
+    assert np.abs(found[0] - found[1]).max() < 1e-5 * np.abs(found[1]).max()
 
 
 @pytest.mark.parametrize("native", [True, False])

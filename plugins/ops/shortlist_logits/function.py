@@ -46,7 +46,7 @@ def function_body(form: FunctionForm) -> ir.Function | None:
     whole = body.op("Or", certify, body.op("Squeeze", body.op("Equal", k, rows)))
 
     def exact_rows(pick: Callable[[ir.Value], ir.Value]) -> ir.Value:
-        return _float(body, body.rows(pick(body["table"]), lambda: pick(body["table_scales"]), form))
+        return _float(body, body.rows(pick, "table", "table_scales", "copy", "scales", form))
 
     def all_rows() -> tuple[ir.Value, ir.Value]:
         return _from_all_rows(body, x, low, best, certify, exact_rows(lambda rows: rows), table.weighted)

@@ -1,6 +1,8 @@
-// ShortlistLogits: logits from a 4-bit copy of the output table. The best rows are recomputed from the table.
+// ShortlistLogits: logits from a 4-bit copy of the output table. The best rows are recomputed from the table. If the table
+// holds residuals of the copy, their products are added to the logits of the copy.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "largest.hpp"
 #include "op.hpp"
@@ -58,8 +60,8 @@ class ShortlistLogits {
   void compute(OrtKernelContext* context) const {
     const std::vector<Tensor> in = node_.inputs(context);
     const bool certify = scalar(in, kCertify) != 0;
-    const Rows table = table_rows(in), copy = copy_rows(in, certify);
-    const int64_t tokens = in[kX].dims[0], rows = in[kTable].dims[0];
+    const Rows copy = copy_rows(in, certify), table = table_rows(in, copy, certify);
+    const int64_t tokens = in[kX].dims[0], width = in[kX].dims[1], rows = in[kTable].dims[0];
     const int64_t wanted = scalar(in, kShortlist);
     node_.bound("shortlist", wanted, 0, INT32_MAX);
     const Tensor logits = node_.output(context, {tokens, rows}), counts = node_.optional_output(context, 1, {tokens});
@@ -67,7 +69,7 @@ class ShortlistLogits {
     const size_t shortlist = std::min<size_t>(std::max<int64_t>(wanted, certify), rows);
     for (int64_t first = 0; rows > 0 && first < tokens; first += kTokens) {
       const size_t count = std::min<size_t>(kTokens, tokens - first);
-      run(Pool(api_, context), in, table, copy, in[kX].as<float>() + first * table.width, count, shortlist, certify,
+      run(Pool(api_, context), in, table, copy, in[kX].as<float>() + first * width, count, shortlist, certify,
           static_cast<float*>(logits.data) + first * rows, recomputed + first);
     }
   }
@@ -79,29 +81,35 @@ class ShortlistLogits {
     return *in[port].as<int32_t>();
   }
 
-  Rows table_rows(const std::vector<Tensor>& in) const {
-    for (const Input port : {kX, kTable})
-      if (in[port].rank != 2)
-        node_.fail(std::string(kPorts[port].name) + " has " + std::to_string(in[port].rank) + " dimensions, not 2");
+  Rows table_rows(const std::vector<Tensor>& in, const Rows& copy, bool certify) const {
     const int64_t rows = in[kTable].dims[0], width = in[kX].dims[1];
     node_.expect(in, kErrors, {rows});
     node_.expect(in, kWeighting, {width});
-    return node_.matrix(in, kTable, kTableScales, rows, width);
+    if (!Node::is_residual(in[kTable], in[kTableScales])) return node_.matrix(in, kTable, kTableScales, rows, width);
+    return exact(node_.residual(in, kTable, copy, rows), certify);
   }
 
-  // The rows of the copy. Their kernels may round x to 8 bits, which the certificate does not allow for.
   Rows copy_rows(const std::vector<Tensor>& in, bool certify) const {
-    Rows rows = node_.copy(in, kCopy, kScales, in[kTable].dims[0], in[kX].dims[1]);
-    if (certify) rows.type = RowType::i4;
+    for (const Input port : {kX, kTable})
+      if (in[port].rank != 2)
+        node_.fail(std::string(kPorts[port].name) + " has " + std::to_string(in[port].rank) + " dimensions, not 2");
+    return exact(node_.copy(in, kCopy, kScales, in[kTable].dims[0], in[kX].dims[1]), certify);
+  }
+
+  // The kernels of the copy and of residuals may round x to 8 bits, which the certificate does not allow for.
+  static Rows exact(Rows rows, bool certify) {
+    if (certify && rows.type == RowType::c4) rows.type = RowType::i4;
+    if (certify && rows.type == RowType::c2) rows.type = RowType::i2;
     return rows;
   }
 
   void run(const Pool& pool, const std::vector<Tensor>& in, const Rows& table, const Rows& copy, const float* x,
            size_t tokens, size_t shortlist, bool certify, float* logits, int32_t* recomputed) const {
-    const size_t rows = static_cast<size_t>(in[kTable].dims[0]), width = table.width;
+    const size_t rows = static_cast<size_t>(in[kTable].dims[0]), width = static_cast<size_t>(in[kX].dims[1]);
+    const bool nested = table.step != 0;
     Scratch scratch;
     Memory memory(scratch, tokens, rows, copy.width, tokens > 1);
-    if (shortlist == rows) {
+    if (shortlist == rows && !nested) {
       products(pool, table, rows, x, tokens, logits, memory, false);
       std::fill(recomputed, recomputed + tokens, static_cast<int32_t>(rows));
       return;
@@ -116,8 +124,11 @@ class ShortlistLogits {
     for (size_t t = 0; t < tokens; ++t) {
       const float* of = x + t * width;
       float* mine = logits + t * rows;
-      choose(mine, rows, shortlist, memory, t);
-      const float* input = kernels_.prepare(table, of, 1, memory.input);
+      if (shortlist == rows)
+        std::iota(memory.ids, memory.ids + rows, 0);
+      else
+        choose(mine, rows, shortlist, memory, t);
+      const float* input = kernels_.prepare(table, nested ? padded + t * copy.width : of, 1, memory.input);
       const float best = recompute(pool, table, {memory.ids, shortlist}, input, memory.exact, mine);
       size_t count = shortlist;
       if (certify) {
@@ -182,7 +193,11 @@ class ShortlistLogits {
       const Chunk chunk = chunks[c];
       const Picks mine{picks.ids + chunk.begin, chunk.size()};
       kernels_.project(table, mine, x, 1, exact + chunk.begin, {});
-      for (size_t i = 0; i < mine.count; ++i) logits[mine.ids[i]] = exact[chunk.begin + i];
+      for (size_t i = 0; i < mine.count; ++i) {
+        float &value = exact[chunk.begin + i], &logit = logits[mine.ids[i]];
+        if (table.step != 0) value = logit + table.step * value;
+        logit = value;
+      }
     });
     float best = -INFINITY;
     for (size_t i = 0; i < picks.count; ++i) best = exact[i] > best ? exact[i] : best;

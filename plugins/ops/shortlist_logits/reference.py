@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shadowllm.bundle.quantisation import dense_rows
-from shadowllm.plugins.reference import copy_rows, largest
+from shadowllm.plugins.reference import copy_rows, full_rows, largest
 
 
 def shortlist_logits(
@@ -27,7 +26,7 @@ def shortlist_logits(
     if shortlist < 0:
         raise IndexError(f"shortlist {shortlist} is negative")
     wide = x.astype(np.float32)
-    exact = wide @ dense_rows(table, table_scales, x.shape[1]).T
+    exact = wide @ full_rows(table, table_scales, copy, scales, x.shape[1]).T
     low = wide @ copy_rows(copy, scales, x.shape[1]).T
     norms = np.linalg.norm((wide if weighting is None else wide * weighting).astype(np.float64), axis=1)
     count = max(shortlist, 1) if certify else shortlist

@@ -9,13 +9,14 @@
 namespace shadowllm {
 
 // Sizes are as in schema.py: hidden size D, H query heads of dimension d over n_kv cached ones. A head is full if its
-// rows are those of w_q and w_o; the rest of the heads have their rows in the low-bit copy.
+// rows are those of w_q and w_o; the rest of the heads have their rows in the low-bit copy. If w_q and w_o are residuals
+// of the copy, the rows of a full head are those of the copy plus the residuals.
 struct Call {
   size_t batch, seqlen, width, n_heads, group, kv_heads, capacity, head_dim, longest;
   size_t full_count, rest_count;  // the number of heads of each kind; if indices repeat, there may be fewer of the rest
   size_t score_groups;            // 0 unless the op chooses the heads
   const int32_t* indices;         // null if the op chooses the heads
-  Rows w_q, w_o, c_q, c_o, key, value;  // c_q and c_o only if rest_count > 0
+  Rows w_q, w_o, c_q, c_o, key, value;  // c_q and c_o only if they are read
   const float *x, *cos, *sin, *score_weight, *score_bias;
   const int32_t* lengths;
   Tensor b_q, b_o;
@@ -23,12 +24,14 @@ struct Call {
 
   size_t tokens() const { return batch * seqlen; }
   size_t most_heads() const { return full_count + rest_count; }
+  bool nested() const { return w_q.step != 0; }
   // Floats that rows of the copy need for each token, if they have more elements than x; otherwise 0.
-  size_t padded(const Rows& low) const { return rest_count > 0 && low.width != width ? low.width : 0; }
+  size_t padded(const Rows& low) const { return low.data != nullptr && low.width != width ? low.width : 0; }
 
   // Chunks of all rows, which depend on sizes and on the count only.
   Chunks chunks(const Rows& full, const Rows& low) const {
-    const size_t heads = most_heads(), bytes = full_count * full.cost() + rest_count * low.cost();
+    const size_t heads = most_heads(), of_copy = nested() ? heads : rest_count;
+    const size_t bytes = full_count * full.cost() + (of_copy > 0 ? of_copy * low.cost() : 0);
     return Chunks(heads * head_dim, heads == 0 ? 0 : bytes / heads, tokens());
   }
 };
@@ -42,7 +45,8 @@ struct Heads {
 // Everything that starts with low belongs to the copy.
 struct Memory {
   float *inputs, *low_x, *low_inputs, *work, *parts, *low_parts, *start, *scores, *products;
-  float* queries;  // by (row, token); later the contexts
+  float* queries;    // by (row, token); later the contexts
+  float* residuals;  // if nested: what residuals add to the queries of the full heads; later the contexts for them
   int32_t *keys, *groups, *heads, *rows;
   size_t task_size;  // per head and sequence: a query, a context, and the scores of the cache
 
@@ -51,8 +55,9 @@ struct Memory {
     const size_t out_chunks = call.chunks(call.w_o, call.c_o).count();
     inputs = room.floats(input_floats(call.width));
     low_x = room.floats(tokens * call.padded(call.c_q));
-    low_inputs = room.floats(call.rest_count > 0 ? input_floats(call.c_q.width) : 0);
+    low_inputs = room.floats(call.c_q.data != nullptr ? input_floats(call.c_q.width) : 0);
     queries = room.floats(heads_now * call.head_dim * tokens);
+    residuals = room.floats(call.nested() ? call.full_count * call.head_dim * tokens : 0);
     work = room.floats(heads_now * call.batch * task_size);
     parts = room.floats(out_chunks * tokens * call.width);
     low_parts = room.floats(out_chunks * tokens * call.padded(call.c_o));

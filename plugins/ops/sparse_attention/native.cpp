@@ -2,7 +2,8 @@
 //
 // Three steps on the thread pool: rows of w_q, then one task per head and sequence, then rows of w_o. One task per head
 // would need only one step, but would leave most threads idle if few heads are active. With a low-bit copy, the other
-// heads take part in the same steps, with rows of the copy.
+// heads take part in the same steps, with rows of the copy. If the full rows are the copy plus residuals, all heads have
+// rows of the copy, and residuals are added for the full ones.
 #include <cmath>
 
 #include "attention_call.hpp"
@@ -153,12 +154,17 @@ class SparseAttention {
       call.full_count = static_cast<size_t>(*in[kCount].as<int32_t>());
       call.score_groups = dim(kScoreWeight, 0);
     }
-    call.w_q = node_.matrix(in, kWQ, kSQ, rows, width), call.w_o = node_.matrix(in, kWO, kSO, rows, width);
     if (wants_rest(in)) call.rest_count = call.n_heads - (ascending ? call.full_count : 0);
-    if (in[kCQ].present()) {
-      const Rows q = node_.copy(in, kCQ, kCsQ, rows, width), o = node_.copy(in, kCO, kCsO, rows, width);
-      if (call.rest_count > 0) call.c_q = q, call.c_o = o;
-    }
+    Rows q{}, o{};
+    if (in[kCQ].present()) q = node_.copy(in, kCQ, kCsQ, rows, width), o = node_.copy(in, kCO, kCsO, rows, width);
+    const auto full = [&](Input port, Input scales, const Rows& low) {
+      const bool nested = in[kCQ].present() && Node::is_residual(in[port], in[scales]);
+      return nested ? node_.residual(in, port, low, rows) : node_.matrix(in, port, scales, rows, width);
+    };
+    call.w_q = full(kWQ, kSQ, q), call.w_o = full(kWO, kSO, o);
+    if ((call.w_q.step == 0) != (call.w_o.step == 0))
+      node_.fail("one matrix is a residual of the low-bit copy, and the other is not");
+    if (call.rest_count > 0 || call.nested()) call.c_q = q, call.c_o = o;
     call.key = cache(in, kKey), call.value = cache(in, kValue);
     call.x = in[kX].as<float>(), call.cos = in[kCos].as<float>(), call.sin = in[kSin].as<float>();
     call.score_weight = in[kScoreWeight].as<float>(), call.score_bias = in[kScoreBias].as<float>();
@@ -213,17 +219,20 @@ class SparseAttention {
              memory.work + task * memory.task_size);
     });
     const Chunks chunks = call.chunks(call.w_o, call.c_o), full_chunks = chunks.of(full);
-    const Chunks low_chunks = chunks.of(heads.count * d - full);
+    const Chunks low_chunks = chunks.of(heads.count * d - full), all_chunks = chunks.of(heads.count * d);
     const size_t part = tokens * call.width;
     pool.run(chunks.count(), [&](size_t c) {
       const Chunk chunk = full_chunks[c], low = low_chunks[c];
-      float* sum = memory.parts + c * part;
+      float *sum = memory.parts + c * part, *padded = memory.low_parts + c * tokens * call.padded(call.c_o);
       std::fill(sum, sum + part, 0.0f);
+      if (call.nested()) return add_nested(call, memory, heads, all_chunks[c], padded, sum);
       kernels_.accumulate(call.w_o, {heads.rows + chunk.begin, chunk.size()}, memory.queries + chunk.begin * tokens,
                           tokens, sum, {});
       if (low.size() > 0)
-        add_rest(call, {heads.rows + full + low.begin, low.size()}, memory.queries + (full + low.begin) * tokens,
-                 memory.low_parts + c * tokens * call.padded(call.c_o), sum);
+        with_padding(call, padded, sum, [&](float* to) {
+          kernels_.accumulate(call.c_o, {heads.rows + full + low.begin, low.size()},
+                              memory.queries + (full + low.begin) * tokens, tokens, to, {});
+        });
     });
     const bool biased = call.b_o.present();
     if (biased) kernels_.widen(call.b_o.data, call.b_o_type, memory.start, call.width);
@@ -235,11 +244,13 @@ class SparseAttention {
     const size_t tokens = call.tokens(), n = heads.count * call.head_dim, full = heads.full_count * call.head_dim;
     if (n == 0) return;
     const Chunks chunks = call.chunks(call.w_q, call.c_q), full_chunks = chunks.of(full);
-    const Chunks low_chunks = chunks.of(n - full);
-    const float* input = kernels_.prepare(call.w_q, call.x, tokens, memory.inputs);
-    const float* low_input = n == full ? nullptr : prepare_low(call, memory);
+    const Chunks low_chunks = chunks.of(n - full), all_chunks = chunks.of(n);
+    const bool nested = call.nested();
+    const float* input = nested ? nullptr : kernels_.prepare(call.w_q, call.x, tokens, memory.inputs);
+    const float* low_input = n == full && !nested ? nullptr : prepare_low(call, memory);
     pool.run(chunks.count(), [&](size_t c) {
       const Chunk chunk = full_chunks[c], low = low_chunks[c];
+      if (nested) return project_nested(call, memory, heads, all_chunks[c], low_input);
       kernels_.project(call.w_q, {heads.rows + chunk.begin, chunk.size()}, input, tokens,
                        memory.queries + chunk.begin * tokens, {});
       if (low.size() > 0)
@@ -260,12 +271,44 @@ class SparseAttention {
     return kernels_.prepare(call.c_q, x, tokens, memory.low_inputs);
   }
 
-  // Adds the output projection of contexts, with rows of the copy, to `sum` (tokens, width).
-  void add_rest(const Call& call, Picks rows, const float* contexts, float* padded, float* sum) const {
+  // The queries of a chunk of rows: from the copy, plus the residuals of the full heads, which come first.
+  void project_nested(const Call& call, const Memory& memory, const Heads& heads, Chunk chunk,
+                      const float* input) const {
+    const size_t tokens = call.tokens(), first = chunk.begin * tokens;
+    const Picks full = full_rows(call, heads, chunk);
+    float *queries = memory.queries + first, *more = memory.residuals + first;
+    kernels_.project(call.c_q, {heads.rows + chunk.begin, chunk.size()}, input, tokens, queries, {});
+    kernels_.project(call.w_q, full, input, tokens, more, {});
+    for (size_t i = 0; i < full.count * tokens; ++i) queries[i] += call.w_q.step * more[i];
+  }
+
+  // Adds the output projection of the contexts of a chunk of rows to `sum` (tokens, width), in the same way.
+  void add_nested(const Call& call, const Memory& memory, const Heads& heads, Chunk chunk, float* padded,
+                  float* sum) const {
+    const size_t tokens = call.tokens(), first = chunk.begin * tokens;
+    const Picks full = full_rows(call, heads, chunk);
+    const float* contexts = memory.queries + first;
+    float* scaled = memory.residuals + first;
+    for (size_t i = 0; i < full.count * tokens; ++i) scaled[i] = call.w_o.step * contexts[i];
+    with_padding(call, padded, sum, [&](float* to) {
+      kernels_.accumulate(call.c_o, {heads.rows + chunk.begin, chunk.size()}, contexts, tokens, to, {});
+      kernels_.accumulate(call.w_o, full, scaled, tokens, to, {});
+    });
+  }
+
+  // The rows of a chunk that belong to full heads.
+  static Picks full_rows(const Call& call, const Heads& heads, Chunk chunk) {
+    const size_t end = std::min(chunk.end, heads.full_count * call.head_dim);
+    return {heads.rows + chunk.begin, end > chunk.begin ? end - chunk.begin : 0};
+  }
+
+  // Calls add(to) with `sum`, or with zeros of padded rows, which are then added to it.
+  template <class Add>
+  static void with_padding(const Call& call, float* padded, float* sum, Add add) {
     const size_t wide = call.padded(call.c_o), tokens = call.tokens();
-    if (wide == 0) return kernels_.accumulate(call.c_o, rows, contexts, tokens, sum, {});
+    if (wide == 0) return add(sum);
     std::fill(padded, padded + tokens * wide, 0.0f);
-    kernels_.accumulate(call.c_o, rows, contexts, tokens, padded, {});
+    add(padded);
     for (size_t t = 0; t < tokens; ++t)
       for (size_t k = 0; k < call.width; ++k) sum[t * call.width + k] += padded[t * wide + k];
   }

@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 
-from shadowllm.bundle.quantisation import dense_rows
-from shadowllm.plugins.reference import active, copy_rows, largest, padded
+from shadowllm.plugins.reference import active, copy_rows, full_rows, largest, padded
 
 
 def sparse_attention(
@@ -56,7 +55,8 @@ def sparse_attention(
             keys, values = (cache[:, head // group].astype(np.float32) for cache in (key, value))
             y += _attend(query, keys, values, visible) @ o_rows[rows]
 
-    add(heads.tolist(), dense_rows(w_q, s_q, width), dense_rows(w_o, s_o, width))
+    full_q, full_o = full_rows(w_q, s_q, c_q, cs_q, width), full_rows(w_o, s_o, c_o, cs_o, width)
+    add(heads.tolist(), full_q, full_o)
     if rest:
         others = sorted(set(range(n_heads)) - set(heads.tolist()))
         add(others, copy_rows(c_q, cs_q, width), copy_rows(c_o, cs_o, width))

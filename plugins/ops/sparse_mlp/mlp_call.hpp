@@ -47,6 +47,10 @@ struct Call {
   size_t full_count;            // neurons computed from their full rows
   const float* norms;           // only if choosing
 
+  // Whether the full rows are the copy plus residuals.
+  bool nested() const { return full.up.step != 0; }
+  // Whether neurons are chosen by their products from the copy.
+  bool scoring() const { return choosing && full_count < neurons; }
   bool padded() const { return copied && low.up.width != width; }
 
   // Chunks of all neurons if there is a copy, or of the full ones. Either is a function of sizes and of the count.
@@ -88,7 +92,7 @@ struct ChoiceRoom {
 // Memory for one block of tokens. Everything that starts with low belongs to the copy.
 struct BlockRoom {
   float *inputs, *hidden, *ups, *parts, *start;
-  float *low_x, *low_inputs, *low_hidden, *low_ups, *low_parts;
+  float *low_x, *low_inputs, *low_hidden, *low_gates, *low_ups, *low_parts;
   int32_t *kept, *low_kept;
   size_t tokens;
 
@@ -103,6 +107,7 @@ struct BlockRoom {
     low_x = room.floats(padded);
     low_inputs = room.floats(2 * input_floats(low_width));
     low_hidden = room.floats(low_neurons * tokens);
+    low_gates = room.floats(call.low.gated ? low_neurons * tokens : 0);
     low_ups = room.floats(low_neurons * tokens);
     low_parts = room.floats(count * padded);
     kept = room.integers(call.full_count);

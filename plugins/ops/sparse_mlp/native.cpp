@@ -1,11 +1,15 @@
 // SparseMLP: gate, up and down of the active neurons in one pass over their rows. With a low-bit copy, the other
 // neurons are computed from it in the same pass. If the op chooses the neurons, an earlier pass computes gate and up of
-// all neurons from the copy, and the later one uses these products. Without indices and copy: see gate_first.hpp.
+// all neurons from the copy, and the later one uses these products. The full rows may be residuals of the copy: then
+// they are added to its products, of the active neurons too (mlp_products.hpp). Without indices and copy: see
+// gate_first.hpp.
 #include <cmath>
+#include <functional>
 #include <numeric>
 
 #include "gate_first.hpp"
 #include "largest.hpp"
+#include "mlp_products.hpp"
 
 namespace shadowllm {
 namespace {
@@ -59,6 +63,7 @@ class SparseMlp {
     activation_ = parse_activation(node_, node_.text("activation"));
     for (const auto& [weights, scales] : {std::pair{kWGate, kSGate}, {kWUp, kSUp}, {kWDown, kSDown}})
       node_.pack(weights, scales);
+    node_.pack_records({{kWGate, kSGate}, {kWUp, kSUp}, {kWDown, kSDown}});
   }
 
   static void infer(const Api& api, OrtShapeInferContext* context) { infer_like_first_input(api, context); }
@@ -70,6 +75,7 @@ class SparseMlp {
     const int64_t neurons = in[kWUp].dims[0];
     Picks picks{nullptr, call.full_count};
     if (!call.choosing) picks = node_.active(in[kIndices], in[kCount], neurons);
+    if (call.nested() && !call.choosing && !ascending(picks)) node_.fail("the indices are not in ascending order");
     const Tensor y = node_.output_like(context, in[kX]), chosen = node_.optional_output(context, 1, {neurons});
     call.tokens = call.width == 0 ? 0 : y.size() / call.width;
     const size_t last = call.tokens % kTokenBlock, most = std::min(kTokenBlock, call.tokens);
@@ -92,7 +98,7 @@ class SparseMlp {
     };
     const bool keeps = call.tokens <= kTokenBlock;  // whether the products of the first pass are kept
     if (call.choosing) {
-      if (call.copied)
+      if (call.scoring())
         for_blocks([&](const BlockRoom& room, const float* x, float*) { score(pool, call, choice_room, room, x); });
       picks.ids = choose(call, choice_room);
     }
@@ -101,9 +107,9 @@ class SparseMlp {
       int32_t* out = static_cast<int32_t*>(chosen.data);
       std::fill(std::copy_n(picks.ids, std::min(picks.count, call.neurons), out), out + neurons, -1);
     }
-    if (call.copied) mark(call, picks, choice_room.marks);
+    if (call.copied && !call.nested()) mark(call, picks, choice_room.marks);
     for_blocks([&](const BlockRoom& room, const float* x, float* to) {
-      run(pool, call, picks, choice_room, room, x, call.choosing && keeps, to);
+      run(pool, call, picks, choice_room, room, x, call.scoring() && keeps, to);
     });
     if (chosen.present() && call.gate_first)
       list_marked(choice_room.marks, call.neurons, static_cast<int32_t*>(chosen.data));
@@ -143,6 +149,10 @@ class SparseMlp {
     return !in[kIndices].present() && !in[kCUp].present() && !in[kDownNorms].present() && activation_.zeroes();
   }
 
+  static bool ascending(Picks picks) {
+    return std::adjacent_find(picks.ids, picks.ids + picks.count, std::greater_equal<>()) == picks.ids + picks.count;
+  }
+
   static bool wants_rest(const std::vector<Tensor>& in) { return in[kRest].present() && *in[kRest].as<int32_t>() != 0; }
 
   Bias bias(const std::vector<Tensor>& in, Input port) const {
@@ -156,8 +166,6 @@ class SparseMlp {
     call.choosing = !in[kIndices].present(), call.gate_first = gate_first(in);
     if (call.choosing && !call.gate_first) node_.bound("count", count, 0, rows);
     const bool gated = in[kWGate].present(), copied = in[kCUp].present();
-    const Rows up = node_.matrix(in, kWUp, kSUp, rows, columns), down = node_.matrix(in, kWDown, kSDown, rows, columns);
-    call.full = {gated ? node_.matrix(in, kWGate, kSGate, rows, columns) : up, up, down, gated};
     if (copied) {
       const Rows low = node_.copy(in, kCUp, kCsUp, rows, columns);
       call.low = {gated ? node_.copy(in, kCGate, kCsGate, rows, columns) : low, low,
@@ -165,11 +173,19 @@ class SparseMlp {
       if (call.low.gate.block != low.block || call.low.down.block != low.block)
         node_.fail("the matrices of the low-bit copy have blocks of different sizes");
     }
+    const auto full = [&](Input port, Input scales, const Rows& low) {
+      const bool nested = copied && Node::is_residual(in[port], in[scales]);
+      return nested ? node_.residual(in, port, low, rows) : node_.matrix(in, port, scales, rows, columns);
+    };
+    const Rows up = full(kWUp, kSUp, call.low.up), down = full(kWDown, kSDown, call.low.down);
+    call.full = {gated ? full(kWGate, kSGate, call.low.gate) : up, up, down, gated};
+    if ((up.step == 0) != (down.step == 0) || (up.step == 0) != (call.full.gate.step == 0))
+      node_.fail("some matrices are residuals of the low-bit copy, and others are not");
     call.b_gate = bias(in, kBGate), call.b_up = bias(in, kBUp), call.b_down = bias(in, kBDown);
     call.width = static_cast<size_t>(columns), call.neurons = static_cast<size_t>(rows);
     call.full_count = static_cast<size_t>(call.gate_first ? rows : std::max<int64_t>(count, 0));
     call.rest = wants_rest(in) && count < rows;
-    call.copied = copied && count < rows && (call.choosing || call.rest);
+    call.copied = call.nested() || (copied && count < rows && (call.choosing || call.rest));
     call.norms = in[kDownNorms].as<float>();
     return call;
   }
@@ -207,14 +223,6 @@ class SparseMlp {
     kernels_.activate(activation_, h, of.gated ? u : nullptr, picks.count * tokens);
   }
 
-  // The products of a chunk of all neurons from the copy.
-  void low_products(const Call& call, const ChoiceRoom& choice, const BlockRoom& room, Chunk chunk,
-                    Inputs inputs) const {
-    const size_t at = chunk.begin * room.tokens;
-    products(call, call.low, {choice.all + chunk.begin, chunk.size()}, inputs, room.tokens, nullptr,
-             room.low_hidden + at, room.low_ups + at);
-  }
-
   // Adds to the scores of all neurons: norm * sum over the tokens of |product|.
   void score(const Pool& pool, const Call& call, const ChoiceRoom& choice, const BlockRoom& room,
              const float* x) const {
@@ -222,7 +230,7 @@ class SparseMlp {
     const Inputs inputs = prepare_low(call, room, x);
     pool.run(chunks.count(), [&](size_t c) {
       const Chunk chunk = chunks[c];
-      low_products(call, choice, room, chunk, inputs);
+      low_products(kernels_, activation_, call, room, {choice.all + chunk.begin, chunk.size()}, chunk.begin, inputs);
       for (size_t i = chunk.begin; i < chunk.end; ++i) {
         const float* h = room.low_hidden + i * room.tokens;
         float total = 0;
@@ -233,7 +241,7 @@ class SparseMlp {
   }
 
   const int32_t* choose(const Call& call, const ChoiceRoom& choice) const {
-    if (!call.copied) return choice.all;
+    if (!call.scoring()) return choice.all;
     select_largest(kernels_, choice.scores, call.neurons, call.full_count, choice.keys, choice.chosen);
     return choice.chosen;
   }
@@ -246,7 +254,7 @@ class SparseMlp {
   // Adds the neurons of a chunk that are not marked, from the copy, to `sum` (tokens, width).
   void add_rest(const Call& call, const ChoiceRoom& choice, const BlockRoom& room, Chunk chunk, float* padded,
                 float* sum) const {
-    const size_t tokens = room.tokens, wide = call.low.down.width;
+    const size_t tokens = room.tokens;
     float* h = room.low_hidden + chunk.begin * tokens;
     for (size_t i = chunk.begin; i < chunk.end; ++i)
       if (choice.marks[i] != 0) std::fill_n(h + (i - chunk.begin) * tokens, tokens, 0.0f);
@@ -255,11 +263,26 @@ class SparseMlp {
       int32_t* kept = room.low_kept + chunk.begin;
       left = {kept, drop_zeros(left, tokens, h, kept)};
     }
-    if (!call.padded()) return kernels_.accumulate(call.low.down, left, h, tokens, sum, {});
+    with_padding(call, tokens, padded, sum,
+                 [&](float* to) { kernels_.accumulate(call.low.down, left, h, tokens, to, {}); });
+  }
+
+  // Calls add(to) with `sum`, or with zeros of padded rows, which are then added to it.
+  template <class Add>
+  static void with_padding(const Call& call, size_t tokens, float* padded, float* sum, Add add) {
+    if (!call.padded()) return add(sum);
+    const size_t wide = call.low.down.width;
     std::fill(padded, padded + tokens * wide, 0.0f);
-    kernels_.accumulate(call.low.down, left, h, tokens, padded, {});
+    add(padded);
     for (size_t t = 0; t < tokens; ++t)
       for (size_t k = 0; k < call.width; ++k) sum[t * call.width + k] += padded[t * wide + k];
+  }
+
+  // Adds a chunk of neurons whose full rows are the copy plus residuals to `sum` (tokens, width).
+  void add_nested(const Call& call, Picks picks, const ChoiceRoom& choice, const BlockRoom& room, Chunk chunk,
+                  Inputs inputs, bool has_products, float* padded, float* sum) const {
+    const NestedChunk nested(kernels_, activation_, call, room, picks, choice.all, chunk);
+    with_padding(call, room.tokens, padded, sum, [&](float* to) { nested.add(inputs, has_products, to); });
   }
 
   // Adds a chunk of the active neurons, from their full rows, to `sum` (tokens, width).
@@ -278,18 +301,24 @@ class SparseMlp {
            const float* x, bool has_products, float* y) const {
     const size_t part = room.tokens * call.width, low_part = call.padded() ? room.tokens * call.low.down.width : 0;
     const Chunks chunks = call.chunks(room.tokens), full_chunks = chunks.of(picks.count);
-    const Inputs inputs = prepare(call.full, x, room.tokens, room.inputs);
-    const bool low = call.rest && !has_products;
-    const Inputs low_inputs = low ? prepare_low(call, room, x) : Inputs{};
+    const bool nested = call.nested(), low = call.rest && !has_products;
+    const Inputs inputs = nested ? Inputs{} : prepare(call.full, x, room.tokens, room.inputs);
+    const Inputs low_inputs = low || nested ? prepare_low(call, room, x) : Inputs{};
     pool.run(chunks.count(), [&](size_t c) {
-      float* sum = room.parts + c * part;
+      const Chunk chunk = chunks[c];
+      float *sum = room.parts + c * part, *padded = room.low_parts + c * low_part;
       std::fill(sum, sum + part, 0.0f);
-      if (low) low_products(call, choice, room, chunks[c], low_inputs);
-      if (call.rest) add_rest(call, choice, room, chunks[c], room.low_parts + c * low_part, sum);
-      const Chunk full = full_chunks[c];
-      if (!call.gate_first) return add_full(call, picks, room, full, inputs, sum);
-      const Picks mine{picks.ids + full.begin, full.size()};
-      add_gate_first(kernels_, activation_, call, mine, inputs, room, full.begin, choice.marks, sum);
+      if (call.gate_first) {
+        const Chunk full = full_chunks[c];
+        const Picks mine{picks.ids + full.begin, full.size()};
+        return add_gate_first(kernels_, activation_, call, mine, inputs, room, full.begin, choice.marks, sum);
+      }
+      if (nested) return add_nested(call, picks, choice, room, chunk, low_inputs, has_products, padded, sum);
+      if (low)
+        low_products(kernels_, activation_, call, room, {choice.all + chunk.begin, chunk.size()}, chunk.begin,
+                     low_inputs);
+      if (call.rest) add_rest(call, choice, room, chunk, padded, sum);
+      add_full(call, picks, room, full_chunks[c], inputs, sum);
     });
     const bool biased = call.b_down.data != nullptr;
     if (biased) kernels_.widen(call.b_down.data, call.b_down.type, room.start, call.width);

@@ -6,7 +6,7 @@ import numpy as np
 
 from shadowllm.bundle.quantisation import dense_rows
 from shadowllm.models.activations import RELU_LIKE
-from shadowllm.plugins.reference import activate, active, copy_rows, largest, mlp_product, padded
+from shadowllm.plugins.reference import activate, active, copy_rows, full_rows, largest, mlp_product, padded
 
 
 def sparse_mlp(
@@ -34,7 +34,7 @@ def sparse_mlp(
     activation: str,
     threshold: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)`` or integers with scales -> ``(B, S, D)``, chosen ``(F,)``."""
+    """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)``, integers or residuals -> ``(B, S, D)``, chosen ``(F,)``."""
     width, wide = x.shape[2], x.astype(np.float32)
 
     def project(weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
@@ -59,8 +59,9 @@ def sparse_mlp(
         if low is None or down_norms is None:
             raise ValueError("without indices, a low-bit copy and down_norms are needed")
         rows = largest(np.abs(low).reshape(-1, len(w_up)).mean(axis=0) * down_norms, count)
-    hidden = products(None if w_gate is None else dense_rows(w_gate, s_gate, width), dense_rows(w_up, s_up, width))
-    y = hidden[..., rows] @ dense_rows(w_down, s_down, width)[rows]
+    gate = None if w_gate is None else full_rows(w_gate, s_gate, c_gate, cs_gate, width)
+    hidden = products(gate, full_rows(w_up, s_up, c_up, cs_up, width))
+    y = hidden[..., rows] @ full_rows(w_down, s_down, c_down, cs_down, width)[rows]
     if rest and low is not None:
         others = np.setdiff1d(np.arange(len(w_up)), rows)
         y = y + low[..., others] @ copy_rows(c_down, cs_down, width)[others]

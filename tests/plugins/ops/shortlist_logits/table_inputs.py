@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from shadowllm.bundle.certificate import best_weighting, copy_errors
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, quantise
-from shadowllm.plugins.reference import copy_rows
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, quantise, quantise_nested
+from shadowllm.plugins.reference import copy_rows, full_rows
 
 SIZES = [(1, 1, 41), (7, 1, 64), (513, 3, 123), (5000, 1, 576), (88, 3, 41)]  # V, R, D
 SHORTLISTS = (0, 1, 5, 87, 10**6)
@@ -45,18 +45,34 @@ def table_inputs(kind: str, rows: int, tokens: int, width: int, weighted: bool =
     }
 
 
+def nested_table(inputs: dict[str, Any], q: Quantisation) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same inputs with a table of nested integers, and with the values of this table as floats."""
+    copy, scales, residual = quantise_nested(inputs["table"], q)
+    parts = {"copy": copy.reshape(*scales.shape, -1), "scales": scales}
+    rows = full_rows(residual, None, parts["copy"], scales, inputs["table"].shape[1])
+    parts["errors"] = copy_errors(rows, copy, scales, inputs["weighting"])
+    return inputs | parts | {"table": residual}, inputs | parts | {"table": rows}
+
+
 def with_counts(inputs: dict[str, Any], shortlist: int, *, certify: bool) -> dict[str, Any]:
     return inputs | {"shortlist": np.array(shortlist, np.int32), "certify": np.array(certify, np.int32)}
 
 
 def exact_logits(inputs: dict[str, Any]) -> np.ndarray:
     """In float64."""
-    return inputs["x"].astype(np.float64) @ inputs["table"].astype(np.float64).T
+    return inputs["x"].astype(np.float64) @ _rows(inputs).T
+
+
+def _rows(inputs: dict[str, Any]) -> np.ndarray:
+    rows = full_rows(
+        inputs["table"], inputs.get("table_scales"), inputs["copy"], inputs["scales"], inputs["x"].shape[1]
+    )
+    return rows.astype(np.float64)
 
 
 def error_scale(inputs: dict[str, Any]) -> np.ndarray:
     """The size of the products of each row of x, ``(R, 1)``: rounding errors are a small part of it."""
-    rows = np.linalg.norm(inputs["table"].astype(np.float64), axis=1).max()
+    rows = np.linalg.norm(_rows(inputs), axis=1).max()
     return np.linalg.norm(inputs["x"].astype(np.float64), axis=1)[:, None] * rows
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shadowllm.bundle.quantisation import LOW_BIT_COPY
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, NESTED
 from shadowllm.plugins.function_body import TableForm
 from shadowllm.plugins.ops.shortlist_logits.reference import shortlist_logits
 from shadowllm.plugins.ops.shortlist_logits.schema import SHORTLIST_LOGITS
@@ -18,16 +18,17 @@ from tests.plugins.ops.shortlist_logits.table_inputs import (
     SIZES,
     assert_certified,
     error_scale,
+    nested_table,
     table_inputs,
     with_counts,
 )
 
 
-def outputs(inputs):
-    rows, width = inputs["table"].shape
+def outputs(inputs, quantisation=None):
+    rows, width = len(inputs["table"]), inputs["x"].shape[1]
     table = TableForm(width, rows, LOW_BIT_COPY, weighted=inputs["weighting"] is not None)
     feeds = {name: value for name, value in inputs.items() if value is not None}
-    return run_all(SHORTLIST_LOGITS, replace(FORM, table=table), feeds)
+    return run_all(SHORTLIST_LOGITS, replace(FORM, table=table, quantisation=quantisation), feeds)
 
 
 @pytest.mark.parametrize("certify", [False, True])
@@ -52,3 +53,14 @@ def test_a_table_of_two_bytes():
     inputs["table"] = inputs["table"].astype(np.float16)
     logits, _ = outputs(inputs)
     assert (np.abs(logits - shortlist_logits(**inputs)[0]) <= 1e-5 * error_scale(inputs)).all()
+
+
+@pytest.mark.parametrize("q", NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize(("shortlist", "certify"), [(0, False), (7, False), (7, True), (600, False)])
+def test_a_nested_table(q, shortlist, certify):
+    nested, floats = nested_table(with_counts(table_inputs("normal", 513, 3, 123), shortlist, certify=certify), q)
+    logits, recomputed = outputs(nested, q)
+    for inputs in (nested, floats):
+        wanted, counts = shortlist_logits(**inputs)
+        np.testing.assert_allclose(logits, wanted, atol=1e-5, rtol=1e-4)
+        np.testing.assert_array_equal(recomputed, counts)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shadowllm.bundle.certificate import ROUNDING, copy_errors
-from shadowllm.bundle.quantisation import Quantisation, dequantise, quantise
+from shadowllm.bundle.quantisation import NESTED, Quantisation, dequantise, quantise
 from shadowllm.plugins.ops.shortlist_logits.reference import shortlist_logits
 from shadowllm.plugins.reference import copy_rows
 from tests.plugins.native_model import STORED, built, run_all
@@ -17,6 +17,7 @@ from tests.plugins.ops.shortlist_logits.table_inputs import (
     assert_certified,
     error_scale,
     exact_logits,
+    nested_table,
     table_inputs,
     with_counts,
 )
@@ -83,6 +84,33 @@ def test_a_table_of_integers(bits, certify, shortlist, isa):
     assert abs(int(recomputed[0]) - int(counts[0])) <= (2 if certify else 0)
     assert logits.argmax() == wanted.argmax()
     assert np.abs(logits.max() - wanted.max()) <= 1e-4 * error_scale(inputs).max()
+
+
+@pytest.mark.parametrize("q", NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize("shortlist", [0, 5, 600])
+@pytest.mark.parametrize("certify", [False, True])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 576), (3, 123)])
+def test_a_nested_table(q, shortlist, certify, tokens, width, isa):
+    made = nested_table(with_counts(table_inputs("normal", 513, tokens, width), shortlist, certify=certify), q)
+    nested, floats = made
+    (logits, recomputed), (wanted, counts) = outputs(nested), shortlist_logits(**floats)
+    assert (np.abs(recomputed - counts) <= (2 if certify else 0)).all()
+    different = np.abs(logits - wanted) > 1e-5 * error_scale(floats)  # only one side recomputed these rows
+    assert (different.sum(axis=1) <= np.abs(recomputed - counts)).all()
+    if certify:
+        assert_certified(floats, logits)
+
+
+@pytest.mark.parametrize("q", NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize("shortlist", [0, 5, 600])
+def test_x_is_rounded_to_8_bits_for_residuals_too(q, shortlist, isa):
+    made = nested_table(with_counts(table_inputs("normal", 513, 1, 576), shortlist, certify=False), q)
+    nested, floats = made
+    logits, x, rows = outputs(nested, exact_copies=0)[0], floats["x"], np.abs(floats["table"])
+    rows = np.maximum(rows, np.abs(copy_rows(floats["copy"], floats["scales"], 576)))
+    bound = np.repeat(np.abs(x).reshape(9, 64).max(axis=1), 64) / 254 @ rows.T
+    nearest = np.minimum(np.abs(logits - exact_logits(floats)), np.abs(logits - low_logits(floats)))
+    assert (nearest <= bound + 1e-4 * error_scale(floats)).all()
 
 
 @pytest.mark.parametrize("weighted", [False, True])

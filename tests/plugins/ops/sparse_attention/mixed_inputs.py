@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, quantise
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, quantise, quantise_nested
 from shadowllm.plugins.ops.sparse_attention.reference import rotate, sparse_attention
-from shadowllm.plugins.reference import copy_rows
+from shadowllm.plugins.reference import copy_rows, full_rows
 from tests.plugins.native_model import run_all, scalar
 from tests.plugins.ops.sparse_attention.native_inputs import ATTENTION_WEIGHTS, attention_inputs
 
@@ -20,10 +20,17 @@ MIXED_WEIGHTS = (*ATTENTION_WEIGHTS, *COPIES, "score_weight", "score_bias", "res
 def with_copy(
     inputs: Inputs, *, rest: int = 1, groups: int = 0, seed: int = 0, q: Quantisation = LOW_BIT_COPY
 ) -> Inputs:
-    """The same inputs with a low-bit copy; without indices if there are groups to choose from."""
+    """The same inputs with a low-bit copy; without indices if there are groups to choose from.
+
+    With a nested ``q``, the copy is in the weights.
+    """
     found, rng, hidden = inputs | {"rest": scalar(rest)}, np.random.default_rng(seed), inputs["x"].shape[-1]
     for part in ("q", "o"):
-        data, scales = quantise(inputs[f"w_{part}"].astype(np.float32), q)
+        weight = inputs[f"w_{part}"].astype(np.float32)
+        if q.residual_bits:
+            data, scales, found[f"w_{part}"] = quantise_nested(weight, q)
+        else:
+            data, scales = quantise(weight, q)
         found[f"c_{part}"], found[f"cs_{part}"] = data.reshape(*scales.shape, -1), scales
     if groups:
         weight, bias = rng.standard_normal((groups, hidden)), rng.standard_normal(groups)
@@ -35,8 +42,14 @@ def with_copy(
     return found
 
 
-def mixed_inputs(form: str, size: tuple, *, rest: int = 1, groups: int = 0, seed: int = 0) -> Inputs:
-    return with_copy(attention_inputs(form, size, seed), rest=rest, groups=groups, seed=seed + 1)
+def mixed_inputs(
+    form: str, size: tuple, *, rest: int = 1, groups: int = 0, seed: int = 0, q: Quantisation = LOW_BIT_COPY
+) -> Inputs:
+    return with_copy(attention_inputs(form, size, seed), rest=rest, groups=groups, seed=seed + 1, q=q)
+
+
+def is_nested(inputs: Inputs) -> bool:
+    return inputs["w_q"].dtype == np.uint8 and inputs.get("s_q") is None
 
 
 def rounding(inputs: Inputs, n_heads: int, full: np.ndarray) -> np.ndarray:
@@ -51,9 +64,19 @@ def rounding(inputs: Inputs, n_heads: int, full: np.ndarray) -> np.ndarray:
     wide = np.zeros(inputs["c_q"].shape[1] * block)
     wide[:width] = x
     steps = np.repeat(np.abs(wide.reshape(-1, block)).max(axis=1) / 127, block)[:width] / math.sqrt(12)
-    q, o = (copy_rows(inputs[f"c_{part}"], inputs[f"cs_{part}"], width).astype(np.float64) for part in ("q", "o"))
+    nested, is_rest = is_nested(inputs), bool(inputs["rest"])
+
+    def rows_of(part: str) -> np.ndarray:
+        copy, scales = inputs[f"c_{part}"], inputs[f"cs_{part}"]
+        rows = copy_rows(copy, scales, width).astype(np.float64)
+        whole = [head * d + i for head in full for i in range(d)]
+        if nested and whole:  # full rows are rounded too, because the copy is a part of them
+            rows[whole] = full_rows(inputs[f"w_{part}"], None, copy, scales, width)[whole]
+        return rows
+
+    q, o = rows_of("q"), rows_of("o")
     of_y, variance = np.zeros((width, width)), np.zeros(width)  # errors of y by those of x; other errors
-    rest = [head for head in range(n_heads) if head not in full]
+    rest = [head for head in range(n_heads) if (nested if head in full else is_rest)]
     scales, coefficients = np.abs(inputs["cs_o"].astype(np.float64)), []
     for head in rest:
         rows = slice(head * d, (head + 1) * d)
@@ -87,12 +110,12 @@ def attended(
     return weights @ values, (of_weights @ values).T
 
 
-def check(inputs: Inputs, n_heads: int, *, rounds: bool, threads: int = 2) -> None:
+def check(inputs: Inputs, n_heads: int, *, rounds: bool, threads: int = 2, **attributes: int) -> None:
     """Run the op and compare both outputs with the reference. ``rounds``: whether its kernels round to 8 bits.
 
     The heads that the op chose go to the reference, so that a near-tie has no effect on the comparison of y.
     """
-    y, chosen = run_all("SparseAttention", inputs, MIXED_WEIGHTS, threads, n_heads=n_heads, layer=3)
+    y, chosen = run_all("SparseAttention", inputs, MIXED_WEIGHTS, threads, n_heads=n_heads, layer=3, **attributes)
     count, given = int(inputs["count"]), inputs["indices"] is not None
     expected, own = sparse_attention(**(inputs if given else inputs | {"indices": chosen}), n_heads=n_heads)
     np.testing.assert_array_equal(chosen, own)
@@ -105,7 +128,8 @@ def check(inputs: Inputs, n_heads: int, *, rounds: bool, threads: int = 2) -> No
 
 def slack(inputs: Inputs, n_heads: int, y: np.ndarray, full: np.ndarray) -> np.ndarray | float:
     """Six standard deviations of the error of y from rounding to 8 bits; 0 if nothing is rounded."""
-    if inputs.get("rest") is None or int(inputs["rest"]) == 0 or y.size != y.shape[-1]:
+    unused = inputs.get("rest") is None or not (is_nested(inputs) or int(inputs["rest"]))
+    if unused or y.size != y.shape[-1]:
         return 0
     return 6 * rounding(inputs, n_heads, full)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, quantise
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, NESTED, Quantisation, quantise, quantise_nested
 from shadowllm.plugins.function_body import FunctionForm
 from shadowllm.plugins.ops.sparse_attention.reference import sparse_attention
 from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION
@@ -113,4 +113,26 @@ def test_low_bit_copy(groups, count, rest, bias, hidden):
     expected = sparse_attention(**(dict.fromkeys(("indices", "b_q", "b_o")) | feeds), n_heads=6)
     outputs = run_all(SPARSE_ATTENTION, form, feeds, 2 if groups else 1, n_heads=6, layer=0)
     for found, wanted in zip(outputs, expected, strict=False):
+        np.testing.assert_allclose(found, wanted, **TOLERANCE)
+
+
+@pytest.mark.parametrize("q", NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize("rest", [0, 1])
+@pytest.mark.parametrize(("hidden", "count"), [(41, 0), (72, 5), (64, 6)])
+def test_nested_weights(q, rest, hidden, count):
+    rng = np.random.default_rng(hidden)
+
+    def random(*shape):
+        return 0.5 * rng.standard_normal(shape).astype(np.float32)
+
+    form, angles = replace(FORM, quantisation=q, rest=LOW_BIT_COPY, head_groups=6), random(2, 3, 4)
+    feeds = {"x": random(2, 3, hidden), "key": random(2, 2, 9, 8), "value": random(2, 2, 9, 8)}
+    feeds |= {"lengths": np.array([3, 9], np.int32), "cos": np.cos(angles), "sin": np.sin(angles)}
+    feeds |= {"count": np.array(count, np.int32), "rest": np.array(rest, np.int32)}
+    feeds |= {"score_weight": random(6, hidden), "score_bias": random(6)}
+    for part in ("q", "o"):
+        data, scales, feeds[f"w_{part}"] = quantise_nested(random(48, hidden), q)
+        feeds |= {f"c_{part}": data.reshape(*scales.shape, -1), f"cs_{part}": scales}
+    expected = sparse_attention(**dict.fromkeys(("indices", "b_q", "b_o")), **feeds, n_heads=6)
+    for found, wanted in zip(run_all(SPARSE_ATTENTION, form, feeds, n_heads=6, layer=0), expected, strict=True):
         np.testing.assert_allclose(found, wanted, **TOLERANCE)

@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation, quantise
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, NESTED, Quantisation, quantise, quantise_nested
 from shadowllm.models.activations import Activation
 from shadowllm.plugins.function_body import FunctionForm
 from shadowllm.plugins.ops.sparse_mlp.reference import sparse_mlp
@@ -82,4 +82,22 @@ def test_low_bit_copy(chooses, rest, gated, bias, hidden, width, count):
     expected = sparse_mlp(**(absent | feeds), activation="silu")
     outputs = run_all(SPARSE_MLP, form, feeds, 2 if chooses else 1, activation="silu", layer=0)
     for found, wanted in zip(outputs, expected, strict=False):
+        np.testing.assert_allclose(found, wanted, **TOLERANCE)
+
+
+@pytest.mark.parametrize("q", NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize("rest", [0, 1])
+@pytest.mark.parametrize(("hidden", "width", "count"), [(41, 7, 7), (72, 123, 0), (64, 88, 41)])
+def test_nested_weights(q, rest, hidden, width, count):
+    rng = np.random.default_rng(width)
+    form = replace(FORM, quantisation=q, rest=LOW_BIT_COPY, chooses_neurons=True)
+    feeds = {"x": rng.standard_normal((2, 3, hidden)).astype(np.float32)}
+    feeds |= {"count": np.array(count, np.int32), "rest": np.array(rest, np.int32)}
+    feeds["down_norms"] = rng.random(width).astype(np.float32)
+    for part in ("gate", "up", "down"):
+        weight = 0.3 * rng.standard_normal((width, hidden)).astype(np.float32)
+        data, scales, feeds[f"w_{part}"] = quantise_nested(weight, q)
+        feeds |= {f"c_{part}": data.reshape(*scales.shape, -1), f"cs_{part}": scales}
+    expected = sparse_mlp(**dict.fromkeys(("indices", "b_gate", "b_up", "b_down")), **feeds, activation="silu")
+    for found, wanted in zip(run_all(SPARSE_MLP, form, feeds, activation="silu", layer=0), expected, strict=True):
         np.testing.assert_allclose(found, wanted, **TOLERANCE)

@@ -1,0 +1,113 @@
+// The products of SparseMLP from a low-bit copy, and how residuals complete them.
+#pragma once
+
+#include "mlp_call.hpp"
+
+namespace shadowllm {
+
+// Gate and up of all neurons from the copy, and the products of both, from place `at` of their memory on.
+inline void low_products(const Kernels& kernels, Activation activation, const Call& call, const BlockRoom& room,
+                         Picks picks, size_t at, Inputs inputs) {
+  const size_t tokens = room.tokens, first = at * tokens, count = picks.count * tokens;
+  float *h = room.low_hidden + first, *u = room.low_ups + first;
+  kernels.project(call.low.up, picks, inputs.up, tokens, u, {});
+  call.b_up.add(kernels, picks, tokens, u);
+  if (call.low.gated) {
+    float* g = room.low_gates + first;
+    kernels.project(call.low.gate, picks, inputs.gate, tokens, g, {});
+    call.b_gate.add(kernels, picks, tokens, g);
+    std::copy(g, g + count, h);
+  } else {
+    std::copy(u, u + count, h);
+  }
+  kernels.activate(activation, h, call.low.gated ? u : nullptr, count);
+}
+
+// The neurons of a chunk whose full rows are the copy plus residuals.
+class NestedChunk {
+ public:
+  // `picks`: the active neurons, in ascending order. `all`: 0, 1, 2, ...
+  NestedChunk(const Kernels& kernels, Activation activation, const Call& call, const BlockRoom& room, Picks picks,
+              const int32_t* all, Chunk chunk)
+      : kernels_(kernels), activation_(activation), call_(call), room_(room), chunk_(chunk) {
+    const int32_t *end = picks.ids + picks.count,
+                  *from = std::lower_bound(picks.ids, end, static_cast<int32_t>(chunk.begin));
+    const int32_t* to = std::lower_bound(from, end, static_cast<int32_t>(chunk.end));
+    active_ = {from, static_cast<size_t>(to - from)};
+    at_ = static_cast<size_t>(from - picks.ids);
+    every_ = {all + chunk.begin, chunk.size()};
+  }
+
+  // Adds the chunk to `sum` (tokens, low.down.width). `has_products`: those of the copy were computed for all neurons.
+  void add(Inputs inputs, bool has_products, float* sum) const {
+    const bool by_neuron = has_products || call_.rest;  // where the products of the copy are: by neuron, or by pick
+    if (!has_products) {
+      const Picks picks = by_neuron ? every_ : active_;
+      low_products(kernels_, activation_, call_, room_, picks, by_neuron ? chunk_.begin : at_, inputs);
+    }
+    for (size_t i = 0; i < active_.count; i += kGroup) {
+      const size_t count = std::min(kGroup, active_.count - i);
+      fetch(i + kGroup);
+      complete({active_.ids + i, count}, at_ + i, by_neuron, inputs, sum);
+    }
+    const size_t tokens = room_.tokens;
+    float* h = call_.rest ? room_.low_hidden + chunk_.begin * tokens : room_.hidden + at_ * tokens;
+    int32_t* kept = call_.rest ? room_.low_kept + chunk_.begin : room_.kept + at_;
+    kernels_.accumulate(call_.low.down, nonzero(call_.rest ? every_ : active_, h, kept), h, tokens, sum, {});
+  }
+
+ private:
+  static constexpr size_t kGroup = 16;  // neurons whose residuals are read together: a group of the kernels
+
+  // Adds the residuals of gate and up of a group to the products of the copy, and that of down to the sum.
+  void complete(Picks group, size_t at, bool by_neuron, Inputs inputs, float* sum) const {
+    const size_t tokens = room_.tokens, count = group.count * tokens;
+    float *h = room_.hidden + at * tokens, *u = room_.ups + at * tokens;
+    const auto add_copy = [&](const Rows& rows, const float* low, float* to) {
+      for (size_t i = 0; i < group.count; ++i) {
+        const float* from = low + (by_neuron ? static_cast<size_t>(group.ids[i]) : at + i) * tokens;
+        for (size_t t = 0; t < tokens; ++t) to[i * tokens + t] = from[t] + rows.step * to[i * tokens + t];
+      }
+    };
+    const Matrices& full = call_.full;
+    if (full.gated) {
+      kernels_.project(full.gate, group, inputs.gate, tokens, h, {});
+      add_copy(full.gate, room_.low_gates, h);
+    } else {
+      u = h;
+    }
+    kernels_.project(full.up, group, inputs.up, tokens, u, {});
+    add_copy(full.up, room_.low_ups, u);
+    kernels_.activate(activation_, h, full.gated ? u : nullptr, count);
+    for (size_t i = 0; call_.rest && i < group.count; ++i)
+      std::copy_n(h + i * tokens, tokens, room_.low_hidden + static_cast<size_t>(group.ids[i]) * tokens);
+    float* scaled = room_.ups + at * tokens;
+    for (size_t i = 0; i < count; ++i) scaled[i] = full.down.step * h[i];
+    kernels_.accumulate(full.down, nonzero(group, scaled, room_.kept + at), scaled, tokens, sum, {});
+  }
+
+  Picks nonzero(Picks picks, float* h, int32_t* kept) const {
+    if (!activation_.zeroes()) return picks;
+    return {kept, drop_zeros(picks, room_.tokens, h, kept)};
+  }
+
+  // Prefetches the residuals of a group of active neurons.
+  __attribute__((always_inline)) void fetch(size_t first) const {
+    for (size_t i = first; i < std::min(first + kGroup, active_.count); ++i)
+      for (const Rows* rows : {&call_.full.gate, &call_.full.up, &call_.full.down}) {
+        const char* row = static_cast<const char*>(rows->data) + static_cast<size_t>(active_.ids[i]) * rows->stride;
+        const size_t bytes = rows->width * Rows::bits(rows->type) / 8;
+        for (size_t k = 0; k < bytes; k += 64) __builtin_prefetch(row + k, 0, 2);
+      }
+  }
+
+  const Kernels& kernels_;
+  const Activation activation_;
+  const Call& call_;
+  const BlockRoom& room_;
+  const Chunk chunk_;
+  Picks active_, every_;
+  size_t at_;  // the first active neuron of the chunk, among all active ones
+};
+
+}  // namespace shadowllm

@@ -1,0 +1,83 @@
+"""The pass that joins the products of nested integers: the joined weights, and the graphs that it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx_ir.passes import PreconditionError
+from onnx_ir.tape import Tape
+
+from shadowllm.bundle.quantisation import NESTED, quantise_nested, rounded
+from shadowllm.plugins.function_body import MICROSOFT, OPSET
+from shadowllm.runtime.ort.join_nested import JoinNested
+
+FORMATS = pytest.mark.parametrize("q", NESTED.values(), ids=NESTED)
+ROWS = 7
+
+
+def model(q, width, *, other_scales=False, alone=False):
+    """``x matrix^T`` as the exporter writes it, and the matrix."""
+    matrix = np.random.default_rng(width).standard_normal((ROWS, width)).astype(np.float32)
+    copy, scales, residual = quantise_nested(matrix, q)
+    tape, x = Tape(), ir.val("x", dtype=ir.DataType.FLOAT, shape=["n", width])
+
+    def constant(name, array):
+        return tape.initializer(ir.tensor(array, name=name))
+
+    def product(name, data, steps, bits):
+        sizes = {"K": width, "N": ROWS, "bits": bits, "block_size": q.block, "accuracy_level": 1}
+        return tape.op(
+            "MatMulNBits",
+            (x, constant(name, data.reshape(*scales.shape, -1)), steps),
+            sizes,
+            domain=MICROSOFT,
+        )
+
+    steps = constant("scales", scales)
+    others = constant("others", 2 * scales) if other_scales else steps
+    y = high = product("copy", copy, steps, 4)
+    if not alone:
+        low = tape.op(
+            "Mul",
+            (product("residual", residual, others, q.residual_bits), constant("step", np.float32(q.residual_step))),
+        )
+        y = tape.op("Add", (high, low))
+    y.name, y.dtype, y.shape = "y", ir.DataType.FLOAT, ir.Shape(["n", ROWS])
+    graph = ir.Graph(
+        [x], [y], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": OPSET, MICROSOFT: 1}
+    )
+    return ir.Model(graph, ir_version=11), matrix
+
+
+def outputs(built, x):
+    session = ort.InferenceSession(ir.to_proto(built).SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+@FORMATS
+@pytest.mark.parametrize("width", [64, 100, 576])
+def test_one_product_gives_what_two_give(q, width):
+    built, matrix = model(q, width)
+    x = np.random.default_rng(0).standard_normal((3, width)).astype(np.float32)
+    before = outputs(built, x)
+    assert JoinNested(q)(built).modified
+    (product,) = (node for node in built.graph if node.op_type == "MatMulNBits")
+    assert product.attributes["bits"].as_int() == 8
+    after, wanted = outputs(built, x), x @ rounded(matrix, q).T
+    for found in (before, after):
+        assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"alone": True}, "no product of a residual is added to that of copy"),
+        ({"other_scales": True}, "not of the same matrix"),
+    ],
+)
+def test_other_graphs_are_refused(q, changes, words):
+    with pytest.raises(PreconditionError, match=words):
+        JoinNested(q)(model(q, 64, **changes)[0])
