@@ -49,27 +49,13 @@ def score_neurons(
     neurons = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = neurons < NEURONS
     total = tl.zeros((BLOCK_N,), tl.float32)
-    if scores is None:
-        wanted = rest_is_added(rest, count, NEURONS)
-    else:
-        wanted = tl.load(count) < NEURONS
+    wanted = rest_is_added(rest, count, NEURONS) if scores is None else tl.load(count) < NEURONS
     if wanted:
         rows = tl.where(live, neurons, 0).to(tl.int64)
         for first in range(0, tokens, BLOCK_M):
+            up_rows = rows + FIRST_UP
             h = copy_products(
-                x,
-                up,
-                up_scales,
-                rows + FIRST_UP,
-                live,
-                first,
-                tokens,
-                WIDTH,
-                BLOCKS,
-                BLOCK_WORDS,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_W,
+                x, up, up_scales, up_rows, live, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
             )
             if b_up is not None:
                 h += tl.load(b_up + rows, mask=live, other=0.0)[None, :].to(tl.float32)

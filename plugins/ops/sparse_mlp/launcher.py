@@ -86,6 +86,6 @@ def _check_choice(indices: Tensor | None, copy: Tensor | None, down_norms: Tenso
     if indices is not None:
         return
     if (copy is None) != (down_norms is None):
-        raise ValueError("SparseMLP needs a low-bit copy and down_norms to choose by, and has only one of them")
+        raise ValueError("SparseMLP needs indices, or both a low-bit copy and down_norms to choose by")
     if copy is None and activation not in RELU_LIKE:
-        raise ValueError(f"SparseMLP needs indices, or a low-bit copy to choose by, because {activation} is never zero")
+        raise ValueError(f"SparseMLP needs indices or a low-bit copy, because {activation} is never zero")
