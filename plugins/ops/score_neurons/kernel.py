@@ -49,10 +49,7 @@ def score_neurons(
     neurons = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = neurons < NEURONS
     total = tl.zeros((BLOCK_N,), tl.float32)
-    if scores is None:
-        wanted = rest_is_added(rest, count, NEURONS)
-    else:
-        wanted = tl.load(count) < NEURONS
+    wanted = rest_is_added(rest, count, NEURONS) if scores is None else tl.load(count) < NEURONS
     if wanted:
         rows = tl.where(live, neurons, 0).to(tl.int64)
         for first in range(0, tokens, BLOCK_M):

@@ -53,13 +53,10 @@ def sparse_mlp(
         "cs_down": cs_down,
     }
     gated = w_gate is not None
-    check_rest(SPARSE_MLP, rest, {n: t for n, t in copies.items() if gated or "gate" not in n}, x.shape[-1])
     if (c_gate is not None or cs_gate is not None) and not gated:
         raise ValueError("SparseMLP has a copy of gate and no w_gate")
-    if indices is None and (c_up is None) != (down_norms is None):
-        raise ValueError("SparseMLP needs a low-bit copy and down_norms to choose by, and has only one of them")
-    if indices is None and c_up is None and activation not in RELU_LIKE:
-        raise ValueError(f"SparseMLP needs indices or a low-bit copy, because {activation} is never zero")
+    check_rest(SPARSE_MLP, rest, {n: t for n, t in copies.items() if gated or "gate" not in n}, x.shape[-1])
+    _check_choice(indices, c_up, down_norms, activation)
     inputs = {
         "x": x,
         "indices": indices,
@@ -82,3 +79,13 @@ def sparse_mlp(
     chosen = torch.empty(len(w_up), dtype=torch.int32, device=x.device)
     launch(SPARSE_MLP, schedules, inputs, attributes, y, chosen)
     return y, chosen
+
+
+def _check_choice(indices: Tensor | None, copy: Tensor | None, down_norms: Tensor | None, activation: str) -> None:
+    """Check that there is something to choose the neurons by: a low-bit copy, or gates that may be zero."""
+    if indices is not None:
+        return
+    if (copy is None) != (down_norms is None):
+        raise ValueError("SparseMLP needs indices, or both a low-bit copy and down_norms to choose by")
+    if copy is None and activation not in RELU_LIKE:
+        raise ValueError(f"SparseMLP needs indices or a low-bit copy, because {activation} is never zero")
