@@ -244,10 +244,10 @@ class TestSampling:
         return float(torch.special.gammaincc(torch.tensor((len(found) - 1) / 2), torch.tensor(statistic / 2)))
 
     def test_frequencies_are_those_of_dense(self, folder, expected):
-        """8,000 texts are 24,000 tokens that were drawn in rounds."""
-        assert self.p_value(folder, expected, 8_000) > 0.01
+        """7,000 texts are 21,000 tokens that were drawn in rounds."""
+        assert self.p_value(folder, expected, 7_000) > 0.01
 
     def test_a_wrong_rule_is_noticed(self, folder, expected, monkeypatch):
         """Every drafted token that dense could draw is accepted."""
         monkeypatch.setattr(speculative, "accepts", lambda dense, drafted, uniform: dense > 0)
-        assert self.p_value(folder, expected, 2_000) < 1e-6
+        assert self.p_value(folder, expected, 1_000) < 1e-6
