@@ -103,10 +103,10 @@ def measure_speed(
     return result
 
 
-def measure_costs(bundle: Path, threads: int | None = None) -> list[dict[str, Any]]:
-    """Return the times of drafts of several budgets, and the speedups at their best lengths by acceptance."""
+def measure_costs(bundle: Path, threads: int | None = None, tokens: int = 2048) -> list[dict[str, Any]]:
+    """Return the times of drafts of several budgets on a text, and the speedups at their best lengths by acceptance."""
     rows = []
-    for found in measure_drafts(bundle, threads=threads):
+    for found in measure_drafts(bundle, threads=threads, tokens=tokens):
         implied = {share: replace(found, acceptance=share) for share in ACCEPTANCES}
         rows.append(
             {

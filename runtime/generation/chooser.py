@@ -76,12 +76,13 @@ class Chooser:
         ids, scores = torch.LongTensor([text]), torch.tensor(logits)[None]
         for processor in self._processors[row]:  # the list's own call inspects the signature of each every time
             scores = processor(ids, scores)
-        if not scores.max() < torch.inf:
+        largest = float(scores.max())
+        if not largest < np.inf:
             raise UserError(
                 f"the sampling options make a logit infinite for sequence {row + 1}, position {len(text)}",
                 "choose a repetition penalty nearer to 1, or a higher temperature",
             )
-        if scores.max() == -torch.inf:
+        if largest == -np.inf:
             raise UserError(
                 f"no token is left for sequence {row + 1} at position {len(text)}",
                 "suppress fewer tokens, or lower the n-gram size that may not repeat",

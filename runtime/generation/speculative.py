@@ -7,9 +7,9 @@ of the dense model: "speculative sampling" (Leviathan et al., arXiv 2211.17192; 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 
@@ -55,11 +55,11 @@ def rounds(
         left = int((ends - used)[chooser.running].min())
         length = min(draft_length.choose(), session.longest_draft, left - 1)
         last = np.array([text[-1] for text in chooser.texts])
-        start = time.perf_counter()
+        start = perf_counter()
         drafted = draft(session, chooser, lengths, last, length)
-        middle = time.perf_counter()
+        middle = perf_counter()
         taken = accept(chooser, drafted, verify(session, lengths, last, drafted))
-        end = time.perf_counter()
+        end = perf_counter()
         accepted = [len(taken[row]) - 1 for row in chooser.rows]
         draft_length.observe(Round(length, accepted, middle - start, end - middle))
         yield taken

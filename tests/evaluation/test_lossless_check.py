@@ -12,6 +12,8 @@ from shadowllm.evaluation.lossless_check import Difference, compare_lossless
 from shadowllm.runtime.generation.draft_length import DraftLength
 from shadowllm.runtime.torch_session import TorchSession
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = [[5, 17, 42], [8, 61]]
 
 

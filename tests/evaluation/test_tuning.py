@@ -18,7 +18,6 @@ from shadowllm.evaluation.tuning import tune
 from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.runtime import open_session
-from shadowllm.runtime.generation.draft_length import MOST
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
 pytestmark = pytest.mark.slow
@@ -133,10 +132,9 @@ def test_drafts_are_measured_and_used(with_copies, capsys):
     tuned, found = tune_drafts(with_copies, threads=1, **QUICK)
     assert before.budget == tuned.budget == found[0].budget
     assert len({measured.budget for measured in found}) == len(found) > 3
-    best = max(measured.speedup(length) for measured in found for length in range(MOST + 1))
+    best = max(measured.speedup(measured.best_length) for measured in found)
     assert read_manifest(with_copies).drafting["measured"]["speedup"] == pytest.approx(best)
     assert read_manifest(with_copies).draft_budget in {measured.budget for measured in found}
-    assert "tokens with" in str(found[0])
     assert main(["inspect", str(with_copies)]) == 0
     assert "times as fast as dense" in capsys.readouterr().out
     assert main(["tune", str(with_copies), "--lossless", "--tokens", "512", "--seqlen", "32", "--threads", "1"]) == 0

@@ -67,7 +67,7 @@ def test_lossless_text_is_that_of_dense(smollm2, tmp_path):
     """Drafts with 30% of the neurons and heads from the full rows, the rest from the low-bit copy."""
     make_bundle(smollm2, tmp_path, kind="quantized-shadow", rest="shadow")
     manifest = read_manifest(tmp_path)
-    ids = passage(plain_encoder(load_tokenizer(tmp_path, manifest), manifest), 3 * 32)
+    ids = passage(plain_encoder(load_tokenizer(tmp_path, manifest), manifest), 2 * 32)
     prompts = [ids[start : start + 32] for start in range(0, len(ids), 32)]
     with OrtSession(tmp_path, "sparse") as lossless, OrtSession(tmp_path, "dense") as dense:
         lossless.set_budget(Budget(neurons=0.3, heads=0.3, shortlist=1024))
