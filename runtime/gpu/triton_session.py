@@ -264,7 +264,7 @@ class TritonSession(PipelinedDecode):
         return UpfrontSelection(chosen, counts)
 
     def _rest_inputs(self, predictor: Predictor, weights: Mapping[str, Tensor]) -> RestInputs:
-        copies = self._copies or CopyTensors(self._source, predictor.final_squares)
+        copies = self._copies or CopyTensors(self._source, final_squares=predictor.final_squares)
         return rest_inputs(self._layers, copies, predictor, weights, self._scalars)
 
     def _chooser(

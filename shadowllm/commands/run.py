@@ -128,10 +128,12 @@ def _generate(
     with open_session(args.bundle, backend, threads=args.threads, prefill=prefill, prepack=prepack) as session:
         session.set_budget(budget)
         start = time.perf_counter()
-        for step, pieces in enumerate(completion.grow(session)):
+        known = 1  # the first tokens come from the prefill
+        for pieces in completion.grow(session):
             fired.append(session.fired or ())
-            if step:  # the first tokens come from the prefill
+            if (longest := max(map(len, completion.tokens))) > known:
                 recomputed.add(session.recomputed)
+                known = longest
             if streaming:
                 print(prompt + pieces[0], end="", flush=True)
                 prompt = ""
