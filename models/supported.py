@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, get_args, get_type_hints
 
-from shadowllm.models.files.gguf_config import ARCHITECTURE
+from shadowllm.models.files.gguf_config import ARCHITECTURES
 from shadowllm.models.registry import FAMILIES, REFUSED
 from shadowllm.models.rope import NEEDED
 from shadowllm.models.spec import ModelSpec
@@ -35,7 +35,7 @@ class Row:
 def rows() -> list[Row]:
     """Return a row for each family, in alphabetical order."""
     return [
-        Row(name, family.models, family.differences, family.heads, name == ARCHITECTURE, engines=family.heads)
+        Row(name, family.models, family.differences, family.heads, name in ARCHITECTURES, engines=family.heads)
         for name, family in sorted(FAMILIES.items())
     ]
 

@@ -1,4 +1,4 @@
-"""Convert the metadata of a GGUF file to a Hugging Face ``LlamaConfig``.
+"""Convert the metadata of a GGUF file to a Hugging Face config.
 
 ``transformers`` ignores some keys: it reads no RoPE scaling, no separate head size and only one stop token. Therefore
 this module reads the metadata. The GGUF specification (ggml, docs/gguf.md) and llama.cpp's loader define the keys.
@@ -15,10 +15,15 @@ import numpy as np
 from shadowllm.errors import UserError
 from shadowllm.models.rope import read_rope
 
-ARCHITECTURE = "llama"
+# Architecture in the file -> projections that have a bias: all of them in some files of Llama, always, or never.
+ARCHITECTURES = {
+    "llama": ("attn_q", "attn_k", "attn_v", "attn_output"),
+    "qwen2": ("attn_q", "attn_k", "attn_v"),
+    "qwen3": (),
+}
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 USE_SAFETENSORS = "use the safetensors checkpoint of this model"
 STOP_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
-BIASED = ("attn_q", "attn_k", "attn_v", "attn_output")
 # Keys of the architecture. READ are used; HARMLESS do not change the computation.
 READ = (
     "context_length",
@@ -71,14 +76,17 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
     Raises:
         UserError: the architecture or a key that changes the model is not supported, or a value is missing or invalid.
     """
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
-    _refuse_other_families(metadata)
-    keys = _Keys(metadata)
+    architecture = _architecture(metadata)
+    keys = _Keys(metadata, architecture)
     keys.refuse_unread()
     hidden, heads = keys.size("embedding_length"), keys.size("attention.head_count")
     head_dim = _head_dim(keys, heads, shapes)
-    return LlamaConfig(
+    biased = _biased(architecture, shapes)
+    biases = {"attention_bias": biased, "mlp_bias": _has(shapes, "ffn_up")} if architecture == "llama" else {}
+    return AutoConfig.for_model(
+        architecture,
         vocab_size=_rows(shapes, "token_embd.weight"),
         hidden_size=hidden,
         intermediate_size=keys.size("feed_forward_length"),
@@ -89,35 +97,35 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
         max_position_embeddings=keys.size("context_length"),
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         rope_parameters=_rope(keys, head_dim, factors),
-        attention_bias=_biased(shapes),
-        mlp_bias=any(name.endswith(".ffn_up.bias") for name in shapes),
+        **biases,
         tie_word_embeddings="output.weight" not in shapes,
         bos_token_id=_token(metadata, "bos_token_id"),
         eos_token_id=_stop_tokens(metadata),
         pad_token_id=_token(metadata, "padding_token_id"),
-        architectures=["LlamaForCausalLM"],
+        architectures=[CLASSES[architecture]],
     )
 
 
-def _refuse_other_families(metadata: Mapping[str, Any]) -> None:
+def _architecture(metadata: Mapping[str, Any]) -> str:
     kind = metadata.get("general.type", "model")
     if kind != "model":
         raise UserError(
             f"the GGUF file holds no model but something of the type {kind!r}", "name the file of the model"
         )
     architecture = metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
+    if architecture not in ARCHITECTURES:
         raise UserError(
             f"the GGUF file holds a model of the family {architecture!r}, which is not supported",
-            "use a Llama GGUF file, or the safetensors checkpoint of a supported family",
+            f"use a GGUF file of {', '.join(ARCHITECTURES)}, or the safetensors checkpoint of a supported family",
         )
+    return str(architecture)
 
 
 class _Keys:
     """The keys of the architecture, without its name as prefix."""
 
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        prefix = f"{ARCHITECTURE}."
+    def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
+        prefix = self.prefix = f"{architecture}."
         self._values = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
 
     def get(self, key: str) -> Any:
@@ -126,13 +134,13 @@ class _Keys:
     def size(self, key: str, default: int | None = None) -> int:
         value = self._values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(_says(f"{ARCHITECTURE}.{key}", value), f"it must be one number; {USE_SAFETENSORS}")
+            raise UserError(_says(f"{self.prefix}{key}", value), f"it must be one number; {USE_SAFETENSORS}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._values.get(key, default)
         if not isinstance(value, int | float) or not np.isfinite(value):
-            raise UserError(_says(f"{ARCHITECTURE}.{key}", value), USE_SAFETENSORS)
+            raise UserError(_says(f"{self.prefix}{key}", value), USE_SAFETENSORS)
         return float(value)
 
     def refuse_unread(self) -> None:
@@ -141,10 +149,10 @@ class _Keys:
         for key, value in self._values.items():
             if key in NEUTRAL and value != NEUTRAL[key]:
                 raise UserError(
-                    f"the GGUF file sets {ARCHITECTURE}.{key} to {value!r}, which is not supported", USE_SAFETENSORS
+                    f"the GGUF file sets {self.prefix}{key} to {value!r}, which is not supported", USE_SAFETENSORS
                 )
             if key not in (*READ, *HARMLESS, *NEUTRAL):
-                unknown.append(f"{ARCHITECTURE}.{key}")
+                unknown.append(f"{self.prefix}{key}")
         if self._values.get("attention.causal") is False:
             raise UserError("the GGUF file holds a model without causal attention", "use a model that generates text")
         if unknown:
@@ -160,7 +168,7 @@ def _head_dim(keys: _Keys, heads: int, shapes: Mapping[str, Sequence[int]]) -> i
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         if keys.size(key, head_dim) != head_dim:
             raise UserError(
-                f"the GGUF file gives {ARCHITECTURE}.{key} as {keys.get(key)} where heads have {head_dim} dimensions",
+                f"the GGUF file gives {keys.prefix}{key} as {keys.get(key)} where heads have {head_dim} dimensions",
                 "heads that are rotated in part, or whose values have another size, are not supported",
             )
     return head_dim
@@ -172,13 +180,20 @@ def _rows(shapes: Mapping[str, Sequence[int]], name: str) -> int:
     return int(shapes[name][0])
 
 
-def _biased(shapes: Mapping[str, Sequence[int]]) -> bool:
-    found = [part for part in BIASED if any(name.endswith(f".{part}.bias") for name in shapes)]
-    if found and len(found) < len(BIASED):
+def _biased(architecture: str, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether the projections of attention have biases. They must have those that the architecture can have."""
+    expected = ARCHITECTURES[architecture]
+    found = [part for part in ARCHITECTURES["llama"] if _has(shapes, part)]
+    if found != list(expected) and (found or architecture != "llama"):
         raise UserError(
-            f"the GGUF file has biases for {', '.join(found)} alone, which is not supported", USE_SAFETENSORS
+            f"the GGUF file has biases for {', '.join(found) or 'nothing'} alone, which is not supported",
+            USE_SAFETENSORS,
         )
     return bool(found)
+
+
+def _has(shapes: Mapping[str, Sequence[int]], part: str) -> bool:
+    return any(name.endswith(f".{part}.bias") for name in shapes)
 
 
 def _stop_tokens(metadata: Mapping[str, Any]) -> list[int] | None:

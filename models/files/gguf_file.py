@@ -24,6 +24,7 @@ _BLOCKS = (
     "input_layernorm",
     "post_attention_layernorm",
 )
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # of Qwen3
 _TABLES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 ROPE_FACTORS = "rope_freqs.weight"
 TOKENS = "tokenizer.ggml.tokens"
@@ -31,10 +32,10 @@ LONGEST_LIST = 4096  # longer lists belong to the vocabulary; converting them to
 
 
 class GGUFTensors:
-    """A Llama-architecture GGUF model in one or several files, under Hugging Face's tensor names.
+    """A GGUF model in one or several files, under Hugging Face's tensor names.
 
     Attributes:
-        config: the ``LlamaConfig`` that its metadata describes.
+        config: the Hugging Face config that its metadata describes.
         metadata: keys and values of the first file, without the vocabulary.
         has_tokenizer: whether the first file holds a vocabulary.
         parts: the files.
@@ -59,7 +60,9 @@ class GGUFTensors:
         self._check_count()
         shapes = {name: tensor.shape[::-1].tolist() for name, tensor in self._tensors.items()}
         self.config = gguf_config(self.metadata, shapes, self._rope_factors())
-        self._heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        # Only Llama's rows are stored in another order.
+        heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        self._heads = heads if self.config.model_type == "llama" else {}
         self._names = self._map(gguf, self.config.num_hidden_layers)
         self._check_tensors()
 
@@ -83,23 +86,30 @@ class GGUFTensors:
         return np.asarray(self._tensors[ROPE_FACTORS].data, dtype=np.float64)
 
     def _map(self, gguf: Any, n_layers: int) -> dict[str, str]:
-        known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, n_layers)
-        modules = [f"layers.{i}.{block}" for i in range(n_layers) for block in _BLOCKS]
-        biased = ("self_attn",) * self.config.attention_bias + ("mlp",) * self.config.mlp_bias
+        known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[self.config.model_type.upper()], n_layers)
+        blocks = (*_BLOCKS, *_HEAD_NORMS) if self.config.model_type == "qwen3" else _BLOCKS
+        modules = [f"layers.{i}.{block}" for i in range(n_layers) for block in blocks]
         stored_names = {
             f"{m}.{kind}": f"{known.get_name('model.' + m)}.{kind}"
             for m in modules
             for kind in ("weight", "bias")
-            if kind == "weight" or m.split(".")[2] in biased
+            if kind == "weight" or self._has_bias(m)
         }
         stored_names |= {f"{table}.weight": f"{stored}.weight" for table, stored in _TABLES.items()}
         return {name: stored for name, stored in stored_names.items() if stored in self._tensors}
+
+    def _has_bias(self, module: str) -> bool:
+        _, _, block, *part = module.split(".")
+        if self.config.model_type == "qwen2":
+            return part in (["q_proj"], ["k_proj"], ["v_proj"])
+        option = {"self_attn": "attention_bias", "mlp": "mlp_bias"}.get(block)
+        return bool(option and getattr(self.config, option, False))
 
     def _check_tensors(self) -> None:
         unread = sorted(self._tensors.keys() - set(self._names.values()) - {ROPE_FACTORS})
         if unread:
             raise UserError(
-                f"{self.parts[0]} holds {len(unread)} tensors that a Llama model does not have, such as {unread[0]}",
+                f"{self.parts[0]} holds {len(unread)} tensors that the model does not have, such as {unread[0]}",
                 USE_SAFETENSORS,
             )
         kinds = {self._tensors[stored].tensor_type: stored for stored in self._names.values()}

@@ -19,6 +19,8 @@ TENSORS = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -49,7 +51,7 @@ def rewrite(folder: Path, change) -> None:
 def write_gguf(
     path: Path, model, *, keys=None, kind=gguf.GGMLQuantizationType.F32, split=0, without=(), extra=None, arch="llama"
 ) -> None:
-    """Write a ``LlamaForCausalLM`` as llama.cpp's converter would, without a vocabulary.
+    """Write a ``LlamaForCausalLM`` or similar model as llama.cpp's converter would, without a vocabulary.
 
     Args:
         keys: metadata beside the sizes: name (without the architecture, unless it has a dot in front) -> value.
@@ -78,7 +80,7 @@ def write_gguf(
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         stored, array = _stored(name), tensor.numpy().astype(np.float32)
-        if (part := stored.split(".")[-2]) in heads:
+        if arch == "llama" and (part := stored.split(".")[-2]) in heads:
             array = _interleave(array, heads[part])
         if array.ndim == 2 and kind != gguf.GGMLQuantizationType.F32:
             writer.add_tensor(stored, gguf.quants.quantize(array, kind), raw_dtype=kind)

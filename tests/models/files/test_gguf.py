@@ -35,6 +35,22 @@ def test_plain(tmp_path, options):
     assert check_same(tmp_path / "a.gguf", model).tied_embeddings is model.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_other_families(tmp_path, family, tied):
+    model = build_transformers_model(family, GROUPED | {"head_dim": 12, "tie_word_embeddings": tied})
+    write_gguf(tmp_path / "a.gguf", model, arch=family)
+    spec = check_same(tmp_path / "a.gguf", model)
+    assert (spec.family, spec.tied_embeddings) == (family, tied)
+
+
+def test_biases_that_a_family_does_not_have_are_refused(tmp_path):
+    model = build_transformers_model("llama", GROUPED | {"attention_bias": True})
+    write_gguf(tmp_path / "a.gguf", model, arch="qwen2")
+    with pytest.raises(UserError, match="biases for attn_q, attn_k, attn_v, attn_output alone"):
+        load_model(tmp_path / "a.gguf")
+
+
 def rope(kind="linear", factor=2.0, **more):
     return {"rope_parameters": {"rope_type": kind, "factor": factor, "rope_theta": 500.0} | more}
 
@@ -156,7 +172,7 @@ class TestSplit:
             load_model(parts[0].parent)
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "bamboo", "mistral"])
+@pytest.mark.parametrize("arch", ["gemma", "bamboo", "mistral"])
 def test_other_architectures_are_refused_by_name(tmp_path, model, arch):
     write_gguf(tmp_path / "a.gguf", model, arch=arch)
     with pytest.raises(UserError, match=f"family '{arch}'"):

@@ -48,7 +48,9 @@ def test_a_ragged_batch_at_a_budget_follows_the_reference(bundle, variant):
         assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["llama-biases", "llama-mqa-tied", "opt-untied-no-bias", "qwen3"])
+@pytest.mark.parametrize(
+    "variant", ["llama-biases", "llama-mqa-tied", "opt-untied-no-bias", "smollm3", "gemma3", "opt-post-norm"]
+)
 def test_full_budget_equals_dense_and_the_budget_changes_in_mid_text(bundle, variant):
     with open_session(bundle(variant), "triton") as ours, open_session(bundle(variant), "torch") as theirs:
         ours.set_budget(Budget())
