@@ -103,7 +103,6 @@ def test_opt_variants_refused_by_name(checkpoint, tmp_path, options, words):
     ("variant", "options", "limit"),
     [
         ("mistral", {"sliding_window": 16}, 16),
-        ("mistral", {"sliding_window": 16, "layer_types": ["full_attention"] * 3}, 16),  # not read by transformers
         ("mistral", {"sliding_window": 4096}, 64),
         ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2, "layer_types": None}, 16),
         ("qwen3", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 3, "layer_types": None}, 64),
