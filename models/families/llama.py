@@ -88,7 +88,8 @@ def _max_seqlen(config: Any, layer_type: str | None) -> int:
 
 def _window(config: Any) -> int | None:
     """The number of tokens that a layer with a sliding window attends to; None if there is no such layer."""
-    types = getattr(config, "layer_types", None) or []
+    # Classes without this field ignore it: all of their layers have the window.
+    types = (config.layer_types or []) if hasattr(type(config), "layer_types") else []
     if unknown := set(types) - {"full_attention", "sliding_attention"}:
         raise UserError(f"{min(unknown)} layers are not supported", "use a model whose layers attend to all tokens")
     window: int | None = getattr(config, "sliding_window", None)

@@ -43,7 +43,7 @@ def run(folder, model, steps):
     return found
 
 
-@pytest.mark.parametrize("variant", ["llama-head-dim-16", "opt-head-dim-16", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama-head-dim-16", "opt-head-dim-16", "qwen3", "smollm3"])
 def test_the_fused_graph_equals_the_standard_one(bundle, variant):
     folder = bundle(variant)
     standard, fused = load(folder, False), load(folder, True)
