@@ -29,6 +29,7 @@ RESULT = {
     "peak_rss_mb",
     "device_memory",
     "parts_ms",
+    "fired",
     "quality",
 }
 SHORT = {"prompt_len": 12, "new_tokens": 6, "runs": 2, "warmup": 1, "quality_tokens": 8, "threads": 1}
