@@ -16,6 +16,7 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.weights import read_weights
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.bench import traffic_of
+from shadowllm.evaluation.speed.worker import StepTimer
 from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import Budget, SparseLayers
 from shadowllm.predictor.silence import fired_shares as measured_shares
@@ -135,6 +136,7 @@ def test_bytes_fall_with_the_silence(checkpoint, tmp_path, silent):
     with OrtSession(tmp_path / "bundle", "sparse") as sparse, OrtSession(tmp_path / "bundle", "dense") as dense:
         assert distance(logits_of(sparse), logits_of(dense)) < TOLERANCE
         fired = sparse.fired
+        assert StepTimer(sparse).generate(PROMPT, 3)["fired"] == fired  # as `bench` reports it
     assert fired == [1 - silent] * 2
     traffic = traffic_of(manifest, "sparse", "ort-sparse", Budget(), 8, 8, fired)
     spec, layers = manifest.spec, manifest.sparse_layers

@@ -60,7 +60,7 @@ class TestImport:
 
 
 class TestExport:
-    def test_relu_needs_no_budget(self, checkpoint, tmp_path):
+    def test_relu_needs_no_budget(self, checkpoint, tmp_path, capsys):
         """The other options that a lossless bundle cannot have are refused before any work is done."""
         model, out = checkpoint("llama-relu"), tmp_path / "out"
         for options, words in (
@@ -76,6 +76,9 @@ class TestExport:
         assert (made.budget, made.rest) == (shadowllm.Budget(), "drop")
         assert all(0.2 < share < 0.8 for share in made.predictor["fired"])
         assert made.validation["selection_agreement"] == 1
+        found = run_command(capsys, out)
+        assert found["decodes"] == "sparse"
+        assert all(0.2 < share < 0.8 for share in found["fired"])
         with pytest.raises(shadowllm.UserError, match="no budget to tune"):
             tune(out, Target(speedup=1.2))
         results = shadowllm.evaluate(out, tokens=64, seqlen=32, heads=[1.0, 0.5])

@@ -30,6 +30,7 @@ RESULT = {
     "peak_rss_mb",
     "device_memory",
     "parts_ms",
+    "fired",
     "quality",
     "recomputed_rows",
     "lossless",
