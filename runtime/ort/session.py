@@ -131,7 +131,7 @@ class OrtSession:
         options = ort.SessionOptions()
         if self._threads:
             options.intra_op_num_threads = self._threads
-        if self.decodes == "sparse":
+        if piece != "dense" or self.decodes == "sparse":
             # The graphs of a text run one after the other: the threads of one must not spin while the next one runs.
             options.add_session_config_entry("session.force_spinning_stop", "1")
         # Packed weights make dense steps faster, and are a copy. A graph that only prefills does without.
