@@ -59,8 +59,7 @@ template <class Q>
 inline __m256i load_block(const uint8_t* row, size_t b) {
   if (Q::bits == 4) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + b * 32));
   const __m256i fours = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + b * 16)));
-  const __m256i twos =
-      _mm256_and_si256(_mm256_or_si256(fours, _mm256_slli_epi16(fours, 4)), _mm256_set1_epi8(0x0f));
+  const __m256i twos = _mm256_and_si256(_mm256_or_si256(fours, _mm256_slli_epi16(fours, 4)), _mm256_set1_epi8(0x0f));
   return _mm256_and_si256(_mm256_or_si256(twos, _mm256_slli_epi16(twos, 2)), _mm256_set1_epi8(0x33));
 }
 
@@ -169,7 +168,8 @@ inline void add_scaled(__m128i integers, __m256 scale, float* y) {
 template <class Q>
 inline void accumulate_block(const QuantisedRow* rows, const ByteWeights& weights, size_t b, float* y) {
   const size_t at = b % 8;
-  const __m256i start = _mm256_set1_epi16(static_cast<int16_t>(Q::bits == 4 ? weights.start[at] : weights.start[at] / 4));
+  const __m256i start =
+      _mm256_set1_epi16(static_cast<int16_t>(Q::bits == 4 ? weights.start[at] : weights.start[at] / 4));
   __m256i even[2] = {start, start}, odd[2] = {start, start};
   for (size_t r = 0; r < kGroup; r += 2) {
     const __m256i first = load_block<Q>(rows[r].data, b), second = load_block<Q>(rows[r + 1].data, b);

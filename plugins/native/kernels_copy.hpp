@@ -1,5 +1,5 @@
-// Kernels for the rows of a low-bit copy and for its residuals, part of kernels.hpp. For one token, the factor of the rows is rounded to 8
-// bits with a scale per block, and the products are integer products.
+// Kernels for the rows of a low-bit copy and for its residuals, part of kernels.hpp. For one token, the factor of the
+// rows is rounded to 8 bits with a scale per block, and the products are integer products.
 #pragma once
 
 namespace shadowllm {

@@ -46,7 +46,7 @@ struct PackedRows {
 
   std::vector<float> memory;  // empty if the rows are stored with those of another matrix
   char* data;                 // the first row
-  size_t stride;  // bytes
+  size_t stride;              // bytes
 };
 
 // A kernel's view of its node: its name for messages, and its constant inputs.
@@ -77,8 +77,8 @@ class Node {
   // Copies a constant matrix of integers so that every row starts at a cache line and is followed by its scales. A
   // random row is then one stretch of memory instead of two. Does nothing for any other input.
   void pack(size_t port, size_t scales_port);
-  // Copies constant matrices of residuals so that row i of all of them is one record, which starts at a cache line. Does
-  // nothing unless all that are present are such matrices.
+  // Copies constant matrices of residuals so that row i of all of them is one record, which starts at a cache line.
+  // Does nothing unless all that are present are such matrices.
   void pack_records(std::initializer_list<std::pair<size_t, size_t>> ports_and_scales);
   // The active indices of a sparse op: `indices` up to `count`. Throws unless all are in 0..rows-1.
   Picks active(const Tensor& indices, const Tensor& count, int64_t rows) const;

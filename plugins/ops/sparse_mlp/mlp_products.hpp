@@ -48,7 +48,8 @@ class NestedChunk {
   NestedChunk(const Kernels& kernels, Activation activation, const Call& call, const BlockRoom& room, Picks picks,
               const int32_t* all, Chunk chunk)
       : kernels_(kernels), activation_(activation), call_(call), room_(room), chunk_(chunk) {
-    const int32_t *end = picks.ids + picks.count, *from = std::lower_bound(picks.ids, end, static_cast<int32_t>(chunk.begin));
+    const int32_t *end = picks.ids + picks.count,
+                  *from = std::lower_bound(picks.ids, end, static_cast<int32_t>(chunk.begin));
     const int32_t* to = std::lower_bound(from, end, static_cast<int32_t>(chunk.end));
     active_ = {from, static_cast<size_t>(to - from)};
     at_ = static_cast<size_t>(from - picks.ids);

@@ -254,9 +254,8 @@ class SparseMlp {
       int32_t* kept = room.low_kept + chunk.begin;
       left = {kept, drop_zeros(left, tokens, h, kept)};
     }
-    with_padding(call, tokens, padded, sum, [&](float* to) {
-      kernels_.accumulate(call.low.down, left, h, tokens, to, {});
-    });
+    with_padding(call, tokens, padded, sum,
+                 [&](float* to) { kernels_.accumulate(call.low.down, left, h, tokens, to, {}); });
   }
 
   // Calls add(to) with `sum`, or with zeros of padded rows, which are then added to it.
