@@ -1,5 +1,5 @@
-// ShortlistLogits: logits from a 4-bit copy of the output table. The best rows are recomputed from the table. If the table
-// holds residuals of the copy, their products are added to the logits of the copy.
+// ShortlistLogits: logits from a 4-bit copy of the output table. The best rows are recomputed from the table. If the
+// table holds residuals of the copy, their products are added to the logits of the copy.
 #include <algorithm>
 #include <cmath>
 #include <numeric>

@@ -9,8 +9,8 @@
 namespace shadowllm {
 
 // Sizes are as in schema.py: hidden size D, H query heads of dimension d over n_kv cached ones. A head is full if its
-// rows are those of w_q and w_o; the rest of the heads have their rows in the low-bit copy. If w_q and w_o are residuals
-// of the copy, the rows of a full head are those of the copy plus the residuals.
+// rows are those of w_q and w_o; the rest of the heads have their rows in the low-bit copy. If w_q and w_o are
+// residuals of the copy, the rows of a full head are those of the copy plus the residuals.
 struct Call {
   size_t batch, seqlen, width, n_heads, group, kv_heads, capacity, head_dim, longest;
   size_t full_count, rest_count;  // the number of heads of each kind; if indices repeat, there may be fewer of the rest

@@ -2,8 +2,8 @@
 //
 // Three steps on the thread pool: rows of w_q, then one task per head and sequence, then rows of w_o. One task per head
 // would need only one step, but would leave most threads idle if few heads are active. With a low-bit copy, the other
-// heads take part in the same steps, with rows of the copy. If the full rows are the copy plus residuals, all heads have
-// rows of the copy, and residuals are added for the full ones.
+// heads take part in the same steps, with rows of the copy. If the full rows are the copy plus residuals, all heads
+// have rows of the copy, and residuals are added for the full ones.
 #include <cmath>
 
 #include "attention_call.hpp"
