@@ -71,5 +71,6 @@ def override_activation(config: Any, name: str, threshold: float | None = None) 
 
 
 def _key(config: Any) -> str:
-    """OPT has another name for it than other families."""
-    return "activation_function" if hasattr(config, "activation_function") else "hidden_act"
+    """OPT and Gemma 3 have other names for it than other families."""
+    known = ("activation_function", "hidden_act", "hidden_activation")
+    return next((key for key in known if hasattr(config, key)), "hidden_act")

@@ -162,6 +162,10 @@ class TestGivenActivation:
         spec, _, _ = load_model(tmp_path / "a.gguf", activation="fatrelu", activation_threshold=0.01)
         assert (spec.activation, spec.activation_threshold) == ("fatrelu", 0.01)
 
+    def test_gemma_3_has_another_name_for_it(self, checkpoint):
+        with pytest.warns(UserWarning, match="'relu' is used instead"):
+            assert load_model(checkpoint("gemma3"), activation="relu")[0].activation == "relu"
+
     def test_it_stands_above_the_config_with_a_warning(self, checkpoint):
         with pytest.warns(UserWarning, match="config.json says that the activation is 'relu', and 'drelu' is used"):
             assert load_model(checkpoint("llama-relu"), activation="drelu")[0].activation == "drelu"

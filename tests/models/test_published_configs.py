@@ -41,6 +41,16 @@ def test_a_config_of_prosparse_is_read_as_llamas(tmp_path):
     assert "no code for sparsellama" in compare_with_transformers(checkpoint, weights)["skipped"]
 
 
+def test_turbosparse_is_a_mistral_with_a_relu_of_gate_and_of_up(tmp_path):
+    model = build_transformers_model("mistral", GROUPED | {"hidden_act": "relu"})
+    names = {"architectures": ["BambooForCausalLM"], "model_type": "bamboo"}
+    spec, weights, _ = load_model(published(model, tmp_path, **names))
+    assert (spec.family, spec.activation) == ("bamboo", "drelu")
+    for layer in model.model.layers:
+        layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj, torch.nn.ReLU())
+    torch.testing.assert_close(logits(Decoder(spec, weights.load())), logits(model), atol=2e-5, rtol=0)
+
+
 def test_minicpm_has_granites_factors(tmp_path):
     """Granite has the same equations, and transformers has code for it."""
     factors = MULTIPLIERS | {"residual_multiplier": 1.4 / 3**0.5, "attention_multiplier": 12**-0.5}
