@@ -16,4 +16,5 @@ shadowllm run "$OUT/bundle" --prompt "The shadow of a large language model is" -
 say "bench: sparse against ONNX Runtime dense"
 shadowllm bench "$OUT/bundle" --against ort-dense --json "$OUT/report.json" --plot "$OUT/report.png"
 say "the dial: three more budgets, and ONNX Runtime dense in float32, int8 and int4"
-python -m shadowllm.benchmarks.frontier "$MODEL" "$OUT/frontier" --bundle "$OUT/bundle" --runs 3 --windows 1 --json "$OUT/frontier.json"
+python -m shadowllm.benchmarks.frontier "$MODEL" "$OUT/frontier" --bundle "$OUT/bundle" --runs 3 --windows 1 \
+  --integers int8 int4 --json "$OUT/frontier.json"

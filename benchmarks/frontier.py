@@ -41,36 +41,40 @@ from shadowllm.pipeline import export_model
 from shadowllm.progress import progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
-DENSE = "float32 dense"
+INTEGERS = ("int8", "int6", "int4")
 # Points of the dial from slow and good to fast: neurons, heads, rows of the output table.
 DIAL = ((0.3, 1.0, 4096), (0.1, 1.0, 1024), (0.1, 0.34, 1024), (0.05, 0.12, 256))
 
 
-def export_all(model: str, folder: Path, dtype: str, bundle: Path | None = None) -> dict[str, Path]:
+def export_all(
+    model: str, folder: Path, dtype: str, integers: Sequence[str] = INTEGERS, bundle: Path | None = None
+) -> dict[str, Path]:
     """Export a bundle of each weight type; those that exist, or are given, are kept.
 
-    The first is of floats, and its predictor and the budget chosen for it are used for int8 too.
+    The first is of floats, and its predictor and the budget chosen for it are used for integers too.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    bundles = {name: folder / name for name in ("float32", "int8", "int4")} | ({"float32": bundle} if bundle else {})
-    if not bundles["float32"].exists():
-        export_model(Source(model), bundles["float32"], Export(dtype=dtype, validate=False))
-    predictor = Predictor.load(bundles["float32"] / PREDICTOR_FILE)
-    plans = {
-        "int8": Export(weight_dtype="int8", budget=read_manifest(bundles["float32"]).budget, validate=False),
-        "int4": Export(weight_dtype="int4", budget=Budget(), validate=False),
-    }
-    for name, plan in plans.items():
+    bundles = {dtype: bundle or folder / dtype} | {name: folder / name for name in integers}
+    if not bundles[dtype].exists():
+        export_model(Source(model), bundles[dtype], Export(dtype=dtype, validate=False))
+    predictor, chosen = Predictor.load(bundles[dtype] / PREDICTOR_FILE), read_manifest(bundles[dtype]).budget
+    for name in integers:
         if not bundles[name].exists():
+            budget = chosen if name != "int4" else Budget()
+            plan = Export(weight_dtype=name, budget=budget, validate=False)
             export_model(Source(model), bundles[name], plan, predictor=predictor)
     return bundles
 
 
 def contenders_of(bundles: Mapping[str, Path]) -> dict[str, tuple[Path, str, Budget]]:
-    """Return bundle, backend and budget of each contender."""
-    found = {f"{name} dense": (bundle, "ort-dense", Budget()) for name, bundle in bundles.items()}
-    for name in ("float32", "int8"):
-        bundle = bundles[name]
+    """Return bundle, backend and budget of each contender; the first is dense, of floats.
+
+    ONNX Runtime has no products of 6 bits, so there is no dense int6.
+    """
+    found = {f"{name} dense": (bundle, "ort-dense", Budget()) for name, bundle in bundles.items() if name != "int6"}
+    for name, bundle in bundles.items():
+        if name == "int4":  # it has no low-bit copy
+            continue
         found[f"{name} chosen"] = bundle, "ort", read_manifest(bundle).budget
         for neurons, heads, rows in DIAL:
             budget = Budget(neurons=neurons, heads=heads, shortlist=rows)
@@ -94,8 +98,9 @@ def measure(
     wanted = contenders_of(bundles)
     contenders = [Contender(name, session_command(*one, threads)) for name, one in wanted.items()]
     contenders += [rival.contender for rival in rivals]
-    manifest = read_manifest(bundles["float32"])
-    encode = plain_encoder(load_tokenizer(bundles["float32"], manifest), manifest)
+    floats, dense = next(iter(bundles.values())), next(iter(wanted))
+    manifest = read_manifest(floats)
+    encode = plain_encoder(load_tokenizer(floats, manifest), manifest)
     ids = _tokens(encode, texts, windows * seqlen + prompt_len)
     prompt, rest = ids[:prompt_len], ids[prompt_len:]
     with progress("Frontier", len(contenders) * (1 + runs + windows)) as advance:
@@ -112,7 +117,7 @@ def measure(
         kind = SPARSE if backend == "ort" else name
         traffic = traffic_of(read_manifest(bundle), kind, backend, budget, prompt_len, new_tokens)
         read[name] = budget if kind == SPARSE else None, traffic.total
-    return [_row(name, *read[name], taken[name], taken[DENSE]) | {"perplexity": perplexities[name]} for name in taken]
+    return [_row(name, *read[name], taken[name], taken[dense]) | {"perplexity": perplexities[name]} for name in taken]
 
 
 def _row(
@@ -194,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder for the bundles; those that exist are used")
     parser.add_argument("--bundle", type=Path, metavar="BUNDLE", help="a bundle of the model in floats, to use instead")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--integers", nargs="+", choices=INTEGERS, default=INTEGERS, help="default: all")
     parser.add_argument("--text", nargs="+", type=Path, default=(), help="default: documentation of Python modules")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--windows", type=int, default=3)
@@ -205,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if (args.gguf is None) != (args.llama_cpp_python is None):
         raise UserError("llama.cpp needs --gguf and --llama-cpp-python", "give both, or none of them")
-    bundles = export_all(args.model, args.out, args.dtype, args.bundle)
+    bundles = export_all(args.model, args.out, args.dtype, args.integers, args.bundle)
     rivals = llama_cpp_rivals(args.llama_cpp_python, args.gguf, args.out, args.threads) if args.gguf else []
     sizes = {"runs": args.runs, "windows": args.windows, "threads": args.threads}
     rows = measure(bundles, args.text, rivals=rivals, **sizes)

@@ -9,7 +9,7 @@ import gguf
 import pytest
 import torch
 
-from shadowllm.benchmarks.frontier import DENSE, DIAL, contenders_of, main, measure, plot, print_rows
+from shadowllm.benchmarks.frontier import DIAL, contenders_of, main, measure, plot, print_rows
 from shadowllm.benchmarks.gguf_model import write_gguf
 from shadowllm.benchmarks.llama_cpp_rivals import llama_cpp_rivals
 from shadowllm.benchmarks.noisy_model import write_noisy_model
@@ -25,6 +25,7 @@ def bundles(bundle):
     return {
         "float32": bundle("llama-blocks", **mixed),
         "int8": bundle("llama-blocks", weight_dtype="int8", **mixed),
+        "int6": bundle("llama-blocks", weight_dtype="int6", **mixed),
         "int4": bundle("llama-blocks", weight_dtype="int4"),
     }
 
@@ -32,8 +33,8 @@ def bundles(bundle):
 def test_contenders(bundles):
     found = contenders_of(bundles)
     dense = [name for name, (_, backend, _) in found.items() if backend == "ort-dense"]
-    assert dense == [DENSE, "int8 dense", "int4 dense"]
-    assert len(found) == len(dense) + 2 * (len(DIAL) + 1)
+    assert dense == ["float32 dense", "int8 dense", "int4 dense"]
+    assert len(found) == len(dense) + 3 * (len(DIAL) + 1)
 
 
 @pytest.mark.slow
