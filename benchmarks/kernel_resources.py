@@ -2,8 +2,9 @@
 
     python -m shadowllm.benchmarks.kernel_resources --json kernels.json
 
-For each shape, type and architecture it records registers per thread, shared memory per block, bytes spilled to local
-memory, fused multiply-adds, and barriers inside innermost loops. Spills are too slow for a memory-bound kernel.
+For each shape, type and architecture it records registers per thread, shared memory per block, and bytes spilled to
+local memory. Spills are too slow for a memory-bound kernel. With ``--machine-code SM`` it also records fused
+multiply-adds and barriers inside innermost loops for this architecture. This takes half a second for each kernel.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Resources:
         registers: per thread.
         shared_bytes: per block, static and dynamic.
         spilled_bytes: local memory per thread.
-        multiply_adds: FFMA instructions in the machine code.
-        loop_barriers: the most barriers in one innermost loop of the machine code.
+        multiply_adds: FFMA instructions in the machine code; None if it was not read.
+        loop_barriers: the most barriers in one innermost loop of the machine code; None if it was not read.
     """
 
     op: str
@@ -72,8 +73,8 @@ class Resources:
     registers: int
     shared_bytes: int
     spilled_bytes: int
-    multiply_adds: int
-    loop_barriers: int
+    multiply_adds: int | None
+    loop_barriers: int | None
 
 
 def programs(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[str, Program]]:
@@ -168,11 +169,16 @@ def cache_writer(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Kernel:
     return compile_kernel(cache.write_step, passed, constants, warps=cache.WARPS, stages=1, sms=sms)
 
 
-def resources(op: str, kernels: Iterable[Kernel], dtype: str) -> Iterator[Resources]:
-    """Resources of all images of the kernels; the images must be cubins."""
+def resources(op: str, kernels: Iterable[Kernel], dtype: str, code_of: int | None) -> Iterator[Resources]:
+    """Resources of all images of the kernels; the images must be cubins.
+
+    Args:
+        code_of: the architecture whose machine code is read; None for none.
+    """
     for kernel in kernels:
         for image in kernel.images:
-            used, code = _usage(image.data), _machine_code(image.data)
+            used = _usage(image.data)
+            code = _machine_code(image.data) if image.sm == code_of else None
             yield Resources(
                 op,
                 kernel.name,
@@ -182,8 +188,8 @@ def resources(op: str, kernels: Iterable[Kernel], dtype: str) -> Iterator[Resour
                 used["REG"],
                 used["SHARED"] + image.shared_bytes,
                 used["LOCAL"] + used["STACK"],
-                sum(" FFMA" in line for line in code),
-                _loop_barriers(code),
+                None if code is None else sum(" FFMA" in line for line in code),
+                None if code is None else _loop_barriers(code),
             )
 
 
@@ -230,6 +236,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--sms", nargs="+", type=int, default=list(SMS), metavar="SM")
+    parser.add_argument("--machine-code", type=int, metavar="SM", help="read the machine code for this architecture")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
@@ -239,9 +246,9 @@ def main() -> None:
             for dtype in args.dtypes:
                 shape, sms = SHAPES[name], tuple(args.sms)
                 for op, program in programs(shape, dtype, sms):
-                    found[name] += map(asdict, resources(op, program.kernels, dtype))
+                    found[name] += map(asdict, resources(op, program.kernels, dtype, args.machine_code))
                     advance(1)
-                found[name] += map(asdict, resources("write_cache", [cache_writer(shape, dtype, sms)], dtype))
+                found[name] += map(asdict, resources("write_cache", [cache_writer(shape, dtype, sms)], dtype, None))
     for name, rows in found.items():
         worst = max(rows, key=lambda row: row["registers"])
         spilling = sorted({f"{row['kernel']} (sm_{row['sm']})" for row in rows if row["spilled_bytes"]})
