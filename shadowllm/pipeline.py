@@ -6,11 +6,12 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from shadowllm.bundle.cost_model import dense_reasons
 from shadowllm.bundle.engine_record import EngineRecord
 from shadowllm.bundle.manifest import Manifest, read_manifest, verify_files
 from shadowllm.bundle.predictor_file import Kind, Predictor, check_neuron_budget
@@ -125,13 +126,8 @@ def _check_options(spec: ModelSpec, options: Export) -> None:
 
 
 def _open(source: Source) -> tuple[ModelSpec, Weights, Checkpoint]:
-    return load_model(
-        source.model,
-        cache_dir=source.cache_dir,
-        trust_remote_code=source.trust_remote_code,
-        activation=source.activation,
-        activation_threshold=source.activation_threshold,
-    )
+    given: dict[str, Any] = {"activation": source.activation, "activation_threshold": source.activation_threshold}
+    return load_model(source.model, cache_dir=source.cache_dir, trust_remote_code=source.trust_remote_code, **given)
 
 
 def _check_apart(model: Path, out: Path) -> None:
@@ -143,8 +139,6 @@ def _write(
     folder: Path, name: str, weights: Weights, checkpoint: Checkpoint, predictor: Predictor, options: Export
 ) -> Manifest:
     """Write a bundle to a folder, then tune, validate and build engines as requested."""
-    from shadowllm.bundle.cost_model import dense_reasons
-
     manifest = write_bundle(
         folder,
         name,

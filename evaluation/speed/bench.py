@@ -103,33 +103,25 @@ def bench(
         recomputed = _recomputed(generations, budget)
         read = replace(budget, shortlist=round(recomputed["mean"])) if recomputed else budget
         summary = summarise(generations, wanted)
-        traffic = None
-        if name != LOSSLESS:
-            traffic = traffic_of(manifest, name, backends[name], read, prompt_len, new_tokens, summary.fired)
+        sizes = prompt_len, new_tokens, summary.fired
+        traffic = None if name == LOSSLESS else traffic_of(manifest, name, backends[name], read, *sizes)
         same = generations[0].tokens == taken[against[0]][0].tokens if drafting.lossless else None
         lossless = [generation.lossless for generation in generations if generation.lossless]
         quality = (scores or {}).get(name, {})
         results.append(Result(name, summary, traffic, quality, recomputed, lossless, same))
-    settings = _settings(manifest, budget) | {
-        "prompt_len": prompt_len,
-        "new_tokens": new_tokens,
-        "runs": runs,
-        "warmup": warmup,
-        "quality_tokens": quality_tokens,
-        "backend": backend,
-        "prefill": prefill,
-        "prepack": prepack,
-        "lossless": drafting.lossless,
-        "draft_length": drafting.draft_length,
-    }
+    settings = _settings(manifest, budget, drafting)
+    settings |= {"prompt_len": prompt_len, "new_tokens": new_tokens, "runs": runs, "warmup": warmup}
+    settings |= {"quality_tokens": quality_tokens, "backend": backend, "prefill": prefill, "prepack": prepack}
     average = np.mean if drafting.lossless else np.median
     pairs = [{"name": own, "baseline": name, "speedup": speedup(taken[name], taken[own], average)} for name in against]
     return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
 
 
-def _settings(manifest: Manifest, budget: Budget) -> dict[str, Any]:
-    """The part of the report's settings that bundle and budget decide."""
+def _settings(manifest: Manifest, budget: Budget, drafting: Drafting) -> dict[str, Any]:
+    """The part of the report's settings that the bundle and the request decide."""
     return {
+        "lossless": drafting.lossless,
+        "draft_length": drafting.draft_length,
         "model": manifest.model,
         "dtype": manifest.dtype,
         "weight_dtype": manifest.weight_dtype or manifest.dtype,
