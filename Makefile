@@ -90,7 +90,7 @@ PEERS_ORT := onnxruntime==1.32.0
 # Compiles llama.cpp for this machine's processor, which takes about half an hour.
 .peers/llamacpp:
 	$(PYTHON) -m venv $@
-	CMAKE_ARGS="-DGGML_NATIVE=ON" $@/bin/pip install --quiet --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $@/bin/pip install --quiet --no-binary llama-cpp-python llama-cpp-python==0.3.36
 	$@/bin/pip install --quiet --no-deps .
 
 peers: $(VENV)/.installed .peers/genai .peers/optimum
