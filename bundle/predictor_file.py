@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from shadowllm.errors import UserError
-from shadowllm.models.sparsity import Budget
 from shadowllm.models.spec import ModelSpec
 
 Kind = Literal["static", "shadow", "layerwise", "quantized-shadow", "relu"]
@@ -174,18 +172,6 @@ class Predictor:
             return cls(tensors=tensors, **description)
         except TypeError as error:
             raise UserError(f"{path} is not a readable predictor ({error})", "train it again") from error
-
-
-def check_neuron_budget(kind: str, budget: Budget) -> None:
-    """Refuse a budget of neurons where the ReLU decides which neurons are computed.
-
-    Raises:
-        UserError: the predictor is of the kind "relu", and the budget leaves out neurons.
-    """
-    if kind == "relu" and np.min(budget.neurons) < 1:
-        raise UserError(
-            "a neuron budget below 1, but the selector relu computes every neuron that fires", "leave it out"
-        )
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:

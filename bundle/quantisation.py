@@ -54,12 +54,13 @@ class Quantisation:
 
     @property
     def lowest(self) -> int:
-        """The least signed integer. The largest is ``-lowest - 1``.
+        """The least signed integer."""
+        return -(1 << (self.bits - 1))
 
-        Nested integers have a smaller range, so that both ends have a residual in its own range.
-        """
-        middle = 1 << (self.bits - 1)
-        return (1 << self.residual_bits >> 1) - middle
+    @property
+    def highest(self) -> int:
+        """The largest signed integer. That of nested integers has a residual in its own range."""
+        return -self.lowest - 1 - (1 << self.residual_bits >> 1)
 
     @property
     def itemsize(self) -> float:
@@ -142,7 +143,10 @@ def _integers(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarr
     farthest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)
     scales = (farthest / np.float32(q.lowest)).astype(np.float32)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    return np.clip(np.rint(blocks * inverse), q.lowest, -q.lowest - 1), scales[..., 0]
+    if q.residual_bits:  # many elements would be above the range, so the scale is larger where one is
+        above = np.maximum(1, (blocks * inverse).max(axis=2, keepdims=True) / np.float32(q.highest + 0.5))
+        scales, inverse = scales * above, inverse / above
+    return np.clip(np.rint(blocks * inverse), q.lowest, q.highest), scales[..., 0]
 
 
 def _high(integers: np.ndarray, q: Quantisation) -> np.ndarray:
@@ -209,6 +213,14 @@ def dequantise_nested(
     """Invert `quantise_nested` up to rounding; return float32 ``(rows, width)``."""
     fine = scales * np.float32(q.residual_step)
     return dequantise(copy, scales, width, q.copy) + dequantise(residual, fine, width, q.residual)
+
+
+def joined(copy: np.ndarray, residual: np.ndarray, q: Quantisation) -> np.ndarray:
+    """Nested integers ``(rows, bytes)`` in one part: uint8 ``(rows, elements)`` with the middle at 128."""
+    whole = unpacked(copy, q.copy.bits) << np.uint8(q.residual_bits) | unpacked(residual, q.residual_bits)
+    middle = (1 << (q.bits - 1)) + (1 << (q.residual_bits - 1))  # that of the copy, and that of the residual
+    whole += np.uint8((128 - middle) % 256)
+    return whole
 
 
 def nested_format(copy: np.ndarray, residual: np.ndarray) -> Quantisation:

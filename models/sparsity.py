@@ -195,3 +195,15 @@ def _counts(value: Fractions, units: int, n_sparse: int) -> np.ndarray:
             f"the budget has {len(each)} fractions, the model {n_sparse} sparse layers", "give one, or one per layer"
         )
     return np.broadcast_to(np.maximum(1, np.rint(np.array(each) * units)).astype(np.int32), n_sparse).copy()
+
+
+def check_neuron_budget(kind: str, budget: Budget) -> None:
+    """Refuse a budget of neurons where the ReLU decides which neurons are computed.
+
+    Raises:
+        UserError: the predictor is of the kind "relu", and the budget leaves out neurons.
+    """
+    if kind == "relu" and np.min(budget.neurons) < 1:
+        raise UserError(
+            "a neuron budget below 1, but the selector relu computes every neuron that fires", "leave it out"
+        )

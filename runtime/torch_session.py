@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from shadowllm.bundle.manifest import read_manifest
-from shadowllm.bundle.predictor_file import Predictor, check_neuron_budget
+from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.weights import read_weights
 from shadowllm.limits import LONGEST_DRAFT, check_threads
 from shadowllm.models.decoder import Decoder, KVCache
 from shadowllm.models.sparse_decoder import Certificate, SparseDecoder
-from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit
+from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit, check_neuron_budget
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.per_layer import per_layer_scores

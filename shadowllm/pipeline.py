@@ -14,7 +14,7 @@ import torch
 from shadowllm.bundle.cost_model import dense_reasons
 from shadowllm.bundle.engine_record import EngineRecord
 from shadowllm.bundle.manifest import Manifest, read_manifest, verify_files
-from shadowllm.bundle.predictor_file import Kind, Predictor, check_neuron_budget
+from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.config import (
     DEFAULT_BUDGET,
     DEFAULT_TARGET,
@@ -35,7 +35,7 @@ from shadowllm.models.activations import stated_activation
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.tokenizer import text_encoder
 from shadowllm.models.registry import load_model
-from shadowllm.models.sparsity import Budget, SparseLayers, layer_units
+from shadowllm.models.sparsity import Budget, SparseLayers, check_neuron_budget, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Weights
 from shadowllm.plugins.tensorrt.load_tensorrt import require

@@ -121,6 +121,8 @@ def test_files_and_functions_are_short():
     [
         # Running an engine must not need the packages that wrote it.
         ("shadowllm.runtime.gpu.trt_session", ("onnx", "onnx_ir", "onnxruntime")),
+        # PyTorch takes 200 MB of memory.
+        ("shadowllm.runtime.ort.session", ("torch", "transformers")),
         # Help and usage errors must not wait for slow imports.
         ("shadowllm.cli", ("torch", "onnx", "onnxruntime", "transformers")),
     ],

@@ -76,6 +76,35 @@ def sum_along(acc, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def project(
+    x,
+    weight,
+    bias,
+    rows,
+    live,
+    tokens,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Products ``(M, N)`` of this block's tokens of ``x (tokens, WIDTH)`` with rows of a weight, plus ``bias``.
+
+    Only live rows are read.
+    """
+    total = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
+    for start in range(0, WIDTH, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        place = rows.to(tl.int64)[:, None] * WIDTH + cols[None, :]
+        w = tl.load(weight + place, mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0)
+        total = add_along(total, token_tile(x, tokens, cols, WIDTH, BLOCK_M, BLOCK_N), w, BLOCK_M)
+    y = sum_along(total, BLOCK_M)
+    if bias is not None:
+        y += tl.load(bias + rows, mask=live, other=0.0)[None, :].to(tl.float32)
+    return y
+
+
+@triton.jit
 def active_rows(indices, count, slots, GROUP: tl.constexpr, UNITS: tl.constexpr):
     """Rows of a weight at the slots of a selection of units, which have ``GROUP`` rows each.
 

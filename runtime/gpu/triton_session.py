@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from shadowllm.bundle import selection_names as names
-from shadowllm.bundle.predictor_file import Predictor, check_neuron_budget
+from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantised_tensors import CopyTensors
 from shadowllm.errors import UserError
 from shadowllm.limits import LONGEST_DRAFT
 from shadowllm.models.decoder import KVCache
-from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit
+from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit, check_neuron_budget
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
 from shadowllm.runtime.gpu.cuda_graph import captured, kernel_device

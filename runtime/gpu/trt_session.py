@@ -14,10 +14,9 @@ import numpy as np
 from shadowllm.bundle import selection_names
 from shadowllm.bundle.engine_record import EngineRecord, check_sidecar
 from shadowllm.bundle.manifest import read_manifest
-from shadowllm.bundle.predictor_file import check_neuron_budget
 from shadowllm.config import Flavour
 from shadowllm.errors import UserError
-from shadowllm.models.sparsity import UNITS, Budget, SparseLayers
+from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, check_neuron_budget
 from shadowllm.plugins.tensorrt.load_tensorrt import gpu_capability, load
 from shadowllm.runtime.gpu.cuda import Cuda
 from shadowllm.runtime.gpu.engine_buffers import Limits, buffers, constants, layout, memory_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -22,8 +23,21 @@ from shadowllm.runtime.ort.split_selection import SplitSelection
 from shadowllm.runtime.ort.upcast_to_float32 import UpcastToFloat32
 
 
-def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, fused: bool = True) -> bytes:
-    """Rewrite a graph of a bundle for ONNX Runtime's CPU kernels and serialise it.
+@dataclass(frozen=True)
+class CpuGraph:
+    """A graph of a bundle, rewritten for ONNX Runtime's CPU kernels.
+
+    Attributes:
+        model: the serialised graph. Its weights are in the bundle's file.
+        computed: functions for initializers that are not in a file, by name.
+    """
+
+    model: bytes
+    computed: Mapping[str, Callable[[], np.ndarray]]
+
+
+def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, fused: bool = True) -> CpuGraph:
+    """Rewrite a graph of a bundle for ONNX Runtime's CPU kernels.
 
     Inputs and outputs are those of the file, except that ``body`` takes its selection row by row.
 
@@ -35,14 +49,17 @@ def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, f
         fused: whether dense attention becomes one op, which takes several tokens after a past for one sequence only.
     """
     model = ir.load(path)
+    computed: dict[str, Callable[[], np.ndarray]] = {}
     for rewrite in _passes(path.stem, manifest, native, exact, fused):
         rewrite(model)
+        if isinstance(rewrite, JoinNested):
+            computed = rewrite.weights
     proto = ir.to_proto(model)
     # The data file may be a link, as in the Hugging Face cache. ONNX Runtime is given the folder of the link's target.
     for place in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
         if place.key == "location":
             place.value = (path.parent / place.value).resolve().name
-    return proto.SerializeToString()
+    return CpuGraph(proto.SerializeToString(), computed)
 
 
 def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: bool) -> list[InPlacePass]:
@@ -85,11 +102,11 @@ class ExactIntegerInputs(InPlacePass):
 
 
 class OrtGraph:
-    """One ONNX graph loaded into ONNX Runtime."""
+    """The ONNX graph of a file, rewritten by `for_cpu`, loaded into ONNX Runtime."""
 
-    def __init__(self, path: Path, options: ort.SessionOptions, read: Callable[[], bytes]) -> None:
+    def __init__(self, path: Path, options: ort.SessionOptions, model: bytes) -> None:
         try:
-            self._session = ort.InferenceSession(read(), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except (
             errors.Fail,
             errors.InvalidGraph,

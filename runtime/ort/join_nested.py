@@ -6,12 +6,14 @@ faster than two, and costs what it costs with plain 8-bit integers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PreconditionError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from shadowllm.bundle.quantisation import Quantisation
+from shadowllm.bundle.quantisation import Quantisation, joined
 from shadowllm.plugins.function_body import MICROSOFT
 
 
@@ -21,20 +23,24 @@ class JoinNested(InPlacePass):
     Requires: each ``MatMulNBits`` is one of a pair with the same input, sizes and scales. The pair is added, after the
     product of the residual is multiplied by a constant. Ensures: the same inputs and outputs under the same names.
 
-    Standard nodes join the weights. ONNX Runtime computes them when it loads the graph, and frees the parts.
+    The weights of the products are new initializers without data. They must be given to a session when it is loaded.
 
     Args:
         q: format of the nested integers.
+
+    Attributes:
+        weights: a function for each new initializer, by name, that computes its data.
     """
 
     def __init__(self, q: Quantisation) -> None:
         self._q = q
+        self.weights: dict[str, Callable[[], np.ndarray]] = {}
 
     def requires(self, model: ir.Model) -> None:
         """See the class.
 
         Raises:
-            PreconditionError: names the weights of a product that has no partner.
+            PreconditionError: names the weights of a product that has no partner, or that are not initializers.
         """
         products = {node for node in model.graph if node.op_type == "MatMulNBits"}
         for copy, residual, _ in _pairs(model):
@@ -47,10 +53,8 @@ class JoinNested(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the model in place."""
         pairs = _pairs(model)
-        joiner = _Joiner(model.graph, self._q) if pairs else None
         for copy, residual, add in pairs:
-            assert joiner is not None
-            inputs = [copy.inputs[0], *joiner.join(copy, residual), *copy.inputs[3:]]
+            inputs = [copy.inputs[0], *self._join(model.graph, copy, residual), *copy.inputs[3:]]
             product = ir.node("MatMulNBits", inputs, domain=MICROSOFT)
             product.attributes.update(copy.attributes)
             product.attributes["bits"] = ir.AttrInt64("bits", 8)
@@ -60,47 +64,31 @@ class JoinNested(InPlacePass):
             RemoveUnusedNodesPass()(model)
         return PassResult(model, modified=bool(pairs))
 
-
-class _Joiner:
-    """Adds the nodes that join weights, at the start of a graph."""
-
-    def __init__(self, graph: ir.Graph, q: Quantisation) -> None:
-        self._graph, self._q, self._first = graph, q, graph[0]
-
-    def join(self, copy: ir.Node, residual: ir.Node) -> tuple[ir.Value, ir.Value]:
+    def _join(self, graph: ir.Graph, copy: ir.Node, residual: ir.Node) -> tuple[ir.Value, ir.Value]:
         """The joined integers, uint8 ``(rows, blocks, block)``, and their scales ``(rows, blocks)``."""
-        q, high, low, steps = self._q, *(_given(*place) for place in ((copy, 1), (residual, 1), (copy, 2)))
-        whole = self._op("BitShift", self._unpacked(high, q.copy.bits), self._byte(q.residual_bits), direction="LEFT")
-        whole = self._op("BitwiseOr", whole, self._unpacked(low, q.residual_bits))
-        # The parts are unsigned around a middle of their own. Modulo 256, this moves the middle of their sum to 128.
-        middle = (1 << (q.bits - 1)) + (1 << (q.residual_bits - 1))
-        whole = self._op("Add", whole, self._byte((128 - middle) % 256))
-        step = self._constant("residual_step", np.array(q.residual_step, dtype=np.float32))
-        return whole, self._op("Mul", steps, step)
+        q, high, low, scales = self._q, *(_data(*place) for place in ((copy, 1), (residual, 1), (copy, 2)))
+        shape = (*scales.shape.numpy(), q.block)
 
-    def _unpacked(self, data: ir.Value, bits: int) -> ir.Value:
-        """The integers of ``(rows, blocks, bytes)``, one in a byte."""
-        mask, last = self._byte((1 << bits) - 1), self._constant("last_axis", np.array([3]))
-        places = []
-        for place in range(0, 8, bits):
-            shifted = self._op("BitShift", data, self._byte(place), direction="RIGHT")
-            places.append(self._op("Unsqueeze", self._op("BitwiseAnd", shifted, mask), last))
-        shape = self._constant("row_of_blocks", np.array([0, 0, -1]))
-        return self._op("Reshape", self._op("Concat", *places, axis=3), shape)
+        def integers() -> np.ndarray:
+            return joined(_rows(high), _rows(low), q).reshape(shape)
 
-    def _byte(self, value: int) -> ir.Value:
-        return self._constant(f"byte_{value}", np.array(value, dtype=np.uint8))
+        def steps() -> np.ndarray:
+            return _rows(scales) * np.float32(q.residual_step)
 
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        name = f"join.{name}"
-        if name not in self._graph.initializers:
-            self._graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
-        return self._graph.initializers[name]
+        return self._initializer(graph, high, shape, integers), self._initializer(graph, scales, shape[:2], steps)
 
-    def _op(self, op_type: str, *inputs: ir.Value, **attributes: int | str) -> ir.Value:
-        node = ir.node(op_type, list(inputs), attributes)
-        self._graph.insert_before(self._first, node)
-        return node.outputs[0]
+    def _initializer(
+        self, graph: ir.Graph, part: ir.ExternalTensor, shape: tuple[int, ...], compute: Callable[[], np.ndarray]
+    ) -> ir.Value:
+        """A new initializer. ONNX Runtime wants a file for it, and does not read it there: that of ``part``."""
+        name = f"{part.name}.joined"
+        if name not in self.weights:
+            tensor = ir.ExternalTensor(
+                part.location, None, None, part.dtype, shape=ir.Shape(shape), name=name, base_dir=part.base_dir
+            )
+            graph.register_initializer(ir.val(name, const_value=tensor))
+            self.weights[name] = compute
+        return graph.initializers[name]
 
 
 def _pairs(model: ir.Model) -> list[tuple[ir.Node, ir.Node, ir.Node]]:
@@ -119,11 +107,18 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     return node if node is not None and node.op_type == op_type else None
 
 
-def _given(node: ir.Node, place: int) -> ir.Value:
+def _data(node: ir.Node, place: int) -> ir.ExternalTensor:
     value = node.inputs[place]
-    if value is None:
-        raise PreconditionError(f"the product of {_weights(node)} has no input {place}")
-    return value
+    if value is None or not isinstance(value.const_value, ir.ExternalTensor):
+        raise PreconditionError(f"input {place} of the product of {_weights(node)} is not in the weight file")
+    return value.const_value
+
+
+def _rows(tensor: ir.ExternalTensor) -> np.ndarray:
+    """A copy of the data ``(rows, elements)``, so that the file need not stay in memory."""
+    data = tensor.numpy().reshape(tensor.shape.numpy()[0], -1).copy()
+    tensor.release()
+    return data
 
 
 def _weights(product: ir.Node) -> str:

@@ -14,10 +14,9 @@ import onnxruntime as ort
 from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.cost_model import sparse_pays
 from shadowllm.bundle.manifest import DATA_FILE, Manifest, read_manifest, verify_files
-from shadowllm.bundle.predictor_file import check_neuron_budget
 from shadowllm.errors import UserError
 from shadowllm.limits import LONGEST_DRAFT, check_threads
-from shadowllm.models.sparsity import UNITS, ActiveCounts, Budget, Unit, layer_units
+from shadowllm.models.sparsity import UNITS, ActiveCounts, Budget, Unit, check_neuron_budget, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.inputs import budget_scalars, check_rewind, check_tokens, check_verified, pad_prompts
@@ -116,7 +115,6 @@ class OrtSession:
         verify_files(self._bundle, self.manifest.digests(*names))
         self._weights, self._packed = SharedWeights((self._bundle / DATA_FILE).resolve()), False
         self._pieces = {piece: self._open(piece) for piece in pieces}
-        self._weights.release()
         self.reset()
         return self
 
@@ -147,7 +145,11 @@ class OrtSession:
         # this folder, so links are resolved here.
         weights = (self._bundle / DATA_FILE).resolve()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
-        return OrtGraph(path, options, lambda: for_cpu(path, self.manifest, native, self._exact, fused))
+        graph = for_cpu(path, self.manifest, native, self._exact, fused)
+        self._weights.give_computed(graph.computed, options)
+        loaded = OrtGraph(path, options, graph.model)
+        self._weights.release()
+        return loaded
 
     @property
     def _prefill_pieces(self) -> tuple[str, ...]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +14,7 @@ import onnxruntime as ort
 
 # Smaller tensors stay with the graph, because ONNX Runtime folds them into other constants.
 LEAST_BYTES = 4096
+ALIGNMENT = 64  # of computed initializers, in bytes
 
 
 class SharedWeights:
@@ -23,9 +27,9 @@ class SharedWeights:
     """
 
     def __init__(self, path: Path) -> None:
+        self._maps: list[mmap.mmap] = []
         with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # ONNX Runtime asks for writable memory
-        self._data = np.frombuffer(self._map, dtype=np.uint8)
+            self._data = self._map(file)
         self._values: list[ort.OrtValue] = []  # ONNX Runtime does not own them
 
     def give(self, graph: ir.Graph, options: ort.SessionOptions) -> None:
@@ -36,22 +40,47 @@ class SharedWeights:
                 continue
             start = tensor.offset or 0
             flat = self._data[start : start + int(tensor.length or 0)]
-            shared = _ort_value(flat, tensor)
-            options.add_initializer(value.name, shared)
-            self._values.append(shared)
+            array = flat.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+            self._add(str(value.name), array, tensor.dtype, options)
+
+    def give_computed(self, weights: Mapping[str, Callable[[], np.ndarray]], options: ort.SessionOptions) -> None:
+        """Make a session with these options read initializers that are computed now, one after the other.
+
+        They are written to a file without a name. So `release` can give back their memory, and what a session still
+        reads comes from the file.
+
+        Raises:
+            OSError: the folder of temporary files has too little space.
+        """
+        arrays = {}
+        with tempfile.TemporaryFile() as file:
+            for name, compute in weights.items():
+                array = compute()
+                arrays[name] = array.dtype, array.shape, file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
+                file.write(array.data)
+            file.flush()
+            data = self._map(file) if arrays else np.empty(0, dtype=np.uint8)
+        for name, (dtype, shape, start) in arrays.items():
+            array = np.ndarray(shape, dtype, data, start)
+            self._add(name, array, ir.DataType.from_numpy(dtype), options)
 
     def release(self) -> None:
-        """Give the memory of pages that were read back to the system; a page that is used again is mapped again.
+        """Give the memory of pages that were read back to the system; a page that is used again is read again.
 
-        Native ops pack integer rows when their graph is loaded, and then never read these pages again.
+        Native ops and ONNX Runtime pack integer rows when a graph is loaded, and then never read these pages again.
         """
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-            self._map.madvise(mmap.MADV_DONTNEED)
+            for one in self._maps:
+                one.madvise(mmap.MADV_DONTNEED)
 
+    def _map(self, file: IO[bytes]) -> np.ndarray:
+        self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))  # ONNX Runtime asks for writable memory
+        return np.frombuffer(self._maps[-1], dtype=np.uint8)
 
-def _ort_value(data: np.ndarray, tensor: ir.ExternalTensor) -> ort.OrtValue:
-    """A value over the memory of ``data``, with type and shape of the tensor."""
-    array = data.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
-    if tensor.dtype == ir.DataType.BFLOAT16:  # NumPy has no such type
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(tensor.dtype))
-    return ort.OrtValue.ortvalue_from_numpy(array)
+    def _add(self, name: str, array: np.ndarray, dtype: ir.DataType, options: ort.SessionOptions) -> None:
+        if dtype == ir.DataType.BFLOAT16:  # NumPy has no such type
+            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(dtype))
+        else:
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+        options.add_initializer(name, value)
+        self._values.append(value)

@@ -22,30 +22,7 @@ import triton.language as tl
 
 from shadowllm.plugins.ops.select_topk.kernel import largest_keys, ordered_keys
 from shadowllm.plugins.triton.low_bit import copy_products
-from shadowllm.plugins.triton.tiles import add_along, sum_along, token_tile, zeros_along
-
-
-@triton.jit
-def exact_products(
-    x,
-    table,
-    rows,
-    live,
-    tokens,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Products ``(M, N)`` of rows of the table, where they are live, with a tile of tokens of ``x (tokens, WIDTH)``."""
-    acc = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
-    for start in range(0, WIDTH, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        tile = token_tile(x, tokens, cols, WIDTH, BLOCK_M, BLOCK_N)
-        place = rows.to(tl.int64)[:, None] * WIDTH + cols[None, :]
-        mask = live[:, None] & (cols < WIDTH)[None, :]
-        acc = add_along(acc, tile, tl.load(table + place, mask=mask, other=0.0), BLOCK_M)
-    return sum_along(acc, BLOCK_M)
+from shadowllm.plugins.triton.tiles import project
 
 
 @triton.jit
@@ -66,7 +43,7 @@ def table_logits(
         return
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < ROWS
-    products = exact_products(x, table, rows, live, tokens, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
+    products = project(x, table, None, rows, live, tokens, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
     rows_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = rows_m.to(tl.int64)[:, None] * ROWS + rows[None, :]
     tl.store(logits + place, products, mask=(rows_m < tokens)[:, None] & live[None, :])
@@ -140,7 +117,7 @@ def recompute(
     BLOCK_K: tl.constexpr,
 ):
     """Write the exact logits of the live rows for one row of x, and return the largest."""
-    exact = exact_products(x + row * WIDTH, table, rows, live, 1, WIDTH, 1, BLOCK_N, BLOCK_K)
+    exact = project(x + row * WIDTH, table, None, rows, live, 1, WIDTH, 1, BLOCK_N, BLOCK_K)
     exact = tl.reshape(exact, (BLOCK_N,))
     tl.store(logits + row * ROWS + rows, exact, mask=live)
     return tl.max(tl.where(live & (exact == exact), exact, float("-inf")), 0)

@@ -16,6 +16,7 @@ from shadowllm.plugins.triton.tiles import (
     activate,
     active_rows,
     add_along,
+    project,
     sum_along,
     times_up,
     token_tile,
@@ -121,32 +122,6 @@ def gate_first(
     tl.store(
         hidden + rows_m[:, None].to(tl.int64) * NEURONS + neurons[None, :], h.to(hidden.dtype.element_ty), mask=inside
     )
-
-
-@triton.jit
-def project(
-    x,
-    weight,
-    bias,
-    rows,
-    live,
-    tokens,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The products ``(BLOCK_M, BLOCK_N)`` of the block's tokens with some rows, plus bias. Only live rows are read."""
-    total = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
-    for start in range(0, WIDTH, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        place = rows.to(tl.int64)[:, None] * WIDTH + cols[None, :]
-        w = tl.load(weight + place, mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0)
-        total = add_along(total, token_tile(x, tokens, cols, WIDTH, BLOCK_M, BLOCK_N), w, BLOCK_M)
-    y = sum_along(total, BLOCK_M)
-    if bias is not None:
-        y += tl.load(bias + rows, mask=live, other=0.0)[None, :].to(tl.float32)
-    return y
 
 
 @triton.jit

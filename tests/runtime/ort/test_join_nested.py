@@ -12,9 +12,11 @@ from onnx_ir.tape import Tape
 from shadowllm.bundle.quantisation import NESTED, quantise_nested, rounded
 from shadowllm.plugins.function_body import MICROSOFT, OPSET
 from shadowllm.runtime.ort.join_nested import JoinNested
+from shadowllm.runtime.ort.shared_weights import SharedWeights
 
 FORMATS = pytest.mark.parametrize("q", NESTED.values(), ids=NESTED)
 ROWS = 7
+WEIGHTS = "weights.data"
 
 
 def model(q, width, *, other_scales=False, alone=False):
@@ -51,21 +53,33 @@ def model(q, width, *, other_scales=False, alone=False):
     return ir.Model(graph, ir_version=11), matrix
 
 
-def outputs(built, x):
-    session = ort.InferenceSession(ir.to_proto(built).SerializeToString(), providers=["CPUExecutionProvider"])
+def in_file(built, folder):
+    """The same model with its weights in a file, as in a bundle."""
+    ir.save(built, folder / "model.onnx", external_data=WEIGHTS, size_threshold_bytes=1)
+    return ir.load(folder / "model.onnx")
+
+
+def outputs(built, folder, x, computed=None):
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    shared = SharedWeights(folder / WEIGHTS)
+    shared.give_computed(computed or {}, options)
+    session = ort.InferenceSession(ir.to_proto(built).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    shared.release()
     return session.run(None, {"x": x})[0]
 
 
 @FORMATS
 @pytest.mark.parametrize("width", [64, 100, 576])
-def test_one_product_gives_what_two_give(q, width):
+def test_one_product_gives_what_two_give(q, width, tmp_path):
     built, matrix = model(q, width)
+    built, join = in_file(built, tmp_path), JoinNested(q)
     x = np.random.default_rng(0).standard_normal((3, width)).astype(np.float32)
-    before = outputs(built, x)
-    assert JoinNested(q)(built).modified
+    before = outputs(built, tmp_path, x)
+    assert join(built).modified
     (product,) = (node for node in built.graph if node.op_type == "MatMulNBits")
     assert product.attributes["bits"].as_int() == 8
-    after, wanted = outputs(built, x), x @ rounded(matrix, q).T
+    after, wanted = outputs(built, tmp_path, x, join.weights), x @ rounded(matrix, q).T
     for found in (before, after):
         assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
@@ -81,3 +95,9 @@ def test_one_product_gives_what_two_give(q, width):
 def test_other_graphs_are_refused(q, changes, words):
     with pytest.raises(PreconditionError, match=words):
         JoinNested(q)(model(q, 64, **changes)[0])
+
+
+@FORMATS
+def test_weights_that_are_not_in_a_file_are_refused(q):
+    with pytest.raises(PreconditionError, match="input 1 of the product of copy is not in the weight file"):
+        JoinNested(q)(model(q, 64)[0])

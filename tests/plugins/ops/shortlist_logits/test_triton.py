@@ -100,11 +100,11 @@ def test_what_is_no_number_is_not_hidden(value):
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"x": torch.rand(1, 193)}, "for x"),
+        ({"x": torch.ones(1, 193)}, "for x"),
         ({"copy": torch.zeros(88, 1, 24, dtype=torch.uint8)}, "for x"),
         ({"copy": torch.zeros(88, 1, 32, dtype=torch.int8)}, "copy is torch.int8"),
-        ({"errors": torch.rand(87)}, "errors has shape"),
-        ({"weighting": torch.rand(40)}, "weighting has shape"),
+        ({"errors": torch.ones(87)}, "errors has shape"),
+        ({"weighting": torch.ones(40)}, "weighting has shape"),
         ({"shortlist": torch.tensor([1]).int()}, "shortlist has shape"),
     ],
     ids=str,
