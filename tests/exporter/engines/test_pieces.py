@@ -45,10 +45,14 @@ MODELS = {
 }
 
 
+# A build takes seconds, so each kind of plugin is built with one of the families.
+CPP = pytest.param("opt", LIBRARY, marks=needs_library, id="opt-c++")
+FAMILY_AND_LIBRARY = [pytest.param("llama", None, id="llama-python"), CPP]
+
+
 @needs_builder
-@pytest.mark.parametrize("library", [None, pytest.param(LIBRARY, marks=needs_library)], ids=["python", "c++"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("family", "library"), FAMILY_AND_LIBRARY)
 def test_pieces_build_with_all_plugins(tmp_path, family, dtype, library):
     check_pieces(tmp_path, family, MODELS[family], dtype, library)
 
@@ -59,8 +63,7 @@ def test_pieces_without_biases_build_in_float32(tmp_path):
 
 
 @needs_builder
-@pytest.mark.parametrize("library", [None, pytest.param(LIBRARY, marks=needs_library)], ids=["python", "c++"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("family", "library"), FAMILY_AND_LIBRARY)
 def test_a_quantised_shadow_chooses_inside_its_engine(tmp_path, family, library):
     build_transformers_model(family, MODELS[family]).save_pretrained(tmp_path / "model")
     path = tmp_path / "bundle" / "body.onnx"
@@ -80,16 +83,16 @@ def test_a_quantised_shadow_chooses_inside_its_engine(tmp_path, family, library)
 
 
 @needs_builder
-@pytest.mark.parametrize("library", [None, pytest.param(LIBRARY, marks=needs_library)], ids=["python", "c++"])
 @pytest.mark.parametrize(
-    ("kind", "ops"),
+    ("family", "library", "kind", "ops"),
     [
-        ("quantized-shadow", ["SparseAttention", "SparseMLP"]),
-        ("layerwise", ["SparseAttention", "SelectTopK", "SparseMLP"]),
-        ("shadow", ["SparseAttention", "SparseMLP"]),
+        pytest.param("llama", None, "quantized-shadow", ["SparseAttention", "SparseMLP"]),
+        pytest.param("opt", LIBRARY, "quantized-shadow", ["SparseAttention", "SparseMLP"], marks=needs_library),
+        pytest.param("opt", None, "layerwise", ["SparseAttention", "SelectTopK", "SparseMLP"]),
+        pytest.param("llama", LIBRARY, "shadow", ["SparseAttention", "SparseMLP"], marks=needs_library),
     ],
+    ids=["llama-quantized-shadow", "opt-quantized-shadow-c++", "opt-layerwise", "llama-shadow-c++"],
 )
-@pytest.mark.parametrize("family", MODELS)
 def test_a_rest_from_the_low_bit_copy(tmp_path, family, kind, ops, library):
     build_transformers_model(family, MODELS[family]).save_pretrained(tmp_path / "model")
     path = tmp_path / "bundle" / "body.onnx"
