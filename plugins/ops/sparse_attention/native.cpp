@@ -70,7 +70,7 @@ class SparseAttention {
     std::vector<Heads> heads;
     for (const Call& call : calls) {
       memory.emplace_back(room, call);
-      const int32_t* full = call.indices == nullptr ? choose(call, memory.back()) : call.indices;
+      const int32_t* full = call.score_groups > 0 ? choose(call, memory.back()) : call.indices;
       if (call.listed != nullptr) {
         const size_t count = std::min(call.full_count, call.n_heads);
         std::fill(std::copy_n(full, count, call.listed), call.listed + call.n_heads, -1);
