@@ -88,7 +88,8 @@ def _decoded(session: OrtSession, tokens: list[int], advance: Advance) -> Iterat
     for token in range(start, len(tokens)):
         session.decode(np.array([tokens[token]], dtype=np.int64))
         advance(1)
-        yield token, selection_masks(session.selection, session.spec)
+        masks = selection_masks(session.selection, session.spec)
+        yield token, {unit: mask[:, 0] for unit, mask in masks.items()}
 
 
 def _important(tracer: Tracer, window: Tensor, counts: ActiveCounts) -> dict[Unit, Tensor]:

@@ -30,7 +30,8 @@ from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
 from shadowllm.progress import progress
 from shadowllm.runtime import Sampling, generate
 from shadowllm.runtime.generation.text import TextStream, load_tokenizer
-from shadowllm.runtime.ort.session import Kind, OrtSession
+from shadowllm.runtime.ort.loaded_bundle import Kind
+from shadowllm.runtime.ort.session import OrtSession
 
 NEW_TOKENS = 256  # if a task gives no limit
 

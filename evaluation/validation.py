@@ -247,13 +247,14 @@ def _error(output: str, pairs: list[tuple[np.ndarray, np.ndarray]], greedy: floa
 
 
 def selection_masks(selection: Mapping[Unit, np.ndarray], spec: ModelSpec) -> Masks:
-    """Convert a session's padded index rows to bool masks ``(n_sparse, n_units)``."""
+    """Convert padded indices ``(..., n_units)`` to bool masks ``(..., n_units)``."""
     masks: Masks = {}
     for unit, width in layer_units(spec).items():
-        rows = np.zeros((len(selection[unit]), width), dtype=bool)
-        for row, indices in zip(rows, selection[unit], strict=True):
-            row[indices[indices >= 0]] = True
-        masks[unit] = torch.from_numpy(rows)
+        found = np.zeros((*selection[unit].shape[:-1], width), dtype=bool)
+        for place in np.ndindex(found.shape[:-1]):
+            indices = selection[unit][place]
+            found[(*place, indices[indices >= 0])] = True
+        masks[unit] = torch.from_numpy(found)
     return masks
 
 

@@ -1,9 +1,9 @@
 """Shared code for the ONNX function bodies of the custom ops; the body of each op is in its folder of `ops`.
 
 Bodies use standard ops (opset 24), except for one op of ONNX Runtime. A bundle carries them as model-local functions,
-so that an ONNX Runtime without the native library can run it. They are correct, but not fast: ``Gather`` copies every
-row it selects. A function cannot branch on an attribute or on the presence of an input, so each body is written for
-one form of model (`FunctionForm`).
+so that an ONNX Runtime without the native library can run it. They are correct, but not fast: they compute all units,
+and then drop those that a selection leaves out, because every sequence may have its own selection. A function cannot
+branch on an attribute or on the presence of an input, so each body is written for one form of model (`FunctionForm`).
 """
 
 from __future__ import annotations
@@ -94,10 +94,23 @@ class FunctionBody:
         tensor = np.asarray(list(values) if isinstance(values, Iterable) else values, dtype=np.int64)
         return self.op("Constant", value=ir.tensor(tensor))
 
-    def active(self) -> ir.Value:
-        """The first ``count`` indices, as int64."""
-        found = self.op("Slice", self["indices"], self.const([0]), self.counted())
-        return self.op("Cast", found, to=ir.DataType.INT64)
+    def counts(self) -> ir.Value:
+        """The count of each selection, int64 ``(R, 1)``. There is one selection, or one for each sequence."""
+        return self.op("Reshape", self.op("Cast", self["count"], to=ir.DataType.INT64), self.const([-1, 1]))
+
+    def given(self) -> ir.Value:
+        """The input ``indices``, int64 ``(R, cap)``, -1 past the counts."""
+        counts, cap = self.counts(), self.op("Shape", self["indices"], start=-1)
+        shape = self.op("Concat", self.op("Shape", counts, start=0, end=1), cap, axis=0)
+        indices = self.op("Reshape", self.op("Cast", self["indices"], to=ir.DataType.INT64), shape, allowzero=1)
+        places = self.op("Range", self.const(0), self.op("Squeeze", cap), self.const(1))
+        return self.op("Where", self.op("Less", places, counts), indices, self.const(-1))
+
+    def mean(self, scores: ir.Value, width: ir.Value) -> ir.Value:
+        """The mean over the tokens of each selection, ``(R, W)``, of scores ``(B, S, W)``; ``width`` is W, ``(1,)``."""
+        size = self.op("Reshape", self.op("Size", self["count"]), self.const([1]))
+        shape = self.op("Concat", size, self.const([-1]), width, axis=0)
+        return self.op("ReduceMean", self.op("Reshape", scores, shape), self.const([1]), keepdims=0)
 
     def best(self, scores: ir.Value, k: ir.Value, counts: ir.Value) -> ir.Value:
         """The ascending indices of the largest of each row of scores, -1 past the row's count.
@@ -114,30 +127,29 @@ class FunctionBody:
         ascending, _ = self.pair("TopK", self.op("Where", chosen, order, bound), size, largest=0, sorted=1)
         return self.op("Where", chosen, ascending, self.const(-1))
 
-    def choose(self, scores: ir.Value, count: ir.Value) -> ir.Value:
-        """The ascending indices of the ``count`` ``(1,)`` largest scores ``(W,)``, as int64."""
-        rows, k = self.op("Unsqueeze", scores, self.const([0])), self.op("Squeeze", self.op("Shape", scores))
-        found = self.best(rows, k, self.op("Unsqueeze", count, self.const([1])))
-        return self.op("Slice", self.op("Squeeze", found, self.const([0])), self.const([0]), count)
+    def choose(self, scores: ir.Value, counts: ir.Value) -> ir.Value:
+        """`best` of scores ``(R, W)`` with room for all of them, ``(R, W)``."""
+        return self.best(scores, self.op("Squeeze", self.op("Shape", scores, start=1)), counts)
 
-    def counted(self) -> ir.Value:
-        """The input ``count`` as int64 ``(1,)``."""
-        return self.op("Reshape", self.op("Cast", self["count"], to=ir.DataType.INT64), self.const([1]))
+    def chosen(self, indices: ir.Value) -> ir.Value:
+        """Indices ``(R, W)`` as the output ``chosen``: int32, ``(R, W)``, or ``(W,)`` if ``count`` has no dimension."""
+        shape = self.op("Concat", self.op("Shape", self["count"]), self.op("Shape", indices, start=1), axis=0)
+        return self.op("Cast", self.op("Reshape", indices, shape), to=ir.DataType.INT32)
 
-    def padded(self, chosen: ir.Value, width: ir.Value) -> ir.Value:
-        """Indices ``(n,)`` as the output ``chosen``: int32 ``(width,)``, -1 past their number."""
-        past = self.op("Expand", self.const(-1), self.op("Sub", width, self.op("Shape", chosen)))
-        return self.op("Cast", self.op("Concat", chosen, past, axis=0), to=ir.DataType.INT32)
+    def mask(self, indices: ir.Value, width: ir.Value) -> ir.Value:
+        """Boolean ``(R, 1, W)``: whether a unit is one of the indices ``(R, n)``; ``width`` is W, ``(1,)``."""
+        end = self.op("Where", self.op("Less", indices, self.const(0)), width, indices)  # an entry past the units
+        size = self.op("Add", width, self.const(1))
+        shape = self.op("Concat", self.op("Shape", indices, start=0, end=1), size, axis=0)
+        ones = self.op("Expand", self.const(1), self.op("Shape", indices))
+        marks = self.op("ScatterElements", self.op("Expand", self.const(0), shape), end, ones, axis=1)
+        units = self.op("Slice", marks, self.const([0]), width, self.const([1]))
+        return self.op("Unsqueeze", self.op("Cast", units, to=ir.DataType.BOOL), self.const([1]))
 
-    def full(self, chosen: ir.Value, width: ir.Value) -> ir.Value:
-        """Boolean ``(width,)``: whether a unit is one of the indices ``chosen``."""
-        ones = self.op("Expand", self.const(1), self.op("Shape", chosen))
-        marks = self.op("ScatterElements", self.op("Expand", self.const(0), width), chosen, ones, axis=0)
-        return self.op("Cast", marks, to=ir.DataType.BOOL)
-
-    def of_rest(self, full: ir.Value) -> ir.Value:
+    def of_rest(self, mask: ir.Value) -> ir.Value:
         """Boolean: whether a unit is computed from the copy, which none is where the input ``rest`` is 0."""
-        return self.op("And", self.op("Not", full), self.op("Cast", self["rest"], to=ir.DataType.BOOL))
+        rest = self.op("Reshape", self.op("Cast", self["rest"], to=ir.DataType.BOOL), self.const([-1, 1, 1]))
+        return self.op("And", self.op("Not", mask), rest)
 
     def where(self, mask: ir.Value, x: ir.Value) -> ir.Value:
         """``x`` where the mask is true, else 0."""
@@ -148,8 +160,10 @@ class FunctionBody:
         data = self.op("Reshape", self[f"c_{part}"], self.const([0, -1]))
         return self.op("CastLike", self._dequantise(data, self[f"cs_{part}"], q), self["x"])
 
-    def matrix(self, part: str, pick: Callable[[ir.Value], ir.Value], form: FunctionForm) -> ir.Value:
-        """The picked rows of ``w_<part>`` as floats, ``(rows, D)``."""
+    def matrix(
+        self, part: str, form: FunctionForm, pick: Callable[[ir.Value], ir.Value] = lambda weight: weight
+    ) -> ir.Value:
+        """The picked rows of ``w_<part>`` as floats, ``(rows, D)``; all rows by default."""
         return self.rows(pick, f"w_{part}", f"s_{part}", f"c_{part}", f"cs_{part}", form)
 
     def rows(

@@ -6,8 +6,11 @@ input type. An output of type T has the type of ``x``.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +26,43 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu_tanh": lambda x: x * 0.5 * (1 + np.tanh(GELU_SQRT * (x + GELU_CUBIC * x**3))),
     "quick_gelu": lambda x: x / (1 + np.exp(-QUICK_GELU_SLOPE * x)),
 }
+
+
+def each_selection(*rowwise: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let the reference of one selection take one for each sequence: it is then called for each sequence alone.
+
+    There is one for each if ``count`` has a dimension ``(B,)``. Then every output has the first dimension B.
+
+    Args:
+        rowwise: inputs of which each sequence has its own part; besides ``x``, ``indices``, ``count`` and ``rest``.
+    """
+    apart = {"x", *rowwise}  # a part keeps the first dimension, of one sequence
+
+    def decorate(op: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(op)
+
+        @wraps(op)
+        def run(*args: Any, **attributes: Any) -> Any:
+            given = signature.bind(*args, **attributes).arguments
+            if np.ndim(given.get("count", 0)) == 0:
+                return op(**given)
+
+            def part(name: str, value: Any, row: int) -> Any:
+                if value is None or name not in apart | {"indices", "count", "rest"}:
+                    return value
+                return value[row : row + 1] if name in apart else value if np.ndim(value) == 0 else value[row]
+
+            found = [
+                op(**{name: part(name, value, row) for name, value in given.items()}) for row in range(len(given["x"]))
+            ]
+            if not isinstance(found[0], tuple):
+                return np.concatenate(found)
+            states, chosen = zip(*found, strict=True)
+            return np.concatenate(states), np.stack(chosen)
+
+        return run
+
+    return decorate
 
 
 def activate(activation: str, threshold: float, x: np.ndarray) -> np.ndarray:

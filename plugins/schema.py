@@ -4,6 +4,11 @@ The domain is ``shadowllm``, version 1. Shapes use batch B, seqlen S, hidden siz
 query heads H of dimension d, and capacity C of the KV cache. Every index input is int32 and ascending,
 and comes with a count. Entries past the count are -1 and are never read.
 
+All sequences may share one selection, or each may have its own. This is told by ``count``: with the shape ``()`` there
+is one, and with ``(B,)`` there is one for each sequence. Then ``indices``, ``chosen`` and the scores of neurons have a
+first dimension B, and ``rest``, ``shortlist`` and ``certify`` have one number, or ``(B,)``. Results of a sequence are
+then those that it has alone. The Triton kernels, and so the engines, take one selection only.
+
 A weight matrix may be quantised (see `bundle.quantisation`). Its ``w_`` input is then uint8, ``(rows, D)``
 for 8 bits or ``(rows, D/2)`` for 4, and its ``s_`` input holds the scales, ``(rows, blocks)``. A low-bit copy
 is always quantised, and has a separate dimension for the blocks of a row. A ``w_`` input of integers without scales

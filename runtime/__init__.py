@@ -48,7 +48,8 @@ def open_session(
     if prepack and backend in BACKENDS and not backend.startswith("ort"):
         raise UserError(f"the backend {backend!r} does not pack weights", "leave --prepack out")
     if backend in ("ort", "ort-dense"):
-        from shadowllm.runtime.ort.session import Kind, OrtSession
+        from shadowllm.runtime.ort.loaded_bundle import Kind
+        from shadowllm.runtime.ort.session import OrtSession
 
         kind: Kind = "dense" if backend == "ort-dense" else "auto"
         return OrtSession(bundle, kind, threads, profile, prefill=prefill, prepack=prepack)

@@ -32,15 +32,24 @@ def pad_prompts(
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     ids = np.zeros((batch, lengths.max()), dtype=np.int64)
     for row, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise UserError("the prompt is empty", "give at least one token")
-        if len(prompt) > spec.max_seqlen:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens, the model has {spec.max_seqlen} positions", "shorten it"
-            )
-        _check_vocabulary(prompt, spec)
+        check_appended(prompt, 0, spec)
         ids[row, : len(prompt)] = prompt
     return ids, np.tile(np.arange(ids.shape[1], dtype=np.int64), (batch, 1)), lengths
+
+
+def check_appended(tokens: Sequence[int], length: int, spec: ModelSpec) -> int:
+    """Refuse tokens that cannot be appended to a sequence of ``length`` tokens, and return its length after them.
+
+    Raises:
+        UserError: no tokens, a token outside the vocabulary, or more tokens than the model has positions.
+    """
+    if len(tokens) == 0:
+        raise UserError("the prompt is empty", "give at least one token")
+    end = length + len(tokens)
+    if end > spec.max_seqlen:
+        raise UserError(f"the text has {end} tokens, the model has {spec.max_seqlen} positions", "shorten it")
+    _check_vocabulary(tokens, spec)
+    return end
 
 
 def check_tokens(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec, steps: int = 1) -> int:

@@ -40,7 +40,7 @@ class Session(Protocol):
     """A loaded model and the state of one batch of sequences.
 
     It is a context manager: entering allocates memory, leaving frees it. All sequences of a batch advance together.
-    They share one selection of heads and neurons per step.
+    Each has its own selection of heads and neurons per step, but on a GPU they share one.
     """
 
     spec: ModelSpec
@@ -70,9 +70,9 @@ class Session(Protocol):
 
     @property
     def fired(self) -> Sequence[float] | None:
-        """Share of the neurons of each sparse layer that the last sparse step computed, with the selector relu.
+        """Share of the neurons of each sparse layer that fired in the last sparse step, with the selector relu.
 
-        None with other selectors, after a dense step, and if the shares are not known.
+        It is the mean of the sequences. None with other selectors, after a dense step, and if the shares are not known.
         """
         ...
 

@@ -28,7 +28,8 @@ from shadowllm.predictor.topk import active_mask
 from shadowllm.runtime.inputs import check_rewind, check_tokens, check_verified, pad_prompts
 from shadowllm.runtime.session import Decodes
 
-Masks = dict[Unit, Tensor]  # a selection as bool ``(n_sparse, n_units)``
+# Selections as bool ``(n_sparse, R, n_units)``: R is 1 if the sequences share one, and otherwise the batch.
+Masks = dict[Unit, Tensor]
 
 
 class TorchSession:
@@ -48,6 +49,8 @@ class TorchSession:
         decodes: "sparse", or "dense" without a predictor.
         chosen: the predictor's selection in the last sparse step.
         forced: a selection to use instead of ``chosen``, to compare backends under the same selection.
+        shares_selection: whether the sequences of a batch share one selection, as on a GPU. It is chosen by the mean of
+            their scores. By default each has its own.
         recomputed: see `Session.recomputed`.
     """
 
@@ -69,6 +72,7 @@ class TorchSession:
         self.recomputed: np.ndarray | None = None
         self.chosen: Masks = {}
         self.forced: Masks | None = None
+        self.shares_selection = False
         self._per_layer = (
             per_layer_scores(predictor.kind, spec, weights, predictor, copies)
             if predictor and predictor.per_layer
@@ -110,7 +114,7 @@ class TorchSession:
         """See `Session.fired`."""
         if self._per_layer is None or not self._per_layer.gate_first or not self.chosen:
             return None
-        shares: list[float] = self.chosen["neurons"].double().mean(dim=1).tolist()
+        shares: list[float] = self.chosen["neurons"].double().mean(dim=(1, 2)).tolist()
         return shares
 
     def __enter__(self) -> Self:
@@ -179,14 +183,15 @@ class TorchSession:
 
         def input_hook(layer: int, unit: Unit, normed: Tensor) -> None:
             if self._per_layer is not None:
-                found, row = self._per_layer.scores(layer, unit, normed.flatten(0, 1)), self._layers.row(layer)
+                found, row = self._per_layer.scores(layer, unit, normed), self._layers.row(layer)
                 if unit == "neurons" and self._per_layer.gate_first:
-                    self.chosen[unit][row] = found.ne(0).any(dim=0)
+                    self.chosen[unit][row] = self._shared(found.ne(0).float()).ne(0)
                 else:
-                    self.chosen[unit][row] = active_mask(self.spec, unit, found.mean(dim=0), self._counts[unit][row])
+                    scores = self._shared(found)
+                    self.chosen[unit][row] = active_mask(self.spec, unit, scores, self._counts[unit][row])
 
         def select(layer: int, unit: Unit, _activation: Tensor) -> Tensor:
-            return selection[unit][self._layers.row(layer)]
+            return selection[unit][self._layers.row(layer)][:, None]
 
         body = SparseDecoder(
             self.spec,
@@ -212,13 +217,19 @@ class TorchSession:
         return x
 
     def _select(self, predictor: Predictor, hidden: Tensor) -> Masks:
-        found = (found.mean(dim=0) for found in scores(predictor, hidden.flatten(0, 1)))
+        tokens = hidden.shape[:2]
+        found = (self._shared(s.unflatten(0, tokens)).unbind(1) for s in scores(predictor, hidden.flatten(0, 1)))
         return {
             unit: torch.stack(
                 [active_mask(self.spec, unit, row, n) for row, n in zip(rows, self._counts[unit], strict=True)]
             )
             for unit, rows in zip(UNITS, found, strict=True)
         }
+
+    def _shared(self, scores: Tensor) -> Tensor:
+        """Scores ``(batch, seqlen, ...)`` of each selection, ``(R, ...)``: the mean of the tokens that share it."""
+        mean = scores.mean(dim=1)
+        return mean.mean(dim=0, keepdim=True) if self.shares_selection else mean
 
     def _reserve(self, length: int) -> None:
         grown = KVCache.empty(self.spec, len(self._lengths), length)

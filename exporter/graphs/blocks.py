@@ -163,7 +163,9 @@ def sparse_layer(
         y, heads = _sparse_attention(g, spec, layer, row, normed, step, cache, selection)
     else:
         y, cache = _dense_attention(g, spec, layer, normed, step, cache)
-        heads = g.op("Identity", g.constant(np.arange(spec.n_heads, dtype=np.int32), "all_heads"))
+        _, count = selection.row(g, "heads", row)
+        shape = g.op("Concat", g.op("Shape", count), g.ints([spec.n_heads]), axis=0)
+        heads = g.op("Expand", g.constant(np.arange(spec.n_heads, dtype=np.int32), "all_heads"), shape)
     x = block_output(g, spec, layer, "attention", x, y)
     y, neurons = _sparse_mlp(g, spec, layer, row, block_input(g, spec, layer, "mlp", x), step, selection)
     return block_output(g, spec, layer, "mlp", x, y), cache, {"heads": heads, "neurons": neurons}

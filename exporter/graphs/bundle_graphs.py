@@ -147,35 +147,48 @@ def _selection_inputs(g: GraphBuilder, sparse: SparseLayers, chooser: Predictor 
 def predictor_graph(
     spec: ModelSpec, store: WeightStore, dtype: ir.DataType, predictor: Predictor, q: Quantisation | None = None
 ) -> ir.Model:
-    """The predictor: hidden, counts -> indices. All sequences of the batch share one selection.
+    """The predictor: hidden, counts -> indices.
+
+    All sequences share one selection, or each has its own if the counts are ``(n_sparse, batch)``.
 
     A static ranking is a constant, so its graph has no ``hidden`` input.
     """
     g = GraphBuilder("predictor", dtype, store, q)
     widths = layer_units(spec)
-    scores = (
-        _shadow_scores(g, spec, predictor)
-        if predictor.kind == "shadow"
-        else {unit: g.weight(f"predictor.{unit}.scores") for unit in widths}
-    )
+    counts = {unit: g.input(names.counts(unit), [predictor.n_sparse], INT32) for unit in widths}
+    grid = g.op("Shape", g.op("Reshape", counts["heads"], g.ints([predictor.n_sparse, -1])))  # n_sparse, R
+    scores = _shadow_scores(g, spec, predictor, grid) if predictor.kind == "shadow" else _static_scores(g, spec, grid)
     for unit, width in widths.items():
-        counts = g.input(names.counts(unit), [predictor.n_sparse], INT32)
         together = spec.heads_together if unit == "heads" else 1
-        indices = selection.select(g, f"select_{unit}", scores[unit], counts, width, together)
-        g.output(indices, names.indices(unit), [predictor.n_sparse, width], INT32)
+        rows = selection.counts_of(g, counts[unit])
+        found = selection.select(g, f"select_{unit}", scores[unit], rows, width, together)
+        shape = g.op("Concat", g.op("Shape", counts[unit]), g.ints([width]), axis=0)
+        g.output(g.op("Reshape", found, shape), names.indices(unit), [predictor.n_sparse, width], INT32)
     return g.model(function_bodies(function_form(spec, q)))
 
 
-def _shadow_scores(g: GraphBuilder, spec: ModelSpec, predictor: Predictor) -> dict[Unit, ir.Value]:
+def _shadow_scores(g: GraphBuilder, spec: ModelSpec, predictor: Predictor, grid: ir.Value) -> dict[Unit, ir.Value]:
+    """Scores ``(n_sparse*R, width)`` of R selections; ``grid`` is int64 ``[n_sparse, R]``."""
     hidden = g.input("hidden", [*TOKENS, spec.hidden_size])
     x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
+    size = g.op("Slice", grid, g.ints([1]), g.ints([2]))
     # The last projection is linear, so the mean of the tokens' scores is the score of their mean.
-    z = g.op("ReduceMean", selection.trunk(g, spec, "predictor.trunk", x), g.ints([0]), keepdims=1)
+    z = selection.mean(g, selection.trunk(g, spec, "predictor.trunk", x), size, predictor.rank)
     found = {}
     for unit, width in layer_units(spec).items():
         y = nodes.gemm(g, z, [f"predictor.{unit}"], True, predictor.rank)
-        y = g.op("Reshape", y, g.ints([predictor.n_sparse, width]))
-        found[unit] = nodes.as_float(g, y)
+        y = g.op("Transpose", g.op("Reshape", y, g.ints([-1, predictor.n_sparse, width])), perm=[1, 0, 2])
+        found[unit] = nodes.as_float(g, g.op("Reshape", y, g.ints([-1, width])))
+    return found
+
+
+def _static_scores(g: GraphBuilder, spec: ModelSpec, grid: ir.Value) -> dict[Unit, ir.Value]:
+    """The same for scores that do not depend on the token."""
+    found = {}
+    for unit, width in layer_units(spec).items():
+        scores = g.op("Unsqueeze", g.weight(f"predictor.{unit}.scores"), g.ints([1]))
+        scores = g.op("Expand", scores, g.op("Concat", grid, g.ints([width]), axis=0))
+        found[unit] = g.op("Reshape", scores, g.ints([-1, width]))
     return found
 
 

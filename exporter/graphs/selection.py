@@ -18,7 +18,7 @@ from shadowllm.predictor.networks import NORM_EPS
 def choose_heads(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
     """Select the ``count`` heads with the highest scores; the scores are a linear map of the attention's input."""
     weight, bias = (g.weight(f"predictor.layers.{layer}.heads.{part}") for part in ("weight", "bias"))
-    scores = _shared(g, g.op("Gemm", as_float(g, x), weight, bias, transB=1))
+    scores = mean(g, g.op("Gemm", as_float(g, x), weight, bias, transB=1), selections(g, count), spec.n_heads)
     return _choose(g, f"layers.{layer}.select_heads", scores, count, spec.n_heads, spec.heads_together)
 
 
@@ -34,7 +34,8 @@ def choose_neurons(
     if rank:
         place = f"predictor.layers.{layer}"
         z = trunk(g, spec, f"{place}.trunk", x)
-        scores = _shared(g, as_float(g, gemm(g, z, [f"{place}.neurons"], True, rank)))
+        scores = as_float(g, gemm(g, z, [f"{place}.neurons"], True, rank))
+        scores = mean(g, scores, selections(g, count), spec.intermediate_size)
     else:
         scores = _copy_scores(g, spec, layer, batched(g, spec, tokens, x), count)
     return _choose(g, f"layers.{layer}.select_neurons", scores, count, spec.intermediate_size)
@@ -48,7 +49,7 @@ def trunk(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
 
 
 def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
-    """The norm of each neuron's output, estimated with the low-bit copy, ``(1, intermediate_size)``."""
+    """The norm of each neuron's output, estimated with the low-bit copy, ``(R, intermediate_size)``."""
     copies = [low_bit_copy(name) for name in copied(spec, layer)]
     biased = (("gate", "up") if spec.gated else ("up",)) if spec.mlp_bias else ()
     blocks = (LOW_BIT_COPY.blocks(spec.hidden_size), LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 8)
@@ -72,15 +73,27 @@ def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, coun
     return scores
 
 
-def _shared(g: GraphBuilder, scores: ir.Value) -> ir.Value:
-    """The mean ``(1, width)`` of ``(tokens, width)`` scores, because all tokens share one selection."""
-    return g.op("ReduceMean", scores, g.ints([0]), keepdims=1)
+def counts_of(g: GraphBuilder, count: ir.Value) -> ir.Value:
+    """The counts ``(R,)`` of R selections, from ``()`` if there is one for all sequences, or ``(batch,)``."""
+    return g.op("Reshape", count, g.ints([-1]))
+
+
+def selections(g: GraphBuilder, count: ir.Value) -> ir.Value:
+    """The number of selections R, int64 ``[1]``."""
+    return g.op("Shape", counts_of(g, count))
+
+
+def mean(g: GraphBuilder, scores: ir.Value, size: ir.Value, width: int) -> ir.Value:
+    """The mean ``(R, width)`` of ``(tokens, width)`` scores over the tokens of each selection; ``size`` is ``[R]``."""
+    shape = g.op("Concat", size, g.ints([-1, width]), axis=0)
+    return g.op("ReduceMean", g.op("Reshape", scores, shape), g.ints([1]), keepdims=0)
 
 
 def _choose(g: GraphBuilder, name: str, scores: ir.Value, count: ir.Value, width: int, together: int = 1) -> ir.Value:
-    """Indices ``(width,)`` of the largest of ``(1, width)`` scores."""
-    counts = g.op("Unsqueeze", count, g.ints([0]))
-    return g.op("Reshape", select(g, name, scores, counts, width, together), g.ints([-1]))
+    """Indices of the largest of ``(R, width)`` scores, with the dimensions of ``count`` and the width."""
+    indices = select(g, name, scores, counts_of(g, count), width, together)
+    shape = g.op("Concat", g.op("Shape", count), g.ints([width]), axis=0)
+    return g.op("Reshape", indices, shape)
 
 
 def select(g: GraphBuilder, name: str, scores: ir.Value, counts: ir.Value, width: int, together: int = 1) -> ir.Value:

@@ -147,17 +147,42 @@ void Node::bound(const std::string& what, int64_t value, int64_t low, int64_t hi
     fail(what + " " + std::to_string(value) + " is outside " + std::to_string(low) + ".." + std::to_string(high));
 }
 
-Picks Node::active(const Tensor& indices, const Tensor& count, int64_t rows) const {
-  if (indices.rank != 1) fail("indices has " + std::to_string(indices.rank) + " dimensions, not 1");
-  if (count.size() != 1) fail("count has " + std::to_string(count.size()) + " elements, not 1");
-  const int32_t n = *count.as<int32_t>();
-  bound("count", n, 0, indices.dims[0]);
-  const int32_t* ids = indices.as<int32_t>();
+size_t Node::selections(const Tensor& count, const Tensor& x) const {
+  const int64_t found = static_cast<int64_t>(count.size()), tokens = x.rank == 3 ? x.dims[0] * x.dims[1] : x.dims[0];
+  const bool fits = x.rank == 3 ? found == x.dims[0] : found > 0 && tokens % found == 0;
+  if (count.rank > 1 || !(found == 1 || (found > 0 && fits)))
+    fail("count has " + std::to_string(found) + " elements, not 1" +
+         (x.rank == 3 && x.dims[0] > 1 ? " or " + std::to_string(x.dims[0]) : ""));
+  return static_cast<size_t>(found);
+}
+
+void Node::expect_one_each(const std::vector<Tensor>& inputs, size_t port, size_t selections) const {
+  const Tensor& tensor = inputs[port];
+  if (tensor.present() && tensor.size() != 1 && tensor.size() != selections)
+    fail(std::string(ports_[port].name) + " has " + std::to_string(tensor.size()) + " elements, not " +
+         std::to_string(selections));
+}
+
+Picks Node::active(const Tensor& indices, const Tensor& count, size_t selection, int64_t rows) const {
+  const int rank = count.rank + 1;
+  if (indices.rank != rank)
+    fail("indices has " + std::to_string(indices.rank) + " dimensions, not " + std::to_string(rank));
+  if (rank == 2 && indices.dims[0] != count.dims[0])
+    fail("indices has " + std::to_string(indices.dims[0]) + " rows, and count has " + std::to_string(count.dims[0]));
+  const int64_t width = indices.dims[static_cast<size_t>(rank) - 1];
+  const int32_t n = number(count, selection);
+  bound("count", n, 0, width);
+  const int32_t* ids = indices.as<int32_t>() + (count.size() == 1 ? 0 : selection * static_cast<size_t>(width));
   bool bad = false;
   for (int32_t i = 0; i < n; ++i) bad |= static_cast<uint32_t>(ids[i]) >= static_cast<uint64_t>(rows);
   if (bad)
     for (int32_t i = 0; i < n; ++i) bound("index", ids[i], 0, rows - 1);
   return {ids, static_cast<size_t>(n)};
+}
+
+Tensor Node::chosen_output(OrtKernelContext* context, const Tensor& count, int64_t width) const {
+  if (count.rank == 0) return optional_output(context, 1, {width});
+  return optional_output(context, 1, {count.dims[0], width});
 }
 
 RowType Node::row_type(const Tensor& tensor, const char* name) const {

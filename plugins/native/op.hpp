@@ -1,6 +1,7 @@
 // The layer between ONNX Runtime and an op: plain values for attributes, inputs and outputs, statuses, and threads.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <initializer_list>
 #include <map>
@@ -81,8 +82,19 @@ class Node {
   // Copies constant matrices of residuals so that row i of all of them is one record, which starts at a cache line.
   // Does nothing unless all that are present are such matrices.
   void pack_records(std::initializer_list<std::pair<size_t, size_t>> ports_and_scales);
-  // The active indices of a sparse op: `indices` up to `count`. Throws unless all are in 0..rows-1.
-  Picks active(const Tensor& indices, const Tensor& count, int64_t rows) const;
+  // How many selections a sparse op is given: one for all tokens, or one for each sequence. Throws if `count` has
+  // another number of elements. `x` has as many tokens for each selection.
+  size_t selections(const Tensor& count, const Tensor& x) const;
+  // An input with one number for each selection, or one for all. Throws if it has another number of elements.
+  void expect_one_each(const std::vector<Tensor>& inputs, size_t port, size_t selections) const;
+  // The number of a selection in such an input; `otherwise` if it is absent.
+  static int32_t number(const Tensor& tensor, size_t selection, int32_t otherwise = 0) {
+    return tensor.present() ? tensor.as<int32_t>()[tensor.size() == 1 ? 0 : selection] : otherwise;
+  }
+  // The active indices of a selection: its row of `indices` up to its count. Throws unless all are in 0..rows-1.
+  Picks active(const Tensor& indices, const Tensor& count, size_t selection, int64_t rows) const;
+  // The output `chosen`: (width), or (selections, width) if `count` has a dimension. Absent if the node lacks it.
+  Tensor chosen_output(OrtKernelContext* context, const Tensor& count, int64_t width) const;
   // A weight matrix (rows, width). Integers come with scales (rows, blocks). Throws if the type is not supported, or if
   // the shapes do not match.
   Rows matrix(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const;
@@ -113,19 +125,25 @@ class Node {
 // ONNX Runtime's intra-op threads. Bodies must not throw.
 class Pool {
  public:
-  Pool(const Api& api, const OrtKernelContext* context) : api_(api), context_(context) {}
+  Pool(const Api& api, const OrtKernelContext* context) : api_(&api), context_(context) {}
+  // Runs everything in this thread, for work inside a task.
+  static Pool none() { return Pool(); }
 
   template <class Body>
   void run(size_t tasks, Body body) const {
-    if (tasks == 1) return body(0);
-    if (tasks > 1)
-      api_.check(
-          api_.parallel_for(context_, [](void* data, size_t i) { (*static_cast<Body*>(data))(i); }, tasks, 0, &body));
+    if (tasks == 1 || api_ == nullptr) {
+      for (size_t i = 0; i < tasks; ++i) body(i);
+    } else if (tasks > 1) {
+      api_->check(
+          api_->parallel_for(context_, [](void* data, size_t i) { (*static_cast<Body*>(data))(i); }, tasks, 0, &body));
+    }
   }
 
  private:
-  const Api& api_;
-  const OrtKernelContext* context_;
+  Pool() = default;
+
+  const Api* api_ = nullptr;
+  const OrtKernelContext* context_ = nullptr;
 };
 
 // Floats for one call. The thread keeps the memory for its next call. Nested use on a thread gets separate memory.
@@ -164,6 +182,18 @@ class Chunks {
 
   size_t items_, count_;
 };
+
+// Calls body(part, c) for each chunk c of each of the parts, which have `chunks`. Chunk c of all parts is one task, so
+// that what they read together is read from memory once. Each part is computed as it would be alone.
+template <class Part, class Body>
+void in_chunks(const Pool& pool, const std::vector<Part>& parts, Body body) {
+  size_t most = 0;
+  for (const Part& part : parts) most = std::max(most, part.chunks.count());
+  pool.run(most, [&](size_t c) {
+    for (const Part& part : parts)
+      if (c < part.chunks.count()) body(part, c);
+  });
+}
 
 // y[t] = start + sum of parts in order, for tokens rows of width; parts are tokens * width floats each.
 void add_up(const Pool& pool, const Kernels& kernels, const float* parts, size_t count, size_t tokens, size_t width,

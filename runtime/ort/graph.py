@@ -19,6 +19,7 @@ from shadowllm.errors import UserError
 from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
 from shadowllm.runtime.ort.fuse_attention import FuseAttention
 from shadowllm.runtime.ort.join_nested import JoinNested
+from shadowllm.runtime.ort.own_selections import OwnSelections
 from shadowllm.runtime.ort.split_selection import SplitSelection
 from shadowllm.runtime.ort.upcast_to_float32 import UpcastToFloat32
 
@@ -39,7 +40,8 @@ class CpuGraph:
 def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, fused: bool = True) -> CpuGraph:
     """Rewrite a graph of a bundle for ONNX Runtime's CPU kernels.
 
-    Inputs and outputs are those of the file, except that ``body`` takes its selection row by row.
+    Inputs and outputs are those of the file, except that every sequence has its own selection, and ``body`` takes them
+    layer by layer.
 
     Args:
         path: the ONNX file.
@@ -72,6 +74,8 @@ def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: boo
         passes.insert(0, UpcastToFloat32(keep_rows=native))
     if exact:
         passes.append(ExactIntegerInputs(native))
+    if name in ("predictor", "body"):
+        passes.append(OwnSelections())
     if name == "body":
         passes += [SplitSelection(), *([FlattenHiddenStates()] if native else [])]
     return passes

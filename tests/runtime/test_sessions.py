@@ -11,7 +11,7 @@ import torch
 from shadowllm.bundle.manifest import DATA_FILE
 from shadowllm.errors import UserError
 from shadowllm.runtime import Budget, generate, open_session
-from shadowllm.runtime.ort import session as ort_module
+from shadowllm.runtime.ort import kv_cache
 from shadowllm.runtime.ort.session import OrtSession
 from shadowllm.runtime.torch_session import TorchSession
 
@@ -155,7 +155,7 @@ def test_the_cache_grows_and_keeps_its_contents(bundle, monkeypatch):
     forced = list(range(10, 40))
     with open_session(bundle(), "ort") as session:
         expected = logits_of(session, [PROMPT], forced)
-        monkeypatch.setattr(ort_module, "CACHE_BLOCK", 7)
+        monkeypatch.setattr(kv_cache, "CACHE_BLOCK", 7)
         found = logits_of(session, [PROMPT], forced)
         assert session.cache["0.key"].shape[2] == 35
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()

@@ -39,7 +39,7 @@ def function_body(form: FunctionForm) -> ir.Function | None:
         product = body.product(form, gate, up)
     else:
         product = body.product(form, projected)
-    mean = body.op("ReduceMean", body.op("Abs", product), body.const([0]), keepdims=1)
+    mean = body.mean(body.op("Abs", product), body.op("Shape", body["down_norms"]))
     return body.finish(body.op("Mul", mean, body["down_norms"]))
 
 

@@ -18,7 +18,7 @@ SCORE_NEURONS = OpSchema(
     outputs=(Port("scores", ("1", "F"), "float32"),),
     attributes=(Attribute("activation", str), Attribute("threshold", float, default=0.0), Attribute("layer", int)),
     doc="The importance score of each neuron, from a 4-bit copy that has the rows of gate, then those of up. The score "
-    "is the mean over all tokens of down_norms[f] * |act(gate[f] x) * (up[f] x)|; without gate, of down_norms[f] * "
-    "|act(up[f] x)|. The norms are those of the rows of w_down. If count is F, all neurons are selected, and scores "
-    "may be anything.",
+    "is the mean over the tokens of a selection of down_norms[f] * |act(gate[f] x) * (up[f] x)|; without gate, of "
+    "down_norms[f] * |act(up[f] x)|. The norms are those of the rows of w_down. If count is F, all neurons are "
+    "selected, and scores may be anything.",
 )

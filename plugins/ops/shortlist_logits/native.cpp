@@ -1,5 +1,6 @@
 // ShortlistLogits: logits from a 4-bit copy of the output table. The best rows are recomputed from the table. If the
-// table holds residuals of the copy, their products are added to the logits of the copy.
+// table holds residuals of the copy, their products are added to the logits of the copy. Rows of x share each pass over
+// the copy, and are computed as each would be alone.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -13,33 +14,45 @@ namespace {
 enum Input { kX, kTable, kCopy, kScales, kErrors, kShortlist, kCertify, kWeighting, kTableScales };
 
 constexpr size_t kTokens = 16;  // rows of x per pass over the copy
+constexpr size_t kRows = 256;   // rows of the copy that are read for one row of x after the other, from the cache
 constexpr size_t kGroup = 8;    // logits that are first compared by their largest; chunks start at multiples of it
 
 // The part of |copy / d| * |d * x| that the errors contain for rounding, as in certificate.py. Half of it is for the
 // sums. Kernels may also round x, to multiples of the largest element of a block times kInputStep or less.
 constexpr double kRounding = 1.0 / 1024, kInputStep = 1.0 / 32768;
 
-// The scratch memory of a call. The lists of rows serve one row of x after the other.
+// The scratch memory of a pass. The lists of rows serve one row of x after the other.
 struct Memory {
-  Memory(Scratch& scratch, size_t tokens, size_t rows, size_t padded, bool turned) {
-    const size_t room = tokens * input_floats(padded), groups = (rows + kGroup - 1) / kGroup;
-    x = scratch.take(2 * room + (turned ? tokens * rows : 0) + tokens * groups + 4 * rows);
-    input = x + room;
-    products = input + room;
-    float* rest = products + (turned ? tokens * rows : 0);
-    maxima = reinterpret_cast<int32_t*>(rest);
+  Memory(Scratch& scratch, size_t tokens, size_t rows, size_t padded) : room(input_floats(padded)) {
+    const size_t groups = (rows + kGroup - 1) / kGroup;
+    x = scratch.take(2 * tokens * room + tokens * groups + 4 * rows);
+    inputs = x + tokens * room;
+    maxima = reinterpret_cast<int32_t*>(inputs + tokens * room);
     ids = maxima + tokens * groups;
     keys = ids + rows;
     others = keys + rows;
     exact = reinterpret_cast<float*>(others + rows);
   }
 
-  float *x, *input;     // x with the padding of the last block, and in the form that the kernels read
-  float* products;      // of more than one token: (rows, tokens)
+  size_t room;          // floats of a row of x or inputs
+  float *x, *inputs;    // x with the padding of the last block, and in the form that the kernels read
   int32_t* maxima;      // the largest key of each group
   int32_t *ids, *keys;  // rows of the shortlist, before that of the candidates, and their keys
   int32_t* others;      // rows that the certificate needs
   float* exact;
+};
+
+// A row of x, and what is asked for it.
+struct Query {
+  const float* x;
+  const float* padded;  // x with the padding of the last block
+  size_t shortlist;
+  bool certify;
+  Rows table, copy;
+  float* logits;
+  int32_t* recomputed;
+
+  bool whole(size_t rows) const { return shortlist == rows && table.step == 0; }  // the copy is not read
 };
 
 class ShortlistLogits {
@@ -59,26 +72,30 @@ class ShortlistLogits {
 
   void compute(OrtKernelContext* context) const {
     const std::vector<Tensor> in = node_.inputs(context);
-    const bool certify = scalar(in, kCertify) != 0;
-    const Rows copy = copy_rows(in, certify), table = table_rows(in, copy, certify);
-    const int64_t tokens = in[kX].dims[0], width = in[kX].dims[1], rows = in[kTable].dims[0];
-    const int64_t wanted = scalar(in, kShortlist);
-    node_.bound("shortlist", wanted, 0, INT32_MAX);
+    for (const Input port : {kX, kTable})
+      if (in[port].rank != 2)
+        node_.fail(std::string(kPorts[port].name) + " has " + std::to_string(in[port].rank) + " dimensions, not 2");
+    const int64_t tokens = in[kX].dims[0], rows = in[kTable].dims[0];
+    for (const Input port : {kShortlist, kCertify}) node_.expect_one_each(in, port, static_cast<size_t>(tokens));
     const Tensor logits = node_.output(context, {tokens, rows}), counts = node_.optional_output(context, 1, {tokens});
-    int32_t* recomputed = static_cast<int32_t*>(counts.data);
-    const size_t shortlist = std::min<size_t>(std::max<int64_t>(wanted, certify), rows);
-    for (int64_t first = 0; rows > 0 && first < tokens; first += kTokens) {
-      const size_t count = std::min<size_t>(kTokens, tokens - first);
-      run(Pool(api_, context), in, table, copy, in[kX].as<float>() + first * width, count, shortlist, certify,
-          static_cast<float*>(logits.data) + first * rows, recomputed + first);
-    }
+    std::vector<Query> queries;
+    for (int64_t t = 0; t < tokens; ++t) queries.push_back(read(in, static_cast<size_t>(t), logits, counts));
+    for (size_t first = 0; rows > 0 && first < queries.size(); first += kTokens)
+      run(Pool(api_, context), in, queries.data() + first, std::min(kTokens, queries.size() - first));
   }
 
  private:
-  int32_t scalar(const std::vector<Tensor>& in, Input port) const {
-    if (in[port].size() != 1)
-      node_.fail(std::string(kPorts[port].name) + " has " + std::to_string(in[port].size()) + " elements, not 1");
-    return *in[port].as<int32_t>();
+  Query read(const std::vector<Tensor>& in, size_t token, const Tensor& logits, const Tensor& counts) const {
+    const int64_t rows = in[kTable].dims[0], wanted = Node::number(in[kShortlist], token);
+    node_.bound("shortlist", wanted, 0, INT32_MAX);
+    Query query{};
+    query.certify = Node::number(in[kCertify], token) != 0;
+    query.shortlist = static_cast<size_t>(std::min<int64_t>(std::max<int64_t>(wanted, query.certify), rows));
+    query.copy = copy_rows(in, query.certify), query.table = table_rows(in, query.copy, query.certify);
+    query.x = query.padded = in[kX].as<float>() + token * static_cast<size_t>(in[kX].dims[1]);
+    query.logits = static_cast<float*>(logits.data) + token * static_cast<size_t>(rows);
+    query.recomputed = static_cast<int32_t*>(counts.data) + token;
+    return query;
   }
 
   Rows table_rows(const std::vector<Tensor>& in, const Rows& copy, bool certify) const {
@@ -90,9 +107,6 @@ class ShortlistLogits {
   }
 
   Rows copy_rows(const std::vector<Tensor>& in, bool certify) const {
-    for (const Input port : {kX, kTable})
-      if (in[port].rank != 2)
-        node_.fail(std::string(kPorts[port].name) + " has " + std::to_string(in[port].rank) + " dimensions, not 2");
     return exact(node_.copy(in, kCopy, kScales, in[kTable].dims[0], in[kX].dims[1]), certify);
   }
 
@@ -103,66 +117,85 @@ class ShortlistLogits {
     return rows;
   }
 
-  void run(const Pool& pool, const std::vector<Tensor>& in, const Rows& table, const Rows& copy, const float* x,
-           size_t tokens, size_t shortlist, bool certify, float* logits, int32_t* recomputed) const {
+  void run(const Pool& pool, const std::vector<Tensor>& in, Query* queries, size_t count) const {
     const size_t rows = static_cast<size_t>(in[kTable].dims[0]), width = static_cast<size_t>(in[kX].dims[1]);
-    const bool nested = table.step != 0;
     Scratch scratch;
-    Memory memory(scratch, tokens, rows, copy.width, tokens > 1);
-    if (shortlist == rows && !nested) {
-      products(pool, table, rows, x, tokens, logits, memory, false);
-      std::fill(recomputed, recomputed + tokens, static_cast<int32_t>(rows));
-      return;
+    const Memory memory(scratch, count, rows, queries->copy.width);
+    for (size_t t = 0; t < count && queries->copy.width != width; ++t) {
+      float* own = memory.x + t * memory.room;
+      std::fill(std::copy_n(queries[t].x, width, own), own + queries->copy.width, 0.0f);
+      queries[t].padded = own;
     }
-    const float* padded = x;
-    if (copy.width != width) {
-      padded = memory.x;
-      std::fill(memory.x, memory.x + tokens * copy.width, 0.0f);
-      for (size_t t = 0; t < tokens; ++t) std::copy(x + t * width, x + (t + 1) * width, memory.x + t * copy.width);
-    }
-    products(pool, copy, rows, padded, tokens, logits, memory, shortlist > 0);
-    for (size_t t = 0; t < tokens; ++t) {
-      const float* of = x + t * width;
-      float* mine = logits + t * rows;
-      if (shortlist == rows)
-        std::iota(memory.ids, memory.ids + rows, 0);
-      else
-        choose(mine, rows, shortlist, memory, t);
-      const float* input = kernels_.prepare(table, nested ? padded + t * copy.width : of, 1, memory.input);
-      const float best = recompute(pool, table, {memory.ids, shortlist}, input, memory.exact, mine);
-      size_t count = shortlist;
-      if (certify) {
-        const size_t more = doubtful(in, of, width, copy.block, mine, rows, best, shortlist, memory);
-        recompute(pool, table, {memory.others, more}, input, memory.exact, mine);
-        count += more;
-      }
-      recomputed[t] = static_cast<int32_t>(count);
-    }
+    products(pool, queries, count, rows, memory);
+    for (size_t t = 0; t < count; ++t) complete(pool, in, queries[t], rows, width, memory, t);
   }
 
-  // logits (tokens, rows) of all rows of a matrix and, if wanted, the largest key of each group.
-  void products(const Pool& pool, const Rows& matrix, size_t rows, const float* x, size_t tokens, float* logits,
-                const Memory& memory, bool with_maxima) const {
-    const float* input = kernels_.prepare(matrix, x, tokens, memory.input);
-    const Chunks chunks(rows, matrix.cost(), tokens);
+  // Recomputes the best rows of a query, and those that its certificate needs.
+  void complete(const Pool& pool, const std::vector<Tensor>& in, const Query& query, size_t rows, size_t width,
+                const Memory& memory, size_t t) const {
+    size_t count = query.shortlist;
+    if (!query.whole(rows)) {
+      if (count == rows)
+        std::iota(memory.ids, memory.ids + rows, 0);
+      else
+        choose(query.logits, rows, count, memory, t);
+      const float* x = query.table.step != 0 ? query.padded : query.x;
+      const float* input = kernels_.prepare(query.table, x, 1, memory.inputs + t * memory.room);
+      const float best = recompute(pool, query.table, {memory.ids, count}, input, memory.exact, query.logits);
+      if (query.certify) {
+        const size_t more =
+            doubtful(in, query.x, width, query.copy.block, query.logits, rows, best, query.shortlist, memory);
+        recompute(pool, query.table, {memory.others, more}, input, memory.exact, query.logits);
+        count += more;
+      }
+    }
+    *query.recomputed = static_cast<int32_t>(count);
+  }
+
+  // All logits, from the copy or the whole table, and the largest key of each group of logits.
+  void products(const Pool& pool, const Query* queries, size_t count, size_t rows, const Memory& memory) const {
+    struct Part {
+      const Query& query;
+      const Rows& matrix;
+      const float* input;
+      int32_t* maxima;
+      Chunks chunks;
+    };
+    std::vector<Part> parts;
     const size_t groups = (rows + kGroup - 1) / kGroup;
-    pool.run(chunks.count(), [&](size_t c) {
-      const Chunk chunk = chunks[c];
-      Rows part = matrix;
-      part.data = static_cast<const char*>(matrix.data) + chunk.begin * matrix.stride;
-      if (matrix.scales != nullptr) part.scales += chunk.begin * matrix.scales_stride / sizeof(float);
-      float* out = tokens == 1 ? logits + chunk.begin : memory.products + chunk.begin * tokens;
-      kernels_.project(part, {nullptr, chunk.size()}, input, tokens, out, {});
-      for (size_t t = 0; tokens > 1 && t < tokens; ++t)
-        for (size_t i = 0; i < chunk.size(); ++i) logits[t * rows + chunk.begin + i] = out[i * tokens + t];
-      for (size_t t = 0; with_maxima && t < tokens; ++t)
-        for (size_t first = chunk.begin; first < chunk.end; first += kGroup) {
-          int32_t most = INT32_MIN;
-          for (size_t i = first; i < std::min(first + kGroup, chunk.end); ++i)
-            most = std::max(most, sortable(logits[t * rows + i]));
-          memory.maxima[t * groups + first / kGroup] = most;
+    for (size_t t = 0; t < count; ++t) {
+      const Query& query = queries[t];
+      const bool whole = query.whole(rows);
+      const Rows& matrix = whole ? query.table : query.copy;
+      const float* input = kernels_.prepare(matrix, whole ? query.x : query.padded, 1, memory.inputs + t * memory.room);
+      parts.push_back({query, matrix, input, memory.maxima + t * groups, Chunks(rows, matrix.cost(), 1)});
+    }
+    size_t most = 0;
+    for (const Part& part : parts) most = std::max(most, part.chunks.count());
+    pool.run(most, [&](size_t c) {
+      // Rows from the cache for all queries but the first. One query reads its rows without a stop.
+      const size_t step = parts.size() == 1 ? rows : kRows;
+      for (size_t at = 0; at < rows; at += step)
+        for (const Part& part : parts) {
+          if (c >= part.chunks.count()) continue;
+          const Chunk chunk = part.chunks[c];
+          const size_t first = chunk.begin + at, end = std::min(chunk.end, first + step);
+          if (first < end) project(part.matrix, first, end, part.input, part.query.logits, part.maxima);
         }
     });
+  }
+
+  // The logits of rows first..end, and the largest keys of their groups.
+  void project(const Rows& matrix, size_t first, size_t end, const float* input, float* logits, int32_t* maxima) const {
+    Rows part = matrix;
+    part.data = static_cast<const char*>(matrix.data) + first * matrix.stride;
+    if (matrix.scales != nullptr) part.scales += first * matrix.scales_stride / sizeof(float);
+    kernels_.project(part, {nullptr, end - first}, input, 1, logits + first, {});
+    for (size_t start = first; start < end; start += kGroup) {
+      int32_t most = INT32_MIN;
+      for (size_t i = start; i < std::min(start + kGroup, end); ++i) most = std::max(most, sortable(logits[i]));
+      maxima[start / kGroup] = most;
+    }
   }
 
   // Writes the rows of the k largest logits to memory.ids. At least k logits reach the k-th largest maximum of a group,

@@ -13,26 +13,29 @@ def shortlist_logits(
     copy: np.ndarray,
     scales: np.ndarray,
     errors: np.ndarray,
-    shortlist: int,
-    certify: int,
+    shortlist: int | np.ndarray,
+    certify: int | np.ndarray,
     weighting: np.ndarray | None = None,
     table_scales: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``ShortlistLogits``: x ``(R, D)``, table ``(V, D)`` -> float32 ``(R, V)``, int32 ``(R,)``.
 
+    Args:
+        shortlist, certify: ``()`` or ``(R,)``.
+
     Raises:
-        IndexError: the shortlist is negative.
+        IndexError: a shortlist is negative.
     """
-    if shortlist < 0:
-        raise IndexError(f"shortlist {shortlist} is negative")
+    if np.min(shortlist) < 0:
+        raise IndexError(f"shortlist {np.min(shortlist)} is negative")
     wide = x.astype(np.float32)
     exact = wide @ full_rows(table, table_scales, copy, scales, x.shape[1]).T
     low = wide @ copy_rows(copy, scales, x.shape[1]).T
     norms = np.linalg.norm((wide if weighting is None else wide * weighting).astype(np.float64), axis=1)
-    count = max(shortlist, 1) if certify else shortlist
     recomputed = np.zeros(exact.shape, dtype=bool)
+    wanted, proved = (np.broadcast_to(given, len(x)) for given in (shortlist, certify))
     for row, marks in enumerate(recomputed):
-        marks[largest(low[row], count)] = True
-        if certify:
+        marks[largest(low[row], max(wanted[row], 1) if proved[row] else wanted[row])] = True
+        if proved[row]:
             marks |= low[row] + errors * norms[row] >= exact[row, marks].max()
     return np.where(recomputed, exact, low), recomputed.sum(axis=1, dtype=np.int32)

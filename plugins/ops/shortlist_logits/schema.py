@@ -25,6 +25,7 @@ SHORTLIST_LOGITS = OpSchema(
     "from the copy + errors[v] * |weighting * x| is not below the largest product of the shortlist. So the largest "
     "logit is proved to be that of the whole table. The errors are made by `certificate.copy_errors`; without a "
     "weighting, it is 1. recomputed counts the rows that were recomputed for each row of x. A shortlist of V or more "
-    "takes all rows. With table_scales, the table is one of integers. A table of integers without them is the residual "
-    "of nested integers, whose other part is the copy.",
+    "takes all rows. Each row of x may have its own shortlist and certify, (R,). With table_scales, the "
+    "table is one of integers. A table of integers without them is the residual of nested integers, whose other part "
+    "is the copy.",
 )

@@ -1,4 +1,5 @@
-// What one call of SparseAttention works on: its inputs in the form that the tasks read, and its memory.
+// What one call of SparseAttention works on: its inputs in the form that the tasks read, its selections, and their
+// memory.
 #pragma once
 
 #include <algorithm>
@@ -7,17 +8,21 @@
 #include "room.hpp"
 
 namespace shadowllm {
+namespace {  // other ops have types with the same names
 
 // Sizes are as in schema.py: hidden size D, H query heads of dimension d over n_kv cached ones. A head is full if its
 // rows are those of w_q and w_o; the rest of the heads have their rows in the low-bit copy. If w_q and w_o are
 // residuals of the copy, the rows of a full head are those of the copy plus the residuals.
+// A call has the sequences that share one selection.
 struct Call {
   size_t batch, seqlen, width, n_heads, group, kv_heads, capacity, head_dim, longest;
   size_t full_count, rest_count;  // the number of heads of each kind; if indices repeat, there may be fewer of the rest
   size_t score_groups;            // 0 unless the op chooses the heads
   const int32_t* indices;         // null if the op chooses the heads
+  int32_t* listed;                // where the active heads are listed; null if they are not
   Rows w_q, w_o, c_q, c_o, key, value;  // c_q and c_o only if they are read
   const float *x, *cos, *sin, *score_weight, *score_bias;
+  float* y;
   const int32_t* lengths;
   Tensor b_q, b_o;
   RowType b_q_type, b_o_type;
@@ -71,4 +76,31 @@ struct Memory {
   }
 };
 
+// The rows of a matrix that a selection needs, in chunks. Those of all selections are visited in the same pass over the
+// matrix, each in the order that it would have alone.
+struct Part {
+  const Call& call;
+  const Memory& memory;
+  const Heads& heads;
+  Chunks chunks;
+  const float *input = nullptr, *low_input = nullptr;
+
+  // The chunks c of the rows of full heads, of the rest, and of both.
+  Chunk full(size_t c) const { return chunks.of(heads.full_count * call.head_dim)[c]; }
+  Chunk low(size_t c) const { return chunks.of((heads.count - heads.full_count) * call.head_dim)[c]; }
+  Chunk all(size_t c) const { return chunks.of(heads.count * call.head_dim)[c]; }
+};
+
+// Calls add(to) with `sum`, or with zeros of padded rows, which are then added to it.
+template <class Add>
+inline void with_padding(const Call& call, float* padded, float* sum, Add add) {
+  const size_t wide = call.padded(call.c_o), tokens = call.tokens();
+  if (wide == 0) return add(sum);
+  std::fill(padded, padded + tokens * wide, 0.0f);
+  add(padded);
+  for (size_t t = 0; t < tokens; ++t)
+    for (size_t k = 0; k < call.width; ++k) sum[t * call.width + k] += padded[t * wide + k];
+}
+
+}  // namespace
 }  // namespace shadowllm

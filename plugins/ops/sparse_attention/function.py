@@ -6,86 +6,59 @@ import math
 
 import onnx_ir as ir
 
-from shadowllm.bundle.quantisation import Quantisation
 from shadowllm.plugins.function_body import FunctionBody, FunctionForm
 from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION
 
 
 def function_body(form: FunctionForm) -> ir.Function:
-    """Gather the rows and KV heads of the active heads, then compute ordinary attention; with copies, of all heads."""
+    """Compute the attention of all heads, and drop those that are not active; with copies, take these from the copy."""
     body = FunctionBody(SPARSE_ATTENTION)
-    heads = _choose(body, form) if form.head_groups else body.active()
-    y = _with_rest(body, form, heads, form.rest) if form.rest else _of_active(body, form, heads)
+    heads = _choose(body, form) if form.head_groups else body.given()
+    active = body.mask(heads, body.const([form.n_heads]))
+    full_rows = _of_rows(body, form, active)
+    bias = body["b_q"] if form.qkv_bias else None
+    query = body.project(body["x"], body.matrix("q", form), bias)
+    if form.rest:
+        query = body.op("Where", full_rows, query, body.project(body["x"], body.low_bit("q", form.rest), bias))
+    context = _attend(body, form, query)
+    y = body.op("MatMul", body.where(full_rows, context), body.matrix("o", form))
+    if form.rest:
+        others = body.where(_of_rows(body, form, body.of_rest(active)), context)
+        y = body.op("Add", y, body.op("MatMul", others, body.low_bit("o", form.rest)))
     y = body.op("Add", y, body["b_o"]) if form.o_bias else y
-    return body.finish(y, body.padded(heads, body.const([form.n_heads]))) if form.head_groups else body.finish(y)
+    return body.finish(y, body.chosen(heads)) if form.head_groups else body.finish(y)
 
 
 def _choose(body: FunctionBody, form: FunctionForm) -> ir.Value:
-    """The heads of the groups with the largest mean scores."""
+    """The heads of the groups with the largest mean scores, ``(R, H)``, ascending and then -1."""
     together = form.n_heads // form.head_groups
     x = body.op("Cast", body["x"], to=ir.DataType.FLOAT)
-    scores = body.op(
-        "ReduceMean", body.project(x, body["score_weight"], body["score_bias"]), body.const([0, 1]), keepdims=0
+    scores = body.mean(body.project(x, body["score_weight"], body["score_bias"]), body.const([form.head_groups]))
+    groups = body.op(
+        "Unsqueeze", body.choose(scores, body.op("Div", body.counts(), body.const(together))), body.const([2])
     )
-    groups = body.choose(scores, body.op("Div", body.counted(), body.const(together)))
-    first = body.op("Unsqueeze", body.op("Mul", groups, body.const(together)), body.const([1]))
-    return body.op("Reshape", body.op("Add", first, body.const(range(together))), body.const([-1]))
+    heads = body.op("Add", body.op("Mul", groups, body.const(together)), body.const(range(together)))
+    heads = body.op("Where", body.op("Less", groups, body.const(0)), body.const(-1), heads)
+    return body.op("Reshape", heads, body.const([-1, form.n_heads]))
 
 
-def _of_active(body: FunctionBody, form: FunctionForm, heads: ir.Value) -> ir.Value:
-    def pick(weight: ir.Value) -> ir.Value:
-        return _head_rows(body, form, weight, heads)
-
-    query = body.project(body["x"], body.matrix("q", pick, form), _head_bias(body, form, heads))
-    return body.op("MatMul", _attend(body, form, query, heads), body.matrix("o", pick, form))
+def _of_rows(body: FunctionBody, form: FunctionForm, heads: ir.Value) -> ir.Value:
+    """A mask of heads ``(n, 1, H)`` as one of their rows, ``(n, 1, H*d)``."""
+    rows = body.op("Expand", body.op("Unsqueeze", heads, body.const([3])), body.const([1, 1, 1, form.head_dim]))
+    return body.op("Reshape", rows, body.const([-1, 1, form.n_heads * form.head_dim]))
 
 
-def _with_rest(body: FunctionBody, form: FunctionForm, heads: ir.Value, copy: Quantisation) -> ir.Value:
-    """All heads; those that are not active have their rows from the copy, and add nothing where ``rest`` is 0."""
-    full = body.full(heads, body.const([form.n_heads]))
-    shape = body.const([form.n_heads, form.head_dim])
-    full_rows, rest_rows = (
-        body.op("Reshape", body.op("Expand", body.op("Unsqueeze", mask, body.const([1])), shape), body.const([-1]))
-        for mask in (full, body.of_rest(full))
-    )
-    bias = body["b_q"] if form.qkv_bias else None
-    w_q, w_o = (body.matrix(part, lambda weight: weight, form) for part in ("q", "o"))
-    exact, low = (body.project(body["x"], weight, bias) for weight in (w_q, body.low_bit("q", copy)))
-    context = _attend(body, form, body.op("Where", full_rows, exact, low), body.const(range(form.n_heads)))
-    y = body.op("MatMul", body.where(full_rows, context), w_o)
-    return body.op("Add", y, body.op("MatMul", body.where(rest_rows, context), body.low_bit("o", copy)))
-
-
-def _attend(body: FunctionBody, form: FunctionForm, query: ir.Value, heads: ir.Value) -> ir.Value:
-    """The attention of queries ``(B, S, n*d)`` of these heads over the cache, ``(B, S, n*d)``."""
-    query = body.op("Reshape", query, body.const([0, 0, -1, form.head_dim]))
+def _attend(body: FunctionBody, form: FunctionForm, query: ir.Value) -> ir.Value:
+    """The attention of the queries ``(B, S, H*d)`` of all heads over the cache, ``(B, S, H*d)``."""
+    query = body.op("Reshape", query, body.const([0, 0, form.n_heads, form.head_dim]))
     query = body.op("Transpose", query, perm=[0, 2, 1, 3])
     if form.rope:
         query = body.op("RotaryEmbedding", query, body["cos"], body["sin"])
-    group = body.const(form.n_heads // form.n_kv_heads)
-    kv_heads = body.op("Div", heads, group)
-    key, value = (body.op("Gather", body[name], kv_heads, axis=1) for name in ("key", "value"))
-    context = body.op("Attention", query, key, value, _visible(body), scale=1 / math.sqrt(form.head_dim))
+    context = body.op(
+        "Attention", query, body["key"], body["value"], _visible(body), scale=1 / math.sqrt(form.head_dim)
+    )
     context = body.op("Transpose", context, perm=[0, 2, 1, 3])
-    return body.op(
-        "Reshape", context, body.op("Concat", body.op("Shape", body["x"], start=0, end=2), body.const([-1]), axis=0)
-    )
-
-
-def _head_rows(body: FunctionBody, form: FunctionForm, weight: ir.Value, heads: ir.Value) -> ir.Value:
-    """The rows of the active heads, from a matrix of ``H*d`` rows."""
-    size = body.op("Shape", weight, start=1, end=2)
-    blocks = body.op("Reshape", weight, body.op("Concat", body.const([form.n_heads, form.head_dim]), size, axis=0))
-    return body.op(
-        "Reshape", body.op("Gather", blocks, heads, axis=0), body.op("Concat", body.const([-1]), size, axis=0)
-    )
-
-
-def _head_bias(body: FunctionBody, form: FunctionForm, heads: ir.Value) -> ir.Value | None:
-    if not form.qkv_bias:
-        return None
-    blocks = body.op("Reshape", body["b_q"], body.const([form.n_heads, form.head_dim]))
-    return body.op("Reshape", body.op("Gather", blocks, heads, axis=0), body.const([-1]))
+    return body.op("Reshape", context, body.const([0, 0, form.n_heads * form.head_dim]))
 
 
 def _visible(body: FunctionBody) -> ir.Value:

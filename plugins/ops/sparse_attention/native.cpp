@@ -4,9 +4,7 @@
 // would need only one step, but would leave most threads idle if few heads are active. With a low-bit copy, the other
 // heads take part in the same steps, with rows of the copy. If the full rows are the copy plus residuals, all heads
 // have rows of the copy, and residuals are added for the full ones.
-#include <cmath>
-
-#include "attention_call.hpp"
+#include "attend.hpp"
 #include "largest.hpp"
 
 namespace shadowllm {
@@ -60,24 +58,31 @@ class SparseAttention {
 
   void compute(OrtKernelContext* context) const {
     const std::vector<Tensor> in = node_.inputs(context);
-    check(in);
-    const Call call = read(in);
-    const Tensor y = node_.output_like(context, in[kX]), chosen = node_.optional_output(context, 1, {n_heads_});
-    Room size(nullptr);
-    (void)Memory(size, call);
+    const size_t selections = check(in);
+    const Tensor y = node_.output_like(context, in[kX]), chosen = node_.chosen_output(context, in[kCount], n_heads_);
+    std::vector<Call> calls;
+    for (size_t i = 0; i < selections; ++i) calls.push_back(read(in, i, selections, y, chosen));
     Scratch scratch;
-    Room room(scratch.take(size.used()));
-    const Memory memory(room, call);
-    const int32_t* full = call.indices == nullptr ? choose(call, memory) : call.indices;
-    if (chosen.present()) {
-      int32_t* out = static_cast<int32_t*>(chosen.data);
-      std::fill(std::copy_n(full, std::min(call.full_count, call.n_heads), out), out + call.n_heads, -1);
+    Room sizes(nullptr);
+    for (const Call& call : calls) (void)Memory(sizes, call);
+    Room room(scratch.take(sizes.used()));
+    std::vector<Memory> memory;
+    std::vector<Heads> heads;
+    for (const Call& call : calls) {
+      memory.emplace_back(room, call);
+      const int32_t* full = call.score_groups > 0 ? choose(call, memory.back()) : call.indices;
+      if (call.listed != nullptr) {
+        const size_t count = std::min(call.full_count, call.n_heads);
+        std::fill(std::copy_n(full, count, call.listed), call.listed + call.n_heads, -1);
+      }
+      heads.push_back(list(call, memory.back(), full));
     }
-    if (y.size() != 0) run(Pool(api_, context), call, memory, list(call, memory, full), static_cast<float*>(y.data));
+    if (y.size() != 0) run(Pool(api_, context), calls, memory, heads);
   }
 
  private:
-  void check(const std::vector<Tensor>& in) const {
+  // Returns the number of selections.
+  size_t check(const std::vector<Tensor>& in) const {
     const Tensor &x = in[kX], &key = in[kKey];
     const int64_t width = node_.width_of(x);
     if (key.rank != 4) node_.fail("key has " + std::to_string(key.rank) + " dimensions, not 4");
@@ -93,25 +98,28 @@ class SparseAttention {
     if (in[kCos].present() && d % 2 != 0) node_.fail("head dimension " + std::to_string(d) + " is odd");
     for (int64_t b = 0; b < batch; ++b)
       node_.bound("length of row " + std::to_string(b), in[kLengths].as<int32_t>()[b], seqlen, key.dims[2]);
-    for (const size_t port : {kCount, kRest})
-      if (in[port].present() && in[port].size() != 1)
-        node_.fail(std::string(kPorts[port].name) + " has " + std::to_string(in[port].size()) + " elements, not 1");
-    check_copy(in);
-    if (!in[kIndices].present()) check_choice(in, width);
+    const size_t selections = node_.selections(in[kCount], x);
+    if (selections != 1 && static_cast<int64_t>(selections) != batch)
+      node_.fail("count has " + std::to_string(selections) + " elements, not 1 or " + std::to_string(batch));
+    node_.expect_one_each(in, kRest, selections);
+    for (size_t i = 0; i < selections; ++i) check_rest(in, i);
+    for (size_t i = 0; i < selections && !in[kIndices].present(); ++i) check_choice(in, width, i);
+    return selections;
   }
 
-  void check_copy(const std::vector<Tensor>& in) const {
+  void check_rest(const std::vector<Tensor>& in, size_t selection) const {
     for (const auto& [one, other] : {std::pair{kCQ, kCsQ}, {kCO, kCsO}, {kCQ, kCO}})
       if (in[one].present() != in[other].present())
         node_.fail(std::string(kPorts[one].name) + " and " + kPorts[other].name + " must stand together");
-    if (wants_rest(in) && !in[kCQ].present()) node_.fail("rest is 1, but there is no low-bit copy");
+    if (Node::number(in[kRest], selection) != 0 && !in[kCQ].present())
+      node_.fail("rest is 1, but there is no low-bit copy");
   }
 
-  void check_choice(const std::vector<Tensor>& in, int64_t width) const {
+  void check_choice(const std::vector<Tensor>& in, int64_t width, size_t selection) const {
     const Tensor& weight = in[kScoreWeight];
     if (!weight.present() || !in[kScoreBias].present())
       node_.fail("without indices, the heads are chosen with score_weight and score_bias, but these are missing");
-    const int64_t groups = weight.rank == 2 ? weight.dims[0] : 0, count = *in[kCount].as<int32_t>();
+    const int64_t groups = weight.rank == 2 ? weight.dims[0] : 0, count = Node::number(in[kCount], selection);
     node_.expect(in, kScoreWeight, {groups, width});
     if (groups < 1 || n_heads_ % groups != 0)
       node_.fail(std::to_string(n_heads_) + " heads do not divide among the " + std::to_string(groups) +
@@ -123,8 +131,6 @@ class SparseAttention {
                  " heads that are chosen together");
   }
 
-  static bool wants_rest(const std::vector<Tensor>& in) { return in[kRest].present() && *in[kRest].as<int32_t>() != 0; }
-
   // Number of positions in this step, from hidden states (batch, seqlen, width) or (batch * seqlen, width).
   int64_t seqlen_of(const Tensor& x, int64_t batch) const {
     const int64_t rows = x.rank == 3 ? x.dims[0] * x.dims[1] : x.dims[0];
@@ -133,28 +139,31 @@ class SparseAttention {
     return x.rank == 3 ? x.dims[1] : rows / batch;
   }
 
-  Call read(const std::vector<Tensor>& in) const {
+  Call read(const std::vector<Tensor>& in, size_t selection, size_t selections, const Tensor& y,
+            const Tensor& chosen) const {
     const auto dim = [&](Input port, int i) { return static_cast<size_t>(in[port].dims[i]); };
     const auto bias_type = [&](Input port) {
       return in[port].present() ? node_.row_type(in[port], kPorts[port].name) : RowType::f32;
     };
     const int64_t rows = n_heads_ * in[kKey].dims[3], width = node_.width_of(in[kX]), batch = in[kKey].dims[0];
     Call call{};
-    call.batch = dim(kKey, 0), call.kv_heads = dim(kKey, 1), call.capacity = dim(kKey, 2), call.head_dim = dim(kKey, 3);
+    call.batch = dim(kKey, 0) / selections, call.kv_heads = dim(kKey, 1), call.capacity = dim(kKey, 2);
+    call.head_dim = dim(kKey, 3);
     call.seqlen = static_cast<size_t>(seqlen_of(in[kX], batch)), call.width = static_cast<size_t>(width);
     call.n_heads = static_cast<size_t>(n_heads_), call.group = call.n_heads / call.kv_heads;
-    call.lengths = in[kLengths].as<int32_t>();
-    call.longest = batch == 0 ? 0 : static_cast<size_t>(*std::max_element(call.lengths, call.lengths + batch));
+    const size_t first = selection * call.batch;  // its first sequence
+    call.lengths = in[kLengths].as<int32_t>() + first;
+    if (batch != 0) call.longest = static_cast<size_t>(*std::max_element(call.lengths, call.lengths + call.batch));
     bool ascending = true;
     if (in[kIndices].present()) {
-      const Picks heads = node_.active(in[kIndices], in[kCount], n_heads_);
+      const Picks heads = node_.active(in[kIndices], in[kCount], selection, n_heads_);
       call.indices = heads.ids, call.full_count = heads.count;
       for (size_t i = 1; i < heads.count; ++i) ascending &= heads.ids[i - 1] < heads.ids[i];
     } else {
-      call.full_count = static_cast<size_t>(*in[kCount].as<int32_t>());
+      call.full_count = static_cast<size_t>(Node::number(in[kCount], selection));
       call.score_groups = dim(kScoreWeight, 0);
     }
-    if (wants_rest(in)) call.rest_count = call.n_heads - (ascending ? call.full_count : 0);
+    if (Node::number(in[kRest], selection) != 0) call.rest_count = call.n_heads - (ascending ? call.full_count : 0);
     Rows q{}, o{};
     if (in[kCQ].present()) q = node_.copy(in, kCQ, kCsQ, rows, width), o = node_.copy(in, kCO, kCsO, rows, width);
     const auto full = [&](Input port, Input scales, const Rows& low) {
@@ -165,18 +174,26 @@ class SparseAttention {
     if ((call.w_q.step == 0) != (call.w_o.step == 0))
       node_.fail("one matrix is a residual of the low-bit copy, and the other is not");
     if (call.rest_count > 0 || call.nested()) call.c_q = q, call.c_o = o;
-    call.key = cache(in, kKey), call.value = cache(in, kValue);
-    call.x = in[kX].as<float>(), call.cos = in[kCos].as<float>(), call.sin = in[kSin].as<float>();
+    const size_t caches = first * call.kv_heads * call.capacity, tokens = first * call.seqlen;
+    call.key = cache(in, kKey, caches), call.value = cache(in, kValue, caches);
+    call.x = in[kX].as<float>() + tokens * call.width, call.y = static_cast<float*>(y.data) + tokens * call.width;
+    if (in[kCos].present()) {
+      call.cos = in[kCos].as<float>() + tokens * (call.head_dim / 2);
+      call.sin = in[kSin].as<float>() + tokens * (call.head_dim / 2);
+    }
+    if (chosen.present()) call.listed = static_cast<int32_t*>(chosen.data) + selection * call.n_heads;
     call.score_weight = in[kScoreWeight].as<float>(), call.score_bias = in[kScoreBias].as<float>();
     call.b_q = in[kBQ], call.b_o = in[kBO];
     call.b_q_type = bias_type(kBQ), call.b_o_type = bias_type(kBO);
     return call;
   }
 
-  Rows cache(const std::vector<Tensor>& in, Input port) const {
+  // Keys or values from a row on: a row is a position of one head and sequence.
+  Rows cache(const std::vector<Tensor>& in, Input port, size_t first) const {
     const RowType type = node_.row_type(in[port], kPorts[port].name);
     const size_t d = static_cast<size_t>(in[port].dims[3]);
-    return {in[port].data, d * element_size(type), d, type};
+    const size_t stride = d * element_size(type);
+    return {in[port].as<char>() + first * stride, stride, d, type};
   }
 
   // The best groups of heads, as heads in ascending order.
@@ -210,53 +227,85 @@ class SparseAttention {
     return heads;
   }
 
-  void run(const Pool& pool, const Call& call, const Memory& memory, const Heads& heads, float* y) const {
-    const size_t d = call.head_dim, tokens = call.tokens(), full = heads.full_count * d;
-    project(pool, call, memory, heads);
-    pool.run(heads.count * call.batch, [&](size_t task) {
-      const size_t i = task / call.batch, b = task % call.batch;
-      attend(call, static_cast<size_t>(heads.ids[i]), b, memory.queries + i * d * tokens,
-             memory.work + task * memory.task_size);
-    });
-    const Chunks chunks = call.chunks(call.w_o, call.c_o), full_chunks = chunks.of(full);
-    const Chunks low_chunks = chunks.of(heads.count * d - full), all_chunks = chunks.of(heads.count * d);
-    const size_t part = tokens * call.width;
-    pool.run(chunks.count(), [&](size_t c) {
-      const Chunk chunk = full_chunks[c], low = low_chunks[c];
-      float *sum = memory.parts + c * part, *padded = memory.low_parts + c * tokens * call.padded(call.c_o);
-      std::fill(sum, sum + part, 0.0f);
-      if (call.nested()) return add_nested(call, memory, heads, all_chunks[c], padded, sum);
-      kernels_.accumulate(call.w_o, {heads.rows + chunk.begin, chunk.size()}, memory.queries + chunk.begin * tokens,
-                          tokens, sum, {});
-      if (low.size() > 0)
-        with_padding(call, padded, sum, [&](float* to) {
-          kernels_.accumulate(call.c_o, {heads.rows + full + low.begin, low.size()},
-                              memory.queries + (full + low.begin) * tokens, tokens, to, {});
-        });
-    });
-    const bool biased = call.b_o.present();
-    if (biased) kernels_.widen(call.b_o.data, call.b_o_type, memory.start, call.width);
-    add_up(pool, kernels_, memory.parts, chunks.count(), tokens, call.width, biased ? memory.start : nullptr, y);
+  void run(const Pool& pool, const std::vector<Call>& calls, const std::vector<Memory>& memory,
+           const std::vector<Heads>& heads) const {
+    project(pool, calls, memory, heads);
+    attend(pool, calls, memory, heads);
+    std::vector<Part> parts;
+    for (size_t i = 0; i < calls.size(); ++i)
+      parts.push_back({calls[i], memory[i], heads[i], calls[i].chunks(calls[i].w_o, calls[i].c_o)});
+    in_chunks(pool, parts, [&](const Part& part, size_t c) { add_chunk(part, c); });
+    if (parts.size() == 1) return finish(pool, parts.front());
+    pool.run(parts.size(), [&](size_t i) { finish(Pool::none(), parts[i]); });
   }
 
   // The queries of all heads, without bias.
-  void project(const Pool& pool, const Call& call, const Memory& memory, const Heads& heads) const {
-    const size_t tokens = call.tokens(), n = heads.count * call.head_dim, full = heads.full_count * call.head_dim;
-    if (n == 0) return;
-    const Chunks chunks = call.chunks(call.w_q, call.c_q), full_chunks = chunks.of(full);
-    const Chunks low_chunks = chunks.of(n - full), all_chunks = chunks.of(n);
-    const bool nested = call.nested();
-    const float* input = nested ? nullptr : kernels_.prepare(call.w_q, call.x, tokens, memory.inputs);
-    const float* low_input = n == full && !nested ? nullptr : prepare_low(call, memory);
-    pool.run(chunks.count(), [&](size_t c) {
-      const Chunk chunk = full_chunks[c], low = low_chunks[c];
-      if (nested) return project_nested(call, memory, heads, all_chunks[c], low_input);
-      kernels_.project(call.w_q, {heads.rows + chunk.begin, chunk.size()}, input, tokens,
-                       memory.queries + chunk.begin * tokens, {});
+  void project(const Pool& pool, const std::vector<Call>& calls, const std::vector<Memory>& memory,
+               const std::vector<Heads>& heads) const {
+    std::vector<Part> parts;
+    for (size_t i = 0; i < calls.size(); ++i) {
+      const Call& call = calls[i];
+      if (heads[i].count == 0) continue;
+      parts.push_back({call, memory[i], heads[i], call.chunks(call.w_q, call.c_q)});
+      if (!call.nested()) parts.back().input = kernels_.prepare(call.w_q, call.x, call.tokens(), memory[i].inputs);
+      if (call.nested() || heads[i].count > heads[i].full_count) parts.back().low_input = prepare_low(call, memory[i]);
+    }
+    in_chunks(pool, parts, [&](const Part& part, size_t c) {
+      const Call& call = part.call;
+      const Memory& own = part.memory;
+      const size_t tokens = call.tokens(), full_rows = part.heads.full_count * call.head_dim;
+      const Chunk full = part.full(c), low = part.low(c);
+      if (call.nested()) return project_nested(call, own, part.heads, part.all(c), part.low_input);
+      kernels_.project(call.w_q, {part.heads.rows + full.begin, full.size()}, part.input, tokens,
+                       own.queries + full.begin * tokens, {});
       if (low.size() > 0)
-        kernels_.project(call.c_q, {heads.rows + full + low.begin, low.size()}, low_input, tokens,
-                         memory.queries + (full + low.begin) * tokens, {});
+        kernels_.project(call.c_q, {part.heads.rows + full_rows + low.begin, low.size()}, part.low_input, tokens,
+                         own.queries + (full_rows + low.begin) * tokens, {});
     });
+  }
+
+  // Replaces all queries by contexts; each head and sequence is a task.
+  void attend(const Pool& pool, const std::vector<Call>& calls, const std::vector<Memory>& memory,
+              const std::vector<Heads>& heads) const {
+    const size_t batch = calls.front().batch;
+    std::vector<std::pair<size_t, size_t>> tasks;  // a selection, and the place of one of its heads
+    for (size_t i = 0; i < calls.size(); ++i)
+      for (size_t place = 0; place < heads[i].count; ++place) tasks.emplace_back(i, place);
+    pool.run(tasks.size() * batch, [&](size_t task) {
+      const auto [i, place] = tasks[task / batch];
+      const Call& call = calls[i];
+      attend_head(kernels_, call, static_cast<size_t>(heads[i].ids[place]), task % batch,
+                  memory[i].queries + place * call.head_dim * call.tokens(),
+                  memory[i].work + (place * batch + task % batch) * memory[i].task_size);
+    });
+  }
+
+  // Adds up the output projection of a chunk of rows, into its part of the memory.
+  void add_chunk(const Part& part, size_t c) const {
+    const Call& call = part.call;
+    const Memory& memory = part.memory;
+    const Heads& heads = part.heads;
+    const size_t tokens = call.tokens(), size = tokens * call.width, first_low = heads.full_count * call.head_dim;
+    const Chunk full = part.full(c), low = part.low(c);
+    float *sum = memory.parts + c * size, *padded = memory.low_parts + c * tokens * call.padded(call.c_o);
+    std::fill(sum, sum + size, 0.0f);
+    if (call.nested()) return add_nested(call, memory, heads, part.all(c), padded, sum);
+    kernels_.accumulate(call.w_o, {heads.rows + full.begin, full.size()}, memory.queries + full.begin * tokens, tokens,
+                        sum, {});
+    if (low.size() > 0)
+      with_padding(call, padded, sum, [&](float* to) {
+        kernels_.accumulate(call.c_o, {heads.rows + first_low + low.begin, low.size()},
+                            memory.queries + (first_low + low.begin) * tokens, tokens, to, {});
+      });
+  }
+
+  // The result of a selection: its parts in order, and the bias.
+  void finish(const Pool& pool, const Part& part) const {
+    const Call& call = part.call;
+    const bool biased = call.b_o.present();
+    if (biased) kernels_.widen(call.b_o.data, call.b_o_type, part.memory.start, call.width);
+    add_up(pool, kernels_, part.memory.parts, part.chunks.count(), call.tokens(), call.width,
+           biased ? part.memory.start : nullptr, call.y);
   }
 
   // The input for the copy: x, with zeros up to a whole number of blocks.
@@ -300,56 +349,6 @@ class SparseAttention {
   static Picks full_rows(const Call& call, const Heads& heads, Chunk chunk) {
     const size_t end = std::min(chunk.end, heads.full_count * call.head_dim);
     return {heads.rows + chunk.begin, end > chunk.begin ? end - chunk.begin : 0};
-  }
-
-  // Calls add(to) with `sum`, or with zeros of padded rows, which are then added to it.
-  template <class Add>
-  static void with_padding(const Call& call, float* padded, float* sum, Add add) {
-    const size_t wide = call.padded(call.c_o), tokens = call.tokens();
-    if (wide == 0) return add(sum);
-    std::fill(padded, padded + tokens * wide, 0.0f);
-    add(padded);
-    for (size_t t = 0; t < tokens; ++t)
-      for (size_t k = 0; k < call.width; ++k) sum[t * call.width + k] += padded[t * wide + k];
-  }
-
-  // Replaces the queries of one head and sequence by its contexts. Only visible positions of the cache are read.
-  void attend(const Call& call, size_t head, size_t b, float* queries, float* work) const noexcept {
-    const size_t d = call.head_dim, tokens = call.tokens();
-    const size_t past = static_cast<size_t>(call.lengths[b]) - call.seqlen;
-    const size_t first = (b * call.kv_heads + head / call.group) * call.capacity;
-    Rows keys = call.key, values = call.value;
-    keys.data = static_cast<const char*>(keys.data) + first * keys.stride;
-    values.data = static_cast<const char*>(values.data) + first * values.stride;
-    float *query = work, *context = work + d, *scores = work + 2 * d;
-    for (size_t s = 0; s < call.seqlen; ++s) {
-      const size_t token = b * call.seqlen + s, visible = past + s + 1;
-      load_query(call, head, token, queries, query);
-      kernels_.project(keys, {nullptr, visible}, query, 1, scores, {});
-      const float total = kernels_.exponentials(scores, visible);
-      std::fill(context, context + d, 0.0f);
-      kernels_.accumulate(values, {nullptr, visible}, scores, 1, context, {});
-      for (size_t j = 0; j < d; ++j) queries[j * tokens + token] = context[j] / total;
-    }
-  }
-
-  // One token's query: bias, rotary embedding (half-split), and the scale 1 / sqrt(d) of the scores.
-  void load_query(const Call& call, size_t head, size_t token, const float* queries, float* query) const noexcept {
-    const size_t d = call.head_dim, half = d / 2;
-    std::fill(query, query + d, 0.0f);
-    if (call.b_q.present())
-      kernels_.widen(call.b_q.as<char>() + head * d * element_size(call.b_q_type), call.b_q_type, query, d);
-    for (size_t j = 0; j < d; ++j) query[j] += queries[j * call.tokens() + token];
-    if (call.cos != nullptr) {
-      const float *cos = call.cos + token * half, *sin = call.sin + token * half;
-      for (size_t j = 0; j < half; ++j) {
-        const float one = query[j], two = query[half + j];
-        query[j] = one * cos[j] - two * sin[j];
-        query[half + j] = two * cos[j] + one * sin[j];
-      }
-    }
-    const float scale = 1 / std::sqrt(static_cast<float>(d));
-    for (size_t j = 0; j < d; ++j) query[j] *= scale;
   }
 
   const Api& api_;

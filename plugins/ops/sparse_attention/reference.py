@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
-from shadowllm.plugins.reference import active, copy_rows, full_rows, largest, padded
+from shadowllm.plugins.reference import active, copy_rows, each_selection, full_rows, largest, padded
 
 
+@each_selection("key", "value", "lengths", "cos", "sin")
 def sparse_attention(
     x: np.ndarray,
     key: np.ndarray,
@@ -34,7 +35,10 @@ def sparse_attention(
     *,
     n_heads: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``SparseAttention``: x ``(B, S, D)``, cache ``(B, n_kv, C, d)`` -> ``(B, S, D)``, chosen ``(H,)``."""
+    """``SparseAttention``: x ``(B, S, D)``, cache ``(B, n_kv, C, d)`` -> ``(B, S, D)``, chosen ``(H,)``.
+
+    With a selection for each sequence (see `each_selection`), chosen is ``(B, H)``.
+    """
     batch, seqlen, width = x.shape
     capacity, head_dim = key.shape[2:]
     wide, group = x.astype(np.float32), n_heads // key.shape[1]

@@ -34,6 +34,6 @@ SPARSE_ATTENTION = OpSchema(
     "holds this step's keys and values; query s of row b sees positions 0 .. lengths[b] - S + s. With a low-bit copy "
     "(c_ and cs_) and rest = 1, the other heads are added too, with their rows of q and o from the copy; with rest = 0 "
     "they are dropped. Without indices, the op chooses the active heads itself, in G groups of H/G neighbours: the "
-    "count * G/H groups with the largest means over all tokens of score_weight x + score_bias, where ties go to the "
-    "lower index. It then writes the heads to chosen, ascending and -1 past the count.",
+    "count * G/H groups with the largest means over the tokens of a selection of score_weight x + score_bias, where "
+    "ties go to the lower index. It then writes the heads to chosen, ascending and -1 past the count.",
 )

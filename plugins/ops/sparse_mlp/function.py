@@ -12,50 +12,50 @@ from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 
 
 def function_body(form: FunctionForm) -> ir.Function:
-    """Gather the active rows of each matrix, then compute a dense MLP; with copies, add all other neurons."""
+    """Compute all neurons, and drop those that are not active; with copies, take these from the copy."""
     body = FunctionBody(SPARSE_MLP)
-    low = _low(body, form) if form.rest else None
     if form.gate_first:
         return _gate_first(body, form)
+    low = (
+        _hidden(body, form, lambda part: _project(body, form, part, _low_bit(body, form, part))) if form.rest else None
+    )
+    width = body.op("Shape", body["w_up"], start=0, end=1)
     if form.chooses_neurons and low is not None:
         size = body.op("Cast", body.op("Abs", low), to=ir.DataType.FLOAT)
-        mean = body.op("ReduceMean", size, body.const([0, 1]), keepdims=0)
-        rows = body.choose(body.op("Mul", mean, body["down_norms"]), body.counted())
+        rows = body.choose(body.op("Mul", body.mean(size, width), body["down_norms"]), body.counts())
     else:
-        rows = body.active()
-
-    def pick(weight: ir.Value) -> ir.Value:
-        return body.op("Gather", weight, rows, axis=0)
-
-    def project(part: str) -> ir.Value:
-        bias = pick(body[f"b_{part}"]) if form.mlp_bias else None
-        return body.project(body["x"], body.matrix(part, pick, form), bias)
-
-    y = body.op("MatMul", _hidden(body, form, project), body.matrix("down", pick, form))
-    width = body.op("Shape", body["w_up"], start=0, end=1)
-    if low is not None and form.rest:
-        others = body.where(body.of_rest(body.full(rows, width)), low)
-        y = body.op("Add", y, body.op("MatMul", others, body.low_bit("down", form.rest)))
+        rows = body.given()
+    active = body.mask(rows, width)
+    hidden = _hidden(body, form, lambda part: _project(body, form, part, body.matrix(part, form)))
+    y = body.op("MatMul", body.where(active, hidden), body.matrix("down", form))
+    if low is not None:
+        others = body.where(body.of_rest(active), low)
+        y = body.op("Add", y, body.op("MatMul", others, _low_bit(body, form, "down")))
     y = body.op("Add", y, body["b_down"]) if form.mlp_bias else y
-    return body.finish(y, body.padded(rows, width)) if form.chooses_neurons else body.finish(y)
+    return body.finish(y, body.chosen(rows)) if form.chooses_neurons else body.finish(y)
 
 
 def _hidden(body: FunctionBody, form: FunctionForm, project: Callable[[str], ir.Value]) -> ir.Value:
-    """The products that the rows of down are multiplied by."""
+    """The products that the rows of down are multiplied by, ``(B, S, F)``."""
     return body.product(form, *(project(part) for part in (("gate", "up") if form.gated else ("up",))))
+
+
+def _project(body: FunctionBody, form: FunctionForm, part: str, weight: ir.Value) -> ir.Value:
+    return body.project(body["x"], weight, body[f"b_{part}"] if form.mlp_bias else None)
+
+
+def _low_bit(body: FunctionBody, form: FunctionForm, part: str) -> ir.Value:
+    assert form.rest is not None
+    return body.low_bit(part, form.rest)
 
 
 def _gate_first(body: FunctionBody, form: FunctionForm) -> ir.Function:
     """Compute the gates of all neurons, then gather the rows of up and down whose gate is not zero for some token."""
-
-    def project(part: str, pick: Callable[[ir.Value], ir.Value]) -> ir.Value:
-        bias = pick(body[f"b_{part}"]) if form.mlp_bias else None
-        return body.project(body["x"], body.matrix(part, pick, form), bias)
-
-    gates = activate(body, form.activation, form.threshold, project("gate" if form.gated else "up", lambda rows: rows))
+    first = "gate" if form.gated else "up"
+    gates = activate(body, form.activation, form.threshold, _project(body, form, first, body.matrix(first, form)))
     # A NaN is not equal to zero, so it counts as fired.
-    fired = body.op("Not", body.op("Equal", gates, body.number(0.0)))
-    any_token = body.op("ReduceMax", body.op("Cast", fired, to=ir.DataType.INT32), body.const([0, 1]), keepdims=0)
+    fired = body.op("Cast", body.op("Not", body.op("Equal", gates, body.number(0.0))), to=ir.DataType.FLOAT)
+    any_token = body.op("ReduceMax", fired, body.const([0, 1]), keepdims=0)
     rows = body.op("Squeeze", body.op("NonZero", any_token), body.const([0]))
 
     def pick(weight: ir.Value) -> ir.Value:
@@ -63,18 +63,16 @@ def _gate_first(body: FunctionBody, form: FunctionForm) -> ir.Function:
 
     hidden = body.op("Gather", gates, rows, axis=2)
     if form.gated:
-        hidden = times_up(body, form.activation, hidden, project("up", pick))
-    y = body.op("MatMul", hidden, body.matrix("down", pick, form))
+        bias = pick(body["b_up"]) if form.mlp_bias else None
+        hidden = times_up(body, form.activation, hidden, body.project(body["x"], body.matrix("up", form, pick), bias))
+    y = body.op("MatMul", hidden, body.matrix("down", form, pick))
     y = body.op("Add", y, body["b_down"]) if form.mlp_bias else y
-    return body.finish(y, body.padded(rows, body.op("Shape", body["w_up"], start=0, end=1)))
+    return body.finish(y, body.chosen(_list(body, fired)))
 
 
-def _low(body: FunctionBody, form: FunctionForm) -> ir.Value:
-    """The products of all neurons from the copy, ``(B, S, F)``."""
-    copy = form.rest
-    assert copy is not None
-
-    def project(part: str) -> ir.Value:
-        return body.project(body["x"], body.low_bit(part, copy), body[f"b_{part}"] if form.mlp_bias else None)
-
-    return _hidden(body, form, project)
+def _list(body: FunctionBody, fired: ir.Value) -> ir.Value:
+    """The neurons of each selection that fired for some token, ``(R, F)``, ascending and then -1."""
+    mean = body.mean(fired, body.op("Shape", body["w_up"], start=0, end=1))
+    some = body.op("Cast", body.op("Greater", mean, body.op("Constant", value_float=0.0)), to=ir.DataType.INT32)
+    counts = body.op("ReduceSum", body.op("Cast", some, to=ir.DataType.INT64), body.const([1]), keepdims=1)
+    return body.choose(body.op("Cast", some, to=ir.DataType.FLOAT), counts)

@@ -5,6 +5,7 @@
 #include "mlp_call.hpp"
 
 namespace shadowllm {
+namespace {  // other ops have types with the same names
 
 // Adds a chunk of neurons to `sum` (tokens, width), and marks those that fired for any token.
 inline void add_gate_first(const Kernels& kernels, Activation activation, const Call& call, Picks mine, Inputs inputs,
@@ -36,4 +37,5 @@ inline void list_marked(const int32_t* marks, size_t neurons, int32_t* out) {
   std::fill(out, end, -1);
 }
 
+}  // namespace
 }  // namespace shadowllm

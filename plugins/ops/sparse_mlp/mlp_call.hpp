@@ -1,4 +1,4 @@
-// What one call of SparseMLP works on: its matrices, its biases, and its memory.
+// What one call of SparseMLP works on: matrices, biases, selections, and their memory.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include "room.hpp"
 
 namespace shadowllm {
+namespace {  // other ops have types with the same names
 
 constexpr size_t kTokenBlock = 64;  // tokens per pass over the weights
 
@@ -35,9 +36,10 @@ struct Matrices {
 
 // Vectors x in the form that `project` reads with the rows of gate and of up.
 struct Inputs {
-  const float *gate, *up;
+  const float *gate = nullptr, *up = nullptr;
 };
 
+// One selection, and the tokens that share it.
 struct Call {
   Matrices full, low;  // low only if copied
   Bias b_gate, b_up, b_down;
@@ -46,11 +48,17 @@ struct Call {
   bool gate_first;              // the neurons whose gate is not zero are active
   size_t full_count;            // neurons computed from their full rows
   const float* norms;           // only if choosing
+  Picks picks;                  // the active neurons; ids is null until they are chosen
+  const float* x;
+  float* y;
+  int32_t* listed;  // where the active neurons are listed; null if they are not
 
   // Whether the full rows are the copy plus residuals.
   bool nested() const { return full.up.step != 0; }
   // Whether neurons are chosen by their products from the copy.
   bool scoring() const { return choosing && full_count < neurons; }
+  // Whether the products with which they are chosen are still there when the result is computed.
+  bool kept() const { return scoring() && tokens <= kTokenBlock; }
   bool padded() const { return copied && low.up.width != width; }
 
   // Chunks of all neurons if there is a copy, or of the full ones. Either is a function of sizes and of the count.
@@ -76,9 +84,10 @@ inline size_t drop_zeros(Picks picks, size_t tokens, float* h, int32_t* kept_ids
 
 // Memory for the choice, which is the same for all tokens. A mark is 1 if the neuron is active.
 struct ChoiceRoom {
-  float* scores;
-  int32_t *keys, *all, *chosen, *marks;
+  float* scores = nullptr;
+  int32_t *keys = nullptr, *all = nullptr, *chosen = nullptr, *marks = nullptr;
 
+  ChoiceRoom() = default;
   ChoiceRoom(Room& room, const Call& call) {
     const size_t if_copied = call.copied ? call.neurons : 0, if_choosing = call.choosing ? call.neurons : 0;
     scores = room.floats(if_copied);
@@ -115,4 +124,60 @@ struct BlockRoom {
   }
 };
 
+// A block of tokens that share a selection. The blocks of all selections are computed in the same pass over the
+// weights, each in the order that it would have alone.
+struct Block {
+  const Call& call;
+  const ChoiceRoom& choice;
+  BlockRoom room;
+  Chunks chunks;
+  Inputs inputs, low_inputs;
+  const float* x;
+  float* y;
+};
+
+// Memory for all selections: for the choice of each, and for a block of its tokens.
+struct Memory {
+  std::vector<ChoiceRoom> choices;
+  std::vector<float*> blocks;
+
+  Memory(Room& room, const std::vector<Call>& calls) {
+    for (const Call& call : calls) {
+      const size_t last = call.tokens % kTokenBlock, most = std::min(kTokenBlock, call.tokens);
+      Room longest(nullptr), rest(nullptr);
+      (void)BlockRoom(longest, call, most), (void)BlockRoom(rest, call, last);
+      choices.emplace_back(room, call);
+      blocks.push_back(room.floats(std::max(longest.used(), rest.used())));
+    }
+  }
+};
+
+// Calls pass(blocks) for each block of tokens, with those of all selections.
+template <class Pass>
+inline void for_blocks(const std::vector<Call>& calls, const Memory& memory, Pass pass) {
+  for (size_t first = 0; !calls.empty() && first < calls.front().tokens; first += kTokenBlock) {
+    std::vector<Block> blocks;
+    for (size_t i = 0; i < calls.size(); ++i) {
+      const Call& call = calls[i];
+      Room room(memory.blocks[i]);
+      const BlockRoom own(room, call, std::min(kTokenBlock, call.tokens - first));
+      const size_t at = first * call.width;
+      blocks.push_back({call, memory.choices[i], own, call.chunks(own.tokens), {}, {}, call.x + at, call.y + at});
+    }
+    pass(blocks);
+  }
+}
+
+// Calls add(to) with `sum`, or with zeros of padded rows, which are then added to it.
+template <class Add>
+inline void with_padding(const Call& call, size_t tokens, float* padded, float* sum, Add add) {
+  if (!call.padded()) return add(sum);
+  const size_t wide = call.low.down.width;
+  std::fill(padded, padded + tokens * wide, 0.0f);
+  add(padded);
+  for (size_t t = 0; t < tokens; ++t)
+    for (size_t k = 0; k < call.width; ++k) sum[t * call.width + k] += padded[t * wide + k];
+}
+
+}  // namespace
 }  // namespace shadowllm

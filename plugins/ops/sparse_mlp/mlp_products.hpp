@@ -4,6 +4,7 @@
 #include "mlp_call.hpp"
 
 namespace shadowllm {
+namespace {  // other ops have types with the same names
 
 // Gate and up of all neurons from the copy, and the products of both, from place `at` of their memory on.
 inline void low_products(const Kernels& kernels, Activation activation, const Call& call, const BlockRoom& room,
@@ -110,4 +111,5 @@ class NestedChunk {
   size_t at_;  // the first active neuron of the chunk, among all active ones
 };
 
+}  // namespace
 }  // namespace shadowllm

@@ -70,66 +70,35 @@ class SparseMlp {
 
   void compute(OrtKernelContext* context) const {
     const std::vector<Tensor> in = node_.inputs(context);
-    check(in);
-    Call call = read(in);
-    const int64_t neurons = in[kWUp].dims[0];
-    Picks picks{nullptr, call.full_count};
-    if (!call.choosing) picks = node_.active(in[kIndices], in[kCount], neurons);
-    if (call.nested() && !call.choosing && !ascending(picks)) node_.fail("the indices are not in ascending order");
-    const Tensor y = node_.output_like(context, in[kX]), chosen = node_.optional_output(context, 1, {neurons});
-    call.tokens = call.width == 0 ? 0 : y.size() / call.width;
-    const size_t last = call.tokens % kTokenBlock, most = std::min(kTokenBlock, call.tokens);
-    Room choice(nullptr), longest(nullptr), rest(nullptr);
-    (void)ChoiceRoom(choice, call), (void)BlockRoom(longest, call, most), (void)BlockRoom(rest, call, last);
+    const size_t selections = check(in);
+    const Tensor y = node_.output_like(context, in[kX]);
+    const Tensor chosen = node_.chosen_output(context, in[kCount], in[kWUp].dims[0]);
+    std::vector<Call> calls;
+    for (size_t i = 0; i < selections; ++i) calls.push_back(read(in, i, selections, y, chosen));
     Scratch scratch;
-    float* const memory = scratch.take(choice.used() + std::max(longest.used(), rest.used()));
-    Room start(memory);
-    const ChoiceRoom choice_room(start, call);
-    if (call.copied || call.choosing) std::iota(choice_room.all, choice_room.all + neurons, 0);
-    if (call.copied) std::fill(choice_room.scores, choice_room.scores + neurons, 0.0f);
-    const Pool pool(api_, context);
-    // Calls pass(memory, inputs, outputs) for each block of tokens.
-    const auto for_blocks = [&](auto pass) {
-      for (size_t first = 0; first < call.tokens; first += kTokenBlock) {
-        Room room(memory + choice.used());
-        pass(BlockRoom(room, call, std::min(kTokenBlock, call.tokens - first)), in[kX].as<float>() + first * call.width,
-             static_cast<float*>(y.data) + first * call.width);
-      }
-    };
-    const bool keeps = call.tokens <= kTokenBlock;  // whether the products of the first pass are kept
-    if (call.choosing) {
-      if (call.scoring())
-        for_blocks([&](const BlockRoom& room, const float* x, float*) { score(pool, call, choice_room, room, x); });
-      picks.ids = choose(call, choice_room);
-    }
-    if (call.gate_first) std::fill_n(choice_room.marks, neurons, 0);
-    if (chosen.present() && !call.gate_first) {
-      int32_t* out = static_cast<int32_t*>(chosen.data);
-      std::fill(std::copy_n(picks.ids, std::min(picks.count, call.neurons), out), out + neurons, -1);
-    }
-    if (call.copied && !call.nested()) mark(call, picks, choice_room.marks);
-    for_blocks([&](const BlockRoom& room, const float* x, float* to) {
-      run(pool, call, picks, choice_room, room, x, call.scoring() && keeps, to);
-    });
-    if (chosen.present() && call.gate_first)
-      list_marked(choice_room.marks, call.neurons, static_cast<int32_t*>(chosen.data));
+    Room sizes(nullptr);
+    (void)Memory(sizes, calls);
+    Room room(scratch.take(sizes.used()));
+    const Memory memory(room, calls);
+    run(Pool(api_, context), calls, memory);
   }
 
  private:
-  void check(const std::vector<Tensor>& in) const {
+  // Returns the number of selections.
+  size_t check(const std::vector<Tensor>& in) const {
     if (in[kWUp].rank != 2) node_.fail("w_up has " + std::to_string(in[kWUp].rank) + " dimensions, not 2");
     const int64_t width = node_.width_of(in[kX]), neurons = in[kWUp].dims[0];
     for (const size_t port : {kBGate, kBUp, kDownNorms}) node_.expect(in, port, {neurons});
     node_.expect(in, kBDown, {width});
     if (in[kBGate].present() && !in[kWGate].present()) node_.fail("b_gate stands without w_gate");
-    if (in[kCount].size() != 1) node_.fail("count has " + std::to_string(in[kCount].size()) + " elements, not 1");
-    if (in[kRest].present() && in[kRest].size() != 1)
-      node_.fail("rest has " + std::to_string(in[kRest].size()) + " elements, not 1");
-    check_copy(in);
+    const size_t selections = node_.selections(in[kCount], in[kX]);
+    node_.expect_one_each(in, kRest, selections);
+    check_copy(in, selections);
+    return selections;
   }
 
   // The copy has the matrices of the layer, or none.
-  void check_copy(const std::vector<Tensor>& in) const {
+  void check_copy(const std::vector<Tensor>& in, size_t selections) const {
     const bool copied = in[kCUp].present();
     for (const auto& [copy, scales] : {std::pair{kCGate, kCsGate}, {kCUp, kCsUp}, {kCDown, kCsDown}})
       if (in[copy].present() != in[scales].present())
@@ -142,7 +111,8 @@ class SparseMlp {
     }
     if (!in[kIndices].present() && !gate_first(in) && !(copied && in[kDownNorms].present()))
       node_.fail("without indices, the neurons are chosen with a low-bit copy and down_norms, but these are missing");
-    if (wants_rest(in) && !copied) node_.fail("rest is 1, but there is no low-bit copy");
+    for (size_t i = 0; i < selections; ++i)
+      if (Node::number(in[kRest], i) != 0 && !copied) node_.fail("rest is 1, but there is no low-bit copy");
   }
 
   bool gate_first(const std::vector<Tensor>& in) const {
@@ -153,15 +123,15 @@ class SparseMlp {
     return std::adjacent_find(picks.ids, picks.ids + picks.count, std::greater_equal<>()) == picks.ids + picks.count;
   }
 
-  static bool wants_rest(const std::vector<Tensor>& in) { return in[kRest].present() && *in[kRest].as<int32_t>() != 0; }
-
   Bias bias(const std::vector<Tensor>& in, Input port) const {
     if (!in[port].present()) return {};
     return {in[port].data, node_.row_type(in[port], kPorts[port].name)};
   }
 
-  Call read(const std::vector<Tensor>& in) const {
-    const int64_t rows = in[kWUp].dims[0], columns = node_.width_of(in[kX]), count = *in[kCount].as<int32_t>();
+  Call read(const std::vector<Tensor>& in, size_t selection, size_t selections, const Tensor& y,
+            const Tensor& chosen) const {
+    const int64_t rows = in[kWUp].dims[0], columns = node_.width_of(in[kX]);
+    const int64_t count = Node::number(in[kCount], selection);
     Call call{};
     call.choosing = !in[kIndices].present(), call.gate_first = gate_first(in);
     if (call.choosing && !call.gate_first) node_.bound("count", count, 0, rows);
@@ -184,9 +154,16 @@ class SparseMlp {
     call.b_gate = bias(in, kBGate), call.b_up = bias(in, kBUp), call.b_down = bias(in, kBDown);
     call.width = static_cast<size_t>(columns), call.neurons = static_cast<size_t>(rows);
     call.full_count = static_cast<size_t>(call.gate_first ? rows : std::max<int64_t>(count, 0));
-    call.rest = wants_rest(in) && count < rows;
+    call.rest = Node::number(in[kRest], selection) != 0 && count < rows;
     call.copied = call.nested() || (copied && count < rows && (call.choosing || call.rest));
     call.norms = in[kDownNorms].as<float>();
+    call.picks = {nullptr, call.full_count};
+    if (!call.choosing) call.picks = node_.active(in[kIndices], in[kCount], selection, rows);
+    if (call.nested() && !call.choosing && !ascending(call.picks)) node_.fail("the indices are not in ascending order");
+    const size_t tokens = call.width == 0 ? 0 : y.size() / call.width / selections;
+    const size_t first = selection * tokens * call.width;
+    call.tokens = tokens, call.x = in[kX].as<float>() + first, call.y = static_cast<float*>(y.data) + first;
+    if (chosen.present()) call.listed = static_cast<int32_t*>(chosen.data) + selection * call.neurons;
     return call;
   }
 
@@ -223,27 +200,31 @@ class SparseMlp {
     kernels_.activate(activation_, h, of.gated ? u : nullptr, picks.count * tokens);
   }
 
-  // Adds to the scores of all neurons: norm * sum over the tokens of |product|.
-  void score(const Pool& pool, const Call& call, const ChoiceRoom& choice, const BlockRoom& room,
-             const float* x) const {
-    const Chunks chunks = call.chunks(room.tokens);
-    const Inputs inputs = prepare_low(call, room, x);
-    pool.run(chunks.count(), [&](size_t c) {
-      const Chunk chunk = chunks[c];
-      low_products(kernels_, activation_, call, room, {choice.all + chunk.begin, chunk.size()}, chunk.begin, inputs);
-      for (size_t i = chunk.begin; i < chunk.end; ++i) {
-        const float* h = room.low_hidden + i * room.tokens;
-        float total = 0;
-        for (size_t t = 0; t < room.tokens; ++t) total += std::fabs(h[t]);
-        choice.scores[i] += call.norms[i] * total;
-      }
-    });
+  // Adds a chunk of a block to the scores of all neurons: norm * sum over the tokens of |product|.
+  void score(const Block& block, Chunk chunk) const {
+    const Call& call = block.call;
+    const BlockRoom& room = block.room;
+    low_products(kernels_, activation_, call, room, {block.choice.all + chunk.begin, chunk.size()}, chunk.begin,
+                 block.low_inputs);
+    for (size_t i = chunk.begin; i < chunk.end; ++i) {
+      const float* h = room.low_hidden + i * room.tokens;
+      float total = 0;
+      for (size_t t = 0; t < room.tokens; ++t) total += std::fabs(h[t]);
+      block.choice.scores[i] += call.norms[i] * total;
+    }
   }
 
-  const int32_t* choose(const Call& call, const ChoiceRoom& choice) const {
-    if (!call.scoring()) return choice.all;
-    select_largest(kernels_, choice.scores, call.neurons, call.full_count, choice.keys, choice.chosen);
-    return choice.chosen;
+  // Chooses the active neurons from the scores, if they are not given, and lists and marks them.
+  void choose(Call& call, const ChoiceRoom& choice) const {
+    if (call.scoring())
+      select_largest(kernels_, choice.scores, call.neurons, call.full_count, choice.keys, choice.chosen);
+    if (call.choosing) call.picks.ids = call.scoring() ? choice.chosen : choice.all;
+    if (call.gate_first) return void(std::fill_n(choice.marks, call.neurons, 0));
+    if (call.listed != nullptr) {
+      const size_t count = std::min(call.picks.count, call.neurons);
+      std::fill(std::copy_n(call.picks.ids, count, call.listed), call.listed + call.neurons, -1);
+    }
+    if (call.copied && !call.nested()) mark(call, call.picks, choice.marks);
   }
 
   static void mark(const Call& call, Picks picks, int32_t* marks) {
@@ -267,17 +248,6 @@ class SparseMlp {
                  [&](float* to) { kernels_.accumulate(call.low.down, left, h, tokens, to, {}); });
   }
 
-  // Calls add(to) with `sum`, or with zeros of padded rows, which are then added to it.
-  template <class Add>
-  static void with_padding(const Call& call, size_t tokens, float* padded, float* sum, Add add) {
-    if (!call.padded()) return add(sum);
-    const size_t wide = call.low.down.width;
-    std::fill(padded, padded + tokens * wide, 0.0f);
-    add(padded);
-    for (size_t t = 0; t < tokens; ++t)
-      for (size_t k = 0; k < call.width; ++k) sum[t * call.width + k] += padded[t * wide + k];
-  }
-
   // Adds a chunk of neurons whose full rows are the copy plus residuals to `sum` (tokens, width).
   void add_nested(const Call& call, Picks picks, const ChoiceRoom& choice, const BlockRoom& room, Chunk chunk,
                   Inputs inputs, bool has_products, float* padded, float* sum) const {
@@ -297,32 +267,67 @@ class SparseMlp {
     kernels_.accumulate(call.full.down, left, h, room.tokens, sum, {});
   }
 
-  void run(const Pool& pool, const Call& call, Picks picks, const ChoiceRoom& choice, const BlockRoom& room,
-           const float* x, bool has_products, float* y) const {
+  // Adds up a chunk of the neurons of a block, into its part of the block's memory.
+  void add_chunk(const Block& block, size_t c, bool has_products) const {
+    const Call& call = block.call;
+    const ChoiceRoom& choice = block.choice;
+    const BlockRoom& room = block.room;
     const size_t part = room.tokens * call.width, low_part = call.padded() ? room.tokens * call.low.down.width : 0;
-    const Chunks chunks = call.chunks(room.tokens), full_chunks = chunks.of(picks.count);
-    const bool nested = call.nested(), low = call.rest && !has_products;
-    const Inputs inputs = nested ? Inputs{} : prepare(call.full, x, room.tokens, room.inputs);
-    const Inputs low_inputs = low || nested ? prepare_low(call, room, x) : Inputs{};
-    pool.run(chunks.count(), [&](size_t c) {
-      const Chunk chunk = chunks[c];
-      float *sum = room.parts + c * part, *padded = room.low_parts + c * low_part;
-      std::fill(sum, sum + part, 0.0f);
-      if (call.gate_first) {
-        const Chunk full = full_chunks[c];
-        const Picks mine{picks.ids + full.begin, full.size()};
-        return add_gate_first(kernels_, activation_, call, mine, inputs, room, full.begin, choice.marks, sum);
-      }
-      if (nested) return add_nested(call, picks, choice, room, chunk, low_inputs, has_products, padded, sum);
-      if (low)
-        low_products(kernels_, activation_, call, room, {choice.all + chunk.begin, chunk.size()}, chunk.begin,
-                     low_inputs);
-      if (call.rest) add_rest(call, choice, room, chunk, padded, sum);
-      add_full(call, picks, room, full_chunks[c], inputs, sum);
-    });
+    const Chunk chunk = block.chunks[c], full = block.chunks.of(call.picks.count)[c];
+    float *sum = room.parts + c * part, *padded = room.low_parts + c * low_part;
+    std::fill(sum, sum + part, 0.0f);
+    if (call.gate_first)
+      return add_gate_first(kernels_, activation_, call, {call.picks.ids + full.begin, full.size()}, block.inputs, room,
+                            full.begin, choice.marks, sum);
+    if (call.nested())
+      return add_nested(call, call.picks, choice, room, chunk, block.low_inputs, has_products, padded, sum);
+    if (call.rest && !has_products)
+      low_products(kernels_, activation_, call, room, {choice.all + chunk.begin, chunk.size()}, chunk.begin,
+                   block.low_inputs);
+    if (call.rest) add_rest(call, choice, room, chunk, padded, sum);
+    add_full(call, call.picks, room, full, block.inputs, sum);
+  }
+
+  // The result of a block: its parts in order, and the bias.
+  void finish(const Pool& pool, const Block& block) const {
+    const Call& call = block.call;
     const bool biased = call.b_down.data != nullptr;
-    if (biased) kernels_.widen(call.b_down.data, call.b_down.type, room.start, call.width);
-    add_up(pool, kernels_, room.parts, chunks.count(), room.tokens, call.width, biased ? room.start : nullptr, y);
+    if (biased) kernels_.widen(call.b_down.data, call.b_down.type, block.room.start, call.width);
+    add_up(pool, kernels_, block.room.parts, block.chunks.count(), block.room.tokens, call.width,
+           biased ? block.room.start : nullptr, block.y);
+  }
+
+  void run(const Pool& pool, std::vector<Call>& calls, const Memory& memory) const {
+    bool scoring = false;
+    for (size_t i = 0; i < calls.size(); ++i) {
+      const Call& call = calls[i];
+      const ChoiceRoom& choice = memory.choices[i];
+      if (call.copied || call.choosing) std::iota(choice.all, choice.all + call.neurons, 0);
+      if (call.copied) std::fill_n(choice.scores, call.neurons, 0.0f);
+      scoring |= call.scoring();
+    }
+    if (scoring)
+      for_blocks(calls, memory, [&](std::vector<Block>& blocks) {
+        for (Block& block : blocks)
+          if (block.call.scoring()) block.low_inputs = prepare_low(block.call, block.room, block.x);
+        in_chunks(pool, blocks, [&](const Block& block, size_t c) {
+          if (block.call.scoring()) score(block, block.chunks[c]);
+        });
+      });
+    pool.run(calls.size(), [&](size_t i) { choose(calls[i], memory.choices[i]); });
+    for_blocks(calls, memory, [&](std::vector<Block>& blocks) {
+      for (Block& block : blocks) {
+        const Call& call = block.call;
+        if (!call.nested()) block.inputs = prepare(call.full, block.x, block.room.tokens, block.room.inputs);
+        if (call.nested() || (call.rest && !call.kept())) block.low_inputs = prepare_low(call, block.room, block.x);
+      }
+      in_chunks(pool, blocks, [&](const Block& block, size_t c) { add_chunk(block, c, block.call.kept()); });
+      if (blocks.size() == 1) return finish(pool, blocks.front());
+      pool.run(blocks.size(), [&](size_t i) { finish(Pool::none(), blocks[i]); });
+    });
+    for (size_t i = 0; i < calls.size(); ++i)
+      if (calls[i].listed != nullptr && calls[i].gate_first)
+        list_marked(memory.choices[i].marks, calls[i].neurons, calls[i].listed);
   }
 
   const Api& api_;

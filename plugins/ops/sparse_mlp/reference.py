@@ -6,9 +6,19 @@ import numpy as np
 
 from shadowllm.bundle.quantisation import dense_rows
 from shadowllm.models.activations import RELU_LIKE
-from shadowllm.plugins.reference import activate, active, copy_rows, full_rows, largest, mlp_product, padded
+from shadowllm.plugins.reference import (
+    activate,
+    active,
+    copy_rows,
+    each_selection,
+    full_rows,
+    largest,
+    mlp_product,
+    padded,
+)
 
 
+@each_selection()
 def sparse_mlp(
     x: np.ndarray,
     indices: np.ndarray | None,
@@ -34,7 +44,10 @@ def sparse_mlp(
     activation: str,
     threshold: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)``, integers or residuals -> ``(B, S, D)``, chosen ``(F,)``."""
+    """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)``, integers or residuals -> ``(B, S, D)``, chosen ``(F,)``.
+
+    With a selection for each sequence (see `each_selection`), chosen is ``(B, F)``.
+    """
     width, wide = x.shape[2], x.astype(np.float32)
 
     def project(weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:

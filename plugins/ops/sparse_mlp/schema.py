@@ -29,9 +29,10 @@ SPARSE_MLP = OpSchema(
     doc="b_down plus the sum over active neurons f of act(w_gate[f] x) * (w_up[f] x) * w_down[f]; "
     "without w_gate, of act(w_up[f] x) * w_down[f]. With a low-bit copy (c_ and cs_) and rest = 1, the other neurons "
     "are added too, computed in the same way from the copy; with rest = 0 they are dropped. Without indices, the op "
-    "chooses the active neurons itself: the count largest means over all tokens of down_norms[f] * |the product of f "
-    "from the copy|, where ties go to the lower index. It then writes them to chosen, ascending and -1 past the count. "
+    "chooses the active neurons itself: the count largest means over the tokens of a selection of down_norms[f] * |the "
+    "product of f from the copy|, where ties go to the lower index. It then writes them to chosen, ascending and -1 "
+    "past the count. "
     "Without indices and without a copy, the active neurons are those whose act(w_gate[f] x), or act(w_up[f] x) in the "
-    "absence of w_gate, is not zero for some token. This needs an activation like ReLU. The result is that of all "
-    "neurons, and count is not read.",
+    "absence of w_gate, is not zero for some token of the selection. This needs an activation like ReLU. The result is "
+    "that of all neurons, and count is not read.",
 )

@@ -57,6 +57,7 @@ def write_sample(path: Path, dtype: str = "float16") -> Path:
             domain=DOMAIN,
         )
         y = tape.op("Add", [y, part])
+        y.dtype, y.shape = kind, x.shape  # the exporter sets it too: it does not follow from the function body
         part = tape.op(
             "SparseMLP",
             [y, *picked[1], mlp[0], None, mlp[1], None, mlp[2]],

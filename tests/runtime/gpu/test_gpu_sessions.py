@@ -13,6 +13,7 @@ from shadowllm.config import EngineOptions
 from shadowllm.pipeline import build_engines
 from shadowllm.plugins.tensorrt.load_tensorrt import FLAVOURS, gpu_capability
 from shadowllm.runtime import Budget, generate, open_session
+from tests.runtime.gpu.reference import reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +37,7 @@ def follow(session):
 @pytest.mark.parametrize("rest", ["drop", "shadow"])
 def test_triton_follows_the_reference(bundle, variant, dtype, bound, rest):
     folder = bundle(variant, dtype=dtype, kind="static", rest=rest)  # its selection does not depend on rounding
-    with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
+    with open_session(folder, "triton") as ours, reference(folder) as theirs:
         found, expected = follow(ours), follow(theirs)
     assert np.abs(found - expected).max() < bound * np.abs(expected).max()
 
@@ -65,7 +66,7 @@ def test_engines_follow_the_reference(bundle, tmp_path, monkeypatch, flavour, va
     shutil.copytree(bundle(variant, dtype=dtype, kind="static", rest=rest), folder)
     sms = (gpu_capability(),) if flavour == "tensorrt_rtx" else ()
     build_engines(folder, EngineOptions(flavour, sms=sms, capacity=64, max_seqlen=32, max_batch=2))
-    with open_session(folder, flavour) as ours, open_session(folder, "torch") as theirs:
+    with reference(folder, flavour) as ours, open_session(folder) as theirs:
         found, expected = follow(ours), follow(theirs)
         assert np.abs(found - expected).max() < (4e-3 if dtype == "float16" else 3e-2) * np.abs(expected).max()
         ours.reset(2)

@@ -19,6 +19,7 @@ from shadowllm.runtime.generation.draft_length import DraftLength
 from shadowllm.runtime.gpu.cuda_graph import kernel_device
 from shadowllm.runtime.gpu.triton_session import TritonSession
 from shadowllm.runtime.torch_session import TorchSession
+from tests.runtime.gpu.reference import reference
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,7 @@ def distance(found, expected):
 @pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
 def test_a_ragged_batch_at_a_budget_follows_the_reference(bundle, variant):
     budget = Budget(neurons=(0.25, 0.6), heads=(0.75, 0.5))
-    with open_session(bundle(variant), "triton") as ours, open_session(bundle(variant), "torch") as theirs:
+    with open_session(bundle(variant), "triton") as ours, reference(bundle(variant)) as theirs:
         for session in (ours, theirs):
             session.set_budget(budget)
         assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
@@ -52,7 +53,7 @@ def test_a_ragged_batch_at_a_budget_follows_the_reference(bundle, variant):
     "variant", ["llama-biases", "llama-mqa-tied", "opt-untied-no-bias", "smollm3", "gemma3", "opt-post-norm"]
 )
 def test_full_budget_equals_dense_and_the_budget_changes_in_mid_text(bundle, variant):
-    with open_session(bundle(variant), "triton") as ours, open_session(bundle(variant), "torch") as theirs:
+    with open_session(bundle(variant), "triton") as ours, reference(bundle(variant)) as theirs:
         ours.set_budget(Budget())
         with open_session(bundle(variant), "torch-dense") as dense:
             assert (
@@ -87,7 +88,7 @@ def test_dense_follows_the_reference(bundle):
 )
 def test_other_choices(bundle, options):
     folder = bundle(**options)
-    with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
+    with open_session(folder, "triton") as ours, reference(folder) as theirs:
         assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
 
 
@@ -106,7 +107,7 @@ def test_other_choices(bundle, options):
 def test_a_rest_from_the_low_bit_copy(bundle, options):
     """One step serves all budgets: a shortlist, then all logits exact, then no rest."""
     folder, found = bundle(**options, rest="shadow"), []
-    with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
+    with open_session(folder, "triton") as ours, reference(folder) as theirs:
         for session in (ours, theirs):
             session.set_budget(Budget(neurons=(0.25, 0.6), heads=0.5, shortlist=5))
             logits = [*steps(session, PROMPTS, FORCED)]
@@ -122,13 +123,13 @@ def test_a_rest_from_the_low_bit_copy(bundle, options):
 def test_sixteen_bits(bundle, dtype, bound):
     for rest in ("drop", "shadow"):
         folder = bundle(dtype=dtype, kind="static", rest=rest)  # its selection does not depend on rounding
-        with open_session(folder, "triton") as ours, open_session(folder, "torch") as theirs:
+        with open_session(folder, "triton") as ours, reference(folder) as theirs:
             assert distance(steps(ours, PROMPTS[:1], FORCED[:, :1]), steps(theirs, PROMPTS[:1], FORCED[:, :1])) < bound
 
 
 def test_greedy_text_is_the_reference_s_and_may_stop_early(bundle):
     prompt = PROMPTS[1:]
-    with open_session(bundle(), "triton") as ours, open_session(bundle(), "torch") as theirs:
+    with open_session(bundle(), "triton") as ours, reference(bundle()) as theirs:
         expected = list(generate(theirs, prompt, 4))
         following = generate(ours, prompt, 6)
         assert list(itertools.islice(following, 3)) == expected[:3]
@@ -174,7 +175,7 @@ def test_without_a_bundle_the_copy_is_made_of_the_weights(bundle, rest, shortlis
 
 
 def test_the_cache_grows_and_keeps_its_contents(bundle):
-    with open_session(bundle(), "torch") as theirs:
+    with reference(bundle()) as theirs:
         expected = steps(theirs, PROMPTS[:1], FORCED[:, :1])
     read = TorchSession.open(bundle())
     with TritonSession(

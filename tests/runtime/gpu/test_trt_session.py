@@ -28,6 +28,7 @@ from tests.runtime.gpu.fake_tensorrt import (
     played,
     write_engines,
 )
+from tests.runtime.gpu.reference import reference
 
 PROMPTS = [[5, 17, 42], [8, 61]]
 FORCED = np.array([[3, 90], [14, 7]])
@@ -68,7 +69,7 @@ def distance(found, expected):
 )
 def test_a_ragged_batch_at_changing_budgets(engines, bundle, variant, options):
     first, second = Budget(neurons=(0.25, 0.6), heads=(0.75, 0.5)), Budget(heads=0.5, neurons=1.0)
-    with engines(variant, bundle_options=options) as ours, open_session(bundle(variant, **options), "torch") as theirs:
+    with engines(variant, bundle_options=options) as ours, reference(bundle(variant, **options)) as theirs:
         found = []
         for session in (ours, theirs):
             session.set_budget(first)
@@ -81,7 +82,7 @@ def test_a_ragged_batch_at_changing_budgets(engines, bundle, variant, options):
 @pytest.mark.parametrize("predictor", ["quantized-shadow", "layerwise", "shadow", "static"])
 def test_a_rest_from_the_low_bit_copy(engines, bundle, predictor):
     budget, options = Budget(neurons=0.25, heads=0.5, shortlist=5), {"kind": predictor, "rest": "shadow"}
-    with engines(bundle_options=options) as ours, open_session(bundle(**options), "torch") as theirs:
+    with engines(bundle_options=options) as ours, reference(bundle(**options)) as theirs:
         found = []
         for session in (ours, theirs):
             session.set_budget(budget)
@@ -103,7 +104,7 @@ def test_dense_engines(engines, bundle, rtx):
 
 
 def test_greedy_text_is_one_replay_a_token(engines, bundle):
-    with engines() as ours, open_session(bundle(), "torch") as theirs:
+    with engines() as ours, reference(bundle()) as theirs:
         for prompts in (PROMPTS, PROMPTS[:1], PROMPTS):  # another batch size needs another graph
             expected = list(generate(theirs, prompts, 10))
             before = ours._cuda.replays
@@ -119,7 +120,7 @@ def test_greedy_text_is_one_replay_a_token(engines, bundle):
 
 def test_a_step_that_cannot_be_captured_is_launched_directly(engines, bundle, monkeypatch):
     monkeypatch.setattr(Context, "is_stream_capturable", lambda _context, _stream: False, raising=False)
-    with open_session(bundle(), "torch") as theirs:
+    with reference(bundle()) as theirs:
         expected = list(generate(theirs, PROMPTS, 6))
     session = engines()
     with pytest.warns(RuntimeWarning, match="cannot capture stem, predictor, body in a CUDA graph"):

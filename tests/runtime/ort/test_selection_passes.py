@@ -10,6 +10,7 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.op_domain import DOMAIN
 from shadowllm.bundle.selection_names import SELECTION
 from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
+from shadowllm.runtime.ort.own_selections import OwnSelections
 from shadowllm.runtime.ort.split_selection import SplitSelection
 
 
@@ -26,6 +27,26 @@ def test_every_row_of_the_selection_is_an_input(bundle, body):
     assert set(rows) == {f"{name}.{row}" for name in SELECTION for row in range(spec.n_layers - 1)}
     assert all(shape == whole[name.split(".")[0]][1:] for name, shape in rows.items())
     assert not set(SELECTION) & {value.name for value in body.graph.inputs}
+
+
+def test_every_sequence_gets_a_selection(bundle):
+    shapes = {}
+    for folder, piece in (
+        (bundle(), "predictor"),
+        (bundle(), "body"),
+        (bundle(kind="quantized-shadow", rest="shadow"), "body"),
+    ):
+        model = ir.load(folder / f"{piece}.onnx")
+        OwnSelections()(model)
+        values = (*model.graph.inputs, *model.graph.outputs)
+        shapes |= {f"{piece} {value.name}": [str(dim) for dim in value.shape] for value in values}
+    for piece in ("predictor", "body"):
+        assert shapes[f"{piece} neuron_counts"] == ["2", "batch"]
+        assert shapes[f"{piece} neuron_indices"] == ["2", "batch", "88"]
+    assert shapes["body head_indices.1"] == ["batch", "4"]
+    assert shapes["body rest"] == shapes["body shortlist"] == shapes["body certify"] == ["batch"]
+    assert shapes["body recomputed"] == ["rows"]
+    assert shapes["body hidden"] == ["batch", "seqlen", "48"]
 
 
 def test_no_reshape_stands_around_a_sparse_op(body):

@@ -64,3 +64,12 @@ def test_a_nested_table(q, shortlist, certify):
         wanted, counts = shortlist_logits(**inputs)
         np.testing.assert_allclose(logits, wanted, atol=1e-5, rtol=1e-4)
         np.testing.assert_array_equal(recomputed, counts)
+
+
+def test_a_shortlist_for_each_row():
+    asked = {"certify": np.array([0, 0, 1, 0], np.int32)}
+    for shortlist in ([3, 0, 7, 600], [3, 0, 7, 5]):  # with and without a row that takes the whole table
+        inputs = table_inputs("normal", 513, 4, 123) | asked | {"shortlist": np.array(shortlist, np.int32)}
+        for found, wanted in zip(outputs(inputs), shortlist_logits(**inputs), strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-4)
+        asked = {"certify": np.zeros(4, np.int32)}

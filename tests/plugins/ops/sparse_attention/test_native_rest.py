@@ -8,7 +8,7 @@ import pytest
 from shadowllm.bundle.quantisation import Quantisation
 from tests.plugins.native_model import REFUSED, STORED, built, ints, run, run_all, scalar, stored, zeros
 from tests.plugins.ops.sparse_attention.mixed_inputs import COPIES, MIXED_WEIGHTS, check, mixed_inputs, with_copy
-from tests.plugins.ops.sparse_attention.native_inputs import ATTENTION_FORMS, ATTENTION_WEIGHTS, attention_inputs
+from tests.plugins.ops.sparse_attention.native_inputs import ATTENTION_WEIGHTS, attention_inputs
 
 pytestmark = built
 
@@ -30,9 +30,12 @@ LLAMA = SIZES[5][0]
 
 
 @pytest.mark.parametrize("choosing", [False, True], ids=["given", "chosen"])
-@pytest.mark.parametrize("rest", [0, 1])
-@pytest.mark.parametrize(("size", "groups"), SIZES, ids=str)
-@pytest.mark.parametrize("form", ATTENTION_FORMS)
+@pytest.mark.parametrize(
+    ("form", "size", "groups", "rest"),
+    [("llama-biases", *case, rest) for case in SIZES for rest in (0, 1)]
+    + [(form, *SIZES[place], 1) for form in ("llama", "opt") for place in (5, 8)],
+    ids=str,
+)
 def test_mixed_attention(form, size, groups, rest, choosing, isa):
     inputs = mixed_inputs(form, size, rest=rest, groups=groups if choosing else 0)
     for batch, length in enumerate(size[7]):  # cache entries after the end of the sequence must not be read
@@ -141,7 +144,7 @@ def test_parts_that_are_missing_are_named(names, words):
         ({"count": scalar(8)}, r"count 8 is outside 0\.\.6"),
         ({"count": scalar(-2)}, r"count -2 is outside 0\.\.6"),
         ({"count": scalar(3)}, "count 3 is no multiple of the 2 heads that are chosen together"),
-        ({"count": ints(2, 2)}, "count has 2 elements, not 1"),
+        ({"count": ints(2, 2, 2)}, "count has 3 elements, not 1 or 2"),
         ({"rest": ints(1, 1)}, "rest has 2 elements, not 1"),
         ({"score_weight": zeros(4, 123)}, "6 heads do not divide among the 4 rows of score_weight"),
         ({"score_weight": zeros(0, 123)}, "6 heads do not divide among the 0 rows of score_weight"),

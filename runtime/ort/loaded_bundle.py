@@ -1,0 +1,148 @@
+"""The graphs of a bundle, loaded into ONNX Runtime; several kinds of sessions run them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from shadowllm.bundle.cost_model import sparse_pays
+from shadowllm.bundle.manifest import DATA_FILE, Manifest, read_manifest, verify_files
+from shadowllm.errors import UserError
+from shadowllm.limits import check_threads
+from shadowllm.models.sparsity import ActiveCounts, Budget, check_neuron_budget
+from shadowllm.models.spec import ModelSpec
+from shadowllm.plugins import native_ops
+from shadowllm.runtime.inputs import budget_scalars
+from shadowllm.runtime.ort.graph import OrtGraph, for_cpu
+from shadowllm.runtime.ort.shared_weights import SharedWeights
+from shadowllm.runtime.session import Decodes, Prefill
+
+Kind = Literal["auto", "sparse", "dense"]
+# All heads, neurons and rows, none of them from the low-bit copy.
+EVERYTHING = Budget(rest="drop")
+
+
+# Counts of each sparse layer, and scalars by name.
+Numbers = tuple[ActiveCounts, dict[str, int]]
+
+
+class LoadedBundle:
+    """A bundle and its loaded graphs.
+
+    Args:
+        bundle, kind, threads, native, exact, prefill, prepack: see `OrtSession`.
+
+    Attributes:
+        pieces: the loaded graphs by name.
+        packed: whether the dense graph has packed weights.
+
+    Raises:
+        UserError: as `OrtSession`.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        kind: Kind = "auto",
+        threads: int | None = None,
+        native: bool = True,
+        exact: bool = False,
+        prefill: Prefill = "dense",
+        prepack: bool = False,
+    ) -> None:
+        if threads is not None:
+            check_threads(threads)
+        self.manifest: Manifest = read_manifest(bundle)
+        self.spec: ModelSpec = self.manifest.spec
+        self.kind, self.packed = kind, False
+        self._bundle, self._threads = bundle, threads
+        self._native, self._exact, self._prepack = native, exact, prepack
+        if kind == "dense" and prefill == "sparse":
+            raise UserError("a dense session has no sparse graphs to prefill with", "leave out the option, or use ort")
+        self.prefills = prefill
+        self.pieces: dict[str, OrtGraph] = {}
+
+    def load(self, decodes: Decodes) -> None:
+        """Check the files and load the graphs.
+
+        Args:
+            decodes: which graphs decode at first; the dense graph has packed weights if it decodes.
+        """
+        pieces = () if self.kind == "dense" else self.manifest.sparse_pieces
+        pieces = ("dense", *pieces) if self.prefills == "dense" else pieces
+        files = [DATA_FILE, *(f"{piece}.onnx" for piece in pieces)]
+        verify_files(self._bundle, self.manifest.digests(*files))
+        self._weights, self.packed = SharedWeights((self._bundle / DATA_FILE).resolve()), False
+        for piece in pieces:
+            self.open(piece, decodes)
+
+    def close(self) -> None:
+        """Free the graphs and the weights."""
+        self.pieces.clear()
+        del self._weights
+
+    def open(self, piece: str, decodes: Decodes, fused: bool = True) -> OrtGraph:
+        """Load one graph, or load it again; without ``fused``, it is kept beside the fused one."""
+        options = ort.SessionOptions()
+        if self._threads:
+            options.intra_op_num_threads = self._threads
+        if piece != "dense" or decodes == "sparse":
+            # The graphs of a text run one after the other: the threads of one must not spin while the next one runs.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Packed weights make dense steps faster, and are a copy. A graph that only prefills does without.
+        pack = self._prepack or decodes == "dense" or self.manifest.quantisation is not None
+        packed = piece == "dense" and pack
+        options.add_session_config_entry("session.disable_prepacking", str(int(piece == "dense" and not packed)))
+        self.packed |= packed
+        native = self._native and piece in ("predictor", "body") and native_ops.register(options)
+        path = self._bundle / f"{piece}.onnx"
+        if not packed:
+            self._weights.give(ir.load(path).graph, options)
+        # The graph is loaded from memory, so ONNX Runtime needs the folder of the weights. It refuses a link out of
+        # this folder, so links are resolved here.
+        weights = (self._bundle / DATA_FILE).resolve()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
+        name = piece if fused else f"{piece}, standard"
+        graph = for_cpu(path, self.manifest, native, self._exact, fused)
+        self._weights.give_computed(graph.computed, options)
+        self.pieces[name] = OrtGraph(path, options, graph.model)
+        self._weights.release()
+        return self.pieces[name]
+
+    def names(self, decodes: Decodes) -> tuple[str, ...]:
+        """The graphs of a decode step, in their order. Without a dense graph, the sparse ones run with everything."""
+        return ("dense",) if decodes == "dense" and self.prefills == "dense" else self.manifest.sparse_pieces
+
+    def plan(self, budget: Budget) -> Decodes:
+        """Whether a step at this budget is sparse or dense.
+
+        Raises:
+            UserError: the bundle cannot have this budget.
+        """
+        check_neuron_budget(self.manifest.predictor["kind"], budget)
+        self.numbers(budget)
+        if self.kind != "auto":
+            return self.kind
+        narrow_rows = self.manifest.dtype != "float32" and self._native and native_ops.library() is not None
+        return "sparse" if sparse_pays(self.manifest, budget, narrow_rows) else "dense"
+
+    def numbers(self, budget: Budget) -> Numbers:
+        """The numbers of a budget that graphs read."""
+        return budget.counts(self.manifest.sparse_layers), budget_scalars(self.spec, budget, self.manifest.rest)
+
+    def independent(self, decodes: Decodes) -> bool:
+        """Whether the result of a sequence has the same bits in a step with other sequences as in one without.
+
+        The native ops and ONNX Runtime's products with packed float weights or with 8-bit integers add in the same
+        order for any number of rows. Its products with 4-bit integers, with inputs that are not rounded, and with
+        weights that are not packed do not.
+        """
+        q, manifest = self.manifest.quantisation, self.manifest
+        if (q is not None and (self._exact or q.bits < 8)) or (decodes == "dense" and not self.packed):
+            return False
+        scores_with_four_bits = manifest.predictor["kind"] == "quantized-shadow" and manifest.rest == "drop"
+        native = self._native and native_ops.library() is not None
+        return decodes == "dense" or (native and not scores_with_four_bits)

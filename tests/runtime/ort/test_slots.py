@@ -1,0 +1,144 @@
+"""Slots: a sequence gets what it gets alone, whatever else the running batch has."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from shadowllm.errors import UserError
+from shadowllm.models.sparsity import Budget
+from shadowllm.plugins import native_ops
+from shadowllm.runtime.ort import kv_cache
+from shadowllm.runtime.ort.session import OrtSession
+from shadowllm.runtime.ort.slots import OrtSlots
+
+PROMPTS = ([5, 17, 42, 8, 61], [5, 17], [9, 9, 30], [44, 4])
+FORCED = [3, 90, 14, 55, 7]
+# The third one decodes dense.
+BUDGETS = (Budget(neurons=0.2, heads=0.5), Budget(neurons=0.6, heads=0.75), Budget(), Budget(neurons=0.3, heads=0.5))
+
+
+def alone(folder, prompt, budget, **options):
+    """The logits after the prompt and after each forced token, of a session with one sequence."""
+    with OrtSession(folder, threads=1, **options) as session:
+        session.set_budget(budget)
+        session.reset()
+        found = [session.prefill([prompt])[0].copy()]
+        return found + [session.decode(np.array([token]))[0].copy() for token in FORCED]
+
+
+def alone_in_parts(folder, prompt, budget, **options):
+    """The same of the only slot, whose prompt comes in two parts."""
+    with OrtSlots(folder, 1, threads=1, **options) as session:
+        slot = session.join(budget)
+        session.extend(slot, prompt[:1])
+        found = [session.extend(slot, prompt[1:]).copy()]
+        return found + [session.step({slot: token})[slot].copy() for token in FORCED]
+
+
+def served(folder, budgets, **options):
+    """The same from slots: sequences join and leave at different times, and not every step names all of them."""
+    found: list[list[np.ndarray]] = [[], [], [], []]
+    with OrtSlots(folder, 3, threads=1, **options) as session:
+        slots: dict[int, int] = {}
+
+        def join(number):
+            slots[number] = session.join(budgets[number])
+            first, rest = PROMPTS[number][:1], PROMPTS[number][1:]
+            if number == 1:  # its prompt comes in two parts
+                session.extend(slots[1], first)
+                found[1].append(session.extend(slots[1], rest).copy())
+            else:
+                found[number].append(session.extend(slots[number], PROMPTS[number]).copy())
+
+        def step(*numbers):
+            tokens = {slots[number]: FORCED[len(found[number]) - 1] for number in numbers}
+            for slot, logits in session.step(tokens).items():
+                found[next(number for number in numbers if slots[number] == slot)].append(logits.copy())
+
+        join(0)
+        step(0)
+        join(1)
+        step(1, 0)
+        join(2)
+        step(0, 1, 2)
+        step(1, 2)
+        step(0, 2)
+        step(0, 1)
+        session.leave(slots.pop(0))
+        step(2, 1)
+        join(3)  # in the slot that became free
+        step(3, 2)
+    assert [len(logits) for logits in found] == [6, 6, 6, 2]
+    return found
+
+
+CASES = [
+    ("llama-head-dim-16", "quantized-shadow", "shadow", None),
+    ("llama-gqa", "layerwise", "drop", None),
+    ("opt", "shadow", "drop", None),
+    ("llama-blocks", "quantized-shadow", "shadow", "int6"),
+    ("llama-blocks", "quantized-shadow", "drop", "int4"),  # runs its sequences one after the other
+]
+
+
+@pytest.mark.skipif(not native_ops.kernels(), reason="the native ops are not built")
+@pytest.mark.parametrize(("variant", "kind", "rest", "weight_dtype"), CASES)
+def test_texts_are_those_of_a_session_alone(bundle, variant, kind, rest, weight_dtype, monkeypatch):
+    monkeypatch.setattr(kv_cache, "CACHE_BLOCK", 4)  # the cache grows in the middle of a text
+    folder = bundle(variant, kind=kind, rest=rest, weight_dtype=weight_dtype)
+    found = served(folder, BUDGETS, prepack=True)
+    for number, logits in enumerate(found):
+        expected = (alone_in_parts if number == 1 else alone)(folder, PROMPTS[number], BUDGETS[number], prepack=True)
+        np.testing.assert_array_equal(logits, expected[: len(logits)])
+
+
+def test_neighbours_do_not_change_a_bit(bundle):
+    """Also with function bodies and weights that are not packed, which ONNX Runtime would add in another order."""
+    folder = bundle("llama-gqa", kind="static")
+    for options in ({}, {"native": False}):
+        found = served(folder, BUDGETS, **options)
+        other = served(folder, (BUDGETS[0], BUDGETS[2], BUDGETS[1], BUDGETS[3]), **options)
+        np.testing.assert_array_equal(found[0], other[0])
+        np.testing.assert_array_equal(found[3], other[3])
+
+
+def test_a_prompt_may_come_in_parts(bundle):
+    folder = bundle("llama-head-dim-16", kind="static")
+    whole, parts = (made(folder, PROMPTS[0], Budget()) for made in (alone, alone_in_parts))
+    assert np.abs(np.subtract(whole, parts)).max() < 1e-5 * np.abs(whole).max()
+
+
+def test_a_slot_tells_its_length_and_its_selection(bundle):
+    folder = bundle("llama-gqa", kind="static")
+    with OrtSlots(folder, 2) as session:
+        sparse, dense = session.join(BUDGETS[0]), session.join(BUDGETS[2])
+        for slot in (sparse, dense):
+            session.extend(slot, PROMPTS[0])
+            assert session.selection(slot) is None
+        session.step({dense: 3, sparse: 4})
+        assert (session.length(sparse), session.length(dense)) == (6, 6)
+        assert session.selection(dense) is None
+        selection = session.selection(sparse)
+        assert {unit: found.shape for unit, found in selection.items()} == {"heads": (2, 4), "neurons": (2, 88)}
+        assert ((selection["heads"] >= 0).sum(axis=1) == 2).all()
+
+
+def test_wrong_calls(bundle):
+    folder = bundle("llama-gqa", kind="static")
+    with pytest.raises(UserError, match="0 slots"):
+        OrtSlots(folder, 0)
+    with OrtSlots(folder, 1) as session:
+        with pytest.raises(UserError, match="low-bit copy"):
+            session.join(Budget(shortlist=3))
+        slot = session.join()
+        with pytest.raises(RuntimeError, match="all 1 slots are taken"):
+            session.join()
+        with pytest.raises(UserError, match="nothing to continue"):
+            session.step({slot: 1})
+        for tokens, words in (([], "empty"), ([97], "token 97"), ([1] * 65, "65 tokens")):
+            with pytest.raises(UserError, match=words):
+                session.extend(slot, tokens)
+        session.extend(slot, [1] * 64)
+        with pytest.raises(UserError, match="65 tokens, the model has 64 positions"):
+            session.step({slot: 1})
