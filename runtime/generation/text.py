@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +85,7 @@ def encode_chat(
     bundle: Path | str,
     manifest: Manifest,
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[dict[str, str]],
     template: str | None = None,
 ) -> list[int]:
     """Token ids of messages in the model's chat template, up to where the answer begins.
@@ -117,7 +117,7 @@ def _check_unicode(text: str, source: str, remedy: str) -> None:
 
 
 def _render(
-    bundle: Path | str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], template: str | None
+    bundle: Path | str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], template: str | None
 ) -> str:
     """Messages in the model's chat template."""
     found = tokenizer.chat_template

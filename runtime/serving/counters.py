@@ -86,5 +86,5 @@ class Counters:
         if isinstance(event, Finished):
             self.outcomes[event.reason] += 1
         elif isinstance(event, Failed):
-            names = {DeadlineError: "timeout", EngineClosedError: "shutdown"}
+            names: dict[type[Exception], str] = {DeadlineError: "timeout", EngineClosedError: "shutdown"}
             self.outcomes[names.get(type(event.error), "error")] += 1

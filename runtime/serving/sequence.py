@@ -75,8 +75,12 @@ class RunningSequence:
         if kept:
             self.new_tokens += 1
             piece = self._stream.push(token) if self._stream else ""
-            found = (None, ()) if self.job.logprobs is None else log_probabilities(logits, token, self.job.logprobs)
-            events.append(Token(token, piece, *found, summarise(self._spec, selection) if selection else None))
+            logprob: float | None = None
+            top: tuple[tuple[int, float], ...] = ()
+            if self.job.logprobs is not None:
+                logprob, top = log_probabilities(logits, token, self.job.logprobs)
+            summary = summarise(self._spec, selection) if selection else None
+            events.append(Token(token, piece, logprob, top, summary))
         stopped = not kept or (self._stream is not None and self._stream.stopped)
         if stopped or not self._chooser.running[0]:
             full = len(self._chooser.texts[0]) >= self._end and not stopped

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from shadowllm.errors import UserError
 from shadowllm.serve.completions import ClosedByClient, answer
@@ -58,7 +59,8 @@ def make_app(model: ServedModel, keys: ApiKeys, slots: int) -> FastAPI:
     for kind in (UserError, ApiError, ValidationError, Exception):
         app.add_exception_handler(kind, _error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClosedByClient, _closed)
+    for kind in (ClosedByClient, ClientDisconnect):
+        app.add_exception_handler(kind, _closed)
 
     def check_key(request: Request) -> None:
         if not keys.accept(request.headers.get("authorization")):
