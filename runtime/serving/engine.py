@@ -150,7 +150,8 @@ class Engine:
                     self._decode()
         except Exception as error:
             self.failure = error
-            logger.exception("the session failed")
+            if self._started.is_set():  # else `__enter__` raises it
+                logger.exception("the session failed")
         finally:
             self._ended.set()
             self._end_all()
