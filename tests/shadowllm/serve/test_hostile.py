@@ -49,6 +49,8 @@ def completion(**options) -> bytes:
         (request(b"[]"), 400),
         (request(b"null"), 400),
         (request(b'{"prompt": "\xff"}'), 400),
+        (request(b'{"prompt": "a\\ud800"}'), 400),
+        (request(b'{"prompt": "x", "stop": "\\udfff"}'), 400),
         (request(b'{"prompt": "x", "temperature": NaN}'), 400),
         (request(b'{"prompt": "x", "temperature": 1e999}'), 400),
         (request(b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}"), 400),

@@ -143,7 +143,6 @@ class TestErrors:
             ({"prompt": ""}, "the prompt is empty", None),
             ({"prompt": []}, "the list of prompts is empty", "prompt"),
             ({"prompt": [1, 97]}, "token 97 is outside", None),
-            ({"prompt": "a\ud800"}, "not UTF-8", None),
             ({"n": 9}, "more than 8 texts", "n"),
             ({"stop": list("abcde")}, "more than 4 stop strings", "stop"),
             ({"stop": "x" * 200}, "more than 128 characters", "stop"),
