@@ -28,8 +28,9 @@ class Running:
         lines: the records of its log.
     """
 
-    def __init__(self, engine, session, places, url, lines):
-        self.engine, self.session, self.places, self.url, self.lines = engine, session, places, url, lines
+    def __init__(self, engine, session, model, places, url, lines):
+        self.engine, self.session, self.model = engine, session, model
+        self.places, self.url, self.lines = places, url, lines
 
     def get(self, path, **headers):
         """Status, headers and text of a GET."""
@@ -82,7 +83,7 @@ def running(folder, session=None, keys=None, queue=8, name="tiny", prefill_chunk
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        found = Running(engine, session, session.slots + queue, url, records.lines)
+        found = Running(engine, session, model, session.slots + queue, url, records.lines)
         try:
             yield found
         finally:
