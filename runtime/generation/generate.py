@@ -62,7 +62,7 @@ def generate(
     )
     for taken in chain([_one_each(first)], following):
         kept = [
-            _kept(chooser, row, tokens, int(ends[row]), stop_ids, stopping) if chooser.running[row] else []
+            kept_tokens(chooser, row, tokens, int(ends[row]), stop_ids, stopping) if chooser.running[row] else []
             for row, tokens in enumerate(taken)
         ]
         yield from map(list, zip_longest(*kept))
@@ -104,7 +104,7 @@ def _one_each(tokens: np.ndarray) -> Taken:
     return [[token] for token in tokens.tolist()]
 
 
-def _kept(
+def kept_tokens(
     chooser: Chooser,
     row: int,
     tokens: list[int],

@@ -52,7 +52,7 @@ def plain_encoder(tokenizer: PreTrainedTokenizerBase, manifest: Manifest | None 
 
 
 def encode_prompt(
-    bundle: Path,
+    bundle: Path | str,
     manifest: Manifest,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
@@ -62,6 +62,7 @@ def encode_prompt(
     """Token ids of a prompt, with the special tokens that the tokenizer adds.
 
     Args:
+        bundle: the bundle, or the name of the model, for errors.
         chat: apply the model's chat template, with the text as a user's message.
         template: name of the chat template, if the model has several; None is the default template.
 
@@ -71,13 +72,37 @@ def encode_prompt(
     """
     if not text:
         raise UserError("the prompt is empty", "give some text")
-    _check_unicode(text, "the prompt", "write it in UTF-8, or give a file by --prompt-file")
-    source, remedy = f"the prompt {text!r:.60}", "give other text"
     if chat:
-        text = _render(bundle, tokenizer, text, template)
-        source, remedy = f"what the chat template of {bundle} makes of the prompt", "leave out --chat"
-        _check_unicode(text, source, remedy)
-    ids = encode(tokenizer, text, manifest.spec.vocab_size, special=not chat)
+        return encode_chat(bundle, manifest, tokenizer, [{"role": "user", "content": text}], template)
+    _check_unicode(text, "the prompt", "write it in UTF-8, or give a file by --prompt-file")
+    ids = encode(tokenizer, text, manifest.spec.vocab_size, special=True)
+    if not ids:
+        raise UserError(f"the prompt {text!r:.60} has no tokens", "give other text")
+    return ids
+
+
+def encode_chat(
+    bundle: Path | str,
+    manifest: Manifest,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, str]],
+    template: str | None = None,
+) -> list[int]:
+    """Token ids of messages in the model's chat template, up to where the answer begins.
+
+    Args:
+        bundle, template: as for `encode_prompt`.
+        messages: each with the keys role and content.
+
+    Raises:
+        UserError: as `encode_prompt`.
+    """
+    for message in messages:
+        _check_unicode(message["content"], "the prompt", "write it in UTF-8, or give a file by --prompt-file")
+    text = _render(bundle, tokenizer, messages, template)
+    source, remedy = f"what the chat template of {bundle} makes of the prompt", "leave out --chat"
+    _check_unicode(text, source, remedy)
+    ids = encode(tokenizer, text, manifest.spec.vocab_size, special=False)
     if not ids:
         raise UserError(f"{source} has no tokens", remedy)
     return ids
@@ -91,8 +116,10 @@ def _check_unicode(text: str, source: str, remedy: str) -> None:
         raise UserError(f"{source} {text!r:.60} has bytes that are not UTF-8", remedy) from error
 
 
-def _render(bundle: Path, tokenizer: PreTrainedTokenizerBase, text: str, template: str | None) -> str:
-    """A user's message in the model's chat template."""
+def _render(
+    bundle: Path | str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], template: str | None
+) -> str:
+    """Messages in the model's chat template."""
     found = tokenizer.chat_template
     if not found:
         raise UserError(f"{bundle} has no chat template", "leave out --chat")
@@ -100,11 +127,10 @@ def _render(bundle: Path, tokenizer: PreTrainedTokenizerBase, text: str, templat
     if (template or "default") not in names:
         problem = f"no chat template {template!r}" if template else "several chat templates and none is the default"
         raise UserError(f"{bundle} has {problem}", f"choose by --chat-template one of: {', '.join(names)}")
-    messages = [{"role": "user", "content": text}]
     # A template is code from the checkpoint, so it may raise any error.
     with foreign_reader(f"the chat template of {bundle} does not render", "leave out --chat"):
         rendered = tokenizer.apply_chat_template(
-            messages,
+            list(messages),
             chat_template=template if isinstance(found, dict) else None,
             add_generation_prompt=True,
             tokenize=False,

@@ -1,0 +1,1 @@
+"""Continuous batching: many requests share the slots of one session."""

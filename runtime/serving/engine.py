@@ -1,0 +1,286 @@
+"""The engine: one thread that owns a session with slots, and computes the jobs that it is given."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import chain
+from typing import Self
+
+import numpy as np
+
+from shadowllm.errors import UserError
+from shadowllm.runtime.inputs import pad_prompts
+from shadowllm.runtime.serving.counters import Counters
+from shadowllm.runtime.serving.job import (
+    DeadlineError,
+    EngineClosedError,
+    EngineFailedError,
+    Event,
+    Failed,
+    Finished,
+    Job,
+    QueueFullError,
+)
+from shadowllm.runtime.serving.selection import active_shares
+from shadowllm.runtime.serving.sequence import RunningSequence, end_of
+from shadowllm.runtime.slots import SlotSession
+from shadowllm.serve_config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Computes jobs on the slots of a session (continuous batching).
+
+    A context manager: entering starts the thread, leaving ends it and what it still computes. Only this thread uses
+    the session. Other threads give it actions through a queue, so the loop has no lock of its own.
+
+    One turn of the loop prefills at most one chunk of the oldest incomplete prompt, and then decodes one token of every
+    other sequence. So a long prompt delays running texts by one chunk per token.
+
+    Args:
+        session: not entered yet.
+
+    Attributes:
+        counters: see `Counters`.
+        failure: why the session failed; None while it works.
+    """
+
+    def __init__(self, session: SlotSession, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig(slots=session.slots)
+        self.counters = Counters()
+        self.failure: Exception | None = None
+        self._session, self._spec, self._chunk = session, session.spec, config.prefill_chunk
+        self._positions = config.cache_positions or session.slots * session.spec.max_seqlen
+        self._places = threading.Semaphore(session.slots + config.queue)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # Only the thread uses these. Both are in the order in which jobs came.
+        self._waiting: dict[Job, bool] = {}  # the values have no meaning
+        self._running: dict[Job, RunningSequence] = {}
+        self._close_at = float("inf")
+        self._closing = False
+        self._started, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._started.wait()
+        if self.failure is not None:
+            raise self.failure
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.drain(0)
+        self._thread.join()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Its events follow until one `Finished` or `Failed`.
+
+        Raises:
+            QueueFullError: as many jobs as possible are waiting.
+            EngineClosedError: the engine stops.
+            EngineFailedError: the session failed.
+            UserError: the engine can never compute this job.
+        """
+        self._check(job)
+        if self.failure is not None:
+            raise EngineFailedError
+        if self._closing:
+            raise EngineClosedError
+        if not self._places.acquire(blocking=False):
+            raise QueueFullError
+        self._inbox.put(partial(self._waiting.__setitem__, job, True))
+        if self._ended.is_set():  # the thread may have ended before it saw the job
+            self._end_all()
+
+    def cancel(self, job: Job) -> None:
+        """End a job, if it has not ended."""
+        self._inbox.put(partial(self._end, job, Finished("cancelled")))
+
+    def drain(self, grace: float) -> None:
+        """Accept no more jobs, and end the engine when all are done; after ``grace`` seconds the others fail."""
+        self._closing = True
+        self._inbox.put(partial(self._close_after, time.monotonic() + grace))
+
+    @property
+    def accepts(self) -> bool:
+        """Whether jobs can be submitted, if there is room for them."""
+        return self.failure is None and not self._closing
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Number of jobs that have a slot."""
+        return len(self._running)
+
+    def _check(self, job: Job) -> None:
+        if len(job.request.prompts) != 1:
+            raise UserError(f"a job has {len(job.request.prompts)} prompts", "submit one job per prompt")
+        if job.request.drafting.lossless:
+            raise UserError("lossless decoding is not served", "leave it out, or ask for the exact budget")
+        pad_prompts(job.request.prompts, 1, self._spec)
+        if (needed := self._positions_of(job)) > self._positions:
+            raise UserError(
+                f"prompt and text need {needed} positions, the server has {self._positions}",
+                "send a shorter prompt, or ask for fewer tokens",
+            )
+
+    def _positions_of(self, job: Job) -> int:
+        """Positions that a job's sequence may use in the cache. The last token of a text is not in the cache."""
+        return end_of(job, self._spec) - 1
+
+    def _run(self) -> None:
+        try:
+            with self._session:
+                self._started.set()
+                while self._receive():
+                    self._expire()
+                    self._admit()
+                    self._prefill()
+                    self._decode()
+        except Exception as error:
+            self.failure = error
+            if self._started.is_set():  # else `__enter__` raises it
+                logger.exception("the session failed")
+        finally:
+            self._ended.set()
+            self._end_all()
+            self._started.set()
+
+    def _receive(self) -> bool:
+        """Run the actions in the inbox; wait for one if there is nothing to compute. False if the engine must end."""
+        if not self._waiting and not self._running:
+            if self._closing and self._inbox.empty():
+                return False
+            self._inbox.get()()
+        for action in self._actions():
+            action()
+        return True
+
+    def _actions(self) -> Iterator[Callable[[], None]]:
+        with suppress(queue.Empty):
+            while True:
+                yield self._inbox.get_nowait()
+
+    def _close_after(self, close_at: float) -> None:
+        self._close_at = min(self._close_at, close_at)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for job in list(chain(self._waiting, self._running)):
+            if now >= self._close_at:
+                self._end(job, Failed(EngineClosedError()))
+            elif job.deadline is not None and now >= job.deadline:
+                self._end(job, Failed(DeadlineError()))
+
+    def _admit(self) -> None:
+        """Give slots to jobs that wait, the oldest first, as long as there is room for it."""
+        used = sum(map(self._positions_of, self._running))
+        for job in list(self._waiting):
+            needed = self._positions_of(job)
+            if len(self._running) == self._session.slots or used + needed > self._positions:
+                return
+            try:
+                slot = self._session.join(job.budget)
+            except UserError as error:
+                self._end(job, Failed(error))
+                continue
+            del self._waiting[job]
+            try:
+                self._running[job] = RunningSequence(job, slot, self._spec, type(self._session).__name__)
+                used += needed
+            except Exception as error:  # noqa: BLE001  (options of this job that another package refuses)
+                self._session.leave(slot)
+                self._finish(job, Failed(error))
+
+    def _prefill(self) -> None:
+        """Extend the oldest incomplete prompt by one chunk."""
+        sequence = next((sequence for sequence in self._running.values() if sequence.in_prefill), None)
+        if sequence is None:
+            return
+        chunk = sequence.prompt[sequence.prefilled : sequence.prefilled + self._chunk]
+        try:
+            logits = self._session.extend(sequence.slot, chunk)
+        except UserError as error:
+            self._end(sequence.job, Failed(error))
+            return
+        sequence.prefilled += len(chunk)
+        self.counters.prompt_tokens += len(chunk)
+        if not sequence.in_prefill and (last := self._take(sequence, logits)) is not None:
+            self._end(sequence.job, last)
+
+    def _decode(self) -> None:
+        """Decode one token of every sequence whose prompt is complete."""
+        sequences = [sequence for sequence in self._running.values() if not sequence.in_prefill]
+        if not sequences:
+            return
+        found = self._session.step({sequence.slot: sequence.last_token for sequence in sequences})
+        # One sequence of each step in turn, because reading all selections would cost time.
+        watched = sequences[self.counters.steps % len(sequences)]
+        self.counters.add_shares(active_shares(self._session.selection(watched.slot)))
+        self.counters.steps += 1
+        # Slots are left at the end, because a call may overwrite the logits.
+        ended = {sequence.job: self._take(sequence, found[sequence.slot]) for sequence in sequences}
+        for job, last in ended.items():
+            if last is not None:
+                self._end(job, last)
+
+    def _take(self, sequence: RunningSequence, logits: np.ndarray) -> Event | None:
+        """Choose a sequence's next token and send it; return the last event if the text has ended."""
+        job = sequence.job
+        selection = self._session.selection(sequence.slot) if job.selection else None
+        try:
+            events = sequence.take(logits, selection)
+        except Exception as error:  # noqa: BLE001  (a fault of one job must not end the others)
+            return Failed(error)
+        for event in events:
+            if isinstance(event, Finished):
+                return event
+            now = time.monotonic()
+            self.counters.add_token(sequence.last_event, sequence.new_tokens == 1, now)
+            sequence.last_event = now
+            try:
+                job.send(event)
+            except Exception:  # noqa: BLE001  (nobody listens any more)
+                return Finished("cancelled")
+        return None
+
+    def _end(self, job: Job, last: Event) -> None:
+        """End a job that waits or runs, and free its slot. Nothing is done if it has ended already."""
+        sequence = self._running.pop(job, None)
+        if sequence is None and not self._waiting.pop(job, False):
+            return
+        try:
+            if sequence is not None:
+                self._session.leave(sequence.slot)
+        finally:
+            self._finish(job, last)
+
+    def _finish(self, job: Job, last: Event) -> None:
+        self._places.release()
+        self.counters.end(last)
+        with suppress(Exception):  # nobody listens any more
+            job.send(last)
+
+    def _end_all(self) -> None:
+        """End all jobs after the loop has ended. Each action and each job is taken by one thread only."""
+        error = EngineClosedError if self.failure is None else EngineFailedError
+        while self._running:  # the session is closed, so no slot is left
+            job, _ = self._running.popitem()
+            self._finish(job, Failed(error()))
+        for action in self._actions():
+            action()
+        with suppress(KeyError):
+            while True:
+                job, _ = self._waiting.popitem()
+                self._finish(job, Failed(error()))

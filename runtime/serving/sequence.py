@@ -1,0 +1,106 @@
+"""A job that has a slot: its progress, and the choice of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from shadowllm.models.sparsity import Unit
+from shadowllm.models.spec import ModelSpec
+from shadowllm.runtime.generation.chooser import Chooser
+from shadowllm.runtime.generation.generate import kept_tokens
+from shadowllm.runtime.generation.text import TextStream
+from shadowllm.runtime.serving.job import Finished, Job, Token
+from shadowllm.runtime.serving.selection import summarise
+
+LEAST_LOGPROB = -9999.0  # for a probability of zero, whose logarithm JSON cannot represent
+
+
+def end_of(job: Job, spec: ModelSpec) -> int:
+    """Return the length of prompt and text at which a job ends; see `generate`."""
+    return min(len(job.request.prompts[0]) + job.request.max_new_tokens, spec.max_seqlen + 1)
+
+
+class RunningSequence:
+    """The sequence of a job in a slot.
+
+    Args:
+        backend: name of the backend, for errors.
+
+    Attributes:
+        prefilled: number of prompt tokens that the session has.
+        new_tokens: number of tokens generated so far.
+        last_event: when the job was submitted, or got its last token, as `time.monotonic`.
+    """
+
+    def __init__(self, job: Job, slot: int, spec: ModelSpec, backend: str) -> None:
+        request = job.request
+        self.job, self.slot, self._spec = job, slot, spec
+        self.prompt: Sequence[int] = request.prompts[0]
+        self._end = end_of(job, spec)
+        self._chooser = Chooser(request.prompts, request.sampling, request.stop_ids, backend)
+        tokenizer = request.tokenizer
+        self._stream = None if tokenizer is None else TextStream(tokenizer, self.prompt, request.stops)
+        self.prefilled = self.new_tokens = 0
+        self.last_event = job.submitted
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether tokens of the prompt are missing in the session."""
+        return self.prefilled < len(self.prompt)
+
+    @property
+    def last_token(self) -> int:
+        """The token that the next decode step appends."""
+        return self._chooser.texts[0][-1]
+
+    def take(self, logits: np.ndarray, selection: Mapping[Unit, np.ndarray] | None) -> list[Token | Finished]:
+        """Choose the next token.
+
+        Args:
+            logits: float32 ``(vocab_size,)``.
+            selection: of the step that computed them, if the job asked for it.
+
+        Returns:
+            The events of this step; the last one is `Finished` if the text has ended.
+
+        Raises:
+            UserError: as `Chooser.choose`.
+        """
+        request = self.job.request
+        token = int(self._chooser.choose(logits[None])[0])
+        kept = kept_tokens(self._chooser, 0, [token], self._end, request.stop_ids, request.stopping)
+        events: list[Token | Finished] = []
+        if kept:
+            self.new_tokens += 1
+            piece = self._stream.push(token) if self._stream else ""
+            logprob: float | None = None
+            top: tuple[tuple[int, float], ...] = ()
+            if self.job.logprobs is not None:
+                logprob, top = log_probabilities(logits, token, self.job.logprobs)
+            summary = summarise(self._spec, selection) if selection else None
+            events.append(Token(token, piece, logprob, top, summary))
+        stopped = not kept or (self._stream is not None and self._stream.stopped)
+        if stopped or not self._chooser.running[0]:
+            full = len(self._chooser.texts[0]) >= self._end and not stopped
+            events.append(Finished("length" if full else "stop", self._stream.finish() if self._stream else ""))
+        return events
+
+
+def log_probabilities(logits: np.ndarray, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Return the logarithm of the probability of a token, and the ``n`` most probable tokens with the same.
+
+    Args:
+        logits: float32 ``(vocab_size,)``.
+    """
+    shifted = logits.astype(np.float64) - logits.max()
+    total = np.log(np.exp(shifted).sum())
+    n = min(n, len(logits))
+    best = np.argpartition(-shifted, n - 1)[:n] if n else np.zeros(0, dtype=np.int64)
+    best = best[np.argsort(-shifted[best], kind="stable")]
+
+    def logprob(index: int) -> float:
+        return max(LEAST_LOGPROB, float(shifted[index] - total))
+
+    return logprob(token), tuple((int(index), logprob(index)) for index in best)

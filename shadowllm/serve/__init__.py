@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server for a bundle, with a page to try it."""

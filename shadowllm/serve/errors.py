@@ -1,0 +1,81 @@
+"""Errors of the HTTP interface, in OpenAI's format."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import Response
+from pydantic import ValidationError
+
+from shadowllm.errors import UserError
+from shadowllm.runtime.serving.job import DeadlineError, EngineClosedError, EngineFailedError, QueueFullError
+
+RETRY_AFTER = 1  # seconds
+# Status, type and code of errors of the engine; any other `UserError` is a mistake in the request.
+ENGINE_ERRORS: dict[type[Exception], tuple[int, str, str]] = {
+    QueueFullError: (429, "rate_limit_error", "queue_full"),
+    DeadlineError: (504, "timeout_error", "deadline_exceeded"),
+    EngineClosedError: (503, "server_error", "stopping"),
+    EngineFailedError: (503, "server_error", "session_failed"),
+}
+
+
+class ApiError(Exception):
+    """An answer with an error.
+
+    Args:
+        status: HTTP status.
+        message: one sentence for the user.
+        kind: OpenAI's ``type``.
+        param: the parameter that is wrong, if it is one.
+        code: a short name of the error for programs.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def api_error(error: Exception) -> ApiError:
+    """Return the answer for an error. A bug's message is not given to clients."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        param = str(first["loc"][0]) if first["loc"] else None
+        return ApiError(400, f"{place}: {first['msg']}" if place else f"the body: {first['msg']}", param=param)
+    if type(error) in ENGINE_ERRORS:
+        status, kind, code = ENGINE_ERRORS[type(error)]
+        return ApiError(status, str(error), kind, code=code)
+    if isinstance(error, UserError):
+        # A remedy that names an option of the command line does not help a client.
+        return ApiError(400, error.problem if "--" in error.remedy else str(error))
+    return ApiError(500, "an internal error; the server's log has more", "server_error", code="internal_error")
+
+
+def json_text(content: Any) -> str:
+    """Return JSON in ASCII, because a client's text may have characters that UTF-8 cannot represent."""
+    return json.dumps(content, ensure_ascii=True, separators=(",", ":"))
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return an answer with JSON."""
+    return Response(json_text(content), status, headers, "application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """Return the answer for an error."""
+    headers = {"Retry-After": str(RETRY_AFTER)} if error.status in (429, 503) else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return json_response(error.content, error.status, headers)

@@ -1,0 +1,134 @@
+"""The model that is served, and what a request asks of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shadowllm.bundle.manifest import Manifest
+from shadowllm.bundle.predictor_file import check_neuron_budget
+from shadowllm.models.sparsity import Budget
+from shadowllm.runtime.generation.completion import Request, make_request
+from shadowllm.runtime.generation.text import encode_chat, encode_prompt
+from shadowllm.runtime.serving.engine import Engine
+from shadowllm.serve.errors import ApiError
+from shadowllm.serve.schema import Body, ChatBody, CompletionBody, Sparsity
+from shadowllm.serve_config import ServeConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to generate for a request.
+
+    Attributes:
+        requests: one per text: n texts of the first prompt, then of the next.
+        budget: of the decode steps.
+        prompt_tokens: of all prompts, each counted once.
+    """
+
+    requests: Sequence[Request]
+    budget: Budget
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A bundle that is served.
+
+    Attributes:
+        name: for clients.
+        budget: of requests that do not give one.
+    """
+
+    name: str
+    bundle: Path
+    manifest: Manifest
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    budget: Budget
+    config: ServeConfig
+
+    def plan(self, body: CompletionBody | ChatBody) -> Plan:
+        """Make the requests for the engine. It may take long, as it tokenizes, so it must not run in the event loop.
+
+        Raises:
+            ApiError: the body breaks a limit, or asks for something unsupported.
+            UserError: a value cannot be used.
+        """
+        body.refuse_unsupported()
+        if body.model not in (None, self.name):
+            raise ApiError(404, f"there is no model {body.model!r:.80}", param="model", code="model_not_found")
+        prompts, n = self._prompts(body), body.n or 1
+        if len(prompts) * n > self.config.max_choices:
+            raise ApiError(400, f"more than {self.config.max_choices} texts in one request", param="n")
+        encoded = [self._encoded(prompt) for prompt in prompts]
+        # Without a seed, texts are drawn differently each time, as OpenAI does it.
+        seed = random.SystemRandom().getrandbits(62) if body.seed is None and body.temperature else body.seed or 0
+        options = self._options(body)
+        requests = [self._request(ids, body, options, seed + index) for ids in encoded for index in range(n)]
+        return Plan(requests, self.budget_of(body.sparsity), sum(map(len, encoded)))
+
+    def budget_of(self, given: Sparsity | str | None) -> Budget:
+        """Return the budget of a request.
+
+        Raises:
+            UserError: the model cannot have it.
+        """
+        if given == "exact":
+            return Budget()
+        fields: dict[str, Any] = given.model_dump(exclude_none=True) if isinstance(given, Sparsity) else {}
+        if fields.get("shortlist") == "all":
+            fields["shortlist"] = None
+        budget = replace(self.budget, **fields)
+        budget.counts(self.manifest.sparse_layers)
+        budget.rest_with(self.manifest.rest == "shadow")
+        check_neuron_budget(self.manifest.predictor["kind"], budget)
+        return budget
+
+    def _prompts(self, body: CompletionBody | ChatBody) -> Sequence[str | list[int] | list[dict[str, str]]]:
+        if isinstance(body, ChatBody):
+            return [[message.plain() for message in body.messages]]
+        if not body.prompts:
+            raise ApiError(400, "the list of prompts is empty", param="prompt")
+        return body.prompts
+
+    def _encoded(self, prompt: str | list[int] | list[dict[str, str]]) -> list[int]:
+        if isinstance(prompt, str):
+            ids = encode_prompt(self.name, self.manifest, self.tokenizer, prompt)
+        elif prompt and isinstance(prompt[0], dict):
+            messages = [message for message in prompt if isinstance(message, dict)]
+            ids = encode_chat(self.name, self.manifest, self.tokenizer, messages)
+        else:
+            ids = [token for token in prompt if isinstance(token, int)]
+        most = self.config.max_prompt_tokens or self.manifest.spec.max_seqlen
+        if len(ids) > most:
+            message = f"the prompt has {len(ids)} tokens, and at most {most} are possible"
+            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        return ids
+
+    def _options(self, body: Body) -> dict[str, Any]:
+        """Options of the generation, within the server's limits."""
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop
+        if stops is not None and len(stops) > self.config.max_stops:
+            raise ApiError(400, f"more than {self.config.max_stops} stop strings", param="stop")
+        if any(len(stop) > self.config.max_stop_length for stop in stops or ()):
+            raise ApiError(400, f"a stop string has more than {self.config.max_stop_length} characters", param="stop")
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size")
+        return {"stop": stops} | {name: getattr(body, name) for name in names}
+
+    def _request(self, ids: list[int], body: Body, options: dict[str, Any], seed: int) -> Request:
+        most, limit = body.most_tokens, self.config.max_tokens
+        if most is not None and most > limit:
+            raise ApiError(
+                400, f"{most} new tokens are asked for, and at most {limit} are possible", param="max_tokens"
+            )
+        request = make_request(
+            self.bundle, self.manifest, lambda: self.tokenizer, [ids], most or limit, seed=seed, **options
+        )
+        return replace(request, tokenizer=self.tokenizer)

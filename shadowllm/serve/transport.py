@@ -1,0 +1,118 @@
+"""The HTTP server: time limits for slow clients, and a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from shadowllm.errors import UserError
+from shadowllm.serve_config import ServeConfig
+
+CONNECTIONS = 1024  # more are refused
+
+
+class TimedProtocol(H11Protocol):
+    """Closes connections of clients that are too slow to send a request, or to read what is sent to them.
+
+    Args:
+        seconds: in which a request must arrive, and a full send buffer must become free.
+    """
+
+    def __init__(self, seconds: float, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self._seconds = seconds
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            self._start_timer()
+        else:
+            self._stop_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start_timer()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_timer()
+
+    def _start_timer(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(self._seconds, self.transport.abort)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that calls ``on_stop`` when a signal asks it to end. Then it ends with success.
+
+    A second Ctrl-C ends it at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self._on_stop()
+        self.should_exit = True
+
+
+def make_server(app: FastAPI, config: ServeConfig, on_stop: Callable[[], None]) -> Server:
+    """Return the server of an application."""
+    protocol: Any = partial(TimedProtocol, config.transfer_timeout)
+    return Server(
+        uvicorn.Config(
+            app,
+            http=protocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=round(config.grace) + 5,
+        ),
+        on_stop,
+    )
+
+
+def listen(config: ServeConfig) -> socket.socket:
+    """Return a socket that listens on the server's address.
+
+    Raises:
+        UserError: it cannot.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {config.host} port {config.port} ({error.strerror or error})",
+            "choose another address or port by --host and --port",
+        ) from error
