@@ -23,9 +23,9 @@ COPIES = {"copy": CopyForm(64, 20, Quantisation(4)), "table": TableForm(64, 20, 
 FORM = FunctionForm("silu", True, True, True, True, True, 6, 2, 8, **COPIES)
 # The sparse ops choose the units themselves, with a low-bit copy.
 CHOOSING = replace(FORM, rest=Quantisation(4), chooses_neurons=True, head_groups=3)
-# Ports that a backend does not use: the reference computes all scores, and the kernels read no integer rows.
+# Ports that a backend does not use: the kernels read no integer rows.
 UNREAD = {
-    "reference": {"ScoreNeurons": ("count",)},
+    "reference": {},
     "launcher": {
         "SparseMLP": ("s_gate", "s_up", "s_down"),
         "SparseAttention": ("s_q", "s_o"),

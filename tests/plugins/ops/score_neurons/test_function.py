@@ -33,3 +33,9 @@ def test_score_neurons(activation, gated, bias, batch, seqlen, hidden, width):
     given = dict.fromkeys(("b_gate", "b_up")) | biases
     wanted = score_neurons(x, **inputs, **given, down_norms=down_norms, activation=activation)
     np.testing.assert_allclose(found, wanted, rtol=0.02, atol=0.02 * wanted.max())
+    # A selection for each sequence has the scores of each.
+    counts = np.full(batch, 3, np.int32)
+    found = run(SCORE_NEURONS, form, feeds | {"count": counts}, activation=activation, layer=0)
+    wanted = score_neurons(x, **inputs, **given, down_norms=down_norms, count=counts, activation=activation)
+    assert found.shape == wanted.shape == (batch, width)
+    np.testing.assert_allclose(found, wanted, rtol=0.02, atol=0.02 * wanted.max())
