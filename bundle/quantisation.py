@@ -140,13 +140,19 @@ def _integers(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarr
     padded = np.zeros((rows, q.blocks(width) * q.block), dtype=np.float32)
     padded[:, :width] = matrix
     blocks = padded.reshape(rows, -1, q.block)
-    farthest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)
-    scales = (farthest / np.float32(q.lowest)).astype(np.float32)
+    place = np.abs(blocks).argmax(axis=2)[..., None]
+    scales = (np.take_along_axis(blocks, place, axis=2) / np.float32(q.lowest)).astype(np.float32)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    if q.residual_bits:  # many elements would be above the range, so the scale is larger where one is
-        above = np.maximum(1, (blocks * inverse).max(axis=2, keepdims=True) / np.float32(q.highest + 0.5))
-        scales, inverse = scales * above, inverse / above
-    return np.clip(np.rint(blocks * inverse), q.lowest, q.highest), scales[..., 0]
+    if not q.residual_bits:
+        return np.clip(np.rint(blocks * inverse), q.lowest, q.highest), scales[..., 0]
+    # The range of nested integers ends early above zero. A block with larger elements there has a larger scale.
+    above = np.maximum(1, (blocks * inverse).max(axis=2, keepdims=True) / np.float32(q.highest))
+    scales, inverse = scales * above, inverse / above
+    integers = np.clip(np.rint(blocks * inverse), q.lowest, q.highest)
+    # The farthest element stays the farthest, so that rounding again changes nothing.
+    farthest = np.minimum(np.take_along_axis(integers, place, axis=2), -q.highest - 1)
+    np.put_along_axis(integers, place, np.where(scales != 0, farthest, 0), axis=2)
+    return integers, scales[..., 0]
 
 
 def _high(integers: np.ndarray, q: Quantisation) -> np.ndarray:

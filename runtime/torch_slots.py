@@ -110,7 +110,7 @@ class TorchSlots:
         """See `SlotSession.selection`."""
         if slot not in self._sparse:
             return None
-        return {unit: _indices(self._sessions[slot].chosen[unit].numpy()) for unit in UNITS}
+        return {unit: _indices(self._sessions[slot].chosen[unit][:, 0].numpy()) for unit in UNITS}
 
 
 def _indices(mask: np.ndarray) -> np.ndarray:

@@ -162,6 +162,7 @@ def predictor_graph(
         together = spec.heads_together if unit == "heads" else 1
         rows = selection.counts_of(g, counts[unit])
         found = selection.select(g, f"select_{unit}", scores[unit], rows, width, together)
+        found.name = f"select_{unit}"  # engines name the plugin after its output
         shape = g.op("Concat", g.op("Shape", counts[unit]), g.ints([width]), axis=0)
         g.output(g.op("Reshape", found, shape), names.indices(unit), [predictor.n_sparse, width], INT32)
     return g.model(function_bodies(function_form(spec, q)))

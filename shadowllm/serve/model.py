@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowllm.bundle.manifest import Manifest
-from shadowllm.bundle.predictor_file import check_neuron_budget
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import Budget, check_neuron_budget
 from shadowllm.runtime.generation.completion import Request, make_request
 from shadowllm.runtime.generation.text import encode_chat, encode_prompt
 from shadowllm.runtime.serving.engine import Engine

@@ -137,6 +137,6 @@ def check_pieces(tmp_path, family, options, dtype, library) -> None:
         assert record.files == {name: manifest.files[name] for name in (path.name, "model.onnx.data")}
     assert plugins == {
         "stem": [],
-        "predictor": ["head_indices.SelectTopK", "neuron_indices.SelectTopK"],
+        "predictor": ["select_heads.SelectTopK", "select_neurons.SelectTopK"],
         "body": [f"layers.{layer}.{op}" for layer in (1, 2) for op in ("SparseAttention", "SparseMLP")],
     }

@@ -199,7 +199,7 @@ class TestSampling:
     """The first four tokens of a tiny model. The prefill gives the first; the others are drawn in rounds."""
 
     PROMPT, SAMPLING, NEW = [5, 17, 42], {"temperature": 0.25, "top_k": 8}, 4
-    DRAFT = Budget(neurons=0.3, heads=0.5, rest="drop")
+    DRAFT = Budget(neurons=0.05, heads=0.25, rest="drop")
 
     @pytest.fixture
     def folder(self, bundle):

@@ -171,6 +171,7 @@ def test_without_a_bundle_the_copy_is_made_of_the_weights(bundle, rest, shortlis
     budget = Budget(heads=0.5, neurons=0.3, shortlist=shortlist)
     with TritonSession(read.spec, read._weights, read._predictor, budget, rest=rest) as ours, read as theirs:
         theirs.set_budget(budget)
+        theirs.shares_selection = True
         assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE
 
 

@@ -291,7 +291,7 @@ def test_a_fault_of_one_job_does_not_touch_the_others(client):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"prompt": [5] * 65}, "the prompt has 65 tokens"),
+        ({"prompt": [5] * 65}, "the text has 65 tokens"),
         ({"prompt": [97]}, "token 97 is outside"),
         ({"prompt": []}, "the prompt is empty"),
         ({"lossless": True}, "lossless decoding is not served"),
