@@ -8,7 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
+
+# Tests run in several processes, which share the cores. This is read when PyTorch is imported.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+import torch  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
 if not torch.cuda.is_available():

@@ -17,7 +17,7 @@ from shadowllm.runtime.ort.session import OrtSession
 from shadowllm.runtime.torch_session import TorchSession
 from tests.bundles import make_bundle
 
-TOKENS, GREEDY = 256, 64
+TOKENS, GREEDY = 128, 48
 
 
 @pytest.fixture(scope="module")
