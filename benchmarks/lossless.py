@@ -8,7 +8,7 @@ Text: greedy continuations, token by token against the dense session. Places whe
 than rounding changes are counted as ties.
 
 Speed: each contender runs in its own process, and their runs are interleaved. "random" is a prompt of random tokens,
-continued at a high temperature, which defeats drafts.
+continued at a high temperature. Drafts and model then have nearly the same distribution, so drafts are accepted.
 
 Costs: the times of drafts and verifications, and the speedup that they imply at given acceptances. This is what a model
 with random weights can show.

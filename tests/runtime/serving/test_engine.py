@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from dataclasses import replace
 
@@ -29,6 +28,7 @@ from shadowllm.runtime.serving.job import (
 )
 from shadowllm.runtime.torch_slots import TorchSlots
 from shadowllm.serve_config import EngineConfig
+from tests.runtime.serving.paused_slots import PausedSlots
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = [5, 17, 42, 8, 61]
@@ -203,18 +203,6 @@ def test_a_job_ends_at_its_deadline(client, engine, session):
     assert collect(other)[:2] == client.alone(other)
     assert no_slot_is_taken(engine, session)
     assert engine.counters.outcomes["timeout"] == 1
-
-
-class PausedSlots(TorchSlots):
-    """Slots whose decode steps wait until they may go on."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.go = threading.Event()
-
-    def step(self, tokens):
-        assert self.go.wait(60)
-        return super().step(tokens)
 
 
 def test_a_full_queue_refuses_at_once_and_recovers(client):

@@ -14,6 +14,7 @@ from shadowllm.runtime import open_session
 from shadowllm.runtime.generation.completion import Completion, make_request
 from shadowllm.runtime.generation.text import encode_chat, load_tokenizer
 from shadowllm.runtime.torch_slots import TorchSlots
+from tests.runtime.serving.paused_slots import PausedSlots
 from tests.shadowllm.serve.conftest import TEMPLATE, record_of, running
 
 openai = pytest.importorskip("openai", reason="the official client is not installed (pip install openai)")
@@ -229,18 +230,6 @@ class TestOperation:
             assert server.is_idle()
 
 
-class SlowSlots(TorchSlots):
-    """Slots whose decode steps wait until they may go on."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.go = threading.Event()
-
-    def step(self, tokens):
-        assert self.go.wait(60)
-        return super().step(tokens)
-
-
 def wait_for(condition):
     deadline = time.monotonic() + 30
     while not condition():
@@ -249,7 +238,7 @@ def wait_for(condition):
 
 
 def test_a_full_queue_is_429_with_retry_after(bundle):
-    with running(bundle(), SlowSlots(bundle(), 1), queue=0) as server:
+    with running(bundle(), PausedSlots(bundle(), 1), queue=0) as server:
         client = server.client()
         first = client.completions.create(model="tiny", prompt="Hello", max_tokens=5, stream=True)
         with pytest.raises(openai.RateLimitError, match="the queue is full") as error:
@@ -262,7 +251,7 @@ def test_a_full_queue_is_429_with_retry_after(bundle):
 
 
 def test_a_deadline_is_an_error_of_its_own(bundle):
-    with running(bundle(), SlowSlots(bundle(), 1), request_timeout=0.2) as server:
+    with running(bundle(), PausedSlots(bundle(), 1), request_timeout=0.2) as server:
         threading.Timer(0.5, server.session.go.set).start()
         with pytest.raises(openai.InternalServerError, match="took too long") as error:
             server.client().completions.create(model="tiny", prompt="Hello", max_tokens=9)
@@ -276,7 +265,7 @@ def test_a_deadline_is_an_error_of_its_own(bundle):
 
 
 def test_stopping_lets_running_requests_finish(bundle):
-    with running(bundle(), SlowSlots(bundle(), 1)) as server:
+    with running(bundle(), PausedSlots(bundle(), 1)) as server:
         stream = server.client().completions.create(model="tiny", prompt="Hello", max_tokens=6, stream=True)
         server.engine.drain(30)
         with pytest.raises(openai.InternalServerError, match="stopping") as error:
