@@ -27,7 +27,9 @@ class Model:
         budget: fractions to keep; None is the bundle's default.
 
     Attributes:
+        bundle: folder of the bundle.
         manifest: manifest of the bundle.
+        budget: fractions that are kept at present.
 
     Raises:
         UserError: as `open_session`, or a budget for another number of layers.
@@ -43,11 +45,12 @@ class Model:
         prefill: Prefill = "dense",
         prepack: bool = False,
     ) -> None:
-        self._bundle, self._entered = bundle, False
+        self.bundle, self._entered = bundle, False
         self.manifest = read_manifest(bundle)
         self._session = open_session(bundle, backend, threads=threads, prefill=prefill, prepack=prepack)
+        self.budget = self.manifest.budget
         if budget is not None:
-            self._session.set_budget(budget)
+            self.set_budget(budget)
 
     def __enter__(self) -> Self:
         self._session.__enter__()
@@ -72,7 +75,7 @@ class Model:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The bundle's tokenizer, loaded at the first use; see `load_tokenizer`."""
-        return load_tokenizer(self._bundle, self.manifest)
+        return load_tokenizer(self.bundle, self.manifest)
 
     def set_budget(self, budget: Budget) -> None:
         """Set the fractions to keep, from the next step on.
@@ -81,9 +84,10 @@ class Model:
             UserError: a budget for another number of layers.
         """
         self._session.set_budget(budget)
+        self.budget = budget
 
     def request(
         self, prompts: Sequence[str | Sequence[int]], max_new_tokens: int, **options: Unpack[GenerateOptions]
     ) -> Request:
         """See `make_request`."""
-        return make_request(self._bundle, self.manifest, lambda: self.tokenizer, prompts, max_new_tokens, **options)
+        return make_request(self.bundle, self.manifest, lambda: self.tokenizer, prompts, max_new_tokens, **options)

@@ -24,6 +24,7 @@ from shadowllm.errors import UserError
 if TYPE_CHECKING:
     from shadowllm.api import evaluate, export, generate, load
     from shadowllm.models.sparsity import Budget
+    from shadowllm.runtime.hugging_face import ShadowForCausalLM
 
     __version__: str
 else:
@@ -33,6 +34,10 @@ else:
             from importlib.metadata import version
 
             found = version("shadowllm")
+        elif name == "ShadowForCausalLM":
+            from shadowllm.runtime import hugging_face
+
+            found = hugging_face.ShadowForCausalLM
         elif name in __all__:
             from shadowllm import api
 
@@ -43,7 +48,7 @@ else:
         return found
 
 
-__all__ = ["Budget", "UserError", "__version__", "evaluate", "export", "generate", "load"]
+__all__ = ["Budget", "ShadowForCausalLM", "UserError", "__version__", "evaluate", "export", "generate", "load"]
 
 
 def __dir__() -> list[str]:

@@ -151,7 +151,7 @@ def bundle_sampling(
     Raises:
         UserError: a value out of range, given or in the generation config, or a damaged config.
     """
-    path, config = bundle / CONFIG, _generation_config(bundle, manifest)
+    path, config = bundle / CONFIG, generation_config(bundle, manifest)
     given = {name: value for name, value in given.items() if value is not None}
     sampled = bool(given.get("temperature"))
     unused = UNUSED | (UNUSED_SAMPLED if sampled else {})
@@ -181,7 +181,12 @@ def _stop_strings(config: dict[str, Any]) -> tuple[str, ...]:
     return stops
 
 
-def _generation_config(bundle: Path, manifest: Manifest) -> dict[str, Any]:
+def generation_config(bundle: Path, manifest: Manifest) -> dict[str, Any]:
+    """Return the contents of a bundle's generation_config.json; empty if it has none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     if CONFIG not in manifest.files:
         return {}
     verify_files(bundle, manifest.digests(CONFIG))

@@ -16,6 +16,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 SAYS = {
     "compare_budgets": ["dense", "static", "oracle", "30%", "50%", "70%"],
     "export_and_generate": ["quantized-shadow predictor, float32"],
+    "transformers_generate": ["100% of the neurons:", "50% of the neurons:"],
     "stream": ["100% of the neurons:", "50% of the neurons:"],
 }
 

@@ -1,0 +1,152 @@
+"""A bundle behind the interface of transformers writes what the checkpoint writes there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LogitsProcessorList, MinPLogitsWarper, TextStreamer, pipeline
+
+import shadowllm
+from shadowllm import Budget, ShadowForCausalLM, UserError
+from tests.bundles import BUDGET
+
+PROMPTS = ["The sea", "A shadow of a model", "x"]
+DENSE_BACKENDS = ["ort-dense", "torch-dense"]
+VARIANT = "llama-gqa"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint(VARIANT), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module", params=DENSE_BACKENDS)
+def dense(request, bundle):
+    with ShadowForCausalLM.from_pretrained(bundle(VARIANT), request.param) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def sparse(bundle):
+    with ShadowForCausalLM.from_pretrained(bundle(VARIANT), "ort") as model:
+        yield model
+
+
+def padded(model):
+    """Uneven prompts, padded on the left."""
+    tokenizer = model.tokenizer
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    return tokenizer(PROMPTS, return_tensors="pt", padding=True, return_token_type_ids=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2},
+        {"num_beams": 1, "min_length": 30},
+        {"logits_processor": LogitsProcessorList([MinPLogitsWarper(0.2)])},
+    ],
+    ids=["greedy", "penalty", "ngrams", "length", "min-p"],
+)
+def test_generates_what_transformers_generates(options, dense, reference):
+    inputs = padded(dense)
+    ours, theirs = (
+        model.generate(**inputs, max_new_tokens=24, pad_token_id=2, **options) for model in (dense, reference)
+    )
+    assert torch.equal(ours, theirs)
+
+
+def test_samples_what_transformers_samples(dense, reference):
+    found = []
+    for model in (dense, reference):
+        torch.manual_seed(5)
+        options = {"do_sample": True, "min_p": 0.02, "temperature": 0.7, "num_return_sequences": 2}
+        found.append(model.generate(**padded(dense), max_new_tokens=12, pad_token_id=2, **options))
+    assert found[0].shape[0] == 2 * len(PROMPTS)
+    assert torch.equal(*found)
+
+
+def test_stop_strings_end_the_text(dense, reference):
+    inputs, tokenizer = dense.tokenizer("The sea", return_tensors="pt", return_token_type_ids=False), dense.tokenizer
+    whole = reference.generate(**inputs, max_new_tokens=16, pad_token_id=2)
+    stop = tokenizer.decode(whole[0, -8:-6])
+    options = {"max_new_tokens": 16, "pad_token_id": 2, "stop_strings": [stop], "tokenizer": tokenizer}
+    ours, theirs = (model.generate(**inputs, **options) for model in (dense, reference))
+    assert torch.equal(ours, theirs)
+    assert ours.shape[1] < whole.shape[1]
+
+
+def test_a_pipeline_and_a_streamer(dense, reference, capsys, caplog):
+    generator = pipeline("text-generation", model=dense, tokenizer=dense.tokenizer)
+    streamer = TextStreamer(dense.tokenizer, skip_prompt=True)
+    options = {"pad_token_id": 2, "do_sample": False}  # pipelines sample by default
+    (found,) = generator("The sea", max_new_tokens=10, return_full_text=False, streamer=streamer, **options)
+    expected = pipeline("text-generation", model=reference, tokenizer=dense.tokenizer)
+    (text,) = expected("The sea", max_new_tokens=10, return_full_text=False, **options)
+    assert found["generated_text"] == text["generated_text"]
+    assert "not supported" not in caplog.text
+    assert text["generated_text"] in capsys.readouterr().out
+
+
+def test_logits_of_every_token_with_and_without_padding(dense, reference):
+    inputs = padded(dense)
+    ours, theirs = dense(**inputs).logits, reference(**inputs).logits
+    kept = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours[kept], theirs[kept], atol=1e-4, rtol=1e-4)
+
+
+def test_sparse_text_is_that_of_our_own_generation(sparse, bundle):
+    inputs = sparse.tokenizer(PROMPTS[1], return_tensors="pt", return_token_type_ids=False)
+    prompt = inputs["input_ids"][0].tolist()
+    with shadowllm.load(bundle(VARIANT), budget=BUDGET) as model:
+        expected = shadowllm.generate(model, prompt, max_new_tokens=20)
+    written = sparse.generate(**inputs, max_new_tokens=20, pad_token_id=2)
+    assert written[0, len(prompt) :].tolist() == expected
+
+
+def test_a_budget_of_one_call_does_not_stay(sparse):
+    inputs = sparse.tokenizer(PROMPTS[1], return_tensors="pt", return_token_type_ids=False)
+    options = {"max_new_tokens": 20, "pad_token_id": 2, "output_logits": True, "return_dict_in_generate": True}
+    before, once, after = (
+        sparse.generate(**inputs, budget=budget, **options).logits[1]
+        for budget in (None, Budget(neurons=0.1, heads=0.25), None)
+    )
+    assert not torch.equal(before, once)
+    assert torch.equal(before, after)
+    assert sparse.budget == BUDGET
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_beams": 2}, "beam_search"),
+        ({"prompt_lookup_num_tokens": 2}, "assisted_generation"),
+        ({"use_cache": False}, "KV cache"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "last token"),
+    ],
+)
+def test_refuses_what_a_session_cannot_do(options, said, dense):
+    with pytest.raises(UserError, match=said):
+        dense.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, pad_token_id=2, **options)
+
+
+def test_the_harness_scores_and_generates_as_with_transformers(dense, reference):
+    """lm-evaluation-harness pads on the right to score, and on the left to generate."""
+    harness = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
+    from lm_eval.api.instance import Instance
+
+    found = []
+    for model in (dense, reference):
+        lm = harness.HFLM(pretrained=model, tokenizer=dense.tokenizer, batch_size=2, max_length=64, device="cpu")
+        texts = [("The sea", " is wide"), ("A", " shadow of a model")]
+        asked = [Instance("loglikelihood", {}, pair, row) for row, pair in enumerate(texts)]
+        likelihoods = [score for score, _ in lm.loglikelihood(asked, disable_tqdm=True)]
+        options = {"until": ["zz"], "max_gen_toks": 8}
+        asked = [Instance("generate_until", {}, (text, options), row) for row, (text, _) in enumerate(texts)]
+        found.append((likelihoods, lm.generate_until(asked, disable_tqdm=True)))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-3)
+    assert found[0][1] == found[1][1]
