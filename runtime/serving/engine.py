@@ -229,6 +229,7 @@ class Engine:
         watched = sequences[self.counters.steps % len(sequences)]
         self.counters.add_shares(active_shares(self._session.selection(watched.slot)))
         self.counters.steps += 1
+        self.counters.read_bytes += sum(sequence.job.step_bytes for sequence in sequences)
         # Slots are left at the end, because a call may overwrite the logits.
         ended = {sequence.job: self._take(sequence, found[sequence.slot]) for sequence in sequences}
         for job, last in ended.items():

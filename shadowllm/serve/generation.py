@@ -38,8 +38,8 @@ class Generation:
 
         wanted = body.top_logprobs_wanted
         self._jobs = [
-            Job(request, partial(send, index), plan.budget, wanted, selection, deadline)
-            for index, request in enumerate(plan.requests)
+            Job(request, partial(send, index), plan.budget, wanted, selection, deadline, step_bytes)
+            for index, (request, step_bytes) in enumerate(zip(plan.requests, plan.step_bytes, strict=True))
         ]
 
     def submit(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowllm.bundle.manifest import Manifest
+from shadowllm.evaluation.speed.bench import SPARSE, traffic_of
 from shadowllm.models.sparsity import Budget, check_neuron_budget
 from shadowllm.runtime.generation.completion import Request, make_request
 from shadowllm.runtime.generation.text import encode_chat, encode_prompt
@@ -29,11 +30,13 @@ class Plan:
         requests: one per text: n texts of the first prompt, then of the next.
         budget: of the decode steps.
         prompt_tokens: of all prompts, each counted once.
+        step_bytes: bytes that a decode step of each text reads, see `traffic_of`.
     """
 
     requests: Sequence[Request]
     budget: Budget
     prompt_tokens: int
+    step_bytes: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ class ServedModel:
 
     Attributes:
         name: for clients.
+        backend: one of `shadowllm.runtime.SLOT_BACKENDS`.
         budget: of requests that do not give one.
     """
 
     name: str
     bundle: Path
+    backend: str
     manifest: Manifest
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
@@ -71,7 +76,9 @@ class ServedModel:
         seed = random.SystemRandom().getrandbits(62) if body.seed is None and body.temperature else body.seed or 0
         options = self._options(body)
         requests = [self._request(ids, body, options, seed + index) for ids in encoded for index in range(n)]
-        return Plan(requests, self.budget_of(body.sparsity), sum(map(len, encoded)))
+        budget = self.budget_of(body.sparsity)
+        read = [self._step_bytes(request, budget) for request in requests]
+        return Plan(requests, budget, sum(map(len, encoded)), read)
 
     def budget_of(self, given: Sparsity | str | None) -> Budget:
         """Return the budget of a request.
@@ -89,6 +96,10 @@ class ServedModel:
         budget.rest_with(self.manifest.rest == "shadow")
         check_neuron_budget(self.manifest.predictor["kind"], budget)
         return budget
+
+    def _step_bytes(self, request: Request, budget: Budget) -> int:
+        length = len(request.prompts[0])
+        return traffic_of(self.manifest, SPARSE, self.backend, budget, length, request.max_new_tokens).total
 
     def _prompts(self, body: CompletionBody | ChatBody) -> Sequence[str | list[int] | list[dict[str, str]]]:
         if isinstance(body, ChatBody):

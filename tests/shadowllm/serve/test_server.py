@@ -9,6 +9,7 @@ import urllib.error
 
 import pytest
 
+from shadowllm.evaluation.speed.bench import SPARSE, traffic_of
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime import open_session
 from shadowllm.runtime.generation.completion import Completion, make_request
@@ -191,6 +192,8 @@ class TestOperation:
             client.models.retrieve("other")
 
     def test_health_and_metrics(self, client, server):
+        counters = server.engine.counters
+        steps, read = counters.steps, counters.read_bytes
         client.completions.create(model="tiny", prompt="Hello", max_tokens=4)
         assert server.is_idle()
         status, _, text = server.get("/health")
@@ -199,6 +202,9 @@ class TestOperation:
         assert headers["Content-Type"].startswith("text/plain")
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         assert float(values["shadowllm_new_tokens_total"]) >= 4
+        alone = traffic_of(server.model.manifest, SPARSE, "torch", server.model.budget, 5, 4).total
+        assert counters.read_bytes - read == (counters.steps - steps) * alone > 0
+        assert float(values["shadowllm_read_bytes_total"]) == counters.read_bytes
         assert float(values["shadowllm_slots_taken"]) == 0
         assert float(values['shadowllm_texts_total{outcome="length"}']) >= 1
         assert float(values['shadowllm_full_precision_share{unit="neurons"}']) < 1
