@@ -38,6 +38,8 @@ from shadowllm.evaluation.speed.environment import environment
 from shadowllm.models.sparsity import Budget
 
 BUDGETS: tuple[dict[str, float] | str, ...] = ({}, {"neurons": 0.1}, {"neurons": 0.3, "heads": 0.5}, "exact")
+# With a given length, the random numbers of a text do not depend on times.
+LOSSLESS = {"lossless": True, "draft_length": 3}
 TEXT_BYTES = 8192  # of the text that prompts are taken from
 PARTS = 20  # the memory is read this many times
 IDLE_SECONDS = 30.0  # in which all slots must be free after the last request
@@ -52,6 +54,7 @@ class Planned:
     temperature: float
     seed: int
     sparsity: dict[str, float] | str
+    drafting: dict[str, Any]
     pieces: int | None
 
 
@@ -65,7 +68,7 @@ class Answer:
 
 
 def plan_requests(count: int, words: int, most_tokens: int) -> list[Planned]:
-    """Return requests with prompts of 1 to ``words`` words; one in five is cancelled."""
+    """Return requests with prompts of 1 to ``words`` words; one in five is cancelled, and one in five lossless."""
     choose = random.Random(0)
     text = bytes(passage(str.encode, TEXT_BYTES)).decode(errors="ignore").split()
 
@@ -79,6 +82,7 @@ def plan_requests(count: int, words: int, most_tokens: int) -> list[Planned]:
             choose.choice((0.0, 0.8)),
             index,
             choose.choice(BUDGETS),
+            LOSSLESS if choose.random() < 0.2 else {},
             choose.randint(1, max(1, most_tokens // 2)) if cancelled else None,
         )
 
@@ -126,25 +130,26 @@ class Clients:
     async def _all(self, clients: int) -> None:
         left = iter(enumerate(self._plans))
         async with AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=600) as client:
-            await asyncio.gather(*(self._one_client(client, left) for _ in range(clients)))
+            model = (await client.models.list()).data[0].id
+            await asyncio.gather(*(self._one_client(client, model, left) for _ in range(clients)))
 
-    async def _one_client(self, client: AsyncOpenAI, left: Iterator[tuple[int, Planned]]) -> None:
+    async def _one_client(self, client: AsyncOpenAI, model: str, left: Iterator[tuple[int, Planned]]) -> None:
         for index, planned in left:
-            self.answers[index] = await _ask(client, planned)
+            self.answers[index] = await _ask(client, model, planned)
             if len(self.answers) % max(1, len(self._plans) // PARTS) == 0:
                 self.rss.append((len(self.answers), self._server.memory_info().rss))
 
 
-async def _ask(client: AsyncOpenAI, planned: Planned) -> Answer:
+async def _ask(client: AsyncOpenAI, model: str, planned: Planned) -> Answer:
     start, pieces, first = time.perf_counter(), [], None
     stream = await client.completions.create(
-        model=(await client.models.list()).data[0].id,
+        model=model,
         prompt=planned.prompt,
         max_tokens=planned.max_tokens,
         temperature=planned.temperature,
         seed=planned.seed,
         stream=True,
-        extra_body={"sparsity": planned.sparsity},
+        extra_body={"sparsity": planned.sparsity, **planned.drafting},
     )
     async for chunk in stream:
         first = first or time.perf_counter() - start
@@ -183,13 +188,13 @@ def compare(
     """Return the places of requests whose text is not the one, or the beginning of the one, that they give alone."""
     wrong = []
     with shadowllm.load(bundle, threads=threads, prepack=prepack) as model:
-        default = read_manifest(bundle).budget
+        manifest = read_manifest(bundle)
         for index, answer in answers.items():
             planned = plans[index]
-            given = planned.sparsity
+            given, default = planned.sparsity, manifest.draft_budget if planned.drafting else manifest.budget
             model.set_budget(Budget(**{**vars(default), **given}) if isinstance(given, dict) else Budget())
             sampling: dict[str, Any] = {"temperature": planned.temperature, "seed": planned.seed}
-            alone = shadowllm.generate(model, planned.prompt, planned.max_tokens, **sampling)
+            alone = shadowllm.generate(model, planned.prompt, planned.max_tokens, **sampling, **planned.drafting)
             same = alone == answer.text if planned.pieces is None else alone.startswith(answer.text)
             if not same:
                 wrong.append(index)
@@ -239,8 +244,8 @@ def print_result(found: Mapping[str, Any]) -> None:
     outcomes = ", ".join(f"{count} {name}" for name, count in found["outcomes"].items() if count)
     print(f"{found['requests']} requests of {found['clients']} clients over {found['slots']} slots: {outcomes}")
     print(f"lost {found['lost']}, wrong {len(found['wrong'])}, slots taken {found['slots_taken_afterwards']}")
-    for budget, count in Counter(str(planned["sparsity"]) for planned in found["wrong"]).items():
-        print(f"wrong at the budget {budget}: {count}")
+    for kind, count in Counter(f"{one['sparsity']} {one['drafting']}" for one in found["wrong"]).items():
+        print(f"wrong with {kind}: {count}")
     print(f"{found['new_tokens']} new tokens in {found['seconds']:.1f} s: {found['tokens_per_second']:.1f} per second")
     print(f"first text after {found['median_seconds_to_first_text']:.2f} s, last after {found['median_seconds']:.2f} s")
     memory = " ".join(f"{rss:.0f}" for rss in found["rss_mb"].values())

@@ -57,7 +57,7 @@ class TritonPythonModel:
     def _submit(self, request: Any, sender: Any) -> None:
         try:
             given = json.loads(_text(request, "sampling_parameters") or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             given = None
         if not isinstance(given, dict):
             raise ApiError(400, "sampling_parameters is not a JSON object", param="sampling_parameters")
@@ -67,8 +67,7 @@ class TritonPythonModel:
         body = CompletionBody.model_validate_json(json.dumps(given | {"prompt": _text(request, "text_input")}))
         plan = self._model.plan(body)
         deadline = time.monotonic() + self._model.config.request_timeout
-        reply, (step_bytes,) = Reply(sender, bool(body.stream)), plan.step_bytes
-        job = Job(plan.requests[0], reply, plan.budget, deadline=deadline, step_bytes=step_bytes)
+        job = Job(plan.requests[0], Reply(sender, bool(body.stream)), plan.budget, deadline=deadline)
         self._model.engine.submit(job)
 
 

@@ -8,7 +8,6 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import psutil
 import pytest
 
@@ -78,7 +77,7 @@ def test_a_killed_replica_is_replaced_and_no_request_hangs(url):
             options = {"temperature": 5.0, "seed": seed, "max_tokens": 60, "stream": True}
             stream = client.completions.create(model="tiny", prompt=PROMPT, **options)
             reasons = [chunk.choices[0].finish_reason for chunk in stream]
-        except (openai.OpenAIError, httpx.HTTPError) as error:
+        except Exception as error:  # noqa: BLE001  (a cut connection has no type that is documented)
             return type(error).__name__
         return reasons[-1] if reasons and reasons[-1] else "cut off"
 

@@ -144,7 +144,7 @@ def test_the_real_server_gives_the_texts_of_requests_alone(folder, tmp_path):
         for parameters, words in (
             ({"max_tokens": -1}, "max_tokens"),
             ({"n": 2}, "n is not supported"),
-            ({"sparsity": {"neurons": 7.0}}, "neurons"),
+            ({"sparsity": {"neurons": 7.0}}, "the neuron budget 7.0"),
         ):
             with pytest.raises(urllib.error.HTTPError) as raised:
                 ask(url, **parameters)

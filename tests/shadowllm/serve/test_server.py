@@ -165,6 +165,17 @@ class TestErrors:
         assert "Traceback" not in error.value.message
         assert server.is_idle()
 
+    def test_a_lossless_text_is_that_of_the_dense_model(self, client, server, alone):
+        drafted = server.engine.counters.drafted
+        for lossless in ({"lossless": True}, {"lossless": True, "draft_length": 3}):
+            options = {"extra_body": lossless | {"sparsity": {"neurons": 0.1}}, "max_tokens": 20}
+            found = client.completions.create(model="tiny", prompt="Hello", **options)
+            assert found.choices[0].text == alone("Hello", 20, Budget())
+        assert server.engine.counters.drafted > drafted
+        with pytest.raises(openai.BadRequestError, match="draft length"):
+            client.completions.create(model="tiny", prompt="Hello", extra_body={"draft_length": 3})
+        assert server.is_idle()
+
     def test_values_without_an_effect_are_accepted(self, client):
         neutral = {"presence_penalty": 0, "logit_bias": {}, "echo": False, "best_of": 1, "user": "me", "suffix": None}
         client.completions.create(model="tiny", prompt="Hello", max_tokens=1, **neutral)
