@@ -10,7 +10,7 @@ import random
 
 from locust import HttpUser, between, task
 
-BUDGETS = ({}, {"neurons": 0.1}, "exact")
+BUDGETS: tuple[dict[str, float] | str, ...] = ({}, {"neurons": 0.1}, "exact")
 
 
 class Reader(HttpUser):
