@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from shadowllm.bundle.manifest import read_manifest
+from shadowllm.bundle.manifest import read_manifest, verify_files
 from shadowllm.errors import UserError
 from shadowllm.exporter.staging import staged
 from shadowllm.serve_config import EngineConfig
@@ -56,9 +56,12 @@ def write_repository(
         threads, prepack: see `open_slots`.
 
     Raises:
-        UserError: there is no bundle, a name that a folder or Triton cannot have, or ``out`` exists.
+        UserError: there is no bundle, it has no tokenizer, a file of it is missing or damaged, a name that a folder or
+            Triton cannot have, or ``out`` exists.
     """
     manifest = read_manifest(bundle)
+    if "tokenizer.json" not in manifest.files:
+        raise UserError(f"{bundle} has no tokenizer", "export from a checkpoint that has tokenizer.json")
     name = name or Path(manifest.model).name
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise UserError(
@@ -74,11 +77,15 @@ def write_repository(
         "threads": threads,
         "prepack": prepack,
     }
+    verify_files(bundle, manifest.files)
     with staged(out) as folder:
         version = folder / name / "1"
         version.mkdir(parents=True)
         quoted = json.dumps(json.dumps(options))
         (folder / name / "config.pbtxt").write_text(CONFIG.format(name=name, options=quoted), encoding="utf-8")
         (version / "model.py").write_text(MODEL, encoding="utf-8")
-        shutil.copytree(bundle, version / "bundle", ignore=shutil.ignore_patterns("engines"))
+        for file in ("manifest.json", *manifest.files):
+            target = version / "bundle" / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle / file, target)
     return name

@@ -45,6 +45,10 @@ def test_what_is_written(folder, tmp_path, capsys):
     assert "slots" in (out / "small" / "config.pbtxt").read_text()
     names = {path.name for path in (out / "small" / "1" / "bundle").iterdir()}
     assert names == {path.name for path in source.iterdir()} - {"engines"}
+    (source / "body.onnx").write_bytes(b"x")
+    assert main(["repository", str(source), str(tmp_path / "more"), "--model-name", "small"]) == 1
+    assert "damaged" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "models"}
     assert len((out / "small" / "1" / "model.py").read_text().splitlines()) < 10
 
 
