@@ -68,15 +68,7 @@ def write_repository(
             f"{name!r:.80} cannot be the name of a model in a repository",
             "give --model-name with letters, digits, dots, hyphens and underscores",
         )
-    options = {
-        "backend": backend,
-        "slots": engine.slots,
-        "queue": engine.queue,
-        "prefill_chunk": engine.prefill_chunk,
-        "cache_positions": engine.cache_positions,
-        "threads": threads,
-        "prepack": prepack,
-    }
+    options = vars(engine) | {"backend": backend, "threads": threads, "prepack": prepack}
     verify_files(bundle, manifest.files)
     with staged(out) as folder:
         version = folder / name / "1"
