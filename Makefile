@@ -101,6 +101,13 @@ PEERS_ORT := onnxruntime==1.32.0
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $@/bin/pip install --quiet --no-binary llama-cpp-python llama-cpp-python==0.3.36
 	$@/bin/pip install --quiet --no-deps .
 
+# Triton Inference Server, for its test. Its Python backend reads wrong inputs with NumPy 2.
+.peers/triton:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet $(TORCH)
+	$@/bin/pip install --quiet "numpy<2" '.[serve]'
+	$@/bin/pip install --quiet --no-deps nvidia-pytriton==0.7.0
+
 peers: $(VENV)/.installed .peers/genai .peers/optimum
 	$(BIN)/python -m shadowllm.benchmarks.peers $(shell $(BIN)/python benchmarks/model_path.py) $(OUT)/bundle \
 	  --genai-python .peers/genai/bin/python --optimum-python .peers/optimum/bin/python \

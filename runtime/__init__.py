@@ -83,7 +83,9 @@ def open_session(
     raise UserError(f"no backend {backend!r}", f"use one of {', '.join(BACKENDS)}")
 
 
-def open_slots(bundle: Path, backend: str, slots: int, threads: int | None = None) -> SlotSession:
+def open_slots(
+    bundle: Path, backend: str, slots: int, threads: int | None = None, prepack: bool = False
+) -> SlotSession:
     """Make a session with slots for a bundle, for the serving of many sequences at once.
 
     Args:
@@ -91,14 +93,17 @@ def open_slots(bundle: Path, backend: str, slots: int, threads: int | None = Non
         backend: one of `SLOT_BACKENDS`.
         slots: how many sequences it can hold.
         threads: CPU threads of each operator; None is the backend's default.
+        prepack: see `open_session`. Dense steps of float weights then compute all sequences at once.
 
     Raises:
-        UserError: an unknown backend, no bundle, or a damaged file in it.
+        UserError: an unknown backend, no bundle, a damaged file in it, or an option that the backend does not have.
     """
+    if prepack and backend == "torch":
+        raise UserError("the backend 'torch' does not pack weights", "leave --prepack out")
     if backend == "ort":
         from shadowllm.runtime.ort.slots import OrtSlots
 
-        return OrtSlots(bundle, slots, threads)
+        return OrtSlots(bundle, slots, threads, prepack=prepack)
     if backend == "torch":
         from shadowllm.runtime.torch_slots import TorchSlots
 

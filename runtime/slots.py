@@ -9,6 +9,7 @@ import numpy as np
 
 from shadowllm.models.sparsity import Budget, Unit
 from shadowllm.models.spec import ModelSpec
+from shadowllm.runtime.session import Decodes
 
 
 class SlotSession(Protocol):
@@ -65,6 +66,29 @@ class SlotSession(Protocol):
 
         Raises:
             UserError: as `extend`, or a slot without a prompt.
+        """
+        ...
+
+    def decodes(self, slot: int) -> Decodes:
+        """Whether steps of a slot are sparse or dense, at its budget."""
+        ...
+
+    def rewind(self, slot: int, length: int) -> None:
+        """Keep only the first ``length`` tokens of a slot, see `VerifyingSession.rewind`.
+
+        Raises:
+            UserError: the length is below 1, or above the slot's.
+        """
+        ...
+
+    def verify(self, slot: int, tokens: Sequence[int]) -> np.ndarray:
+        """Append tokens with one dense step, see `VerifyingSession.verify`.
+
+        Returns:
+            The logits after each token, float32 ``(len(tokens), vocab_size)``. The next call may overwrite them.
+
+        Raises:
+            UserError: as `extend`.
         """
         ...
 

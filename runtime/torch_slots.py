@@ -15,6 +15,7 @@ from shadowllm.errors import UserError
 from shadowllm.limits import check_threads, check_whole
 from shadowllm.models.sparsity import UNITS, Budget, Unit
 from shadowllm.runtime.inputs import check_tokens
+from shadowllm.runtime.session import Decodes
 from shadowllm.runtime.torch_session import TorchSession
 
 
@@ -101,6 +102,22 @@ class TorchSlots:
             self._lengths[slot] += 1
             self._sparse.add(slot)
         return found
+
+    def decodes(self, slot: int) -> Decodes:
+        """See `SlotSession.decodes`."""
+        return self._sessions[slot].decodes
+
+    def rewind(self, slot: int, length: int) -> None:
+        """See `SlotSession.rewind`."""
+        self._sessions[slot].rewind(np.array([length]))
+        self._lengths[slot] = length
+
+    def verify(self, slot: int, tokens: Sequence[int]) -> np.ndarray:
+        """See `SlotSession.verify`."""
+        logits = self._sessions[slot].verify(np.array([tokens], dtype=np.int64))[0]
+        self._lengths[slot] += len(tokens)
+        self._sparse.discard(slot)
+        return logits
 
     def length(self, slot: int) -> int:
         """See `SlotSession.length`."""

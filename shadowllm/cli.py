@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "model -> bundle: ONNX graphs, predictor and, if asked for, TensorRT engines",
     "run": "generate text from a bundle",
     "serve": "serve a bundle over HTTP, with OpenAI's interface and a page",
+    "repository": "bundle -> model repository for Triton Inference Server",
     "bench": "measure a bundle and compare it with dense ONNX Runtime",
     "eval": "perplexity and agreement with the dense model, over budgets and selectors",
     "drift": "measure how well a bundle's predictor fits a text",

@@ -11,11 +11,12 @@ import numpy as np
 
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget, Unit
-from shadowllm.runtime.inputs import check_appended
+from shadowllm.runtime.inputs import check_appended, check_rewind
 from shadowllm.runtime.ort.decode_step import DecodeStep
 from shadowllm.runtime.ort.kv_cache import KVCache
 from shadowllm.runtime.ort.loaded_bundle import LoadedBundle, Numbers
 from shadowllm.runtime.ort.prompt_step import run_prompt
+from shadowllm.runtime.ort.verification import Verification
 from shadowllm.runtime.session import Decodes
 
 
@@ -120,6 +121,26 @@ class OrtSlots:
                 found |= self._run(kind, first, part, [tokens[slot] for slot in part])
                 first += len(part)
         return found
+
+    def decodes(self, slot: int) -> Decodes:
+        """See `SlotSession.decodes`."""
+        return self._sequences[slot].decodes
+
+    def rewind(self, slot: int, length: int) -> None:
+        """See `SlotSession.rewind`."""
+        check_rewind(np.array([length]), np.array([self._sequences[slot].length]))
+        self._sequences[slot].length = length
+
+    def verify(self, slot: int, tokens: Sequence[int]) -> np.ndarray:
+        """See `SlotSession.verify`."""
+        sequence = self._sequences[slot]
+        end = check_appended(tokens, sequence.length, self.spec)
+        self._reserve(end)
+        cache = self._cache.buffers(self._rows.index(slot), 1)
+        step = Verification(self._bundle.pieces["dense"], self.spec, 1, len(tokens), cache)
+        logits: np.ndarray = step(np.array([tokens]), np.array([sequence.length]))[0]
+        sequence.length, sequence.selection = end, {}
+        return logits
 
     def length(self, slot: int) -> int:
         """See `SlotSession.length`."""

@@ -41,6 +41,8 @@ class Counters:
     Attributes:
         prompt_tokens, new_tokens: tokens prefilled and generated.
         steps: decode steps.
+        read_bytes: `Job.step_bytes` and `Job.verification_bytes` of every text in every step.
+        drafted, accepted: drafted tokens of lossless texts, and those of them that are in the text.
         outcomes: ended jobs, by `OUTCOMES`.
         first_token: seconds from the submission of a job to its first token.
         inter_token: seconds between two tokens of a job.
@@ -48,7 +50,8 @@ class Counters:
     """
 
     def __init__(self) -> None:
-        self.prompt_tokens = self.new_tokens = self.steps = 0
+        self.prompt_tokens = self.new_tokens = self.steps = self.read_bytes = 0
+        self.drafted = self.accepted = 0
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.first_token, self.inter_token = Histogram(), Histogram()
         self.share_sums: dict[Unit, float] = dict.fromkeys(UNITS, 0.0)

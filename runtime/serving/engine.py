@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -26,6 +26,7 @@ from shadowllm.runtime.serving.job import (
     Finished,
     Job,
     QueueFullError,
+    Token,
 )
 from shadowllm.runtime.serving.selection import active_shares
 from shadowllm.runtime.serving.sequence import RunningSequence, end_of
@@ -41,8 +42,9 @@ class Engine:
     A context manager: entering starts the thread, leaving ends it and what it still computes. Only this thread uses
     the session. Other threads give it actions through a queue, so the loop has no lock of its own.
 
-    One turn of the loop prefills at most one chunk of the oldest incomplete prompt, and then decodes one token of every
-    other sequence. So a long prompt delays running texts by one chunk per token.
+    One turn of the loop prefills at most one chunk of the oldest incomplete prompt, decodes one token of every other
+    sequence, and verifies the complete drafts of lossless texts. So a long prompt delays running texts by one chunk per
+    token.
 
     Args:
         session: not entered yet.
@@ -57,6 +59,7 @@ class Engine:
         self.counters = Counters()
         self.failure: Exception | None = None
         self._session, self._spec, self._chunk = session, session.spec, config.prefill_chunk
+        self._backend = type(session).__name__
         self._positions = config.cache_positions or session.slots * session.spec.max_seqlen
         self._places = threading.Semaphore(session.slots + config.queue)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -126,8 +129,6 @@ class Engine:
     def _check(self, job: Job) -> None:
         if len(job.request.prompts) != 1:
             raise UserError(f"a job has {len(job.request.prompts)} prompts", "submit one job per prompt")
-        if job.request.drafting.lossless:
-            raise UserError("lossless decoding is not served", "leave it out, or ask for the exact budget")
         pad_prompts(job.request.prompts, 1, self._spec)
         if (needed := self._positions_of(job)) > self._positions:
             raise UserError(
@@ -148,6 +149,7 @@ class Engine:
                     self._admit()
                     self._prefill()
                     self._decode()
+                    self._verify()
         except Exception as error:
             self.failure = error
             if self._started.is_set():  # else `__enter__` raises it
@@ -197,7 +199,7 @@ class Engine:
                 continue
             del self._waiting[job]
             try:
-                self._running[job] = RunningSequence(job, slot, self._spec, type(self._session).__name__)
+                self._running[job] = RunningSequence(job, slot, self._spec, self._backend, self._session.decodes(slot))
                 used += needed
             except Exception as error:  # noqa: BLE001  (options of this job that another package refuses)
                 self._session.leave(slot)
@@ -220,27 +222,55 @@ class Engine:
             self._end(sequence.job, last)
 
     def _decode(self) -> None:
-        """Decode one token of every sequence whose prompt is complete."""
-        sequences = [sequence for sequence in self._running.values() if not sequence.in_prefill]
+        """Decode one token of every sequence whose prompt is complete, and whose draft is not."""
+        sequences = [sequence for sequence in self._running.values() if sequence.decodes]
         if not sequences:
             return
-        found = self._session.step({sequence.slot: sequence.last_token for sequence in sequences})
+        start = time.perf_counter()
+        found = self._session.step({sequence.slot: sequence.ahead[-1] for sequence in sequences})
+        seconds = time.perf_counter() - start
         # One sequence of each step in turn, because reading all selections would cost time.
         watched = sequences[self.counters.steps % len(sequences)]
         self.counters.add_shares(active_shares(self._session.selection(watched.slot)))
         self.counters.steps += 1
+        self.counters.read_bytes += sum(sequence.job.step_bytes for sequence in sequences)
         # Slots are left at the end, because a call may overwrite the logits.
-        ended = {sequence.job: self._take(sequence, found[sequence.slot]) for sequence in sequences}
+        ended = {}
+        for sequence in sequences:
+            logits = found[sequence.slot]
+            if sequence.drafts is None:
+                ended[sequence.job] = self._take(sequence, logits)
+            else:
+                ended[sequence.job] = self._give(sequence, partial(sequence.draft, logits, seconds))
         for job, last in ended.items():
             if last is not None:
                 self._end(job, last)
 
+    def _verify(self) -> None:
+        """Verify the complete drafts of lossless texts."""
+        for sequence in [sequence for sequence in self._running.values() if sequence.waits_for_verification]:
+            start, drafted, before = time.perf_counter(), len(sequence.ahead) - 1, sequence.length
+            self._session.rewind(sequence.slot, before)
+            logits = self._session.verify(sequence.slot, sequence.ahead)
+            last = self._give(sequence, partial(sequence.accept, logits, time.perf_counter() - start))
+            self.counters.drafted += drafted
+            self.counters.accepted += max(0, sequence.length - before - 1)
+            self.counters.read_bytes += sequence.job.verification_bytes
+            if last is not None:
+                self._end(sequence.job, last)
+            else:
+                self._session.rewind(sequence.slot, sequence.length)
+
     def _take(self, sequence: RunningSequence, logits: np.ndarray) -> Event | None:
         """Choose a sequence's next token and send it; return the last event if the text has ended."""
+        selection = self._session.selection(sequence.slot) if sequence.job.selection else None
+        return self._give(sequence, partial(sequence.take, logits, selection))
+
+    def _give(self, sequence: RunningSequence, take: Callable[[], Sequence[Token | Finished]]) -> Event | None:
+        """Send the events that ``take`` returns; return the last event if the text has ended."""
         job = sequence.job
-        selection = self._session.selection(sequence.slot) if job.selection else None
         try:
-            events = sequence.take(logits, selection)
+            events = take()
         except Exception as error:  # noqa: BLE001  (a fault of one job must not end the others)
             return Failed(error)
         for event in events:

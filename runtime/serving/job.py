@@ -101,6 +101,8 @@ class Job:
         logprobs: number of most probable tokens to give with each token; None gives no probabilities.
         selection: give the selection with each token.
         deadline: value of `time.monotonic` at which the job ends with a `DeadlineError`.
+        step_bytes, verification_bytes: bytes that a decode step of this text alone reads, and the verification of a
+            draft, for the counters.
         submitted: value of `time.monotonic` when the job was made.
     """
 
@@ -110,4 +112,6 @@ class Job:
     logprobs: int | None = None
     selection: bool = False
     deadline: float | None = None
+    step_bytes: int = 0
+    verification_bytes: int = 0
     submitted: float = field(default_factory=time.monotonic)

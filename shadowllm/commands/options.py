@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -38,6 +38,13 @@ def add_threads(group: Group, help: str) -> None:
     """Add ``--threads``, which is None unless given."""
     parse = whole("--threads", 1, LARGEST)
     group.add_argument("--threads", type=lambda text: check_threads(parse(text), "--threads"), help=help)
+
+
+def add_slot_backend(parser: argparse.ArgumentParser, backends: Sequence[str]) -> None:
+    """Add ``--backend``, ``--threads`` and ``--prepack`` of a session with slots; the first backend is the default."""
+    parser.add_argument("--backend", choices=backends, default=backends[0], help=f"backend (default: {backends[0]})")
+    add_threads(parser, help="threads of each operator on the CPU (default: the backend's own)")
+    add_prepack(parser)
 
 
 def add_prefill(parser: argparse.ArgumentParser) -> None:

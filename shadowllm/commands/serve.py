@@ -24,13 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from shadowllm.runtime import SLOT_BACKENDS
 
     parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle that `shadowllm export` made")
-    parser.add_argument(
-        "--backend",
-        choices=SLOT_BACKENDS,
-        default=SLOT_BACKENDS[0],
-        help=f"backend (default: {SLOT_BACKENDS[0]})",
-    )
-    options.add_threads(parser, help="threads of each operator on the CPU (default: the backend's own)")
+    options.add_slot_backend(parser, SLOT_BACKENDS)
     add_flags(parser.add_argument_group("engine"), EngineConfig)
     add_flags(parser.add_argument_group("server"), ServeConfig)
     options.add_budget(parser)
@@ -41,10 +35,11 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.bundle.manifest import read_manifest
 
     try:
-        from shadowllm.serve.server import serve
+        from shadowllm.serve.server import Deployment, serve
     except ModuleNotFoundError as error:
         raise UserError(
             f"serving needs the package {error.name}, which is missing", "pip install 'shadowllm[serve]'"
         ) from error
     budget = options.budget(args, read_manifest(args.bundle).budget)
-    serve(args.bundle, args.backend, budget, build(args, ServeConfig), build(args, EngineConfig), threads=args.threads)
+    configs = build(args, ServeConfig), build(args, EngineConfig)
+    serve(Deployment(args.bundle, args.backend, budget, *configs, args.threads, args.prepack))

@@ -38,8 +38,10 @@ class Generation:
 
         wanted = body.top_logprobs_wanted
         self._jobs = [
-            Job(request, partial(send, index), plan.budget, wanted, selection, deadline)
-            for index, request in enumerate(plan.requests)
+            Job(request, partial(send, index), plan.budget, wanted, selection, deadline, step, verification)
+            for index, (request, step, verification) in enumerate(
+                zip(plan.requests, plan.step_bytes, plan.verification_bytes, strict=True)
+            )
         ]
 
     def submit(self) -> None:

@@ -23,6 +23,11 @@ class EngineCollector:
         yield CounterMetricFamily("shadowllm_prompt_tokens", "Prompt tokens computed", counters.prompt_tokens)
         yield CounterMetricFamily("shadowllm_new_tokens", "Tokens generated", counters.new_tokens)
         yield CounterMetricFamily("shadowllm_decode_steps", "Decode steps", counters.steps)
+        told = "Bytes that decode steps must read, as if each text were computed alone"
+        yield CounterMetricFamily("shadowllm_read_bytes", told, counters.read_bytes)
+        drafted, accepted = "Drafted tokens of lossless texts", "Drafted tokens that the dense model accepted"
+        yield CounterMetricFamily("shadowllm_drafted_tokens", drafted, counters.drafted)
+        yield CounterMetricFamily("shadowllm_accepted_tokens", accepted, counters.accepted)
         rate = "Tokens generated per second, in the last second or two"
         yield GaugeMetricFamily("shadowllm_tokens_per_second", rate, counters.tokens_per_second)
         yield GaugeMetricFamily("shadowllm_queue_length", "Texts that wait for a slot", self._engine.waiting)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowllm.bundle.manifest import Manifest
+from shadowllm.evaluation.speed.bench import SPARSE, traffic_of
 from shadowllm.models.sparsity import Budget, check_neuron_budget
 from shadowllm.runtime.generation.completion import Request, make_request
 from shadowllm.runtime.generation.text import encode_chat, encode_prompt
@@ -16,6 +17,17 @@ from shadowllm.runtime.serving.engine import Engine
 from shadowllm.serve.errors import ApiError
 from shadowllm.serve.schema import Body, ChatBody, CompletionBody, Sparsity
 from shadowllm.serve_config import ServeConfig
+
+OPTIONS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "lossless",
+    "draft_length",
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,11 +41,14 @@ class Plan:
         requests: one per text: n texts of the first prompt, then of the next.
         budget: of the decode steps.
         prompt_tokens: of all prompts, each counted once.
+        step_bytes, verification_bytes: bytes that a decode step of each text reads, and a dense step, see `traffic_of`.
     """
 
     requests: Sequence[Request]
     budget: Budget
     prompt_tokens: int
+    step_bytes: Sequence[int]
+    verification_bytes: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -42,11 +57,13 @@ class ServedModel:
 
     Attributes:
         name: for clients.
+        backend: one of `shadowllm.runtime.SLOT_BACKENDS`.
         budget: of requests that do not give one.
     """
 
     name: str
     bundle: Path
+    backend: str
     manifest: Manifest
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
@@ -71,10 +88,12 @@ class ServedModel:
         seed = random.SystemRandom().getrandbits(62) if body.seed is None and body.temperature else body.seed or 0
         options = self._options(body)
         requests = [self._request(ids, body, options, seed + index) for ids in encoded for index in range(n)]
-        return Plan(requests, self.budget_of(body.sparsity), sum(map(len, encoded)))
+        budget = self.budget_of(body.sparsity, bool(body.lossless))
+        read = [[self._step_bytes(request, each) for request in requests] for each in (budget, Budget())]
+        return Plan(requests, budget, sum(map(len, encoded)), *read)
 
-    def budget_of(self, given: Sparsity | str | None) -> Budget:
-        """Return the budget of a request.
+    def budget_of(self, given: Sparsity | str | None, lossless: bool = False) -> Budget:
+        """Return the budget of a request; of its drafts, if it is lossless.
 
         Raises:
             UserError: the model cannot have it.
@@ -84,11 +103,16 @@ class ServedModel:
         fields: dict[str, Any] = given.model_dump(exclude_none=True) if isinstance(given, Sparsity) else {}
         if fields.get("shortlist") == "all":
             fields["shortlist"] = None
-        budget = replace(self.budget, **fields)
+        own = self.manifest.draft_budget if lossless and self.budget == self.manifest.budget else self.budget
+        budget = replace(own, **fields)
         budget.counts(self.manifest.sparse_layers)
         budget.rest_with(self.manifest.rest == "shadow")
         check_neuron_budget(self.manifest.predictor["kind"], budget)
         return budget
+
+    def _step_bytes(self, request: Request, budget: Budget) -> int:
+        length = len(request.prompts[0])
+        return traffic_of(self.manifest, SPARSE, self.backend, budget, length, request.max_new_tokens).total
 
     def _prompts(self, body: CompletionBody | ChatBody) -> Sequence[str | list[int] | list[dict[str, str]]]:
         if isinstance(body, ChatBody):
@@ -118,8 +142,7 @@ class ServedModel:
             raise ApiError(400, f"more than {self.config.max_stops} stop strings", param="stop")
         if any(len(stop) > self.config.max_stop_length for stop in stops or ()):
             raise ApiError(400, f"a stop string has more than {self.config.max_stop_length} characters", param="stop")
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size")
-        return {"stop": stops} | {name: getattr(body, name) for name in names}
+        return {"stop": stops} | {name: getattr(body, name) for name in OPTIONS}
 
     def _request(self, ids: list[int], body: Body, options: dict[str, Any], seed: int) -> Request:
         most, limit = body.most_tokens, self.config.max_tokens

@@ -86,6 +86,8 @@ class Body(BaseModel):
     min_p: float | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: Whole | None = None
+    lossless: bool | None = None
+    draft_length: Whole | None = None
     sparsity: Sparsity | Literal["exact"] | None = None
     shadowllm: Extension | None = None
 

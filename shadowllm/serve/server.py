@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
-from shadowllm.runtime import open_slots
+from shadowllm.runtime import SLOT_BACKENDS, open_slots
 from shadowllm.runtime.generation.text import load_tokenizer
 from shadowllm.runtime.serving.engine import Engine
 from shadowllm.serve.app import make_app
@@ -18,37 +21,62 @@ from shadowllm.serve.transport import listen, make_server
 from shadowllm.serve_config import EngineConfig, ServeConfig
 
 
-def serve(
-    bundle: Path,
-    backend: str,
-    budget: Budget,
-    config: ServeConfig,
-    engine_config: EngineConfig,
-    threads: int | None = None,
-) -> None:
-    """Serve a bundle. It returns after SIGTERM or Ctrl-C, when running requests have ended.
+@dataclass(frozen=True)
+class Deployment:
+    """A bundle, and how it is served.
 
-    Args:
+    Attributes:
         backend: one of `shadowllm.runtime.SLOT_BACKENDS`.
-        budget: of requests that do not give one.
+        budget: of requests that do not give one; None is the bundle's own.
+        threads, prepack: see `open_slots`.
+    """
+
+    bundle: Path
+    backend: str = SLOT_BACKENDS[0]
+    budget: Budget | None = None
+    server: ServeConfig = field(default_factory=ServeConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    threads: int | None = None
+    prepack: bool = False
+
+
+@contextmanager
+def open_model(plan: Deployment) -> Iterator[ServedModel]:
+    """Load a bundle and start its engine; leaving ends the engine.
 
     Raises:
-        UserError: the bundle, the budget, the keys or the address cannot be used, or the session failed.
+        UserError: the bundle or the budget cannot be used.
     """
+    manifest = read_manifest(plan.bundle)
+    tokenizer = load_tokenizer(plan.bundle, manifest)
+    with Engine(
+        open_slots(plan.bundle, plan.backend, plan.engine.slots, plan.threads, plan.prepack), plan.engine
+    ) as engine:
+        name, budget = plan.server.model_name or manifest.model, plan.budget or manifest.budget
+        model = ServedModel(name, plan.bundle, plan.backend, manifest, tokenizer, engine, budget, plan.server)
+        model.budget_of(None)  # refuses a budget that the bundle cannot have
+        yield model
+
+
+def log_requests() -> None:
+    """Write the log of requests to standard error."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    manifest, keys = read_manifest(bundle), ApiKeys.read(config.api_keys)
-    tokenizer = load_tokenizer(bundle, manifest)
-    with (
-        listen(config) as listener,
-        Engine(open_slots(bundle, backend, engine_config.slots, threads), engine_config) as engine,
-    ):
-        name = config.model_name or manifest.model
-        model = ServedModel(name, bundle, manifest, tokenizer, engine, budget, config)
-        model.budget_of(None)  # refuses a budget that the bundle cannot have
-        server = make_server(make_app(model, keys, engine_config.slots), config, lambda: engine.drain(config.grace))
+
+
+def serve(plan: Deployment) -> None:
+    """Serve a bundle. It returns after SIGTERM or Ctrl-C, when running requests have ended.
+
+    Raises:
+        UserError: as `open_model`, the keys or the address cannot be used, or the session failed.
+    """
+    log_requests()
+    config, keys = plan.server, ApiKeys.read(plan.server.api_keys)
+    with listen(config) as listener, open_model(plan) as model:
+        engine = model.engine
+        server = make_server(make_app(model, keys, plan.engine.slots), config, lambda: engine.drain(config.grace))
         host, port = listener.getsockname()[:2]
-        print(f"{name}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        print(f"{model.name}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         server.run(sockets=[listener])
     if engine.failure is not None:
         raise UserError(f"the session failed ({engine.failure})", "see the log above, and start the server again")

@@ -142,3 +142,31 @@ def test_wrong_calls(bundle):
         session.extend(slot, [1] * 64)
         with pytest.raises(UserError, match="65 tokens, the model has 64 positions"):
             session.step({slot: 1})
+
+
+def test_verification_equals_that_of_a_session(bundle):
+    """Rows of other sequences are not touched, and a rewound sequence goes on as the session does."""
+    folder = bundle("llama-blocks", kind="quantized-shadow", rest="shadow")
+    with OrtSession(folder, threads=1) as session, OrtSlots(folder, 2, threads=1) as slots:
+        session.set_budget(BUDGETS[0])
+        session.prefill([PROMPTS[0]])
+        other, slot = slots.join(BUDGETS[3]), slots.join(BUDGETS[0])
+        slots.extend(other, PROMPTS[1])
+        slots.extend(slot, PROMPTS[0])
+        length = len(PROMPTS[0])
+        for token in FORCED[:2]:
+            session.decode(np.array([token]))
+            slots.step({slot: token, other: 7})
+        session.rewind(np.array([length]))
+        slots.rewind(slot, length)
+        expected = session.verify(np.array([FORCED]))[0].copy()
+        assert np.array_equal(slots.verify(slot, FORCED), expected)
+        assert slots.selection(slot) is None
+        session.rewind(np.array([length + 2]))
+        slots.rewind(slot, length + 2)
+        assert (slots.decodes(slot), slots.length(slot), slots.length(other)) == ("sparse", length + 2, 4)
+        expected = session.decode(np.array([33]))[0].copy()
+        assert np.array_equal(slots.step({other: 3, slot: 33})[slot], expected)
+        for wrong in (0, length + 4):
+            with pytest.raises(UserError, match="cannot be set back"):
+                slots.rewind(slot, wrong)

@@ -132,6 +132,30 @@ def test_texts_equal_those_alone(client, engine, session):
     assert 0 < counters.share_sums["neurons"] < counters.share_steps
 
 
+def test_lossless_texts_beside_others_equal_those_alone(client, engine, session):
+    """Greedy ones are those of the dense model. Sampled ones draw the same random numbers as alone."""
+    jobs = [
+        client.job(PROMPT, 12, SMALL, lossless=True),
+        client.job(PROMPT, 100, SMALL, lossless=True, draft_length=3),  # to the last position of the model
+        client.job([9], 20, SMALL, temperature=1.5, seed=7),
+        client.job([9], 20, SMALL, lossless=True, draft_length=4, temperature=1.5, seed=7),
+        client.job([44, 4], 20, SMALL, lossless=True, draft_length=0, temperature=1.5, seed=8),
+        client.job([44, 4], 20, SMALL, lossless=True, draft_length=2, repetition_penalty=1.3),
+        client.job([44, 4], 1, SMALL, lossless=True, draft_length=2),
+    ]
+    for job in jobs:
+        engine.submit(job)
+    for job in jobs:
+        text, tokens, last = collect(job)
+        assert (text, tokens) == client.alone(job)
+        assert isinstance(last, Finished)
+    dense = client.job(PROMPT, 12, Budget())
+    engine.submit(dense)
+    assert collect(dense)[:2] == client.alone(jobs[0])
+    assert engine.counters.drafted > engine.counters.accepted > 0
+    assert no_slot_is_taken(engine, session)
+
+
 def test_stop_strings_end_a_text_as_alone(client, engine):
     whole, tokens, last = collect_of(engine, client.job(n=12))
     assert last.reason == "length"
@@ -282,7 +306,6 @@ def test_a_fault_of_one_job_does_not_touch_the_others(client):
         ({"prompt": [5] * 65}, "the text has 65 tokens"),
         ({"prompt": [97]}, "token 97 is outside"),
         ({"prompt": []}, "the prompt is empty"),
-        ({"lossless": True}, "lossless decoding is not served"),
     ],
 )
 def test_jobs_that_cannot_be_computed_are_refused(client, engine, options, words):

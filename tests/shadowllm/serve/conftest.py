@@ -61,7 +61,7 @@ class Records(logging.Handler):
 
 
 @contextmanager
-def running(folder, session=None, keys=None, queue=8, name="tiny", prefill_chunk=16, **config):
+def running(folder, session=None, keys=None, queue=8, name="tiny", prefill_chunk=16, backend="torch", **config):
     """A running server; without the arguments, of reference slots."""
     from shadowllm.serve.app import make_app
     from shadowllm.serve.keys import ApiKeys
@@ -77,7 +77,7 @@ def running(folder, session=None, keys=None, queue=8, name="tiny", prefill_chunk
     logger.addHandler(records)
     limits = EngineConfig(slots=session.slots, queue=queue, prefill_chunk=prefill_chunk)
     with listen(settings) as listener, Engine(session, limits) as engine:
-        model = ServedModel(name, folder, manifest, tokenizer, engine, manifest.budget, settings)
+        model = ServedModel(name, folder, backend, manifest, tokenizer, engine, manifest.budget, settings)
         app = make_app(model, ApiKeys(keys), session.slots)
         server = make_server(app, settings, lambda: engine.drain(settings.grace))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -58,6 +58,10 @@ def completion(**options) -> bytes:
         (request(b'{"prompt": "x", "n": "1"}'), 400),
         (request(b'{"prompt": ["x", 1]}'), 400),
         (request(b'{"prompt": true}'), 400),
+        (request(b'{"prompt": "' + b"x" * 1_000_000 + b'"}'), 400),
+        (request(b'{"prompt": [' + b"5," * 300_000 + b"5]}"), 400),
+        (request(b'{"prompt": [5, 97]}'), 400),
+        (request(b'{"prompt": [-1]}'), 400),
         (request(b'{"prompt": "x"}', kind="text/plain"), 415),
         (request(b"", length=1 << 30), 413),
         (request(b"{}", path="/v1/nothing"), 404),
@@ -107,6 +111,35 @@ def test_a_client_that_goes_away_frees_its_slot(server, stream, half):
     assert server.is_idle()
     assert server.engine.counters.outcomes["cancelled"] > cancelled
     assert record_of(server, "/v1/completions")["outcome"] == "cancelled"
+
+
+def test_a_client_that_does_not_read_holds_no_slot(server):
+    """Its texts are computed and wait for it, while others are served."""
+    with connect(server) as deaf:
+        deaf.sendall(completion(n=8, max_tokens=60, stream=True, temperature=5.0, logprobs=20))
+        with connect(server) as good:
+            good.sendall(completion())
+            assert answer(good)[0] == 200
+        assert server.is_idle()
+        data = b""
+        while b"[DONE]" not in data:
+            part = deaf.recv(1 << 20)
+            assert part, data[-1000:]
+            data += part
+    assert data.count(b'"finish_reason":"') == 8
+
+
+def test_a_wrong_key_takes_no_slot(bundle):
+    with running(bundle(), keys=["right-key"]) as server:
+        for value in ("Bearer wrong-key", "Bearer", "Basic right-key", "right-key", "Bearer " + "x" * 5000, "\xff"):
+            with connect(server) as connection:
+                head, body = completion(n=8, max_tokens=60).split(b"\r\n\r\n")
+                head += b"\r\nAuthorization: " + value.encode("latin-1")
+                connection.sendall(head + b"\r\n\r\n" + body)
+                found, content = answer(connection)
+            assert (found, content["error"]["code"]) == (401, "invalid_api_key")
+            assert not server.engine.counters.prompt_tokens
+        assert server.is_idle()
 
 
 def read_until_closed(connection) -> int:

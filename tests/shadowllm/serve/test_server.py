@@ -9,6 +9,7 @@ import urllib.error
 
 import pytest
 
+from shadowllm.evaluation.speed.bench import SPARSE, traffic_of
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime import open_session
 from shadowllm.runtime.generation.completion import Completion, make_request
@@ -164,6 +165,17 @@ class TestErrors:
         assert "Traceback" not in error.value.message
         assert server.is_idle()
 
+    def test_a_lossless_text_is_that_of_the_dense_model(self, client, server, alone):
+        drafted = server.engine.counters.drafted
+        for lossless in ({"lossless": True}, {"lossless": True, "draft_length": 3}):
+            options = {"extra_body": lossless | {"sparsity": {"neurons": 0.1}}, "max_tokens": 20}
+            found = client.completions.create(model="tiny", prompt="Hello", **options)
+            assert found.choices[0].text == alone("Hello", 20, Budget())
+        assert server.engine.counters.drafted > drafted
+        with pytest.raises(openai.BadRequestError, match="draft length"):
+            client.completions.create(model="tiny", prompt="Hello", extra_body={"draft_length": 3})
+        assert server.is_idle()
+
     def test_values_without_an_effect_are_accepted(self, client):
         neutral = {"presence_penalty": 0, "logit_bias": {}, "echo": False, "best_of": 1, "user": "me", "suffix": None}
         client.completions.create(model="tiny", prompt="Hello", max_tokens=1, **neutral)
@@ -191,6 +203,8 @@ class TestOperation:
             client.models.retrieve("other")
 
     def test_health_and_metrics(self, client, server):
+        counters = server.engine.counters
+        steps, read = counters.steps, counters.read_bytes
         client.completions.create(model="tiny", prompt="Hello", max_tokens=4)
         assert server.is_idle()
         status, _, text = server.get("/health")
@@ -199,6 +213,9 @@ class TestOperation:
         assert headers["Content-Type"].startswith("text/plain")
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         assert float(values["shadowllm_new_tokens_total"]) >= 4
+        alone = traffic_of(server.model.manifest, SPARSE, "torch", server.model.budget, 5, 4).total
+        assert counters.read_bytes - read == (counters.steps - steps) * alone > 0
+        assert float(values["shadowllm_read_bytes_total"]) == counters.read_bytes
         assert float(values["shadowllm_slots_taken"]) == 0
         assert float(values['shadowllm_texts_total{outcome="length"}']) >= 1
         assert float(values['shadowllm_full_precision_share{unit="neurons"}']) < 1

@@ -1,0 +1,114 @@
+"""A bundle as a model of Triton Inference Server's Python backend. It can be imported only in that server.
+
+The interface is that of https://github.com/triton-inference-server/python_backend, with decoupled responses. A request
+has a prompt in ``text_input`` and may have a JSON object in ``sampling_parameters`` with fields of ``/v1/completions``.
+With ``stream`` in it, each piece of the text is a response, else there is one response.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as backend
+
+from shadowllm.runtime.serving.job import Event, Failed, Job, Token
+from shadowllm.serve.errors import ApiError, api_error
+from shadowllm.serve.log import logger
+from shadowllm.serve.schema import CompletionBody
+from shadowllm.serve.server import Deployment, open_model
+from shadowllm.serve_config import EngineConfig
+
+FINAL = backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+UNSUPPORTED = ("n", "logprobs", "stream_options", "shadowllm")  # their results have no output
+
+
+class TritonPythonModel:
+    """The model; the server makes one, and calls its methods from one thread."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Load the bundle and start the engine."""
+        options = json.loads(json.loads(args["model_config"])["parameters"]["shadowllm"]["string_value"])
+        deployment = {name: options.pop(name) for name in ("backend", "threads", "prepack")}
+        bundle = Path(args["model_repository"]) / args["model_version"] / "bundle"
+        self._open = ExitStack()
+        self._model = self._open.enter_context(
+            open_model(Deployment(bundle, engine=EngineConfig(**options), **deployment))
+        )
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Give requests to the engine, whose thread sends the responses."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._submit(request, sender)
+            except Exception as error:  # noqa: BLE001  (each request has its own answer)
+                _fail(sender, error)
+
+    def finalize(self) -> None:
+        """End the engine."""
+        self._open.close()
+
+    def _submit(self, request: Any, sender: Any) -> None:
+        try:
+            given = json.loads(_text(request, "sampling_parameters") or "{}")
+        except (ValueError, RecursionError):
+            given = None
+        if not isinstance(given, dict):
+            raise ApiError(400, "sampling_parameters is not a JSON object", param="sampling_parameters")
+        for name in UNSUPPORTED:
+            if given.get(name) is not None:
+                raise ApiError(400, f"{name} is not supported here; leave it out", param=name)
+        body = CompletionBody.model_validate_json(json.dumps(given | {"prompt": _text(request, "text_input")}))
+        plan = self._model.plan(body)
+        deadline = time.monotonic() + self._model.config.request_timeout
+        job = Job(plan.requests[0], Reply(sender, bool(body.stream)), plan.budget, deadline=deadline)
+        self._model.engine.submit(job)
+
+
+class Reply:
+    """Sends the events of a job as responses.
+
+    Args:
+        stream: send each piece of the text, and not the whole text at its end.
+    """
+
+    def __init__(self, sender: Any, stream: bool) -> None:
+        self._sender, self._stream = sender, stream
+        self._pieces: list[str] = []
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Failed):
+            _fail(self._sender, event.error)
+        elif not isinstance(event, Token):
+            self._respond("".join((*self._pieces, event.text)), event.reason, FINAL)
+        elif self._sender.is_cancelled():
+            raise InterruptedError("the client has gone away")  # the engine cancels the job
+        elif self._stream:
+            self._respond(event.text)
+        else:
+            self._pieces.append(event.text)
+
+    def _respond(self, text: str, reason: str = "", flags: int = 0) -> None:
+        values = {"text_output": text, "finish_reason": reason}
+        outputs = [backend.Tensor(name, np.array([value.encode()], dtype=np.object_)) for name, value in values.items()]
+        self._sender.send(backend.InferenceResponse(outputs), flags=flags)
+
+
+def _text(request: Any, name: str) -> str:
+    """The string of an input; empty without it."""
+    tensor = backend.get_input_tensor_by_name(request, name)
+    return "" if tensor is None else str(tensor.as_numpy().reshape(-1)[0].decode())
+
+
+def _fail(sender: Any, error: Exception) -> None:
+    answered = api_error(error)
+    if answered.status == 500:
+        logger.error("a bug", exc_info=error)
+    response = backend.InferenceResponse(error=backend.TritonError(answered.content["error"]["message"]))
+    sender.send(response, flags=FINAL)
