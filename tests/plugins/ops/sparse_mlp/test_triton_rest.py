@@ -143,7 +143,7 @@ def test_a_nan_is_not_hidden():
 
 
 def test_results_do_not_depend_on_the_run():
-    inputs = on_device(rest_inputs("llama", (300, 700, 1, 1, 301), torch.float16, 1) | {"indices": None})
+    inputs = on_device(rest_inputs("llama", (300, 260, 1, 1, 131), torch.float16, 1) | {"indices": None})
     (first, one), (second, other) = (sparse_mlp(**inputs, activation="silu") for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(one, other)
