@@ -137,10 +137,10 @@ def _differences(
         left = min(len(together[number].tokens) - start for number, start in starts.items())
         rows = zip(*generate(lossless, texts, left, draft_length=lengths), strict=True)
         for (number, start), row in zip(list(starts.items()), rows, strict=True):
-            expected = together[number]
-            end = next((i for i, token in enumerate(row, start) if token != expected.tokens[i]), None)
+            expected, found = together[number], [token for token in row if token is not None]
+            end = next((i for i, token in enumerate(found, start) if token != expected.tokens[i]), None)
             if end is not None:
-                differing.append(Difference(number, end, expected.gap(end, row[end - start]), len(together)))
+                differing.append(Difference(number, end, expected.gap(end, found[end - start]), len(together)))
             starts[number] = start + left if end is None else end + 1
             if starts[number] == len(expected.tokens):
                 del starts[number]
