@@ -119,7 +119,7 @@ class SparseDecoder(Decoder):
         if active is None:
             return self._rows(name, context.flatten(2))
         y = self._rows(name, (context * active[..., None]).flatten(2))
-        if self._rest is None:
+        if self._rest is None or active.all():
             return y
         rest = self._rest.context(layer, x, position_ids, visible) * ~active[..., None]
         return y + rest.flatten(2) @ self._rest.weights[f"{name}.weight"]
@@ -132,6 +132,6 @@ class SparseDecoder(Decoder):
         if active is None:
             return self._rows(name, activation)
         y = self._rows(name, activation * active)
-        if self._rest is None:
+        if self._rest is None or active.all():
             return y
         return y + (self._rest.mlp_activation(layer, x) * ~active) @ self._rest.weights[f"{name}.weight"]

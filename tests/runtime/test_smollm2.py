@@ -54,7 +54,7 @@ def dense(folder, text):
     [
         pytest.param(lambda folder: OrtSession(folder, "sparse"), TOKENS, id="ort-native"),
         pytest.param(lambda folder: OrtSession(folder, "sparse", native=False), 48, id="ort-function-bodies"),
-        pytest.param(lambda folder: TorchSession.open(folder), 48, id="torch"),
+        pytest.param(lambda folder: TorchSession.open(folder), 32, id="torch"),
     ],
 )
 def test_everything_active_equals_dense(folder, text, dense, session, length):
