@@ -92,7 +92,7 @@ class Loss:
             decoder = Decoder(context.spec, context.weights)
             self._hidden = [decoder.hidden(window) for window in windows.split(1)]
             self._dense = [decoder.logits(hidden)[0, :-1].log_softmax(dim=-1) for hidden in self._hidden]
-        pairs = zip(self._dense, windows, strict=True)
+        pairs = zip(self._dense, windows.unbind(), strict=True)
         self._entropies = [float(F.nll_loss(dense, window[1:])) for dense, window in pairs]
         self.dense_log_perplexity = fmean(self._entropies)
 
@@ -108,7 +108,7 @@ class Loss:
         if budget in self._known:
             return self._known[budget]
         found: list[float] = []
-        for window, logits, dense in zip(self._windows, self._logits(budget), self._entropies, strict=True):
+        for window, logits, dense in zip(self._windows.unbind(), self._logits(budget), self._entropies, strict=True):
             found.append(float(F.cross_entropy(logits, window[1:])) - dense)
             if len(found) >= ENOUGH and fmean(found) - CLEARLY * stdev(found) / math.sqrt(len(found)) > limit:
                 return fmean(found)
