@@ -5,7 +5,8 @@ set -eu
 MODEL=$(python "$(dirname "$0")/model_path.py")
 mkdir -p "$OUT"
 
-say() { printf '\n== %s\n' "$*"; }
+START=$(date +%s)
+say() { printf '\n== %s (after %d s)\n' "$*" "$(($(date +%s) - START))"; }
 
 say "export: calibrate, write graphs, choose a budget within +5% perplexity, check everything against PyTorch"
 shadowllm export "$MODEL" "$OUT/bundle" --overwrite
@@ -18,3 +19,4 @@ shadowllm bench "$OUT/bundle" --against ort-dense --json "$OUT/report.json" --pl
 say "the dial: three more budgets, and ONNX Runtime dense in float32, int8 and int4"
 python -m shadowllm.benchmarks.frontier "$MODEL" "$OUT/frontier" --bundle "$OUT/bundle" --runs 3 --windows 1 \
   --integers int8 int4 --json "$OUT/frontier.json"
+say "done"

@@ -4,11 +4,12 @@
     python -m shadowllm.benchmarks.frontier out/noisy out/frontier
     python -m shadowllm.benchmarks.lossless out/frontier/float32 --json lossless.json
 
-Text: greedy continuations, token by token against the dense session. Places where the two largest logits differ by less
-than rounding changes are counted as ties.
+Text (alone: ``--parts text``): greedy continuations in batches of 1 to 4, token by token against the dense session.
+Places where the two largest logits differ by less than rounding changes are counted as ties.
 
-Speed: each contender runs in its own process, and their runs are interleaved. "random" is a prompt of random tokens,
-continued at a high temperature. Drafts and model then have nearly the same distribution, so drafts are accepted.
+Speed: each contender runs in its own process, and their runs are interleaved. Drafts have the budget and first length
+that `tune --lossless` would find. "random" is a prompt of random tokens, sampled at a temperature: few drafted tokens
+should be accepted, and their share is printed.
 
 Costs: the times of drafts and verifications, and the speedup that they imply at given acceptances. This is what a model
 with random weights can show.
@@ -27,11 +28,11 @@ from typing import Any
 import numpy as np
 
 from shadowllm.benchmarks.script_parser import script, script_parser
-from shadowllm.bundle.manifest import read_manifest
+from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.config import Drafting
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
-from shadowllm.evaluation.draft_tuning import measure_drafts
+from shadowllm.evaluation.draft_tuning import Measured, measure_drafts, with_fastest
 from shadowllm.evaluation.lossless_check import compare_lossless
 from shadowllm.evaluation.speed.bench import drafting_options, session_command
 from shadowllm.evaluation.speed.environment import environment
@@ -42,11 +43,17 @@ from shadowllm.runtime.ort.session import OrtSession
 
 PARTS = ("text", "speed", "costs")
 ACCEPTANCES = (0.7, 0.8, 0.9)
-HOT = 100.0  # a temperature at which nearly all tokens are as probable
+TEMPERATURE = 2.0  # of the random prompt. At 100, all tokens are nearly as probable, and every draft is accepted.
+BATCHES = (1, 2, 3, 4)
 
 
 def check_text(
-    bundle: Path, prompts: int = 20, new_tokens: int = 256, prompt_len: int = 64, threads: int | None = None
+    bundle: Path,
+    prompts: int = 20,
+    new_tokens: int = 256,
+    prompt_len: int = 64,
+    threads: int | None = None,
+    batches: Sequence[int] = BATCHES,
 ) -> dict[str, Any]:
     """Compare lossless greedy texts with those of the dense session, at the bundle's budget of drafts."""
     ids = _passage(bundle, prompts * prompt_len)
@@ -57,10 +64,11 @@ def check_text(
         progress("Text", prompts) as advance,
     ):
         lossless.set_budget(read_manifest(bundle).draft_budget)
-        found = compare_lossless(lossless, dense, starts, new_tokens, advance=advance)
+        found = compare_lossless(lossless, dense, starts, new_tokens, advance=advance, batches=batches)
     drafted, accepted = (sum(getattr(record, name) for record in found.drafts) for name in ("drafted", "accepted"))
     return {
         "prompts": prompts,
+        "batches": list(batches),
         "tokens": found.tokens,
         "ties": [asdict(one) for one in found.ties],
         "wrong": [asdict(one) for one in found.wrong],
@@ -70,18 +78,28 @@ def check_text(
 
 
 def measure_speed(
-    bundle: Path, prompt_len: int = 128, new_tokens: int = 128, runs: int = 5, threads: int | None = None
+    bundle: Path,
+    manifest: Manifest,
+    prompt_len: int = 128,
+    new_tokens: int = 128,
+    runs: int = 5,
+    threads: int | None = None,
+    temperature: float = TEMPERATURE,
 ) -> dict[str, Any]:
-    """Return latencies (ms per token) and speedups over dense, with and without packed weights, for both prompts."""
-    manifest = read_manifest(bundle)
+    """Return latencies (ms per token) and speedups over dense, with and without packed weights, for both prompts.
+
+    Args:
+        manifest: has the budget and the first length of drafts.
+        temperature: of the random prompt.
+    """
     random = np.random.default_rng(0).integers(0, manifest.spec.vocab_size, prompt_len).tolist()
-    cases = {"text": (_passage(bundle, prompt_len), 0.0), "random": (random, HOT)}
+    cases = {"text": (_passage(bundle, prompt_len), 0.0), "random": (random, temperature)}
     drafting = drafting_options(Drafting(lossless=True), manifest)
     backends = {"dense": ("ort-dense", ["--loop"]), "lossless": ("ort", drafting)}
     backends["lossless, packed weights"] = "ort", [*drafting, "--prepack"]
     result = {}
-    for case, (prompt, temperature) in cases.items():
-        hot = ["--temperature", str(temperature)]
+    for case, (prompt, heat) in cases.items():
+        hot = ["--temperature", str(heat)]
         contenders = [
             Contender(name, session_command(bundle, backend, manifest.draft_budget, threads, [*more, *hot]))
             for name, (backend, more) in backends.items()
@@ -95,7 +113,8 @@ def measure_speed(
                 "ttft_ms": summarise(generations).ttft_ms["median"],
                 "peak_rss_mb": summarise(generations).peak_rss_mb,
                 "speedup": speedup(taken["dense"], generations, np.mean),
-                "same_tokens": generations[0].tokens == taken["dense"][0].tokens if not temperature else None,
+                "same_tokens": generations[0].tokens == taken["dense"][0].tokens if not heat else None,
+                "acceptance": _acceptance([generation.lossless for generation in generations if generation.lossless]),
                 "drafts": [generation.lossless for generation in generations if generation.lossless],
             }
             for name, generations in taken.items()
@@ -103,10 +122,15 @@ def measure_speed(
     return result
 
 
-def measure_costs(bundle: Path, threads: int | None = None, tokens: int = 2048) -> list[dict[str, Any]]:
-    """Return the times of drafts of several budgets on a text, and the speedups at their best lengths by acceptance."""
+def _acceptance(drafts: Sequence[dict[str, Any]]) -> float | None:
+    drafted = sum(record["drafted"] for record in drafts)
+    return sum(record["accepted"] for record in drafts) / drafted if drafted else None
+
+
+def costs(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Return the times of drafts of several budgets, and the speedups at their best lengths by acceptance."""
     rows = []
-    for found in measure_drafts(bundle, threads=threads, tokens=tokens):
+    for found in measured:
         implied = {share: replace(found, acceptance=share) for share in ACCEPTANCES}
         rows.append(
             {
@@ -134,13 +158,17 @@ def print_results(found: dict[str, Any]) -> None:
     """Print what was measured."""
     if text := found.get("text"):
         same = text["tokens"] - len(text["ties"]) - len(text["wrong"])
-        print(f"text: {same} of {text['tokens']} tokens are the same; ties: {len(text['ties'])}", end="; ")
-        print(f"wrong: {len(text['wrong'])}; accepted {text['accepted']} of {text['drafted']} drafted tokens")
+        print(f"text, batches {text['batches']}: {same} of {text['tokens']} tokens are the same", end="; ")
+        print(f"ties: {len(text['ties'])}; wrong: {len(text['wrong'])}", end="; ")
+        print(f"accepted {text['accepted']} of {text['drafted']} drafted tokens")
+        for one in text["ties"]:
+            print(f"  tie: {json.dumps(one)}")
     for case, rows in found.get("speed", {}).items():
         for name, row in rows.items():
             gain = row["speedup"]
             spread = f"{gain['median']:.2f}x ({gain['min']:.2f} to {gain['max']:.2f})"
-            print(f"{case:6} {name:25} {row['itl_ms']:7.2f} ms per token  {spread}  {row['peak_rss_mb']:.0f} MB")
+            share = "" if row["acceptance"] is None else f"  {row['acceptance']:.0%} of drafted tokens accepted"
+            print(f"{case:6} {name:25} {row['itl_ms']:7.2f} ms per token  {spread}  {row['peak_rss_mb']:.0f} MB{share}")
     for row in found.get("costs", ()):
         print(json.dumps(row))
 
@@ -153,17 +181,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--prompts", type=int, default=20, help="number of texts that are compared")
     parser.add_argument("--new-tokens", type=int, default=256, help="of each of them")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="texts decoded together")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the random prompt")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     args = parser.parse_args(arguments)
     found: dict[str, Any] = {}
     if "text" in args.parts:
-        found["text"] = check_text(args.bundle, args.prompts, args.new_tokens, threads=args.threads)
+        found["text"] = check_text(
+            args.bundle, args.prompts, args.new_tokens, threads=args.threads, batches=args.batches
+        )
+    if {"speed", "costs"} & set(args.parts):
+        measured = measure_drafts(args.bundle, threads=args.threads)
     if "speed" in args.parts:
-        found["speed"] = measure_speed(args.bundle, runs=args.runs, threads=args.threads)
+        tuned = with_fastest(read_manifest(args.bundle), measured)
+        found["drafting"] = tuned.drafting
+        found["speed"] = measure_speed(
+            args.bundle, tuned, runs=args.runs, threads=args.threads, temperature=args.temperature
+        )
     if "costs" in args.parts:
-        found["costs"] = measure_costs(args.bundle, args.threads)
+        found["costs"] = costs(measured)
     print_results(found)
     if args.json:
         record = {"environment": environment(args.threads), "model": read_manifest(args.bundle).model, **found}

@@ -104,7 +104,8 @@ def text_windows(encode: Encode, seqlen: int, seed: int, packages: Sequence[str]
     Raises:
         UserError: a package is not installed.
     """
-    texts = chain(documents(), *(docstrings(_package(name), MODULES) for name in packages))
+    folders = [_package(name) for name in packages]  # before the text is read, which takes seconds
+    texts = chain(documents(), *(docstrings(folder, MODULES) for folder in folders))
     ids = torch.tensor([token for text in texts for token in encode(text)])
     windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]

@@ -9,8 +9,9 @@ price must be searched to meet a target.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ PROBES: Mapping[Unit, tuple[float, float]] = {"heads": (0.5, 0.75), "neurons": (
 RATE_OF_TWO = 4.0
 LEAST = 0.05  # smallest fraction
 STEPS = 8  # steps of the search for a price
+# A loss is clearly above a limit if its mean over so many windows is by so many standard errors.
+ENOUGH, CLEARLY = 5, 3.0
 TINY = 1e-9
 
 
@@ -75,7 +78,8 @@ class Allocation:
 class Loss:
     """Measures the perplexity of a selector, and its mean KL divergence from the dense model.
 
-    It keeps the next-token distributions of the dense model in memory: float32 ``(tokens, vocab_size)``.
+    It keeps what the dense model gave in memory: next-token distributions, float32 ``(tokens, vocab_size)``, and the
+    outputs of the last layer.
 
     Args:
         windows: int64 ``(n, seqlen)``.
@@ -86,21 +90,30 @@ class Loss:
         self._known: dict[Budget, float] = {}
         with torch.no_grad():
             decoder = Decoder(context.spec, context.weights)
-            self._dense = [decoder(window)[0, :-1].log_softmax(dim=-1) for window in windows.split(1)]
-        self.dense_log_perplexity = self._mean(lambda i: F.nll_loss(self._dense[i], windows[i, 1:]))
+            self._hidden = [decoder.hidden(window) for window in windows.split(1)]
+            self._dense = [decoder.logits(hidden)[0, :-1].log_softmax(dim=-1) for hidden in self._hidden]
+        pairs = zip(self._dense, windows.unbind(), strict=True)
+        self._entropies = [float(F.nll_loss(dense, window[1:])) for dense, window in pairs]
+        self.dense_log_perplexity = fmean(self._entropies)
 
-    def log_perplexity(self, budget: Budget) -> float:
-        """Return the mean next-token cross entropy, nats. A budget is measured only once."""
-        if budget not in self._known:
-            decoder, windows = MaskedDecoder(self.context, self._chooser, budget), self._windows
-            self._known[budget] = self._mean(
-                lambda i: F.cross_entropy(decoder(windows[i : i + 1])[0, :-1], windows[i, 1:])
-            )
+    def increase(self, budget: Budget, limit: float = math.inf) -> float:
+        """Return by how much the mean next-token cross entropy is above the dense model's, nats.
+
+        A budget is measured only once.
+
+        Args:
+            limit: a budget that is clearly above it after some windows is read no further. The mean of these windows
+                is returned, which is above the limit too.
+        """
+        if budget in self._known:
+            return self._known[budget]
+        found: list[float] = []
+        for window, logits, dense in zip(self._windows.unbind(), self._logits(budget), self._entropies, strict=True):
+            found.append(float(F.cross_entropy(logits, window[1:])) - dense)
+            if len(found) >= ENOUGH and fmean(found) - CLEARLY * stdev(found) / math.sqrt(len(found)) > limit:
+                return fmean(found)
+        self._known[budget] = fmean(found)
         return self._known[budget]
-
-    def increase(self, budget: Budget) -> float:
-        """Return by how much the mean next-token cross entropy is above the dense model's, nats."""
-        return self.log_perplexity(budget) - self.dense_log_perplexity
 
     def divergence(self, budget: Budget, share: float = 1.0) -> float:
         """Return the mean KL divergence from the dense model, nats, over the first windows or all.
@@ -108,17 +121,19 @@ class Loss:
         Args:
             share: share of the windows that are read.
         """
-        decoder = MaskedDecoder(self.context, self._chooser, budget)
-
-        def one(i: int) -> Tensor:
-            mine = decoder(self._windows[i : i + 1])[0, :-1].log_softmax(dim=-1)
-            return F.kl_div(mine, self._dense[i], reduction="batchmean", log_target=True)
-
-        return self._mean(one, share)
-
-    def _mean(self, of_window: Callable[[int], Tensor], share: float = 1.0) -> float:
         n = max(1, round(share * len(self._windows)))
-        return sum(float(of_window(i)) for i in range(n)) / n
+        pairs = zip(self._dense[:n], self._logits(budget), strict=False)
+        return fmean(
+            float(F.kl_div(logits.log_softmax(dim=-1), dense, reduction="batchmean", log_target=True))
+            for dense, logits in pairs
+        )
+
+    def _logits(self, budget: Budget) -> Iterator[Tensor]:
+        """Yield the logits of each window, without those of its last token: ``(seqlen - 1, vocab_size)``."""
+        decoder = MaskedDecoder(self.context, self._chooser, budget)
+        for window, hidden in zip(self._windows.split(1), self._hidden, strict=True):
+            # With all units, the layers give what they give in the dense model.
+            yield (decoder.logits(hidden) if decoder.whole else decoder(window))[0, :-1]
 
 
 def passes(n_sparse: int) -> int:

@@ -99,7 +99,14 @@ def tune_drafts(bundle: Path, **options: Unpack[Options]) -> tuple[Manifest, lis
     Raises:
         UserError: as `measure_drafts`.
     """
-    manifest, found = read_manifest(bundle), measure_drafts(bundle, **options)
+    found = measure_drafts(bundle, **options)
+    tuned = with_fastest(read_manifest(bundle), found)
+    tuned.write(bundle)
+    return tuned, found
+
+
+def with_fastest(manifest: Manifest, found: Sequence[Measured]) -> Manifest:
+    """Return a manifest that drafts with the fastest of the measured budgets, at its best length."""
     best = max(found, key=lambda measured: measured.speedup(measured.best_length))
     length = best.best_length
     measured = {
@@ -109,10 +116,7 @@ def tune_drafts(bundle: Path, **options: Unpack[Options]) -> tuple[Manifest, lis
         "verify_ms": 1e3 * best.verify_seconds[length + 1],
         "dense_ms": 1e3 * best.verify_seconds[1],
     }
-    drafting = {"budget": asdict(best.budget), "draft_length": length, "measured": measured}
-    tuned = replace(manifest, drafting=drafting)
-    tuned.write(bundle)
-    return tuned, found
+    return replace(manifest, drafting={"budget": asdict(best.budget), "draft_length": length, "measured": measured})
 
 
 def measure_drafts(

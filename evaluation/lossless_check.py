@@ -6,7 +6,7 @@ changes, either token is the dense model's. After such a place the comparison go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,11 +28,13 @@ class Difference:
         prompt: number of the prompt.
         position: number of new tokens before it.
         gap: dense logit of the dense token minus that of the other, divided by the largest absolute logit.
+        batch: number of prompts that were decoded together.
     """
 
     prompt: int
     position: int
     gap: float
+    batch: int = 1
 
     @property
     def tie(self) -> bool:
@@ -47,7 +49,7 @@ class Check:
     Attributes:
         tokens: number of compared tokens.
         differences: all places with another token.
-        drafts: what the drafts gave, one record per prompt and continuation.
+        drafts: what the drafts gave, one record per batch and continuation.
     """
 
     tokens: int
@@ -65,6 +67,20 @@ class Check:
         return [found for found in self.differences if not found.tie]
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """A prompt, its greedy dense text, and the logits ``(vocab_size,)`` that each token was chosen from."""
+
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+    logits: Sequence[np.ndarray]
+
+    def gap(self, at: int, other: int) -> float:
+        """See `Difference`."""
+        logits = self.logits[at]
+        return float(logits[self.tokens[at]] - logits[other]) / float(np.abs(logits).max())
+
+
 def compare_lossless(
     lossless: Session,
     dense: Session,
@@ -72,6 +88,7 @@ def compare_lossless(
     new_tokens: int,
     draft_length: Callable[[], DraftLength] = AdaptiveLength,
     advance: Advance = no_progress,
+    batches: Sequence[int] = (1,),
 ) -> Check:
     """Compare lossless greedy text with that of a dense session, token by token.
 
@@ -82,29 +99,52 @@ def compare_lossless(
         new_tokens: number of new tokens of each prompt.
         draft_length: makes the draft lengths of a generation.
         advance: called with 1 after each prompt.
+        batches: numbers of prompts that are decoded losslessly together; the text is compared for each of them.
 
     Raises:
         UserError: as `check_positions` or `generate`.
     """
     check_positions(prompts, new_tokens, dense.spec.max_seqlen)
-    differences, drafts = [], []
-    for number, prompt in enumerate(prompts):
-        text, logits = _dense_text(dense, prompt, new_tokens)
-        start = 0
-        while start < new_tokens:
-            lengths = draft_length()
-            steps = generate(lossless, [[*prompt, *text[:start]]], new_tokens - start, draft_length=lengths)
-            found = [int(row[0]) for row in steps if row[0] is not None]
-            drafts.append(lengths.record)
-            same = next((i for i, token in enumerate(found) if token != text[start + i]), None)
-            if same is None:
-                break
-            at, other = logits[start + same], found[same]
-            gap = float(at[text[start + same]] - at[other]) / float(np.abs(at).max())
-            differences.append(Difference(number, start + same, gap))
-            start += same + 1
-        advance(1)
-    return Check(len(prompts) * new_tokens, differences, drafts)
+    differences, drafts = list[Difference](), list[DraftRecord]()
+    most = max(batches)
+    for first in range(0, len(prompts), most):
+        group = {
+            number: _Expected(prompts[number], *_dense_text(dense, prompts[number], new_tokens))
+            for number in range(first, min(first + most, len(prompts)))
+        }
+        for batch in batches:
+            for start in range(0, len(group), batch):
+                together = dict(list(group.items())[start : start + batch])
+                for differing, record in _differences(lossless, together, draft_length):
+                    differences.extend(differing)
+                    drafts.append(record)
+        advance(len(group))
+    return Check(len(batches) * len(prompts) * new_tokens, differences, drafts)
+
+
+def _differences(
+    lossless: Session, together: Mapping[int, _Expected], draft_length: Callable[[], DraftLength]
+) -> Iterator[tuple[list[Difference], DraftRecord]]:
+    """Decode prompts together, and go on after the first difference of each until none is left.
+
+    Yields:
+        Differences and the record of the drafts, for each continuation.
+    """
+    starts = dict.fromkeys(together, 0)
+    while starts:
+        lengths, differing = draft_length(), list[Difference]()
+        texts = [[*together[number].prompt, *together[number].tokens[:start]] for number, start in starts.items()]
+        left = min(len(together[number].tokens) - start for number, start in starts.items())
+        rows = zip(*generate(lossless, texts, left, draft_length=lengths), strict=True)
+        for (number, start), row in zip(list(starts.items()), rows, strict=True):
+            expected, found = together[number], [token for token in row if token is not None]
+            end = next((i for i, token in enumerate(found, start) if token != expected.tokens[i]), None)
+            if end is not None:
+                differing.append(Difference(number, end, expected.gap(end, found[end - start]), len(together)))
+            starts[number] = start + left if end is None else end + 1
+            if starts[number] == len(expected.tokens):
+                del starts[number]
+        yield differing, lengths.record
 
 
 def _dense_text(session: Session, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], list[np.ndarray]]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -101,7 +102,8 @@ def _choose_mixed(bundle: Path, manifest: Manifest, target: Target, loss: Loss, 
     with progress("Choosing budgets", mixed.PASSES + checks) as advance:
         steps = mixed.measure(manifest.sparse_layers, manifest.itemsize, loss, advance, manifest.itemsize_beside_copy)
         if target.ppl_increase is not None:
-            return mixed.least_within(steps, math.log1p(target.ppl_increase), loss.increase, advance), {}
+            limit = math.log1p(target.ppl_increase)
+            return mixed.least_within(steps, limit, partial(loss.increase, limit=limit), advance), {}
         return _as_fast(bundle, target, threads, lambda too_slow: mixed.densest(steps, too_slow, STEPS, advance))
 
 
@@ -126,7 +128,7 @@ def _within(increase: float, loss: Loss, allocation: Allocation, advance: Advanc
 
     def bearable(budget: Budget) -> bool:
         advance(1)
-        return loss.increase(budget) <= limit
+        return loss.increase(budget, limit) <= limit
 
     return bisect(allocation, bearable)[0] or Budget()
 

@@ -142,12 +142,16 @@ class Decoder:
         Returns:
             Tensor ``(batch, seqlen, vocab_size)``.
         """
+        return self.logits(self.hidden(input_ids, position_ids, cache))
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Compute the output of the last layer, ``(batch, seqlen, hidden_size)``, from the arguments of a call."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         x = self.embed(input_ids, position_ids)
         for layer in range(self.spec.n_layers):
             x = self.layer(layer, x, position_ids, cache)
-        return self.logits(x)
+        return x
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return the token embeddings, plus learned position embeddings if any, ``(batch, seqlen, hidden_size)``."""

@@ -36,6 +36,28 @@ class Certificate:
         return (x * self.weighting).double().norm(dim=-1, keepdim=True).float() * self.errors
 
 
+class CopyDecoder(Decoder):
+    """A `Decoder` with the matrices of the low-bit copy. Scores and the rest need the same products of the neurons.
+
+    So the last ones are kept, and computed again only for another input or layer.
+
+    Args:
+        spec: the model.
+        weights: canonical float32 tensors.
+        copies: float32 values of the low-bit copy, by canonical name.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
+        super().__init__(spec, {**weights, **copies})
+        self._last: tuple[int, Tensor, Tensor] | None = None  # layer, input and result
+
+    def mlp_activation(self, layer: int, x: Tensor) -> Tensor:
+        """See `Decoder.mlp_activation`. The result must not be changed."""
+        if self._last is None or self._last[0] != layer or self._last[1] is not x:
+            self._last = layer, x, super().mlp_activation(layer, x)
+        return self._last[2]
+
+
 class SparseDecoder(Decoder):
     """A `Decoder` in which some units of a layer are active, and the others come from a low-bit copy or are dropped.
 
@@ -46,10 +68,9 @@ class SparseDecoder(Decoder):
         weights: canonical float32 tensors.
         select: called once per layer and unit.
         input_hook: called once per layer and unit, before ``select``, with the input of the units.
-        copies: float32 values of the low-bit copy, by canonical name: gate, up, down, q and o of the sparse layers, and
-            the output table.
-        rest: what units that are not active contribute; "shadow" needs ``copies``.
-        shortlist: rows of the output table that are computed exactly; None for all. The others need ``copies``.
+        copy: the low-bit copy of gate, up, down, q and o of the sparse layers, and of the output table.
+        rest: what units that are not active contribute; "shadow" needs ``copy``.
+        shortlist: rows of the output table that are computed exactly; None for all. The others need ``copy``.
         certificate: compute more rows exactly, so that the largest logit is that of the whole table; None for no proof.
 
     Attributes:
@@ -62,7 +83,7 @@ class SparseDecoder(Decoder):
         weights: Mapping[str, Tensor],
         select: Selection,
         input_hook: InputHook | None = None,
-        copies: Mapping[str, Tensor] | None = None,
+        copy: CopyDecoder | None = None,
         rest: Rest = "drop",
         shortlist: int | None = None,
         certificate: Certificate | None = None,
@@ -70,8 +91,8 @@ class SparseDecoder(Decoder):
         super().__init__(spec, weights, input_hook=input_hook)
         self._select, self._shortlist, self._certificate = select, shortlist, certificate
         self.recomputed: Tensor | None = None
-        self._copy = Decoder(spec, {**weights, **copies}) if copies else None
-        self._rest = self._copy if rest == "shadow" else None
+        self._copy = copy
+        self._rest = copy if rest == "shadow" else None
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Decoder.logits`. Rows outside of the shortlist are the copy's."""
@@ -81,7 +102,7 @@ class SparseDecoder(Decoder):
             return exact
         assert self._copy is not None
         low = self._copy.logits(x)
-        best = low.topk(self._shortlist, dim=-1).indices
+        best = low.topk(self._shortlist, dim=-1, sorted=False).indices
         recomputed = torch.zeros_like(low, dtype=torch.bool).scatter(-1, best, value=True)
         if self._certificate is not None:
             largest = exact.gather(-1, best).amax(dim=-1, keepdim=True)
@@ -98,7 +119,7 @@ class SparseDecoder(Decoder):
         if active is None:
             return self._rows(name, context.flatten(2))
         y = self._rows(name, (context * active[..., None]).flatten(2))
-        if self._rest is None:
+        if self._rest is None or active.all():
             return y
         rest = self._rest.context(layer, x, position_ids, visible) * ~active[..., None]
         return y + rest.flatten(2) @ self._rest.weights[f"{name}.weight"]
@@ -111,6 +132,6 @@ class SparseDecoder(Decoder):
         if active is None:
             return self._rows(name, activation)
         y = self._rows(name, activation * active)
-        if self._rest is None:
+        if self._rest is None or active.all():
             return y
         return y + (self._rest.mlp_activation(layer, x) * ~active) @ self._rest.weights[f"{name}.weight"]

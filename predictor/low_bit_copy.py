@@ -45,12 +45,12 @@ class LowBitCopy:
     Args:
         layers: the layers to score.
         weights: canonical float32 tensors.
-        copies: values of `low_bit_copies`. Norms, biases and ``||w_down||`` are exact.
+        copy: the model with the values of `low_bit_copies`. Norms, biases and ``||w_down||`` are exact.
     """
 
-    def __init__(self, layers: SparseLayers, weights: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
+    def __init__(self, layers: SparseLayers, weights: Mapping[str, Tensor], copy: Decoder) -> None:
         self._down_norms = {layer: row_norms(weights[f"layers.{layer}.down_proj.weight"]) for layer in layers.layers}
-        self._decoder = Decoder(layers.spec, {**weights, **copies})
+        self._copy = copy
 
     def scores(self, layer: int, x: Tensor) -> Tensor:
         """Return ``|product of the copy| * ||w_down||``.
@@ -61,4 +61,4 @@ class LowBitCopy:
         Returns:
             Float32 ``(..., intermediate_size)``.
         """
-        return self._decoder.mlp_activation(layer, x).abs() * self._down_norms[layer]
+        return self._copy.mlp_activation(layer, x).abs() * self._down_norms[layer]

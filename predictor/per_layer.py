@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.models.decoder import Decoder
+from shadowllm.models.sparse_decoder import CopyDecoder
 from shadowllm.models.sparsity import SparseLayers, Unit
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.low_bit_copy import LowBitCopy, low_bit_copies
@@ -40,18 +41,18 @@ def per_layer_scores(
     spec: ModelSpec,
     weights: Mapping[str, Tensor],
     predictor: Predictor,
-    copies: Mapping[str, Tensor] | None = None,
+    copy: CopyDecoder | None = None,
 ) -> PerLayerScores:
     """Make the scores of a kind that selects per layer.
 
     Args:
         weights: canonical float32 tensors.
-        copies: values of `low_bit_copies`, with which a quantised shadow scores; made from the weights if None.
+        copy: the low-bit copy with which a quantised shadow scores; made from the weights if None.
     """
     if kind == "layerwise":
         return PerLayerScores(predictor, partial(layer_neuron_scores, predictor))
     if kind == "relu":
         return PerLayerScores(predictor, Decoder(spec, weights).gate_activation, gate_first=True)
     layers = SparseLayers(spec, predictor.dense_layers)
-    copies = copies or low_bit_copies(layers, weights)
-    return PerLayerScores(predictor, LowBitCopy(layers, weights, copies).scores)
+    copy = copy or CopyDecoder(spec, weights, low_bit_copies(layers, weights))
+    return PerLayerScores(predictor, LowBitCopy(layers, weights, copy).scores)

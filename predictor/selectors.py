@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.bundle.quantisation import LOW_BIT_COPY
 from shadowllm.errors import UserError
-from shadowllm.models.sparse_decoder import Certificate, SparseDecoder
+from shadowllm.models.sparse_decoder import Certificate, CopyDecoder, SparseDecoder
 from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.criteria import find_criterion, unit_trace
@@ -50,6 +50,11 @@ class Context:
     def sparse_layers(self) -> SparseLayers:
         """The layers whose units are selected."""
         return SparseLayers(self.spec, self.dense_layers)
+
+    @cached_property
+    def copy(self) -> CopyDecoder | None:
+        """The low-bit copy, which scores and rest share; None without one."""
+        return CopyDecoder(self.spec, self.weights, self.copies) if self.copies else None
 
 
 class Selector(ABC):
@@ -150,10 +155,10 @@ class PerLayerSelector(Selector):
             raise UserError("the predictor has no fit of the heads to their layers' input", "train it again")
         if kind == "layerwise":
             _needs_kind(kind, predictor)
-        copies = context.copies
+        spec, weights, copy = context.spec, context.weights, context.copy
         if kind == "quantized-shadow" and bits != LOW_BIT_COPY.bits:
-            copies = low_bit_copies(context.sparse_layers, context.weights, bits)
-        self._per_layer = per_layer_scores(kind, context.spec, context.weights, predictor, copies)
+            copy = CopyDecoder(spec, weights, low_bit_copies(context.sparse_layers, weights, bits))
+        self._per_layer = per_layer_scores(kind, spec, weights, predictor, copy)
         self._found: dict[tuple[int, Unit], Tensor] = {}
 
     def observe(self, layer: int, unit: Unit, x: Tensor) -> None:
@@ -267,7 +272,7 @@ class MaskedDecoder:
             context.weights,
             self._mask,
             self._observe,
-            context.copies,
+            context.copy,
             budget.rest_with(context.copies is not None),
             budget.shortlist,
             context.certificate if budget.certify else None,
@@ -290,7 +295,17 @@ class MaskedDecoder:
             if layer == first:
                 self._chooser.start(windows, x)
             x = decoder.layer(layer, x, positions)
-        return decoder.logits(x)
+        return self.logits(x)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all units of all layers are kept, so that only `logits` can differ from the dense model."""
+        return all((self._counts[unit] == size).all() for unit, size in self._sizes.items())
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits ``(batch, seqlen, vocab_size)`` of the last layer's output ``(batch, seqlen, hidden_size)``."""
+        return self._decoder.logits(x)
 
     def _observe(self, layer: int, unit: Unit, x: Tensor) -> None:
         if self._count(layer, unit) < self._sizes[unit]:

@@ -19,7 +19,7 @@ from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.weights import read_weights
 from shadowllm.limits import LONGEST_DRAFT, check_threads
 from shadowllm.models.decoder import Decoder, KVCache
-from shadowllm.models.sparse_decoder import Certificate, SparseDecoder
+from shadowllm.models.sparse_decoder import Certificate, CopyDecoder, SparseDecoder
 from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit, check_neuron_budget
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
@@ -68,13 +68,14 @@ class TorchSession:
         copies: Mapping[str, Tensor] | None = None,
         certificate: Certificate | None = None,
     ) -> None:
-        self.spec, self._copies, self._certificate = spec, copies, certificate
+        self.spec, self._certificate = spec, certificate
+        self._copy = CopyDecoder(spec, weights, copies) if copies else None
         self.recomputed: np.ndarray | None = None
         self.chosen: Masks = {}
         self.forced: Masks | None = None
         self.shares_selection = False
         self._per_layer = (
-            per_layer_scores(predictor.kind, spec, weights, predictor, copies)
+            per_layer_scores(predictor.kind, spec, weights, predictor, self._copy)
             if predictor and predictor.per_layer
             else None
         )
@@ -121,7 +122,7 @@ class TorchSession:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._weights, self._decoder = {}, Decoder(self.spec, {})
+        self._weights, self._decoder, self._copy = {}, Decoder(self.spec, {}), None
 
     def reset(self, batch: int = 1) -> None:
         """See `Session.reset`."""
@@ -133,7 +134,7 @@ class TorchSession:
         counts = budget.counts(self._layers)
         check_neuron_budget(self._predictor.kind if self._predictor else "", budget)
         sparse = self._predictor is not None  # a dense session takes the budget of a sparse one
-        self._rest: Rest = budget.rest_with(self._copies is not None) if sparse else "drop"
+        self._rest: Rest = budget.rest_with(self._copy is not None) if sparse else "drop"
         self._shortlist, self._certify = budget.shortlist if sparse else None, budget.certify
         self._counts: dict[Unit, list[int]] = {unit: counts[unit].tolist() for unit in UNITS}
 
@@ -198,7 +199,7 @@ class TorchSession:
             self._weights,
             select,
             input_hook,
-            self._copies,
+            self._copy,
             self._rest,
             self._shortlist,
             self._certificate if self._certify else None,

@@ -14,6 +14,7 @@ MOST = 8  # tokens of an adapted draft
 # Drafts stay accepted with this share until rounds are seen; it counts as much as this number of drafted tokens.
 ASSUMED, ASSUMED_TOKENS = 0.75, 2.0
 FORGET = 0.97  # the weight of all earlier rounds falls by this factor with each round
+START = 2  # most tokens of the drafts that measure times; a longer one would lose too much if it is rejected
 SAMPLES = 5  # latest times of a step, of which the median counts
 DENSE_EVERY = 64  # rounds after which the time of a dense step is measured again
 SHARE = 0.01  # of the decoding time, which drafts that do not pay may cost
@@ -124,18 +125,19 @@ class DraftLength:
 class AdaptiveLength(DraftLength):
     """Drafts of the length that gives the most tokens per second, by the acceptance and the times of earlier rounds.
 
-    The first rounds are plain dense steps, which measure their time. If no length pays, all rounds are plain dense
-    steps, with a rare draft of one token to notice if that changes. Such a draft is made only if the time that drafts
-    have lost is less than `SHARE` of the time since then.
+    The first rounds are plain dense steps, which measure their time. The next ones are drafts of at most `START`
+    tokens, until the times of drafts are known. If no length pays, all rounds are plain dense steps, with a rare draft
+    of one token to notice if that changes. Such a draft is made only if the time that drafts have lost is less than
+    `SHARE` of the time since then.
 
     Args:
-        first: length of the first drafts.
+        first: length of the first drafts, if it is less than `START`; 0 drafts nothing.
         most: largest length.
     """
 
     def __init__(self, first: int = 2, most: int = MOST) -> None:
         super().__init__()
-        self._first, self._most = min(first, most), most
+        self._first, self._most = min(first, START, most), most
         self._accepted, self._tested = ASSUMED * ASSUMED_TOKENS, ASSUMED_TOKENS
         self._step: deque[float] = deque(maxlen=SAMPLES)  # seconds of one draft step
         self._steps: dict[int, deque[float]] = {}  # seconds of a dense step, by its number of positions

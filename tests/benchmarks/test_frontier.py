@@ -43,7 +43,7 @@ def test_rows_and_figure(bundles, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text("the sea and the shadow of a model " * 20)
     sizes = {"prompt_len": 4, "new_tokens": 4, "runs": 1, "windows": 1, "seqlen": 16}
-    rows = measure(bundles, [text], **sizes)
+    rows = measure({name: bundles[name] for name in ("float32", "int8", "int4")}, [text], **sizes)
     assert all(row["perplexity"] > 1 and row["itl_ms"] > 0 for row in rows)
     assert rows[0]["speedup"]["median"] == 1
     print_rows(rows)

