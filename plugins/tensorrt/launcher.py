@@ -67,9 +67,9 @@ class Launcher:
         def value(argument: Argument) -> int:
             if argument.kind == "int":
                 return argument.size(batch, seqlen)
-            return (
-                workspace + argument.value if argument.kind == "workspace" else tensors[argument.kind][argument.value]
-            )
+            if argument.kind == "workspace":
+                return workspace + argument.value
+            return tensors[argument.kind][argument.value] + argument.offset
 
         tensors = {"input": inputs, "output": outputs}
         for launch in plan.launches:

@@ -243,11 +243,13 @@ class TritonSession(PipelinedDecode):
         decoder = self._decoder
         decoder.begin(self._positions, self.cache.keys[0].shape[2])
         x = decoder.embed(self._tokens, self._positions)
-        for layer in range(self.spec.n_layers):
-            if layer == self._layers.dense_layers:
-                decoder.selection = self._per_layer or self.select(x)
+        for layer in range(self._layers.dense_layers):
             x = decoder.layer(layer, x, self._positions, self.cache)
-        self._logits.copy_(decoder.logits(x)[:, -1])
+        if self._predictor is None:
+            logits = decoder.logits(x)
+        else:
+            logits = decoder.sparse_logits(x, self._positions, self.cache, self._per_layer or self.select(x))
+        self._logits.copy_(logits[:, -1])
         self._tokens.copy_(self._logits.argmax(dim=-1, keepdim=True))
         self._positions += 1
 

@@ -79,7 +79,7 @@ def test_one_token_and_a_prompt(built, tmp_path):
         "function second of two-80",
         "second attribute 8 = 98920",
         "launch first of one-80 grid 9 2 7 block 128 1 1 shared 4176 stream 0x55 extra (nil): "
-        "300000000 7f0000000200 240 0 0",
+        "200000018 7f0000000200 240 0 0",
         f"launch second of two-80 grid 3 1 1 block 256 1 1 {block}: 7f0000000000 1000000000 100000000 43",
         "call 2",
         "error: no plan serves batch 5, seqlen 1",

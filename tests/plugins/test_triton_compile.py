@@ -207,7 +207,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
                 "select_topk",
                 "score_neurons",
                 "mlp_hidden",
-                "head_queries",
+                "project_heads",
                 "decode_attention",
                 "merge_splits",
                 "prompt_attention",
@@ -215,6 +215,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
                 "project_rest",
                 "score_heads",
                 "order_heads",
+                "sum_and_norm",
                 "sum_partials",
                 "table_logits",
                 "copy_logits",
@@ -229,7 +230,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
     assert all(0 < row["registers"] <= 255 and row["shared_bytes"] <= 99 * 1024 for row in rows)
     # One token's products are fused multiply-adds, and threads do not wait for each other inside a loop.
     fused = {row["kernel"] for row in rows if row["multiply_adds"] and not row["loop_barriers"]}
-    assert {"mlp_hidden", "project_back", "project_rest", "score_neurons", "head_queries", "table_logits"} <= fused
+    assert {"mlp_hidden", "project_back", "project_rest", "score_neurons", "project_heads", "table_logits"} <= fused
 
 
 # Prints the shared memory that a tile of a prompt's attention needs, with its own constants and with others.

@@ -35,6 +35,7 @@ struct Argument {
   Kind kind;
   int64_t value;
   Size size;
+  int64_t offset;  // bytes, of an input
 };
 
 struct Image {

@@ -79,7 +79,7 @@ void Launcher::run(const int64_t* dims, int rank, const void* const* inputs, voi
   const std::vector<Loaded>& loaded = load();
   const auto value = [&](const Argument& argument) -> uint64_t {
     switch (argument.kind) {
-      case kInput: return uint64_t(inputs[argument.value]);
+      case kInput: return uint64_t(inputs[argument.value]) + uint64_t(argument.offset);
       case kOutput: return uint64_t(outputs[argument.value]);
       case kWorkspace: return uint64_t(workspace) + uint64_t(argument.value);
       default: return uint64_t(argument.size(call.batch, call.seqlen));
