@@ -240,20 +240,27 @@ def read_rows_in_place(node: ir.Node, program: Program) -> Program:
     kernels read 16 bytes of other types at a time.
     """
     offsets: dict[int, int] = {}
-    for number, value in enumerate(filter(None, tuple(node.inputs))):
+    for number, value in enumerate([value for value in node.inputs if value is not None]):
         gather = value.producer()
-        if gather is None or (gather.domain, gather.op_type) != ("", "Gather") or value.dtype != ir.DataType.INT32:
+        if gather is None or value.dtype != ir.DataType.INT32 or (place := _constant_row(gather)) is None:
             continue
-        whole, row = gather.inputs[0], ir.convenience.get_const_tensor(gather.inputs[1])
-        axis = gather.attributes.get_int("axis", 0)
-        if row is None or row.shape.rank() or axis or whole.shape is None or not whole.shape.is_static():
-            continue
-        rows, *width = whole.shape.numpy()
-        offsets[number] = 4 * (int(row.numpy()) % rows) * math.prod(width)
+        whole, offsets[number] = place
         node.replace_input_with(list(node.inputs).index(value), whole)
-        if not value.uses() and not value.is_graph_output():
+        if gather.graph is not None and not value.uses() and not value.is_graph_output():
             gather.graph.remove(gather, safe=True)
     return program.with_offsets(offsets) if offsets else program
+
+
+def _constant_row(gather: ir.Node) -> tuple[ir.Value, int] | None:
+    """The int32 tensor of which a node takes one constant row, and the row's first byte; None if it does not."""
+    if (gather.domain, gather.op_type) != ("", "Gather") or gather.attributes.get_int("axis", 0) != 0:
+        return None
+    whole, index = gather.inputs
+    row = None if index is None else ir.convenience.get_const_tensor(index)
+    if row is None or row.shape.rank() or whole is None or whole.shape is None or not whole.shape.is_static():
+        return None
+    rows, *width = whole.shape.numpy()
+    return whole, 4 * (int(row.numpy()) % rows) * math.prod(width)
 
 
 def _make_plugin_node(node: ir.Node, name: str, outputs: int) -> None:
