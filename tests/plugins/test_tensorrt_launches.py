@@ -109,6 +109,16 @@ def test_the_image_that_serves_the_gpu_is_loaded(built, tmp_path, sm, image):
     assert cpp == python
 
 
+def test_a_driver_too_old_for_an_image_takes_the_ptx(built, tmp_path):
+    calls = [(pack(program(sms=sms)), 1, 1) for sms in ((80, 90, PTX), (90,))]
+    python, cpp = record(built, tmp_path, calls, FAKE_SM="90", FAKE_OLD="1")
+    assert cpp == python
+    assert python[1:4] == ["load one-90", "load one-0", "function first of one-0"]
+    assert f"block 256 1 1 shared {99000 - PTX} " in next(line for line in python if line.startswith("launch"))
+    words = "error: the driver does not know the image of kernel first for sm_90"
+    assert python[-1] == f"{words}; images for sm_90 and later need driver 580"
+
+
 @pytest.mark.parametrize(
     ("offsets", "words"),
     [
