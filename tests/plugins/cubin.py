@@ -1,7 +1,7 @@
 """The parameters of a kernel as a cubin declares them, which is what the driver reads at a launch.
 
-A cubin is an ELF file. Its section ``.nv.info.KERNEL`` has attributes: a format byte, a number, and 16 bits of value or of
-the length of what follows. Attribute 0x17 is a parameter: its number and its offset as 16 bits each after 4 bytes, and a
+A cubin is an ELF file. Its section ``.nv.info.KERNEL`` has attributes: a format byte, a number, and 16 bits of value or
+of the length of what follows. Attribute 0x17 is a parameter: 4 bytes, its number and its offset as 16 bits each, and a
 word whose upper 14 bits are its size. (``cuobjdump --dump-elf`` prints the same as ``EIATTR_KPARAM_INFO``.)
 """
 
