@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shadowllm.bundle.quantisation import LOW_BIT_COPY
@@ -80,19 +80,35 @@ def block_inputs(shape: Shape, dtype: str) -> tuple[Inputs, Inputs]:
     return attention | end | kv, mlp | end
 
 
-def block_programs(shape: Shape, dtype: str, sms: tuple[int, ...], max_batch: int = 1) -> tuple[Program, Program]:
-    """The programs of the two blocks of a sparse layer in a one-token step."""
-    attention, mlp = (
-        compile_program(op, inputs, {**attributes, "norm_eps": 1e-5}, max_batch=max_batch, max_seqlen=1, sms=sms)
-        for op, inputs, attributes in zip(
-            ("SparseAttention", "SparseMLP"), block_inputs(shape, dtype), sparse_attributes(shape), strict=True
-        )
-    )
-    return attention, mlp
+@dataclass(frozen=True)
+class Node:
+    """A node of a graph, as far as its program depends on it.
+
+    Attributes:
+        inputs: the present inputs; uint8 as int32 words.
+        max_seqlen: most tokens of a sequence in a call.
+    """
+
+    op: str
+    inputs: Inputs
+    attributes: Attributes
+    max_seqlen: int = 512
+
+    def program(self, sms: tuple[int, ...]) -> Program:
+        """Compile its program, for one sequence."""
+        return compile_program(self.op, self.inputs, self.attributes, max_batch=1, max_seqlen=self.max_seqlen, sms=sms)
 
 
-def programs(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[str, Program]]:
-    """The programs of a model of this shape, for one sequence of one token or a prompt."""
+def block_nodes(shape: Shape, dtype: str) -> tuple[Node, Node]:
+    """The two blocks of a sparse layer in a one-token step of the Triton session."""
+    attention, mlp = block_inputs(shape, dtype)
+    heads, activation = sparse_attributes(shape)
+    eps = {"norm_eps": 1e-5}
+    return Node("SparseAttention", attention, {**heads, **eps}, 1), Node("SparseMLP", mlp, {**activation, **eps}, 1)
+
+
+def nodes(shape: Shape, dtype: str) -> list[Node]:
+    """The nodes of a model of this shape: those that engines have, and the blocks of the Triton session."""
     width, neurons, groups = shape.hidden_size, shape.intermediate_size, shape.n_kv_heads
     attention, mlp = sparse_inputs(shape, dtype)
     scores = {
@@ -112,19 +128,16 @@ def programs(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[s
     mixed_mlp = _with_rest(mlp, "gate", "up", "down") | {"down_norms": Tensor("float32", (neurons,))}
     mixed_attention = _with_rest(attention, "q", "o")
     mixed_attention |= {"score_weight": Tensor("float32", (groups, width)), "score_bias": Tensor("float32", (groups,))}
-    wanted: list[tuple[str, Mapping[str, Tensor], Attributes]] = [
-        ("SelectTopK", scores, {"cap": neurons}),
-        ("ScoreNeurons", scored, activation),
-        ("SparseMLP", mlp, activation),
-        ("SparseMLP", mixed_mlp, activation),
-        ("SparseAttention", attention, heads),
-        ("SparseAttention", mixed_attention, heads),
-        ("ShortlistLogits", _table(shape, dtype), {}),
+    return [
+        Node("SelectTopK", scores, {"cap": neurons}),
+        Node("ScoreNeurons", scored, activation),
+        Node("SparseMLP", mlp, activation),
+        Node("SparseMLP", mixed_mlp, activation),
+        Node("SparseAttention", attention, heads),
+        Node("SparseAttention", mixed_attention, heads),
+        Node("ShortlistLogits", _table(shape, dtype), {}),
+        *block_nodes(shape, dtype),
     ]
-    for op, inputs, attributes in wanted:
-        yield op, compile_program(op, inputs, attributes, max_batch=1, max_seqlen=512, sms=sms)
-    for op, program in zip(("SparseAttention", "SparseMLP"), block_programs(shape, dtype, sms), strict=True):
-        yield f"{op} as a block", program
 
 
 def _table(shape: Shape, dtype: str) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shadowllm.benchmarks.kernel_programs import SHAPES, cache_writer, programs
+from shadowllm.benchmarks.kernel_programs import SHAPES, cache_writer, nodes
 from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.plugins.kernel_program import Kernel
@@ -129,8 +129,9 @@ def main() -> None:
             found[name] = []
             for dtype in args.dtypes:
                 shape, sms = SHAPES[name], tuple(args.sms)
-                for op, program in programs(shape, dtype, sms):
-                    found[name] += map(asdict, resources(op, program.kernels, dtype, args.machine_code))
+                for node in nodes(shape, dtype):
+                    kernels = node.program(sms).kernels
+                    found[name] += map(asdict, resources(node.op, kernels, dtype, args.machine_code))
                     advance(1)
                 found[name] += map(asdict, resources("write_cache", [cache_writer(shape, dtype, sms)], dtype, None))
     for name, rows in found.items():
