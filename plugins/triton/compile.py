@@ -69,7 +69,7 @@ def compile_program(
     """
     if not sms:
         raise ValueError("there is no GPU to compile for")
-    schema = _schema(op, inputs)
+    schema = schema_of(op, inputs)
     known = tuple((name, value) for name, value in attributes.items() if name != "layer")
     order = [port.name for port in schema.inputs if port.name in inputs]
     if len(order) != len(inputs):
@@ -79,7 +79,8 @@ def compile_program(
     )
 
 
-def _schema(op: str, inputs: Mapping[str, Tensor]) -> OpSchema:
+def schema_of(op: str, inputs: Mapping[str, Tensor]) -> OpSchema:
+    """The signature of an op, or that of a whole block of a layer if there is a ``residual``."""
     return with_block_end(SCHEMAS[op]) if "residual" in inputs else SCHEMAS[op]
 
 
@@ -93,7 +94,7 @@ def _compile(
     sms: tuple[int, ...],
 ) -> Program:
     tensors = dict(inputs)
-    schema = _schema(op, tensors)
+    schema = schema_of(op, tensors)
     dtype = next((tensors[p.name].dtype for p in schema.inputs if p.dtype == "T" and p.name in tensors), "float32")
     shapes: dict[str, Shape] = {
         name: tuple(size if isinstance(size, int) else 0 for size in tensor.shape) for name, tensor in inputs
