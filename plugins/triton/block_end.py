@@ -69,13 +69,27 @@ def end_call(end: BlockEnd, tier: Tier, summed: Mapping[str, Operand], constants
         summed, constants: operands and constants of `sum_partials`, without its block size.
     """
     block = max(128, triton.next_power_of_2(constants["WIDTH"]))
+    blocks = split_blocks(constants["SPLITS"], constants["REST_SPLITS"])
     return Call(
         sum_and_norm,
         (tier.size, Size(), Size()),
         {**summed, **end.operands},
-        {**constants, "EPS": end.eps, "BLOCK_D": block},
-        warps=max(1, min(16, block // 256)),
+        {**constants, **blocks, "EPS": end.eps, "BLOCK_D": block},
+        warps=max(1, min(32, block * max(blocks.values()) // 1024)),
     )
+
+
+def split_blocks(splits: int, rest_splits: int) -> dict[str, int]:
+    """The sizes of `sum_of_splits`, for the shares and for those of the rest."""
+    return {"BLOCK_S": triton.next_power_of_2(splits), "BLOCK_R": triton.next_power_of_2(max(1, rest_splits))}
+
+
+@triton.jit
+def sum_of_splits(partials, token, tokens, cols, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Columns of the sum of a token's shares. All are loaded at once, because a loop would wait for each of them."""
+    splits = tl.arange(0, BLOCK_S)
+    place = (splits[:, None] * tokens + token) * WIDTH + cols[None, :]
+    return tl.sum(tl.load(partials + place, mask=(splits < SPLITS)[:, None] & (cols < WIDTH)[None, :], other=0.0), 0)
 
 
 @triton.jit
@@ -93,15 +107,14 @@ def summed_shares(
     BLOCK_D: tl.constexpr,
     UNITS: tl.constexpr,
     REST_SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """Columns of a token's result: the shares of `project_back`, plus those of `project_rest`, plus the bias."""
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for split in range(SPLITS):
-        total += tl.load(partials + (split * tokens + token) * WIDTH + cols, mask=cols < WIDTH, other=0.0)
+    total = sum_of_splits(partials, token, tokens, cols, WIDTH, SPLITS, BLOCK_S)
     if rest is not None:  # noqa: SIM102 -- known at compile time, and the next one is not
         if rest_is_added(rest, active, UNITS):
-            for split in range(REST_SPLITS):
-                total += tl.load(rest_partials + (split * tokens + token) * WIDTH + cols, mask=cols < WIDTH, other=0.0)
+            total += sum_of_splits(rest_partials, token, tokens, cols, WIDTH, REST_SPLITS, BLOCK_R)
     if bias is not None:
         total += tl.load(bias + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
     return total
@@ -121,13 +134,16 @@ def sum_partials(
     BLOCK_D: tl.constexpr,
     UNITS: tl.constexpr,
     REST_SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """Write ``y (tokens, WIDTH)``: the sum of the shares."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = summed_shares(
-        partials, bias, rest_partials, rest, active, token, tokens, cols, WIDTH, SPLITS, BLOCK_D, UNITS, REST_SPLITS
-    )
+        partials, bias, rest_partials, rest, active, token, tokens, cols,
+        WIDTH, SPLITS, BLOCK_D, UNITS, REST_SPLITS, BLOCK_S, BLOCK_R,
+    )  # fmt: skip
     tl.store(y + token * WIDTH + cols, total.to(y.dtype.element_ty), mask=cols < WIDTH)
 
 
@@ -150,6 +166,8 @@ def sum_and_norm(
     BLOCK_D: tl.constexpr,
     UNITS: tl.constexpr,
     REST_SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     EPS: tl.constexpr,
 ):
     """Write ``y (tokens, WIDTH)``, the sum of the shares and of ``residual``, and its norm ``normed``.
@@ -160,8 +178,9 @@ def sum_and_norm(
     cols = tl.arange(0, BLOCK_D)
     inside = cols < WIDTH
     total = summed_shares(
-        partials, bias, rest_partials, rest, active, token, tokens, cols, WIDTH, SPLITS, BLOCK_D, UNITS, REST_SPLITS
-    )
+        partials, bias, rest_partials, rest, active, token, tokens, cols,
+        WIDTH, SPLITS, BLOCK_D, UNITS, REST_SPLITS, BLOCK_S, BLOCK_R,
+    )  # fmt: skip
     if output_norm_weight is not None:
         total = norm(total, output_norm_weight, None, cols, WIDTH, EPS)
     total += tl.load(residual + token * WIDTH + cols, mask=inside, other=0.0).to(tl.float32)

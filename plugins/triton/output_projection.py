@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from shadowllm.plugins.kernel_program import Size
-from shadowllm.plugins.triton.block_end import BlockEnd, end_call, sum_partials
+from shadowllm.plugins.triton.block_end import BlockEnd, end_call, split_blocks, sum_partials
 from shadowllm.plugins.triton.rest_projection import BLOCKS, MAX_SPLITS, Rest, rest_call
 from shadowllm.plugins.triton.schedule import GEMV, PREFILL, Call, Operand, Scratch, Tier, Workspace
 from shadowllm.plugins.triton.tiles import LINE, active_rows, dot, tile_warps
@@ -37,7 +37,8 @@ class Spans:
     @property
     def constants(self) -> dict[str, int]:
         """Constants of `project_back`."""
-        return {"SPANS": self.splits, "SPAN": self.span, "CAPACITY": self.capacity}
+        block = triton.next_power_of_2(self.splits)
+        return {"SPANS": self.splits, "SPAN": self.span, "CAPACITY": self.capacity, "BLOCK_S": block}
 
 
 def back_calls(
@@ -118,7 +119,8 @@ def _sum_call(
     if end is not None:
         return end_call(end, tier, summed, constants)
     # Tokens are along x, because the other two axes of a grid are limited to 65,535.
-    return Call(sum_partials, (tier.size, Size(tiles), Size()), summed, constants)
+    blocks = split_blocks(constants["SPLITS"], constants["REST_SPLITS"])
+    return Call(sum_partials, (tier.size, Size(tiles), Size()), summed, {**constants, **blocks})
 
 
 def _tile(tier: Tier, width: int, itemsize: int, ended: bool) -> tuple[int, int]:
@@ -150,6 +152,7 @@ def project_back(
     SPANS: tl.constexpr,
     SPAN: tl.constexpr,
     CAPACITY: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -177,7 +180,7 @@ def project_back(
         slots = start + tl.arange(0, BLOCK_N)
         rows, live = active_rows(indices, n, slots, GROUP, UNITS)
         h = hidden_values(
-            hidden, lengths, rows_m, slots, live, tokens, CAP, GROUP, SPANS, SPAN, CAPACITY, BLOCK_M,
+            hidden, lengths, rows_m, slots, live, tokens, CAP, GROUP, SPANS, SPAN, CAPACITY, BLOCK_S, BLOCK_M,
             weight.dtype.element_ty,
         )  # fmt: skip
         if SKIP_ZEROS:  # a neuron that ReLU set to zero needs no weights
@@ -210,12 +213,15 @@ def hidden_values(
     SPANS: tl.constexpr,
     SPAN: tl.constexpr,
     CAPACITY: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TYPE: tl.constexpr,
 ):
     """Hidden values ``(M, N)`` at the live slots; of one token ``(N,)``, so that threads exchange nothing in a loop."""
     if BLOCK_M == 1 and lengths is None:
         return tl.load(hidden + slots, mask=live, other=0.0)
+    elif BLOCK_M == 1:
+        return merged_token(hidden, lengths, slots, live, GROUP, SPANS, SPAN, CAPACITY, BLOCK_S).to(TYPE)
     else:
         mask = (rows_m < tokens)[:, None] & live[None, :]
         if lengths is None:
@@ -223,10 +229,31 @@ def hidden_values(
             return tl.load(hidden + place, mask=mask, other=0.0)
         else:
             h = merged_spans(hidden, lengths, rows_m, slots, mask, tokens, CAP, GROUP, SPANS, SPAN, CAPACITY)
-            if BLOCK_M == 1:
-                return tl.sum(h, 0).to(TYPE)
-            else:
-                return h.to(TYPE)
+            return h.to(TYPE)
+
+
+@triton.jit
+def merged_token(
+    partials,
+    lengths,
+    slots,
+    live,
+    GROUP: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPAN: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """`merged_spans` of one token, ``(N,)``; all spans are loaded at once, because a loop would wait for each."""
+    spans = tl.arange(0, BLOCK_S)
+    length = tl.minimum(tl.load(lengths), CAPACITY)
+    there = live[:, None] & (spans * SPAN < length)[None, :]
+    part = partials + ((slots // GROUP).to(tl.int64)[:, None] * SPANS + spans[None, :]) * (GROUP + 2)
+    tops = tl.load(part + GROUP, mask=there, other=LOWEST)
+    weights = tl.where(there, tl.exp(tops - tl.max(tops, 1)[:, None]), 0.0)
+    mass = tl.sum(weights * tl.load(part + GROUP + 1, mask=there, other=0.0), 1)
+    acc = tl.sum(weights * tl.load(part + (slots % GROUP)[:, None], mask=there, other=0.0), 1)
+    return tl.where(live & (length > 0), acc / tl.where(mass == 0, 1.0, mass), 0.0)
 
 
 @triton.jit

@@ -59,13 +59,14 @@ def decode_attention(
         seen = positions < length
         place = cache + positions[:, None] * HEAD_DIM + dims[None, :]
         mask = seen[:, None] & inside[None, :]
-        score = tl.sum(tl.load(key + place, mask=mask, other=0.0).to(tl.float32) * q[None, :], 1)
+        k = tl.load(key + place, mask=mask, other=0.0)
+        v = tl.load(value + place, mask=mask, other=0.0).to(tl.float32)  # before k is used, so that both are in flight
+        score = tl.sum(k.to(tl.float32) * q[None, :], 1)
         score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 0))
         weight = tl.exp(score - higher)
         shrink = tl.exp(top - higher)
         mass = mass * shrink + tl.sum(weight, 0)
-        v = tl.load(value + place, mask=mask, other=0.0).to(tl.float32)
         acc = acc * shrink + tl.sum(weight[:, None] * v, 0)
         top = higher
     if SPLITS == 1:
@@ -91,6 +92,7 @@ def merge_splits(
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     SPAN: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """Merge the partial results of `decode_attention` into ``context (batch, CAP, HEAD_DIM)``."""
@@ -98,19 +100,14 @@ def merge_splits(
     row = tl.program_id(1).to(tl.int64)
     if active_head(indices, count, slot, HEADS, CAP) < 0:
         return
-    dims = tl.arange(0, BLOCK_H)
-    part = partials + (row * CAP + slot) * SPLITS * (HEAD_DIM + 2)
-    top = tl.full((), float("-inf"), tl.float32)
-    mass = tl.zeros((), tl.float32)
-    acc = tl.zeros((BLOCK_H,), tl.float32)
-    for _ in range(tl.cdiv(tl.minimum(tl.load(lengths + row), CAPACITY), SPAN)):
-        part_top = tl.load(part + HEAD_DIM)
-        higher = tl.maximum(top, part_top)
-        shrink, part_shrink = tl.exp(top - higher), tl.exp(part_top - higher)
-        mass = mass * shrink + tl.load(part + HEAD_DIM + 1) * part_shrink
-        acc = acc * shrink + tl.load(part + dims, mask=dims < HEAD_DIM, other=0.0) * part_shrink
-        top = higher
-        part += HEAD_DIM + 2
+    dims, spans = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_S)
+    there = spans * SPAN < tl.minimum(tl.load(lengths + row), CAPACITY)
+    part = partials + ((row * CAP + slot) * SPLITS + spans) * (HEAD_DIM + 2)
+    tops = tl.load(part + HEAD_DIM, mask=there, other=float("-inf"))
+    weights = tl.where(there, tl.exp(tops - tl.max(tops, 0)), 0.0)
+    mass = tl.sum(weights * tl.load(part + HEAD_DIM + 1, mask=there, other=0.0), 0)
+    mask = there[:, None] & (dims < HEAD_DIM)[None, :]
+    acc = tl.sum(weights[:, None] * tl.load(part[:, None] + dims[None, :], mask=mask, other=0.0), 0)
     out = context + (row * CAP + slot) * HEAD_DIM + dims
     tl.store(out, (acc / mass).to(context.dtype.element_ty), mask=dims < HEAD_DIM)
 

@@ -18,8 +18,9 @@ from shadowllm.plugins.triton.rest_projection import Rest
 from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
 from shadowllm.plugins.triton.tiles import LINE, block_along, tile_warps
 
-# Cache positions that one block of a decode step processes in total, and at a time.
-SPAN, POSITIONS = 256, 32
+# Cache positions that one block of a decode step processes at a time, the least that it does in total, and the most
+# blocks per head. Their results are merged by the next launch.
+POSITIONS, LEAST_SPAN, MOST_SPANS = 32, 64, 64
 
 
 def schedules(
@@ -59,7 +60,7 @@ def plan_sparse_attention(
     else:
         attend, partials = _decode(workspace, tier, operands, sizes, merge=choice.active is not None)
         if partials is not None:
-            hidden, spans = partials, Spans(triton.cdiv(capacity, SPAN), SPAN, capacity)
+            hidden, spans = partials, spans_of(capacity)
     rest = None
     if choice.active is not None:
         rest = Rest(context, choice.indices, choice.active, "c_o", "cs_o", *shapes["c_o"][1:])
@@ -177,6 +178,12 @@ def _project(
     )
 
 
+def spans_of(capacity: int) -> Spans:
+    """The spans into which a decode step splits a cache."""
+    span = max(LEAST_SPAN, triton.next_power_of_2(triton.cdiv(capacity, MOST_SPANS)))
+    return Spans(triton.cdiv(capacity, span), span, capacity)
+
+
 def _decode(
     workspace: Workspace,
     tier: Tier,
@@ -191,8 +198,8 @@ def _decode(
         merge: whether `merge_splits` merges them, because two kernels read the result.
     """
     cap, head_dim = int(constants["CAP"]), int(constants["HEAD_DIM"])
-    splits = triton.cdiv(int(constants["CAPACITY"]), SPAN)
-    spans = {"SPLITS": splits, "SPAN": SPAN}
+    found = spans_of(int(constants["CAPACITY"]))
+    splits, spans = found.splits, {"SPLITS": found.splits, "SPAN": found.span}
     several: dict[str, Scratch] = {}
     if splits > 1:
         several["partials"] = workspace.take(tier.max_batch * cap * splits * (head_dim + 2), "float32", 4)
@@ -211,8 +218,7 @@ def _decode(
         merge_splits,
         (Size(cap), tier.size, Size()),
         {name: operands[name] for name in ("lengths", "indices", "count", "context")} | several,
-        {name: constants[name] for name in merged} | spans,
-        warps=1,
+        {name: constants[name] for name in merged} | spans | {"BLOCK_S": triton.next_power_of_2(splits)},
     )
     return [attend, merging], None
 
