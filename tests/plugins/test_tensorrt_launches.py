@@ -109,6 +109,17 @@ def test_the_image_that_serves_the_gpu_is_loaded(built, tmp_path, sm, image):
     assert cpp == python
 
 
+def test_a_call_under_capture_only_launches(built, tmp_path):
+    """Loading, allocating and waiting fail while a stream is under capture; the first call has loaded everything."""
+    calls = [(pack(program()), 2, 50)]
+    python, cpp = record(built, tmp_path, calls, PROBE_CAPTURES="1")
+    assert cpp == python
+    assert [line.split()[0] for line in python[-4:]] == ["launch"] * 4
+    python, cpp = record(built, tmp_path, calls, FAKE_CAPTURES="1")
+    assert cpp == python
+    assert python[-1] == "error: CUDA driver: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
+
+
 def test_a_driver_too_old_for_an_image_takes_the_ptx(built, tmp_path):
     calls = [(pack(program(sms=sms)), 1, 1) for sms in ((80, 90, PTX), (90,))]
     python, cpp = record(built, tmp_path, calls, FAKE_SM="90", FAKE_OLD="1")

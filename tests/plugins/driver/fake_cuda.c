@@ -53,6 +53,23 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   return *value = attribute == 75 ? sm / 10 : attribute == 76 ? sm % 10 : -1, 0;
 }
 
+// The launchers allocate nothing and wait for nothing. If one does, a call under capture fails.
+int cuMemAlloc_v2(void** address, size_t size) {
+  printf("allocate %zu", size);
+  *address = (void*)4096;
+  return said(__func__);
+}
+
+int cuStreamSynchronize(void* stream) {
+  printf("wait for %p", stream);
+  return said(__func__);
+}
+
+int cuCtxSynchronize(void) {
+  printf("wait");
+  return said(__func__);
+}
+
 int cuModuleLoadData(void** module, const void* image) {
   const int sm = atoi(strcspn(image, "-") < strcspn(image, " ") ? (const char*)image + strcspn(image, "-") + 1 : "0");
   *module = strdup(image);
