@@ -129,7 +129,7 @@ class SamplingSession(Session, Protocol):
 
     def decode_sampled(
         self, tokens: np.ndarray, steps: int, sampling: Sampling, uniforms: np.ndarray
-    ) -> Iterator[np.ndarray]:
+    ) -> Iterator[np.ndarray] | None:
         """As `decode_greedy`, with tokens drawn by temperature, top-k, top-p and min-p.
 
         Args:

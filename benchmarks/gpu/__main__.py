@@ -11,7 +11,7 @@ both as CUDA graphs), ``engines`` (the same with TensorRT and ONNX Runtime, if t
 the temporary folder, and needs a full installation of ShadowLLM. ``programs`` needs ``--programs``.
 
 If a section fails, its error is recorded and the others go on; the exit status is then 1. ``checks``, ``rates``
-and ``decode`` need only PyTorch, Triton, NumPy, transformers and safetensors.
+and ``decode`` need only PyTorch, Triton, NumPy, transformers and safetensors; ``programs`` needs cuda-bindings too.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit, c
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
 from shadowllm.runtime.generation.sampling import Sampling
-from shadowllm.runtime.gpu.cuda_graph import captured, kernel_device
+from shadowllm.runtime.gpu.cuda_graph import WARMUP, captured, kernel_device
 from shadowllm.runtime.gpu.device_sampling import DeviceSampler
 from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
 from shadowllm.runtime.gpu.rest import RestInputs, chosen_inside, rest_inputs
@@ -246,13 +246,16 @@ class TritonSession(PipelinedDecode):
 
     def decode_sampled(
         self, tokens: np.ndarray, steps: int, sampling: Sampling, uniforms: np.ndarray
-    ) -> Iterator[np.ndarray]:
+    ) -> Iterator[np.ndarray] | None:
         """See `SamplingSession.decode_sampled`. Its CUDA graph is captured at the first use.
 
-        The runs before the capture write cache entries after the texts, which nothing reads.
+        The runs before the capture write cache entries after the texts, which nothing reads. If the model has no
+        positions for them, the result is None.
         """
         self._start(tokens, steps)
         if self._replay_sampled is None:
+            if self._lengths.max() + WARMUP >= self.spec.max_seqlen:
+                return None
             self._replay_sampled = captured(partial(self._step, sampled=True), self.device)
             self._start(tokens, steps)
         self._sampler.begin(sampling, uniforms, self._lengths)

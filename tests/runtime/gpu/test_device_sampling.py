@@ -62,4 +62,6 @@ def test_a_session_draws_the_same_text_again_and_another_one_for_another_seed(bu
     with open_session(bundle(), "triton") as session:
         first, again, other = (text(session, seed=seed) for seed in (1, 1, 2))
         assert first == again != other
+        longest = [list(range(1, session.spec.max_seqlen - 1))]
+        assert len(list(generate(session, longest, 6, Sampling(temperature=1.0)))) == 3  # all positions of the model
         assert text(session, top_k=1) == list(generate(session, [[5, 17, 42], [8, 61]], 6))
