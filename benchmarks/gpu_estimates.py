@@ -191,7 +191,8 @@ def main() -> None:
     parser.add_argument("--fired", type=float, default=1.0, help="share of those that ReLU leaves (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    gpu, record = Gpu(), {}
+    gpu = Gpu()
+    record: dict[str, Any] = {}
     for name in args.shapes:
         shape = SHAPES[name]
         launches = estimate(shape, gpu, args.context, args.heads, args.neurons, args.fired)
