@@ -6,11 +6,12 @@ The model: a launch takes the longer of two times, and launches follow one anoth
 
 - Its bytes divided by a rate. The rate is a share of the memory's bandwidth, or less if the blocks do not keep enough
   bytes in flight: bytes that all resident threads load at a time, divided by the latency of the memory (Little's law).
+  A few blocks are limited by what their multiprocessors can load.
 - The shortest time of a launch in a CUDA graph.
 
 Bytes are those of rows of active units, of keys and values, and of partial sums. Registers and shared memory of the
-compiled kernels decide how many blocks are resident. Latency, share and shortest time are assumptions; the output names
-them. A dense step reads all rows at the same rate, without a cost for launches.
+compiled kernels decide how many blocks are resident. Latency, shares and the shortest time are assumptions; the output
+names them. A dense step reads all rows at the same rate, without a cost for launches.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Gpu:
 
     Attributes:
         bandwidth: bytes per second.
+        multiprocessor_bandwidth: bytes per second that one multiprocessor loads; assumed (64 bytes per clock).
         share: share of the bandwidth that a kernel reaches if enough bytes are in flight; assumed.
         latency: seconds from a load to its data; assumed.
         launch: seconds of the shortest launch in a CUDA graph; assumed.
@@ -51,6 +53,7 @@ class Gpu:
     blocks: int = 32
     shared_bytes: int = 227 * 1024
     bandwidth: float = 3.35e12
+    multiprocessor_bandwidth: float = 1e11
     share: float = 0.85
     latency: float = 800e-9
     launch: float = 1.5e-6
@@ -64,7 +67,7 @@ class Estimate:
         blocks: blocks that have work.
         resident: blocks that are resident on the whole GPU at a time.
         microseconds: the estimated time.
-        bound: what decides it: "bytes", "in flight" or "launch".
+        bound: what decides it: "bytes", "in flight", "few blocks" or "launch".
     """
 
     kernel: str
@@ -135,7 +138,7 @@ def _tile_bytes(call: Call) -> int:
     if name == "project_back":
         return int(constants["BLOCK_N"] * constants["BLOCK_D"] * ITEM)
     if name == "sum_and_norm":
-        return int(constants["BLOCK_D"] * 4)
+        return int(constants["BLOCK_D"] * constants["BLOCK_S"] * 4)
     pair = 2 if name == "project_heads" or "w_gate" in call.operands else 1  # both halves of a head, or gate and up
     return int(pair * constants["BLOCK_N"] * constants["BLOCK_K"] * ITEM)
 
@@ -152,6 +155,7 @@ def _launch(gpu: Gpu, call: Call, used: Any, read: int, blocks: int) -> Estimate
     times = {
         "bytes": read / (gpu.share * gpu.bandwidth),
         "in flight": read * gpu.latency / (resident * _tile_bytes(call)),
+        "few blocks": read / (min(resident, gpu.multiprocessors) * gpu.multiprocessor_bandwidth),
         "launch": gpu.launch,
     }
     bound = max(times, key=lambda name: times[name])

@@ -45,10 +45,12 @@ def test_relu_saves_rows_of_down_and_a_budget_rows_of_both():
 
 def test_what_bounds_a_launch():
     gpu = Gpu()
-    call = next(call for call, _ in calls(SHAPES["opt-6.7b"]) if call.kernel.fn.__name__ == "project_back")
+    found = {call.kernel.fn.__name__: call for call, _ in calls(SHAPES["opt-6.7b"])}
+    call = found["project_back"]
     used = SimpleNamespace(registers=64, threads=128, shared_bytes=0)
     assert _launch(gpu, call, used, 1, 1).bound == "launch"
-    assert _launch(gpu, call, used, 10**8, 4).bound == "in flight"
+    assert _launch(gpu, call, used, 10**8, 140).bound == "in flight"
+    assert _launch(gpu, found["sum_and_norm"], used, 10**6, 1).bound == "few blocks"
     many = _launch(gpu, call, used, 10**9, 10**6)
     assert (many.bound, many.resident) == ("bytes", 8 * gpu.multiprocessors)  # 65536 / (64 * 128) is 8
     fewer = _launch(gpu, call, SimpleNamespace(registers=250, threads=128, shared_bytes=0), 10**9, 10**6)
