@@ -12,6 +12,7 @@ from shadowllm.plugins.triton import cache
 from shadowllm.plugins.triton.compile import POINTERS, Tensor, compile_kernel, compile_program
 
 Inputs = dict[str, Tensor]
+WORDS = LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 32  # int32 words in a block of a low-bit copy
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,15 @@ class Node:
         return compile_program(self.op, self.inputs, self.attributes, max_batch=1, max_seqlen=self.max_seqlen, sms=sms)
 
 
-def block_nodes(shape: Shape, dtype: str) -> tuple[Node, Node]:
-    """The two blocks of a sparse layer in a one-token step of the Triton session."""
+def block_nodes(shape: Shape, dtype: str, *, rest: bool = False) -> tuple[Node, Node]:
+    """The two blocks of a sparse layer in a one-token step of the Triton session.
+
+    Args:
+        rest: whether they choose the units and add the others from a low-bit copy.
+    """
     attention, mlp = block_inputs(shape, dtype)
+    if rest:
+        attention, mlp = _rest_of_both(shape, attention, mlp)
     heads, activation = sparse_attributes(shape)
     eps = {"norm_eps": 1e-5}
     return Node("SparseAttention", attention, {**heads, **eps}, 1), Node("SparseMLP", mlp, {**activation, **eps}, 1)
@@ -109,25 +116,22 @@ def block_nodes(shape: Shape, dtype: str) -> tuple[Node, Node]:
 
 def nodes(shape: Shape, dtype: str) -> list[Node]:
     """The nodes of a model of this shape: those that engines have, and the blocks of the Triton session."""
-    width, neurons, groups = shape.hidden_size, shape.intermediate_size, shape.n_kv_heads
+    width, neurons = shape.hidden_size, shape.intermediate_size
     attention, mlp = sparse_inputs(shape, dtype)
+    mixed_attention, mixed_mlp = _rest_of_both(shape, attention, mlp)
     scores = {
         "scores": Tensor("float32", (shape.n_layers - 1, neurons)),
         "counts": Tensor("int32", (shape.n_layers - 1,)),
     }
     matrices = 2 if shape.gated else 1
-    words = LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 32
     scored = {
         "x": mlp["x"],
-        "copy": Tensor("int32", (matrices * neurons, LOW_BIT_COPY.blocks(width), words)),
+        "copy": Tensor("int32", (matrices * neurons, LOW_BIT_COPY.blocks(width), WORDS)),
         "scales": Tensor("float32", (matrices * neurons, LOW_BIT_COPY.blocks(width))),
         "down_norms": Tensor("float32", (neurons,)),
         "count": mlp["count"],
     }
     heads, activation = sparse_attributes(shape)
-    mixed_mlp = _with_rest(mlp, "gate", "up", "down") | {"down_norms": Tensor("float32", (neurons,))}
-    mixed_attention = _with_rest(attention, "q", "o")
-    mixed_attention |= {"score_weight": Tensor("float32", (groups, width)), "score_bias": Tensor("float32", (groups,))}
     return [
         Node("SelectTopK", scores, {"cap": neurons}),
         Node("ScoreNeurons", scored, activation),
@@ -137,16 +141,26 @@ def nodes(shape: Shape, dtype: str) -> list[Node]:
         Node("SparseAttention", mixed_attention, heads),
         Node("ShortlistLogits", _table(shape, dtype), {}),
         *block_nodes(shape, dtype),
+        *block_nodes(shape, dtype, rest=True),
     ]
+
+
+def _rest_of_both(shape: Shape, attention: Inputs, mlp: Inputs) -> tuple[Inputs, Inputs]:
+    groups = shape.n_kv_heads
+    scores = {
+        "score_weight": Tensor("float32", (groups, shape.hidden_size)),
+        "score_bias": Tensor("float32", (groups,)),
+    }
+    norms = {"down_norms": Tensor("float32", (shape.intermediate_size,))}
+    return _with_rest(attention, "q", "o") | scores, _with_rest(mlp, "gate", "up", "down") | norms
 
 
 def _table(shape: Shape, dtype: str) -> dict[str, Tensor]:
     """Inputs of the logits of one token."""
-    words = LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 32
     return {
         "x": Tensor(dtype, ("batch", shape.hidden_size)),
         "table": Tensor(dtype, (shape.vocab_size, shape.hidden_size)),
-        "copy": Tensor("int32", (shape.vocab_size, LOW_BIT_COPY.blocks(shape.hidden_size), words)),
+        "copy": Tensor("int32", (shape.vocab_size, LOW_BIT_COPY.blocks(shape.hidden_size), WORDS)),
         "scales": Tensor("float32", (shape.vocab_size, LOW_BIT_COPY.blocks(shape.hidden_size))),
         "errors": Tensor("float32", (shape.vocab_size,)),
         "shortlist": Tensor("int32", ()),
@@ -162,7 +176,7 @@ def _with_rest(inputs: Mapping[str, Tensor], *parts: str) -> dict[str, Tensor]:
         if f"w_{part}" in inputs:
             rows, width = (int(size) for size in inputs[f"w_{part}"].shape)
             size = (rows, LOW_BIT_COPY.blocks(width))
-            found[f"c_{part}"] = Tensor("int32", (*size, LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 32))
+            found[f"c_{part}"] = Tensor("int32", (*size, WORDS))
             found[f"cs_{part}"] = Tensor("float32", size)
     return found
 

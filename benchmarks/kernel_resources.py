@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
-    with progress("Compiling", 9 * len(args.shapes) * len(args.dtypes)) as advance:
+    with progress("Compiling", 11 * len(args.shapes) * len(args.dtypes)) as advance:
         for name in args.shapes:
             found[name] = []
             for dtype in args.dtypes:

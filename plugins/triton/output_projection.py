@@ -108,7 +108,8 @@ def back_calls(
     summed |= {"bias": bias} if bias else {}
     more, sizes = list[Call](), {"UNITS": units, "REST_SPLITS": 0}
     if rest is not None:
-        call, read, sizes = rest_call(workspace, tier, rest, units=units, group=group, itemsize=itemsize, width=width)
+        shape = {"units": units, "group": group, "itemsize": itemsize, "width": width}
+        call, read, sizes = rest_call(workspace, tier, rest, **shape, most=most)
         more, summed = [call], summed | read
     return multiply, *more, _sum_call(end, tier, tiles, summed, constants | sizes)
 

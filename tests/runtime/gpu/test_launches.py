@@ -11,11 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'shadowllm[triton]')")
 
+from shadowllm.benchmarks.kernel_programs import SHAPES as KNOWN
+from shadowllm.benchmarks.kernel_programs import block_nodes
 from shadowllm.benchmarks.random_model import RandomCopies, RandomWeights, shape_spec, untrained
 from shadowllm.models.decoder import KVCache
 from shadowllm.models.sparsity import SparseLayers
 from shadowllm.plugins.registry import schedules
 from shadowllm.plugins.triton import launch
+from shadowllm.plugins.triton.output_projection import MAX_PARTIAL_BYTES
 from shadowllm.runtime.gpu.triton_session import TritonSession
 
 # What launches no kernel: views and allocations.
@@ -119,3 +122,16 @@ def test_an_mlp_that_chooses_by_gate_has_as_many_launches_as_one_with_indices():
     attributes = ATTRIBUTES["SparseMLP"] | {"norm_eps": 1e-5}
     one, *_ = schedules("SparseMLP")(shapes, attributes, itemsize=2, max_batch=1, max_seqlen=1)
     assert [call.kernel.fn.__name__ for call in one.calls] == ["gate_first", *BLOCKS[-2:]]
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "opt-1.3b", "llama-2-7b"])
+def test_the_one_block_of_a_token_adds_few_shares(name):
+    """It loads all of them at once, so they must fit its registers; those of a rest too."""
+    for rest in (False, True):
+        for node in block_nodes(KNOWN[name], "float16", rest=rest):
+            shapes = {port: tuple(n if isinstance(n, int) else 0 for n in t.shape) for port, t in node.inputs.items()}
+            for schedule in schedules(node.op)(shapes, node.attributes, itemsize=2, max_batch=3, max_seqlen=1):
+                (end,) = [call for call in schedule.calls if call.kernel.fn.__name__ == "sum_and_norm"]
+                for splits in ("SPLITS", "REST_SPLITS"):
+                    assert 4 * end.constants[splits] * end.constants["WIDTH"] <= MAX_PARTIAL_BYTES
+                assert bool(end.constants["REST_SPLITS"]) == rest
