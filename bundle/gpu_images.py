@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+# Compilers of CUDA 13 make the images. Their format for these GPUs is new in CUDA 13, whose first driver is this one.
+NEW_FORMAT_SM, NEW_FORMAT_DRIVER = 90, 580
 # The number that stands for PTX, and the capability it is compiled for. It runs on that and every later one.
 PTX, PTX_SM = 0, 80
 
@@ -28,6 +30,11 @@ def serving(images: Iterable[int], sm: int) -> int | None:
     if older:
         return max(older)
     return PTX if PTX in available and sm >= PTX_SM else None
+
+
+def with_fallback(sms: Sequence[int]) -> tuple[int, ...]:
+    """Add PTX to images that an older driver may not know. It compiles the PTX when a kernel is loaded."""
+    return (*sms, PTX) if PTX not in sms and any(sm >= NEW_FORMAT_SM for sm in sms) else tuple(sms)
 
 
 def architectures(images: Iterable[int]) -> str:

@@ -17,8 +17,8 @@ it. So an engine needs neither Triton nor a compiler, and both plugins follow th
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 # Name of the ONNX node attribute, and of the plugin field, that holds a program.
@@ -62,11 +62,14 @@ class Argument:
     Attributes:
         kind: "input" and "output" are pointers to the tensor number ``value``. "workspace" is a pointer to
             byte ``value`` of the plan's workspace. "int" is the int32 ``size``.
+        offset: for "input", bytes from the beginning of the tensor, which must be int32: the row of a selection that
+            this layer reads. A `Gather` node would be another launch.
     """
 
     kind: Literal["input", "output", "workspace", "int"]
     value: int = 0
     size: Size = Size()
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,8 @@ class Program:
                 _within("grid", size(plan.max_batch, plan.max_seqlen), 1, most)
             for argument in launch.arguments:
                 _within(argument.kind, argument.value, 0, limits.get(argument.kind, plan.workspace_bytes))
+                movable = argument.kind == "input" and self.inputs[argument.value] == "int32"
+                _within("offset", argument.offset, 0, INT32 if movable else 0)
 
     def plan(self, batch: int, seqlen: int) -> Plan:
         """The plan for a call.
@@ -198,6 +203,31 @@ class Program:
             if batch <= plan.max_batch and seqlen <= plan.max_seqlen:
                 return plan
         raise ValueError(f"no plan serves batch {batch}, seqlen {seqlen}")
+
+    def with_offsets(self, offsets: Mapping[int, int]) -> Program:
+        """The program that reads some inputs from a later byte on.
+
+        Args:
+            offsets: bytes by the number of an input, whose type is int32.
+        """
+
+        def moved(argument: Argument) -> Argument:
+            if argument.kind != "input" or argument.value not in offsets:
+                return argument
+            return replace(argument, offset=offsets[argument.value])
+
+        return replace(
+            self,
+            plans=tuple(
+                replace(
+                    plan,
+                    launches=tuple(
+                        replace(launch, arguments=tuple(map(moved, launch.arguments))) for launch in plan.launches
+                    ),
+                )
+                for plan in self.plans
+            ),
+        )
 
     @property
     def workspace_bytes(self) -> int:

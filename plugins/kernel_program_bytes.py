@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from shadowllm.plugins.kernel_program import DTYPES, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
 
-MAGIC = b"shadowllm program 2"
+MAGIC = b"shadowllm program 3"
 # Kinds of arguments are written as their index in this tuple.
 KINDS = ("input", "output", "workspace", "int")
 
@@ -110,6 +110,7 @@ class _Writer:
     def argument(self, argument: Argument) -> None:
         self.number(KINDS.index(argument.kind), argument.value)
         self.size(argument.size)
+        self.number(argument.offset)
 
 
 class _Reader:
@@ -161,4 +162,4 @@ class _Reader:
 
     def argument(self) -> Argument:
         kind = dict(enumerate(KINDS))[self.number()]  # a tuple would accept negative numbers
-        return Argument(kind, self.number(), self.size())  # type: ignore[arg-type]
+        return Argument(kind, self.number(), self.size(), self.number())  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -13,12 +13,15 @@ from shadowllm.models.spec import ModelSpec
 
 
 def pad_prompts(
-    prompts: Sequence[Sequence[int]], batch: int, spec: ModelSpec
+    prompts: Sequence[Sequence[int]], batch: int, spec: ModelSpec, width: Callable[[int], int] = int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Check prompts and pad them at the end to one length.
 
     Padding tokens write to the KV cache after the last position of their row. These entries are never visible, and
     later tokens overwrite them.
+
+    Args:
+        width: gives the length to pad to, from the length of the longest prompt.
 
     Returns:
         Token ids and positions, int64 ``(batch, seqlen)``, and the lengths of the prompts, int64 ``(batch,)``.
@@ -30,9 +33,10 @@ def pad_prompts(
     if len(prompts) != batch:
         raise UserError(f"{len(prompts)} prompts for {batch} sequences", "reset the session with the number of prompts")
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-    ids = np.zeros((batch, lengths.max()), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
+    for prompt in prompts:
         check_appended(prompt, 0, spec)
+    ids = np.zeros((batch, width(int(lengths.max()))), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
     return ids, np.tile(np.arange(ids.shape[1], dtype=np.int64), (batch, 1)), lengths
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 
 from shadowllm.models.sparsity import Budget
 from shadowllm.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from shadowllm.runtime.generation.sampling import Sampling
 
 Decodes = Literal["sparse", "dense"]
 Prefill = Literal["dense", "sparse"]
@@ -116,6 +119,22 @@ class Session(Protocol):
 
         Raises:
             UserError: as `decode`, or more steps than the model has positions.
+        """
+        ...
+
+
+@runtime_checkable
+class SamplingSession(Session, Protocol):
+    """A session that can also draw tokens on its device."""
+
+    def decode_sampled(
+        self, tokens: np.ndarray, steps: int, sampling: Sampling, uniforms: np.ndarray
+    ) -> Iterator[np.ndarray] | None:
+        """As `decode_greedy`, with tokens drawn by temperature, top-k, top-p and min-p.
+
+        Args:
+            sampling: its other options are not read.
+            uniforms: a random number in [0, 1) for each token to draw, float32 ``(batch, steps)``.
         """
         ...
 

@@ -5,12 +5,13 @@
     TRITON_INTERPRET=1 python -m shadowllm.benchmarks.gpu --tiny      # the same code on a CPU, without times
 
 Sections: ``tensorrt`` (whether TensorRT runs engines on this card), ``checks`` (every kernel compared with its
-reference), ``rates`` (GB/s compared with the card's copy bandwidth), ``decode`` (random models of known shapes,
-sparse compared with PyTorch dense, both as CUDA graphs), ``engines`` (the same with TensorRT and ONNX Runtime, if
-they run). ``engines`` writes models to the temporary folder, and needs a full installation of ShadowLLM.
+reference), ``programs`` (programs packed ahead of time, through the launchers of both plugins), ``rates`` (GB/s
+compared with the card's copy bandwidth), ``decode`` (random models of known shapes, sparse compared with PyTorch dense,
+both as CUDA graphs), ``engines`` (the same with TensorRT and ONNX Runtime, if they run). ``engines`` writes models to
+the temporary folder, and needs a full installation of ShadowLLM. ``programs`` needs ``--programs``.
 
 If a section fails, its error is recorded and the others go on; the exit status is then 1. ``checks``, ``rates``
-and ``decode`` need only PyTorch, Triton, NumPy, transformers and safetensors.
+and ``decode`` need only PyTorch, Triton, NumPy, transformers and safetensors; ``programs`` needs cuda-bindings too.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from shadowllm.evaluation.speed.environment import PACKAGES, environment, packag
 from shadowllm.plugins.tensorrt.load_tensorrt import FLAVOURS
 from shadowllm.runtime.gpu.cuda_graph import kernel_device
 
-SECTIONS = ("tensorrt", "checks", "rates", "decode", "engines")
+SECTIONS = ("tensorrt", "checks", "programs", "rates", "decode", "engines")
 
 
 def gpu_environment(device: torch.device) -> dict[str, Any]:
@@ -107,6 +108,10 @@ def measure(recorder: Recorder, sections: Sequence[str], device: torch.device, a
     if "checks" in sections:
         chosen = cases.TINY if args.tiny else cases.CASES
         recorder.run("checks", lambda: checks.summary(list(checks.check_all(device, chosen))))
+    if "programs" in sections and args.programs is not None:
+        from shadowllm.benchmarks.gpu.programs import check_programs
+
+        recorder.run("programs", partial(check_programs, device, args.programs, args.launcher_library))
     if "rates" in sections:
         sizes = rates.TINY if args.tiny else rates.OPT_67B
         recorder.run("rates", lambda: rates.measure_rates(device, sizes))
@@ -129,8 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", choices=(*GPU_SHAPES, *TINY_SHAPES), help="models (default: all large)")
     parser.add_argument("--quick", action="store_true", help="fewer runs and tokens")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, for the interpreter")
+    parser.add_argument("--programs", type=Path, metavar="FOLDER", help="from benchmarks.gpu.programs")
+    parser.add_argument("--launcher-library", type=Path, metavar="FILE", help="the C++ launcher, from `make plugin`")
     args = parser.parse_args(arguments)
     device = kernel_device()
+    if args.programs is not None and device.type == "cpu":
+        raise UserError("programs run on a GPU only", "leave out --programs, or run this on a machine with a GPU")
     if device.type == "cpu" and not args.tiny:
         raise UserError("the interpreter is too slow for anything but --tiny", "run this on a machine with a GPU")
     recorder = Recorder(args.json, {"environment": gpu_environment(device), "results": {}, "failed": []})

@@ -15,6 +15,8 @@ from shadowllm.benchmarks.gpu.timing import milliseconds
 from shadowllm.benchmarks.random_model import RandomCopies, RandomWeights, shape_spec, untrained
 from shadowllm.bundle.cost_model import mean_traffic, selector_bytes
 from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.models.activations import RELU_LIKE
+from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparsity import Budget, SparseLayers
 from shadowllm.models.spec import ModelSpec
 from shadowllm.runtime.generation.generate import generate
@@ -78,7 +80,31 @@ def measure_shape(shape: str, device: torch.device, setting: Setting) -> dict[st
         errors = {name: _all_active_error(sessions[name], sessions[DENSE], setting) for name in (SPARSE, QUANTISED)}
         taken = interleaved(sessions, setting)
         chosen = _selection_ms(sessions[SPARSE])
-    return _report(shape, spec, choosers, setting, taken, memory, chosen) | {"all_active_error": max(errors.values())}
+    fired = fired_share(spec, weights, device)
+    report = _report(shape, spec, choosers, setting, taken, memory, chosen, fired)
+    return report | {"all_active_error": max(errors.values()), "fired_share": fired}
+
+
+@torch.no_grad()
+def fired_share(spec: ModelSpec, weights: Mapping[str, torch.Tensor], device: torch.device, tokens: int = 16) -> float:
+    """The share of neurons that are not zero, for random tokens; 1 unless the activation is like ReLU.
+
+    The down projection of a sparse step reads no rows of neurons that are zero.
+    """
+    if spec.activation not in RELU_LIKE:
+        return 1.0
+    shares: list[float] = []
+
+    def note(_layer: int, unit: str, activation: torch.Tensor) -> torch.Tensor:
+        if unit == "neurons":
+            shares.append(float((activation != 0).float().mean()))
+        return activation
+
+    decoder = Decoder(spec, weights, note)
+    decoder.rotary = {rope: tuple(table.to(device) for table in tables) for rope, tables in decoder.rotary.items()}
+    ids = torch.randint(3, spec.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    decoder(ids, torch.arange(tokens, device=device)[None])
+    return float(np.mean(shares))
 
 
 def interleaved(sessions: Mapping[str, Session], setting: Setting) -> dict[str, list[tuple[float, float]]]:
@@ -135,8 +161,10 @@ def _report(
     taken: Mapping[str, Sequence[tuple[float, float]]],
     memory: Mapping[str, float | None],
     chosen: dict[str, float] | None,
+    fired: float,
 ) -> dict[str, Any]:
-    timed, read = chosen is not None, {name: _bytes(spec, chooser, setting) for name, chooser in choosers.items()}
+    timed = chosen is not None
+    read = {name: _bytes(spec, chooser, setting, fired) for name, chooser in choosers.items()}
     contenders = {
         name: {
             "bytes_per_token": read[name],
@@ -167,14 +195,20 @@ def _report(
     }
 
 
-def _bytes(spec: ModelSpec, chooser: Predictor | None, setting: Setting) -> int:
-    """Bytes read per token by a sparse step or, without a predictor, by a dense one."""
+def _bytes(spec: ModelSpec, chooser: Predictor | None, setting: Setting, fired: float) -> int:
+    """Bytes read per token by a sparse step or, without a predictor, by a dense one.
+
+    Args:
+        fired: share of the active neurons whose rows of down a sparse step reads.
+    """
     itemsize, active, choosing = setting.dtype.itemsize, None, 0.0
     if chooser is not None:
         layers = SparseLayers(spec, chooser.dense_layers)
         active = setting.budget.counts(layers)
         choosing = selector_bytes(chooser.kind, layers, itemsize, chooser.rank)
-    return mean_traffic(spec, itemsize, setting.prompt_len, setting.new_tokens, active, choosing=choosing).total
+    total = mean_traffic(spec, itemsize, setting.prompt_len, setting.new_tokens, active, choosing=choosing).total
+    skipped = 0 if active is None else (1 - fired) * float(active["neurons"].sum()) * spec.hidden_size * itemsize
+    return round(total - skipped)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

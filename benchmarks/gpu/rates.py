@@ -74,9 +74,9 @@ def measure_rates(device: torch.device, sizes: Sizes = OPT_67B) -> dict[str, Any
     return found
 
 
-# A function that makes one set of an op's weights and caches, and the bytes that a call reads. A sparse op reads fewer
-# bytes than the set has, because it skips half of the rows.
-Data = tuple[Callable[[], tuple[Tensor, ...]], int]
+# A function that makes one set of an op's weights and caches, and the bytes that a call with such a set reads. A sparse
+# op reads fewer than the set has: it skips half of the rows, and those of down whose hidden value ReLU sets to zero.
+Data = tuple[Callable[[], tuple[Tensor, ...]], Callable[..., int]]
 
 
 Ops = dict[str, tuple[Data, Callable[..., Any]]]
@@ -100,16 +100,19 @@ def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> Ops:
     def dense(up: Tensor, down: Tensor) -> Tensor:
         return F.relu(F.linear(x, up)) @ down
 
+    def mlp_bytes(up: Tensor, _down: Tensor) -> int:
+        return (int(neurons[1]) + fired(x, up)[0]) * s.hidden * item
+
     matrices = ((s.neurons, s.hidden),) * 2
     cache = ((1, s.heads, s.capacity, s.head_dim),) * 2
     rows = ((width, s.hidden),) * 2
-    mlp_bytes, row_bytes = s.neurons * s.hidden * item, width * s.hidden * item
+    row_bytes = width * s.hidden * item
     cache_bytes = s.context * width * item  # keys and values together, for half of the heads
     return {
         "SparseMLP": ((make(*matrices), mlp_bytes), mlp),
-        "projections (SparseAttention over one token)": ((make(*cache, *rows), row_bytes), attention(one)),
-        "SparseAttention over the context": ((make(*cache, *rows), row_bytes + cache_bytes), attention(many)),
-        "PyTorch dense MLP": ((make(*matrices), 2 * mlp_bytes), dense),
+        "projections (SparseAttention over one token)": ((make(*cache, *rows), _always(row_bytes)), attention(one)),
+        "SparseAttention over the context": ((make(*cache, *rows), _always(row_bytes + cache_bytes)), attention(many)),
+        "PyTorch dense MLP": ((make(*matrices), _always(2 * s.neurons * s.hidden * item)), dense),
     } | _copy_ops(device, dtype, s)
 
 
@@ -139,13 +142,31 @@ def _copy_ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> Ops:
         return shortlist_logits(x[0], table, copy, scales, errors, shortlist, certify)[0]
 
     matrices, copy_bytes = ((s.neurons, s.hidden),) * 2, sum(t.nbytes for t in packed())
-    mlp_bytes = s.neurons * s.hidden * item + 2 * copy_bytes
+
+    def mlp_bytes(up: Tensor, _down: Tensor, c_up: Tensor, cs_up: Tensor, *_copies: Tensor) -> int:
+        """Up of the active half, the copy of up, and rows of down or of its copy where a hidden value is not zero."""
+        active, others = fired(x, up)  # the copy's integers are random: as many of its products are positive
+        row = c_up[0].nbytes + cs_up[0].nbytes
+        return (s.neurons // 2 + active) * s.hidden * item + copy_bytes + others * row
+
     table_bytes = copy_bytes * s.vocab // s.neurons + s.shortlist * s.hidden * item
     return {
-        "ScoreNeurons": ((packed, copy_bytes), scores),
+        "ScoreNeurons": ((packed, _always(copy_bytes)), scores),
         "SparseMLP with a rest": ((lambda: (*make(*matrices)(), *packed(), *packed()[:2]), mlp_bytes), with_rest),
-        "ShortlistLogits": ((lambda: (*make((s.vocab, s.hidden))(), *packed(s.vocab)), table_bytes), logits),
+        "ShortlistLogits": ((lambda: (*make((s.vocab, s.hidden))(), *packed(s.vocab)), _always(table_bytes)), logits),
     }
+
+
+def fired(x: Tensor, up: Tensor) -> tuple[int, int]:
+    """How many of the neurons of `_spread` have a product ``up x`` above zero, and how many of the others."""
+    positive = (up @ x.flatten() > 0).cpu()
+    chosen, count = _spread(len(up), torch.device("cpu"))
+    active = int(positive[chosen[: int(count)].long()].sum())
+    return active, int(positive.sum()) - active
+
+
+def _always(size: int) -> Callable[..., int]:
+    return lambda *_tensors: size
 
 
 def _random(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
@@ -155,10 +176,11 @@ def _random(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) 
 def _rate(
     data: Data, call: Callable[..., Any], device: torch.device, work_set: int, copy: float | None
 ) -> dict[str, Any]:
-    make, read = data
+    make, bytes_of = data
     first = make()
     copies = max(1, math.ceil(work_set / sum(t.nbytes for t in first)))
     sets = [first, *(make() for _ in range(copies - 1))]
+    read = sum(bytes_of(*tensors) for tensors in sets) / copies
 
     def work() -> None:
         for tensors in sets:

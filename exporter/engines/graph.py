@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prep
     - A graph with logits also picks the most probable tokens (`pick_greedily`).
     - Function bodies of our ops are removed, so that the parser must use the plugins.
     - Our nodes get the plugin's namespace and version, and the program. The program replaces their attributes.
+    - A row of a selection is read in place (`read_rows_in_place`).
     - Empty inputs of our nodes are removed, because TensorRT has none, and so are outputs that the program lacks.
     - ``Attention`` may be decomposed if no fused kernel fits (float32 has none).
     - uint8 weights become int32, four bytes per number: TensorRT has no uint8 weights, and kernels read words.
@@ -116,6 +118,7 @@ def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prep
     for node in nodes.values():
         _read_bytes_as_words(node)
     programs = {named: compiler(node.op_type, _inputs(node), _attributes(node)) for named, node in nodes.items()}
+    programs = {named: read_rows_in_place(nodes[named], program) for named, program in programs.items()}
     for named, node in nodes.items():
         _make_plugin_node(node, named.name, len(programs[named].outputs))
     for node in model.graph.all_nodes():
@@ -228,6 +231,36 @@ def _read_bytes_as_words(node: ir.Node) -> None:
             base_dir=before.base_dir,
         )
         value.dtype, value.shape = value.const_value.dtype, value.const_value.shape
+
+
+def read_rows_in_place(node: ir.Node, program: Program) -> Program:
+    """Give a node the whole tensor instead of a row of it, and its program the row's place in bytes.
+
+    This saves a launch for each ``Gather`` of indices or of a count of a layer. Only int32 may begin anywhere, because
+    kernels read 16 bytes of other types at a time.
+    """
+    offsets: dict[int, int] = {}
+    for number, value in enumerate([value for value in node.inputs if value is not None]):
+        gather = value.producer()
+        if gather is None or value.dtype != ir.DataType.INT32 or (place := _constant_row(gather)) is None:
+            continue
+        whole, offsets[number] = place
+        node.replace_input_with(list(node.inputs).index(value), whole)
+        if gather.graph is not None and not value.uses() and not value.is_graph_output():
+            gather.graph.remove(gather, safe=True)
+    return program.with_offsets(offsets) if offsets else program
+
+
+def _constant_row(gather: ir.Node) -> tuple[ir.Value, int] | None:
+    """The int32 tensor of which a node takes one constant row, and the row's first byte; None if it does not."""
+    if (gather.domain, gather.op_type) != ("", "Gather") or gather.attributes.get_int("axis", 0) != 0:
+        return None
+    whole, index = gather.inputs
+    row = None if index is None else ir.convenience.get_const_tensor(index)
+    if row is None or row.shape.rank() or whole is None or whole.shape is None or not whole.shape.is_static():
+        return None
+    rows, *width = whole.shape.numpy()
+    return whole, 4 * (int(row.numpy()) % rows) * math.prod(width)
 
 
 def _make_plugin_node(node: ir.Node, name: str, outputs: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.bundle.engine_record import CustomNode, profile_from_json
+from shadowllm.bundle.gpu_images import with_fallback
 from shadowllm.bundle.op_domain import DOMAIN, VERSION
 from shadowllm.child import Progress, serve
 from shadowllm.errors import UserError
@@ -90,11 +91,13 @@ def compiler(request: dict[str, Any], sms: Sequence[int]) -> Compiler:
             "the package triton, which compiles the kernels, is not installed", "pip install triton"
         ) from error
 
+    images = with_fallback(sms)
+
     def compile_node(op: str, inputs: Mapping[str, TensorInfo], attributes: Attributes) -> Program:
         tensors = {name: Tensor(info.dtype, info.shape) for name, info in inputs.items()}
         # Only this op has a row for each position whose logits are returned.
         batch = request["max_batch"] * (request["max_kept"] if op == SHORTLIST_LOGITS.name else 1)
-        return compile_program(op, tensors, attributes, max_batch=batch, max_seqlen=request["max_seqlen"], sms=sms)
+        return compile_program(op, tensors, attributes, max_batch=batch, max_seqlen=request["max_seqlen"], sms=images)
 
     return compile_node
 

@@ -9,11 +9,18 @@ from typing import Any, NamedTuple
 
 from cuda.bindings import driver
 
-from shadowllm.bundle.gpu_images import PTX, serving
-from shadowllm.plugins.kernel_program import ALIGNED, Argument, Kernel, Launch, Program, call_size
+from shadowllm.bundle.gpu_images import NEW_FORMAT_DRIVER, NEW_FORMAT_SM, PTX, serving
+from shadowllm.plugins.kernel_program import ALIGNED, Argument, Image, Kernel, Launch, Program, call_size
 
 # Dynamic shared memory that a kernel may use without a setting that allows more.
 USUAL_SHARED_BYTES = 48 * 1024
+
+# What the driver says about an image that is newer than itself.
+UNKNOWN_IMAGE = (
+    driver.CUresult.CUDA_ERROR_INVALID_IMAGE,
+    driver.CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU,
+    driver.CUresult.CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
+)
 
 
 class Loaded(NamedTuple):
@@ -67,9 +74,9 @@ class Launcher:
         def value(argument: Argument) -> int:
             if argument.kind == "int":
                 return argument.size(batch, seqlen)
-            return (
-                workspace + argument.value if argument.kind == "workspace" else tensors[argument.kind][argument.value]
-            )
+            if argument.kind == "workspace":
+                return workspace + argument.value
+            return tensors[argument.kind][argument.value] + argument.offset
 
         tensors = {"input": inputs, "output": outputs}
         for launch in plan.launches:
@@ -105,8 +112,18 @@ def _load(context: int, sm: int, kernel: Kernel) -> Loaded:
     if chosen is None:
         carried = ", ".join("PTX" if image == PTX else f"sm_{image}" for image in images) or "nothing"
         raise RuntimeError(f"kernel {kernel.name} is compiled for {carried}; none of it runs on this GPU, sm_{sm}")
-    image = images[chosen]
-    function = _done(driver.cuModuleGetFunction(_module(context, image.data), kernel.name.encode()))
+    for image in (images[chosen], images.get(PTX)):
+        module = None if image is None else _module(context, image.data)
+        if image is not None and module is not None:
+            return _function(module, image, kernel.name)
+    raise RuntimeError(
+        f"the driver does not know the image of kernel {kernel.name} for sm_{sm}; "
+        f"images for sm_{NEW_FORMAT_SM} and later need driver {NEW_FORMAT_DRIVER}"
+    )
+
+
+def _function(module: Any, image: Image, name: str) -> Loaded:
+    function = _done(driver.cuModuleGetFunction(module, name.encode()))
     if image.shared_bytes > USUAL_SHARED_BYTES:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _done(driver.cuFuncSetAttribute(function, attribute, image.shared_bytes))
@@ -115,7 +132,9 @@ def _load(context: int, sm: int, kernel: Kernel) -> Loaded:
 
 @cache
 def _module(_context: int, image: bytes) -> Any:
-    return _done(driver.cuModuleLoadData(image + b"\0"))  # PTX must end with a zero byte
+    """Load an image; None if the driver is too old for its format."""
+    status, module = driver.cuModuleLoadData(image + b"\0")  # PTX must end with a zero byte
+    return None if status in UNKNOWN_IMAGE else _done((status, module))
 
 
 @cache

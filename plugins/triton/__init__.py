@@ -5,6 +5,7 @@ One description of the launches has two users. `launch` runs them on PyTorch ten
 schedules and the op as a function of tensors are in its folder of ``plugins/ops``.
 
     tiles, low_bit         parts of kernels that several ops share
+    block_end              the sum at the end of attention or MLP; with the hidden states and a norm, a whole block
     output_projection      two kernels that several ops share
     rest_projection        the same for the units that are computed from a low-bit copy
     head_choice            chooses and orders the heads of attention

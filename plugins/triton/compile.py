@@ -20,6 +20,7 @@ from shadowllm.errors import UserError
 from shadowllm.plugins.kernel_program import ALIGNED, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
 from shadowllm.plugins.registry import SCHEMAS, schedules
 from shadowllm.plugins.schema import Attributes, OpSchema
+from shadowllm.plugins.triton.block_end import with_block_end
 from shadowllm.plugins.triton.schedule import FLOATS_FUSED, Call, Operand, Schedule, Scratch, Shape
 
 # PTX version that drivers of CUDA 12 understand.
@@ -55,7 +56,8 @@ def compile_program(
 
     Args:
         op: name of a schema.
-        inputs: the present inputs, by the schema's names; uint8 as int32 words. Only batch and seqlen of ``x`` may be
+        inputs: the present inputs, by the schema's names; with ``residual``, those of a whole block of a layer
+            (`block_end.with_block_end`). uint8 as int32 words. Only batch and seqlen of ``x`` may be
             symbols, and batch of ``key``, ``value``, ``lengths``, ``cos`` and ``sin``.
         attributes: attributes of the node; ``layer`` is not read.
         max_batch, max_seqlen: largest number of sequences in a call, and of tokens in each.
@@ -67,7 +69,7 @@ def compile_program(
     """
     if not sms:
         raise ValueError("there is no GPU to compile for")
-    schema = SCHEMAS[op]
+    schema = schema_of(op, inputs)
     known = tuple((name, value) for name, value in attributes.items() if name != "layer")
     order = [port.name for port in schema.inputs if port.name in inputs]
     if len(order) != len(inputs):
@@ -75,6 +77,11 @@ def compile_program(
     return _compile(
         op, tuple((name, inputs[name]) for name in order), known, max_batch, max_seqlen, tuple(sorted(set(sms)))
     )
+
+
+def schema_of(op: str, inputs: Mapping[str, Tensor]) -> OpSchema:
+    """The signature of an op, or that of a whole block of a layer if there is a ``residual``."""
+    return with_block_end(SCHEMAS[op]) if "residual" in inputs else SCHEMAS[op]
 
 
 @lru_cache(maxsize=64)
@@ -86,7 +93,8 @@ def _compile(
     max_seqlen: int,
     sms: tuple[int, ...],
 ) -> Program:
-    schema, tensors = SCHEMAS[op], dict(inputs)
+    tensors = dict(inputs)
+    schema = schema_of(op, tensors)
     dtype = next((tensors[p.name].dtype for p in schema.inputs if p.dtype == "T" and p.name in tensors), "float32")
     shapes: dict[str, Shape] = {
         name: tuple(size if isinstance(size, int) else 0 for size in tensor.shape) for name, tensor in inputs

@@ -9,6 +9,7 @@ index outside the weight is skipped.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import get_args
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from shadowllm.models.activations import Activation
 from shadowllm.plugins.kernel_program import call_size
 from shadowllm.plugins.schema import Attributes, OpSchema
+from shadowllm.plugins.triton.block_end import with_block_end
 from shadowllm.plugins.triton.schedule import Planner, Schedule, Shape, cover, run
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,6 +55,58 @@ def check_rest(schema: OpSchema, rest: Tensor | None, copies: Mapping[str, Tenso
         _, blocks, size = copy.shape
         if size < 4 or size & (size - 1) or not (blocks - 1) * 2 * size < width <= blocks * 2 * size:
             raise ValueError(f"{schema.name}: {name} has shape {tuple(copy.shape)} for rows of {width}")
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What makes ``SparseAttention`` or ``SparseMLP`` a whole block of a layer; see `block_end.with_block_end`.
+
+    Attributes:
+        residual: hidden states ``(B, 1, D)``, to which the result is added.
+        norm_weight, norm_bias: ``(D,)``, of the norm after the addition; a bias makes it a LayerNorm.
+        norm_eps: added to the variance.
+        normed: ``(B, 1, D)``, written.
+        output_norm_weight: ``(D,)``, if the result is normed before the addition.
+        w_kv, b_kv: of attention's keys and values, one below the other.
+    """
+
+    residual: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor | None
+    norm_eps: float
+    normed: Tensor
+    output_norm_weight: Tensor | None = None
+    w_kv: Tensor | None = None
+    b_kv: Tensor | None = None
+
+
+def launch_op(
+    schema: OpSchema,
+    planner: Planner,
+    inputs: Mapping[str, Tensor | None],
+    attributes: Attributes,
+    chosen: Tensor | None,
+    block: BlockInputs | None,
+) -> Tensor:
+    """Launch ``SparseAttention`` or ``SparseMLP``, alone or as a block, and return y.
+
+    Raises:
+        ValueError: see `launch`; or a block of more than one token per sequence.
+    """
+    x = inputs["x"]
+    assert x is not None
+    y, outputs = torch.empty_like(x), [] if chosen is None else [chosen]
+    if block is None:
+        launch(schema, planner, inputs, attributes, y, *outputs)
+        return y
+    if x.ndim != 3 or x.shape[1] != 1 or (block.w_kv is not None and schema.name != "SparseAttention"):
+        raise ValueError(f"{schema.name} is no block of a layer for x {tuple(x.shape)}")
+    more = {name: tensor for name, tensor in vars(block).items() if name not in ("normed", "norm_eps")}
+    if schema.name != "SparseAttention":
+        more = {name: tensor for name, tensor in more.items() if not name.endswith("_kv")}
+    attributes = {**attributes, "norm_eps": block.norm_eps}
+    launch(with_block_end(schema), planner, {**inputs, **more}, attributes, y, block.normed, *outputs)
+    return y
 
 
 def launch(

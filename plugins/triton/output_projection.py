@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
 from shadowllm.plugins.kernel_program import Size
-from shadowllm.plugins.triton.low_bit import rest_is_added
+from shadowllm.plugins.triton.block_end import BlockEnd, end_call, split_blocks, sum_partials
 from shadowllm.plugins.triton.rest_projection import BLOCKS, MAX_SPLITS, Rest, rest_call
 from shadowllm.plugins.triton.schedule import GEMV, PREFILL, Call, Operand, Scratch, Tier, Workspace
 from shadowllm.plugins.triton.tiles import LINE, active_rows, dot, tile_warps
+
+# Bytes of partial sums that the one block of `block_end.sum_and_norm` adds up for a token.
+MAX_PARTIAL_BYTES = 128 * 1024
+# Below every score. It is finite, because the difference of two infinities is not a number.
+LOWEST = tl.constexpr(-1e38)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """How the hidden values of `project_back` are stored if attention left them in several spans of the cache.
+
+    Attributes:
+        splits: number of spans; the hidden values are ``partials`` of `sparse_attention.kernel.decode_attention`.
+        span: positions of a span.
+        capacity: positions of the cache.
+    """
+
+    splits: int = 1
+    span: int = 0
+    capacity: int = 0
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Constants of `project_back`."""
+        block = triton.next_power_of_2(self.splits)
+        return {"SPANS": self.splits, "SPAN": self.span, "CAPACITY": self.capacity, "BLOCK_S": block}
 
 
 def back_calls(
@@ -28,8 +57,10 @@ def back_calls(
     indices: Operand | None = "indices",
     count: Operand | None = "count",
     rest: Rest | None = None,
+    spans: Spans | None = None,
+    end: BlockEnd | None = None,
 ) -> tuple[Call, ...]:
-    """The launches of `project_back`, of `project_rest` if there is a rest, and of `sum_partials`: they write "y".
+    """The launches of `project_back`, of `project_rest` if there is a rest, and of the sum: they write "y".
 
     Args:
         hidden: ``(tokens, cap * group)`` of type T.
@@ -40,10 +71,13 @@ def back_calls(
         skip_zeros: whether to skip weight rows whose hidden values are zero.
         indices, count: the active units; None for all.
         rest: the units that are computed from a low-bit copy.
+        spans: if ``hidden`` has the results of several spans of the cache.
+        end: if the sum also adds the hidden states and norms them.
     """
-    rows, cols = (16, min(256, triton.next_power_of_2(width))) if tier.block == GEMV else (LINE // itemsize, 64)
+    rows, cols = _tile(tier, width, itemsize, end is not None)
     tiles = triton.cdiv(width, cols)
-    splits = 1 if tier.block == PREFILL else min(MAX_SPLITS, triton.cdiv(BLOCKS, tiles), triton.cdiv(cap * group, rows))
+    most = MAX_SPLITS if end is None else max(1, min(MAX_SPLITS, MAX_PARTIAL_BYTES // (4 * width)))
+    splits = 1 if tier.block == PREFILL else min(most, triton.cdiv(BLOCKS, tiles), triton.cdiv(cap * group, rows))
     partials = workspace.take(splits * tier.tokens * width, "float32", 4)
     constants = {"WIDTH": width, "SPLITS": splits, "BLOCK_D": cols}
     multiply = Call(
@@ -51,8 +85,8 @@ def back_calls(
         (Size(tiles), Size(splits), tier.tiles),
         {
             "hidden": hidden,
-            **({} if indices is None else {"indices": indices}),
-            **({} if count is None else {"count": count}),
+            **{name: one for name, one in {"indices": indices, "count": count}.items() if one is not None},
+            **({"lengths": "lengths"} if spans else {}),
             "weight": weight,
             "partials": partials,
             "tokens": tier.size,
@@ -63,6 +97,7 @@ def back_calls(
             "UNITS": units,
             "GROUP": group,
             "SKIP_ZEROS": int(skip_zeros and tier.block == GEMV),
+            **(spans or Spans()).constants,
             "BLOCK_M": tier.block,
             "BLOCK_N": rows,
         },
@@ -70,15 +105,34 @@ def back_calls(
         stages=3,
     )
     summed: dict[str, Operand] = {"partials": partials, "y": "y", "tokens": tier.size}
-    if bias:
-        summed["bias"] = bias
+    summed |= {"bias": bias} if bias else {}
     more, sizes = list[Call](), {"UNITS": units, "REST_SPLITS": 0}
     if rest is not None:
-        call, read, sizes = rest_call(workspace, tier, rest, units=units, group=group, itemsize=itemsize, width=width)
+        shape = {"units": units, "group": group, "itemsize": itemsize, "width": width}
+        call, read, sizes = rest_call(workspace, tier, rest, **shape, most=most)
         more, summed = [call], summed | read
+    return multiply, *more, _sum_call(end, tier, tiles, summed, constants | sizes)
+
+
+def _sum_call(
+    end: BlockEnd | None, tier: Tier, tiles: int, summed: Mapping[str, Operand], constants: Mapping[str, int]
+) -> Call:
+    if end is not None:
+        return end_call(end, tier, summed, constants)
     # Tokens are along x, because the other two axes of a grid are limited to 65,535.
-    total = Call(sum_partials, (tier.size, Size(tiles), Size()), summed, constants | sizes)
-    return multiply, *more, total
+    blocks = split_blocks(constants["SPLITS"], constants["REST_SPLITS"])
+    return Call(sum_partials, (tier.size, Size(tiles), Size()), summed, {**constants, **blocks})
+
+
+def _tile(tier: Tier, width: int, itemsize: int, ended: bool) -> tuple[int, int]:
+    """Rows and columns of the weight that a block of `project_back` loads at a time.
+
+    If one block adds up the sums of a token, it should get few of them. Then tiles have fewer columns, so that as many
+    blocks have fewer splits. Both tiles for one token have 4096 numbers.
+    """
+    if tier.block != GEMV:
+        return LINE // itemsize, 64
+    return (32, 128) if ended else (16, min(256, triton.next_power_of_2(width)))
 
 
 @triton.jit
@@ -86,6 +140,7 @@ def project_back(
     hidden,
     indices,
     count,
+    lengths,
     weight,
     partials,
     tokens,
@@ -95,6 +150,10 @@ def project_back(
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
     SKIP_ZEROS: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPAN: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -104,7 +163,7 @@ def project_back(
     Block (column tile, split, token tile) writes the sum over its share of the active rows into
     ``partials (SPLITS, tokens, WIDTH)``. `sum_partials` adds the shares in a fixed order, so that results do
     not depend on scheduling. This is the down projection (a unit is a neuron, one row) and the output
-    projection (a unit is a head, ``head_dim`` rows).
+    projection (a unit is a head, ``head_dim`` rows). With ``lengths``, a head's values are merged from its spans.
     """
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
@@ -121,18 +180,17 @@ def project_back(
     for start in range(split * share, stop, BLOCK_N):
         slots = start + tl.arange(0, BLOCK_N)
         rows, live = active_rows(indices, n, slots, GROUP, UNITS)
-        h = tl.load(
-            hidden + rows_m[:, None].to(tl.int64) * (CAP * GROUP) + slots[None, :],
-            mask=(rows_m < tokens)[:, None] & live[None, :],
-            other=0.0,
-        )
+        h = hidden_values(
+            hidden, lengths, rows_m, slots, live, tokens, CAP, GROUP, SPANS, SPAN, CAPACITY, BLOCK_S, BLOCK_M,
+            weight.dtype.element_ty,
+        )  # fmt: skip
         if SKIP_ZEROS:  # a neuron that ReLU set to zero needs no weights
-            live = live & (tl.sum(h.to(tl.float32), 0) != 0)
+            live = live & (h != 0)
         w = tl.load(
             weight + rows[:, None] * WIDTH + cols[None, :], mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0
         )
         if BLOCK_M == 1:
-            acc += tl.trans(h).to(tl.float32) * w.to(tl.float32)
+            acc += h[:, None].to(tl.float32) * w.to(tl.float32)
         else:
             acc = dot(h, w, acc)
     if BLOCK_M == 1:
@@ -144,30 +202,93 @@ def project_back(
 
 
 @triton.jit
-def sum_partials(
-    partials,
-    bias,
-    y,
-    rest_partials,
-    rest,
-    active,
+def hidden_values(
+    hidden,
+    lengths,
+    rows_m,
+    slots,
+    live,
     tokens,
-    WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UNITS: tl.constexpr,
-    REST_SPLITS: tl.constexpr,
+    CAP: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPAN: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TYPE: tl.constexpr,
 ):
-    """Write ``y (tokens, WIDTH)``: the shares of `project_back`, plus those of `project_rest`, plus the bias."""
-    token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for split in range(SPLITS):
-        total += tl.load(partials + (split * tokens + token) * WIDTH + cols, mask=cols < WIDTH, other=0.0)
-    if rest is not None:  # noqa: SIM102 -- known at compile time, and the next one is not
-        if rest_is_added(rest, active, UNITS):
-            for split in range(REST_SPLITS):
-                total += tl.load(rest_partials + (split * tokens + token) * WIDTH + cols, mask=cols < WIDTH, other=0.0)
-    if bias is not None:
-        total += tl.load(bias + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
-    tl.store(y + token * WIDTH + cols, total.to(y.dtype.element_ty), mask=cols < WIDTH)
+    """Hidden values ``(M, N)`` at the live slots; of one token ``(N,)``, so that threads exchange nothing in a loop."""
+    if BLOCK_M == 1 and lengths is None:
+        return tl.load(hidden + slots, mask=live, other=0.0)
+    elif BLOCK_M == 1:
+        return merged_token(hidden, lengths, slots, live, GROUP, SPANS, SPAN, CAPACITY, BLOCK_S).to(TYPE)
+    else:
+        mask = (rows_m < tokens)[:, None] & live[None, :]
+        if lengths is None:
+            place = rows_m[:, None].to(tl.int64) * (CAP * GROUP) + slots[None, :]
+            return tl.load(hidden + place, mask=mask, other=0.0)
+        else:
+            h = merged_spans(hidden, lengths, rows_m, slots, mask, tokens, CAP, GROUP, SPANS, SPAN, CAPACITY)
+            return h.to(TYPE)
+
+
+@triton.jit
+def merged_token(
+    partials,
+    lengths,
+    slots,
+    live,
+    GROUP: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPAN: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """`merged_spans` of one token, ``(N,)``; all spans are loaded at once, because a loop would wait for each."""
+    spans = tl.arange(0, BLOCK_S)
+    length = tl.minimum(tl.load(lengths), CAPACITY)
+    there = live[:, None] & (spans * SPAN < length)[None, :]
+    part = partials + ((slots // GROUP).to(tl.int64)[:, None] * SPANS + spans[None, :]) * (GROUP + 2)
+    tops = tl.load(part + GROUP, mask=there, other=LOWEST)
+    weights = tl.where(there, tl.exp(tops - tl.max(tops, 1)[:, None]), 0.0)
+    mass = tl.sum(weights * tl.load(part + GROUP + 1, mask=there, other=0.0), 1)
+    acc = tl.sum(weights * tl.load(part + (slots % GROUP)[:, None], mask=there, other=0.0), 1)
+    return tl.where(live & (length > 0), acc / tl.where(mass == 0, 1.0, mass), 0.0)
+
+
+@triton.jit
+def merged_spans(
+    partials,
+    lengths,
+    rows_m,
+    slots,
+    mask,
+    tokens,
+    CAP: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPAN: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
+    """The attention's results ``(M, N)``, merged from the spans of the cache that a sequence fills.
+
+    ``partials (tokens, CAP, SPANS, GROUP + 2)`` has the unnormalised result of each span, and the maximum and the sum
+    of its softmax (`decode_attention`).
+    """
+    length = tl.minimum(tl.load(lengths + rows_m, mask=rows_m < tokens, other=0), CAPACITY)
+    head = (rows_m[:, None].to(tl.int64) * CAP + (slots // GROUP)[None, :]) * SPANS
+    place = (slots % GROUP)[None, :]
+    top = tl.full(mask.shape, LOWEST, tl.float32)
+    mass = tl.zeros(mask.shape, tl.float32)
+    acc = tl.zeros(mask.shape, tl.float32)
+    for span in range(tl.cdiv(tl.max(length, 0), SPAN)):
+        there = mask & (span * SPAN < length)[:, None]
+        part = partials + (head + span) * (GROUP + 2)
+        part_top = tl.where(there, tl.load(part + GROUP, mask=there, other=0.0), top)
+        higher = tl.maximum(top, part_top)
+        shrink, part_shrink = tl.exp(top - higher), tl.where(there, tl.exp(part_top - higher), 0.0)
+        mass = mass * shrink + tl.load(part + GROUP + 1, mask=there, other=0.0) * part_shrink
+        acc = acc * shrink + tl.load(part + place, mask=there, other=0.0) * part_shrink
+        top = higher
+    return tl.where(mask & (length > 0)[:, None], acc / tl.where(mass == 0, 1.0, mass), 0.0)

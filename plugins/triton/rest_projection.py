@@ -40,7 +40,7 @@ class Rest:
 
 
 def rest_call(
-    workspace: Workspace, tier: Tier, rest: Rest, *, units: int, group: int, itemsize: int, width: int
+    workspace: Workspace, tier: Tier, rest: Rest, *, units: int, group: int, itemsize: int, width: int, most: int
 ) -> tuple[Call, dict[str, Operand], dict[str, int]]:
     """The launch of `project_rest`, and the operands and constants by which `sum_partials` adds its result.
 
@@ -48,14 +48,13 @@ def rest_call(
         units, group: the copy has ``units * group`` rows.
         itemsize: bytes per element of type T.
         width: hidden size.
+        most: most splits of the sum over the rows.
     """
     total = rest.blocks * rest.words
     one = tier.block == GEMV
     rows, words = (16, min(32, triton.next_power_of_2(total))) if one else (LINE // itemsize, rest.words)
     tiles = triton.cdiv(total, words)
-    splits = (
-        1 if tier.block == PREFILL else min(MAX_SPLITS, triton.cdiv(BLOCKS, tiles), triton.cdiv(units * group, rows))
-    )
+    splits = 1 if tier.block == PREFILL else min(most, triton.cdiv(BLOCKS, tiles), triton.cdiv(units * group, rows))
     partials = workspace.take(splits * tier.tokens * width, "float32", 4)
     read: dict[str, Operand] = {"active": rest.active, "rest": "rest"}
     order: dict[str, Operand] = {} if rest.order is None else {"order": rest.order}

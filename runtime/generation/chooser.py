@@ -17,6 +17,8 @@ class Chooser:
         texts: token ids of each sequence: the prompt, and the tokens chosen so far.
         running: bool ``(batch,)``, which sequences have not ended; tokens chosen for the others do not matter.
         plain: whether it always takes the token with the largest unchanged logit.
+        sampling: the options.
+        only_sampled: whether tokens are drawn, and no option depends on the text so far.
 
     Args:
         prompts: token ids of each sequence.
@@ -29,6 +31,9 @@ class Chooser:
     ) -> None:
         self.texts = [list(prompt) for prompt in prompts]
         self._processors = [sampling.processors(len(prompt), stop_ids) for prompt in prompts]
+        options = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, sampling.min_p)
+        self.sampling = sampling
+        self.only_sampled = sampling.temperature > 0 and sampling == Sampling(*options)
         self._sampled, self._backend = sampling.temperature > 0, backend
         self.running = np.ones(len(prompts), dtype=bool)
         self.plain = not self._sampled and not any(self._processors)
@@ -100,6 +105,12 @@ class Chooser:
         import torch
 
         return int(torch.multinomial(torch.from_numpy(probabilities), 1, generator=self._generator))
+
+    def uniforms(self, steps: int) -> np.ndarray:
+        """Random numbers in [0, 1) for steps that are drawn elsewhere, float32 ``(batch, steps)``."""
+        import torch
+
+        return torch.rand((len(self.texts), steps), generator=self._generator).numpy()
 
     def uniform(self) -> float:
         """A random number, uniform in [0, 1); 0 without sampling."""

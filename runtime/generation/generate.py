@@ -13,7 +13,7 @@ from shadowllm.runtime.generation.chooser import Chooser
 from shadowllm.runtime.generation.draft_length import DraftLength
 from shadowllm.runtime.generation.sampling import Sampling
 from shadowllm.runtime.generation.speculative import rounds
-from shadowllm.runtime.session import Session, VerifyingSession
+from shadowllm.runtime.session import SamplingSession, Session, VerifyingSession
 
 if TYPE_CHECKING:
     from transformers import StoppingCriteria
@@ -88,7 +88,11 @@ def _verifying(session: Session) -> VerifyingSession:
 
 def _following(session: Session, tokens: np.ndarray, steps: int, chooser: Chooser) -> Iterator[Taken]:
     """The tokens after ``tokens``, one per sequence and step."""
-    alone = session.decode_greedy(tokens, steps) if steps > 0 and chooser.plain else None
+    alone = None
+    if steps > 0 and chooser.plain:
+        alone = session.decode_greedy(tokens, steps)
+    elif steps > 0 and chooser.only_sampled and isinstance(session, SamplingSession):
+        alone = session.decode_sampled(tokens, steps, chooser.sampling, chooser.uniforms(steps))
     if alone is not None:
         for tokens in alone:
             for row in chooser.rows:

@@ -20,6 +20,7 @@ from shadowllm.runtime.session import Memory
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")  # also the order of an engine's profiles
+SHORTEST_PROMPT = 16  # shorter prompts are padded to this length
 ALIGNMENT = 256  # of every address that TensorRT is given
 ITEMSIZE = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "bfloat16": 2}
 # Tensors whose buffer depends on the phase. A prefill is dense: all units are selected, all rows of the output table
@@ -50,6 +51,19 @@ class Limits:
     seqlen: int
     capacity: int
     kept: int = 1
+
+    def prompt_length(self, longest: int) -> int:
+        """The length to which prompts are padded: the next power of two, because TensorRT-RTX compiles for each length.
+
+        Raises:
+            UserError: the longest prompt is longer than the engines take.
+        """
+        if longest > self.seqlen:
+            raise UserError(
+                f"a prompt of {longest} tokens, the engines take {self.seqlen}",
+                f"`shadowllm build --max-seqlen {longest}`",
+            )
+        return min(self.seqlen, max(SHORTEST_PROMPT, 1 << (longest - 1).bit_length()))
 
     @classmethod
     def of(cls, records: Sequence[EngineRecord]) -> Limits:

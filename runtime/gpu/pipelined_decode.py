@@ -39,9 +39,9 @@ class PipelinedDecode(ABC):
     def decode_greedy(self, tokens: np.ndarray, steps: int) -> Iterator[np.ndarray]:
         """See `Session.decode_greedy`."""
         self._start(tokens, steps)
-        return self._ahead(tokens, steps)
+        return self._ahead(tokens, steps, self._replay)
 
-    def _ahead(self, tokens: np.ndarray, steps: int) -> Iterator[np.ndarray]:
+    def _ahead(self, tokens: np.ndarray, steps: int, replay: Callable[[], Any]) -> Iterator[np.ndarray]:
         launched, budget = 0, self._budgets_set
         for done in range(steps):
             if budget != self._budgets_set:
@@ -51,7 +51,7 @@ class PipelinedDecode(ABC):
                 self._start(tokens, steps - done)
                 launched, budget = done, self._budgets_set
             while launched < min(steps, done + SLOTS):
-                self._replay()
+                replay()
                 self._send(launched % SLOTS)
                 launched += 1
             tokens = self._received(done % SLOTS)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from shadowllm.models.decoder import KVCache
 from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit, check_neuron_budget
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
-from shadowllm.runtime.gpu.cuda_graph import captured, kernel_device
+from shadowllm.runtime.generation.sampling import Sampling
+from shadowllm.runtime.gpu.cuda_graph import WARMUP, captured, kernel_device
+from shadowllm.runtime.gpu.device_sampling import DeviceSampler
 from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
 from shadowllm.runtime.gpu.rest import RestInputs, chosen_inside, rest_inputs
 from shadowllm.runtime.gpu.selection import PerLayerSelection, UpfrontSelection, choose, device_copies
@@ -34,7 +37,7 @@ CACHE_BLOCK = 1024
 
 
 class TritonSession(PipelinedDecode):
-    """A `VerifyingSession` on one GPU.
+    """A `VerifyingSession` and `SamplingSession` on one GPU.
 
     Prefill is dense. A decode step reads its tokens and positions on the device and writes the most probable next
     ones there, so greedy decoding only replays one CUDA graph. Budgets are counts that the kernels read, so a new
@@ -126,6 +129,8 @@ class TritonSession(PipelinedDecode):
     def __exit__(self, *error: object) -> None:
         tensors = (
             "_replay",
+            "_replay_sampled",
+            "_sampler",
             "_verifications",
             "_decoder",
             "cache",
@@ -216,7 +221,7 @@ class TritonSession(PipelinedDecode):
 
         The capture runs steps at position 0 of the cache, which is still empty.
         """
-        self._forget("_replay", "_verifications", "cache")
+        self._forget("_replay", "_replay_sampled", "_verifications", "cache")
         batch = len(self._lengths)
         self.cache = KVCache.empty(self.spec, batch, capacity, self.dtype, self.device)
         self._tokens, self._positions = (
@@ -227,7 +232,9 @@ class TritonSession(PipelinedDecode):
         self._host_logits = torch.zeros(self._logits.shape, pin_memory=cuda)
         self._slots = torch.zeros((SLOTS, batch, 1), dtype=torch.int64, pin_memory=cuda)
         self._events = [torch.cuda.Event() for _ in self._slots] if cuda else []
+        self._sampler = DeviceSampler(batch, capacity, self.device)
         self._replay = captured(self._step, self.device)
+        self._replay_sampled: Callable[[], Any] | None = None
         self._verifications: dict[int, Verification] = {}
 
     def _forget(self, *names: str) -> None:
@@ -237,18 +244,40 @@ class TritonSession(PipelinedDecode):
         for name in names:
             self.__dict__.pop(name, None)
 
+    def decode_sampled(
+        self, tokens: np.ndarray, steps: int, sampling: Sampling, uniforms: np.ndarray
+    ) -> Iterator[np.ndarray] | None:
+        """See `SamplingSession.decode_sampled`. Its CUDA graph is captured at the first use.
+
+        The runs before the capture write cache entries after the texts, which nothing reads. If the model has no
+        positions for them, the result is None.
+        """
+        self._start(tokens, steps)
+        if self._replay_sampled is None:
+            if self._lengths.max() + WARMUP >= self.spec.max_seqlen:
+                return None
+            self._replay_sampled = captured(partial(self._step, sampled=True), self.device)
+            self._start(tokens, steps)
+        self._sampler.begin(sampling, uniforms, self._lengths)
+        return self._ahead(tokens, steps, self._replay_sampled)
+
     @torch.no_grad()
-    def _step(self) -> None:
+    def _step(self, sampled: bool = False) -> None:
         """Run one decode step, from the tokens and positions on the device to the next ones."""
         decoder = self._decoder
         decoder.begin(self._positions, self.cache.keys[0].shape[2])
         x = decoder.embed(self._tokens, self._positions)
-        for layer in range(self.spec.n_layers):
-            if layer == self._layers.dense_layers:
-                decoder.selection = self._per_layer or self.select(x)
+        for layer in range(self._layers.dense_layers):
             x = decoder.layer(layer, x, self._positions, self.cache)
-        self._logits.copy_(decoder.logits(x)[:, -1])
-        self._tokens.copy_(self._logits.argmax(dim=-1, keepdim=True))
+        if self._predictor is None:
+            logits = decoder.logits(x)
+        else:
+            logits = decoder.sparse_logits(x, self._positions, self.cache, self._per_layer or self.select(x))
+        self._logits.copy_(logits[:, -1])
+        if sampled:
+            self._tokens.copy_(self._sampler.choose(self._logits, self._positions))
+        else:
+            self._tokens.copy_(self._logits.argmax(dim=-1, keepdim=True))
         self._positions += 1
 
     def select(self, hidden: Tensor) -> UpfrontSelection:

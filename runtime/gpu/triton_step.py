@@ -1,18 +1,22 @@
 """The decoder for a GPU: merged projections, one write to the cache per layer, and sparse layers with the kernels.
 
+A sparse layer whose units are chosen before it has seven launches: keys, values and queries; attention; the output
+projection; its sum with the hidden states, and the norm; the neurons; the down projection; its sum and the next norm.
+
 Nothing in a step waits for the host or reads a value on the host, so a step can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shadowllm.bundle.weight_names import output_table
 from shadowllm.models.decoder import Decoder, KVCache
 from shadowllm.models.rope import RopeSpec
 from shadowllm.models.sparsity import SparseLayers, Unit
@@ -22,6 +26,7 @@ from shadowllm.plugins.ops.shortlist_logits.launcher import shortlist_logits
 from shadowllm.plugins.ops.sparse_attention.launcher import sparse_attention
 from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
 from shadowllm.plugins.triton.cache import write_cache
+from shadowllm.plugins.triton.launch import BlockInputs
 from shadowllm.runtime.gpu.rest import RestInputs
 from shadowllm.runtime.gpu.selection import Selection
 
@@ -59,7 +64,7 @@ class StepDecoder(Decoder):
         self.rotary = {rope: tuple(table.to(self._device) for table in tables) for rope, tables in self.rotary.items()}
 
     def begin(self, position_ids: Tensor, capacity: int | None = None) -> None:
-        """Prepare a step; its layers are dense until `selection` is set.
+        """Prepare a step.
 
         Args:
             position_ids: int64 ``(batch, seqlen)`` on the device. Prompts have ``0 .. seqlen - 1`` in every row.
@@ -77,41 +82,105 @@ class StepDecoder(Decoder):
             rope: tuple(table[position_ids].to(self._dtype) for table in tables) for rope, tables in self.rotary.items()
         }
         self._shared = Shared(mask, lengths, rotary)
-        self.selection: Selection | None = None
 
-    def logits(self, x: Tensor) -> Tensor:
-        """See `Decoder.logits`; in a sparse step, those outside of the shortlist come from the copy."""
-        if self.selection is None or self._rest is None:
-            return super().logits(x)
-        found, _ = shortlist_logits(self._norm("final_norm", x).flatten(0, 1), **self._rest.logits)
+    def sparse_logits(self, x: Tensor, position_ids: Tensor, cache: KVCache, selection: Selection) -> Tensor:
+        """Run the sparse layers of a one-token step, and the output projection.
+
+        Args:
+            x: hidden states ``(batch, 1, hidden_size)``, the input of the first sparse layer.
+            selection: of the units; all sequences share it.
+
+        Returns:
+            ``(batch, 1, vocab_size)``; with a low-bit copy, those outside of the shortlist come from the copy.
+        """
+        spec = self.spec
+        first, *_ = spec.norms_of(self._layers.dense_layers)
+        normed = self._norm(first, x) if spec.pre_norm else x
+        for layer in self._layers.layers:
+            after = self._norms_after(layer)
+            x, normed = self._attention_block(layer, x, normed, after[0], position_ids, cache, selection)
+            x, normed = self._mlp_block(layer, x, normed, after[1], selection)
+        if self._rest is None:
+            return F.linear(normed, self.weights[output_table(spec)])
+        found, _ = shortlist_logits(normed.flatten(0, 1), **self._rest.logits)
         return found.view(*x.shape[:2], -1)
 
-    def _attention(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
-        assert cache is not None
-        shared, chosen, place = self._shared, self.selection, f"layers.{layer}"
-        keys, values = cache.keys[layer], cache.values[layer]
-        rope = self.spec.rope_of(layer)
-        rotary = shared.rotary[rope] if rope else (None, None)
-        if chosen is None or not self.spec.selects_heads:
-            projected = self._normed_heads(layer, self._linear(f"{place}.qkv_proj", x))
-            query = write_cache(projected, keys, values, position_ids, *rotary)
-            return self._rows(f"{place}.o_proj", self._context(query, keys, values).transpose(1, 2).flatten(2))
-        write_cache(self._linear(f"{place}.kv_proj", x), keys, values, position_ids, *rotary)
-        indices, count = chosen.active("heads", self._layers.row(layer), x)
+    def _norms_after(self, layer: int) -> tuple[str, str]:
+        """The norms of the hidden states after attention, and after the MLP."""
+        own = self.spec.norms_of(layer)
+        if not self.spec.pre_norm:
+            return own[0], own[1] if len(own) > 1 else "final_norm"
+        last = layer == self.spec.n_layers - 1
+        return own[1], "final_norm" if last else self.spec.norms_of(layer + 1)[0]
+
+    def _attention_block(
+        self, layer: int, x: Tensor, normed: Tensor, after: str, position_ids: Tensor, cache: KVCache, chosen: Selection
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states after attention, and their norm ``after``; ``normed`` is attention's input."""
+        place, spec = f"layers.{layer}", self.spec
+        if not spec.selects_heads:
+            x = x + self._output(f"{place}.attention", self._attention(layer, normed, position_ids, cache))
+            return x, self._norm(after, x)
+        rope = spec.rope_of(layer)
+        cos, sin = self._shared.rotary[rope] if rope else (None, None)
+        indices, count = chosen.active("heads", self._layers.row(layer), normed)
+        block = self._block(f"{place}.attention", x, after)
+        block = replace(
+            block,
+            w_kv=self.weights[f"{place}.kv_proj.weight"],
+            b_kv=self.weights.get(f"{place}.kv_proj.bias"),
+        )
         y, _ = sparse_attention(
-            x,
-            keys,
-            values,
-            shared.lengths,
+            normed,
+            cache.keys[layer],
+            cache.values[layer],
+            self._shared.lengths,
             indices,
             count,
             **self._matrices(place, "q", "o"),
             **self._copies(layer, "heads"),
-            cos=rotary[0],
-            sin=rotary[1],
-            n_heads=self.spec.n_heads,
+            cos=cos,
+            sin=sin,
+            n_heads=spec.n_heads,
+            block=block,
         )
-        return y
+        return (y if spec.pre_norm else block.normed), block.normed
+
+    def _mlp_block(self, layer: int, x: Tensor, normed: Tensor, after: str, chosen: Selection) -> tuple[Tensor, Tensor]:
+        """As `_attention_block`, for the MLP."""
+        place, spec = f"layers.{layer}", self.spec
+        indices, count = chosen.active("neurons", self._layers.row(layer), normed)
+        inputs = {**self._matrices(place, "gate", "up", "down"), **self._copies(layer, "neurons")}
+        block = self._block(f"{place}.mlp", x, after)
+        y, _ = sparse_mlp(
+            normed,
+            indices,
+            count,
+            **inputs,
+            activation=spec.activation,
+            threshold=spec.activation_threshold,
+            block=block,
+        )
+        return (y if spec.pre_norm else block.normed), block.normed
+
+    def _block(self, place: str, x: Tensor, after: str) -> BlockInputs:
+        return BlockInputs(
+            x,
+            self.weights[f"{after}.weight"],
+            self.weights.get(f"{after}.bias"),
+            self.spec.norm_eps,
+            torch.empty_like(x),
+            self.weights[f"{place}_output_norm.weight"] if self.spec.output_norms else None,
+        )
+
+    def _attention(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
+        assert cache is not None
+        keys, values = cache.keys[layer], cache.values[layer]
+        rope = self.spec.rope_of(layer)
+        rotary = self._shared.rotary[rope] if rope else (None, None)
+        projected = self._normed_heads(layer, self._linear(f"layers.{layer}.qkv_proj", x))
+        query = write_cache(projected, keys, values, position_ids, *rotary)
+        return self._rows(f"layers.{layer}.o_proj", self._context(query, keys, values).transpose(1, 2).flatten(2))
 
     def _normed_heads(self, layer: int, projected: Tensor) -> Tensor:
         """Norm each head of query and key in ``(batch, seqlen, (n_heads + 2 * n_kv_heads) * head_dim)`` of q, k, v."""
@@ -134,15 +203,6 @@ class StepDecoder(Decoder):
         # At one token, treat the query heads of a group as tokens of its KV head, which every fused kernel supports.
         grouped = query.view(len(query), self.spec.n_kv_heads, self.spec.group_size, self.spec.head_dim)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(query.shape)
-
-    def _mlp(self, layer: int, x: Tensor) -> Tensor:
-        if self.selection is None:
-            return super()._mlp(layer, x)
-        indices, count = self.selection.active("neurons", self._layers.row(layer), x)
-        inputs = {**self._matrices(f"layers.{layer}", "gate", "up", "down"), **self._copies(layer, "neurons")}
-        spec = self.spec
-        y, _ = sparse_mlp(x, indices, count, **inputs, activation=spec.activation, threshold=spec.activation_threshold)
-        return y
 
     def _copies(self, layer: int, unit: Unit) -> Mapping[str, Any]:
         return self._rest.layers[self._layers.row(layer)][unit] if self._rest else {}

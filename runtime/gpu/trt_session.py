@@ -132,13 +132,7 @@ class TrtSession(PipelinedDecode):
         Raises:
             UserError: also for a prompt that is longer than the engines support.
         """
-        ids, positions, lengths = pad_prompts(prompts, len(self._lengths), self.spec)
-        seqlen = ids.shape[1]
-        if seqlen > self._limits.seqlen:
-            raise UserError(
-                f"a prompt of {seqlen} tokens, the engines take {self._limits.seqlen}",
-                f"`shadowllm build --max-seqlen {seqlen}`",
-            )
+        ids, positions, lengths = pad_prompts(prompts, len(self._lengths), self.spec, self._limits.prompt_length)
         self._run_dense(ids, positions, lengths[:, None] - 1)
         self._lengths[:] = lengths
         return self._fetched()

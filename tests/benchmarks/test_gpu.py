@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (pip install 'shadowllm[triton]')")
 
 from shadowllm.benchmarks import random_model
-from shadowllm.benchmarks.gpu import cases, checks, decode, engines
+from shadowllm.benchmarks.gpu import cases, checks, decode, engines, rates
 from shadowllm.benchmarks.gpu.__main__ import Recorder, main
 from shadowllm.benchmarks.gpu.child import answer
 from shadowllm.benchmarks.gpu.probe import probe
@@ -93,6 +93,37 @@ def test_a_wrong_kernel_fails_its_check(monkeypatch):
     assert checks.summary(found) | {"checks": []} == {
         "passed": False, "worst_share_of_allowed": 0.0, "failed": [found[0].case], "checks": [],
     }  # fmt: skip
+
+
+def test_rows_that_relu_skips_are_not_counted():
+    """Of the down projection, only rows of neurons above zero are read; of up, all rows of active neurons."""
+    x, up = torch.ones(1, 1, 4), torch.ones(88, 4)
+    assert sum(rates.fired(x, up)) == 88
+    assert rates.fired(x, up)[0] == 44
+    assert rates.fired(x, -up) == (0, 0)
+    ops = rates._ops(torch.device("cpu"), torch.float16, rates.TINY)
+    (make, bytes_of), _ = ops["SparseMLP"]
+    up, down = make()
+    row = rates.TINY.hidden * 2
+    assert bytes_of(-up.abs(), down) + bytes_of(up.abs(), down) > 2 * 44 * row
+    assert 44 * row < bytes_of(up, down) < 2 * 44 * row
+
+
+def test_a_decode_of_a_relu_model_counts_the_rows_that_it_reads():
+    device = torch.device("cpu")
+    shares = {}
+    for shape in ("tiny-opt", "tiny-llama"):
+        spec = random_model.shape_spec(shape)
+        weights = dict(random_model.RandomWeights(spec, torch.float32, device))
+        shares[shape] = decode.fired_share(spec, weights, device)
+    assert shares["tiny-llama"] == 1
+    assert 0.2 < shares["tiny-opt"] < 0.8
+    spec, setting = random_model.shape_spec("tiny-opt"), decode.TINY
+    shadow = random_model.untrained("shadow", spec, "", rank=2)
+    all_read, half_read = (decode._bytes(spec, shadow, setting, fired) for fired in (1, 0.5))
+    active = setting.budget.counts(SparseLayers(spec, shadow.dense_layers))["neurons"].sum()
+    assert all_read - half_read == active * spec.hidden_size  # half of the rows, two bytes per element
+    assert decode._bytes(spec, None, setting, 0.5) == decode._bytes(spec, None, setting, 1)
 
 
 def test_a_recorder_counts_what_did_not_pass():

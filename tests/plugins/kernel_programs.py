@@ -11,7 +11,9 @@ CUBIN = b"\x7fELF\0\1\2\0"
 def program(dtype: str = "float16", sms: tuple[int, ...] = (80, 90, PTX)) -> Program:
     """Two kernels, the second with much shared memory; a plan for one token, and one for calls up to (4, 128)."""
     grid = (Size(576, divisor=64), Size(batch=True), Size(batch=True, seqlen=True, divisor=16))
-    first = Launch(0, grid, (Argument("input", 2), Argument("workspace", 512), Argument("int", 0, Size(576))))
+    first = Launch(
+        0, grid, (Argument("input", 1, offset=24), Argument("workspace", 512), Argument("int", 0, Size(576)))
+    )
     second = Launch(
         1,
         (Size(3), Size(), Size()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shadowllm.bundle.gpu_images import PTX, serving
+from shadowllm.bundle.gpu_images import PTX, serving, with_fallback
 from shadowllm.plugins.engine_programs import carried, programs_in
 from shadowllm.plugins.kernel_program_bytes import pack
 from tests.plugins.kernel_programs import program
@@ -36,3 +36,8 @@ def test_programs_are_found_in_an_engine():
     assert not list(programs_in(b"no program at all"))
     with pytest.raises(ValueError, match="damaged"):
         list(programs_in(b"head" + pack(one)[:-1]))
+
+
+@pytest.mark.parametrize(("sms", "images"), [((80, 89), (80, 89)), ((80, 90), (80, 90, PTX)), ((PTX, 120), (PTX, 120))])
+def test_images_that_need_a_new_driver_come_with_ptx(sms, images):
+    assert with_fallback(sms) == images

@@ -62,7 +62,7 @@ def test_damage_is_noticed(program):
     with pytest.raises(ValueError, match="longer"):
         unpack(whole + b"\1")
     with pytest.raises(ValueError, match="version: build the engine again"):
-        unpack(whole.replace(b"program 2", b"program 1"))
+        unpack(whole.replace(b"program 3", b"program 2"))
 
 
 def test_a_damaged_length_is_noticed(program):
@@ -111,3 +111,14 @@ def with_shared(kernel, shared_bytes):
 def with_grid(program, y=None, z=None):
     grid = (Size(100_000), y or Size(), z or Size())
     return replace(program.plans[0], launches=(replace(program.plans[0].launches[0], grid=grid),))
+
+
+def test_an_offset_is_of_an_int32_input(program):
+    """Kernels are compiled for floats that begin at a multiple of 16 bytes."""
+    arguments = program.plans[1].launches[0].arguments
+    moved = program.with_offsets({1: 400}).plans[1].launches[0].arguments
+    assert moved == (replace(arguments[0], offset=400), *arguments[1:])
+    with pytest.raises(ValueError, match="offset is 4"):
+        program.with_offsets({0: 4})
+    with pytest.raises(ValueError, match="offset is -4"):
+        program.with_offsets({1: -4})

@@ -79,7 +79,7 @@ def test_one_token_and_a_prompt(built, tmp_path):
         "function second of two-80",
         "second attribute 8 = 98920",
         "launch first of one-80 grid 9 2 7 block 128 1 1 shared 4176 stream 0x55 extra (nil): "
-        "300000000 7f0000000200 240 0 0",
+        "200000018 7f0000000200 240 0 0",
         f"launch second of two-80 grid 3 1 1 block 256 1 1 {block}: 7f0000000000 1000000000 100000000 43",
         "call 2",
         "error: no plan serves batch 5, seqlen 1",
@@ -107,6 +107,27 @@ def test_the_image_that_serves_the_gpu_is_loaded(built, tmp_path, sm, image):
     assert python[5] == f"second attribute 8 = {99000 - image}"
     assert f"block 256 1 1 shared {99000 - image} " in python[6]
     assert cpp == python
+
+
+def test_a_call_under_capture_only_launches(built, tmp_path):
+    """Loading, allocating and waiting fail while a stream is under capture; the first call has loaded everything."""
+    calls = [(pack(program()), 2, 50)]
+    python, cpp = record(built, tmp_path, calls, PROBE_CAPTURES="1")
+    assert cpp == python
+    assert [line.split()[0] for line in python[-4:]] == ["launch"] * 4
+    python, cpp = record(built, tmp_path, calls, FAKE_CAPTURES="1")
+    assert cpp == python
+    assert python[-1] == "error: CUDA driver: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
+
+
+def test_a_driver_too_old_for_an_image_takes_the_ptx(built, tmp_path):
+    calls = [(pack(program(sms=sms)), 1, 1) for sms in ((80, 90, PTX), (90,))]
+    python, cpp = record(built, tmp_path, calls, FAKE_SM="90", FAKE_OLD="1")
+    assert cpp == python
+    assert python[1:4] == ["load one-90", "load one-0", "function first of one-0"]
+    assert f"block 256 1 1 shared {99000 - PTX} " in next(line for line in python if line.startswith("launch"))
+    words = "error: the driver does not know the image of kernel first for sm_90"
+    assert python[-1] == f"{words}; images for sm_90 and later need driver 580"
 
 
 @pytest.mark.parametrize(

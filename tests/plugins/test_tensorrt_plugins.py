@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +21,10 @@ from shadowllm.plugins.registry import SCHEMAS
 from shadowllm.plugins.tensorrt import creators, load_tensorrt
 from shadowllm.plugins.tensorrt.launcher import Launcher
 from tests.plugins.kernel_programs import program
+
+HERE = Path(__file__).parent
+CPP = HERE.parents[1] / "plugins" / "tensorrt" / "cpp"
+CXX = os.environ.get("CXX", "c++")
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +128,13 @@ def test_child_finds_the_library_by_its_plain_name():
         folder = environment["LD_LIBRARY_PATH"].split(os.pathsep)[0]
         assert ctypes.CDLL(f"{folder}/libtensorrt_rtx.so").getInferLibVersion() > 0
     assert not os.path.exists(folder)
+
+
+@pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler")
+@pytest.mark.parametrize("source", ["plugin", "register"])
+def test_the_library_overrides_the_virtuals_of_10_15_and_11(source):
+    """`make plugin` compiles against the headers of 10.14, because no package has later ones."""
+    include = [f"-I{CPP / 'cuda'}", "-isystem", str(HERE / "tensorrt_virtuals")]
+    command = [CXX, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", *include, str(CPP / f"{source}.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ import pytest
 from shadowllm.bundle.gpu_images import PTX
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.kernel_program_bytes import unpack
+from tests.plugins.cubin import parameters
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +68,7 @@ chosen = {{name: port for name, port in given.items() if name != "indices"}}
 chosen |= {{"score_weight": Tensor("float32", (2, {WIDTH})), "score_bias": Tensor("float32", (2,))}}
 graphs += [("SparseAttention", one, {{"n_heads": {HEADS}, "layer": 1}}) for one in (chosen, given)]
 for op, inputs, attributes in graphs:
-    limits = {{"max_batch": batch, "max_seqlen": 9, "sms": (90, PTX)}}
+    limits = {{"max_batch": batch, "max_seqlen": 9, "sms": (86, 90, PTX)}}
     program = compile_program(op, inputs, attributes, **limits)
     again = compile_program(op, inputs, attributes | {{"layer": 2}}, **limits)
     assert again is program or "layer" not in attributes, "the layers of a model share a program"
@@ -152,13 +153,36 @@ def test_launches_fit_their_kernels(programs):
                         assert all(size(batch, seqlen) >= 1 for size in launch.grid)
 
 
+def test_the_parameters_of_each_cubin_are_what_both_launchers_pass(programs):
+    """A launcher passes 8 bytes for a pointer, and the first 4 of 8 for an int32; hidden pointers follow."""
+    _, found = programs
+    seen = 0
+    for program in found.values():
+        for launch in (launch for plan in program.plans for launch in plan.launches):
+            kernel = program.kernels[launch.kernel]
+            passed = [4 if a.kind == "int" else 8 for a in launch.arguments] + [8] * kernel.hidden
+            for image in kernel.images:
+                if image.sm != PTX:
+                    assert [size for _, size in parameters(image.data, kernel.name)] == passed, kernel.name
+                    seen += 1
+    assert seen > 40
+
+
+def test_parameters_of_a_cubin_are_at_multiples_of_their_sizes(programs):
+    _, found = programs
+    kernel = found["SparseMLP"].kernels[0]
+    places = parameters(kernel.images[1].data, kernel.name)
+    assert places[0] == (0, 8)
+    assert all(offset % size == 0 for offset, size in places)
+
+
 def test_every_gpu_has_the_shared_memory(programs):
     """Most GPUs have 99 KiB; `test_long_heads_fit_small_gpus` tests the smallest, 64 KiB of sm_75."""
     _, found = programs
     for program in found.values():
         for kernel in program.kernels:
             assert all(image.shared_bytes <= 99 * 1024 for image in kernel.images)
-            assert {image.sm for image in kernel.images} == {PTX, 90}
+            assert {image.sm for image in kernel.images} == {PTX, 86, 90}
 
 
 def test_grids_cover_the_work(programs):
@@ -175,7 +199,7 @@ def test_ptx_is_for_the_oldest_gpu(programs):
     _, found = programs
     for program in found.values():
         for kernel in program.kernels:
-            assert [image.sm for image in kernel.images] == [PTX, 90]
+            assert [image.sm for image in kernel.images] == [PTX, 86, 90]
             assert ".target sm_80" in kernel.images[0].data.decode()
             assert kernel.images[1].data.startswith(b"\x7fELF")
 
@@ -211,7 +235,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
                 "select_topk",
                 "score_neurons",
                 "mlp_hidden",
-                "head_queries",
+                "project_heads",
                 "decode_attention",
                 "merge_splits",
                 "prompt_attention",
@@ -219,6 +243,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
                 "project_rest",
                 "score_heads",
                 "order_heads",
+                "sum_and_norm",
                 "sum_partials",
                 "table_logits",
                 "copy_logits",
@@ -233,7 +258,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
     assert all(0 < row["registers"] <= 255 and row["shared_bytes"] <= 99 * 1024 for row in rows)
     # One token's products are fused multiply-adds, and threads do not wait for each other inside a loop.
     fused = {row["kernel"] for row in rows if row["multiply_adds"] and not row["loop_barriers"]}
-    assert {"mlp_hidden", "project_back", "project_rest", "score_neurons", "head_queries", "table_logits"} <= fused
+    assert {"mlp_hidden", "project_back", "project_rest", "score_neurons", "project_heads", "table_logits"} <= fused
 
 
 # Prints the shared memory that a tile of a prompt's attention needs, with its own constants and with others.

@@ -1,4 +1,4 @@
-"""``SparseAttention``: queries of the active heads, and their attention over the KV cache.
+"""``SparseAttention``: attention of the active heads over the KV cache; `projection_kernel` makes their queries.
 
 A decode step splits the cache among blocks (flash decoding) and merges their softmaxes. A prompt is
 processed in tiles of queries (flash attention, Dao, arXiv 2307.08691), causal within the step.
@@ -11,112 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shadowllm.plugins.triton.low_bit import copy_products
-from shadowllm.plugins.triton.tiles import add_along, dot, sum_along, token_tile, zeros_along
-
-
-@triton.jit
-def active_head(indices, count, slot, HEADS: tl.constexpr, CAP: tl.constexpr):
-    """The head at a slot; negative if the slot is past the count or the index is not a head."""
-    head = tl.load(indices + slot, mask=slot < tl.minimum(tl.load(count), CAP), other=-1)
-    return tl.where(head < HEADS, head, -1)
-
-
-@triton.jit
-def head_queries(
-    x,
-    indices,
-    count,
-    w_q,
-    b_q,
-    cos,
-    sin,
-    c_q,
-    cs_q,
-    active,
-    query,
-    tokens,
-    CAP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """Write ``query (tokens, CAP, HEAD_DIM)`` of the heads at ``indices``, rotated if ``cos`` is given.
-
-    A block computes some elements of the first half of a head and their partners in the second half,
-    because the rotation combines these pairs. If given, the low-bit copy ``c_q`` with its scales ``cs_q`` replaces
-    ``w_q`` for the heads from slot ``active`` on.
-    """
-    HALF: tl.constexpr = (HEAD_DIM + 1) // 2
-    PARTS: tl.constexpr = (HALF + BLOCK_N - 1) // BLOCK_N
-    slot = tl.program_id(0) // PARTS
-    head = active_head(indices, count, slot, HEADS, CAP)
-    if head < 0:
-        return
-    place = tl.program_id(0) % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_first, in_second = place < HALF, place + HALF < HEAD_DIM
-    rows = head.to(tl.int64) * HEAD_DIM + place
-    first = tl.program_id(1) * BLOCK_M
-    rows_m = first + tl.arange(0, BLOCK_M)
-    inside_m = (rows_m < tokens)[:, None]
-    if c_q is None:
-        a, b = full_products(x, w_q, rows, in_first, in_second, tokens, HALF, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
-    else:
-        if slot < tl.load(active):
-            a, b = full_products(x, w_q, rows, in_first, in_second, tokens, HALF, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
-        else:
-            a = copy_products(
-                x, c_q, cs_q, rows, in_first, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
-            )
-            low = rows + HALF
-            b = copy_products(
-                x, c_q, cs_q, low, in_second, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
-            )
-    if b_q is not None:
-        a += tl.load(b_q + rows, mask=in_first, other=0.0)[None, :].to(tl.float32)
-        b += tl.load(b_q + rows + HALF, mask=in_second, other=0.0)[None, :].to(tl.float32)
-    if cos is not None:
-        angle = rows_m[:, None].to(tl.int64) * HALF + place[None, :]
-        c = tl.load(cos + angle, mask=inside_m & in_first[None, :], other=0.0).to(tl.float32)
-        s = tl.load(sin + angle, mask=inside_m & in_first[None, :], other=0.0).to(tl.float32)
-        a, b = a * c - b * s, b * c + a * s
-    out = query + (rows_m[:, None].to(tl.int64) * CAP + slot) * HEAD_DIM + place[None, :]
-    tl.store(out, a.to(query.dtype.element_ty), mask=inside_m & in_first[None, :])
-    tl.store(out + HALF, b.to(query.dtype.element_ty), mask=inside_m & in_second[None, :])
-
-
-@triton.jit
-def full_products(
-    x,
-    w_q,
-    rows,
-    in_first,
-    in_second,
-    tokens,
-    HALF: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Products ``(M, N)`` of this block's tokens with rows of ``w_q``, and with the rows ``HALF`` further on."""
-    first = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
-    second = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
-    for start in range(0, WIDTH, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        inside = (cols < WIDTH)[None, :]
-        tile = token_tile(x, tokens, cols, WIDTH, BLOCK_M, BLOCK_N)
-        weight = w_q + rows[:, None] * WIDTH + cols[None, :]
-        first = add_along(first, tile, tl.load(weight, mask=in_first[:, None] & inside, other=0.0), BLOCK_M)
-        weight += HALF * WIDTH
-        second = add_along(second, tile, tl.load(weight, mask=in_second[:, None] & inside, other=0.0), BLOCK_M)
-    return sum_along(first, BLOCK_M), sum_along(second, BLOCK_M)
+from shadowllm.plugins.ops.sparse_attention.projection_kernel import active_head
+from shadowllm.plugins.triton.tiles import dot
 
 
 @triton.jit
@@ -163,13 +59,14 @@ def decode_attention(
         seen = positions < length
         place = cache + positions[:, None] * HEAD_DIM + dims[None, :]
         mask = seen[:, None] & inside[None, :]
-        score = tl.sum(tl.load(key + place, mask=mask, other=0.0).to(tl.float32) * q[None, :], 1)
+        k = tl.load(key + place, mask=mask, other=0.0)
+        v = tl.load(value + place, mask=mask, other=0.0).to(tl.float32)  # before k is used, so that both are in flight
+        score = tl.sum(k.to(tl.float32) * q[None, :], 1)
         score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 0))
         weight = tl.exp(score - higher)
         shrink = tl.exp(top - higher)
         mass = mass * shrink + tl.sum(weight, 0)
-        v = tl.load(value + place, mask=mask, other=0.0).to(tl.float32)
         acc = acc * shrink + tl.sum(weight[:, None] * v, 0)
         top = higher
     if SPLITS == 1:
@@ -195,6 +92,7 @@ def merge_splits(
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     SPAN: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """Merge the partial results of `decode_attention` into ``context (batch, CAP, HEAD_DIM)``."""
@@ -202,19 +100,14 @@ def merge_splits(
     row = tl.program_id(1).to(tl.int64)
     if active_head(indices, count, slot, HEADS, CAP) < 0:
         return
-    dims = tl.arange(0, BLOCK_H)
-    part = partials + (row * CAP + slot) * SPLITS * (HEAD_DIM + 2)
-    top = tl.full((), float("-inf"), tl.float32)
-    mass = tl.zeros((), tl.float32)
-    acc = tl.zeros((BLOCK_H,), tl.float32)
-    for _ in range(tl.cdiv(tl.minimum(tl.load(lengths + row), CAPACITY), SPAN)):
-        part_top = tl.load(part + HEAD_DIM)
-        higher = tl.maximum(top, part_top)
-        shrink, part_shrink = tl.exp(top - higher), tl.exp(part_top - higher)
-        mass = mass * shrink + tl.load(part + HEAD_DIM + 1) * part_shrink
-        acc = acc * shrink + tl.load(part + dims, mask=dims < HEAD_DIM, other=0.0) * part_shrink
-        top = higher
-        part += HEAD_DIM + 2
+    dims, spans = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_S)
+    there = spans * SPAN < tl.minimum(tl.load(lengths + row), CAPACITY)
+    part = partials + ((row * CAP + slot) * SPLITS + spans) * (HEAD_DIM + 2)
+    tops = tl.load(part + HEAD_DIM, mask=there, other=float("-inf"))
+    weights = tl.where(there, tl.exp(tops - tl.max(tops, 0)), 0.0)
+    mass = tl.sum(weights * tl.load(part + HEAD_DIM + 1, mask=there, other=0.0), 0)
+    mask = there[:, None] & (dims < HEAD_DIM)[None, :]
+    acc = tl.sum(weights[:, None] * tl.load(part[:, None] + dims[None, :], mask=mask, other=0.0), 0)
     out = context + (row * CAP + slot) * HEAD_DIM + dims
     tl.store(out, (acc / mass).to(context.dtype.element_ty), mask=dims < HEAD_DIM)
 

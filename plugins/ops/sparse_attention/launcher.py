@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shadowllm.plugins.ops.sparse_attention.schedule import schedules
 from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION
-from shadowllm.plugins.triton.launch import check_rest, launch
+from shadowllm.plugins.triton.launch import BlockInputs, check_rest, launch_op
 
 
 def sparse_attention(
@@ -32,8 +32,13 @@ def sparse_attention(
     score_bias: Tensor | None = None,
     *,
     n_heads: int,
+    block: BlockInputs | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``SparseAttention``: x ``(B, S, D)``, cache ``(B, n_kv, C, d)`` that includes this step -> ``(B, S, D)``.
+
+    Args:
+        block: makes the op a whole block of a layer in a one-token step. If it has ``w_kv``, the cache need not include
+            the step yet: its keys and values are computed and written.
 
     Returns:
         y, and the heads that the op chose, int32 ``(H,)``; None with indices.
@@ -48,6 +53,8 @@ def sparse_attention(
         raise ValueError("SparseAttention needs both cos and sin or neither, and even heads to rotate")
     copies = {"c_q": c_q, "c_o": c_o, "cs_q": cs_q, "cs_o": cs_o}
     check_rest(SPARSE_ATTENTION, rest, copies, x.shape[-1])
+    if block is not None and block.w_kv is not None and len(block.w_kv) != 2 * key.shape[1] * key.shape[-1]:
+        raise ValueError(f"SparseAttention has w_kv {tuple(block.w_kv.shape)} and key {tuple(key.shape)}")
     if indices is None:
         if c_q is None or score_weight is None or score_bias is None:
             raise ValueError("SparseAttention needs indices, or a low-bit copy, score_weight and score_bias")
@@ -71,10 +78,5 @@ def sparse_attention(
         "score_weight": score_weight,
         "score_bias": score_bias,
     }
-    y = torch.empty_like(x)
-    if indices is not None:
-        launch(SPARSE_ATTENTION, schedules, inputs, {"n_heads": n_heads}, y)
-        return y, None
-    chosen = torch.empty(n_heads, dtype=torch.int32, device=x.device)
-    launch(SPARSE_ATTENTION, schedules, inputs, {"n_heads": n_heads}, y, chosen)
-    return y, chosen
+    chosen = None if indices is not None else torch.empty(n_heads, dtype=torch.int32, device=x.device)
+    return launch_op(SPARSE_ATTENTION, schedules, inputs, {"n_heads": n_heads}, chosen, block), chosen

@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 import triton
 
 from shadowllm.plugins.kernel_program import Size
-from shadowllm.plugins.ops.sparse_attention.kernel import decode_attention, head_queries, merge_splits, prompt_attention
+from shadowllm.plugins.ops.sparse_attention.kernel import decode_attention, merge_splits, prompt_attention
+from shadowllm.plugins.ops.sparse_attention.projection_kernel import project_heads
 from shadowllm.plugins.schema import Attributes
+from shadowllm.plugins.triton.block_end import BlockEnd
 from shadowllm.plugins.triton.head_choice import order_heads, score_heads
-from shadowllm.plugins.triton.output_projection import back_calls
+from shadowllm.plugins.triton.output_projection import Spans, back_calls
 from shadowllm.plugins.triton.rest_projection import Rest
 from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
 from shadowllm.plugins.triton.tiles import LINE, block_along, tile_warps
 
-# Cache positions that one block of a decode step processes in total, and at a time.
-SPAN, POSITIONS = 256, 32
+# Cache positions that one block of a decode step processes at a time, the least that it does in total, and the most
+# blocks per head. Their results are merged by the next launch.
+POSITIONS, LEAST_SPAN, MOST_SPANS = 32, 64, 64
 
 
 def schedules(
@@ -25,15 +28,19 @@ def schedules(
 ) -> list[Schedule]:
     """See `triton.schedule.Planner`."""
     ranges = tiers(max_batch, max_seqlen)
-    return [plan_sparse_attention(shapes, itemsize, tier, int(attributes["n_heads"])) for tier in ranges]
+    end = BlockEnd.of(shapes, attributes)
+    return [plan_sparse_attention(shapes, itemsize, tier, int(attributes["n_heads"]), end) for tier in ranges]
 
 
-def plan_sparse_attention(shapes: Mapping[str, Shape], itemsize: int, tier: Tier, n_heads: int) -> Schedule:
+def plan_sparse_attention(
+    shapes: Mapping[str, Shape], itemsize: int, tier: Tier, n_heads: int, end: BlockEnd | None = None
+) -> Schedule:
     """How to launch ``SparseAttention`` in a tier.
 
     Args:
         shapes: shapes of the present inputs, by name.
         itemsize: bytes per element of the weights.
+        end: if the op is a whole block of a layer.
     """
     width = shapes["w_q"][1]
     _, kv_heads, capacity, head_dim = shapes["key"]
@@ -42,27 +49,25 @@ def plan_sparse_attention(shapes: Mapping[str, Shape], itemsize: int, tier: Tier
     cap = choice.cap
     query, context = (workspace.take(tier.tokens * cap * head_dim, "T", itemsize) for _ in range(2))
     listed: dict[str, Operand] = {"indices": choice.indices, "count": choice.attended}
-    constants = {"CAP": cap, "HEADS": n_heads, "HEAD_DIM": head_dim}
+    constants = {"CAP": cap, "HEADS": n_heads, "HEAD_DIM": head_dim, "KV_HEADS": kv_heads, "CAPACITY": capacity}
     project = _project(shapes, tier, {**listed, "query": query}, constants, itemsize, choice.active)
     read: dict[str, Operand] = {name: name for name in ("key", "value", "lengths")}
-    sizes = constants | {
-        "SCALE": head_dim**-0.5,
-        "KV_HEADS": kv_heads,
-        "CAPACITY": capacity,
-        "BLOCK_H": max(16, triton.next_power_of_2(head_dim)),
-    }
+    sizes = constants | {"SCALE": head_dim**-0.5, "BLOCK_H": max(16, triton.next_power_of_2(head_dim))}
     operands = read | listed | {"query": query, "context": context}
-    if tier.max_seqlen == 1:
-        attend = _decode(workspace, tier, operands, sizes)
-    else:
+    hidden, spans = context, None
+    if tier.max_seqlen > 1:
         attend = [_prompt(tier, operands, sizes, itemsize)]
+    else:
+        attend, partials = _decode(workspace, tier, operands, sizes, merge=choice.active is not None)
+        if partials is not None:
+            hidden, spans = partials, spans_of(capacity)
     rest = None
     if choice.active is not None:
         rest = Rest(context, choice.indices, choice.active, "c_o", "cs_o", *shapes["c_o"][1:])
     back = back_calls(
         workspace,
         tier,
-        context,
+        hidden,
         "w_o",
         "b_o" if "b_o" in shapes else None,
         cap=cap,
@@ -73,6 +78,8 @@ def plan_sparse_attention(shapes: Mapping[str, Shape], itemsize: int, tier: Tier
         indices=choice.indices,
         count=choice.active or "count",
         rest=rest,
+        spans=spans,
+        end=end,
     )
     return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (*choice.calls, project, *attend, *back))
 
@@ -142,14 +149,18 @@ def _project(
     half = (head_dim + 1) // 2
     one = tier.block == GEMV
     rows = min(8 if one else 64, max(16, triton.next_power_of_2(half)))
-    inputs = [name for name in ("x", "w_q", "b_q", "cos", "sin") if name in shapes]
+    inputs = [name for name in ("x", "w_q", "b_q", "w_kv", "b_kv", "cos", "sin") if name in shapes]
+    heads = constants["CAP"]
+    if "w_kv" in shapes:
+        inputs += ["lengths", "key", "value"]
+        heads += 2 * constants["KV_HEADS"]
     copy: dict[str, Operand] = {} if active is None else {"c_q": "c_q", "cs_q": "cs_q", "active": active}
     _, blocks, words = (0, 0, 0) if active is None else shapes["c_q"]
     # In float32, a larger tile of tokens with unpacked integers would spill registers.
     block = DOT if active is not None and itemsize == 4 and not one else tier.block
     return Call(
-        head_queries,
-        (Size(constants["CAP"] * triton.cdiv(half, rows)), replace(tier.size, divisor=block), Size()),
+        project_heads,
+        (Size(heads * triton.cdiv(half, rows)), replace(tier.size, divisor=block), Size()),
         {name: name for name in inputs} | copy | {**operands, "tokens": tier.size},
         {
             **constants,
@@ -167,12 +178,28 @@ def _project(
     )
 
 
+def spans_of(capacity: int) -> Spans:
+    """The spans into which a decode step splits a cache."""
+    span = max(LEAST_SPAN, triton.next_power_of_2(triton.cdiv(capacity, MOST_SPANS)))
+    return Spans(triton.cdiv(capacity, span), span, capacity)
+
+
 def _decode(
-    workspace: Workspace, tier: Tier, operands: Mapping[str, Operand], constants: Mapping[str, int | float]
-) -> list[Call]:
+    workspace: Workspace,
+    tier: Tier,
+    operands: Mapping[str, Operand],
+    constants: Mapping[str, int | float],
+    *,
+    merge: bool,
+) -> tuple[list[Call], Scratch | None]:
+    """The launches of a step's attention, and its partial results if another kernel is to merge them.
+
+    Args:
+        merge: whether `merge_splits` merges them, because two kernels read the result.
+    """
     cap, head_dim = int(constants["CAP"]), int(constants["HEAD_DIM"])
-    splits = triton.cdiv(int(constants["CAPACITY"]), SPAN)
-    spans = {"SPLITS": splits, "SPAN": SPAN}
+    found = spans_of(int(constants["CAPACITY"]))
+    splits, spans = found.splits, {"SPLITS": found.splits, "SPAN": found.span}
     several: dict[str, Scratch] = {}
     if splits > 1:
         several["partials"] = workspace.take(tier.max_batch * cap * splits * (head_dim + 2), "float32", 4)
@@ -183,16 +210,17 @@ def _decode(
         {**constants, **spans, "BLOCK_P": POSITIONS},
     )
     if splits == 1:
-        return [attend]
+        return [attend], None
+    if not merge:
+        return [attend], several["partials"]
     merged = ("CAP", "HEADS", "CAPACITY", "HEAD_DIM", "BLOCK_H")
-    merge = Call(
+    merging = Call(
         merge_splits,
         (Size(cap), tier.size, Size()),
         {name: operands[name] for name in ("lengths", "indices", "count", "context")} | several,
-        {name: constants[name] for name in merged} | spans,
-        warps=1,
+        {name: constants[name] for name in merged} | spans | {"BLOCK_S": triton.next_power_of_2(splits)},
     )
-    return [attend, merge]
+    return [attend, merging], None
 
 
 def _prompt(tier: Tier, operands: Mapping[str, Operand], constants: Mapping[str, int | float], itemsize: int) -> Call:

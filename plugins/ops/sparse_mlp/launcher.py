@@ -9,7 +9,7 @@ from shadowllm.models.activations import RELU_LIKE
 from shadowllm.plugins.ops.sparse_mlp.schedule import schedules
 from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 from shadowllm.plugins.schema import Attributes
-from shadowllm.plugins.triton.launch import check_activation, check_rest, launch
+from shadowllm.plugins.triton.launch import BlockInputs, check_activation, check_rest, launch_op
 
 
 def sparse_mlp(
@@ -33,11 +33,15 @@ def sparse_mlp(
     *,
     activation: str,
     threshold: float = 0.0,
+    block: BlockInputs | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``SparseMLP``: x ``(B, S, D)``, weights ``(F, D)``, count and rest int32 scalars on the device -> ``(B, S, D)``.
 
+    Args:
+        block: makes the op a whole block of a layer in a one-token step.
+
     Returns:
-        y, and the neurons that the op chose, int32 ``(F,)``; None with indices.
+        y, and the neurons that the op chose, int32 ``(F,)``; None with indices, and for a block that chooses by gate.
 
     Raises:
         ValueError: a tensor has the wrong type, device, layout or shape; inputs for the rest or the choice are missing;
@@ -71,14 +75,11 @@ def sparse_mlp(
         **copies,
         "down_norms": down_norms,
     }
-    y = torch.empty_like(x)
     attributes: Attributes = {"activation": activation, "threshold": threshold}
-    if indices is not None:
-        launch(SPARSE_MLP, schedules, inputs, attributes, y)
-        return y, None
-    chosen = torch.empty(len(w_up), dtype=torch.int32, device=x.device)
-    launch(SPARSE_MLP, schedules, inputs, attributes, y, chosen)
-    return y, chosen
+    chosen = None
+    if indices is None and (block is None or c_up is not None):
+        chosen = torch.empty(len(w_up), dtype=torch.int32, device=x.device)
+    return launch_op(SPARSE_MLP, schedules, inputs, attributes, chosen, block), chosen
 
 
 def _check_choice(indices: Tensor | None, copy: Tensor | None, down_norms: Tensor | None, activation: str) -> None:

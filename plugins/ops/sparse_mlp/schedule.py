@@ -10,6 +10,7 @@ from shadowllm.plugins.ops.score_neurons.schedule import score_call
 from shadowllm.plugins.ops.select_topk.schedule import topk_call
 from shadowllm.plugins.ops.sparse_mlp.kernel import gate_first, list_fired, mlp_hidden
 from shadowllm.plugins.schema import Attributes
+from shadowllm.plugins.triton.block_end import BlockEnd
 from shadowllm.plugins.triton.output_projection import back_calls
 from shadowllm.plugins.triton.rest_projection import Rest
 from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
@@ -22,11 +23,16 @@ def schedules(
     """See `triton.schedule.Planner`."""
     plan = plan_gate_first if shapes.keys().isdisjoint(("indices", "c_up")) else plan_sparse_mlp
     activation = activation_constants(attributes)
-    return [plan(shapes, itemsize, tier, activation) for tier in tiers(max_batch, max_seqlen)]
+    end = BlockEnd.of(shapes, attributes)
+    return [plan(shapes, itemsize, tier, activation, end) for tier in tiers(max_batch, max_seqlen)]
 
 
 def plan_gate_first(
-    shapes: Mapping[str, Shape], itemsize: int, tier: Tier, activation: Mapping[str, float | str]
+    shapes: Mapping[str, Shape],
+    itemsize: int,
+    tier: Tier,
+    activation: Mapping[str, float | str],
+    end: BlockEnd | None = None,
 ) -> Schedule:
     """How to launch ``SparseMLP`` without indices and without a copy; arguments as for `plan_sparse_mlp`."""
     neurons, width = shapes["w_up"]
@@ -65,8 +71,11 @@ def plan_gate_first(
         skip_zeros=True,
         indices=None,
         count=None,
+        end=end,
     )
-    return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (first, listed, *back))
+    # A block of a layer does not list the neurons, because nothing reads the list.
+    listing = () if end is not None else (listed,)
+    return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (first, *listing, *back))
 
 
 def _rows(tier: Tier) -> int:
@@ -79,7 +88,11 @@ def _tile(tier: Tier, width: int, itemsize: int) -> dict[str, int]:
 
 
 def plan_sparse_mlp(
-    shapes: Mapping[str, Shape], itemsize: int, tier: Tier, activation: Mapping[str, float | str]
+    shapes: Mapping[str, Shape],
+    itemsize: int,
+    tier: Tier,
+    activation: Mapping[str, float | str],
+    end: BlockEnd | None = None,
 ) -> Schedule:
     """How to launch ``SparseMLP`` in a tier.
 
@@ -87,6 +100,7 @@ def plan_sparse_mlp(
         shapes: shapes of the present inputs, by name.
         itemsize: bytes per element of the weights.
         activation: `activation_constants`.
+        end: if the op is a whole block of a layer.
     """
     neurons, width = shapes["w_up"]
     workspace = Workspace()
@@ -118,6 +132,7 @@ def plan_sparse_mlp(
         skip_zeros=activation["ACTIVATION"] in RELU_LIKE,
         indices=indices,
         rest=None if products is None else Rest(products, None, "count", "c_down", "cs_down", *shapes["c_down"][1:]),
+        end=end,
     )
     return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (*copied, up, *back))
 

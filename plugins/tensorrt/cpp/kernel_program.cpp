@@ -6,7 +6,7 @@
 namespace shadowllm {
 namespace {
 
-constexpr std::string_view kMagic = "shadowllm program 2";
+constexpr std::string_view kMagic = "shadowllm program 3";
 constexpr int64_t kInt32 = INT32_MAX, kMaxRank = 8, kNewest = 10000;
 constexpr std::array<int64_t, 3> kGrid{kInt32, 65535, 65535};  // largest number of blocks along x, y and z
 
@@ -68,7 +68,8 @@ Size read_size(Reader& from) {
 Argument read_argument(Reader& from) {
   const int64_t kind = from.number(), value = from.number();
   if (kind < 0 || kind >= kKinds) throw Error("the program is damaged");
-  return {Kind(kind), value, read_size(from)};
+  const Size size = read_size(from);
+  return {Kind(kind), value, size, from.number()};
 }
 
 Launch read_launch(Reader& from) {
@@ -204,6 +205,8 @@ void Program::check(const Plan& plan) const {
     for (const Argument& argument : launch.arguments) {
       check_size(argument.size, plan, 0);
       within("argument", argument.value, 0, limits[argument.kind]);
+      const bool movable = argument.kind == kInput && inputs[argument.value] == kInt32Type;
+      within("offset", argument.offset, 0, movable ? kInt32 : 0);
     }
   }
 }

@@ -16,6 +16,7 @@ struct Error : std::runtime_error {
 };
 
 constexpr int64_t kPtx = 0, kPtxSm = 80;
+constexpr int64_t kPtxOnly = 10000;  // a GPU newer than all images, which only PTX serves
 constexpr int64_t kInt32Type = 3, kAligned = 16;
 
 struct Size {
@@ -35,6 +36,7 @@ struct Argument {
   Kind kind;
   int64_t value;
   Size size;
+  int64_t offset;  // bytes, of an input
 };
 
 struct Image {

@@ -15,15 +15,26 @@ int64_t capability() {
   return 10 * major + minor;
 }
 
-// Modules are loaded once per context and image and never unloaded, because the layers of a model share kernels.
+// What the driver says about an image that is newer than itself: CUDA_ERROR_INVALID_IMAGE, _NO_BINARY_FOR_GPU and
+// _UNSUPPORTED_PTX_VERSION.
+bool unknown_image(int status) { return status == 200 || status == 209 || status == 222; }
+
+// Modules are loaded once per context and image and never unloaded, because the layers of a model share kernels. A
+// module is null if the driver is too old for the image's format.
 Module module_of(Context context, std::string image) {
   static std::mutex mutex;
   static std::map<std::pair<Context, std::string>, Module> loaded;
   const std::lock_guard<std::mutex> lock(mutex);
-  Module& found = loaded[{context, image}];
+  const auto known = loaded.find({context, image});
+  if (known != loaded.end()) return known->second;
+  Module found = nullptr;
   // PTX must end with a zero byte, which c_str() provides.
-  if (found == nullptr) driver().check(driver().cuModuleLoadData(&found, image.c_str()));
-  return found;
+  const int status = driver().cuModuleLoadData(&found, image.c_str());
+  if (unknown_image(status))
+    found = nullptr;
+  else
+    driver().check(status);
+  return loaded[{context, std::move(image)}] = found;
 }
 
 std::string carried(const Kernel& kernel) {
@@ -38,9 +49,18 @@ Loaded load_kernel(Context context, int64_t sm, const Kernel& kernel) {
   if (image == nullptr)
     throw Error("kernel " + kernel.name + " is compiled for " + carried(kernel) + "; none of it runs on this GPU, sm_" +
                 std::to_string(sm));
+  Module module = module_of(context, std::string(image->data));
+  const Image* ptx = kernel.serving(kPtxOnly);
+  if (module == nullptr && ptx != nullptr) {
+    image = ptx;
+    module = module_of(context, std::string(image->data));
+  }
+  if (module == nullptr)
+    throw Error("the driver does not know the image of kernel " + kernel.name + " for sm_" + std::to_string(sm) +
+                "; images for sm_90 and later need driver 580");
   const Driver& cuda = driver();
   Function found = nullptr;
-  cuda.check(cuda.cuModuleGetFunction(&found, module_of(context, std::string(image->data)), kernel.name.c_str()));
+  cuda.check(cuda.cuModuleGetFunction(&found, module, kernel.name.c_str()));
   if (image->shared_bytes > kUsualSharedBytes)
     cuda.check(cuda.cuFuncSetAttribute(found, kMaxDynamicSharedBytes, int(image->shared_bytes)));
   return {found, unsigned(image->shared_bytes)};
@@ -79,7 +99,7 @@ void Launcher::run(const int64_t* dims, int rank, const void* const* inputs, voi
   const std::vector<Loaded>& loaded = load();
   const auto value = [&](const Argument& argument) -> uint64_t {
     switch (argument.kind) {
-      case kInput: return uint64_t(inputs[argument.value]);
+      case kInput: return uint64_t(inputs[argument.value]) + uint64_t(argument.offset);
       case kOutput: return uint64_t(outputs[argument.value]);
       case kWorkspace: return uint64_t(workspace) + uint64_t(argument.value);
       default: return uint64_t(argument.size(call.batch, call.seqlen));

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from shadowllm.bundle.engine_record import ShapeProfile, check_sidecar, read_sidecar
+from shadowllm.bundle.gpu_images import PTX
 from shadowllm.bundle.manifest import file_hash
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines import build as engine
@@ -84,7 +85,8 @@ def test_target_gpus_can_be_chosen(tmp_path):
     onnx_path = write_selection(tmp_path / "selection.onnx")
     chosen = [build(onnx_path, tmp_path / f"{i}.engine", sms=sms) for i, sms in enumerate([(120, 80), (75,)])]
     assert [record.compute_capabilities for record in chosen] == [(80, 120), (75,)]
-    assert [set(record.kernels.values()) for record in chosen] == [{(80, 120)}, {(75,)}]
+    # Images for 12.0 need a new driver, so the kernels carry PTX too.
+    assert [set(record.kernels.values()) for record in chosen] == [{(PTX, 80, 120)}, {(75,)}]
     headers = {(tmp_path / f"{i}.engine").read_bytes()[:64] for i in range(2)}
     assert len(headers) == 2  # the targets are in the engine's header
 

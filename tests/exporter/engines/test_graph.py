@@ -211,3 +211,20 @@ def test_a_rest_is_an_input_of_the_sparse_ops(bundle, kind):
     assert ("indices" in attention, "score_weight" in attention) == (kind == "shadow", kind != "shadow")
     assert logits["copy"].shape == (97, 1, 8)
     assert logits["x"].shape[1] == 48
+
+
+def test_rows_of_a_selection_are_read_in_place(bundle):
+    """No Gather is left, and the indices and count of the second sparse layer begin one row later."""
+    path = bundle("llama-gqa", kind="shadow") / "body.onnx"
+    whole = program()
+    prepared = prepare(path, {"capacity": 48}, lambda *_: whole)
+    model = onnx.load_from_string(prepared.model)
+    inputs = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in model.graph.input}
+    gathered = {node.input[0] for node in model.graph.node if node.op_type == "Gather"}
+    assert not [name for name in gathered if "indices" in name or "counts" in name]
+    for layer, row in ((1, 0), (2, 1)):
+        mlp = next(node for node in model.graph.node if node.name == f"layers.{layer}.SparseMLP")
+        assert [inputs[name] for name in mlp.input[1:3]] == [[2, 88], [2]]
+        made = next(made for named, made in prepared.programs.items() if named.name == mlp.name)
+        assert made == whole.with_offsets({1: 4 * 88 * row})  # the sample's kernels read no third input
+        assert pack(made) in prepared.model

@@ -1,6 +1,7 @@
 // A fake CUDA driver that prints the requested launches to stdout. FAKE_SM is its GPU's compute capability. FAKE_FAIL
-// names a function that fails. While FAKE_CAPTURES is set, a stream is under capture, and what waits fails. The first
-// word of an image is its name. The number of ".param ." in it is its number of parameters, as in PTX.
+// names a function that fails. FAKE_OLD is a driver that does not know images of compute capability 9.0 and later.
+// While FAKE_CAPTURES is set, a stream is under capture, and what waits fails. The first word of an image is its name.
+// The number of ".param ." in it is its number of parameters, as in PTX.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdint.h>
@@ -52,9 +53,28 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   return *value = attribute == 75 ? sm / 10 : attribute == 76 ? sm % 10 : -1, 0;
 }
 
+// The launchers allocate nothing and wait for nothing. If one does, a call under capture fails.
+int cuMemAlloc_v2(void** address, size_t size) {
+  printf("allocate %zu", size);
+  *address = (void*)4096;
+  return said(__func__);
+}
+
+int cuStreamSynchronize(void* stream) {
+  printf("wait for %p", stream);
+  return said(__func__);
+}
+
+int cuCtxSynchronize(void) {
+  printf("wait");
+  return said(__func__);
+}
+
 int cuModuleLoadData(void** module, const void* image) {
+  const int sm = atoi(strcspn(image, "-") < strcspn(image, " ") ? (const char*)image + strcspn(image, "-") + 1 : "0");
   *module = strdup(image);
   printf("load %.*s", (int)strcspn(image, " \n"), (const char*)image);
+  if (getenv("FAKE_OLD") && sm >= 90) return said(__func__) ? 900 : 200;
   return said(__func__);
 }
 

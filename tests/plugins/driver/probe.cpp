@@ -1,6 +1,6 @@
 // Runs the calls in a file with the C++ launcher. Each call is int64 batch, seqlen and length of the program, then the
-// program. Inputs begin PROBE_INPUT bytes, and outputs PROBE_OUTPUT bytes, after an aligned address.
-// probe.py does the same in Python.
+// program. With PROBE_CAPTURES, each call is made again while a stream is under capture. Inputs begin PROBE_INPUT
+// bytes, and outputs PROBE_OUTPUT bytes, after an aligned address. probe.py does the same in Python.
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -41,9 +41,16 @@ void run(Launcher& launcher, int64_t batch, int64_t seqlen) {
     inputs.push_back(reinterpret_cast<void*>(0x100000000 * (i + 1) + offset("PROBE_INPUT")));
   for (size_t i = 0; i < launcher.program.outputs.size(); ++i)
     outputs.push_back(reinterpret_cast<void*>(0x1000000000 * (i + 1) + offset("PROBE_OUTPUT")));
-  try {
+  const auto launch = [&] {
     launcher.run(dims, 3, inputs.data(), outputs.data(), reinterpret_cast<void*>(0x7f0000000000),
                  reinterpret_cast<shadowllm::Stream>(0x55));
+  };
+  try {
+    launch();
+    if (std::getenv("PROBE_CAPTURES") != nullptr) {
+      setenv("FAKE_CAPTURES", "1", 1);
+      launch();
+    }
   } catch (const Error& error) {
     std::printf("error: %s\n", error.what());
   }

@@ -236,6 +236,20 @@ class TestKeptKernels:
             assert self.compilations(second) == 0
         assert [path.stat().st_mtime_ns for path in files] == before  # nothing new, nothing written
 
+    def test_prompts_of_many_lengths_compile_a_few_graphs(self, engines):
+        """Lengths are rounded up to 16, 32 and then the most that the engines take."""
+        with engines(capacity=64, max_seqlen=40) as ours, reference(ours._folder.parents[1]) as theirs:
+            ours.reset(), theirs.reset()
+            stem = ours._pieces["stem"]._engine
+            before = stem.compilations
+            for length, compiled in ((3, 1), (1, 1), (16, 1), (17, 2), (32, 2), (29, 2), (33, 3), (40, 3)):
+                prompt = [list(range(1, length + 1))]
+                np.testing.assert_allclose(ours.prefill(prompt), theirs.prefill(prompt), atol=1e-4)
+                assert stem.compilations - before == compiled
+            for session in (ours, theirs):  # what padding left in the cache is not seen
+                session.prefill([[5, 17, 42]])
+            np.testing.assert_allclose(*(s.decode(np.array([7])) for s in (ours, theirs)), atol=1e-4)
+
     def test_a_damaged_file_is_replaced(self, engines, tmp_path):
         with engines() as first:
             pass

@@ -1,0 +1,137 @@
+"""Counts the launches of sparse layers: in the Triton session's step, and in the programs of engines.
+
+A launch is recorded and not run, so the results have no meaning. A GPU, or the interpreter, would only add time.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", reason="triton is not installed (pip install 'shadowllm[triton]')")
+
+from shadowllm.benchmarks.kernel_programs import SHAPES as KNOWN
+from shadowllm.benchmarks.kernel_programs import block_nodes
+from shadowllm.benchmarks.random_model import RandomCopies, RandomWeights, shape_spec, untrained
+from shadowllm.models.decoder import KVCache
+from shadowllm.models.sparsity import SparseLayers
+from shadowllm.plugins.registry import schedules
+from shadowllm.plugins.triton import launch
+from shadowllm.plugins.triton.output_projection import MAX_PARTIAL_BYTES
+from shadowllm.runtime.gpu.triton_session import TritonSession
+
+# What launches no kernel: views and allocations.
+FREE = (
+    "view",
+    "reshape",
+    "select",
+    "slice",
+    "split",
+    "unsqueeze",
+    "expand",
+    "t.",
+    "empty",
+    "detach",
+    "alias",
+    "_unsafe",
+)
+BLOCKS = ["project_heads", "decode_attention", "project_back", "sum_and_norm"]
+BLOCKS += ["mlp_hidden", "project_back", "sum_and_norm"]
+
+
+class Recorded(TorchDispatchMode):
+    """Records PyTorch's kernels beside those of Triton."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.")
+        if not name.startswith(FREE):
+            self.launched.append(name)
+        return func(*args, **kwargs or {})
+
+    def run(self, schedule, *_others) -> None:
+        """Stands for `schedule.run`."""
+        self.launched += [call.kernel.fn.__name__ for call in schedule.calls]
+
+
+def sparse_step(monkeypatch, shape: str, kind: str, rest: str = "drop", batch: int = 1) -> tuple[list[str], int]:
+    """The launches from the first sparse layer on, and the number of sparse layers."""
+    spec = shape_spec(shape)
+    device = torch.device("cpu")
+    predictor = untrained(kind, spec, "", rank=2)
+    layers = SparseLayers(spec, predictor.dense_layers)
+    weights = dict(RandomWeights(spec, torch.float16, device))
+    copies = RandomCopies(layers, device) if rest == "shadow" else None
+    recorded = Recorded()
+    monkeypatch.setattr(launch, "run", recorded.run)
+    session = TritonSession(spec, weights, predictor, copies=copies, rest=rest)
+    with torch.no_grad(), session:
+        positions = torch.full((batch, 1), 5)
+        cache = KVCache.empty(spec, batch, 600, torch.float16)
+        session._decoder.begin(positions, 600)
+        x = session._decoder.embed(positions, positions)
+        selection = session._per_layer or session.select(x)
+        with recorded:
+            recorded.launched.clear()
+            session._decoder.sparse_logits(x, positions, cache, selection)
+    return recorded.launched, layers.count
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("shape", ["tiny-opt", "tiny-llama"])
+def test_a_sparse_layer_of_the_triton_session_has_seven_launches(monkeypatch, shape, batch):
+    launched, n_layers = sparse_step(monkeypatch, shape, "shadow", batch=batch)
+    first = launched.index("project_heads")  # PyTorch's norm of the hidden states is before it
+    assert launched[first : first + 7 * n_layers] == BLOCKS * n_layers
+    assert launched[first + 7 * n_layers :] == ["mm.default"]
+
+
+def test_a_sparse_layer_that_chooses_from_a_copy_has_fourteen(monkeypatch):
+    """Two launches choose the heads, two the neurons; the others add the rest."""
+    launched, n_layers = sparse_step(monkeypatch, "tiny-llama", "quantized-shadow", rest="shadow")
+    first, last = launched.index("score_heads"), len(launched) - 1 - launched[::-1].index("sum_and_norm")
+    assert last + 1 - first == 14 * n_layers
+
+
+SHAPES = {
+    "SparseAttention": {
+        "x": (0, 0, 48), "key": (0, 2, 600, 12), "value": (0, 2, 600, 12), "lengths": (0,), "indices": (4,),
+        "count": (), "w_q": (48, 48), "w_o": (48, 48),
+    },
+    "SparseMLP": {"x": (0, 0, 48), "indices": (88,), "count": (), "w_up": (88, 48), "w_down": (88, 48)},
+}  # fmt: skip
+ATTRIBUTES = {"SparseAttention": {"n_heads": 4}, "SparseMLP": {"activation": "relu"}}
+
+
+def test_the_programs_of_a_sparse_layer_have_seven_launches():
+    """A program has the launches of its schedules. The norms and sums of an engine's layer are TensorRT's."""
+    found = []
+    for op, shapes in SHAPES.items():
+        one, *_ = schedules(op)(shapes, ATTRIBUTES[op], itemsize=2, max_batch=1, max_seqlen=1)
+        found += [call.kernel.fn.__name__ for call in one.calls]
+    assert found == [name.replace("sum_and_norm", "sum_partials") for name in BLOCKS]
+
+
+def test_an_mlp_that_chooses_by_gate_has_as_many_launches_as_one_with_indices():
+    shapes = {name: shape for name, shape in SHAPES["SparseMLP"].items() if name != "indices"}
+    shapes |= {"residual": (0, 0, 48), "norm_weight": (48,)}
+    attributes = ATTRIBUTES["SparseMLP"] | {"norm_eps": 1e-5}
+    one, *_ = schedules("SparseMLP")(shapes, attributes, itemsize=2, max_batch=1, max_seqlen=1)
+    assert [call.kernel.fn.__name__ for call in one.calls] == ["gate_first", *BLOCKS[-2:]]
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "opt-1.3b", "llama-2-7b"])
+def test_the_one_block_of_a_token_adds_few_shares(name):
+    """It loads all of them at once, so they must fit its registers; those of a rest too."""
+    for rest in (False, True):
+        for node in block_nodes(KNOWN[name], "float16", rest=rest):
+            shapes = {port: tuple(n if isinstance(n, int) else 0 for n in t.shape) for port, t in node.inputs.items()}
+            for schedule in schedules(node.op)(shapes, node.attributes, itemsize=2, max_batch=3, max_seqlen=1):
+                (end,) = [call for call in schedule.calls if call.kernel.fn.__name__ == "sum_and_norm"]
+                for splits in ("SPLITS", "REST_SPLITS"):
+                    assert 4 * end.constants[splits] * end.constants["WIDTH"] <= MAX_PARTIAL_BYTES
+                assert bool(end.constants["REST_SPLITS"]) == rest
