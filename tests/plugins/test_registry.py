@@ -48,6 +48,9 @@ def test_no_name_stands_twice(op):
     assert len(set(names)) == len(names)
 
 
+BLOCKS = ("SparseMLP", "SparseAttention")  # ops whose launcher can run a whole block of a layer
+
+
 def arguments(function: Callable[..., Any]) -> list[tuple[str, bool]]:
     """Names of the parameters, and whether each may be None."""
     parameters = inspect.signature(function).parameters.values()
@@ -62,6 +65,8 @@ def test_functions_take_the_ports_and_attributes(op, backend):
     schema, unread = SCHEMAS[op], UNREAD[backend].get(op, ())
     wanted = [(port.name, port.optional) for port in schema.inputs if port.name not in unread]
     wanted += [(attribute.name, False) for attribute in schema.attributes if attribute.name != "layer"]
+    if backend == "launcher" and op in BLOCKS:
+        wanted.append(("block", True))
     assert arguments(getattr(registry, backend)(op)) == wanted
 
 
