@@ -19,15 +19,6 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 FILE_NAME = "libshadowllm_native.so"
-# Inputs of the native ops after those of their schemas. A norm makes the op norm the hidden states x first, with the
-# attribute ``epsilon``, and add x to its result; with a bias it is a LayerNorm. With ``w_kv`` (keys, then values),
-# SparseAttention projects this step's keys and values, writes them into a float32 cache, and returns the caches.
-NORM_INPUTS = ("norm_weight", "norm_bias")
-FUSED_INPUTS = {
-    "SparseMLP": NORM_INPUTS,
-    "SparseAttention": (*NORM_INPUTS, "w_kv", "b_kv", "s_kv", "c_kv", "cs_kv"),
-}
-FUSED_OUTPUTS = {"SparseAttention": ("new_key", "new_value")}
 PATH_VARIABLE = "SHADOWLLM_NATIVE_OPS"  # a library built by hand
 ISA_VARIABLE = "SHADOWLLM_NATIVE_ISA"  # kernels to use instead of the best ones; see `kernels`
 

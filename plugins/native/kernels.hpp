@@ -272,20 +272,16 @@ void activate(Activation activation, float* h, const float* up, size_t size) {
     for (size_t i = 0; i < size; ++i) h[i] *= up[i];
 }
 
-inline float sum_of(const float* x, size_t size) {
-  V total = {};
-  size_t i = 0;
-  for (; i + W <= size; i += W) total += load(x + i);
-  float result = sum(total);
-  for (; i < size; ++i) result += x[i];
-  return result;
-}
-
 float exponentials(float* h, size_t size) {
   float largest = -INFINITY;
   for (size_t i = 0; i < size; ++i) largest = h[i] > largest ? h[i] : largest;
   for_vectors(h, size, [&](V x, size_t) { return exponential(x - largest); });
-  return sum_of(h, size);
+  V total = {};
+  size_t i = 0;
+  for (; i + W <= size; i += W) total += load(h + i);
+  float result = sum(total);
+  for (; i < size; ++i) result += h[i];
+  return result;
 }
 
 void reduce(const float* parts, size_t count, size_t stride, const float* start, float* y, size_t size) {
@@ -302,19 +298,6 @@ void reduce(const float* parts, size_t count, size_t stride, const float* start,
       return x + load(rest);
     });
   }
-}
-
-void normalise(Norm norm, const float* x, float* y, size_t size) {
-  const float mean = norm.bias == nullptr ? 0 : sum_of(x, size) / static_cast<float>(size);
-  V total = {};
-  size_t i = 0;
-  for (; i + W <= size; i += W) total += (load(x + i) - mean) * (load(x + i) - mean);
-  float squares = sum(total);
-  for (; i < size; ++i) squares += (x[i] - mean) * (x[i] - mean);
-  const float factor = 1 / sqrtf(squares / static_cast<float>(size) + norm.epsilon);
-  for (i = 0; i < size; ++i) y[i] = (x[i] - mean) * factor * norm.weight[i];
-  if (norm.bias == nullptr) return;
-  for (i = 0; i < size; ++i) y[i] += norm.bias[i];
 }
 
 template <class T>
@@ -342,5 +325,4 @@ size_t count_above(const int32_t* keys, size_t size, int32_t bound) {
 }  // namespace
 }  // namespace shadowllm
 
-#define SHADOWLLM_KERNELS(name) \
-  {name, prepare, project, accumulate, activate, exponentials, reduce, normalise, widen, count_above}
+#define SHADOWLLM_KERNELS(name) {name, prepare, project, accumulate, activate, exponentials, reduce, widen, count_above}

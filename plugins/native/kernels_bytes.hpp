@@ -114,8 +114,6 @@ void project_bytes(const Rows& rows, Picks picks, const float* input, float* out
   const size_t count = rows.width / kBytesBlock;
   walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
     float sums[kBlock];
-    // The hardware prefetches rows that follow each other.
-    if (next != nullptr && next[kBlock - 1].data == now[0].data + (kFetched + kBlock - 1) * rows.stride) next = nullptr;
     for (size_t r = 0; r < kBlock; r += 4)
       project_four<Q>(now + r, next == nullptr ? nullptr : next + r, blocks, count, sums + r);
     memcpy(out + i, sums, left * sizeof(float));

@@ -36,7 +36,6 @@ Node::Node(const Api& api, const OrtKernelInfo* info, const char* op, const Port
     : api_(api), info_(info), name_(op), ports_(ports), constants_(count) {
   if (has_layer) name_ += " layer " + std::to_string(integer("layer"));
   exact_copies_ = integer_or("exact_copies", 0) != 0;
-  epsilon_ = real_or("epsilon", 0);
   for (size_t i = 0; i < count; ++i) {
     int is_constant = 0;
     const OrtValue* value = nullptr;
@@ -254,14 +253,6 @@ Rows Node::residual(const std::vector<Tensor>& in, size_t port, const Rows& copy
   return found;
 }
 
-Norm Node::norm(const std::vector<Tensor>& in, size_t weight_port, size_t bias_port, int64_t width) const {
-  expect(in, weight_port, {width});
-  expect(in, bias_port, {width});
-  if (in[bias_port].present() && !in[weight_port].present())
-    fail(std::string(ports_[bias_port].name) + " stands without " + ports_[weight_port].name);
-  return {in[weight_port].as<float>(), in[bias_port].as<float>(), epsilon_};
-}
-
 // Memory for rows that start at cache lines.
 PackedRows& Node::reserve(size_t port, size_t rows, size_t bytes) {
   PackedRows& own = packed_[port];
@@ -341,6 +332,16 @@ Chunk Chunks::operator[](size_t i) const {
   return {edge(i), edge(i + 1)};
 }
 
+void add_up(const Pool& pool, const Kernels& kernels, const float* parts, size_t count, size_t tokens, size_t width,
+            const float* start, float* y) {
+  const size_t stride = tokens * width;
+  const size_t tasks = count * stride < (size_t{1} << 16) ? 1 : tokens;
+  pool.run(tasks, [&](size_t task) {
+    for (size_t t = tokens * task / tasks; t < tokens * (task + 1) / tasks; ++t)
+      kernels.reduce(parts + t * width, count, stride, start, y + t * width, width);
+  });
+}
+
 bool infers_despite_absent_inputs(const char* runtime_version) {
   int major = 0, minor = 0;
   std::sscanf(runtime_version, "%d.%d", &major, &minor);
@@ -364,7 +365,6 @@ void infer_like_first_input(const Api& api, OrtShapeInferContext* context) {
   api.check(api.shape_infer_get_input(context, 0, &x));
   size_t rank = 0;
   api.check(api.get_dimensions_count(x, &rank));
-  if (rank == 0) return;  // the shape is not known
   std::vector<int64_t> dims(rank);
   std::vector<const char*> names(rank);
   api.check(api.get_dimensions(x, dims.data(), rank));

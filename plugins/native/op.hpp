@@ -108,9 +108,6 @@ class Node {
   // The residuals (rows, bytes) of a copy. Throws if the shape does not match.
   Rows residual(const std::vector<Tensor>& inputs, size_t port, const Rows& copy, int64_t rows) const;
   RowType row_type(const Tensor& tensor, const char* name) const;
-  // The norm of hidden states (.., width) that the op computes itself; without weight if it does not. Throws if the
-  // shapes do not match.
-  Norm norm(const std::vector<Tensor>& inputs, size_t weight_port, size_t bias_port, int64_t width) const;
 
  private:
   Tensor view(const OrtValue* value) const;
@@ -122,7 +119,6 @@ class Node {
   const Port* ports_;
   std::vector<Tensor> constants_;
   std::map<size_t, PackedRows> packed_;
-  float epsilon_ = 0;          // of the norm
   bool exact_copies_ = false;  // the factors of a copy's rows are not rounded to 8 bits; for validation
 };
 
@@ -186,6 +182,22 @@ class Chunks {
 
   size_t items_, count_;
 };
+
+// Calls body(part, c) for each chunk c of each of the parts, which have `chunks`. Chunk c of all parts is one task, so
+// that what they read together is read from memory once. Each part is computed as it would be alone.
+template <class Part, class Body>
+void in_chunks(const Pool& pool, const std::vector<Part>& parts, Body body) {
+  size_t most = 0;
+  for (const Part& part : parts) most = std::max(most, part.chunks.count());
+  pool.run(most, [&](size_t c) {
+    for (const Part& part : parts)
+      if (c < part.chunks.count()) body(part, c);
+  });
+}
+
+// y[t] = start + sum of parts in order, for tokens rows of width; parts are tokens * width floats each.
+void add_up(const Pool& pool, const Kernels& kernels, const float* parts, size_t count, size_t tokens, size_t width,
+            const float* start, float* y);
 
 template <class Body>
 OrtStatus* guarded(const Api& api, Body body) noexcept {

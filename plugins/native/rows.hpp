@@ -18,12 +18,6 @@ struct Activation {
   bool zeroes() const { return kind <= drelu; }
 };
 
-// RMSNorm of hidden states, or LayerNorm if there is a bias. Without a weight, there is no norm.
-struct Norm {
-  const float *weight = nullptr, *bias = nullptr;
-  float epsilon = 0;
-};
-
 // Quantised rows (i8, i4, i2, c4, c2) have the layout of ONNX Runtime's MatMulNBits: unsigned integers around a middle
 // of 128, 8 or 2, and a scale for every `block` of them. Two 4-bit or four 2-bit integers share a byte, and the first
 // has the lowest bits. Rows c4 are like i4, but belong to a low-bit copy, whose own rounding to 4 bits is far larger
@@ -43,15 +37,6 @@ struct Rows {
   size_t cost() const {
     const size_t bytes = width * bits(type) / 8;
     return scales == nullptr ? bytes : 2 * (bytes + width / block * sizeof(float));
-  }
-
-  // The same rows without the first ones.
-  Rows from(size_t first) const {
-    Rows rest = *this;
-    rest.data = static_cast<const char*>(data) + first * stride;
-    if (scales != nullptr)
-      rest.scales = reinterpret_cast<const float*>(reinterpret_cast<const char*>(scales) + first * scales_stride);
-    return rest;
   }
 
   static size_t bits(RowType type) {
@@ -101,8 +86,6 @@ struct Kernels {
   float (*exponentials)(float* h, size_t size);
   // y[i] = sum of parts[p * stride + i] in the order of p, plus start[i] if start is not null
   void (*reduce)(const float* parts, size_t count, size_t stride, const float* start, float* y, size_t size);
-  // y[i] = (x[i] - mean) / sqrt(mean of (x - mean)^2 + epsilon) * weight[i] + bias[i]; without a bias, mean is 0
-  void (*normalise)(Norm, const float* x, float* y, size_t size);
   // out[i] = data[i] as float; not for quantised types
   void (*widen)(const void* data, RowType, float* out, size_t size);
   // The number of keys greater than bound; size must be less than 2^31

@@ -18,7 +18,6 @@ from shadowllm.bundle.op_domain import DOMAIN
 from shadowllm.errors import UserError
 from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
 from shadowllm.runtime.ort.fuse_attention import FuseAttention
-from shadowllm.runtime.ort.fuse_sparse_blocks import FuseSparseBlocks
 from shadowllm.runtime.ort.join_nested import JoinNested
 from shadowllm.runtime.ort.own_selections import OwnSelections
 from shadowllm.runtime.ort.split_selection import SplitSelection
@@ -67,22 +66,18 @@ def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, f
 
 def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: bool) -> list[InPlacePass]:
     """The passes for a graph, in their order."""
-    passes: list[InPlacePass] = []
+    passes: list[InPlacePass] = [FuseAttention(manifest.spec)] if fused else []
     q = manifest.quantisation
-    if manifest.dtype != "float32":
-        passes.append(UpcastToFloat32(keep_rows=native))
-    if name == "body" and native:
-        passes += [FlattenHiddenStates(), FuseSparseBlocks()]
     if q and q.residual_bits:
-        passes.append(JoinNested(q))
-    if fused:
-        passes.append(FuseAttention(manifest.spec))
+        passes.insert(0, JoinNested(q))
+    if manifest.dtype != "float32":
+        passes.insert(0, UpcastToFloat32(keep_rows=native))
     if exact:
         passes.append(ExactIntegerInputs(native))
     if name in ("predictor", "body"):
         passes.append(OwnSelections())
     if name == "body":
-        passes.append(SplitSelection())
+        passes += [SplitSelection(), *([FlattenHiddenStates()] if native else [])]
     return passes
 
 

@@ -16,7 +16,6 @@ from onnx import TensorProto, helper
 from shadowllm.bundle import op_domain
 from shadowllm.bundle.quantisation import Quantisation, dense_rows, quantise
 from shadowllm.plugins import native_ops
-from shadowllm.plugins.native_ops import FUSED_INPUTS, FUSED_OUTPUTS
 from shadowllm.plugins.registry import SCHEMAS
 
 ort = pytest.importorskip("onnxruntime")
@@ -38,21 +37,13 @@ def make_session(
     outputs: int | None = 1,
     **attributes,
 ):
-    """A session of one node. Inputs named in ``weights`` are initializers. The others are given at each run.
-
-    A node with inputs that are not in the schema also has the outputs that are not, if ``outputs`` is None.
-    """
+    """A session of one node. Inputs named in ``weights`` are initializers. The others are given at each run."""
     schema = SCHEMAS[op]
-    more = FUSED_INPUTS.get(op, ())
     given = {name: value for name, value in inputs.items() if value is not None}
-    kinds = {"int32": TensorProto.INT32}
-    returned = {port.name: kinds.get(port.dtype, TensorProto.FLOAT) for port in schema.outputs[:outputs]}
-    if "w_kv" in given and outputs is None:
-        returned |= dict.fromkeys(FUSED_OUTPUTS[op], TensorProto.FLOAT)
     node = helper.make_node(
         op,
-        [name if name in given else "" for name in (*(port.name for port in schema.inputs), *more)],
-        list(returned),
+        [port.name if port.name in given else "" for port in schema.inputs],
+        [port.name for port in schema.outputs[:outputs]],
         domain=op_domain.DOMAIN,
         **attributes,
     )
@@ -61,11 +52,15 @@ def make_session(
         for name, value in given.items()
         if name not in weights
     ]
+    kinds = {"int32": TensorProto.INT32}
     graph = helper.make_graph(
         [node],
         "test",
         fed,
-        [helper.make_tensor_value_info(name, kind, None) for name, kind in returned.items()],
+        [
+            helper.make_tensor_value_info(port.name, kinds.get(port.dtype, TensorProto.FLOAT), None)
+            for port in schema.outputs[:outputs]
+        ],
         [onnx.numpy_helper.from_array(given[name], name) for name in weights if name in given],
     )
     model = helper.make_model(

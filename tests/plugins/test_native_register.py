@@ -237,14 +237,8 @@ def test_what_is_registered_has_the_ports_of_the_schemas():
     types["uint8"] = {TensorProto.UINT8}
     for op, line in told.items():
         inputs, outputs = line.split("-> ")
-        schema = SCHEMAS[op]
-        for ports, more, texts in (
-            (schema.inputs, native_ops.FUSED_INPUTS.get(op, ()), inputs.split()),
-            (schema.outputs, native_ops.FUSED_OUTPUTS.get(op, ()), outputs.split()),
-        ):
-            for port, text in zip(ports, texts[: len(ports)], strict=True):
-                name, dtype, optional = text.split(":")
-                assert (name, int(optional)) == (port.name, port.optional)
-                assert int(dtype) in types[port.dtype], f"{op} {name}"
-            fused = [text.split(":") for text in texts[len(ports) :]]
-            assert [(name, int(optional)) for name, _, optional in fused] == [(name, 1) for name in more]
+        ports = (*SCHEMAS[op].inputs, *SCHEMAS[op].outputs)
+        for port, text in zip(ports, (*inputs.split(), *outputs.split()), strict=True):
+            name, dtype, optional = text.split(":")
+            assert (name, int(optional)) == (port.name, port.optional)
+            assert int(dtype) in types[port.dtype], f"{op} {name}"

@@ -1,4 +1,4 @@
-// The cache of one head and sequence: writing to it, and attention over its visible part.
+// The attention of one head and sequence over the visible cache.
 #pragma once
 
 #include <cmath>
@@ -8,32 +8,24 @@
 namespace shadowllm {
 namespace {
 
-// A row of one head and token, from products by (row, token): with bias and rotary embedding (half-split).
-inline void load_row(const Kernels& kernels, const Call& call, const Bias& bias, size_t head, bool rotated,
-                     size_t token, const float* products, float* row) noexcept {
+// One token's query: bias, rotary embedding (half-split), and the scale 1 / sqrt(d) of the scores.
+inline void load_query(const Kernels& kernels, const Call& call, size_t head, size_t token, const float* queries,
+                       float* query) noexcept {
   const size_t d = call.head_dim, half = d / 2;
-  bias.read(kernels, head * d, row, d);
-  for (size_t j = 0; j < d; ++j) row[j] += products[j * call.tokens() + token];
-  if (!rotated || call.cos == nullptr) return;
-  const float *cos = call.cos + token * half, *sin = call.sin + token * half;
-  for (size_t j = 0; j < half; ++j) {
-    const float one = row[j], two = row[half + j];
-    row[j] = one * cos[j] - two * sin[j];
-    row[half + j] = two * cos[j] + one * sin[j];
+  std::fill(query, query + d, 0.0f);
+  if (call.b_q.present())
+    kernels.widen(call.b_q.as<char>() + head * d * element_size(call.b_q_type), call.b_q_type, query, d);
+  for (size_t j = 0; j < d; ++j) query[j] += queries[j * call.tokens() + token];
+  if (call.cos != nullptr) {
+    const float *cos = call.cos + token * half, *sin = call.sin + token * half;
+    for (size_t j = 0; j < half; ++j) {
+      const float one = query[j], two = query[half + j];
+      query[j] = one * cos[j] - two * sin[j];
+      query[half + j] = two * cos[j] + one * sin[j];
+    }
   }
-}
-
-// Writes the keys and values of one cached head to the cache, for all tokens.
-inline void write_cache(const Kernels& kernels, const Call& call, size_t head, const float* products) noexcept {
-  const size_t d = call.head_dim, values = call.kv_heads;  // the first head of the values
-  for (size_t token = 0; token < call.tokens(); ++token) {
-    const size_t b = token / call.seqlen, past = static_cast<size_t>(call.lengths[b]) - call.seqlen;
-    const size_t place = (b * call.kv_heads + head) * call.capacity + past + token % call.seqlen;
-    const float* key = products + head * d * call.tokens();
-    const float* value = products + (values + head) * d * call.tokens();
-    load_row(kernels, call, call.b_kv, head, true, token, key, call.new_keys + place * d);
-    load_row(kernels, call, call.b_kv, values + head, false, token, value, call.new_values + place * d);
-  }
+  const float scale = 1 / std::sqrt(static_cast<float>(d));
+  for (size_t j = 0; j < d; ++j) query[j] *= scale;
 }
 
 // Replaces the queries of one head and sequence by its contexts. Only visible positions of the cache are read.
@@ -42,13 +34,13 @@ inline void attend_head(const Kernels& kernels, const Call& call, size_t head, s
   const size_t d = call.head_dim, tokens = call.tokens();
   const size_t past = static_cast<size_t>(call.lengths[b]) - call.seqlen;
   const size_t first = (b * call.kv_heads + head / call.group) * call.capacity;
-  const Rows keys = call.key.from(first), values = call.value.from(first);
-  const float scale = 1 / std::sqrt(static_cast<float>(d));
+  Rows keys = call.key, values = call.value;
+  keys.data = static_cast<const char*>(keys.data) + first * keys.stride;
+  values.data = static_cast<const char*>(values.data) + first * values.stride;
   float *query = work, *context = work + d, *scores = work + 2 * d;
   for (size_t s = 0; s < call.seqlen; ++s) {
     const size_t token = b * call.seqlen + s, visible = past + s + 1;
-    load_row(kernels, call, call.b_q, head, true, token, queries, query);
-    for (size_t j = 0; j < d; ++j) query[j] *= scale;
+    load_query(kernels, call, head, token, queries, query);
     kernels.project(keys, {nullptr, visible}, query, 1, scores, {});
     const float total = kernels.exponentials(scores, visible);
     std::fill(context, context + d, 0.0f);

@@ -4,31 +4,16 @@
 
 #include <algorithm>
 
+#include "op.hpp"
 #include "room.hpp"
-#include "steps.hpp"
 
 namespace shadowllm {
 namespace {  // other ops have types with the same names
-
-// What is added to the rows of a matrix; data is null if nothing is.
-struct Bias {
-  const void* data = nullptr;
-  RowType type = RowType::f32;
-
-  // out[j] = bias[first + j]
-  void read(const Kernels& kernels, size_t first, float* out, size_t size) const {
-    if (data == nullptr) return void(std::fill(out, out + size, 0.0f));
-    kernels.widen(static_cast<const char*>(data) + first * element_size(type), type, out, size);
-  }
-};
 
 // Sizes are as in schema.py: hidden size D, H query heads of dimension d over n_kv cached ones. A head is full if its
 // rows are those of w_q and w_o; the rest of the heads have their rows in the low-bit copy. If w_q and w_o are
 // residuals of the copy, the rows of a full head are those of the copy plus the residuals.
 // A call has the sequences that share one selection.
-//
-// If `w_kv` is there, the op also computes keys and values of its tokens and writes them to the cache. Its rows are
-// those of the key matrix, and then those of the value matrix.
 struct Call {
   size_t batch, seqlen, width, n_heads, group, kv_heads, capacity, head_dim, longest;
   size_t full_count, rest_count;  // the number of heads of each kind; if indices repeat, there may be fewer of the rest
@@ -36,19 +21,15 @@ struct Call {
   const int32_t* indices;         // null if the op chooses the heads
   int32_t* listed;                // where the active heads are listed; null if they are not
   Rows w_q, w_o, c_q, c_o, key, value;  // c_q and c_o only if they are read
-  Rows w_kv, c_kv;                      // c_kv only if w_kv holds its residuals
-  float *new_keys, *new_values;         // the cache, if the op writes to it
-  Norm norm;
-  const float* residual;  // what is added to the result: the hidden states before the norm; null if there is no norm
   const float *x, *cos, *sin, *score_weight, *score_bias;
   float* y;
   const int32_t* lengths;
-  Bias b_q, b_o, b_kv;
+  Tensor b_q, b_o;
+  RowType b_q_type, b_o_type;
 
   size_t tokens() const { return batch * seqlen; }
   size_t most_heads() const { return full_count + rest_count; }
   bool nested() const { return w_q.step != 0; }
-  size_t kv_rows() const { return w_kv.data == nullptr ? 0 : 2 * kv_heads * head_dim; }
   // Floats that rows of the copy need for each token, if they have more elements than x; otherwise 0.
   size_t padded(const Rows& low) const { return low.data != nullptr && low.width != width ? low.width : 0; }
 
@@ -57,9 +38,6 @@ struct Call {
     const size_t heads = most_heads(), of_copy = nested() ? heads : rest_count;
     const size_t bytes = full_count * full.cost() + (of_copy > 0 ? of_copy * low.cost() : 0);
     return Chunks(heads * head_dim, heads == 0 ? 0 : bytes / heads, tokens());
-  }
-  Chunks kv_chunks() const {
-    return Chunks(kv_rows(), kv_rows() == 0 ? 0 : w_kv.cost() + (nested() ? c_kv.cost() : 0), tokens());
   }
 };
 
@@ -71,9 +49,8 @@ struct Heads {
 
 // Everything that starts with low belongs to the copy.
 struct Memory {
-  float *normed, *inputs, *kv_inputs, *low_x, *low_inputs, *work, *parts, *low_parts, *start, *scores, *products;
-  float *kv, *kv_residuals;  // by (row of w_kv, token); and what residuals add
-  float* queries;            // by (row, token); later the contexts
+  float *inputs, *low_x, *low_inputs, *work, *parts, *low_parts, *start, *scores, *products;
+  float* queries;    // by (row, token); later the contexts
   float* residuals;  // if nested: what residuals add to the queries of the full heads; later the contexts for them
   int32_t *keys, *groups, *heads, *rows;
   size_t task_size;  // per head and sequence: a query, a context, and the scores of the cache
@@ -81,11 +58,7 @@ struct Memory {
   Memory(Room& room, const Call& call) : task_size(2 * call.head_dim + call.longest) {
     const size_t tokens = call.tokens(), heads_now = call.most_heads();
     const size_t out_chunks = call.chunks(call.w_o, call.c_o).count();
-    normed = room.floats(call.residual != nullptr ? tokens * call.width : 0);
     inputs = room.floats(input_floats(call.width));
-    kv_inputs = room.floats(call.kv_rows() != 0 ? input_floats(call.width) : 0);
-    kv = room.floats(call.kv_rows() * tokens);
-    kv_residuals = room.floats(call.nested() ? call.kv_rows() * tokens : 0);
     low_x = room.floats(tokens * call.padded(call.c_q));
     low_inputs = room.floats(call.c_q.data != nullptr ? input_floats(call.c_q.width) : 0);
     queries = room.floats(heads_now * call.head_dim * tokens);
@@ -110,7 +83,7 @@ struct Part {
   const Memory& memory;
   const Heads& heads;
   Chunks chunks;
-  const float *input = nullptr, *low_input = nullptr;  // x in the form that `project` reads
+  const float *input = nullptr, *low_input = nullptr;
 
   // The chunks c of the rows of full heads, of the rest, and of both.
   Chunk full(size_t c) const { return chunks.of(heads.full_count * call.head_dim)[c]; }

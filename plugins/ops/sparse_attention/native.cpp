@@ -1,9 +1,10 @@
 // SparseAttention: queries of the active heads, their attention over the visible cache, and their output projection.
 //
-// One task per head would need only one step (attention_steps.hpp), but would leave most threads idle if few heads are
-// active. With a low-bit copy, the other heads take part in the same steps, with rows of the copy. If the full rows are
-// the copy plus residuals, all heads have rows of the copy, and residuals are added for the full ones.
-#include "attention_steps.hpp"
+// Three steps on the thread pool: rows of w_q, then one task per head and sequence, then rows of w_o. One task per head
+// would need only one step, but would leave most threads idle if few heads are active. With a low-bit copy, the other
+// heads take part in the same steps, with rows of the copy. If the full rows are the copy plus residuals, all heads
+// have rows of the copy, and residuals are added for the full ones.
+#include "attend.hpp"
 #include "largest.hpp"
 
 namespace shadowllm {
@@ -30,37 +31,22 @@ enum Input {
   kCsQ,
   kCsO,
   kScoreWeight,
-  kScoreBias,
-  // The rest is not in the op's schema: a graph pass of the runtime adds it. With a norm, x is not normed, and the
-  // result is added to it. With w_kv, key and value are without the tokens of this step, and become outputs.
-  kNormWeight,
-  kNormBias,
-  kWKV,
-  kBKV,
-  kSKV,
-  kCKV,
-  kCsKV
+  kScoreBias
 };
 
 class SparseAttention {
  public:
   static constexpr const char* kName = "SparseAttention";
   static constexpr Port kPorts[] = {
-      {"x", kFloat, kRequired},           {"key", kUndefined, kRequired},      {"value", kUndefined, kRequired},
-      {"lengths", kInt32, kRequired},     {"indices", kInt32, kOptional},      {"count", kInt32, kRequired},
-      {"w_q", kUndefined, kRequired},     {"b_q", kUndefined, kOptional},      {"w_o", kUndefined, kRequired},
-      {"b_o", kUndefined, kOptional},     {"cos", kFloat, kOptional},          {"sin", kFloat, kOptional},
-      {"s_q", kFloat, kOptional},         {"s_o", kFloat, kOptional},          {"rest", kInt32, kOptional},
-      {"c_q", kUInt8, kOptional},         {"c_o", kUInt8, kOptional},          {"cs_q", kFloat, kOptional},
-      {"cs_o", kFloat, kOptional},        {"score_weight", kFloat, kOptional}, {"score_bias", kFloat, kOptional},
-      {"norm_weight", kFloat, kOptional}, {"norm_bias", kFloat, kOptional},    {"w_kv", kUndefined, kOptional},
-      {"b_kv", kUndefined, kOptional},    {"s_kv", kFloat, kOptional},         {"c_kv", kUInt8, kOptional},
-      {"cs_kv", kFloat, kOptional},
+      {"x", kFloat, kRequired},       {"key", kUndefined, kRequired},      {"value", kUndefined, kRequired},
+      {"lengths", kInt32, kRequired}, {"indices", kInt32, kOptional},      {"count", kInt32, kRequired},
+      {"w_q", kUndefined, kRequired}, {"b_q", kUndefined, kOptional},      {"w_o", kUndefined, kRequired},
+      {"b_o", kUndefined, kOptional}, {"cos", kFloat, kOptional},          {"sin", kFloat, kOptional},
+      {"s_q", kFloat, kOptional},     {"s_o", kFloat, kOptional},          {"rest", kInt32, kOptional},
+      {"c_q", kUInt8, kOptional},     {"c_o", kUInt8, kOptional},          {"cs_q", kFloat, kOptional},
+      {"cs_o", kFloat, kOptional},    {"score_weight", kFloat, kOptional}, {"score_bias", kFloat, kOptional},
   };
-  static constexpr Port kOutputs[] = {{"y", kFloat, kRequired},
-                                      {"chosen", kInt32, kOptional},
-                                      {"new_key", kFloat, kOptional},
-                                      {"new_value", kFloat, kOptional}};
+  static constexpr Port kOutputs[] = {{"y", kFloat, kRequired}, {"chosen", kInt32, kOptional}};
 
   SparseAttention(const Api& api, const OrtKernelInfo* info)
       : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), true), kernels_(choose_kernels()) {
@@ -74,18 +60,16 @@ class SparseAttention {
     const std::vector<Tensor> in = node_.inputs(context);
     const size_t selections = check(in);
     const Tensor y = node_.output_like(context, in[kX]), chosen = node_.chosen_output(context, in[kCount], n_heads_);
-    const std::array<Tensor, 2> caches = write(context, in);
     std::vector<Call> calls;
-    for (size_t i = 0; i < selections; ++i) calls.push_back(read(in, i, selections, y, chosen, caches));
+    for (size_t i = 0; i < selections; ++i) calls.push_back(read(in, i, selections, y, chosen));
     Scratch scratch;
     Room sizes(nullptr);
     for (const Call& call : calls) (void)Memory(sizes, call);
     Room room(scratch.take(sizes.used()));
     std::vector<Memory> memory;
     std::vector<Heads> heads;
-    for (Call& call : calls) {
+    for (const Call& call : calls) {
       memory.emplace_back(room, call);
-      if (call.residual != nullptr) norm(call, memory.back().normed);
       const int32_t* full = call.score_groups > 0 ? choose(call, memory.back()) : call.indices;
       if (call.listed != nullptr) {
         const size_t count = std::min(call.full_count, call.n_heads);
@@ -93,7 +77,7 @@ class SparseAttention {
       }
       heads.push_back(list(call, memory.back(), full));
     }
-    if (y.size() != 0) AttentionSteps(kernels_, calls, memory, heads).run(Pool(api_, context));
+    if (y.size() != 0) run(Pool(api_, context), calls, memory, heads);
   }
 
  private:
@@ -155,61 +139,12 @@ class SparseAttention {
     return x.rank == 3 ? x.dims[1] : rows / batch;
   }
 
-  // The caches that the op writes, with the contents of the old ones, unless they are the same memory. Absent if the op
-  // does not write them.
-  std::array<Tensor, 2> write(OrtKernelContext* context, const std::vector<Tensor>& in) const {
-    if (!in[kWKV].present()) return {};
-    std::array<Tensor, 2> caches;
-    for (const size_t i : {0, 1}) {
-      const Tensor& old = in[i == 0 ? kKey : kValue];
-      if (old.type != kFloat) node_.fail("w_kv needs a cache of float32");
-      const auto& d = old.dims;
-      caches[i] = node_.optional_output(context, 2 + i, {d[0], d[1], d[2], d[3]});
-      if (!caches[i].present()) node_.fail("w_kv stands without the outputs new_key and new_value");
-      if (caches[i].data != old.data) std::memcpy(caches[i].data, old.data, old.size() * sizeof(float));
-    }
-    return caches;
-  }
-
-  // Replaces x by its norm.
-  void norm(Call& call, float* normed) const {
-    for (size_t t = 0; t < call.tokens(); ++t)
-      kernels_.normalise(call.norm, call.residual + t * call.width, normed + t * call.width, call.width);
-    call.x = normed;
-  }
-
-  Bias bias(const std::vector<Tensor>& in, Input port) const {
-    if (!in[port].present()) return {};
-    return {in[port].data, node_.row_type(in[port], kPorts[port].name)};
-  }
-
-  // A matrix of integers may have a dimension for its blocks.
-  static std::vector<Tensor> flattened(std::vector<Tensor> in, Input port) {
-    Tensor& tensor = in[port];
-    if (tensor.rank == 3) tensor.dims[1] *= tensor.dims[2], tensor.rank = 2;
-    return in;
-  }
-
-  void read_kv(const std::vector<Tensor>& all, Call& call) const {
-    if (!all[kWKV].present()) return;
-    const std::vector<Tensor> in = flattened(all, kWKV);
-    const int64_t rows = 2 * in[kKey].dims[1] * in[kKey].dims[3], width = node_.width_of(in[kX]);
-    node_.expect(in, kBKV, {rows});
-    if (in[kCKV].present() != in[kCsKV].present() || in[kCKV].present() != call.nested())
-      node_.fail("c_kv and cs_kv must be there if w_q and w_kv are residuals, and only then");
-    if (call.nested()) {
-      call.c_kv = node_.copy(in, kCKV, kCsKV, rows, width);
-      call.w_kv = node_.residual(in, kWKV, call.c_kv, rows);
-      if (call.c_kv.block != call.c_q.block) node_.fail("c_q and c_kv have blocks of different sizes");
-    } else {
-      call.w_kv = node_.matrix(in, kWKV, kSKV, rows, width);
-    }
-    call.b_kv = bias(in, kBKV);
-  }
-
-  Call read(const std::vector<Tensor>& in, size_t selection, size_t selections, const Tensor& y, const Tensor& chosen,
-            const std::array<Tensor, 2>& caches) const {
+  Call read(const std::vector<Tensor>& in, size_t selection, size_t selections, const Tensor& y,
+            const Tensor& chosen) const {
     const auto dim = [&](Input port, int i) { return static_cast<size_t>(in[port].dims[i]); };
+    const auto bias_type = [&](Input port) {
+      return in[port].present() ? node_.row_type(in[port], kPorts[port].name) : RowType::f32;
+    };
     const int64_t rows = n_heads_ * in[kKey].dims[3], width = node_.width_of(in[kX]), batch = in[kKey].dims[0];
     Call call{};
     call.batch = dim(kKey, 0) / selections, call.kv_heads = dim(kKey, 1), call.capacity = dim(kKey, 2);
@@ -239,15 +174,8 @@ class SparseAttention {
     if ((call.w_q.step == 0) != (call.w_o.step == 0))
       node_.fail("one matrix is a residual of the low-bit copy, and the other is not");
     if (call.rest_count > 0 || call.nested()) call.c_q = q, call.c_o = o;
-    read_kv(in, call);
-    const size_t tokens = first * call.seqlen, place = first * call.kv_heads * call.capacity;
-    const bool writes = caches[0].present();
-    call.key = cache(writes ? caches[0] : in[kKey], kKey).from(place);
-    call.value = cache(writes ? caches[1] : in[kValue], kValue).from(place);
-    if (writes) {
-      call.new_keys = static_cast<float*>(caches[0].data) + place * call.head_dim;
-      call.new_values = static_cast<float*>(caches[1].data) + place * call.head_dim;
-    }
+    const size_t caches = first * call.kv_heads * call.capacity, tokens = first * call.seqlen;
+    call.key = cache(in, kKey, caches), call.value = cache(in, kValue, caches);
     call.x = in[kX].as<float>() + tokens * call.width, call.y = static_cast<float*>(y.data) + tokens * call.width;
     if (in[kCos].present()) {
       call.cos = in[kCos].as<float>() + tokens * (call.head_dim / 2);
@@ -255,17 +183,17 @@ class SparseAttention {
     }
     if (chosen.present()) call.listed = static_cast<int32_t*>(chosen.data) + selection * call.n_heads;
     call.score_weight = in[kScoreWeight].as<float>(), call.score_bias = in[kScoreBias].as<float>();
-    call.b_q = bias(in, kBQ), call.b_o = bias(in, kBO);
-    call.norm = node_.norm(in, kNormWeight, kNormBias, width);
-    if (call.norm.weight != nullptr) call.residual = call.x;
+    call.b_q = in[kBQ], call.b_o = in[kBO];
+    call.b_q_type = bias_type(kBQ), call.b_o_type = bias_type(kBO);
     return call;
   }
 
-  // Keys or values: a row is a position of one head and sequence.
-  Rows cache(const Tensor& tensor, Input port) const {
-    const RowType type = node_.row_type(tensor, kPorts[port].name);
-    const size_t d = static_cast<size_t>(tensor.dims[3]);
-    return {tensor.data, d * element_size(type), d, type};
+  // Keys or values from a row on: a row is a position of one head and sequence.
+  Rows cache(const std::vector<Tensor>& in, Input port, size_t first) const {
+    const RowType type = node_.row_type(in[port], kPorts[port].name);
+    const size_t d = static_cast<size_t>(in[port].dims[3]);
+    const size_t stride = d * element_size(type);
+    return {in[port].as<char>() + first * stride, stride, d, type};
   }
 
   // The best groups of heads, as heads in ascending order.
@@ -297,6 +225,130 @@ class SparseAttention {
     for (size_t i = 0; i < heads.count; ++i)
       for (size_t j = 0; j < d; ++j) heads.rows[i * d + j] = static_cast<int32_t>(heads.ids[i] * d + j);
     return heads;
+  }
+
+  void run(const Pool& pool, const std::vector<Call>& calls, const std::vector<Memory>& memory,
+           const std::vector<Heads>& heads) const {
+    project(pool, calls, memory, heads);
+    attend(pool, calls, memory, heads);
+    std::vector<Part> parts;
+    for (size_t i = 0; i < calls.size(); ++i)
+      parts.push_back({calls[i], memory[i], heads[i], calls[i].chunks(calls[i].w_o, calls[i].c_o)});
+    in_chunks(pool, parts, [&](const Part& part, size_t c) { add_chunk(part, c); });
+    if (parts.size() == 1) return finish(pool, parts.front());
+    pool.run(parts.size(), [&](size_t i) { finish(Pool::none(), parts[i]); });
+  }
+
+  // The queries of all heads, without bias.
+  void project(const Pool& pool, const std::vector<Call>& calls, const std::vector<Memory>& memory,
+               const std::vector<Heads>& heads) const {
+    std::vector<Part> parts;
+    for (size_t i = 0; i < calls.size(); ++i) {
+      const Call& call = calls[i];
+      if (heads[i].count == 0) continue;
+      parts.push_back({call, memory[i], heads[i], call.chunks(call.w_q, call.c_q)});
+      if (!call.nested()) parts.back().input = kernels_.prepare(call.w_q, call.x, call.tokens(), memory[i].inputs);
+      if (call.nested() || heads[i].count > heads[i].full_count) parts.back().low_input = prepare_low(call, memory[i]);
+    }
+    in_chunks(pool, parts, [&](const Part& part, size_t c) {
+      const Call& call = part.call;
+      const Memory& own = part.memory;
+      const size_t tokens = call.tokens(), full_rows = part.heads.full_count * call.head_dim;
+      const Chunk full = part.full(c), low = part.low(c);
+      if (call.nested()) return project_nested(call, own, part.heads, part.all(c), part.low_input);
+      kernels_.project(call.w_q, {part.heads.rows + full.begin, full.size()}, part.input, tokens,
+                       own.queries + full.begin * tokens, {});
+      if (low.size() > 0)
+        kernels_.project(call.c_q, {part.heads.rows + full_rows + low.begin, low.size()}, part.low_input, tokens,
+                         own.queries + (full_rows + low.begin) * tokens, {});
+    });
+  }
+
+  // Replaces all queries by contexts; each head and sequence is a task.
+  void attend(const Pool& pool, const std::vector<Call>& calls, const std::vector<Memory>& memory,
+              const std::vector<Heads>& heads) const {
+    const size_t batch = calls.front().batch;
+    std::vector<std::pair<size_t, size_t>> tasks;  // a selection, and the place of one of its heads
+    for (size_t i = 0; i < calls.size(); ++i)
+      for (size_t place = 0; place < heads[i].count; ++place) tasks.emplace_back(i, place);
+    pool.run(tasks.size() * batch, [&](size_t task) {
+      const auto [i, place] = tasks[task / batch];
+      const Call& call = calls[i];
+      attend_head(kernels_, call, static_cast<size_t>(heads[i].ids[place]), task % batch,
+                  memory[i].queries + place * call.head_dim * call.tokens(),
+                  memory[i].work + (place * batch + task % batch) * memory[i].task_size);
+    });
+  }
+
+  // Adds up the output projection of a chunk of rows, into its part of the memory.
+  void add_chunk(const Part& part, size_t c) const {
+    const Call& call = part.call;
+    const Memory& memory = part.memory;
+    const Heads& heads = part.heads;
+    const size_t tokens = call.tokens(), size = tokens * call.width, first_low = heads.full_count * call.head_dim;
+    const Chunk full = part.full(c), low = part.low(c);
+    float *sum = memory.parts + c * size, *padded = memory.low_parts + c * tokens * call.padded(call.c_o);
+    std::fill(sum, sum + size, 0.0f);
+    if (call.nested()) return add_nested(call, memory, heads, part.all(c), padded, sum);
+    kernels_.accumulate(call.w_o, {heads.rows + full.begin, full.size()}, memory.queries + full.begin * tokens, tokens,
+                        sum, {});
+    if (low.size() > 0)
+      with_padding(call, padded, sum, [&](float* to) {
+        kernels_.accumulate(call.c_o, {heads.rows + first_low + low.begin, low.size()},
+                            memory.queries + (first_low + low.begin) * tokens, tokens, to, {});
+      });
+  }
+
+  // The result of a selection: its parts in order, and the bias.
+  void finish(const Pool& pool, const Part& part) const {
+    const Call& call = part.call;
+    const bool biased = call.b_o.present();
+    if (biased) kernels_.widen(call.b_o.data, call.b_o_type, part.memory.start, call.width);
+    add_up(pool, kernels_, part.memory.parts, part.chunks.count(), call.tokens(), call.width,
+           biased ? part.memory.start : nullptr, call.y);
+  }
+
+  // The input for the copy: x, with zeros up to a whole number of blocks.
+  const float* prepare_low(const Call& call, const Memory& memory) const {
+    const size_t wide = call.padded(call.c_q), tokens = call.tokens();
+    const float* x = call.x;
+    if (wide != 0) {
+      std::fill(memory.low_x, memory.low_x + tokens * wide, 0.0f);
+      for (size_t t = 0; t < tokens; ++t) std::copy_n(x + t * call.width, call.width, memory.low_x + t * wide);
+      x = memory.low_x;
+    }
+    return kernels_.prepare(call.c_q, x, tokens, memory.low_inputs);
+  }
+
+  // The queries of a chunk of rows: from the copy, plus the residuals of the full heads, which come first.
+  void project_nested(const Call& call, const Memory& memory, const Heads& heads, Chunk chunk,
+                      const float* input) const {
+    const size_t tokens = call.tokens(), first = chunk.begin * tokens;
+    const Picks full = full_rows(call, heads, chunk);
+    float *queries = memory.queries + first, *more = memory.residuals + first;
+    kernels_.project(call.c_q, {heads.rows + chunk.begin, chunk.size()}, input, tokens, queries, {});
+    kernels_.project(call.w_q, full, input, tokens, more, {});
+    for (size_t i = 0; i < full.count * tokens; ++i) queries[i] += call.w_q.step * more[i];
+  }
+
+  // Adds the output projection of the contexts of a chunk of rows to `sum` (tokens, width), in the same way.
+  void add_nested(const Call& call, const Memory& memory, const Heads& heads, Chunk chunk, float* padded,
+                  float* sum) const {
+    const size_t tokens = call.tokens(), first = chunk.begin * tokens;
+    const Picks full = full_rows(call, heads, chunk);
+    const float* contexts = memory.queries + first;
+    float* scaled = memory.residuals + first;
+    for (size_t i = 0; i < full.count * tokens; ++i) scaled[i] = call.w_o.step * contexts[i];
+    with_padding(call, padded, sum, [&](float* to) {
+      kernels_.accumulate(call.c_o, {heads.rows + chunk.begin, chunk.size()}, contexts, tokens, to, {});
+      kernels_.accumulate(call.w_o, full, scaled, tokens, to, {});
+    });
+  }
+
+  // The rows of a chunk that belong to full heads.
+  static Picks full_rows(const Call& call, const Heads& heads, Chunk chunk) {
+    const size_t end = std::min(chunk.end, heads.full_count * call.head_dim);
+    return {heads.rows + chunk.begin, end > chunk.begin ? end - chunk.begin : 0};
   }
 
   const Api& api_;

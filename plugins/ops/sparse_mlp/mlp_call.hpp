@@ -2,10 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <deque>
 
+#include "op.hpp"
 #include "room.hpp"
-#include "steps.hpp"
 
 namespace shadowllm {
 namespace {  // other ops have types with the same names
@@ -50,9 +49,7 @@ struct Call {
   size_t full_count;            // neurons computed from their full rows
   const float* norms;           // only if choosing
   Picks picks;                  // the active neurons; ids is null until they are chosen
-  Norm norm;
   const float* x;
-  const float* residual;  // what is added to the result: the hidden states before the norm; null if there is no norm
   float* y;
   int32_t* listed;  // where the active neurons are listed; null if they are not
 
@@ -85,10 +82,9 @@ inline size_t drop_zeros(Picks picks, size_t tokens, float* h, int32_t* kept_ids
   return kept;
 }
 
-// Memory for all tokens of a call: for the choice, and for the normed hidden states. A mark is 1 if the neuron is
-// active.
+// Memory for the choice, which is the same for all tokens. A mark is 1 if the neuron is active.
 struct ChoiceRoom {
-  float *scores = nullptr, *normed = nullptr;
+  float* scores = nullptr;
   int32_t *keys = nullptr, *all = nullptr, *chosen = nullptr, *marks = nullptr;
 
   ChoiceRoom() = default;
@@ -99,7 +95,6 @@ struct ChoiceRoom {
     marks = room.integers(std::max(if_copied, if_choosing));
     chosen = room.integers(if_copied);
     all = room.integers(std::max(if_copied, if_choosing));
-    normed = room.floats(call.residual != nullptr ? call.tokens * call.width : 0);
   }
 };
 
@@ -137,7 +132,7 @@ struct Block {
   BlockRoom room;
   Chunks chunks;
   Inputs inputs, low_inputs;
-  const float *x, *residual;
+  const float* x;
   float* y;
 };
 
@@ -157,22 +152,20 @@ struct Memory {
   }
 };
 
-// The blocks of tokens in their order, those of all selections together.
-inline std::deque<std::vector<Block>> blocks_of(const std::vector<Call>& calls, const Memory& memory) {
-  std::deque<std::vector<Block>> found;
+// Calls pass(blocks) for each block of tokens, with those of all selections.
+template <class Pass>
+inline void for_blocks(const std::vector<Call>& calls, const Memory& memory, Pass pass) {
   for (size_t first = 0; !calls.empty() && first < calls.front().tokens; first += kTokenBlock) {
-    std::vector<Block>& blocks = found.emplace_back();
+    std::vector<Block> blocks;
     for (size_t i = 0; i < calls.size(); ++i) {
       const Call& call = calls[i];
       Room room(memory.blocks[i]);
       const BlockRoom own(room, call, std::min(kTokenBlock, call.tokens - first));
       const size_t at = first * call.width;
-      const float* residual = call.residual == nullptr ? nullptr : call.residual + at;
-      blocks.push_back(
-          {call, memory.choices[i], own, call.chunks(own.tokens), {}, {}, call.x + at, residual, call.y + at});
+      blocks.push_back({call, memory.choices[i], own, call.chunks(own.tokens), {}, {}, call.x + at, call.y + at});
     }
+    pass(blocks);
   }
-  return found;
 }
 
 // Calls add(to) with `sum`, or with zeros of padded rows, which are then added to it.

@@ -3,9 +3,13 @@
 // all neurons from the copy, and the later one uses these products. The full rows may be residuals of the copy: then
 // they are added to its products, of the active neurons too (mlp_products.hpp). Without indices and copy: see
 // gate_first.hpp.
+#include <cmath>
 #include <functional>
+#include <numeric>
 
-#include "mlp_steps.hpp"
+#include "gate_first.hpp"
+#include "largest.hpp"
+#include "mlp_products.hpp"
 
 namespace shadowllm {
 namespace {
@@ -30,11 +34,7 @@ enum Input {
   kCsGate,
   kCsUp,
   kCsDown,
-  kDownNorms,
-  // The next two are not in the op's schema: a graph pass of the runtime adds them. Then x is not normed, and the
-  // result is added to it.
-  kNormWeight,
-  kNormBias
+  kDownNorms
 };
 
 Activation parse_activation(const Node& node, const std::string& name) {
@@ -54,8 +54,7 @@ class SparseMlp {
       {"s_gate", kFloat, kOptional},     {"s_up", kFloat, kOptional},       {"s_down", kFloat, kOptional},
       {"rest", kInt32, kOptional},       {"c_gate", kUInt8, kOptional},     {"c_up", kUInt8, kOptional},
       {"c_down", kUInt8, kOptional},     {"cs_gate", kFloat, kOptional},    {"cs_up", kFloat, kOptional},
-      {"cs_down", kFloat, kOptional},    {"down_norms", kFloat, kOptional}, {"norm_weight", kFloat, kOptional},
-      {"norm_bias", kFloat, kOptional},
+      {"cs_down", kFloat, kOptional},    {"down_norms", kFloat, kOptional},
   };
   static constexpr Port kOutputs[] = {{"y", kFloat, kRequired}, {"chosen", kInt32, kOptional}};
 
@@ -81,9 +80,7 @@ class SparseMlp {
     (void)Memory(sizes, calls);
     Room room(scratch.take(sizes.used()));
     const Memory memory(room, calls);
-    for (size_t i = 0; i < selections; ++i)
-      if (calls[i].residual != nullptr) calls[i].x = memory.choices[i].normed;
-    MlpSteps(kernels_, activation_, calls, memory).run(Pool(api_, context));
+    run(Pool(api_, context), calls, memory);
   }
 
  private:
@@ -159,7 +156,6 @@ class SparseMlp {
     call.full_count = static_cast<size_t>(call.gate_first ? rows : std::max<int64_t>(count, 0));
     call.rest = Node::number(in[kRest], selection) != 0 && count < rows;
     call.copied = call.nested() || (copied && count < rows && (call.choosing || call.rest));
-    call.norm = node_.norm(in, kNormWeight, kNormBias, columns);
     call.norms = in[kDownNorms].as<float>();
     call.picks = {nullptr, call.full_count};
     if (!call.choosing) call.picks = node_.active(in[kIndices], in[kCount], selection, rows);
@@ -167,9 +163,171 @@ class SparseMlp {
     const size_t tokens = call.width == 0 ? 0 : y.size() / call.width / selections;
     const size_t first = selection * tokens * call.width;
     call.tokens = tokens, call.x = in[kX].as<float>() + first, call.y = static_cast<float*>(y.data) + first;
-    if (call.norm.weight != nullptr) call.residual = call.x;
     if (chosen.present()) call.listed = static_cast<int32_t*>(chosen.data) + selection * call.neurons;
     return call;
+  }
+
+  Inputs prepare(const Matrices& of, const float* x, size_t tokens, float* room) const {
+    const float* up = kernels_.prepare(of.up, x, tokens, room);
+    if (of.gate.type == of.up.type && of.gate.block == of.up.block) return {up, up};
+    return {kernels_.prepare(of.gate, x, tokens, room + input_floats(of.up.width)), up};
+  }
+
+  // Inputs for the copy: x, with zeros up to a whole number of blocks.
+  Inputs prepare_low(const Call& call, const BlockRoom& room, const float* x) const {
+    if (call.padded()) {
+      const size_t wide = call.low.up.width;
+      std::fill(room.low_x, room.low_x + room.tokens * wide, 0.0f);
+      for (size_t t = 0; t < room.tokens; ++t)
+        std::copy(x + t * call.width, x + (t + 1) * call.width, room.low_x + t * wide);
+      x = room.low_x;
+    }
+    return prepare(call.low, x, room.tokens, room.low_inputs);
+  }
+
+  // h[i * tokens + t] = act(gate + b_gate) * (up + b_up) of the picked neurons. `after`: the rows that are read next.
+  void products(const Call& call, const Matrices& of, Picks picks, Inputs inputs, size_t tokens, const Rows* after,
+                float* h, float* u) const {
+    const bool enough = picks.count >= kLeastAhead;
+    if (of.gated) {
+      kernels_.project(of.gate, picks, inputs.gate, tokens, h, {enough ? &of.up : nullptr, picks.ids});
+      call.b_gate.add(kernels_, picks, tokens, h);
+    } else {
+      u = h;
+    }
+    kernels_.project(of.up, picks, inputs.up, tokens, u, {enough ? after : nullptr, picks.ids});
+    call.b_up.add(kernels_, picks, tokens, u);
+    kernels_.activate(activation_, h, of.gated ? u : nullptr, picks.count * tokens);
+  }
+
+  // Adds a chunk of a block to the scores of all neurons: norm * sum over the tokens of |product|.
+  void score(const Block& block, Chunk chunk) const {
+    const Call& call = block.call;
+    const BlockRoom& room = block.room;
+    low_products(kernels_, activation_, call, room, {block.choice.all + chunk.begin, chunk.size()}, chunk.begin,
+                 block.low_inputs);
+    for (size_t i = chunk.begin; i < chunk.end; ++i) {
+      const float* h = room.low_hidden + i * room.tokens;
+      float total = 0;
+      for (size_t t = 0; t < room.tokens; ++t) total += std::fabs(h[t]);
+      block.choice.scores[i] += call.norms[i] * total;
+    }
+  }
+
+  // Chooses the active neurons from the scores, if they are not given, and lists and marks them.
+  void choose(Call& call, const ChoiceRoom& choice) const {
+    if (call.scoring())
+      select_largest(kernels_, choice.scores, call.neurons, call.full_count, choice.keys, choice.chosen);
+    if (call.choosing) call.picks.ids = call.scoring() ? choice.chosen : choice.all;
+    if (call.gate_first) return void(std::fill_n(choice.marks, call.neurons, 0));
+    if (call.listed != nullptr) {
+      const size_t count = std::min(call.picks.count, call.neurons);
+      std::fill(std::copy_n(call.picks.ids, count, call.listed), call.listed + call.neurons, -1);
+    }
+    if (call.copied && !call.nested()) mark(call, call.picks, choice.marks);
+  }
+
+  static void mark(const Call& call, Picks picks, int32_t* marks) {
+    std::fill(marks, marks + call.neurons, 0);
+    for (size_t i = 0; i < picks.count; ++i) marks[picks.ids[i]] = 1;
+  }
+
+  // Adds the neurons of a chunk that are not marked, from the copy, to `sum` (tokens, width).
+  void add_rest(const Call& call, const ChoiceRoom& choice, const BlockRoom& room, Chunk chunk, float* padded,
+                float* sum) const {
+    const size_t tokens = room.tokens;
+    float* h = room.low_hidden + chunk.begin * tokens;
+    for (size_t i = chunk.begin; i < chunk.end; ++i)
+      if (choice.marks[i] != 0) std::fill_n(h + (i - chunk.begin) * tokens, tokens, 0.0f);
+    Picks left{choice.all + chunk.begin, chunk.size()};
+    if (activation_.zeroes()) {
+      int32_t* kept = room.low_kept + chunk.begin;
+      left = {kept, drop_zeros(left, tokens, h, kept)};
+    }
+    with_padding(call, tokens, padded, sum,
+                 [&](float* to) { kernels_.accumulate(call.low.down, left, h, tokens, to, {}); });
+  }
+
+  // Adds a chunk of neurons whose full rows are the copy plus residuals to `sum` (tokens, width).
+  void add_nested(const Call& call, Picks picks, const ChoiceRoom& choice, const BlockRoom& room, Chunk chunk,
+                  Inputs inputs, bool has_products, float* padded, float* sum) const {
+    const NestedChunk nested(kernels_, activation_, call, room, picks, choice.all, chunk);
+    with_padding(call, room.tokens, padded, sum, [&](float* to) { nested.add(inputs, has_products, to); });
+  }
+
+  // Adds a chunk of the active neurons, from their full rows, to `sum` (tokens, width).
+  void add_full(const Call& call, Picks picks, const BlockRoom& room, Chunk chunk, Inputs inputs, float* sum) const {
+    const Picks mine{picks.ids + chunk.begin, chunk.size()};
+    const size_t at = chunk.begin * room.tokens;
+    const bool dense = !activation_.zeroes();
+    float* h = room.hidden + at;
+    products(call, call.full, mine, inputs, room.tokens, dense ? &call.full.down : nullptr, h, room.ups + at);
+    Picks left = mine;
+    if (!dense) left = {room.kept + chunk.begin, drop_zeros(mine, room.tokens, h, room.kept + chunk.begin)};
+    kernels_.accumulate(call.full.down, left, h, room.tokens, sum, {});
+  }
+
+  // Adds up a chunk of the neurons of a block, into its part of the block's memory.
+  void add_chunk(const Block& block, size_t c, bool has_products) const {
+    const Call& call = block.call;
+    const ChoiceRoom& choice = block.choice;
+    const BlockRoom& room = block.room;
+    const size_t part = room.tokens * call.width, low_part = call.padded() ? room.tokens * call.low.down.width : 0;
+    const Chunk chunk = block.chunks[c], full = block.chunks.of(call.picks.count)[c];
+    float *sum = room.parts + c * part, *padded = room.low_parts + c * low_part;
+    std::fill(sum, sum + part, 0.0f);
+    if (call.gate_first)
+      return add_gate_first(kernels_, activation_, call, {call.picks.ids + full.begin, full.size()}, block.inputs, room,
+                            full.begin, choice.marks, sum);
+    if (call.nested())
+      return add_nested(call, call.picks, choice, room, chunk, block.low_inputs, has_products, padded, sum);
+    if (call.rest && !has_products)
+      low_products(kernels_, activation_, call, room, {choice.all + chunk.begin, chunk.size()}, chunk.begin,
+                   block.low_inputs);
+    if (call.rest) add_rest(call, choice, room, chunk, padded, sum);
+    add_full(call, call.picks, room, full, block.inputs, sum);
+  }
+
+  // The result of a block: its parts in order, and the bias.
+  void finish(const Pool& pool, const Block& block) const {
+    const Call& call = block.call;
+    const bool biased = call.b_down.data != nullptr;
+    if (biased) kernels_.widen(call.b_down.data, call.b_down.type, block.room.start, call.width);
+    add_up(pool, kernels_, block.room.parts, block.chunks.count(), block.room.tokens, call.width,
+           biased ? block.room.start : nullptr, block.y);
+  }
+
+  void run(const Pool& pool, std::vector<Call>& calls, const Memory& memory) const {
+    bool scoring = false;
+    for (size_t i = 0; i < calls.size(); ++i) {
+      const Call& call = calls[i];
+      const ChoiceRoom& choice = memory.choices[i];
+      if (call.copied || call.choosing) std::iota(choice.all, choice.all + call.neurons, 0);
+      if (call.copied) std::fill_n(choice.scores, call.neurons, 0.0f);
+      scoring |= call.scoring();
+    }
+    if (scoring)
+      for_blocks(calls, memory, [&](std::vector<Block>& blocks) {
+        for (Block& block : blocks)
+          if (block.call.scoring()) block.low_inputs = prepare_low(block.call, block.room, block.x);
+        in_chunks(pool, blocks, [&](const Block& block, size_t c) {
+          if (block.call.scoring()) score(block, block.chunks[c]);
+        });
+      });
+    pool.run(calls.size(), [&](size_t i) { choose(calls[i], memory.choices[i]); });
+    for_blocks(calls, memory, [&](std::vector<Block>& blocks) {
+      for (Block& block : blocks) {
+        const Call& call = block.call;
+        if (!call.nested()) block.inputs = prepare(call.full, block.x, block.room.tokens, block.room.inputs);
+        if (call.nested() || (call.rest && !call.kept())) block.low_inputs = prepare_low(call, block.room, block.x);
+      }
+      in_chunks(pool, blocks, [&](const Block& block, size_t c) { add_chunk(block, c, block.call.kept()); });
+      if (blocks.size() == 1) return finish(pool, blocks.front());
+      pool.run(blocks.size(), [&](size_t i) { finish(Pool::none(), blocks[i]); });
+    });
+    for (size_t i = 0; i < calls.size(); ++i)
+      if (calls[i].listed != nullptr && calls[i].gate_first)
+        list_marked(memory.choices[i].marks, calls[i].neurons, calls[i].listed);
   }
 
   const Api& api_;
