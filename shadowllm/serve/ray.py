@@ -1,0 +1,109 @@
+"""The server as a Ray Serve application: replicas on one or several machines, with the same routes.
+
+    serve run shadowllm.serve.ray:app bundle=/models/out replicas=2
+
+Each replica is a process with a session of its own. Ray sends each request to one of them, starts a replica again if
+it dies, and changes their number with the load if ``most_replicas`` is given.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+from ray.serve import Application
+
+from shadowllm.runtime import SLOT_BACKENDS
+from shadowllm.serve.app import make_app
+from shadowllm.serve.keys import ApiKeys
+from shadowllm.serve.server import Deployment, log_requests, open_model
+from shadowllm.serve_config import EngineConfig, ServeConfig
+
+
+class Arguments(BaseModel):
+    """What ``serve run`` and a Serve config file give; the names are those of ``shadowllm serve``.
+
+    Attributes:
+        bundle: a path that is valid on every machine.
+        replicas: how many there are; with ``most_replicas``, the smallest number.
+        most_replicas: the largest number. Ray adds replicas while they have more requests than slots.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundle: Path
+    replicas: int = 1
+    most_replicas: int | None = None
+    backend: str = SLOT_BACKENDS[0]
+    model_name: str | None = None
+    api_keys: Path | None = None
+    slots: int = EngineConfig.slots
+    queue: int = EngineConfig.queue
+    threads: int | None = None
+    prepack: bool = False
+
+
+@serve.ingress()
+class Replica:
+    """One replica.
+
+    Args:
+        plan: its host and port are not used, because Ray listens for requests.
+
+    Raises:
+        UserError: as `open_model`, or the keys cannot be read.
+    """
+
+    def __init__(self, plan: Deployment) -> None:
+        log_requests()
+        self._plan, self._keys, self._open = plan, ApiKeys.read(plan.server.api_keys), ExitStack()
+        self._model = self._open.enter_context(open_model(plan))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_app(self._model, self._keys, self._plan.engine.slots)
+
+    def check_health(self) -> None:
+        """Raise the error of a failed session; Ray then starts the replica again."""
+        if self._model.engine.failure is not None:
+            raise self._model.engine.failure
+
+    def __del__(self) -> None:
+        self._open.close()
+
+
+def application(plan: Deployment, replicas: int = 1, most_replicas: int | None = None) -> Application:
+    """Return the application for ``ray.serve.run``.
+
+    Args:
+        replicas, most_replicas: see `Arguments`.
+    """
+    scaling = {
+        "min_replicas": replicas,
+        "max_replicas": most_replicas,
+        "target_ongoing_requests": plan.engine.slots,
+    }
+    deployment = serve.deployment(Replica, name="shadowllm").options(
+        **{"num_replicas": replicas} if most_replicas is None else {"autoscaling_config": scaling},
+        # The engine itself refuses what does not fit into its queue.
+        max_ongoing_requests=2 * (plan.engine.slots + plan.engine.queue),
+        ray_actor_options={"num_cpus": plan.threads or 1},
+        graceful_shutdown_timeout_s=plan.server.grace,
+    )
+    bound: Application = deployment.bind(plan)
+    return bound
+
+
+def app(args: Arguments) -> Application:
+    """Return the application for ``serve run`` and Serve config files."""
+    plan = Deployment(
+        args.bundle.resolve(),
+        args.backend,
+        server=ServeConfig(model_name=args.model_name, api_keys=args.api_keys),
+        engine=EngineConfig(args.slots, args.queue),
+        threads=args.threads,
+        prepack=args.prepack,
+    )
+    return application(plan, args.replicas, args.most_replicas)
