@@ -209,10 +209,9 @@ class ShadowForCausalLM(GenerationMixin):
         found = torch.zeros(*input_ids.shape, self.config.vocab_size)
         for row, mask in enumerate(kept):
             session.reset()
-            for place in mask.nonzero()[:, 0].tolist():
+            for index, place in enumerate(mask.nonzero()[:, 0].tolist()):
                 token = input_ids[row, place : place + 1].cpu().numpy()
-                first = place == int(mask.nonzero()[0])
-                logits = session.prefill([token.tolist()]) if first else session.decode(token)
+                logits = session.decode(token) if index else session.prefill([token.tolist()])
                 found[row, place] = torch.from_numpy(logits[0])
         return found
 

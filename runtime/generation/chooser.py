@@ -31,9 +31,10 @@ class Chooser:
     ) -> None:
         self.texts = [list(prompt) for prompt in prompts]
         self._processors = [sampling.processors(len(prompt), stop_ids) for prompt in prompts]
-        options = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, sampling.min_p)
+        independent = ("temperature", "top_k", "top_p", "seed", "min_p")  # of the text so far
+        options = {name: getattr(sampling, name) for name in independent}
         self.sampling = sampling
-        self.only_sampled = sampling.temperature > 0 and sampling == Sampling(*options)
+        self.only_sampled = sampling.temperature > 0 and sampling == Sampling(**options)
         self._sampled, self._backend = sampling.temperature > 0, backend
         self.running = np.ones(len(prompts), dtype=bool)
         self.plain = not self._sampled and not any(self._processors)

@@ -89,8 +89,9 @@ class ServedModel:
         options = self._options(body)
         requests = [self._request(ids, body, options, seed + index) for ids in encoded for index in range(n)]
         budget = self.budget_of(body.sparsity, bool(body.lossless))
-        read = [[self._step_bytes(request, each) for request in requests] for each in (budget, Budget())]
-        return Plan(requests, budget, sum(map(len, encoded)), *read)
+        sizes = [(len(request.prompts[0]), request.max_new_tokens) for request in requests]
+        read = [{size: self._step_bytes(each, *size) for size in set(sizes)} for each in (budget, Budget())]
+        return Plan(requests, budget, sum(map(len, encoded)), *([found[size] for size in sizes] for found in read))
 
     def budget_of(self, given: Sparsity | str | None, lossless: bool = False) -> Budget:
         """Return the budget of a request; of its drafts, if it is lossless.
@@ -110,9 +111,8 @@ class ServedModel:
         check_neuron_budget(self.manifest.predictor["kind"], budget)
         return budget
 
-    def _step_bytes(self, request: Request, budget: Budget) -> int:
-        length = len(request.prompts[0])
-        return traffic_of(self.manifest, SPARSE, self.backend, budget, length, request.max_new_tokens).total
+    def _step_bytes(self, budget: Budget, prompt_tokens: int, new_tokens: int) -> int:
+        return traffic_of(self.manifest, SPARSE, self.backend, budget, prompt_tokens, new_tokens).total
 
     def _prompts(self, body: CompletionBody | ChatBody) -> Sequence[str | list[int] | list[dict[str, str]]]:
         if isinstance(body, ChatBody):
