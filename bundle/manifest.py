@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Never, TypedDict
 
 from shadowllm.bundle.quantisation import Quantisation, bundle_format
+from shadowllm.config import TunedDrafts
 from shadowllm.errors import UserError
 from shadowllm.json_types import check_type
 from shadowllm.models.sparsity import Budget, Fractions, Rest, SparseLayers
@@ -81,12 +82,22 @@ class AllocationRecord(TypedDict):
     measured: dict[str, float]
 
 
+class DraftTimesRecord(TypedDict):
+    """Type of what ``tune --lossless`` measured of the best drafts."""
+
+    acceptance: float
+    speedup: float
+    draft_ms: float
+    verify_ms: float
+    dense_ms: float
+
+
 class DraftingRecord(TypedDict):
     """Type of the manifest's ``drafting``, if ``tune --lossless`` chose it."""
 
     budget: BudgetRecord
     draft_length: int
-    measured: dict[str, float]
+    measured: DraftTimesRecord
 
 
 class _Contents(TypedDict):
@@ -178,9 +189,13 @@ class Manifest:
         return Budget(**self.drafting["budget"]) if self.drafting else self.budget
 
     @property
-    def first_draft_length(self) -> int:
-        """The length of the first drafts of lossless decoding, if it adapts."""
-        return int(self.drafting.get("draft_length", 2))
+    def tuned_drafts(self) -> TunedDrafts | None:
+        """What was measured of the drafts of lossless decoding; None if they were not tuned."""
+        if not self.drafting:
+            return None
+        found: dict[str, float] = self.drafting["measured"]
+        draft, verify = found["draft_ms"] / found["dense_ms"], found["verify_ms"] / found["dense_ms"]
+        return TunedDrafts(self.drafting["draft_length"], found["acceptance"], draft, verify)
 
     @property
     def quantisation(self) -> Quantisation | None:

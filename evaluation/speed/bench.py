@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,8 @@ def drafting_options(drafting: Drafting, manifest: Manifest) -> list[str]:
     if not drafting.lossless:
         return []
     given = [] if drafting.draft_length is None else ["--draft-length", str(drafting.draft_length)]
-    return ["--lossless", "--first-length", str(manifest.first_draft_length), *given]
+    tuned = ["--tuned", json.dumps(asdict(manifest.tuned_drafts))] if manifest.tuned_drafts else []
+    return ["--lossless", *tuned, *given]
 
 
 def session_command(

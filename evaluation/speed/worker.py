@@ -11,6 +11,7 @@ has ``peak_rss_mb``.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -188,7 +189,7 @@ def _negative_log_likelihood(logits: np.ndarray, token: int) -> float:
 
 def main() -> int:
     """Serve a bundle's session. The arguments are those of `open_session`, the budget, and those of `Drafting`."""
-    from shadowllm.config import Drafting
+    from shadowllm.config import Drafting, TunedDrafts
     from shadowllm.models.sparsity import Budget, parse_fractions
 
     parser = argparse.ArgumentParser(prog="python -m shadowllm.evaluation.speed.worker", description=__doc__)
@@ -204,7 +205,7 @@ def main() -> int:
     parser.add_argument("--loop", action="store_true", help="time the generation loop, not the session's steps alone")
     parser.add_argument("--lossless", action="store_true", help="the same, with drafts and their verification")
     parser.add_argument("--draft-length", type=int)
-    parser.add_argument("--first-length", type=int, default=2)
+    parser.add_argument("--tuned", type=json.loads, help="the drafts' measurements, as JSON")
     parser.add_argument("--prepack", action="store_true")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the sampling in a loop")
     given = parser.parse_args()
@@ -215,7 +216,8 @@ def main() -> int:
         rest=given.rest,
         certify=given.certify,
     )
-    drafting = Drafting(given.lossless, given.draft_length, given.first_length)
+    tuned = TunedDrafts(**given.tuned) if given.tuned else None
+    drafting = Drafting(given.lossless, given.draft_length, tuned)
 
     @contextmanager
     def load() -> Iterator[Commands]:

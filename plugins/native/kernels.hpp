@@ -19,7 +19,7 @@ inline const T* row(const Rows& rows, const int32_t* ids, size_t i) {
 // Rows of a block. For one token, eight rows are read in parallel, as eight streams of loads. More tokens are compute
 // bound and use tiles of four rows and up to kTile tokens, whose sums fit into the registers.
 constexpr size_t kBlock = 8;
-constexpr size_t kTile = W >= 16 ? 4 : 2;
+constexpr size_t kTile = W >= 16 ? 4 : 3;
 
 // Prefetches into L2 the cache lines of `next` that hold `count` elements from k on. The hardware prefetcher cannot
 // predict the next active row, so each block prefetches the next one.
@@ -45,9 +45,15 @@ inline size_t for_row(size_t width, Step step, Ahead ahead) {
   return k;
 }
 
+// Rows that a tile prefetches.
+template <class T>
+struct Next {
+  const T* const* rows;
+  size_t count;
+};
+
 template <class T, size_t R, size_t M>
-inline void project_tile(const T* const* rows, const T* const* next, const float* x, size_t width, float* out,
-                         size_t tokens) {
+inline void project_tile(const T* const* rows, Next<T> next, const float* x, size_t width, float* out, size_t tokens) {
   V acc[R][M] = {};
   const auto step = [&](size_t k) {
     V in[M];
@@ -58,8 +64,7 @@ inline void project_tile(const T* const* rows, const T* const* next, const float
     }
   };
   const auto ahead = [&](size_t k) {
-    if (next == nullptr) return;
-    for (size_t r = 0; r < R; ++r) fetch(next[r], k, kStep<T>);
+    for (size_t r = 0; r < next.count; ++r) fetch(next.rows[r], k, kStep<T>);
   };
   const size_t rest = for_row<T>(width, step, ahead);
   for (size_t r = 0; r < R; ++r)
@@ -86,7 +91,7 @@ inline float project_row(const T* row, const T* next, const float* x, size_t wid
 }
 
 template <class T, size_t R, size_t M>
-inline void accumulate_tile(const T* const* rows, const T* const* next, const float* h, size_t tokens, size_t width,
+inline void accumulate_tile(const T* const* rows, Next<T> next, const float* h, size_t tokens, size_t width,
                             float* y) {
   V weight[R][M];
   for (size_t r = 0; r < R; ++r)
@@ -101,8 +106,7 @@ inline void accumulate_tile(const T* const* rows, const T* const* next, const fl
     for (size_t t = 0; t < M; ++t) store(y + t * width + k, total[t]);
   };
   const auto ahead = [&](size_t k) {
-    if (next == nullptr) return;
-    for (size_t r = 0; r < R; ++r) fetch(next[r], k, kStep<T>);
+    for (size_t r = 0; r < next.count; ++r) fetch(next.rows[r], k, kStep<T>);
   };
   for (size_t k = for_row<T>(width, step, ahead); k < width; ++k)
     for (size_t r = 0; r < R; ++r)
@@ -135,15 +139,38 @@ inline bool one_after_the_other(const T* const* rows, size_t stride) {
          static_cast<ptrdiff_t>((kBlock - 1) * stride);
 }
 
-// Calls tile(rows, next rows, first row of the block, first token, token count as a type) to cover a block.
+// Calls tile(index of the tile, number of tiles, first token, token count as a type) to cover at least one token, in tiles of nearly the same size. A tile
+// of one token is slow, because its few sums wait for each other.
+template <size_t Most, class Tile>
+inline void cover_tokens(size_t tokens, Tile tile) {
+  const size_t tiles = (tokens + Most - 1) / Most;
+  for (size_t i = 0, t = 0; i < tiles; ++i) {
+    const size_t count = tokens / tiles + (i < tokens % tiles ? 1 : 0);
+    if (count == 1) tile(i, tiles, t, Count<1>());
+    if (count == 2) tile(i, tiles, t, Count<2>());
+    if constexpr (Most > 2)
+      if (count == 3) tile(i, tiles, t, Count<3>());
+    if constexpr (Most > 3)
+      if (count == 4) tile(i, tiles, t, Count<4>());
+    t += count;
+  }
+}
+
+// Calls tile(rows, next rows, first row of the block, first token, token count as a type) to cover a block. Every tile
+// prefetches some of the next rows, so that memory is read all the time.
 template <class T, class Tile>
 inline void cover(const T* const* now, const T* const* next, size_t tokens, Tile tile) {
-  for (size_t r = 0; r < kBlock; r += 4) {
-    const T* const* ahead = next == nullptr ? nullptr : next + r;
-    size_t t = 0;
-    for (; t + kTile <= tokens; t += kTile, ahead = nullptr) tile(now + r, ahead, r, t, Count<kTile>());
-    for (; t < tokens; ++t, ahead = nullptr) tile(now + r, ahead, r, t, Count<1>());
-  }
+  for (size_t r = 0; r < kBlock; r += 4)
+    cover_tokens<kTile>(tokens, [&](size_t i, size_t tiles, size_t t, auto m) {
+      const size_t begin = i * 4 / tiles, end = (i + 1) * 4 / tiles;
+      const Next<T> some = next == nullptr ? Next<T>{} : Next<T>{next + r + begin, end - begin};
+      tile(now + r, some, r, t, m);
+    });
+}
+
+template <class T>
+inline Next<T> whole(const T* const* next) {
+  return {next, next == nullptr ? 0 : kBlock};
 }
 
 template <class T>
@@ -153,7 +180,7 @@ void project_as(const Rows& rows, Picks picks, const float* x, size_t tokens, fl
       rows, picks, ahead,
       [&](const T* const* now, const T* const* next, size_t i) {
         if (tokens > 1) {
-          cover(now, next, tokens, [&](const T* const* of, const T* const* then, size_t r, size_t t, auto m) {
+          cover(now, next, tokens, [&](const T* const* of, Next<T> then, size_t r, size_t t, auto m) {
             project_tile<T, 4, m.value>(of, then, x + t * width, width, out + (i + r) * tokens + t, tokens);
           });
         } else if (one_after_the_other(now, rows.stride)) {
@@ -162,7 +189,7 @@ void project_as(const Rows& rows, Picks picks, const float* x, size_t tokens, fl
           for (size_t r = 0; r < kBlock; ++r)
             out[i + r] = project_row(now[r], next == nullptr ? nullptr : next[r], x, width);
         } else {
-          project_tile<T, kBlock, 1>(now, next, x, width, out + i, 1);
+          project_tile<T, kBlock, 1>(now, whole(next), x, width, out + i, 1);
         }
       },
       [&](const T* now, size_t i) {
@@ -177,14 +204,14 @@ void accumulate_as(const Rows& rows, Picks picks, const float* h, size_t tokens,
   walk<T>(
       rows, picks, ahead,
       [&](const T* const* now, const T* const* next, size_t i) {
-        if (tokens == 1) return accumulate_tile<T, kBlock, 1>(now, next, h + i, 1, width, y);
-        cover(now, next, tokens, [&](const T* const* of, const T* const* then, size_t r, size_t t, auto m) {
+        if (tokens == 1) return accumulate_tile<T, kBlock, 1>(now, whole(next), h + i, 1, width, y);
+        cover(now, next, tokens, [&](const T* const* of, Next<T> then, size_t r, size_t t, auto m) {
           accumulate_tile<T, 4, m.value>(of, then, h + (i + r) * tokens + t, tokens, width, y + t * width);
         });
       },
       [&](const T* now, size_t i) {
         for (size_t t = 0; t < tokens; ++t)
-          accumulate_tile<T, 1, 1>(&now, nullptr, h + i * tokens + t, tokens, width, y + t * width);
+          accumulate_tile<T, 1, 1>(&now, {}, h + i * tokens + t, tokens, width, y + t * width);
       });
 }
 

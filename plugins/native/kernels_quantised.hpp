@@ -197,6 +197,8 @@ inline void walk_quantised(const Rows& rows, Picks picks, Ahead ahead, Tile tile
   }
 }
 
+constexpr size_t kQuantisedTile = W >= 16 ? 4 : 2;  // tokens of a tile, as kTile; one needs more registers
+
 // Calls tile(rows, next rows, first row, first token, number of valid rows, row count and token count as types). With
 // more than one token, a tile has four rows, as in `cover`.
 template <class Tile>
@@ -206,10 +208,9 @@ inline void for_tiles(const Rows& rows, Picks picks, size_t tokens, Ahead ahead,
     for (size_t r = 0; r < count; r += 4) {
       const QuantisedRow* ahead_of = next == nullptr ? nullptr : next + r;
       const size_t left = count - r < 4 ? count - r : 4;
-      size_t t = 0;
-      for (; t + kTile <= tokens; t += kTile, ahead_of = nullptr)
-        tile(now + r, ahead_of, i + r, t, left, Count<4>(), Count<kTile>());
-      for (; t < tokens; ++t, ahead_of = nullptr) tile(now + r, ahead_of, i + r, t, left, Count<4>(), Count<1>());
+      cover_tokens<kQuantisedTile>(tokens, [&](size_t, size_t, size_t t, auto m) {
+        tile(now + r, t > 0 ? nullptr : ahead_of, i + r, t, left, Count<4>(), m);
+      });
     }
   });
 }

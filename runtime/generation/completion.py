@@ -90,9 +90,7 @@ def make_request(
     check_whole("the number of new tokens", max_new_tokens)
     chat, template = bool(options.pop("chat", False)), options.pop("chat_template", None)
     stop = options.pop("stop", None)
-    drafting = Drafting(
-        bool(options.pop("lossless", False)), options.pop("draft_length", None), manifest.first_draft_length
-    )
+    drafting = Drafting(bool(options.pop("lossless", False)), options.pop("draft_length", None), manifest.tuned_drafts)
     sampling, stops = bundle_sampling(bundle, manifest, (stop,) if isinstance(stop, str) else stop, **options)
     tokenizer = load() if stops or any(isinstance(prompt, str) for prompt in prompts) else None
 

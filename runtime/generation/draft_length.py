@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from statistics import linear_regression, mean, median
 from typing import Any
 
-from shadowllm.config import Drafting
+from shadowllm.config import Drafting, TunedDrafts
 
 MOST = 8  # tokens of an adapted draft
-# Drafts stay accepted with this share until rounds are seen; it counts as much as this number of drafted tokens.
-ASSUMED, ASSUMED_TOKENS = 0.75, 2.0
+# Drafts stay accepted with this share until rounds are seen; it counts as much as this number of drafted tokens. A
+# tuned share counts as much as the other number.
+ASSUMED, ASSUMED_TOKENS, TUNED_TOKENS = 0.75, 2.0, 4.0
 FORGET = 0.97  # the weight of all earlier rounds falls by this factor with each round
-START = 2  # most tokens of the drafts that measure times; a longer one would lose too much if it is rejected
+START = 2  # most tokens of the first drafts; a longer one would lose too much if it is rejected
 SAMPLES = 5  # latest times of a step, of which the median counts
 DENSE_EVERY = 64  # rounds after which the time of a dense step is measured again
-SHARE = 0.01  # of the decoding time, which drafts that do not pay may cost
+# What drafts that do not pay may cost: a number of dense steps, and a share of the decoding time.
+CREDIT, SHARE = 1.5, 0.01
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def draft_length_of(drafting: Drafting) -> DraftLength | None:
         return None
     if drafting.draft_length is not None:
         return DraftLength(drafting.draft_length)
-    return AdaptiveLength(drafting.first_length)
+    return AdaptiveLength(drafting.tuned)
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
@@ -125,23 +127,28 @@ class DraftLength:
 class AdaptiveLength(DraftLength):
     """Drafts of the length that gives the most tokens per second, by the acceptance and the times of earlier rounds.
 
-    The first rounds are plain dense steps, which measure their time. The next ones are drafts of at most `START`
-    tokens, until the times of drafts are known. If no length pays, all rounds are plain dense steps, with a rare draft
-    of one token to notice if that changes. Such a draft is made only if the time that drafts have lost is less than
-    `SHARE` of the time since then.
+    The first rounds are plain dense steps, which measure their time. The next ones are drafts of a few tokens, until
+    the times of drafts are known. If no length pays, all rounds are plain dense steps, with a rare draft of one token
+    to notice if that changes. Such a draft is made only if the time that drafts have lost is less than `CREDIT` dense
+    steps at first, and later less than `SHARE` of the time since then.
 
     Args:
-        first: length of the first drafts, if it is less than `START`; 0 drafts nothing.
+        tuned: acceptance and times, relative to a dense step, that stand for measured ones until there are some; None
+            measures all of them.
         most: largest length.
     """
 
-    def __init__(self, first: int = 2, most: int = MOST) -> None:
+    def __init__(self, tuned: TunedDrafts | None = None, most: int = MOST) -> None:
         super().__init__()
-        self._first, self._most = min(first, START, most), most
-        self._accepted, self._tested = ASSUMED * ASSUMED_TOKENS, ASSUMED_TOKENS
+        self._tuned, self._most = tuned, most
+        self._first = min(START, most, tuned.length if tuned else most)
+        self._tested = TUNED_TOKENS if tuned else ASSUMED_TOKENS
+        self._accepted = self._tested * (tuned.acceptance if tuned else ASSUMED)
         self._step: deque[float] = deque(maxlen=SAMPLES)  # seconds of one draft step
         self._steps: dict[int, deque[float]] = {}  # seconds of a dense step, by its number of positions
-        self._lost, self._since_dense = 0.0, 0
+        self._run: set[int] = set()  # numbers of positions of the dense steps so far
+        self._lost: float | None = None  # seconds; negative while there is credit; None until a dense step is known
+        self._since_dense = 0
 
     @property
     def acceptance(self) -> float:
@@ -152,30 +159,48 @@ class AdaptiveLength(DraftLength):
         """See `DraftLength.choose`."""
         if not self._measured(1) or self._since_dense >= DENSE_EVERY:
             return 0
-        if not self._step or not any(self._measured(size) for size in self._steps if size > 1):
+        knows_verification = any(self._measured(size) for size in self._steps if size > 1)
+        if not (self.record.drafts and self._step and knows_verification):
             return self._first
         best = max(range(self._most + 1), key=self._rate)
-        return 1 if best == 0 and self._lost <= 0 else best
+        return 1 if best == 0 and (self._lost or 0) <= 0 else best
 
     def observe(self, done: Round) -> None:
         """See `DraftLength.observe`."""
         super().observe(done)
         seconds = done.draft_seconds + done.verify_seconds
-        self._lost = max(0.0, self._lost - SHARE * seconds)
+        self._lose(-SHARE * seconds)
         size = done.length + 1
-        if size not in self._steps:
-            # The first step of a size is slower, because buffers are bound in it. So its time does not count.
-            self._steps[size] = deque(maxlen=SAMPLES)
-        else:
-            self._steps[size].append(done.verify_seconds)
+        # The first step of a size is slower, because buffers are bound in it. So its time does not count.
+        if size in self._run:
+            self._steps.setdefault(size, deque(maxlen=SAMPLES)).append(done.verify_seconds)
+        self._run.add(size)
         if not done.length:
             self._since_dense = 0
+            if self._lost is None and self._measured(1):
+                self._begin(self._seconds(1))
             return
         self._since_dense += 1
-        self._step.append(done.draft_seconds / done.length)
+        if self.record.drafts > len(done.accepted):  # nor does that of the first draft
+            self._step.append(done.draft_seconds / done.length)
         self._accepted = FORGET * self._accepted + sum(done.accepted)
         self._tested = FORGET * self._tested + sum(min(n + 1, done.length) for n in done.accepted)
-        self._lost = max(0.0, self._lost + seconds - (1 + mean(done.accepted)) * self._seconds(1))
+        self._lose(seconds - (1 + mean(done.accepted)) * self._seconds(1))
+
+    def _begin(self, dense: float) -> None:
+        """Take the credit and the tuned times, when the time of a dense step is known.
+
+        Tuned times count twice, so that one measurement that is disturbed does not end the drafts.
+        """
+        self._lost = -CREDIT * dense
+        if self._tuned:
+            self._step.extend([self._tuned.draft * dense] * 2)
+            self._steps[self._tuned.length + 1] = deque([self._tuned.verify * dense] * 2, maxlen=SAMPLES)
+
+    def _lose(self, seconds: float) -> None:
+        """Add to the time that drafts have lost. What they win is not saved up for losses."""
+        if self._lost is not None:
+            self._lost = max(min(self._lost, 0.0), self._lost + seconds)
 
     def _measured(self, size: int) -> bool:
         return bool(self._steps.get(size))

@@ -17,14 +17,16 @@ class Selections:
     """What graphs read and write of the selections of some sequences.
 
     Attributes:
-        indices: active indices by unit, int32 ``(n_sparse, batch, n_units)``, padded with -1.
+        indices: active indices by unit, int32 ``(n_sparse, batch, n_units)``, padded with -1. All units, until a graph
+            writes them.
         recomputed: rows of the output table that were computed exactly, int32 ``(batch,)``.
     """
 
     def __init__(self, bundle: LoadedBundle, batch: int) -> None:
         n_sparse = bundle.manifest.sparse_layers.count
         self.indices: dict[Unit, np.ndarray] = {
-            unit: np.zeros((n_sparse, batch, width), dtype=np.int32) for unit, width in layer_units(bundle.spec).items()
+            unit: np.tile(np.arange(width, dtype=np.int32), (n_sparse, batch, 1))
+            for unit, width in layer_units(bundle.spec).items()
         }
         self.recomputed = np.zeros(batch, dtype=np.int32)
         self._counts: dict[Unit, np.ndarray] = {unit: np.zeros((n_sparse, batch), dtype=np.int32) for unit in UNITS}
@@ -56,7 +58,7 @@ class DecodeStep:
         cache: their part of the cache, see `KVCache.buffers`.
 
     Attributes:
-        selections: of the sequences; a dense step with the dense graph does not use them.
+        selections: of the sequences; the dense graph does not use them.
         seconds: of each graph in the last step, by name.
     """
 

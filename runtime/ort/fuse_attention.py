@@ -19,6 +19,8 @@ from shadowllm.models.rope import RopeSpec
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.function_body import MICROSOFT
 
+FUSED = "GroupQueryAttention"
+
 
 class FuseAttention(InPlacePass):
     """Replaces every dense attention block of a graph from `exporter.graphs.bundle_graphs`.
@@ -65,6 +67,11 @@ class FuseAttention(InPlacePass):
 def fuses(spec: ModelSpec) -> bool:
     """Return whether the fused op supports the model's head size."""
     return spec.head_dim % (16 if spec.rope else 8) == 0
+
+
+def is_fused(node: ir.Node) -> bool:
+    """Return whether a node is the fused op."""
+    return node.domain == MICROSOFT and node.op_type == FUSED
 
 
 class _Shared:
@@ -114,7 +121,7 @@ def _fuse(graph: ir.Graph, attention: ir.Node, shared: _Shared) -> None:
     tables = shared.tables(_layer(scatters[0]))
     packed = ir.node("Reshape", [_projection(attention.inputs[0]), shared.shape])
     fused = ir.node(
-        "GroupQueryAttention",
+        FUSED,
         [
             packed.outputs[0],
             None,

@@ -17,7 +17,7 @@ from shadowllm.bundle.manifest import Manifest
 from shadowllm.bundle.op_domain import DOMAIN
 from shadowllm.errors import UserError
 from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
-from shadowllm.runtime.ort.fuse_attention import FuseAttention
+from shadowllm.runtime.ort.fuse_attention import FuseAttention, is_fused
 from shadowllm.runtime.ort.join_nested import JoinNested
 from shadowllm.runtime.ort.own_selections import OwnSelections
 from shadowllm.runtime.ort.split_selection import SplitSelection
@@ -31,10 +31,12 @@ class CpuGraph:
     Attributes:
         model: the serialised graph. Its weights are in the bundle's file.
         computed: functions for initializers that are not in a file, by name.
+        fused: whether dense attention is one op, which takes several tokens after a past for one sequence only.
     """
 
     model: bytes
     computed: Mapping[str, Callable[[], np.ndarray]]
+    fused: bool
 
 
 def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, fused: bool = True) -> CpuGraph:
@@ -48,7 +50,7 @@ def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, f
         manifest: manifest of the bundle.
         native: whether the native ops run the graph.
         exact: whether integer layers read float32 inputs, and not inputs rounded to 8 bits.
-        fused: whether dense attention becomes one op, which takes several tokens after a past for one sequence only.
+        fused: whether dense attention becomes one op, see `CpuGraph`.
     """
     model = ir.load(path)
     computed: dict[str, Callable[[], np.ndarray]] = {}
@@ -61,7 +63,7 @@ def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, f
     for place in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
         if place.key == "location":
             place.value = (path.parent / place.value).resolve().name
-    return CpuGraph(proto.SerializeToString(), computed)
+    return CpuGraph(proto.SerializeToString(), computed, any(is_fused(node) for node in model.graph))
 
 
 def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: bool) -> list[InPlacePass]:
@@ -106,11 +108,17 @@ class ExactIntegerInputs(InPlacePass):
 
 
 class OrtGraph:
-    """The ONNX graph of a file, rewritten by `for_cpu`, loaded into ONNX Runtime."""
+    """The ONNX graph of a file, rewritten by `for_cpu`, loaded into ONNX Runtime.
 
-    def __init__(self, path: Path, options: ort.SessionOptions, model: bytes) -> None:
+    Attributes:
+        fused: see `CpuGraph`.
+        inputs, outputs: names.
+    """
+
+    def __init__(self, path: Path, options: ort.SessionOptions, graph: CpuGraph) -> None:
+        self.fused = graph.fused
         try:
-            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
         except (
             errors.Fail,
             errors.InvalidGraph,

@@ -59,7 +59,8 @@ class LoadedBundle:
         self.spec: ModelSpec = self.manifest.spec
         self.kind, self.packed = kind, False
         self._bundle, self._threads = bundle, threads
-        self._native, self._exact, self._prepack = native, exact, prepack
+        self._native = native and native_ops.library() is not None
+        self._exact, self._prepack = exact, prepack
         if kind == "dense" and prefill == "sparse":
             raise UserError("a dense session has no sparse graphs to prefill with", "leave out the option, or use ort")
         self.prefills = prefill
@@ -108,13 +109,39 @@ class LoadedBundle:
         name = piece if fused else f"{piece}, standard"
         graph = for_cpu(path, self.manifest, native, self._exact, fused)
         self._weights.give_computed(graph.computed, options)
-        self.pieces[name] = OrtGraph(path, options, graph.model)
+        self.pieces[name] = OrtGraph(path, options, graph)
         self._weights.release()
         return self.pieces[name]
 
+    @property
+    def all_active(self) -> bool:
+        """Whether dense steps run the sparse graphs with everything active.
+
+        They do if there is no dense graph, and if its float weights are not packed: the native ops read rows as fast as
+        ONNX Runtime reads packed weights, and it reads others more slowly.
+        """
+        return self.kind != "dense" and (self.prefills == "sparse" or (self._native and not self.packed))
+
     def names(self, decodes: Decodes) -> tuple[str, ...]:
-        """The graphs of a decode step, in their order. Without a dense graph, the sparse ones run with everything."""
-        return ("dense",) if decodes == "dense" and self.prefills == "dense" else self.manifest.sparse_pieces
+        """The graphs of a step, in their order. Nothing is predicted if everything is active."""
+        if decodes == "sparse":
+            return self.manifest.sparse_pieces
+        if self.all_active:
+            return tuple(piece for piece in self.manifest.sparse_pieces if piece != "predictor")
+        return ("dense",)
+
+    def verifying(self, batch: int, seqlen: int) -> list[OrtGraph]:
+        """The graphs of a dense step over ``seqlen`` tokens of each of ``batch`` sequences, in their order.
+
+        The fused attention of ONNX Runtime's CPU provider does not take several tokens after a past for more than one
+        sequence. A graph with standard nodes does. It is loaded when it is first needed.
+        """
+        return [self._verifier(name, batch > 1 and seqlen > 1) for name in self.names("dense")]
+
+    def _verifier(self, piece: str, standard: bool) -> OrtGraph:
+        if not (standard and self.pieces[piece].fused):
+            return self.pieces[piece]
+        return self.pieces.get(f"{piece}, standard") or self.open(piece, "dense" if self.packed else "sparse", False)
 
     def plan(self, budget: Budget) -> Decodes:
         """Whether a step at this budget is sparse or dense.
@@ -126,11 +153,12 @@ class LoadedBundle:
         self.numbers(budget)
         if self.kind != "auto":
             return self.kind
-        narrow_rows = self.manifest.dtype != "float32" and self._native and native_ops.library() is not None
+        narrow_rows = self.manifest.dtype != "float32" and self._native
         return "sparse" if sparse_pays(self.manifest, budget, narrow_rows) else "dense"
 
-    def numbers(self, budget: Budget) -> Numbers:
-        """The numbers of a budget that graphs read."""
+    def numbers(self, budget: Budget, decodes: Decodes = "sparse") -> Numbers:
+        """The numbers that graphs read: of a budget, or of everything for a dense step."""
+        budget = budget if decodes == "sparse" else EVERYTHING
         return budget.counts(self.manifest.sparse_layers), budget_scalars(self.spec, budget, self.manifest.rest)
 
     def independent(self, decodes: Decodes) -> bool:
@@ -141,8 +169,9 @@ class LoadedBundle:
         weights that are not packed do not.
         """
         q, manifest = self.manifest.quantisation, self.manifest
-        if (q is not None and (self._exact or q.bits < 8)) or (decodes == "dense" and not self.packed):
+        if q is not None and (self._exact or q.bits < 8):
             return False
+        if decodes == "dense":
+            return self._native if self.all_active else self.packed
         scores_with_four_bits = manifest.predictor["kind"] == "quantized-shadow" and manifest.rest == "drop"
-        native = self._native and native_ops.library() is not None
-        return decodes == "dense" or (native and not scores_with_four_bits)
+        return self._native and not scores_with_four_bits

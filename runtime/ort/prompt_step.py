@@ -38,10 +38,11 @@ def run_prompt(
         "hidden": np.zeros((*input_ids.shape, spec.hidden_size), dtype=np.float32),
         **cache,
     }
+    names: tuple[str, ...] = ("dense",)
     if bundle.prefills == "sparse":
-        selections = Selections(bundle, batch)
+        names, selections = bundle.names("dense"), Selections(bundle, batch)
         selections.ask([bundle.numbers(EVERYTHING)] * batch)
         buffers |= selections.buffers()
-    for name in bundle.names("dense"):
+    for name in names:
         bundle.pieces[name].bind(buffers, buffers)()
     return logits[:, 0]

@@ -12,10 +12,8 @@ from shadowllm.limits import LONGEST_DRAFT
 from shadowllm.models.sparsity import Budget, Unit
 from shadowllm.runtime.inputs import check_rewind, check_tokens, check_verified, pad_prompts
 from shadowllm.runtime.ort.decode_step import DecodeStep
-from shadowllm.runtime.ort.fuse_attention import fuses
-from shadowllm.runtime.ort.graph import OrtGraph
 from shadowllm.runtime.ort.kv_cache import KVCache
-from shadowllm.runtime.ort.loaded_bundle import EVERYTHING, Kind, LoadedBundle
+from shadowllm.runtime.ort.loaded_bundle import Kind, LoadedBundle
 from shadowllm.runtime.ort.prompt_step import run_prompt
 from shadowllm.runtime.ort.verification import Verification
 from shadowllm.runtime.session import Decodes, Prefill
@@ -63,6 +61,7 @@ class OrtSession:
     """
 
     memory = None
+    longest_draft = LONGEST_DRAFT
 
     def __init__(
         self,
@@ -78,7 +77,6 @@ class OrtSession:
         self._bundle = LoadedBundle(bundle, kind, threads, native, exact, prefill, prepack)
         self.manifest, self.spec = self._bundle.manifest, self._bundle.spec
         self.step_seconds: dict[str, float] | None = {} if profile else None
-        self.longest_draft = LONGEST_DRAFT if prefill == "dense" else 0  # the dense graph verifies
         self.decodes: Decodes = "dense"
         self._steps: dict[Decodes, DecodeStep] = {}
         self._verifications: dict[int, Verification] = {}
@@ -122,11 +120,11 @@ class OrtSession:
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
         self.decodes = self._bundle.plan(budget)
-        whole = self.decodes == "dense" and self._bundle.prefills == "sparse"
-        self._numbers = self._bundle.numbers(EVERYTHING if whole else budget)
+        self._numbers = self._bundle.numbers(budget, self.decodes)
         for step in self._steps.values():
             step.selections.ask([self._numbers] * self._batch)
-        if "dense" in self._bundle.pieces and self.decodes == "dense" and not self._bundle.packed:
+        unpacked = "dense" in self._bundle.pieces and not self._bundle.packed
+        if unpacked and self.decodes == "dense" and not self._bundle.all_active:
             self._bundle.open("dense", self.decodes)
             self._bind_decode()
 
@@ -162,22 +160,10 @@ class OrtSession:
         self._reserve(check_verified(tokens, self._lengths, self.spec))
         seqlen = tokens.shape[1]
         if seqlen not in self._verifications:
-            graph, cache = self._verifier(seqlen), self._cache.buffers()
-            self._verifications[seqlen] = Verification(graph, self.spec, self._batch, seqlen, cache)
+            self._verifications[seqlen] = Verification(self._bundle, self._batch, seqlen, self._cache.buffers())
         logits = self._verifications[seqlen](tokens, self._lengths)
         self._lengths += seqlen
         return logits
-
-    def _verifier(self, seqlen: int) -> OrtGraph:
-        """The dense graph for ``seqlen`` tokens per sequence.
-
-        The fused attention of ONNX Runtime's CPU provider does not take several tokens after a past for more than one
-        sequence. The same graph with standard nodes does. It is loaded when it is first needed.
-        """
-        pieces = self._bundle.pieces
-        if self._batch == 1 or seqlen == 1 or not fuses(self.spec):
-            return pieces["dense"]
-        return pieces.get("dense, standard") or self._bundle.open("dense", self.decodes, fused=False)
 
     def rewind(self, lengths: np.ndarray) -> None:
         """See `VerifyingSession.rewind`."""

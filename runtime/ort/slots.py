@@ -78,7 +78,8 @@ class OrtSlots:
         if slot is None:
             raise RuntimeError(f"all {self.slots} slots are taken")
         budget = budget or self.manifest.budget
-        self._sequences[slot] = _Sequence(self._bundle.plan(budget), self._bundle.numbers(budget))
+        decodes = self._bundle.plan(budget)
+        self._sequences[slot] = _Sequence(decodes, self._bundle.numbers(budget, decodes))
         self._rows.append(slot)
         return slot
 
@@ -137,7 +138,7 @@ class OrtSlots:
         end = check_appended(tokens, sequence.length, self.spec)
         self._reserve(end)
         cache = self._cache.buffers(self._rows.index(slot), 1)
-        step = Verification(self._bundle.pieces["dense"], self.spec, 1, len(tokens), cache)
+        step = Verification(self._bundle, 1, len(tokens), cache)
         logits: np.ndarray = step(np.array([tokens]), np.array([sequence.length]))[0]
         sequence.length, sequence.selection = end, {}
         return logits

@@ -6,23 +6,22 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from shadowllm.models.spec import ModelSpec
-from shadowllm.runtime.ort.graph import OrtGraph
+from shadowllm.bundle.selection_names import RECOMPUTED
+from shadowllm.runtime.ort.decode_step import Selections
+from shadowllm.runtime.ort.loaded_bundle import EVERYTHING, LoadedBundle
 
 
 class Verification:
-    """Runs ``dense.onnx`` over ``seqlen`` tokens per sequence and returns the logits after each.
+    """Runs a dense step over ``seqlen`` tokens per sequence and returns the logits after each.
 
     Args:
-        graph: the dense graph.
-        spec: the model.
+        bundle: with its graphs loaded.
         batch, seqlen: number of sequences, and of tokens of each.
-        cache: the inputs and outputs of the graph for the cache, which share memory.
+        cache: the inputs and outputs of the graphs for the cache, which share memory.
     """
 
-    def __init__(
-        self, graph: OrtGraph, spec: ModelSpec, batch: int, seqlen: int, cache: Mapping[str, np.ndarray]
-    ) -> None:
+    def __init__(self, bundle: LoadedBundle, batch: int, seqlen: int, cache: Mapping[str, np.ndarray]) -> None:
+        spec = bundle.spec
         self._input_ids, self._positions, kept = (np.zeros((batch, seqlen), dtype=np.int64) for _ in range(3))
         kept[:] = np.arange(seqlen)
         self._logits = np.zeros((batch, seqlen, spec.vocab_size), dtype=np.float32)
@@ -31,9 +30,14 @@ class Verification:
             "position_ids": self._positions,
             "logits_to_keep": kept,
             "logits": self._logits,
+            "hidden": np.zeros((batch, seqlen, spec.hidden_size), dtype=np.float32),
             **cache,
         }
-        self._run = graph.bind(buffers, buffers)
+        if bundle.all_active:
+            selections = Selections(bundle, 1)  # the same for all tokens, so that they share the reading of the rows
+            selections.ask([bundle.numbers(EVERYTHING)])
+            buffers |= selections.buffers() | {RECOMPUTED: np.zeros(batch * seqlen, dtype=np.int32)}
+        self._runs = [graph.bind(buffers, buffers) for graph in bundle.verifying(batch, seqlen)]
 
     def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Run the step.
@@ -47,5 +51,6 @@ class Verification:
         """
         self._input_ids[:] = tokens
         self._positions[:] = lengths[:, None] + np.arange(tokens.shape[1])
-        self._run()
+        for run in self._runs:
+            run()
         return self._logits

@@ -10,6 +10,7 @@ import torch
 
 from shadowllm.bundle.manifest import DATA_FILE
 from shadowllm.errors import UserError
+from shadowllm.plugins import native_ops
 from shadowllm.runtime import Budget, generate, open_session
 from shadowllm.runtime.ort import kv_cache
 from shadowllm.runtime.ort.session import OrtSession
@@ -134,7 +135,7 @@ def test_a_budget_that_leaves_nothing_out_is_decoded_dense(bundle):
         expected = logits_of(dense, [PROMPT], forced)
         session.set_budget(Budget())
         assert session.decodes == "dense"
-        np.testing.assert_array_equal(logits_of(session, [PROMPT], forced), expected)
+        np.testing.assert_allclose(logits_of(session, [PROMPT], forced), expected, atol=1e-5, rtol=0)
         session.set_budget(Budget(neurons=0.5))  # in the middle of a text, on the same cache
         assert session.decodes == "sparse"
         assert np.abs(session.decode(np.array([8])) - dense.decode(np.array([8]))).max() > 1e-3
@@ -176,7 +177,7 @@ def test_profile_names_the_parts(bundle):
         assert all(seconds > 0 for seconds in session.step_seconds.values())
         session.set_budget(Budget())
         session.decode(np.array([3]))
-        assert set(session.step_seconds) == {"dense"}
+        assert set(session.step_seconds) == ({"stem", "body"} if native_ops.library() else {"dense"})
 
 
 @pytest.mark.parametrize("backend", ["ort", "torch"])

@@ -80,8 +80,16 @@ class ShortlistLogits {
     const Tensor logits = node_.output(context, {tokens, rows}), counts = node_.optional_output(context, 1, {tokens});
     std::vector<Query> queries;
     for (int64_t t = 0; t < tokens; ++t) queries.push_back(read(in, static_cast<size_t>(t), logits, counts));
-    for (size_t first = 0; rows > 0 && first < queries.size(); first += kTokens)
-      run(Pool(api_, context), in, queries.data() + first, std::min(kTokens, queries.size() - first));
+    const bool alike = in[kShortlist].size() == 1 && in[kCertify].size() == 1;  // the same is asked for all rows of x
+    const Pool pool(api_, context);
+    for (size_t first = 0; rows > 0 && first < queries.size(); first += kTokens) {
+      const size_t count = std::min(kTokens, queries.size() - first);
+      const Query* some = queries.data() + first;
+      if (alike && count > 1 && some->whole(static_cast<size_t>(rows)) && some->table.scales == nullptr)
+        multiply(pool, some, count, static_cast<size_t>(rows));
+      else
+        run(pool, in, queries.data() + first, count);
+    }
   }
 
  private:
@@ -128,6 +136,28 @@ class ShortlistLogits {
     }
     products(pool, queries, count, rows, memory);
     for (size_t t = 0; t < count; ++t) complete(pool, in, queries[t], rows, width, memory, t);
+  }
+
+  // All logits of several queries from the whole table of floats, which is read once.
+  void multiply(const Pool& pool, const Query* queries, size_t count, size_t rows) const {
+    const Rows& table = queries->table;
+    const Chunks chunks(rows, table.cost(), count);
+    pool.run(chunks.count(), [&](size_t c) {
+      float products[kRows * kTokens];
+      for (size_t first = chunks[c].begin; first < chunks[c].end; first += kRows) {
+        const size_t size = std::min(kRows, chunks[c].end - first);
+        kernels_.project(rows_from(table, first), {nullptr, size}, queries->x, count, products, {});
+        for (size_t t = 0; t < count; ++t)
+          for (size_t i = 0; i < size; ++i) queries[t].logits[first + i] = products[i * count + t];
+      }
+    });
+    for (size_t t = 0; t < count; ++t) *queries[t].recomputed = static_cast<int32_t>(rows);
+  }
+
+  static Rows rows_from(Rows matrix, size_t first) {
+    matrix.data = static_cast<const char*>(matrix.data) + first * matrix.stride;
+    if (matrix.scales != nullptr) matrix.scales += first * matrix.scales_stride / sizeof(float);
+    return matrix;
   }
 
   // Recomputes the best rows of a query, and those that its certificate needs.
@@ -187,10 +217,7 @@ class ShortlistLogits {
 
   // The logits of rows first..end, and the largest keys of their groups.
   void project(const Rows& matrix, size_t first, size_t end, const float* input, float* logits, int32_t* maxima) const {
-    Rows part = matrix;
-    part.data = static_cast<const char*>(matrix.data) + first * matrix.stride;
-    if (matrix.scales != nullptr) part.scales += first * matrix.scales_stride / sizeof(float);
-    kernels_.project(part, {nullptr, end - first}, input, 1, logits + first, {});
+    kernels_.project(rows_from(matrix, first), {nullptr, end - first}, input, 1, logits + first, {});
     for (size_t start = first; start < end; start += kGroup) {
       int32_t most = INT32_MIN;
       for (size_t i = start; i < std::min(start + kGroup, end); ++i) most = std::max(most, sortable(logits[i]));
