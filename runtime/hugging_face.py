@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
+from shadowllm.runtime.generation.chooser import one_thread
 from shadowllm.runtime.generation.sampling import generation_config
 from shadowllm.runtime.model import Model
 from shadowllm.runtime.session import Prefill
@@ -150,7 +151,9 @@ class ShadowForCausalLM(GenerationMixin):
         if budget is not None:
             self.budget = budget
         try:
-            return super().generate(*inputs, **options)
+            # PyTorch only chooses tokens here, unless it also runs the model.
+            with nullcontext() if self._model.backend == "torch" else one_thread():
+                return super().generate(*inputs, **options)
         finally:
             self.budget = before
 

@@ -28,6 +28,7 @@ class Model:
 
     Attributes:
         bundle: folder of the bundle.
+        backend: name of the backend.
         manifest: manifest of the bundle.
         budget: fractions that are kept at present.
 
@@ -45,7 +46,7 @@ class Model:
         prefill: Prefill = "dense",
         prepack: bool = False,
     ) -> None:
-        self.bundle, self._entered = bundle, False
+        self.bundle, self.backend, self._entered = bundle, backend, False
         self.manifest = read_manifest(bundle)
         self._session = open_session(bundle, backend, threads=threads, prefill=prefill, prepack=prepack)
         self.budget = self.manifest.budget

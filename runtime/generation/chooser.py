@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shadowllm.errors import UserError
 from shadowllm.runtime.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run PyTorch in this thread alone.
+
+    Between two small operations, its other threads spin and take the cores from ONNX Runtime. A step then takes twice
+    as long.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Chooser:
@@ -75,37 +97,52 @@ class Chooser:
         Raises:
             UserError: as `choose`.
         """
-        import torch
-
         self.check(row, logits, len(ahead))
         text = [*self.texts[row], *ahead]
+        found = np.zeros(logits.shape, dtype=np.float32)
+        with one_thread():
+            tokens, scores = self._processed(row, logits, text)
+            largest = float(scores.max())
+            if not largest < np.inf:
+                raise UserError(
+                    f"the sampling options make a logit infinite for sequence {row + 1}, position {len(text)}",
+                    "choose a repetition penalty nearer to 1, or a higher temperature",
+                )
+            if largest == -np.inf:
+                raise UserError(
+                    f"no token is left for sequence {row + 1} at position {len(text)}",
+                    "suppress fewer tokens, or lower the n-gram size that may not repeat",
+                )
+            if self._sampled:
+                found[tokens] = scores[0].softmax(dim=-1).numpy()
+            else:
+                found[int(scores.argmax())] = 1
+        return found
+
+    def _processed(self, row: int, logits: np.ndarray, text: list[int]) -> tuple[Any, torch.Tensor]:
+        """The scores of a sequence's next token, float32 ``(1, tokens)``, and which tokens have one.
+
+        After top-k, the others have none. So top-p does not sort the whole vocabulary.
+        """
+        import torch
+        from transformers import TopKLogitsWarper
+
         ids, scores = torch.LongTensor([text]), torch.tensor(logits)[None]
+        tokens: Any = slice(None)
         for processor in self._processors[row]:  # the list's own call inspects the signature of each every time
             scores = processor(ids, scores)
-        largest = float(scores.max())
-        if not largest < np.inf:
-            raise UserError(
-                f"the sampling options make a logit infinite for sequence {row + 1}, position {len(text)}",
-                "choose a repetition penalty nearer to 1, or a higher temperature",
-            )
-        if largest == -np.inf:
-            raise UserError(
-                f"no token is left for sequence {row + 1} at position {len(text)}",
-                "suppress fewer tokens, or lower the n-gram size that may not repeat",
-            )
-        if self._sampled:
-            return np.asarray(scores[0].softmax(dim=-1).numpy())
-        found = np.zeros(logits.shape, dtype=np.float32)
-        found[int(scores.argmax())] = 1
-        return found
+            if isinstance(processor, TopKLogitsWarper):
+                tokens = torch.nonzero(scores[0] > -np.inf)[:, 0].numpy()
+                scores = scores[:, tokens]
+        return tokens, scores
 
     def draw(self, probabilities: np.ndarray) -> int:
         """A token drawn from ``(vocab_size,)`` probabilities; the most probable one without sampling."""
         if not self._sampled:
             return int(probabilities.argmax())
-        import torch
-
-        return int(torch.multinomial(torch.from_numpy(probabilities), 1, generator=self._generator))
+        up_to = np.cumsum(probabilities, dtype=np.float64)
+        place = min(self.uniform() * up_to[-1], np.nextafter(up_to[-1], 0))  # the product may be rounded up
+        return int(np.searchsorted(up_to, place, side="right"))
 
     def uniforms(self, steps: int) -> np.ndarray:
         """Random numbers in [0, 1) for steps that are drawn elsewhere, float32 ``(batch, steps)``."""
@@ -119,7 +156,7 @@ class Chooser:
             return 0.0
         import torch
 
-        return float(torch.rand((), generator=self._generator))
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
     def check(self, row: int, logits: np.ndarray, ahead: int = 0) -> None:
         """Refuse logits ``(vocab_size,)`` of a sequence that are NaN or +Inf.

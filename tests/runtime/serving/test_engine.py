@@ -127,7 +127,7 @@ def test_texts_equal_those_alone(client, engine, session):
     assert no_slot_is_taken(engine, session)
     counters = engine.counters
     assert counters.prompt_tokens == sum(len(job.request.prompts[0]) for job in jobs)
-    assert sum(counters.first_token.counts) == begun >= 7  # a text may be empty
+    assert sum(counters.first_token.counts) == begun >= 6  # a text may be empty
     assert counters.outcomes["stop"] + counters.outcomes["length"] == len(jobs)
     assert 0 < counters.share_sums["neurons"] < counters.share_steps
 
