@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,18 @@ def export_all(
     return bundles
 
 
-def contenders_of(bundles: Mapping[str, Path]) -> dict[str, tuple[Path, str, Budget]]:
+def contenders_of(bundles: Mapping[str, Path], mixed: Collection[str]) -> dict[str, tuple[Path, str, Budget]]:
     """Return bundle, backend and budget of each contender; the first is dense, of floats.
 
     ONNX Runtime has no products of 6 bits, so there is no dense int6.
+
+    Args:
+        bundles: by weight type.
+        mixed: weight types that are contenders at the points of the dial too.
     """
     found = {f"{name} dense": (bundle, "ort-dense", Budget()) for name, bundle in bundles.items() if name != "int6"}
     for name, bundle in bundles.items():
-        if name == "int4":  # it has no low-bit copy
+        if name not in mixed or name == "int4":  # it has no low-bit copy
             continue
         found[f"{name} chosen"] = bundle, "ort", read_manifest(bundle).budget
         for neurons, heads, rows in DIAL:
@@ -93,9 +97,14 @@ def measure(
     seqlen: int = 512,
     threads: int = 2,
     rivals: Sequence[Rival] = (),
+    mixed: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return a row for each contender: latency (ms), bytes per token, perplexity, speedup over dense, peak RSS (MB)."""
-    wanted = contenders_of(bundles)
+    """Return a row for each contender: latency (ms), bytes per token, perplexity, speedup over dense, peak RSS (MB).
+
+    Args:
+        mixed: as for `contenders_of`; None is all.
+    """
+    wanted = contenders_of(bundles, bundles if mixed is None else mixed)
     contenders = [Contender(name, session_command(*one, threads)) for name, one in wanted.items()]
     contenders += [rival.contender for rival in rivals]
     floats, dense = next(iter(bundles.values())), next(iter(wanted))
@@ -200,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bundle", type=Path, metavar="BUNDLE", help="a bundle of the model in floats, to use instead")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--integers", nargs="+", choices=INTEGERS, default=INTEGERS, help="default: all")
+    parser.add_argument("--dense-integers", action="store_true", help="integer weights are dense contenders only")
     parser.add_argument("--text", nargs="+", type=Path, default=(), help="default: documentation of Python modules")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--windows", type=int, default=3)
@@ -214,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bundles = export_all(args.model, args.out, args.dtype, args.integers, args.bundle)
     rivals = llama_cpp_rivals(args.llama_cpp_python, args.gguf, args.out, args.threads) if args.gguf else []
     sizes = {"runs": args.runs, "windows": args.windows, "threads": args.threads}
-    rows = measure(bundles, args.text, rivals=rivals, **sizes)
+    rows = measure(bundles, args.text, rivals=rivals, mixed=[args.dtype] if args.dense_integers else None, **sizes)
     print_rows(rows)
     if args.json:
         record = {"environment": environment(args.threads), "model": Path(args.model).name, "results": rows}

@@ -36,6 +36,7 @@ from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.models.sparsity import Budget
+from shadowllm.progress import progress
 
 BUDGETS: tuple[dict[str, float] | str, ...] = ({}, {"neurons": 0.1}, {"neurons": 0.3, "heads": 0.5}, "exact")
 # With a given length, the random numbers of a text do not depend on times.
@@ -187,7 +188,10 @@ def compare(
 ) -> list[int]:
     """Return the places of requests whose text is not the one, or the beginning of the one, that they give alone."""
     wrong = []
-    with shadowllm.load(bundle, threads=threads, prepack=prepack) as model:
+    with (
+        shadowllm.load(bundle, threads=threads, prepack=prepack) as model,
+        progress("Comparing texts", len(answers)) as advance,
+    ):
         manifest = read_manifest(bundle)
         for index, answer in answers.items():
             planned = plans[index]
@@ -198,6 +202,7 @@ def compare(
             same = alone == answer.text if planned.pieces is None else alone.startswith(answer.text)
             if not same:
                 wrong.append(index)
+            advance(1)
     return sorted(wrong)
 
 

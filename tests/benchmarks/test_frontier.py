@@ -31,10 +31,13 @@ def bundles(bundle):
 
 
 def test_contenders(bundles):
-    found = contenders_of(bundles)
+    found = contenders_of(bundles, bundles)
     dense = [name for name, (_, backend, _) in found.items() if backend == "ort-dense"]
     assert dense == ["float32 dense", "int8 dense", "int4 dense"]
     assert len(found) == len(dense) + 3 * (len(DIAL) + 1)
+    fewer = contenders_of(bundles, ["float32"])
+    assert [name for name in fewer if not name.startswith("float32")] == ["int8 dense", "int4 dense"]
+    assert len(fewer) == len(dense) + len(DIAL) + 1
 
 
 @pytest.mark.slow
