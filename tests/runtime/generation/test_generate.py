@@ -13,7 +13,7 @@ from shadowllm.runtime.generation.text import stop_criteria
 from tests.tokenizers import export, llama3
 
 
-def draws(logits, sampling, n=4000):
+def draws(logits, sampling, n=1000):
     rows = np.repeat(np.asarray(logits, dtype=np.float32)[None], n, axis=0)
     return np.bincount(Chooser([[0]] * n, sampling).choose(rows), minlength=len(logits)) / n
 
@@ -23,16 +23,16 @@ class TestChoice:
         assert Chooser([[0], [0]], Sampling()).choose(np.array([[0.1, 3, 2], [5, 1, 4]])).tolist() == [1, 0]
 
     def test_frequencies_follow_the_softmax(self):
-        np.testing.assert_allclose(draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=1)), [0.5, 0.3, 0.2], atol=0.03)
+        np.testing.assert_allclose(draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=1)), [0.5, 0.3, 0.2], atol=0.05)
 
     def test_temperature_sharpens(self):
         np.testing.assert_allclose(
-            draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=0.5)), np.array([25, 9, 4]) / 38, atol=0.03
+            draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=0.5)), np.array([25, 9, 4]) / 38, atol=0.05
         )
 
     def test_top_k_keeps_k(self):
         np.testing.assert_allclose(
-            draws(np.log([0.2, 0.5, 0.3]), Sampling(temperature=1, top_k=2)), [0, 0.625, 0.375], atol=0.03
+            draws(np.log([0.2, 0.5, 0.3]), Sampling(temperature=1, top_k=2)), [0, 0.625, 0.375], atol=0.05
         )
 
     @pytest.mark.parametrize(
@@ -40,13 +40,13 @@ class TestChoice:
     )
     def test_top_p_keeps_the_nucleus(self, top_p, kept):
         np.testing.assert_allclose(
-            draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=1, top_p=top_p)), kept, atol=0.03
+            draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=1, top_p=top_p)), kept, atol=0.05
         )
 
     @pytest.mark.parametrize(("min_p", "kept"), [(0.0, [0.5, 0.3, 0.2]), (0.5, [0.625, 0.375, 0]), (1.0, [1, 0, 0])])
     def test_min_p_keeps_what_is_near_the_likeliest(self, min_p, kept):
         np.testing.assert_allclose(
-            draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=1, min_p=min_p)), kept, atol=0.03
+            draws(np.log([0.5, 0.3, 0.2]), Sampling(temperature=1, min_p=min_p)), kept, atol=0.05
         )
 
     def test_a_tiny_temperature_is_greedy(self):
