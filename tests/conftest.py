@@ -5,19 +5,36 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-# Tests run in several processes, which share the cores. This is read when PyTorch is imported.
+# Tests run in several processes, which share the cores. The variable is read when PyTorch is imported.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
+import onnxruntime  # noqa: E402
 import torch  # noqa: E402
 
+
+class SessionOptions(onnxruntime.SessionOptions):
+    """ONNX Runtime's default is a thread per core, and its threads wait actively."""
+
+    def __init__(self):
+        super().__init__()
+        self.intra_op_num_threads = THREADS
+
+
+onnxruntime.SessionOptions = SessionOptions
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: the kernels run on the CPU
+    if importlib.util.find_spec("triton"):
+        from tests.triton_interpreter import patch_once_per_launch
+
+        patch_once_per_launch()
 
 COMMON = {
     "vocab_size": 97,
@@ -102,10 +119,12 @@ FAMILIES = {
 
 
 def pytest_collection_modifyitems(items):
-    """Mark tests that read the real model as slow."""
+    """Mark tests that read the real model as slow, and put the files with slow tests first."""
     for item in items:
         if "smollm2" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -190,6 +209,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def quick_exports(monkeypatch):
+    """Exports choose budgets on less text, and validate in this process.
+
+    A child would import PyTorch and transformers again, which takes ten seconds. `test_steps_one_by_one`, the README's
+    test and those of `validate_apart` start it.
+    """
+    from shadowllm.evaluation import tuning, validation
+
+    monkeypatch.setattr(tuning, "tune", partial(tuning.tune, tokens=256))
+    monkeypatch.setattr(validation, "call", lambda _child, request: validation._in_child(request, print))
 
 
 @pytest.fixture(scope="session")

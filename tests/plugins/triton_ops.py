@@ -7,12 +7,30 @@ bfloat16, and a GPU rounds.)
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def with_types(*axes: Iterable[Any]) -> list[Any]:
+    """Parameters: every combination of values of the axes, each with one of the types in turn.
+
+    If each axis has three values or more, every value occurs with every type.
+    """
+    names, found = list(DTYPES), []
+    for places in itertools.product(*(list(enumerate(axis)) for axis in axes)):
+        name = names[sum(place for place, _ in places) % len(names)]
+        values = [value for _, value in places]
+        found.append(pytest.param(*values, DTYPES[name], id="-".join(map(str, (name, *values)))))
+    return found
 
 
 def assert_as_exact_as(found: Tensor, same_type: Tensor, exact: Tensor) -> None:

@@ -185,10 +185,9 @@ class TestEncodings:
             [*command[:4], str(bundle), *command[4:]], capture_output=True, timeout=120, env=os.environ | environment
         )
 
-    @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-    def test_what_it_lacks_is_replaced(self, speaking, encoding):
+    def test_what_it_lacks_is_replaced(self, speaking):
         options = ["--max-new-tokens", "1", "--prompt", self.PROMPT, "--against", "ort-dense"]
-        done = self.start(speaking, "run", *options, PYTHONIOENCODING=encoding)
+        done = self.start(speaking, "run", *options, PYTHONIOENCODING="cp1252")
         assert done.returncode == 0, done.stderr
         assert b"sea ? ?" in done.stdout
 

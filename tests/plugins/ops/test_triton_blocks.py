@@ -16,7 +16,7 @@ from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
 from shadowllm.plugins.triton.launch import BlockInputs
 from tests.plugins.ops.sparse_attention.test_triton import attention_inputs, dense_attention
 from tests.plugins.ops.sparse_mlp.test_triton import dense_mlp, mlp_inputs
-from tests.plugins.triton_ops import DEVICE, DTYPES, assert_as_exact_as, on_device
+from tests.plugins.triton_ops import DEVICE, DTYPES, assert_as_exact_as, on_device, with_types
 
 pytestmark = pytest.mark.slow
 
@@ -104,9 +104,10 @@ def test_attention_writes_the_step_into_the_cache(norm, size, dtype):
     assert_block((y, there.normed), *results, block)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("size", [(41, 7, 1, 1, 7), (300, 700, 1, 1, 301), (123, 88, 3, 1, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "norm", "dtype"),
+    with_types([(41, 7, 1, 1, 7), (300, 700, 1, 1, 301), (123, 88, 3, 1, 0)], NORMS),
+)
 def test_mlp(size, norm, dtype):
     inputs = mlp_inputs("llama-biases", size, dtype)
     block = block_inputs(inputs["x"], norm)

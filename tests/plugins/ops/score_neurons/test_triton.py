@@ -13,7 +13,7 @@ from shadowllm.bundle.quantisation import Quantisation, quantise
 from shadowllm.plugins.ops.score_neurons import reference
 from shadowllm.plugins.ops.score_neurons.launcher import score_neurons
 from shadowllm.plugins.ops.select_topk.launcher import select_topk
-from tests.plugins.triton_ops import DEVICE, DTYPES, MLP_FORMS, on_device
+from tests.plugins.triton_ops import DEVICE, MLP_FORMS, on_device, with_types
 
 pytestmark = pytest.mark.slow
 
@@ -44,9 +44,7 @@ def copy_inputs(form: str, size: tuple[int, ...], dtype: torch.dtype) -> dict[st
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("size", COPY_SIZES, ids=str)
-@pytest.mark.parametrize("form", MLP_FORMS)
+@pytest.mark.parametrize(("form", "size", "dtype"), with_types(MLP_FORMS, COPY_SIZES))
 def test_score_neurons(form, size, dtype):
     """The copy is exact in any type and sums are in float32, as in the reference with the same x."""
     activation = MLP_FORMS[form][0]

@@ -18,7 +18,7 @@ from tests.plugins.ops.shortlist_logits.table_inputs import (
     table_inputs,
     with_counts,
 )
-from tests.plugins.triton_ops import DEVICE, DTYPES
+from tests.plugins.triton_ops import DEVICE, with_types
 
 pytestmark = pytest.mark.slow
 
@@ -41,9 +41,7 @@ def outputs(inputs, dtype=torch.float32):
     return logits.cpu().numpy(), recomputed.cpu().numpy(), rounded
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shortlist", [0, 5, 40, 10**6])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "shortlist", "dtype"), with_types(SIZES, [0, 5, 40, 10**6]))
 def test_the_best_rows_are_exact(size, shortlist, dtype):
     inputs = with_counts(table_inputs("normal", *size), shortlist, certify=False)
     logits, recomputed, rounded = outputs(inputs, dtype)

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from shadowllm.models.decoder import ACTIVATIONS
 from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
-from tests.plugins.triton_ops import DTYPES, MLP_FORMS, active, assert_as_exact_as, on_device
+from tests.plugins.triton_ops import MLP_FORMS, active, assert_as_exact_as, on_device, with_types
 
 pytestmark = pytest.mark.slow
 
@@ -65,9 +65,7 @@ def dense_mlp(inputs: dict[str, Tensor | None], activation: str, dtype: torch.dt
     return y if inputs["b_down"] is None else y + inputs["b_down"].to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("size", MLP_SIZES, ids=str)
-@pytest.mark.parametrize("form", MLP_FORMS)
+@pytest.mark.parametrize(("form", "size", "dtype"), with_types(MLP_FORMS, MLP_SIZES))
 def test_mlp(form, size, dtype):
     activation = MLP_FORMS[form][0]
     inputs = mlp_inputs(form, size, dtype)
