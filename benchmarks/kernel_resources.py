@@ -4,7 +4,8 @@
 
 For each shape, type and architecture it records registers per thread, shared memory per block, and bytes spilled to
 local memory. Spills are too slow for a memory-bound kernel. With ``--machine-code SM`` it also records fused
-multiply-adds and barriers inside innermost loops for this architecture. This takes half a second for each kernel.
+multiply-adds and barriers inside innermost loops for this architecture, of the kernels of one token. This takes half a
+second for each kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,16 +54,19 @@ class Resources:
     loop_barriers: int | None
 
 
-def resources(op: str, kernels: Iterable[Kernel], dtype: str, code_of: int | None) -> Iterator[Resources]:
+def resources(
+    op: str, kernels: Iterable[Kernel], dtype: str, code_of: int | None = None, read: Collection[int] = ()
+) -> Iterator[Resources]:
     """Resources of all images of the kernels; the images must be cubins.
 
     Args:
         code_of: the architecture whose machine code is read; None for none.
+        read: places of the kernels whose machine code is read.
     """
-    for kernel in kernels:
+    for place, kernel in enumerate(kernels):
         for image in kernel.images:
             used = _usage(image.data)
-            code = _machine_code(image.data) if image.sm == code_of else None
+            code = _machine_code(image.data) if image.sm == code_of and place in read else None
             yield Resources(
                 op,
                 kernel.name,
@@ -130,10 +134,12 @@ def main() -> None:
             for dtype in args.dtypes:
                 shape, sms = SHAPES[name], tuple(args.sms)
                 for node in nodes(shape, dtype):
-                    kernels = node.program(sms).kernels
-                    found[name] += map(asdict, resources(node.op, kernels, dtype, args.machine_code))
+                    program = node.program(sms)
+                    one_token = {launch.kernel for launch in program.plans[0].launches}
+                    used = resources(node.op, program.kernels, dtype, args.machine_code, one_token)
+                    found[name] += map(asdict, used)
                     advance(1)
-                found[name] += map(asdict, resources("write_cache", [cache_writer(shape, dtype, sms)], dtype, None))
+                found[name] += map(asdict, resources("write_cache", [cache_writer(shape, dtype, sms)], dtype))
     for name, rows in found.items():
         worst = max(rows, key=lambda row: row["registers"])
         spilling = sorted({f"{row['kernel']} (sm_{row['sm']})" for row in rows if row["spilled_bytes"]})

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +44,9 @@ ABSENT = (
     "psutil",
 )
 BARE = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); from shadowllm.benchmarks.gpu.__main__ import main; "
+if not torch.cuda.is_available():
+    ROOT = str(Path(__file__).parents[2])
+    BARE += f"sys.path.append({ROOT!r}); from tests.triton_interpreter import patch_once_per_launch as patch; patch(); "
 
 
 def test_all_of_it_on_a_bare_machine(tmp_path):

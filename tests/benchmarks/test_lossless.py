@@ -26,7 +26,7 @@ def test_text_and_command(folder, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_speed_and_costs(folder, capsys):
-    measured = measure_drafts(folder, threads=1, tokens=512)
+    measured = measure_drafts(folder, threads=1, tokens=256)
     tuned = with_fastest(read_manifest(folder), measured)
     speed = measure_speed(folder, tuned, prompt_len=12, new_tokens=8, runs=1, threads=1)
     assert set(speed) == {"text", "random"}

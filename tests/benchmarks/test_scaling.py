@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from shadowllm.benchmarks import scaling
 from shadowllm.benchmarks.scaling import BUDGETS, Point, judge, text_windows, train
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.errors import UserError
@@ -51,7 +52,8 @@ def test_points_learn_side_by_side_and_are_judged_once(checkpoint, tmp_path):
     assert again == json.loads(json.dumps(found))
 
 
-def test_packages_add_their_docstrings():
+def test_packages_add_their_docstrings(monkeypatch):
+    monkeypatch.setattr(scaling, "documents", lambda: ["What every model reads. " * 50])
     alone, both = (text_windows(lambda text: list(text.encode()), 512, 0, names) for names in ((), ("pluggy",)))
     assert len(both) > len(alone)
     for name in ("no_such_package", "no_such_package.inside", "ast", ""):

@@ -26,6 +26,7 @@ def test_it_never_reads_what_benchmarks_evaluate_on():
 def test_it_learns_and_loads(monkeypatch, tmp_path):
     monkeypatch.setattr(small_opt, "documents", lambda: ["What matters is said again and again. " * 40])
     monkeypatch.setattr(small_opt, "WARMUP", 1)
+    monkeypatch.setattr(small_opt, "BATCH", 4)
     ticks = []
     model = small_opt.train(build_tokenizer(), steps=6, advance=ticks.append)
     assert ticks == [1] * 6

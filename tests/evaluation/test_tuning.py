@@ -22,7 +22,7 @@ from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
 pytestmark = pytest.mark.slow
 
-QUICK = {"tokens": 512, "seqlen": 32}
+QUICK = {"tokens": 256, "seqlen": 32}
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_targets_that_ask_for_nothing(given):
 
 
 def test_command(copy, capsys):
-    quick = ["--tokens", "512", "--seqlen", "32"]
+    quick = ["--tokens", "256", "--seqlen", "32"]
     assert main(["tune", str(copy), "--target-ppl-increase", "1%", *quick]) == 0
     shown = capsys.readouterr().out
     assert "layer by layer" in shown
@@ -107,9 +107,7 @@ def test_the_increase_of_a_mixed_budget_is_that_of_an_evaluation(with_copies, tm
     manifest = tune(with_copies, Target(ppl_increase=0.05), texts=[str(text)], **QUICK)
     read = read_weights(with_copies, manifest)
     encode = plain_encoder(load_tokenizer(with_copies, manifest), manifest)
-    windows = calibration_windows(
-        manifest.spec, read.sparse, encode, texts=[str(text)], tokens=512, seqlen=32, seed=1
-    ).train
+    windows = calibration_windows(manifest.spec, read.sparse, encode, texts=[str(text)], **QUICK, seed=1).train
     budget = manifest.budget
     dense, mixed = evaluate(
         manifest.spec,
@@ -137,7 +135,7 @@ def test_drafts_are_measured_and_used(with_copies, capsys):
     assert read_manifest(with_copies).draft_budget in {measured.budget for measured in found}
     assert main(["inspect", str(with_copies)]) == 0
     assert "times as fast as dense" in capsys.readouterr().out
-    assert main(["tune", str(with_copies), "--lossless", "--tokens", "512", "--seqlen", "32", "--threads", "1"]) == 0
+    assert main(["tune", str(with_copies), "--lossless", "--tokens", "256", "--seqlen", "32", "--threads", "1"]) == 0
     assert capsys.readouterr().out.count("acceptance") == len(found) + 1
 
 

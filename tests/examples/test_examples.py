@@ -21,6 +21,7 @@ SAYS = {
 }
 
 
+@pytest.mark.usefixtures("quick_exports")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("shadowllm.pipeline.Calibration", partial(Calibration, tokens=512, seqlen=32))

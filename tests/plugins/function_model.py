@@ -47,7 +47,8 @@ def run_all(
         output.dtype = ir.DataType.INT32 if port.dtype == "int32" else ir.DataType.FLOAT
     graph = ir.Graph(list(inputs.values()), node.outputs, nodes=[node], opset_imports={"": OPSET, op_domain.DOMAIN: 1})
     model = ir.Model(graph, ir_version=11, functions=function_bodies(form))
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    serialized = ir.to_proto(model).SerializeToString()
+    session = ort.InferenceSession(serialized, ort.SessionOptions(), providers=["CPUExecutionProvider"])
     return session.run(None, feeds)
 
 

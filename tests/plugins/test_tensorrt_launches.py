@@ -16,7 +16,7 @@ import pytest
 from shadowllm.bundle.gpu_images import PTX
 from shadowllm.plugins.kernel_program_bytes import pack
 from tests.plugins.kernel_programs import program
-from tests.plugins.test_triton_compile import COMPILE, child
+from tests.plugins.test_triton_compile import COMPILE, WHOLE, child
 
 HERE = Path(__file__).parent / "driver"
 SOURCES = HERE.parents[2] / "plugins" / "tensorrt" / "cpp"
@@ -89,7 +89,7 @@ def test_one_token_and_a_prompt(built, tmp_path):
 
 def test_compiled_kernels(built, tmp_path):
     """Of all ops: PTX, which says how many parameters it has, on a GPU that there is no cubin for."""
-    packed = [bytes.fromhex(line) for line in child("-c", COMPILE, "float16", "3").split()]
+    packed = [bytes.fromhex(line) for line in child("-c", COMPILE, *WHOLE).split()]
     sizes = ((1, 1), (2, 1), (2, 9))
     calls = [(data, *size) for i, data in enumerate(packed) for size in sizes if size[1] == 1 or i not in ROWS]
     python, cpp = record(built, tmp_path, calls, FAKE_SM="86")

@@ -18,7 +18,7 @@ from shadowllm.runtime.torch_session import TorchSession
 from tests.bundles import make_bundle
 from tests.runtime.test_certify import decoded
 
-TOKENS, GREEDY, DRAFTED = 128, 24, 48
+TOKENS, GREEDY, DRAFTED = 64, 16, 32
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def dense(folder, text):
     ("session", "length"),
     [
         pytest.param(lambda folder: OrtSession(folder, "sparse"), TOKENS, id="ort-native"),
-        pytest.param(lambda folder: OrtSession(folder, "sparse", native=False), 48, id="ort-function-bodies"),
+        pytest.param(lambda folder: OrtSession(folder, "sparse", native=False), 32, id="ort-function-bodies"),
         pytest.param(lambda folder: TorchSession.open(folder), 32, id="torch"),
     ],
 )

@@ -59,6 +59,7 @@ class TestImport:
         assert [str(path) for path in files if own.search(path.read_text())] == []
 
 
+@pytest.mark.usefixtures("quick_exports")
 class TestExport:
     def test_relu_needs_no_budget(self, checkpoint, tmp_path, capsys):
         """The other options that a lossless bundle cannot have are refused before any work is done."""

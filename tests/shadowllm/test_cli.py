@@ -53,10 +53,12 @@ class TestMainJob:
         assert main(["eval", str(out), "--text", __file__, "--tokens", "64", "--seqlen", "32"]) == 0
         assert "oracle" in capsys.readouterr().out
 
+    @pytest.mark.usefixtures("quick_exports")
     def test_export_trains_when_no_predictor_is_given(self, model, tmp_path, capsys):
         assert main(["export", model, str(tmp_path / "out"), "--selector", "shadow", *QUICK]) == 0
         assert "shadow of rank 16" in capsys.readouterr().out
 
+    @pytest.mark.usefixtures("quick_exports")
     def test_the_seed_decides_everything(self, model, tmp_path):
         for name in ("a", "b"):
             assert main(["export", model, str(tmp_path / name), "--skip-validation", *QUICK, "--seed", "5"]) == 0
@@ -304,6 +306,7 @@ sys.exit(cli.main(["inspect", "."]))
         assert done.returncode == 1
         assert done.stderr == "shadowllm: error: interrupted; nothing was left half-written\n"
 
+    @pytest.mark.usefixtures("quick_exports")
     def test_a_killed_export_can_be_run_again(self, model, tmp_path):
         process = self.start(model, tmp_path / "out")
         process.kill()
