@@ -38,6 +38,7 @@ class Source:
         trust_remote_code: let transformers run code from the checkpoint.
         activation: activation of the MLP, if the checkpoint does not say it (GGUF) or its own code decides it.
         activation_threshold: threshold of the activation fatrelu.
+        adapter: folder with a LoRA adapter of the model, to merge into its weights (needs peft).
 
     Raises:
         UserError: the activation is unknown, or it is fatrelu and has no threshold, or the reverse.
@@ -50,6 +51,7 @@ class Source:
         None, values={name: name for name in NAMES}, otherwise="the config's, or silu for a GGUF file"
     )
     activation_threshold: float | None = option(None, metavar="T", otherwise="the config's")
+    adapter: Path | None = option(None, metavar="DIR")
 
     def __post_init__(self) -> None:
         if self.activation is not None and self.activation not in NAMES:

@@ -6,10 +6,10 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from shadowllm.bundle.cost_model import dense_reasons
 from shadowllm.bundle.engine_record import EngineRecord
@@ -45,9 +45,6 @@ from shadowllm.predictor.silence import fired_shares
 from shadowllm.predictor.tracefile import Traces, calibrate
 from shadowllm.predictor.train import train_network, train_static
 from shadowllm.progress import progress
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TRAINABLE: tuple[Kind, ...] = ("shadow", "layerwise", "quantized-shadow", "relu", "static")
 
@@ -126,8 +123,7 @@ def _check_options(spec: ModelSpec, options: Export) -> None:
 
 
 def _open(source: Source) -> tuple[ModelSpec, Weights, Checkpoint]:
-    given: dict[str, Any] = {"activation": source.activation, "activation_threshold": source.activation_threshold}
-    return load_model(source.model, cache_dir=source.cache_dir, trust_remote_code=source.trust_remote_code, **given)
+    return load_model(**vars(source))
 
 
 def _check_apart(model: Path, out: Path) -> None:
@@ -164,12 +160,12 @@ def _write(
     if options.validate:  # after tuning, because it must use the final budgets
         from shadowllm.evaluation.validation import validate_apart
 
-        model = checkpoint.folder / (checkpoint.gguf or "")
         found = validate_apart(
             folder,
-            model,
+            checkpoint.folder / (checkpoint.gguf or ""),
             trust_remote_code=checkpoint.trust_remote_code,
             activation=stated_activation(checkpoint.config),
+            adapter=checkpoint.adapter.folder if checkpoint.adapter else None,
         )
         manifest = replace(manifest, validation=found)
         manifest.write(folder)
@@ -317,8 +313,7 @@ def _train(
         made = train_static(spec, traces, kind=selector, budget=train_config.budget, weights=tracing_weights)
         if selector != "relu":
             return made
-        layers = SparseLayers(spec, traces.dense_layers)
-        fired = fired_shares(layers, loaded or weights.load(), traces.windows.train)
+        fired = fired_shares(SparseLayers(spec, traces.dense_layers), loaded or weights.load(), traces.windows.train)
         return replace(made, record=made.record | {"fired": fired})
     with progress(
         "Training the predictor", train_config.passes(tracing_weights is not None) * traces.windows.train.numel()
