@@ -19,6 +19,7 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.losses import LOSSES, initial_bias
 from shadowllm.predictor.networks import default_rank, initial_tensors, layerwise_scores, scores
 from shadowllm.predictor.parallel import Workers
+from shadowllm.predictor.powerinfer import read_networks
 from shadowllm.predictor.topk import recall, top_mask
 from shadowllm.predictor.tracefile import Traces
 from shadowllm.predictor.traces import Chunk, Tracer
@@ -86,10 +87,6 @@ def train_network(
             trainer.learn(chunk)
             advance(chunk.tokens * workers.count)
     trained = trainer.predictor()
-    judged = {
-        name: evaluate_recall(spec, predictor, traces, config.budget, config.loss, tracer)
-        for name, predictor in ((kind, trained), ("static", start))
-    }
     settings = {
         "loss": config.loss,
         "epochs": epochs,
@@ -100,7 +97,46 @@ def train_network(
         "rank": trained.rank,
         "seed": config.seed,
     }
-    return replace(trained, record=_record(traces, config.budget) | settings | {"held_out": judged})
+    judged = _judged(spec, traces, config, tracer, {kind: trained, "static": start})
+    return replace(trained, record=_record(traces, config.budget) | settings | judged)
+
+
+def import_networks(
+    spec: ModelSpec, traces: Traces, config: TrainConfig, kind: str, weights: Mapping[str, Tensor]
+) -> Predictor:
+    """Make a layerwise predictor of the networks that PowerInfer published. Nothing is trained.
+
+    Args:
+        config: names the folder with the networks, see `powerinfer.read_networks`.
+        kind: of predictor that was asked for.
+        weights: canonical float32 tensors.
+
+    Returns:
+        A predictor. Its record has recall@k on the held-out tokens, and that of the static ranking.
+
+    Raises:
+        UserError: the networks cannot be read or do not fit the model, or another kind was asked for.
+    """
+    if kind != "layerwise" or config.powerinfer is None:
+        raise UserError(f"networks of PowerInfer make a layerwise predictor, not {kind}", "leave out --selector")
+    networks = read_networks(config.powerinfer, SparseLayers(spec, traces.dense_layers), weights)
+    static = _predictor("static", spec, traces, {})
+    found = replace(_predictor("layerwise", spec, traces, networks), normed=False)
+    judged = _judged(spec, traces, config, _tracer(spec, traces, weights), {"layerwise": found, "static": static})
+    settings = {"networks": "PowerInfer", "rank": found.rank}
+    return replace(found, record=_record(traces, config.budget) | settings | judged)
+
+
+def _judged(
+    spec: ModelSpec, traces: Traces, config: TrainConfig, tracer: Tracer | None, predictors: Mapping[str, Predictor]
+) -> dict[str, Any]:
+    """Return the recall and the loss of predictors, by name, for a record."""
+    return {
+        "held_out": {
+            name: evaluate_recall(spec, predictor, traces, config.budget, config.loss, tracer)
+            for name, predictor in predictors.items()
+        }
+    }
 
 
 class Trainer:

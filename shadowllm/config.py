@@ -112,6 +112,8 @@ class TrainConfig:
         batch_tokens: tokens per step.
         rank: width of a network; None for the largest with all networks under 4% of the model's parameters.
         seed: seed of initial weights and order.
+        powerinfer: folder of a predictor that PowerInfer published for the model (model_0.pt and so on), to use its
+            networks as a layerwise predictor instead of training them.
 
     Raises:
         UserError: the loss is unknown, or a number is outside its limits.
@@ -133,6 +135,9 @@ class TrainConfig:
         otherwise="the largest with all networks under 4% of the model's parameters",
     )
     seed: int = option(0, least=0, most=LARGEST_SEED, called="the seed")
+    powerinfer: Path | None = option(
+        None, metavar="DIR", help="use the networks of a published PowerInfer predictor (model_0.pt and so on)"
+    )
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:

@@ -43,7 +43,7 @@ from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.parallel import process_count
 from shadowllm.predictor.silence import fired_shares
 from shadowllm.predictor.tracefile import Traces, calibrate
-from shadowllm.predictor.train import train_network, train_static
+from shadowllm.predictor.train import import_networks, train_network, train_static
 from shadowllm.progress import progress
 
 TRAINABLE: tuple[Kind, ...] = ("shadow", "layerwise", "quantized-shadow", "relu", "static")
@@ -98,6 +98,10 @@ def export_model(
         _check_apart(checkpoint.folder, out)
         if predictor is not None and predictor.kind == "relu":
             options = replace(options, selector="relu")
+        if train_config and train_config.powerinfer:
+            if predictor is not None:
+                raise UserError("a predictor and networks of PowerInfer are given", "leave one of them out")
+            options = replace(options, selector=options.selector or "layerwise")
         _check_options(spec, options)
         if predictor is None:
             train_config = train_config or TrainConfig(budget=options.budget or DEFAULT_BUDGET)
@@ -307,6 +311,8 @@ def _train(
 ) -> Predictor:
     if selector not in TRAINABLE:
         raise UserError(f"selector {selector!r} cannot be trained", f"use {', '.join(TRAINABLE)}")
+    if train_config.powerinfer:
+        return import_networks(spec, traces, train_config, selector, loaded or weights.load())
     # Training traces again if the traces were too large to store, or for layerwise, whose layer inputs are not stored.
     tracing_weights = (loaded or weights.load()) if selector == "layerwise" or not traces.stored else None
     if selector in ("static", "quantized-shadow", "relu"):
