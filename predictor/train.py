@@ -14,7 +14,7 @@ from torch import Tensor
 from shadowllm.bundle.predictor_file import FINAL_SQUARES, Kind, Predictor
 from shadowllm.config import DEFAULT_BUDGET, TrainConfig
 from shadowllm.errors import UserError
-from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit
+from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.losses import LOSSES, initial_bias
 from shadowllm.predictor.networks import default_rank, initial_tensors, layerwise_scores, scores
@@ -44,6 +44,29 @@ def train_static(
     predictor = _predictor(kind, spec, traces, {})
     found = evaluate_recall(spec, predictor, traces, budget, tracer=_tracer(spec, traces, weights))
     return replace(predictor, record=_record(traces, budget) | {"held_out": {"static": found}})
+
+
+def random_predictor(spec: ModelSpec, fingerprint: str, dense_layers: int, seed: int) -> Predictor:
+    """Make a random ranking. It has the right shape and cost, but no quality.
+
+    Args:
+        fingerprint: `Weights.fingerprint` of the model.
+    """
+    generator, n_sparse = torch.Generator().manual_seed(seed), SparseLayers(spec, dense_layers).count
+    tensors = {
+        f"{unit}.scores": torch.rand(n_sparse, width, generator=generator) for unit, width in layer_units(spec).items()
+    }
+    return Predictor(
+        "static",
+        n_sparse,
+        dense_layers,
+        spec.n_heads,
+        spec.intermediate_size,
+        spec.hidden_size,
+        tensors,
+        fingerprint,
+        {"ranking": "random", "seed": seed},
+    )
 
 
 def train_network(
@@ -107,7 +130,7 @@ def import_networks(
     """Make a layerwise predictor of the networks that PowerInfer published. Nothing is trained.
 
     Args:
-        config: names the folder with the networks, see `powerinfer.read_networks`.
+        config: names the files of the networks, see `powerinfer.read_networks`.
         kind: of predictor that was asked for.
         weights: canonical float32 tensors.
 

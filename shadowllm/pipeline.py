@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from shadowllm.bundle.cost_model import dense_reasons
@@ -35,7 +34,7 @@ from shadowllm.models.activations import stated_activation
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.tokenizer import text_encoder
 from shadowllm.models.registry import load_model
-from shadowllm.models.sparsity import Budget, SparseLayers, check_neuron_budget, layer_units
+from shadowllm.models.sparsity import Budget, SparseLayers, check_neuron_budget
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Weights
 from shadowllm.plugins.tensorrt.load_tensorrt import require
@@ -43,8 +42,9 @@ from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.parallel import process_count
 from shadowllm.predictor.silence import fired_shares
 from shadowllm.predictor.tracefile import Traces, calibrate
-from shadowllm.predictor.train import import_networks, train_network, train_static
+from shadowllm.predictor.train import import_networks, random_predictor, train_network, train_static
 from shadowllm.progress import progress
+from shadowllm.runtime.ort_package import check_package
 
 TRAINABLE: tuple[Kind, ...] = ("shadow", "layerwise", "quantized-shadow", "relu", "static")
 
@@ -93,6 +93,8 @@ def export_model(
     for engine in options.engines:
         require(engine.flavour)
         _check_engine_weights(options.weight_dtype)
+    if options.validate or options.budget is None:
+        check_package()
     with staged(out, overwrite) as folder:
         spec, weights, checkpoint = _open(source)
         _check_apart(checkpoint.folder, out)
@@ -255,7 +257,8 @@ def _make_predictor(
     train_config: TrainConfig,
 ) -> Predictor:
     if selector == "random":
-        return _random(spec, weights, calibration)
+        _check_dense_layers(spec, calibration.dense_layers)
+        return random_predictor(spec, weights.fingerprint(), calibration.dense_layers, calibration.seed)
     loaded = weights.load()
     traces = _calibrate(spec, weights, checkpoint, calibration, loaded, fit_heads=selector != "static")
     return _train(spec, weights, traces, selector, train_config, loaded)
@@ -325,23 +328,3 @@ def _train(
         "Training the predictor", train_config.passes(tracing_weights is not None) * traces.windows.train.numel()
     ) as advance:
         return train_network(spec, traces, train_config, kind=selector, weights=tracing_weights, advance=advance)
-
-
-def _random(spec: ModelSpec, weights: Weights, options: Calibration) -> Predictor:
-    """Make a random ranking. It has the right shape and cost, but no quality."""
-    _check_dense_layers(spec, options.dense_layers)
-    generator, n_sparse = torch.Generator().manual_seed(options.seed), SparseLayers(spec, options.dense_layers).count
-    tensors = {
-        f"{unit}.scores": torch.rand(n_sparse, width, generator=generator) for unit, width in layer_units(spec).items()
-    }
-    return Predictor(
-        "static",
-        n_sparse,
-        options.dense_layers,
-        spec.n_heads,
-        spec.intermediate_size,
-        spec.hidden_size,
-        tensors,
-        weights.fingerprint(),
-        {"ranking": "random", "seed": options.seed},
-    )
