@@ -112,8 +112,8 @@ class TrainConfig:
         batch_tokens: tokens per step.
         rank: width of a network; None for the largest with all networks under 4% of the model's parameters.
         seed: seed of initial weights and order.
-        powerinfer: folder of a predictor that PowerInfer published for the model (model_0.pt and so on), to use its
-            networks as a layerwise predictor instead of training them.
+        powerinfer: predictor that PowerInfer published for the model (folder of model_0.pt and so on, or .gguf), to use
+            its networks as a layerwise predictor instead of training them.
 
     Raises:
         UserError: the loss is unknown, or a number is outside its limits.
@@ -136,7 +136,9 @@ class TrainConfig:
     )
     seed: int = option(0, least=0, most=LARGEST_SEED, called="the seed")
     powerinfer: Path | None = option(
-        None, metavar="DIR", help="use the networks of a published PowerInfer predictor (model_0.pt and so on)"
+        None,
+        metavar="PATH",
+        help="use the networks of a published PowerInfer predictor (folder of model_0.pt and so on, or .gguf)",
     )
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -47,6 +48,20 @@ def written(folder, layers, save=torch.save, ending="pt"):
     return folder
 
 
+def write_gguf(path, layers, magic=b"PWRI"):
+    """The tensors as PowerInfer's converter writes them, in float16."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_float32("powerinfer.sparse_threshold", 0.0)
+    for layer, tensors in enumerate(layers):
+        for name, tensor in tensors.items():
+            writer.add_tensor(f"blk.{layer}.{name}", tensor.half().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.write_bytes(magic + path.read_bytes()[4:])
+
+
 def predictor_of(spec, weights, folder):
     """A predictor whose networks are imported, and whose other tensors are random."""
     made = make_predictor(spec, "f00d", "layerwise")
@@ -85,6 +100,26 @@ def test_the_scores_are_those_of_powerinfer(relu, checkpoint, tmp_path, save, en
         torch.testing.assert_close(found * rms, expected, atol=2e-3, rtol=1e-4)
 
 
+def test_gguf_files(relu, tmp_path):
+    spec, weights = relu
+    layers = [{name: tensor.half().float() for name, tensor in tensors.items()} for tensors in networks(spec)]
+    sparse, path = SparseLayers(spec, 1), tmp_path / "a.gguf"
+    expected = read_networks(written(tmp_path / "pi", layers), sparse, weights)
+    for magic in (b"PWRI", b"GGUF"):
+        write_gguf(path, layers, magic)
+        found = read_networks(path, sparse, weights)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    path.write_bytes(path.read_bytes()[:-64])
+    with pytest.raises(UserError, match=r"a.gguf is damaged or truncated"):
+        read_networks(path, sparse, weights)
+    write_gguf(path, layers, b"ABCD")
+    with pytest.raises(UserError, match=r"a.gguf is damaged or truncated .*magic"):
+        read_networks(path, sparse, weights)
+    write_gguf(path, layers[:2])
+    with pytest.raises(UserError, match="no network of layer 2"):
+        read_networks(path, sparse, weights)
+
+
 def test_import_and_export(checkpoint, tmp_path):
     """The graphs select as the reference does, and the networks keep their recall."""
     spec, weights, opened = load_model(checkpoint("llama-relu"))
@@ -110,8 +145,11 @@ class Code:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"fc1.weight": torch.ones(6, 40)}, r"fc1.weight of .*model_1.pt has shape \(6, 40\).* needs \(6, 48\)"),
-        ({"fc2.weight": torch.ones(88, 5)}, r"fc2.weight of .*model_1.pt has shape \(88, 5\).* needs \(88, 6\)"),
+        (
+            {"fc1.weight": torch.ones(6, 40)},
+            r"fc1.weight of the network of layer 1 in .*pi has .*\(6, 40\).* \(6, 48\)",
+        ),
+        ({"fc2.weight": torch.ones(88, 5)}, r"fc2.weight of .* has shape \(88, 5\).* needs \(88, 6\)"),
         ({"fc2.weight": torch.ones(87, 6)}, r"has shape \(87, 6\).* needs \(88, 6\)"),
         ({"fc1.weight": torch.ones(0, 48), "fc2.weight": torch.ones(88, 0)}, r"has shape \(0, 48\)"),
         ({"fc1.weight": torch.tensor(1.0)}, r"has shape \(\)"),
@@ -131,23 +169,24 @@ def test_other_tensors_are_refused(relu, tmp_path, capsys, change, words):
     assert "code that ran" not in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_other_files_are_refused(relu, checkpoint, tmp_path):
     spec, weights = relu
     sparse = SparseLayers(spec, 1)
     folder = written(tmp_path / "pi", networks(spec))
     (folder / "model_0.pt").unlink()  # of a dense layer
     assert read_networks(folder, sparse, weights)
-    (folder / "model_3.pt").touch()
-    with pytest.raises(UserError, match=r"has 3 layers, and .*model_3.pt is of one more"):
+    torch.save({"fc1.weight": torch.ones(1)}, folder / "model_3.pt")
+    with pytest.raises(UserError, match=r"networks of more layers than the model's 3"):
         read_networks(folder, sparse, weights)
     (folder / "model_3.pt").unlink()
     (folder / "model_1.pt").write_bytes(pickle.dumps(Code()))
     with pytest.raises(UserError, match=r"model_1.pt is damaged, or holds more than tensors"):
         read_networks(folder, sparse, weights)
     (folder / "model_1.pt").unlink()
-    with pytest.raises(UserError, match=r"no model_1.pt or model_1.safetensors"):
+    with pytest.raises(UserError, match="no network of layer 1"):
         read_networks(folder, sparse, weights)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is no folder and no GGUF file"):
         read_networks(tmp_path / "none", sparse, weights)
 
 
