@@ -116,7 +116,7 @@ class TrainConfig:
             its networks as a layerwise predictor instead of training them.
 
     Raises:
-        UserError: the loss is unknown, or a number is outside its limits.
+        UserError: the loss is unknown, a number is outside its limits, or imported networks have training options.
     """
 
     budget: Budget = DEFAULT_BUDGET
@@ -150,6 +150,8 @@ class TrainConfig:
                 "epochs, batch size, learning rate and rank must be positive", "correct the training options"
             )
         check_numbers(self)
+        if self.powerinfer and (self.rank or self.epochs):
+            raise UserError("networks of PowerInfer are not trained", "leave out rank and epochs")
 
     def passes(self, anew: bool) -> int:
         """Return the number of epochs, given whether each one traces the text again."""

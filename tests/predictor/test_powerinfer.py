@@ -137,6 +137,12 @@ def test_import_and_export(checkpoint, tmp_path):
         import_networks(spec, traces, config, "shadow", loaded)
 
 
+@pytest.mark.parametrize("option", [{"rank": 16}, {"epochs": 2}])
+def test_options_of_training_have_no_use(option):
+    with pytest.raises(UserError, match="leave out rank and epochs"):
+        TrainConfig(powerinfer="pi", **option)
+
+
 class Code:
     def __reduce__(self):
         return (print, ("code that ran",))

@@ -12,7 +12,9 @@ from shadowllm.errors import UserError
 from shadowllm.models.registry import load_model
 from shadowllm.runtime.ort.session import OrtSession
 from tests.bundles import make_predictor
-from tests.models.files.test_lora_adapter import base_model, peft, save_adapter
+from tests.models.checkpoints import base_model, save_adapter
+
+peft = pytest.importorskip("peft", reason="merging adapters needs peft (pip install '.[peft]')")
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of peft
 

@@ -7,12 +7,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.registry import load_model
-from tests.models.checkpoints import copied, edit_json, logits, rewrite, write_gguf
+from tests.models.checkpoints import base_model, copied, edit_json, logits, rewrite, save_adapter, write_gguf
 
 peft = pytest.importorskip("peft", reason="merging adapters needs peft (pip install '.[peft]')")
 
@@ -26,23 +25,6 @@ MIXED = {
     "alpha_pattern": {"fc2": 5},
 }
 TABLES = {"target_modules": ["embed_tokens", "lm_head"]}
-
-
-def base_model(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def save_adapter(folder, model, seed=0, kind=peft.LoraConfig, **options):
-    """Save a random adapter of a model and return its folder. No parameter keeps its initial value."""
-    plain = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} if kind is peft.LoraConfig else {}
-    wrapped = peft.get_peft_model(base_model(model), kind(**plain | {"task_type": "CAUSAL_LM"} | options))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    wrapped.save_pretrained(folder)
-    return folder
 
 
 def theirs(model, adapter):
