@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -89,7 +90,43 @@ TINY_SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 64,
     },
 }
-ALL_SHAPES = SHAPES | GPU_SHAPES | TINY_SHAPES
+# The published configurations of models, cut to two layers: every size is real, and an export takes seconds.
+_LLAMA_2 = GPU_SHAPES["llama-2-7b"] | {"num_hidden_layers": 2}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "relullama-7b": _LLAMA_2 | {"hidden_act": "relu"},
+    "prosparse-7b": _LLAMA_2 | {"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.01},
+    "minicpm-s-1b": {
+        "model_type": "minicpm",
+        "hidden_size": 1536,
+        "intermediate_size": 3840,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        "vocab_size": 73440,
+        "tie_word_embeddings": True,
+        "hidden_act": "fatrelu",
+        "hidden_act_param": 0.01,
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 256,
+    },
+    "qwen3-0.6b": {
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "mistral-7b": _LLAMA_2
+    | {"model_type": "mistral", "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
+}
+ALL_SHAPES = SHAPES | GPU_SHAPES | TINY_SHAPES | PUBLISHED
 
 
 def shape_spec(shape: str) -> ModelSpec:
@@ -174,13 +211,22 @@ def write_random_model(shape: str, folder: Path, seed: int = 0) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**ALL_SHAPES[shape], dtype="float16")
+    from shadowllm.models.activations import override_activation
+    from shadowllm.models.files.config import RELATIVES
+
+    family = ALL_SHAPES[shape]["model_type"]
+    config = AutoConfig.for_model(**ALL_SHAPES[shape] | {"model_type": RELATIVES.get(family, family)}, dtype="float16")
+    empty = copy.deepcopy(config)
+    override_activation(empty, "relu")  # transformers does not know every model's own
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(empty)
     tied = "lm_head.weight" if config.tie_word_embeddings else None
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
+    if family in RELATIVES:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": family}))
     generator = torch.Generator().manual_seed(seed)
     where: dict[str, str] = {}
     names = list(shapes)

@@ -129,7 +129,8 @@ class Manifest:
             "drop" if units that are not active can only be left out.
         budgets: the default `Budget` as a dict; fractions are lists if layers differ.
         predictor: kind, criterion and training record.
-        base_fingerprint: SHA-256 of the checkpoint the predictor was trained on.
+        base_fingerprint: SHA-256 of the checkpoint the predictor was trained on, with its adapter if there is one.
+        adapter_fingerprint: SHA-256 of the LoRA adapter that was merged into the weights; None without one.
         op_domain_version: version of the custom ops in the graphs.
         tools: versions of the packages that wrote the bundle.
         allocation: target and measurements of the budget tuning; empty if the budgets were given.
@@ -151,6 +152,7 @@ class Manifest:
     tools: dict[str, str]
     files: dict[str, str]
     weight_dtype: str | None = None
+    adapter_fingerprint: str | None = None
     selector: str = "upfront"
     rest: Rest = "drop"
     allocation: dict[str, Any] = field(default_factory=dict)

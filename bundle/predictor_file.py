@@ -46,6 +46,7 @@ class Predictor:
             ``layers.neurons.bias``. All kinds may have ``final.squares (hidden_size,)``, see `final_squares`.
         base_fingerprint: `Weights.fingerprint` of the model it was trained on.
         record: training settings and results; JSON types.
+        normed: whether the networks see the layer norm of their input, see `networks.scores`; PowerInfer's do not.
 
     Raises:
         UserError: tensors are missing or have other shapes.
@@ -60,6 +61,7 @@ class Predictor:
     tensors: dict[str, Tensor]
     base_fingerprint: str
     record: dict[str, Any] = field(default_factory=dict)
+    normed: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -157,7 +159,7 @@ class Predictor:
             "hidden_size": self.hidden_size,
             "base_fingerprint": self.base_fingerprint,
             "record": self.record,
-        }
+        } | ({} if self.normed else {"normed": False})
         write_tensors(path, self.tensors, description)
 
     @classmethod

@@ -30,6 +30,7 @@ TOLERANCE = 1e-4
 QUANTISED_TOLERANCE = 2e-2
 # Loading needs memory for the weights in float32 and, for a moment, for one stored file of them.
 MEMORY_FACTOR = 1.5
+TABLES = frozenset({"embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"})
 
 
 def compare_with_transformers(checkpoint: Checkpoint, weights: Weights) -> dict[str, Any]:
@@ -98,6 +99,9 @@ def _logits(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:
     # Pass our config: transformers reads less of a GGUF file. The padding token may be outside the vocabulary.
     config = copy.deepcopy(checkpoint.config)
     config.pad_token_id, config.return_dict = None, True
+    if checkpoint.adapter:
+        # With the adapter, embeddings and output projection may differ, but the checkpoint may store them once.
+        config.tie_word_embeddings = len(TABLES & checkpoint.tensors.names()) == 1
     # Eager attention: the implementation that the config names may not be installed.
     options: dict[str, Any] = {"config": config, "attn_implementation": "eager"}
     if checkpoint.gguf:
@@ -112,6 +116,8 @@ def _logits(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code, **options
     )
+    if checkpoint.adapter:
+        model = checkpoint.adapter.insert(model)
     with torch.no_grad():
         logits: Tensor = model.eval()(input_ids).logits
     return logits.float()

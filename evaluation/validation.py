@@ -71,6 +71,7 @@ def validate_apart(
     tolerance: float = 0,
     trust_remote_code: bool = False,
     activation: tuple[str | None, float | None] = (None, None),
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """Run `validate` and `compare_with_transformers` in a child process, so that their memory is freed afterwards.
 
@@ -79,6 +80,7 @@ def validate_apart(
         tolerance: the argument of `validate`.
         trust_remote_code: let ``transformers`` run code from the checkpoint.
         activation: the activation and its threshold, as `load_model` takes them.
+        adapter: folder of the LoRA adapter that was merged.
 
     Returns:
         The result of `validate`, plus that of `compare_with_transformers` under "transformers".
@@ -88,10 +90,12 @@ def validate_apart(
         ChildError: a bug, with its traceback.
     """
     command = module_command("shadowllm.evaluation.validation")
+    merged = None if adapter is None else str(adapter)
+    request = [str(bundle), str(model), tolerance, trust_remote_code, *activation, merged]
     quiet = os.environ | {"TQDM_DISABLE": "1"}  # transformers shows progress bars even without a terminal
     child = Child(command, "the validation process", environment=quiet, keep_output=False)
     try:
-        return dict(call(child, [str(bundle), str(model), tolerance, trust_remote_code, *activation]))
+        return dict(call(child, request))
     except ChildError as death:
         if death.signal is None:
             raise
@@ -102,10 +106,14 @@ def validate_apart(
 
 
 def _in_child(request: list[Any], _progress: Progress) -> dict[str, Any]:
-    bundle, model, tolerance, trust_remote_code, activation, threshold = request
+    bundle, model, tolerance, trust_remote_code, activation, threshold, adapter = request
     warnings.simplefilter("ignore")  # the parent has already read the checkpoint and shown its warnings
     _, weights, checkpoint = load_model(
-        model, trust_remote_code=trust_remote_code, activation=activation, activation_threshold=threshold
+        model,
+        trust_remote_code=trust_remote_code,
+        activation=activation,
+        activation_threshold=threshold,
+        adapter=adapter,
     )
     compared = compare_with_transformers(checkpoint, weights)
     predictor = Predictor.load(Path(bundle) / PREDICTOR_FILE)

@@ -96,6 +96,7 @@ def write_bundle(
         rest=rest,
         predictor={"kind": predictor.kind, "rank": predictor.rank, **predictor.record},
         base_fingerprint=fingerprint,
+        adapter_fingerprint=checkpoint.adapter.fingerprint() if checkpoint.adapter else None,
         op_domain_version=op_domain.VERSION,
         tools={tool: version(tool) for tool in TOOLS},
         files=hashes,

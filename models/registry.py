@@ -13,10 +13,11 @@ from shadowllm.models.activations import override_activation, stated_activation
 from shadowllm.models.families import bamboo, gemma, gemma3, granite, llama, minicpm, opt, phi3, qwen2, qwen3, smollm3
 from shadowllm.models.files.checkpoint import Checkpoint, open_checkpoint
 from shadowllm.models.files.config import token_ids
+from shadowllm.models.files.lora_adapter import LoraAdapter, MergedTensors, open_adapter
 from shadowllm.models.files.quantised_checkpoint import check_float
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.tied_embeddings import resolve_tied_embeddings
-from shadowllm.models.weights import Source, Weights
+from shadowllm.models.weights import Source, TensorFile, Weights
 
 # Stored tensors that need no warning: they follow from the config, or repeat a tied output projection.
 DERIVED = ("rotary_emb.inv_freq", "lm_head.weight", "decoder.version")
@@ -81,6 +82,7 @@ def load_model(
     trust_remote_code: bool = False,
     activation: str | None = None,
     activation_threshold: float | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[ModelSpec, Weights, Checkpoint]:
     """Open a model: its spec, its weights (read on demand) and its checkpoint.
 
@@ -91,9 +93,10 @@ def load_model(
         activation: the activation of the MLP, by its name in configs; None for what the checkpoint says. GGUF files
             do not say it.
         activation_threshold: of FATReLU.
+        adapter: folder with a LoRA adapter to merge into the weights.
 
     Raises:
-        UserError: there is no model, its family is not supported, or its files do not fit the config.
+        UserError: there is no model or adapter, its family is not supported, or its files do not fit together.
     """
     checkpoint = open_checkpoint(model, cache_dir, trust_remote_code)
     config, tensors = checkpoint.config, checkpoint.tensors
@@ -108,6 +111,10 @@ def load_model(
         raise UserError("config.json says that the model is not causal (is_causal)", "use a model that generates text")
     if activation is not None:
         _override(checkpoint, activation, activation_threshold)
+    if adapter is not None:
+        opened = open_adapter(Path(adapter))
+        checkpoint = replace(checkpoint, adapter=opened)
+        tensors = _merged(str(model), checkpoint, opened)
     spec = replace(
         family.spec(config),
         bos_token_id=_bos(config),
@@ -122,6 +129,17 @@ def load_model(
     weights = Weights(spec, tensors, sources)
     _warn_of_unused(tensors.names() - used)
     return spec, weights, checkpoint
+
+
+def _merged(model: str, checkpoint: Checkpoint, adapter: LoraAdapter) -> TensorFile:
+    """Return the tensors with the adapter merged, with a warning if it names another model."""
+    if adapter.base and Path(adapter.base).name.lower() not in model.lower():
+        warnings.warn(
+            f"the adapter in {adapter.folder} was trained on {adapter.base}, and is merged into {model}: only the "
+            "shapes of the two could be compared",
+            stacklevel=3,
+        )
+    return MergedTensors(checkpoint.tensors, adapter, checkpoint.config, checkpoint.trust_remote_code)
 
 
 def _override(checkpoint: Checkpoint, activation: str, threshold: float | None) -> None:

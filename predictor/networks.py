@@ -22,7 +22,7 @@ def scores(predictor: Predictor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Score all sparse layers upfront: by the network of a shadow, or by the static ranking.
 
     The network is ``out = W relu(T layer_norm(hidden) + t) + b``. The layer norm has no parameters and eps 1e-5: the
-    network should see the direction of a hidden state, not its length.
+    network should see the direction of a hidden state, not its length. Without `Predictor.normed`, it is left out.
 
     Args:
         hidden: input of the first sparse layer, float32 ``(tokens, hidden_size)``.
@@ -34,7 +34,7 @@ def scores(predictor: Predictor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     if predictor.kind != "shadow":
         heads, neurons = (tensors[f"{unit}.scores"].expand(len(hidden), -1, -1) for unit in UNITS)
         return heads, neurons
-    z = _trunk(hidden, tensors["trunk.weight"], tensors["trunk.bias"])
+    z = _trunk(predictor, hidden, tensors["trunk.weight"], tensors["trunk.bias"])
     heads, neurons = (F.linear(z, tensors[f"{unit}.weight"], tensors[f"{unit}.bias"]) for unit in UNITS)
     return heads.unflatten(1, (predictor.n_sparse, -1)), neurons.unflatten(1, (predictor.n_sparse, -1))
 
@@ -65,7 +65,7 @@ def layer_neuron_scores(predictor: Predictor, layer: int, x: Tensor) -> Tensor:
     Returns:
         Float32 ``(..., intermediate_size)``.
     """
-    z = _trunk(x, _layer(predictor, layer, "trunk.weight"), _layer(predictor, layer, "trunk.bias"))
+    z = _trunk(predictor, x, _layer(predictor, layer, "trunk.weight"), _layer(predictor, layer, "trunk.bias"))
     return F.linear(z, _layer(predictor, layer, "neurons.weight"), _layer(predictor, layer, "neurons.bias"))
 
 
@@ -80,7 +80,7 @@ def layerwise_scores(predictor: Predictor, inputs: Mapping[Unit, Tensor]) -> dic
     """
     # One batched product. With one product per layer, the gradient of each slice would be as large as the whole tensor.
     x = {unit: stacked.transpose(0, 1) for unit, stacked in inputs.items()}
-    z = F.relu(_linears(predictor, "trunk", F.layer_norm(x["neurons"], x["neurons"].shape[-1:], eps=NORM_EPS)))
+    z = F.relu(_linears(predictor, "trunk", _normed(predictor, x["neurons"])))
     heads, neurons = _linears(predictor, "heads", x["heads"]), _linears(predictor, "neurons", z)
     return {"heads": heads.transpose(0, 1), "neurons": neurons.transpose(0, 1)}
 
@@ -98,8 +98,12 @@ def _layer(predictor: Predictor, layer: int, name: str) -> Tensor:
     return predictor.tensors[f"layers.{name}"].unflatten(0, (predictor.n_sparse, -1))[layer - predictor.dense_layers]
 
 
-def _trunk(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.relu(F.linear(F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), weight, bias))
+def _trunk(predictor: Predictor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.relu(F.linear(_normed(predictor, x), weight, bias))
+
+
+def _normed(predictor: Predictor, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) if predictor.normed else x
 
 
 def default_rank(layers: SparseLayers, kind: Kind = "shadow", share: float = SHARE) -> int:

@@ -14,11 +14,12 @@ from torch import Tensor
 from shadowllm.bundle.predictor_file import FINAL_SQUARES, Kind, Predictor
 from shadowllm.config import DEFAULT_BUDGET, TrainConfig
 from shadowllm.errors import UserError
-from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit
+from shadowllm.models.sparsity import UNITS, Budget, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.losses import LOSSES, initial_bias
 from shadowllm.predictor.networks import default_rank, initial_tensors, layerwise_scores, scores
 from shadowllm.predictor.parallel import Workers
+from shadowllm.predictor.powerinfer import read_networks
 from shadowllm.predictor.topk import recall, top_mask
 from shadowllm.predictor.tracefile import Traces
 from shadowllm.predictor.traces import Chunk, Tracer
@@ -43,6 +44,29 @@ def train_static(
     predictor = _predictor(kind, spec, traces, {})
     found = evaluate_recall(spec, predictor, traces, budget, tracer=_tracer(spec, traces, weights))
     return replace(predictor, record=_record(traces, budget) | {"held_out": {"static": found}})
+
+
+def random_predictor(spec: ModelSpec, fingerprint: str, dense_layers: int, seed: int) -> Predictor:
+    """Make a random ranking. It has the right shape and cost, but no quality.
+
+    Args:
+        fingerprint: `Weights.fingerprint` of the model.
+    """
+    generator, n_sparse = torch.Generator().manual_seed(seed), SparseLayers(spec, dense_layers).count
+    tensors = {
+        f"{unit}.scores": torch.rand(n_sparse, width, generator=generator) for unit, width in layer_units(spec).items()
+    }
+    return Predictor(
+        "static",
+        n_sparse,
+        dense_layers,
+        spec.n_heads,
+        spec.intermediate_size,
+        spec.hidden_size,
+        tensors,
+        fingerprint,
+        {"ranking": "random", "seed": seed},
+    )
 
 
 def train_network(
@@ -86,10 +110,6 @@ def train_network(
             trainer.learn(chunk)
             advance(chunk.tokens * workers.count)
     trained = trainer.predictor()
-    judged = {
-        name: evaluate_recall(spec, predictor, traces, config.budget, config.loss, tracer)
-        for name, predictor in ((kind, trained), ("static", start))
-    }
     settings = {
         "loss": config.loss,
         "epochs": epochs,
@@ -100,7 +120,46 @@ def train_network(
         "rank": trained.rank,
         "seed": config.seed,
     }
-    return replace(trained, record=_record(traces, config.budget) | settings | {"held_out": judged})
+    judged = _judged(spec, traces, config, tracer, {kind: trained, "static": start})
+    return replace(trained, record=_record(traces, config.budget) | settings | judged)
+
+
+def import_networks(
+    spec: ModelSpec, traces: Traces, config: TrainConfig, kind: str, weights: Mapping[str, Tensor]
+) -> Predictor:
+    """Make a layerwise predictor of the networks that PowerInfer published. Nothing is trained.
+
+    Args:
+        config: names the files of the networks, see `powerinfer.read_networks`.
+        kind: of predictor that was asked for.
+        weights: canonical float32 tensors.
+
+    Returns:
+        A predictor. Its record has recall@k on the held-out tokens, and that of the static ranking.
+
+    Raises:
+        UserError: the networks cannot be read or do not fit the model, or another kind was asked for.
+    """
+    if kind != "layerwise" or config.powerinfer is None:
+        raise UserError(f"networks of PowerInfer make a layerwise predictor, not {kind}", "leave out --selector")
+    networks = read_networks(config.powerinfer, SparseLayers(spec, traces.dense_layers), weights)
+    static = _predictor("static", spec, traces, {})
+    found = replace(_predictor("layerwise", spec, traces, networks), normed=False)
+    judged = _judged(spec, traces, config, _tracer(spec, traces, weights), {"layerwise": found, "static": static})
+    settings = {"networks": "PowerInfer", "rank": found.rank}
+    return replace(found, record=_record(traces, config.budget) | settings | judged)
+
+
+def _judged(
+    spec: ModelSpec, traces: Traces, config: TrainConfig, tracer: Tracer | None, predictors: Mapping[str, Predictor]
+) -> dict[str, Any]:
+    """Return the recall and the loss of predictors, by name, for a record."""
+    return {
+        "held_out": {
+            name: evaluate_recall(spec, predictor, traces, config.budget, config.loss, tracer)
+            for name, predictor in predictors.items()
+        }
+    }
 
 
 class Trainer:

@@ -47,6 +47,7 @@ def export(
     trust_remote_code: bool = False,
     activation: str | None = None,
     activation_threshold: float | None = None,
+    adapter: StrPath | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Make a bundle of a model, as ``shadowllm export`` does.
@@ -58,7 +59,7 @@ def export(
         target, selector, dtype, weight_dtype, head_unit, rest, engines, validate: as in `shadowllm.config.Export`.
         predictor: a predictor or its file, to use instead of training one.
         calibration, training: how to trace the model and train the predictor; defaults when None.
-        cache_dir, trust_remote_code, activation, activation_threshold: as in `shadowllm.config.Source`.
+        cache_dir, trust_remote_code, activation, activation_threshold, adapter: as in `shadowllm.config.Source`.
         overwrite: replace ``out`` if it is a bundle.
 
     Returns:
@@ -90,6 +91,7 @@ def export(
             trust_remote_code,
             activation,
             activation_threshold,
+            None if adapter is None else Path(adapter),
         ),
         Path(out),
         plan,

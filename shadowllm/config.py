@@ -38,6 +38,7 @@ class Source:
         trust_remote_code: let transformers run code from the checkpoint.
         activation: activation of the MLP, if the checkpoint does not say it (GGUF) or its own code decides it.
         activation_threshold: threshold of the activation fatrelu.
+        adapter: folder with a LoRA adapter of the model, to merge into its weights (needs peft).
 
     Raises:
         UserError: the activation is unknown, or it is fatrelu and has no threshold, or the reverse.
@@ -50,6 +51,7 @@ class Source:
         None, values={name: name for name in NAMES}, otherwise="the config's, or silu for a GGUF file"
     )
     activation_threshold: float | None = option(None, metavar="T", otherwise="the config's")
+    adapter: Path | None = option(None, metavar="DIR")
 
     def __post_init__(self) -> None:
         if self.activation is not None and self.activation not in NAMES:
@@ -110,9 +112,11 @@ class TrainConfig:
         batch_tokens: tokens per step.
         rank: width of a network; None for the largest with all networks under 4% of the model's parameters.
         seed: seed of initial weights and order.
+        powerinfer: predictor that PowerInfer published for the model (folder of model_0.pt and so on, or .gguf), to use
+            its networks as a layerwise predictor instead of training them.
 
     Raises:
-        UserError: the loss is unknown, or a number is outside its limits.
+        UserError: the loss is unknown, a number is outside its limits, or imported networks have training options.
     """
 
     budget: Budget = DEFAULT_BUDGET
@@ -131,6 +135,11 @@ class TrainConfig:
         otherwise="the largest with all networks under 4% of the model's parameters",
     )
     seed: int = option(0, least=0, most=LARGEST_SEED, called="the seed")
+    powerinfer: Path | None = option(
+        None,
+        metavar="PATH",
+        help="use the networks of a published PowerInfer predictor (folder of model_0.pt and so on, or .gguf)",
+    )
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -141,6 +150,8 @@ class TrainConfig:
                 "epochs, batch size, learning rate and rank must be positive", "correct the training options"
             )
         check_numbers(self)
+        if self.powerinfer and (self.rank or self.epochs):
+            raise UserError("networks of PowerInfer are not trained", "leave out rank and epochs")
 
     def passes(self, anew: bool) -> int:
         """Return the number of epochs, given whether each one traces the text again."""

@@ -6,10 +6,9 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from shadowllm.bundle.cost_model import dense_reasons
 from shadowllm.bundle.engine_record import EngineRecord
@@ -35,7 +34,7 @@ from shadowllm.models.activations import stated_activation
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.tokenizer import text_encoder
 from shadowllm.models.registry import load_model
-from shadowllm.models.sparsity import Budget, SparseLayers, check_neuron_budget, layer_units
+from shadowllm.models.sparsity import Budget, SparseLayers, check_neuron_budget
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Weights
 from shadowllm.plugins.tensorrt.load_tensorrt import require
@@ -43,11 +42,9 @@ from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.parallel import process_count
 from shadowllm.predictor.silence import fired_shares
 from shadowllm.predictor.tracefile import Traces, calibrate
-from shadowllm.predictor.train import train_network, train_static
+from shadowllm.predictor.train import import_networks, random_predictor, train_network, train_static
 from shadowllm.progress import progress
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from shadowllm.runtime.ort_package import check_package
 
 TRAINABLE: tuple[Kind, ...] = ("shadow", "layerwise", "quantized-shadow", "relu", "static")
 
@@ -96,11 +93,17 @@ def export_model(
     for engine in options.engines:
         require(engine.flavour)
         _check_engine_weights(options.weight_dtype)
+    if options.validate or options.budget is None:
+        check_package()
     with staged(out, overwrite) as folder:
         spec, weights, checkpoint = _open(source)
         _check_apart(checkpoint.folder, out)
         if predictor is not None and predictor.kind == "relu":
             options = replace(options, selector="relu")
+        if train_config and train_config.powerinfer:
+            if predictor is not None:
+                raise UserError("a predictor and networks of PowerInfer are given", "leave one of them out")
+            options = replace(options, selector=options.selector or "layerwise")
         _check_options(spec, options)
         if predictor is None:
             train_config = train_config or TrainConfig(budget=options.budget or DEFAULT_BUDGET)
@@ -126,8 +129,7 @@ def _check_options(spec: ModelSpec, options: Export) -> None:
 
 
 def _open(source: Source) -> tuple[ModelSpec, Weights, Checkpoint]:
-    given: dict[str, Any] = {"activation": source.activation, "activation_threshold": source.activation_threshold}
-    return load_model(source.model, cache_dir=source.cache_dir, trust_remote_code=source.trust_remote_code, **given)
+    return load_model(**vars(source))
 
 
 def _check_apart(model: Path, out: Path) -> None:
@@ -164,12 +166,12 @@ def _write(
     if options.validate:  # after tuning, because it must use the final budgets
         from shadowllm.evaluation.validation import validate_apart
 
-        model = checkpoint.folder / (checkpoint.gguf or "")
         found = validate_apart(
             folder,
-            model,
+            checkpoint.folder / (checkpoint.gguf or ""),
             trust_remote_code=checkpoint.trust_remote_code,
             activation=stated_activation(checkpoint.config),
+            adapter=checkpoint.adapter.folder if checkpoint.adapter else None,
         )
         manifest = replace(manifest, validation=found)
         manifest.write(folder)
@@ -255,7 +257,8 @@ def _make_predictor(
     train_config: TrainConfig,
 ) -> Predictor:
     if selector == "random":
-        return _random(spec, weights, calibration)
+        _check_dense_layers(spec, calibration.dense_layers)
+        return random_predictor(spec, weights.fingerprint(), calibration.dense_layers, calibration.seed)
     loaded = weights.load()
     traces = _calibrate(spec, weights, checkpoint, calibration, loaded, fit_heads=selector != "static")
     return _train(spec, weights, traces, selector, train_config, loaded)
@@ -311,36 +314,17 @@ def _train(
 ) -> Predictor:
     if selector not in TRAINABLE:
         raise UserError(f"selector {selector!r} cannot be trained", f"use {', '.join(TRAINABLE)}")
+    if train_config.powerinfer:
+        return import_networks(spec, traces, train_config, selector, loaded or weights.load())
     # Training traces again if the traces were too large to store, or for layerwise, whose layer inputs are not stored.
     tracing_weights = (loaded or weights.load()) if selector == "layerwise" or not traces.stored else None
     if selector in ("static", "quantized-shadow", "relu"):
         made = train_static(spec, traces, kind=selector, budget=train_config.budget, weights=tracing_weights)
         if selector != "relu":
             return made
-        layers = SparseLayers(spec, traces.dense_layers)
-        fired = fired_shares(layers, loaded or weights.load(), traces.windows.train)
+        fired = fired_shares(SparseLayers(spec, traces.dense_layers), loaded or weights.load(), traces.windows.train)
         return replace(made, record=made.record | {"fired": fired})
     with progress(
         "Training the predictor", train_config.passes(tracing_weights is not None) * traces.windows.train.numel()
     ) as advance:
         return train_network(spec, traces, train_config, kind=selector, weights=tracing_weights, advance=advance)
-
-
-def _random(spec: ModelSpec, weights: Weights, options: Calibration) -> Predictor:
-    """Make a random ranking. It has the right shape and cost, but no quality."""
-    _check_dense_layers(spec, options.dense_layers)
-    generator, n_sparse = torch.Generator().manual_seed(options.seed), SparseLayers(spec, options.dense_layers).count
-    tensors = {
-        f"{unit}.scores": torch.rand(n_sparse, width, generator=generator) for unit, width in layer_units(spec).items()
-    }
-    return Predictor(
-        "static",
-        n_sparse,
-        options.dense_layers,
-        spec.n_heads,
-        spec.intermediate_size,
-        spec.hidden_size,
-        tensors,
-        weights.fingerprint(),
-        {"ranking": "random", "seed": options.seed},
-    )

@@ -41,7 +41,7 @@ SECTIONS = ("tensorrt", "checks", "programs", "rates", "decode", "engines")
 
 def gpu_environment(device: torch.device) -> dict[str, Any]:
     """`environment`, plus the card: name, compute capability, memory and driver."""
-    packages = (*PACKAGES, "triton", "cuda-bindings", "onnxruntime-gpu")
+    packages = (*PACKAGES, "triton", "cuda-bindings")
     found = environment() | {"packages": package_versions(packages), "device": str(device)}
     if device.type == "cpu":
         return found | {"gpu": None}

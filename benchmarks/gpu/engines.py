@@ -103,7 +103,10 @@ def _onnxruntime(bundle: Path, setting: Setting) -> dict[str, Any]:
     import onnxruntime as ort
 
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise UserError(f"version {ort.__version__} has no CUDAExecutionProvider", "pip install onnxruntime-gpu")
+        raise UserError(
+            f"version {ort.__version__} has no CUDAExecutionProvider",
+            "uninstall onnxruntime, then pip install 'shadowllm[onnxruntime-gpu]'",
+        )
     with OrtDense(bundle, _capacity(setting), "CUDAExecutionProvider", "cuda") as session:
         return _measured({"dense": session}, setting)
 

@@ -10,7 +10,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("shadowllm", "onnxruntime", "onnx-ir", "torch", "numpy", "transformers", "tensorrt", "tensorrt-rtx-cu13")
+PACKAGES = (
+    "shadowllm",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnx-ir",
+    "torch",
+    "numpy",
+    "transformers",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+)
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:

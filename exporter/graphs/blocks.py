@@ -21,7 +21,7 @@ from shadowllm.exporter.graphs.nodes import (
     head_norms,
     mlp_activation,
 )
-from shadowllm.exporter.graphs.selection import choose_heads, choose_neurons
+from shadowllm.exporter.graphs.selection import Networks, choose_heads, choose_neurons
 from shadowllm.models.rope import RopeSpec
 from shadowllm.models.sparsity import Unit
 from shadowllm.models.spec import ModelSpec
@@ -64,13 +64,13 @@ class Selection:
 
     Attributes:
         tensors: indices and counts, as in `bundle.selection_names`. If the indices are None, each layer selects.
-        rank: rank of the networks with which layers select neurons; 0 if they use the low-bit copy.
+        networks: the networks with which layers select neurons; None if they use the low-bit copy.
         rest: int32 ``()``, whether the other units are computed from the low-bit copy; None if they are dropped.
         gate_first: the active neurons are those whose gate is not zero.
     """
 
     tensors: Mapping[Unit, tuple[ir.Value | None, ir.Value]]
-    rank: int = 0
+    networks: Networks | None = None
     rest: ir.Value | None = None
     gate_first: bool = False
 
@@ -214,9 +214,9 @@ def _sparse_mlp(
     parts = ("gate", "up", "down") if spec.gated else ("up", "down")
     indices, count = selection.row(g, "neurons", row)
     # The op itself scores with its low-bit copy, or computes the gates first.
-    inside = selection.gate_first or (selection.rest is not None and not selection.rank)
+    inside = selection.gate_first or (selection.rest is not None and selection.networks is None)
     if indices is None and not inside:
-        indices = choose_neurons(g, spec, layer, normed, step.tokens, count, selection.rank)
+        indices = choose_neurons(g, spec, layer, normed, step.tokens, count, selection.networks)
     inputs = {
         "x": batched(g, spec, step.tokens, normed),
         "indices": indices,

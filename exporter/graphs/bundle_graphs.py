@@ -138,7 +138,7 @@ def _selection_inputs(g: GraphBuilder, sparse: SparseLayers, chooser: Predictor 
         found[unit] = indices, g.input(names.counts(unit), [sparse.count], INT32)
     return blocks.Selection(
         found,
-        chooser.rank if chooser else 0,
+        selection.Networks(chooser.rank, chooser.normed) if chooser and chooser.rank else None,
         g.input(names.REST, [], INT32) if rest else None,
         gate_first=chooser is not None and chooser.kind == "relu",
     )

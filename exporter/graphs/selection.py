@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -15,6 +17,14 @@ from shadowllm.plugins.ops.select_topk.schema import SELECT_TOPK
 from shadowllm.predictor.networks import NORM_EPS
 
 
+@dataclass(frozen=True)
+class Networks:
+    """The networks that score neurons in each layer: their rank, and whether they see the layer norm of their input."""
+
+    rank: int
+    normed: bool
+
+
 def choose_heads(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:
     """Select the ``count`` heads with the highest scores; the scores are a linear map of the attention's input."""
     weight, bias = (g.weight(f"predictor.layers.{layer}.heads.{part}") for part in ("weight", "bias"))
@@ -23,29 +33,36 @@ def choose_heads(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, coun
 
 
 def choose_neurons(
-    g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, tokens: ir.Value, count: ir.Value, rank: int
+    g: GraphBuilder,
+    spec: ModelSpec,
+    layer: int,
+    x: ir.Value,
+    tokens: ir.Value,
+    count: ir.Value,
+    networks: Networks | None,
 ) -> ir.Value:
     """Select the ``count`` neurons that the layer's network or its low-bit copy scores highest.
 
     Args:
         tokens: int64 ``[2]``, batch and seqlen of x.
-        rank: rank of the network; 0 for the copy.
+        networks: the form of the layer's network; None for the copy.
     """
-    if rank:
+    if networks:
         place = f"predictor.layers.{layer}"
-        z = trunk(g, spec, f"{place}.trunk", x)
-        scores = as_float(g, gemm(g, z, [f"{place}.neurons"], True, rank))
+        z = trunk(g, spec, f"{place}.trunk", x, networks.normed)
+        scores = as_float(g, gemm(g, z, [f"{place}.neurons"], True, networks.rank))
         scores = mean(g, scores, selections(g, count), spec.intermediate_size)
     else:
         scores = _copy_scores(g, spec, layer, batched(g, spec, tokens, x), count)
     return _choose(g, f"layers.{layer}.select_neurons", scores, count, spec.intermediate_size)
 
 
-def trunk(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value) -> ir.Value:
+def trunk(g: GraphBuilder, spec: ModelSpec, name: str, x: ir.Value, normed: bool = True) -> ir.Value:
     """The hidden layer of a learned network, ``relu(T layer_norm(x) + t)``; see `networks.scores`."""
-    ones = cast(g, g.constant(np.ones(spec.hidden_size, dtype=np.float32), "ones"))
-    normed = g.op("LayerNormalization", x, ones, epsilon=NORM_EPS, axis=-1)
-    return g.op("Relu", gemm(g, normed, [name], True, spec.hidden_size))
+    if normed:
+        ones = cast(g, g.constant(np.ones(spec.hidden_size, dtype=np.float32), "ones"))
+        x = g.op("LayerNormalization", x, ones, epsilon=NORM_EPS, axis=-1)
+    return g.op("Relu", gemm(g, x, [name], True, spec.hidden_size))
 
 
 def _copy_scores(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value, count: ir.Value) -> ir.Value:

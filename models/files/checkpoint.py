@@ -14,6 +14,7 @@ from shadowllm.models.files.dequantise import DequantisedTensors
 from shadowllm.models.files.gguf_file import GGUFTensors
 from shadowllm.models.files.hub import download
 from shadowllm.models.files.lfs import refuse_pointers
+from shadowllm.models.files.lora_adapter import LoraAdapter
 from shadowllm.models.files.quantised_checkpoint import plain_tensors
 from shadowllm.models.files.safetensors_file import SafetensorsFiles
 from shadowllm.models.weights import TensorFile
@@ -28,10 +29,11 @@ class Checkpoint:
         gguf: name of the GGUF file in it (the first part of a split model); None for safetensors.
         config: the Hugging Face config object.
         generation_config: the Hugging Face generation config; it defines the model's stop tokens.
-        tensors: the weights as floats, by Hugging Face name.
+        tensors: the weights as floats, by Hugging Face name, without the adapter.
         renamed: stored name -> Hugging Face name, for tensors that a wrapper renamed.
         quantised: whether the tensors are stored as integers or float8 with scales.
         trust_remote_code: whether the caller allowed code from the checkpoint.
+        adapter: the LoRA adapter to merge into the weights.
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class Checkpoint:
     renamed: Mapping[str, str] = field(default_factory=dict)
     quantised: bool = False
     trust_remote_code: bool = False
+    adapter: LoraAdapter | None = None
     _read: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def tokenizer(self) -> Any:

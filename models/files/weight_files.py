@@ -11,7 +11,7 @@ from shadowllm.models.files.config import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 ORIGINAL = "consolidated."  # name prefix of files in Meta's and Mistral's own format
 HUGGING_FACE_FORMAT = "this is the makers' own format: use the model in the format of Hugging Face"
@@ -121,7 +121,7 @@ def refuse_what_is_no_model(folder: Path) -> None:
         base = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise UserError(
             f"{folder} is an adapter (LoRA or the like) of {base}, not a model",
-            "merge it into its model first (peft: merge_and_unload, then save_pretrained) and export the result",
+            f"export that model with --adapter {folder}",
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
@@ -143,7 +143,7 @@ def _use_of(name: str) -> str:
     if name.startswith(ORIGINAL):
         return HUGGING_FACE_FORMAT
     if name.startswith("adapter_"):
-        return "an adapter is no model: merge it into its model first (peft: merge_and_unload) and export the result"
+        return "an adapter is no model: export its model with --adapter"
     return f"the weights of a model are called {SINGLE_FILE}: rename them if that is what these are"
 
 
@@ -151,7 +151,6 @@ def warn_of_adapter(folder: Path) -> None:
     """Warn that an adapter beside the weights is not merged into them."""
     if (folder / ADAPTER_CONFIG).is_file():
         warnings.warn(
-            f"{folder} holds an adapter beside the model's weights: it is left out. To use it, merge it first "
-            "(peft: merge_and_unload)",
+            f"{folder} holds an adapter beside the model's weights: it is left out. To merge it: --adapter {folder}",
             stacklevel=2,
         )

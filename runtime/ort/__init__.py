@@ -1,1 +1,9 @@
-"""The session that uses ONNX Runtime."""
+"""The session that uses ONNX Runtime.
+
+Raises:
+    UserError: on import, if ONNX Runtime is not installed, or installed twice.
+"""
+
+from shadowllm.runtime.ort_package import check_package
+
+check_package()

@@ -52,6 +52,8 @@ def bundle(path: Path) -> dict[str, Any]:
         "dense": manifest.dense,
         "predictor": manifest.predictor,
         "validation": manifest.validation,
+        "base_fingerprint": manifest.base_fingerprint,
+        "adapter_fingerprint": manifest.adapter_fingerprint,
         "tools": manifest.tools,
         "files": {name: (path / name).stat().st_size for name in manifest.files},
         "engines": engines,

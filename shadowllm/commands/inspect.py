@@ -68,6 +68,7 @@ def _bundle(found: dict[str, Any]) -> Lines:
         ("predictor", _trained(found["predictor"])),
         ("validation", _validation(found["validation"])),
         ("transformers", _transformers(found["validation"])),
+        *([("adapter", f"SHA-256 {found['adapter_fingerprint']}")] if found["adapter_fingerprint"] else []),
         ("files", ", ".join(f"{name} {_size(size)}" for name, size in found["files"].items() if size > 4096)),
     ]
     for name, engine in found["engines"].items():

@@ -214,7 +214,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     """Add the options of training."""
     group = parser.add_argument_group("training")
     add_flags(group, Export, "selector")
-    add_flags(group, TrainConfig, "rank", "epochs", "loss")
+    add_flags(group, TrainConfig, "rank", "epochs", "loss", "powerinfer")
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:

@@ -13,6 +13,7 @@ from shadowllm.config import DEFAULT_BUDGET, TrainConfig
 EPILOG = """examples:
   shadowllm train MODEL --traces traces.safetensors -o predictor.safetensors
   shadowllm train MODEL --traces traces.safetensors -o static.safetensors --selector static
+  shadowllm train MODEL --traces traces.safetensors -o imported.safetensors --powerinfer ReluLLaMA-7B-Predictor
   torchrun --nproc-per-node 2 -m shadowllm.cli train MODEL --traces traces.safetensors -o predictor.safetensors
   shadowllm export MODEL out/ --predictor predictor.safetensors"""
 
@@ -37,9 +38,8 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.predictor.tracefile import Traces
     from shadowllm.progress import is_first
 
-    predictor = train_predictor(
-        options.source(args), Traces.load(args.traces), args.selector or "shadow", options.train_config(args)
-    )
+    kind = args.selector or ("layerwise" if args.powerinfer else "shadow")
+    predictor = train_predictor(options.source(args), Traces.load(args.traces), kind, options.train_config(args))
     if not is_first():  # only the first of several processes writes
         return
     predictor.save(args.output)

@@ -13,7 +13,7 @@ from shadowllm.evaluation import transformers_check
 from shadowllm.evaluation.transformers_check import TOLERANCE, compare_with_transformers
 from shadowllm.models.registry import load_model
 from tests.conftest import FAMILIES, VARIANTS, build_transformers_model
-from tests.models.checkpoints import copied, edit_json, rewrite, write_gguf
+from tests.models.checkpoints import base_model, copied, edit_json, rewrite, save_adapter, write_gguf
 
 
 def compare(path):
@@ -83,11 +83,10 @@ def quantise(tensors, suffix):
     return found
 
 
-@pytest.mark.parametrize("method", ["compressed-tensors", "fp8"])
-def test_quantised_checkpoints(checkpoint, tmp_path, method):
+def quantised(source, folder, method):
     if method == "compressed-tensors":
         pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: not compared")
-    folder = copied(checkpoint("llama-blocks"), tmp_path / "model")
+    copied(source, folder)
     rewrite(folder, lambda tensors: quantise(tensors, "_scale" if method == "compressed-tensors" else "_scale_inv"))
     weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
     group = {"targets": ["Linear"], "weights": weights}
@@ -100,7 +99,12 @@ def test_quantised_checkpoints(checkpoint, tmp_path, method):
     if method == "fp8":
         settings = {"quant_method": method, "modules_to_not_convert": ["lm_head"], "weight_block_size": [1, 32]}
     edit_json(folder / "config.json", quantization_config=settings)
-    found = compare(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "fp8"])
+def test_quantised_checkpoints(checkpoint, tmp_path, method):
+    found = compare(quantised(checkpoint("llama-blocks"), tmp_path / "model", method))
     assert "skipped" not in found, found
     assert found["max_rel"] <= found["tolerance"]
 
@@ -166,3 +170,25 @@ def test_blocks_that_do_not_divide_are_said_not_to_be_compared(checkpoint, tmp_p
     rewrite(folder, lambda tensors: quantise(tensors, "_scale_inv"))
     edit_json(folder / "config.json", quantization_config=settings)
     assert "do not divide" in compare(folder)["skipped"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of peft
+@pytest.mark.parametrize("kind", ["tied", "gguf", "compressed-tensors", "fp8"])
+def test_an_adapter_is_inserted_on_both_sides(checkpoint, tmp_path, kind):
+    """In a tied model, it unties the tables. To others it is added after they are converted to floats."""
+    pytest.importorskip("peft", reason="merging adapters needs peft (pip install '.[peft]')")
+    plain = checkpoint("llama-mqa-tied" if kind == "tied" else "llama-blocks")
+    tables = ["embed_tokens", "lm_head"] if kind == "tied" else []
+    adapter = save_adapter(tmp_path / "adapter", plain, target_modules=["q_proj", "down_proj", *tables])
+    model = plain
+    if kind == "gguf":
+        model = tmp_path / "a.gguf"
+        write_gguf(model, base_model(plain))
+    elif kind != "tied":
+        model = quantised(plain, tmp_path / "model", kind)
+    _, weights, opened = load_model(model, adapter=adapter)
+    found = compare_with_transformers(opened, weights)
+    assert "skipped" not in found, found
+    assert found["max_rel"] <= found["tolerance"]
+    base = load_model(model)[1]
+    assert (weights["layers.1.q_proj.weight"] - base["layers.1.q_proj.weight"].float()).abs().max() > 0.05

@@ -1,4 +1,4 @@
-"""Makes checkpoints for tests: edited copies of folders, and GGUF files of a tiny Llama."""
+"""Makes checkpoints for tests: edited copies of folders, GGUF files of a tiny Llama, and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 TENSORS = {
     "model.embed_tokens": "token_embd",
@@ -46,6 +47,30 @@ def rewrite(folder: Path, change) -> None:
     """Replace the tensors of a folder's model.safetensors by the result of ``change``."""
     path = folder / "model.safetensors"
     save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def base_model(folder: Path):
+    """The model of ``transformers`` in a folder, in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def save_adapter(folder: Path, model: Path, **options) -> Path:
+    """Save a random LoRA adapter of a model, and return its folder. No parameter keeps its initial value.
+
+    Args:
+        options: of peft's ``LoraConfig``.
+    """
+    import peft
+
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    wrapped = peft.get_peft_model(base_model(model), peft.LoraConfig(**defaults | options))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    wrapped.save_pretrained(folder)
+    return folder
 
 
 def write_gguf(

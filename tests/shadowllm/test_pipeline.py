@@ -1,15 +1,18 @@
-"""Models whose heads are not selected (Qwen3): head budgets have no effect, and engines are refused."""
+"""Steps of an export: models whose heads are not selected (Qwen3), and networks that are imported."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from shadowllm.config import EngineOptions, Export, Source
+from shadowllm.config import Calibration, EngineOptions, Export, Source, TrainConfig
 from shadowllm.errors import UserError
 from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import Budget
 from shadowllm.pipeline import build_engines, export_model
-from tests.bundles import make_predictor
+from tests.bundles import BUDGET, make_predictor
+from tests.predictor.test_powerinfer import networks, written
 
 
 def test_a_head_budget_has_no_effect_and_a_warning(checkpoint, tmp_path):
@@ -28,3 +31,19 @@ def test_engines_are_refused_by_name(bundle):
     pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT (pip install '.[tensorrt-rtx]')")
     with pytest.raises(UserError, match="engines are not built of qwen3 models"):
         build_engines(bundle("qwen3"), EngineOptions("tensorrt_rtx"))
+
+
+@pytest.mark.slow
+def test_networks_of_powerinfer_make_a_layerwise_bundle(checkpoint, tmp_path):
+    model = checkpoint("llama-relu")
+    spec, weights, _ = load_model(model)
+    config = TrainConfig(powerinfer=written(tmp_path / "pi", networks(spec)))
+    options = Export(budget=BUDGET, rest="drop", validate=False)
+    given = {"train_config": config, "calibration": Calibration(tokens=256, seqlen=32)}
+    manifest = export_model(Source(str(model)), tmp_path / "out", options, **given)
+    assert (manifest.predictor["kind"], manifest.predictor["networks"]) == ("layerwise", "PowerInfer")
+    predictor = make_predictor(spec, weights.fingerprint())
+    with pytest.raises(UserError, match="leave one of them out"):
+        export_model(Source(str(model)), tmp_path / "other", options, predictor=predictor, **given)
+    with pytest.raises(UserError, match="not static"):
+        export_model(Source(str(model)), tmp_path / "other", replace(options, selector="static"), **given)

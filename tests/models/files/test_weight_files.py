@@ -124,7 +124,7 @@ def test_folders_that_are_no_model(checkpoint, bundle, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="meta-llama/Llama-2-7b-hf")
-    with pytest.raises(UserError, match=r"an adapter .* of meta-llama/Llama-2-7b-hf"):
+    with pytest.raises(UserError, match=r"an adapter .* of meta-llama/Llama-2-7b-hf.*; export that model with"):
         load_model(adapter)
     for name, words in (("pytorch_model.bin", "pickled"), ("ema.safetensors", r"neither .* but ema\.safetensors")):
         other = copied(checkpoint("llama-gqa"), tmp_path / name)
@@ -198,7 +198,7 @@ def test_one_tensor_under_two_names_is_refused(folder):
     ("name", "remedy"),
     [
         ("model-00001-of-00002.safetensors", "index of the shards is missing"),
-        ("adapter_model.safetensors", "merge_and_unload"),
+        ("adapter_model.safetensors", "--adapter"),
         ("consolidated.safetensors", "the format of Hugging Face"),
         ("consolidated.00.pth", "the format of Hugging Face"),
         ("pytorch_model.bin", "save_pretrained"),

@@ -1,0 +1,36 @@
+"""The cost of an export, on tiny models; and random models with published configurations."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from shadowllm.benchmarks import export_cost, random_model
+from shadowllm.models.registry import load_model
+
+TINY = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY |= {"vocab_size": 97, "head_dim": 12}
+
+
+@pytest.mark.parametrize("name", random_model.PUBLISHED)
+def test_published_configurations_are_read(monkeypatch, tmp_path, name):
+    monkeypatch.setitem(random_model.ALL_SHAPES, name, random_model.PUBLISHED[name] | TINY)
+    random_model.write_random_model(name, tmp_path)
+    spec, weights, _ = load_model(tmp_path)
+    published = random_model.PUBLISHED[name]
+    assert spec.family == published["model_type"]
+    assert spec.activation == published.get("hidden_act", "silu")
+    assert spec.activation_threshold == published.get("hidden_act_param", 0)
+    assert {name for name in weights if weights[name].numel()} == set(weights)
+
+
+@pytest.mark.slow
+def test_a_tiny_model(monkeypatch, tmp_path):
+    result = tmp_path / "cost.json"
+    monkeypatch.setattr(sys, "argv", ["export_cost", "--shape", "tiny-llama", "--json", str(result)])
+    export_cost.main()
+    (found,) = json.loads(result.read_text())["results"]
+    assert found["peak_over_weights"] == pytest.approx(found["peak_rss_mb"] / found["weights_mb"])
+    assert found["decoded"] == export_cost.NEW_TOKENS
