@@ -11,7 +11,7 @@ ARG TORCH=torch==2.13.0
 ARG PIP_EXTRA_INDEX_URL
 RUN /venv/bin/pip install --no-cache-dir "$TORCH"
 COPY . /source
-RUN /venv/bin/pip install --no-cache-dir '/source[serve]'
+RUN /venv/bin/pip install --no-cache-dir '/source[onnxruntime,serve]'
 
 FROM python:3.13-slim
 RUN useradd --no-create-home --uid 10001 shadowllm
