@@ -91,8 +91,7 @@ inline float project_row(const T* row, const T* next, const float* x, size_t wid
 }
 
 template <class T, size_t R, size_t M>
-inline void accumulate_tile(const T* const* rows, Next<T> next, const float* h, size_t tokens, size_t width,
-                            float* y) {
+inline void accumulate_tile(const T* const* rows, Next<T> next, const float* h, size_t tokens, size_t width, float* y) {
   V weight[R][M];
   for (size_t r = 0; r < R; ++r)
     for (size_t t = 0; t < M; ++t) weight[r][t] = splat(h[r * tokens + t]);
@@ -139,8 +138,8 @@ inline bool one_after_the_other(const T* const* rows, size_t stride) {
          static_cast<ptrdiff_t>((kBlock - 1) * stride);
 }
 
-// Calls tile(index of the tile, number of tiles, first token, token count as a type) to cover at least one token, in tiles of nearly the same size. A tile
-// of one token is slow, because its few sums wait for each other.
+// Calls tile(index of the tile, number of tiles, first token, token count as a type) to cover at least one token, in
+// tiles of nearly the same size. A tile of one token is slow, because its few sums wait for each other.
 template <size_t Most, class Tile>
 inline void cover_tokens(size_t tokens, Tile tile) {
   const size_t tiles = (tokens + Most - 1) / Most;
