@@ -36,7 +36,7 @@ def test_speed_and_costs(folder, capsys):
         assert rows["lossless"]["drafts"]
     assert speed["text"]["lossless"]["same_tokens"]
     assert speed["random"]["lossless"]["same_tokens"] is None
-    assert all(0 <= rows["lossless"]["acceptance"] <= 1 for rows in speed.values() if tuned.first_draft_length)
+    assert all(0 <= rows["lossless"]["acceptance"] <= 1 for rows in speed.values() if tuned.tuned_drafts.length)
     found = costs(measured)
     assert all(row["speedup_at"][0.7] <= row["speedup_at"][0.9] for row in found)
     print_results({"speed": speed, "costs": found})

@@ -171,6 +171,7 @@ class TestManifest:
     def test_a_part_that_is_missing_is_damage(self, copy):
         whole = json.loads((copy / "manifest.json").read_text())
         optional = {"weight_dtype", "selector", "rest", "allocation", "dense", "validation", "drafting"}
+        optional |= {"adapter_fingerprint"}
         for name in whole.keys() - optional:
             (copy / "manifest.json").write_text(json.dumps({k: v for k, v in whole.items() if k != name}))
             with pytest.raises(UserError, match=f"manifest.json is damaged .*{name}"):
