@@ -20,10 +20,11 @@ from shadowllm.bundle.predictor_file import FINAL_SQUARES
 from shadowllm.bundle.quantised_tensors import mean_square_errors
 from shadowllm.bundle.weight_names import copy_weighting, output_table
 from shadowllm.bundle.weights import map_copies, read_weights
-from shadowllm.config import EngineOptions
+from shadowllm.config import EngineOptions, TunedDrafts
 from shadowllm.errors import UserError
 from shadowllm.exporter.write_bundle import check_dtypes, write_bundle
 from shadowllm.models.registry import load_model
+from shadowllm.models.sparsity import Budget
 from shadowllm.pipeline import build_engines
 from tests.bundles import BUDGET, make_bundle, make_predictor
 from tests.conftest import VARIANTS
@@ -167,6 +168,16 @@ class TestManifest:
             self.edit(copy, **{place: value})
             with pytest.raises(UserError, match=r"manifest\.json is damaged"):
                 read_manifest(copy)
+
+    @pytest.mark.parametrize("wrong", [{"dense_ms": 0.0}, {"draft_ms": -1.0}, {"acceptance": 1.5}])
+    def test_measurements_of_drafts_that_cannot_be_are_damage(self, copy, wrong):
+        measured = {"acceptance": 0.9, "speedup": 1.2, "draft_ms": 9.0, "verify_ms": 30.0, "dense_ms": 20.0}
+        record = {"budget": vars(Budget(neurons=0.1)), "draft_length": 4}
+        self.edit(copy, drafting=record | {"measured": measured})
+        assert read_manifest(copy).tuned_drafts == TunedDrafts(4, 0.9, 0.45, 1.5)
+        self.edit(copy, drafting=record | {"measured": measured | wrong})
+        with pytest.raises(UserError, match="drafts that cannot be"):
+            read_manifest(copy)
 
     def test_a_part_that_is_missing_is_damage(self, copy):
         whole = json.loads((copy / "manifest.json").read_text())
