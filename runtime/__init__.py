@@ -93,7 +93,7 @@ def open_slots(
         backend: one of `SLOT_BACKENDS`.
         slots: how many sequences it can hold.
         threads: CPU threads of each operator; None is the backend's default.
-        prepack: see `open_session`. Dense steps of float weights then compute all sequences at once.
+        prepack: see `open_session`.
 
     Raises:
         UserError: an unknown backend, no bundle, a damaged file in it, or an option that the backend does not have.

@@ -23,12 +23,13 @@ class OrtSession:
     """A `VerifyingSession` over ONNX Runtime.
 
     "dense" always runs ``dense.onnx``. "sparse" prefills with it and decodes with ``stem``, ``predictor`` and
-    ``body``. "auto" does the same, unless the budget saves less than the predictor costs: then it decodes with
-    ``dense.onnx``.
+    ``body``. "auto" does the same, unless the budget saves less than the predictor costs: then its steps are dense.
 
-    With ``prefill="sparse"``, the graphs of a sparse step also prefill, with everything active, and ``dense.onnx`` is
-    not opened. The weights are then in memory only once. A prompt takes longer. A budget for which "auto" would decode
-    with ``dense.onnx`` decodes with these graphs too, with everything active.
+    Dense steps and `verify` run ``dense.onnx`` if its weights are packed, else ``stem`` and ``body`` with everything
+    active (see `LoadedBundle.all_active`).
+
+    With ``prefill="sparse"``, these graphs also prefill, with everything active, and ``dense.onnx`` is not opened. The
+    weights are then in memory only once. A prompt takes longer.
 
     Every sequence of a batch has its own selection.
 

@@ -35,8 +35,7 @@ class OrtSlots:
 
     The sequences of taken slots are in the first rows of one cache, without gaps. A step puts those that it names into
     the first rows, the sparse ones before the dense ones, and runs each kind at once. The buffers of each number of
-    rows are bound once. Sequences whose budget saves less than choosing costs are decoded with ``dense.onnx``, see
-    `OrtSession`.
+    rows are bound once. Sequences whose budget saves less than choosing costs are decoded dense, see `OrtSession`.
 
     Where ONNX Runtime's products would give a sequence other bits beside others (see `LoadedBundle.independent`), a
     step runs its sequences one after the other.
@@ -44,8 +43,7 @@ class OrtSlots:
     Args:
         bundle: folder written by ``shadowllm export``.
         slots: how many sequences it can hold.
-        threads, native, prepack: see `OrtSession`. With ``prepack``, dense steps of float weights run all sequences at
-            once.
+        threads, native, prepack: see `OrtSession`.
 
     Raises:
         UserError: as `OrtSession`, or there are no slots.
