@@ -82,9 +82,6 @@ class AllocationRecord(TypedDict):
     measured: dict[str, float]
 
 
-DRAFT_TIMES = ("draft", "verify", "dense")
-
-
 class DraftTimesRecord(TypedDict):
     """Type of what ``tune --lossless`` measured of the best drafts."""
 
@@ -274,9 +271,11 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     fired = manifest.predictor.get("fired", [])
     if fired and (len(fired) != manifest.sparse_layers.count or not all(0 <= share <= 1 for share in fired)):
         raise ValueError(f"{len(fired)} shares of neurons that fired")
-    measured = (manifest.drafting or {}).get("measured", {})
-    if not 0 <= measured.get("acceptance", 0) <= 1 or any(measured.get(f"{name}_ms", 1) <= 0 for name in DRAFT_TIMES):
-        raise ValueError(f"measurements of drafts that cannot be: {measured}")
+    if manifest.drafting:
+        measured = manifest.drafting["measured"]
+        times = (measured["draft_ms"], measured["verify_ms"], measured["dense_ms"])
+        if not 0 <= measured["acceptance"] <= 1 or min(times) <= 0:
+            raise ValueError(f"measurements of drafts that cannot be: {measured}")
     _ = manifest.quantisation  # raises if the type is unknown
     for budget in (manifest.budget, manifest.draft_budget):
         budget.counts(manifest.sparse_layers)

@@ -205,10 +205,10 @@ def tiny_model(checkpoint, variant):
 @pytest.fixture
 def one_thread():
     """PyTorch has one thread. In tiny models, more only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    from shadowllm.runtime.generation import chooser
+
+    with chooser.one_thread():
+        yield
 
 
 @pytest.fixture

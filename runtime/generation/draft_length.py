@@ -147,8 +147,7 @@ class AdaptiveLength(DraftLength):
         self._step: deque[float] = deque(maxlen=SAMPLES)  # seconds of one draft step
         self._steps: dict[int, deque[float]] = {}  # seconds of a dense step, by its number of positions
         self._run: set[int] = set()  # numbers of positions of the dense steps so far
-        self._lost: float | None = None  # seconds; negative while there is credit; None until a dense step is known
-        self._since_dense = 0
+        self._lost, self._since_dense = 0.0, 0  # lost: seconds, negative while there is credit
 
     @property
     def acceptance(self) -> float:
@@ -163,7 +162,7 @@ class AdaptiveLength(DraftLength):
         if not (self.record.drafts and self._step and knows_verification):
             return self._first
         best = max(range(self._most + 1), key=self._rate)
-        return 1 if best == 0 and (self._lost or 0) <= 0 else best
+        return 1 if best == 0 and self._lost <= 0 else best
 
     def observe(self, done: Round) -> None:
         """See `DraftLength.observe`."""
@@ -173,12 +172,13 @@ class AdaptiveLength(DraftLength):
         size = done.length + 1
         # The first step of a size is slower, because buffers are bound in it. So its time does not count.
         if size in self._run:
+            first = not self._measured(1)
             self._steps.setdefault(size, deque(maxlen=SAMPLES)).append(done.verify_seconds)
+            if first and size == 1:
+                self._begin(done.verify_seconds)
         self._run.add(size)
         if not done.length:
             self._since_dense = 0
-            if self._lost is None and self._measured(1):
-                self._begin(self._seconds(1))
             return
         self._since_dense += 1
         if self.record.drafts > len(done.accepted):  # nor does that of the first draft
@@ -199,8 +199,7 @@ class AdaptiveLength(DraftLength):
 
     def _lose(self, seconds: float) -> None:
         """Add to the time that drafts have lost. What they win is not saved up for losses."""
-        if self._lost is not None:
-            self._lost = max(min(self._lost, 0.0), self._lost + seconds)
+        self._lost = max(min(self._lost, 0.0), self._lost + seconds)
 
     def _measured(self, size: int) -> bool:
         return bool(self._steps.get(size))

@@ -9,6 +9,7 @@ import numpy as np
 
 from shadowllm.bundle import selection_names as names
 from shadowllm.models.sparsity import UNITS, Unit, layer_units
+from shadowllm.models.spec import ModelSpec
 from shadowllm.runtime.ort.loaded_bundle import LoadedBundle, Numbers
 from shadowllm.runtime.session import Decodes
 
@@ -48,6 +49,34 @@ class Selections:
         return whole | rows | self._scalars | {names.RECOMPUTED: self.recomputed}
 
 
+def step_buffers(
+    spec: ModelSpec,
+    input_ids: np.ndarray,
+    positions: np.ndarray,
+    kept: np.ndarray,
+    cache: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """The arrays of a step by name, without those of selections.
+
+    Args:
+        spec: the model.
+        input_ids, positions: int64 ``(batch, seqlen)``.
+        kept: places of the tokens whose logits are wanted, int64 ``(batch, kept)``.
+        cache: of the sequences, see `KVCache.buffers`.
+
+    Returns:
+        These, and "logits", float32 ``(batch, kept, vocab_size)``, and "hidden", which one graph gives to the next.
+    """
+    return {
+        "input_ids": input_ids,
+        "position_ids": positions,
+        "logits_to_keep": kept,
+        "logits": np.zeros((*kept.shape, spec.vocab_size), dtype=np.float32),
+        "hidden": np.zeros((*input_ids.shape, spec.hidden_size), dtype=np.float32),
+        **cache,
+    }
+
+
 class DecodeStep:
     """Runs the graphs of one token of each sequence.
 
@@ -63,20 +92,12 @@ class DecodeStep:
     """
 
     def __init__(self, bundle: LoadedBundle, decodes: Decodes, batch: int, cache: Mapping[str, np.ndarray]) -> None:
-        spec = bundle.spec
         self.selections = Selections(bundle, batch)
         self.seconds: dict[str, float] = {}
         self._input_ids, self._positions, kept = (np.zeros((batch, 1), dtype=np.int64) for _ in range(3))
-        self._logits = np.zeros((batch, 1, spec.vocab_size), dtype=np.float32)
-        buffers: dict[str, np.ndarray] = {
-            "input_ids": self._input_ids,
-            "position_ids": self._positions,
-            "logits_to_keep": kept,
-            "logits": self._logits,
-            "hidden": np.zeros((batch, 1, spec.hidden_size), dtype=np.float32),
-            **self.selections.buffers(),
-            **cache,
-        }
+        buffers = step_buffers(bundle.spec, self._input_ids, self._positions, kept, cache)
+        self._logits = buffers["logits"]
+        buffers |= self.selections.buffers()
         self._graphs = {name: bundle.pieces[name].bind(buffers, buffers) for name in bundle.names(decodes)}
 
     def __call__(self, tokens: np.ndarray | Sequence[int], lengths: np.ndarray | Sequence[int]) -> np.ndarray:

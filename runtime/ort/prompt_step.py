@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from shadowllm.runtime.ort.decode_step import Selections
+from shadowllm.runtime.ort.decode_step import Selections, step_buffers
 from shadowllm.runtime.ort.loaded_bundle import EVERYTHING, LoadedBundle
 
 
@@ -28,21 +28,12 @@ def run_prompt(
     Returns:
         float32 ``(batch, vocab_size)``.
     """
-    batch, spec = len(input_ids), bundle.spec
-    logits = np.zeros((batch, 1, spec.vocab_size), dtype=np.float32)
-    buffers = {
-        "input_ids": input_ids,
-        "position_ids": positions,
-        "logits_to_keep": last[:, None],
-        "logits": logits,
-        "hidden": np.zeros((*input_ids.shape, spec.hidden_size), dtype=np.float32),
-        **cache,
-    }
+    buffers = step_buffers(bundle.spec, input_ids, positions, last[:, None], cache)
     names: tuple[str, ...] = ("dense",)
     if bundle.prefills == "sparse":
-        names, selections = bundle.names("dense"), Selections(bundle, batch)
-        selections.ask([bundle.numbers(EVERYTHING)] * batch)
+        names, selections = bundle.names("dense"), Selections(bundle, len(input_ids))
+        selections.ask([bundle.numbers(EVERYTHING)] * len(input_ids))
         buffers |= selections.buffers()
     for name in names:
         bundle.pieces[name].bind(buffers, buffers)()
-    return logits[:, 0]
+    return buffers["logits"][:, 0]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from shadowllm.bundle.selection_names import RECOMPUTED
-from shadowllm.runtime.ort.decode_step import Selections
+from shadowllm.runtime.ort.decode_step import Selections, step_buffers
 from shadowllm.runtime.ort.loaded_bundle import EVERYTHING, LoadedBundle
 
 
@@ -21,18 +21,10 @@ class Verification:
     """
 
     def __init__(self, bundle: LoadedBundle, batch: int, seqlen: int, cache: Mapping[str, np.ndarray]) -> None:
-        spec = bundle.spec
         self._input_ids, self._positions, kept = (np.zeros((batch, seqlen), dtype=np.int64) for _ in range(3))
         kept[:] = np.arange(seqlen)
-        self._logits = np.zeros((batch, seqlen, spec.vocab_size), dtype=np.float32)
-        buffers: dict[str, np.ndarray] = {
-            "input_ids": self._input_ids,
-            "position_ids": self._positions,
-            "logits_to_keep": kept,
-            "logits": self._logits,
-            "hidden": np.zeros((batch, seqlen, spec.hidden_size), dtype=np.float32),
-            **cache,
-        }
+        buffers = step_buffers(bundle.spec, self._input_ids, self._positions, kept, cache)
+        self._logits = buffers["logits"]
         if bundle.all_active:
             selections = Selections(bundle, 1)  # the same for all tokens, so that they share the reading of the rows
             selections.ask([bundle.numbers(EVERYTHING)])

@@ -165,3 +165,8 @@ def test_apart_reports_the_same(bundle, checkpoint):
     _, weights, opened = load_model(checkpoint("opt"))
     assert found.pop("transformers") == compare_with_transformers(opened, weights)
     assert found == check(bundle("opt"), checkpoint("opt"))
+
+
+def test_apart_passes_a_user_error_on(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        validate_apart(tmp_path, checkpoint("opt"))

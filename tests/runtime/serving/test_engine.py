@@ -107,7 +107,7 @@ def test_texts_equal_those_alone(client, engine, session):
     jobs = [
         client.job(),
         client.job(long, 12, SMALL),
-        client.job(long[:9], 20, Budget(), temperature=0.9, seed=3),
+        client.job(long[:9], 20, Budget(), temperature=0.9, seed=4),
         client.job([9], 15, SMALL, temperature=1.5, top_p=0.9, seed=7),
         client.job([9], 15, SMALL, temperature=1.5, top_p=0.9, seed=8),
         client.job(long[:4], 1),
@@ -127,7 +127,7 @@ def test_texts_equal_those_alone(client, engine, session):
     assert no_slot_is_taken(engine, session)
     counters = engine.counters
     assert counters.prompt_tokens == sum(len(job.request.prompts[0]) for job in jobs)
-    assert sum(counters.first_token.counts) == begun >= 6  # a text may be empty
+    assert sum(counters.first_token.counts) == begun >= 7  # a text may be empty
     assert counters.outcomes["stop"] + counters.outcomes["length"] == len(jobs)
     assert 0 < counters.share_sums["neurons"] < counters.share_steps
 
