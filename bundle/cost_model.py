@@ -1,4 +1,4 @@
-"""The bytes that a decode step reads, the cost of selection in bytes, and whether sparse layers pay off.
+"""The bytes that a decode step reads, and the cost of selection in bytes.
 
 A decode step is memory-bound, so bytes stand for time. They are a lower bound, computed from sizes alone: each weight
 row in use is read once, and so are keys and values of the tokens so far. Activations, scores and cache writes are
@@ -13,18 +13,11 @@ from typing import Any
 
 from shadowllm.bundle.manifest import Manifest
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
-from shadowllm.models.sparsity import UNITS, ActiveCounts, Budget, Rest, SparseLayers, Unit, layer_units
+from shadowllm.models.sparsity import UNITS, ActiveCounts, Rest, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 
-# Time of a selection inside the layers, divided by the time to read its bytes. The small nodes between the low-bit
-# copy's product and the indices take extra time, and the threads wait for each other twice. Measured at float32,
-# bfloat16, int8 and int4. Bundles whose rest comes from the copy have no such nodes.
-PER_LAYER_COST = 1.7
 # Time to read a byte of the low-bit copy, divided by the time to read a byte of a full row. Not measured yet.
 COPY_COST = 1.0
-# Time to read a row of up or down of a neuron that fired, divided by the time to read it among all rows in their order.
-# Not measured yet.
-SCATTERED_COST = 1.15
 ROWS: dict[Unit, str] = {"heads": "active q/o rows", "neurons": "active MLP rows"}  # parts of a step's bytes
 
 
@@ -126,6 +119,7 @@ def step_traffic(
     matrix_itemsize: float | None = None,
     row_itemsize: float | None = None,
     itemsize_beside_copy: float | None = None,
+    common_itemsize: float | None = None,
     rest: Rest = "drop",
     shortlist: int | None = None,
     fired: Sequence[float] | None = None,
@@ -144,6 +138,8 @@ def step_traffic(
         itemsize_beside_copy: the same for active rows whose low-bit copy is read in any case, if it differs from other
             rows. (If a quantised shadow chooses neurons, and the others are left out, then the copy of gate and up of
             active neurons is counted twice.)
+        common_itemsize: the same for matrices that every token reads, if it differs: those of K and V and of the dense
+            layers, and the rows of heads if all of them are active.
         rest: what units that are not active contribute. From a low-bit copy, all heads read their keys and values.
         shortlist: rows of the output table that are read exactly, beside its low-bit copy; None for all.
         fired: with the selector relu, the share of neurons of each sparse layer whose gate is not zero. ``active`` then
@@ -168,11 +164,15 @@ def step_traffic(
     matrix_itemsize = itemsize if matrix_itemsize is None else matrix_itemsize
     row_itemsize = matrix_itemsize if row_itemsize is None else row_itemsize
     itemsize_beside_copy = row_itemsize if itemsize_beside_copy is None else itemsize_beside_copy
-    sizes = {"norms": itemsize, "KV cache": itemsize}
+    common_itemsize = matrix_itemsize if common_itemsize is None else common_itemsize
+    sizes: dict[str, float] = {"norms": itemsize, "KV cache": itemsize}
+    sizes |= dict.fromkeys(("k/v projections", "dense layers"), common_itemsize)
     parts = {name: round(count * sizes.get(name, matrix_itemsize)) for name, count in elements.items()}
     for place, unit in enumerate(UNITS):
         kept = [count[place] for count in counts]
-        parts[ROWS[unit]] = round(_active_bytes(spec, unit, kept, rest, row_itemsize, itemsize_beside_copy))
+        all_heads = unit == "heads" and all(count == spec.n_heads for count in kept)
+        whole = min(row_itemsize, common_itemsize) if all_heads else row_itemsize
+        parts[ROWS[unit]] = round(active_bytes(spec, unit, kept, rest, whole, itemsize_beside_copy))
     if fired is not None:
         parts[ROWS["neurons"]] = round(row_itemsize * sum(gate_first_elements(spec, share) for share in fired))
     parts["predictor"] = round(choosing)
@@ -184,7 +184,7 @@ def step_traffic(
     return Traffic(parts)
 
 
-def _active_bytes(
+def active_bytes(
     spec: ModelSpec, unit: Unit, kept: Iterable[int], rest: Rest, whole: float, beside_copy: float
 ) -> float:
     """Return the bytes of the active rows of all layers. The other arguments are bytes per element."""
@@ -253,87 +253,3 @@ def predictor_bytes(manifest: Manifest, itemsize: float, rest: Rest = "drop") ->
     """Return `selector_bytes` of a bundle's own predictor."""
     kind, rank = manifest.predictor["kind"], int(manifest.predictor["rank"])
     return selector_bytes(kind, manifest.sparse_layers, itemsize, rank, rest)
-
-
-def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False) -> bool:
-    """Return whether a sparse step with its predictor reads less than a dense step on ONNX Runtime.
-
-    Only what differs is counted: the rows and the copy of the sparse layers, and the output table. (The cache differs
-    too, if whole groups of heads are dropped.)
-
-    Args:
-        narrow_rows: active rows are read as 16 bits, while other weights are widened to 32.
-    """
-    spec, layers, rest = manifest.spec, manifest.sparse_layers, _rest(manifest, budget)
-    counts, dense = list(budget.counts(layers).by_layer()), _dense_bytes(manifest)
-    saved = sum(dense - _sparse_bytes(manifest, row, kept, rest, narrow_rows) for row, kept in enumerate(counts))
-    if budget.shortlist is not None and shortens(spec, budget.shortlist):
-        whole = spec.vocab_size * _itemsize(manifest)
-        saved += spec.hidden_size * (whole - budget.shortlist * _beside_copy(manifest, narrow_rows))
-        saved -= COPY_COST * copied_table_bytes(spec)
-    return saved > _choosing_bytes(manifest, rest)
-
-
-def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget keeps all of it") -> dict[str, str]:
-    """Return the layers that are dense at a budget, or that read no less when sparse, each with the reason.
-
-    Args:
-        whole: the reason for a layer whose budget keeps all heads and neurons.
-    """
-    layers, rest, dense = manifest.sparse_layers, _rest(manifest, budget), _dense_bytes(manifest)
-    reasons = {str(layer): "comes before the first selection" for layer in range(manifest.dense_layers)}
-    share = _choosing_bytes(manifest, rest) / layers.count
-    for layer, kept in zip(layers.layers, budget.counts(layers).by_layer(), strict=True):
-        sparse = _sparse_bytes(manifest, layers.row(layer), kept, rest)
-        if sparse == dense:
-            reasons[str(layer)] = whole
-        elif sparse + share >= dense:
-            copy = " and low-bit copy" if rest == "shadow" else ""
-            reasons[str(layer)] = (
-                f"does not pay off: its sparse rows{copy} and its share of the predictor cost "
-                f"{(sparse + share) / 1e6:.2f} MB, its dense rows {dense / 1e6:.2f} MB"
-            )
-    return reasons
-
-
-def _rest(manifest: Manifest, budget: Budget) -> Rest:
-    return budget.rest_with(manifest.rest == "shadow")
-
-
-def _itemsize(manifest: Manifest) -> float:
-    """Return the bytes of a weight as ONNX Runtime reads it. Floats are read at 32 bits."""
-    return manifest.quantisation.product_itemsize if manifest.quantisation else 4
-
-
-def _beside_copy(manifest: Manifest, narrow_rows: bool) -> float:
-    """Return the bytes of a weight in a row whose low-bit copy is read too."""
-    if manifest.quantisation:
-        return manifest.quantisation.itemsize_beside_copy
-    return 2 if narrow_rows else 4
-
-
-def _dense_bytes(manifest: Manifest) -> float:
-    """Return the bytes of all rows of a layer."""
-    return layer_elements(manifest.spec, **layer_units(manifest.spec)) * _itemsize(manifest)
-
-
-def _sparse_bytes(manifest: Manifest, row: int, kept: tuple[int, int], rest: Rest, narrow_rows: bool = False) -> float:
-    """Return the cost of the active rows and of the low-bit copy of a sparse layer, in bytes.
-
-    Whole rows of nested integers cost what they cost in a dense step, because their two parts take as long to multiply.
-    """
-    spec, whole, fired = manifest.spec, _itemsize(manifest) / (2 if narrow_rows else 1), fired_shares(manifest)
-    if fired is not None:
-        heads = row_elements(spec, "heads", kept[0])
-        return whole * (heads + gate_first_elements(spec, fired[row], SCATTERED_COST))
-    rows = sum(
-        _active_bytes(spec, unit, [count], rest, whole, _beside_copy(manifest, narrow_rows))
-        for unit, count in zip(UNITS, kept, strict=True)
-    )
-    return rows + (COPY_COST * layer_copy_bytes(spec, *kept) if rest == "shadow" else 0)
-
-
-def _choosing_bytes(manifest: Manifest, rest: Rest) -> float:
-    """Return the cost of selection per step, in bytes."""
-    inside_nodes = manifest.selector == "per-layer" and manifest.rest != "shadow"
-    return predictor_bytes(manifest, _itemsize(manifest), rest) * (PER_LAYER_COST if inside_nodes else 1)

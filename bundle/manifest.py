@@ -21,6 +21,7 @@ NAME = "manifest.json"
 # Version 2 is still read. It differs in bundles with integer weights and a low-bit copy, which was stored beside them.
 SCHEMA_VERSION, OLDER_VERSION = 3, 2
 DATA_FILE = "model.onnx.data"
+BODY, BODY_ALL_HEADS = BODIES = "body", "body_all_heads"  # graphs of the sparse layers
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -178,7 +179,12 @@ class Manifest:
     @property
     def sparse_pieces(self) -> tuple[str, ...]:
         """The graphs of a sparse decode step, in execution order."""
-        return ("stem", "body") if self.selector == "per-layer" else ("stem", "predictor", "body")
+        return ("stem", BODY) if self.selector == "per-layer" else ("stem", "predictor", BODY)
+
+    @property
+    def has_body_all_heads(self) -> bool:
+        """Whether there is a graph of the sparse layers for budgets with all heads."""
+        return f"{BODY_ALL_HEADS}.onnx" in self.files
 
     @property
     def budget(self) -> Budget:

@@ -91,6 +91,8 @@ class Quantisation:
 
 # Format of the low-bit copy. With one scale per 64 elements, the copy of gate and up is under a fifth of a 16-bit MLP.
 LOW_BIT_COPY = Quantisation(bits=4, block=64)
+# Sessions of ONNX Runtime round float matrices to it that every token reads in a step of mixed precision.
+ROUNDED_PRODUCTS = Quantisation(bits=8, block=64)
 WEIGHT_DTYPES = {"int8": Quantisation(8), "int4": Quantisation(4)}
 # Of bundles with a low-bit copy of all matrices. All types have the same copy. Two parts of 3 bits for int6 would need
 # kernels of their own, and a copy of 3 bits is far worse than one of 4.

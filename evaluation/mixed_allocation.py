@@ -100,6 +100,7 @@ def measure(
     loss: Loss,
     advance: Advance = no_progress,
     itemsize_beside_copy: float | None = None,
+    itemsize_of_all_heads: float | None = None,
 ) -> list[Step]:
     """Measure what each kind loses alone, and return the path of the best budgets.
 
@@ -107,8 +108,10 @@ def measure(
         itemsize: bytes of an element of a full row.
         advance: called with 1 after each pass, `PASSES` times in total.
         itemsize_beside_copy: the same for rows whose low-bit copy is read too; None is the same number.
+        itemsize_of_all_heads: the same for the rows of heads if all of them are active; None is the same number.
     """
     beside_copy = itemsize if itemsize_beside_copy is None else itemsize_beside_copy
+    of_all_heads = itemsize if itemsize_of_all_heads is None else itemsize_of_all_heads
 
     def knob(settings: Sequence[int], sizes: Sequence[float], probes: Sequence[float], budget: ToBudget) -> Knob:
         nearest = {min(settings, key=lambda count: abs(count - probe)) for probe in probes}
@@ -127,7 +130,7 @@ def measure(
     return path(
         knob(
             heads,
-            _sizes(layers, "heads", heads, itemsize, beside_copy),
+            _sizes(layers, "heads", heads, of_all_heads, beside_copy),
             probed["heads"],
             lambda n: Budget(heads=n / heads[-1]),
         ),
@@ -141,14 +144,16 @@ def measure(
     )
 
 
-def _sizes(
-    layers: SparseLayers, unit: Unit, settings: Sequence[int], itemsize: float, beside_copy: float
-) -> list[float]:
-    """Return the cost per step, in bytes, of each number of heads or neurons in all layers, the copy included."""
+def _sizes(layers: SparseLayers, unit: Unit, settings: Sequence[int], of_all: float, beside_copy: float) -> list[float]:
+    """Return the cost per step, in bytes, of each number of heads or neurons in all layers, the copy included.
+
+    Args:
+        of_all: bytes of an element of a row if all units are active.
+    """
     spec, everything = layers.spec, layer_units(layers.spec)
 
     def size(count: int) -> float:
-        each = unit_elements(spec, unit) * (beside_copy if count < everything[unit] else itemsize)
+        each = unit_elements(spec, unit) * (beside_copy if count < everything[unit] else of_all)
         return count * each + COPY_COST * layer_copy_bytes(spec, **(everything | {unit: count}))
 
     return [layers.count * size(count) for count in settings]

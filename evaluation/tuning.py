@@ -12,8 +12,9 @@ from typing import Self
 
 import numpy as np
 
-from shadowllm.bundle.cost_model import dense_reasons
 from shadowllm.bundle.manifest import Manifest, read_manifest
+from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS
+from shadowllm.bundle.sparse_pays import dense_reasons
 from shadowllm.bundle.weights import read_weights
 from shadowllm.config import Target
 from shadowllm.errors import UserError
@@ -24,6 +25,7 @@ from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.selectors import Context, make_selector
 from shadowllm.progress import Advance, progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
+from shadowllm.runtime.ort.loaded_bundle import rounds_products
 from shadowllm.runtime.ort.session import OrtSession
 
 WHOLE = "leaving out units here costs more perplexity per byte than elsewhere"
@@ -100,7 +102,14 @@ Chosen = tuple[Budget, dict[str, float]]  # a budget, and what was measured of i
 def _choose_mixed(bundle: Path, manifest: Manifest, target: Target, loss: Loss, threads: int | None) -> Chosen:
     checks = mixed.CHECKS if target.ppl_increase is not None else STEPS
     with progress("Choosing budgets", mixed.PASSES + checks) as advance:
-        steps = mixed.measure(manifest.sparse_layers, manifest.itemsize, loss, advance, manifest.itemsize_beside_copy)
+        steps = mixed.measure(
+            manifest.sparse_layers,
+            manifest.itemsize,
+            loss,
+            advance,
+            manifest.itemsize_beside_copy,
+            ROUNDED_PRODUCTS.itemsize if rounds_products(manifest) else None,
+        )
         if target.ppl_increase is not None:
             limit = math.log1p(target.ppl_increase)
             return mixed.least_within(steps, limit, partial(loss.increase, limit=limit), advance), {}

@@ -121,7 +121,7 @@ def _in_child(request: list[Any], _progress: Progress) -> dict[str, Any]:
 
 
 def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: float = 0) -> dict[str, Any]:
-    """Compare dense steps, sparse steps with everything active, and sparse steps at the bundle's budget.
+    """Compare dense steps, and sparse steps with everything active and at budgets that run all graphs of the bundle.
 
     Args:
         tolerance: largest relative error; 0 for the default of the bundle's type.
@@ -138,10 +138,7 @@ def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: fl
     tolerance = tolerance or (INTEGER_TOLERANCE if manifest.quantisation else TOLERANCE)
     reference = _reference(manifest, weights, predictor)
     errors, agreement = [], 1.0
-    # A shortlist of one row checks the logits of the copy. Rounding may swap rows at the end of a longer shortlist, and
-    # an exact logit is far from that of the copy.
-    at_budget = replace(manifest.budget, shortlist=1) if manifest.rest == "shadow" else manifest.budget
-    for name, budget in (("dense", None), ("all active", Budget()), ("at budget", at_budget)):
+    for name, budget in _cases(manifest).items():
         with OrtSession(bundle, "sparse" if budget else "dense", exact=True) as ours:
             selects = reference.predictor if budget else None
             copies = reference.copies if budget else None
@@ -155,6 +152,20 @@ def validate(bundle: Path, weights: Weights, predictor: Predictor, tolerance: fl
     if manifest.dtype == "float16":
         check_float16(manifest.spec, reference.dense)
     return {"tolerance": tolerance, "selection_agreement": agreement, "errors": [asdict(error) for error in errors]}
+
+
+def _cases(manifest: Manifest) -> dict[str, Budget | None]:
+    """The budgets to compare; None decodes dense."""
+    # A shortlist of one row checks the logits of the copy. Rounding may swap rows at the end of a longer shortlist, and
+    # an exact logit is far from that of the copy.
+    own = replace(manifest.budget, shortlist=1) if manifest.rest == "shadow" else manifest.budget
+    cases = {"dense": None, "all active": Budget(), "at budget": own}
+    if not manifest.has_body_all_heads:
+        return cases
+    # One graph has all heads, the other one selects them.
+    if np.min(own.heads) == 1 and np.min(own.neurons) < 1:
+        return cases | {"half of the heads": replace(own, heads=0.5)}
+    return cases | {"all heads": replace(own, heads=1.0, neurons=0.5)}
 
 
 def _reference(manifest: Manifest, weights: Weights, predictor: Predictor) -> BundleWeights:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from shadowllm.bundle import op_domain
-from shadowllm.bundle.manifest import DATA_FILE, ITEMSIZE, Manifest, file_hash
+from shadowllm.bundle.manifest import BODY, BODY_ALL_HEADS, DATA_FILE, ITEMSIZE, Manifest, file_hash
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantisation import Quantisation, bundle_format
 from shadowllm.bundle.quantised_tensors import (
@@ -143,7 +143,9 @@ def _models(
     if not predictor.per_layer:
         yield "predictor", bundle_graphs.predictor_graph(spec, store, dtype, predictor, q)
     chooser = predictor if predictor.per_layer else None
-    yield "body", bundle_graphs.body_graph(layers, store, dtype, q, chooser, rest)
+    yield BODY, bundle_graphs.body_graph(layers, store, dtype, q, chooser, rest)
+    if rest and q is None and spec.selects_heads:
+        yield BODY_ALL_HEADS, bundle_graphs.body_graph(layers, store, dtype, q, chooser, rest, all_heads=True)
 
 
 def _groups(spec: ModelSpec, dtype: str, predictor: Predictor, q: Quantisation | None, rest: Rest) -> Iterator[Group]:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from shadowllm.bundle.cost_model import dense_reasons
 from shadowllm.bundle.engine_record import EngineRecord
 from shadowllm.bundle.manifest import Manifest, read_manifest, verify_files
 from shadowllm.bundle.predictor_file import Kind, Predictor
+from shadowllm.bundle.sparse_pays import dense_reasons
 from shadowllm.config import (
     DEFAULT_BUDGET,
     DEFAULT_TARGET,

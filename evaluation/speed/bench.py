@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from shadowllm.bundle.cost_model import Traffic, fired_shares, mean_traffic, predictor_bytes, sparse_pays
+from shadowllm.bundle.cost_model import Traffic, fired_shares, mean_traffic, predictor_bytes
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest, read_manifest
+from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS
+from shadowllm.bundle.sparse_pays import sparse_pays
 from shadowllm.child import module_command
 from shadowllm.config import Drafting
 from shadowllm.errors import UserError
@@ -24,6 +26,7 @@ from shadowllm.models.sparsity import Budget, format_fractions
 from shadowllm.plugins import native_ops
 from shadowllm.progress import progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
+from shadowllm.runtime.ort.loaded_bundle import rounds_products
 from shadowllm.runtime.recomputed_rows import RecomputedRows
 from shadowllm.runtime.session import Prefill
 
@@ -261,12 +264,15 @@ def traffic_of(
     matrix_itemsize = q.product_itemsize if q else itemsize
     native = backend == "ort" and q is None and native_ops.library()
     row_itemsize = q.itemsize if q else ITEMSIZE[manifest.dtype] if native else matrix_itemsize
+    rounds = backend == "ort" and rounds_products(manifest)
     options: dict[str, Any] = {}
     if name == SPARSE and (
-        backend != "ort" or sparse_pays(manifest, budget, bool(native) and row_itemsize < matrix_itemsize)
+        backend != "ort" or sparse_pays(manifest, budget, bool(native) and row_itemsize < matrix_itemsize, rounds)
     ):
         rest = budget.rest_with(manifest.rest == "shadow")
-        options = {
+        if rounds and rest == "shadow" and min(np.min(budget.heads), np.min(budget.neurons)) < 1:
+            options["common_itemsize"] = ROUNDED_PRODUCTS.itemsize
+        options |= {
             "active": budget.counts(manifest.sparse_layers),
             "choosing": predictor_bytes(manifest, matrix_itemsize, rest),
             "rest": rest,

@@ -63,7 +63,8 @@ class Selection:
     """The selection of all sparse layers, as graph values.
 
     Attributes:
-        tensors: indices and counts, as in `bundle.selection_names`. If the indices are None, each layer selects.
+        tensors: indices and counts, as in `bundle.selection_names`. If the indices are None, each layer selects. Units
+            that are missing are all active.
         networks: the networks with which layers select neurons; None if they use the low-bit copy.
         rest: int32 ``()``, whether the other units are computed from the low-bit copy; None if they are dropped.
         gate_first: the active neurons are those whose gate is not zero.
@@ -145,7 +146,7 @@ def _dense_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, x: ir.Value) -> ir.
 def sparse_layer(
     g: GraphBuilder, spec: ModelSpec, layer: int, row: int, x: ir.Value, step: Step, cache: Cache, selection: Selection
 ) -> tuple[ir.Value, Cache, dict[Unit, ir.Value]]:
-    """One layer with selected query heads, if the model has them selected, and selected neurons.
+    """One layer with selected query heads, if they are part of the selection, and selected neurons.
 
     K and V are computed for all heads.
 
@@ -153,22 +154,29 @@ def sparse_layer(
         row: the layer's row in the selection.
 
     Returns:
-        Hidden states, the updated cache, and the active indices, ``(n_units,)`` each.
+        Hidden states, the updated cache, and the active indices of the selection's units, ``(n_units,)`` each.
     """
-    place = f"layers.{layer}"
+    place, chosen = f"layers.{layer}", dict[Unit, ir.Value]()
     normed = block_input(g, spec, layer, "attention", x)
-    if spec.selects_heads:
+    if spec.selects_heads and "heads" in selection.tensors:
         both = gemm(g, normed, [f"{place}.k_proj", f"{place}.v_proj"], spec.qkv_bias, spec.hidden_size)
         _, cache = to_cache(g, spec, layer, step, cache, both, 0)
-        y, heads = _sparse_attention(g, spec, layer, row, normed, step, cache, selection)
+        y, chosen["heads"] = _sparse_attention(g, spec, layer, row, normed, step, cache, selection)
     else:
         y, cache = _dense_attention(g, spec, layer, normed, step, cache)
-        _, count = selection.row(g, "heads", row)
-        shape = g.op("Concat", g.op("Shape", count), g.ints([spec.n_heads]), axis=0)
-        heads = g.op("Expand", g.constant(np.arange(spec.n_heads, dtype=np.int32), "all_heads"), shape)
+        if "heads" in selection.tensors:
+            chosen["heads"] = _every_head(g, spec, selection, row)
     x = block_output(g, spec, layer, "attention", x, y)
-    y, neurons = _sparse_mlp(g, spec, layer, row, block_input(g, spec, layer, "mlp", x), step, selection)
-    return block_output(g, spec, layer, "mlp", x, y), cache, {"heads": heads, "neurons": neurons}
+    normed = block_input(g, spec, layer, "mlp", x)
+    y, chosen["neurons"] = _sparse_mlp(g, spec, layer, row, normed, step, selection)
+    return block_output(g, spec, layer, "mlp", x, y), cache, chosen
+
+
+def _every_head(g: GraphBuilder, spec: ModelSpec, selection: Selection, row: int) -> ir.Value:
+    """The indices of all heads, in the shape of a selection."""
+    _, count = selection.row(g, "heads", row)
+    shape = g.op("Concat", g.op("Shape", count), g.ints([spec.n_heads]), axis=0)
+    return g.op("Expand", g.constant(np.arange(spec.n_heads, dtype=np.int32), "all_heads"), shape)
 
 
 def _sparse_attention(

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from shadowllm.bundle import selection_names as names
+from shadowllm.bundle.manifest import BODY, BODY_ALL_HEADS
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.bundle.weight_file import WeightStore
 from shadowllm.bundle.weight_names import copy_errors, copy_weighting, output_table
 from shadowllm.exporter.graphs import blocks, nodes, selection
 from shadowllm.exporter.graphs.builder import GraphBuilder
-from shadowllm.models.sparsity import SparseLayers, Unit, layer_units
+from shadowllm.models.sparsity import UNITS, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.function_body import CopyForm, FunctionForm, TableForm
 from shadowllm.plugins.ops.shortlist_logits.schema import SHORTLIST_LOGITS
@@ -99,6 +100,7 @@ def body_graph(
     q: Quantisation | None = None,
     chooser: Predictor | None = None,
     rest: bool = False,
+    all_heads: bool = False,
 ) -> ir.Model:
     """The sparse layers: hidden, position_ids, logits_to_keep, selection, cache -> logits, cache.
 
@@ -107,20 +109,23 @@ def body_graph(
             ``neuron_indices.3``, and not inputs.
         rest: whether units that are not active, and logits outside of a shortlist, are computed from the low-bit copy.
             Then ``rest``, ``shortlist`` and ``certify`` are inputs, int32 ``()``, and ``recomputed`` is an output.
+        all_heads: whether all heads are active, so that their selection is no input and no output.
     """
-    g, spec = GraphBuilder("body", dtype, store, q), sparse.spec
+    g, spec = GraphBuilder(BODY_ALL_HEADS if all_heads else BODY, dtype, store, q), sparse.spec
     hidden = g.input("hidden", [*TOKENS, spec.hidden_size])
     position_ids = g.input("position_ids", TOKENS, INT64)
     keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
-    selection = _selection_inputs(g, sparse, chooser, rest)
+    units: tuple[Unit, ...] = ("neurons",) if all_heads else UNITS
+    selection = _selection_inputs(g, sparse, units, chooser, rest)
     caches = _cache_inputs(g, spec, sparse.layers)
-    attention = {"dense": not spec.selects_heads, "sparse": spec.selects_heads}
-    step = blocks.step(g, spec, position_ids, caches[0].key, **attention)
+    selects_heads = spec.selects_heads and not all_heads
+    step = blocks.step(g, spec, position_ids, caches[0].key, dense=not selects_heads, sparse=selects_heads)
     x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
     for row, layer in enumerate(sparse.layers):
         x, caches[row], chosen = blocks.sparse_layer(g, spec, layer, row, x, step, caches[row], selection)
         if chooser:
-            for unit, width in layer_units(spec).items():
+            for unit in units:
+                width = layer_units(spec)[unit]
                 g.output(chosen[unit], names.of_row(names.indices(unit), row), [width], INT32)
     if rest:
         _shortlist_logits(g, spec, x, step, keep)
@@ -130,10 +135,13 @@ def body_graph(
     return g.model(function_bodies(function_form(spec, q, chooser, rest)))
 
 
-def _selection_inputs(g: GraphBuilder, sparse: SparseLayers, chooser: Predictor | None, rest: bool) -> blocks.Selection:
+def _selection_inputs(
+    g: GraphBuilder, sparse: SparseLayers, units: Sequence[Unit], chooser: Predictor | None, rest: bool
+) -> blocks.Selection:
     """The inputs for a selection: indices and counts, or only counts with a per-layer predictor."""
     found: dict[Unit, tuple[ir.Value | None, ir.Value]] = {}
-    for unit, width in layer_units(sparse.spec).items():
+    for unit in units:
+        width = layer_units(sparse.spec)[unit]
         indices = None if chooser else g.input(names.indices(unit), [sparse.count, width], INT32)
         found[unit] = indices, g.input(names.counts(unit), [sparse.count], INT32)
     return blocks.Selection(

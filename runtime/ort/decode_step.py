@@ -10,8 +10,7 @@ import numpy as np
 from shadowllm.bundle import selection_names as names
 from shadowllm.models.sparsity import UNITS, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
-from shadowllm.runtime.ort.loaded_bundle import LoadedBundle, Numbers
-from shadowllm.runtime.session import Decodes
+from shadowllm.runtime.ort.loaded_bundle import LoadedBundle, Numbers, Plan
 
 
 class Selections:
@@ -82,7 +81,7 @@ class DecodeStep:
 
     Args:
         bundle: with its graphs loaded.
-        decodes: which graphs.
+        plan: which graphs.
         batch: the number of sequences.
         cache: their part of the cache, see `KVCache.buffers`.
 
@@ -91,14 +90,14 @@ class DecodeStep:
         seconds: of each graph in the last step, by name.
     """
 
-    def __init__(self, bundle: LoadedBundle, decodes: Decodes, batch: int, cache: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, bundle: LoadedBundle, plan: Plan, batch: int, cache: Mapping[str, np.ndarray]) -> None:
         self.selections = Selections(bundle, batch)
         self.seconds: dict[str, float] = {}
         self._input_ids, self._positions, kept = (np.zeros((batch, 1), dtype=np.int64) for _ in range(3))
         buffers = step_buffers(bundle.spec, self._input_ids, self._positions, kept, cache)
         self._logits = buffers["logits"]
         buffers |= self.selections.buffers()
-        self._graphs = {name: bundle.pieces[name].bind(buffers, buffers) for name in bundle.names(decodes)}
+        self._graphs = {name: graph.bind(buffers, buffers) for name, graph in bundle.graphs(plan).items()}
 
     def __call__(self, tokens: np.ndarray | Sequence[int], lengths: np.ndarray | Sequence[int]) -> np.ndarray:
         """Run the step.

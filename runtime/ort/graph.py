@@ -13,15 +13,18 @@ import onnxruntime as ort
 from onnx_ir.passes import InPlacePass, PassResult
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from shadowllm.bundle.manifest import Manifest
+from shadowllm.bundle.manifest import BODIES, Manifest
 from shadowllm.bundle.op_domain import DOMAIN
 from shadowllm.errors import UserError
 from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
 from shadowllm.runtime.ort.fuse_attention import FuseAttention, is_fused
 from shadowllm.runtime.ort.join_nested import JoinNested
 from shadowllm.runtime.ort.own_selections import OwnSelections
+from shadowllm.runtime.ort.round_products import RoundProducts
 from shadowllm.runtime.ort.split_selection import SplitSelection
 from shadowllm.runtime.ort.upcast_to_float32 import UpcastToFloat32
+
+SELECTING = ("predictor", *BODIES)  # graphs with our ops
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class CpuGraph:
     fused: bool
 
 
-def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, fused: bool = True) -> CpuGraph:
+def for_cpu(
+    path: Path, manifest: Manifest, native: bool, exact: bool = False, fused: bool = True, rounded: bool = False
+) -> CpuGraph:
     """Rewrite a graph of a bundle for ONNX Runtime's CPU kernels.
 
     Inputs and outputs are those of the file, except that every sequence has its own selection, and ``body`` takes them
@@ -51,12 +56,13 @@ def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, f
         native: whether the native ops run the graph.
         exact: whether integer layers read float32 inputs, and not inputs rounded to 8 bits.
         fused: whether dense attention becomes one op, see `CpuGraph`.
+        rounded: whether products with float matrices become products of integers, see `RoundProducts`.
     """
     model = ir.load(path)
     computed: dict[str, Callable[[], np.ndarray]] = {}
-    for rewrite in _passes(path.stem, manifest, native, exact, fused):
+    for rewrite in _passes(path.stem, manifest, native, exact, fused, rounded):
         rewrite(model)
-        if isinstance(rewrite, JoinNested):
+        if isinstance(rewrite, JoinNested | RoundProducts):
             computed = rewrite.weights
     proto = ir.to_proto(model)
     # The data file may be a link, as in the Hugging Face cache. ONNX Runtime is given the folder of the link's target.
@@ -66,7 +72,7 @@ def for_cpu(path: Path, manifest: Manifest, native: bool, exact: bool = False, f
     return CpuGraph(proto.SerializeToString(), computed, any(is_fused(node) for node in model.graph))
 
 
-def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: bool) -> list[InPlacePass]:
+def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: bool, rounded: bool) -> list[InPlacePass]:
     """The passes for a graph, in their order."""
     passes: list[InPlacePass] = [FuseAttention(manifest.spec)] if fused else []
     q = manifest.quantisation
@@ -74,11 +80,13 @@ def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: boo
         passes.insert(0, JoinNested(q))
     if manifest.dtype != "float32":
         passes.insert(0, UpcastToFloat32(keep_rows=native))
+    if rounded:
+        passes.insert(0, RoundProducts())
     if exact:
         passes.append(ExactIntegerInputs(native))
-    if name in ("predictor", "body"):
+    if name in SELECTING:
         passes.append(OwnSelections())
-    if name == "body":
+    if name in BODIES:
         passes += [SplitSelection(), *([FlattenHiddenStates()] if native else [])]
     return passes
 

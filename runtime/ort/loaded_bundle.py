@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
 import onnxruntime as ort
 
-from shadowllm.bundle.cost_model import sparse_pays
-from shadowllm.bundle.manifest import DATA_FILE, Manifest, read_manifest, verify_files
+from shadowllm.bundle.manifest import BODY, BODY_ALL_HEADS, DATA_FILE, Manifest, read_manifest, verify_files
+from shadowllm.bundle.sparse_pays import sparse_pays
 from shadowllm.errors import UserError
 from shadowllm.limits import check_threads
-from shadowllm.models.sparsity import ActiveCounts, Budget, check_neuron_budget
+from shadowllm.models.sparsity import ActiveCounts, Budget, check_neuron_budget, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.inputs import budget_scalars
-from shadowllm.runtime.ort.graph import OrtGraph, for_cpu
+from shadowllm.runtime.ort.graph import SELECTING, OrtGraph, for_cpu
 from shadowllm.runtime.ort.shared_weights import SharedWeights
 from shadowllm.runtime.session import Decodes, Prefill
 
@@ -29,14 +30,46 @@ EVERYTHING = Budget(rest="drop")
 Numbers = tuple[ActiveCounts, dict[str, int]]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Which graphs run a step.
+
+    Attributes:
+        decodes: sparse graphs, or dense ones.
+        body: the graph of the sparse layers.
+        rounded: whether what every token reads is rounded to 8 bits, see `RoundProducts`.
+    """
+
+    decodes: Decodes
+    body: str = BODY
+    rounded: bool = False
+
+
+DENSE = Plan("dense")
+
+
+def rounds_products(manifest: Manifest) -> bool:
+    """Whether steps of mixed precision round what every token reads to 8 bits, see `RoundProducts`."""
+    floats = manifest.quantisation is None and manifest.rest == "shadow"
+    return floats and native_ops.library() is not None
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A graph of a bundle and how it is rewritten, see `for_cpu`."""
+
+    piece: str
+    rounded: bool = False
+    fused: bool = True
+
+
 class LoadedBundle:
-    """A bundle and its loaded graphs.
+    """A bundle and its graphs, which are loaded when they are first needed.
 
     Args:
         bundle, kind, threads, native, exact, prefill, prepack: see `OrtSession`.
 
     Attributes:
-        pieces: the loaded graphs by name.
         packed: whether the dense graph has packed weights.
 
     Raises:
@@ -61,57 +94,39 @@ class LoadedBundle:
         self._bundle, self._threads = bundle, threads
         self._native = native and native_ops.library() is not None
         self._exact, self._prepack = exact, prepack
+        self._rounds = rounds_products(self.manifest) and self._native and not exact
         if kind == "dense" and prefill == "sparse":
             raise UserError("a dense session has no sparse graphs to prefill with", "leave out the option, or use ort")
         self.prefills = prefill
-        self.pieces: dict[str, OrtGraph] = {}
+        self._graphs: dict[_Form, OrtGraph] = {}
 
-    def load(self, decodes: Decodes) -> None:
-        """Check the files and load the graphs.
+    def load(self, plan: Plan) -> None:
+        """Check the files, and load the graphs that prefill and those of a plan.
 
         Args:
-            decodes: which graphs decode at first; the dense graph has packed weights if it decodes.
+            plan: of the first steps. If it is dense, the dense graph has packed weights.
         """
         pieces = () if self.kind == "dense" else self.manifest.sparse_pieces
         pieces = ("dense", *pieces) if self.prefills == "dense" else pieces
-        files = [DATA_FILE, *(f"{piece}.onnx" for piece in pieces)]
-        verify_files(self._bundle, self.manifest.digests(*files))
-        self._weights, self.packed = SharedWeights((self._bundle / DATA_FILE).resolve()), False
-        for piece in pieces:
-            self.open(piece, decodes)
+        if self.kind != "dense" and self.manifest.has_body_all_heads:
+            pieces = (*pieces, BODY_ALL_HEADS)
+        verify_files(self._bundle, self.manifest.digests(DATA_FILE, *(f"{piece}.onnx" for piece in pieces)))
+        self._weights = SharedWeights((self._bundle / DATA_FILE).resolve())
+        # Packed weights make dense steps faster, and are a copy. A graph that only prefills does without.
+        pack = self._prepack or plan == DENSE or self.manifest.quantisation is not None
+        self.packed = pack and self.prefills == "dense"
+        self.prefilling()
+        self.graphs(plan)
 
     def close(self) -> None:
         """Free the graphs and the weights."""
-        self.pieces.clear()
+        self._graphs.clear()
         del self._weights
 
-    def open(self, piece: str, decodes: Decodes, fused: bool = True) -> OrtGraph:
-        """Load one graph, or load it again; without ``fused``, it is kept beside the fused one."""
-        options = ort.SessionOptions()
-        if self._threads:
-            options.intra_op_num_threads = self._threads
-        if piece != "dense" or decodes == "sparse":
-            # The graphs of a text run one after the other: the threads of one must not spin while the next one runs.
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-        # Packed weights make dense steps faster, and are a copy. A graph that only prefills does without.
-        pack = self._prepack or decodes == "dense" or self.manifest.quantisation is not None
-        packed = piece == "dense" and pack
-        options.add_session_config_entry("session.disable_prepacking", str(int(piece == "dense" and not packed)))
-        self.packed |= packed
-        native = self._native and piece in ("predictor", "body") and native_ops.register(options)
-        path = self._bundle / f"{piece}.onnx"
-        if not packed:
-            self._weights.give(ir.load(path).graph, options)
-        # The graph is loaded from memory, so ONNX Runtime needs the folder of the weights. It refuses a link out of
-        # this folder, so links are resolved here.
-        weights = (self._bundle / DATA_FILE).resolve()
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
-        name = piece if fused else f"{piece}, standard"
-        graph = for_cpu(path, self.manifest, native, self._exact, fused)
-        self._weights.give_computed(graph.computed, options)
-        self.pieces[name] = OrtGraph(path, options, graph)
-        self._weights.release()
-        return self.pieces[name]
+    def pack(self) -> None:
+        """Load the dense graph again, with packed weights."""
+        self.packed = True
+        self._graphs = {form: graph for form, graph in self._graphs.items() if form.piece != "dense"}
 
     @property
     def all_active(self) -> bool:
@@ -122,46 +137,88 @@ class LoadedBundle:
         """
         return self.kind != "dense" and (self.prefills == "sparse" or (self._native and not self.packed))
 
-    def names(self, decodes: Decodes) -> tuple[str, ...]:
-        """The graphs of a step, in their order. Nothing is predicted if everything is active."""
-        if decodes == "sparse":
-            return self.manifest.sparse_pieces
-        if self.all_active:
-            return tuple(piece for piece in self.manifest.sparse_pieces if piece != "predictor")
-        return ("dense",)
+    def graphs(self, plan: Plan) -> dict[str, OrtGraph]:
+        """The graphs of a step by the names of the bundle, in their order."""
+        return {name: self._graph(form) for name, form in self._forms(plan).items()}
+
+    def prefilling(self) -> dict[str, OrtGraph]:
+        """The graphs of a prompt."""
+        return {"dense": self._graph(_Form("dense"))} if self.prefills == "dense" else self.graphs(DENSE)
 
     def verifying(self, batch: int, seqlen: int) -> list[OrtGraph]:
         """The graphs of a dense step over ``seqlen`` tokens of each of ``batch`` sequences, in their order.
 
         The fused attention of ONNX Runtime's CPU provider does not take several tokens after a past for more than one
-        sequence. A graph with standard nodes does. It is loaded when it is first needed.
+        sequence. A graph with standard nodes does.
         """
-        return [self._verifier(name, batch > 1 and seqlen > 1) for name in self.names("dense")]
+        graphs = self.graphs(DENSE)
+        if batch == 1 or seqlen == 1:
+            return list(graphs.values())
+        return [
+            self._graph(replace(form, fused=False)) if graphs[name].fused else graphs[name]
+            for name, form in self._forms(DENSE).items()
+        ]
 
-    def _verifier(self, piece: str, standard: bool) -> OrtGraph:
-        if not (standard and self.pieces[piece].fused):
-            return self.pieces[piece]
-        return self.pieces.get(f"{piece}, standard") or self.open(piece, "dense" if self.packed else "sparse", False)
+    def _forms(self, plan: Plan) -> dict[str, _Form]:
+        if plan == DENSE and not self.all_active:
+            return {"dense": _Form("dense")}
+        found = {name: _Form(name) for name in self.manifest.sparse_pieces}
+        if plan == DENSE:  # nothing is predicted if everything is active
+            found.pop("predictor", None)
+        return found | {"stem": _Form("stem", plan.rounded), BODY: _Form(plan.body, plan.rounded)}
 
-    def plan(self, budget: Budget) -> Decodes:
-        """Whether a step at this budget is sparse or dense.
+    def _graph(self, form: _Form) -> OrtGraph:
+        if form not in self._graphs:
+            self._graphs[form] = self._open(form)
+        return self._graphs[form]
+
+    def _open(self, form: _Form) -> OrtGraph:
+        options, piece = ort.SessionOptions(), form.piece
+        if self._threads:
+            options.intra_op_num_threads = self._threads
+        if piece != "dense" or not self.packed:
+            # The graphs of a text run one after the other: the threads of one must not spin while the next one runs.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        packed = piece == "dense" and self.packed
+        options.add_session_config_entry("session.disable_prepacking", str(int(piece == "dense" and not packed)))
+        native = self._native and piece in SELECTING and native_ops.register(options)
+        path = self._bundle / f"{piece}.onnx"
+        if not packed:
+            self._weights.give(ir.load(path).graph, options)
+        # The graph is loaded from memory, so ONNX Runtime needs the folder of the weights. It refuses a link out of
+        # this folder, so links are resolved here.
+        weights = (self._bundle / DATA_FILE).resolve()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
+        graph = for_cpu(path, self.manifest, native, self._exact, form.fused, form.rounded)
+        self._weights.give_computed(graph.computed, options)
+        loaded = OrtGraph(path, options, graph)
+        self._weights.release()
+        return loaded
+
+    def plan(self, budget: Budget) -> Plan:
+        """The graphs of a step at this budget.
 
         Raises:
             UserError: the bundle cannot have this budget.
         """
         check_neuron_budget(self.manifest.predictor["kind"], budget)
-        self.numbers(budget)
-        if self.kind != "auto":
-            return self.kind
+        counts, _ = self.numbers(budget)
         narrow_rows = self.manifest.dtype != "float32" and self._native
-        return "sparse" if sparse_pays(self.manifest, budget, narrow_rows) else "dense"
+        pays = self.kind == "sparse" or sparse_pays(self.manifest, budget, narrow_rows, self._rounds)
+        if self.kind == "dense" or not pays:
+            return DENSE
+        all_heads, all_neurons = (bool((counts[unit] == size).all()) for unit, size in layer_units(self.spec).items())
+        if budget.rest_with(self.manifest.rest == "shadow") == "drop" or (all_heads and all_neurons):
+            return Plan("sparse")
+        body = BODY_ALL_HEADS if all_heads and self.manifest.has_body_all_heads else BODY
+        return Plan("sparse", body, self._rounds)
 
     def numbers(self, budget: Budget, decodes: Decodes = "sparse") -> Numbers:
         """The numbers that graphs read: of a budget, or of everything for a dense step."""
         budget = budget if decodes == "sparse" else EVERYTHING
         return budget.counts(self.manifest.sparse_layers), budget_scalars(self.spec, budget, self.manifest.rest)
 
-    def independent(self, decodes: Decodes) -> bool:
+    def independent(self, plan: Plan) -> bool:
         """Whether the result of a sequence has the same bits in a step with other sequences as in one without.
 
         The native ops and ONNX Runtime's products with packed float weights or with 8-bit integers add in the same
@@ -171,7 +228,7 @@ class LoadedBundle:
         q, manifest = self.manifest.quantisation, self.manifest
         if q is not None and (self._exact or q.bits < 8):
             return False
-        if decodes == "dense":
+        if plan == DENSE:
             return self._native if self.all_active else self.packed
         scores_with_four_bits = manifest.predictor["kind"] == "quantized-shadow" and manifest.rest == "drop"
         return self._native and not scores_with_four_bits

@@ -29,11 +29,10 @@ def run_prompt(
         float32 ``(batch, vocab_size)``.
     """
     buffers = step_buffers(bundle.spec, input_ids, positions, last[:, None], cache)
-    names: tuple[str, ...] = ("dense",)
     if bundle.prefills == "sparse":
-        names, selections = bundle.names("dense"), Selections(bundle, len(input_ids))
+        selections = Selections(bundle, len(input_ids))
         selections.ask([bundle.numbers(EVERYTHING)] * len(input_ids))
         buffers |= selections.buffers()
-    for name in names:
-        bundle.pieces[name].bind(buffers, buffers)()
+    for graph in bundle.prefilling().values():
+        graph.bind(buffers, buffers)()
     return buffers["logits"][:, 0]

@@ -13,7 +13,7 @@ from shadowllm.models.sparsity import Budget, Unit
 from shadowllm.runtime.inputs import check_rewind, check_tokens, check_verified, pad_prompts
 from shadowllm.runtime.ort.decode_step import DecodeStep
 from shadowllm.runtime.ort.kv_cache import KVCache
-from shadowllm.runtime.ort.loaded_bundle import Kind, LoadedBundle
+from shadowllm.runtime.ort.loaded_bundle import DENSE, Kind, LoadedBundle, Plan
 from shadowllm.runtime.ort.prompt_step import run_prompt
 from shadowllm.runtime.ort.verification import Verification
 from shadowllm.runtime.session import Decodes, Prefill
@@ -51,9 +51,8 @@ class OrtSession:
 
     Attributes:
         cache: float32 ``(batch, n_kv_heads, capacity, head_dim)`` by "layer.key" and "layer.value".
-        decodes: "sparse" or "dense", at the current budget.
-        selection: indices of the last sparse step, by unit, int32 ``(n_sparse, batch, n_units)``, padded with -1; empty
-            in a dense session.
+        selection: indices of the last step, by unit, int32 ``(n_sparse, batch, n_units)``, padded with -1; empty if the
+            budget is decoded dense.
         step_seconds: seconds of each part of the last step; None without ``profile``.
 
     Raises:
@@ -78,15 +77,19 @@ class OrtSession:
         self._bundle = LoadedBundle(bundle, kind, threads, native, exact, prefill, prepack)
         self.manifest, self.spec = self._bundle.manifest, self._bundle.spec
         self.step_seconds: dict[str, float] | None = {} if profile else None
-        self.decodes: Decodes = "dense"
-        self._steps: dict[Decodes, DecodeStep] = {}
+        self._steps: dict[Plan, DecodeStep] = {}
         self._verifications: dict[int, Verification] = {}
         self.set_budget(self.manifest.budget)
 
     @property
     def selection(self) -> dict[Unit, np.ndarray]:
         """See the class."""
-        return {} if self._bundle.kind == "dense" else self._steps["sparse"].selections.indices
+        return {} if self.decodes == "dense" else self._step().selections.indices
+
+    @property
+    def decodes(self) -> Decodes:
+        """See `Session.decodes`."""
+        return self._plan.decodes
 
     @property
     def cache(self) -> dict[str, np.ndarray]:
@@ -102,7 +105,7 @@ class OrtSession:
         return shares
 
     def __enter__(self) -> Self:
-        self._bundle.load(self.decodes)
+        self._bundle.load(self._plan)
         self.reset()
         return self
 
@@ -120,20 +123,18 @@ class OrtSession:
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""
-        self.decodes = self._bundle.plan(budget)
+        self._plan = self._bundle.plan(budget)
         self._numbers = self._bundle.numbers(budget, self.decodes)
-        for step in self._steps.values():
-            step.selections.ask([self._numbers] * self._batch)
-        unpacked = "dense" in self._bundle.pieces and not self._bundle.packed
-        if unpacked and self.decodes == "dense" and not self._bundle.all_active:
-            self._bundle.open("dense", self.decodes)
-            self._bind_decode()
+        if self._plan in self._steps:
+            self._steps[self._plan].selections.ask([self._numbers] * self._batch)
+        elif self._plan == DENSE and not (self._bundle.all_active or self._bundle.packed):
+            self._bundle.pack()
 
     @property
     def recomputed(self) -> np.ndarray | None:
         """See `Session.recomputed`; None if the bundle has no low-bit copy of the output table."""
         known = self.manifest.rest == "shadow" and self.decodes == "sparse"
-        return self._steps["sparse"].selections.recomputed if known else None
+        return self._step().selections.recomputed if known else None
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """See `Session.prefill`."""
@@ -146,7 +147,7 @@ class OrtSession:
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """See `Session.decode`."""
         self._reserve(check_tokens(tokens, self._lengths, self.spec))
-        step = self._steps[self.decodes]
+        step = self._step()
         logits = step(tokens, self._lengths)
         if self.step_seconds is not None:
             self.step_seconds = dict(step.seconds)
@@ -172,18 +173,13 @@ class OrtSession:
 
     def _reserve(self, length: int) -> None:
         """Grow the cache to at least ``length`` positions and keep its contents."""
-        if self._cache.reserve(length):
-            self._bind_decode()
+        if self._cache.reserve(length):  # steps are bound to the former arrays
+            self._steps, self._verifications = {}, {}
 
-    def _bind_decode(self) -> None:
-        """Bind the buffers of the decode steps, which are the same arrays for all tokens."""
-        self._verifications = {}
-        kinds: tuple[Decodes, ...] = ("sparse", "dense")
-        cache = self._cache.buffers()
-        self._steps = {
-            kind: DecodeStep(self._bundle, kind, self._batch, cache)
-            for kind in kinds
-            if self._bundle.kind in ("auto", kind)
-        }
-        for step in self._steps.values():
+    def _step(self) -> DecodeStep:
+        """The decode step at the current budget, with its buffers bound."""
+        if self._plan not in self._steps:
+            step = DecodeStep(self._bundle, self._plan, self._batch, self._cache.buffers())
             step.selections.ask([self._numbers] * self._batch)
+            self._steps[self._plan] = step
+        return self._steps[self._plan]

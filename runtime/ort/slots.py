@@ -14,7 +14,7 @@ from shadowllm.models.sparsity import Budget, Unit
 from shadowllm.runtime.inputs import check_appended, check_rewind
 from shadowllm.runtime.ort.decode_step import DecodeStep
 from shadowllm.runtime.ort.kv_cache import KVCache
-from shadowllm.runtime.ort.loaded_bundle import LoadedBundle, Numbers
+from shadowllm.runtime.ort.loaded_bundle import DENSE, LoadedBundle, Numbers, Plan
 from shadowllm.runtime.ort.prompt_step import run_prompt
 from shadowllm.runtime.ort.verification import Verification
 from shadowllm.runtime.session import Decodes
@@ -24,7 +24,7 @@ from shadowllm.runtime.session import Decodes
 class _Sequence:
     """The sequence of a slot: its plan, the inputs of its budget, its length, and what its last step selected."""
 
-    decodes: Decodes
+    plan: Plan
     numbers: Numbers
     length: int = 0
     selection: dict[Unit, np.ndarray] = field(default_factory=dict)
@@ -34,8 +34,8 @@ class OrtSlots:
     """A `SlotSession` over ONNX Runtime.
 
     The sequences of taken slots are in the first rows of one cache, without gaps. A step puts those that it names into
-    the first rows, the sparse ones before the dense ones, and runs each kind at once. The buffers of each number of
-    rows are bound once. Sequences whose budget saves less than choosing costs are decoded dense, see `OrtSession`.
+    the first rows, and runs those with the same plan at once. The buffers of each number of rows are bound once.
+    Sequences whose budget saves less than choosing costs are decoded dense, see `OrtSession`.
 
     Where ONNX Runtime's products would give a sequence other bits beside others (see `LoadedBundle.independent`), a
     step runs its sequences one after the other.
@@ -58,7 +58,7 @@ class OrtSlots:
         self.manifest, self.spec, self.slots = self._bundle.manifest, self._bundle.spec, slots
         self._sequences: dict[int, _Sequence] = {}
         self._rows: list[int] = []  # the slot of each row of the cache
-        self._steps: dict[tuple[Decodes, int, int], DecodeStep] = {}
+        self._steps: dict[tuple[Plan, int, int], DecodeStep] = {}
 
     def __enter__(self) -> Self:
         self._bundle.load(self._bundle.plan(self.manifest.budget))
@@ -76,8 +76,8 @@ class OrtSlots:
         if slot is None:
             raise RuntimeError(f"all {self.slots} slots are taken")
         budget = budget or self.manifest.budget
-        decodes = self._bundle.plan(budget)
-        self._sequences[slot] = _Sequence(decodes, self._bundle.numbers(budget, decodes))
+        plan = self._bundle.plan(budget)
+        self._sequences[slot] = _Sequence(plan, self._bundle.numbers(budget, plan.decodes))
         self._rows.append(slot)
         return slot
 
@@ -108,22 +108,22 @@ class OrtSlots:
             if not self._sequences[slot].length:
                 raise UserError(f"slot {slot} has nothing to continue", "extend it with a prompt first")
             self._reserve(check_appended([token], self._sequences[slot].length, self.spec))
-        named: dict[Decodes, list[int]] = {
-            kind: [slot for slot in self._rows if slot in tokens and self._sequences[slot].decodes == kind]
-            for kind in ("sparse", "dense")
-        }
-        self._arrange([*named["sparse"], *named["dense"]])
+        named: dict[Plan, list[int]] = {}
+        for slot in self._rows:
+            if slot in tokens:
+                named.setdefault(self._sequences[slot].plan, []).append(slot)
+        self._arrange([slot for slots in named.values() for slot in slots])
         found: dict[int, np.ndarray] = {}
         first = 0
-        for kind, slots in named.items():
-            for part in self._together(kind, slots):
-                found |= self._run(kind, first, part, [tokens[slot] for slot in part])
+        for plan, slots in named.items():
+            for part in self._together(plan, slots):
+                found |= self._run(plan, first, part, [tokens[slot] for slot in part])
                 first += len(part)
         return found
 
     def decodes(self, slot: int) -> Decodes:
         """See `SlotSession.decodes`."""
-        return self._sequences[slot].decodes
+        return self._sequences[slot].plan.decodes
 
     def rewind(self, slot: int, length: int) -> None:
         """See `SlotSession.rewind`."""
@@ -149,27 +149,27 @@ class OrtSlots:
         """See `SlotSession.selection`."""
         return self._sequences[slot].selection or None
 
-    def _together(self, kind: Decodes, slots: list[int]) -> Iterator[list[int]]:
+    def _together(self, plan: Plan, slots: list[int]) -> Iterator[list[int]]:
         """The slots that run at once: all, or one after the other."""
-        if self._bundle.independent(kind):
+        if self._bundle.independent(plan):
             yield from [slots] if slots else []
         else:
             yield from ([slot] for slot in slots)
 
-    def _run(self, kind: Decodes, first: int, slots: list[int], tokens: list[int]) -> dict[int, np.ndarray]:
+    def _run(self, plan: Plan, first: int, slots: list[int], tokens: list[int]) -> dict[int, np.ndarray]:
         """One step of the sequences in consecutive rows."""
-        sequences, key = [self._sequences[slot] for slot in slots], (kind, first, len(slots))
+        sequences, key = [self._sequences[slot] for slot in slots], (plan, first, len(slots))
         if key not in self._steps:
             if len(self._steps) > 2 * self.slots:  # each has buffers of its own
                 self._steps.clear()
             cache = self._cache.buffers(first, len(slots))
-            self._steps[key] = DecodeStep(self._bundle, kind, len(slots), cache)
+            self._steps[key] = DecodeStep(self._bundle, plan, len(slots), cache)
         step = self._steps[key]
         step.selections.ask([sequence.numbers for sequence in sequences])
         logits = step(tokens, [sequence.length for sequence in sequences])
         for row, sequence in enumerate(sequences):
             sequence.length += 1
-            indices = step.selections.indices.items() if kind == "sparse" else ()
+            indices = step.selections.indices.items() if plan != DENSE else ()
             sequence.selection = {unit: found[:, row].copy() for unit, found in indices}
         return dict(zip(slots, logits, strict=True))
 

@@ -1,4 +1,4 @@
-"""Compares bytes per decode step with counts by hand and with the number of parameters; checks when sparsity pays."""
+"""Compares bytes per decode step with counts by hand and with the number of parameters."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from shadowllm.bundle.cost_model import (
-    dense_reasons,
     mean_traffic,
     predictor_bytes,
     selector_bytes,
-    sparse_pays,
     step_traffic,
     unit_elements,
 )
@@ -21,7 +19,6 @@ from shadowllm.bundle.quantisation import NESTED
 from shadowllm.bundle.quantised_tensors import CopyTensors
 from shadowllm.bundle.weight_names import copied
 from shadowllm.bundle.weights import read_weights
-from shadowllm.errors import UserError
 from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import ActiveCounts, Budget, SparseLayers, layer_units
 from shadowllm.plugins import native_ops
@@ -157,57 +154,12 @@ def test_a_quantised_shadow_reads_its_copy(bundle, checkpoint, variant):
     assert predictor_bytes(manifest, 4) == fit + lengths + sum(tensor.nbytes for tensor in stored)
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "opt"])
-def test_a_step_pays_from_the_first_weight_saved_beyond_the_predictor(bundle, variant):
-    manifest = read_manifest(bundle(variant))
-    spec, matrices = manifest.spec, 3 if variant.startswith("llama") else 2
-    a_neuron = 2 * matrices * spec.hidden_size  # of two sparse layers
-    enough = int(predictor_bytes(manifest, 4)) // (4 * a_neuron) + 1
-    kept = [(spec.intermediate_size - left_out) / spec.intermediate_size for left_out in (enough, enough - 1)]
-    assert [sparse_pays(manifest, Budget(neurons=neurons)) for neurons in kept] == [True, False]
-    assert not sparse_pays(manifest, Budget())
-
-
-def test_heads_count_too(bundle):
-    manifest = read_manifest(bundle())
-    assert not sparse_pays(manifest, Budget(heads=0.75))
-    assert sparse_pays(replace(manifest, predictor={"kind": "static", "rank": 0}), Budget(heads=0.75))
-
-
-def test_rows_of_16_bits_pay_among_widened_matrices(bundle):
-    assert sparse_pays(read_manifest(bundle()), Budget(), narrow_rows=True)
-
-
 def test_a_16_bit_session_decodes_its_rows_sparse_whenever_the_native_ops_read_them(bundle):
     folder = bundle(dtype="bfloat16")
     for native in (True, False):
         session = OrtSession(folder, native=native)
         session.set_budget(Budget())
         assert session.decodes == ("sparse" if native and native_ops.library() else "dense")
-
-
-def test_dense_layers_have_a_reason(bundle):
-    manifest = read_manifest(bundle("llama-blocks", kind="quantized-shadow"))
-    found = dense_reasons(manifest, Budget(neurons=(0.99, 0.5)))
-    assert list(found) == ["0", "1"]
-    assert found["0"] == "comes before the first selection"
-    assert found["1"].startswith("does not pay off: its sparse rows and its share of the predictor cost ")
-    assert dense_reasons(manifest, Budget(neurons=(1.0, 0.5)), "because")["1"] == "because"
-
-
-@pytest.mark.parametrize("kind", ["static", "shadow", "layerwise", "quantized-shadow"])
-def test_layers_pay_where_the_step_does(bundle, kind):
-    """With one budget for all layers, they and the step as a whole agree."""
-    manifest = read_manifest(bundle("llama-blocks", kind=kind))
-    paying = [sparse_pays(manifest, Budget(neurons=fraction / 96)) for fraction in range(48, 97)]
-    assert paying == [len(dense_reasons(manifest, Budget(neurons=fraction / 96))) == 1 for fraction in range(48, 97)]
-    assert {True, False} == set(paying)
-
-
-@pytest.mark.parametrize(("weight_dtype", "pays"), [(None, True), ("int4", False)])
-def test_a_copy_of_4_bits_does_not_pay_next_to_weights_of_4_bits(bundle, weight_dtype, pays):
-    manifest = read_manifest(bundle("llama-blocks", weight_dtype=weight_dtype, kind="quantized-shadow"))
-    assert sparse_pays(manifest, Budget(neurons=0.5)) == pays
 
 
 def mixed(shortlist=None, active=None, **options):
@@ -223,6 +175,16 @@ def test_a_rest_from_the_low_bit_copy_by_hand():
     assert parts["KV cache"] == 2 * (2 + 2 + 2) * 2 * 5 * 2  # all heads read their keys and values
     parts = mixed(active=counts((4, 4), (2, 10)))
     assert parts["low-bit copy"] == row * 10 * 3
+
+
+def test_what_every_token_reads_may_have_another_size():
+    """K, V and dense layers, and the rows of heads if all of them are active."""
+    some, all_heads = (mixed(active=counts(heads, (2, 10)), common_itemsize=1) for heads in ((1, 4), (4, 4)))
+    assert some["k/v projections"] == 3 * 2 * 4 * 6
+    assert some["dense layers"] == 2 * 8 * 6 + 3 * 10 * 6
+    assert some["active q/o rows"] == 2 * (1 + 4) * 2 * 2 * 6
+    assert all_heads["active q/o rows"] == (4 + 4) * 2 * 2 * 6
+    assert all_heads["active MLP rows"] == some["active MLP rows"] == 2 * (2 + 10) * 3 * 6
 
 
 def test_a_shortlist_by_hand():
@@ -251,34 +213,6 @@ def test_a_quantised_shadow_scores_and_computes_the_rest_in_one_pass():
     assert len({selector_bytes("quantized-shadow-2", layers, 4, 0, rest) for rest in ("drop", "shadow")}) == 1
 
 
-@pytest.fixture
-def with_copies(bundle):
-    """A manifest as of a bundle with copies. The sizes are those of a real model, so that copies are smaller."""
-    found = read_manifest(bundle("llama-blocks", kind="quantized-shadow"))
-    return replace(found, rest="shadow", spec=replace(found.spec, hidden_size=576, intermediate_size=1536))
-
-
-def test_a_mixed_step_pays_if_it_reads_less(with_copies):
-    assert not sparse_pays(with_copies, Budget())
-    assert sparse_pays(with_copies, Budget(neurons=0.1))
-    assert sparse_pays(with_copies, Budget(neurons=0.1, rest="drop"))
-    assert not sparse_pays(with_copies, Budget(neurons=0.95))  # the copy is 14% of 32 bits
-    # The vocabulary has 97 rows, but the fit of the heads and the norms of down must be paid for.
-    assert [sparse_pays(with_copies, Budget(shortlist=rows)) for rows in (1, 97)] == [True, False]
-
-
-def test_a_budget_that_needs_a_copy_is_refused_without_one(bundle):
-    with pytest.raises(UserError, match="no low-bit copy"):
-        sparse_pays(read_manifest(bundle()), Budget(shortlist=10))
-
-
-def test_mixed_layers_have_reasons(with_copies):
-    found = dense_reasons(with_copies, Budget(neurons=(0.95, 0.5)))
-    assert list(found) == ["0", "1"]
-    assert "sparse rows and low-bit copy" in found["1"]
-    assert list(dense_reasons(with_copies, Budget(shortlist=10))) == ["0", "1", "2"]
-
-
 def test_nested_rows_by_hand():
     """Beside the copy, an active row costs its residual. Else it costs both parts."""
     q = NESTED["int8"]
@@ -289,11 +223,3 @@ def test_nested_rows_by_hand():
     assert parts["shortlist"] == 3 * 6 * 0.5
     dropped = step_traffic(LLAMA, 2, 5, counts((1, 4), (2, 10)), **sizes).parts
     assert dropped["active MLP rows"] == round(3 * 6 * 12 * 1.0625)
-
-
-@pytest.mark.parametrize("weight_dtype", ["int8", "int6"])
-def test_nested_steps_pay_unless_everything_is_active(with_copies, weight_dtype):
-    nested = replace(with_copies, weight_dtype=weight_dtype)
-    assert not sparse_pays(nested, Budget())
-    assert dense_reasons(nested, Budget(), "whole")["1"] == "whole"
-    assert sparse_pays(nested, Budget(neurons=0.3))

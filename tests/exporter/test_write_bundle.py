@@ -45,6 +45,26 @@ def test_onnx_checker_accepts_every_piece(bundle, variant, kind):
         onnx.checker.check_model(str(folder / f"{piece}.onnx"))
 
 
+@pytest.mark.parametrize(
+    ("variant", "kind", "weight_dtype", "written"),
+    [
+        ("llama-gqa", "quantized-shadow", None, True),
+        ("opt", "shadow", None, True),
+        ("llama-gqa", "static", "int8", False),  # its rows of o are rounded in another way in dense products
+        ("qwen3", "static", None, False),  # all heads are active in any case
+    ],
+)
+def test_a_mixed_bundle_of_floats_has_a_graph_for_all_heads(bundle, variant, kind, weight_dtype, written):
+    folder = bundle(variant, kind=kind, rest="shadow", weight_dtype=weight_dtype)
+    piece = folder / "body_all_heads.onnx"
+    assert piece.exists() == written == read_manifest(folder).has_body_all_heads
+    if written:
+        onnx.checker.check_model(str(piece))
+        graph = ir.load(piece).graph
+        assert {node.op_type for node in graph if node.domain == "shadowllm"} == {"SparseMLP", "ShortlistLogits"}
+        assert not any("head" in value.name for value in (*graph.inputs, *graph.outputs))
+
+
 def test_the_selector_relu_is_refused_where_it_is_not_exact(checkpoint, tmp_path):
     with pytest.raises(UserError, match="needs an activation that is zero for many inputs, and the model has silu"):
         make_bundle(checkpoint("llama-gqa"), tmp_path, kind="relu")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from shadowllm.bundle.cost_model import dense_reasons, fired_shares, sparse_pays, step_traffic
+from shadowllm.bundle.cost_model import fired_shares, step_traffic
 from shadowllm.bundle.manifest import read_manifest
+from shadowllm.bundle.sparse_pays import dense_reasons, sparse_pays
 from shadowllm.bundle.weights import read_weights
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.bench import traffic_of

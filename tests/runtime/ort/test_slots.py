@@ -82,14 +82,21 @@ CASES = [
 ]
 
 
+# The first and the last one run the graph for all heads, where there is one.
+ALL_HEADS = (Budget(neurons=0.2), BUDGETS[1], BUDGETS[2], Budget(neurons=0.3))
+
+
 @pytest.mark.skipif(not native_ops.kernels(), reason="the native ops are not built")
-@pytest.mark.parametrize(("variant", "kind", "rest", "weight_dtype"), CASES)
-def test_texts_are_those_of_a_session_alone(bundle, variant, kind, rest, weight_dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("variant", "kind", "rest", "weight_dtype", "budgets"),
+    [*((*case, BUDGETS) for case in CASES), (*CASES[0], ALL_HEADS)],
+)
+def test_texts_are_those_of_a_session_alone(bundle, variant, kind, rest, weight_dtype, budgets, monkeypatch):
     monkeypatch.setattr(kv_cache, "CACHE_BLOCK", 4)  # the cache grows in the middle of a text
     folder = bundle(variant, kind=kind, rest=rest, weight_dtype=weight_dtype)
-    found = served(folder, BUDGETS, prepack=True)
+    found = served(folder, budgets, prepack=True)
     for number, logits in enumerate(found):
-        expected = (alone_in_parts if number == 1 else alone)(folder, PROMPTS[number], BUDGETS[number], prepack=True)
+        expected = (alone_in_parts if number == 1 else alone)(folder, PROMPTS[number], budgets[number], prepack=True)
         np.testing.assert_array_equal(logits, expected[: len(logits)])
 
 

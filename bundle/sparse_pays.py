@@ -1,0 +1,126 @@
+"""Whether a sparse step costs less than a dense one on ONNX Runtime, and which layers stay dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shadowllm.bundle.cost_model import (
+    COPY_COST,
+    active_bytes,
+    copied_table_bytes,
+    fired_shares,
+    gate_first_elements,
+    layer_copy_bytes,
+    layer_elements,
+    predictor_bytes,
+    row_elements,
+    shortens,
+)
+from shadowllm.bundle.manifest import Manifest
+from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS
+from shadowllm.models.sparsity import UNITS, Budget, Rest, layer_units
+from shadowllm.models.spec import ModelSpec
+
+# Time of a selection inside the layers, divided by the time to read its bytes. The small nodes between the low-bit
+# copy's product and the indices take extra time, and the threads wait for each other twice. Measured at float32,
+# bfloat16, int8 and int4. Bundles whose rest comes from the copy have no such nodes.
+PER_LAYER_COST = 1.7
+# Time to read a row of up or down of a neuron that fired, divided by the time to read it among all rows in their order.
+# Not measured yet.
+SCATTERED_COST = 1.15
+
+
+def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False, rounds: bool = False) -> bool:
+    """Return whether a sparse step with its predictor reads less than a dense step on ONNX Runtime.
+
+    Only what differs is counted: the rows and the copy of the sparse layers, the output table, and what is rounded.
+    (The cache differs too, if whole groups of heads are dropped.)
+
+    Args:
+        narrow_rows: active rows are read as 16 bits, while other weights are widened to 32.
+        rounds: matrices that every token reads are rounded to 8 bits in a step with a rest from the low-bit copy.
+    """
+    spec, layers, rest = manifest.spec, manifest.sparse_layers, _rest(manifest, budget)
+    counts, dense = list(budget.counts(layers).by_layer()), _dense_bytes(manifest)
+    saved = sum(dense - _sparse_bytes(manifest, row, kept, rest, narrow_rows) for row, kept in enumerate(counts))
+    everything = tuple(layer_units(spec).values())
+    if rounds and rest == "shadow" and any(kept != everything for kept in counts):
+        saved += _rounded_elements(spec, counts) * (_itemsize(manifest) - ROUNDED_PRODUCTS.itemsize)
+    if budget.shortlist is not None and shortens(spec, budget.shortlist):
+        whole = spec.vocab_size * _itemsize(manifest)
+        saved += spec.hidden_size * (whole - budget.shortlist * _beside_copy(manifest, narrow_rows))
+        saved -= COPY_COST * copied_table_bytes(spec)
+    return saved > _choosing_bytes(manifest, rest)
+
+
+def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget keeps all of it") -> dict[str, str]:
+    """Return the layers that are dense at a budget, or that read no less when sparse, each with the reason.
+
+    Args:
+        whole: the reason for a layer whose budget keeps all heads and neurons.
+    """
+    layers, rest, dense = manifest.sparse_layers, _rest(manifest, budget), _dense_bytes(manifest)
+    reasons = {str(layer): "comes before the first selection" for layer in range(manifest.dense_layers)}
+    share = _choosing_bytes(manifest, rest) / layers.count
+    for layer, kept in zip(layers.layers, budget.counts(layers).by_layer(), strict=True):
+        sparse = _sparse_bytes(manifest, layers.row(layer), kept, rest)
+        if sparse == dense:
+            reasons[str(layer)] = whole
+        elif sparse + share >= dense:
+            copy = " and low-bit copy" if rest == "shadow" else ""
+            reasons[str(layer)] = (
+                f"does not pay off: its sparse rows{copy} and its share of the predictor cost "
+                f"{(sparse + share) / 1e6:.2f} MB, its dense rows {dense / 1e6:.2f} MB"
+            )
+    return reasons
+
+
+def _rounded_elements(spec: ModelSpec, counts: Sequence[tuple[int, int]]) -> int:
+    """Return the elements of matrices that every token reads: K, V, dense layers, and the attention with all heads."""
+    elements = spec.n_layers * 2 * spec.n_kv_heads * spec.head_dim * spec.hidden_size
+    elements += (spec.n_layers - len(counts)) * layer_elements(spec, **layer_units(spec))
+    all_heads = all(heads == spec.n_heads for heads, _ in counts)
+    return elements + all_heads * len(counts) * row_elements(spec, "heads", spec.n_heads)
+
+
+def _rest(manifest: Manifest, budget: Budget) -> Rest:
+    return budget.rest_with(manifest.rest == "shadow")
+
+
+def _itemsize(manifest: Manifest) -> float:
+    """Return the bytes of a weight as ONNX Runtime reads it. Floats are read at 32 bits."""
+    return manifest.quantisation.product_itemsize if manifest.quantisation else 4
+
+
+def _beside_copy(manifest: Manifest, narrow_rows: bool) -> float:
+    """Return the bytes of a weight in a row whose low-bit copy is read too."""
+    if manifest.quantisation:
+        return manifest.quantisation.itemsize_beside_copy
+    return 2 if narrow_rows else 4
+
+
+def _dense_bytes(manifest: Manifest) -> float:
+    """Return the bytes of all rows of a layer."""
+    return layer_elements(manifest.spec, **layer_units(manifest.spec)) * _itemsize(manifest)
+
+
+def _sparse_bytes(manifest: Manifest, row: int, kept: tuple[int, int], rest: Rest, narrow_rows: bool = False) -> float:
+    """Return the cost of the active rows and of the low-bit copy of a sparse layer, in bytes.
+
+    Whole rows of nested integers cost what they cost in a dense step, because their two parts take as long to multiply.
+    """
+    spec, whole, fired = manifest.spec, _itemsize(manifest) / (2 if narrow_rows else 1), fired_shares(manifest)
+    if fired is not None:
+        heads = row_elements(spec, "heads", kept[0])
+        return whole * (heads + gate_first_elements(spec, fired[row], SCATTERED_COST))
+    rows = sum(
+        active_bytes(spec, unit, [count], rest, whole, _beside_copy(manifest, narrow_rows))
+        for unit, count in zip(UNITS, kept, strict=True)
+    )
+    return rows + (COPY_COST * layer_copy_bytes(spec, *kept) if rest == "shadow" else 0)
+
+
+def _choosing_bytes(manifest: Manifest, rest: Rest) -> float:
+    """Return the cost of selection per step, in bytes."""
+    inside_nodes = manifest.selector == "per-layer" and manifest.rest != "shadow"
+    return predictor_bytes(manifest, _itemsize(manifest), rest) * (PER_LAYER_COST if inside_nodes else 1)
