@@ -144,7 +144,7 @@ def _models(
         yield "predictor", bundle_graphs.predictor_graph(spec, store, dtype, predictor, q)
     chooser = predictor if predictor.per_layer else None
     yield BODY, bundle_graphs.body_graph(layers, store, dtype, q, chooser, rest)
-    if rest and q is None and spec.selects_heads:
+    if rest and spec.selects_heads:
         yield BODY_ALL_HEADS, bundle_graphs.body_graph(layers, store, dtype, q, chooser, rest, all_heads=True)
 
 

@@ -141,6 +141,10 @@ class LoadedBundle:
         """The graphs of a step by the names of the bundle, in their order."""
         return {name: self._graph(form) for name, form in self._forms(plan).items()}
 
+    def pieces(self, plan: Plan) -> tuple[str, ...]:
+        """The graphs of a step by their files."""
+        return tuple(form.piece for form in self._forms(plan).values())
+
     def prefilling(self) -> dict[str, OrtGraph]:
         """The graphs of a prompt."""
         return {"dense": self._graph(_Form("dense"))} if self.prefills == "dense" else self.graphs(DENSE)

@@ -92,6 +92,11 @@ class OrtSession:
         return self._plan.decodes
 
     @property
+    def graphs(self) -> tuple[str, ...]:
+        """The graphs of a decode step at the current budget, in their order."""
+        return self._bundle.pieces(self._plan)
+
+    @property
     def cache(self) -> dict[str, np.ndarray]:
         """See the class."""
         return self._cache.arrays
