@@ -50,7 +50,7 @@ def test_rows_and_figure(bundles, tmp_path, capsys):
     assert all(row["perplexity"] > 1 and row["itl_ms"] > 0 for row in rows)
     assert rows[0]["speedup"]["median"] == 1
     print_rows(rows)
-    assert "int8 10%/100%/1024" in capsys.readouterr().out
+    assert "int8 10%/100%/2048" in capsys.readouterr().out
     plot(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
