@@ -23,7 +23,7 @@ from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.session import OrtSession
 
 # Budgets to try beside the bundle's own: neurons, heads, shortlist.
-MIXED = ((0.3, 1.0, 4096), (0.1, 1.0, 2048), (0.05, 1.0, 2048), (0.02, 1.0, 512))
+MIXED = ((0.3, 1.0, 4096), (0.1, 1.0, 2048), (0.05, 1.0, 1024))
 DROPPED = ((0.5, 1.0, None), (0.3, 1.0, None))
 SEED = 1  # of the text, as in `tuning`: not the default of calibration
 
