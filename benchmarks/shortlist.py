@@ -62,7 +62,7 @@ def measure(bundle: Path, texts: Sequence[Path], tokens: int) -> list[dict[str, 
     weightings = {
         "bundle": stored[copy_weighting(table)].numpy(),
         "calibrated": best_weighting(
-            calibration.square().mean(dim=0).numpy(), mean_square_errors(rows, manifest.quantisation)
+            calibration.square().mean(dim=0).numpy(), mean_square_errors(rows.numpy(), manifest.quantisation)
         ),
     }
     assert read.copies is not None

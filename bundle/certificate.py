@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, dequantise
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Matrix, dequantise
 
 ROUNDING = 2.0**-10
-ROWS = 4096  # rows that are processed at a time
+ROWS = 1024  # rows that are processed at a time, because temporaries are float64
 
 
-def copy_errors(
-    table: np.ndarray, copy: np.ndarray, scales: np.ndarray, weighting: np.ndarray | None = None
-) -> np.ndarray:
+def copy_errors(table: Matrix, copy: np.ndarray, scales: np.ndarray, weighting: np.ndarray | None = None) -> np.ndarray:
     """The input ``errors`` of the op, float32 ``(V,)``.
 
     Args:

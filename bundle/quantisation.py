@@ -12,7 +12,9 @@ copy divided by ``2^r``, so none are stored for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -20,7 +22,18 @@ from shadowllm.errors import UserError
 
 # Attribute of ``MatMulNBits``: its inputs are rounded to 8 bits. ONNX Runtime has fast kernels for this.
 ACCURACY_LEVEL = 4
-CHUNK = 1 << 22  # elements quantised at a time, because temporaries are several times as large
+CHUNK = 1 << 20  # elements quantised at a time, because temporaries are several times as large
+
+
+class Matrix(Protocol):
+    """A matrix ``(rows, width)`` that gives slices of its rows as arrays, for example an array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ WEIGHT_DTYPES = {"int8": Quantisation(8), "int4": Quantisation(4)}
 NESTED = {"int8": Quantisation(8, 64, residual_bits=4), "int6": Quantisation(6, 64, residual_bits=2)}
 
 
-def quantise(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarray]:
+def quantise(matrix: Matrix, q: Quantisation) -> tuple[np.ndarray, np.ndarray]:
     """Round float32 ``(rows, width)`` to uint8 ``(rows, bytes)`` and float32 scales ``(rows, blocks)``.
 
     The element of a block that is farthest from zero becomes the lower end of the range, which has one
@@ -107,13 +120,13 @@ def quantise(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarra
     """
     data = np.empty((len(matrix), q.bytes(matrix.shape[1])), dtype=np.uint8)
     scales = np.empty((len(matrix), q.blocks(matrix.shape[1])), dtype=np.float32)
-    for part in _parts(matrix):
+    for part in slices(matrix):
         integers, scales[part] = _integers(matrix[part], q)
         data[part] = _packed(integers, q.bits)
     return data, scales
 
 
-def quantise_nested(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantise_nested(matrix: Matrix, q: Quantisation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Round float32 ``(rows, width)`` to nested integers.
 
     Returns:
@@ -123,7 +136,7 @@ def quantise_nested(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np
     copy = np.empty((rows, q.copy.bytes(width)), dtype=np.uint8)
     residual = np.empty((rows, q.residual.bytes(width)), dtype=np.uint8)
     scales = np.empty((rows, q.blocks(width)), dtype=np.float32)
-    for part in _parts(matrix):
+    for part in slices(matrix):
         integers, steps = _integers(matrix[part], q)
         high = _high(integers, q)
         copy[part], scales[part] = _packed(high, q.copy.bits), steps / np.float32(q.residual_step)
@@ -131,7 +144,8 @@ def quantise_nested(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np
     return copy, scales, residual
 
 
-def _parts(matrix: np.ndarray) -> list[slice]:
+def slices(matrix: Matrix) -> list[slice]:
+    """Return slices of a matrix's rows, each of about `CHUNK` elements."""
     step = max(1, CHUNK // max(1, matrix.shape[1]))
     return [slice(start, start + step) for start in range(0, len(matrix), step)]
 
@@ -174,8 +188,7 @@ def _packed(integers: np.ndarray, bits: int) -> np.ndarray:
 
 def rounded(matrix: np.ndarray, q: Quantisation) -> np.ndarray:
     """Round float32 ``(rows, width)`` to integers of any number of bits and back, without packing."""
-    integers, scales = _integers(matrix, q)
-    return _scaled(integers, scales, matrix.shape[1])
+    return _by_parts(matrix, lambda rows: _scaled(*_integers(rows, q), matrix.shape[1]))
 
 
 def rounded_copy(matrix: np.ndarray, q: Quantisation | None) -> np.ndarray:
@@ -186,11 +199,23 @@ def rounded_copy(matrix: np.ndarray, q: Quantisation | None) -> np.ndarray:
     """
     if q is None or not q.residual_bits:
         return rounded(matrix, LOW_BIT_COPY)
-    integers, scales = _integers(matrix, q)
-    return _scaled(_high(integers, q), scales / np.float32(q.residual_step), matrix.shape[1])
+
+    def copied(rows: np.ndarray) -> np.ndarray:
+        integers, scales = _integers(rows, q)
+        return _scaled(_high(integers, q), scales / np.float32(q.residual_step), matrix.shape[1])
+
+    return _by_parts(matrix, copied)
 
 
-def quantised_copy(matrix: np.ndarray, q: Quantisation | None) -> tuple[np.ndarray, np.ndarray]:
+def _by_parts(matrix: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Apply a function to slices of the rows of a matrix; the result is float32 and has its shape."""
+    found = np.empty(matrix.shape, dtype=np.float32)
+    for part in slices(matrix):
+        found[part] = change(matrix[part])
+    return found
+
+
+def quantised_copy(matrix: Matrix, q: Quantisation | None) -> tuple[np.ndarray, np.ndarray]:
     """The low-bit copy of float32 ``(rows, width)``: uint8 ``(rows, bytes)``, float32 scales ``(rows, blocks)``.
 
     Args:

@@ -13,6 +13,7 @@ from shadowllm.bundle.certificate import best_weighting, copy_errors
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantisation import (
     LOW_BIT_COPY,
+    Matrix,
     Quantisation,
     dequantise,
     dequantise_nested,
@@ -21,6 +22,7 @@ from shadowllm.bundle.quantisation import (
     quantised_copy,
     rounded,
     rounded_copy,
+    slices,
 )
 from shadowllm.bundle.weight_names import (
     base,
@@ -68,15 +70,51 @@ def check_quantisable(spec: ModelSpec, dtype: str, q: Quantisation) -> None:
             )
 
 
+class FloatRows:
+    """The rows of a tensor in float32, converted a slice at a time. This is a `quantisation.Matrix`.
+
+    An output table can be larger than all other weights of a small model together. So it is never converted as a whole.
+
+    Args:
+        tensor: floats of any type, on any device; at least one dimension.
+        dtype: floats are first rounded to this type.
+        q: matrices are first rounded to these integers instead.
+    """
+
+    def __init__(self, tensor: Tensor, dtype: torch.dtype = torch.float32, q: Quantisation | None = None) -> None:
+        self._tensor, self._dtype, self._q = tensor, dtype, q
+        self.shape = tuple(tensor.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice, /) -> np.ndarray:
+        rows = self._tensor[part]
+        if self._q:
+            return rounded(rows.float().numpy(force=True), self._q)
+        return rows.to(self._dtype).float().numpy(force=True)
+
+
 class QuantisedTensors(Mapping[str, Tensor]):
     """Tensors of another mapping, plus each matrix and its transpose as integers and scales, or as nested integers.
 
     `weight_names` defines the names. The first access to a part of a matrix makes all of its parts. The others are kept
     until they are read.
+
+    Args:
+        tensors: floats by canonical name.
+        q: the integers.
+        dtype, stored: how a bundle stores floats and matrices. Their values are first rounded to that.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], q: Quantisation) -> None:
-        self._tensors, self._q = tensors, q
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        q: Quantisation,
+        dtype: torch.dtype = torch.float32,
+        stored: Quantisation | None = None,
+    ) -> None:
+        self._tensors, self._q, self._dtype, self._stored = tensors, q, dtype, stored
         self._parts: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -86,14 +124,19 @@ class QuantisedTensors(Mapping[str, Tensor]):
             self._parts |= {part: torch.from_numpy(array) for part, array in self._make(name).items()}
         return self._parts.pop(name)
 
+    def rows(self, name: str, transpose: bool = False) -> FloatRows:
+        """Return the rows of a tensor, or of its transpose, rounded as in the bundle."""
+        tensor = self._tensors[name]
+        stored = self._stored if is_quantised(name) else None
+        return FloatRows(tensor.T if transpose else tensor, self._dtype, stored)
+
     def _make(self, name: str) -> dict[str, np.ndarray]:
-        tensor, whole = self._tensors[base(name)], matrix(name)
-        values = (tensor.T if is_transposed(name) else tensor).float().contiguous().cpu().numpy()
+        rows, whole = self.rows(base(name), is_transposed(name)), matrix(name)
         if not self._q.residual_bits:
-            return dict(zip((integers(whole), scales(whole)), quantise(values, self._q), strict=True))
+            return dict(zip((integers(whole), scales(whole)), quantise(rows, self._q), strict=True))
         copy = low_bit_copy(whole)
         names = (integers(copy), scales(copy), residual(whole))
-        return dict(zip(names, quantise_nested(values, self._q), strict=True))
+        return dict(zip(names, quantise_nested(rows, self._q), strict=True))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -102,40 +145,26 @@ class QuantisedTensors(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-class RoundedTensors(Mapping[str, Tensor]):
-    """Canonical tensors in float32, rounded on access like the weights of a bundle's sparse layers."""
-
-    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype, q: Quantisation | None) -> None:
-        self._weights, self._dtype, self._q = weights, dtype, q
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._weights[name]
-        if self._q and is_quantised(name):
-            return torch.from_numpy(rounded(tensor.float().numpy(), self._q))
-        return tensor.to(self._dtype).float()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
 class CopyTensors(Mapping[str, Tensor]):
     """The tensors of a low-bit copy, named as in `copy_groups`, made on access from a model's weights.
 
     Args:
-        weights: canonical float32 tensors, rounded as in the bundle.
-        q: format of the weights; None if they are floats. The copy of nested integers is a part of them, and so it is
-            not among these tensors.
+        weights: canonical float tensors.
+        q: format of the bundle's weights; None if they are floats. The copy of nested integers is a part of them, and
+            so it is not among these tensors.
         final_squares: mean squares of the inputs of the output table, ``(hidden_size,)``. They decide how many rows a
             certificate recomputes. None estimates them from the weights of the final norm.
+        dtype: type of the bundle's floats.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], q: Quantisation | None = None, final_squares: Tensor | None = None
+        self,
+        weights: Mapping[str, Tensor],
+        q: Quantisation | None = None,
+        final_squares: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._weights, self._q, self._matrices = weights, q, QuantisedTensors(weights, LOW_BIT_COPY)
+        self._weights, self._q, self._matrices = weights, q, QuantisedTensors(weights, LOW_BIT_COPY, dtype, q)
         self._final_squares = final_squares
         self._weighting: dict[str, np.ndarray] = {}
 
@@ -145,15 +174,17 @@ class CopyTensors(Mapping[str, Tensor]):
             raise KeyError(name)
         source = copy_source(name)
         if is_down_norms(name):
-            return row_norms(self._weights[source])
+            rows = self._matrices.rows(source)
+            return torch.cat([row_norms(torch.from_numpy(rows[part])) for part in slices(rows)])
         if is_copy_weighting(name):
             return torch.from_numpy(self._weighting_of(source))
         return self._errors(source) if is_copy_errors(name) else self._matrices[source]
 
     def _errors(self, table: str) -> Tensor:
-        rows = self._weights[table].numpy()
+        weighting = self._weighting_of(table)  # first, because it reads the table too
+        rows = self._matrices.rows(table)
         copy, factors = quantised_copy(rows, self._q)
-        return torch.from_numpy(copy_errors(rows, copy, factors, self._weighting_of(table)))
+        return torch.from_numpy(copy_errors(rows, copy, factors, weighting))
 
     def _weighting_of(self, table: str) -> np.ndarray:
         """The weighting of the table's errors."""
@@ -161,15 +192,13 @@ class CopyTensors(Mapping[str, Tensor]):
             squares = (
                 self._estimated_squares() if self._final_squares is None else self._final_squares.numpy(force=True)
             )
-            self._weighting[table] = best_weighting(squares, mean_square_errors(self._weights[table], self._q))
+            self._weighting[table] = best_weighting(squares, mean_square_errors(self._matrices.rows(table), self._q))
         return self._weighting[table]
 
     def _estimated_squares(self) -> np.ndarray:
         """The final norm tells how large each element of its output is."""
-        squares = np.square(self._weights["final_norm.weight"].numpy())
-        if "final_norm.bias" in self._weights:
-            squares = squares + np.square(self._weights["final_norm.bias"].numpy())
-        return squares
+        names = [name for name in ("final_norm.weight", "final_norm.bias") if name in self._weights]
+        return sum(np.square(self._matrices.rows(name)[:]) for name in names)
 
     def __iter__(self) -> Iterator[str]:
         return map(low_bit_copy, self._weights)
@@ -223,14 +252,15 @@ def row_norms(down_proj: Tensor) -> Tensor:
     return down_proj.float().norm(dim=-1)
 
 
-def mean_square_errors(table: Tensor, q: Quantisation | None = None) -> np.ndarray:
+def mean_square_errors(table: Matrix, q: Quantisation | None = None) -> np.ndarray:
     """Return the mean square of a matrix minus its low-bit copy over the rows, float64 ``(width,)``.
 
     Args:
+        table: float32.
         q: format of the matrix, see `quantisation.rounded_copy`.
     """
     total = np.zeros(table.shape[1])
-    for part in table.split(1 << 12):  # temporaries are several times as large as the rows
-        rows = part.float().numpy()
+    for start in range(0, len(table), 1 << 12):  # temporaries are several times as large as the rows
+        rows = table[start : start + (1 << 12)]
         total += np.square(rows - rounded_copy(rows, q), dtype=np.float64).sum(axis=0)
     return total / len(table)

@@ -20,7 +20,6 @@ from shadowllm.bundle.quantisation import Quantisation, bundle_format
 from shadowllm.bundle.quantised_tensors import (
     CopyTensors,
     QuantisedTensors,
-    RoundedTensors,
     check_quantisable,
 )
 from shadowllm.bundle.weight_file import TORCH_DTYPES, WeightStore
@@ -76,7 +75,7 @@ def write_bundle(
     parts = {name: tensor for name, _, tensor in _predictor_parts(spec, predictor, rest)}
     tensors: Mapping[str, Tensor] = ChainMap(parts, weights)  # type: ignore[arg-type]
     stored = QuantisedTensors(tensors, q) if q else tensors
-    copies = CopyTensors(RoundedTensors(weights, TORCH_DTYPES[dtype], q), q, predictor.final_squares)
+    copies = CopyTensors(weights, q, predictor.final_squares, TORCH_DTYPES[dtype])
     with progress("Writing weights", store.size) as advance:
         hashes = {DATA_FILE: store.write(ChainMap(copies, stored), advance)}  # type: ignore[arg-type]
     for piece, model in _models(spec, store, DTYPES[dtype], predictor, q, rest == "shadow"):

@@ -52,7 +52,8 @@ class Source:
         if self.order is not None:
             stored = stored.unflatten(0, (-1, len(self.order)))[:, list(self.order)].flatten(0, 1)
         if (self.scale, self.shift) != (1.0, 0.0):
-            stored = self.scale * (stored.float() + self.shift)
+            # In place, because the tensor may be the largest of the model; in a copy, because others may read it.
+            stored = stored.to(torch.float32, copy=True).add_(self.shift).mul_(self.scale)
         return stored.t() if self.transpose else stored
 
 

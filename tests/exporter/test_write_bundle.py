@@ -238,7 +238,7 @@ def test_the_weighting_of_the_certificate_is_calibrated_if_there_was_text(checkp
         stored[name] = map_copies(folder, manifest)[copy_weighting(table)].numpy()
     norm = weights["final_norm.weight"].square()
     for name, inputs in (("norm", norm), ("text", squares)):
-        expected = best_weighting(inputs.numpy(), mean_square_errors(weights[table]))
+        expected = best_weighting(inputs.numpy(), mean_square_errors(weights[table].numpy()))
         np.testing.assert_allclose(stored[name], expected, rtol=1e-6)
 
 
