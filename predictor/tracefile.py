@@ -48,8 +48,8 @@ class Traces:
             ``(hidden_size,)``. A certificate of the largest logit is calibrated on them.
         fit: linear map from a layer's input to the importance of its heads, as `LinearFit.solve` returns it.
             Empty if none was fitted.
-        stored: ``hidden`` float32, and uint8 codes ``heads`` and ``neurons``, of all tokens. Held-out
-            windows come first. Empty if they exceed the limit.
+        stored: ``hidden`` float32, and uint8 codes ``heads`` and ``neurons``, of all tokens, or of the held-out ones.
+            Held-out windows come first. Empty if those of all tokens exceed the limit.
     """
 
     criterion: str
@@ -137,6 +137,7 @@ def calibrate(
     dense_layers: int = 1,
     limit_bytes: int = LIMIT_BYTES,
     fit_heads: bool = True,
+    keep_train: bool = True,
     advance: Advance = no_progress,
 ) -> Traces:
     """Trace the windows once, for the statistics and, if they fit in ``limit_bytes``, for training.
@@ -148,6 +149,8 @@ def calibrate(
         weights: canonical float32 tensors in memory.
         fingerprint: `Weights.fingerprint` of the model.
         fit_heads: also fit the linear map of the heads. Its moments take ``8 * n_sparse * hidden_size ** 2`` bytes.
+        keep_train: also store the traces of the training windows. A predictor that is not trained needs only those of
+            the held-out windows.
         advance: called with the number of tokens finished since the last call.
 
     Raises:
@@ -155,16 +158,18 @@ def calibrate(
     """
     tracer = Tracer(spec, weights, criterion, dense_layers)
     tokens = torch.cat([windows.held_out, windows.train])
-    stored = _allocate(tracer.sparse_layers, tokens.numel(), limit_bytes)
+    storable = tokens.numel() * _token_bytes(tracer.sparse_layers) <= limit_bytes
+    kept = (tokens if keep_train else windows.held_out).numel() if storable else 0
+    stored = _allocate(tracer.sparse_layers, kept)
     sums: dict[str, Any] = {"heads": 0.0, "neurons": 0.0}
     n_sparse = tracer.sparse_layers.count
     fits = [LinearFit(n_sparse, spec.hidden_size, spec.n_heads) for _ in range(2)] if fit_heads else []
     squares, start = torch.zeros(spec.hidden_size), 0
-    sampled = windows.train if stored else windows.train[: max(1, SAMPLE_TOKENS // windows.train.shape[1])]
+    sampled = windows.train if storable else windows.train[: max(1, SAMPLE_TOKENS // windows.train.shape[1])]
     for split in (windows.held_out, sampled):
         for chunk in tracer.chunks(split):
             end = start + len(chunk.hidden)
-            if stored:
+            if end <= kept:
                 stored["hidden"][start:end] = chunk.hidden
                 stored["heads"][start:end], stored["neurons"][start:end] = encode(chunk.heads), encode(chunk.neurons)
             if split is sampled:
@@ -199,12 +204,17 @@ def decode(codes: Tensor) -> Tensor:
     return torch.exp2((codes.float() - 255) / STEPS).where(codes > 0, 0)
 
 
-def _allocate(layers: SparseLayers, tokens: int, limit_bytes: int) -> dict[str, Tensor]:
-    hidden_size, units = layers.spec.hidden_size, layer_units(layers.spec)
-    if tokens * (4 * hidden_size + layers.count * sum(units.values())) > limit_bytes:
+def _token_bytes(layers: SparseLayers) -> int:
+    return 4 * layers.spec.hidden_size + layers.count * sum(layer_units(layers.spec).values())
+
+
+def _allocate(layers: SparseLayers, tokens: int) -> dict[str, Tensor]:
+    """Return empty traces of a number of tokens."""
+    if not tokens:
         return {}
-    return {"hidden": torch.empty(tokens, hidden_size)} | {
-        unit: torch.empty(tokens, layers.count, width, dtype=torch.uint8) for unit, width in units.items()
+    return {"hidden": torch.empty(tokens, layers.spec.hidden_size)} | {
+        unit: torch.empty(tokens, layers.count, width, dtype=torch.uint8)
+        for unit, width in layer_units(layers.spec).items()
     }
 
 

@@ -29,7 +29,7 @@ from shadowllm.exporter.engines.graph import describe_onnx
 from shadowllm.exporter.engines.profiles import profiles_for
 from shadowllm.exporter.staging import staged
 from shadowllm.exporter.write_bundle import check_dtypes, check_selector, write_bundle
-from shadowllm.malloc import keep_freed_memory
+from shadowllm.malloc import keep_freed_memory, return_freed_memory
 from shadowllm.models.activations import stated_activation
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.tokenizer import text_encoder
@@ -109,6 +109,7 @@ def export_model(
             train_config = train_config or TrainConfig(budget=options.budget or DEFAULT_BUDGET)
             calibration = calibration or Calibration()
             predictor = _make_predictor(spec, weights, checkpoint, options.kind, calibration, train_config)
+            return_freed_memory()  # that of weights and traces
         predictor.check_base(spec, weights.fingerprint())
         name = Path(source.model).name
         return _write(folder, name, weights, checkpoint, predictor, options)
@@ -260,7 +261,15 @@ def _make_predictor(
         _check_dense_layers(spec, calibration.dense_layers)
         return random_predictor(spec, weights.fingerprint(), calibration.dense_layers, calibration.seed)
     loaded = weights.load()
-    traces = _calibrate(spec, weights, checkpoint, calibration, loaded, fit_heads=selector != "static")
+    traces = _calibrate(
+        spec,
+        weights,
+        checkpoint,
+        calibration,
+        loaded,
+        fit_heads=selector != "static",
+        keep_train=selector == "shadow",  # layerwise networks trace again
+    )
     return _train(spec, weights, traces, selector, train_config, loaded)
 
 
@@ -271,6 +280,7 @@ def _calibrate(
     options: Calibration,
     loaded: dict[str, Tensor] | None = None,
     fit_heads: bool = True,
+    keep_train: bool = True,
 ) -> Traces:
     _check_dense_layers(spec, options.dense_layers)
     keep_freed_memory()
@@ -295,6 +305,7 @@ def _calibrate(
             criterion=options.criterion,
             dense_layers=options.dense_layers,
             fit_heads=fit_heads,
+            keep_train=keep_train,
             advance=advance,
         )
 

@@ -130,3 +130,15 @@ def test_statistics_of_text_too_long_to_keep_are_those_of_a_sample(llama, monkey
     assert all(torch.equal(made.statistics[unit], few.statistics[unit]) for unit in ("heads", "neurons"))
     assert torch.equal(made.windows.train, windows.train)  # all of it is used for training
     assert sum(told) == 6 * 24
+
+
+def test_a_ranking_needs_only_the_traces_of_the_held_out_windows(llama):
+    spec, weights = llama
+    windows = split(token_windows(spec, n=6), held_out=2)
+    whole, few = (calibrate(spec, weights, windows, "f00d", keep_train=keep) for keep in (True, False))
+    assert [len(tensor) for tensor in few.stored.values()] == [2 * 24] * 3
+    assert all(torch.equal(tensor, whole.stored[name][: 2 * 24]) for name, tensor in few.stored.items())
+    for kind in ("static", "quantized-shadow"):
+        expected, found = (train_static(spec, traces, kind=kind) for traces in (whole, few))
+        assert found.record == expected.record
+        assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in found.tensors.items())
