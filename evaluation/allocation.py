@@ -9,7 +9,7 @@ price must be searched to meet a target.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -78,8 +78,8 @@ class Allocation:
 class Loss:
     """Measures the perplexity of a selector, and its mean KL divergence from the dense model.
 
-    It keeps what the dense model gave in memory: next-token distributions, float32 ``(tokens, vocab_size)``, and the
-    outputs of the last layer.
+    It keeps the outputs of the dense model's last layer in memory. Next-token distributions of the whole text can be
+    larger than the weights of a small model. So they are computed for one window at a time.
 
     Args:
         windows: int64 ``(n, seqlen)``.
@@ -89,11 +89,9 @@ class Loss:
         self.context, self._chooser, self._windows = context, chooser, windows
         self._known: dict[Budget, float] = {}
         with torch.no_grad():
-            decoder = Decoder(context.spec, context.weights)
-            self._hidden = [decoder.hidden(window) for window in windows.split(1)]
-            self._dense = [decoder.logits(hidden)[0, :-1].log_softmax(dim=-1) for hidden in self._hidden]
-        pairs = zip(self._dense, windows.unbind(), strict=True)
-        self._entropies = [float(F.nll_loss(dense, window[1:])) for dense, window in pairs]
+            self._dense = Decoder(context.spec, context.weights)
+            self._hidden = [self._dense.hidden(window) for window in windows.split(1)]
+        self._entropies = [float(F.nll_loss(self._distributions(i), windows[i, 1:])) for i in range(len(windows))]
         self.dense_log_perplexity = fmean(self._entropies)
 
     def increase(self, budget: Budget, limit: float = math.inf) -> float:
@@ -108,32 +106,46 @@ class Loss:
         if budget in self._known:
             return self._known[budget]
         found: list[float] = []
-        for window, logits, dense in zip(self._windows.unbind(), self._logits(budget), self._entropies, strict=True):
-            found.append(float(F.cross_entropy(logits, window[1:])) - dense)
+        decoder = self._decoder(budget)
+        for i, dense in enumerate(self._entropies):
+            found.append(float(F.cross_entropy(self._logits(decoder, i), self._windows[i, 1:])) - dense)
             if len(found) >= ENOUGH and fmean(found) - CLEARLY * stdev(found) / math.sqrt(len(found)) > limit:
                 return fmean(found)
         self._known[budget] = fmean(found)
         return self._known[budget]
 
-    def divergence(self, budget: Budget, share: float = 1.0) -> float:
-        """Return the mean KL divergence from the dense model, nats, over the first windows or all.
+    def divergences(self, budgets: Sequence[Budget], share: float = 1.0, advance: Advance = no_progress) -> list[float]:
+        """Return the mean KL divergence of each budget from the dense model, nats, over the first windows or all.
+
+        Each window is read with all budgets before the next one, so that its dense distributions are computed once.
 
         Args:
             share: share of the windows that are read.
+            advance: called with 1 for each budget, spread evenly over the windows.
         """
         n = max(1, round(share * len(self._windows)))
-        pairs = zip(self._dense[:n], self._logits(budget), strict=False)
-        return fmean(
-            float(F.kl_div(logits.log_softmax(dim=-1), dense, reduction="batchmean", log_target=True))
-            for dense, logits in pairs
-        )
+        found: list[list[float]] = [[] for _ in budgets]
+        for i in range(n):
+            dense = self._distributions(i)
+            for budget, values in zip(budgets, found, strict=True):
+                mine = self._logits(self._decoder(budget), i).log_softmax(dim=-1)
+                values.append(float(F.kl_div(mine, dense, reduction="batchmean", log_target=True)))
+            advance(len(budgets) * (i + 1) // n - len(budgets) * i // n)
+        return list(map(fmean, found))
 
-    def _logits(self, budget: Budget) -> Iterator[Tensor]:
-        """Yield the logits of each window, without those of its last token: ``(seqlen - 1, vocab_size)``."""
-        decoder = MaskedDecoder(self.context, self._chooser, budget)
-        for window, hidden in zip(self._windows.split(1), self._hidden, strict=True):
-            # With all units, the layers give what they give in the dense model.
-            yield (decoder.logits(hidden) if decoder.whole else decoder(window))[0, :-1]
+    @torch.no_grad()
+    def _distributions(self, i: int) -> Tensor:
+        """Return the logarithms of the dense model's next-token distributions in a window; shapes as `_logits`."""
+        return self._dense.logits(self._hidden[i])[0, :-1].log_softmax(dim=-1)
+
+    def _decoder(self, budget: Budget) -> MaskedDecoder:
+        return MaskedDecoder(self.context, self._chooser, budget)
+
+    def _logits(self, decoder: MaskedDecoder, i: int) -> Tensor:
+        """Return the logits of a window, without those of its last token: ``(seqlen - 1, vocab_size)``."""
+        # With all units, the layers give what they give in the dense model.
+        logits = decoder.logits(self._hidden[i]) if decoder.whole else decoder(self._windows[i : i + 1])
+        return logits[0, :-1]
 
 
 def passes(n_sparse: int) -> int:
@@ -152,14 +164,11 @@ def measure(context: Context, loss: Loss, advance: Advance = no_progress) -> All
     for unit, width in layer_units(spec).items():
         n_units = width // spec.heads_together if unit == "heads" else width
         low, high = _probes(unit, n_units)
-
-        def lost(fractions: tuple[float, ...], unit: Unit = unit) -> float:
-            advance(1)
-            return max(loss.divergence(_of_unit(unit, fractions)), TINY)
-
-        whole = [lost((fraction,) * n_sparse) for fraction in (low, high)]
-        rate = max(math.log(whole[0] / whole[1]) / (high - low), 1.0) if n_units > 2 else RATE_OF_TWO
-        alone = [lost(tuple(low if i == row else 1.0 for i in range(n_sparse))) for row in range(n_sparse)]
+        together = [(fraction,) * n_sparse for fraction in (low, high)]
+        single = [tuple(low if i == row else 1.0 for i in range(n_sparse)) for row in range(n_sparse)]
+        lost = loss.divergences([_of_unit(unit, fractions) for fractions in together + single], advance=advance)
+        at_low, at_high, *alone = np.maximum(lost, TINY)
+        rate = max(math.log(at_low / at_high) / (high - low), 1.0) if n_units > 2 else RATE_OF_TWO
         found[unit] = Sensitivity(np.array(alone) * math.exp(rate * low), rate, width * unit_elements(spec, unit))
     return Allocation(found["heads"], found["neurons"])
 

@@ -115,10 +115,9 @@ def measure(
 
     def knob(settings: Sequence[int], sizes: Sequence[float], probes: Sequence[float], budget: ToBudget) -> Knob:
         nearest = {min(settings, key=lambda count: abs(count - probe)) for probe in probes}
-        found = {}
-        for count in sorted(nearest - {settings[-1]}):
-            found[count] = loss.divergence(budget(count), share=PROBED)
-            advance(1)
+        counts = sorted(nearest - {settings[-1]})
+        losses = loss.divergences([budget(count) for count in counts], PROBED, advance)
+        found = dict(zip(counts, losses, strict=True))
         advance(len(probes) - len(found))  # a small model has fewer settings
         return Knob(settings, sizes, interpolated(settings, found))
 

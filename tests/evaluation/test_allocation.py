@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from shadowllm.evaluation.allocation import (
@@ -89,7 +91,7 @@ def test_a_model_is_measured_layer_by_layer(tiny):
     assert sum(ticks) == passes(2)
     for unit, sense in (("heads", found.heads), ("neurons", found.neurons)):
         low = {"heads": 0.5, "neurons": 0.25}[unit]
-        alone = [loss.divergence(Budget(**{unit: f})) for f in ((low, 1.0), (1.0, low))]
+        alone = loss.divergences([Budget(**{unit: f}) for f in ((low, 1.0), (1.0, low))])
         np.testing.assert_allclose(sense.scales * math.exp(-sense.rate * low), alone, rtol=1e-6)
 
 
@@ -107,8 +109,27 @@ def test_losses_are_those_of_the_masked_model(llama):
     dense = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
     assert loss.dense_log_perplexity == pytest.approx(float(dense), rel=1e-5)
     assert loss.increase(Budget()) == pytest.approx(0, abs=1e-5)
-    assert loss.divergence(Budget()) == pytest.approx(0, abs=1e-6)
-    assert loss.divergence(Budget(neurons=0.3)) > loss.divergence(Budget(neurons=0.6)) > 0
+    ticks = []
+    whole, less, least = loss.divergences([Budget(), Budget(neurons=0.6), Budget(neurons=0.3)], advance=ticks.append)
+    assert sum(ticks) == 3
+    assert whole == pytest.approx(0, abs=1e-6)
+    assert least > less > 0
+
+
+def test_no_distributions_of_the_text_stay_in_memory(llama):
+    spec, weights = llama
+    context, windows = Context(spec, weights), token_windows(spec)
+    before = distributions(spec)
+    loss = Loss(context, make_selector("oracle", context), windows)
+    loss.divergences([Budget(neurons=0.5), Budget(neurons=0.3)])
+    loss.increase(Budget(neurons=0.3))
+    assert distributions(spec) == before
+
+
+def distributions(spec):
+    """The number of tensors in memory that have an element for each token of the vocabulary in their last dimension."""
+    gc.collect()
+    return sum(issubclass(type(x), Tensor) and x.shape[-1:] == (spec.vocab_size,) for x in gc.get_objects())
 
 
 def test_a_budget_clearly_above_the_limit_is_not_read_to_the_end(llama, monkeypatch):
