@@ -1,18 +1,19 @@
 """Measures the cost of an export: seconds, and peak memory relative to the size of the weights. Then decodes a little.
 
     python -m shadowllm.benchmarks.export_cost smollm2.gguf
+    python -m shadowllm.benchmarks.export_cost smollm2.gguf --complete
     python -m shadowllm.benchmarks.export_cost --shape opt-1.3b --dtype fp16 --json cost.json
     python -m shadowllm.benchmarks.export_cost --shape mistral-7b
 
-The export runs in a child process, without validation and with a random ranking, so that it only writes
-the bundle. (Validation runs in another process, and holds the model twice.) The models of `random_model.PUBLISHED` have
-the published sizes and two layers.
+The export runs in a child process, without validation and with a random ranking, so that it only writes the bundle.
+With --complete it calibrates, trains and chooses budgets too. (Validation runs in another process, and holds the model
+twice.) The peak is the resident set size of the child, with everything: libraries, and pages of mapped files that the
+system could drop. The models of `random_model.PUBLISHED` have the published sizes and two layers.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,14 +28,30 @@ from shadowllm.evaluation.speed.environment import environment
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 NEW_TOKENS = 8
+SMALL = "tiny-llama"
+# The child reports its own peak. The system's figure for a child includes the peak of its parent, and this process has
+# made a random model.
+EXPORT = """
+import sys
+from shadowllm.cli import main
+from shadowllm.evaluation.speed.worker import peak_rss_mb
+status = main()
+print(peak_rss_mb())
+sys.exit(status)
+"""
 
 
-def measure(model: str, dtype: str = "fp32") -> dict[str, Any]:
+def measure(model: str, dtype: str = "fp32", complete: bool = False) -> dict[str, Any]:
     """Export ``model`` to a temporary folder.
+
+    Args:
+        complete: also calibrate, train a predictor and choose budgets.
 
     Returns:
         ``seconds`` (wall, interpreter start included), ``peak_rss_mb``, ``weights_mb`` (parameters in
-        ``dtype``), their ratio ``peak_over_weights``, and ``decoded``, the number of tokens that the bundle wrote.
+        ``dtype``), their ratio ``peak_over_weights``, ``libraries_mb`` (the peak of the export of a model of a few
+        kilobytes), ``rest_over_weights`` (the ratio without it), and ``decoded``, the number of tokens that the bundle
+        wrote.
 
     Raises:
         UserError: the export failed; its message is on stderr.
@@ -43,40 +60,42 @@ def measure(model: str, dtype: str = "fp32") -> dict[str, Any]:
     from shadowllm.bundle.manifest import read_manifest
 
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "bundle"
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "shadowllm.cli",
-            "export",
-            model,
-            str(out),
-            "--selector",
-            "random",
-            "--skip-validation",
-            "--dtype",
-            dtype,
-        ]
+        out, small = Path(folder) / "bundle", Path(folder) / SMALL
         start = time.perf_counter()
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+        peak = export(model, out, dtype, complete)
         seconds = time.perf_counter() - start
-        if done.returncode:
-            raise UserError(f"the export of {model} failed", "see its message above")
-        # Linux reports ru_maxrss in KiB. The export is the largest child process so far.
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        weights = read_manifest(out).spec.n_parameters * ITEMSIZE[dtype]
+        small.mkdir()
+        write_random_model(SMALL, small)
+        libraries = export(str(small), Path(folder) / "small_bundle", dtype)
+        weights = read_manifest(out).spec.n_parameters * ITEMSIZE[dtype] / 1e6
         with shadowllm.load(out) as opened:
             decoded = len(shadowllm.generate(opened, [3, 4, 5], max_new_tokens=NEW_TOKENS))
     return {
         "model": Path(model).name,
         "dtype": dtype,
+        "complete": complete,
         "seconds": seconds,
-        "peak_rss_mb": peak / 1e6,
-        "weights_mb": weights / 1e6,
+        "peak_rss_mb": peak,
+        "libraries_mb": libraries,
+        "weights_mb": weights,
         "peak_over_weights": peak / weights,
+        "rest_over_weights": (peak - libraries) / weights,
         "decoded": decoded,
     }
+
+
+def export(model: str, out: Path, dtype: str, complete: bool = False) -> float:
+    """Export ``model`` in a child process, and return its peak RSS in 1e6 bytes.
+
+    Raises:
+        UserError: the export failed; its message is on stderr.
+    """
+    options = ["--skip-validation", "--dtype", dtype, *(() if complete else ("--selector", "random"))]
+    command = [sys.executable, "-P", "-c", EXPORT, "export", model, str(out), *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"the export of {model} failed", "see its message above")
+    return float(done.stdout.split()[-1])
 
 
 @script
@@ -86,6 +105,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="folder, .gguf file or Hugging Face id")
     shapes = SHAPES | PUBLISHED | TINY_SHAPES
     parser.add_argument("--shape", choices=shapes, help="measure a random model of this shape instead")
+    parser.add_argument("--complete", action="store_true", help="also calibrate, train and choose budgets")
     parser.add_argument("--dtype", choices=tuple(ITEMSIZE), default="fp32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     args = parser.parse_args()
@@ -97,10 +117,11 @@ def main() -> None:
             model = str(Path(folder) / args.shape)
             Path(model).mkdir()
             write_random_model(args.shape, Path(model))
-        found = measure(model, args.dtype)
+        found = measure(model, args.dtype, args.complete)
     print(
         f"{found['model']} {found['dtype']}: {found['seconds']:.1f} s, peak {found['peak_rss_mb']:.0f} MB "
-        f"= {found['peak_over_weights']:.2f} x {found['weights_mb']:.0f} MB of weights; "
+        f"= {found['peak_over_weights']:.2f} x {found['weights_mb']:.0f} MB of weights, or "
+        f"{found['rest_over_weights']:.2f} x without the {found['libraries_mb']:.0f} MB of the libraries; "
         f"{found['decoded']} tokens decoded"
     )
     if args.json:

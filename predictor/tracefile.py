@@ -196,7 +196,9 @@ def encode(scores: Tensor) -> Tensor:
     """Return uint8 codes of scores, relative to the largest of each row. Code 0 is about 16 octaves below, or less."""
     tiny = torch.finfo(torch.float32).tiny
     peak = scores.amax(dim=-1, keepdim=True).clamp_min(tiny)
-    return (255 + STEPS * torch.log2((scores / peak).clamp_min(tiny))).round_().clamp_(0, 255).to(torch.uint8)
+    # In place, because the scores of a chunk are large.
+    steps = (scores / peak).clamp_min_(tiny).log2_().mul_(STEPS).add_(255)
+    return steps.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def decode(codes: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from shadowllm.benchmarks import export_cost, random_model
@@ -33,4 +34,16 @@ def test_a_tiny_model(monkeypatch, tmp_path):
     export_cost.main()
     (found,) = json.loads(result.read_text())["results"]
     assert found["peak_over_weights"] == pytest.approx(found["peak_rss_mb"] / found["weights_mb"])
+    # Libraries are nearly everything that a tiny model needs.
+    assert abs(found["peak_rss_mb"] - found["libraries_mb"]) < 0.2 * found["libraries_mb"]
+    assert found["rest_over_weights"] < found["peak_over_weights"]
     assert found["decoded"] == export_cost.NEW_TOKENS
+
+
+@pytest.mark.slow
+def test_the_peak_is_that_of_the_export_alone(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    random_model.write_random_model("tiny-llama", model)
+    ballast = np.ones(1 << 30, dtype=np.uint8)
+    assert 50 < export_cost.export(str(model), tmp_path / "bundle", "fp32") < ballast.nbytes / 1e6
