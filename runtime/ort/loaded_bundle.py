@@ -90,7 +90,7 @@ class LoadedBundle:
             check_threads(threads)
         self.manifest: Manifest = read_manifest(bundle)
         self.spec: ModelSpec = self.manifest.spec
-        self.kind, self.packed = kind, False
+        self.kind, self.packed, self._decodes_dense = kind, False, False
         self._bundle, self._threads = bundle, threads
         self._native = native and native_ops.library() is not None
         self._exact, self._prepack = exact, prepack
@@ -113,7 +113,8 @@ class LoadedBundle:
         verify_files(self._bundle, self.manifest.digests(DATA_FILE, *(f"{piece}.onnx" for piece in pieces)))
         self._weights = SharedWeights((self._bundle / DATA_FILE).resolve())
         # Packed weights make dense steps faster, and are a copy. A graph that only prefills does without.
-        pack = self._prepack or plan == DENSE or self.manifest.quantisation is not None
+        self._decodes_dense = plan == DENSE
+        pack = self._prepack or self._decodes_dense or self.manifest.quantisation is not None
         self.packed = pack and self.prefills == "dense"
         self.prefilling()
         self.graphs(plan)
@@ -124,8 +125,8 @@ class LoadedBundle:
         del self._weights
 
     def pack(self) -> None:
-        """Load the dense graph again, with packed weights."""
-        self.packed = True
+        """Load the dense graph again, with packed weights, because it decodes now."""
+        self.packed = self._decodes_dense = True
         self._graphs = {form: graph for form, graph in self._graphs.items() if form.piece != "dense"}
 
     @property
@@ -180,7 +181,7 @@ class LoadedBundle:
         options, piece = ort.SessionOptions(), form.piece
         if self._threads:
             options.intra_op_num_threads = self._threads
-        if piece != "dense" or not self.packed:
+        if piece != "dense" or not self._decodes_dense:
             # The graphs of a text run one after the other: the threads of one must not spin while the next one runs.
             options.add_session_config_entry("session.force_spinning_stop", "1")
         packed = piece == "dense" and self.packed
