@@ -77,6 +77,7 @@ class OrtSlots:
             raise RuntimeError(f"all {self.slots} slots are taken")
         budget = budget or self.manifest.budget
         plan = self._bundle.plan(budget)
+        self._bundle.graphs(plan)  # here, so that an error meets this sequence only
         self._sequences[slot] = _Sequence(plan, self._bundle.numbers(budget, plan.decodes))
         self._rows.append(slot)
         return slot

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -129,6 +131,20 @@ def test_a_slot_tells_its_length_and_its_selection(bundle):
         selection = session.selection(sparse)
         assert {unit: found.shape for unit, found in selection.items()} == {"heads": (2, 4), "neurons": (2, 88)}
         assert ((selection["heads"] >= 0).sum(axis=1) == 2).all()
+
+
+@pytest.mark.skipif(not native_ops.kernels(), reason="the native ops are not built")
+def test_graphs_that_cannot_be_loaded_meet_only_the_sequence_that_needs_them(bundle, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle(kind="quantized-shadow", rest="shadow"), folder)
+    with OrtSlots(folder, 2) as session:
+        slot = session.join(Budget(neurons=0.2, heads=0.5))
+        session.extend(slot, PROMPTS[0])
+        (folder / "body_all_heads.onnx").unlink()
+        with pytest.raises(FileNotFoundError):
+            session.join(Budget(neurons=0.2))
+        session.step({slot: 3})
+        assert session.join(Budget(neurons=0.3, heads=0.5)) != slot
 
 
 def test_wrong_calls(bundle):
