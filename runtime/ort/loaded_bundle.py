@@ -167,10 +167,20 @@ class LoadedBundle:
     def _forms(self, plan: Plan) -> dict[str, _Form]:
         if plan == DENSE and not self.all_active:
             return {"dense": _Form("dense")}
-        found = {name: _Form(name) for name in self.manifest.sparse_pieces}
-        if plan == DENSE:  # nothing is predicted if everything is active
-            found.pop("predictor", None)
-        return found | {"stem": _Form("stem", plan.rounded), BODY: _Form(plan.body, plan.rounded)}
+        found, body = {name: _Form(name) for name in self.manifest.sparse_pieces}, plan.body
+        if plan == DENSE:
+            body = self._body_of_everything
+            found.pop("predictor", None)  # nothing is predicted if everything is active
+        return found | {"stem": _Form("stem", plan.rounded), BODY: _Form(body, plan.rounded)}
+
+    @property
+    def _body_of_everything(self) -> str:
+        """The graph of the sparse layers that runs if all heads and neurons are active.
+
+        Each graph packs integer rows for itself. So with integers it is the graph that budgets with all heads run too.
+        """
+        integers = self.manifest.quantisation is not None
+        return BODY_ALL_HEADS if integers and self.manifest.has_body_all_heads else BODY
 
     def _graph(self, form: _Form) -> OrtGraph:
         if form not in self._graphs:
@@ -213,7 +223,9 @@ class LoadedBundle:
         if self.kind == "dense" or not pays:
             return DENSE
         all_heads, all_neurons = (bool((counts[unit] == size).all()) for unit, size in layer_units(self.spec).items())
-        if budget.rest_with(self.manifest.rest == "shadow") == "drop" or (all_heads and all_neurons):
+        if all_heads and all_neurons:
+            return Plan("sparse", self._body_of_everything)
+        if budget.rest_with(self.manifest.rest == "shadow") == "drop":
             return Plan("sparse")
         body = BODY_ALL_HEADS if all_heads and self.manifest.has_body_all_heads else BODY
         return Plan("sparse", body, self._rounds)
