@@ -47,7 +47,7 @@ class TestMainJob:
         assert main(["train", model, "--traces", str(traces), "-o", str(predictor), *QUICK[4:]]) == 0
         assert "held-out tokens" in capsys.readouterr().out
         assert main(["export", model, str(out), "--predictor", str(predictor)]) == 0
-        assert "6 outputs within" in capsys.readouterr().out
+        assert "8 outputs within" in capsys.readouterr().out
         assert main(["run", str(out), "--prompt", "Hello", "--max-new-tokens", "4"]) == 0
         assert capsys.readouterr().out.startswith("Hello")
         assert main(["eval", str(out), "--text", __file__, "--tokens", "64", "--seqlen", "32"]) == 0
