@@ -43,14 +43,21 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False, r
     spec, layers, rest = manifest.spec, manifest.sparse_layers, _rest(manifest, budget)
     counts, dense = list(budget.counts(layers).by_layer()), _dense_bytes(manifest)
     saved = sum(dense - _sparse_bytes(manifest, row, kept, rest, narrow_rows) for row, kept in enumerate(counts))
-    everything = tuple(layer_units(spec).values())
-    if rounds and rest == "shadow" and any(kept != everything for kept in counts):
+    if rounds and mixes(manifest, budget):
         saved += _rounded_elements(spec, counts) * (_itemsize(manifest) - ROUNDED_PRODUCTS.itemsize)
     if budget.shortlist is not None and shortens(spec, budget.shortlist):
         whole = spec.vocab_size * _itemsize(manifest)
         saved += spec.hidden_size * (whole - budget.shortlist * _beside_copy(manifest, narrow_rows))
         saved -= COPY_COST * copied_table_bytes(spec)
     return saved > _choosing_bytes(manifest, rest)
+
+
+def mixes(manifest: Manifest, budget: Budget) -> bool:
+    """Return whether some heads or neurons come from the low-bit copy at a budget."""
+    everything = tuple(layer_units(manifest.spec).values())
+    return _rest(manifest, budget) == "shadow" and any(
+        kept != everything for kept in budget.counts(manifest.sparse_layers).by_layer()
+    )
 
 
 def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget keeps all of it") -> dict[str, str]:

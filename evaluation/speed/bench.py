@@ -13,7 +13,7 @@ import numpy as np
 from shadowllm.bundle.cost_model import Traffic, fired_shares, mean_traffic, predictor_bytes
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest, read_manifest
 from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS
-from shadowllm.bundle.sparse_pays import sparse_pays
+from shadowllm.bundle.sparse_pays import mixes, sparse_pays
 from shadowllm.child import module_command
 from shadowllm.config import Drafting
 from shadowllm.errors import UserError
@@ -270,7 +270,7 @@ def traffic_of(
         backend != "ort" or sparse_pays(manifest, budget, bool(native) and row_itemsize < matrix_itemsize, rounds)
     ):
         rest = budget.rest_with(manifest.rest == "shadow")
-        if rounds and rest == "shadow" and min(np.min(budget.heads), np.min(budget.neurons)) < 1:
+        if rounds and mixes(manifest, budget):
             options["common_itemsize"] = ROUNDED_PRODUCTS.itemsize
         options |= {
             "active": budget.counts(manifest.sparse_layers),

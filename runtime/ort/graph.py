@@ -16,6 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from shadowllm.bundle.manifest import BODIES, Manifest
 from shadowllm.bundle.op_domain import DOMAIN
 from shadowllm.errors import UserError
+from shadowllm.runtime.ort.computed_weights import ComputesWeights
 from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
 from shadowllm.runtime.ort.fuse_attention import FuseAttention, is_fused
 from shadowllm.runtime.ort.join_nested import JoinNested
@@ -62,7 +63,7 @@ def for_cpu(
     computed: dict[str, Callable[[], np.ndarray]] = {}
     for rewrite in _passes(path.stem, manifest, native, exact, fused, rounded):
         rewrite(model)
-        if isinstance(rewrite, JoinNested | RoundProducts):
+        if isinstance(rewrite, ComputesWeights):
             computed = rewrite.weights
     proto = ir.to_proto(model)
     # The data file may be a link, as in the Hugging Face cache. ONNX Runtime is given the folder of the link's target.

@@ -6,35 +6,29 @@ faster than two, and costs what it costs with plain 8-bit integers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult, PreconditionError
+from onnx_ir.passes import PassResult, PreconditionError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from shadowllm.bundle.quantisation import Quantisation, joined
 from shadowllm.plugins.function_body import MICROSOFT
+from shadowllm.runtime.ort.computed_weights import ComputesWeights
 
 
-class JoinNested(InPlacePass):
+class JoinNested(ComputesWeights):
     """Replaces every pair of ``MatMulNBits`` from `exporter.graphs.nodes` by one.
 
     Requires: each ``MatMulNBits`` is one of a pair with the same input, sizes and scales. The pair is added, after the
     product of the residual is multiplied by a constant. Ensures: the same inputs and outputs under the same names.
 
-    The weights of the products are new initializers without data. They must be given to a session when it is loaded.
-
     Args:
         q: format of the nested integers.
-
-    Attributes:
-        weights: a function for each new initializer, by name, that computes its data.
     """
 
     def __init__(self, q: Quantisation) -> None:
+        super().__init__()
         self._q = q
-        self.weights: dict[str, Callable[[], np.ndarray]] = {}
 
     def requires(self, model: ir.Model) -> None:
         """See the class.
@@ -75,20 +69,10 @@ class JoinNested(InPlacePass):
         def steps() -> np.ndarray:
             return _rows(scales) * np.float32(q.residual_step)
 
-        return self._initializer(graph, high, shape, integers), self._initializer(graph, scales, shape[:2], steps)
-
-    def _initializer(
-        self, graph: ir.Graph, part: ir.ExternalTensor, shape: tuple[int, ...], compute: Callable[[], np.ndarray]
-    ) -> ir.Value:
-        """A new initializer. ONNX Runtime wants a file for it, and does not read it there: that of ``part``."""
-        name = f"{part.name}.joined"
-        if name not in self.weights:
-            tensor = ir.ExternalTensor(
-                part.location, None, None, part.dtype, shape=ir.Shape(shape), name=name, base_dir=part.base_dir
-            )
-            graph.register_initializer(ir.val(name, const_value=tensor))
-            self.weights[name] = compute
-        return graph.initializers[name]
+        return (
+            self.initializer(graph, f"{high.name}.joined", high, high.dtype, shape, integers),
+            self.initializer(graph, f"{scales.name}.joined", scales, scales.dtype, shape[:2], steps),
+        )
 
 
 def _pairs(model: ir.Model) -> list[tuple[ir.Node, ir.Node, ir.Node]]:

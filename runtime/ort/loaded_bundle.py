@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from shadowllm.bundle.manifest import BODY, BODY_ALL_HEADS, DATA_FILE, Manifest, read_manifest, verify_files
-from shadowllm.bundle.sparse_pays import sparse_pays
+from shadowllm.bundle.sparse_pays import mixes, sparse_pays
 from shadowllm.errors import UserError
 from shadowllm.limits import check_threads
 from shadowllm.models.sparsity import ActiveCounts, Budget, check_neuron_budget, layer_units
@@ -223,10 +223,8 @@ class LoadedBundle:
         if self.kind == "dense" or not pays:
             return DENSE
         all_heads, all_neurons = (bool((counts[unit] == size).all()) for unit, size in layer_units(self.spec).items())
-        if all_heads and all_neurons:
-            return Plan("sparse", self._body_of_everything)
-        if budget.rest_with(self.manifest.rest == "shadow") == "drop":
-            return Plan("sparse")
+        if not mixes(self.manifest, budget):
+            return Plan("sparse", self._body_of_everything if all_heads and all_neurons else BODY)
         body = BODY_ALL_HEADS if all_heads and self.manifest.has_body_all_heads else BODY
         return Plan("sparse", body, self._rounds)
 

@@ -7,31 +7,22 @@ matrices that every token reads at full precision: K, V, the dense layers, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from shadowllm.bundle.quantisation import ACCURACY_LEVEL, quantise
 from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS as FORMAT
 from shadowllm.plugins.function_body import MICROSOFT
+from shadowllm.runtime.ort.computed_weights import ComputesWeights
 
 
-class RoundProducts(InPlacePass):
+class RoundProducts(ComputesWeights):
     """Replaces every ``Gemm`` with a float matrix of a layer by a ``MatMulNBits``.
 
     Ensures: the same inputs and outputs under the same names. Our ops keep their rows, and predictors their networks.
-
-    The integers and scales are new initializers without data. They must be given to a session when it is loaded.
-
-    Attributes:
-        weights: a function for each new initializer, by name, that computes its data.
     """
-
-    def __init__(self) -> None:
-        self.weights: dict[str, Callable[[], np.ndarray]] = {}
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the model in place."""
@@ -53,21 +44,14 @@ class RoundProducts(InPlacePass):
         return PassResult(model, modified=bool(products))
 
     def _initializers(self, graph: ir.Graph, rounded: _Rounded) -> list[ir.Value]:
-        """New initializers for integers and scales. ONNX Runtime wants a file for them, and does not read it there."""
-        matrix, found = rounded.matrix, []
-        blocks = matrix.rows, FORMAT.blocks(matrix.width)
-        for part, dtype, shape, compute in (
-            ("integers", ir.DataType.UINT8, (*blocks, FORMAT.block), rounded.integers),
-            ("scales", ir.DataType.FLOAT, blocks, rounded.scales),
-        ):
-            name, stored = f"{matrix.tensor.name}.rounded.{part}", matrix.tensor
-            tensor = ir.ExternalTensor(
-                stored.location, None, None, dtype, shape=ir.Shape(shape), name=name, base_dir=stored.base_dir
-            )
-            found.append(ir.val(name, const_value=tensor))
-            graph.register_initializer(found[-1])
-            self.weights[name] = compute
-        return found
+        """New initializers for integers and scales."""
+        stored, blocks = rounded.matrix.tensor, (rounded.matrix.rows, FORMAT.blocks(rounded.matrix.width))
+        names = [f"{stored.name}.rounded.{part}" for part in ("integers", "scales")]
+        shape = (*blocks, FORMAT.block)
+        return [
+            self.initializer(graph, names[0], stored, ir.DataType.UINT8, shape, rounded.integers),
+            self.initializer(graph, names[1], stored, ir.DataType.FLOAT, blocks, rounded.scales),
+        ]
 
 
 class _Matrix:

@@ -134,6 +134,7 @@ class OrtSession:
             self._steps[self._plan].selections.ask([self._numbers] * self._batch)
         elif self._plan == DENSE and not (self._bundle.all_active or self._bundle.packed):
             self._bundle.pack()
+            self._verifications = {}  # they hold the former graph
 
     @property
     def recomputed(self) -> np.ndarray | None:
