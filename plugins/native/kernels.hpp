@@ -260,6 +260,25 @@ void accumulate(const Rows& rows, Picks picks, const float* h, size_t tokens, fl
   }
 }
 
+// Rows of a copy are loaded once for all tokens.
+void project_each(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out) {
+  switch (rows.type) {
+    case RowType::c4: return project_copy_each<Bits4>(rows, picks, inputs, tokens, out, {});
+    case RowType::c2: return project_copy_each<Bits2>(rows, picks, inputs, tokens, out, {});
+    default:
+      for (size_t t = 0; t < tokens; ++t) project(rows, picks, inputs[t], 1, out[t], {});
+  }
+}
+
+void accumulate_each(const Rows& rows, Picks picks, const float* const* h, size_t tokens, float* const* y) {
+  switch (rows.type) {
+    case RowType::c4: return accumulate_copy_each<Bits4>(rows, picks, h, tokens, y, {});
+    case RowType::c2: return accumulate_copy_each<Bits2>(rows, picks, h, tokens, y, {});
+    default:
+      for (size_t t = 0; t < tokens; ++t) accumulate(rows, picks, h[t], 1, y[t], {});
+  }
+}
+
 // Applies f to whole vectors, then to the rest in a padded one, so that a result does not depend on its position.
 template <class F>
 inline void for_vectors(float* h, size_t size, F f) {
@@ -351,4 +370,6 @@ size_t count_above(const int32_t* keys, size_t size, int32_t bound) {
 }  // namespace
 }  // namespace shadowllm
 
-#define SHADOWLLM_KERNELS(name) {name, prepare, project, accumulate, activate, exponentials, reduce, widen, count_above}
+#define SHADOWLLM_KERNELS(name)                                                \
+  {name,     prepare,      project, accumulate, project_each, accumulate_each, \
+   activate, exponentials, reduce,  widen,      count_above}

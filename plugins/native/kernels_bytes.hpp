@@ -1,9 +1,11 @@
-// Integer kernels for one token and the rows of a low-bit copy or its residuals, part of kernels_copy.hpp. AVX2, with
-// VNNI's products of four bytes where there are any. Rows of 2 bits are spread to 4 bits when they are loaded.
+// Integer kernels for the tokens of `project_each` and the rows of a low-bit copy or its residuals, part of
+// kernels_copy.hpp. AVX2, with VNNI's products of four bytes where there are any. Rows of 2 bits are spread to 4 bits
+// when they are loaded.
 #pragma once
 
 constexpr size_t kBytesBlock = 64;  // elements of a block; at 4 bits they are one vector
 constexpr float kByteMost = 127;
+constexpr size_t kByteTokens = 4;  // tokens of a tile
 
 inline bool in_bytes(const Rows& rows, size_t tokens) { return tokens == 1 && rows.block == kBytesBlock; }
 
@@ -72,13 +74,16 @@ inline __m256i start_of(__m256i start) {
 inline __m256i low_halves(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
 inline __m256i high_halves(__m256i bytes) { return low_halves(_mm256_srli_epi16(bytes, 4)); }
 
-// start plus the products of the integers of a block with its input, four bytes of a row per lane
-inline __m256i dot(__m256i bytes, __m256i even, __m256i odd, __m256i start) {
+// start plus the products of the integers of a block, as even and odd ones, with its input, four bytes of a row per
+// lane
+inline __m256i dot(__m256i even, __m256i odd, const ByteBlock& input, __m256i start) {
+  const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(input.even));
+  const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(input.odd));
 #if defined(__AVX512VNNI__)
-  return _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(start, low_halves(bytes), even), high_halves(bytes), odd);
+  return _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(start, even, first), odd, second);
 #else
-  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low_halves(bytes), even),
-                                         _mm256_maddubs_epi16(high_halves(bytes), odd));  // at most 4 * 15 * 127
+  const __m256i pairs =
+      _mm256_add_epi16(_mm256_maddubs_epi16(even, first), _mm256_maddubs_epi16(odd, second));  // at most 4 * 15 * 127
   return _mm256_add_epi32(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #endif
 }
@@ -89,34 +94,43 @@ inline __m128 sums_of(const __m256 v[4]) {
   return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
-template <class Q>
-inline void project_four(const QuantisedRow* rows, const QuantisedRow* next, const ByteBlock* input, size_t blocks,
-                         float* out) {
+// Products of R rows with the inputs of M tokens, at most four: out[r * M + t].
+template <class Q, size_t R, size_t M>
+inline void project_bytes_tile(const QuantisedRow* rows, const QuantisedRow* next, const float* const* inputs,
+                               size_t blocks, float out[4]) {
   __m256 acc[4];
-  for (size_t r = 0; r < 4; ++r) acc[r] = _mm256_setzero_ps();
+  for (size_t i = 0; i < 4; ++i) acc[i] = _mm256_setzero_ps();
   for (size_t b = 0; b < blocks; ++b) {
-    fetch_block<Q, 4>(next, b, blocks, kBytesBlock);
-    const __m256i even = _mm256_load_si256(reinterpret_cast<const __m256i*>(input[b].even));
-    const __m256i odd = _mm256_load_si256(reinterpret_cast<const __m256i*>(input[b].odd));
-    const __m256i start = start_of<Q>(_mm256_load_si256(reinterpret_cast<const __m256i*>(input[b].start)));
-    const __m256 scale = _mm256_set1_ps(input[b].scale);
-    for (size_t r = 0; r < 4; ++r) {
-      const __m256 total = _mm256_cvtepi32_ps(dot(load_block<Q>(rows[r].data, b), even, odd, start));
-      acc[r] = _mm256_fmadd_ps(_mm256_mul_ps(total, scale), _mm256_set1_ps(rows[r].scales[b]), acc[r]);
+    fetch_block<Q, R>(next, b, blocks, kBytesBlock);
+    for (size_t r = 0; r < R; ++r) {
+      const __m256i bytes = load_block<Q>(rows[r].data, b), even = low_halves(bytes), odd = high_halves(bytes);
+      const __m256 scale = _mm256_set1_ps(rows[r].scales[b]);
+      for (size_t t = 0; t < M; ++t) {
+        const ByteBlock& input = reinterpret_cast<const ByteBlock*>(inputs[t])[b];
+        const __m256i start = start_of<Q>(_mm256_load_si256(reinterpret_cast<const __m256i*>(input.start)));
+        const __m256 total = _mm256_cvtepi32_ps(dot(even, odd, input, start));
+        acc[r * M + t] = _mm256_fmadd_ps(_mm256_mul_ps(total, _mm256_set1_ps(input.scale)), scale, acc[r * M + t]);
+      }
     }
   }
   _mm_storeu_ps(out, sums_of(acc));
 }
 
+// One token has four rows in parallel. Several tokens share what is done once for a row.
 template <class Q>
-void project_bytes(const Rows& rows, Picks picks, const float* input, float* out, Ahead ahead) {
-  const ByteBlock* blocks = reinterpret_cast<const ByteBlock*>(input);
-  const size_t count = rows.width / kBytesBlock;
-  walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
-    float sums[kBlock];
-    for (size_t r = 0; r < kBlock; r += 4)
-      project_four<Q>(now + r, next == nullptr ? nullptr : next + r, blocks, count, sums + r);
-    memcpy(out + i, sums, left * sizeof(float));
+void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
+                   Ahead ahead) {
+  const size_t blocks = rows.width / kBytesBlock;
+  cover_tokens<kByteTokens>(tokens, [&](size_t, size_t, size_t first, auto m) {
+    constexpr size_t M = m.value, R = M == 1 ? 4 : M == 2 ? 2 : 1;
+    walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
+      float sums[kBlock * M + 4];
+      for (size_t r = 0; r < kBlock; r += R)
+        project_bytes_tile<Q, R, M>(now + r, next == nullptr ? nullptr : next + r, inputs + first, blocks,
+                                    sums + r * M);
+      for (size_t t = 0; t < M; ++t)
+        for (size_t r = 0; r < left; ++r) out[first + t][i + r] = sums[r * M + t];
+    });
   });
 }
 
@@ -124,7 +138,7 @@ constexpr size_t kGroup = 16;  // rows whose products are added in 16 bits: 16 *
 
 // The weights of a group for eight blocks: h times the scale of the block, rounded to 8 bits relative to the largest.
 struct ByteWeights {
-  alignas(32) int32_t bytes[kGroup / 4][8];  // one byte for each of four rows
+  alignas(32) int32_t pairs[kGroup / 2][8];  // the bytes of two rows, twice
   alignas(32) int32_t start[8];              // minus the middle of 4-bit integers times the weights
   alignas(32) float scale[8];
 };
@@ -143,15 +157,14 @@ inline void round_to_weights(const QuantisedRow* rows, const float* h, size_t fi
   const __m256 some = _mm256_cmp_ps(most, _mm256_set1_ps(1e-30f), _CMP_GT_OQ);
   const __m256 inverse = _mm256_and_ps(some, _mm256_div_ps(_mm256_set1_ps(kByteMost), most));
   __m256i total = _mm256_setzero_si256();
-  for (size_t g = 0; g < kGroup / 4; ++g) {
-    __m256i joined = _mm256_setzero_si256();
-    for (size_t r = 0; r < 4; ++r) {
-      const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(exact[4 * g + r], inverse));
-      total = _mm256_add_epi32(total, rounded);
-      const __m256i byte = _mm256_and_si256(rounded, _mm256_set1_epi32(255));
-      joined = _mm256_or_si256(joined, _mm256_sll_epi32(byte, _mm_cvtsi32_si128(static_cast<int>(8 * r))));
-    }
-    _mm256_store_si256(reinterpret_cast<__m256i*>(weights.bytes[g]), joined);
+  for (size_t r = 0; r < kGroup; r += 2) {
+    const __m256i one = _mm256_cvtps_epi32(_mm256_mul_ps(exact[r], inverse));
+    const __m256i two = _mm256_cvtps_epi32(_mm256_mul_ps(exact[r + 1], inverse));
+    total = _mm256_add_epi32(total, _mm256_add_epi32(one, two));
+    const __m256i high = _mm256_and_si256(_mm256_slli_epi32(two, 8), _mm256_set1_epi32(0xff00));
+    const __m256i pair = _mm256_or_si256(_mm256_and_si256(one, _mm256_set1_epi32(0xff)), high);
+    const __m256i twice = _mm256_or_si256(pair, _mm256_slli_epi32(pair, 16));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(weights.pairs[r / 2]), twice);
   }
   _mm256_store_si256(reinterpret_cast<__m256i*>(weights.start), _mm256_mullo_epi32(total, _mm256_set1_epi32(-8)));
   _mm256_store_ps(weights.scale, _mm256_mul_ps(most, _mm256_set1_ps(1 / kByteMost)));
@@ -163,51 +176,65 @@ inline void add_scaled(__m128i integers, __m256 scale, float* y) {
   _mm256_storeu_ps(y, _mm256_fmadd_ps(exact, scale, _mm256_loadu_ps(y)));
 }
 
-// Adds block b of a group of rows to the 64 floats of y. The first vector of `even` and of `odd` has the bytes 0..7 and
-// 16..23 of the rows, the second one the others.
-template <class Q>
-inline void accumulate_block(const QuantisedRow* rows, const ByteWeights& weights, size_t b, float* y) {
+// Adds block b of a group of rows to the 64 floats of y, for each of M tokens. The first vector of `even` and of `odd`
+// has the bytes 0..7 and 16..23 of the rows, the second one the others.
+template <class Q, size_t M>
+inline void accumulate_block(const QuantisedRow* rows, const ByteWeights* weights, size_t b, float* const* y) {
   const size_t at = b % 8;
-  const __m256i start =
-      _mm256_set1_epi16(static_cast<int16_t>(Q::bits == 4 ? weights.start[at] : weights.start[at] / 4));
-  __m256i even[2] = {start, start}, odd[2] = {start, start};
+  __m256i even[M][2], odd[M][2];
+  for (size_t t = 0; t < M; ++t) {
+    const int32_t start = weights[t].start[at];
+    even[t][0] = even[t][1] = odd[t][0] = odd[t][1] =
+        _mm256_set1_epi16(static_cast<int16_t>(Q::bits == 4 ? start : start / 4));
+  }
+  // Unrolled, GCC would form all products before it adds them, and the registers would not suffice.
+#pragma GCC unroll 1
   for (size_t r = 0; r < kGroup; r += 2) {
     const __m256i first = load_block<Q>(rows[r].data, b), second = load_block<Q>(rows[r + 1].data, b);
-    const int32_t four = weights.bytes[r / 4][at];
-    const __m256i pair = _mm256_set1_epi16(static_cast<int16_t>(r % 4 == 0 ? four : four >> 16));
     const __m256i mixed[2] = {_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second)};
     for (size_t j = 0; j < 2; ++j) {
-      even[j] = _mm256_add_epi16(even[j], _mm256_maddubs_epi16(low_halves(mixed[j]), pair));
-      odd[j] = _mm256_add_epi16(odd[j], _mm256_maddubs_epi16(high_halves(mixed[j]), pair));
+      const __m256i low = low_halves(mixed[j]), high = high_halves(mixed[j]);
+      for (size_t t = 0; t < M; ++t) {
+        const __m256i pair = _mm256_set1_epi32(weights[t].pairs[r / 2][at]);
+        even[t][j] = _mm256_add_epi16(even[t][j], _mm256_maddubs_epi16(low, pair));
+        odd[t][j] = _mm256_add_epi16(odd[t][j], _mm256_maddubs_epi16(high, pair));
+      }
     }
   }
-  const __m256 scale = _mm256_set1_ps(weights.scale[at]);
-  for (size_t j = 0; j < 2; ++j) {
-    const __m256i front = _mm256_unpacklo_epi16(even[j], odd[j]), back = _mm256_unpackhi_epi16(even[j], odd[j]);
-    add_scaled(_mm256_castsi256_si128(front), scale, y + 16 * j);
-    add_scaled(_mm256_castsi256_si128(back), scale, y + 16 * j + 8);
-    add_scaled(_mm256_extracti128_si256(front, 1), scale, y + 32 + 16 * j);
-    add_scaled(_mm256_extracti128_si256(back, 1), scale, y + 32 + 16 * j + 8);
+  for (size_t t = 0; t < M; ++t) {
+    const __m256 scale = _mm256_set1_ps(weights[t].scale[at]);
+    for (size_t j = 0; j < 2; ++j) {
+      float* to = y[t] + b * kBytesBlock + 16 * j;
+      const __m256i front = _mm256_unpacklo_epi16(even[t][j], odd[t][j]);
+      const __m256i back = _mm256_unpackhi_epi16(even[t][j], odd[t][j]);
+      add_scaled(_mm256_castsi256_si128(front), scale, to);
+      add_scaled(_mm256_castsi256_si128(back), scale, to + 8);
+      add_scaled(_mm256_extracti128_si256(front, 1), scale, to + 32);
+      add_scaled(_mm256_extracti128_si256(back, 1), scale, to + 40);
+    }
   }
 }
 
 template <class Q>
-void accumulate_bytes(const Rows& rows, Picks picks, const float* h, float* y) {
+void accumulate_bytes(const Rows& rows, Picks picks, const float* const* h, size_t tokens, float* const* y) {
   const size_t blocks = rows.width / kBytesBlock;
-  for (size_t i = 0; i < picks.count; i += kGroup) {
-    const size_t count = picks.count - i < kGroup ? picks.count - i : kGroup;
-    QuantisedRow now[kGroup], next[kGroup];
-    const bool more = i + 2 * kGroup <= picks.count;
-    float factors[kGroup] = {};
-    memcpy(factors, h + i, count * sizeof(float));
-    for (size_t r = 0; r < kGroup; ++r) now[r] = quantised_row(rows, picks.ids, i + (r < count ? r : 0));
-    if (more)
-      for (size_t r = 0; r < kGroup; ++r) next[r] = quantised_row(rows, picks.ids, i + kGroup + r);
-    ByteWeights weights;
-    for (size_t b = 0; b < blocks; ++b) {
-      if (b % 8 == 0) round_to_weights(now, factors, b, blocks, weights);
-      fetch_block<Q, kGroup>(more ? next : nullptr, b, blocks, kBytesBlock);
-      accumulate_block<Q>(now, weights, b, y + b * kBytesBlock);
+  cover_tokens<kByteTokens>(tokens, [&](size_t, size_t, size_t first, auto m) {
+    constexpr size_t M = m.value;
+    for (size_t i = 0; i < picks.count; i += kGroup) {
+      const size_t count = picks.count - i < kGroup ? picks.count - i : kGroup;
+      QuantisedRow now[kGroup], next[kGroup];
+      const bool more = i + 2 * kGroup <= picks.count;
+      float factors[M][kGroup] = {};
+      for (size_t t = 0; t < M; ++t) memcpy(factors[t], h[first + t] + i, count * sizeof(float));
+      for (size_t r = 0; r < kGroup; ++r) now[r] = quantised_row(rows, picks.ids, i + (r < count ? r : 0));
+      if (more)
+        for (size_t r = 0; r < kGroup; ++r) next[r] = quantised_row(rows, picks.ids, i + kGroup + r);
+      ByteWeights weights[M];
+      for (size_t b = 0; b < blocks; ++b) {
+        for (size_t t = 0; b % 8 == 0 && t < M; ++t) round_to_weights(now, factors[t], b, blocks, weights[t]);
+        fetch_block<Q, kGroup>(more ? next : nullptr, b, blocks, kBytesBlock);
+        accumulate_block<Q, M>(now, weights, b, y + first);
+      }
     }
-  }
+  });
 }

@@ -18,19 +18,34 @@ const float* prepare_copy(const Rows& rows, const float* x, size_t tokens, float
   return x;
 }
 
+// For each of several tokens: out[t][i] is the product of row i with inputs[t].
+template <class Q>
+void project_copy_each(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
+                       Ahead ahead) {
+#if defined(__AVX2__)
+  if (in_bytes(rows, 1)) return project_bytes<Q>(rows, picks, inputs, tokens, out, ahead);
+#endif
+  for (size_t t = 0; t < tokens; ++t) project_floats<Q>(rows, picks, inputs[t], 1, out[t], ahead);
+}
+
+template <class Q>
+void accumulate_copy_each(const Rows& rows, Picks picks, const float* const* h, size_t tokens, float* const* y,
+                          Ahead ahead) {
+#if defined(__AVX2__)
+  if (in_bytes(rows, 1)) return accumulate_bytes<Q>(rows, picks, h, tokens, y);
+#endif
+  for (size_t t = 0; t < tokens; ++t) accumulate_floats<Q>(rows, picks, h[t], 1, y[t], ahead);
+}
+
 template <class Q>
 void project_copy(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
-#if defined(__AVX2__)
-  if (in_bytes(rows, tokens)) return project_bytes<Q>(rows, picks, x, out, ahead);
-#endif
+  if (tokens == 1) return project_copy_each<Q>(rows, picks, &x, 1, &out, ahead);
   project_floats<Q>(rows, picks, x, tokens, out, ahead);
 }
 
 template <class Q>
 void accumulate_copy(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y, Ahead ahead) {
-#if defined(__AVX2__)
-  if (in_bytes(rows, tokens)) return accumulate_bytes<Q>(rows, picks, h, y);
-#endif
+  if (tokens == 1) return accumulate_copy_each<Q>(rows, picks, &h, 1, &y, ahead);
   accumulate_floats<Q>(rows, picks, h, tokens, y, ahead);
 }
 

@@ -80,6 +80,10 @@ struct Kernels {
   void (*project)(const Rows&, Picks, const float* input, size_t tokens, float* out, Ahead);
   // y[t * width + k] += sum over i of h[i * tokens + t] * rows[pick i][k]
   void (*accumulate)(const Rows&, Picks, const float* h, size_t tokens, float* y, Ahead);
+  // The same for several tokens that do not lie side by side: out[t][i] and y[t][k], from inputs[t] or h[t][i]. The
+  // results have the bits of a call with one token.
+  void (*project_each)(const Rows&, Picks, const float* const* inputs, size_t tokens, float* const* out);
+  void (*accumulate_each)(const Rows&, Picks, const float* const* h, size_t tokens, float* const* y);
   // h[i] = act(h[i]), times up[i] if up is not null; in dReLU, up[i] is replaced by relu(up[i])
   void (*activate)(Activation, float* h, const float* up, size_t size);
   // h[i] = exp(h[i] - max h); returns the sum

@@ -182,47 +182,60 @@ class ShortlistLogits {
     *query.recomputed = static_cast<int32_t>(count);
   }
 
+  // Queries that are multiplied with the same matrix, which is read once for all of them.
+  struct Alike {
+    const Rows* matrix;
+    Chunks chunks;
+    size_t count = 0;
+    const float* inputs[kTokens];
+    float* logits[kTokens];
+    int32_t* maxima[kTokens];
+  };
+
   // All logits, from the copy or the whole table, and the largest key of each group of logits.
   void products(const Pool& pool, const Query* queries, size_t count, size_t rows, const Memory& memory) const {
-    struct Part {
-      const Query& query;
-      const Rows& matrix;
-      const float* input;
-      int32_t* maxima;
-      Chunks chunks;
-    };
-    std::vector<Part> parts;
+    std::vector<Alike> parts;
     const size_t groups = (rows + kGroup - 1) / kGroup;
     for (size_t t = 0; t < count; ++t) {
       const Query& query = queries[t];
       const bool whole = query.whole(rows);
       const Rows& matrix = whole ? query.table : query.copy;
       const float* input = kernels_.prepare(matrix, whole ? query.x : query.padded, 1, memory.inputs + t * memory.room);
-      parts.push_back({query, matrix, input, memory.maxima + t * groups, Chunks(rows, matrix.cost(), 1)});
+      const auto fits = [&](const Alike& part) {
+        return part.matrix->type == matrix.type && part.matrix->data == matrix.data;
+      };
+      auto part = std::find_if(parts.begin(), parts.end(), fits);
+      if (part == parts.end()) part = parts.insert(part, Alike{&matrix, Chunks(rows, matrix.cost(), 1)});
+      part->inputs[part->count] = input, part->logits[part->count] = query.logits;
+      part->maxima[part->count++] = memory.maxima + t * groups;
     }
     size_t most = 0;
-    for (const Part& part : parts) most = std::max(most, part.chunks.count());
+    for (const Alike& part : parts) most = std::max(most, part.chunks.count());
     pool.run(most, [&](size_t c) {
       // Rows from the cache for all queries but the first. One query reads its rows without a stop.
-      const size_t step = parts.size() == 1 ? rows : kRows;
+      const size_t step = count == 1 ? rows : kRows;
       for (size_t at = 0; at < rows; at += step)
-        for (const Part& part : parts) {
+        for (const Alike& part : parts) {
           if (c >= part.chunks.count()) continue;
           const Chunk chunk = part.chunks[c];
           const size_t first = chunk.begin + at, end = std::min(chunk.end, first + step);
-          if (first < end) project(part.matrix, first, end, part.input, part.query.logits, part.maxima);
+          if (first < end) project(part, first, end);
         }
     });
   }
 
   // The logits of rows first..end, and the largest keys of their groups.
-  void project(const Rows& matrix, size_t first, size_t end, const float* input, float* logits, int32_t* maxima) const {
-    kernels_.project(rows_from(matrix, first), {nullptr, end - first}, input, 1, logits + first, {});
-    for (size_t start = first; start < end; start += kGroup) {
-      int32_t most = INT32_MIN;
-      for (size_t i = start; i < std::min(start + kGroup, end); ++i) most = std::max(most, sortable(logits[i]));
-      maxima[start / kGroup] = most;
-    }
+  void project(const Alike& part, size_t first, size_t end) const {
+    float* logits[kTokens];
+    for (size_t t = 0; t < part.count; ++t) logits[t] = part.logits[t] + first;
+    kernels_.project_each(rows_from(*part.matrix, first), {nullptr, end - first}, part.inputs, part.count, logits);
+    for (size_t t = 0; t < part.count; ++t)
+      for (size_t start = first; start < end; start += kGroup) {
+        int32_t most = INT32_MIN;
+        for (size_t i = start; i < std::min(start + kGroup, end); ++i)
+          most = std::max(most, sortable(part.logits[t][i]));
+        part.maxima[t][start / kGroup] = most;
+      }
   }
 
   // Writes the rows of the k largest logits to memory.ids. At least k logits reach the k-th largest maximum of a group,

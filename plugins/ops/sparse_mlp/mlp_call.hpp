@@ -124,8 +124,7 @@ struct BlockRoom {
   }
 };
 
-// A block of tokens that share a selection. The blocks of all selections are computed in the same pass over the
-// weights, each in the order that it would have alone.
+// A block of tokens that share a selection.
 struct Block {
   const Call& call;
   const ChoiceRoom& choice;
@@ -134,7 +133,75 @@ struct Block {
   Inputs inputs, low_inputs;
   const float* x;
   float* y;
+
+  // Where chunk c is added up, (tokens, width).
+  float* sum(size_t c) const { return room.parts + c * room.tokens * call.width; }
+  // Where its rows of the copy are added up: the same place, or another one if they are wider than the result.
+  float* low_sum(size_t c) const {
+    return call.padded() ? room.low_parts + c * room.tokens * call.low.down.width : sum(c);
+  }
+  void clear(size_t c) const {
+    std::fill_n(sum(c), room.tokens * call.width, 0.0f);
+    if (call.padded()) std::fill_n(low_sum(c), room.tokens * call.low.down.width, 0.0f);
+  }
+  void add_padded(size_t c) const {
+    for (size_t t = 0; call.padded() && t < room.tokens; ++t)
+      for (size_t k = 0; k < call.width; ++k) sum(c)[t * call.width + k] += low_sum(c)[t * call.low.down.width + k];
+  }
 };
+
+// Blocks with the same chunks and one token each, or a single block. The rows of the copy are read once for all of
+// them. Each is computed in the order that it would have alone.
+struct Team {
+  static constexpr size_t kMost = 8;
+  const Block* blocks[kMost];
+  size_t count;
+  Chunks chunks;
+
+  explicit Team(const Block& block) : blocks{&block}, count(1), chunks(block.chunks) {}
+
+  const Block& front() const { return *blocks[0]; }
+  const Block* const* begin() const { return blocks; }
+  const Block* const* end() const { return blocks + count; }
+
+  // Adds the block if it fits in.
+  bool take(const Block& block) {
+    const Call &one = front().call, &other = block.call;
+    if (count == kMost || one.tokens != 1 || other.tokens != 1 || !one.copied || !other.copied ||
+        one.full_count != other.full_count || one.rest != other.rest)
+      return false;
+    blocks[count++] = &block;
+    return true;
+  }
+
+  // The products of rows with input(block), written to out(block).
+  template <class Input, class Out>
+  void project(const Kernels& kernels, const Rows& rows, Picks picks, Input input, Out out) const {
+    const float* inputs[kMost];
+    float* outs[kMost];
+    if (count == 1) return kernels.project(rows, picks, input(front()), front().room.tokens, out(front()), {});
+    for (size_t i = 0; i < count; ++i) inputs[i] = input(*blocks[i]), outs[i] = out(*blocks[i]);
+    kernels.project_each(rows, picks, inputs, count, outs);
+  }
+
+  // Adds rows times h(block) to to(block).
+  template <class Factors, class To>
+  void accumulate(const Kernels& kernels, const Rows& rows, Picks picks, Factors h, To to) const {
+    const float* factors[kMost];
+    float* sums[kMost];
+    if (count == 1) return kernels.accumulate(rows, picks, h(front()), front().room.tokens, to(front()), {});
+    for (size_t i = 0; i < count; ++i) factors[i] = h(*blocks[i]), sums[i] = to(*blocks[i]);
+    kernels.accumulate_each(rows, picks, factors, count, sums);
+  }
+};
+
+inline std::vector<Team> in_teams(const std::vector<Block>& blocks) {
+  std::vector<Team> teams;
+  for (const Block& block : blocks)
+    if (std::none_of(teams.begin(), teams.end(), [&](Team& team) { return team.take(block); }))
+      teams.emplace_back(block);
+  return teams;
+}
 
 // Memory for all selections: for the choice of each, and for a block of its tokens.
 struct Memory {
@@ -166,17 +233,6 @@ inline void for_blocks(const std::vector<Call>& calls, const Memory& memory, Pas
     }
     pass(blocks);
   }
-}
-
-// Calls add(to) with `sum`, or with zeros of padded rows, which are then added to it.
-template <class Add>
-inline void with_padding(const Call& call, size_t tokens, float* padded, float* sum, Add add) {
-  if (!call.padded()) return add(sum);
-  const size_t wide = call.low.down.width;
-  std::fill(padded, padded + tokens * wide, 0.0f);
-  add(padded);
-  for (size_t t = 0; t < tokens; ++t)
-    for (size_t k = 0; k < call.width; ++k) sum[t * call.width + k] += padded[t * wide + k];
 }
 
 }  // namespace

@@ -6,51 +6,59 @@
 namespace shadowllm {
 namespace {  // other ops have types with the same names
 
-// Gate and up of all neurons from the copy, and the products of both, from place `at` of their memory on.
-inline void low_products(const Kernels& kernels, Activation activation, const Call& call, const BlockRoom& room,
-                         Picks picks, size_t at, Inputs inputs) {
-  const size_t tokens = room.tokens, first = at * tokens, count = picks.count * tokens;
-  float *h = room.low_hidden + first, *u = room.low_ups + first;
-  kernels.project(call.low.up, picks, inputs.up, tokens, u, {});
-  call.b_up.add(kernels, picks, tokens, u);
-  if (call.low.gated) {
-    float* g = room.low_gates + first;
-    kernels.project(call.low.gate, picks, inputs.gate, tokens, g, {});
-    call.b_gate.add(kernels, picks, tokens, g);
+// Gate and up of the picked neurons from the copy, and the products of both, from place `at` of their memory on.
+inline void low_products(const Kernels& kernels, Activation activation, const Team& team, Picks picks, size_t at) {
+  const Matrices& low = team.front().call.low;
+  const size_t tokens = team.front().room.tokens, first = at * tokens, count = picks.count * tokens;
+  team.project(
+      kernels, low.up, picks, [](const Block& block) { return block.low_inputs.up; },
+      [&](const Block& block) { return block.room.low_ups + first; });
+  if (low.gated)
+    team.project(
+        kernels, low.gate, picks, [](const Block& block) { return block.low_inputs.gate; },
+        [&](const Block& block) { return block.room.low_gates + first; });
+  for (const Block* block : team) {
+    const BlockRoom& room = block->room;
+    float *h = room.low_hidden + first, *u = room.low_ups + first, *g = low.gated ? room.low_gates + first : u;
+    block->call.b_up.add(kernels, picks, tokens, u);
+    if (low.gated) block->call.b_gate.add(kernels, picks, tokens, g);
     std::copy(g, g + count, h);
-  } else {
-    std::copy(u, u + count, h);
+    kernels.activate(activation, h, low.gated ? u : nullptr, count);
   }
-  kernels.activate(activation, h, call.low.gated ? u : nullptr, count);
 }
 
 // The neurons of a chunk whose full rows are the copy plus residuals.
 class NestedChunk {
  public:
-  // `picks`: the active neurons, in ascending order. `all`: 0, 1, 2, ...
-  NestedChunk(const Kernels& kernels, Activation activation, const Call& call, const BlockRoom& room, Picks picks,
-              const int32_t* all, Chunk chunk)
-      : kernels_(kernels), activation_(activation), call_(call), room_(room), chunk_(chunk) {
+  NestedChunk(const Kernels& kernels, Activation activation, const Block& block, size_t c)
+      : kernels_(kernels), activation_(activation), block_(block), call_(block.call), room_(block.room),
+        chunk_(block.chunks[c]) {
+    const Picks picks = call_.picks;
     const int32_t *end = picks.ids + picks.count,
-                  *from = std::lower_bound(picks.ids, end, static_cast<int32_t>(chunk.begin));
-    const int32_t* to = std::lower_bound(from, end, static_cast<int32_t>(chunk.end));
+                  *from = std::lower_bound(picks.ids, end, static_cast<int32_t>(chunk_.begin));
+    const int32_t* to = std::lower_bound(from, end, static_cast<int32_t>(chunk_.end));
     active_ = {from, static_cast<size_t>(to - from)};
     at_ = static_cast<size_t>(from - picks.ids);
-    every_ = {all + chunk.begin, chunk.size()};
+    every_ = {block.choice.all + chunk_.begin, chunk_.size()};
   }
 
-  // Adds the chunk to `sum` (tokens, low.down.width). `has_products`: those of the copy were computed for all neurons.
-  void add(Inputs inputs, bool has_products, float* sum) const {
+  // Completes the products of the active neurons, and adds the residuals of down to `sum` (tokens, low.down.width).
+  // `has_products`: those of the copy were computed for all neurons.
+  void add_residuals(bool has_products, float* sum) const {
     const bool by_neuron = has_products || call_.rest;  // where the products of the copy are: by neuron, or by pick
     if (!has_products) {
       const Picks picks = by_neuron ? every_ : active_;
-      low_products(kernels_, activation_, call_, room_, picks, by_neuron ? chunk_.begin : at_, inputs);
+      low_products(kernels_, activation_, Team(block_), picks, by_neuron ? chunk_.begin : at_);
     }
     for (size_t i = 0; i < active_.count; i += kGroup) {
       const size_t count = std::min(kGroup, active_.count - i);
       fetch(i + kGroup);
-      complete({active_.ids + i, count}, at_ + i, by_neuron, inputs, sum);
+      complete({active_.ids + i, count}, at_ + i, by_neuron, block_.low_inputs, sum);
     }
+  }
+
+  // Then adds the rows of the copy.
+  void add_copy(float* sum) const {
     const size_t tokens = room_.tokens;
     float* h = call_.rest ? room_.low_hidden + chunk_.begin * tokens : room_.hidden + at_ * tokens;
     int32_t* kept = call_.rest ? room_.low_kept + chunk_.begin : room_.kept + at_;
@@ -104,6 +112,7 @@ class NestedChunk {
 
   const Kernels& kernels_;
   const Activation activation_;
+  const Block& block_;
   const Call& call_;
   const BlockRoom& room_;
   const Chunk chunk_;

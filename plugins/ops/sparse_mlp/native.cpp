@@ -66,7 +66,7 @@ class SparseMlp {
     node_.pack_records({{kWGate, kSGate}, {kWUp, kSUp}, {kWDown, kSDown}});
   }
 
-  static void infer(const Api& api, OrtShapeInferContext* context) { infer_like_first_input(api, context); }
+  static void infer(const Api& api, OrtShapeInferContext* context) { infer_like_input(api, context, kX, 0); }
 
   void compute(OrtKernelContext* context) const {
     const std::vector<Tensor> in = node_.inputs(context);
@@ -200,17 +200,17 @@ class SparseMlp {
     kernels_.activate(activation_, h, of.gated ? u : nullptr, picks.count * tokens);
   }
 
-  // Adds a chunk of a block to the scores of all neurons: norm * sum over the tokens of |product|.
-  void score(const Block& block, Chunk chunk) const {
-    const Call& call = block.call;
-    const BlockRoom& room = block.room;
-    low_products(kernels_, activation_, call, room, {block.choice.all + chunk.begin, chunk.size()}, chunk.begin,
-                 block.low_inputs);
-    for (size_t i = chunk.begin; i < chunk.end; ++i) {
-      const float* h = room.low_hidden + i * room.tokens;
-      float total = 0;
-      for (size_t t = 0; t < room.tokens; ++t) total += std::fabs(h[t]);
-      block.choice.scores[i] += call.norms[i] * total;
+  // Adds a chunk to the scores of all neurons: norm * sum over the tokens of |product|.
+  void score(const Team& team, Chunk chunk) const {
+    low_products(kernels_, activation_, team, {team.front().choice.all + chunk.begin, chunk.size()}, chunk.begin);
+    for (const Block* block : team) {
+      const BlockRoom& room = block->room;
+      for (size_t i = chunk.begin; i < chunk.end; ++i) {
+        const float* h = room.low_hidden + i * room.tokens;
+        float total = 0;
+        for (size_t t = 0; t < room.tokens; ++t) total += std::fabs(h[t]);
+        block->choice.scores[i] += block->call.norms[i] * total;
+      }
     }
   }
 
@@ -232,27 +232,44 @@ class SparseMlp {
     for (size_t i = 0; i < picks.count; ++i) marks[picks.ids[i]] = 1;
   }
 
-  // Adds the neurons of a chunk that are not marked, from the copy, to `sum` (tokens, width).
-  void add_rest(const Call& call, const ChoiceRoom& choice, const BlockRoom& room, Chunk chunk, float* padded,
-                float* sum) const {
-    const size_t tokens = room.tokens;
-    float* h = room.low_hidden + chunk.begin * tokens;
-    for (size_t i = chunk.begin; i < chunk.end; ++i)
-      if (choice.marks[i] != 0) std::fill_n(h + (i - chunk.begin) * tokens, tokens, 0.0f);
-    Picks left{choice.all + chunk.begin, chunk.size()};
-    if (activation_.zeroes()) {
-      int32_t* kept = room.low_kept + chunk.begin;
-      left = {kept, drop_zeros(left, tokens, h, kept)};
+  // Adds the neurons of a chunk that are not marked, from the copy.
+  void add_rest(const Team& team, size_t c) const {
+    const Chunk chunk = team.chunks[c];
+    for (const Block* block : team) {
+      const size_t tokens = block->room.tokens;
+      float* h = block->room.low_hidden + chunk.begin * tokens;
+      for (size_t i = chunk.begin; i < chunk.end; ++i)
+        if (block->choice.marks[i] != 0) std::fill_n(h + (i - chunk.begin) * tokens, tokens, 0.0f);
     }
-    with_padding(call, tokens, padded, sum,
-                 [&](float* to) { kernels_.accumulate(call.low.down, left, h, tokens, to, {}); });
+    add_copy(team, c, [&](const Block& block) {
+      float* h = block.room.low_hidden + chunk.begin * block.room.tokens;
+      int32_t* kept = block.room.low_kept + chunk.begin;
+      const Picks left{kept, drop_zeros({block.choice.all + chunk.begin, chunk.size()}, block.room.tokens, h, kept)};
+      kernels_.accumulate(block.call.low.down, left, h, block.room.tokens, block.low_sum(c), {});
+    });
   }
 
-  // Adds a chunk of neurons whose full rows are the copy plus residuals to `sum` (tokens, width).
-  void add_nested(const Call& call, Picks picks, const ChoiceRoom& choice, const BlockRoom& room, Chunk chunk,
-                  Inputs inputs, bool has_products, float* padded, float* sum) const {
-    const NestedChunk nested(kernels_, activation_, call, room, picks, choice.all, chunk);
-    with_padding(call, room.tokens, padded, sum, [&](float* to) { nested.add(inputs, has_products, to); });
+  // Adds a chunk of neurons whose full rows are the copy plus residuals.
+  void add_nested(const Team& team, size_t c) const {
+    for (const Block* block : team)
+      NestedChunk(kernels_, activation_, *block, c).add_residuals(block->call.kept(), block->low_sum(c));
+    add_copy(team, c,
+             [&](const Block& block) { NestedChunk(kernels_, activation_, block, c).add_copy(block.low_sum(c)); });
+  }
+
+  // Adds the rows of the copy for a chunk of neurons: of all for the whole team, or those that add_one(block) picks.
+  template <class AddOne>
+  void add_copy(const Team& team, size_t c, AddOne add_one) const {
+    const Chunk chunk = team.chunks[c];
+    const Call& call = team.front().call;
+    if (call.rest && !activation_.zeroes())
+      team.accumulate(
+          kernels_, call.low.down, {team.front().choice.all + chunk.begin, chunk.size()},
+          [&](const Block& block) { return block.room.low_hidden + chunk.begin * block.room.tokens; },
+          [&](const Block& block) { return block.low_sum(c); });
+    else
+      for (const Block* block : team) add_one(*block);
+    for (const Block* block : team) block->add_padded(c);
   }
 
   // Adds a chunk of the active neurons, from their full rows, to `sum` (tokens, width).
@@ -267,25 +284,24 @@ class SparseMlp {
     kernels_.accumulate(call.full.down, left, h, room.tokens, sum, {});
   }
 
-  // Adds up a chunk of the neurons of a block, into its part of the block's memory.
-  void add_chunk(const Block& block, size_t c, bool has_products) const {
-    const Call& call = block.call;
-    const ChoiceRoom& choice = block.choice;
-    const BlockRoom& room = block.room;
-    const size_t part = room.tokens * call.width, low_part = call.padded() ? room.tokens * call.low.down.width : 0;
-    const Chunk chunk = block.chunks[c], full = block.chunks.of(call.picks.count)[c];
-    float *sum = room.parts + c * part, *padded = room.low_parts + c * low_part;
-    std::fill(sum, sum + part, 0.0f);
-    if (call.gate_first)
-      return add_gate_first(kernels_, activation_, call, {call.picks.ids + full.begin, full.size()}, block.inputs, room,
-                            full.begin, choice.marks, sum);
-    if (call.nested())
-      return add_nested(call, call.picks, choice, room, chunk, block.low_inputs, has_products, padded, sum);
-    if (call.rest && !has_products)
-      low_products(kernels_, activation_, call, room, {choice.all + chunk.begin, chunk.size()}, chunk.begin,
-                   block.low_inputs);
-    if (call.rest) add_rest(call, choice, room, chunk, padded, sum);
-    add_full(call, call.picks, room, full, block.inputs, sum);
+  // Adds up a chunk of the neurons of each block, into its part of the block's memory.
+  void add_chunk(const Team& team, size_t c) const {
+    for (const Block* block : team) block->clear(c);
+    const Call& call = team.front().call;
+    if (call.nested()) return add_nested(team, c);
+    const Chunk chunk = team.chunks[c];
+    if (call.rest && !call.kept())
+      low_products(kernels_, activation_, team, {team.front().choice.all + chunk.begin, chunk.size()}, chunk.begin);
+    if (call.rest) add_rest(team, c);
+    for (const Block* block : team) {
+      const Call& own = block->call;
+      const Chunk full = block->chunks.of(own.picks.count)[c];
+      if (own.gate_first)
+        add_gate_first(kernels_, activation_, own, {own.picks.ids + full.begin, full.size()}, block->inputs,
+                       block->room, full.begin, block->choice.marks, block->sum(c));
+      else
+        add_full(own, own.picks, block->room, full, block->inputs, block->sum(c));
+    }
   }
 
   // The result of a block: its parts in order, and the bias.
@@ -310,8 +326,8 @@ class SparseMlp {
       for_blocks(calls, memory, [&](std::vector<Block>& blocks) {
         for (Block& block : blocks)
           if (block.call.scoring()) block.low_inputs = prepare_low(block.call, block.room, block.x);
-        in_chunks(pool, blocks, [&](const Block& block, size_t c) {
-          if (block.call.scoring()) score(block, block.chunks[c]);
+        in_chunks(pool, in_teams(blocks), [&](const Team& team, size_t c) {
+          if (team.front().call.scoring()) score(team, team.chunks[c]);
         });
       });
     pool.run(calls.size(), [&](size_t i) { choose(calls[i], memory.choices[i]); });
@@ -321,7 +337,7 @@ class SparseMlp {
         if (!call.nested()) block.inputs = prepare(call.full, block.x, block.room.tokens, block.room.inputs);
         if (call.nested() || (call.rest && !call.kept())) block.low_inputs = prepare_low(call, block.room, block.x);
       }
-      in_chunks(pool, blocks, [&](const Block& block, size_t c) { add_chunk(block, c, block.call.kept()); });
+      in_chunks(pool, in_teams(blocks), [&](const Team& team, size_t c) { add_chunk(team, c); });
       if (blocks.size() == 1) return finish(pool, blocks.front());
       pool.run(blocks.size(), [&](size_t i) { finish(Pool::none(), blocks[i]); });
     });

@@ -18,6 +18,7 @@ from tests.plugins.selections import assert_same_alone, each_selects
 pytestmark = built
 WEIGHTS = (*MIXED_WEIGHTS[:-1], *MLP_SCALES)  # all but rest
 COUNTS, RESTS = (300, 1000, 0, 41), (1, 0, 1, 1)
+ONES, RESTS_OF_11 = (1,) * 5, (1, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0)
 SIZE = (192, 1000, 4, 1, 0)  # enough rows for several chunks
 BIASED = mlp_inputs("llama-biases", SIZE)
 CASES = {
@@ -28,6 +29,15 @@ CASES = {
     "chosen": each_selects(mixed_inputs("llama", SIZE), COUNTS, 1000, RESTS),
     "chosen, prompts": each_selects(mixed_inputs("llama", (123, 88, 4, 70, 0)), (3, 88, 0, 41), 88, RESTS),
     "nested": each_selects(mixed_inputs("llama-biases", SIZE, q=NESTED["int6"]), COUNTS, 1000, RESTS),
+    # Rows of the copy are read once for sequences with the same count and rest, at most eight of them.
+    "alike": each_selects(
+        mixed_inputs("llama-biases", (192, 1000, 11, 1, 0)), (300,) * 9 + (41, 41), 1000, RESTS_OF_11
+    ),
+    "alike, nested": each_selects(
+        mixed_inputs("llama", (192, 1000, 5, 1, 0), q=NESTED["int6"]), (300,) * 5, 1000, ONES
+    ),
+    "alike, wide copy": each_selects(mixed_inputs("llama", (123, 88, 5, 1, 0)), (3,) * 5, 88, ONES),
+    "alike, zeros": each_selects(mixed_inputs("opt", (192, 1000, 5, 1, 0), choosing=False), (300,) * 5, 1000, ONES),
     "gate first": each_selects(gate_first_inputs("relu-gated", SIZE[:4]), COUNTS, 1000),
 }
 
@@ -38,7 +48,7 @@ def outputs(inputs, activation):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_sequence_has_the_same_bits_alone(name, isa):
-    activation = "relu" if name in ("given", "gate first") else "silu"
+    activation = "relu" if name in ("given", "gate first", "alike, zeros") else "silu"
     assert_same_alone(partial(outputs, activation=activation), CASES[name], ("x", "indices", "count", "rest"))
 
 
