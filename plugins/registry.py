@@ -36,14 +36,23 @@ FOLDERS = (
     "score_neurons",
     "shortlist_logits",
 )
+# Ops of the native library only. Sessions put them into the graphs that they load, so no bundle and no engine has them.
+# Such a folder has schema.py, reference.py and native.cpp.
+NATIVE_FOLDERS = ("cached_attention",)
 
 
 def _member(folder: str, module: str, name: str) -> Any:
     return getattr(import_module(f"shadowllm.plugins.ops.{folder}.{module}"), name)
 
 
-_FOLDERS: dict[str, str] = {_member(folder, "schema", folder.upper()).name: folder for folder in FOLDERS}
-SCHEMAS: dict[str, OpSchema] = {op: _member(folder, "schema", folder.upper()) for op, folder in _FOLDERS.items()}
+def _schemas(folders: tuple[str, ...]) -> dict[str, OpSchema]:
+    schemas = (_member(folder, "schema", folder.upper()) for folder in folders)
+    return {schema.name: schema for schema in schemas}
+
+
+SCHEMAS = _schemas(FOLDERS)
+NATIVE_SCHEMAS = _schemas(NATIVE_FOLDERS)
+_FOLDERS = dict(zip((*SCHEMAS, *NATIVE_SCHEMAS), (*FOLDERS, *NATIVE_FOLDERS), strict=True))
 
 
 def reference(op: str) -> Callable[..., Any]:

@@ -360,9 +360,9 @@ void infer_output(const Api& api, OrtShapeInferContext* context, size_t output, 
   api.check(api.shape_infer_set_output(context, output, shape));
 }
 
-void infer_like_first_input(const Api& api, OrtShapeInferContext* context) {
+void infer_like_input(const Api& api, OrtShapeInferContext* context, size_t input, size_t output) {
   OrtTensorTypeAndShapeInfo* x = nullptr;  // owned by the context
-  api.check(api.shape_infer_get_input(context, 0, &x));
+  api.check(api.shape_infer_get_input(context, input, &x));
   size_t rank = 0;
   api.check(api.get_dimensions_count(x, &rank));
   std::vector<int64_t> dims(rank);
@@ -372,7 +372,7 @@ void infer_like_first_input(const Api& api, OrtShapeInferContext* context) {
   // ONNX Runtime would treat an unknown dimension without a name as size -1, so no shape is set.
   for (size_t i = 0; i < rank; ++i)
     if (dims[i] < 0 && *names[i] == '\0') return;
-  api.check(api.shape_infer_set_output(context, 0, x));
+  api.check(api.shape_infer_set_output(context, output, x));
 }
 
 }  // namespace shadowllm

@@ -261,8 +261,8 @@ struct Registration : OrtCustomOp {
 void infer_output(const Api& api, OrtShapeInferContext* context, size_t output, int type, const int64_t* dims,
                   const char** names, size_t rank);
 
-// Shape inference of an op whose output has the shape of its first input.
-void infer_like_first_input(const Api& api, OrtShapeInferContext* context);
+// Shape inference of an output that has the shape of an input.
+void infer_like_input(const Api& api, OrtShapeInferContext* context, size_t input, size_t output);
 
 // An op of this library.
 struct Entry {
@@ -293,5 +293,6 @@ extern const Entry kSelectTopK;
 extern const Entry kSparseMlp;
 extern const Entry kSparseAttention;
 extern const Entry kShortlistLogits;
+extern const Entry kCachedAttention;
 
 }  // namespace shadowllm

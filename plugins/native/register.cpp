@@ -8,7 +8,8 @@
 namespace shadowllm {
 namespace {
 
-constexpr const Entry* kEntries[] = {&kSelectTopK, &kSparseMlp, &kSparseAttention, &kShortlistLogits};
+constexpr const Entry* kEntries[] = {&kSelectTopK, &kSparseMlp, &kSparseAttention, &kShortlistLogits,
+                                     &kCachedAttention};
 
 bool has_absent_inputs(const Entry& op) {
   return std::any_of(op.ports, op.ports + op.port_count,

@@ -1,23 +1,30 @@
-"""Graph pass: replaces dense attention by ONNX Runtime's fused op ``com.microsoft::GroupQueryAttention``.
+"""Graph pass: replaces dense attention by one op.
+
+It is ``CachedAttention`` of the native library, or ONNX Runtime's ``com.microsoft::GroupQueryAttention``.
 
 A bundle's graphs use standard ONNX, which TensorRT reads too. At one token on a CPU, the overhead of the standard
 nodes of an attention block is larger than their arithmetic. The fused op splits the projection, applies RoPE,
-writes the cache in place and reads only the visible part of it.
+writes the cache in place and reads only the visible part of it. The native op takes less time for one token, any head
+size, and several tokens of several sequences. ONNX Runtime's is faster for long prompts.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PreconditionError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from shadowllm.bundle.op_domain import DOMAIN
 from shadowllm.models.rope import RopeSpec
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.function_body import MICROSOFT
+from shadowllm.plugins.ops.cached_attention.schema import CACHED_ATTENTION
 
 FUSED = "GroupQueryAttention"
 
@@ -26,15 +33,16 @@ class FuseAttention(InPlacePass):
     """Replaces every dense attention block of a graph from `exporter.graphs.bundle_graphs`.
 
     Requires: each ``Attention`` reads a cache that ``TensorScatter`` wrote, and a query split from one stacked q/k/v
-    projection. Ensures: the same inputs and outputs under the same names. The graph does not change if the op does
-    not support the model's head size.
+    projection. Ensures: the same inputs and outputs under the same names. The graph does not change if ONNX Runtime's
+    op does not support the model's head size.
 
     Args:
         spec: spec of the model.
+        native: use the native op.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: ModelSpec, native: bool = False) -> None:
+        self._spec, self._native = spec, native
 
     def requires(self, model: ir.Model) -> None:
         """See the class.
@@ -53,24 +61,24 @@ class FuseAttention(InPlacePass):
         if blocks:
             shared = _Shared(model.graph, self._spec)
             for node in blocks:
-                _fuse(model.graph, node, shared)
+                _fuse(model.graph, node, shared, _native_op if self._native else _runtime_op)
             model.graph.opset_imports[MICROSOFT] = 1
             RemoveUnusedNodesPass()(model)
         return PassResult(model, modified=bool(blocks))
 
     def _blocks(self, model: ir.Model) -> list[ir.Node]:
-        if not fuses(self._spec):
+        if not self._native and not fuses(self._spec):
             return []
         return [node for node in model.graph if node.op_type == "Attention"]
 
 
 def fuses(spec: ModelSpec) -> bool:
-    """Return whether the fused op supports the model's head size."""
+    """Return whether ONNX Runtime's op supports the model's head size."""
     return spec.head_dim % (16 if spec.rope else 8) == 0
 
 
 def is_fused(node: ir.Node) -> bool:
-    """Return whether a node is the fused op."""
+    """Return whether a node is ONNX Runtime's op."""
     return node.domain == MICROSOFT and node.op_type == FUSED
 
 
@@ -84,12 +92,21 @@ class _Shared:
         positions = next(value for value in graph.inputs if value.name == "position_ids")
         last = self._op("Gather", positions, self._constant("last_index", np.int64(-1)), axis=1)
         self.last_slots = self._op("Cast", last, to=ir.DataType.INT32)
-        longest = self._op("ReduceMax", self.last_slots, keepdims=0)
-        self.total = self._op("Add", longest, self._constant("one", np.int32(1)))
-        width = (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim
-        widths = self._constant("projected_width", np.array([width]))
-        self.shape = self._op("Concat", self._op("Shape", positions), widths, axis=0)
+        self._positions = positions
         self._tables: dict[RopeSpec, tuple[ir.Value, ...]] = {}
+
+    @cached_property
+    def total(self) -> ir.Value:
+        """int32 ``()``: the length of the longest sequence."""
+        longest = self._op("ReduceMax", self.last_slots, keepdims=0)
+        return self._op("Add", longest, self._constant("one", np.int32(1)))
+
+    @cached_property
+    def shape(self) -> ir.Value:
+        """The shape of a projection, ``(batch, seqlen, (n_heads + 2*n_kv_heads)*head_dim)``."""
+        width = (self.spec.n_heads + 2 * self.spec.n_kv_heads) * self.spec.head_dim
+        widths = self._constant("projected_width", np.array([width]))
+        return self._op("Concat", self._op("Shape", self._positions), widths, axis=0)
 
     def tables(self, layer: int) -> tuple[ir.Value, ...]:
         """Cosine and sine per position of a layer; none if it does not rotate."""
@@ -115,34 +132,16 @@ class _Shared:
         return node.outputs[0]
 
 
-def _fuse(graph: ir.Graph, attention: ir.Node, shared: _Shared) -> None:
-    spec = shared.spec
+_Op = Callable[[_Shared, ir.Value, Sequence[ir.Value | None], Sequence[ir.Value]], list[ir.Node]]
+
+
+def _fuse(graph: ir.Graph, attention: ir.Node, shared: _Shared, op: _Op) -> None:
     scatters = [_producer(attention.inputs[i], "TensorScatter") for i in (1, 2)]
-    tables = shared.tables(_layer(scatters[0]))
-    packed = ir.node("Reshape", [_projection(attention.inputs[0]), shared.shape])
-    fused = ir.node(
-        FUSED,
-        [
-            packed.outputs[0],
-            None,
-            None,
-            *(scatter.inputs[0] for scatter in scatters),
-            shared.last_slots,
-            shared.total,
-            *tables,
-        ],
-        {
-            "num_heads": spec.n_heads,
-            "kv_num_heads": spec.n_kv_heads,
-            "scale": 1 / math.sqrt(spec.head_dim),
-            "do_rotary": int(bool(tables)),
-        },
-        domain=MICROSOFT,
-        num_outputs=3,
-        name=attention.name,
-    )
-    graph.insert_before(attention, [packed, fused])
-    context, *caches = fused.outputs
+    pasts, tables = [scatter.inputs[0] for scatter in scatters], shared.tables(_layer(scatters[0]))
+    nodes = op(shared, _projection(attention.inputs[0]), pasts, tables)
+    nodes[-1].name = attention.name
+    graph.insert_before(attention, nodes)
+    context, *caches = nodes[-1].outputs
     for scatter, cache in zip(scatters, caches, strict=True):
         _take_over(graph, scatter.outputs[0], cache)
     # The graph has Attention -> Transpose -> Reshape to (batch*seqlen, n_heads*head_dim). The fused op's output needs
@@ -150,6 +149,28 @@ def _fuse(graph: ir.Graph, attention: ir.Node, shared: _Shared) -> None:
     (transpose,) = attention.outputs[0].consumers()
     (reshape,) = transpose.outputs[0].consumers()
     reshape.replace_input_with(0, context)
+
+
+def _runtime_op(
+    shared: _Shared, projected: ir.Value, pasts: Sequence[ir.Value | None], tables: Sequence[ir.Value]
+) -> list[ir.Node]:
+    spec = shared.spec
+    packed = ir.node("Reshape", [projected, shared.shape])
+    attributes = {
+        "num_heads": spec.n_heads,
+        "kv_num_heads": spec.n_kv_heads,
+        "scale": 1 / math.sqrt(spec.head_dim),
+        "do_rotary": int(bool(tables)),
+    }
+    inputs = [packed.outputs[0], None, None, *pasts, shared.last_slots, shared.total, *tables]
+    return [packed, ir.node(FUSED, inputs, attributes, domain=MICROSOFT, num_outputs=3)]
+
+
+def _native_op(
+    shared: _Shared, projected: ir.Value, pasts: Sequence[ir.Value | None], tables: Sequence[ir.Value]
+) -> list[ir.Node]:
+    inputs, attributes = [projected, *pasts, shared.last_slots, *tables], {"n_heads": shared.spec.n_heads}
+    return [ir.node(CACHED_ATTENTION.name, inputs, attributes, domain=DOMAIN, num_outputs=3)]
 
 
 def _projection(query: ir.Value | None) -> ir.Value:

@@ -75,7 +75,7 @@ def for_cpu(
 
 def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: bool, rounded: bool) -> list[InPlacePass]:
     """The passes for a graph, in their order."""
-    passes: list[InPlacePass] = [FuseAttention(manifest.spec)] if fused else []
+    passes: list[InPlacePass] = [FuseAttention(manifest.spec, native)] if fused else []
     q = manifest.quantisation
     if q and q.residual_bits:
         passes.insert(0, JoinNested(q))

@@ -24,6 +24,7 @@ from shadowllm.plugins import native_ops
 from shadowllm.plugins.reference import copy_rows
 from shadowllm.plugins.registry import reference
 from tests.plugins.native_model import ONNX_TYPES, STATES, integers, run_all
+from tests.plugins.ops.cached_attention.native_inputs import cached_inputs
 from tests.plugins.ops.select_topk.native_inputs import scores_of
 from tests.plugins.ops.shortlist_logits.table_inputs import (
     KINDS,
@@ -55,7 +56,7 @@ class Case:
 
 def draw(rng: np.random.Generator) -> Case:
     """A valid case of any op."""
-    return (mlp, attention, topk, logits)[rng.integers(4)](rng)
+    return (mlp, attention, topk, logits, cached)[rng.integers(5)](rng)
 
 
 def mlp(rng: np.random.Generator) -> Case:
@@ -106,6 +107,14 @@ def logits(rng: np.random.Generator) -> Case:
     return Case("ShortlistLogits", inputs, ("table", "copy", "scales", "errors", "weighting"), {})
 
 
+def cached(rng: np.random.Generator) -> Case:
+    kv_heads, group, half, batch, seqlen = (int(n) for n in rng.integers(1, [4, 4, 40, 4, 40]))
+    capacity, heads = seqlen + int(rng.integers(0, 60)), kv_heads * group
+    last = tuple(int(n) for n in rng.integers(seqlen - 1, capacity, batch))
+    inputs = cached_inputs((heads, kv_heads, 2 * half, capacity, seqlen, last), rng.random() < 0.7)
+    return Case("CachedAttention", inputs, (), {"n_heads": heads})
+
+
 def copy_format(rng: np.random.Generator) -> Quantisation:
     """The format of a low-bit copy, or of nested integers that contain one."""
     q = rng.choice(np.array([Quantisation(4, 64), *NESTED.values()], dtype=object))
@@ -143,7 +152,20 @@ def damage(rng: np.random.Generator, inputs: Inputs) -> Inputs:
         spoilt = np.ones(rng.integers(0, 5, int(rng.integers(0, 6))), dtype=value.dtype)
     else:
         required = {"x", "key", "value", "lengths", "indices", "count", "counts", "scores", "w_up", "w_down"}
-        required |= {"w_q", "w_o", "table", "copy", "scales", "errors", "shortlist", "certify"}
+        required |= {
+            "w_q",
+            "w_o",
+            "table",
+            "copy",
+            "scales",
+            "errors",
+            "shortlist",
+            "certify",
+            "projected",
+            "past_key",
+            "past_value",
+            "last",
+        }
         spoilt = value if name in required else None
     return inputs | {name: spoilt}
 
@@ -202,10 +224,12 @@ def main() -> int:
         inputs = damage(rng, case.inputs) if spoil else case.inputs
         fed = all(v is None or v.dtype in ONNX_TYPES for v in inputs.values()) and rng.random() < 0.5
         weights = () if fed else case.weights  # 16-bit tensors can only be initializers
-        layer = {"SelectTopK": {}, "ShortlistLogits": {"exact_copies": 1}}.get(case.op, {"layer": 1})
+        layer = {"SelectTopK": {}, "CachedAttention": {}, "ShortlistLogits": {"exact_copies": 1}}.get(
+            case.op, {"layer": 1}
+        )
         problem = None
         try:
-            outputs = 1 if case.op == "SelectTopK" else 2
+            outputs = {"SelectTopK": 1, "CachedAttention": 3}.get(case.op, 2)
             threads = int(rng.integers(1, 3))
             result = run_all(case.op, inputs, weights, threads, outputs, **case.attributes, **layer)
             problem = None if spoil else judge(case, result)

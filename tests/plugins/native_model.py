@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from shadowllm.bundle import op_domain
 from shadowllm.bundle.quantisation import Quantisation, dense_rows, quantise
 from shadowllm.plugins import native_ops
-from shadowllm.plugins.registry import SCHEMAS
+from shadowllm.plugins.registry import NATIVE_SCHEMAS, SCHEMAS
 
 ort = pytest.importorskip("onnxruntime")
 built = pytest.mark.skipif(not native_ops.kernels(), reason="the native ops are not built")
@@ -38,7 +38,7 @@ def make_session(
     **attributes,
 ):
     """A session of one node. Inputs named in ``weights`` are initializers. The others are given at each run."""
-    schema = SCHEMAS[op]
+    schema = (SCHEMAS | NATIVE_SCHEMAS)[op]
     given = {name: value for name, value in inputs.items() if value is not None}
     node = helper.make_node(
         op,

@@ -16,7 +16,7 @@ from shadowllm.bundle import op_domain
 from shadowllm.errors import UserError
 from shadowllm.plugins import native_ops
 from shadowllm.plugins.function_body import OPSET, FunctionForm
-from shadowllm.plugins.registry import SCHEMAS, function_bodies
+from shadowllm.plugins.registry import NATIVE_SCHEMAS, SCHEMAS, function_bodies
 from tests.plugins.native_model import built, make_session, ort, run
 from tests.plugins.ops.select_topk.native_inputs import scores_of
 from tests.plugins.ops.shortlist_logits.table_inputs import table_inputs, with_counts
@@ -232,12 +232,13 @@ def test_what_is_registered_has_the_ports_of_the_schemas():
     tell = ctypes.CDLL(str(native_ops.library())).shadowllm_native_signatures
     tell.restype = ctypes.c_char_p
     told = dict(line.split(" ", 1) for line in tell().decode().splitlines())
-    assert set(told) == set(SCHEMAS) - {"ScoreNeurons"}  # whose body is as fast
+    schemas = SCHEMAS | NATIVE_SCHEMAS
+    assert set(told) == set(schemas) - {"ScoreNeurons"}  # whose body is as fast
     types = {"T": {TensorProto.FLOAT, 0}, "float32": {TensorProto.FLOAT}, "int32": {TensorProto.INT32}}
     types["uint8"] = {TensorProto.UINT8}
     for op, line in told.items():
         inputs, outputs = line.split("-> ")
-        ports = (*SCHEMAS[op].inputs, *SCHEMAS[op].outputs)
+        ports = (*schemas[op].inputs, *schemas[op].outputs)
         for port, text in zip(ports, (*inputs.split(), *outputs.split()), strict=True):
             name, dtype, optional = text.split(":")
             assert (name, int(optional)) == (port.name, port.optional)

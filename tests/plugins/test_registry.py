@@ -16,7 +16,7 @@ import pytest
 from shadowllm.bundle.quantisation import Quantisation
 from shadowllm.plugins import registry
 from shadowllm.plugins.function_body import CopyForm, FunctionForm, TableForm
-from shadowllm.plugins.registry import SCHEMAS
+from shadowllm.plugins.registry import NATIVE_SCHEMAS, SCHEMAS
 
 SOURCES = Path(__file__).parents[2] / "plugins"
 COPIES = {"copy": CopyForm(64, 20, Quantisation(4)), "table": TableForm(64, 20, Quantisation(4))}
@@ -36,14 +36,14 @@ UNREAD = {
 
 def test_every_folder_is_registered():
     folders = {path.parent.name for path in (SOURCES / "ops").glob("*/schema.py")}
-    assert folders == set(registry.FOLDERS)
+    assert folders == {*registry.FOLDERS, *registry.NATIVE_FOLDERS}
     assert list(SCHEMAS) == [schema.name for schema in SCHEMAS.values()]
     assert len(SCHEMAS) == len(registry.FOLDERS)
 
 
-@pytest.mark.parametrize("op", SCHEMAS)
+@pytest.mark.parametrize("op", SCHEMAS | NATIVE_SCHEMAS)
 def test_no_name_stands_twice(op):
-    schema = SCHEMAS[op]
+    schema = (SCHEMAS | NATIVE_SCHEMAS)[op]
     names = [part.name for part in (*schema.inputs, *schema.outputs, *schema.attributes)]
     assert len(set(names)) == len(names)
 
@@ -68,6 +68,12 @@ def test_functions_take_the_ports_and_attributes(op, backend):
     if backend == "launcher" and op in BLOCKS:
         wanted.append(("block", True))
     assert arguments(getattr(registry, backend)(op)) == wanted
+
+
+@pytest.mark.parametrize("op", NATIVE_SCHEMAS)
+def test_references_of_native_ops_take_the_ports_and_attributes(op):
+    parts = (*NATIVE_SCHEMAS[op].inputs, *NATIVE_SCHEMAS[op].attributes)
+    assert arguments(registry.reference(op)) == [(part.name, getattr(part, "optional", False)) for part in parts]
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
@@ -121,7 +127,10 @@ def test_the_cpp_plugins_are_those_of_the_schemas():
     [
         (["registry", "kernel_program_bytes"], ["numpy", "torch", "triton", "onnx", "onnx_ir"]),
         (["tensorrt.creators"], ["triton", "onnx", "onnx_ir"]),
-        ([f"ops.{folder}.reference" for folder in registry.FOLDERS], ["torch", "triton", "onnx", "onnx_ir"]),
+        (
+            [f"ops.{folder}.reference" for folder in (*registry.FOLDERS, *registry.NATIVE_FOLDERS)],
+            ["torch", "triton", "onnx", "onnx_ir"],
+        ),
         ([f"ops.{folder}.function" for folder in registry.FOLDERS], ["torch", "triton", "onnxruntime"]),
     ],
     ids=lambda names: names[0],

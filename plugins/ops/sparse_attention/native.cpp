@@ -54,7 +54,7 @@ class SparseAttention {
     node_.bound("n_heads", n_heads_, 1, INT32_MAX);
   }
 
-  static void infer(const Api& api, OrtShapeInferContext* context) { infer_like_first_input(api, context); }
+  static void infer(const Api& api, OrtShapeInferContext* context) { infer_like_input(api, context, kX, 0); }
 
   void compute(OrtKernelContext* context) const {
     const std::vector<Tensor> in = node_.inputs(context);

@@ -57,7 +57,7 @@ def sparse_attention(
             if cos is not None and sin is not None:
                 query = rotate(query, cos.astype(np.float32), sin.astype(np.float32))
             keys, values = (cache[:, head // group].astype(np.float32) for cache in (key, value))
-            y += _attend(query, keys, values, visible) @ o_rows[rows]
+            y += attend(query, keys, values, visible) @ o_rows[rows]
 
     full_q, full_o = full_rows(w_q, s_q, c_q, cs_q, width), full_rows(w_o, s_o, c_o, cs_o, width)
     add(heads.tolist(), full_q, full_o)
@@ -78,7 +78,7 @@ def _largest(x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, 
     return (groups[:, None] * together + np.arange(together)).reshape(-1)
 
 
-def _attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray, visible: np.ndarray) -> np.ndarray:
+def attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray, visible: np.ndarray) -> np.ndarray:
     """The attention of one head's queries ``(B, S, d)`` over its cache ``(B, C, d)``."""
     scores = np.where(visible, query @ keys.transpose(0, 2, 1) / math.sqrt(query.shape[2]), -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))

@@ -9,15 +9,17 @@ import pytest
 from onnx_ir.passes import PreconditionError
 
 from shadowllm.bundle.manifest import read_manifest
+from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort.fuse_attention import FuseAttention
+from tests.plugins.native_model import built
 
 CAPACITY = 8
 
 
-def load(folder, fuse):
+def load(folder, fuse, native=False):
     model = ir.load(folder / "dense.onnx")
     if fuse:
-        FuseAttention(read_manifest(folder).spec)(model)
+        FuseAttention(read_manifest(folder).spec, native)(model)
     return model
 
 
@@ -25,6 +27,7 @@ def run(folder, model, steps):
     """Run steps of ``(input_ids, positions)`` over one cache; every output of each step."""
     options = ort.SessionOptions()
     options.log_severity_level = 3  # it warns of caches that are not bound in place
+    native_ops.register(options)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
     spec = read_manifest(folder).spec
@@ -43,15 +46,28 @@ def run(folder, model, steps):
     return found
 
 
-@pytest.mark.parametrize("variant", ["llama-head-dim-16", "opt-head-dim-16", "qwen3", "smollm3"])
-def test_the_fused_graph_equals_the_standard_one(bundle, variant):
+SIZES_OF_16 = ("llama-head-dim-16", "opt-head-dim-16", "qwen3", "smollm3")
+
+
+@pytest.mark.parametrize(
+    ("variant", "op"),
+    [(variant, "GroupQueryAttention") for variant in SIZES_OF_16]
+    + [
+        pytest.param(variant, "CachedAttention", marks=built)
+        for variant in (*SIZES_OF_16, "llama-head-dim", "opt", "phi3")
+    ],
+)
+def test_the_fused_graph_equals_the_standard_one(bundle, variant, op):
     folder = bundle(variant)
-    standard, fused = load(folder, False), load(folder, True)
+    standard, fused = load(folder, False), load(folder, True, native=op == "CachedAttention")
     kinds = [node.op_type for node in fused.graph]
-    assert kinds.count("GroupQueryAttention") == read_manifest(folder).spec.n_layers
+    assert kinds.count(op) == read_manifest(folder).spec.n_layers
     assert not {"Attention", "TensorScatter", "RotaryEmbedding"} & set(kinds)
-    # A prompt, a step at the same position, then one where the second sequence has fallen behind.
+    # A prompt, a step at the same position, then one where the second sequence has fallen behind. Only the native op
+    # takes several tokens after different pasts.
     steps = [([[5, 17, 42], [8, 61, 3]], [[0, 1, 2]] * 2), ([[7], [9]], [[3], [3]]), ([[11], [12]], [[4], [2]])]
+    if op == "CachedAttention":
+        steps.append(([[3, 4], [5, 6]], [[5, 6], [3, 4]]))
     expected, found = run(folder, standard, steps), run(folder, fused, steps)
     for (_, positions), ours, theirs in zip(steps, found, expected, strict=True):
         assert list(ours) == list(theirs)

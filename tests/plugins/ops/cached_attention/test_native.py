@@ -1,0 +1,77 @@
+"""Compares the native op with float64 arithmetic; see `native_model`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from shadowllm.plugins.ops.cached_attention.reference import cached_attention
+from tests.plugins.native_model import assert_as_exact_as, built, make_session, ort, run_all
+from tests.plugins.ops.cached_attention.native_inputs import cached_inputs
+
+pytestmark = built
+
+SIZES = [  # H, n_kv, d, capacity, S, last
+    (1, 1, 2, 1, 1, (0,)),
+    (3, 3, 6, 9, 1, (8,)),
+    (6, 3, 20, 40, 5, (4, 30)),
+    (9, 3, 8, 33, 17, (16, 17, 32)),
+    (9, 3, 64, 300, 1, (256,)),
+    (9, 3, 64, 64, 1, (63, 0, 6, 39)),
+    (12, 4, 12, 90, 40, (39, 89)),
+    (32, 4, 64, 130, 1, (128,)),
+]
+
+
+def wide(inputs):
+    return {k: v.astype(np.float64) if v is not None and v.dtype == np.float32 else v for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_cached_attention(size, rope, isa):
+    inputs = cached_inputs(size, rope)
+    exact, float32 = (cached_attention(**of, n_heads=size[0]) for of in (wide(inputs), inputs))
+    for row, last in enumerate(size[5]):  # the cache is not read after the past, which these steps follow
+        for name in ("past_key", "past_value"):
+            inputs[name][row, :, last + 1 - size[4] :] = np.nan
+    found = run_all("CachedAttention", inputs, threads=2, n_heads=size[0])
+    assert_as_exact_as(found[0], float32[0], exact[0])
+    for ours, theirs in zip(found[1:], exact[1:], strict=True):
+        for row, last in enumerate(size[5]):
+            np.testing.assert_allclose(ours[row, :, : last + 1], theirs[row, :, : last + 1], rtol=0, atol=1e-6)
+
+
+def test_no_sequence():
+    found = run_all("CachedAttention", cached_inputs((6, 3, 4, 5, 1, ())), n_heads=6)
+    assert [array.shape for array in found] == [(0, 24), (0, 3, 5, 4), (0, 3, 5, 4)]
+
+
+def test_a_bound_cache_is_written_in_place():
+    inputs = cached_inputs((6, 3, 8, 12, 2, (5, 9)))
+    expected = run_all("CachedAttention", inputs, n_heads=6)
+    session = make_session("CachedAttention", inputs, outputs=None, n_heads=6)
+    binding = session.io_binding()
+    for name in ("projected", "last", "cos", "sin"):
+        binding.bind_cpu_input(name, inputs[name])
+    caches = {name: ort.OrtValue.ortvalue_from_numpy(inputs[f"past_{name}"]) for name in ("key", "value")}
+    for name, cache in caches.items():
+        binding.bind_ortvalue_input(f"past_{name}", cache)
+        binding.bind_ortvalue_output(name, cache)
+    binding.bind_output("y")
+    session.run_with_iobinding(binding)
+    for name, wanted in zip(("key", "value"), expected[1:], strict=True):
+        np.testing.assert_array_equal(caches[name].numpy(), wanted)
+
+
+@pytest.mark.parametrize("size", [SIZES[3], SIZES[5]], ids=str)
+def test_a_sequence_has_the_same_bits_alone(size, isa):
+    inputs, seqlen = cached_inputs(size), size[4]
+    together = run_all("CachedAttention", inputs, threads=2, n_heads=size[0])
+    for row in range(len(size[5])):
+        own = {name: inputs[name][row : row + 1] for name in ("past_key", "past_value", "last")}
+        own["projected"] = inputs["projected"][row * seqlen : (row + 1) * seqlen]
+        alone = run_all("CachedAttention", inputs | own, n_heads=size[0])
+        np.testing.assert_array_equal(together[0][row * seqlen : (row + 1) * seqlen], alone[0])
+        for several, one in zip(together[1:], alone[1:], strict=True):
+            np.testing.assert_array_equal(several[row : row + 1], one)
