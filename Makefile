@@ -41,7 +41,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
-	$(BIN)/mypy --package shadowllm
+	$(BIN)/mypy --package shadowllm --package optimum.commands.register
 
 CPP_SOURCES = $(shell find plugins tests -name '*.[ch]' -o -name '*.[ch]pp')
 
