@@ -36,7 +36,7 @@ class ShadowForCausalLM(GenerationMixin):
 
     Its session holds the KV cache, so there is no cache object. Each row of a batch has positions of its own: the
     tokens that the attention mask hides are left out. Prompts are prefilled dense, and each later token is a decode
-    step at `budget`.
+    step at `budget`. A text ends at the latest when the longest of its batch has used all positions of the model.
 
     Args:
         model: the bundle; it is opened here. `close` or a ``with`` statement frees it.
@@ -70,6 +70,7 @@ class ShadowForCausalLM(GenerationMixin):
         ends = {"eos_token_id": list(spec.eos_token_ids) or None}
         self.generation_config = GenerationConfig.from_dict(ends | generation_config(model.bundle, manifest))
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        self._used_positions = 0
 
     @classmethod
     def from_pretrained(
@@ -144,8 +145,8 @@ class ShadowForCausalLM(GenerationMixin):
             budget: fractions to keep in this call; None is `budget` of the model.
 
         Raises:
-            UserError: beam search or assisted generation, ``use_cache=False``, a prompt that a session refuses, or a
-                mask that hides a last token.
+            UserError: beam search or assisted generation, an option that a session cannot follow (such as
+                ``use_cache=False`` or ``guidance_scale``), a prompt that it refuses, or a mask that hides a last token.
         """
         before = self.budget
         if budget is not None:
@@ -193,6 +194,7 @@ class ShadowForCausalLM(GenerationMixin):
         session = self._model.session
         if continues:
             logits = session.decode(input_ids[:, -1].cpu().numpy())
+            self._used_positions += 1
             return CausalLMOutputWithPast(logits=torch.tensor(logits)[:, None])
         kept = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
         if not kept.any(dim=1).all() or (logits_to_keep == 1 and not kept[:, -1].all()):
@@ -204,7 +206,9 @@ class ShadowForCausalLM(GenerationMixin):
             return CausalLMOutputWithPast(logits=self._score(input_ids, kept))
         session.reset(len(input_ids))
         prompts = [row[mask].tolist() for row, mask in zip(input_ids, kept, strict=True)]
-        return CausalLMOutputWithPast(logits=torch.tensor(session.prefill(prompts))[:, None])
+        logits = session.prefill(prompts)
+        self._used_positions = max(map(len, prompts))
+        return CausalLMOutputWithPast(logits=torch.tensor(logits)[:, None])
 
     def _score(self, input_ids: Tensor, kept: Tensor) -> Tensor:
         """The logits after every token, ``(batch, seqlen, vocab_size)``, one decode step per token."""
@@ -236,13 +240,36 @@ class ShadowForCausalLM(GenerationMixin):
 
     def _prepare_generation_config(self, *given: Any, **options: Any) -> Any:
         # transformers types self as a PreTrainedModel in this method.
-        config, rest = super()._prepare_generation_config(*given, **options)  # type: ignore[misc]
-        mode = config.get_generation_mode()
+        config, inputs = super()._prepare_generation_config(*given, **options)  # type: ignore[misc]
+        refused = {
+            "use_cache=False": config.use_cache is False,
+            "cache_implementation='paged'": config.cache_implementation == "paged",
+            "guidance_scale": config.guidance_scale not in (None, 1),
+            "prefill_chunk_size": config.prefill_chunk_size is not None,
+            "output_attentions": config.output_attentions,
+            "output_hidden_states": config.output_hidden_states,
+            "position_ids": _other_positions(inputs.get("position_ids"), inputs.get("attention_mask")),
+            "continues": "continues" in inputs,
+        }
+        if any(refused.values()):
+            names = ", ".join(name for name, given in refused.items() if given)
+            raise UserError(f"a bundle does not generate with {names}", "leave that out")
+        self._validate_generation_mode(config.get_generation_mode())
+        return config, inputs
+
+    def _validate_generation_mode(self, mode: GenerationMode, *_: Any) -> None:
+        # transformers calls it again with the mode that an assistant model makes.
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise UserError(f"a bundle does not generate by {mode.value}", "use greedy search or sampling")
-        if config.use_cache is False:
-            raise UserError("a bundle cannot generate without its KV cache", "leave out use_cache=False")
-        return config, rest
+
+    def _get_stopping_criteria(self, *given: Any, **options: Any) -> Any:
+        def at_the_last_position(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            full = self._used_positions >= self.config.max_position_embeddings
+            return torch.full((len(input_ids),), full, device=input_ids.device)
+
+        criteria = super()._get_stopping_criteria(*given, **options)  # type: ignore[misc]
+        criteria.append(at_the_last_position)
+        return criteria
 
     @contextmanager
     def _optimize_model_for_decode(self) -> Iterator[None]:
@@ -251,6 +278,14 @@ class ShadowForCausalLM(GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the session holds the cache
+
+
+def _other_positions(position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
+    """Whether positions are others than those of a session, which count the tokens of each row that are not hidden."""
+    if position_ids is None:
+        return False
+    kept = (torch.ones_like(position_ids) if attention_mask is None else attention_mask).bool()
+    return bool((kept & (position_ids != kept.cumsum(dim=-1) - 1)).any())
 
 
 AutoModelForCausalLM.register(ShadowConfig, ShadowForCausalLM)  # pipelines warn about classes that they do not know

@@ -11,21 +11,29 @@ from shadowllm import Budget, ShadowForCausalLM, UserError
 from tests.bundles import BUDGET
 
 PROMPTS = ["The sea", "A shadow of a model", "x"]
-DENSE_BACKENDS = ["ort-dense", "torch-dense"]
 VARIANT = "llama-gqa"
+OTHER_FAMILIES = ["opt", "qwen2", "qwen3", "gemma", "gemma3", "mistral"]
+DENSE = [(VARIANT, "ort-dense"), (VARIANT, "torch-dense"), *((family, "ort-dense") for family in OTHER_FAMILIES)]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture(scope="module", params=DENSE, ids="-".join)
+def pair(request, bundle, checkpoint):
+    """A dense bundle, and its checkpoint in transformers."""
+    variant, backend = request.param
+    with ShadowForCausalLM.from_pretrained(bundle(variant), backend) as model:
+        yield model, AutoModelForCausalLM.from_pretrained(checkpoint(variant), dtype=torch.float32).eval()
+
+
 @pytest.fixture(scope="module")
-def reference(checkpoint):
-    return AutoModelForCausalLM.from_pretrained(checkpoint(VARIANT), dtype=torch.float32).eval()
+def dense(pair):
+    return pair[0]
 
 
-@pytest.fixture(scope="module", params=DENSE_BACKENDS)
-def dense(request, bundle):
-    with ShadowForCausalLM.from_pretrained(bundle(VARIANT), request.param) as model:
-        yield model
+@pytest.fixture(scope="module")
+def reference(pair):
+    return pair[1]
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +79,14 @@ def test_samples_what_transformers_samples(dense, reference):
 
 
 def test_stop_strings_end_the_text(dense, reference):
-    inputs, tokenizer = dense.tokenizer("The sea", return_tensors="pt", return_token_type_ids=False), dense.tokenizer
-    whole = reference.generate(**inputs, max_new_tokens=16, pad_token_id=2)
+    inputs, tokenizer = padded(dense), dense.tokenizer
+    whole = reference.generate(**inputs, max_new_tokens=16, pad_token_id=0)
     stop = tokenizer.decode(whole[0, -8:-6])
-    options = {"max_new_tokens": 16, "pad_token_id": 2, "stop_strings": [stop], "tokenizer": tokenizer}
+    options = {"max_new_tokens": 16, "pad_token_id": 0, "stop_strings": [stop], "tokenizer": tokenizer}
     ours, theirs = (model.generate(**inputs, **options) for model in (dense, reference))
     assert torch.equal(ours, theirs)
-    assert ours.shape[1] < whole.shape[1]
+    assert ours[0, whole.shape[1] - 6 :].eq(0).all()
+    assert whole[0, -1] != 0
 
 
 def test_a_pipeline_and_a_streamer(dense, reference, capsys, caplog):
@@ -90,6 +99,16 @@ def test_a_pipeline_and_a_streamer(dense, reference, capsys, caplog):
     assert found["generated_text"] == text["generated_text"]
     assert "not supported" not in caplog.text
     assert text["generated_text"] in capsys.readouterr().out
+
+
+def test_a_pipeline_with_a_batch(dense, reference):
+    padded(dense)  # its tokenizer pads from now on
+    options = {"batch_size": 2, "max_new_tokens": 8, "pad_token_id": 2, "do_sample": False}
+    ours, theirs = (
+        pipeline("text-generation", model=model, tokenizer=dense.tokenizer)(PROMPTS, **options)
+        for model in (dense, reference)
+    )
+    assert ours == theirs
 
 
 def test_logits_of_every_token_with_and_without_padding(dense, reference):
@@ -120,20 +139,53 @@ def test_a_budget_of_one_call_does_not_stay(sparse):
     assert sparse.budget == BUDGET
 
 
+def test_a_text_ends_with_the_positions_of_the_model(sparse, bundle):
+    inputs = sparse.tokenizer(PROMPTS[1], return_tensors="pt", return_token_type_ids=False)
+    with shadowllm.load(bundle(VARIANT), budget=BUDGET) as model:
+        expected = shadowllm.generate(model, inputs["input_ids"][0].tolist(), max_new_tokens=80)
+    written = sparse.generate(**inputs, max_new_tokens=80, pad_token_id=2)[0]
+    assert written[inputs["input_ids"].shape[1] :].tolist() == expected
+    assert len(written) == sparse.config.max_position_embeddings + 1
+
+
+def test_a_sparse_bundle_drafts_for_a_model_of_transformers(sparse, checkpoint):
+    inputs = sparse.tokenizer(PROMPTS[1], return_tensors="pt", return_token_type_ids=False)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(VARIANT), dtype=torch.float32)
+    options = {"max_new_tokens": 12, "pad_token_id": 2}
+    assert torch.equal(model.generate(**inputs, **options, assistant_model=sparse), model.generate(**inputs, **options))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"num_beams": 2}, "beam_search"),
+        ({"num_beams": 2, "do_sample": True}, "beam_sample"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search"),
         ({"prompt_lookup_num_tokens": 2}, "assisted_generation"),
-        ({"use_cache": False}, "KV cache"),
+        ({"assistant_model": object()}, "assisted_generation"),
+        ({"use_cache": False}, "use_cache"),
+        ({"cache_implementation": "paged"}, "paged"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),
+        ({"prefill_chunk_size": 2}, "prefill_chunk_size"),
+        ({"output_attentions": True, "output_hidden_states": True}, "output_attentions, output_hidden_states"),
+        ({"position_ids": torch.tensor([[1, 2, 3]])}, "position_ids"),
+        ({"continues": True}, "continues"),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "last token"),
     ],
 )
-def test_refuses_what_a_session_cannot_do(options, said, dense):
+def test_refuses_what_a_session_cannot_do(options, said, sparse):
     with pytest.raises(UserError, match=said):
-        dense.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, pad_token_id=2, **options)
+        sparse.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, pad_token_id=2, **options)
 
 
+def test_positions_that_count_the_tokens_of_each_row_are_accepted(dense):
+    inputs = padded(dense)
+    positions = inputs["attention_mask"].cumsum(dim=-1) - 1
+    given, own = (dense.generate(**inputs, **more, max_new_tokens=4) for more in ({"position_ids": positions}, {}))
+    assert torch.equal(given, own)
+
+
+@pytest.mark.parametrize("pair", DENSE[:2], indirect=True, ids="-".join)
 def test_the_harness_scores_and_generates_as_with_transformers(dense, reference):
     """lm-evaluation-harness pads on the right to score, and on the left to generate."""
     harness = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
