@@ -263,8 +263,8 @@ void accumulate(const Rows& rows, Picks picks, const float* h, size_t tokens, fl
 // Rows of a copy are loaded once for all tokens.
 void project_each(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out) {
   switch (rows.type) {
-    case RowType::c4: return project_copy_each<Bits4>(rows, picks, inputs, tokens, out, {});
-    case RowType::c2: return project_copy_each<Bits2>(rows, picks, inputs, tokens, out, {});
+    case RowType::c4: return project_copy_each<Bits4>(rows, picks, inputs, tokens, out);
+    case RowType::c2: return project_copy_each<Bits2>(rows, picks, inputs, tokens, out);
     default:
       for (size_t t = 0; t < tokens; ++t) project(rows, picks, inputs[t], 1, out[t], {});
   }
@@ -272,8 +272,8 @@ void project_each(const Rows& rows, Picks picks, const float* const* inputs, siz
 
 void accumulate_each(const Rows& rows, Picks picks, const float* const* h, size_t tokens, float* const* y) {
   switch (rows.type) {
-    case RowType::c4: return accumulate_copy_each<Bits4>(rows, picks, h, tokens, y, {});
-    case RowType::c2: return accumulate_copy_each<Bits2>(rows, picks, h, tokens, y, {});
+    case RowType::c4: return accumulate_copy_each<Bits4>(rows, picks, h, tokens, y);
+    case RowType::c2: return accumulate_copy_each<Bits2>(rows, picks, h, tokens, y);
     default:
       for (size_t t = 0; t < tokens; ++t) accumulate(rows, picks, h[t], 1, y[t], {});
   }

@@ -1,4 +1,4 @@
-// Integer kernels for the tokens of `project_each` and the rows of a low-bit copy or its residuals, part of
+// Integer kernels for the rows of a low-bit copy or its residuals, part of
 // kernels_copy.hpp. AVX2, with VNNI's products of four bytes where there are any. Rows of 2 bits are spread to 4 bits
 // when they are loaded.
 #pragma once
@@ -7,7 +7,7 @@ constexpr size_t kBytesBlock = 64;  // elements of a block; at 4 bits they are o
 constexpr float kByteMost = 127;
 constexpr size_t kByteTokens = 4;  // tokens of a tile
 
-inline bool in_bytes(const Rows& rows, size_t tokens) { return tokens == 1 && rows.block == kBytesBlock; }
+inline bool in_bytes(const Rows& rows) { return rows.block == kBytesBlock; }
 
 // The input of a block, in the order of the bytes of a row.
 struct alignas(64) ByteBlock {
@@ -116,10 +116,11 @@ inline void project_bytes_tile(const QuantisedRow* rows, const QuantisedRow* nex
   _mm_storeu_ps(out, sums_of(acc));
 }
 
-// One token has four rows in parallel. Several tokens share what is done once for a row.
+// out[t][i * stride] is the product of row i and inputs[t]. One token has four rows in parallel. Several tokens share
+// what is done once for a row.
 template <class Q>
 void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
-                   Ahead ahead) {
+                   size_t stride, Ahead ahead) {
   const size_t blocks = rows.width / kBytesBlock;
   cover_tokens<kByteTokens>(tokens, [&](size_t, size_t, size_t first, auto m) {
     constexpr size_t M = m.value, R = M == 1 ? 4 : M == 2 ? 2 : 1;
@@ -129,9 +130,22 @@ void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, si
         project_bytes_tile<Q, R, M>(now + r, next == nullptr ? nullptr : next + r, inputs + first, blocks,
                                     sums + r * M);
       for (size_t t = 0; t < M; ++t)
-        for (size_t r = 0; r < left; ++r) out[first + t][i + r] = sums[r * M + t];
+        for (size_t r = 0; r < left; ++r) out[first + t][(i + r) * stride] = sums[r * M + t];
     });
   });
+}
+
+// The same for tokens side by side: out[i * tokens + t].
+template <class Q>
+void project_bytes_of_all(const Rows& rows, Picks picks, const float* input, size_t tokens, float* out, Ahead ahead) {
+  const float* inputs[kByteTokens];
+  float* outs[kByteTokens];
+  for (size_t first = 0; first < tokens; first += kByteTokens) {
+    const size_t count = tokens - first < kByteTokens ? tokens - first : kByteTokens;
+    for (size_t t = 0; t < count; ++t)
+      inputs[t] = input + (first + t) * input_floats(rows.width), outs[t] = out + first + t;
+    project_bytes<Q>(rows, picks, inputs, count, outs, tokens, ahead);
+  }
 }
 
 constexpr size_t kGroup = 16;  // rows whose products are added in 16 bits: 16 * 15 * 127 < 2^15
@@ -215,8 +229,10 @@ inline void accumulate_block(const QuantisedRow* rows, const ByteWeights* weight
   }
 }
 
+// y[t] += sum over i of h[t][i * stride] times row i
 template <class Q>
-void accumulate_bytes(const Rows& rows, Picks picks, const float* const* h, size_t tokens, float* const* y) {
+void accumulate_bytes(const Rows& rows, Picks picks, const float* const* h, size_t stride, size_t tokens,
+                      float* const* y) {
   const size_t blocks = rows.width / kBytesBlock;
   cover_tokens<kByteTokens>(tokens, [&](size_t, size_t, size_t first, auto m) {
     constexpr size_t M = m.value;
@@ -225,7 +241,8 @@ void accumulate_bytes(const Rows& rows, Picks picks, const float* const* h, size
       QuantisedRow now[kGroup], next[kGroup];
       const bool more = i + 2 * kGroup <= picks.count;
       float factors[M][kGroup] = {};
-      for (size_t t = 0; t < M; ++t) memcpy(factors[t], h[first + t] + i, count * sizeof(float));
+      for (size_t t = 0; t < M; ++t)
+        for (size_t r = 0; r < count; ++r) factors[t][r] = h[first + t][(i + r) * stride];
       for (size_t r = 0; r < kGroup; ++r) now[r] = quantised_row(rows, picks.ids, i + (r < count ? r : 0));
       if (more)
         for (size_t r = 0; r < kGroup; ++r) next[r] = quantised_row(rows, picks.ids, i + kGroup + r);
@@ -237,4 +254,16 @@ void accumulate_bytes(const Rows& rows, Picks picks, const float* const* h, size
       }
     }
   });
+}
+
+// The same for tokens side by side: h[i * tokens + t], y[t * width + k].
+template <class Q>
+void accumulate_bytes_of_all(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y) {
+  const float* factors[kByteTokens];
+  float* sums[kByteTokens];
+  for (size_t first = 0; first < tokens; first += kByteTokens) {
+    const size_t count = tokens - first < kByteTokens ? tokens - first : kByteTokens;
+    for (size_t t = 0; t < count; ++t) factors[t] = h + first + t, sums[t] = y + (first + t) * rows.width;
+    accumulate_bytes<Q>(rows, picks, factors, tokens, count, sums);
+  }
 }

@@ -73,8 +73,8 @@ struct Ahead {
 struct Kernels {
   const char* name;
   // Returns x in the form that `project` reads with rows of this kind: x itself, or a converted copy in `room`, which
-  // has input_floats(width) floats and starts at a cache line. An element changes by at most 1/32768 of the largest of
-  // its block, which the bound of ShortlistLogits relies on.
+  // has input_floats(width) floats for each token and starts at a cache line. An element changes by at most 1/32768 of
+  // the largest of its block, which the bound of ShortlistLogits relies on.
   const float* (*prepare)(const Rows&, const float* x, size_t tokens, float* room);
   // out[i * tokens + t] = sum over k of rows[pick i][k] * x[t * width + k], where `input` comes from `prepare`
   void (*project)(const Rows&, Picks, const float* input, size_t tokens, float* out, Ahead);

@@ -58,9 +58,9 @@ struct Memory {
   Memory(Room& room, const Call& call) : task_size(2 * call.head_dim + call.longest) {
     const size_t tokens = call.tokens(), heads_now = call.most_heads();
     const size_t out_chunks = call.chunks(call.w_o, call.c_o).count();
-    inputs = room.floats(input_floats(call.width));
+    inputs = room.floats(tokens * input_floats(call.width));
     low_x = room.floats(tokens * call.padded(call.c_q));
-    low_inputs = room.floats(call.c_q.data != nullptr ? input_floats(call.c_q.width) : 0);
+    low_inputs = room.floats(call.c_q.data != nullptr ? tokens * input_floats(call.c_q.width) : 0);
     queries = room.floats(heads_now * call.head_dim * tokens);
     residuals = room.floats(call.nested() ? call.full_count * call.head_dim * tokens : 0);
     work = room.floats(heads_now * call.batch * task_size);

@@ -108,13 +108,13 @@ struct BlockRoom {
   BlockRoom(Room& room, const Call& call, size_t tokens) : tokens(tokens) {
     const size_t count = call.chunks(tokens).count(), low_width = call.copied ? call.low.up.width : 0;
     const size_t low_neurons = call.copied ? call.neurons : 0, padded = call.padded() ? tokens * low_width : 0;
-    inputs = room.floats(2 * input_floats(call.width));
+    inputs = room.floats(2 * tokens * input_floats(call.width));
     hidden = room.floats(call.full_count * tokens);
     ups = room.floats(call.full_count * tokens);
     parts = room.floats(count * tokens * call.width);
     start = room.floats(call.width);
     low_x = room.floats(padded);
-    low_inputs = room.floats(2 * input_floats(low_width));
+    low_inputs = room.floats(2 * tokens * input_floats(low_width));
     low_hidden = room.floats(low_neurons * tokens);
     low_gates = room.floats(call.low.gated ? low_neurons * tokens : 0);
     low_ups = room.floats(low_neurons * tokens);

@@ -170,7 +170,7 @@ class SparseMlp {
   Inputs prepare(const Matrices& of, const float* x, size_t tokens, float* room) const {
     const float* up = kernels_.prepare(of.up, x, tokens, room);
     if (of.gate.type == of.up.type && of.gate.block == of.up.block) return {up, up};
-    return {kernels_.prepare(of.gate, x, tokens, room + input_floats(of.up.width)), up};
+    return {kernels_.prepare(of.gate, x, tokens, room + tokens * input_floats(of.up.width)), up};
   }
 
   // Inputs for the copy: x, with zeros up to a whole number of blocks.

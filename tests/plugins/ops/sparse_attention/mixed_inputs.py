@@ -129,9 +129,18 @@ def check(inputs: Inputs, n_heads: int, *, rounds: bool, threads: int = 2, **att
 def slack(inputs: Inputs, n_heads: int, y: np.ndarray, full: np.ndarray) -> np.ndarray | float:
     """Six standard deviations of the error of y from rounding to 8 bits; 0 if nothing is rounded."""
     unused = inputs.get("rest") is None or not (is_nested(inputs) or int(inputs["rest"]))
-    if unused or y.size != y.shape[-1]:
+    if unused or y.size == 0:
         return 0
-    return 6 * rounding(inputs, n_heads, full)
+    batch, seqlen = inputs["x"].shape[:2]
+    each = [rounding(only(inputs, b, s), n_heads, full) for b in range(batch) for s in range(seqlen)]
+    return 6 * np.reshape(each, y.shape)
+
+
+def only(inputs: Inputs, b: int, s: int) -> Inputs:
+    """The inputs for one token."""
+    one = {name: inputs[name][b : b + 1] for name in ("key", "value")}
+    one |= {name: inputs[name][b : b + 1, s : s + 1] for name in ("x", "cos", "sin") if inputs.get(name) is not None}
+    return inputs | one | {"lengths": inputs["lengths"][b : b + 1] - inputs["x"].shape[1] + s + 1}
 
 
 def check_choice(inputs: Inputs, n_heads: int, chosen: np.ndarray) -> None:

@@ -63,12 +63,18 @@ class Rounding:
     largest of all rows.
     """
 
-    products: np.ndarray  # (F,)
-    y: np.ndarray  # (D,)
+    products: np.ndarray  # (F,), the mean over tokens
+    y: np.ndarray  # as x
 
     @classmethod
     def of(cls, inputs: Inputs, activation: str, full: np.ndarray | tuple[()] = ()) -> Rounding:
         """``full``: neurons with full rows that are rounded too, because the copy is a part of them."""
+        x = inputs["x"]
+        each = [cls._of_token(inputs | {"x": token}, activation, full) for token in x.reshape(-1, x.shape[-1])]
+        return cls(np.mean([one.products for one in each], axis=0), np.reshape([one.y for one in each], x.shape))
+
+    @classmethod
+    def _of_token(cls, inputs: Inputs, activation: str, full: np.ndarray | tuple[()]) -> Rounding:
         x = inputs["x"].reshape(-1).astype(np.float64)
         width, blocks = x.size, inputs["c_up"].shape[1]
         block = 2 * inputs["c_up"].shape[2]
@@ -116,7 +122,6 @@ def check(inputs: Inputs, activation: str, *, rounds: bool, threads: int = 2, **
     given = inputs["indices"] is not None
     expected, own = sparse_mlp(**(inputs if given else inputs | {"indices": chosen}), activation=activation)
     np.testing.assert_array_equal(chosen, own)
-    rounds = rounds and y.size == y.shape[-1]
     rounding = Rounding.of(inputs, activation) if rounds else None
     if not given and 0 < count < neurons:
         check_choice(inputs, activation, chosen[:count], 0 if rounding is None else rounding.products)
