@@ -16,7 +16,7 @@ say "run: the same prompt, sparse and dense"
 shadowllm run "$OUT/bundle" --prompt "The shadow of a large language model is" --against ort-dense --max-new-tokens 48
 say "bench: sparse against ONNX Runtime dense"
 shadowllm bench "$OUT/bundle" --against ort-dense --iterations 3 --json "$OUT/report.json" --plot "$OUT/report.png"
-say "the dial: three more budgets, and ONNX Runtime dense in float32, int8 and int4"
+say "the dial: two more budgets, and ONNX Runtime dense in float32, int8 and int4"
 python -m shadowllm.benchmarks.frontier "$MODEL" "$OUT/frontier" --bundle "$OUT/bundle" --runs 3 --windows 1 \
-  --integers int8 int4 --dense-integers --json "$OUT/frontier.json"
+  --integers int8 int4 --short --json "$OUT/frontier.json"
 say "done"

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 INTEGERS = ("int8", "int6", "int4")
 # Points of the dial from slow and good to fast: neurons, heads, rows of the output table.
 DIAL = ((0.3, 1.0, 4096), (0.1, 1.0, 2048), (0.05, 1.0, 2048), (0.02, 1.0, 512))
+SHORT_DIAL = DIAL[1:3]
 
 
 def export_all(
@@ -66,21 +67,21 @@ def export_all(
     return bundles
 
 
-def contenders_of(bundles: Mapping[str, Path], mixed: Collection[str]) -> dict[str, tuple[Path, str, Budget]]:
+def contenders_of(bundles: Mapping[str, Path], short: bool = False) -> dict[str, tuple[Path, str, Budget]]:
     """Return bundle, backend and budget of each contender; the first is dense, of floats.
 
     ONNX Runtime has no products of 6 bits, so there is no dense int6.
 
     Args:
         bundles: by weight type.
-        mixed: weight types that are contenders at the points of the dial too.
+        short: with budgets for floats only, and with two points of the dial only.
     """
     found = {f"{name} dense": (bundle, "ort-dense", Budget()) for name, bundle in bundles.items() if name != "int6"}
     for name, bundle in bundles.items():
-        if name not in mixed or name == "int4":  # it has no low-bit copy
+        if name == "int4" or (short and name in INTEGERS):  # int4 has no low-bit copy
             continue
         found[f"{name} chosen"] = bundle, "ort", read_manifest(bundle).budget
-        for neurons, heads, rows in DIAL:
+        for neurons, heads, rows in SHORT_DIAL if short else DIAL:
             budget = Budget(neurons=neurons, heads=heads, shortlist=rows)
             found[f"{name} {neurons:.0%}/{heads:.0%}/{rows}"] = bundle, "ort", budget
     return found
@@ -97,14 +98,14 @@ def measure(
     seqlen: int = 512,
     threads: int = 2,
     rivals: Sequence[Rival] = (),
-    mixed: Collection[str] | None = None,
+    short: bool = False,
 ) -> list[dict[str, Any]]:
     """Return a row for each contender: latency (ms), bytes per token, perplexity, speedup over dense, peak RSS (MB).
 
     Args:
-        mixed: as for `contenders_of`; None is all.
+        short: as for `contenders_of`.
     """
-    wanted = contenders_of(bundles, bundles if mixed is None else mixed)
+    wanted = contenders_of(bundles, short)
     contenders = [Contender(name, session_command(*one, threads)) for name, one in wanted.items()]
     contenders += [rival.contender for rival in rivals]
     floats, dense = next(iter(bundles.values())), next(iter(wanted))
@@ -209,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bundle", type=Path, metavar="BUNDLE", help="a bundle of the model in floats, to use instead")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--integers", nargs="+", choices=INTEGERS, default=INTEGERS, help="default: all")
-    parser.add_argument("--dense-integers", action="store_true", help="integer weights are dense contenders only")
+    parser.add_argument("--short", action="store_true", help="integer weights dense only, and two points of the dial")
     parser.add_argument("--text", nargs="+", type=Path, default=(), help="default: documentation of Python modules")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--windows", type=int, default=3)
@@ -224,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bundles = export_all(args.model, args.out, args.dtype, args.integers, args.bundle)
     rivals = llama_cpp_rivals(args.llama_cpp_python, args.gguf, args.out, args.threads) if args.gguf else []
     sizes = {"runs": args.runs, "windows": args.windows, "threads": args.threads}
-    rows = measure(bundles, args.text, rivals=rivals, mixed=[args.dtype] if args.dense_integers else None, **sizes)
+    rows = measure(bundles, args.text, rivals=rivals, short=args.short, **sizes)
     print_rows(rows)
     if args.json:
         record = {"environment": environment(args.threads), "model": Path(args.model).name, "results": rows}

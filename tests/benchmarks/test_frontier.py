@@ -9,7 +9,7 @@ import gguf
 import pytest
 import torch
 
-from shadowllm.benchmarks.frontier import DIAL, contenders_of, main, measure, plot, print_rows
+from shadowllm.benchmarks.frontier import DIAL, SHORT_DIAL, contenders_of, main, measure, plot, print_rows
 from shadowllm.benchmarks.gguf_model import write_gguf
 from shadowllm.benchmarks.llama_cpp_rivals import llama_cpp_rivals
 from shadowllm.benchmarks.noisy_model import write_noisy_model
@@ -31,13 +31,13 @@ def bundles(bundle):
 
 
 def test_contenders(bundles):
-    found = contenders_of(bundles, bundles)
+    found = contenders_of(bundles)
     dense = [name for name, (_, backend, _) in found.items() if backend == "ort-dense"]
     assert dense == ["float32 dense", "int8 dense", "int4 dense"]
     assert len(found) == len(dense) + 3 * (len(DIAL) + 1)
-    fewer = contenders_of(bundles, ["float32"])
+    fewer = contenders_of(bundles, short=True)
     assert [name for name in fewer if not name.startswith("float32")] == ["int8 dense", "int4 dense"]
-    assert len(fewer) == len(dense) + len(DIAL) + 1
+    assert len(fewer) == len(dense) + len(SHORT_DIAL) + 1
 
 
 @pytest.mark.slow
