@@ -183,7 +183,7 @@ class ShortlistLogits {
   }
 
   // Queries that are multiplied with the same matrix, which is read once for all of them.
-  struct Alike {
+  struct Batch {
     const Rows* matrix;
     Chunks chunks;
     size_t count = 0;
@@ -194,28 +194,28 @@ class ShortlistLogits {
 
   // All logits, from the copy or the whole table, and the largest key of each group of logits.
   void products(const Pool& pool, const Query* queries, size_t count, size_t rows, const Memory& memory) const {
-    std::vector<Alike> parts;
+    std::vector<Batch> parts;
     const size_t groups = (rows + kGroup - 1) / kGroup;
     for (size_t t = 0; t < count; ++t) {
       const Query& query = queries[t];
       const bool whole = query.whole(rows);
       const Rows& matrix = whole ? query.table : query.copy;
       const float* input = kernels_.prepare(matrix, whole ? query.x : query.padded, 1, memory.inputs + t * memory.room);
-      const auto fits = [&](const Alike& part) {
+      const auto fits = [&](const Batch& part) {
         return part.matrix->type == matrix.type && part.matrix->data == matrix.data;
       };
       auto part = std::find_if(parts.begin(), parts.end(), fits);
-      if (part == parts.end()) part = parts.insert(part, Alike{&matrix, Chunks(rows, matrix.cost(), 1)});
+      if (part == parts.end()) part = parts.insert(part, Batch{&matrix, Chunks(rows, matrix.cost(), 1)});
       part->inputs[part->count] = input, part->logits[part->count] = query.logits;
       part->maxima[part->count++] = memory.maxima + t * groups;
     }
     size_t most = 0;
-    for (const Alike& part : parts) most = std::max(most, part.chunks.count());
+    for (const Batch& part : parts) most = std::max(most, part.chunks.count());
     pool.run(most, [&](size_t c) {
       // Rows from the cache for all queries but the first. One query reads its rows without a stop.
       const size_t step = count == 1 ? rows : kRows;
       for (size_t at = 0; at < rows; at += step)
-        for (const Alike& part : parts) {
+        for (const Batch& part : parts) {
           if (c >= part.chunks.count()) continue;
           const Chunk chunk = part.chunks[c];
           const size_t first = chunk.begin + at, end = std::min(chunk.end, first + step);
@@ -225,7 +225,7 @@ class ShortlistLogits {
   }
 
   // The logits of rows first..end, and the largest keys of their groups.
-  void project(const Alike& part, size_t first, size_t end) const {
+  void project(const Batch& part, size_t first, size_t end) const {
     float* logits[kTokens];
     for (size_t t = 0; t < part.count; ++t) logits[t] = part.logits[t] + first;
     kernels_.project_each(rows_from(*part.matrix, first), {nullptr, end - first}, part.inputs, part.count, logits);

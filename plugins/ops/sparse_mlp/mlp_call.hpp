@@ -152,13 +152,13 @@ struct Block {
 
 // Blocks with the same chunks and one token each, or a single block. The rows of the copy are read once for all of
 // them. Each is computed in the order that it would have alone.
-struct Team {
+struct Batch {
   static constexpr size_t kMost = 8;
   const Block* blocks[kMost];
   size_t count;
   Chunks chunks;
 
-  explicit Team(const Block& block) : blocks{&block}, count(1), chunks(block.chunks) {}
+  explicit Batch(const Block& block) : blocks{&block}, count(1), chunks(block.chunks) {}
 
   const Block& front() const { return *blocks[0]; }
   const Block* const* begin() const { return blocks; }
@@ -195,12 +195,12 @@ struct Team {
   }
 };
 
-inline std::vector<Team> in_teams(const std::vector<Block>& blocks) {
-  std::vector<Team> teams;
+inline std::vector<Batch> in_batches(const std::vector<Block>& blocks) {
+  std::vector<Batch> batches;
   for (const Block& block : blocks)
-    if (std::none_of(teams.begin(), teams.end(), [&](Team& team) { return team.take(block); }))
-      teams.emplace_back(block);
-  return teams;
+    if (std::none_of(batches.begin(), batches.end(), [&](Batch& batch) { return batch.take(block); }))
+      batches.emplace_back(block);
+  return batches;
 }
 
 // Memory for all selections: for the choice of each, and for a block of its tokens.

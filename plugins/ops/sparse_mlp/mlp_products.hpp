@@ -7,17 +7,17 @@ namespace shadowllm {
 namespace {  // other ops have types with the same names
 
 // Gate and up of the picked neurons from the copy, and the products of both, from place `at` of their memory on.
-inline void low_products(const Kernels& kernels, Activation activation, const Team& team, Picks picks, size_t at) {
-  const Matrices& low = team.front().call.low;
-  const size_t tokens = team.front().room.tokens, first = at * tokens, count = picks.count * tokens;
-  team.project(
+inline void low_products(const Kernels& kernels, Activation activation, const Batch& batch, Picks picks, size_t at) {
+  const Matrices& low = batch.front().call.low;
+  const size_t tokens = batch.front().room.tokens, first = at * tokens, count = picks.count * tokens;
+  batch.project(
       kernels, low.up, picks, [](const Block& block) { return block.low_inputs.up; },
       [&](const Block& block) { return block.room.low_ups + first; });
   if (low.gated)
-    team.project(
+    batch.project(
         kernels, low.gate, picks, [](const Block& block) { return block.low_inputs.gate; },
         [&](const Block& block) { return block.room.low_gates + first; });
-  for (const Block* block : team) {
+  for (const Block* block : batch) {
     const BlockRoom& room = block->room;
     float *h = room.low_hidden + first, *u = room.low_ups + first, *g = low.gated ? room.low_gates + first : u;
     block->call.b_up.add(kernels, picks, tokens, u);
@@ -48,7 +48,7 @@ class NestedChunk {
     const bool by_neuron = has_products || call_.rest;  // where the products of the copy are: by neuron, or by pick
     if (!has_products) {
       const Picks picks = by_neuron ? every_ : active_;
-      low_products(kernels_, activation_, Team(block_), picks, by_neuron ? chunk_.begin : at_);
+      low_products(kernels_, activation_, Batch(block_), picks, by_neuron ? chunk_.begin : at_);
     }
     for (size_t i = 0; i < active_.count; i += kGroup) {
       const size_t count = std::min(kGroup, active_.count - i);

@@ -201,9 +201,9 @@ class SparseMlp {
   }
 
   // Adds a chunk to the scores of all neurons: norm * sum over the tokens of |product|.
-  void score(const Team& team, Chunk chunk) const {
-    low_products(kernels_, activation_, team, {team.front().choice.all + chunk.begin, chunk.size()}, chunk.begin);
-    for (const Block* block : team) {
+  void score(const Batch& batch, Chunk chunk) const {
+    low_products(kernels_, activation_, batch, {batch.front().choice.all + chunk.begin, chunk.size()}, chunk.begin);
+    for (const Block* block : batch) {
       const BlockRoom& room = block->room;
       for (size_t i = chunk.begin; i < chunk.end; ++i) {
         const float* h = room.low_hidden + i * room.tokens;
@@ -233,15 +233,15 @@ class SparseMlp {
   }
 
   // Adds the neurons of a chunk that are not marked, from the copy.
-  void add_rest(const Team& team, size_t c) const {
-    const Chunk chunk = team.chunks[c];
-    for (const Block* block : team) {
+  void add_rest(const Batch& batch, size_t c) const {
+    const Chunk chunk = batch.chunks[c];
+    for (const Block* block : batch) {
       const size_t tokens = block->room.tokens;
       float* h = block->room.low_hidden + chunk.begin * tokens;
       for (size_t i = chunk.begin; i < chunk.end; ++i)
         if (block->choice.marks[i] != 0) std::fill_n(h + (i - chunk.begin) * tokens, tokens, 0.0f);
     }
-    add_copy(team, c, [&](const Block& block) {
+    add_copy(batch, c, [&](const Block& block) {
       float* h = block.room.low_hidden + chunk.begin * block.room.tokens;
       int32_t* kept = block.room.low_kept + chunk.begin;
       const Picks left{kept, drop_zeros({block.choice.all + chunk.begin, chunk.size()}, block.room.tokens, h, kept)};
@@ -250,26 +250,26 @@ class SparseMlp {
   }
 
   // Adds a chunk of neurons whose full rows are the copy plus residuals.
-  void add_nested(const Team& team, size_t c) const {
-    for (const Block* block : team)
+  void add_nested(const Batch& batch, size_t c) const {
+    for (const Block* block : batch)
       NestedChunk(kernels_, activation_, *block, c).add_residuals(block->call.kept(), block->low_sum(c));
-    add_copy(team, c,
+    add_copy(batch, c,
              [&](const Block& block) { NestedChunk(kernels_, activation_, block, c).add_copy(block.low_sum(c)); });
   }
 
-  // Adds the rows of the copy for a chunk of neurons: of all for the whole team, or those that add_one(block) picks.
+  // Adds the rows of the copy for a chunk of neurons: of all for the whole batch, or those that add_one(block) picks.
   template <class AddOne>
-  void add_copy(const Team& team, size_t c, AddOne add_one) const {
-    const Chunk chunk = team.chunks[c];
-    const Call& call = team.front().call;
+  void add_copy(const Batch& batch, size_t c, AddOne add_one) const {
+    const Chunk chunk = batch.chunks[c];
+    const Call& call = batch.front().call;
     if (call.rest && !activation_.zeroes())
-      team.accumulate(
-          kernels_, call.low.down, {team.front().choice.all + chunk.begin, chunk.size()},
+      batch.accumulate(
+          kernels_, call.low.down, {batch.front().choice.all + chunk.begin, chunk.size()},
           [&](const Block& block) { return block.room.low_hidden + chunk.begin * block.room.tokens; },
           [&](const Block& block) { return block.low_sum(c); });
     else
-      for (const Block* block : team) add_one(*block);
-    for (const Block* block : team) block->add_padded(c);
+      for (const Block* block : batch) add_one(*block);
+    for (const Block* block : batch) block->add_padded(c);
   }
 
   // Adds a chunk of the active neurons, from their full rows, to `sum` (tokens, width).
@@ -285,15 +285,15 @@ class SparseMlp {
   }
 
   // Adds up a chunk of the neurons of each block, into its part of the block's memory.
-  void add_chunk(const Team& team, size_t c) const {
-    for (const Block* block : team) block->clear(c);
-    const Call& call = team.front().call;
-    if (call.nested()) return add_nested(team, c);
-    const Chunk chunk = team.chunks[c];
+  void add_chunk(const Batch& batch, size_t c) const {
+    for (const Block* block : batch) block->clear(c);
+    const Call& call = batch.front().call;
+    if (call.nested()) return add_nested(batch, c);
+    const Chunk chunk = batch.chunks[c];
     if (call.rest && !call.kept())
-      low_products(kernels_, activation_, team, {team.front().choice.all + chunk.begin, chunk.size()}, chunk.begin);
-    if (call.rest) add_rest(team, c);
-    for (const Block* block : team) {
+      low_products(kernels_, activation_, batch, {batch.front().choice.all + chunk.begin, chunk.size()}, chunk.begin);
+    if (call.rest) add_rest(batch, c);
+    for (const Block* block : batch) {
       const Call& own = block->call;
       const Chunk full = block->chunks.of(own.picks.count)[c];
       if (own.gate_first)
@@ -326,8 +326,8 @@ class SparseMlp {
       for_blocks(calls, memory, [&](std::vector<Block>& blocks) {
         for (Block& block : blocks)
           if (block.call.scoring()) block.low_inputs = prepare_low(block.call, block.room, block.x);
-        in_chunks(pool, in_teams(blocks), [&](const Team& team, size_t c) {
-          if (team.front().call.scoring()) score(team, team.chunks[c]);
+        in_chunks(pool, in_batches(blocks), [&](const Batch& batch, size_t c) {
+          if (batch.front().call.scoring()) score(batch, batch.chunks[c]);
         });
       });
     pool.run(calls.size(), [&](size_t i) { choose(calls[i], memory.choices[i]); });
@@ -337,7 +337,7 @@ class SparseMlp {
         if (!call.nested()) block.inputs = prepare(call.full, block.x, block.room.tokens, block.room.inputs);
         if (call.nested() || (call.rest && !call.kept())) block.low_inputs = prepare_low(call, block.room, block.x);
       }
-      in_chunks(pool, in_teams(blocks), [&](const Team& team, size_t c) { add_chunk(team, c); });
+      in_chunks(pool, in_batches(blocks), [&](const Batch& batch, size_t c) { add_chunk(batch, c); });
       if (blocks.size() == 1) return finish(pool, blocks.front());
       pool.run(blocks.size(), [&](size_t i) { finish(Pool::none(), blocks[i]); });
     });
