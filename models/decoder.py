@@ -197,7 +197,9 @@ class Decoder:
         if cache is not None:
             key, value = cache.update(layer, key, value, position_ids)
             key_positions = torch.arange(key.shape[2]).expand(x.shape[0], -1)
-        return Visible(key, value, key_positions[:, None, None, :] <= position_ids[:, None, :, None])
+        keys, own = key_positions[:, None, None, :], position_ids[:, None, :, None]
+        mask, window = keys <= own, self.spec.window_of(layer)
+        return Visible(key, value, mask if window is None else mask & (keys > own - window))
 
     def context(self, layer: int, x: Tensor, position_ids: Tensor, visible: Visible) -> Tensor:
         """Return what the query heads read from keys and values, ``(batch, seqlen, n_heads, head_dim)``."""

@@ -33,6 +33,8 @@ class ModelSpec:
         position_offset: rows of a learned position table that come before position 0 (OPT has 2).
         rope: rotary parameters; None for learned positions.
         second_rope, second_rope_layers: rotary parameters of layers that differ from the others, and these layers.
+        window, window_layers: layers with a sliding window, whose tokens attend to the last ``window`` positions, their
+            own included (Beltagy et al., arXiv 2004.05150); None if all layers attend to all earlier positions.
         qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
         qk_norm: whether each head's query and key are normed (RMSNorm over head_dim) before they are rotated. Then
             all heads are always active, because a sparse op does not norm its queries.
@@ -69,6 +71,8 @@ class ModelSpec:
     activation_threshold: float = 0.0
     pre_norm: bool = True
     output_norms: bool = False
+    window: int | None = None
+    window_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -101,6 +105,10 @@ class ModelSpec:
         _require((self.rope is not None) == (self.positions == "rope"), "rope spec and positions disagree")
         _require(self.pre_norm or not self.output_norms, "norms of outputs in a post-norm model")
         self._check_ropes()
+        layers, window = self.window_layers, self.window
+        _require((window is not None) == bool(layers), "the sliding window and its layers disagree")
+        _require(window is None or (type(window) is int and window > 0), f"a sliding window of {window!r} positions")
+        _require(self._are_layers(layers), f"layers {layers!r} of a sliding window")
 
     def _check_ropes(self) -> None:
         for rope in filter(None, (self.rope, self.second_rope)):
@@ -111,10 +119,11 @@ class ModelSpec:
         layers = self.second_rope_layers
         _require((self.second_rope is not None) == bool(layers), "the second RoPE and its layers disagree")
         _require(
-            all(type(layer) is int and 0 <= layer < self.n_layers for layer in layers)
-            and (self.rope is not None or not layers),
-            f"layers {layers!r} of a second RoPE",
+            self._are_layers(layers) and (self.rope is not None or not layers), f"layers {layers!r} of a second RoPE"
         )
+
+    def _are_layers(self, layers: tuple[int, ...]) -> bool:
+        return all(type(layer) is int and 0 <= layer < self.n_layers for layer in layers)
 
     @property
     def selects_heads(self) -> bool:
@@ -132,6 +141,10 @@ class ModelSpec:
     def rope_of(self, layer: int) -> RopeSpec | None:
         """Return the rotary parameters of a layer."""
         return self.second_rope if layer in self.second_rope_layers else self.rope
+
+    def window_of(self, layer: int) -> int | None:
+        """Return the number of positions that a token of a layer attends to; None for all up to its own."""
+        return self.window if layer in self.window_layers else None
 
     @property
     def group_size(self) -> int:
@@ -181,7 +194,7 @@ class ModelSpec:
             for name in ("rope", "second_rope"):
                 if fields.get(name) is not None:
                     fields[name] = RopeSpec(**fields[name])
-            for name in ("eos_token_ids", "second_rope_layers"):
+            for name in ("eos_token_ids", "second_rope_layers", "window_layers"):
                 fields[name] = tuple(fields.get(name, ()))
             return cls(**fields)
         except (TypeError, KeyError) as error:

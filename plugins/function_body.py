@@ -45,6 +45,7 @@ class FunctionForm:
     table: TableForm | None = None
     threshold: float = 0.0  # of FATReLU
     gate_first: bool = False  # `SparseMLP` has neither indices nor a copy, and drops neurons whose gate is zero
+    windows: bool = False  # `SparseAttention` has the attribute window
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,14 @@ class TableForm:
 
 
 class FunctionBody:
-    """Builds one function: its inputs by port name, and short methods that add nodes and int64 constants."""
+    """Builds one function: its inputs by port name, and short methods that add nodes and int64 constants.
 
-    def __init__(self, schema: OpSchema) -> None:
-        self._schema = schema
+    Args:
+        absent: attributes that no node of the model has.
+    """
+
+    def __init__(self, schema: OpSchema, absent: Sequence[str] = ()) -> None:
+        self._schema, self._absent = schema, absent
         self._tape = Tape()
         self.inputs = {port.name: ir.Value(name=port.name) for port in schema.inputs}
 
@@ -246,5 +251,5 @@ class FunctionBody:
         imports |= {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in self._tape.nodes) else {}
         graph = ir.Graph(tuple(self.inputs.values()), outputs, nodes=self._tape.nodes, opset_imports=imports)
         kinds = {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT, str: ir.AttributeType.STRING}
-        declared = [ir.Attr(a.name, kinds[a.type], None) for a in self._schema.attributes]
+        declared = [ir.Attr(a.name, kinds[a.type], None) for a in self._schema.attributes if a.name not in self._absent]
         return ir.Function(op_domain.DOMAIN, self._schema.name, graph=graph, attributes=declared)

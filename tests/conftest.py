@@ -75,7 +75,8 @@ VARIANTS = {
     "opt-untied-no-bias": ("opt", {"tie_word_embeddings": False, "enable_bias": False}),
 }
 
-# The other families. They are built as Llama is, so fewer tests run on them.
+# The other families. They are built as Llama is, so fewer tests run on them. Sliding windows are shorter than the texts
+# of most tests.
 GROUPED = {"num_key_value_heads": 2}
 MULTIPLIERS = {
     "embedding_multiplier": 12.0,
@@ -92,13 +93,14 @@ LONGROPE = {
     "original_max_position_embeddings": 48,
 }
 PHI = {"num_attention_heads": 3, "num_key_value_heads": 1, "pad_token_id": 0, "rope_parameters": LONGROPE}
+PHI |= {"sliding_window": 7}
 GEMMA3 = GROUPED | {
     "head_dim": 16,
     "hidden_activation": "silu",
     "tie_word_embeddings": True,
     "query_pre_attn_scalar": 20,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    "sliding_window": 64,
+    "sliding_window": 8,
     "rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
@@ -108,11 +110,11 @@ FAMILIES = {
     "gemma": ("gemma", GROUPED | {"head_dim": 16, "hidden_act": "silu", "tie_word_embeddings": True}),
     "gemma3": ("gemma3_text", GEMMA3),
     "granite": ("granite", GROUPED | MULTIPLIERS | {"tie_word_embeddings": True}),
-    "mistral": ("mistral", GROUPED | {"sliding_window": None}),
+    "mistral": ("mistral", GROUPED | {"head_dim": 16, "sliding_window": 6}),
     "opt-post-norm": ("opt", {"do_layer_norm_before": False}),
     "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
     "phi3": ("phi3", PHI),
-    "qwen2": ("qwen2", GROUPED),
+    "qwen2": ("qwen2", GROUPED | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("qwen3", GROUPED | {"head_dim": 16}),
     "smollm3": ("smollm3", GROUPED | {"head_dim": 16, "no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
 }

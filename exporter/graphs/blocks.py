@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,7 @@ class Step:
     Attributes:
         tokens: int64 ``[2]``, batch and seqlen.
         write_indices: int64 ``(batch,)``, cache position of this step's first token.
-        visible: bool ``(batch, 1, seqlen, capacity)``, the attention mask; None if no dense layer needs it.
+        visible: bool ``(batch, 1, seqlen, capacity)``, the attention mask of each window of the dense layers.
         lengths: int32 ``(batch,)``, tokens in the cache after this step's tokens are written; None if no sparse
             layer needs it.
         rotary: cos and sin ``(batch, seqlen, head_dim/2)`` of each RoPE of the model.
@@ -45,7 +45,7 @@ class Step:
 
     tokens: ir.Value
     write_indices: ir.Value
-    visible: ir.Value | None
+    visible: Mapping[int | None, ir.Value]
     lengths: ir.Value | None
     rotary: Mapping[RopeSpec, tuple[ir.Value, ir.Value]]
 
@@ -83,20 +83,42 @@ class Selection:
 
 
 def step(
-    g: GraphBuilder, spec: ModelSpec, position_ids: ir.Value, capacity_of: ir.Value, *, dense: bool, sparse: bool
+    g: GraphBuilder,
+    spec: ModelSpec,
+    position_ids: ir.Value,
+    capacity_of: ir.Value,
+    *,
+    dense: Sequence[int],
+    sparse: bool,
 ) -> Step:
-    """Compute masks, lengths and rotary tables from ``position_ids``, int64 ``(batch, seqlen)``."""
+    """Compute masks, lengths and rotary tables from ``position_ids``, int64 ``(batch, seqlen)``.
+
+    Args:
+        dense: the layers whose attention has all heads.
+        sparse: whether other layers have selected heads.
+    """
     first, last = (g.op("Gather", position_ids, g.ints(i), axis=1) for i in (0, -1))
-    visible = lengths = None
-    if dense:
-        capacity = g.op("Squeeze", g.op("Shape", capacity_of, start=2, end=3))
-        slots = g.op("Range", g.ints(0), capacity, g.ints(1))
-        visible = g.op("LessOrEqual", slots, g.op("Unsqueeze", position_ids, g.ints([1, 3])))
-    if sparse:
-        lengths = g.op("Cast", g.op("Add", last, g.ints(1)), to=ir.DataType.INT32)
+    visible = _masks(g, position_ids, capacity_of, [spec.window_of(layer) for layer in dense]) if dense else {}
+    lengths = g.op("Cast", g.op("Add", last, g.ints(1)), to=ir.DataType.INT32) if sparse else None
     ropes = filter(None, (spec.rope, spec.second_rope))
     rotary = {rope: _rotary(g, spec, rope, position_ids, f"rope_{i}") for i, rope in enumerate(ropes)}
     return Step(g.op("Shape", position_ids), first, visible, lengths, rotary)
+
+
+def _masks(
+    g: GraphBuilder, position_ids: ir.Value, capacity_of: ir.Value, windows: Sequence[int | None]
+) -> dict[int | None, ir.Value]:
+    """The mask of each window: a token at position p sees positions p - window + 1 .. p; without a window, 0 .. p."""
+    capacity = g.op("Squeeze", g.op("Shape", capacity_of, start=2, end=3))
+    slots = g.op("Range", g.ints(0), capacity, g.ints(1))
+    positions = g.op("Unsqueeze", position_ids, g.ints([1, 3]))
+    past = g.op("LessOrEqual", slots, positions)
+    return {
+        window: past
+        if window is None
+        else g.op("And", past, g.op("Greater", slots, g.op("Sub", positions, g.ints(window))))
+        for window in dict.fromkeys(windows)
+    }
 
 
 def _rotary(
@@ -129,7 +151,8 @@ def _dense_attention(
     place = f"layers.{layer}"
     both = gemm(g, normed, [f"{place}.{part}_proj" for part in "qkv"], spec.qkv_bias, spec.hidden_size)
     query, cache = to_cache(g, spec, layer, step, cache, both, spec.n_heads)
-    context = g.op("Attention", query, cache.key, cache.value, step.visible, scale=1 / math.sqrt(spec.head_dim))
+    visible = step.visible[spec.window_of(layer)]
+    context = g.op("Attention", query, cache.key, cache.value, visible, scale=1 / math.sqrt(spec.head_dim))
     context = g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), g.ints([-1, spec.n_heads * spec.head_dim]))
     width = spec.n_heads * spec.head_dim
     return gemm(g, context, [f"{place}.o_proj"], spec.o_bias, width, rows_out=False), cache
@@ -211,7 +234,10 @@ def _sparse_attention(
         **_rest(g, place, selection, "q", "o"),
         **scores,
     }
-    return _selected(g, spec, SPARSE_ATTENTION, f"{place}.attention", inputs, {"n_heads": spec.n_heads, "layer": layer})
+    attributes = {"n_heads": spec.n_heads, "layer": layer}
+    if spec.window is not None:  # all nodes have it, because the function body reads it
+        attributes["window"] = spec.window_of(layer) or 0
+    return _selected(g, spec, SPARSE_ATTENTION, f"{place}.attention", inputs, attributes)
 
 
 def _sparse_mlp(

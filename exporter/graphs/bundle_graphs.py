@@ -59,6 +59,7 @@ def function_form(
         table=TableForm(spec.hidden_size, spec.vocab_size, LOW_BIT_COPY, weighted=True) if rest else None,
         threshold=spec.activation_threshold,
         gate_first=gate_first,
+        windows=spec.window is not None,
     )
 
 
@@ -68,7 +69,7 @@ def dense_graph(spec: ModelSpec, store: WeightStore, dtype: ir.DataType, q: Quan
     input_ids, position_ids = (g.input(name, TOKENS, INT64) for name in ("input_ids", "position_ids"))
     keep = g.input("logits_to_keep", ["batch", "kept"], INT64)
     caches = _cache_inputs(g, spec, range(spec.n_layers))
-    step = blocks.step(g, spec, position_ids, caches[0].key, dense=True, sparse=False)
+    step = blocks.step(g, spec, position_ids, caches[0].key, dense=range(spec.n_layers), sparse=False)
     x = nodes.embed(g, spec, input_ids, position_ids)
     for layer in range(spec.n_layers):
         x, caches[layer] = blocks.dense_layer(g, spec, layer, x, step, caches[layer])
@@ -83,7 +84,7 @@ def stem_graph(sparse: SparseLayers, store: WeightStore, dtype: ir.DataType, q: 
     input_ids, position_ids = (g.input(name, TOKENS, INT64) for name in ("input_ids", "position_ids"))
     layers = range(sparse.dense_layers)
     caches = _cache_inputs(g, spec, layers)
-    step = blocks.step(g, spec, position_ids, caches[0].key, dense=True, sparse=False)
+    step = blocks.step(g, spec, position_ids, caches[0].key, dense=layers, sparse=False)
     x = nodes.embed(g, spec, input_ids, position_ids)
     for layer in layers:
         x, caches[layer] = blocks.dense_layer(g, spec, layer, x, step, caches[layer])
@@ -119,7 +120,8 @@ def body_graph(
     selection = _selection_inputs(g, sparse, units, chooser, rest)
     caches = _cache_inputs(g, spec, sparse.layers)
     selects_heads = spec.selects_heads and not all_heads
-    step = blocks.step(g, spec, position_ids, caches[0].key, dense=not selects_heads, sparse=selects_heads)
+    dense = () if selects_heads else sparse.layers
+    step = blocks.step(g, spec, position_ids, caches[0].key, dense=dense, sparse=selects_heads)
     x = g.op("Reshape", hidden, g.ints([-1, spec.hidden_size]))
     for row, layer in enumerate(sparse.layers):
         x, caches[row], chosen = blocks.sparse_layer(g, spec, layer, row, x, step, caches[row], selection)

@@ -13,12 +13,12 @@ from typing import Any
 from shadowllm.errors import UserError
 from shadowllm.models.families.factors import Factors
 from shadowllm.models.families.gemma import with_one_added
-from shadowllm.models.families.llama import llama_like, llama_sources
+from shadowllm.models.families.llama import WINDOW, llama_like, llama_sources
 from shadowllm.models.rope import read_rope
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Source
 
-WINDOW, WHOLE = "sliding_attention", "full_attention"
+WHOLE = "full_attention"
 # Our name -> the name in a layer of the checkpoint.
 NORMS = {
     "attention_output_norm": "post_attention_layernorm",

@@ -14,6 +14,7 @@ from shadowllm.models.rope import position_limit, read_rope, rotary_dim, rotated
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Source
 
+WINDOW = "sliding_attention"  # the type of a layer with a sliding window
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -47,6 +48,8 @@ def llama_like(
             f"partial rotary embeddings are not supported in {config.model_type} models",
             "use a model that rotates whole heads",
         )
+    max_seqlen = _max_seqlen(config, layer_type)
+    window, window_layers = _window(config, max_seqlen)
     fields = {
         "family": config.model_type,
         "vocab_size": config.vocab_size,
@@ -56,7 +59,7 @@ def llama_like(
         "n_heads": config.num_attention_heads,
         "n_kv_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
-        "max_seqlen": _max_seqlen(config, layer_type),
+        "max_seqlen": max_seqlen,
         "norm": "rmsnorm",
         "norm_eps": config.rms_norm_eps,
         "activation": activation,
@@ -65,35 +68,39 @@ def llama_like(
         "positions": "rope",
         "rope": read_rope(config, layer_type),
         "tied_embeddings": config.tie_word_embeddings,
+        "window": window,
+        "window_layers": window_layers,
     }
     return ModelSpec(**(fields | differences))
 
 
 def _max_seqlen(config: Any, layer_type: str | None) -> int:
-    """The longest text of which every token attends to all others, with the same frequencies."""
-    limits = {"max_position_embeddings": config.max_position_embeddings}
-    if (window := _window(config)) is not None:
-        limits["sliding_window"] = window
-    if (limit := position_limit(config, layer_type)) is not None:
-        limits["original_max_position_embeddings"] = limit
-    name = min(limits, key=lambda name: limits[name])
-    if limits[name] < config.max_position_embeddings:
-        warnings.warn(
-            f"texts are limited to {limits[name]} tokens ({name} in config.json) instead of "
-            f"{config.max_position_embeddings}: what the model does with longer ones is not supported",
-            stacklevel=5,
-        )
-    return limits[name]
+    """The longest text whose tokens are all rotated with the same frequencies."""
+    trained: int = config.max_position_embeddings
+    limit = position_limit(config, layer_type)
+    if limit is None or limit >= trained:
+        return trained
+    warnings.warn(
+        f"texts are limited to {limit} tokens (original_max_position_embeddings in config.json) instead of "
+        f"{trained}: what the model does with longer ones is not supported",
+        stacklevel=5,
+    )
+    return limit
 
 
-def _window(config: Any) -> int | None:
-    """The number of tokens that a layer with a sliding window attends to; None if there is no such layer."""
-    # Classes without this field ignore it: all of their layers have the window.
+def _window(config: Any, max_seqlen: int) -> tuple[int | None, tuple[int, ...]]:
+    """The sliding window and its layers; None and no layers if every token of a text sees all earlier ones."""
+    # Classes without these fields ignore them. Without types, all layers have the window.
     types = (config.layer_types or []) if hasattr(type(config), "layer_types") else []
-    if unknown := set(types) - {"full_attention", "sliding_attention"}:
+    if unknown := set(types) - {"full_attention", WINDOW}:
         raise UserError(f"{min(unknown)} layers are not supported", "use a model whose layers attend to all tokens")
-    window: int | None = getattr(config, "sliding_window", None)
-    return window if not types or "sliding_attention" in types else None
+    window: int | None = config.sliding_window if hasattr(type(config), "sliding_window") else None
+    if window is None and WINDOW in types:
+        raise UserError("config.json has layers with a sliding window, and no sliding_window", "correct it there")
+    if window is None or window >= max_seqlen:
+        return None, ()
+    layers = tuple(layer for layer in range(config.num_hidden_layers) if not types or types[layer] == WINDOW)
+    return (window, layers) if layers else (None, ())
 
 
 def sources(spec: ModelSpec, config: Any) -> dict[str, Source]:

@@ -36,13 +36,14 @@ class Shared:
     """Values that all layers of one step share.
 
     Attributes:
-        mask: ``(batch, 1, seqlen, capacity)``, 0 for cached tokens that a token sees and -inf for others; None for
-            prompts, which use causal attention over their own tokens.
+        masks: by the window of a layer, ``(batch, 1, seqlen, length)``: 0 for cached tokens that a token sees and -inf
+            for others. ``length`` is the capacity, or ``seqlen`` for prompts, which attend to their own tokens only.
+            None for prompts within the window: they use causal attention.
         lengths: int32 ``(batch,)``, tokens in the cache after the step's tokens are written.
         rotary: cos and sin ``(batch, seqlen, head_dim / 2)`` of each RoPE of the model.
     """
 
-    mask: Tensor | None
+    masks: Mapping[int | None, Tensor | None]
     lengths: Tensor
     rotary: Mapping[RopeSpec, tuple[Tensor, ...]]
 
@@ -70,18 +71,23 @@ class StepDecoder(Decoder):
             position_ids: int64 ``(batch, seqlen)`` on the device. Prompts have ``0 .. seqlen - 1`` in every row.
             capacity: capacity of the cache if the tokens follow others; None for prompts.
         """
-        mask = None
-        if capacity is not None:
-            # An additive mask: PyTorch would convert a boolean mask again in every layer.
-            slots = torch.arange(capacity, device=self._device)
-            shape = (len(position_ids), 1, position_ids.shape[1], capacity)
-            mask = torch.zeros(shape, dtype=self._dtype, device=self._device)
-            mask.masked_fill_(slots > position_ids[:, None, :, None], -torch.inf)
+        windows = {self.spec.window_of(layer) for layer in range(self.spec.n_layers)}
+        masks = {window: self._mask(position_ids, capacity, window) for window in windows}
         lengths = (position_ids[:, -1] + 1).to(torch.int32)
         rotary = {
             rope: tuple(table[position_ids].to(self._dtype) for table in tables) for rope, tables in self.rotary.items()
         }
-        self._shared = Shared(mask, lengths, rotary)
+        self._shared = Shared(masks, lengths, rotary)
+
+    def _mask(self, position_ids: Tensor, capacity: int | None, window: int | None) -> Tensor | None:
+        """The mask of layers with a window, or without one; see `Shared`."""
+        if capacity is None and (window is None or window >= position_ids.shape[1]):
+            return None
+        length = position_ids.shape[1] if capacity is None else capacity
+        slots, own = torch.arange(length, device=self._device), position_ids[:, None, :, None]
+        hidden = slots > own if window is None else (slots > own) | (slots <= own - window)
+        # An additive mask: PyTorch would convert a boolean mask again in every layer.
+        return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)
 
     def sparse_logits(self, x: Tensor, position_ids: Tensor, cache: KVCache, selection: Selection) -> Tensor:
         """Run the sparse layers of a one-token step, and the output projection.
@@ -142,6 +148,7 @@ class StepDecoder(Decoder):
             cos=cos,
             sin=sin,
             n_heads=spec.n_heads,
+            window=spec.window_of(layer) or 0,
             block=block,
         )
         return (y if spec.pre_norm else block.normed), block.normed
@@ -180,7 +187,9 @@ class StepDecoder(Decoder):
         rotary = self._shared.rotary[rope] if rope else (None, None)
         projected = self._normed_heads(layer, self._linear(f"layers.{layer}.qkv_proj", x))
         query = write_cache(projected, keys, values, position_ids, *rotary)
-        return self._rows(f"layers.{layer}.o_proj", self._context(query, keys, values).transpose(1, 2).flatten(2))
+        return self._rows(
+            f"layers.{layer}.o_proj", self._context(layer, query, keys, values).transpose(1, 2).flatten(2)
+        )
 
     def _normed_heads(self, layer: int, projected: Tensor) -> Tensor:
         """Norm each head of query and key in ``(batch, seqlen, (n_heads + 2 * n_kv_heads) * head_dim)`` of q, k, v."""
@@ -191,13 +200,14 @@ class StepDecoder(Decoder):
         query, key = (self._norm(f"layers.{layer}.{part}_norm", x) for part, x in (("q", query), ("k", key)))
         return torch.cat((query, key, value), dim=2).flatten(2)
 
-    def _context(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _context(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Dense attention, ``(batch, n_heads, seqlen, head_dim)`` in and out."""
-        seqlen, mask = query.shape[2], self._shared.mask
+        seqlen, mask = query.shape[2], self._shared.masks[self.spec.window_of(layer)]
         if mask is None:
             own = (keys[:, :, :seqlen], values[:, :, :seqlen])
             return F.scaled_dot_product_attention(query, *own, is_causal=True, enable_gqa=self.spec.group_size > 1)
         if seqlen > 1:
+            keys, values = (cache[:, :, : mask.shape[3]] for cache in (keys, values))
             grouped_queries = self.spec.group_size > 1
             return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped_queries)
         # At one token, treat the query heads of a group as tokens of its KV head, which every fused kernel supports.

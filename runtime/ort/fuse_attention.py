@@ -132,13 +132,13 @@ class _Shared:
         return node.outputs[0]
 
 
-_Op = Callable[[_Shared, ir.Value, Sequence[ir.Value | None], Sequence[ir.Value]], list[ir.Node]]
+_Op = Callable[[_Shared, int, ir.Value, Sequence[ir.Value | None]], list[ir.Node]]
 
 
 def _fuse(graph: ir.Graph, attention: ir.Node, shared: _Shared, op: _Op) -> None:
     scatters = [_producer(attention.inputs[i], "TensorScatter") for i in (1, 2)]
-    pasts, tables = [scatter.inputs[0] for scatter in scatters], shared.tables(_layer(scatters[0]))
-    nodes = op(shared, _projection(attention.inputs[0]), pasts, tables)
+    pasts = [scatter.inputs[0] for scatter in scatters]
+    nodes = op(shared, _layer(scatters[0]), _projection(attention.inputs[0]), pasts)
     nodes[-1].name = attention.name
     graph.insert_before(attention, nodes)
     context, *caches = nodes[-1].outputs
@@ -151,10 +151,8 @@ def _fuse(graph: ir.Graph, attention: ir.Node, shared: _Shared, op: _Op) -> None
     reshape.replace_input_with(0, context)
 
 
-def _runtime_op(
-    shared: _Shared, projected: ir.Value, pasts: Sequence[ir.Value | None], tables: Sequence[ir.Value]
-) -> list[ir.Node]:
-    spec = shared.spec
+def _runtime_op(shared: _Shared, layer: int, projected: ir.Value, pasts: Sequence[ir.Value | None]) -> list[ir.Node]:
+    spec, tables = shared.spec, shared.tables(layer)
     packed = ir.node("Reshape", [projected, shared.shape])
     attributes = {
         "num_heads": spec.n_heads,
@@ -162,14 +160,16 @@ def _runtime_op(
         "scale": 1 / math.sqrt(spec.head_dim),
         "do_rotary": int(bool(tables)),
     }
+    if window := spec.window_of(layer):
+        attributes["local_window_size"] = window
     inputs = [packed.outputs[0], None, None, *pasts, shared.last_slots, shared.total, *tables]
     return [packed, ir.node(FUSED, inputs, attributes, domain=MICROSOFT, num_outputs=3)]
 
 
-def _native_op(
-    shared: _Shared, projected: ir.Value, pasts: Sequence[ir.Value | None], tables: Sequence[ir.Value]
-) -> list[ir.Node]:
-    inputs, attributes = [projected, *pasts, shared.last_slots, *tables], {"n_heads": shared.spec.n_heads}
+def _native_op(shared: _Shared, layer: int, projected: ir.Value, pasts: Sequence[ir.Value | None]) -> list[ir.Node]:
+    inputs, attributes = [projected, *pasts, shared.last_slots, *shared.tables(layer)], {"n_heads": shared.spec.n_heads}
+    if window := shared.spec.window_of(layer):
+        attributes["window"] = window
     return [ir.node(CACHED_ATTENTION.name, inputs, attributes, domain=DOMAIN, num_outputs=3)]
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder, KVCache
 from shadowllm.models.registry import load_model
+from shadowllm.models.spec import ModelSpec
 from tests.conftest import FAMILIES, VARIANTS, build_transformers_model
 
 # Long enough to show the full float32 noise; a dozen tokens may show less.
@@ -100,18 +101,38 @@ def test_opt_variants_refused_by_name(checkpoint, tmp_path, options, words):
 
 
 @pytest.mark.parametrize(
-    ("variant", "options", "limit"),
+    ("variant", "options", "window", "layers"),
     [
-        ("mistral", {"sliding_window": 16}, 16),
-        ("mistral", {"sliding_window": 4096}, 64),
-        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2, "layer_types": None}, 16),
-        ("qwen3", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 3, "layer_types": None}, 64),
+        ("mistral", {"sliding_window": 16}, 16, (0, 1, 2)),
+        ("mistral", {"sliding_window": 64}, None, ()),  # no text is longer
+        ("mistral", {"sliding_window": None}, None, ()),
+        ("llama-gqa", {"sliding_window": 16}, None, ()),  # Llama's code does not read it
+        ("qwen2", {"max_window_layers": 2, "layer_types": None}, 5, (2,)),
+        ("qwen2", {"max_window_layers": 3, "layer_types": None}, None, ()),
+        ("qwen2", {"use_sliding_window": False, "layer_types": None}, None, ()),
+        ("gemma3", {}, 8, (0, 2)),
     ],
 )
-def test_texts_fit_into_a_sliding_window(checkpoint, tmp_path, variant, options, limit, recwarn):
+def test_layers_with_a_sliding_window(checkpoint, tmp_path, variant, options, window, layers):
     edit_config(checkpoint(variant), tmp_path, options)
-    assert load_model(tmp_path)[0].max_seqlen == limit
-    assert any("limited to 16 tokens (sliding_window" in str(w.message) for w in recwarn) == (limit == 16)
+    spec = load_model(tmp_path)[0]
+    assert (spec.window, spec.window_layers) == (window, layers)
+    assert spec.max_seqlen == 64
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize(("window", "words"), [(0, "window of 0 positions"), (None, "and no sliding_window")])
+def test_a_sliding_window_without_positions_is_refused(checkpoint, tmp_path, window, words):
+    edit_config(checkpoint("gemma3"), tmp_path, {"sliding_window": window})
+    with pytest.raises(UserError, match=words):
+        load_model(tmp_path)
+
+
+def test_a_description_without_windows_is_readable(checkpoint):
+    """Bundles of version 0.2 and earlier have none."""
+    spec = load_model(checkpoint("llama-gqa"))[0]
+    old = {name: value for name, value in spec.to_dict().items() if not name.startswith("window")}
+    assert ModelSpec.from_dict(old) == spec
 
 
 def test_layers_of_an_unknown_kind_are_refused(checkpoint, tmp_path):

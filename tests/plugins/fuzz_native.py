@@ -88,7 +88,7 @@ def attention(rng: np.random.Generator) -> Case:
             groups=heads // together if chosen_inside else 0,
             q=copy_format(rng),
         )
-    return Case("SparseAttention", inputs, weights_of(inputs), {"n_heads": heads})
+    return Case("SparseAttention", inputs, weights_of(inputs), {"n_heads": heads, "window": window(rng)})
 
 
 def topk(rng: np.random.Generator) -> Case:
@@ -112,7 +112,11 @@ def cached(rng: np.random.Generator) -> Case:
     capacity, heads = seqlen + int(rng.integers(0, 60)), kv_heads * group
     last = tuple(int(n) for n in rng.integers(seqlen - 1, capacity, batch))
     inputs = cached_inputs((heads, kv_heads, 2 * half, capacity, seqlen, last), rng.random() < 0.7)
-    return Case("CachedAttention", inputs, (), {"n_heads": heads})
+    return Case("CachedAttention", inputs, (), {"n_heads": heads, "window": window(rng)})
+
+
+def window(rng: np.random.Generator) -> int:
+    return int(rng.choice([0, 0, 1, 5, 30, 2**31 - 1]))
 
 
 def copy_format(rng: np.random.Generator) -> Quantisation:

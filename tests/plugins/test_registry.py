@@ -20,7 +20,7 @@ from shadowllm.plugins.registry import NATIVE_SCHEMAS, SCHEMAS
 
 SOURCES = Path(__file__).parents[2] / "plugins"
 COPIES = {"copy": CopyForm(64, 20, Quantisation(4)), "table": TableForm(64, 20, Quantisation(4))}
-FORM = FunctionForm("silu", True, True, True, True, True, 6, 2, 8, **COPIES)
+FORM = FunctionForm("silu", True, True, True, True, True, 6, 2, 8, windows=True, **COPIES)
 # The sparse ops choose the units themselves, with a low-bit copy.
 CHOOSING = replace(FORM, rest=Quantisation(4), chooses_neurons=True, head_groups=3)
 # Ports that a backend does not use: the kernels read no integer rows.

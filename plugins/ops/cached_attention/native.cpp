@@ -38,8 +38,10 @@ struct Step {
       to[half + j] = scale * (two * cos[row + j] + one * sin[row + j]);
     }
   }
-  Rows cache(const float* of, size_t b, size_t kv_head) const {
-    return {of + (b * kv_heads + kv_head) * capacity * head_dim, head_dim * sizeof(float), head_dim, RowType::f32};
+  // Rows of a cache, by position from `first` on.
+  Rows cache(const float* of, size_t b, size_t kv_head, size_t first) const {
+    const size_t row = (b * kv_heads + kv_head) * capacity + first;
+    return {of + row * head_dim, head_dim * sizeof(float), head_dim, RowType::f32};
   }
 };
 
@@ -56,6 +58,8 @@ class CachedAttention {
       : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false), kernels_(choose_kernels()) {
     n_heads_ = node_.integer("n_heads");
     node_.bound("n_heads", n_heads_, 1, INT32_MAX);
+    window_ = node_.integer_or("window", 0);
+    node_.bound("window", window_, 0, INT32_MAX);
   }
 
   static void infer(const Api& api, OrtShapeInferContext* context) {
@@ -145,31 +149,35 @@ class CachedAttention {
     const size_t d = step.head_dim, group = step.group();
     const auto token = [&](size_t q) { return (first + q) / group; };
     const auto head = [&](size_t q) { return kv_head * group + (first + q) % group; };
-    const auto seen = [&](size_t q) { return step.past(b) + token(q) + 1; };
-    const size_t all = seen(count - 1);
+    // A query sees the positions begin(q) .. end(q) - 1. Positions before that of the first query are not read.
+    const size_t window = static_cast<size_t>(window_);
+    const auto end = [&](size_t q) { return step.past(b) + token(q) + 1; };
+    const auto begin = [&](size_t q) { return window != 0 && end(q) > window ? end(q) - window : 0; };
+    const size_t start = begin(0), all = end(count - 1) - start;
     float *queries = work, *contexts = queries + count * d, *row = contexts + count * d, *scores = row + step.longest;
     const float scale = 1 / std::sqrt(static_cast<float>(d));
     for (size_t q = 0; q < count; ++q) step.rotated(b, token(q), head(q), scale, queries + q * d);
-    kernels_.project(step.cache(step.key, b, kv_head), {nullptr, all}, queries, count, scores, {});
-    for (size_t q = 0; q < count; ++q) weigh(seen(q), all, count, scores + q, row);
+    kernels_.project(step.cache(step.key, b, kv_head, start), {nullptr, all}, queries, count, scores, {});
+    for (size_t q = 0; q < count; ++q) weigh({begin(q) - start, end(q) - start}, all, count, scores + q, row);
     std::fill_n(contexts, count * d, 0.0f);
-    kernels_.accumulate(step.cache(step.value, b, kv_head), {nullptr, all}, scores, count, contexts, {});
+    kernels_.accumulate(step.cache(step.value, b, kv_head, start), {nullptr, all}, scores, count, contexts, {});
     for (size_t q = 0; q < count; ++q)
       std::copy_n(contexts + q * d, d, step.y + ((b * step.seqlen + token(q)) * step.n_heads + head(q)) * d);
   }
 
-  // Replaces the scores of a query, `stride` floats apart, by their softmax over the first `seen` of them.
-  void weigh(size_t seen, size_t all, size_t stride, float* scores, float* row) const {
-    for (size_t i = 0; i < seen; ++i) row[i] = scores[i * stride];
-    const float inverse = 1 / kernels_.exponentials(row, seen);
-    for (size_t i = 0; i < seen; ++i) scores[i * stride] = row[i] * inverse;
-    for (size_t i = seen; i < all; ++i) scores[i * stride] = 0;
+  // Replaces the scores of a query, `stride` floats apart, by their softmax over those that it sees.
+  void weigh(Chunk seen, size_t all, size_t stride, float* scores, float* row) const {
+    for (size_t i = seen.begin; i < seen.end; ++i) row[i - seen.begin] = scores[i * stride];
+    const float inverse = 1 / kernels_.exponentials(row, seen.size());
+    for (size_t i = 0; i < seen.begin; ++i) scores[i * stride] = 0;
+    for (size_t i = seen.begin; i < seen.end; ++i) scores[i * stride] = row[i - seen.begin] * inverse;
+    for (size_t i = seen.end; i < all; ++i) scores[i * stride] = 0;
   }
 
   const Api& api_;
   Node node_;
   const Kernels& kernels_;
-  int64_t n_heads_ = 0;
+  int64_t n_heads_ = 0, window_ = 0;
 };
 
 }  // namespace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shadowllm.plugins.ops.sparse_attention.reference import attend, rotate
+from shadowllm.plugins.ops.sparse_attention.reference import attend, rotate, seen
 
 
 def cached_attention(
@@ -16,6 +16,7 @@ def cached_attention(
     sin: np.ndarray | None = None,
     *,
     n_heads: int,
+    window: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``CachedAttention``: projected ``(B*S, (H+2*n_kv)*d)``, cache ``(B, n_kv, C, d)`` -> ``(B*S, H*d)``, cache."""
     batch, kv_heads, capacity, head_dim = past_key.shape
@@ -30,7 +31,7 @@ def cached_attention(
     for row in range(batch):
         key[row, :, positions[row]] = new_key[row].transpose(1, 0, 2)
         value[row, :, positions[row]] = new_value[row].transpose(1, 0, 2)
-    visible = np.arange(capacity) <= positions[..., None]
+    visible = seen(capacity, positions, window)
     group = n_heads // kv_heads
     y = [attend(query[:, head], key[:, head // group], value[:, head // group], visible) for head in range(n_heads)]
     return np.concatenate(y, axis=-1).reshape(len(projected), n_heads * head_dim), key, value

@@ -34,17 +34,18 @@ inline void attend_head(const Kernels& kernels, const Call& call, size_t head, s
   const size_t d = call.head_dim, tokens = call.tokens();
   const size_t past = static_cast<size_t>(call.lengths[b]) - call.seqlen;
   const size_t first = (b * call.kv_heads + head / call.group) * call.capacity;
-  Rows keys = call.key, values = call.value;
-  keys.data = static_cast<const char*>(keys.data) + first * keys.stride;
-  values.data = static_cast<const char*>(values.data) + first * values.stride;
+  const auto from = [](Rows rows, size_t row) {
+    rows.data = static_cast<const char*>(rows.data) + row * rows.stride;
+    return rows;
+  };
   float *query = work, *context = work + d, *scores = work + 2 * d;
   for (size_t s = 0; s < call.seqlen; ++s) {
-    const size_t token = b * call.seqlen + s, visible = past + s + 1;
+    const size_t token = b * call.seqlen + s, end = past + s + 1, start = call.first_visible(end), count = end - start;
     load_query(kernels, call, head, token, queries, query);
-    kernels.project(keys, {nullptr, visible}, query, 1, scores, {});
-    const float total = kernels.exponentials(scores, visible);
+    kernels.project(from(call.key, first + start), {nullptr, count}, query, 1, scores, {});
+    const float total = kernels.exponentials(scores, count);
     std::fill(context, context + d, 0.0f);
-    kernels.accumulate(values, {nullptr, visible}, scores, 1, context, {});
+    kernels.accumulate(from(call.value, first + start), {nullptr, count}, scores, 1, context, {});
     for (size_t j = 0; j < d; ++j) queries[j * tokens + token] = context[j] / total;
   }
 }

@@ -17,6 +17,7 @@ namespace {  // other ops have types with the same names
 struct Call {
   size_t batch, seqlen, width, n_heads, group, kv_heads, capacity, head_dim, longest;
   size_t full_count, rest_count;  // the number of heads of each kind; if indices repeat, there may be fewer of the rest
+  size_t window;                  // how many of the last positions a query sees; 0 means all
   size_t score_groups;            // 0 unless the op chooses the heads
   const int32_t* indices;         // null if the op chooses the heads
   int32_t* listed;                // where the active heads are listed; null if they are not
@@ -28,6 +29,8 @@ struct Call {
   RowType b_q_type, b_o_type;
 
   size_t tokens() const { return batch * seqlen; }
+  // The first position that is visible to a query that sees positions up to `end`, without it.
+  size_t first_visible(size_t end) const { return window != 0 && end > window ? end - window : 0; }
   size_t most_heads() const { return full_count + rest_count; }
   bool nested() const { return w_q.step != 0; }
   // Floats that rows of the copy need for each token, if they have more elements than x; otherwise 0.

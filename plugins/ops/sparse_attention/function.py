@@ -12,7 +12,7 @@ from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION
 
 def function_body(form: FunctionForm) -> ir.Function:
     """Compute the attention of all heads, and drop those that are not active; with copies, take these from the copy."""
-    body = FunctionBody(SPARSE_ATTENTION)
+    body = FunctionBody(SPARSE_ATTENTION, absent=() if form.windows else ("window",))
     heads = _choose(body, form) if form.head_groups else body.given()
     active = body.mask(heads, body.const([form.n_heads]))
     full_rows = _of_rows(body, form, active)
@@ -55,18 +55,24 @@ def _attend(body: FunctionBody, form: FunctionForm, query: ir.Value) -> ir.Value
     if form.rope:
         query = body.op("RotaryEmbedding", query, body["cos"], body["sin"])
     context = body.op(
-        "Attention", query, body["key"], body["value"], _visible(body), scale=1 / math.sqrt(form.head_dim)
+        "Attention", query, body["key"], body["value"], _visible(body, form.windows), scale=1 / math.sqrt(form.head_dim)
     )
     context = body.op("Transpose", context, perm=[0, 2, 1, 3])
     return body.op("Reshape", context, body.const([0, 0, form.n_heads * form.head_dim]))
 
 
-def _visible(body: FunctionBody) -> ir.Value:
-    """Boolean mask (B, 1, S, C): query s of row b sees positions up to lengths[b] - S + s."""
+def _visible(body: FunctionBody, windows: bool) -> ir.Value:
+    """Boolean mask (B, 1, S, C): query s of row b sees positions up to lengths[b] - S + s, or the last of them."""
     seqlen = body.op("Squeeze", body.op("Shape", body["x"], start=1, end=2))
     capacity = body.op("Squeeze", body.op("Shape", body["key"], start=2, end=3))
     zero, one = body.const(0), body.const(1)
     start = body.op("Sub", body.op("Cast", body["lengths"], to=ir.DataType.INT64), seqlen)
     last = body.op("Add", body.op("Unsqueeze", start, body.const([1])), body.op("Range", zero, seqlen, one))
     positions = body.op("Range", zero, capacity, one)
-    return body.op("LessOrEqual", positions, body.op("Unsqueeze", last, body.const([1, 3])))
+    last = body.op("Unsqueeze", last, body.const([1, 3]))
+    past = body.op("LessOrEqual", positions, last)
+    if not windows:
+        return past
+    window = body.attribute("window")
+    inside = body.op("Greater", positions, body.op("Sub", last, window))
+    return body.op("And", past, body.op("Or", body.op("Equal", window, zero), inside))

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from shadowllm.plugins.ops.sparse_attention.projection_kernel import active_head
+from shadowllm.plugins.triton.output_projection import LOWEST
 from shadowllm.plugins.triton.tiles import dot
 
 
@@ -33,13 +34,15 @@ def decode_attention(
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     SPAN: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Attention of one token's active heads over one span of the cache.
+    """Attention of one token's active heads over one span of the cache, of which the token sees ``WINDOW`` positions.
 
     With one split the result is ``context (batch, CAP, HEAD_DIM)``. With several it is unnormalised, in
-    ``partials (batch, CAP, SPLITS, HEAD_DIM + 2)``, followed by the maximum and the sum of its softmax.
+    ``partials (batch, CAP, SPLITS, HEAD_DIM + 2)``, followed by the maximum and the sum of its softmax. Those of a span
+    before the window are -inf and 0.
     """
     slot, split = tl.program_id(0), tl.program_id(2)
     row = tl.program_id(1).to(tl.int64)
@@ -54,9 +57,11 @@ def decode_attention(
     top = tl.full((), float("-inf"), tl.float32)
     mass = tl.zeros((), tl.float32)
     acc = tl.zeros((BLOCK_H,), tl.float32)
-    for start in range(split * SPAN, tl.minimum((split + 1) * SPAN, length), BLOCK_P):
+    first = first_visible(length, WINDOW)
+    begin = tl.maximum(split * SPAN, first // BLOCK_P * BLOCK_P)
+    for start in range(begin, tl.minimum((split + 1) * SPAN, length), BLOCK_P):
         positions = start + tl.arange(0, BLOCK_P)
-        seen = positions < length
+        seen = (positions >= first) & (positions < length)
         place = cache + positions[:, None] * HEAD_DIM + dims[None, :]
         mask = seen[:, None] & inside[None, :]
         k = tl.load(key + place, mask=mask, other=0.0)
@@ -77,6 +82,15 @@ def decode_attention(
         tl.store(out + dims, acc, mask=inside)
         tl.store(out + HEAD_DIM, top)
         tl.store(out + HEAD_DIM + 1, mass)
+
+
+@triton.jit
+def first_visible(end, WINDOW: tl.constexpr):
+    """The first of the ``WINDOW`` positions before ``end``; 0 means that there is no window."""
+    if WINDOW == 0:
+        return tl.zeros_like(end)
+    else:
+        return tl.maximum(end - WINDOW, 0)
 
 
 @triton.jit
@@ -128,13 +142,14 @@ def prompt_attention(
     KV_HEADS: tl.constexpr,
     CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """Write ``context (batch, seqlen, CAP, HEAD_DIM)`` for a tile of queries of one active head.
 
-    Query ``s`` of a row sees positions up to ``lengths[row] - seqlen + s``.
+    Query ``s`` of a row sees positions up to ``lengths[row] - seqlen + s``, and only the last ``WINDOW`` of them.
     """
     slot, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = active_head(indices, count, slot, HEADS, CAP)
@@ -142,25 +157,28 @@ def prompt_attention(
         return
     step = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     length = tl.minimum(tl.load(lengths + row), CAPACITY)
-    last = tl.minimum(tl.load(lengths + row) - seqlen + step, CAPACITY - 1)
+    last = tl.minimum(tl.load(lengths + row) - seqlen + step, length - 1)
+    first = first_visible(last + 1, WINDOW)
     dims = tl.arange(0, BLOCK_H)
     inside = (dims < HEAD_DIM)[None, :]
     inside_m = (step < seqlen)[:, None]
     place = ((row * seqlen + step)[:, None] * CAP + slot) * HEAD_DIM + dims[None, :]
     q = tl.load(query + place, mask=inside_m & inside, other=0.0)
     cache = (row * KV_HEADS + head // (HEADS // KV_HEADS)) * CAPACITY * HEAD_DIM
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    # Finite: a query may see no position of the first blocks, and the difference of two infinities is not a number.
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-    for start in range(0, tl.max(tl.where(step < seqlen, last, -1), 0) + 1, BLOCK_P):
+    begin = tl.min(first, 0) // BLOCK_P * BLOCK_P
+    for start in range(begin, tl.max(tl.where(step < seqlen, last, -1), 0) + 1, BLOCK_P):
         positions = start + tl.arange(0, BLOCK_P)
         kv = cache + positions[:, None] * HEAD_DIM + dims[None, :]
         # Positions past the length are not read: they may hold NaN from an earlier text, and zero times NaN is NaN.
         mask = (positions < length)[:, None] & inside
         k = tl.load(key + kv, mask=mask, other=0.0)
         score = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_P), tl.float32)) * SCALE
-        # Rows past the prompt see position 0, so that no softmax is empty; they are not stored.
-        seen = positions[None, :] <= tl.maximum(last, 0)[:, None]
+        # Rows past the prompt see what its last row sees, so that no softmax is empty; they are not stored.
+        seen = (positions[None, :] >= first[:, None]) & (positions[None, :] <= tl.maximum(last, 0)[:, None])
         score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         weight = tl.exp(score - higher[:, None])

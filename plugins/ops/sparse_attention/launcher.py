@@ -32,6 +32,7 @@ def sparse_attention(
     score_bias: Tensor | None = None,
     *,
     n_heads: int,
+    window: int = 0,
     block: BlockInputs | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``SparseAttention``: x ``(B, S, D)``, cache ``(B, n_kv, C, d)`` that includes this step -> ``(B, S, D)``.
@@ -44,11 +45,14 @@ def sparse_attention(
         y, and the heads that the op chose, int32 ``(H,)``; None with indices.
 
     Raises:
-        ValueError: a tensor has the wrong type, device, layout or shape; the heads do not divide evenly; or inputs for
+        ValueError: a tensor has the wrong type, device, layout or shape; the heads do not divide evenly; the window
+            is negative; or inputs for
             the rest or the choice are missing.
     """
     if w_q.shape[0] != n_heads * key.shape[-1] or n_heads % key.shape[1]:
         raise ValueError(f"SparseAttention has {n_heads} heads, w_q {tuple(w_q.shape)} and key {tuple(key.shape)}")
+    if window < 0:
+        raise ValueError(f"SparseAttention has a window of {window} positions")
     if (cos is None) != (sin is None) or (cos is not None and key.shape[-1] % 2):
         raise ValueError("SparseAttention needs both cos and sin or neither, and even heads to rotate")
     copies = {"c_q": c_q, "c_o": c_o, "cs_q": cs_q, "cs_o": cs_o}
@@ -79,4 +83,4 @@ def sparse_attention(
         "score_bias": score_bias,
     }
     chosen = None if indices is not None else torch.empty(n_heads, dtype=torch.int32, device=x.device)
-    return launch_op(SPARSE_ATTENTION, schedules, inputs, {"n_heads": n_heads}, chosen, block), chosen
+    return launch_op(SPARSE_ATTENTION, schedules, inputs, {"n_heads": n_heads, "window": window}, chosen, block), chosen

@@ -52,6 +52,8 @@ class SparseAttention {
       : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), true), kernels_(choose_kernels()) {
     n_heads_ = node_.integer("n_heads");
     node_.bound("n_heads", n_heads_, 1, INT32_MAX);
+    window_ = node_.integer_or("window", 0);
+    node_.bound("window", window_, 0, INT32_MAX);
   }
 
   static void infer(const Api& api, OrtShapeInferContext* context) { infer_like_input(api, context, kX, 0); }
@@ -151,6 +153,7 @@ class SparseAttention {
     call.head_dim = dim(kKey, 3);
     call.seqlen = static_cast<size_t>(seqlen_of(in[kX], batch)), call.width = static_cast<size_t>(width);
     call.n_heads = static_cast<size_t>(n_heads_), call.group = call.n_heads / call.kv_heads;
+    call.window = static_cast<size_t>(window_);
     const size_t first = selection * call.batch;  // its first sequence
     call.lengths = in[kLengths].as<int32_t>() + first;
     if (batch != 0) call.longest = static_cast<size_t>(*std::max_element(call.lengths, call.lengths + call.batch));
@@ -354,7 +357,7 @@ class SparseAttention {
   const Api& api_;
   Node node_;
   const Kernels& kernels_;
-  int64_t n_heads_ = 0;
+  int64_t n_heads_ = 0, window_ = 0;
 };
 
 }  // namespace

@@ -34,6 +34,7 @@ def sparse_attention(
     score_bias: np.ndarray | None = None,
     *,
     n_heads: int,
+    window: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``SparseAttention``: x ``(B, S, D)``, cache ``(B, n_kv, C, d)`` -> ``(B, S, D)``, chosen ``(H,)``.
 
@@ -42,7 +43,7 @@ def sparse_attention(
     batch, seqlen, width = x.shape
     capacity, head_dim = key.shape[2:]
     wide, group = x.astype(np.float32), n_heads // key.shape[1]
-    visible = np.arange(capacity) <= (lengths[:, None] - seqlen + np.arange(seqlen))[..., None]
+    visible = seen(capacity, lengths[:, None] - seqlen + np.arange(seqlen), window)
     if indices is None:
         heads = _largest(wide, score_weight, score_bias, count, n_heads)
     else:
@@ -76,6 +77,12 @@ def _largest(x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, 
     together = n_heads // len(weight)
     groups = largest((x.reshape(-1, x.shape[2]) @ weight.T + bias).mean(axis=0), count // together)
     return (groups[:, None] * together + np.arange(together)).reshape(-1)
+
+
+def seen(capacity: int, positions: np.ndarray, window: int) -> np.ndarray:
+    """The mask ``(..., capacity)`` of tokens at ``positions``, which see the last ``window`` ones; 0 means all."""
+    slots, last = np.arange(capacity), positions[..., None]
+    return (slots <= last) & ((window == 0) | (slots > last - window))
 
 
 def attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray, visible: np.ndarray) -> np.ndarray:

@@ -29,11 +29,12 @@ def schedules(
     """See `triton.schedule.Planner`."""
     ranges = tiers(max_batch, max_seqlen)
     end = BlockEnd.of(shapes, attributes)
-    return [plan_sparse_attention(shapes, itemsize, tier, int(attributes["n_heads"]), end) for tier in ranges]
+    n_heads, window = int(attributes["n_heads"]), int(attributes.get("window", 0))
+    return [plan_sparse_attention(shapes, itemsize, tier, n_heads, end, window) for tier in ranges]
 
 
 def plan_sparse_attention(
-    shapes: Mapping[str, Shape], itemsize: int, tier: Tier, n_heads: int, end: BlockEnd | None = None
+    shapes: Mapping[str, Shape], itemsize: int, tier: Tier, n_heads: int, end: BlockEnd | None = None, window: int = 0
 ) -> Schedule:
     """How to launch ``SparseAttention`` in a tier.
 
@@ -41,6 +42,7 @@ def plan_sparse_attention(
         shapes: shapes of the present inputs, by name.
         itemsize: bytes per element of the weights.
         end: if the op is a whole block of a layer.
+        window: how many of the last positions a token sees; 0 means all.
     """
     width = shapes["w_q"][1]
     _, kv_heads, capacity, head_dim = shapes["key"]
@@ -52,7 +54,11 @@ def plan_sparse_attention(
     constants = {"CAP": cap, "HEADS": n_heads, "HEAD_DIM": head_dim, "KV_HEADS": kv_heads, "CAPACITY": capacity}
     project = _project(shapes, tier, {**listed, "query": query}, constants, itemsize, choice.active)
     read: dict[str, Operand] = {name: name for name in ("key", "value", "lengths")}
-    sizes = constants | {"SCALE": head_dim**-0.5, "BLOCK_H": max(16, triton.next_power_of_2(head_dim))}
+    sizes = constants | {
+        "SCALE": head_dim**-0.5,
+        "WINDOW": window,
+        "BLOCK_H": max(16, triton.next_power_of_2(head_dim)),
+    }
     operands = read | listed | {"query": query, "context": context}
     hidden, spans = context, None
     if tier.max_seqlen > 1:

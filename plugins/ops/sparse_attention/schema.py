@@ -29,10 +29,11 @@ SPARSE_ATTENTION = OpSchema(
         Port("score_bias", ("G",), "float32", optional=True),
     ),
     outputs=(Port("y", ("B", "S", "D")), Port("chosen", ("n_heads",), "int32", optional=True)),
-    attributes=(Attribute("n_heads", int), Attribute("layer", int)),
+    attributes=(Attribute("n_heads", int), Attribute("layer", int), Attribute("window", int, default=0)),
     doc="b_o plus the output projection of the active query heads' attention over the cache. The cache already "
-    "holds this step's keys and values; query s of row b sees positions 0 .. lengths[b] - S + s. With a low-bit copy "
-    "(c_ and cs_) and rest = 1, the other heads are added too, with their rows of q and o from the copy; with rest = 0 "
+    "holds this step's keys and values; query s of row b sees positions 0 .. lengths[b] - S + s. With a window that is "
+    "not 0, it sees only the last `window` of them. With a low-bit copy (c_ and cs_) and rest = 1, the other heads are "
+    "added too, with their rows of q and o from the copy; with rest = 0 "
     "they are dropped. Without indices, the op chooses the active heads itself, in G groups of H/G neighbours: the "
     "count * G/H groups with the largest means over the tokens of a selection of score_weight x + score_bias, where "
     "ties go to the lower index. It then writes the heads to chosen, ascending and -1 past the count.",

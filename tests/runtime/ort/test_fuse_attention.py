@@ -13,7 +13,7 @@ from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort.fuse_attention import FuseAttention
 from tests.plugins.native_model import built
 
-CAPACITY = 8
+CAPACITY = 20
 
 
 def load(folder, fuse, native=False):
@@ -76,6 +76,22 @@ def test_the_fused_graph_equals_the_standard_one(bundle, variant, op):
                 # Cache entries after the end of a sequence are not used.
                 there = np.s_[row] if name == "logits" else np.s_[row, :, :visible]
                 assert np.abs(ours[name][there] - array[there]).max() < 1e-5 * np.abs(array[there]).max(), name
+
+
+@pytest.mark.parametrize("op", ["GroupQueryAttention", pytest.param("CachedAttention", marks=built)])
+@pytest.mark.parametrize("variant", ["mistral", "gemma3"])
+def test_windows(bundle, variant, op):
+    """The prompt, and the past of each step, are as long as the window, one token shorter or longer, and far longer."""
+    folder = bundle(variant)
+    window = read_manifest(folder).spec.window
+    standard, fused = load(folder, False), load(folder, True, native=op == "CachedAttention")
+    for length in (window - 1, window, window + 1, 2 * window + 1):
+        prompt = (np.arange(2 * length).reshape(2, length) % 97, np.tile(np.arange(length), (2, 1)))
+        steps = [prompt, ([[7], [9]], [[length], [length]]), ([[11], [12]], [[length + 1], [2]])]
+        if op == "CachedAttention":
+            steps.append((np.array([[3, 4], [5, 6]]), np.array([[length, length + 1], [3, 4]])))
+        for ours, theirs in zip(run(folder, fused, steps), run(folder, standard, steps), strict=True):
+            assert np.abs(ours["logits"] - theirs["logits"]).max() < 1e-5 * np.abs(theirs["logits"]).max(), length
 
 
 @pytest.mark.parametrize("variant", ["llama-head-dim", "opt"])

@@ -27,19 +27,26 @@ def wide(inputs):
     return {k: v.astype(np.float64) if v is not None and v.dtype == np.float32 else v for k, v in inputs.items()}
 
 
-@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_cached_attention(size, rope, isa):
+@pytest.mark.parametrize(
+    ("size", "rope", "window"),
+    [(size, rope, 0) for size in SIZES for rope in (True, False)]
+    + [(size, True, window) for size in SIZES[2:7] for window in (1, 4, 33, 400)],
+    ids=str,
+)
+def test_cached_attention(size, rope, window, isa):
     inputs = cached_inputs(size, rope)
-    exact, float32 = (cached_attention(**of, n_heads=size[0]) for of in (wide(inputs), inputs))
-    for row, last in enumerate(size[5]):  # the cache is not read after the past, which these steps follow
-        for name in ("past_key", "past_value"):
-            inputs[name][row, :, last + 1 - size[4] :] = np.nan
-    found = run_all("CachedAttention", inputs, threads=2, n_heads=size[0])
+    exact, float32 = (cached_attention(**of, n_heads=size[0], window=window) for of in (wide(inputs), inputs))
+    for row, last in enumerate(size[5]):
+        past = last + 1 - size[4]
+        for name in ("past_key", "past_value"):  # neither what follows the past nor what no query sees is read
+            inputs[name][row, :, past:] = np.nan
+            inputs[name][row, :, : max(0, past + 1 - window) if window else 0] = np.nan
+    found = run_all("CachedAttention", inputs, threads=2, n_heads=size[0], window=window)
     assert_as_exact_as(found[0], float32[0], exact[0])
     for ours, theirs in zip(found[1:], exact[1:], strict=True):
         for row, last in enumerate(size[5]):
-            np.testing.assert_allclose(ours[row, :, : last + 1], theirs[row, :, : last + 1], rtol=0, atol=1e-6)
+            seen = np.s_[row, :, max(0, last + 2 - size[4] - window) if window else 0 : last + 1]
+            np.testing.assert_allclose(ours[seen], theirs[seen], rtol=0, atol=1e-6)
 
 
 def test_no_sequence():

@@ -43,7 +43,7 @@ def attention_inputs(form: str, size: tuple, seed: int = 0) -> dict[str, np.ndar
     return inputs
 
 
-def exact_attention(inputs: dict[str, np.ndarray | None], heads: int) -> np.ndarray:
+def exact_attention(inputs: dict[str, np.ndarray | None], heads: int, window: int = 0) -> np.ndarray:
     wide = {k: v.astype(np.float64) for k, v in inputs.items() if v is not None and v.dtype != np.int32}
     batch, seqlen, hidden = inputs["x"].shape
     d, group = inputs["key"].shape[3], heads // inputs["key"].shape[1]
@@ -55,8 +55,9 @@ def exact_attention(inputs: dict[str, np.ndarray | None], heads: int) -> np.ndar
                 query = wide["w_q"][rows] @ wide["x"][b, s] + (wide["b_q"][rows] if "b_q" in wide else 0)
                 if "cos" in wide:
                     query = rotate(query, wide["cos"][b, s], wide["sin"][b, s])
-                seen = inputs["lengths"][b] - seqlen + s + 1
-                scores = wide["key"][b, head // group, :seen] @ query / math.sqrt(d)
+                end = inputs["lengths"][b] - seqlen + s + 1
+                seen = np.s_[b, head // group, max(0, end - window) if window else 0 : end]
+                scores = wide["key"][seen] @ query / math.sqrt(d)
                 weights = np.exp(scores - scores.max())
-                y[b, s] += weights / weights.sum() @ wide["value"][b, head // group, :seen] @ wide["w_o"][rows]
+                y[b, s] += weights / weights.sum() @ wide["value"][seen] @ wide["w_o"][rows]
     return y

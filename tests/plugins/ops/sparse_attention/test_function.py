@@ -60,6 +60,27 @@ def test_sparse_attention(heads, kv, rope, bias, batch, seqlen, length, count):
     np.testing.assert_allclose(found, expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("window", [0, 1, 3, 9, 40])
+@pytest.mark.parametrize("seqlen", [1, 3])
+def test_a_window(seqlen, window):
+    rng = np.random.default_rng(window)
+    angles, cache = rng.standard_normal((2, seqlen, 4)), rng.standard_normal((2, 2, 2, 9, 8)).astype(np.float32)
+    feeds = {
+        "x": rng.standard_normal((2, seqlen, 41)).astype(np.float32),
+        "key": cache[0],
+        "value": cache[1],
+        "lengths": np.array([3, 9], np.int32),
+        "indices": padded(np.array([1, 2, 5]), 6),
+        "count": np.array(3, np.int32),
+        "cos": np.cos(angles).astype(np.float32),
+        "sin": np.sin(angles).astype(np.float32),
+        **{f"w_{part}": 0.3 * rng.standard_normal((48, 41)).astype(np.float32) for part in ("q", "o")},
+    }
+    found = run(SPARSE_ATTENTION, replace(FORM, windows=True), feeds, n_heads=6, layer=0, window=window)
+    expected = sparse_attention(**feeds, b_q=None, b_o=None, n_heads=6, window=window)[0]
+    np.testing.assert_allclose(found, expected, **TOLERANCE)
+
+
 @pytest.mark.parametrize("q", [Quantisation(8), Quantisation(4), Quantisation(4, 16)], ids=str)
 @pytest.mark.parametrize("seed", [0, 1, 41])
 def test_integer_weights(q, seed):

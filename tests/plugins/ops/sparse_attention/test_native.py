@@ -55,6 +55,20 @@ def test_attention(form, size, isa):
     assert_as_exact_as(found, float32, exact)
 
 
+@pytest.mark.parametrize("window", [1, 4, 31, 100])
+@pytest.mark.parametrize("size", [ATTENTION_SIZES[2], ATTENTION_SIZES[3], ATTENTION_SIZES[5]], ids=str)
+def test_attention_with_a_window(size, window, isa):
+    inputs = attention_inputs("llama-biases", size)
+    exact = exact_attention(inputs, size[1], window)
+    float32 = sparse_attention(**inputs, n_heads=size[1], window=window)[0]
+    for batch, length in enumerate(size[7]):  # what no query sees must not be read
+        first = max(0, length - size[6] + 1 - window)
+        for name in ("key", "value"):
+            inputs[name][batch, :, :first] = inputs[name][batch, :, length:] = np.nan
+    found = run("SparseAttention", inputs, ATTENTION_WEIGHTS, threads=2, n_heads=size[1], layer=3, window=window)
+    assert_as_exact_as(found, float32, exact)
+
+
 def test_attention_takes_flat_hidden_states():
     inputs = attention_inputs("llama-biases", (123, 6, 3, 20, 40, 2, 5, (5, 31), 4))
     expected = run("SparseAttention", inputs, ATTENTION_WEIGHTS, n_heads=6, layer=0)

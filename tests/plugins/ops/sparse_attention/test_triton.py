@@ -52,7 +52,7 @@ def attention_inputs(size: tuple[int, ...], dtype: torch.dtype) -> dict[str, Ten
     }
 
 
-def dense_attention(inputs: dict[str, Tensor | None], n_heads: int, dtype: torch.dtype) -> Tensor:
+def dense_attention(inputs: dict[str, Tensor | None], n_heads: int, dtype: torch.dtype, window: int = 0) -> Tensor:
     """The op in plain PyTorch, in a given type."""
     wide = {name: t.to(dtype) for name, t in inputs.items() if t is not None and t.is_floating_point()}
     x, head_dim = wide["x"], wide["key"].shape[-1]
@@ -63,7 +63,8 @@ def dense_attention(inputs: dict[str, Tensor | None], n_heads: int, dtype: torch
         first, second = query.chunk(2, dim=-1)
         query = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     last = inputs["lengths"][:, None] - seqlen + torch.arange(seqlen)
-    visible = torch.arange(wide["key"].shape[2]) <= last[..., None]
+    slots = torch.arange(wide["key"].shape[2])
+    visible = (slots <= last[..., None]) & (slots > last[..., None] - (window or len(slots)))
     context = F.scaled_dot_product_attention(
         query.transpose(1, 2), wide["key"], wide["value"], attn_mask=visible[:, None], enable_gqa=True
     ).transpose(1, 2)
@@ -80,6 +81,19 @@ def test_attention(size, dtype):
     found, _ = sparse_attention(**on_device(inputs), n_heads=n_heads)
     exact = dense_attention(inputs, n_heads, torch.float64)
     assert_as_exact_as(found, dense_attention(inputs, n_heads, dtype), exact)
+
+
+@pytest.mark.parametrize("window", [1, 33, 64, 500])
+@pytest.mark.parametrize("size", ATTENTION_SIZES[2:7:2] + ATTENTION_SIZES[5:6], ids=str)
+def test_attention_with_a_window(size, window):
+    """The last tokens see several spans of the cache, one, or a part of one."""
+    inputs, n_heads = attention_inputs(size, torch.float32), size[1]
+    exact, same = (dense_attention(inputs, n_heads, dtype, window) for dtype in (torch.float64, torch.float32))
+    for row, length in enumerate(inputs["lengths"].tolist()):  # what no query sees must not be read
+        for name in ("key", "value"):
+            inputs[name][row, :, : max(0, length - size[6] + 1 - window)] = float("nan")
+    found, _ = sparse_attention(**on_device(inputs), n_heads=n_heads, window=window)
+    assert_as_exact_as(found, same, exact)
 
 
 @pytest.mark.parametrize("seqlen", [1, 5])
