@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import mul
 from typing import Any
 
 from shadowllm.bundle.manifest import Manifest
@@ -150,7 +151,8 @@ def step_traffic(
     d, kv = spec.hidden_size, spec.n_kv_heads * spec.head_dim
     # If query heads are selected one by one, all KV heads may be in use, but at most one per active query head.
     used = [spec.n_heads if rest == "shadow" else heads // spec.heads_together for heads, _ in counts]
-    kv_read = dense_layers * spec.n_kv_heads + sum(min(spec.n_kv_heads, n) for n in used)
+    kv_heads = [spec.n_kv_heads] * dense_layers + [min(spec.n_kv_heads, n) for n in used]
+    positions = [min(context, spec.window_of(layer) or context) for layer in range(spec.n_layers)]
     elements = {
         "embedding rows": batch * d * (2 if spec.positions == "learned" else 1),
         "norms": (sum(len(spec.norms_of(i)) for i in range(spec.n_layers)) + 1)
@@ -159,7 +161,7 @@ def step_traffic(
         "k/v projections": spec.n_layers * 2 * kv * (d + spec.qkv_bias),
         "dense layers": dense_layers * layer_elements(spec, spec.n_heads, spec.intermediate_size),
         "lm_head": 0 if shortens(spec, shortlist) else spec.vocab_size * d,
-        "KV cache": batch * kv_read * 2 * context * spec.head_dim,
+        "KV cache": batch * 2 * spec.head_dim * sum(map(mul, kv_heads, positions)),
     }
     matrix_itemsize = itemsize if matrix_itemsize is None else matrix_itemsize
     row_itemsize = matrix_itemsize if row_itemsize is None else row_itemsize
@@ -214,8 +216,8 @@ def mean_traffic(
     Args:
         options: the other arguments of `step_traffic`.
     """
-    # The cost is linear in the context, so the middle context has the mean cost. Steps see
-    # prompt_len + 1 .. prompt_len + new_tokens - 1 tokens.
+    # The cost is linear in the context, so the middle context has the mean cost (nearly, if the text grows beyond a
+    # sliding window). Steps see prompt_len + 1 .. prompt_len + new_tokens - 1 tokens.
     return step_traffic(spec, itemsize, prompt_len + new_tokens // 2, active, **options)
 
 

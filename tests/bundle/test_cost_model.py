@@ -72,6 +72,15 @@ def test_sparse_llama_by_hand():
     assert parts["predictor"] == 77
 
 
+def test_a_window_bounds_what_is_read_of_the_cache():
+    spec = replace(LLAMA, window=3, window_layers=(0, 2))
+    found = [step_traffic(spec, 1, context, active=counts((1, 1), (2, 4))).parts["KV cache"] for context in (2, 5)]
+    assert found == [
+        2 * 2 * (2 * 2 + 1 * 2 + 1 * 2),
+        2 * 2 * (2 * 3 + 1 * 5 + 1 * 3),
+    ]  # heads x positions of each layer
+
+
 def test_whole_groups_leave_their_caches_unread():
     active = counts((2, 2), (2, 4))
     found = [

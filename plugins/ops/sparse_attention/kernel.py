@@ -169,8 +169,7 @@ def prompt_attention(
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-    begin = tl.min(first, 0) // BLOCK_P * BLOCK_P
-    for start in range(begin, tl.max(tl.where(step < seqlen, last, -1), 0) + 1, BLOCK_P):
+    for start in range(tl.min(first, 0), tl.max(tl.where(step < seqlen, last, -1), 0) + 1, BLOCK_P):
         positions = start + tl.arange(0, BLOCK_P)
         kv = cache + positions[:, None] * HEAD_DIM + dims[None, :]
         # Positions past the length are not read: they may hold NaN from an earlier text, and zero times NaN is NaN.

@@ -58,6 +58,12 @@ def test_pieces_build_with_all_plugins(tmp_path, family, dtype, library):
 
 
 @needs_builder
+def test_pieces_with_sliding_windows_build(tmp_path):
+    options = {"head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
+    check_pieces(tmp_path, "qwen2", options, "float16", None)
+
+
+@needs_builder
 def test_pieces_without_biases_build_in_float32(tmp_path):
     check_pieces(tmp_path, "opt", {"enable_bias": False}, "float32", None)
 

@@ -136,6 +136,19 @@ def test_greedy_text_is_the_reference_s_and_may_stop_early(bundle):
         assert ours.decode(np.array(expected[2])).argmax(axis=1).tolist() == expected[3]
 
 
+@pytest.mark.parametrize("variant", ["qwen2", "gemma3"])
+def test_windows(bundle, variant):
+    """A prompt longer than the windows, steps at a budget, and a verification that starts within the prompt."""
+    prompts, tokens, lengths = [list(range(3, 22)), [8, 61]], np.array([[3, 90, 14], [7, 5, 8]]), np.array([17, 2])
+    with open_session(bundle(variant), "triton") as ours, reference(bundle(variant)) as theirs:
+        for session in (ours, theirs):
+            session.set_budget(Budget(neurons=0.5, heads=0.5))
+        assert distance(steps(ours, prompts, FORCED), steps(theirs, prompts, FORCED)) < TOLERANCE
+        for session in (ours, theirs):
+            session.rewind(lengths)
+        assert distance(ours.verify(tokens), theirs.verify(tokens)) < TOLERANCE
+
+
 def test_verification_is_dense_and_rewinding_hides_what_follows(bundle):
     """Sequences of different lengths, after a sparse step at the same positions; one CUDA graph serves two calls."""
     tokens, lengths = np.array([[3, 90, 14], [7, 5, 8]]), np.array([3, 2])

@@ -35,6 +35,11 @@ def test_cached_attention_refuses(changes, words):
         run_all("CachedAttention", cached_inputs(SIZE) | changes, n_heads=6)
 
 
+def test_a_negative_window_is_refused():
+    with pytest.raises(REFUSED, match=r"CachedAttention: window -1 is outside 0\.\."):
+        run_all("CachedAttention", cached_inputs(SIZE), n_heads=6, window=-1)
+
+
 def test_an_odd_head_cannot_be_rotated():
     inputs = cached_inputs((2, 1, 3, 4, 1, (2,))) | {"cos": zeros(4, 1), "sin": zeros(4, 1)}
     with pytest.raises(REFUSED, match="head dimension 3 is odd"):

@@ -13,10 +13,9 @@ pytestmark = built
 ATTENTION_SIZE = (123, 6, 3, 20, 40, 2, 5, (5, 31), 4)
 
 
-def attention(weights=ATTENTION_WEIGHTS, n_heads=6, **changes):
-    return run(
-        "SparseAttention", attention_inputs("llama-biases", ATTENTION_SIZE) | changes, weights, n_heads=n_heads, layer=4
-    )
+def attention(weights=ATTENTION_WEIGHTS, n_heads=6, window=0, **changes):
+    inputs = attention_inputs("llama-biases", ATTENTION_SIZE) | changes
+    return run("SparseAttention", inputs, weights, n_heads=n_heads, layer=4, window=window)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +36,7 @@ def attention(weights=ATTENTION_WEIGHTS, n_heads=6, **changes):
         ({"sin": None}, "cos and sin come together"),
         ({"x": zeros(9, 123)}, "layer 4: x holds 9 positions, the cache 2 sequences"),
         ({"x": zeros(1, 5, 123)}, "layer 4: x holds 5 positions, the cache 2 sequences"),
+        ({"window": -1}, r"SparseAttention layer 4: window -1 is outside 0\.\."),
         ({"x": zeros(123)}, "layer 4: x has 1 dimensions, not 2 or 3"),
     ],
 )

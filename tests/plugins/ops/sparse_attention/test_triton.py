@@ -135,6 +135,12 @@ def test_attention_refuses_heads_that_do_not_divide():
         sparse_attention(**on_device(inputs), n_heads=5)
 
 
+def test_attention_refuses_a_negative_window():
+    inputs = attention_inputs((48, 4, 2, 12, 31, 1, 1, 4, True, True), torch.float32)
+    with pytest.raises(ValueError, match="window of -1"):
+        sparse_attention(**on_device(inputs), n_heads=4, window=-1)
+
+
 def test_attention_refuses_half_a_rotation():
     inputs = attention_inputs((48, 4, 2, 12, 31, 1, 1, 4, True, True), torch.float32)
     with pytest.raises(ValueError, match="both cos and sin"):
