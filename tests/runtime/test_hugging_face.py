@@ -91,7 +91,7 @@ def test_stop_strings_end_the_text(dense, reference):
 
 def test_a_pipeline_and_a_streamer(dense, reference, capsys, caplog):
     generator = pipeline("text-generation", model=dense, tokenizer=dense.tokenizer)
-    streamer = TextStreamer(dense.tokenizer, skip_prompt=True)
+    streamer = TextStreamer(dense.tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = {"pad_token_id": 2, "do_sample": False}  # pipelines sample by default
     (found,) = generator("The sea", max_new_tokens=10, return_full_text=False, streamer=streamer, **options)
     expected = pipeline("text-generation", model=reference, tokenizer=dense.tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.plugins.native_model import REFUSED, built, ints, run_all, zeros
+from tests.plugins.native_model import REFUSED, STATES, built, ints, run_all, zeros
 from tests.plugins.ops.cached_attention.native_inputs import cached_inputs
 
 pytestmark = built
@@ -36,7 +36,7 @@ def test_cached_attention_refuses(changes, words):
 
 
 def test_a_negative_window_is_refused():
-    with pytest.raises(REFUSED, match=r"CachedAttention: window -1 is outside 0\.\."):
+    with pytest.raises(STATES.RuntimeException, match=r"CachedAttention: window -1 is outside 0\.\."):
         run_all("CachedAttention", cached_inputs(SIZE), n_heads=6, window=-1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.plugins.native_model import REFUSED, built, ints, run, scalar, zeros
+from tests.plugins.native_model import REFUSED, STATES, built, ints, run, scalar, zeros
 from tests.plugins.ops.sparse_attention.native_inputs import ATTENTION_WEIGHTS, attention_inputs
 
 pytestmark = built
@@ -36,10 +36,14 @@ def attention(weights=ATTENTION_WEIGHTS, n_heads=6, window=0, **changes):
         ({"sin": None}, "cos and sin come together"),
         ({"x": zeros(9, 123)}, "layer 4: x holds 9 positions, the cache 2 sequences"),
         ({"x": zeros(1, 5, 123)}, "layer 4: x holds 5 positions, the cache 2 sequences"),
-        ({"window": -1}, r"SparseAttention layer 4: window -1 is outside 0\.\."),
         ({"x": zeros(123)}, "layer 4: x has 1 dimensions, not 2 or 3"),
     ],
 )
 def test_attention_refuses(changes, words):
     with pytest.raises(REFUSED, match=words):
         attention(**changes)
+
+
+def test_a_negative_window_is_refused():
+    with pytest.raises(STATES.RuntimeException, match=r"SparseAttention layer 4: window -1 is outside 0\.\."):
+        attention(window=-1)
