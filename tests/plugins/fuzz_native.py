@@ -192,7 +192,7 @@ def judge(case: Case, found: list[np.ndarray]) -> str | None:
     error, bound = np.abs(y - expected), tolerance * max(1, np.abs(expected).max())
     if case.op == "SparseAttention":
         n_heads, full = case.attributes["n_heads"], found[1][: int(inputs["count"])]
-        bound = bound + attention_copy.slack(inputs, n_heads, y, full)
+        bound = bound + attention_copy.slack(inputs, n_heads, y, full, case.attributes["window"])
     elif inputs.get("rest") is not None:
         full = inputs["indices"][: int(inputs["count"])] if is_nested(inputs) else ()
         bound = bound + 6 * Rounding.of(inputs, case.attributes["activation"], full).y

@@ -126,21 +126,23 @@ def check(inputs: Inputs, n_heads: int, *, rounds: bool, threads: int = 2, **att
         check_choice(inputs, n_heads, chosen[:count])
 
 
-def slack(inputs: Inputs, n_heads: int, y: np.ndarray, full: np.ndarray) -> np.ndarray | float:
+def slack(inputs: Inputs, n_heads: int, y: np.ndarray, full: np.ndarray, window: int = 0) -> np.ndarray | float:
     """Six standard deviations of the error of y from rounding to 8 bits; 0 if nothing is rounded."""
     unused = inputs.get("rest") is None or not (is_nested(inputs) or int(inputs["rest"]))
     if unused or y.size == 0:
         return 0
     batch, seqlen = inputs["x"].shape[:2]
-    each = [rounding(only(inputs, b, s), n_heads, full) for b in range(batch) for s in range(seqlen)]
+    each = [rounding(only(inputs, b, s, window), n_heads, full) for b in range(batch) for s in range(seqlen)]
     return 6 * np.reshape(each, y.shape)
 
 
-def only(inputs: Inputs, b: int, s: int) -> Inputs:
-    """The inputs for one token."""
-    one = {name: inputs[name][b : b + 1] for name in ("key", "value")}
+def only(inputs: Inputs, b: int, s: int, window: int) -> Inputs:
+    """The inputs for one token, with a cache of the positions that it sees."""
+    end = int(inputs["lengths"][b]) - inputs["x"].shape[1] + s + 1
+    seen = slice(max(0, end - window) if window else 0, end)
+    one = {name: inputs[name][b : b + 1, :, seen] for name in ("key", "value")}
     one |= {name: inputs[name][b : b + 1, s : s + 1] for name in ("x", "cos", "sin") if inputs.get(name) is not None}
-    return inputs | one | {"lengths": inputs["lengths"][b : b + 1] - inputs["x"].shape[1] + s + 1}
+    return inputs | one | {"lengths": np.array([seen.stop - seen.start])}
 
 
 def check_choice(inputs: Inputs, n_heads: int, chosen: np.ndarray) -> None:
