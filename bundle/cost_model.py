@@ -149,10 +149,6 @@ def step_traffic(
     counts = list(active.by_layer()) if active else []
     dense_layers = spec.n_layers - len(counts)
     d, kv = spec.hidden_size, spec.n_kv_heads * spec.head_dim
-    # If query heads are selected one by one, all KV heads may be in use, but at most one per active query head.
-    used = [spec.n_heads if rest == "shadow" else heads // spec.heads_together for heads, _ in counts]
-    kv_heads = [spec.n_kv_heads] * dense_layers + [min(spec.n_kv_heads, n) for n in used]
-    positions = [min(context, spec.window_of(layer) or context) for layer in range(spec.n_layers)]
     elements = {
         "embedding rows": batch * d * (2 if spec.positions == "learned" else 1),
         "norms": (sum(len(spec.norms_of(i)) for i in range(spec.n_layers)) + 1)
@@ -161,7 +157,7 @@ def step_traffic(
         "k/v projections": spec.n_layers * 2 * kv * (d + spec.qkv_bias),
         "dense layers": dense_layers * layer_elements(spec, spec.n_heads, spec.intermediate_size),
         "lm_head": 0 if shortens(spec, shortlist) else spec.vocab_size * d,
-        "KV cache": batch * 2 * spec.head_dim * sum(map(mul, kv_heads, positions)),
+        "KV cache": batch * _cache_elements(spec, counts, context, rest),
     }
     matrix_itemsize = itemsize if matrix_itemsize is None else matrix_itemsize
     row_itemsize = matrix_itemsize if row_itemsize is None else row_itemsize
@@ -184,6 +180,15 @@ def step_traffic(
     if shortlist is not None and shortens(spec, shortlist):
         parts["shortlist"] = round(shortlist * d * itemsize_beside_copy)
     return Traffic(parts)
+
+
+def _cache_elements(spec: ModelSpec, counts: list[tuple[int, int]], context: int, rest: Rest) -> int:
+    """Return the elements of keys and values that one sequence reads."""
+    # If query heads are selected one by one, all KV heads may be in use, but at most one per active query head.
+    used = [spec.n_heads if rest == "shadow" else heads // spec.heads_together for heads, _ in counts]
+    heads = [spec.n_kv_heads] * (spec.n_layers - len(counts)) + [min(spec.n_kv_heads, n) for n in used]
+    positions = [min(context, spec.window_of(layer) or context) for layer in range(spec.n_layers)]
+    return 2 * spec.head_dim * sum(map(mul, heads, positions))
 
 
 def active_bytes(

@@ -62,7 +62,8 @@ class FuseAttention(InPlacePass):
             shared = _Shared(model.graph, self._spec)
             for node in blocks:
                 _fuse(model.graph, node, shared, _native_op if self._native else _runtime_op)
-            model.graph.opset_imports[MICROSOFT] = 1
+            if not self._native:
+                model.graph.opset_imports[MICROSOFT] = 1
             RemoveUnusedNodesPass()(model)
         return PassResult(model, modified=bool(blocks))
 

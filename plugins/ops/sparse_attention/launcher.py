@@ -46,8 +46,7 @@ def sparse_attention(
 
     Raises:
         ValueError: a tensor has the wrong type, device, layout or shape; the heads do not divide evenly; the window
-            is negative; or inputs for
-            the rest or the choice are missing.
+            is negative; or inputs for the rest or the choice are missing.
     """
     if w_q.shape[0] != n_heads * key.shape[-1] or n_heads % key.shape[1]:
         raise ValueError(f"SparseAttention has {n_heads} heads, w_q {tuple(w_q.shape)} and key {tuple(key.shape)}")
