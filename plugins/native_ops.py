@@ -79,6 +79,11 @@ def kernels() -> tuple[str, ...]:
     return tuple(query().decode().split(","))
 
 
+def multiplies_bytes() -> bool:
+    """Return whether the best kernels of this CPU multiply bytes. The portable ones convert them to floats."""
+    return kernels()[:1] not in ((), ("portable",))
+
+
 def _load_errors() -> tuple[type[Exception], ...]:
     """Exceptions that ONNX Runtime raises if it cannot open a library or the library refuses to register."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state

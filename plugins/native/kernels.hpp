@@ -228,8 +228,9 @@ const float* prepare(const Rows& rows, const float* x, size_t tokens, float* roo
   switch (rows.type) {
     case RowType::i8: return prepare_quantised<Bits8>(rows, x, tokens, room);
     case RowType::i4: return prepare_quantised<Bits4>(rows, x, tokens, room);
+    case RowType::c8: return prepare_copy<Bits8>(rows, x, tokens, room);
     case RowType::c4:
-    case RowType::c2: return prepare_copy(rows, x, tokens, room);
+    case RowType::c2: return prepare_copy<Bits4>(rows, x, tokens, room);
     default: return x;
   }
 }
@@ -239,6 +240,7 @@ void project(const Rows& rows, Picks picks, const float* x, size_t tokens, float
     case RowType::i8: return project_quantised<Bits8>(rows, picks, x, tokens, out, ahead);
     case RowType::i4: return project_quantised<Bits4>(rows, picks, x, tokens, out, ahead);
     case RowType::i2: return project_floats<Bits2>(rows, picks, x, tokens, out, ahead);
+    case RowType::c8: return project_copy<Bits8>(rows, picks, x, tokens, out, ahead);
     case RowType::c4: return project_copy<Bits4>(rows, picks, x, tokens, out, ahead);
     case RowType::c2: return project_copy<Bits2>(rows, picks, x, tokens, out, ahead);
     case RowType::f32: return project_as<float>(rows, picks, x, tokens, out, ahead);
@@ -249,7 +251,8 @@ void project(const Rows& rows, Picks picks, const float* x, size_t tokens, float
 
 void accumulate(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y, Ahead ahead) {
   switch (rows.type) {
-    case RowType::i8: return accumulate_quantised<Bits8>(rows, picks, h, tokens, y, ahead);
+    case RowType::i8:
+    case RowType::c8: return accumulate_quantised<Bits8>(rows, picks, h, tokens, y, ahead);
     case RowType::i4: return accumulate_quantised<Bits4>(rows, picks, h, tokens, y, ahead);
     case RowType::i2: return accumulate_floats<Bits2>(rows, picks, h, tokens, y, ahead);
     case RowType::c4: return accumulate_copy<Bits4>(rows, picks, h, tokens, y, ahead);
@@ -263,6 +266,7 @@ void accumulate(const Rows& rows, Picks picks, const float* h, size_t tokens, fl
 // Rows of a copy are loaded once for all tokens.
 void project_each(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out) {
   switch (rows.type) {
+    case RowType::c8: return project_copy_each<Bits8>(rows, picks, inputs, tokens, out);
     case RowType::c4: return project_copy_each<Bits4>(rows, picks, inputs, tokens, out);
     case RowType::c2: return project_copy_each<Bits2>(rows, picks, inputs, tokens, out);
     default:

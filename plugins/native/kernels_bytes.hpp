@@ -9,11 +9,22 @@ constexpr size_t kByteTokens = 4;  // tokens of a tile
 
 inline bool in_bytes(const Rows& rows) { return rows.block == kBytesBlock; }
 
-// The input of a block, in the order of the bytes of a row.
+// The input of a block: its even and its odd elements, or with rows of 8 bits, its first and its second half.
 struct alignas(64) ByteBlock {
   int8_t even[32], odd[32];
-  int32_t start[8];  // minus the middle of 4-bit integers times the input
-  float scale;
+};
+
+// An input as bytes. What is needed once per block lies side by side, padded to whole vectors.
+struct ByteInput {
+  ByteInput(const float* room, size_t blocks) {
+    const size_t padded = (blocks + 7) / 8 * 8;
+    block = reinterpret_cast<const ByteBlock*>(room);
+    scales = reinterpret_cast<const float*>(block + blocks);
+    sums = scales + padded;
+  }
+
+  const ByteBlock* block;
+  const float *scales, *sums;  // of a block: its scale, and the sum of its elements
 };
 
 inline __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
@@ -25,12 +36,14 @@ inline float largest_of(__m256 v) {
   return most;
 }
 
+template <class Q>
 inline const float* round_to_bytes(const float* x, size_t width, float* room) {
-  static_assert(sizeof(ByteBlock) <= kBytesBlock * sizeof(float), "it fits into room");
-  ByteBlock* blocks = reinterpret_cast<ByteBlock*>(room);
-  for (size_t b = 0; b < width / kBytesBlock; ++b) {
+  const size_t blocks = width / kBytesBlock;
+  const ByteInput input(room, blocks);
+  float *scales = const_cast<float*>(input.scales), *sums = const_cast<float*>(input.sums);
+  for (size_t b = 0; b < blocks; ++b) {
     const float* from = x + b * kBytesBlock;
-    ByteBlock& block = blocks[b];
+    ByteBlock& block = const_cast<ByteBlock&>(input.block[b]);
     __m256 most = _mm256_setzero_ps(), unordered = most;
     for (size_t i = 0; i < kBytesBlock; i += 8) {
       const __m256 v = _mm256_loadu_ps(from + i);
@@ -41,57 +54,107 @@ inline const float* round_to_bytes(const float* x, size_t width, float* room) {
     const float peak = _mm256_movemask_ps(unordered) == 0 ? largest_of(most) : NAN;
     const __m256 inverse = _mm256_set1_ps(peak > 1e-30f ? kByteMost / peak : 0);
     alignas(32) int32_t integers[kBytesBlock];
+    int32_t total = 0;
     for (size_t i = 0; i < kBytesBlock; i += 8)
       _mm256_store_si256(reinterpret_cast<__m256i*>(integers + i),
                          _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + i), inverse)));
-    for (size_t i = 0; i < 32; ++i) block.even[i] = static_cast<int8_t>(integers[2 * i]);
-    for (size_t i = 0; i < 32; ++i) block.odd[i] = static_cast<int8_t>(integers[2 * i + 1]);
-    for (size_t lane = 0; lane < 8; ++lane) {
-      int32_t total = 0;
-      for (size_t i = 4 * lane; i < 4 * lane + 4; ++i) total += block.even[i] + block.odd[i];
-      block.start[lane] = -8 * total;
-    }
-    block.scale = peak / kByteMost;
+    for (size_t i = 0; i < kBytesBlock; ++i) total += integers[i];
+    constexpr size_t step = Q::bits == 8 ? 1 : 2, second = Q::bits == 8 ? 32 : 1;
+    for (size_t i = 0; i < 32; ++i) block.even[i] = static_cast<int8_t>(integers[step * i]);
+    for (size_t i = 0; i < 32; ++i) block.odd[i] = static_cast<int8_t>(integers[step * i + second]);
+    scales[b] = peak / kByteMost;
+    sums[b] = scales[b] * static_cast<float>(total);
   }
+  const size_t padded = static_cast<size_t>(input.sums - input.scales);
+  for (size_t b = blocks; b < padded; ++b) scales[b] = sums[b] = 0;
   return room;
 }
+
+inline __m256i load_of(const void* bytes) { return _mm256_loadu_si256(static_cast<const __m256i*>(bytes)); }
 
 // The integers of a block, in 4 bits each.
 template <class Q>
 inline __m256i load_block(const uint8_t* row, size_t b) {
-  if (Q::bits == 4) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + b * 32));
+  if (Q::bits == 4) return load_of(row + b * 32);
   const __m256i fours = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + b * 16)));
   const __m256i twos = _mm256_and_si256(_mm256_or_si256(fours, _mm256_slli_epi16(fours, 4)), _mm256_set1_epi8(0x0f));
   return _mm256_and_si256(_mm256_or_si256(twos, _mm256_slli_epi16(twos, 2)), _mm256_set1_epi8(0x33));
 }
 
-// The start of a sum for the middle of Q, from that for the middle of 4-bit integers, which is a multiple of it.
-template <class Q>
-inline __m256i start_of(__m256i start) {
-  return Q::bits == 4 ? start : _mm256_srai_epi32(start, 2);
-}
-
 inline __m256i low_halves(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
 inline __m256i high_halves(__m256i bytes) { return low_halves(_mm256_srli_epi16(bytes, 4)); }
 
-// start plus the products of the integers of a block, as even and odd ones, with its input, four bytes of a row per
-// lane
-inline __m256i dot(__m256i even, __m256i odd, const ByteBlock& input, __m256i start) {
-  const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(input.even));
-  const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(input.odd));
+// The integers of a block of a row, in the order of ByteBlock, and their products with an input. They are `middle`
+// larger than the weights.
+template <class Q>
+struct ByteRow {
+  static constexpr float middle = Q::bits == 4 ? 8 : 2;
+
+  ByteRow(const uint8_t* row, size_t b) {
+    const __m256i bytes = load_block<Q>(row, b);
+    even = low_halves(bytes), odd = high_halves(bytes);
+  }
+
+  __m256i times(const ByteBlock& input) const {
+    const __m256i first = load_of(input.even), second = load_of(input.odd);
 #if defined(__AVX512VNNI__)
-  return _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(start, even, first), odd, second);
+    return _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), even, first), odd, second);
 #else
-  const __m256i pairs =
-      _mm256_add_epi16(_mm256_maddubs_epi16(even, first), _mm256_maddubs_epi16(odd, second));  // at most 4 * 15 * 127
-  return _mm256_add_epi32(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    const __m256i pairs =
+        _mm256_add_epi16(_mm256_maddubs_epi16(even, first), _mm256_maddubs_epi16(odd, second));  // at most 4 * 15 * 127
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #endif
-}
+  }
+
+  __m256i even, odd;
+};
+
+#if defined(__AVX512VNNI__)
+template <>
+struct ByteRow<Bits8> {
+  static constexpr float middle = 128;
+
+  ByteRow(const uint8_t* row, size_t b) : first(load_of(row + b * 64)), second(load_of(row + b * 64 + 32)) {}
+  __m256i times(const ByteBlock& input) const {
+    const __m256i half = _mm256_dpbusd_epi32(_mm256_setzero_si256(), first, load_of(input.even));
+    return _mm256_dpbusd_epi32(half, second, load_of(input.odd));
+  }
+
+  __m256i first, second;
+};
+#else
+// With a sign, so that the sum of two products is at most 2 * 128 * 127. The instruction wants a factor without one, so
+// the input takes the sign of the row.
+template <>
+struct ByteRow<Bits8> {
+  static constexpr float middle = 0;
+
+  ByteRow(const uint8_t* row, size_t b) : first(signed_of(row + b * 64)), second(signed_of(row + b * 64 + 32)) {
+    first_size = _mm256_abs_epi8(first), second_size = _mm256_abs_epi8(second);
+  }
+  static __m256i signed_of(const uint8_t* row) { return _mm256_xor_si256(load_of(row), _mm256_set1_epi8(-128)); }
+  __m256i times(const ByteBlock& input) const {
+    const __m256i one = _mm256_sign_epi8(load_of(input.even), first);
+    const __m256i two = _mm256_sign_epi8(load_of(input.odd), second);
+    const __m256i ones = _mm256_set1_epi16(1);
+    return _mm256_add_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(first_size, one), ones),
+                            _mm256_madd_epi16(_mm256_maddubs_epi16(second_size, two), ones));
+  }
+
+  __m256i first, second, first_size, second_size;
+};
+#endif
 
 // The sums of four vectors.
 inline __m128 sums_of(const __m256 v[4]) {
   const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
   return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
+// The lanes of eight blocks that a row has from block b on.
+inline __m256i lanes_left(size_t blocks, size_t b) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(blocks - b)), lanes);
 }
 
 // Products of R rows with the inputs of M tokens, at most four: out[r * M + t].
@@ -100,16 +163,28 @@ inline void project_bytes_tile(const QuantisedRow* rows, const QuantisedRow* nex
                                size_t blocks, float out[4]) {
   __m256 acc[4];
   for (size_t i = 0; i < 4; ++i) acc[i] = _mm256_setzero_ps();
-  for (size_t b = 0; b < blocks; ++b) {
-    fetch_block<Q, R>(next, b, blocks, kBytesBlock);
+  for (size_t first = 0; first < blocks; first += 8) {
+    // Both scales of eight blocks, and the middle of the integers times the sums of the input
+    alignas(32) float scale[4][8];
+    const __m256i there = lanes_left(blocks, first);
     for (size_t r = 0; r < R; ++r) {
-      const __m256i bytes = load_block<Q>(rows[r].data, b), even = low_halves(bytes), odd = high_halves(bytes);
-      const __m256 scale = _mm256_set1_ps(rows[r].scales[b]);
+      const __m256 scales = _mm256_maskload_ps(rows[r].scales + first, there);
       for (size_t t = 0; t < M; ++t) {
-        const ByteBlock& input = reinterpret_cast<const ByteBlock*>(inputs[t])[b];
-        const __m256i start = start_of<Q>(_mm256_load_si256(reinterpret_cast<const __m256i*>(input.start)));
-        const __m256 total = _mm256_cvtepi32_ps(dot(even, odd, input, start));
-        acc[r * M + t] = _mm256_fmadd_ps(_mm256_mul_ps(total, _mm256_set1_ps(input.scale)), scale, acc[r * M + t]);
+        const ByteInput input(inputs[t], blocks);
+        _mm256_store_ps(scale[r * M + t], _mm256_mul_ps(scales, _mm256_loadu_ps(input.scales + first)));
+        if (ByteRow<Q>::middle != 0)
+          acc[r * M + t] = _mm256_fnmadd_ps(_mm256_mul_ps(scales, _mm256_set1_ps(ByteRow<Q>::middle)),
+                                            _mm256_loadu_ps(input.sums + first), acc[r * M + t]);
+      }
+    }
+    for (size_t b = first; b < blocks && b < first + 8; ++b) {
+      fetch_block<Q, R>(next, b, blocks, kBytesBlock);
+      for (size_t r = 0; r < R; ++r) {
+        const ByteRow<Q> row(rows[r].data, b);
+        for (size_t t = 0; t < M; ++t) {
+          const __m256 total = _mm256_cvtepi32_ps(row.times(reinterpret_cast<const ByteBlock*>(inputs[t])[b]));
+          acc[r * M + t] = _mm256_fmadd_ps(total, _mm256_set1_ps(scale[r * M + t][b - first]), acc[r * M + t]);
+        }
       }
     }
   }
@@ -160,8 +235,7 @@ struct ByteWeights {
 inline void round_to_weights(const QuantisedRow* rows, const float* h, size_t first, size_t blocks,
                              ByteWeights& weights) {
   __m256 exact[kGroup], most = _mm256_setzero_ps(), unordered = most;
-  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(blocks - first)), lanes);
+  const __m256i there = lanes_left(blocks, first);
   for (size_t r = 0; r < kGroup; ++r) {
     exact[r] = _mm256_mul_ps(_mm256_set1_ps(h[r]), _mm256_maskload_ps(rows[r].scales + first, there));
     most = _mm256_max_ps(most, magnitude(exact[r]));

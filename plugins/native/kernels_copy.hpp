@@ -1,5 +1,6 @@
-// Kernels for the rows of a low-bit copy and for its residuals, part of kernels.hpp. The factor of the rows is rounded
-// to 8 bits with a scale per block, and the products are integer products. Each token is computed as it would be alone.
+// Kernels for the rows of a low-bit copy, for its residuals and for rows of 8 bits, part of kernels.hpp. The factor of
+// the rows is rounded to 8 bits with a scale per block, and the products are integer products. Each token is computed
+// as it would be alone.
 #pragma once
 
 namespace shadowllm {
@@ -9,11 +10,12 @@ namespace {
 #include "kernels_bytes.hpp"
 #endif
 
-// The result serves rows of 4 and of 2 bits.
+// Q: Bits8, or Bits4 also for rows of 2 bits.
+template <class Q>
 const float* prepare_copy(const Rows& rows, const float* x, size_t tokens, float* room) {
 #if defined(__AVX2__)
   for (size_t t = 0; in_bytes(rows) && t < tokens; ++t)
-    round_to_bytes(x + t * rows.width, rows.width, room + t * input_floats(rows.width));
+    round_to_bytes<Q>(x + t * rows.width, rows.width, room + t * input_floats(rows.width));
   if (in_bytes(rows)) return room;
 #endif
   (void)rows, (void)tokens, (void)room;

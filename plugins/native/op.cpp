@@ -220,20 +220,22 @@ Rows Node::matrix(const std::vector<Tensor>& in, size_t port, size_t scales_port
   return {data, stride, elements, type, reinterpret_cast<const float*>(data + bytes), stride, block};
 }
 
-Rows Node::copy(const std::vector<Tensor>& in, size_t port, size_t scales_port, int64_t rows, int64_t width) const {
+Rows Node::blocks(const std::vector<Tensor>& in, size_t port, size_t scales_port, int64_t rows, int64_t width,
+                  int64_t bits) const {
   const Tensor &tensor = in[port], &scales = in[scales_port];
-  const int64_t bytes = tensor.rank == 3 ? tensor.dims[2] : 0, block = 2 * bytes;
+  const int64_t bytes = tensor.rank == 3 ? tensor.dims[2] : 0, block = bytes * 8 / bits;
   if (bytes < 1 || block % static_cast<int64_t>(kLeastQuantBlock) != 0)
     fail(std::string(ports_[port].name) + " has shape " + shape_text(tensor.dims.data(), tensor.rank) +
-         ", not (rows, blocks, bytes) with bytes of a multiple of " + std::to_string(kLeastQuantBlock / 2));
+         ", not (rows, blocks, bytes) with bytes of a multiple of " +
+         std::to_string(static_cast<int64_t>(kLeastQuantBlock) * bits / 8));
   const int64_t blocks = (width + block - 1) / block;
   expect(in, port, {rows, blocks, bytes});
   expect(in, scales_port, {rows, blocks});
-  const RowType type = exact_copies_ ? RowType::i4 : RowType::c4;
+  const RowType exact = bits == 8 ? RowType::i8 : RowType::i4, rounded = bits == 8 ? RowType::c8 : RowType::c4;
   return {tensor.data,
           static_cast<size_t>(blocks * bytes),
           static_cast<size_t>(blocks * block),
-          type,
+          exact_copies_ ? exact : rounded,
           scales.as<float>(),
           scales_bytes(scales),
           static_cast<size_t>(block)};

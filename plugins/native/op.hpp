@@ -98,9 +98,14 @@ class Node {
   // A weight matrix (rows, width). Integers come with scales (rows, blocks). Throws if the type is not supported, or if
   // the shapes do not match.
   Rows matrix(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const;
-  // A low-bit copy (rows, blocks, bytes) of a matrix (rows, width), with scales (rows, blocks). The width of the result
-  // is that of whole blocks. Throws if the shapes do not match.
-  Rows copy(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const;
+  // Integers of 4 or 8 bits (rows, blocks, bytes) for a matrix (rows, width), with scales (rows, blocks). The width of
+  // the result is that of whole blocks, and its factor may be rounded. Throws if the shapes do not match.
+  Rows blocks(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width,
+              int64_t bits) const;
+  // The low-bit copy of a matrix: `blocks` of 4 bits.
+  Rows copy(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const {
+    return blocks(inputs, port, scales_port, rows, width, 4);
+  }
   // Whether an input holds residuals: integers without scales, that the low-bit copy completes.
   static bool is_residual(const Tensor& weights, const Tensor& scales) {
     return weights.type == kUInt8 && weights.present() && !scales.present();
@@ -294,5 +299,6 @@ extern const Entry kSparseMlp;
 extern const Entry kSparseAttention;
 extern const Entry kShortlistLogits;
 extern const Entry kCachedAttention;
+extern const Entry kLinearW8A8;
 
 }  // namespace shadowllm

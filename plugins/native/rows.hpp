@@ -7,7 +7,7 @@
 
 namespace shadowllm {
 
-enum class RowType { f32, bf16, f16, i8, i4, i2, c4, c2 };
+enum class RowType { f32, bf16, f16, i8, i4, i2, c8, c4, c2 };
 
 // The activation of an MLP; see models/activations.py.
 struct Activation {
@@ -18,11 +18,12 @@ struct Activation {
   bool zeroes() const { return kind <= drelu; }
 };
 
-// Quantised rows (i8, i4, i2, c4, c2) have the layout of ONNX Runtime's MatMulNBits: unsigned integers around a middle
-// of 128, 8 or 2, and a scale for every `block` of them. Two 4-bit or four 2-bit integers share a byte, and the first
-// has the lowest bits. Rows c4 are like i4, but belong to a low-bit copy, whose own rounding to 4 bits is far larger
-// than a rounding of their factor to 8 bits, which kernels may do. So may they with residuals of a copy (c4 and c2),
-// because the factor of nested integers is then rounded as ONNX Runtime rounds it for 8-bit integers.
+// Quantised rows (i8, i4, i2, c8, c4, c2) have the layout of ONNX Runtime's MatMulNBits: unsigned integers around a
+// middle of 128, 8 or 2, and a scale for every `block` of them. Two 4-bit or four 2-bit integers share a byte, and the
+// first has the lowest bits. Rows c4 are like i4, but belong to a low-bit copy, whose own rounding to 4 bits is far
+// larger than a rounding of their factor to 8 bits, which kernels may do. So may they with residuals of a copy (c4 and
+// c2), because the factor of nested integers is then rounded as ONNX Runtime rounds it for 8-bit integers. Rows c8 are
+// like i8, with a factor that kernels may round in this way.
 struct Rows {
   const void* data;
   size_t stride;  // bytes from one row to the next
@@ -42,7 +43,8 @@ struct Rows {
   static size_t bits(RowType type) {
     switch (type) {
       case RowType::f32: return 32;
-      case RowType::i8: return 8;
+      case RowType::i8:
+      case RowType::c8: return 8;
       case RowType::i4:
       case RowType::c4: return 4;
       case RowType::i2:

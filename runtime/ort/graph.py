@@ -16,10 +16,12 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from shadowllm.bundle.manifest import BODIES, Manifest
 from shadowllm.bundle.op_domain import DOMAIN
 from shadowllm.errors import UserError
+from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort.computed_weights import ComputesWeights
 from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
 from shadowllm.runtime.ort.fuse_attention import FuseAttention, is_fused
 from shadowllm.runtime.ort.join_nested import JoinNested
+from shadowllm.runtime.ort.native_linear import NativeLinear
 from shadowllm.runtime.ort.own_selections import OwnSelections
 from shadowllm.runtime.ort.round_products import RoundProducts
 from shadowllm.runtime.ort.split_selection import SplitSelection
@@ -83,12 +85,13 @@ def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: boo
         passes.insert(0, UpcastToFloat32(keep_rows=native))
     if rounded:
         passes.insert(0, RoundProducts())
-    if exact:
-        passes.append(ExactIntegerInputs(native))
     if name in SELECTING:
         passes.append(OwnSelections())
     if name in BODIES:
         passes += [SplitSelection(), *([FlattenHiddenStates()] if native else [])]
+        passes += [NativeLinear()] if native and native_ops.multiplies_bytes() else []
+    if exact:  # at the end, for it marks the native ops
+        passes.append(ExactIntegerInputs(native))
     return passes
 
 

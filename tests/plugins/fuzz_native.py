@@ -21,10 +21,12 @@ import numpy as np
 
 from shadowllm.bundle.quantisation import NESTED, Quantisation
 from shadowllm.plugins import native_ops
+from shadowllm.plugins.ops.linear_w8a8.reference import linear_w8a8
 from shadowllm.plugins.reference import copy_rows
 from shadowllm.plugins.registry import reference
 from tests.plugins.native_model import ONNX_TYPES, STATES, integers, run_all
 from tests.plugins.ops.cached_attention.native_inputs import cached_inputs
+from tests.plugins.ops.linear_w8a8.native_inputs import linear_inputs
 from tests.plugins.ops.select_topk.native_inputs import scores_of
 from tests.plugins.ops.shortlist_logits.table_inputs import (
     KINDS,
@@ -56,7 +58,7 @@ class Case:
 
 def draw(rng: np.random.Generator) -> Case:
     """A valid case of any op."""
-    return (mlp, attention, topk, logits, cached)[rng.integers(5)](rng)
+    return (mlp, attention, topk, logits, cached, linear)[rng.integers(6)](rng)
 
 
 def mlp(rng: np.random.Generator) -> Case:
@@ -115,6 +117,12 @@ def cached(rng: np.random.Generator) -> Case:
     return Case("CachedAttention", inputs, (), {"n_heads": heads, "window": window(rng)})
 
 
+def linear(rng: np.random.Generator) -> Case:
+    tokens, width, rows = (int(n) for n in rng.integers([0, 1, 0], [20, 300, 60]))
+    size = (tokens, width, rows, int(rng.choice([32, 64, 64, 64, 96])))
+    return Case("LinearW8A8", linear_inputs(size, rng.random() < 0.5), ("w", "scales"), {})
+
+
 def window(rng: np.random.Generator) -> int:
     return int(rng.choice([0, 0, 1, 5, 30, 2**31 - 1]))
 
@@ -157,6 +165,7 @@ def damage(rng: np.random.Generator, inputs: Inputs) -> Inputs:
     else:
         required = {"x", "key", "value", "lengths", "indices", "count", "counts", "scores", "w_up", "w_down"}
         required |= {
+            "w",
             "w_q",
             "w_o",
             "table",
@@ -181,6 +190,8 @@ def judge(case: Case, found: list[np.ndarray]) -> str | None:
         return None
     if case.op == "ShortlistLogits":
         return judge_logits(inputs, y)
+    if case.op == "LinearW8A8":
+        return judge_linear(inputs, y)
     if case.op.startswith("Sparse") and inputs["indices"] is None:
         inputs = inputs | {"indices": found[1]}  # near-ties may be chosen in another way
     expected = reference(case.op)(**inputs, **case.attributes)
@@ -211,6 +222,16 @@ def judge_logits(inputs: Inputs, found: np.ndarray) -> str | None:
         return "not the largest logit"
 
 
+def judge_linear(inputs: Inputs, found: np.ndarray) -> str | None:
+    """Describe products that differ by more than rounding the input to 8 bits explains."""
+    x, blocks = inputs["x"], inputs["w"].shape[1:]
+    padded = np.pad(x, ((0, 0), (0, int(np.prod(blocks)) - x.shape[1]))).reshape(len(x), *blocks)
+    steps = np.broadcast_to(np.abs(padded).max(axis=2, keepdims=True) / 127, padded.shape).reshape(len(x), -1)
+    sizes = np.abs(inputs["w"].astype(np.float32) - 128) * inputs["scales"][..., None]
+    bound = steps @ sizes.reshape(len(sizes), -1).T + 1e-4
+    return None if (np.abs(found - linear_w8a8(**inputs)) <= bound).all() else "off by more than the rounding"
+
+
 def main() -> int:
     """Fuzz for a while; the exit status says whether anything was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -225,12 +246,15 @@ def main() -> int:
         inputs = damage(rng, case.inputs) if spoil else case.inputs
         fed = all(v is None or v.dtype in ONNX_TYPES for v in inputs.values()) and rng.random() < 0.5
         weights = () if fed else case.weights  # 16-bit tensors can only be initializers
-        layer = {"SelectTopK": {}, "CachedAttention": {}, "ShortlistLogits": {"exact_copies": 1}}.get(
-            case.op, {"layer": 1}
-        )
+        layer = {
+            "SelectTopK": {},
+            "CachedAttention": {},
+            "LinearW8A8": {},
+            "ShortlistLogits": {"exact_copies": 1},
+        }.get(case.op, {"layer": 1})
         problem = None
         try:
-            outputs = {"SelectTopK": 1, "CachedAttention": 3}.get(case.op, 2)
+            outputs = {"SelectTopK": 1, "LinearW8A8": 1, "CachedAttention": 3}.get(case.op, 2)
             threads = int(rng.integers(1, 3))
             result = run_all(case.op, inputs, weights, threads, outputs, **case.attributes, **layer)
             problem = None if spoil else judge(case, result)

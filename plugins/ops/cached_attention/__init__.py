@@ -1,1 +1,1 @@
-"""``SelectTopK``: the indices of the largest scores of each row, in ascending order."""
+"""``CachedAttention``: writes the cache and attends with all heads; only the native library has it."""

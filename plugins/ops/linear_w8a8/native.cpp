@@ -1,0 +1,87 @@
+// LinearW8A8: a linear layer with weights and inputs of 8 bits. Up to four rows of x share what is done once for a row
+// of weights.
+#include <algorithm>
+
+#include "op.hpp"
+
+namespace shadowllm {
+namespace {
+
+enum Input { kX, kW, kScales, kBias };
+
+constexpr size_t kTogether = 8;  // rows of x that are multiplied together; more are rounded by all threads
+
+class LinearW8A8 {
+ public:
+  static constexpr const char* kName = "LinearW8A8";
+  static constexpr Port kPorts[] = {
+      {"x", kFloat, kRequired}, {"w", kUInt8, kRequired}, {"scales", kFloat, kRequired}, {"bias", kFloat, kOptional}};
+  static constexpr Port kOutputs[] = {{"y", kFloat, kRequired}};
+
+  LinearW8A8(const Api& api, const OrtKernelInfo* info)
+      : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false), kernels_(choose_kernels()) {}
+
+  static void infer(const Api&, OrtShapeInferContext*) {}
+
+  void compute(OrtKernelContext* context) const {
+    const std::vector<Tensor> in = node_.inputs(context);
+    const Tensor& x = in[kX];
+    if (x.rank != 2) node_.fail("x has " + std::to_string(x.rank) + " dimensions, not 2");
+    const int64_t rows = in[kW].rank < 1 ? 0 : in[kW].dims[0], width = x.dims[1];
+    const Rows weights = node_.blocks(in, kW, kScales, rows, width, 8);
+    node_.expect(in, kBias, {rows});
+    const size_t tokens = static_cast<size_t>(x.dims[0]), outputs = static_cast<size_t>(rows);
+    float* y = static_cast<float*>(node_.output(context, {x.dims[0], rows}).data);
+    Scratch scratch;
+    const Pool pool(api_, context);
+    const std::vector<const float*> inputs = prepare(pool, weights, x.as<float>(), tokens, width, scratch);
+    const Chunks chunks(outputs, weights.cost(), std::max<size_t>(1, tokens));
+    pool.run(tokens == 0 ? 0 : chunks.count(),
+             [&](size_t c) { multiply(weights, chunks[c], inputs, in[kBias].as<float>(), y, outputs); });
+  }
+
+ private:
+  // Each row of x in the form that the kernels read.
+  std::vector<const float*> prepare(const Pool& pool, const Rows& weights, const float* x, size_t tokens,
+                                    int64_t columns, Scratch& scratch) const {
+    const size_t width = static_cast<size_t>(columns), room = input_floats(weights.width);
+    const bool padded = weights.width != width;
+    float* memory = scratch.take((padded ? 2 : 1) * tokens * room);
+    std::vector<const float*> inputs(tokens);
+    const Pool& some = tokens > kTogether ? pool : Pool::none();
+    some.run(tokens, [&](size_t t) {
+      const float* from = x + t * width;
+      if (padded) {
+        float* own = memory + (tokens + t) * room;
+        std::fill(std::copy_n(from, width, own), own + weights.width, 0.0f);
+        from = own;
+      }
+      inputs[t] = kernels_.prepare(weights, from, 1, memory + t * room);
+    });
+    return inputs;
+  }
+
+  void multiply(Rows weights, Chunk chunk, const std::vector<const float*>& inputs, const float* bias, float* y,
+                size_t outputs) const {
+    weights.data = static_cast<const char*>(weights.data) + chunk.begin * weights.stride;
+    weights.scales += chunk.begin * weights.scales_stride / sizeof(float);
+    for (size_t first = 0; first < inputs.size(); first += kTogether) {
+      const size_t count = std::min(kTogether, inputs.size() - first);
+      float* to[kTogether];
+      for (size_t t = 0; t < count; ++t) to[t] = y + (first + t) * outputs + chunk.begin;
+      kernels_.project_each(weights, {nullptr, chunk.size()}, inputs.data() + first, count, to);
+      for (size_t t = 0; bias != nullptr && t < count; ++t)
+        for (size_t i = 0; i < chunk.size(); ++i) to[t][i] += bias[chunk.begin + i];
+    }
+  }
+
+  const Api& api_;
+  Node node_;
+  const Kernels& kernels_;
+};
+
+}  // namespace
+
+const Entry kLinearW8A8 = entry_of<LinearW8A8>();
+
+}  // namespace shadowllm
