@@ -109,7 +109,7 @@ PEERS_ORT := onnxruntime==1.32.0
 .peers/triton:
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet $(TORCH)
-	$@/bin/pip install --quiet "numpy<2" '.[onnxruntime,serve]'
+	$@/bin/pip install --quiet "numpy<2" '.[onnxruntime,serve]' 'tritonclient[grpc]'
 	$@/bin/pip install --quiet --no-deps nvidia-pytriton==0.7.0
 
 peers: $(VENV)/.installed .peers/genai .peers/optimum

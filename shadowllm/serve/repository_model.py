@@ -20,6 +20,8 @@ import triton_python_backend_utils as backend
 from shadowllm.runtime.serving.job import Event, Failed, Job, Token
 from shadowllm.serve.errors import ApiError, api_error
 from shadowllm.serve.log import logger
+from shadowllm.serve.metrics import EngineCollector
+from shadowllm.serve.repository_metrics import Publisher
 from shadowllm.serve.schema import CompletionBody
 from shadowllm.serve.server import Deployment, open_model
 from shadowllm.serve_config import EngineConfig
@@ -40,6 +42,8 @@ class TritonPythonModel:
         self._model = self._open.enter_context(
             open_model(Deployment(bundle, engine=EngineConfig(**options), **deployment))
         )
+        collector = EngineCollector(self._model.engine, options["slots"])
+        self._open.enter_context(Publisher(collector, args["model_name"]))
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Give requests to the engine, whose thread sends the responses."""
@@ -67,7 +71,14 @@ class TritonPythonModel:
         body = CompletionBody.model_validate_json(json.dumps(given | {"prompt": _text(request, "text_input")}))
         plan = self._model.plan(body)
         deadline = time.monotonic() + self._model.config.request_timeout
-        job = Job(plan.requests[0], Reply(sender, bool(body.stream)), plan.budget, deadline=deadline)
+        job = Job(
+            plan.requests[0],
+            Reply(sender, bool(body.stream)),
+            plan.budget,
+            deadline=deadline,
+            step_bytes=plan.step_bytes[0],
+            verification_bytes=plan.verification_bytes[0],
+        )
         self._model.engine.submit(job)
 
 

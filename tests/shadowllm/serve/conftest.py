@@ -16,6 +16,8 @@ from shadowllm.runtime.generation.text import load_tokenizer
 from shadowllm.runtime.serving.engine import Engine
 from shadowllm.runtime.torch_slots import TorchSlots
 from shadowllm.serve_config import EngineConfig, ServeConfig
+from tests.bundles import make_bundle
+from tests.conftest import VARIANTS, build_tokenizer, build_transformers_model
 
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}: {{ message.content }} {% endfor %}a:"
 
@@ -91,6 +93,18 @@ def running(folder, session=None, keys=None, queue=8, name="tiny", prefill_chunk
             thread.join(30)
             logger.removeHandler(records)
     assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def long_texts(tmp_path_factory):
+    """The folder of a bundle without a stop token: a text has as many tokens as its request says, up to 1000."""
+    family, options = VARIANTS["llama-blocks"]
+    checkpoint, folder = tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("long-texts")
+    options = options | {"max_position_embeddings": 1024, "eos_token_id": None}
+    build_transformers_model(family, options).save_pretrained(checkpoint)
+    build_tokenizer().save_pretrained(checkpoint)
+    make_bundle(checkpoint, folder, kind="quantized-shadow", rest="shadow")
+    return folder
 
 
 @pytest.fixture(scope="module")

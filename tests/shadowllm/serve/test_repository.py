@@ -5,6 +5,7 @@ The server needs an environment of its own (`make .peers/triton`), because its P
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -15,10 +16,12 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import shadowllm
 from shadowllm.cli import main
@@ -27,11 +30,14 @@ from shadowllm.plugins import native_ops
 ROOT = Path(__file__).parents[3]
 PEER = ROOT / ".peers" / "triton"
 PROMPT = "Hello"
+TEXTS, TOKENS = 16, 1000  # of clients that go away
+CANCELLED = "shadowllm_texts_total" + "cancelled"
+needs_server = pytest.mark.skipif(not PEER.exists(), reason="no Triton Inference Server (make .peers/triton)")
 
 
-@pytest.fixture(scope="module")
-def folder(bundle):
-    return bundle("llama-blocks", kind="quantized-shadow", rest="shadow")
+@pytest.fixture
+def folder(long_texts):
+    return long_texts
 
 
 def test_what_is_written(folder, tmp_path, capsys):
@@ -76,9 +82,27 @@ def test_folders_that_cannot_be_used(folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@dataclass
+class Addresses:
+    """Of a running server."""
+
+    url: str
+    grpc: str
+    metrics: str
+
+
+@pytest.fixture(scope="module")
+def server(long_texts, tmp_path_factory):
+    work = tmp_path_factory.mktemp("triton")
+    arguments = ["repository", str(long_texts), str(work / "models"), "--model-name", "small", "--threads", "1"]
+    assert main(arguments) == 0
+    with triton(work / "models", work) as addresses:
+        yield addresses
+
+
 @contextmanager
 def triton(models, work):
-    """A running server; yields its address."""
+    """A running server; yields its addresses."""
     packages = next(PEER.glob("lib/python3*/site-packages"))
     server, version = packages / "pytriton" / "tritonserver", packages.parent.name.removeprefix("python")
     shutil.copytree(server / "backends", work / "backends")
@@ -95,7 +119,8 @@ def triton(models, work):
         "PATH": f"{PEER / 'bin'}:{os.environ['PATH']}",
     }
     command = [server / "bin" / "tritonserver", "--model-repository", models, "--backend-directory", work / "backends"]
-    command += ["--http-address", "127.0.0.1", "--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
+    command += ["--http-address", "127.0.0.1", "--http-port", http, "--metrics-port", metrics]
+    command += ["--grpc-address", "127.0.0.1", "--grpc-port", grpc]
     log = (work / "log.txt").open("w")
     with log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as run:
         try:
@@ -105,7 +130,7 @@ def triton(models, work):
                 assert run.poll() is None, (work / "log.txt").read_text()[-5000:]
                 assert time.monotonic() < deadline, (work / "log.txt").read_text()[-5000:]
                 time.sleep(0.1)
-            yield url
+            yield Addresses(url, f"127.0.0.1:{grpc}", f"http://127.0.0.1:{metrics}/metrics")
         finally:
             run.terminate()
             run.wait(60)
@@ -129,28 +154,76 @@ def ask(url, streams=False, **parameters):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PEER.exists(), reason="no Triton Inference Server (make .peers/triton)")
-def test_the_real_server_gives_the_texts_of_requests_alone(folder, tmp_path):
-    models = tmp_path / "models"
-    assert main(["repository", str(folder), str(models), "--model-name", "small", "--threads", "1"]) == 0
-    with shadowllm.load(folder, threads=1) as model:
+@needs_server
+def test_the_real_server_gives_the_texts_of_requests_alone(server, long_texts):
+    url = server.url
+    with shadowllm.load(long_texts, threads=1) as model:
         options = {"temperature": 0.9, "max_new_tokens": 20}
         alone = [shadowllm.generate(model, PROMPT, seed=seed, **options) for seed in range(8)]
     assert len(set(alone)) > 1
-    with triton(models, tmp_path) as url:
-        with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda seed: ask(url, seed=seed, temperature=0.9, max_tokens=20), range(8)))
-        assert [text for ((response),) in found for text in [response["text_output"]]] == alone
-        pieces = ask(url, streams=True, seed=3, temperature=0.9, max_tokens=20)
-        assert len(pieces) > 1
-        assert "".join(piece["text_output"] for piece in pieces) == alone[3]
-        assert pieces[-1]["finish_reason"] in ("length", "stop")
-        for parameters, words in (
-            ({"max_tokens": -1}, "max_tokens"),
-            ({"n": 2}, "n is not supported"),
-            ({"sparsity": {"neurons": 7.0}}, "the neuron budget 7.0"),
-        ):
-            with pytest.raises(urllib.error.HTTPError) as raised:
-                ask(url, **parameters)
-            assert words in raised.value.read().decode()
-        assert ask(url, max_tokens=1)[0]["finish_reason"] == "length"
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda seed: ask(url, seed=seed, temperature=0.9, max_tokens=20), range(8)))
+    assert [text for ((response),) in found for text in [response["text_output"]]] == alone
+    pieces = ask(url, streams=True, seed=3, temperature=0.9, max_tokens=20)
+    assert len(pieces) > 1
+    assert "".join(piece["text_output"] for piece in pieces) == alone[3]
+    assert pieces[-1]["finish_reason"] == "length"
+    for parameters, words in (
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"n": 2}, "n is not supported"),
+        ({"sparsity": {"neurons": 7.0}}, "the neuron budget 7.0"),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            ask(url, **parameters)
+        assert words in raised.value.read().decode()
+    assert ask(url, max_tokens=1)[0]["finish_reason"] == "length"
+
+
+def metrics_of(server):
+    """The values of all metrics that the server shows, by name and outcome."""
+    with urllib.request.urlopen(server.metrics, timeout=30) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+        samples = [sample for family in families for sample in family.samples]
+    return {sample.name + sample.labels.get("outcome", ""): sample.value for sample in samples}
+
+
+def settled(server, cancelled):
+    """The metrics when no text runs or waits, and more than this number were cancelled."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = metrics_of(server)
+        if found[CANCELLED] > cancelled and found["shadowllm_slots_taken"] == found["shadowllm_queue_length"] == 0:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(found)
+
+
+def leave_http(server):
+    """Close the connections of streams after their first pieces."""
+    body = json.dumps({"text_input": PROMPT, "sampling_parameters": json.dumps({"max_tokens": TOKENS, "stream": True})})
+    with ExitStack() as stack:
+        connections = [stack.enter_context(closing(http.client.HTTPConnection(server.url[7:]))) for _ in range(TEXTS)]
+        for connection in connections:
+            connection.request("POST", "/v2/models/small/generate_stream", body)
+        assert connections[0].getresponse().readline().startswith(b"data: ")
+
+
+def leave_grpc(server):
+    """Cancel requests after the first pieces. Half of them are streams."""
+    client = Path(__file__).with_name("triton_client.py")
+    subprocess.run([PEER / "bin" / "python", client, server.grpc, str(TEXTS), str(TOKENS)], check=True, timeout=120)
+
+
+@pytest.mark.slow
+@needs_server
+@pytest.mark.parametrize("leave", [leave_http, leave_grpc])
+def test_a_client_that_goes_away_frees_its_slot(server, leave):
+    """The texts of all slots and of the queue are cancelled long before their last token, and the next is computed."""
+    before = metrics_of(server)
+    leave(server)
+    assert ask(server.url, max_tokens=5)[0]["finish_reason"] == "length"
+    after = settled(server, before[CANCELLED])
+    grown = {name: after[name] - value for name, value in before.items()}
+    assert TEXTS / 2 < grown[CANCELLED] <= TEXTS
+    assert 0 < grown["shadowllm_new_tokens_total"] < TEXTS * TOKENS / 2
+    assert grown["shadowllm_read_bytes_total"] > 0
