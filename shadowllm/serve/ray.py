@@ -8,14 +8,18 @@ it dies, and changes their number with the load if ``most_replicas`` is given.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
 
+from shadowllm.errors import UserError
 from shadowllm.runtime import SLOT_BACKENDS
 from shadowllm.serve.app import make_app
 from shadowllm.serve.keys import ApiKeys
@@ -30,6 +34,8 @@ class Arguments(BaseModel):
         bundle: a path that is valid on every machine.
         replicas: how many there are; with ``most_replicas``, the smallest number.
         most_replicas: the largest number. Ray adds replicas while they have more requests than slots.
+        autoscaling: other fields of Ray's ``AutoscalingConfig``, for example ``upscale_delay_s`` and
+            ``downscale_delay_s``.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -37,6 +43,7 @@ class Arguments(BaseModel):
     bundle: Path
     replicas: int = 1
     most_replicas: int | None = None
+    autoscaling: dict[str, Any] = {}
     backend: str = SLOT_BACKENDS[0]
     model_name: str | None = None
     api_keys: Path | None = None
@@ -74,19 +81,22 @@ class Replica:
         self._open.close()
 
 
-def application(plan: Deployment, replicas: int = 1, most_replicas: int | None = None) -> Application:
+def application(
+    plan: Deployment,
+    replicas: int = 1,
+    most_replicas: int | None = None,
+    autoscaling: Mapping[str, Any] | None = None,
+) -> Application:
     """Return the application for ``ray.serve.run``.
 
     Args:
-        replicas, most_replicas: see `Arguments`.
+        replicas, most_replicas, autoscaling: see `Arguments`.
+
+    Raises:
+        UserError: Ray cannot scale so.
     """
-    scaling = {
-        "min_replicas": replicas,
-        "max_replicas": most_replicas,
-        "target_ongoing_requests": plan.engine.slots,
-    }
     deployment = serve.deployment(Replica, name="shadowllm").options(
-        **{"num_replicas": replicas} if most_replicas is None else {"autoscaling_config": scaling},
+        **_scaling(plan.engine.slots, replicas, most_replicas, autoscaling or {}),
         # The engine itself refuses what does not fit into its queue.
         max_ongoing_requests=2 * (plan.engine.slots + plan.engine.queue),
         ray_actor_options={"num_cpus": plan.threads or 1},
@@ -94,6 +104,23 @@ def application(plan: Deployment, replicas: int = 1, most_replicas: int | None =
     )
     bound: Application = deployment.bind(plan)
     return bound
+
+
+def _scaling(slots: int, replicas: int, most_replicas: int | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a deployment that set its number of replicas."""
+    if most_replicas is None:
+        if given:
+            raise UserError("autoscaling is given without most_replicas", "give most_replicas too")
+        return {"num_replicas": replicas}
+    if unknown := sorted(given.keys() - AutoscalingConfig.model_fields):  # Ray ignores them
+        raise UserError(f"autoscaling has no {unknown[0]!r:.80}", "give fields of Ray's AutoscalingConfig")
+    fields = {"min_replicas": replicas, "max_replicas": most_replicas, "target_ongoing_requests": slots, **given}
+    try:
+        return {"autoscaling_config": AutoscalingConfig(**fields)}
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = " ".join(("autoscaling:", *map(str, first["loc"]), first["msg"]))
+        raise UserError(problem, "correct replicas, most_replicas or autoscaling") from error
 
 
 def app(args: Arguments) -> Application:
@@ -106,4 +133,4 @@ def app(args: Arguments) -> Application:
         threads=args.threads,
         prepack=args.prepack,
     )
-    return application(plan, args.replicas, args.most_replicas)
+    return application(plan, args.replicas, args.most_replicas, args.autoscaling)

@@ -1,31 +1,31 @@
-"""A real Ray cluster on this machine: two replicas, of which one is killed under load."""
+"""A real Ray cluster on this machine: the load decides between one and two replicas, and one is killed under load."""
 
 from __future__ import annotations
 
-import os
-import signal
+import itertools
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import psutil
 import pytest
 
 import shadowllm
+from shadowllm.errors import UserError
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install '.[ray]')")
 openai = pytest.importorskip("openai", reason="the official client is not installed (pip install openai)")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of Ray's own code
 PROMPT = "Hello"
+CLIENTS = 12
+# Ray's own values are times of half a minute to ten minutes.
+SOON = {"upscale_delay_s": 0.5, "downscale_delay_s": 3.0, "look_back_period_s": 2.0, "metrics_interval_s": 0.5}
 
 
 @pytest.fixture(scope="module")
-def folder(bundle):
-    return bundle("llama-blocks", kind="quantized-shadow", rest="shadow")
-
-
-@pytest.fixture(scope="module")
-def url(folder):
+def url(long_texts):
     from ray import serve
 
     from shadowllm.serve.ray import Arguments, app
@@ -34,8 +34,8 @@ def url(folder):
         port = free.getsockname()[1]
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    arguments = {"bundle": folder, "replicas": 2, "model_name": "tiny", "threads": 1, "slots": 4}
-    serve.run(app(Arguments(**arguments)), route_prefix="/")
+    scaling = {"replicas": 1, "most_replicas": 2, "autoscaling": SOON}
+    serve.run(app(Arguments(bundle=long_texts, model_name="tiny", threads=1, slots=4, **scaling)), route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
@@ -44,18 +44,51 @@ def url(folder):
 def replicas():
     """The processes of the replicas."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if child.name().startswith("ray::ServeRepl")]
+    return {child.pid for child in children if child.name().startswith("ray::ServeRepl")}
+
+
+def wait_for(count):
+    """Wait until this number of replicas answers, and no other process of a replica is left."""
+    from ray import serve
+
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        states = serve.status().applications["default"].deployments["shadowllm"].replica_states
+        if states == {"RUNNING": count} and len(replicas()) == count:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{count} replicas are expected, found {dict(states)}, {len(replicas())} processes")
 
 
 def client_of(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
-def test_texts_are_those_alone(url, folder):
+@contextmanager
+def load(one):
+    """Clients that send requests all the time; yields the list of what ``one(seed)`` returned for each."""
+    outcomes, ended = [], threading.Event()
+
+    def many(first):
+        for seed in itertools.count(first):
+            outcomes.append(one(seed))
+            if ended.is_set():
+                return
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        running = [pool.submit(many, 1000 * client) for client in range(CLIENTS)]
+        try:
+            yield outcomes
+        finally:
+            ended.set()
+    for client in running:
+        client.result()
+
+
+def test_texts_are_those_alone(url, long_texts):
     client = client_of(url)
     assert [model.id for model in client.models.list().data] == ["tiny"]
-    assert len(replicas()) == 2
-    with shadowllm.load(folder, threads=1) as model:
+    with shadowllm.load(long_texts, threads=1) as model:
         for seed in range(8):
             options = {"temperature": 0.9, "seed": seed}
             alone = shadowllm.generate(model, PROMPT, 20, **options)
@@ -68,9 +101,31 @@ def test_texts_are_those_alone(url, folder):
         client.completions.create(model="tiny", prompt=PROMPT, max_tokens=-1)
 
 
+def test_replicas_follow_the_load(url, long_texts):
+    """A second replica is added while there are more requests than slots, and every request has its right text."""
+    options = {"temperature": 0.9}
+    with shadowllm.load(long_texts, threads=1) as model:
+        alone = [shadowllm.generate(model, PROMPT, 200, seed=seed, **options) for seed in range(4)]
+    assert len(set(alone)) == 4
+    client = client_of(url)
+    options |= {"model": "tiny", "prompt": PROMPT, "max_tokens": 200}
+
+    def one(seed):
+        return client.completions.create(seed=seed % 4, **options).choices[0].text == alone[seed % 4]
+
+    wait_for(1)
+    with load(one) as outcomes:
+        wait_for(2)
+        first = len(outcomes)
+    assert len(outcomes) >= first + CLIENTS  # also after the second one was added
+    assert all(outcomes)
+    wait_for(1)
+    assert one(0)
+
+
 def test_a_killed_replica_is_replaced_and_no_request_hangs(url):
     """Requests of the killed replica end with an error, the others with their text, and new ones are answered."""
-    before, client = {replica.pid for replica in replicas()}, client_of(url)
+    client = client_of(url)
 
     def one(seed):
         try:
@@ -81,21 +136,31 @@ def test_a_killed_replica_is_replaced_and_no_request_hangs(url):
             return type(error).__name__
         return reasons[-1] if reasons and reasons[-1] else "cut off"
 
-    def many(first):
-        return [one(seed) for seed in range(first, first + 40)]
-
-    with ThreadPoolExecutor(8) as pool:
-        running = [pool.submit(many, 100 * thread) for thread in range(8)]
-        time.sleep(0.5)
-        os.kill(min(before), signal.SIGKILL)
-        outcomes = [outcome for future in running for outcome in future.result(timeout=240)]
-    assert len(outcomes) == 320
-    good = [outcome for outcome in outcomes if outcome in ("length", "stop")]
-    assert len(good) > 160, outcomes
-    deadline = time.monotonic() + 120
-    while len(replicas()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    after = {replica.pid for replica in replicas()}
-    assert len(after) == 2
+    with load(one) as outcomes:
+        wait_for(2)
+        before = replicas()
+        killed = psutil.Process(min(before))
+        killed.kill()
+        killed.wait(30)
+        wait_for(2)
+        after = replicas()
     assert len(after & before) == 1
-    assert one(1) in ("length", "stop")
+    good = outcomes.count("length")
+    assert good > len(outcomes) / 2, outcomes
+    assert one(1) == "length"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"autoscaling": SOON}, "without most_replicas"),
+        ({"most_replicas": 2, "autoscaling": {"upscale_delay": 1.0}}, "no 'upscale_delay'"),
+        ({"most_replicas": 2, "autoscaling": {"upscale_delay_s": -1.0}}, "upscale_delay_s Input should be"),
+        ({"replicas": 3, "most_replicas": 2}, "must be greater"),
+    ],
+)
+def test_scaling_that_ray_cannot_do(scaling, words):
+    from shadowllm.serve.ray import Arguments, app
+
+    with pytest.raises(UserError, match=words):
+        app(Arguments(bundle="out", **scaling))
