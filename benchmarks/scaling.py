@@ -3,7 +3,7 @@
     python -m shadowllm.benchmarks.scaling "$(python benchmarks/model_path.py)" out/scaling --json scaling.json
 
 Networks of several kinds, sizes and losses are trained together in one pass over Python's own documentation
-(`small_opt.documents`, without the modules that are evaluated on) and, with --packages, over the docstrings of
+(`small_model.documents`, without the modules that are evaluated on) and, with --packages, over the docstrings of
 installed packages. Each network has its own learning rate schedule and stops at its own number of tokens, as in
 `shadowllm train`. The networks are written to a folder. A network that is already there is not trained again, and
 one that is already in the JSON is not evaluated again. The evaluation selects neurons, with all heads kept and
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from shadowllm.benchmarks.script_parser import script, script_parser
-from shadowllm.benchmarks.small_opt import docstrings, documents
+from shadowllm.benchmarks.small_model import docstrings, documents
 from shadowllm.bundle.predictor_file import Kind, Predictor
 from shadowllm.config import TrainConfig
 from shadowllm.errors import UserError

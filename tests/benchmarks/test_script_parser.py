@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shadowllm.benchmarks import criteria, noisy_model, small_opt
+from shadowllm.benchmarks import criteria, noisy_model, small_model
 from shadowllm.benchmarks.script_parser import script
 
 
@@ -17,7 +17,7 @@ def test_a_bug_is_not_dressed_up():
         script(lambda: 1 / 0)()
 
 
-@pytest.mark.parametrize(("module", "out"), [(criteria, []), (noisy_model, ["out"]), (small_opt, ["out"])])
+@pytest.mark.parametrize(("module", "out"), [(criteria, []), (noisy_model, ["out"]), (small_model, ["out"])])
 def test_a_model_that_is_not_there(module, out, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["program", str(tmp_path / "missing"), *(str(tmp_path / name) for name in out)])
     assert module.main() == 1

@@ -1,14 +1,15 @@
-"""Training of the small OPT: which text it uses, that the loss falls, and that the checkpoint loads."""
+"""Training of small models: which text it uses, that the loss falls, and that the checkpoint loads."""
 
 from __future__ import annotations
 
 import inspect
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 
-from shadowllm.benchmarks import small_opt
+from shadowllm.benchmarks import small_model
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.registry import load_model
 from tests.conftest import build_tokenizer
@@ -18,22 +19,22 @@ pytestmark = pytest.mark.slow
 
 def test_it_never_reads_what_benchmarks_evaluate_on():
     held_out = inspect.getdoc(statistics.median)
-    texts = list(small_opt.documents())
+    texts = list(small_model.documents())
     assert len(texts) > 300
     assert not any(held_out[:60] in text for text in texts)
 
 
-def test_it_learns_and_loads(monkeypatch, tmp_path):
-    monkeypatch.setattr(small_opt, "documents", lambda: ["What matters is said again and again. " * 40])
-    monkeypatch.setattr(small_opt, "WARMUP", 1)
-    monkeypatch.setattr(small_opt, "BATCH", 4)
+@pytest.mark.parametrize(("family", "layers"), [("opt", 8), ("llama", 6)])
+def test_it_learns_and_loads(monkeypatch, tmp_path, family, layers):
+    monkeypatch.setattr(small_model, "documents", lambda: ["What matters is said again and again. " * 40])
+    monkeypatch.setattr(small_model, "WARMUP", 1)
     ticks = []
-    model = small_opt.train(build_tokenizer(), steps=6, advance=ticks.append)
+    model = small_model.train(build_tokenizer(), family, steps=6, advance=ticks.append)
     assert ticks == [1] * 6
     model.save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
     spec, weights, checkpoint = load_model(tmp_path)
-    assert (spec.family, spec.activation, spec.n_layers) == ("opt", "relu", 8)
+    assert (spec.family, spec.activation, spec.n_layers) == (family, "relu", layers)
     ids = torch.tensor([checkpoint.tokenizer()("What matters is said again and again.").input_ids])
     with torch.no_grad():
         logits = Decoder(spec, weights.load())(ids)
@@ -41,17 +42,18 @@ def test_it_learns_and_loads(monkeypatch, tmp_path):
     assert loss < 0.8 * torch.tensor(float(spec.vocab_size)).log()
 
 
-def test_tokens_that_the_text_never_has_share_a_row(monkeypatch):
+@pytest.mark.parametrize("family", small_model.RECIPES)
+def test_tokens_that_the_text_never_has_share_a_row(monkeypatch, family):
     """A row of their own would have come to the same: the loss over all tokens is that which was learned by."""
-    monkeypatch.setattr(small_opt, "documents", lambda: ["What matters is said again and again. " * 40])
+    monkeypatch.setattr(small_model, "documents", lambda: ["What matters is said again and again. " * 40])
     tokenizer, losses = build_tokenizer(), []
-    over_few = small_opt.cross_entropy
-    monkeypatch.setattr(small_opt, "cross_entropy", lambda *args: losses.append(over_few(*args)) or losses[-1])
+    over_few = small_model.cross_entropy
+    monkeypatch.setattr(small_model, "cross_entropy", lambda *args: losses.append(over_few(*args)) or losses[-1])
     batches = []
-    draw = small_opt._batch
-    monkeypatch.setattr(small_opt, "_batch", lambda ids: batches.append(draw(ids)) or batches[-1])
-    monkeypatch.setattr(small_opt, "LEARNING_RATE", 0.0)
-    model = small_opt.train(tokenizer, steps=1)
+    draw = small_model._batch
+    monkeypatch.setattr(small_model, "_batch", lambda *args: batches.append(draw(*args)) or batches[-1])
+    monkeypatch.setitem(small_model.RECIPES, family, replace(small_model.RECIPES[family], learning_rate=0.0))
+    model = small_model.train(tokenizer, family, steps=1)
     seen = torch.tensor(sorted(set(tokenizer("What matters is said again and again. " * 40).input_ids)))
     never = [token for token in range(len(tokenizer)) if token not in seen]
     rows = model.lm_head.weight.detach()
