@@ -30,7 +30,7 @@ from shadowllm.malloc import keep_freed_memory
 from shadowllm.models.registry import load_model
 from shadowllm.progress import Advance, no_progress, progress
 
-SEQLEN, WARMUP = 128, 100
+SEQLEN = 128
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,13 @@ class Recipe:
     Attributes:
         sizes: options of the family's config.
         batch: windows of `SEQLEN` tokens per step.
+        warmup: steps in which the learning rate rises.
     """
 
     sizes: dict[str, Any]
     batch: int
     steps: int
+    warmup: int
     learning_rate: float
 
 
@@ -61,22 +63,24 @@ RECIPES = {
         },
         batch=16,
         steps=1200,
+        warmup=100,
         learning_rate=2e-3,
     ),
     "llama": Recipe(
         {
             "hidden_act": "relu",
-            "hidden_size": 512,
-            "intermediate_size": 2048,
+            "hidden_size": 384,
+            "intermediate_size": 1536,
             "num_hidden_layers": 6,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
             "max_position_embeddings": 512,
             "tie_word_embeddings": True,
         },
         batch=4,
-        steps=300,
-        learning_rate=1e-3,
+        steps=200,
+        warmup=25,
+        learning_rate=2e-3,
     ),
 }
 
@@ -122,7 +126,7 @@ def train(tokenizer: Any, family: str, steps: int, seed: int = 0, advance: Advan
     model = _untrained(family, vocab_size=len(seen) + 1, pad_token_id=len(seen))
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
     for step in range(steps):
-        rate = min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rate = min(1, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * rate
         batch = _batch(ids, recipe.batch)
@@ -169,7 +173,7 @@ def main() -> None:
     parser.add_argument("tokenizer", help="model whose tokenizer to use")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--family", choices=RECIPES, default="opt")
-    parser.add_argument("--steps", type=int, help="default: 1200 for OPT, 300 for Llama")
+    parser.add_argument("--steps", type=int, help="default: 1200 for OPT, 200 for Llama")
     parser.add_argument(
         "--vocab-size", type=int, help="train a tokenizer of this size, of the same kind, on the documentation"
     )

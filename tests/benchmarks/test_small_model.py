@@ -27,7 +27,7 @@ def test_it_never_reads_what_benchmarks_evaluate_on():
 @pytest.mark.parametrize(("family", "layers"), [("opt", 8), ("llama", 6)])
 def test_it_learns_and_loads(monkeypatch, tmp_path, family, layers):
     monkeypatch.setattr(small_model, "documents", lambda: ["What matters is said again and again. " * 40])
-    monkeypatch.setattr(small_model, "WARMUP", 1)
+    monkeypatch.setitem(small_model.RECIPES, family, replace(small_model.RECIPES[family], warmup=1, batch=4))
     ticks = []
     model = small_model.train(build_tokenizer(), family, steps=6, advance=ticks.append)
     assert ticks == [1] * 6
