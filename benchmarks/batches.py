@@ -2,8 +2,8 @@
 
     python -m shadowllm.benchmarks.batches out/frontier/float32 --neurons 0.1 --shortlist 1024 --json batches.json
 
-The sequences have different prompts of random tokens, and continue greedily. Both sessions are in this process, and
-their steps take turns. The threads of each sleep before the other one runs.
+The sequences have different prompts, and continue greedily. Each contender has its own process, and they take turns:
+in each run, one decodes some steps after the other, as a server does, while the other one waits.
 """
 
 from __future__ import annotations
@@ -12,79 +12,90 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.child import Child, Progress, module_command, serve
+from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import SETTLE_SECONDS
 from shadowllm.models.sparsity import Budget
+from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.slots import OrtSlots
 
 SIZES = (1, 2, 4, 8)
 WARM_UP = 4
+WORKER = "shadowllm.benchmarks.batches"
 
 
-class Batch:
-    """Sequences in the slots of a session that decode together."""
-
-    def __init__(self, session: OrtSlots, budget: Budget, size: int, prompt_len: int) -> None:
-        self._session = session
-        random = np.random.default_rng(0)
-        prompts = random.integers(0, session.spec.vocab_size, (size, prompt_len)).tolist()
-        self._tokens: dict[int, int] = {}
-        for prompt in prompts:
-            slot = session.join(budget)
-            self._tokens[slot] = int(session.extend(slot, prompt).argmax())
-
-    def step(self) -> float:
-        """Decode one token of each sequence; return the seconds that the session took."""
-        time.sleep(SETTLE_SECONDS)
+def decode(session: OrtSlots, budget: Budget, prompts: Sequence[Sequence[int]], steps: int) -> float:
+    """Continue prompts together; return the median seconds of a step after `WARM_UP` steps."""
+    tokens, taken = {}, []
+    for prompt in prompts:
+        slot = session.join(budget)
+        tokens[slot] = int(session.extend(slot, prompt).argmax())
+    for _ in range(WARM_UP + steps):
         start = time.perf_counter()
-        logits = self._session.step(self._tokens)
-        seconds = time.perf_counter() - start
-        self._tokens = {slot: int(found.argmax()) for slot, found in logits.items()}
-        return seconds
+        logits = session.step(tokens)
+        taken.append(time.perf_counter() - start)
+        tokens = {slot: int(found.argmax()) for slot, found in logits.items()}
+    for slot in tokens:
+        session.leave(slot)
+    return float(np.median(taken[WARM_UP:]))
 
-    def close(self) -> None:
-        """Leave the slots."""
-        for slot in self._tokens:
-            self._session.leave(slot)
+
+def work(bundle: Path, threads: int, prepack: bool) -> None:
+    """Answer requests in a worker process; see `decode`."""
+    with OrtSlots(bundle, max(SIZES), threads, prepack=prepack) as session:
+
+        def answer(request: Mapping[str, Any], _: Progress) -> float:
+            return 1e3 * decode(session, Budget(**request["budget"]), request["prompts"], request["steps"])
+
+        serve(answer)
 
 
 def measure(
-    bundle: Path, budget: Budget, steps: int, threads: int | None = None, prompt_len: int = 64
+    bundle: Path, budget: Budget, steps: int, threads: int, prompt_len: int = 64, runs: int = 5
 ) -> list[dict[str, Any]]:
-    """Return a row for each number of sequences: median milliseconds of a step, sparse and dense."""
+    """Return a row for each number of sequences: milliseconds of a step, sparse and dense, one for each run."""
+    manifest, contenders = read_manifest(bundle), {"sparse": vars(budget), "dense": {}}
+    ids = passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), max(SIZES) * prompt_len)
+    prompts = [ids[start : start + prompt_len] for start in range(0, len(ids), prompt_len)]
     rows = []
-    slots = max(SIZES)
-    with OrtSlots(bundle, slots, threads) as sparse, OrtSlots(bundle, slots, threads, prepack=True) as dense:
+    with ExitStack() as running:
+        workers = {
+            name: running.enter_context(
+                Child(module_command(WORKER, "--worker", name, str(bundle), "--threads", str(threads)), name, grace=0)
+            )
+            for name in contenders
+        }
         for size in SIZES:
-            batches = {
-                "sparse": Batch(sparse, budget, size, prompt_len),
-                "dense": Batch(dense, Budget(), size, prompt_len),
-            }
-            taken: dict[str, list[float]] = {name: [] for name in batches}
-            for _ in range(WARM_UP + steps):
-                for name, batch in batches.items():
-                    taken[name].append(batch.step())
-            times = {f"{name}_ms": 1e3 * float(np.median(found[WARM_UP:])) for name, found in taken.items()}
-            for batch in batches.values():
-                batch.close()
-            rows.append({"sequences": size, **times})
+            taken: dict[str, list[float]] = {name: [] for name in contenders}
+            for run in range(runs):
+                for name in list(contenders)[:: 1 if run % 2 else -1]:  # they take turns at going first
+                    time.sleep(SETTLE_SECONDS)
+                    request = {"budget": contenders[name], "prompts": prompts[:size], "steps": steps}
+                    taken[name].append(workers[name].ask(request))
+            rows.append({"sequences": size, **{f"{name}_ms": found for name, found in taken.items()}})
     return rows
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table, with the tokens per second against one sequence."""
-    first = rows[0]
+    """Print a table of medians, with the tokens per second against one sequence and against dense."""
+    first = {name: np.median(rows[0][f"{name}_ms"]) for name in ("sparse", "dense")}
     for row in rows:
-        size = row["sequences"]
-        gains = {name: size * first[f"{name}_ms"] / row[f"{name}_ms"] for name in ("sparse", "dense")}
-        parts = [f"{name} {row[f'{name}_ms']:7.2f} ms, {gain:.2f}x tokens per second" for name, gain in gains.items()]
-        print(f"{size} sequences: {'; '.join(parts)}")
+        size, parts = row["sequences"], []
+        for name in first:
+            median = np.median(row[f"{name}_ms"])
+            parts.append(f"{name} {median:7.2f} ms, {size * first[name] / median:.2f}x tokens per second")
+        ratios = np.array(row["dense_ms"]) / np.array(row["sparse_ms"])
+        speedup = f"{np.median(ratios):.2f}x ({ratios.min():.2f} to {ratios.max():.2f}) of dense"
+        print(f"{size} sequences: {'; '.join(parts)}; {speedup}")
 
 
 @script
@@ -95,12 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--neurons", type=float, default=0.1)
     parser.add_argument("--heads", type=float, default=1.0)
     parser.add_argument("--shortlist", type=int)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=40, help="steps of each run")
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.add_argument("--worker", choices=("sparse", "dense"), help="used by the script itself: one contender")
     args = parser.parse_args(arguments)
+    if args.worker:
+        work(args.bundle, args.threads, prepack=args.worker == "dense")
+        return
     budget = Budget(neurons=args.neurons, heads=args.heads, shortlist=args.shortlist)
-    rows = measure(args.bundle, budget, args.steps, args.threads)
+    rows = measure(args.bundle, budget, args.steps, args.threads, runs=args.runs)
     print_rows(rows)
     if args.json:
         record = {"environment": environment(args.threads), "budget": vars(budget), "results": rows}

@@ -77,9 +77,9 @@ RECIPES = {
             "max_position_embeddings": 512,
             "tie_word_embeddings": True,
         },
-        batch=2,
-        steps=120,
-        warmup=20,
+        batch=4,
+        steps=600,
+        warmup=50,
         learning_rate=2e-3,
     ),
 }
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("tokenizer", help="model whose tokenizer to use")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--family", choices=RECIPES, default="opt")
-    parser.add_argument("--steps", type=int, help="default: 1200 for OPT, 120 for Llama")
+    parser.add_argument("--steps", type=int, help="default: 1200 for OPT, 600 for Llama")
     parser.add_argument(
         "--vocab-size", type=int, help="train a tokenizer of this size, of the same kind, on the documentation"
     )

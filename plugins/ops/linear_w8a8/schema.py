@@ -16,6 +16,6 @@ LINEAR_W8A8 = OpSchema(
     attributes=(),
     doc="A linear layer with weights of 8 bits, whose inputs are rounded to 8 bits with a scale per block: the product "
     "that MatMulNBits computes with accuracy_level 4. The weights are unsigned integers around 128, and the last block "
-    "may reach beyond the end of x. Every row of y has the bits that it has alone. Blocks of 64 elements are multiplied "
-    "as integers; with others, and without AVX2, x is not rounded.",
+    "may reach beyond the end of x. Every row of y has the bits that it has alone. Blocks of 64 elements are "
+    "multiplied as integers; with others, and without AVX2, x is not rounded.",
 )

@@ -15,31 +15,41 @@ enum Input { kX, kTable, kCopy, kScales, kErrors, kShortlist, kCertify, kWeighti
 
 constexpr size_t kTokens = 16;  // rows of x per pass over the copy
 constexpr size_t kRows = 256;   // rows of the copy that are read for one row of x after the other, from the cache
+constexpr size_t kWorkers = 4;  // rows of x that are completed at the same time, each with lists of its own
 constexpr size_t kGroup = 8;    // logits that are first compared by their largest; chunks start at multiples of it
 
 // The part of |copy / d| * |d * x| that the errors contain for rounding, as in certificate.py. Half of it is for the
 // sums. Kernels may also round x, to multiples of the largest element of a block times kInputStep or less.
 constexpr double kRounding = 1.0 / 1024, kInputStep = 1.0 / 32768;
 
-// The scratch memory of a pass. The lists of rows serve one row of x after the other.
-struct Memory {
-  Memory(Scratch& scratch, size_t tokens, size_t rows, size_t padded) : room(input_floats(padded)) {
-    const size_t groups = (rows + kGroup - 1) / kGroup;
-    x = scratch.take(2 * tokens * room + tokens * groups + 4 * rows);
-    inputs = x + tokens * room;
-    maxima = reinterpret_cast<int32_t*>(inputs + tokens * room);
-    ids = maxima + tokens * groups;
-    keys = ids + rows;
-    others = keys + rows;
-    exact = reinterpret_cast<float*>(others + rows);
-  }
-
-  size_t room;          // floats of a row of x or inputs
-  float *x, *inputs;    // x with the padding of the last block, and in the form that the kernels read
-  int32_t* maxima;      // the largest key of each group
+// Lists of rows, for one row of x after the other.
+struct Lists {
   int32_t *ids, *keys;  // rows of the shortlist, before that of the candidates, and their keys
   int32_t* others;      // rows that the certificate needs
   float* exact;
+};
+
+// The scratch memory of a pass.
+struct Memory {
+  Memory(Scratch& scratch, size_t tokens, size_t rows, size_t padded) : room(input_floats(padded)), rows(rows) {
+    const size_t groups = (rows + kGroup - 1) / kGroup;
+    x = scratch.take(2 * tokens * room + tokens * groups + 4 * rows * std::min(tokens, kWorkers));
+    inputs = x + tokens * room;
+    maxima = reinterpret_cast<int32_t*>(inputs + tokens * room);
+    lists_ = maxima + tokens * groups;
+  }
+
+  Lists lists(size_t worker) const {
+    int32_t* ids = lists_ + 4 * rows * worker;
+    return {ids, ids + rows, ids + 2 * rows, reinterpret_cast<float*>(ids + 3 * rows)};
+  }
+
+  size_t room, rows;  // floats of a row of x or inputs; rows of the table
+  float *x, *inputs;  // x with the padding of the last block, and in the form that the kernels read
+  int32_t* maxima;    // the largest key of each group
+
+ private:
+  int32_t* lists_;
 };
 
 // A row of x, and what is asked for it.
@@ -135,7 +145,12 @@ class ShortlistLogits {
       queries[t].padded = own;
     }
     products(pool, queries, count, rows, memory);
-    for (size_t t = 0; t < count; ++t) complete(pool, in, queries[t], rows, width, memory, t);
+    if (count == 1) return complete(pool, in, queries[0], width, memory, memory.lists(0), 0);
+    const size_t workers = std::min(count, kWorkers);
+    pool.run(workers, [&](size_t worker) {
+      for (size_t t = worker; t < count; t += workers)
+        complete(Pool::none(), in, queries[t], width, memory, memory.lists(worker), t);
+    });
   }
 
   // All logits of several queries from the whole table of floats, which is read once.
@@ -161,21 +176,22 @@ class ShortlistLogits {
   }
 
   // Recomputes the best rows of a query, and those that its certificate needs.
-  void complete(const Pool& pool, const std::vector<Tensor>& in, const Query& query, size_t rows, size_t width,
-                const Memory& memory, size_t t) const {
+  void complete(const Pool& pool, const std::vector<Tensor>& in, const Query& query, size_t width, const Memory& memory,
+                const Lists& lists, size_t t) const {
+    const size_t rows = memory.rows;
     size_t count = query.shortlist;
     if (!query.whole(rows)) {
       if (count == rows)
-        std::iota(memory.ids, memory.ids + rows, 0);
+        std::iota(lists.ids, lists.ids + rows, 0);
       else
-        choose(query.logits, rows, count, memory, t);
+        choose(query.logits, rows, count, memory, lists, t);
       const float* x = query.table.step != 0 ? query.padded : query.x;
       const float* input = kernels_.prepare(query.table, x, 1, memory.inputs + t * memory.room);
-      const float best = recompute(pool, query.table, {memory.ids, count}, input, memory.exact, query.logits);
+      const float best = recompute(pool, query.table, {lists.ids, count}, input, lists.exact, query.logits);
       if (query.certify) {
         const size_t more =
-            doubtful(in, query.x, width, query.copy.block, query.logits, rows, best, query.shortlist, memory);
-        recompute(pool, query.table, {memory.others, more}, input, memory.exact, query.logits);
+            doubtful(in, query.x, width, query.copy.block, query.logits, rows, best, query.shortlist, lists);
+        recompute(pool, query.table, {lists.others, more}, input, lists.exact, query.logits);
         count += more;
       }
     }
@@ -238,9 +254,10 @@ class ShortlistLogits {
       }
   }
 
-  // Writes the rows of the k largest logits to memory.ids. At least k logits reach the k-th largest maximum of a group,
+  // Writes the rows of the k largest logits to lists.ids. At least k logits reach the k-th largest maximum of a group,
   // so only those are candidates, and most groups are skipped.
-  void choose(const float* logits, size_t rows, size_t k, const Memory& memory, size_t token) const {
+  void choose(const float* logits, size_t rows, size_t k, const Memory& memory, const Lists& lists,
+              size_t token) const {
     if (k == 0) return;
     const size_t groups = (rows + kGroup - 1) / kGroup;
     const int32_t* maxima = memory.maxima + token * groups;
@@ -250,12 +267,12 @@ class ShortlistLogits {
       if (maxima[g] < least) continue;
       for (size_t i = g * kGroup; i < std::min((g + 1) * kGroup, rows); ++i) {
         const int32_t key = sortable(logits[i]);
-        memory.ids[count] = static_cast<int32_t>(i);
-        memory.keys[count] = key;
+        lists.ids[count] = static_cast<int32_t>(i);
+        lists.keys[count] = key;
         count += key >= least;
       }
     }
-    write_largest(kernels_, memory.keys, count, k, memory.ids, [&](size_t i) { return memory.ids[i]; });
+    write_largest(kernels_, lists.keys, count, k, lists.ids, [&](size_t i) { return lists.ids[i]; });
   }
 
   // Replaces the logits of some rows by exact ones, and returns the largest.
@@ -277,21 +294,21 @@ class ShortlistLogits {
     return best;
   }
 
-  // Writes to memory.others the rows outside the shortlist whose exact logit may reach `best`; returns how many.
+  // Writes to lists.others the rows outside the shortlist whose exact logit may reach `best`; returns how many.
   size_t doubtful(const std::vector<Tensor>& in, const float* x, size_t width, size_t block, const float* logits,
-                  size_t rows, float best, size_t shortlist, const Memory& memory) const {
+                  size_t rows, float best, size_t shortlist, const Lists& lists) const {
     const float* errors = in[kErrors].as<float>();
     const float reach = error_factor(x, in[kWeighting].as<float>(), width, block);
     size_t found = 0, count = 0, listed = 0;
     for (size_t i = 0; i < rows; ++i) {
-      memory.others[found] = static_cast<int32_t>(i);
+      lists.others[found] = static_cast<int32_t>(i);
       found += !(logits[i] + errors[i] * reach < best);
     }
     for (size_t i = 0; i < found; ++i) {
-      const int32_t row = memory.others[i];
-      while (listed < shortlist && memory.ids[listed] < row) ++listed;
-      memory.others[count] = row;
-      count += listed == shortlist || memory.ids[listed] != row;
+      const int32_t row = lists.others[i];
+      while (listed < shortlist && lists.ids[listed] < row) ++listed;
+      lists.others[count] = row;
+      count += listed == shortlist || lists.ids[listed] != row;
     }
     return count;
   }
