@@ -362,6 +362,27 @@ void infer_output(const Api& api, OrtShapeInferContext* context, size_t output, 
   api.check(api.shape_infer_set_output(context, output, shape));
 }
 
+bool first_dimension(const Api& api, OrtShapeInferContext* context, size_t input, int64_t& size, const char*& name) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;  // owned by the context
+  api.check(api.shape_infer_get_input(context, input, &info));
+  size_t rank = 0;
+  api.check(api.get_dimensions_count(info, &rank));
+  if (rank == 0) return false;
+  std::vector<int64_t> sizes(rank);
+  std::vector<const char*> names(rank);
+  api.check(api.get_dimensions(info, sizes.data(), rank));
+  api.check(api.get_symbolic_dimensions(info, names.data(), rank));
+  size = sizes[0], name = names[0];
+  return size >= 0 || *name != '\0';
+}
+
+void infer_product(const Api& api, OrtShapeInferContext* context, size_t x, size_t matrix, size_t output) {
+  int64_t dims[2];
+  const char* names[2];
+  if (first_dimension(api, context, x, dims[0], names[0]) && first_dimension(api, context, matrix, dims[1], names[1]))
+    infer_output(api, context, output, kFloat, dims, names, 2);
+}
+
 void infer_like_input(const Api& api, OrtShapeInferContext* context, size_t input, size_t output) {
   OrtTensorTypeAndShapeInfo* x = nullptr;  // owned by the context
   api.check(api.shape_infer_get_input(context, input, &x));

@@ -338,24 +338,10 @@ class ShortlistLogits {
 };
 
 void ShortlistLogits::infer(const Api& api, OrtShapeInferContext* context) {
-  int64_t dims[2] = {};
-  const char* names[2] = {};
-  for (size_t input = 0; input < 2; ++input) {  // the first dimensions of x and of the table
-    OrtTensorTypeAndShapeInfo* info = nullptr;  // owned by the context
-    api.check(api.shape_infer_get_input(context, input, &info));
-    int64_t found[2] = {};
-    const char* called[2] = {};
-    size_t rank = 0;
-    api.check(api.get_dimensions_count(info, &rank));
-    if (rank != 2) return;
-    api.check(api.get_dimensions(info, found, 2));
-    api.check(api.get_symbolic_dimensions(info, called, 2));
-    if (found[0] < 0 && *called[0] == '\0') return;
-    dims[input] = found[0];
-    names[input] = called[0];
-  }
-  infer_output(api, context, 0, kFloat, dims, names, 2);
-  infer_output(api, context, 1, kInt32, dims, names, 1);
+  int64_t tokens = 0;
+  const char* name = nullptr;
+  infer_product(api, context, kX, kTable, 0);
+  if (first_dimension(api, context, kX, tokens, name)) infer_output(api, context, 1, kInt32, &tokens, &name, 1);
 }
 
 }  // namespace

@@ -10,10 +10,12 @@ import pytest
 
 from shadowllm.bundle.manifest import BODY_ALL_HEADS, read_manifest
 from shadowllm.bundle.quantisation import Quantisation, quantise
+from shadowllm.models.sparsity import Budget
 from shadowllm.plugins import native_ops
 from shadowllm.plugins.function_body import MICROSOFT, OPSET
 from shadowllm.runtime.ort.graph import for_cpu
 from shadowllm.runtime.ort.native_linear import NativeLinear
+from shadowllm.runtime.ort.session import OrtSession
 from tests.plugins.native_model import built
 
 ROWS = 7
@@ -83,3 +85,17 @@ def test_steps_of_mixed_precision_use_it(bundle):
     types = {node.op_type for node in onnx.ModelProto.FromString(graph.model).graph.node}
     assert "LinearW8A8" in types
     assert "MatMulNBits" not in types
+
+
+@built
+@pytest.mark.parametrize("weight_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("heads", [0.5, 1.0])
+def test_the_runtime_has_no_objections(bundle, weight_dtype, heads, capfd):
+    """It writes a warning for shapes that contradict each other."""
+    options = {} if weight_dtype == "float32" else {"weight_dtype": weight_dtype}
+    with OrtSession(bundle("llama-blocks", kind="quantized-shadow", rest="shadow", **options), "sparse") as session:
+        capfd.readouterr()
+        session.set_budget(Budget(neurons=0.3, heads=heads, shortlist=5))
+        session.prefill([[5, 17, 42]])
+        session.decode(np.array([3]))
+    assert "[W:onnxruntime" not in capfd.readouterr().err
