@@ -14,17 +14,13 @@ struct alignas(64) ByteBlock {
   int8_t even[32], odd[32];
 };
 
-// An input as bytes. What is needed once per block lies side by side, padded to whole vectors.
-struct ByteInput {
-  ByteInput(const float* room, size_t blocks) {
-    const size_t padded = (blocks + 7) / 8 * 8;
-    block = reinterpret_cast<const ByteBlock*>(room);
-    scales = reinterpret_cast<const float*>(block + blocks);
-    sums = scales + padded;
-  }
+// Where the parts of an input as bytes are, in floats from its start. Its blocks come first. What is needed once per
+// block lies side by side, padded to whole vectors.
+struct ByteLayout {
+  explicit ByteLayout(size_t blocks)
+      : scales(blocks * sizeof(ByteBlock) / sizeof(float)), sums(scales + (blocks + 7) / 8 * 8) {}
 
-  const ByteBlock* block;
-  const float *scales, *sums;  // of a block: its scale, and the sum of its elements
+  size_t scales, sums;  // for each block: its scale, and the sum of its elements
 };
 
 inline __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
@@ -39,11 +35,11 @@ inline float largest_of(__m256 v) {
 template <class Q>
 inline const float* round_to_bytes(const float* x, size_t width, float* room) {
   const size_t blocks = width / kBytesBlock;
-  const ByteInput input(room, blocks);
-  float *scales = const_cast<float*>(input.scales), *sums = const_cast<float*>(input.sums);
+  const ByteLayout layout(blocks);
+  float *scales = room + layout.scales, *sums = room + layout.sums;
   for (size_t b = 0; b < blocks; ++b) {
     const float* from = x + b * kBytesBlock;
-    ByteBlock& block = const_cast<ByteBlock&>(input.block[b]);
+    ByteBlock& block = reinterpret_cast<ByteBlock*>(room)[b];
     __m256 most = _mm256_setzero_ps(), unordered = most;
     for (size_t i = 0; i < kBytesBlock; i += 8) {
       const __m256 v = _mm256_loadu_ps(from + i);
@@ -58,15 +54,14 @@ inline const float* round_to_bytes(const float* x, size_t width, float* room) {
     for (size_t i = 0; i < kBytesBlock; i += 8)
       _mm256_store_si256(reinterpret_cast<__m256i*>(integers + i),
                          _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + i), inverse)));
-    for (size_t i = 0; i < kBytesBlock; ++i) total += integers[i];
     constexpr size_t step = Q::bits == 8 ? 1 : 2, second = Q::bits == 8 ? 32 : 1;
     for (size_t i = 0; i < 32; ++i) block.even[i] = static_cast<int8_t>(integers[step * i]);
     for (size_t i = 0; i < 32; ++i) block.odd[i] = static_cast<int8_t>(integers[step * i + second]);
+    for (size_t i = 0; i < 32; ++i) total += block.even[i] + block.odd[i];
     scales[b] = peak / kByteMost;
     sums[b] = scales[b] * static_cast<float>(total);
   }
-  const size_t padded = static_cast<size_t>(input.sums - input.scales);
-  for (size_t b = blocks; b < padded; ++b) scales[b] = sums[b] = 0;
+  for (size_t b = blocks; b < layout.sums - layout.scales; ++b) scales[b] = sums[b] = 0;
   return room;
 }
 
@@ -161,6 +156,7 @@ inline __m256i lanes_left(size_t blocks, size_t b) {
 template <class Q, size_t R, size_t M>
 inline void project_bytes_tile(const QuantisedRow* rows, const QuantisedRow* next, const float* const* inputs,
                                size_t blocks, float out[4]) {
+  const ByteLayout layout(blocks);
   __m256 acc[4];
   for (size_t i = 0; i < 4; ++i) acc[i] = _mm256_setzero_ps();
   for (size_t first = 0; first < blocks; first += 8) {
@@ -170,11 +166,11 @@ inline void project_bytes_tile(const QuantisedRow* rows, const QuantisedRow* nex
     for (size_t r = 0; r < R; ++r) {
       const __m256 scales = _mm256_maskload_ps(rows[r].scales + first, there);
       for (size_t t = 0; t < M; ++t) {
-        const ByteInput input(inputs[t], blocks);
-        _mm256_store_ps(scale[r * M + t], _mm256_mul_ps(scales, _mm256_loadu_ps(input.scales + first)));
+        const float *of = inputs[t] + first, *sums = of + layout.sums;
+        _mm256_store_ps(scale[r * M + t], _mm256_mul_ps(scales, _mm256_loadu_ps(of + layout.scales)));
         if (ByteRow<Q>::middle != 0)
           acc[r * M + t] = _mm256_fnmadd_ps(_mm256_mul_ps(scales, _mm256_set1_ps(ByteRow<Q>::middle)),
-                                            _mm256_loadu_ps(input.sums + first), acc[r * M + t]);
+                                            _mm256_loadu_ps(sums), acc[r * M + t]);
       }
     }
     for (size_t b = first; b < blocks && b < first + 8; ++b) {
