@@ -1,6 +1,7 @@
 #include "op.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <thread>
@@ -362,40 +363,49 @@ void infer_output(const Api& api, OrtShapeInferContext* context, size_t output, 
   api.check(api.shape_infer_set_output(context, output, shape));
 }
 
-bool first_dimension(const Api& api, OrtShapeInferContext* context, size_t input, int64_t& size, const char*& name) {
-  OrtTensorTypeAndShapeInfo* info = nullptr;  // owned by the context
-  api.check(api.shape_infer_get_input(context, input, &info));
-  size_t rank = 0;
-  api.check(api.get_dimensions_count(info, &rank));
-  if (rank == 0) return false;
-  std::vector<int64_t> sizes(rank);
-  std::vector<const char*> names(rank);
-  api.check(api.get_dimensions(info, sizes.data(), rank));
-  api.check(api.get_symbolic_dimensions(info, names.data(), rank));
-  size = sizes[0], name = names[0];
-  return size >= 0 || *name != '\0';
-}
+namespace {
 
-void infer_product(const Api& api, OrtShapeInferContext* context, size_t x, size_t matrix, size_t output) {
-  int64_t dims[2];
-  const char* names[2];
-  if (first_dimension(api, context, x, dims[0], names[0]) && first_dimension(api, context, matrix, dims[1], names[1]))
-    infer_output(api, context, output, kFloat, dims, names, 2);
+// The dimensions of an input. ONNX Runtime would treat one without size and name as size -1, so it gets a name.
+struct Dimensions {
+  Dimensions(const Api& api, OrtShapeInferContext* context, size_t input) {
+    static std::atomic<size_t> unnamed{0};
+    OrtTensorTypeAndShapeInfo* info = nullptr;  // owned by the context
+    api.check(api.shape_infer_get_input(context, input, &info));
+    size_t rank = 0;
+    api.check(api.get_dimensions_count(info, &rank));
+    sizes.resize(rank), names.resize(rank), own.resize(rank);
+    api.check(api.get_dimensions(info, sizes.data(), rank));
+    api.check(api.get_symbolic_dimensions(info, names.data(), rank));
+    for (size_t i = 0; i < rank; ++i) {
+      if (sizes[i] >= 0 || *names[i] != '\0') continue;
+      own[i] = "shadowllm_" + std::to_string(++unnamed);
+      names[i] = own[i].c_str();
+    }
+  }
+
+  std::vector<int64_t> sizes;
+  std::vector<const char*> names;
+  std::vector<std::string> own;
+};
+
+}  // namespace
+
+void infer_rows(const Api& api, OrtShapeInferContext* context, std::initializer_list<size_t> inputs, size_t output,
+                int type) {
+  std::vector<Dimensions> found;
+  std::vector<int64_t> sizes;
+  std::vector<const char*> names;
+  for (const size_t input : inputs) {
+    found.emplace_back(api, context, input);
+    if (found.back().sizes.empty()) return;
+  }
+  for (const Dimensions& of : found) sizes.push_back(of.sizes[0]), names.push_back(of.names[0]);
+  infer_output(api, context, output, type, sizes.data(), names.data(), sizes.size());
 }
 
 void infer_like_input(const Api& api, OrtShapeInferContext* context, size_t input, size_t output) {
-  OrtTensorTypeAndShapeInfo* x = nullptr;  // owned by the context
-  api.check(api.shape_infer_get_input(context, input, &x));
-  size_t rank = 0;
-  api.check(api.get_dimensions_count(x, &rank));
-  std::vector<int64_t> dims(rank);
-  std::vector<const char*> names(rank);
-  api.check(api.get_dimensions(x, dims.data(), rank));
-  api.check(api.get_symbolic_dimensions(x, names.data(), rank));
-  // ONNX Runtime would treat an unknown dimension without a name as size -1, so no shape is set.
-  for (size_t i = 0; i < rank; ++i)
-    if (dims[i] < 0 && *names[i] == '\0') return;
-  api.check(api.shape_infer_set_output(context, output, x));
+  Dimensions of(api, context, input);
+  if (!of.sizes.empty()) infer_output(api, context, output, kFloat, of.sizes.data(), of.names.data(), of.sizes.size());
 }
 
 }  // namespace shadowllm

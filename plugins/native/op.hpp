@@ -262,18 +262,16 @@ struct Registration : OrtCustomOp {
   const Api& api;
 };
 
-// The first dimension of an input during shape inference: its size, or -1 and its name. False if neither is known.
-bool first_dimension(const Api& api, OrtShapeInferContext* context, size_t input, int64_t& size, const char*& name);
-
 // Sets type and shape of one output during shape inference; a dimension without a size has a name.
 void infer_output(const Api& api, OrtShapeInferContext* context, size_t output, int type, const int64_t* dims,
                   const char** names, size_t rank);
 
-// Shape inference of a matrix with the first dimension of one input and that of another. Does nothing if one is not
-// known.
-void infer_product(const Api& api, OrtShapeInferContext* context, size_t x, size_t matrix, size_t output);
+// Shape inference of an output whose dimensions are the first dimensions of some inputs. Does nothing if an input's
+// rank is not known.
+void infer_rows(const Api& api, OrtShapeInferContext* context, std::initializer_list<size_t> inputs, size_t output,
+                int type);
 
-// Shape inference of an output that has the shape of an input.
+// Shape inference of a float output that has the shape of an input.
 void infer_like_input(const Api& api, OrtShapeInferContext* context, size_t input, size_t output);
 
 // An op of this library.

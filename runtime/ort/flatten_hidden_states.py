@@ -38,8 +38,8 @@ class FlattenHiddenStates(InPlacePass):
             assert before is not None
             node.replace_input_with(0, before.inputs[0])
             for user, _ in node.outputs[0].uses():
+                node.outputs[0].shape, node.outputs[0].type = user.outputs[0].shape, user.outputs[0].type
                 user.outputs[0].replace_all_uses_with(node.outputs[0])
-            node.outputs[0].shape = None  # the runtime infers it, or does not know it
         RemoveUnusedNodesPass()(model)
         return PassResult(model, modified=bool(found))
 

@@ -21,7 +21,7 @@ class LinearW8A8 {
   LinearW8A8(const Api& api, const OrtKernelInfo* info)
       : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false), kernels_(choose_kernels()) {}
 
-  static void infer(const Api& api, OrtShapeInferContext* context) { infer_product(api, context, kX, kW, 0); }
+  static void infer(const Api& api, OrtShapeInferContext* context) { infer_rows(api, context, {kX, kW}, 0, kFloat); }
 
   void compute(OrtKernelContext* context) const {
     const std::vector<Tensor> in = node_.inputs(context);

@@ -338,10 +338,8 @@ class ShortlistLogits {
 };
 
 void ShortlistLogits::infer(const Api& api, OrtShapeInferContext* context) {
-  int64_t tokens = 0;
-  const char* name = nullptr;
-  infer_product(api, context, kX, kTable, 0);
-  if (first_dimension(api, context, kX, tokens, name)) infer_output(api, context, 1, kInt32, &tokens, &name, 1);
+  infer_rows(api, context, {kX, kTable}, 0, kFloat);
+  infer_rows(api, context, {kX}, 1, kInt32);
 }
 
 }  // namespace
