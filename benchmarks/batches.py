@@ -62,7 +62,7 @@ def work(bundle: Path, threads: int, prepack: bool) -> None:
 def measure(
     bundle: Path, budget: Budget, steps: int, threads: int, prompt_len: int = 64, runs: int = 5
 ) -> list[dict[str, Any]]:
-    """Return a row for each number of sequences: milliseconds of a step, sparse and dense, one for each run."""
+    """Return a row for each number of sequences: milliseconds of a step, of each run and their median."""
     manifest, contenders = read_manifest(bundle), {"sparse": vars(budget), "dense": {}}
     ids = passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), max(SIZES) * prompt_len)
     prompts = [ids[start : start + prompt_len] for start in range(0, len(ids), prompt_len)]
@@ -81,19 +81,20 @@ def measure(
                     time.sleep(SETTLE_SECONDS)
                     request = {"budget": contenders[name], "prompts": prompts[:size], "steps": steps}
                     taken[name].append(workers[name].ask(request))
-            rows.append({"sequences": size, **{f"{name}_ms": found for name, found in taken.items()}})
+            medians = {f"{name}_ms": float(np.median(found)) for name, found in taken.items()}
+            rows.append({"sequences": size, **medians, **{f"{name}_runs_ms": found for name, found in taken.items()}})
     return rows
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of medians, with the tokens per second against one sequence and against dense."""
-    first = {name: np.median(rows[0][f"{name}_ms"]) for name in ("sparse", "dense")}
+    first = {name: rows[0][f"{name}_ms"] for name in ("sparse", "dense")}
     for row in rows:
         size, parts = row["sequences"], []
         for name in first:
-            median = np.median(row[f"{name}_ms"])
+            median = row[f"{name}_ms"]
             parts.append(f"{name} {median:7.2f} ms, {size * first[name] / median:.2f}x tokens per second")
-        ratios = np.array(row["dense_ms"]) / np.array(row["sparse_ms"])
+        ratios = np.array(row["dense_runs_ms"]) / np.array(row["sparse_runs_ms"])
         speedup = f"{np.median(ratios):.2f}x ({ratios.min():.2f} to {ratios.max():.2f}) of dense"
         print(f"{size} sequences: {'; '.join(parts)}; {speedup}")
 
