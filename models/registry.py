@@ -153,6 +153,8 @@ def _override(checkpoint: Checkpoint, activation: str, threshold: float | None) 
 
 
 def _bos(config: Any) -> int | None:
+    if isinstance(config.bos_token_id, list | tuple):
+        raise UserError(f"the model's bos_token_id is {config.bos_token_id!r}", "it must be a token id or null")
     ids = token_ids(config.bos_token_id, "bos_token_id")
     if ids and ids[0] >= config.vocab_size:
         warnings.warn(

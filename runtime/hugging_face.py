@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -249,12 +250,16 @@ class ShadowForCausalLM(GenerationMixin):
             "output_attentions": config.output_attentions,
             "output_hidden_states": config.output_hidden_states,
             "position_ids": _other_positions(inputs.get("position_ids"), inputs.get("attention_mask")),
-            "continues": "continues" in inputs,
+            "continues": inputs.get("continues", False),
         }
         if any(refused.values()):
             names = ", ".join(name for name, given in refused.items() if given)
             raise UserError(f"a bundle does not generate with {names}", "leave that out")
         self._validate_generation_mode(config.get_generation_mode())
+        tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if getattr(config, "is_assistant", False) and tokens is not None and mask is not None:
+            # Version 5.0 of transformers gives an assistant the mask of the prompt in every round.
+            inputs["attention_mask"] = pad(mask, (0, tokens.shape[1] - mask.shape[1]), value=1)
         return config, inputs
 
     def _validate_generation_mode(self, mode: GenerationMode, *_: Any) -> None:

@@ -93,7 +93,7 @@ LONGROPE = {
     "original_max_position_embeddings": 48,
 }
 PHI = {"num_attention_heads": 3, "num_key_value_heads": 1, "pad_token_id": 0, "rope_parameters": LONGROPE}
-PHI |= {"sliding_window": 7}
+PHI |= {"sliding_window": 7, "partial_rotary_factor": 0.75}  # version 5.0 of transformers reads it only here
 GEMMA3 = GROUPED | {
     "head_dim": 16,
     "hidden_activation": "silu",

@@ -35,7 +35,8 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     """Read the Hugging Face config object of a folder.
 
     Raises:
-        UserError: there is no config, it is not readable, a size is not positive, or ``transformers`` refuses it.
+        UserError: there is no config, it is not readable, a size is not positive, another value is not of
+            its type, or ``transformers`` refuses it.
     """
     from transformers import AutoConfig
 
@@ -47,6 +48,9 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
         size = data.get(name)
         if size is not None and (type(size) is not int or size < 1):
             raise UserError(f"{path} says {name} is {size!r}", "it must be a whole number above 0")
+    tied = data.get("tie_word_embeddings", False)
+    if type(tied) is not bool:
+        raise UserError(f"{path} says tie_word_embeddings is {tied!r}", "it must be true or false")
     remedy = "correct config.json, or download the model again"
     with foreign_reader(f"transformers cannot read {path}", remedy):
         if data.get("model_type") in RELATIVES and not trust_remote_code:

@@ -40,8 +40,8 @@ def load_tokenizer(bundle: Path, manifest: Manifest) -> PreTrainedTokenizerBase:
     except Exception as error:  # the parsers raise many types, for example if newer versions wrote the bundle
         raise refusal(bundle, None, error) from error
     if type(tokenizer.backend_tokenizer.model).__name__ == "BPE":
-        # transformers ignores the clean-up option for BPE, and would warn at every start.
-        forced = tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+        # transformers ignores the clean-up option for BPE, and would warn at every start. Its version 5.0 follows it.
+        forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", True)
         tokenizer.clean_up_tokenization_spaces &= forced
     return tokenizer
 

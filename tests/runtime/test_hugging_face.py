@@ -80,9 +80,10 @@ def test_samples_what_transformers_samples(dense, reference):
 
 def test_stop_strings_end_the_text(dense, reference):
     inputs, tokenizer = padded(dense), dense.tokenizer
-    whole = reference.generate(**inputs, max_new_tokens=16, pad_token_id=0)
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "pad_token_id": 0}
+    whole = reference.generate(**inputs, **options)
     stop = tokenizer.decode(whole[0, -8:-6])
-    options = {"max_new_tokens": 16, "pad_token_id": 0, "stop_strings": [stop], "tokenizer": tokenizer}
+    options |= {"stop_strings": [stop], "tokenizer": tokenizer}
     ours, theirs = (model.generate(**inputs, **options) for model in (dense, reference))
     assert torch.equal(ours, theirs)
     assert ours[0, whole.shape[1] - 6 :].eq(0).all()

@@ -69,7 +69,7 @@ class TestIds:
         bundle.mkdir()
         manifest = make_bundle(model, bundle)
         reference, tokenizer = AutoTokenizer.from_pretrained(model), load_tokenizer(bundle, manifest)
-        assert type(reference).__name__ == "LlamaTokenizer"
+        assert type(reference).__name__ in ("LlamaTokenizer", "TokenizersBackend")  # the latter in transformers 5.0
         for text in TEXTS:
             assert encode_prompt(bundle, manifest, tokenizer, text) == reference(text).input_ids
 
