@@ -9,19 +9,13 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from shadowllm.bundle.gpu_images import PTX
 from shadowllm.plugins.kernel_program_bytes import pack
+from tests.plugins.driver.recorder import CXX, ROOT, build, record
 from tests.plugins.kernel_programs import program
-from tests.plugins.test_triton_compile import COMPILE, WHOLE, child
-
-HERE = Path(__file__).parent / "driver"
-SOURCES = HERE.parents[2] / "plugins" / "tensorrt" / "cpp"
-CXX = os.environ.get("CXX", "g++")
-ROWS = (0, 4)  # the ops of `COMPILE` whose calls have no sequences, only rows
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,33 +27,7 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed (pip
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Folder of the fake driver and of the C++ probe, built with sanitizers if possible."""
-    folder = tmp_path_factory.mktemp("driver")
-    fake = [CXX, "-x", "c", "-shared", "-fPIC", "-O1", str(HERE / "fake_cuda.c"), "-o", str(folder / "libcuda.so.1")]
-    subprocess.run([*fake, "-ldl"], check=True)
-    sources = [HERE / "probe.cpp", *(SOURCES / f"{name}.cpp" for name in ("kernel_program", "launcher", "driver"))]
-    watch = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [CXX, "-std=c++17", "-O1", f"-I{SOURCES}", *map(str, sources), "-o", str(folder / "probe"), "-ldl"]
-    if subprocess.run([*command, *watch], capture_output=True, check=False).returncode:
-        subprocess.run(command, check=True)  # a compiler without sanitizers
-    return folder
-
-
-def record(built, tmp_path, calls, **environment):
-    """The launches of Python and of C++ for calls ``(program, batch, seqlen)``, as lines."""
-    path = tmp_path / "calls"
-    path.write_bytes(b"".join(struct.pack("<3q", batch, seqlen, len(data)) + data for data, batch, seqlen in calls))
-    library_path = os.pathsep.join(filter(None, [str(built), os.environ.get("LD_LIBRARY_PATH")]))
-    variables = os.environ | {"LD_LIBRARY_PATH": library_path, "FAKE_SM": "80", "ASAN_OPTIONS": "detect_leaks=0"}
-    variables |= environment
-    outputs = []
-    for command in ([sys.executable, "-m", "tests.plugins.driver.probe"], [str(built / "probe")]):
-        done = subprocess.run(
-            [*command, str(path)], env=variables, capture_output=True, text=True, check=False, cwd=HERE.parents[2]
-        )
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout.splitlines())
-    return outputs
+    return build(tmp_path_factory.mktemp("driver"))
 
 
 def test_one_token_and_a_prompt(built, tmp_path):
@@ -85,18 +53,6 @@ def test_one_token_and_a_prompt(built, tmp_path):
         "error: no plan serves batch 5, seqlen 1",
     ]
     assert cpp == python
-
-
-def test_compiled_kernels(built, tmp_path):
-    """Of all ops: PTX, which says how many parameters it has, on a GPU that there is no cubin for."""
-    packed = [bytes.fromhex(line) for line in child("-c", COMPILE, *WHOLE).split()]
-    sizes = ((1, 1), (2, 1), (2, 9))
-    calls = [(data, *size) for i, data in enumerate(packed) for size in sizes if size[1] == 1 or i not in ROWS]
-    python, cpp = record(built, tmp_path, calls, FAKE_SM="86")
-    assert cpp == python
-    launched = [line.split()[1] for line in python if line.startswith("launch")]
-    assert {"select_topk", "mlp_hidden", "project_back", "decode_attention", "prompt_attention"} < set(launched)
-    assert not [line for line in python if line.startswith(("error", "refused"))]
 
 
 @pytest.mark.parametrize(("sm", "image"), [(86, 80), (90, 90), (100, 0), (121, 0)])
@@ -228,9 +184,8 @@ def test_a_builder_may_capture_the_run_that_it_times(built):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (pip install 'shadowllm[tensorrt-rtx]')")
     paths = os.pathsep.join(filter(None, [str(built), os.environ.get("LD_LIBRARY_PATH")]))
     environment = os.environ | {"LD_LIBRARY_PATH": paths, "FAKE_SM": "80"}
-    root = HERE.parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", TIMED], env=environment, capture_output=True, text=True, check=False, cwd=root
+        [sys.executable, "-c", TIMED], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
     )
     lines = done.stdout.splitlines()
     assert lines[-1] == "timed", done.stderr

@@ -53,8 +53,8 @@ def dense(folder, text):
     ("session", "length"),
     [
         pytest.param(lambda folder: OrtSession(folder, "sparse"), TOKENS, id="ort-native"),
-        pytest.param(lambda folder: OrtSession(folder, "sparse", native=False), 32, id="ort-function-bodies"),
-        pytest.param(lambda folder: TorchSession.open(folder), 32, id="torch"),
+        pytest.param(lambda folder: OrtSession(folder, "sparse", native=False), 16, id="ort-function-bodies"),
+        pytest.param(lambda folder: TorchSession.open(folder), 16, id="torch"),
     ],
 )
 def test_everything_active_equals_dense(folder, text, dense, session, length):
