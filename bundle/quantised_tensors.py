@@ -247,6 +247,19 @@ def dequantised_predictor(predictor: Predictor, q: Quantisation) -> Predictor:
     return replace(predictor, tensors=predictor.tensors | found)
 
 
+def dequantised_copy(data: Tensor, scales: Tensor, width: int) -> Tensor:
+    """Values of a low-bit copy, float32 ``(rows, width)``, as `quantisation.dequantise` computes them.
+
+    PyTorch does it with several threads: whoever evaluates text reads each matrix many times.
+
+    Args:
+        data: uint8 ``(rows, bytes)``, two elements per byte, the first one in the lower half.
+        scales: float32 ``(rows, blocks)``.
+    """
+    elements = torch.stack((data & 15, data >> 4), dim=-1).view(*scales.shape, -1)
+    return elements.float().sub_(8).mul_(scales[..., None]).flatten(1)[:, :width]
+
+
 def row_norms(down_proj: Tensor) -> Tensor:
     """Return ``||w_down[f]||`` of each neuron, float32 ``(intermediate_size,)``."""
     return down_proj.float().norm(dim=-1)

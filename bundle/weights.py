@@ -13,8 +13,7 @@ from torch import Tensor
 
 from shadowllm.bundle.manifest import DATA_FILE, Manifest, verify_files
 from shadowllm.bundle.predictor_file import Predictor
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, dequantise
-from shadowllm.bundle.quantised_tensors import dequantised_predictor, dequantised_weights
+from shadowllm.bundle.quantised_tensors import dequantised_copy, dequantised_predictor, dequantised_weights
 from shadowllm.bundle.weight_file import TORCH_DTYPES, WeightStore
 from shadowllm.bundle.weight_layout import Group, copy_groups, model_groups
 from shadowllm.bundle.weight_names import (
@@ -59,7 +58,7 @@ def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
     """
     stored, predictor, spec, q = *map_weights(folder, manifest), manifest.spec, manifest.quantisation
     copied = manifest.rest == "shadow"
-    rest = (_read_copies(folder, manifest), _read_certificate(folder, manifest)) if copied else (None, None)
+    rest = (StoredCopies(folder, manifest), _read_certificate(folder, manifest)) if copied else (None, None)
     if q is None:
         weights = {name: tensor.float() for name, tensor in stored.items()}
         return BundleWeights(weights, weights, predictor, *rest)
@@ -68,14 +67,31 @@ def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
     return BundleWeights(sparse, dense, dequantised_predictor(predictor, q), *rest)
 
 
-def _read_copies(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    layers, stored = manifest.sparse_layers, map_copies(folder, manifest)
+class StoredCopies(Mapping[str, Tensor]):
+    """Float32 values of a bundle's low-bit copy, by canonical name.
 
-    def restored(name: str) -> Tensor:
-        data, factors = (stored[part(low_bit_copy(name))].numpy() for part in (integers, scales))
-        return torch.from_numpy(dequantise(data, factors, tensor_shape(layers.spec, name)[1], LOW_BIT_COPY).copy())
+    Each is computed from its integers whenever it is read, because all of them are as large as the model in float32.
+    ``dict`` of this keeps them.
 
-    return {name: restored(name) for name in copied_names(layers, rest=True)}
+    Args:
+        folder: a bundle with ``rest`` "shadow", whose data file was checked.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._spec, self._stored = manifest.spec, map_copies(folder, manifest)
+        self._names = tuple(copied_names(manifest.sparse_layers, rest=True))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        data, factors = (self._stored[part(low_bit_copy(name))] for part in (integers, scales))
+        return dequantised_copy(data, factors, tensor_shape(self._spec, name)[1])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _read_certificate(folder: Path, manifest: Manifest) -> Certificate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ class CopyDecoder(Decoder):
     """
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
-        super().__init__(spec, {**weights, **copies})
+        super().__init__(spec, ChainMap(copies, weights))  # type: ignore[arg-type]  # nothing is written
         self._last: tuple[int, Tensor, Tensor] | None = None  # layer, input and result
 
     def mlp_activation(self, layer: int, x: Tensor) -> Tensor:

@@ -106,9 +106,8 @@ class TorchSession:
         read = read_weights(bundle, manifest)
         if kind == "dense":
             return cls(manifest.spec, read.sparse, None, None, read.dense)
-        return cls(
-            manifest.spec, read.sparse, read.predictor, manifest.budget, read.dense, read.copies, read.certificate
-        )
+        copies = dict(read.copies) if read.copies else None  # every step reads all of them
+        return cls(manifest.spec, read.sparse, read.predictor, manifest.budget, read.dense, copies, read.certificate)
 
     @property
     def fired(self) -> list[float] | None:

@@ -39,6 +39,7 @@ class TorchSlots:
         self.slots = check_whole("the number of slots", slots)
         manifest = read_manifest(bundle)
         read = read_weights(bundle, manifest)
+        copies = dict(read.copies) if read.copies else None  # every step reads all of them
         self.spec, self._budget = manifest.spec, manifest.budget
         self._sessions = [
             TorchSession(
@@ -47,7 +48,7 @@ class TorchSlots:
                 read.predictor,
                 manifest.budget,
                 read.dense,
-                read.copies,
+                copies,
                 read.certificate,
             )
             for _ in range(slots)
