@@ -89,7 +89,7 @@ def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: boo
         passes.append(OwnSelections())
     if name in BODIES:
         passes += [SplitSelection(), *([FlattenHiddenStates()] if native else [])]
-        passes += [NativeLinear()] if native and native_ops.multiplies_bytes() else []
+        passes += [NativeLinear()] if native and native_ops.linear_pays() else []
     if exact:  # at the end, for it marks the native ops
         passes.append(ExactIntegerInputs(native))
     return passes

@@ -78,7 +78,7 @@ def test_other_products_stay(model):
 
 
 @built
-@pytest.mark.skipif(not native_ops.multiplies_bytes(), reason="the kernels of this CPU do not multiply bytes")
+@pytest.mark.skipif(not native_ops.linear_pays(), reason="LinearW8A8 is not used on this CPU")
 def test_steps_of_mixed_precision_use_it(bundle):
     folder = bundle(kind="quantized-shadow", rest="shadow")
     graph = for_cpu(folder / f"{BODY_ALL_HEADS}.onnx", read_manifest(folder), native=True, rounded=True)
