@@ -264,20 +264,20 @@ class MaskedDecoder:
     def __init__(self, context: Context, chooser: Selector, budget: Budget, aggregate: str = "token") -> None:
         if aggregate not in AGGREGATES:
             raise UserError(f"no aggregation {aggregate!r}", f"known: {', '.join(AGGREGATES)}")
-        self._context, self._layers = context, context.sparse_layers
-        self._chooser, self._aggregate = chooser, AGGREGATES[aggregate]
-        self._counts, self._sizes = budget.counts(self._layers), layer_units(context.spec)
+        self._context, self._chooser = context, chooser
+        # An object of its own, so that a decoder and its functions do not hold each other: memory is free at once.
+        self._selection = _Selection(context, chooser, budget, AGGREGATES[aggregate])
         self._decoder = SparseDecoder(
             context.spec,
             context.weights,
-            self._mask,
-            self._observe,
+            self._selection.mask,
+            self._selection.observe,
             context.copy,
             budget.rest_with(context.copies is not None),
             budget.shortlist,
             context.certificate if budget.certify else None,
         )
-        self.masks: dict[tuple[int, Unit], Tensor] = {}
+        self.masks = self._selection.masks
 
     @property
     def recomputed(self) -> Tensor | None:
@@ -300,18 +300,34 @@ class MaskedDecoder:
     @property
     def whole(self) -> bool:
         """Whether all units of all layers are kept, so that only `logits` can differ from the dense model."""
-        return all((self._counts[unit] == size).all() for unit, size in self._sizes.items())
+        return self._selection.whole
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Return logits ``(batch, seqlen, vocab_size)`` of the last layer's output ``(batch, seqlen, hidden_size)``."""
         return self._decoder.logits(x)
 
-    def _observe(self, layer: int, unit: Unit, x: Tensor) -> None:
+
+class _Selection:
+    """The units that a budget keeps in each layer, by the scores of a selector."""
+
+    def __init__(
+        self, context: Context, chooser: Selector, budget: Budget, aggregate: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._context, self._layers = context, context.sparse_layers
+        self._chooser, self._aggregate = chooser, aggregate
+        self._counts, self._sizes = budget.counts(self._layers), layer_units(context.spec)
+        self.masks: dict[tuple[int, Unit], Tensor] = {}
+
+    @property
+    def whole(self) -> bool:
+        return all((self._counts[unit] == size).all() for unit, size in self._sizes.items())
+
+    def observe(self, layer: int, unit: Unit, x: Tensor) -> None:
         if self._count(layer, unit) < self._sizes[unit]:
             self._chooser.observe(layer, unit, x)
 
-    def _mask(self, layer: int, unit: Unit, activation: Tensor) -> Tensor | None:
+    def mask(self, layer: int, unit: Unit, activation: Tensor) -> Tensor | None:
         if layer not in self._layers.layers:
             return None
         count = self._count(layer, unit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -55,6 +57,19 @@ def test_everything_kept_is_dense_to_the_bit(context, name):
     with torch.no_grad():
         dense = Decoder(context.spec, context.weights)(windows)
     assert torch.equal(MaskedDecoder(context, chooser(name, context), Budget())(windows), dense)
+
+
+def test_a_decoder_is_freed_when_it_is_no_longer_used(context):
+    """Budgets are measured by hundreds of decoders. Those that wait for the garbage collector would fill the memory."""
+    decoder = MaskedDecoder(context, chooser("static", context), Budget(neurons=0.5))
+    decoder(token_windows(context.spec, n=1, seed=8))
+    masks = [weakref.ref(mask) for mask in decoder.masks.values()]
+    gc.disable()
+    try:
+        del decoder
+        assert [mask() for mask in masks] == [None] * len(masks)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", COUNTING)
