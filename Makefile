@@ -83,14 +83,15 @@ sanitize: $(VENV)/.installed
 
 # The tests that read models, with the oldest version of transformers that pyproject.toml allows. The other packages are
 # those of .venv.
-OLDEST := build/transformers-5.0.0
+OLDEST_TRANSFORMERS := 5.0.0
+OLDEST := build/transformers-$(OLDEST_TRANSFORMERS)
 oldest: $(OLDEST)
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" tests/models tests/runtime/test_windows.py \
+	PYTHONPATH=$(abspath $(OLDEST)) $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" tests/models tests/runtime/test_windows.py \
 	  tests/runtime/test_hugging_face.py tests/runtime/generation/test_text.py
 
 $(OLDEST): | $(VENV)/.installed
 	rm -rf $@.part
-	$(BIN)/pip install --quiet --disable-pip-version-check --target $@.part transformers==5.0.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --target $@.part transformers==$(OLDEST_TRANSFORMERS)
 	mv $@.part $@
 
 packages: $(VENV)/.installed

@@ -49,6 +49,10 @@ class BundleWeights:
     copies: Mapping[str, Tensor] | None = None
     certificate: Certificate | None = None
 
+    def kept_copies(self) -> dict[str, Tensor] | None:
+        """Return ``copies``, all in memory, for a session, each step of which reads all of them."""
+        return None if self.copies is None else dict(self.copies)
+
 
 def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
     """Read the weights of a bundle.

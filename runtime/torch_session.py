@@ -106,7 +106,7 @@ class TorchSession:
         read = read_weights(bundle, manifest)
         if kind == "dense":
             return cls(manifest.spec, read.sparse, None, None, read.dense)
-        copies = dict(read.copies) if read.copies else None  # every step reads all of them
+        copies = read.kept_copies()
         return cls(manifest.spec, read.sparse, read.predictor, manifest.budget, read.dense, copies, read.certificate)
 
     @property

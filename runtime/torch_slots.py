@@ -39,7 +39,7 @@ class TorchSlots:
         self.slots = check_whole("the number of slots", slots)
         manifest = read_manifest(bundle)
         read = read_weights(bundle, manifest)
-        copies = dict(read.copies) if read.copies else None  # every step reads all of them
+        copies = read.kept_copies()
         self.spec, self._budget = manifest.spec, manifest.budget
         self._sessions = [
             TorchSession(

@@ -42,7 +42,7 @@ def test_it_learns_and_loads(monkeypatch, tmp_path, family, layers):
     assert loss < 0.8 * torch.tensor(float(spec.vocab_size)).log()
 
 
-@pytest.mark.parametrize("family", ["opt"])  # it shares this code with the others
+@pytest.mark.parametrize("family", small_model.RECIPES)
 def test_tokens_that_the_text_never_has_share_a_row(monkeypatch, family):
     """A row of their own would have come to the same: the loss over all tokens is that which was learned by."""
     monkeypatch.setattr(small_model, "documents", lambda: ["What matters is said again and again. " * 40])

@@ -204,7 +204,7 @@ def test_ptx_is_for_the_oldest_gpu(programs):
 @pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler")
 @pytest.mark.skipif(sys.platform != "linux", reason="the fake driver is a libcuda.so.1")
 def test_both_interpreters_launch_the_same(programs, tmp_path):
-    """Of all ops: PTX, which says how many parameters it has, on a GPU that there is no cubin for."""
+    """The compiled kernels of all ops, with the batches and lengths that they have plans for."""
     pytest.importorskip(
         "cuda.bindings", reason="cuda-bindings is not installed (pip install 'shadowllm[tensorrt-rtx]')"
     )

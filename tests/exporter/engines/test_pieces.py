@@ -50,7 +50,7 @@ CPP = pytest.param("opt", LIBRARY, marks=needs_library, id="opt-c++")
 FAMILY_AND_LIBRARY = [pytest.param("llama", None, id="llama-python"), CPP]
 
 
-# So has each type.
+# Each 16-bit type is built with one of them too.
 @needs_builder
 @pytest.mark.parametrize(
     ("family", "library", "dtype"),
