@@ -1,191 +1,39 @@
-// Integer kernels for the rows of a low-bit copy or its residuals, part of
-// kernels_copy.hpp. AVX2, with VNNI's products of four bytes where there are any. Rows of 2 bits are spread to 4 bits
-// when they are loaded.
+// Integer kernels for the rows of a low-bit copy or its residuals, part of kernels_copy.hpp. What depends on the
+// instruction set is in kernels_bytes_avx2.hpp and kernels_bytes_vnni.hpp. Rows of 2 bits are spread to 4 bits when
+// they are loaded.
 #pragma once
 
-constexpr size_t kBytesBlock = 64;  // elements of a block; at 4 bits they are one vector
+constexpr size_t kBytesBlock = 64;  // elements of a block; at 4 bits they are 32 bytes
 constexpr float kByteMost = 127;
 constexpr size_t kByteTokens = 4;  // tokens of a tile
+constexpr size_t kGroup = 16;      // rows that are added together
 
 inline bool in_bytes(const Rows& rows) { return rows.block == kBytesBlock; }
 
-// The input of a block: its even and its odd elements, or with rows of 8 bits, its first and its second half.
-struct alignas(64) ByteBlock {
-  int8_t even[32], odd[32];
-};
-
-// Where the parts of an input as bytes are, in floats from its start. Its blocks come first. What is needed once per
-// block lies side by side, padded to whole vectors.
-struct ByteLayout {
-  explicit ByteLayout(size_t blocks)
-      : scales(blocks * sizeof(ByteBlock) / sizeof(float)), sums(scales + (blocks + 7) / 8 * 8) {}
-
-  size_t scales, sums;  // for each block: its scale, and the sum of its elements
-};
-
-inline __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
-
-inline float largest_of(__m256 v) {
-  float lanes[8], most = 0;
-  _mm256_storeu_ps(lanes, v);
-  for (size_t i = 0; i < 8; ++i) most = lanes[i] > most ? lanes[i] : most;
-  return most;
-}
-
-template <class Q>
-inline const float* round_to_bytes(const float* x, size_t width, float* room) {
-  const size_t blocks = width / kBytesBlock;
-  const ByteLayout layout(blocks);
-  float *scales = room + layout.scales, *sums = room + layout.sums;
-  for (size_t b = 0; b < blocks; ++b) {
-    const float* from = x + b * kBytesBlock;
-    ByteBlock& block = reinterpret_cast<ByteBlock*>(room)[b];
-    __m256 most = _mm256_setzero_ps(), unordered = most;
-    for (size_t i = 0; i < kBytesBlock; i += 8) {
-      const __m256 v = _mm256_loadu_ps(from + i);
-      most = _mm256_max_ps(most, magnitude(v));
-      unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    }
-    // Rounding would turn a NaN into a number.
-    const float peak = _mm256_movemask_ps(unordered) == 0 ? largest_of(most) : NAN;
-    const __m256 inverse = _mm256_set1_ps(peak > 1e-30f ? kByteMost / peak : 0);
-    alignas(32) int32_t integers[kBytesBlock];
-    int32_t total = 0;
-    for (size_t i = 0; i < kBytesBlock; i += 8)
-      _mm256_store_si256(reinterpret_cast<__m256i*>(integers + i),
-                         _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + i), inverse)));
-    constexpr size_t step = Q::bits == 8 ? 1 : 2, second = Q::bits == 8 ? 32 : 1;
-    for (size_t i = 0; i < 32; ++i) block.even[i] = static_cast<int8_t>(integers[step * i]);
-    for (size_t i = 0; i < 32; ++i) block.odd[i] = static_cast<int8_t>(integers[step * i + second]);
-    for (size_t i = 0; i < 32; ++i) total += block.even[i] + block.odd[i];
-    scales[b] = peak / kByteMost;
-    sums[b] = scales[b] * static_cast<float>(total);
-  }
-  for (size_t b = blocks; b < layout.sums - layout.scales; ++b) scales[b] = sums[b] = 0;
-  return room;
-}
-
-inline __m256i load_of(const void* bytes) { return _mm256_loadu_si256(static_cast<const __m256i*>(bytes)); }
-
-// The integers of a block, in 4 bits each.
-template <class Q>
-inline __m256i load_block(const uint8_t* row, size_t b) {
-  if (Q::bits == 4) return load_of(row + b * 32);
-  const __m256i fours = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + b * 16)));
-  const __m256i twos = _mm256_and_si256(_mm256_or_si256(fours, _mm256_slli_epi16(fours, 4)), _mm256_set1_epi8(0x0f));
-  return _mm256_and_si256(_mm256_or_si256(twos, _mm256_slli_epi16(twos, 2)), _mm256_set1_epi8(0x33));
-}
-
-inline __m256i low_halves(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
-inline __m256i high_halves(__m256i bytes) { return low_halves(_mm256_srli_epi16(bytes, 4)); }
-
-// The integers of a block of a row, in the order of ByteBlock, and their products with an input. They are `middle`
-// larger than the weights.
-template <class Q>
-struct ByteRow {
-  static constexpr float middle = Q::bits == 4 ? 8 : 2;
-
-  ByteRow(const uint8_t* row, size_t b) {
-    const __m256i bytes = load_block<Q>(row, b);
-    even = low_halves(bytes), odd = high_halves(bytes);
+// A group of rows, the group after it, and the factors of the rows for M tokens. A group at the end is filled up with
+// its first row and factors of 0.
+template <class Q, size_t M>
+struct RowGroup {
+  RowGroup(const Rows& rows, Picks picks, const float* const* h, size_t stride, size_t i)
+      : follows(i + 2 * kGroup <= picks.count) {
+    const size_t count = picks.count - i < kGroup ? picks.count - i : kGroup;
+    for (size_t t = 0; t < M; ++t)
+      for (size_t r = 0; r < count; ++r) factors[t][r] = h[t][(i + r) * stride];
+    for (size_t r = 0; r < kGroup; ++r) now[r] = quantised_row(rows, picks.ids, i + (r < count ? r : 0));
+    if (follows)
+      for (size_t r = 0; r < kGroup; ++r) next[r] = quantised_row(rows, picks.ids, i + kGroup + r);
   }
 
-  __m256i times(const ByteBlock& input) const {
-    const __m256i first = load_of(input.even), second = load_of(input.odd);
-#if defined(__AVX512VNNI__)
-    return _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), even, first), odd, second);
-#else
-    const __m256i pairs =
-        _mm256_add_epi16(_mm256_maddubs_epi16(even, first), _mm256_maddubs_epi16(odd, second));  // at most 4 * 15 * 127
-    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#endif
-  }
-
-  __m256i even, odd;
+  QuantisedRow now[kGroup], next[kGroup];
+  float factors[M][kGroup] = {};
+  bool follows;  // whether the group after it is whole
 };
 
 #if defined(__AVX512VNNI__)
-template <>
-struct ByteRow<Bits8> {
-  static constexpr float middle = 128;
-
-  ByteRow(const uint8_t* row, size_t b) : first(load_of(row + b * 64)), second(load_of(row + b * 64 + 32)) {}
-  __m256i times(const ByteBlock& input) const {
-    const __m256i half = _mm256_dpbusd_epi32(_mm256_setzero_si256(), first, load_of(input.even));
-    return _mm256_dpbusd_epi32(half, second, load_of(input.odd));
-  }
-
-  __m256i first, second;
-};
+#include "kernels_bytes_vnni.hpp"
 #else
-// With a sign, so that the sum of two products is at most 2 * 128 * 127. The instruction wants a factor without one, so
-// the input takes the sign of the row.
-template <>
-struct ByteRow<Bits8> {
-  static constexpr float middle = 0;
-
-  ByteRow(const uint8_t* row, size_t b) : first(signed_of(row + b * 64)), second(signed_of(row + b * 64 + 32)) {
-    first_size = _mm256_abs_epi8(first), second_size = _mm256_abs_epi8(second);
-  }
-  static __m256i signed_of(const uint8_t* row) { return _mm256_xor_si256(load_of(row), _mm256_set1_epi8(-128)); }
-  __m256i times(const ByteBlock& input) const {
-    const __m256i one = _mm256_sign_epi8(load_of(input.even), first);
-    const __m256i two = _mm256_sign_epi8(load_of(input.odd), second);
-    const __m256i ones = _mm256_set1_epi16(1);
-    return _mm256_add_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(first_size, one), ones),
-                            _mm256_madd_epi16(_mm256_maddubs_epi16(second_size, two), ones));
-  }
-
-  __m256i first, second, first_size, second_size;
-};
+#include "kernels_bytes_avx2.hpp"
 #endif
-
-// The sums of four vectors.
-inline __m128 sums_of(const __m256 v[4]) {
-  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-}
-
-// The lanes of eight blocks that a row has from block b on.
-inline __m256i lanes_left(size_t blocks, size_t b) {
-  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(blocks - b)), lanes);
-}
-
-// Products of R rows with the inputs of M tokens, at most four: out[r * M + t].
-template <class Q, size_t R, size_t M>
-inline void project_bytes_tile(const QuantisedRow* rows, const QuantisedRow* next, const float* const* inputs,
-                               size_t blocks, float out[4]) {
-  const ByteLayout layout(blocks);
-  __m256 acc[4];
-  for (size_t i = 0; i < 4; ++i) acc[i] = _mm256_setzero_ps();
-  for (size_t first = 0; first < blocks; first += 8) {
-    // Both scales of eight blocks, and the middle of the integers times the sums of the input
-    alignas(32) float scale[4][8];
-    const __m256i there = lanes_left(blocks, first);
-    for (size_t r = 0; r < R; ++r) {
-      const __m256 scales = _mm256_maskload_ps(rows[r].scales + first, there);
-      for (size_t t = 0; t < M; ++t) {
-        const float *of = inputs[t] + first, *sums = of + layout.sums;
-        _mm256_store_ps(scale[r * M + t], _mm256_mul_ps(scales, _mm256_loadu_ps(of + layout.scales)));
-        if (ByteRow<Q>::middle != 0)
-          acc[r * M + t] = _mm256_fnmadd_ps(_mm256_mul_ps(scales, _mm256_set1_ps(ByteRow<Q>::middle)),
-                                            _mm256_loadu_ps(sums), acc[r * M + t]);
-      }
-    }
-    for (size_t b = first; b < blocks && b < first + 8; ++b) {
-      fetch_block<Q, R>(next, b, blocks, kBytesBlock);
-      for (size_t r = 0; r < R; ++r) {
-        const ByteRow<Q> row(rows[r].data, b);
-        for (size_t t = 0; t < M; ++t) {
-          const __m256 total = _mm256_cvtepi32_ps(row.times(reinterpret_cast<const ByteBlock*>(inputs[t])[b]));
-          acc[r * M + t] = _mm256_fmadd_ps(total, _mm256_set1_ps(scale[r * M + t][b - first]), acc[r * M + t]);
-        }
-      }
-    }
-  }
-  _mm_storeu_ps(out, sums_of(acc));
-}
 
 // out[t][i * stride] is the product of row i and inputs[t]. One token has four rows in parallel. Several tokens share
 // what is done once for a row.
@@ -194,9 +42,9 @@ void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, si
                    size_t stride, Ahead ahead) {
   const size_t blocks = rows.width / kBytesBlock;
   cover_tokens<kByteTokens>(tokens, [&](size_t, size_t, size_t first, auto m) {
-    constexpr size_t M = m.value, R = M == 1 ? 4 : M == 2 ? 2 : 1;
+    constexpr size_t M = m.value, R = kRowsOfTile<M>;
     walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
-      float sums[kBlock * M + 4];
+      float sums[kBlock * M + 8];
       for (size_t r = 0; r < kBlock; r += R)
         project_bytes_tile<Q, R, M>(now + r, next == nullptr ? nullptr : next + r, inputs + first, blocks,
                                     sums + r * M);
@@ -217,113 +65,6 @@ void project_bytes_of_all(const Rows& rows, Picks picks, const float* input, siz
       inputs[t] = input + (first + t) * input_floats(rows.width), outs[t] = out + first + t;
     project_bytes<Q>(rows, picks, inputs, count, outs, tokens, ahead);
   }
-}
-
-constexpr size_t kGroup = 16;  // rows whose products are added in 16 bits: 16 * 15 * 127 < 2^15
-
-// The weights of a group for eight blocks: h times the scale of the block, rounded to 8 bits relative to the largest.
-struct ByteWeights {
-  alignas(32) int32_t pairs[kGroup / 2][8];  // the bytes of two rows, twice
-  alignas(32) int32_t start[8];              // minus the middle of 4-bit integers times the weights
-  alignas(32) float scale[8];
-};
-
-inline void round_to_weights(const QuantisedRow* rows, const float* h, size_t first, size_t blocks,
-                             ByteWeights& weights) {
-  __m256 exact[kGroup], most = _mm256_setzero_ps(), unordered = most;
-  const __m256i there = lanes_left(blocks, first);
-  for (size_t r = 0; r < kGroup; ++r) {
-    exact[r] = _mm256_mul_ps(_mm256_set1_ps(h[r]), _mm256_maskload_ps(rows[r].scales + first, there));
-    most = _mm256_max_ps(most, magnitude(exact[r]));
-    unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(exact[r], exact[r], _CMP_UNORD_Q));
-  }
-  most = _mm256_blendv_ps(most, _mm256_set1_ps(NAN), unordered);  // rounding would turn a NaN into a number
-  const __m256 some = _mm256_cmp_ps(most, _mm256_set1_ps(1e-30f), _CMP_GT_OQ);
-  const __m256 inverse = _mm256_and_ps(some, _mm256_div_ps(_mm256_set1_ps(kByteMost), most));
-  __m256i total = _mm256_setzero_si256();
-  for (size_t r = 0; r < kGroup; r += 2) {
-    const __m256i one = _mm256_cvtps_epi32(_mm256_mul_ps(exact[r], inverse));
-    const __m256i two = _mm256_cvtps_epi32(_mm256_mul_ps(exact[r + 1], inverse));
-    total = _mm256_add_epi32(total, _mm256_add_epi32(one, two));
-    const __m256i high = _mm256_and_si256(_mm256_slli_epi32(two, 8), _mm256_set1_epi32(0xff00));
-    const __m256i pair = _mm256_or_si256(_mm256_and_si256(one, _mm256_set1_epi32(0xff)), high);
-    const __m256i twice = _mm256_or_si256(pair, _mm256_slli_epi32(pair, 16));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(weights.pairs[r / 2]), twice);
-  }
-  _mm256_store_si256(reinterpret_cast<__m256i*>(weights.start), _mm256_mullo_epi32(total, _mm256_set1_epi32(-8)));
-  _mm256_store_ps(weights.scale, _mm256_mul_ps(most, _mm256_set1_ps(1 / kByteMost)));
-}
-
-// y[0..8) += scale * eight integers
-inline void add_scaled(__m128i integers, __m256 scale, float* y) {
-  const __m256 exact = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(integers));
-  _mm256_storeu_ps(y, _mm256_fmadd_ps(exact, scale, _mm256_loadu_ps(y)));
-}
-
-// Adds block b of a group of rows to the 64 floats of y, for each of M tokens. The first vector of `even` and of `odd`
-// has the bytes 0..7 and 16..23 of the rows, the second one the others.
-template <class Q, size_t M>
-inline void accumulate_block(const QuantisedRow* rows, const ByteWeights* weights, size_t b, float* const* y) {
-  const size_t at = b % 8;
-  __m256i even[M][2], odd[M][2];
-  for (size_t t = 0; t < M; ++t) {
-    const int32_t start = weights[t].start[at];
-    even[t][0] = even[t][1] = odd[t][0] = odd[t][1] =
-        _mm256_set1_epi16(static_cast<int16_t>(Q::bits == 4 ? start : start / 4));
-  }
-  // Unrolled, GCC would form all products before it adds them, and the registers would not suffice.
-#pragma GCC unroll 1
-  for (size_t r = 0; r < kGroup; r += 2) {
-    const __m256i first = load_block<Q>(rows[r].data, b), second = load_block<Q>(rows[r + 1].data, b);
-    const __m256i mixed[2] = {_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second)};
-    for (size_t j = 0; j < 2; ++j) {
-      const __m256i low = low_halves(mixed[j]), high = high_halves(mixed[j]);
-      for (size_t t = 0; t < M; ++t) {
-        const __m256i pair = _mm256_set1_epi32(weights[t].pairs[r / 2][at]);
-        even[t][j] = _mm256_add_epi16(even[t][j], _mm256_maddubs_epi16(low, pair));
-        odd[t][j] = _mm256_add_epi16(odd[t][j], _mm256_maddubs_epi16(high, pair));
-      }
-    }
-  }
-  for (size_t t = 0; t < M; ++t) {
-    const __m256 scale = _mm256_set1_ps(weights[t].scale[at]);
-    for (size_t j = 0; j < 2; ++j) {
-      float* to = y[t] + b * kBytesBlock + 16 * j;
-      const __m256i front = _mm256_unpacklo_epi16(even[t][j], odd[t][j]);
-      const __m256i back = _mm256_unpackhi_epi16(even[t][j], odd[t][j]);
-      add_scaled(_mm256_castsi256_si128(front), scale, to);
-      add_scaled(_mm256_castsi256_si128(back), scale, to + 8);
-      add_scaled(_mm256_extracti128_si256(front, 1), scale, to + 32);
-      add_scaled(_mm256_extracti128_si256(back, 1), scale, to + 40);
-    }
-  }
-}
-
-// y[t] += sum over i of h[t][i * stride] times row i
-template <class Q>
-void accumulate_bytes(const Rows& rows, Picks picks, const float* const* h, size_t stride, size_t tokens,
-                      float* const* y) {
-  const size_t blocks = rows.width / kBytesBlock;
-  cover_tokens<kByteTokens>(tokens, [&](size_t, size_t, size_t first, auto m) {
-    constexpr size_t M = m.value;
-    for (size_t i = 0; i < picks.count; i += kGroup) {
-      const size_t count = picks.count - i < kGroup ? picks.count - i : kGroup;
-      QuantisedRow now[kGroup], next[kGroup];
-      const bool more = i + 2 * kGroup <= picks.count;
-      float factors[M][kGroup] = {};
-      for (size_t t = 0; t < M; ++t)
-        for (size_t r = 0; r < count; ++r) factors[t][r] = h[first + t][(i + r) * stride];
-      for (size_t r = 0; r < kGroup; ++r) now[r] = quantised_row(rows, picks.ids, i + (r < count ? r : 0));
-      if (more)
-        for (size_t r = 0; r < kGroup; ++r) next[r] = quantised_row(rows, picks.ids, i + kGroup + r);
-      ByteWeights weights[M];
-      for (size_t b = 0; b < blocks; ++b) {
-        for (size_t t = 0; b % 8 == 0 && t < M; ++t) round_to_weights(now, factors[t], b, blocks, weights[t]);
-        fetch_block<Q, kGroup>(more ? next : nullptr, b, blocks, kBytesBlock);
-        accumulate_block<Q, M>(now, weights, b, y + first);
-      }
-    }
-  });
 }
 
 // The same for tokens side by side: h[i * tokens + t], y[t * width + k].
