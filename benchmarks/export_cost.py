@@ -3,11 +3,12 @@
     python -m shadowllm.benchmarks.export_cost smollm2.gguf
     python -m shadowllm.benchmarks.export_cost smollm2.gguf --complete
     python -m shadowllm.benchmarks.export_cost --shape opt-1.3b --dtype fp16 --json cost.json
-    python -m shadowllm.benchmarks.export_cost --shape mistral-7b
+    python -m shadowllm.benchmarks.export_cost --shape relullama-7b mistral-7b --dtype fp16 --engine tensorrt_rtx
 
 The export runs in a child process, without validation and with a random ranking, so that it only writes the bundle.
 With --complete it calibrates, trains and chooses budgets too. (Validation runs in another process, and holds the model
-twice.) The peak is the resident set size of the child, with everything: libraries, and pages of mapped files that the
+twice.) With --engine another export of the same model builds an engine too; if that is refused, the results give the
+reason. The peak is the resident set size of the child, with everything: libraries, and pages of mapped files that the
 system could drop. The models of `random_model.PUBLISHED` have the published sizes and two layers.
 """
 
@@ -25,10 +26,12 @@ from shadowllm.benchmarks.random_model import PUBLISHED, SHAPES, TINY_SHAPES, wr
 from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.environment import environment
+from shadowllm.plugins.tensorrt.load_tensorrt import FLAVOURS
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 NEW_TOKENS = 8
 SMALL = "tiny-llama"
+RANDOM = ("--selector", "random")
 # The child reports its own peak. The system's figure for a child includes the peak of its parent, and this process has
 # made a random model.
 EXPORT = """
@@ -59,14 +62,15 @@ def measure(model: str, dtype: str = "fp32", complete: bool = False) -> dict[str
     import shadowllm
     from shadowllm.bundle.manifest import read_manifest
 
+    how = ("--dtype", dtype, *(() if complete else RANDOM))
     with tempfile.TemporaryDirectory() as folder:
         out, small = Path(folder) / "bundle", Path(folder) / SMALL
         start = time.perf_counter()
-        peak = export(model, out, dtype, complete)
+        peak = export(model, out, *how)
         seconds = time.perf_counter() - start
         small.mkdir()
         write_random_model(SMALL, small)
-        libraries = export(str(small), Path(folder) / "small_bundle", dtype)
+        libraries = export(str(small), Path(folder) / "small_bundle", "--dtype", dtype, *RANDOM)
         weights = read_manifest(out).spec.n_parameters * ITEMSIZE[dtype] / 1e6
         with shadowllm.load(out) as opened:
             decoded = len(shadowllm.generate(opened, [3, 4, 5], max_new_tokens=NEW_TOKENS))
@@ -84,17 +88,36 @@ def measure(model: str, dtype: str = "fp32", complete: bool = False) -> dict[str
     }
 
 
-def export(model: str, out: Path, dtype: str, complete: bool = False) -> float:
+def measure_engine(model: str, dtype: str, engine: str, sm: str) -> dict[str, Any]:
+    """Export ``model`` to a temporary folder, with an engine.
+
+    Returns:
+        ``flavour``, ``sm``, and either ``refused`` (the message) or ``seconds`` and ``peak_rss_mb`` of the whole export
+        and ``engines_mb``.
+    """
+    found: dict[str, Any] = {"flavour": engine, "sm": sm}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bundle"
+        start = time.perf_counter()
+        try:
+            peak = export(model, out, "--dtype", dtype, *RANDOM, "--engine", engine, "--sm", sm)
+        except UserError as error:
+            return found | {"refused": str(error)}
+        files = [path for path in (out / "engines").rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files) / 1e6
+        return found | {"seconds": time.perf_counter() - start, "peak_rss_mb": peak, "engines_mb": size}
+
+
+def export(model: str, out: Path, *options: str) -> float:
     """Export ``model`` in a child process, and return its peak RSS in 1e6 bytes.
 
     Raises:
-        UserError: the export failed; its message is on stderr.
+        UserError: the export failed; the message is that of the export.
     """
-    options = ["--skip-validation", "--dtype", dtype, *(() if complete else ("--selector", "random"))]
-    command = [sys.executable, "-P", "-c", EXPORT, "export", model, str(out), *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    command = [sys.executable, "-P", "-c", EXPORT, "export", model, str(out), "--skip-validation", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"the export of {model} failed", "see its message above")
+        raise UserError(f"the export of {Path(model).name} failed: {done.stderr.strip().splitlines()[-1]}")
     return float(done.stdout.split()[-1])
 
 
@@ -104,28 +127,48 @@ def main() -> None:
     parser = script_parser("export_cost", __doc__)
     parser.add_argument("model", nargs="?", help="folder, .gguf file or Hugging Face id")
     shapes = SHAPES | PUBLISHED | TINY_SHAPES
-    parser.add_argument("--shape", choices=shapes, help="measure a random model of this shape instead")
+    parser.add_argument("--shape", nargs="+", choices=shapes, help="measure random models of these shapes instead")
     parser.add_argument("--complete", action="store_true", help="also calibrate, train and choose budgets")
     parser.add_argument("--dtype", choices=tuple(ITEMSIZE), default="fp32")
+    parser.add_argument("--engine", choices=FLAVOURS, help="also build an engine, in another export")
+    parser.add_argument("--sm", default="89", help="compute capability that the engine is for (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     args = parser.parse_args()
     if bool(args.model) == bool(args.shape):
         parser.error("give a model or --shape")
-    with tempfile.TemporaryDirectory() as folder:
-        model = args.model
-        if args.shape:
-            model = str(Path(folder) / args.shape)
-            Path(model).mkdir()
-            write_random_model(args.shape, Path(model))
-        found = measure(model, args.dtype, args.complete)
+    results = []
+    for model in args.shape or [args.model]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = model
+            if args.shape:
+                path = str(Path(folder) / model)
+                Path(path).mkdir()
+                write_random_model(model, Path(path))
+            found = measure(path, args.dtype, args.complete)
+            if args.engine:
+                found["engine"] = measure_engine(path, args.dtype, args.engine, args.sm)
+        show(found)
+        results.append(found)
+    if args.json:
+        args.json.write_text(json.dumps({"environment": environment(), "results": results}, indent=2) + "\n")
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print a line about an export, and one about its engine."""
     print(
         f"{found['model']} {found['dtype']}: {found['seconds']:.1f} s, peak {found['peak_rss_mb']:.0f} MB "
         f"= {found['peak_over_weights']:.2f} x {found['weights_mb']:.0f} MB of weights, or "
         f"{found['rest_over_weights']:.2f} x without the {found['libraries_mb']:.0f} MB of the libraries; "
         f"{found['decoded']} tokens decoded"
     )
-    if args.json:
-        args.json.write_text(json.dumps({"environment": environment(), "results": [found]}, indent=2) + "\n")
+    engine = found.get("engine")
+    if engine and "refused" in engine:
+        print(f"  {engine['flavour']}: {engine['refused']}")
+    elif engine:
+        print(
+            f"  {engine['flavour']}, sm_{engine['sm']}: {engine['engines_mb']:.0f} MB; with it the export takes "
+            f"{engine['seconds']:.1f} s, peak {engine['peak_rss_mb']:.0f} MB"
+        )
 
 
 if __name__ == "__main__":

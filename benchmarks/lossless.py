@@ -8,8 +8,8 @@ Text (alone: ``--parts text``): greedy continuations in batches of 1 to 4, token
 Places where the two largest logits differ by less than rounding changes are counted as ties.
 
 Speed: each contender runs in its own process, and their runs are interleaved. Drafts have the budget and first length
-that `tune --lossless` would find. "random" is a prompt of random tokens, sampled at a temperature: few drafted tokens
-should be accepted, and their share is printed.
+that `tune --lossless` would find. "random" is a prompt of random tokens, sampled at a temperature: fewer drafted tokens
+are accepted. In "weak", drafts have a budget that predicts almost nothing, so all that is drafted is lost.
 
 Costs: the times of drafts and verifications, and the speedup that they imply at given acceptances. This is what a model
 with random weights can show.
@@ -37,6 +37,7 @@ from shadowllm.evaluation.lossless_check import compare_lossless
 from shadowllm.evaluation.speed.bench import drafting_options, session_command
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import Contender, race, speedup, summarise
+from shadowllm.models.sparsity import Budget
 from shadowllm.progress import Advance, progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.session import OrtSession
@@ -44,6 +45,7 @@ from shadowllm.runtime.ort.session import OrtSession
 PARTS = ("text", "speed", "costs")
 ACCEPTANCES = (0.7, 0.8, 0.9)
 TEMPERATURE = 2.0  # of the random prompt. At 100, all tokens are nearly as probable, and every draft is accepted.
+WEAK = Budget(neurons=0.01, rest="drop")  # drafts without the low-bit copy
 BATCHES = (1, 2, 3, 4)
 
 
@@ -86,22 +88,23 @@ def measure_speed(
     threads: int | None = None,
     temperature: float = TEMPERATURE,
 ) -> dict[str, Any]:
-    """Return latencies (ms per token) and speedups over dense, with and without packed weights, for both prompts.
+    """Return latencies (ms per token) and speedups over dense, with and without packed weights, for each case.
 
     Args:
         manifest: has the budget and the first length of drafts.
         temperature: of the random prompt.
     """
     random = np.random.default_rng(0).integers(0, manifest.spec.vocab_size, prompt_len).tolist()
-    cases = {"text": (_passage(bundle, prompt_len), 0.0), "random": (random, temperature)}
+    text, budget = _passage(bundle, prompt_len), manifest.draft_budget
+    cases = {"text": (text, 0.0, budget), "random": (random, temperature, budget), "weak": (text, 0.0, WEAK)}
     drafting = drafting_options(Drafting(lossless=True), manifest)
     backends = {"dense": ("ort-dense", ["--loop"]), "lossless": ("ort", drafting)}
     backends["lossless, packed weights"] = "ort", [*drafting, "--prepack"]
     result = {}
-    for case, (prompt, heat) in cases.items():
+    for case, (prompt, heat, budget) in cases.items():
         hot = ["--temperature", str(heat)]
         contenders = [
-            Contender(name, session_command(bundle, backend, manifest.draft_budget, threads, [*more, *hot]))
+            Contender(name, session_command(bundle, backend, budget, threads, [*more, *hot]))
             for name, (backend, more) in backends.items()
         ]
         with progress(f"Speed, {case}", len(contenders) * (1 + runs)) as advance:

@@ -30,9 +30,14 @@ def test_published_configurations_are_read(monkeypatch, tmp_path, name):
 @pytest.mark.slow
 def test_a_tiny_model(monkeypatch, tmp_path):
     result = tmp_path / "cost.json"
-    monkeypatch.setattr(sys, "argv", ["export_cost", "--shape", "tiny-llama", "--json", str(result)])
+    monkeypatch.setitem(random_model.ALL_SHAPES, "qwen3-0.6b", random_model.PUBLISHED["qwen3-0.6b"] | TINY)
+    argv = ["--shape", "tiny-llama", "qwen3-0.6b", "--dtype", "fp16", "--engine", "tensorrt_rtx", "--json", str(result)]
+    monkeypatch.setattr(sys, "argv", ["export_cost", *argv])
     export_cost.main()
-    (found,) = json.loads(result.read_text())["results"]
+    found, normed = json.loads(result.read_text())["results"]
+    assert found["engine"]["engines_mb"] > 0 < found["engine"]["seconds"]
+    assert "qwen3" in normed["engine"]["refused"]
+    assert normed["decoded"] == export_cost.NEW_TOKENS
     assert found["peak_over_weights"] == pytest.approx(found["peak_rss_mb"] / found["weights_mb"])
     # Libraries are nearly everything that a tiny model needs.
     assert abs(found["peak_rss_mb"] - found["libraries_mb"]) < 0.2 * found["libraries_mb"]
@@ -46,4 +51,4 @@ def test_the_peak_is_that_of_the_export_alone(tmp_path):
     model.mkdir()
     random_model.write_random_model("tiny-llama", model)
     ballast = np.ones(1 << 30, dtype=np.uint8)
-    assert 50 < export_cost.export(str(model), tmp_path / "bundle", "fp32") < ballast.nbytes / 1e6
+    assert 50 < export_cost.export(str(model), tmp_path / "bundle", *export_cost.RANDOM) < ballast.nbytes / 1e6

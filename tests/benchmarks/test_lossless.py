@@ -29,12 +29,12 @@ def test_speed_and_costs(folder, capsys):
     measured = measure_drafts(folder, threads=1, tokens=256)
     tuned = with_fastest(read_manifest(folder), measured)
     speed = measure_speed(folder, tuned, prompt_len=12, new_tokens=8, runs=1, threads=1)
-    assert set(speed) == {"text", "random"}
+    assert set(speed) == {"text", "random", "weak"}
     for rows in speed.values():
         assert list(rows) == ["dense", "lossless", "lossless, packed weights"]
         assert rows["dense"]["speedup"]["median"] == 1
         assert rows["lossless"]["drafts"]
-    assert speed["text"]["lossless"]["same_tokens"]
+    assert all(speed[case]["lossless"]["same_tokens"] for case in ("text", "weak"))
     assert speed["random"]["lossless"]["same_tokens"] is None
     assert all(0 <= rows["lossless"]["acceptance"] <= 1 for rows in speed.values() if tuned.tuned_drafts.length)
     found = costs(measured)
