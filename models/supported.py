@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, get_args, get_type_hints
 
-from shadowllm.models.files.gguf_config import ARCHITECTURES
+from shadowllm.models.files.gguf_architectures import ARCHITECTURES
 from shadowllm.models.registry import FAMILIES, REFUSED
 from shadowllm.models.rope import NEEDED
 from shadowllm.models.spec import ModelSpec
@@ -34,8 +34,9 @@ class Row:
 
 def rows() -> list[Row]:
     """Return a row for each family, in alphabetical order."""
+    in_gguf = {architecture.family for architecture in ARCHITECTURES.values()}
     return [
-        Row(name, family.models, family.differences, family.heads, name in ARCHITECTURES, engines=family.heads)
+        Row(name, family.models, family.differences, family.heads, name in in_gguf, engines=family.heads)
         for name, family in sorted(FAMILIES.items())
     ]
 

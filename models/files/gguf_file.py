@@ -9,24 +9,13 @@ import numpy as np
 import torch
 
 from shadowllm.errors import UserError, foreign_reader
-from shadowllm.models.files.gguf_config import USE_SAFETENSORS, gguf_config
+from shadowllm.models.files.gguf_architectures import read_architecture
+from shadowllm.models.files.gguf_config import gguf_config
+from shadowllm.models.files.gguf_keys import USE_SAFETENSORS
 from shadowllm.models.files.hashing import hash_files
 
-# Hugging Face names of the modules in a layer. The gguf package maps them to GGUF names.
-_BLOCKS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-    "input_layernorm",
-    "post_attention_layernorm",
-)
-_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # of Qwen3
 _TABLES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-ROPE_FACTORS = "rope_freqs.weight"
+_MLP = ("ffn_gate", "ffn_up", "ffn_down")
 TOKENS = "tokenizer.ggml.tokens"
 LONGEST_LIST = 4096  # longer lists belong to the vocabulary; converting them to Python lists takes seconds
 
@@ -59,10 +48,10 @@ class GGUFTensors:
         self.dtypes: dict[str, str] = {}
         self._check_count()
         shapes = {name: tensor.shape[::-1].tolist() for name, tensor in self._tensors.items()}
-        self.config = gguf_config(self.metadata, shapes, self._rope_factors())
-        # Only Llama's rows are stored in another order.
+        self._architecture = read_architecture(self.metadata)
+        self.config = gguf_config(self._architecture, self.metadata, shapes, self._rope_tables())
         heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
-        self._heads = heads if self.config.model_type == "llama" else {}
+        self._interleaved = heads if self._architecture.interleaved else {}
         self._names = self._map(gguf, self.config.num_hidden_layers)
         self._check_tensors()
 
@@ -80,33 +69,28 @@ class GGUFTensors:
                 "the model is incomplete: download all parts again",
             )
 
-    def _rope_factors(self) -> np.ndarray | None:
-        if ROPE_FACTORS not in self._tensors:
-            return None
-        return np.asarray(self._tensors[ROPE_FACTORS].data, dtype=np.float64)
+    def _rope_tables(self) -> dict[str, np.ndarray]:
+        stored = {name: self._tensors[name] for name in self._architecture.tables if name in self._tensors}
+        return {name: np.asarray(tensor.data, dtype=np.float64) for name, tensor in stored.items()}
 
     def _map(self, gguf: Any, n_layers: int) -> dict[str, str]:
-        known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[self.config.model_type.upper()], n_layers)
-        blocks = (*_BLOCKS, *_HEAD_NORMS) if self.config.model_type == "qwen3" else _BLOCKS
-        modules = [f"layers.{i}.{block}" for i in range(n_layers) for block in blocks]
-        stored_names = {
-            f"{m}.{kind}": f"{known.get_name('model.' + m)}.{kind}"
-            for m in modules
-            for kind in ("weight", "bias")
-            if kind == "weight" or self._has_bias(m)
-        }
-        stored_names |= {f"{table}.weight": f"{stored}.weight" for table, stored in _TABLES.items()}
+        known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[self._architecture.name.upper()], n_layers)
+        stored_names = {f"{table}.weight": f"{stored}.weight" for table, stored in _TABLES.items()}
+        for module in (f"layers.{i}.{part}" for i in range(n_layers) for part in self._architecture.layer):
+            stored = known.get_name(f"model.{module}")
+            stored_names[f"{module}.weight"] = f"{stored}.weight"
+            if self._has_bias(stored):
+                stored_names[f"{module}.bias"] = f"{stored}.bias"
         return {name: stored for name, stored in stored_names.items() if stored in self._tensors}
 
-    def _has_bias(self, module: str) -> bool:
-        _, _, block, *part = module.split(".")
-        if self.config.model_type == "qwen2":
-            return part in (["q_proj"], ["k_proj"], ["v_proj"])
-        option = {"self_attn": "attention_bias", "mlp": "mlp_bias"}.get(block)
-        return bool(option and getattr(self.config, option, False))
+    def _has_bias(self, stored: str) -> bool:
+        part = stored.split(".")[-1]
+        if part in self._architecture.biases:
+            return bool(getattr(self.config, "attention_bias", True))
+        return part in _MLP and bool(getattr(self.config, "mlp_bias", False))
 
     def _check_tensors(self) -> None:
-        unread = sorted(self._tensors.keys() - set(self._names.values()) - {ROPE_FACTORS})
+        unread = sorted(self._tensors.keys() - set(self._names.values()) - set(self._architecture.tables))
         if unread:
             raise UserError(
                 f"{self.parts[0]} holds {len(unread)} tensors that the model does not have, such as {unread[0]}",
@@ -129,8 +113,10 @@ class GGUFTensors:
         tensor = self._tensors[self._names[name]]
         array = np.asarray(self._dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         module = name.split(".")[-2]
-        if module in self._heads:
-            array = _unpermute(array, self._heads[module])
+        if module in self._interleaved:
+            array = _unpermute(array, self._interleaved[module])
+        if module.endswith("norm"):
+            array = array - np.float32(self._architecture.norm_shift)
         return torch.from_numpy(np.require(array, requirements=("C", "W")))
 
     def fingerprint(self) -> str:

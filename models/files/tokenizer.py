@@ -46,23 +46,31 @@ def load_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> P
     Raises:
         UserError: there is no tokenizer, or it cannot be read; the message names the file and the cause.
     """
-    from transformers import AutoTokenizer
-
     if not gguf and not has_tokenizer(folder, gguf):
         raise UserError(f"no tokenizer in {folder}", "put tokenizer.json beside the weights")
     if not gguf:
         refuse_pointers([path for pattern in VOCABULARIES for path in folder.glob(pattern)])
     _check_packages(folder, gguf)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, **({"gguf_file": gguf} if gguf else {})
-        )
+        tokenizer = _read(folder, gguf, trust_remote_code)
     except Exception as error:  # third-party parsers raise any type on damaged files
         raise refusal(folder, gguf, error) from error
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _read(folder: Path, gguf: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if not gguf:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=trust_remote_code)
+    except ValueError:
+        # It reads the model's config too, which transformers cannot for every architecture. The tokenizer needs none.
+        return PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=gguf)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> Callable[[str], list[int]]:
@@ -133,7 +141,10 @@ def refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
     if gguf and not has_tokenizer(folder, gguf):  # checked only here, because it takes seconds
         return UserError(f"no tokenizer in {folder / gguf}", "take a GGUF file that holds one")
     if gguf:
-        return UserError(f"the tokenizer in {folder / gguf} cannot be read ({in_one_line(error)})", again)
+        return UserError(
+            f"the tokenizer in {folder / gguf} cannot be read ({in_one_line(error)})",
+            "a newer version of transformers may read it; if not, use the safetensors checkpoint of this model",
+        )
     if _is_custom(folder) and "trust_remote_code" in str(error):
         return UserError(
             f"the tokenizer of {folder} is code of its own ({CONFIG}: auto_map)",

@@ -14,6 +14,8 @@ from shadowllm.evaluation.transformers_check import TOLERANCE, compare_with_tran
 from shadowllm.models.registry import load_model
 from tests.conftest import FAMILIES, VARIANTS, build_transformers_model
 from tests.models.checkpoints import base_model, copied, edit_json, rewrite, save_adapter, write_gguf
+from tests.models.files.test_gguf import MODELS
+from tests.models.files.test_gguf import build as build_gguf
 
 
 def compare(path):
@@ -72,6 +74,15 @@ def test_gguf(tmp_path, scaled):
     model = build_transformers_model("llama", {"rope_parameters": rope} if scaled else {})
     write_gguf(tmp_path / "a.gguf", model, keys={"rope.scaling.factor": 2.0} if scaled else {})
     assert compare(tmp_path / "a.gguf")["max_rel"] <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:texts are limited to 48 tokens")
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("qwen")])
+def test_other_gguf_files(tmp_path, name):
+    build_gguf(name, tmp_path / "a.gguf")
+    found = compare(tmp_path / "a.gguf")
+    assert found.get("max_rel", 0) <= TOLERANCE
+    assert "max_rel" in found or MODELS[name][0] in ("gemma", "granite", "smollm3")  # transformers may not read these
 
 
 def quantise(tensors, suffix):

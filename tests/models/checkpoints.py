@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -27,7 +28,15 @@ TENSORS = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
 }
+GEMMA3_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+INTERLEAVED = ("llama", "granite", "smollm3")
 
 
 def copied(source: Path, target: Path, **config) -> Path:
@@ -76,7 +85,7 @@ def save_adapter(folder: Path, model: Path, **options) -> Path:
 def write_gguf(
     path: Path, model, *, keys=None, kind=gguf.GGMLQuantizationType.F32, split=0, without=(), extra=None, arch="llama"
 ) -> None:
-    """Write a ``LlamaForCausalLM`` or similar model as llama.cpp's converter would, without a vocabulary.
+    """Write a model of ``transformers`` as llama.cpp's converter would, without a vocabulary and tables of RoPE.
 
     Args:
         keys: metadata beside the sizes: name (without the architecture, unless it has a dot in front) -> value.
@@ -84,29 +93,21 @@ def write_gguf(
         split: tensors of a file; 0 for one file.
         without: names of sizes to leave out.
         extra: more tensors by their GGUF names.
+        arch: the name of the model's family in GGUF files.
     """
     config, writer = model.config, gguf.GGUFWriter(path, arch, split_max_tensors=split)
-    sizes = {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "rope.dimension_count": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": config.rope_parameters["rope_theta"],
-    }
-    for key, value in (sizes | (keys or {})).items():
+    for key, value in (_sizes(config, arch) | (keys or {})).items():
         if key not in without:
             _add(writer, key.removeprefix(".") if key.startswith(".") else f"{arch}.{key}", value)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        stored, array = _stored(name), tensor.numpy().astype(np.float32)
-        if arch == "llama" and (part := stored.split(".")[-2]) in heads:
+        stored, array = _stored(name, arch), tensor.numpy().astype(np.float32)
+        if arch in INTERLEAVED and (part := stored.split(".")[-2]) in heads:
             array = _interleave(array, heads[part])
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
         if array.ndim == 2 and kind != gguf.GGMLQuantizationType.F32:
             writer.add_tensor(stored, gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
@@ -117,6 +118,56 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _sizes(config, arch: str) -> dict:
+    """The keys that the converter writes for the architecture."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters
+    sizes = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    if arch.startswith("gemma"):
+        sizes |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if arch == "gemma3":
+        sizes |= _gemma3_keys(config, rope["full_attention"], rope["sliding_attention"])
+    if arch == "phi3":
+        sizes |= _phi3_keys(config, rope, head_dim)
+    if arch == "granite":
+        sizes |= {
+            "attention.scale": config.attention_multiplier,
+            "embedding_scale": config.embedding_multiplier,
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
+    if not arch.startswith("gemma"):
+        sizes = {"rope.dimension_count": head_dim, "rope.freq_base": rope["rope_theta"]} | sizes
+    return sizes
+
+
+def _gemma3_keys(config, rope: dict, window_rope: dict) -> dict:
+    scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": rope.get("factor")}
+    return {
+        "attention.sliding_window": config.sliding_window,
+        "rope.freq_base": rope["rope_theta"],
+        "rope.freq_base_swa": window_rope["rope_theta"],
+    } | (scaling if rope["rope_type"] == "linear" else {})
+
+
+def _phi3_keys(config, rope: dict, head_dim: int) -> dict:
+    trained = config.original_max_position_embeddings
+    stretched = math.log(config.max_position_embeddings / trained) / math.log(trained)
+    return {
+        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0)),
+        "rope.scaling.original_context_length": trained,
+        "attention.sliding_window": config.sliding_window or 0,
+    } | ({"rope.scaling.attn_factor": math.sqrt(1 + stretched)} if rope["rope_type"] == "longrope" else {})
 
 
 def _add(writer, key, value) -> None:
@@ -132,12 +183,13 @@ def _add(writer, key, value) -> None:
         writer.add_string(key, value)
 
 
-def _stored(name: str) -> str:
+def _stored(name: str, arch: str) -> str:
+    tensors = TENSORS | GEMMA3_NORMS if arch == "gemma3" else TENSORS
     module, _, kind = name.rpartition(".")
-    if module in TENSORS:
-        return f"{TENSORS[module]}.{kind}"
+    if module in tensors:
+        return f"{tensors[module]}.{kind}"
     _, _, layer, part = module.split(".", 3)
-    return f"blk.{layer}.{TENSORS[part]}.{kind}"
+    return f"blk.{layer}.{tensors[part]}.{kind}"
 
 
 def _interleave(array: np.ndarray, heads: int) -> np.ndarray:
