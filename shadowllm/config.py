@@ -48,7 +48,7 @@ class Source:
     cache_dir: Path | None = option(None)
     trust_remote_code: bool = option(False)
     activation: str | None = option(
-        None, values={name: name for name in NAMES}, otherwise="the config's, or silu for a GGUF file"
+        None, values={name: name for name in NAMES}, otherwise="the config's, or the family's for a GGUF file"
     )
     activation_threshold: float | None = option(None, metavar="T", otherwise="the config's")
     adapter: Path | None = option(None, metavar="DIR")

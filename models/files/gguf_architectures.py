@@ -122,7 +122,7 @@ def _phi3(keys: Keys, head_dim: int) -> dict[str, Any]:
         warnings.warn(
             f"the GGUF file has no {keys.prefix}{WINDOW}, as those from before July 2024: if the model has a sliding "
             "window, longer texts are not computed as they should be",
-            stacklevel=5,
+            stacklevel=4,
         )
     return {
         "sliding_window": _window(keys),
