@@ -1,4 +1,4 @@
-"""Makes checkpoints for tests: edited copies of folders, GGUF files of a tiny Llama, and LoRA adapters."""
+"""Makes checkpoints for tests: edited copies of folders, GGUF files, and LoRA adapters."""
 
 from __future__ import annotations
 
