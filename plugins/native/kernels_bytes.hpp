@@ -41,12 +41,13 @@ template <class Q>
 void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
                    size_t stride, Ahead ahead) {
   const size_t blocks = rows.width / kBytesBlock;
-  cover_tokens<kByteTokens>(tokens, [&](size_t, size_t, size_t first, auto m) {
-    constexpr size_t M = m.value, R = kRowsOfTile<M>;
-    walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
+  walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
+    cover_tokens<kByteTokens>(tokens, [&](size_t tile, size_t, size_t first, auto m) {
+      constexpr size_t M = m.value, R = kRowsOfTile<M>;
+      const QuantisedRow* fetched = tile == 0 ? next : nullptr;
       float sums[kBlock * M + 8];
       for (size_t r = 0; r < kBlock; r += R)
-        project_bytes_tile<Q, R, M>(now + r, next == nullptr ? nullptr : next + r, inputs + first, blocks,
+        project_bytes_tile<Q, R, M>(now + r, fetched == nullptr ? nullptr : fetched + r, inputs + first, blocks,
                                     sums + r * M);
       for (size_t t = 0; t < M; ++t)
         for (size_t r = 0; r < left; ++r) out[first + t][(i + r) * stride] = sums[r * M + t];

@@ -130,10 +130,9 @@ inline __m512i start_of(const int32_t* start) {
   return Q::bits == 2 ? _mm512_maskz_srai_epi32(0xffff, sums, 2) : sums;
 }
 
-// Prefetches for R rows at two blocks from block b on: the same blocks of the next rows and, at the first block, all of
-// their scales.
+// Prefetches for R rows at two blocks from block b on, as fetch_block does.
 template <class Q, size_t R>
-inline void fetch_blocks(const QuantisedRow* next, size_t b, size_t blocks) {
+__attribute__((always_inline)) inline void fetch_blocks(const QuantisedRow* next, size_t b, size_t blocks) {
   fetch_block<Q, R>(next, b, blocks, kBytesBlock);
   if (b + 1 < blocks) fetch_block<Q, R>(next, b + 1, blocks, kBytesBlock);
 }

@@ -96,6 +96,7 @@ inline QuantisedRow quantised_row(const Rows& rows, const int32_t* ids, size_t i
           reinterpret_cast<const float*>(reinterpret_cast<const char*>(rows.scales) + id * rows.scales_stride)};
 }
 
+// Functions that prefetch must be inlined: GCC removes calls of a function that does nothing else.
 __attribute__((always_inline)) inline void fetch_bytes(const void* from, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }

@@ -1,4 +1,4 @@
-// The attention of one head and sequence over the visible cache.
+// The attention of the heads that share a head of the cache.
 #pragma once
 
 #include <cmath>
@@ -28,25 +28,44 @@ inline void load_query(const Kernels& kernels, const Call& call, size_t head, si
   for (size_t j = 0; j < d; ++j) query[j] *= scale;
 }
 
-// Replaces the queries of one head and sequence by its contexts. Only visible positions of the cache are read.
-inline void attend_head(const Kernels& kernels, const Call& call, size_t head, size_t b, float* queries,
-                        float* work) noexcept {
-  const size_t d = call.head_dim, tokens = call.tokens();
+// The active heads of a selection that share a head of the cache.
+struct SharedHeads {
+  const Call& call;
+  const int32_t* ids;          // of all active heads
+  std::vector<size_t> places;  // of these heads among them
+  float* queries;              // of all active heads; later the contexts
+  float* work;                 // room for these heads of every sequence
+
+  size_t head(size_t i) const { return static_cast<size_t>(ids[places[i]]); }
+  float* query(size_t i) const { return queries + places[i] * call.head_dim * call.tokens(); }
+};
+
+// Replaces the queries of one sequence by their contexts. Only visible positions of the cache are read, once for all
+// heads.
+inline void attend(const Kernels& kernels, const SharedHeads& heads, size_t b) noexcept {
+  const Call& call = heads.call;
+  const size_t d = call.head_dim, tokens = call.tokens(), n = heads.places.size();
   const size_t past = static_cast<size_t>(call.lengths[b]) - call.seqlen;
-  const size_t first = (b * call.kv_heads + head / call.group) * call.capacity;
+  const size_t first = (b * call.kv_heads + heads.head(0) / call.group) * call.capacity;
   const auto from = [](Rows rows, size_t row) {
     rows.data = static_cast<const char*>(rows.data) + row * rows.stride;
     return rows;
   };
-  float *query = work, *context = work + d, *scores = work + 2 * d;
+  float *queries = heads.work + b * n * call.head_room(), *contexts = queries + n * d, *scores = contexts + n * d;
+  float *row = scores + n * call.longest, *totals = row + call.longest;
   for (size_t s = 0; s < call.seqlen; ++s) {
     const size_t token = b * call.seqlen + s, end = past + s + 1, start = call.first_visible(end), count = end - start;
-    load_query(kernels, call, head, token, queries, query);
-    kernels.project(from(call.key, first + start), {nullptr, count}, query, 1, scores, {});
-    const float total = kernels.exponentials(scores, count);
-    std::fill(context, context + d, 0.0f);
-    kernels.accumulate(from(call.value, first + start), {nullptr, count}, scores, 1, context, {});
-    for (size_t j = 0; j < d; ++j) queries[j * tokens + token] = context[j] / total;
+    for (size_t i = 0; i < n; ++i) load_query(kernels, call, heads.head(i), token, heads.query(i), queries + i * d);
+    kernels.project(from(call.key, first + start), {nullptr, count}, queries, n, scores, {});
+    for (size_t i = 0; i < n; ++i) {
+      for (size_t k = 0; k < count; ++k) row[k] = scores[k * n + i];
+      totals[i] = kernels.exponentials(row, count);
+      for (size_t k = 0; k < count; ++k) scores[k * n + i] = row[k];
+    }
+    std::fill(contexts, contexts + n * d, 0.0f);
+    kernels.accumulate(from(call.value, first + start), {nullptr, count}, scores, n, contexts, {});
+    for (size_t i = 0; i < n; ++i)
+      for (size_t j = 0; j < d; ++j) heads.query(i)[j * tokens + token] = contexts[i * d + j] / totals[i];
   }
 }
 

@@ -32,6 +32,8 @@ struct Call {
   // The first position that is visible to a query that sees positions up to `end`, without it.
   size_t first_visible(size_t end) const { return window != 0 && end > window ? end - window : 0; }
   size_t most_heads() const { return full_count + rest_count; }
+  // Floats to attend with one head of one sequence: a query, a context, scores of the cache twice, and their sum.
+  size_t head_room() const { return 2 * head_dim + 2 * longest + 1; }
   bool nested() const { return w_q.step != 0; }
   // Floats that rows of the copy need for each token, if they have more elements than x; otherwise 0.
   size_t padded(const Rows& low) const { return low.data != nullptr && low.width != width ? low.width : 0; }
@@ -56,9 +58,8 @@ struct Memory {
   float* queries;    // by (row, token); later the contexts
   float* residuals;  // if nested: what residuals add to the queries of the full heads; later the contexts for them
   int32_t *keys, *groups, *heads, *rows;
-  size_t task_size;  // per head and sequence: a query, a context, and the scores of the cache
 
-  Memory(Room& room, const Call& call) : task_size(2 * call.head_dim + call.longest) {
+  Memory(Room& room, const Call& call) {
     const size_t tokens = call.tokens(), heads_now = call.most_heads();
     const size_t out_chunks = call.chunks(call.w_o, call.c_o).count();
     inputs = room.floats(tokens * input_floats(call.width));
@@ -66,7 +67,7 @@ struct Memory {
     low_inputs = room.floats(call.c_q.data != nullptr ? tokens * input_floats(call.c_q.width) : 0);
     queries = room.floats(heads_now * call.head_dim * tokens);
     residuals = room.floats(call.nested() ? call.full_count * call.head_dim * tokens : 0);
-    work = room.floats(heads_now * call.batch * task_size);
+    work = room.floats(heads_now * call.batch * call.head_room());
     parts = room.floats(out_chunks * tokens * call.width);
     low_parts = room.floats(out_chunks * tokens * call.padded(call.c_o));
     start = room.floats(call.width);

@@ -267,20 +267,25 @@ class SparseAttention {
     });
   }
 
-  // Replaces all queries by contexts; each head and sequence is a task.
+  // Replaces all queries by contexts. The heads of a sequence that share a head of the cache are a task.
   void attend(const Pool& pool, const std::vector<Call>& calls, const std::vector<Memory>& memory,
               const std::vector<Heads>& heads) const {
     const size_t batch = calls.front().batch;
-    std::vector<std::pair<size_t, size_t>> tasks;  // a selection, and the place of one of its heads
-    for (size_t i = 0; i < calls.size(); ++i)
-      for (size_t place = 0; place < heads[i].count; ++place) tasks.emplace_back(i, place);
-    pool.run(tasks.size() * batch, [&](size_t task) {
-      const auto [i, place] = tasks[task / batch];
+    std::vector<SharedHeads> shared;
+    for (size_t i = 0; i < calls.size(); ++i) {
       const Call& call = calls[i];
-      attend_head(kernels_, call, static_cast<size_t>(heads[i].ids[place]), task % batch,
-                  memory[i].queries + place * call.head_dim * call.tokens(),
-                  memory[i].work + (place * batch + task % batch) * memory[i].task_size);
-    });
+      std::vector<std::vector<size_t>> by_cached(call.kv_heads);
+      for (size_t place = 0; place < heads[i].count; ++place)
+        by_cached[static_cast<size_t>(heads[i].ids[place]) / call.group].push_back(place);
+      float* work = memory[i].work;
+      for (std::vector<size_t>& places : by_cached) {
+        if (places.empty()) continue;
+        float* const own = std::exchange(work, work + places.size() * batch * call.head_room());
+        shared.push_back({call, heads[i].ids, std::move(places), memory[i].queries, own});
+      }
+    }
+    pool.run(shared.size() * batch,
+             [&](size_t task) { shadowllm::attend(kernels_, shared[task / batch], task % batch); });
   }
 
   // Adds up the output projection of a chunk of rows, into its part of the memory.
