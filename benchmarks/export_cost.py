@@ -44,17 +44,26 @@ sys.exit(status)
 """
 
 
-def measure(model: str, dtype: str = "fp32", complete: bool = False) -> dict[str, Any]:
+def measure_libraries(dtype: str) -> float:
+    """Return the peak RSS, in 1e6 bytes, of the export of a model of a few kilobytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        small = Path(folder) / SMALL
+        small.mkdir()
+        write_random_model(SMALL, small)
+        return export(str(small), Path(folder) / "bundle", "--dtype", dtype, *RANDOM)
+
+
+def measure(model: str, libraries: float, dtype: str = "fp32", complete: bool = False) -> dict[str, Any]:
     """Export ``model`` to a temporary folder.
 
     Args:
+        libraries: what `measure_libraries` gives.
         complete: also calibrate, train a predictor and choose budgets.
 
     Returns:
         ``seconds`` (wall, interpreter start included), ``peak_rss_mb``, ``weights_mb`` (parameters in
-        ``dtype``), their ratio ``peak_over_weights``, ``libraries_mb`` (the peak of the export of a model of a few
-        kilobytes), ``rest_over_weights`` (the ratio without it), and ``decoded``, the number of tokens that the bundle
-        wrote.
+        ``dtype``), their ratio ``peak_over_weights``, ``libraries_mb``, ``rest_over_weights`` (the ratio without
+        them), and ``decoded``, the number of tokens that the bundle wrote.
 
     Raises:
         UserError: the export failed; its message is on stderr.
@@ -64,13 +73,10 @@ def measure(model: str, dtype: str = "fp32", complete: bool = False) -> dict[str
 
     how = ("--dtype", dtype, *(() if complete else RANDOM))
     with tempfile.TemporaryDirectory() as folder:
-        out, small = Path(folder) / "bundle", Path(folder) / SMALL
+        out = Path(folder) / "bundle"
         start = time.perf_counter()
         peak = export(model, out, *how)
         seconds = time.perf_counter() - start
-        small.mkdir()
-        write_random_model(SMALL, small)
-        libraries = export(str(small), Path(folder) / "small_bundle", "--dtype", dtype, *RANDOM)
         weights = read_manifest(out).spec.n_parameters * ITEMSIZE[dtype] / 1e6
         with shadowllm.load(out) as opened:
             decoded = len(shadowllm.generate(opened, [3, 4, 5], max_new_tokens=NEW_TOKENS))
@@ -136,7 +142,7 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.model) == bool(args.shape):
         parser.error("give a model or --shape")
-    results = []
+    results, libraries = [], measure_libraries(args.dtype)
     for model in args.shape or [args.model]:
         with tempfile.TemporaryDirectory() as folder:
             path = model
@@ -144,7 +150,7 @@ def main() -> None:
                 path = str(Path(folder) / model)
                 Path(path).mkdir()
                 write_random_model(model, Path(path))
-            found = measure(path, args.dtype, args.complete)
+            found = measure(path, libraries, args.dtype, args.complete)
             if args.engine:
                 found["engine"] = measure_engine(path, args.dtype, args.engine, args.sm)
         show(found)

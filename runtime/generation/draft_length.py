@@ -15,11 +15,11 @@ MOST = 8  # tokens of an adapted draft
 # tuned share counts as much as the other number.
 ASSUMED, ASSUMED_TOKENS, TUNED_TOKENS = 0.75, 2.0, 4.0
 FORGET = 0.97  # the weight of all earlier rounds falls by this factor with each round
-START = 2  # most tokens of the first drafts; a longer one would lose too much if it is rejected
+START = 1  # tokens of a draft until one is accepted; a longer one would lose too much if it is rejected
 SAMPLES = 5  # latest times of a step, of which the median counts
 DENSE_EVERY = 64  # rounds after which the time of a dense step is measured again
 # What drafts that do not pay may cost: a number of dense steps, and a share of the decoding time.
-CREDIT, SHARE = 1.5, 0.01
+CREDIT, SHARE = 1.0, 0.01
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ class DraftLength:
 class AdaptiveLength(DraftLength):
     """Drafts of the length that gives the most tokens per second, by the acceptance and the times of earlier rounds.
 
-    The first rounds are plain dense steps, which measure their time. The next ones are drafts of a few tokens, until
-    the times of drafts are known. If no length pays, all rounds are plain dense steps, with a rare draft of one token
-    to notice if that changes. Such a draft is made only if the time that drafts have lost is less than `CREDIT` dense
-    steps at first, and later less than `SHARE` of the time since then.
+    The first rounds are plain dense steps, which measure their time. Until a drafted token is accepted, drafts have one
+    token. If no length pays, all rounds are plain dense steps, with a rare draft of one token to notice if that
+    changes. Both kinds of drafts are made only if the time that drafts have lost is less than `CREDIT` dense steps at
+    first, and later less than `SHARE` of the time since then.
 
     Args:
         tuned: acceptance and times, relative to a dense step, that stand for measured ones until there are some; None
@@ -159,7 +159,9 @@ class AdaptiveLength(DraftLength):
         if not self._measured(1) or self._since_dense >= DENSE_EVERY:
             return 0
         knows_verification = any(self._measured(size) for size in self._steps if size > 1)
-        if not (self.record.drafts and self._step and knows_verification):
+        if not self.record.accepted:
+            return self._first if self._lost <= 0 else 0
+        if not (self._step and knows_verification):
             return self._first
         best = max(range(self._most + 1), key=self._rate)
         return 1 if best == 0 and self._lost <= 0 else best

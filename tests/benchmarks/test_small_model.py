@@ -17,6 +17,13 @@ from tests.conftest import build_tokenizer
 pytestmark = pytest.mark.slow
 
 
+def shorten(monkeypatch, family, **recipe):
+    """Train with less: two windows of 64 tokens per step."""
+    monkeypatch.setattr(small_model, "SEQLEN", 64)
+    monkeypatch.setattr(small_model, "documents", lambda: ["What matters is said again and again. " * 40])
+    monkeypatch.setitem(small_model.RECIPES, family, replace(small_model.RECIPES[family], batch=2, **recipe))
+
+
 def test_it_never_reads_what_benchmarks_evaluate_on():
     held_out = inspect.getdoc(statistics.median)
     texts = list(small_model.documents())
@@ -26,8 +33,7 @@ def test_it_never_reads_what_benchmarks_evaluate_on():
 
 @pytest.mark.parametrize(("family", "layers"), [("opt", 8), ("llama", 6)])
 def test_it_learns_and_loads(monkeypatch, tmp_path, family, layers):
-    monkeypatch.setattr(small_model, "documents", lambda: ["What matters is said again and again. " * 40])
-    monkeypatch.setitem(small_model.RECIPES, family, replace(small_model.RECIPES[family], warmup=1, batch=4))
+    shorten(monkeypatch, family, warmup=1)
     ticks = []
     model = small_model.train(build_tokenizer(), family, steps=6, advance=ticks.append)
     assert ticks == [1] * 6
@@ -45,14 +51,13 @@ def test_it_learns_and_loads(monkeypatch, tmp_path, family, layers):
 @pytest.mark.parametrize("family", small_model.RECIPES)
 def test_tokens_that_the_text_never_has_share_a_row(monkeypatch, family):
     """A row of their own would have come to the same: the loss over all tokens is that which was learned by."""
-    monkeypatch.setattr(small_model, "documents", lambda: ["What matters is said again and again. " * 40])
+    shorten(monkeypatch, family, learning_rate=0.0)
     tokenizer, losses = build_tokenizer(), []
     over_few = small_model.cross_entropy
     monkeypatch.setattr(small_model, "cross_entropy", lambda *args: losses.append(over_few(*args)) or losses[-1])
     batches = []
     draw = small_model._batch
     monkeypatch.setattr(small_model, "_batch", lambda *args: batches.append(draw(*args)) or batches[-1])
-    monkeypatch.setitem(small_model.RECIPES, family, replace(small_model.RECIPES[family], learning_rate=0.0))
     model = small_model.train(tokenizer, family, steps=1)
     seen = torch.tensor(sorted(set(tokenizer("What matters is said again and again. " * 40).input_ids)))
     never = [token for token in range(len(tokenizer)) if token not in seen]
