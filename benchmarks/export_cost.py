@@ -32,6 +32,7 @@ ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 NEW_TOKENS = 8
 SMALL = "tiny-llama"
 RANDOM = ("--selector", "random")
+REFUSAL = "shadowllm: error: "  # how the message of a user's error starts; a bug has a traceback
 # The child reports its own peak. The system's figure for a child includes the peak of its parent, and this process has
 # made a random model.
 EXPORT = """
@@ -106,24 +107,32 @@ def measure_engine(model: str, dtype: str, engine: str, sm: str) -> dict[str, An
         out = Path(folder) / "bundle"
         start = time.perf_counter()
         try:
-            peak = export(model, out, "--dtype", dtype, *RANDOM, "--engine", engine, "--sm", sm)
+            options = ("--dtype", dtype, *RANDOM, "--engine", engine, "--sm", sm)
+            peak = export(model, out, *options, stderr=subprocess.PIPE)
         except UserError as error:
-            return found | {"refused": str(error)}
+            if REFUSAL not in error.problem:
+                raise
+            return found | {"refused": error.problem}
         files = [path for path in (out / "engines").rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files) / 1e6
         return found | {"seconds": time.perf_counter() - start, "peak_rss_mb": peak, "engines_mb": size}
 
 
-def export(model: str, out: Path, *options: str) -> float:
+def export(model: str, out: Path, *options: str, stderr: int | None = None) -> float:
     """Export ``model`` in a child process, and return its peak RSS in 1e6 bytes.
 
+    Args:
+        stderr: `subprocess.PIPE` to have the child's messages in the error. By default they are shown, with its
+            progress.
+
     Raises:
-        UserError: the export failed; the message is that of the export.
+        UserError: the export failed.
     """
     command = [sys.executable, "-P", "-c", EXPORT, "export", model, str(out), "--skip-validation", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
     if done.returncode:
-        raise UserError(f"the export of {Path(model).name} failed: {done.stderr.strip().splitlines()[-1]}")
+        told = f": {done.stderr.strip()}" if done.stderr else ""
+        raise UserError(f"the export of {Path(model).name} failed{told}", "see its message")
     return float(done.stdout.split()[-1])
 
 

@@ -9,7 +9,7 @@ Places where the two largest logits differ by less than rounding changes are cou
 
 Speed: each contender runs in its own process, and their runs are interleaved. Drafts have the budget and first length
 that `tune --lossless` would find. "random" is a prompt of random tokens, sampled at a temperature: fewer drafted tokens
-are accepted. In "weak", drafts have a budget that predicts almost nothing, so all that is drafted is lost.
+are accepted. In "weak", drafts have a budget that predicts little, so most drafted tokens are rejected.
 
 Costs: the times of drafts and verifications, and the speedup that they imply at given acceptances. This is what a model
 with random weights can show.

@@ -211,16 +211,6 @@ inline ByteWeights round_to_weights(const QuantisedRow* rows, const float* h, si
   return weights;
 }
 
-// Interleaves bytes of four rows: those of one half of every 128-bit lane. In its lane L, out[j] has bytes
-// 16 L + 8 half + 4 j to 16 L + 8 half + 4 j + 3 of every row.
-template <bool half>
-inline void interleave_half(const __m512i rows[4], __m512i out[2]) {
-  const auto pair = [](__m512i a, __m512i b) { return half ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b); };
-  const __m512i first = pair(rows[0], rows[1]), second = pair(rows[2], rows[3]);
-  out[0] = _mm512_unpacklo_epi16(first, second);
-  out[1] = _mm512_unpackhi_epi16(first, second);
-}
-
 // Adds half of the bytes of two blocks, from block b on, of a group of rows to the sums of M tokens. Sums are in the
 // order of interleave_half: vector 2 j is of the even elements, the next one of the odd ones.
 template <class Q, size_t M, bool half>

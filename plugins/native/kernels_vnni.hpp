@@ -201,15 +201,21 @@ inline IntegerWeights round_weights(const QuantisedRow* rows, const float* h, si
   return weights;
 }
 
+// Interleaves bytes of four rows: those of one half of every 128-bit lane. In its lane L, out[j] has bytes
+// 16 L + 8 half + 4 j to 16 L + 8 half + 4 j + 3 of every row.
+template <bool half>
+inline void interleave_half(const __m512i rows[4], __m512i out[2]) {
+  const auto pair = [](__m512i a, __m512i b) { return half ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b); };
+  const __m512i first = pair(rows[0], rows[1]), second = pair(rows[2], rows[3]);
+  out[0] = _mm512_unpacklo_epi16(first, second);
+  out[1] = _mm512_unpackhi_epi16(first, second);
+}
+
 // Interleaves the bytes of four rows: in its 128-bit lane L, out[j] has bytes 16 L + 4 j to 16 L + 4 j + 3 of every
 // row.
 inline void interleave(const __m512i rows[4], __m512i out[4]) {
-  const __m512i front = _mm512_unpacklo_epi8(rows[0], rows[1]), back = _mm512_unpackhi_epi8(rows[0], rows[1]);
-  const __m512i front2 = _mm512_unpacklo_epi8(rows[2], rows[3]), back2 = _mm512_unpackhi_epi8(rows[2], rows[3]);
-  out[0] = _mm512_unpacklo_epi16(front, front2);
-  out[1] = _mm512_unpackhi_epi16(front, front2);
-  out[2] = _mm512_unpacklo_epi16(back, back2);
-  out[3] = _mm512_unpackhi_epi16(back, back2);
+  interleave_half<false>(rows, out);
+  interleave_half<true>(rows, out + 2);
 }
 
 // Adds eight rows to `sums`: sixteen floats for each step, part and j, in the order of `interleave`.

@@ -89,6 +89,15 @@ def test_tuned_drafts_that_are_rejected_are_given_up():
         assert 2 < sum(used) <= 6
 
 
+@pytest.mark.parametrize("tuning", [None, 0.94])
+def test_drafts_have_one_token_until_one_is_accepted(tuning):
+    _, used = decode(AdaptiveLength(tuning and tuned(tuning)), 128, acceptance=0.0, draft=0.6)
+    assert set(used) == {0, 1}
+    _, used = decode(AdaptiveLength(tuning and tuned(tuning)), 128, acceptance=1.0)
+    first = next(place for place, length in enumerate(used) if length)
+    assert used[first] == 1 < max(used)
+
+
 def test_tuned_times_of_another_machine_are_replaced():
     lengths = AdaptiveLength(TunedDrafts(8, 0.9, 0.01, 1.0))
     time, used = decode(lengths, 2000, 0.5, 0.7)
