@@ -27,6 +27,7 @@ from shadowllm.evaluation.speed.harness import SETTLE_SECONDS
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.slots import OrtSlots
+from shadowllm.threads import share_threads
 
 SIZES = (1, 2, 4, 8)
 WARM_UP = 4
@@ -51,6 +52,7 @@ def decode(session: OrtSlots, budget: Budget, prompts: Sequence[Sequence[int]], 
 
 def work(bundle: Path, threads: int, prepack: bool) -> None:
     """Answer requests in a worker process; see `decode`."""
+    share_threads()
     with OrtSlots(bundle, max(SIZES), threads, prepack=prepack) as session:
 
         def answer(request: Mapping[str, Any], _: Progress) -> float:

@@ -256,8 +256,11 @@ def dequantised_copy(data: Tensor, scales: Tensor, width: int) -> Tensor:
         data: uint8 ``(rows, bytes)``, two elements per byte, the first one in the lower half.
         scales: float32 ``(rows, blocks)``.
     """
-    elements = torch.stack((data & 15, data >> 4), dim=-1).view(*scales.shape, -1)
-    return elements.float().sub_(8).mul_(scales[..., None]).flatten(1)[:, :width]
+    values = torch.empty(len(data), width)
+    for part in slices(data.numpy()):  # temporaries of a whole output table would be larger than the table
+        elements = torch.stack((data[part] & 15, data[part] >> 4), dim=-1).view(*scales[part].shape, -1)
+        values[part] = elements.float().sub_(8).mul_(scales[part, :, None]).flatten(1)[:, :width]
+    return values
 
 
 def row_norms(down_proj: Tensor) -> Tensor:

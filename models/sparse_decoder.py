@@ -109,7 +109,7 @@ class SparseDecoder(Decoder):
             largest = exact.gather(-1, best).amax(dim=-1, keepdim=True)
             recomputed |= low + self._certificate.bound(self.final_hidden(x)) >= largest
         self.recomputed = recomputed.sum(dim=-1)
-        return torch.where(recomputed, exact, low)
+        return torch.where(recomputed, exact, low, out=low)
 
     def _attention(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
         if self.input_hook:

@@ -22,13 +22,14 @@ from shadowllm.models.sparsity import SparseLayers, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.calibration import Windows
 from shadowllm.predictor.linear_fit import LinearFit
-from shadowllm.predictor.traces import Chunk, Tracer, windows_per_chunk
+from shadowllm.predictor.traces import CHUNK_TOKENS, Chunk, Tracer, windows_per_chunk
 from shadowllm.progress import Advance, no_progress
 
 FORMAT = "shadowllm-traces"
 VERSION = 3
 LIMIT_BYTES = 1 << 30
 SAMPLE_TOKENS = 65536
+AT_ONCE_TOKENS = 128  # traced at once: the traces of more tokens would be larger than the weights of a small model
 STEPS = 16  # per octave
 OCTAVES = 255 / STEPS
 
@@ -106,21 +107,24 @@ class Traces:
 
         A tracer computes them again. Without one, the stored traces are used.
         """
-        return self._chunks(self.windows.train, len(self.windows.held_out), tracer, order)
+        return self._chunks(self.windows.train, len(self.windows.held_out), tracer, order, CHUNK_TOKENS)
 
     def held_out(self, tracer: Tracer | None) -> Iterator[Chunk]:
         """Yield traces of the held-out windows, as `training` does."""
-        return self._chunks(self.windows.held_out, 0, tracer, torch.arange(len(self.windows.held_out)))
+        order = torch.arange(len(self.windows.held_out))
+        return self._chunks(self.windows.held_out, 0, tracer, order, AT_ONCE_TOKENS)
 
-    def _chunks(self, windows: Tensor, first: int, tracer: Tracer | None, order: Tensor) -> Iterator[Chunk]:
+    def _chunks(
+        self, windows: Tensor, first: int, tracer: Tracer | None, order: Tensor, tokens: int
+    ) -> Iterator[Chunk]:
         if tracer is not None:
-            yield from tracer.chunks(windows[order])
+            yield from tracer.chunks(windows[order], tokens)
             return
         if not self.stored:
             raise UserError("the traces were too large to keep", "give the model, so that training can trace anew")
         seqlen = windows.shape[1]
         # The same windows per chunk as the tracer's, so that training steps mix texts in the same way.
-        for part in (order + first).split(windows_per_chunk(seqlen)):
+        for part in (order + first).split(windows_per_chunk(seqlen, tokens)):
             rows = (part[:, None] * seqlen + torch.arange(seqlen)).flatten()
             yield Chunk(
                 self.stored["hidden"][rows], decode(self.stored["heads"][rows]), decode(self.stored["neurons"][rows])
@@ -167,7 +171,7 @@ def calibrate(
     squares, start = torch.zeros(spec.hidden_size), 0
     sampled = windows.train if storable else windows.train[: max(1, SAMPLE_TOKENS // windows.train.shape[1])]
     for split in (windows.held_out, sampled):
-        for chunk in tracer.chunks(split):
+        for chunk in tracer.chunks(split, AT_ONCE_TOKENS):
             end = start + len(chunk.hidden)
             if end <= kept:
                 stored["hidden"][start:end] = chunk.hidden

@@ -19,9 +19,9 @@ from shadowllm.predictor.criteria import find_criterion, unit_trace
 CHUNK_TOKENS = 512
 
 
-def windows_per_chunk(seqlen: int) -> int:
-    """Return the number of windows of ``seqlen`` tokens in a chunk, at least one."""
-    return max(1, CHUNK_TOKENS // seqlen)
+def windows_per_chunk(seqlen: int, tokens: int = CHUNK_TOKENS) -> int:
+    """Return the number of windows of ``seqlen`` tokens in a chunk of about ``tokens``, at least one."""
+    return max(1, tokens // seqlen)
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Tracer:
         self._weights = weights
         self._criterion = find_criterion(criterion)
 
-    def chunks(self, windows: Tensor) -> Iterator[Chunk]:
-        """Trace int64 ``(n_windows, seqlen)`` in order, about `CHUNK_TOKENS` tokens at a time."""
-        for part in windows.split(windows_per_chunk(windows.shape[1])):
+    def chunks(self, windows: Tensor, tokens: int = CHUNK_TOKENS) -> Iterator[Chunk]:
+        """Trace int64 ``(n_windows, seqlen)`` in order, about ``tokens`` tokens at a time."""
+        for part in windows.split(windows_per_chunk(windows.shape[1], tokens)):
             yield self.trace(part)
 
     def trace(self, windows: Tensor) -> Chunk:

@@ -16,6 +16,7 @@ from types import FrameType
 
 from shadowllm import __version__
 from shadowllm.errors import UserError, os_error
+from shadowllm.threads import share_threads
 
 COMMANDS = {
     "export": "model -> bundle: ONNX graphs, predictor and, if asked for, TensorRT engines",
@@ -39,6 +40,12 @@ EPILOG = """examples:
 
 MODEL is a folder with safetensors, a .gguf file, or a Hugging Face id. `shadowllm COMMAND --help`
 shows the options and examples of a command."""
+
+
+def script() -> int:
+    """The program ``shadowllm``: `main` in a process of its own."""
+    share_threads()
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

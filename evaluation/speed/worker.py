@@ -23,6 +23,7 @@ import numpy as np
 
 from shadowllm.child import Progress
 from shadowllm.child import serve as serve_requests
+from shadowllm.threads import share_threads
 
 if TYPE_CHECKING:
     from shadowllm.config import Drafting
@@ -209,6 +210,7 @@ def main() -> int:
     parser.add_argument("--prepack", action="store_true")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the sampling in a loop")
     given = parser.parse_args()
+    share_threads()
     budget = Budget(
         heads=given.head_budget,
         neurons=given.neuron_budget,

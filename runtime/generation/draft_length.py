@@ -19,7 +19,7 @@ START = 1  # tokens of a draft until one is accepted; a longer one would lose to
 SAMPLES = 5  # latest times of a step, of which the median counts
 DENSE_EVERY = 64  # rounds after which the time of a dense step is measured again
 # What drafts that do not pay may cost: a number of dense steps, and a share of the decoding time.
-CREDIT, SHARE = 1.0, 0.01
+CREDIT, SHARE = 1.0, 0.005
 
 
 @dataclass(frozen=True)

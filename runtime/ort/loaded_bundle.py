@@ -20,6 +20,7 @@ from shadowllm.runtime.inputs import budget_scalars
 from shadowllm.runtime.ort.graph import SELECTING, OrtGraph, for_cpu
 from shadowllm.runtime.ort.shared_weights import SharedWeights
 from shadowllm.runtime.session import Decodes, Prefill
+from shadowllm.threads import give_threads
 
 Kind = Literal["auto", "sparse", "dense"]
 # All heads, neurons and rows, none of them from the low-bit copy.
@@ -189,11 +190,7 @@ class LoadedBundle:
 
     def _open(self, form: _Form) -> OrtGraph:
         options, piece = ort.SessionOptions(), form.piece
-        if self._threads:
-            options.intra_op_num_threads = self._threads
-        if piece != "dense" or not self._decodes_dense:
-            # The graphs of a text run one after the other: the threads of one must not spin while the next one runs.
-            options.add_session_config_entry("session.force_spinning_stop", "1")
+        give_threads(options, self._threads, wait_actively=piece == "dense" and self._decodes_dense)
         packed = piece == "dense" and self.packed
         options.add_session_config_entry("session.disable_prepacking", str(int(piece == "dense" and not packed)))
         native = self._native and piece in SELECTING and native_ops.register(options)

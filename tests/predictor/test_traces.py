@@ -11,7 +11,6 @@ from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder
 from shadowllm.predictor import tracefile
-from shadowllm.predictor import traces as traces_module
 from shadowllm.predictor.tracefile import Traces, calibrate, decode, encode
 from shadowllm.predictor.traces import Tracer
 from shadowllm.predictor.train import train_static
@@ -21,12 +20,11 @@ PARTS = ("hidden", "heads", "neurons")
 
 
 @pytest.mark.parametrize("criterion", ["l2norm", "plainact"])
-def test_streamed_chunks_equal_one_pass(tiny, criterion, monkeypatch):
+def test_streamed_chunks_equal_one_pass(tiny, criterion):
     spec, weights = tiny
-    monkeypatch.setattr(traces_module, "CHUNK_TOKENS", 48)
     windows = token_windows(spec, n=5)
     tracer = Tracer(spec, weights, criterion)
-    chunks, whole = list(tracer.chunks(windows)), tracer.trace(windows)
+    chunks, whole = list(tracer.chunks(windows, 48)), tracer.trace(windows)
     assert [len(chunk.hidden) for chunk in chunks] == [48, 48, 24]
     for part in PARTS:
         streamed = torch.cat([getattr(chunk, part) for chunk in chunks])
