@@ -18,6 +18,8 @@ FORGET = 0.97  # the weight of all earlier rounds falls by this factor with each
 START = 1  # tokens of a draft until one is accepted; a longer one would lose too much if it is rejected
 SAMPLES = 5  # latest times of a step, of which the median counts
 DENSE_EVERY = 64  # rounds after which the time of a dense step is measured again
+# Drafts must promise so much more than dense decoding: measured times are uncertain, and a new length has a slow start.
+GAIN = 1.05
 # What drafts that do not pay may cost: a number of dense steps, and a share of the decoding time.
 CREDIT, SHARE = 1.0, 0.005
 
@@ -148,6 +150,7 @@ class AdaptiveLength(DraftLength):
         self._steps: dict[int, deque[float]] = {}  # seconds of a dense step, by its number of positions
         self._run: set[int] = set()  # numbers of positions of the dense steps so far
         self._lost, self._since_dense = 0.0, 0  # lost: seconds, negative while there is credit
+        self._pays = False  # whether the last chosen length promised `GAIN`
 
     @property
     def acceptance(self) -> float:
@@ -163,8 +166,11 @@ class AdaptiveLength(DraftLength):
             return self._first if self._lost <= 0 else 0
         if not (self._step and knows_verification):
             return self._first
-        best = max(range(self._most + 1), key=self._rate)
-        return 1 if best == 0 and self._lost <= 0 else best
+        best = max(range(1, self._most + 1), key=self._rate)
+        self._pays = self._rate(best) >= GAIN * self._rate(0)
+        if self._pays:
+            return best
+        return 1 if self._lost <= 0 else 0
 
     def observe(self, done: Round) -> None:
         """See `DraftLength.observe`."""
@@ -187,7 +193,8 @@ class AdaptiveLength(DraftLength):
             self._step.append(done.draft_seconds / done.length)
         self._accepted = FORGET * self._accepted + sum(done.accepted)
         self._tested = FORGET * self._tested + sum(min(n + 1, done.length) for n in done.accepted)
-        self._lose(seconds - (1 + mean(done.accepted)) * self._seconds(1))
+        # A draft that only tests whether drafts pay counts as lost even if it is accepted, so that such drafts are rare.
+        self._lose(seconds - (1 + mean(done.accepted) * self._pays) * self._seconds(1))
 
     def _begin(self, dense: float) -> None:
         """Take the credit and the tuned times, when the time of a dense step is known.
