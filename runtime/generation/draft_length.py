@@ -219,12 +219,16 @@ class AdaptiveLength(DraftLength):
         return expected_tokens(self.acceptance, length) / (drafting + self._seconds(length + 1))
 
     def _seconds(self, size: int) -> float:
-        """Seconds of a dense step over ``size`` positions: measured for 1, on a line through measured sizes above."""
+        """Seconds of a dense step over ``size`` positions: measured for 1, on a line through measured sizes above.
+
+        If there is one size above, the line is that through 1 and this size: it may promise too little for a long
+        draft, which is cheaper than to promise too much.
+        """
         if size == 1:
             return median(self._steps[1])
         sizes = [other for other in self._steps if other > 1 and self._measured(other)]
-        times = [median(self._steps[other]) for other in sizes]
         if len(sizes) == 1:
-            return times[0]
+            sizes.append(1)
+        times = [median(self._steps[other]) for other in sizes]
         slope, start = linear_regression(sizes, times)
         return max(start + slope * size, min(times))
