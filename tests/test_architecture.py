@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "shadowllm"
 # Each row may import from itself and from the rows above it.
 LAYERS = [
-    {f"{PACKAGE}/{name}.py" for name in ("errors", "limits", "json_types", "progress", "malloc", "child")},
+    {f"{PACKAGE}/{name}.py" for name in ("errors", "limits", "threads", "json_types", "progress", "malloc", "child")},
     {"models"},
     {f"{PACKAGE}/{name}.py" for name in ("config_fields", "config", "eval_config", "serve_config")},
     {"bundle"},

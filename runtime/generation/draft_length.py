@@ -18,7 +18,8 @@ FORGET = 0.97  # the weight of all earlier rounds falls by this factor with each
 START = 1  # tokens of a draft until one is accepted; a longer one would lose too much if it is rejected
 SAMPLES = 5  # latest times of a step, of which the median counts
 DENSE_EVERY = 64  # rounds after which the time of a dense step is measured again
-# Drafts must promise so much more than dense decoding: measured times are uncertain, and a new length has a slow start.
+# Drafts must promise this many times the speed of dense steps: measured times are uncertain, and the first verification
+# of a length is slow.
 GAIN = 1.05
 # What drafts that do not pay may cost: a number of dense steps, and a share of the decoding time.
 CREDIT, SHARE = 1.0, 0.005
@@ -193,7 +194,7 @@ class AdaptiveLength(DraftLength):
             self._step.append(done.draft_seconds / done.length)
         self._accepted = FORGET * self._accepted + sum(done.accepted)
         self._tested = FORGET * self._tested + sum(min(n + 1, done.length) for n in done.accepted)
-        # A draft that only tests whether drafts pay counts as lost even if it is accepted, so that such drafts are rare.
+        # A draft that only tests whether drafts pay counts as lost even if it is accepted: such drafts must be rare.
         self._lose(seconds - (1 + mean(done.accepted) * self._pays) * self._seconds(1))
 
     def _begin(self, dense: float) -> None:
