@@ -19,7 +19,7 @@ from shadowllm.predictor.criteria import find_criterion, unit_trace
 CHUNK_TOKENS = 512
 
 
-def windows_per_chunk(seqlen: int, tokens: int = CHUNK_TOKENS) -> int:
+def windows_per_chunk(seqlen: int, tokens: int) -> int:
     """Return the number of windows of ``seqlen`` tokens in a chunk of about ``tokens``, at least one."""
     return max(1, tokens // seqlen)
 

@@ -81,6 +81,16 @@ def test_a_disturbed_measurement_does_not_end_tuned_drafts():
     assert drafts[tuned(0.95)] > 4
 
 
+def test_a_long_verification_is_not_promised_the_time_of_a_short_one():
+    lengths = AdaptiveLength()
+    for _ in range(2):
+        lengths.observe(Round(0, [0], 0.0, 1.0))
+    for _ in range(2):
+        lengths.observe(Round(1, [1], 0.3, 1.2))
+    # A position more takes 0.2. If every verification took 1.2, drafts of 4 tokens or more would promise most.
+    assert lengths.choose() in {2, 3}
+
+
 def test_tuned_drafts_that_are_rejected_are_given_up():
     once = 0.5 * sum(verified(size) for size in (1, 2, 3, 5)) / 128
     for seed in range(5):
