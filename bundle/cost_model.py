@@ -121,6 +121,7 @@ def step_traffic(
     row_itemsize: float | None = None,
     itemsize_beside_copy: float | None = None,
     common_itemsize: float | None = None,
+    shortlist_itemsize: float | None = None,
     rest: Rest = "drop",
     shortlist: int | None = None,
     fired: Sequence[float] | None = None,
@@ -141,6 +142,7 @@ def step_traffic(
             active neurons is counted twice.)
         common_itemsize: the same for matrices that every token reads, if it differs: those of K and V and of the dense
             layers, and the rows of heads if all of them are active.
+        shortlist_itemsize: the same for the exact rows of the output table; None is ``itemsize_beside_copy``.
         rest: what units that are not active contribute. From a low-bit copy, all heads read their keys and values.
         shortlist: rows of the output table that are read exactly, beside its low-bit copy; None for all.
         fired: with the selector relu, the share of neurons of each sparse layer whose gate is not zero. ``active`` then
@@ -163,6 +165,7 @@ def step_traffic(
     row_itemsize = matrix_itemsize if row_itemsize is None else row_itemsize
     itemsize_beside_copy = row_itemsize if itemsize_beside_copy is None else itemsize_beside_copy
     common_itemsize = matrix_itemsize if common_itemsize is None else common_itemsize
+    shortlist_itemsize = itemsize_beside_copy if shortlist_itemsize is None else shortlist_itemsize
     sizes: dict[str, float] = {"norms": itemsize, "KV cache": itemsize}
     sizes |= dict.fromkeys(("k/v projections", "dense layers"), common_itemsize)
     parts = {name: round(count * sizes.get(name, matrix_itemsize)) for name, count in elements.items()}
@@ -178,7 +181,7 @@ def step_traffic(
     if copied:
         parts["low-bit copy"] = copied
     if shortlist is not None and shortens(spec, shortlist):
-        parts["shortlist"] = round(shortlist * d * itemsize_beside_copy)
+        parts["shortlist"] = round(shortlist * d * shortlist_itemsize)
     return Traffic(parts)
 
 

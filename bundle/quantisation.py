@@ -104,8 +104,10 @@ class Quantisation:
 
 # Format of the low-bit copy. With one scale per 64 elements, the copy of gate and up is under a fifth of a 16-bit MLP.
 LOW_BIT_COPY = Quantisation(bits=4, block=64)
-# Sessions of ONNX Runtime round float matrices to it that every token reads in a step of mixed precision.
+# Sessions of ONNX Runtime round float matrices to them in a step of mixed precision: to the first one those that every
+# token reads, to the second one the active rows beside their low-bit copy.
 ROUNDED_PRODUCTS = Quantisation(bits=8, block=64)
+ROUNDED_ROWS = Quantisation(bits=8, block=LOW_BIT_COPY.block, residual_bits=4)
 WEIGHT_DTYPES = {"int8": Quantisation(8), "int4": Quantisation(4)}
 # Of bundles with a low-bit copy of all matrices. All types have the same copy. Two parts of 3 bits for int6 would need
 # kernels of their own, and a copy of 3 bits is far worse than one of 4.
@@ -144,9 +146,37 @@ def quantise_nested(matrix: Matrix, q: Quantisation) -> tuple[np.ndarray, np.nda
     return copy, scales, residual
 
 
-def slices(matrix: Matrix) -> list[slice]:
-    """Return slices of a matrix's rows, each of about `CHUNK` elements."""
-    step = max(1, CHUNK // max(1, matrix.shape[1]))
+def residual_of(matrix: Matrix, copy: np.ndarray, scales: np.ndarray, q: Quantisation) -> np.ndarray:
+    """The residual that completes a low-bit copy of float32 ``(rows, width)`` to nested integers.
+
+    The copies of older bundles were not made for nested integers, and end early above zero. There some are cut off.
+
+    Args:
+        copy, scales: as `quantise` returns them.
+        q: format of the nested integers.
+
+    Returns:
+        uint8 ``(rows, bytes)``.
+    """
+    rows, width = matrix.shape
+    residual = np.empty((rows, q.residual.bytes(width)), dtype=np.uint8)
+    steps = scales * np.float32(q.residual_step)
+    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
+    for part in slices(matrix, share=8):  # so few that they stay in the processor's cache
+        high = unpacked(copy[part], q.copy.bits).astype(np.float32) + np.float32(q.copy.lowest)
+        blocks = np.zeros_like(high)
+        blocks[:, :width] = matrix[part]
+        blocks = blocks.reshape(*steps[part].shape, -1)
+        blocks *= inverse[part, :, None]
+        blocks -= high.reshape(blocks.shape) / np.float32(q.residual_step)
+        integers = np.clip(np.rint(blocks, out=blocks), q.residual.lowest, q.residual.highest, out=blocks)
+        residual[part] = _packed(integers, q.residual_bits)
+    return residual
+
+
+def slices(matrix: Matrix, share: int = 1) -> list[slice]:
+    """Return slices of a matrix's rows, each of about `CHUNK` / ``share`` elements."""
+    step = max(1, CHUNK // share // max(1, matrix.shape[1]))
     return [slice(start, start + step) for start in range(0, len(matrix), step)]
 
 
@@ -195,16 +225,21 @@ def rounded_copy(matrix: np.ndarray, q: Quantisation | None) -> np.ndarray:
     """The values of the low-bit copy of float32 ``(rows, width)``, without packing.
 
     Args:
-        q: format of the matrix. If it is nested, the copy is the first part of its integers.
+        q: format of the matrix. The copy is the first part of its integers if they are nested, else of `ROUNDED_ROWS`,
+            so that a session can complete it.
     """
-    if q is None or not q.residual_bits:
-        return rounded(matrix, LOW_BIT_COPY)
+    nested = _nested(q)
 
     def copied(rows: np.ndarray) -> np.ndarray:
-        integers, scales = _integers(rows, q)
-        return _scaled(_high(integers, q), scales / np.float32(q.residual_step), matrix.shape[1])
+        integers, scales = _integers(rows, nested)
+        return _scaled(_high(integers, nested), scales / np.float32(nested.residual_step), matrix.shape[1])
 
     return _by_parts(matrix, copied)
+
+
+def _nested(q: Quantisation | None) -> Quantisation:
+    """The nested integers whose first part is the low-bit copy of a matrix of this format."""
+    return q if q and q.residual_bits else ROUNDED_ROWS
 
 
 def _by_parts(matrix: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -221,7 +256,7 @@ def quantised_copy(matrix: Matrix, q: Quantisation | None) -> tuple[np.ndarray, 
     Args:
         q: as in `rounded_copy`.
     """
-    return quantise_nested(matrix, q)[:2] if q and q.residual_bits else quantise(matrix, LOW_BIT_COPY)
+    return quantise_nested(matrix, _nested(q))[:2]
 
 
 def _scaled(integers: np.ndarray, scales: np.ndarray, width: int) -> np.ndarray:

@@ -145,6 +145,14 @@ class QuantisedTensors(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
+class _Copies(QuantisedTensors):
+    """The low-bit copy of each matrix, under the names of integers and scales."""
+
+    def _make(self, name: str) -> dict[str, np.ndarray]:
+        rows, whole = self.rows(base(name), is_transposed(name)), matrix(name)
+        return dict(zip((integers(whole), scales(whole)), quantised_copy(rows, self._stored), strict=True))
+
+
 class CopyTensors(Mapping[str, Tensor]):
     """The tensors of a low-bit copy, named as in `copy_groups`, made on access from a model's weights.
 
@@ -164,7 +172,7 @@ class CopyTensors(Mapping[str, Tensor]):
         final_squares: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._weights, self._q, self._matrices = weights, q, QuantisedTensors(weights, LOW_BIT_COPY, dtype, q)
+        self._weights, self._q, self._matrices = weights, q, _Copies(weights, LOW_BIT_COPY, dtype, q)
         self._final_squares = final_squares
         self._weighting: dict[str, np.ndarray] = {}
 

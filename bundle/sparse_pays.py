@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from shadowllm.bundle.cost_model import (
     COPY_COST,
     active_bytes,
@@ -17,7 +15,7 @@ from shadowllm.bundle.cost_model import (
     shortens,
 )
 from shadowllm.bundle.manifest import Manifest
-from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS
+from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS, ROUNDED_ROWS
 from shadowllm.models.sparsity import UNITS, Budget, Rest, layer_units
 from shadowllm.models.spec import ModelSpec
 
@@ -38,13 +36,15 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False, r
 
     Args:
         narrow_rows: active rows are read as 16 bits, while other weights are widened to 32.
-        rounds: matrices that every token reads are rounded to 8 bits in a step with a rest from the low-bit copy.
+        rounds: what a step with a rest from the low-bit copy reads is rounded to 8 bits, but for the output table.
     """
     spec, layers, rest = manifest.spec, manifest.sparse_layers, _rest(manifest, budget)
+    rounding = rounds and mixes(manifest, budget)
     counts, dense = list(budget.counts(layers).by_layer()), _dense_bytes(manifest)
-    saved = sum(dense - _sparse_bytes(manifest, row, kept, rest, narrow_rows) for row, kept in enumerate(counts))
-    if rounds and mixes(manifest, budget):
-        saved += _rounded_elements(spec, counts) * (_itemsize(manifest) - ROUNDED_PRODUCTS.itemsize)
+    itemsizes = _row_itemsizes(manifest, narrow_rows, rounding)
+    saved = sum(dense - _sparse_bytes(manifest, row, kept, rest, *itemsizes) for row, kept in enumerate(counts))
+    if rounding:
+        saved += _common_elements(spec, len(counts)) * (_itemsize(manifest) - ROUNDED_PRODUCTS.itemsize)
     if budget.shortlist is not None and shortens(spec, budget.shortlist):
         whole = spec.vocab_size * _itemsize(manifest)
         saved += spec.hidden_size * (whole - budget.shortlist * _beside_copy(manifest, narrow_rows))
@@ -70,7 +70,7 @@ def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget k
     reasons = {str(layer): "comes before the first selection" for layer in range(manifest.dense_layers)}
     share = _choosing_bytes(manifest, rest) / layers.count
     for layer, kept in zip(layers.layers, budget.counts(layers).by_layer(), strict=True):
-        sparse = _sparse_bytes(manifest, layers.row(layer), kept, rest)
+        sparse = _sparse_bytes(manifest, layers.row(layer), kept, rest, *_row_itemsizes(manifest))
         if sparse == dense:
             reasons[str(layer)] = whole
         elif sparse + share >= dense:
@@ -82,12 +82,10 @@ def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget k
     return reasons
 
 
-def _rounded_elements(spec: ModelSpec, counts: Sequence[tuple[int, int]]) -> int:
-    """Return the elements of matrices that every token reads: K, V, dense layers, and the attention with all heads."""
+def _common_elements(spec: ModelSpec, sparse_layers: int) -> int:
+    """Return the elements of matrices that every token reads: K, V, and the dense layers."""
     elements = spec.n_layers * 2 * spec.n_kv_heads * spec.head_dim * spec.hidden_size
-    elements += (spec.n_layers - len(counts)) * layer_elements(spec, **layer_units(spec))
-    all_heads = all(heads == spec.n_heads for heads, _ in counts)
-    return elements + all_heads * len(counts) * row_elements(spec, "heads", spec.n_heads)
+    return elements + (spec.n_layers - sparse_layers) * layer_elements(spec, **layer_units(spec))
 
 
 def _rest(manifest: Manifest, budget: Budget) -> Rest:
@@ -111,18 +109,29 @@ def _dense_bytes(manifest: Manifest) -> float:
     return layer_elements(manifest.spec, **layer_units(manifest.spec)) * _itemsize(manifest)
 
 
-def _sparse_bytes(manifest: Manifest, row: int, kept: tuple[int, int], rest: Rest, narrow_rows: bool = False) -> float:
+def _row_itemsizes(manifest: Manifest, narrow_rows: bool = False, rounding: bool = False) -> tuple[float, float]:
+    """Return the bytes of a weight in a whole row, and in one whose low-bit copy is read too."""
+    if rounding:
+        return ROUNDED_ROWS.itemsize, ROUNDED_ROWS.itemsize_beside_copy
+    return _itemsize(manifest) / (2 if narrow_rows else 1), _beside_copy(manifest, narrow_rows)
+
+
+def _sparse_bytes(
+    manifest: Manifest, row: int, kept: tuple[int, int], rest: Rest, whole: float, beside_copy: float
+) -> float:
     """Return the cost of the active rows and of the low-bit copy of a sparse layer, in bytes.
 
     Whole rows of nested integers cost what they cost in a dense step, because their two parts take as long to multiply.
+
+    Args:
+        whole, beside_copy: see `_row_itemsizes`.
     """
-    spec, whole, fired = manifest.spec, _itemsize(manifest) / (2 if narrow_rows else 1), fired_shares(manifest)
+    spec, fired = manifest.spec, fired_shares(manifest)
     if fired is not None:
         heads = row_elements(spec, "heads", kept[0])
         return whole * (heads + gate_first_elements(spec, fired[row], SCATTERED_COST))
     rows = sum(
-        active_bytes(spec, unit, [count], rest, whole, _beside_copy(manifest, narrow_rows))
-        for unit, count in zip(UNITS, kept, strict=True)
+        active_bytes(spec, unit, [count], rest, whole, beside_copy) for unit, count in zip(UNITS, kept, strict=True)
     )
     return rows + (COPY_COST * layer_copy_bytes(spec, *kept) if rest == "shadow" else 0)
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from shadowllm.bundle.cost_model import COPY_COST, copied_table_bytes, layer_copy_bytes, unit_elements
+from shadowllm.bundle.manifest import Manifest
+from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS, ROUNDED_ROWS
 from shadowllm.evaluation.allocation import TINY, Loss
 from shadowllm.models.sparsity import Budget, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
@@ -94,24 +96,42 @@ def _step(knobs: tuple[Knob, Knob, Knob], at: tuple[int, ...]) -> Step:
     )
 
 
-def measure(
-    layers: SparseLayers,
-    itemsize: float,
-    loss: Loss,
-    advance: Advance = no_progress,
-    itemsize_beside_copy: float | None = None,
-    itemsize_of_all_heads: float | None = None,
-) -> list[Step]:
+@dataclass(frozen=True)
+class RowItemsizes:
+    """Bytes of an element of a full row.
+
+    Attributes:
+        whole: where all neurons are active, or where the whole output table is read.
+        all_heads: of heads, if all of them are active.
+        beside_copy: of heads and neurons whose low-bit copy is read too.
+        shortlist: of the output table, beside its low-bit copy.
+    """
+
+    whole: float
+    all_heads: float
+    beside_copy: float
+    shortlist: float
+
+
+def row_itemsizes(manifest: Manifest, rounds: bool) -> RowItemsizes:
+    """What rows cost in a step of mixed precision.
+
+    Args:
+        rounds: such steps round float rows to 8 bits, but not those of the output table.
+    """
+    whole, beside_copy = manifest.itemsize, manifest.itemsize_beside_copy
+    if rounds:
+        return RowItemsizes(whole, ROUNDED_PRODUCTS.itemsize, ROUNDED_ROWS.itemsize_beside_copy, beside_copy)
+    return RowItemsizes(whole, whole, beside_copy, beside_copy)
+
+
+def measure(layers: SparseLayers, sizes: RowItemsizes, loss: Loss, advance: Advance = no_progress) -> list[Step]:
     """Measure what each kind loses alone, and return the path of the best budgets.
 
     Args:
-        itemsize: bytes of an element of a full row.
+        sizes: what rows cost.
         advance: called with 1 after each pass, `PASSES` times in total.
-        itemsize_beside_copy: the same for rows whose low-bit copy is read too; None is the same number.
-        itemsize_of_all_heads: the same for the rows of heads if all of them are active; None is the same number.
     """
-    beside_copy = itemsize if itemsize_beside_copy is None else itemsize_beside_copy
-    of_all_heads = itemsize if itemsize_of_all_heads is None else itemsize_of_all_heads
 
     def knob(settings: Sequence[int], sizes: Sequence[float], probes: Sequence[float], budget: ToBudget) -> Knob:
         nearest = {min(settings, key=lambda count: abs(count - probe)) for probe in probes}
@@ -129,17 +149,17 @@ def measure(
     return path(
         knob(
             heads,
-            _sizes(layers, "heads", heads, of_all_heads, beside_copy),
+            _sizes(layers, "heads", heads, sizes.all_heads, sizes.beside_copy),
             probed["heads"],
             lambda n: Budget(heads=n / heads[-1]),
         ),
         knob(
             neurons,
-            _sizes(layers, "neurons", neurons, itemsize, beside_copy),
+            _sizes(layers, "neurons", neurons, sizes.whole, sizes.beside_copy),
             probed["neurons"],
             lambda n: Budget(neurons=n / neurons[-1]),
         ),
-        knob(rows, _table_sizes(spec, rows, itemsize, beside_copy), SHORTLISTS, lambda n: Budget(shortlist=n)),
+        knob(rows, _table_sizes(spec, rows, sizes), SHORTLISTS, lambda n: Budget(shortlist=n)),
     )
 
 
@@ -158,11 +178,12 @@ def _sizes(layers: SparseLayers, unit: Unit, settings: Sequence[int], of_all: fl
     return [layers.count * size(count) for count in settings]
 
 
-def _table_sizes(spec: ModelSpec, settings: Sequence[int], itemsize: float, beside_copy: float) -> list[float]:
+def _table_sizes(spec: ModelSpec, settings: Sequence[int], sizes: RowItemsizes) -> list[float]:
     copy = COPY_COST * copied_table_bytes(spec)
     return [
-        spec.hidden_size * (count * beside_copy if count < spec.vocab_size else count * itemsize)
-        + (copy if count < spec.vocab_size else 0)
+        spec.hidden_size * count * sizes.shortlist + copy
+        if count < spec.vocab_size
+        else spec.hidden_size * count * sizes.whole
         for count in settings
     ]
 

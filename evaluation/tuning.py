@@ -13,7 +13,6 @@ from typing import Self
 import numpy as np
 
 from shadowllm.bundle.manifest import Manifest, read_manifest
-from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS
 from shadowllm.bundle.sparse_pays import dense_reasons
 from shadowllm.bundle.weights import read_weights
 from shadowllm.config import Target
@@ -103,12 +102,7 @@ def _choose_mixed(bundle: Path, manifest: Manifest, target: Target, loss: Loss, 
     checks = mixed.CHECKS if target.ppl_increase is not None else STEPS
     with progress("Choosing budgets", mixed.PASSES + checks) as advance:
         steps = mixed.measure(
-            manifest.sparse_layers,
-            manifest.itemsize,
-            loss,
-            advance,
-            manifest.itemsize_beside_copy,
-            ROUNDED_PRODUCTS.itemsize if rounds_products(manifest) else None,
+            manifest.sparse_layers, mixed.row_itemsizes(manifest, rounds_products(manifest)), loss, advance
         )
         if target.ppl_increase is not None:
             limit = math.log1p(target.ppl_increase)

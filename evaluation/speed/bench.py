@@ -12,7 +12,7 @@ import numpy as np
 
 from shadowllm.bundle.cost_model import Traffic, fired_shares, mean_traffic, predictor_bytes
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest, read_manifest
-from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS
+from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS, ROUNDED_ROWS
 from shadowllm.bundle.sparse_pays import mixes, sparse_pays
 from shadowllm.child import module_command
 from shadowllm.config import Drafting
@@ -264,6 +264,7 @@ def traffic_of(
     matrix_itemsize = q.product_itemsize if q else itemsize
     native = backend == "ort" and q is None and native_ops.library()
     row_itemsize = q.itemsize if q else ITEMSIZE[manifest.dtype] if native else matrix_itemsize
+    beside_copy = q.itemsize_beside_copy if q else row_itemsize
     rounds = backend == "ort" and rounds_products(manifest)
     options: dict[str, Any] = {}
     if name == SPARSE and (
@@ -272,6 +273,8 @@ def traffic_of(
         rest = budget.rest_with(manifest.rest == "shadow")
         if rounds and mixes(manifest, budget):
             options["common_itemsize"] = ROUNDED_PRODUCTS.itemsize
+            options["shortlist_itemsize"] = row_itemsize
+            row_itemsize, beside_copy = ROUNDED_ROWS.itemsize, ROUNDED_ROWS.itemsize_beside_copy
         options |= {
             "active": budget.counts(manifest.sparse_layers),
             "choosing": predictor_bytes(manifest, matrix_itemsize, rest),
@@ -286,7 +289,7 @@ def traffic_of(
         new_tokens,
         matrix_itemsize=matrix_itemsize,
         row_itemsize=row_itemsize,
-        itemsize_beside_copy=q.itemsize_beside_copy if q else row_itemsize,
+        itemsize_beside_copy=beside_copy,
         **options,
     )
 

@@ -40,3 +40,10 @@ class ComputesWeights(InPlacePass):
             graph.register_initializer(ir.val(name, const_value=tensor))
             self.weights[name] = compute
         return graph.initializers[name]
+
+
+def taken(tensor: ir.ExternalTensor) -> np.ndarray:
+    """A copy of the data of a tensor, ``(rows, elements)``, so that the file need not stay in memory."""
+    data: np.ndarray = tensor.numpy().reshape(tensor.shape.numpy()[0], -1).copy()
+    tensor.release()
+    return data

@@ -24,6 +24,7 @@ from shadowllm.runtime.ort.join_nested import JoinNested
 from shadowllm.runtime.ort.native_linear import NativeLinear
 from shadowllm.runtime.ort.own_selections import OwnSelections
 from shadowllm.runtime.ort.round_products import RoundProducts
+from shadowllm.runtime.ort.round_rows import RoundRows
 from shadowllm.runtime.ort.split_selection import SplitSelection
 from shadowllm.runtime.ort.upcast_to_float32 import UpcastToFloat32
 
@@ -59,14 +60,14 @@ def for_cpu(
         native: whether the native ops run the graph.
         exact: whether integer layers read float32 inputs, and not inputs rounded to 8 bits.
         fused: whether dense attention becomes one op, see `CpuGraph`.
-        rounded: whether products with float matrices become products of integers, see `RoundProducts`.
+        rounded: whether float matrices become integers, see `RoundProducts` and `RoundRows`.
     """
     model = ir.load(path)
     computed: dict[str, Callable[[], np.ndarray]] = {}
     for rewrite in _passes(path.stem, manifest, native, exact, fused, rounded):
         rewrite(model)
         if isinstance(rewrite, ComputesWeights):
-            computed = rewrite.weights
+            computed |= rewrite.weights
     proto = ir.to_proto(model)
     # The data file may be a link, as in the Hugging Face cache. ONNX Runtime is given the folder of the link's target.
     for place in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
@@ -84,7 +85,7 @@ def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: boo
     if manifest.dtype != "float32":
         passes.insert(0, UpcastToFloat32(keep_rows=native))
     if rounded:
-        passes.insert(0, RoundProducts())
+        passes[:0] = [RoundProducts(), RoundRows()]
     if name in SELECTING:
         passes.append(OwnSelections())
     if name in BODIES:

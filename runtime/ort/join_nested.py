@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from shadowllm.bundle.quantisation import Quantisation, joined
 from shadowllm.plugins.function_body import MICROSOFT
-from shadowllm.runtime.ort.computed_weights import ComputesWeights
+from shadowllm.runtime.ort.computed_weights import ComputesWeights, taken
 
 
 class JoinNested(ComputesWeights):
@@ -64,10 +64,10 @@ class JoinNested(ComputesWeights):
         shape = (*scales.shape.numpy(), q.block)
 
         def integers() -> np.ndarray:
-            return joined(_rows(high), _rows(low), q).reshape(shape)
+            return joined(taken(high), taken(low), q).reshape(shape)
 
         def steps() -> np.ndarray:
-            return _rows(scales) * np.float32(q.residual_step)
+            return taken(scales) * np.float32(q.residual_step)
 
         return (
             self.initializer(graph, f"{high.name}.joined", high, high.dtype, shape, integers),
@@ -96,13 +96,6 @@ def _data(node: ir.Node, place: int) -> ir.ExternalTensor:
     if value is None or not isinstance(value.const_value, ir.ExternalTensor):
         raise PreconditionError(f"input {place} of the product of {_weights(node)} is not in the weight file")
     return value.const_value
-
-
-def _rows(tensor: ir.ExternalTensor) -> np.ndarray:
-    """A copy of the data ``(rows, elements)``, so that the file need not stay in memory."""
-    data = tensor.numpy().reshape(tensor.shape.numpy()[0], -1).copy()
-    tensor.release()
-    return data
 
 
 def _weights(product: ir.Node) -> str:

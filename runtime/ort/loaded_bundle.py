@@ -38,7 +38,7 @@ class Plan:
     Attributes:
         decodes: sparse graphs, or dense ones.
         body: the graph of the sparse layers.
-        rounded: whether what every token reads is rounded to 8 bits, see `RoundProducts`.
+        rounded: whether float matrices are rounded to 8 bits, see `RoundProducts` and `RoundRows`.
     """
 
     decodes: Decodes
@@ -50,7 +50,7 @@ DENSE = Plan("dense")
 
 
 def rounds_products(manifest: Manifest) -> bool:
-    """Whether steps of mixed precision round what every token reads to 8 bits, see `RoundProducts`."""
+    """Whether steps of mixed precision round float matrices to 8 bits, see `RoundProducts` and `RoundRows`."""
     floats = manifest.quantisation is None and manifest.rest == "shadow"
     return floats and native_ops.library() is not None
 

@@ -15,7 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from shadowllm.bundle.quantisation import ACCURACY_LEVEL, quantise
 from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS as FORMAT
 from shadowllm.plugins.function_body import MICROSOFT
-from shadowllm.runtime.ort.computed_weights import ComputesWeights
+from shadowllm.runtime.ort.computed_weights import ComputesWeights, taken
 
 
 class RoundProducts(ComputesWeights):
@@ -66,9 +66,8 @@ class _Matrix:
         self.rows, self.width = tensor.shape.numpy()[::-1] if inputs_first else tensor.shape.numpy()
 
     def values(self) -> np.ndarray:
-        """A copy of the data, float32 ``(rows, width)``, so that the file need not stay in memory."""
-        values = np.array(self.tensor.numpy(), dtype=np.float32)
-        self.tensor.release()
+        """A copy of the data, float32 ``(rows, width)``."""
+        values = taken(self.tensor).astype(np.float32, copy=False)
         return np.ascontiguousarray(values.T) if self._inputs_first else values
 
 

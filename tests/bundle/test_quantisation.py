@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from shadowllm.bundle.quantisation import (
     LOW_BIT_COPY,
     NESTED,
+    ROUNDED_ROWS,
     Quantisation,
     bundle_format,
     dense_rows,
@@ -18,6 +19,7 @@ from shadowllm.bundle.quantisation import (
     nested_format,
     quantise,
     quantise_nested,
+    residual_of,
     rounded,
     rounded_copy,
     unpacked,
@@ -51,6 +53,27 @@ def test_no_element_moves_further_than_a_step(size, q):
 def test_rounded_is_what_packing_and_unpacking_leaves(size, q):
     wide = matrix(*size)
     np.testing.assert_array_equal(rounded(wide, q), dequantise(*quantise(wide, q), size[1], q))
+
+
+@pytest.mark.parametrize("size", [(1, 64), (7, 128), (41, 100)], ids=str)
+def test_a_residual_completes_a_copy_that_was_made_alone(size):
+    wide = matrix(*size)
+    wide[0] = 0
+    copy, scales = quantise(wide, LOW_BIT_COPY)
+    residual = residual_of(wide, copy, scales, ROUNDED_ROWS)
+    assert residual.shape == (size[0], ROUNDED_ROWS.residual.bytes(size[1]))
+    steps = np.repeat(np.abs(scales), LOW_BIT_COPY.block, axis=1)[:, : size[1]] * ROUNDED_ROWS.residual_step
+    errors = np.abs(dequantise_nested(copy, scales, residual, size[1], ROUNDED_ROWS) - wide)
+    # The copy's range ends early above zero. There the residual brings an element only half a step of the copy nearer.
+    near = errors <= steps * 0.51
+    assert near.mean() > 0.9
+    assert (errors[~near] <= (8 + 0.51) * steps[~near]).all()
+
+
+def test_a_residual_of_nested_integers_is_their_own():
+    wide = matrix(9, 128)
+    copy, scales, residual = quantise_nested(wide, ROUNDED_ROWS)
+    assert (residual_of(wide, copy, scales, ROUNDED_ROWS) == residual).mean() > 0.99
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])

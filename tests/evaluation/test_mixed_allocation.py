@@ -15,6 +15,7 @@ from shadowllm.evaluation.mixed_allocation import (
     NEAR,
     PASSES,
     Knob,
+    RowItemsizes,
     _spread,
     densest,
     interpolated,
@@ -104,7 +105,7 @@ def test_a_model_is_measured_and_its_bytes_are_those_of_the_cost_model(tiny):
     layers = SparseLayers(spec, 1)
     context = Context(spec, weights, copies=low_bit_copies(layers, weights, rest=True))
     loss, ticks = Loss(context, make_selector("oracle", context), token_windows(spec)), []
-    steps = measure(layers, 4, loss, ticks.append)
+    steps = measure(layers, RowItemsizes(4, 4, 4, 4), loss, ticks.append)
     assert sum(ticks) == PASSES
     assert steps[0].budget == Budget()
 

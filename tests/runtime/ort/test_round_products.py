@@ -96,7 +96,8 @@ def test_what_every_token_reads_is_rounded_unless_all_units_are_active(bundle, b
 @NEEDS_NATIVE
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-biases", "opt", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_rounding_changes_little(bundle, variant, dtype, monkeypatch):
+@pytest.mark.parametrize("heads", [1.0, 0.5])
+def test_the_rounding_changes_little(bundle, variant, dtype, heads, monkeypatch):
     """And less than leaving the rest out. Dense steps of the same session stay exact."""
     folder = bundle(variant, dtype=dtype, kind="static", rest="shadow")
 
@@ -108,12 +109,12 @@ def test_the_rounding_changes_little(bundle, variant, dtype, monkeypatch):
             session.rewind(np.array([len(PROMPT)]))
             return np.array(found), session.verify(np.array([TOKENS]))[0].copy()
 
-    budget = Budget(neurons=0.3)
+    budget = Budget(neurons=0.3, heads=heads)
     (mine, dense), (exact, wanted) = logits(budget), logits(budget, exact=True)
-    dropped, _ = logits(Budget(neurons=0.3, rest="drop"))
+    dropped, _ = logits(Budget(neurons=0.3, heads=heads, rest="drop"))
     error = np.abs(mine - exact).max()
-    assert 0 < error < 0.05 * np.abs(exact).max()
-    assert error < np.abs(dropped - exact).max()
+    assert 0 < error < 0.06 * np.abs(exact).max()
+    assert error < 0.1 * np.abs(dropped - exact).max()
     np.testing.assert_allclose(dense, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     monkeypatch.setattr(loaded_bundle, "rounds_products", lambda _: False)
     assert (logits(budget)[0] != mine).any()  # the native ops round their inputs in both
