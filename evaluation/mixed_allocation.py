@@ -18,7 +18,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shadowllm.bundle.cost_model import COPY_COST, copied_table_bytes, layer_copy_bytes, unit_elements
+from shadowllm.bundle.cost_model import (
+    COPY_COST,
+    SELECTED_HEADS_COST,
+    copied_table_bytes,
+    layer_copy_bytes,
+    unit_elements,
+)
 from shadowllm.bundle.manifest import Manifest
 from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS, ROUNDED_ROWS
 from shadowllm.evaluation.allocation import TINY, Loss
@@ -172,8 +178,11 @@ def _sizes(layers: SparseLayers, unit: Unit, settings: Sequence[int], of_all: fl
     spec, everything = layers.spec, layer_units(layers.spec)
 
     def size(count: int) -> float:
-        each = unit_elements(spec, unit) * (beside_copy if count < everything[unit] else of_all)
-        return count * each + COPY_COST * layer_copy_bytes(spec, **(everything | {unit: count}))
+        if count == everything[unit]:
+            return count * unit_elements(spec, unit) * of_all
+        selecting = SELECTED_HEADS_COST if unit == "heads" else 0
+        copy = COPY_COST * layer_copy_bytes(spec, **(everything | {unit: count}))
+        return count * unit_elements(spec, unit) * beside_copy + copy + selecting
 
     return [layers.count * size(count) for count in settings]
 
