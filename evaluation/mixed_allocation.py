@@ -39,7 +39,7 @@ LEAST_NEURONS, LEAST_ROWS = 0.01, 16  # smallest settings of a budget
 PASSES = sum(map(len, PROBES.values())) + len(SHORTLISTS)
 PROBED = 0.25  # share of the windows that are read for that; the divergence varies little from window to window
 CHECKS = 6  # measurements of whole budgets in the search for a perplexity
-GUESSES = 3  # of them by prediction; the others halve what is left
+GUESSES = 4  # of them by prediction; the others halve what is left
 NEAR = 0.9  # a budget with at least this share of the allowed increase is good enough
 ToBudget = Callable[[int], Budget]
 

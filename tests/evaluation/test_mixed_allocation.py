@@ -114,5 +114,6 @@ def test_a_model_is_measured_and_its_bytes_are_those_of_the_cost_model(tiny):
 
     for step in steps[1:]:
         assert steps[0].size - step.size == pytest.approx(read(Budget()) - read(step.budget), abs=2)
+    assert {step.budget.heads for step in steps} == {1.0}  # selecting them takes longer than to read them
     assert 0 < steps[1].loss < steps[-1].loss
     assert loss.increase(Budget()) == pytest.approx(0, abs=1e-6)
