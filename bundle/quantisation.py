@@ -104,14 +104,14 @@ class Quantisation:
 
 # Format of the low-bit copy. With one scale per 64 elements, the copy of gate and up is under a fifth of a 16-bit MLP.
 LOW_BIT_COPY = Quantisation(bits=4, block=64)
-# Sessions of ONNX Runtime round float matrices to them in a step of mixed precision: to the first one those that every
-# token reads, to the second one the active rows beside their low-bit copy.
-ROUNDED_PRODUCTS = Quantisation(bits=8, block=64)
-ROUNDED_ROWS = Quantisation(bits=8, block=LOW_BIT_COPY.block, residual_bits=4)
 WEIGHT_DTYPES = {"int8": Quantisation(8), "int4": Quantisation(4)}
 # Of bundles with a low-bit copy of all matrices. All types have the same copy. Two parts of 3 bits for int6 would need
 # kernels of their own, and a copy of 3 bits is far worse than one of 4.
 NESTED = {"int8": Quantisation(8, 64, residual_bits=4), "int6": Quantisation(6, 64, residual_bits=2)}
+# Sessions of ONNX Runtime round float matrices to them in a step of mixed precision: to the first one those that every
+# token reads, to the second one the active rows beside their low-bit copy.
+ROUNDED_PRODUCTS = Quantisation(bits=8, block=64)
+ROUNDED_ROWS = NESTED["int8"]
 
 
 def quantise(matrix: Matrix, q: Quantisation) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from shadowllm.progress import progress
+
 # Smaller tensors stay with the graph, because ONNX Runtime folds them into other constants.
 LEAST_BYTES = 4096
 ALIGNMENT = 64  # of computed initializers, in bytes
@@ -53,9 +55,10 @@ class SharedWeights:
             OSError: the folder of temporary files has too little space.
         """
         arrays = {}
-        with tempfile.TemporaryFile() as file:
+        with tempfile.TemporaryFile() as file, progress("Computing weights", len(weights)) as advance:
             for name, compute in weights.items():
                 array = compute()
+                advance(1)
                 arrays[name] = array.dtype, array.shape, file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
                 file.write(array.data)
             file.flush()
