@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort.computed_weights import ComputesWeights
 from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
 from shadowllm.runtime.ort.fuse_attention import FuseAttention, is_fused
+from shadowllm.runtime.ort.join_graphs import join
 from shadowllm.runtime.ort.join_nested import JoinNested
 from shadowllm.runtime.ort.native_linear import NativeLinear
 from shadowllm.runtime.ort.own_selections import OwnSelections
@@ -28,7 +30,7 @@ from shadowllm.runtime.ort.round_rows import RoundRows
 from shadowllm.runtime.ort.split_selection import SplitSelection
 from shadowllm.runtime.ort.upcast_to_float32 import UpcastToFloat32
 
-SELECTING = ("predictor", *BODIES)  # graphs with our ops
+SELECTING = frozenset({"predictor", *BODIES})  # graphs with our ops
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,29 @@ class CpuGraph:
 
 
 def for_cpu(
-    path: Path, manifest: Manifest, native: bool, exact: bool = False, fused: bool = True, rounded: bool = False
+    paths: Sequence[Path],
+    manifest: Manifest,
+    native: bool,
+    exact: bool = False,
+    fused: bool = True,
+    rounded: bool = False,
 ) -> CpuGraph:
-    """Rewrite a graph of a bundle for ONNX Runtime's CPU kernels.
+    """Rewrite graphs of a bundle as one graph for ONNX Runtime's CPU kernels.
 
-    Inputs and outputs are those of the file, except that every sequence has its own selection, and ``body`` takes them
-    layer by layer.
+    Inputs and outputs are those of the files, except that every sequence has its own selection, and ``body`` takes them
+    layer by layer. Several files are joined, see `join`.
 
     Args:
-        path: the ONNX file.
+        paths: the ONNX files, in their order.
         manifest: manifest of the bundle.
         native: whether the native ops run the graph.
         exact: whether integer layers read float32 inputs, and not inputs rounded to 8 bits.
         fused: whether dense attention becomes one op, see `CpuGraph`.
         rounded: whether float matrices become integers, see `RoundProducts` and `RoundRows`.
     """
-    model = ir.load(path)
+    model = reduce(join, map(ir.load, paths))
     computed: dict[str, Callable[[], np.ndarray]] = {}
-    for rewrite in _passes(path.stem, manifest, native, exact, fused, rounded):
+    for rewrite in _passes(paths[-1].stem, manifest, native, exact, fused, rounded):
         rewrite(model)
         if isinstance(rewrite, ComputesWeights):
             computed |= rewrite.weights
@@ -72,12 +79,12 @@ def for_cpu(
     # The data file may be a link, as in the Hugging Face cache. ONNX Runtime is given the folder of the link's target.
     for place in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
         if place.key == "location":
-            place.value = (path.parent / place.value).resolve().name
+            place.value = (paths[0].parent / place.value).resolve().name
     return CpuGraph(proto.SerializeToString(), computed, any(is_fused(node) for node in model.graph))
 
 
 def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: bool, rounded: bool) -> list[InPlacePass]:
-    """The passes for a graph, in their order."""
+    """The passes, in their order, for a graph or for several that end with it."""
     passes: list[InPlacePass] = [FuseAttention(manifest.spec, native)] if fused else []
     q = manifest.quantisation
     if q and q.residual_bits:

@@ -23,6 +23,7 @@ from shadowllm.runtime.session import Decodes, Prefill
 from shadowllm.threads import give_threads
 
 Kind = Literal["auto", "sparse", "dense"]
+STEP = "stem+body"  # the name of a step whose graphs are joined
 # All heads, neurons and rows, none of them from the low-bit copy.
 EVERYTHING = Budget(rest="drop")
 
@@ -57,9 +58,9 @@ def rounds_products(manifest: Manifest) -> bool:
 
 @dataclass(frozen=True)
 class _Form:
-    """A graph of a bundle and how it is rewritten, see `for_cpu`."""
+    """Graphs of a bundle that become one, and how it is rewritten, see `for_cpu`."""
 
-    piece: str
+    pieces: tuple[str, ...]
     rounded: bool = False
     fused: bool = True
 
@@ -128,7 +129,7 @@ class LoadedBundle:
     def pack(self) -> None:
         """Load the dense graph again, with packed weights, because it decodes now."""
         self.packed = self._decodes_dense = True
-        self._graphs = {form: graph for form, graph in self._graphs.items() if form.piece != "dense"}
+        self._graphs = {form: graph for form, graph in self._graphs.items() if form.pieces != ("dense",)}
 
     @property
     def all_active(self) -> bool:
@@ -145,11 +146,11 @@ class LoadedBundle:
 
     def pieces(self, plan: Plan) -> tuple[str, ...]:
         """The graphs of a step by their files."""
-        return tuple(form.piece for form in self._forms(plan).values())
+        return tuple(piece for form in self._forms(plan).values() for piece in form.pieces)
 
     def prefilling(self) -> dict[str, OrtGraph]:
         """The graphs of a prompt."""
-        return {"dense": self._graph(_Form("dense"))} if self.prefills == "dense" else self.graphs(DENSE)
+        return {"dense": self._graph(_Form(("dense",)))} if self.prefills == "dense" else self.graphs(DENSE)
 
     def verifying(self, batch: int, seqlen: int) -> list[OrtGraph]:
         """The graphs of a dense step over ``seqlen`` tokens of each of ``batch`` sequences, in their order.
@@ -167,12 +168,13 @@ class LoadedBundle:
 
     def _forms(self, plan: Plan) -> dict[str, _Form]:
         if plan == DENSE and not self.all_active:
-            return {"dense": _Form("dense")}
-        found, body = {name: _Form(name) for name in self.manifest.sparse_pieces}, plan.body
-        if plan == DENSE:
-            body = self._body_of_everything
-            found.pop("predictor", None)  # nothing is predicted if everything is active
-        return found | {"stem": _Form("stem", plan.rounded), BODY: _Form(body, plan.rounded)}
+            return {"dense": _Form(("dense",))}
+        if plan == DENSE:  # nothing is predicted if everything is active
+            return {STEP: _Form(("stem", self._body_of_everything))}
+        if "predictor" not in self.manifest.sparse_pieces:
+            return {STEP: _Form(("stem", plan.body), plan.rounded)}
+        forms = {name: _Form((name,), plan.rounded) for name in ("stem", plan.body)}
+        return {"stem": forms["stem"], "predictor": _Form(("predictor",)), BODY: forms[plan.body]}
 
     @property
     def _body_of_everything(self) -> str:
@@ -189,21 +191,21 @@ class LoadedBundle:
         return self._graphs[form]
 
     def _open(self, form: _Form) -> OrtGraph:
-        options, piece = ort.SessionOptions(), form.piece
-        give_threads(options, self._threads, wait_actively=piece == "dense" and self._decodes_dense)
-        packed = piece == "dense" and self.packed
-        options.add_session_config_entry("session.disable_prepacking", str(int(piece == "dense" and not packed)))
-        native = self._native and piece in SELECTING and native_ops.register(options)
-        path = self._bundle / f"{piece}.onnx"
+        options, dense = ort.SessionOptions(), form.pieces == ("dense",)
+        give_threads(options, self._threads, wait_actively=dense and self._decodes_dense)
+        packed = dense and self.packed
+        options.add_session_config_entry("session.disable_prepacking", str(int(dense and not packed)))
+        native = self._native and not SELECTING.isdisjoint(form.pieces) and native_ops.register(options)
+        paths = [self._bundle / f"{piece}.onnx" for piece in form.pieces]
         if not packed:
-            self._weights.give(ir.load(path).graph, options)
+            self._weights.give((ir.load(path).graph for path in paths), options)
         # The graph is loaded from memory, so ONNX Runtime needs the folder of the weights. It refuses a link out of
         # this folder, so links are resolved here.
         weights = (self._bundle / DATA_FILE).resolve()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
-        graph = for_cpu(path, self.manifest, native, self._exact, form.fused, form.rounded)
+        graph = for_cpu(paths, self.manifest, native, self._exact, form.fused, form.rounded)
         self._weights.give_computed(graph.computed, options)
-        loaded = OrtGraph(path, options, graph)
+        loaded = OrtGraph(paths[-1], options, graph)
         self._weights.release()
         return loaded
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -34,16 +34,16 @@ class SharedWeights:
             self._data = self._map(file)
         self._values: list[ort.OrtValue] = []  # ONNX Runtime does not own them
 
-    def give(self, graph: ir.Graph, options: ort.SessionOptions) -> None:
-        """Make a session with these options read the graph's external initializers from the mapped file."""
-        for value in graph.initializers.values():
+    def give(self, graphs: Iterable[ir.Graph], options: ort.SessionOptions) -> None:
+        """Make a session with these options read the graphs' external initializers from the mapped file."""
+        for name, value in {name: value for graph in graphs for name, value in graph.initializers.items()}.items():
             tensor = value.const_value
             if not isinstance(tensor, ir.ExternalTensor) or (tensor.length or 0) < LEAST_BYTES:
                 continue
             start = tensor.offset or 0
             flat = self._data[start : start + int(tensor.length or 0)]
             array = flat.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
-            self._add(str(value.name), array, tensor.dtype, options)
+            self._add(name, array, tensor.dtype, options)
 
     def give_computed(self, weights: Mapping[str, Callable[[], np.ndarray]], options: ort.SessionOptions) -> None:
         """Make a session with these options read initializers that are computed now, one after the other.

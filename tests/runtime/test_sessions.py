@@ -187,7 +187,7 @@ def test_profile_names_the_parts(bundle):
         assert all(seconds > 0 for seconds in session.step_seconds.values())
         session.set_budget(Budget())
         session.decode(np.array([3]))
-        assert set(session.step_seconds) == ({"stem", "body"} if native_ops.library() else {"dense"})
+        assert set(session.step_seconds) == ({"stem+body"} if native_ops.library() else {"dense"})
 
 
 @pytest.mark.parametrize("backend", ["ort", "torch"])

@@ -28,7 +28,7 @@ def test_released_pages_leave_the_memory_and_keep_their_contents(tmp_path):
     weights = SharedWeights(path)
     tensor = ir.ExternalTensor(path, 0, SIZE, ir.DataType.UINT8, shape=ir.Shape([SIZE]), name="w")
     value = ir.Value(name="w", const_value=tensor)
-    weights.give(ir.Graph([], [], nodes=[], initializers=[value]), ort.SessionOptions())
+    weights.give([ir.Graph([], [], nodes=[], initializers=[value])], ort.SessionOptions())
     (shared,) = weights._values
     before = mapped_bytes()
     assert np.array_equal(shared.numpy(), expected)
