@@ -18,7 +18,7 @@ inline __m512i joined(__m512i high, __m512i low) {
 }
 
 inline bool in_integers(const Rows& rows, size_t tokens) {
-  return tokens == 1 && rows.block == kIntegerBlock && rows.width <= kMostIntegers;
+  return tokens == 1 && !rows.exact && rows.block == kIntegerBlock && rows.width <= kMostIntegers;
 }
 
 // Elements of a step, which is 64 bytes of a row: 64 at 8 bits; 128 at 4 bits, with even ones in the lower halves.

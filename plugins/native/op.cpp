@@ -33,14 +33,15 @@ size_t Tensor::size() const {
   return size;
 }
 
-Node::Node(const Api& api, const OrtKernelInfo* info, const char* op, const Port* ports, size_t count, bool has_layer)
-    : api_(api), info_(info), name_(op), ports_(ports), constants_(count) {
+Node::Node(const Api& api, const OrtKernelInfo* info, const char* op, const Port* ports, size_t count, bool has_layer,
+           size_t first)
+    : api_(api), info_(info), name_(op), ports_(ports), constants_(count), first_(first) {
   if (has_layer) name_ += " layer " + std::to_string(integer("layer"));
   exact_copies_ = integer_or("exact_copies", 0) != 0;
   for (size_t i = 0; i < count; ++i) {
     int is_constant = 0;
     const OrtValue* value = nullptr;
-    api.check(api.kernel_info_get_constant_input(info, i, &is_constant, &value));
+    api.check(api.kernel_info_get_constant_input(info, first + i, &is_constant, &value));
     if (is_constant != 0 && value != nullptr) constants_[i] = view(value);
   }
 }
@@ -98,10 +99,10 @@ std::vector<Tensor> Node::inputs(const OrtKernelContext* context) const {
   std::vector<Tensor> found = constants_;
   size_t count = 0;
   api_.check(api_.kernel_context_get_input_count(context, &count));
-  for (size_t i = 0; i < found.size() && i < count; ++i) {
+  for (size_t i = 0; i < found.size() && first_ + i < count; ++i) {
     if (found[i].present()) continue;
     const OrtValue* value = nullptr;
-    api_.check(api_.kernel_context_get_input(context, i, &value));
+    api_.check(api_.kernel_context_get_input(context, first_ + i, &value));
     if (value != nullptr) found[i] = view(value);
   }
   return found;
@@ -113,12 +114,12 @@ Tensor Node::output(OrtKernelContext* context, std::initializer_list<int64_t> di
   return view(value);
 }
 
-Tensor Node::optional_output(OrtKernelContext* context, size_t index, std::initializer_list<int64_t> dims) const {
+Tensor Node::optional_output(OrtKernelContext* context, size_t index, const int64_t* dims, size_t rank) const {
   size_t count = 0;
   api_.check(api_.kernel_context_get_output_count(context, &count));
   if (index >= count) return {};
   OrtValue* value = nullptr;
-  api_.check(api_.kernel_context_get_output(context, index, dims.begin(), dims.size(), &value));
+  api_.check(api_.kernel_context_get_output(context, index, dims, rank, &value));
   return value == nullptr ? Tensor{} : view(value);
 }
 
@@ -181,9 +182,18 @@ Picks Node::active(const Tensor& indices, const Tensor& count, size_t selection,
   return {ids, static_cast<size_t>(n)};
 }
 
-Tensor Node::chosen_output(OrtKernelContext* context, const Tensor& count, int64_t width) const {
-  if (count.rank == 0) return optional_output(context, 1, {width});
-  return optional_output(context, 1, {count.dims[0], width});
+Tensor Node::chosen_output(const Outputs& outputs, const Tensor& count, int64_t width) const {
+  if (count.rank == 0) return outputs.get(1, {width});
+  return outputs.get(1, {count.dims[0], width});
+}
+
+Tensor Outputs::get(size_t index, const int64_t* dims, size_t rank) const {
+  const size_t output = places_.empty() ? index : places_[index].output;
+  if (places_.empty() || places_[index].memory == nullptr) return node_.optional_output(context_, output, dims, rank);
+  Tensor tensor;
+  tensor.data = places_[index].memory, tensor.type = kFloat, tensor.rank = static_cast<int>(rank);
+  std::copy_n(dims, rank, tensor.dims.begin());
+  return tensor;
 }
 
 RowType Node::row_type(const Tensor& tensor, const char* name) const {
@@ -233,13 +243,15 @@ Rows Node::blocks(const std::vector<Tensor>& in, size_t port, size_t scales_port
   expect(in, port, {rows, blocks, bytes});
   expect(in, scales_port, {rows, blocks});
   const RowType exact = bits == 8 ? RowType::i8 : RowType::i4, rounded = bits == 8 ? RowType::c8 : RowType::c4;
-  return {tensor.data,
-          static_cast<size_t>(blocks * bytes),
-          static_cast<size_t>(blocks * block),
-          exact_copies_ ? exact : rounded,
-          scales.as<float>(),
-          scales_bytes(scales),
-          static_cast<size_t>(block)};
+  Rows found{tensor.data,
+             static_cast<size_t>(blocks * bytes),
+             static_cast<size_t>(blocks * block),
+             exact_copies_ ? exact : rounded,
+             scales.as<float>(),
+             scales_bytes(scales),
+             static_cast<size_t>(block)};
+  found.exact = exact_copies_;
+  return found;
 }
 
 Rows Node::residual(const std::vector<Tensor>& in, size_t port, const Rows& copy, int64_t rows) const {
@@ -304,11 +316,15 @@ void Node::pack(size_t port, size_t scales_port) {
 }
 
 namespace {
-thread_local std::vector<float> kept;
+thread_local std::vector<std::vector<float>> kept;  // the last one is that of the outermost use
 }
 
-Scratch::Scratch() : memory_(std::move(kept)) {}
-Scratch::~Scratch() { kept = std::move(memory_); }
+Scratch::Scratch() {
+  if (kept.empty()) return;
+  memory_ = std::move(kept.back());
+  kept.pop_back();
+}
+Scratch::~Scratch() { kept.push_back(std::move(memory_)); }
 
 float* Scratch::take(size_t floats) {
   constexpr size_t kLine = kLineBytes / sizeof(float);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "ort_api.hpp"
+#include "pool.hpp"
 #include "rows.hpp"
 
 namespace shadowllm {
@@ -50,11 +51,15 @@ struct PackedRows {
   size_t stride;              // bytes
 };
 
+class Outputs;
+
 // A kernel's view of its node: its name for messages, and its constant inputs.
 class Node {
  public:
-  // The name is the op's name, and the attribute `layer` if the op has one.
-  Node(const Api& api, const OrtKernelInfo* info, const char* op, const Port* ports, size_t count, bool has_layer);
+  // The name is the op's name, and the attribute `layer` if the op has one. `first`: the place of its first input among
+  // those of the node, if the op is a part of another one.
+  Node(const Api& api, const OrtKernelInfo* info, const char* op, const Port* ports, size_t count, bool has_layer,
+       size_t first = 0);
 
   int64_t integer(const char* attribute) const;
   int64_t integer_or(const char* attribute, int64_t otherwise) const;
@@ -65,7 +70,10 @@ class Node {
   std::vector<Tensor> inputs(const OrtKernelContext* context) const;
   Tensor output(OrtKernelContext* context, std::initializer_list<int64_t> dims) const;
   // An output that the node may lack; then the tensor is absent.
-  Tensor optional_output(OrtKernelContext* context, size_t index, std::initializer_list<int64_t> dims) const;
+  Tensor optional_output(OrtKernelContext* context, size_t index, const int64_t* dims, size_t rank) const;
+  Tensor optional_output(OrtKernelContext* context, size_t index, std::initializer_list<int64_t> dims) const {
+    return optional_output(context, index, dims.begin(), dims.size());
+  }
   Tensor output_like(OrtKernelContext* context, const Tensor& tensor) const;
 
   // Throws an Error that starts with the op and its layer.
@@ -94,7 +102,7 @@ class Node {
   // The active indices of a selection: its row of `indices` up to its count. Throws unless all are in 0..rows-1.
   Picks active(const Tensor& indices, const Tensor& count, size_t selection, int64_t rows) const;
   // The output `chosen`: (width), or (selections, width) if `count` has a dimension. Absent if the node lacks it.
-  Tensor chosen_output(OrtKernelContext* context, const Tensor& count, int64_t width) const;
+  Tensor chosen_output(const Outputs& outputs, const Tensor& count, int64_t width) const;
   // A weight matrix (rows, width). Integers come with scales (rows, blocks). Throws if the type is not supported, or if
   // the shapes do not match.
   Rows matrix(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const;
@@ -124,31 +132,48 @@ class Node {
   const Port* ports_;
   std::vector<Tensor> constants_;
   std::map<size_t, PackedRows> packed_;
+  size_t first_;
   bool exact_copies_ = false;  // the factors of a copy's rows are not rounded to 8 bits; for validation
 };
 
-// ONNX Runtime's intra-op threads. Bodies must not throw.
-class Pool {
+// Where an op writes its results: outputs of the node, or memory if it is a part of another op.
+class Outputs {
  public:
-  Pool(const Api& api, const OrtKernelContext* context) : api_(&api), context_(context) {}
-  // Runs everything in this thread, for work inside a task.
-  static Pool none() { return Pool(); }
+  struct Place {
+    void* memory;   // null for an output of the node
+    size_t output;  // its index
+  };
 
-  template <class Body>
-  void run(size_t tasks, Body body) const {
-    if (tasks == 1 || api_ == nullptr) {
-      for (size_t i = 0; i < tasks; ++i) body(i);
-    } else if (tasks > 1) {
-      api_->check(
-          api_->parallel_for(context_, [](void* data, size_t i) { (*static_cast<Body*>(data))(i); }, tasks, 0, &body));
-    }
-  }
+  Outputs(const Node& node, OrtKernelContext* context) : node_(node), context_(context) {}
+  // Output i of the op goes to place i. The memory must be large enough.
+  Outputs(const Node& node, OrtKernelContext* context, std::vector<Place> places)
+      : node_(node), context_(context), places_(std::move(places)) {}
+
+  // Absent if the node lacks it.
+  Tensor get(size_t index, const int64_t* dims, size_t rank) const;
+  Tensor get(size_t index, std::initializer_list<int64_t> dims) const { return get(index, dims.begin(), dims.size()); }
 
  private:
-  Pool() = default;
+  const Node& node_;
+  OrtKernelContext* context_;
+  std::vector<Place> places_;
+};
 
-  const Api* api_ = nullptr;
-  const OrtKernelContext* context_ = nullptr;
+// An op as a part of another one.
+struct Part {
+  virtual ~Part() = default;
+  virtual std::vector<Tensor> inputs(const OrtKernelContext* context) const = 0;
+  virtual void compute(const std::vector<Tensor>& inputs, const Outputs& outputs, const Pool& pool) const = 0;
+};
+
+template <class Op>
+struct PartOf : Part {
+  PartOf(const Api& api, const OrtKernelInfo* info, size_t first) : op(api, info, first) {}
+  std::vector<Tensor> inputs(const OrtKernelContext* context) const override { return op.inputs(context); }
+  void compute(const std::vector<Tensor>& inputs, const Outputs& outputs, const Pool& pool) const override {
+    op.compute(inputs, outputs, pool);
+  }
+  Op op;
 };
 
 // Floats for one call. The thread keeps the memory for its next call. Nested use on a thread gets separate memory.
@@ -298,6 +323,11 @@ constexpr Entry entry_of() {
           }};
 }
 
+// Ops that are also parts of another one. `first`: see Node.
+std::unique_ptr<Part> linear_w8a8_part(const Api& api, const OrtKernelInfo* info, size_t first);
+std::unique_ptr<Part> cached_attention_part(const Api& api, const OrtKernelInfo* info, size_t first);
+std::unique_ptr<Part> sparse_mlp_part(const Api& api, const OrtKernelInfo* info, size_t first);
+
 // The ops. Each is defined in the native.cpp of its folder.
 extern const Entry kSelectTopK;
 extern const Entry kSparseMlp;
@@ -305,5 +335,6 @@ extern const Entry kSparseAttention;
 extern const Entry kShortlistLogits;
 extern const Entry kCachedAttention;
 extern const Entry kLinearW8A8;
+extern const Entry kDecoderLayer;
 
 }  // namespace shadowllm

@@ -21,6 +21,7 @@ from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort.computed_weights import ComputesWeights
 from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
 from shadowllm.runtime.ort.fuse_attention import FuseAttention, is_fused
+from shadowllm.runtime.ort.fuse_layers import FuseLayers
 from shadowllm.runtime.ort.join_graphs import join
 from shadowllm.runtime.ort.join_nested import JoinNested
 from shadowllm.runtime.ort.native_linear import NativeLinear
@@ -97,7 +98,7 @@ def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: boo
         passes.append(OwnSelections())
     if name in BODIES:
         passes += [SplitSelection(), *([FlattenHiddenStates()] if native else [])]
-        passes += [NativeLinear()] if native and native_ops.linear_pays() else []
+        passes += [NativeLinear(), FuseLayers()] if native and native_ops.linear_pays() else []
     if exact:  # at the end, for it marks the native ops
         passes.append(ExactIntegerInputs(native))
     return passes

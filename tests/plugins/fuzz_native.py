@@ -23,9 +23,10 @@ from shadowllm.bundle.quantisation import NESTED, Quantisation
 from shadowllm.plugins import native_ops
 from shadowllm.plugins.ops.linear_w8a8.reference import linear_w8a8
 from shadowllm.plugins.reference import copy_rows
-from shadowllm.plugins.registry import reference
+from shadowllm.plugins.registry import NATIVE_SCHEMAS, SCHEMAS, reference
 from tests.plugins.native_model import ONNX_TYPES, STATES, integers, run_all
 from tests.plugins.ops.cached_attention.native_inputs import cached_inputs
+from tests.plugins.ops.decoder_layer import native_inputs as layer_op
 from tests.plugins.ops.linear_w8a8.native_inputs import linear_inputs
 from tests.plugins.ops.select_topk.native_inputs import scores_of
 from tests.plugins.ops.shortlist_logits.table_inputs import (
@@ -58,7 +59,7 @@ class Case:
 
 def draw(rng: np.random.Generator) -> Case:
     """A valid case of any op."""
-    return (mlp, attention, topk, logits, cached, linear)[rng.integers(6)](rng)
+    return (mlp, attention, topk, logits, cached, linear, layer)[rng.integers(7)](rng)
 
 
 def mlp(rng: np.random.Generator) -> Case:
@@ -123,6 +124,17 @@ def linear(rng: np.random.Generator) -> Case:
     return Case("LinearW8A8", linear_inputs(size, rng.random() < 0.5), ("w", "scales"), {})
 
 
+def layer(rng: np.random.Generator) -> Case:
+    kv_heads, group, half, batch, seqlen = (int(n) for n in rng.integers(1, [4, 4, 20, 4, 12]))
+    hidden, neurons, capacity = (int(n) for n in rng.integers([1, 1, seqlen], [200, 100, seqlen + 60]))
+    last = tuple(int(n) for n in rng.integers(seqlen - 1, capacity, batch))
+    size = layer_op.Size(kv_heads * group, kv_heads, 2 * half, hidden, neurons, seqlen, last, capacity)
+    form = str(rng.choice(list(MLP_FORMS)))
+    inputs = layer_op.layer_inputs(size, form, rope=rng.random() < 0.7, choosing=rng.random() < 0.5, q=copy_format(rng))
+    attributes = {"n_heads": size.heads, "activation": MLP_FORMS[form][0], "window": window(rng)}
+    return Case("DecoderLayer", inputs, layer_op.WEIGHTS, attributes)
+
+
 def window(rng: np.random.Generator) -> int:
     return int(rng.choice([0, 0, 1, 5, 30, 2**31 - 1]))
 
@@ -152,7 +164,7 @@ def weights_of(inputs: Inputs) -> tuple[str, ...]:
     return tuple(name for name in inputs if name.startswith(("w_", "b_", "s_")) or name in copies)
 
 
-def damage(rng: np.random.Generator, inputs: Inputs) -> Inputs:
+def damage(rng: np.random.Generator, op: str, inputs: Inputs) -> Inputs:
     """Give one input other values or another shape, or remove it."""
     name = str(rng.choice([name for name, value in inputs.items() if value is not None]))
     value = inputs[name]
@@ -163,22 +175,7 @@ def damage(rng: np.random.Generator, inputs: Inputs) -> Inputs:
     elif kind < 2:
         spoilt = np.ones(rng.integers(0, 5, int(rng.integers(0, 6))), dtype=value.dtype)
     else:
-        required = {"x", "key", "value", "lengths", "indices", "count", "counts", "scores", "w_up", "w_down"}
-        required |= {
-            "w",
-            "w_q",
-            "w_o",
-            "table",
-            "copy",
-            "scales",
-            "errors",
-            "shortlist",
-            "certify",
-            "projected",
-            "past_key",
-            "past_value",
-            "last",
-        }
+        required = {port.name for port in (SCHEMAS | NATIVE_SCHEMAS)[op].inputs if not port.optional}
         spoilt = value if name in required else None
     return inputs | {name: spoilt}
 
@@ -192,6 +189,8 @@ def judge(case: Case, found: list[np.ndarray]) -> str | None:
         return judge_logits(inputs, y)
     if case.op == "LinearW8A8":
         return judge_linear(inputs, y)
+    if case.op == "DecoderLayer":
+        return judge_layer(case, y, chosen=found[3])
     if case.op.startswith("Sparse") and inputs["indices"] is None:
         inputs = inputs | {"indices": found[1]}  # near-ties may be chosen in another way
     expected = reference(case.op)(**inputs, **case.attributes)
@@ -232,6 +231,13 @@ def judge_linear(inputs: Inputs, found: np.ndarray) -> str | None:
     return None if (np.abs(found - linear_w8a8(**inputs)) <= bound).all() else "off by more than the rounding"
 
 
+def judge_layer(case: Case, found: np.ndarray, chosen: np.ndarray) -> str | None:
+    """Describe a layer that is not the sum of its parts."""
+    given = {"mlp_indices": chosen} if case.inputs["mlp_indices"] is None else {}
+    expected = layer_op.in_parts(case.inputs | given, **case.attributes)[0]
+    return None if np.linalg.norm(found - expected) <= 1e-3 * np.linalg.norm(expected) else "not what its parts give"
+
+
 def main() -> int:
     """Fuzz for a while; the exit status says whether anything was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,20 +249,21 @@ def main() -> int:
     while time.monotonic() < end and found < 10:
         os.environ[native_ops.ISA_VARIABLE] = str(rng.choice(native_ops.kernels()))
         case, spoil = draw(rng), rng.random() < 0.4
-        inputs = damage(rng, case.inputs) if spoil else case.inputs
+        inputs = damage(rng, case.op, case.inputs) if spoil else case.inputs
         fed = all(v is None or v.dtype in ONNX_TYPES for v in inputs.values()) and rng.random() < 0.5
         weights = () if fed else case.weights  # 16-bit tensors can only be initializers
-        layer = {
+        more = {
             "SelectTopK": {},
             "CachedAttention": {},
             "LinearW8A8": {},
             "ShortlistLogits": {"exact_copies": 1},
+            "DecoderLayer": {"exact_copies": 1, "layer": 1},
         }.get(case.op, {"layer": 1})
         problem = None
         try:
-            outputs = {"SelectTopK": 1, "LinearW8A8": 1, "CachedAttention": 3}.get(case.op, 2)
+            outputs = {"SelectTopK": 1, "LinearW8A8": 1, "CachedAttention": 3, "DecoderLayer": 4}.get(case.op, 2)
             threads = int(rng.integers(1, 3))
-            result = run_all(case.op, inputs, weights, threads, outputs, **case.attributes, **layer)
+            result = run_all(case.op, inputs, weights, threads, outputs, **case.attributes, **more)
             problem = None if spoil else judge(case, result)
         except REFUSALS as error:
             refused += 1

@@ -54,8 +54,8 @@ class CachedAttention {
   static constexpr Port kOutputs[] = {
       {"y", kFloat, kRequired}, {"key", kFloat, kRequired}, {"value", kFloat, kRequired}};
 
-  CachedAttention(const Api& api, const OrtKernelInfo* info)
-      : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false), kernels_(choose_kernels()) {
+  CachedAttention(const Api& api, const OrtKernelInfo* info, size_t first = 0)
+      : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false, first), kernels_(choose_kernels()) {
     n_heads_ = node_.integer("n_heads");
     node_.bound("n_heads", n_heads_, 1, INT32_MAX);
     window_ = node_.integer_or("window", 0);
@@ -67,15 +67,20 @@ class CachedAttention {
     infer_like_input(api, context, kPastValue, 2);
   }
 
+  std::vector<Tensor> inputs(const OrtKernelContext* context) const { return node_.inputs(context); }
+
   void compute(OrtKernelContext* context) const {
-    const std::vector<Tensor> in = node_.inputs(context);
-    const Step step = read(in, context);
+    compute(inputs(context), Outputs(node_, context), Pool(api_, context));
+  }
+
+  void compute(const std::vector<Tensor>& in, const Outputs& outputs, const Pool& pool) const {
+    const Step step = read(in, outputs);
     const size_t queries = step.seqlen * step.group(), tiles = (queries + kQueries - 1) / kQueries;
     const size_t heads = step.batch * step.kv_heads, tasks = heads * tiles, workers = std::min(tasks, kWorkers);
     const size_t room = std::min(queries, kQueries) * (2 * step.head_dim + step.longest) + step.longest;
     Scratch scratch;
     float* memory = scratch.take(workers * room);
-    const Pool pool(api_, context), some = step.seqlen == 1 ? Pool::none() : pool;
+    const Pool some = step.seqlen == 1 ? Pool::none() : pool;
     some.run(heads, [&](size_t i) { write(step, i / step.kv_heads, i % step.kv_heads); });
     pool.run(workers, [&](size_t worker) {
       for (size_t i = worker; i < tasks; i += workers) {
@@ -87,7 +92,7 @@ class CachedAttention {
   }
 
  private:
-  Step read(const std::vector<Tensor>& in, OrtKernelContext* context) const {
+  Step read(const std::vector<Tensor>& in, const Outputs& outputs) const {
     const Tensor &projected = in[kProjected], &key = in[kPastKey];
     if (key.rank != 4) node_.fail("past_key has " + std::to_string(key.rank) + " dimensions, not 4");
     if (projected.rank != 2) node_.fail("projected has " + std::to_string(projected.rank) + " dimensions, not 2");
@@ -111,9 +116,9 @@ class CachedAttention {
       step.longest = std::max(step.longest, static_cast<size_t>(in[kLast].as<int32_t>()[b]) + 1);
     step.projected = projected.as<float>(), step.last = in[kLast].as<int32_t>();
     step.cos = in[kCos].as<float>(), step.sin = in[kSin].as<float>();
-    step.y = static_cast<float*>(node_.output(context, {rows, n_heads_ * d}).data);
+    step.y = static_cast<float*>(outputs.get(0, {rows, n_heads_ * d}).data);
     const auto cache = [&](size_t output, const Tensor& past) {
-      void* data = node_.optional_output(context, output, {batch, kv_heads, capacity, d}).data;
+      void* data = outputs.get(output, {batch, kv_heads, capacity, d}).data;
       if (data != past.data && past.size() != 0) std::memcpy(data, past.data, past.size() * sizeof(float));
       return static_cast<float*>(data);
     };
@@ -183,5 +188,9 @@ class CachedAttention {
 }  // namespace
 
 const Entry kCachedAttention = entry_of<CachedAttention>();
+
+std::unique_ptr<Part> cached_attention_part(const Api& api, const OrtKernelInfo* info, size_t first) {
+  return std::make_unique<PartOf<CachedAttention>>(api, info, first);
+}
 
 }  // namespace shadowllm

@@ -18,26 +18,30 @@ class LinearW8A8 {
       {"x", kFloat, kRequired}, {"w", kUInt8, kRequired}, {"scales", kFloat, kRequired}, {"bias", kFloat, kOptional}};
   static constexpr Port kOutputs[] = {{"y", kFloat, kRequired}};
 
-  LinearW8A8(const Api& api, const OrtKernelInfo* info)
-      : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false), kernels_(choose_kernels()) {}
+  LinearW8A8(const Api& api, const OrtKernelInfo* info, size_t first = 0)
+      : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false, first), kernels_(choose_kernels()) {}
 
   static void infer(const Api& api, OrtShapeInferContext* context) { infer_rows(api, context, {kX, kW}, 0, kFloat); }
 
+  std::vector<Tensor> inputs(const OrtKernelContext* context) const { return node_.inputs(context); }
+
   void compute(OrtKernelContext* context) const {
-    const std::vector<Tensor> in = node_.inputs(context);
+    compute(inputs(context), Outputs(node_, context), Pool(api_, context));
+  }
+
+  void compute(const std::vector<Tensor>& in, const Outputs& outputs, const Pool& pool) const {
     const Tensor& x = in[kX];
     if (x.rank != 2) node_.fail("x has " + std::to_string(x.rank) + " dimensions, not 2");
     const int64_t rows = in[kW].rank < 1 ? 0 : in[kW].dims[0], width = x.dims[1];
     const Rows weights = node_.blocks(in, kW, kScales, rows, width, 8);
     node_.expect(in, kBias, {rows});
-    const size_t tokens = static_cast<size_t>(x.dims[0]), outputs = static_cast<size_t>(rows);
-    float* y = static_cast<float*>(node_.output(context, {x.dims[0], rows}).data);
+    const size_t tokens = static_cast<size_t>(x.dims[0]), size = static_cast<size_t>(rows);
+    float* y = static_cast<float*>(outputs.get(0, {x.dims[0], rows}).data);
     Scratch scratch;
-    const Pool pool(api_, context);
     const std::vector<const float*> inputs = prepare(pool, weights, x.as<float>(), tokens, width, scratch);
-    const Chunks chunks(outputs, weights.cost(), std::max<size_t>(1, tokens));
+    const Chunks chunks(size, weights.cost(), std::max<size_t>(1, tokens));
     pool.run(tokens == 0 ? 0 : chunks.count(),
-             [&](size_t c) { multiply(weights, chunks[c], inputs, in[kBias].as<float>(), y, outputs); });
+             [&](size_t c) { multiply(weights, chunks[c], inputs, in[kBias].as<float>(), y, size); });
   }
 
  private:
@@ -83,5 +87,9 @@ class LinearW8A8 {
 }  // namespace
 
 const Entry kLinearW8A8 = entry_of<LinearW8A8>();
+
+std::unique_ptr<Part> linear_w8a8_part(const Api& api, const OrtKernelInfo* info, size_t first) {
+  return std::make_unique<PartOf<LinearW8A8>>(api, info, first);
+}
 
 }  // namespace shadowllm

@@ -61,7 +61,8 @@ class SparseAttention {
   void compute(OrtKernelContext* context) const {
     const std::vector<Tensor> in = node_.inputs(context);
     const size_t selections = check(in);
-    const Tensor y = node_.output_like(context, in[kX]), chosen = node_.chosen_output(context, in[kCount], n_heads_);
+    const Tensor y = node_.output_like(context, in[kX]);
+    const Tensor chosen = node_.chosen_output(Outputs(node_, context), in[kCount], n_heads_);
     std::vector<Call> calls;
     for (size_t i = 0; i < selections; ++i) calls.push_back(read(in, i, selections, y, chosen));
     Scratch scratch;

@@ -58,8 +58,8 @@ class SparseMlp {
   };
   static constexpr Port kOutputs[] = {{"y", kFloat, kRequired}, {"chosen", kInt32, kOptional}};
 
-  SparseMlp(const Api& api, const OrtKernelInfo* info)
-      : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), true), kernels_(choose_kernels()) {
+  SparseMlp(const Api& api, const OrtKernelInfo* info, size_t first = 0)
+      : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), true, first), kernels_(choose_kernels()) {
     activation_ = parse_activation(node_, node_.text("activation"));
     for (const auto& [weights, scales] : {std::pair{kWGate, kSGate}, {kWUp, kSUp}, {kWDown, kSDown}})
       node_.pack(weights, scales);
@@ -68,11 +68,16 @@ class SparseMlp {
 
   static void infer(const Api& api, OrtShapeInferContext* context) { infer_like_input(api, context, kX, 0); }
 
+  std::vector<Tensor> inputs(const OrtKernelContext* context) const { return node_.inputs(context); }
+
   void compute(OrtKernelContext* context) const {
-    const std::vector<Tensor> in = node_.inputs(context);
+    compute(inputs(context), Outputs(node_, context), Pool(api_, context));
+  }
+
+  void compute(const std::vector<Tensor>& in, const Outputs& outputs, const Pool& pool) const {
     const size_t selections = check(in);
-    const Tensor y = node_.output_like(context, in[kX]);
-    const Tensor chosen = node_.chosen_output(context, in[kCount], in[kWUp].dims[0]);
+    const Tensor y = outputs.get(0, in[kX].dims.data(), static_cast<size_t>(in[kX].rank));
+    const Tensor chosen = node_.chosen_output(outputs, in[kCount], in[kWUp].dims[0]);
     std::vector<Call> calls;
     for (size_t i = 0; i < selections; ++i) calls.push_back(read(in, i, selections, y, chosen));
     Scratch scratch;
@@ -80,7 +85,7 @@ class SparseMlp {
     (void)Memory(sizes, calls);
     Room room(scratch.take(sizes.used()));
     const Memory memory(room, calls);
-    run(Pool(api_, context), calls, memory);
+    run(pool, calls, memory);
   }
 
  private:
@@ -355,5 +360,9 @@ class SparseMlp {
 }  // namespace
 
 const Entry kSparseMlp = entry_of<SparseMlp>();
+
+std::unique_ptr<Part> sparse_mlp_part(const Api& api, const OrtKernelInfo* info, size_t first) {
+  return std::make_unique<PartOf<SparseMlp>>(api, info, first);
+}
 
 }  // namespace shadowllm

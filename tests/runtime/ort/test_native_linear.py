@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from shadowllm.bundle.manifest import BODY_ALL_HEADS, read_manifest
+from shadowllm.bundle.manifest import BODY, read_manifest
 from shadowllm.bundle.quantisation import Quantisation, quantise
 from shadowllm.models.sparsity import Budget
 from shadowllm.plugins import native_ops
@@ -82,7 +82,7 @@ def test_other_products_stay(model):
 def test_steps_of_mixed_precision_use_it_where_it_pays(bundle, monkeypatch, pays):
     monkeypatch.setattr(native_ops, "linear_pays", lambda: pays)
     folder = bundle(kind="quantized-shadow", rest="shadow")
-    graph = for_cpu([folder / f"{BODY_ALL_HEADS}.onnx"], read_manifest(folder), native=True, rounded=True)
+    graph = for_cpu([folder / f"{BODY}.onnx"], read_manifest(folder), native=True, rounded=True)
     types = {node.op_type for node in onnx.ModelProto.FromString(graph.model).graph.node}
     assert types & {"LinearW8A8", "MatMulNBits"} == {"LinearW8A8" if pays else "MatMulNBits"}
 

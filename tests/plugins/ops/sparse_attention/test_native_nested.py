@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,8 @@ from tests.plugins.native_model import REFUSED, built, run, run_all
 from tests.plugins.ops.sparse_attention.mixed_inputs import MIXED_WEIGHTS, check, mixed_inputs
 
 pytestmark = built
-FORMATS = pytest.mark.parametrize("q", NESTED.values(), ids=NESTED)
+FORMS = NESTED | {"int6, blocks of 32": replace(NESTED["int6"], block=32)}
+FORMATS = pytest.mark.parametrize("q", FORMS.values(), ids=FORMS)
 
 SIZES = [  # D, H, n_kv, d, capacity, B, S, lengths, count; groups to choose from
     ((41, 1, 1, 2, 1, 1, 1, (1,), 0), 1),

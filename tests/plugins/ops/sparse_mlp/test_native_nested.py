@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,8 @@ from tests.plugins.ops.sparse_mlp.mixed_inputs import MIXED_WEIGHTS, Rounding, c
 from tests.plugins.ops.sparse_mlp.native_inputs import MLP_FORMS
 
 pytestmark = built
-FORMATS = pytest.mark.parametrize("q", NESTED.values(), ids=NESTED)
+FORMS = NESTED | {"int6, blocks of 32": replace(NESTED["int6"], block=32)}
+FORMATS = pytest.mark.parametrize("q", FORMS.values(), ids=FORMS)
 
 CASES = [  # D, F, B, S, count
     ("relu-gated", (41, 7, 1, 1, 3)),
@@ -44,7 +47,7 @@ def test_residuals_alone(q, isa):
         scales, values = inputs[f"cs_{part}"], unpacked(inputs[f"w_{part}"], q.residual_bits)
         inputs[f"c_{part}"] = np.full_like(inputs[f"c_{part}"], 0x88)
         four = values + np.uint8(8 - (1 << (q.residual_bits - 1)))
-        copies[f"c_{part}"] = (four[:, ::2] | four[:, 1::2] << 4).reshape(*scales.shape, 32)
+        copies[f"c_{part}"] = (four[:, ::2] | four[:, 1::2] << 4).reshape(*scales.shape, q.block // 2)
         copies[f"cs_{part}"] = scales * np.float32(q.residual_step)
     as_copy = inputs | copies | {"count": scalar(0)}
     found, wanted = (run("SparseMLP", of, MIXED_WEIGHTS, activation="silu", layer=0) for of in (inputs, as_copy))

@@ -1,0 +1,112 @@
+// The threads that an op uses: those of ONNX Runtime, or a team of them that stays together for several ops.
+#pragma once
+
+#include <atomic>
+#include <exception>
+
+#include "ort_api.hpp"
+
+namespace shadowllm {
+
+// Some of ONNX Runtime's threads, between which one of them, the leader, divides one list of tasks after the other. The
+// others wait actively for the next list, so a list starts in a fraction of a microsecond.
+class Team {
+ public:
+  // The most tasks of a list.
+  static constexpr size_t kMost = (size_t{1} << 20) - 1;
+
+  // Runs lead(team) in one thread, and lets the others help until it returns. Throws what it throws.
+  template <class Lead>
+  static void gather(const Api& api, const OrtKernelContext* context, size_t threads, Lead lead) {
+    Team team;
+    std::exception_ptr error;
+    auto join = [&] {
+      if (team.led_.exchange(true)) return team.help();
+      try {
+        lead(team);
+      } catch (...) {
+        error = std::current_exception();
+      }
+      team.ended_.store(true, std::memory_order_release);
+    };
+    using Join = decltype(join);
+    api.check(api.parallel_for(context, [](void* data, size_t) { (*static_cast<Join*>(data))(); }, threads, 0, &join));
+    if (error) std::rethrow_exception(error);
+  }
+
+  // Calls task(data, i) for each i below count. For the leader; `count` is at most kMost.
+  void run(size_t count, void (*task)(void*, size_t), void* data) {
+    task_ = task, data_ = data;
+    done_.store(0, std::memory_order_relaxed);
+    round_ = (round_ + 1) & kRounds;
+    state_.store(round_ << 40 | count << 20, std::memory_order_release);
+    while (take()) continue;
+    while (done_.load(std::memory_order_acquire) != count) pause();
+  }
+
+ private:
+  static constexpr uint64_t kRounds = (1 << 24) - 1;
+
+  Team() = default;
+
+  void help() {
+    while (!ended_.load(std::memory_order_acquire))
+      if (!take()) pause();
+  }
+
+  // Runs the next task of the list, if one is left. A task that was taken belongs to the present list, because the
+  // state, with its round, was the present one.
+  bool take() {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    const uint64_t next = state & kMost;
+    if (next >= (state >> 20 & kMost)) return false;
+    if (!state_.compare_exchange_strong(state, state + 1, std::memory_order_acq_rel)) return true;
+    task_(data_, static_cast<size_t>(next));
+    done_.fetch_add(1, std::memory_order_release);
+    return true;
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  std::atomic<bool> led_{false}, ended_{false};
+  alignas(64) std::atomic<uint64_t> state_{0};  // the round, the number of tasks, the next one: 24, 20 and 20 bits
+  alignas(64) std::atomic<size_t> done_{0};
+  uint64_t round_ = 0;
+  void (*task_)(void*, size_t) = nullptr;
+  void* data_ = nullptr;
+};
+
+// The threads of an op. Bodies must not throw.
+class Pool {
+ public:
+  Pool(const Api& api, const OrtKernelContext* context) : api_(&api), context_(context) {}
+  explicit Pool(Team& team) : team_(&team) {}
+  // Runs everything in this thread, for work inside a task.
+  static Pool none() { return Pool(); }
+
+  template <class Body>
+  void run(size_t tasks, Body body) const {
+    const auto task = [](void* data, size_t i) { (*static_cast<Body*>(data))(i); };
+    if (team_ != nullptr && tasks > 1 && tasks <= Team::kMost)
+      team_->run(tasks, task, &body);
+    else if (api_ != nullptr && tasks > 1)
+      api_->check(api_->parallel_for(context_, task, tasks, 0, &body));
+    else
+      for (size_t i = 0; i < tasks; ++i) body(i);
+  }
+
+ private:
+  Pool() = default;
+
+  Team* team_ = nullptr;
+  const Api* api_ = nullptr;
+  const OrtKernelContext* context_ = nullptr;
+};
+
+}  // namespace shadowllm

@@ -1,0 +1,94 @@
+"""Inputs of ``DecoderLayer``, and its parts as nodes of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
+from shadowllm.plugins.ops.decoder_layer.reference import rms_norm
+from shadowllm.plugins.ops.decoder_layer.schema import STAGES
+from shadowllm.plugins.registry import NATIVE_SCHEMAS
+from tests.plugins.native_model import run_all
+from tests.plugins.ops.cached_attention.native_inputs import cached_inputs
+from tests.plugins.ops.linear_w8a8.native_inputs import linear_inputs
+from tests.plugins.ops.sparse_mlp.mixed_inputs import with_copy
+from tests.plugins.ops.sparse_mlp.native_inputs import mlp_inputs
+
+Inputs = dict[str, np.ndarray | None]
+REPLACED = ("qkv_x", "attention_projected", "out_x", "mlp_x")  # results of the part before
+WEIGHTS = tuple(
+    port.name
+    for port in NATIVE_SCHEMAS["DecoderLayer"].inputs
+    if not port.name.startswith("attention_") and port.name not in ("x", "mlp_count", "mlp_rest", "mlp_indices")
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """The last position of each sequence says how many there are."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    neurons: int
+    seqlen: int
+    last: tuple[int, ...]
+    capacity: int = 40
+
+
+def layer_inputs(
+    size: Size, form: str = "llama", *, rope: bool = True, choosing: bool = True, q: Quantisation | None = LOW_BIT_COPY
+) -> Inputs:
+    """A layer whose MLP has a low-bit copy, unless ``q`` is None, and as many active neurons as a third of all."""
+    tokens, width = len(size.last) * size.seqlen, size.heads * size.head_dim
+    whole = width + 2 * size.kv_heads * size.head_dim
+    rng = np.random.default_rng(size.hidden)
+    mlp = mlp_inputs(form, (size.hidden, size.neurons, 1, tokens, size.neurons // 3))
+    if q is not None:
+        mlp = with_copy(mlp, choosing=choosing, q=q)
+    cache = (size.heads, size.kv_heads, size.head_dim, size.capacity, size.seqlen, size.last)
+    parts = {
+        "qkv": _scaled(linear_inputs((tokens, size.hidden, whole, 64), seed=1)),
+        "attention": cached_inputs(cache, rope),
+        "out": _scaled(linear_inputs((tokens, width, size.hidden, 64), seed=2)),
+        "mlp": {name: _small(value) if name.startswith("w_") else value for name, value in mlp.items()},
+    }
+    own = {
+        "x": rng.standard_normal((tokens, size.hidden)).astype(np.float32),
+        "norm": rng.uniform(0.5, 1.5, size.hidden).astype(np.float32),
+        "post_norm": rng.uniform(0.5, 1.5, size.hidden).astype(np.float32),
+    }
+    given = {f"{part}_{name}": value for part, inputs in parts.items() for name, value in inputs.items()}
+    return own | {name: value for name, value in given.items() if name not in REPLACED}
+
+
+def _scaled(inputs: Inputs) -> Inputs:
+    """The same layer with results of about the size of its inputs."""
+    scales = inputs["scales"]
+    assert scales is not None
+    return inputs | {"scales": scales * np.float32(0.02)}
+
+
+def _small(weights: np.ndarray | None) -> np.ndarray | None:
+    return weights * np.float32(0.1) if weights is not None and weights.dtype == np.float32 else weights
+
+
+def in_parts(
+    inputs: Inputs, *, n_heads: int, activation: str, epsilon: float = 1e-5, window: int = 0
+) -> tuple[np.ndarray, ...]:
+    """The layer with a node for each of its parts, whose inputs are not rounded to 8 bits."""
+
+    def part(index, x, **more):
+        prefix, schema = STAGES[index]
+        own = {name.removeprefix(f"{prefix}_"): v for name, v in inputs.items() if name.startswith(f"{prefix}_")}
+        return run_all(schema.name, {schema.inputs[0].name: x} | own, exact_copies=1, **more)
+
+    (projected,) = part(0, rms_norm(inputs["x"], inputs["norm"], epsilon))
+    attended, key, value = part(1, projected, n_heads=n_heads, window=window)
+    hidden = inputs["x"] + part(2, attended)[0]
+    normed = rms_norm(hidden, inputs["post_norm"], epsilon)
+    y, chosen = part(3, normed, activation=activation, layer=1)
+    return hidden + y, key, value, chosen
