@@ -43,7 +43,7 @@ from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
 INTEGERS = ("int8", "int6", "int4")
 # Points of the dial from slow and good to fast: neurons, heads, rows of the output table.
-DIAL = ((0.3, 1.0, 4096), (0.1, 1.0, 2048), (0.05, 1.0, 2048), (0.02, 1.0, 512))
+DIAL = ((0.3, 1.0, 4096), (0.1, 1.0, 2048), (0.05, 1.0, 2048), (0.03, 1.0, 1024))
 SHORT_DIAL = DIAL[1:3]
 
 
