@@ -172,15 +172,17 @@ def step_traffic(
     sizes: dict[str, float] = {"norms": itemsize, "KV cache": itemsize}
     sizes |= dict.fromkeys(("k/v projections", "dense layers"), common_itemsize)
     parts = {name: round(count * sizes.get(name, matrix_itemsize)) for name, count in elements.items()}
+    copied = _copied_bytes(spec, counts, rest, shortlist)
     for place, unit in enumerate(UNITS):
         kept = [count[place] for count in counts]
         all_heads = unit == "heads" and all(count == spec.n_heads for count in kept)
-        whole = min(row_itemsize, common_itemsize) if all_heads else row_itemsize
+        # In steps that read the copy, q and o of all heads are matrices like those of K and V.
+        of_all = common_itemsize if copied else min(row_itemsize, common_itemsize)
+        whole = of_all if all_heads else row_itemsize
         parts[ROWS[unit]] = round(active_bytes(spec, unit, kept, rest, whole, itemsize_beside_copy))
     if fired is not None:
         parts[ROWS["neurons"]] = round(row_itemsize * sum(gate_first_elements(spec, share) for share in fired))
     parts["predictor"] = round(choosing)
-    copied = _copied_bytes(spec, counts, rest, shortlist)
     if copied:
         parts["low-bit copy"] = copied
     if shortlist is not None and shortens(spec, shortlist):

@@ -335,13 +335,13 @@ float* Scratch::take(size_t floats) {
   return first_line(memory_.data());
 }
 
-// Half a megabyte per chunk makes the cost of starting a thread negligible, and about six chunks per core even out the
-// speed of the cores. Less work gets about one chunk per core. The counts have many divisors, which suits any number of
+// Two megabytes per chunk make the cost of starting one negligible, and about six chunks per core even out the speed of
+// the cores. Less work gets about one chunk per core. The counts have many divisors, which suits any number of
 // threads. With many tokens, the partial sums of each chunk are expensive, so there are at most 12 chunks.
 Chunks::Chunks(size_t items, size_t bytes_each, size_t tokens) : items_(items), count_(1) {
   static const size_t cores = std::max(1u, std::thread::hardware_concurrency());
   const size_t most = tokens > 4 ? 12 : std::clamp<size_t>(6 * cores, 12, 48), bytes = items * bytes_each * tokens;
-  const size_t wanted = std::min({most, items / 8, std::max(bytes >> 19, std::min(cores, bytes >> 16))});
+  const size_t wanted = std::min({most, items / 8, std::max(bytes >> 21, std::min(cores, bytes >> 16))});
   for (const size_t count : {1, 2, 4, 6, 12, 24, 48})
     if (count <= wanted) count_ = count;
 }

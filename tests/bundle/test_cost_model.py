@@ -196,6 +196,16 @@ def test_what_every_token_reads_may_have_another_size():
     assert all_heads["active MLP rows"] == some["active MLP rows"] == 2 * (2 + 10) * 3 * 6
 
 
+def test_rows_of_all_heads_beside_rows_of_fewer_bits():
+    """int6: a product over whole matrices reads 8 bits, for which only the sparse ops have 6."""
+    sizes = {"matrix_itemsize": 4, "row_itemsize": 3, "common_itemsize": 4}
+    some, all_heads = (mixed(active=counts(heads, (2, 10)), **sizes) for heads in ((1, 4), (4, 4)))
+    assert some["active q/o rows"] == 3 * (1 + 4) * 2 * 2 * 6
+    assert all_heads["active q/o rows"] == 4 * (4 + 4) * 2 * 2 * 6
+    everything = mixed(active=counts((4, 4), (10, 10)), **sizes)  # without a copy, rows are read where that is cheaper
+    assert everything["active q/o rows"] == 3 * (4 + 4) * 2 * 2 * 6
+
+
 def test_a_shortlist_by_hand():
     parts = mixed(shortlist=3, row_itemsize=1)
     assert parts["lm_head"] == 0
