@@ -32,7 +32,7 @@ struct Rows {
   const float* scales = nullptr;  // width / block per row
   size_t scales_stride = 0;       // bytes
   size_t block = 0;
-  float step = 0;  // of residuals: the full row is that of the copy plus `step` times this one; 0 for whole rows
+  float step = 0;      // of residuals: the full row is that of the copy plus `step` times this one; 0 for whole rows
   bool exact = false;  // kernels do not round the factor, not even to 16 bits
 
   // The cost of a row, in bytes read in the same time. Integers count twice: computing takes as long as reading.

@@ -82,13 +82,9 @@ class DecoderLayer {
                                       {"chosen", kInt32, kOptional}};
 
   DecoderLayer(const Api& api, const OrtKernelInfo* info)
-      : api_(api),
-        node_(api, info, kName, kPorts, kOwn, true),
-        qkv_(linear_w8a8_part(api, info, kQkvAt)),
-        attention_(cached_attention_part(api, info, kAttentionAt)),
-        out_(linear_w8a8_part(api, info, kOutAt)),
-        mlp_(sparse_mlp_part(api, info, kMlpAt)),
-        n_heads_(node_.integer("n_heads")),
+      : api_(api), node_(api, info, kName, kPorts, kOwn, true), qkv_(linear_w8a8_part(api, info, kQkvAt)),
+        attention_(cached_attention_part(api, info, kAttentionAt)), out_(linear_w8a8_part(api, info, kOutAt)),
+        mlp_(sparse_mlp_part(api, info, kMlpAt)), n_heads_(node_.integer("n_heads")),
         epsilon_(node_.real_or("epsilon", 1e-5f)) {}
 
   static void infer(const Api& api, OrtShapeInferContext* context) {
@@ -106,7 +102,8 @@ class DecoderLayer {
     std::vector<Tensor> qkv = qkv_->inputs(context), attention = attention_->inputs(context),
                         out = out_->inputs(context), mlp = mlp_->inputs(context);
     const int64_t projected = rows_of(qkv), head_dim = attention[1].rank == 4 ? attention[1].dims[3] : 0;
-    if (rows_of(out) != width) node_.fail("out_w has " + std::to_string(rows_of(out)) + " rows, not " + std::to_string(width));
+    if (rows_of(out) != width)
+      node_.fail("out_w has " + std::to_string(rows_of(out)) + " rows, not " + std::to_string(width));
     const Tensor y = node_.output(context, {tokens, width});
     Scratch scratch;
     Room sizes(nullptr);
