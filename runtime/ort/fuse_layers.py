@@ -15,7 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from shadowllm.bundle.op_domain import DOMAIN
 from shadowllm.plugins.ops.cached_attention.schema import CACHED_ATTENTION
-from shadowllm.plugins.ops.decoder_layer.schema import DECODER_LAYER
+from shadowllm.plugins.ops.decoder_layer.schema import DECODER_LAYER, STAGES
 from shadowllm.plugins.ops.linear_w8a8.schema import LINEAR_W8A8
 from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 
@@ -53,12 +53,7 @@ class _Layer:
 
     def fuse(self, graph: ir.Graph) -> None:
         inputs = [*self.norm.inputs[:2], self.post_norm.inputs[1]]
-        for node, schema in (
-            (self.qkv, LINEAR_W8A8),
-            (self.attention, CACHED_ATTENTION),
-            (self.out, LINEAR_W8A8),
-            (self.mlp, SPARSE_MLP),
-        ):
+        for node, (_, schema) in zip((self.qkv, self.attention, self.out, self.mlp), STAGES, strict=True):
             absent = [None] * (len(schema.inputs) - len(node.inputs))
             inputs += [None, *node.inputs[1:], *absent]
         layer = ir.node(DECODER_LAYER.name, inputs, domain=DOMAIN, num_outputs=4, name=self.mlp.name)
