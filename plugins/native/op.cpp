@@ -223,12 +223,13 @@ Rows Node::matrix(const std::vector<Tensor>& in, size_t port, size_t scales_port
   expect(in, scales_port, {rows, blocks});
   const size_t bytes = static_cast<size_t>(tensor.dims[1]), block = static_cast<size_t>(width / blocks);
   const RowType type = packed ? RowType::i4 : RowType::i8;
-  const auto own = packed_.find(port);
-  if (own == packed_.end())
-    return {tensor.data, bytes, elements, type, scales.as<float>(), scales_bytes(scales), block};
-  const char* data = own->second.data;
-  const size_t stride = own->second.stride;
-  return {data, stride, elements, type, reinterpret_cast<const float*>(data + bytes), stride, block};
+  Rows found{tensor.data, bytes, elements, type, scales.as<float>(), scales_bytes(scales), block};
+  found.exact = exact_copies_;
+  if (const auto own = packed_.find(port); own != packed_.end()) {
+    found.data = own->second.data, found.stride = found.scales_stride = own->second.stride;
+    found.scales = reinterpret_cast<const float*>(own->second.data + bytes);
+  }
+  return found;
 }
 
 Rows Node::blocks(const std::vector<Tensor>& in, size_t port, size_t scales_port, int64_t rows, int64_t width,

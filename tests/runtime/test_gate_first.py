@@ -50,8 +50,6 @@ def with_activation(source, target, **changes):
 
 # Relative to the largest logit: only the order of float32 sums differs.
 TOLERANCE = 1e-5
-# Kernels for integer rows round their inputs to 1/32768 of the largest, so other sums before them change more.
-INTEGER_TOLERANCE = 1e-4
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -76,7 +74,7 @@ def test_integer_rows_equal_all_of_them(bundle, variant, weight_dtype, native):
         with OrtSession(folder, "sparse", native=native, exact=True) as one:
             one.set_budget(Budget())
             found.append(logits_of(one))
-    assert distance(*found) < (INTEGER_TOLERANCE if native else TOLERANCE)
+    assert distance(*found) < TOLERANCE
 
 
 @pytest.mark.parametrize(
