@@ -54,7 +54,11 @@ struct Next {
 
 template <class T, size_t R, size_t M>
 inline void project_tile(const T* const* rows, Next<T> next, const float* x, size_t width, float* out, size_t tokens) {
-  V acc[R][M] = {};
+  V acc[R][M];
+#pragma GCC unroll 8
+  for (size_t r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (size_t t = 0; t < M; ++t) acc[r][t] = V{};
   const auto step = [&](size_t k) {
     V in[M];
     for (size_t t = 0; t < M; ++t) in[t] = load(x + t * width + k);
@@ -67,11 +71,15 @@ inline void project_tile(const T* const* rows, Next<T> next, const float* x, siz
     for (size_t r = 0; r < next.count; ++r) fetch(next.rows[r], k, kStep<T>);
   };
   const size_t rest = for_row<T>(width, step, ahead);
+  static_assert(R % 4 == 0, "sums are of four vectors");
+  float totals[M][R];
+  for (size_t t = 0; t < M; ++t)
+    for (size_t r = 0; r < R; r += 4)
+      sums_of_four(acc[r][t], acc[r + 1][t], acc[r + 2][t], acc[r + 3][t], totals[t] + r);
   for (size_t r = 0; r < R; ++r)
     for (size_t t = 0; t < M; ++t) {
-      float total = sum(acc[r][t]);
-      for (size_t k = rest; k < width; ++k) total += load_one(rows[r] + k) * x[t * width + k];
-      out[r * tokens + t] = total;
+      for (size_t k = rest; k < width; ++k) totals[t][r] += load_one(rows[r] + k) * x[t * width + k];
+      out[r * tokens + t] = totals[t][r];
     }
 }
 
@@ -321,10 +329,20 @@ void activate(Activation activation, float* h, const float* up, size_t size) {
     for (size_t i = 0; i < size; ++i) h[i] *= up[i];
 }
 
-float exponentials(float* h, size_t size) {
+// NaNs are left out.
+inline float largest_of(const float* h, size_t size) {
+  V most = splat(-INFINITY);
+  size_t i = 0;
+  for (; i + W <= size; i += W) most = load(h + i) > most ? load(h + i) : most;
   float largest = -INFINITY;
-  for (size_t i = 0; i < size; ++i) largest = h[i] > largest ? h[i] : largest;
-  for_vectors(h, size, [&](V x, size_t) { return exponential(x - largest); });
+  for (size_t lane = 0; lane < W; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+  for (; i < size; ++i) largest = h[i] > largest ? h[i] : largest;
+  return largest;
+}
+
+float exponentials(float* h, size_t size, float* largest) {
+  *largest = largest_of(h, size);
+  for_vectors(h, size, [&](V x, size_t) { return exponential(x - *largest); });
   V total = {};
   size_t i = 0;
   for (; i + W <= size; i += W) total += load(h + i);

@@ -1,5 +1,6 @@
 // CachedAttention: writes this step's keys and values into the cache, then attends. Query heads that share a head of
-// the cache attend together, so that they read it once. A result does not depend on the other sequences.
+// the cache attend together, so that they read it once. If these are fewer than tasks are wanted, the positions of the
+// cache are divided too. A result does not depend on the other sequences.
 #include <cmath>
 #include <cstring>
 
@@ -10,12 +11,31 @@ namespace {
 
 enum Input { kProjected, kPastKey, kPastValue, kLast, kCos, kSin };
 
-constexpr size_t kQueries = 16;  // queries of a head of the cache that attend together
-constexpr size_t kWorkers = 24;  // threads, each with memory for the scores of its queries
+constexpr size_t kQueries = 16;    // queries of a head of the cache that attend together
+constexpr size_t kWorkers = 24;    // threads, each with memory for the scores of its queries
+constexpr size_t kTasks = 24;      // that a sequence should have
+constexpr size_t kLeastPart = 64;  // positions of a task
+
+// Queries of a head of the cache that attend together: `count` of them, from `first` on. They are by token, then by
+// head.
+struct Tile {
+  size_t b, kv_head, first, count;
+};
+
+// What some positions add to the results of a tile. For each query: the sum of the values times exp(score - largest),
+// the largest score, and the sum of these exponentials.
+struct Partial {
+  float *contexts, *largest, *totals;
+
+  Partial(float* memory, size_t queries, size_t head_dim)
+      : contexts(memory), largest(memory + queries * head_dim), totals(largest + queries) {}
+  static size_t floats(size_t queries, size_t head_dim) { return queries * (head_dim + 2); }
+};
 
 // What one call works on. Sizes are as in schema.py.
 struct Step {
   size_t batch, seqlen, n_heads, kv_heads, capacity, head_dim;
+  size_t window;   // 0 if all positions are seen
   size_t longest;  // positions of the longest sequence, new ones included
   const float *projected, *cos, *sin;
   const int32_t* last;
@@ -23,6 +43,26 @@ struct Step {
 
   size_t group() const { return n_heads / kv_heads; }
   size_t past(size_t b) const { return static_cast<size_t>(last[b]) + 1 - seqlen; }
+  size_t queries() const { return seqlen * group(); }  // of a head of the cache
+  size_t tiles_of_head() const { return (queries() + kQueries - 1) / kQueries; }
+  size_t tiles() const { return kv_heads * tiles_of_head(); }  // of a sequence
+  Tile tile(size_t i) const {
+    const size_t b = i / tiles(), kv_head = i % tiles() / tiles_of_head(), first = i % tiles_of_head() * kQueries;
+    return {b, kv_head, first, std::min(kQueries, queries() - first)};
+  }
+  // Into how many parts so many positions are divided.
+  size_t parts(size_t positions) const {
+    return std::max<size_t>(1, std::min(kTasks / std::max<size_t>(1, tiles()), positions / kLeastPart));
+  }
+  // The positions that query q of a tile sees.
+  Chunk seen(const Tile& tile, size_t q) const {
+    const size_t end = past(tile.b) + token(tile, q) + 1;
+    return {window != 0 && end > window ? end - window : 0, end};
+  }
+  size_t token(const Tile& tile, size_t q) const { return (tile.first + q) / group(); }
+  size_t head(const Tile& tile, size_t q) const { return tile.kv_head * group() + (tile.first + q) % group(); }
+  // The positions that a tile sees.
+  Chunk seen(const Tile& tile) const { return {seen(tile, 0).begin, seen(tile, tile.count - 1).end}; }
   // The query, key or value of a token: `head` counts all query heads, then those of keys and of values.
   const float* head_of(size_t b, size_t s, size_t head) const {
     return projected + ((b * seqlen + s) * (n_heads + 2 * kv_heads) + head) * head_dim;
@@ -75,20 +115,22 @@ class CachedAttention {
 
   void compute(const std::vector<Tensor>& in, const Outputs& outputs, const Pool& pool) const {
     const Step step = read(in, outputs);
-    const size_t queries = step.seqlen * step.group(), tiles = (queries + kQueries - 1) / kQueries;
-    const size_t heads = step.batch * step.kv_heads, tasks = heads * tiles, workers = std::min(tasks, kWorkers);
-    const size_t room = std::min(queries, kQueries) * (2 * step.head_dim + step.longest) + step.longest;
-    Scratch scratch;
-    float* memory = scratch.take(workers * room);
     const Pool some = step.seqlen == 1 ? Pool::none() : pool;
-    some.run(heads, [&](size_t i) { write(step, i / step.kv_heads, i % step.kv_heads); });
+    some.run(step.batch * step.kv_heads, [&](size_t i) { write(step, i / step.kv_heads, i % step.kv_heads); });
+    const size_t tiles = step.batch * step.tiles(), parts = step.parts(step.longest), tasks = tiles * parts;
+    const size_t workers = std::min(tasks, kWorkers), results = parts == 1 ? workers : tasks;
+    const size_t most = std::min(step.queries(), kQueries), size = Partial::floats(most, step.head_dim);
+    const size_t room = most * (step.head_dim + step.longest) + step.longest;
+    Scratch scratch;
+    float *found = scratch.take(results * size + workers * room), *work = found + results * size;
     pool.run(workers, [&](size_t worker) {
       for (size_t i = worker; i < tasks; i += workers) {
-        const size_t head = i / tiles, first = i % tiles * kQueries;
-        const size_t count = std::min(kQueries, queries - first);
-        attend(step, head / step.kv_heads, head % step.kv_heads, first, count, memory + worker * room);
+        float* result = found + (parts == 1 ? worker : i) * size;
+        attend(step, step.tile(i / parts), i % parts, work + worker * room, result);
+        if (parts == 1) finish(step, step.tile(i), result, size);
       }
     });
+    for (size_t i = 0; parts > 1 && i < tiles; ++i) finish(step, step.tile(i), found + i * parts * size, size);
   }
 
  private:
@@ -111,6 +153,7 @@ class CachedAttention {
     Step step{};
     step.batch = static_cast<size_t>(batch), step.seqlen = static_cast<size_t>(seqlen);
     step.n_heads = static_cast<size_t>(n_heads_), step.kv_heads = static_cast<size_t>(kv_heads);
+    step.window = static_cast<size_t>(window_);
     step.capacity = static_cast<size_t>(capacity), step.head_dim = static_cast<size_t>(d);
     for (size_t b = 0; b < step.batch; ++b)
       step.longest = std::max(step.longest, static_cast<size_t>(in[kLast].as<int32_t>()[b]) + 1);
@@ -148,35 +191,58 @@ class CachedAttention {
     }
   }
 
-  // The contexts of `count` queries of a head of the cache, from `first` on. The queries are by token, then by head.
-  // `work` has the size that `compute` takes.
-  void attend(const Step& step, size_t b, size_t kv_head, size_t first, size_t count, float* work) const {
-    const size_t d = step.head_dim, group = step.group();
-    const auto token = [&](size_t q) { return (first + q) / group; };
-    const auto head = [&](size_t q) { return kv_head * group + (first + q) % group; };
-    // A query sees the positions begin(q) .. end(q) - 1. Positions before that of the first query are not read.
-    const size_t window = static_cast<size_t>(window_);
-    const auto end = [&](size_t q) { return step.past(b) + token(q) + 1; };
-    const auto begin = [&](size_t q) { return window != 0 && end(q) > window ? end(q) - window : 0; };
-    const size_t start = begin(0), all = end(count - 1) - start;
-    float *queries = work, *contexts = queries + count * d, *row = contexts + count * d, *scores = row + step.longest;
+  // What part `part` of the positions adds to a tile. `work` and `result` have the sizes that `compute` takes.
+  void attend(const Step& step, const Tile& tile, size_t part, float* work, float* result) const {
+    const size_t d = step.head_dim, count = tile.count;
+    const Chunk all = step.seen(tile);
+    const size_t parts = step.parts(all.size());
+    if (part >= parts) return;
+    const auto edge = [&](size_t i) { return i == parts ? all.end : all.begin + all.size() * i / parts / 8 * 8; };
+    const Chunk mine{edge(part), edge(part + 1)};
+    const Partial found(result, count, d);
+    float *queries = work, *row = queries + count * d, *scores = row + step.longest;
     const float scale = 1 / std::sqrt(static_cast<float>(d));
-    for (size_t q = 0; q < count; ++q) step.rotated(b, token(q), head(q), scale, queries + q * d);
-    kernels_.project(step.cache(step.key, b, kv_head, start), {nullptr, all}, queries, count, scores, {});
-    for (size_t q = 0; q < count; ++q) weigh({begin(q) - start, end(q) - start}, all, count, scores + q, row);
-    std::fill_n(contexts, count * d, 0.0f);
-    kernels_.accumulate(step.cache(step.value, b, kv_head, start), {nullptr, all}, scores, count, contexts, {});
     for (size_t q = 0; q < count; ++q)
-      std::copy_n(contexts + q * d, d, step.y + ((b * step.seqlen + token(q)) * step.n_heads + head(q)) * d);
+      step.rotated(tile.b, step.token(tile, q), step.head(tile, q), scale, queries + q * d);
+    const auto cache = [&](const float* of) { return step.cache(of, tile.b, tile.kv_head, mine.begin); };
+    kernels_.project(cache(step.key), {nullptr, mine.size()}, queries, count, scores, {});
+    for (size_t q = 0; q < count; ++q) {
+      const Chunk seen = step.seen(tile, q);
+      const auto place = [&](size_t at) { return std::clamp(at, mine.begin, mine.end) - mine.begin; };
+      found.totals[q] =
+          weigh({place(seen.begin), place(seen.end)}, mine.size(), count, scores + q, row, &found.largest[q]);
+    }
+    std::fill_n(found.contexts, count * d, 0.0f);
+    kernels_.accumulate(cache(step.value), {nullptr, mine.size()}, scores, count, found.contexts, {});
   }
 
-  // Replaces the scores of a query, `stride` floats apart, by their softmax over those that it sees.
-  void weigh(Chunk seen, size_t all, size_t stride, float* scores, float* row) const {
+  // Replaces the scores of a query, `stride` floats apart, by exp(score - largest) of those that it sees, and 0 for the
+  // others. Returns the sum.
+  float weigh(Chunk seen, size_t all, size_t stride, float* scores, float* row, float* largest) const {
     for (size_t i = seen.begin; i < seen.end; ++i) row[i - seen.begin] = scores[i * stride];
-    const float inverse = 1 / kernels_.exponentials(row, seen.size());
+    const float total = kernels_.exponentials(row, seen.size(), largest);
     for (size_t i = 0; i < seen.begin; ++i) scores[i * stride] = 0;
-    for (size_t i = seen.begin; i < seen.end; ++i) scores[i * stride] = row[i - seen.begin] * inverse;
+    for (size_t i = seen.begin; i < seen.end; ++i) scores[i * stride] = row[i - seen.begin];
     for (size_t i = seen.end; i < all; ++i) scores[i * stride] = 0;
+    return total;
+  }
+
+  // The results of a tile, from those of its parts, which are `size` floats apart.
+  void finish(const Step& step, const Tile& tile, float* results, size_t size) const {
+    const size_t d = step.head_dim, parts = step.parts(step.seen(tile).size());
+    for (size_t q = 0; q < tile.count; ++q) {
+      const auto part = [&](size_t p) { return Partial(results + p * size, tile.count, d); };
+      float largest = -INFINITY, total = 0;
+      for (size_t p = 0; p < parts; ++p) largest = std::max(largest, part(p).largest[q]);
+      float* y = step.y + ((tile.b * step.seqlen + step.token(tile, q)) * step.n_heads + step.head(tile, q)) * d;
+      std::fill_n(y, d, 0.0f);
+      for (size_t p = 0; p < parts; ++p) {
+        const float weight = std::exp(part(p).largest[q] - largest);
+        total += weight * part(p).totals[q];
+        for (size_t j = 0; j < d; ++j) y[j] += weight * part(p).contexts[q * d + j];
+      }
+      for (size_t j = 0; j < d; ++j) y[j] /= total;
+    }
   }
 
   const Api& api_;

@@ -59,7 +59,8 @@ inline void attend(const Kernels& kernels, const SharedHeads& heads, size_t b) n
     kernels.project(from(call.key, first + start), {nullptr, count}, queries, n, scores, {});
     for (size_t i = 0; i < n; ++i) {
       for (size_t k = 0; k < count; ++k) row[k] = scores[k * n + i];
-      totals[i] = kernels.exponentials(row, count);
+      float largest;
+      totals[i] = kernels.exponentials(row, count, &largest);
       for (size_t k = 0; k < count; ++k) scores[k * n + i] = row[k];
     }
     std::fill(contexts, contexts + n * d, 0.0f);
