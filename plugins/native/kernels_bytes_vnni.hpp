@@ -7,13 +7,22 @@
 struct alignas(64) ByteStep {
   int8_t halves[2][64];
   int32_t start[16];  // minus the middle of the integers of a row times the input
-  float scale[16];    // of the block, for each lane
 };
-static_assert(sizeof(ByteStep) <= 2 * kBytesBlock * sizeof(float), "it fits into room");
 
 constexpr size_t kScaled = 16;  // blocks whose scales are one vector
 
 inline size_t byte_steps(size_t blocks) { return (blocks + 1) / 2; }
+
+// An input as bytes: its steps, then the scales of its blocks, padded to whole vectors.
+struct ByteInput {
+  ByteInput(const float* room, size_t blocks)
+      : steps(reinterpret_cast<const ByteStep*>(room)),
+        scales(reinterpret_cast<const float*>(steps + byte_steps(blocks))) {}
+
+  const ByteStep* steps;
+  const float* scales;
+};
+static_assert(sizeof(ByteStep) + 2 * sizeof(__m512) <= 2 * kBytesBlock * sizeof(float), "it fits into room");
 
 inline __m512i bytes_of(const void* bytes) { return _mm512_loadu_si512(bytes); }
 inline __m256i half_of(const void* bytes) { return _mm256_loadu_si256(static_cast<const __m256i*>(bytes)); }
@@ -36,6 +45,7 @@ template <class Q>
 inline const float* round_to_bytes(const float* x, size_t width, float* room) {
   const size_t blocks = width / kBytesBlock, count = byte_steps(blocks);
   ByteStep* steps = reinterpret_cast<ByteStep*>(room);
+  float* scales = reinterpret_cast<float*>(steps + count);
   if (blocks % 2 != 0) memset(steps + count - 1, 0, sizeof *steps);
   for (size_t b = 0; b < blocks; ++b) {
     __m512 in[4], most = _mm512_setzero_ps();
@@ -57,8 +67,9 @@ inline const float* round_to_bytes(const float* x, size_t width, float* room) {
     _mm512_store_si512(halves, halves_of<Q>(bytes));
     ByteStep& step = steps[b / 2];
     for (size_t half = 0; half < 2; ++half) memcpy(step.halves[half] + b % 2 * 32, halves[half], 32);
-    _mm256_store_ps(step.scale + b % 2 * 8, _mm256_set1_ps(peak / kByteMost));
+    scales[b] = peak / kByteMost;
   }
+  for (size_t b = blocks; b % kScaled != 0; ++b) scales[b] = 0;
   constexpr int middle = 1 << (Q::bits - 1);
   const __m512i ones = _mm512_set1_epi8(1);
   for (size_t s = 0; s < count; ++s) {
@@ -69,11 +80,10 @@ inline const float* round_to_bytes(const float* x, size_t width, float* room) {
   return room;
 }
 
-// Two blocks of a row from block b on, the second one zero if the row has none: its bytes at 4 bits per element.
-template <class Q>
-inline __m512i load_blocks(const uint8_t* row, size_t b, size_t blocks) {
+// Two blocks of a row from block b on, or one and zeros: the bytes at 4 bits per element.
+template <class Q, bool both>
+inline __m512i load_blocks(const uint8_t* row, size_t b) {
   const uint8_t* from = row + b * kBytesBlock * Q::bits / 8;
-  const bool both = b + 1 < blocks;
   if (Q::bits == 4) return both ? bytes_of(from) : _mm512_zextsi256_si512(half_of(from));
   const __m256i pairs = both ? half_of(from) : _mm256_zextsi128_si256(quarter_of(from));
   const __m512i fours = _mm512_maskz_cvtepu8_epi16(~0u, pairs);
@@ -85,20 +95,19 @@ inline __m512i low_halves(__m512i bytes) { return _mm512_and_si512(bytes, _mm512
 inline __m512i high_halves(__m512i bytes) { return low_halves(_mm512_srli_epi16(bytes, 4)); }
 
 // The integers of two blocks of a row, in the order of ByteStep.
-template <class Q>
+template <class Q, bool both>
 struct ByteRow {
-  ByteRow(const uint8_t* row, size_t b, size_t blocks) {
-    const __m512i bytes = load_blocks<Q>(row, b, blocks);
+  ByteRow(const uint8_t* row, size_t b) {
+    const __m512i bytes = load_blocks<Q, both>(row, b);
     halves[0] = low_halves(bytes), halves[1] = high_halves(bytes);
   }
   __m512i halves[2];
 };
 
-template <>
-struct ByteRow<Bits8> {
-  ByteRow(const uint8_t* row, size_t b, size_t blocks) {
+template <bool both>
+struct ByteRow<Bits8, both> {
+  ByteRow(const uint8_t* row, size_t b) {
     const uint8_t* from = row + b * kBytesBlock;
-    const bool both = b + 1 < blocks;
     for (size_t half = 0; half < 2; ++half, from += 32)
       halves[half] = together(half_of(from), both ? half_of(from + kBytesBlock) : _mm256_setzero_si256());
   }
@@ -130,170 +139,90 @@ inline __m512i start_of(const int32_t* start) {
   return Q::bits == 2 ? _mm512_maskz_srai_epi32(0xffff, sums, 2) : sums;
 }
 
-// Prefetches for R rows at two blocks from block b on, as fetch_block does.
+// Prefetches two blocks of R rows, from block b on. `next` may be null.
 template <class Q, size_t R>
-__attribute__((always_inline)) inline void fetch_blocks(const QuantisedRow* next, size_t b, size_t blocks) {
-  fetch_block<Q, R>(next, b, blocks, kBytesBlock);
-  if (b + 1 < blocks) fetch_block<Q, R>(next, b + 1, blocks, kBytesBlock);
+__attribute__((always_inline)) inline void fetch_blocks(const QuantisedRow* next, size_t b) {
+  if (next == nullptr) return;
+  constexpr size_t bytes = 2 * kBytesBlock * Q::bits / 8;
+#pragma GCC unroll 16
+  for (size_t r = 0; r < R; ++r) fetch_bytes(next[r].data + b / 2 * bytes, bytes);
+}
+
+template <size_t R>
+__attribute__((always_inline)) inline void fetch_scales(const QuantisedRow* next, size_t blocks) {
+  for (size_t r = 0; next != nullptr && r < R; ++r) fetch_bytes(next[r].scales, blocks * sizeof(float));
 }
 
 template <size_t M>
 constexpr size_t kRowsOfTile = M <= 2 ? 4 : 2;
 
-// Products of R rows with the inputs of M tokens: out[r * M + t]. R * M is at most 8.
+// Products of R rows with the inputs of M tokens. R * M is at most 8.
 template <class Q, size_t R, size_t M>
-inline void project_bytes_tile(const QuantisedRow* rows, const QuantisedRow* next, const float* const* inputs,
-                               size_t blocks, float* out) {
-  constexpr size_t sums = (R * M + 3) / 4 * 4;
-  __m512 acc[sums];
-  for (size_t i = 0; i < sums; ++i) acc[i] = _mm512_setzero_ps();
-  for (size_t first = 0; first < blocks; first += kScaled) {
+struct ByteTile {
+  const QuantisedRow* rows;
+  const ByteInput* inputs;
+  __m512 scales[R * M];  // of rows times those of inputs, for kScaled blocks
+  __m512 acc[(R * M + 3) / 4 * 4];
+
+  ByteTile(const QuantisedRow* of, const ByteInput* with) : rows(of), inputs(with) {
+#pragma GCC unroll 8
+    for (__m512& one : acc) one = _mm512_setzero_ps();
+  }
+
+  // Reads the scales of kScaled blocks from block `first` on.
+  __attribute__((always_inline)) void scale(size_t first, size_t blocks) {
     const __mmask16 there = lanes_left(blocks, first);
-    __m512 scales[R];
-    for (size_t r = 0; r < R; ++r) scales[r] = _mm512_maskz_loadu_ps(there, rows[r].scales + first);
-    for (size_t b = first; b < blocks && b < first + kScaled; b += 2) {
-      fetch_blocks<Q, R>(next, b, blocks);
-      const __m512i lanes = lanes_of_blocks(b);
-#pragma GCC unroll 8
-      for (size_t r = 0; r < R; ++r) {
-        const ByteRow<Q> row(rows[r].data, b, blocks);
-        const __m512 scale = _mm512_maskz_permutexvar_ps(0xffff, lanes, scales[r]);
-#pragma GCC unroll 8
-        for (size_t t = 0; t < M; ++t) {
-          const ByteStep& step = reinterpret_cast<const ByteStep*>(inputs[t])[b / 2];
-          __m512i total = start_of<Q>(step.start);
-          for (size_t half = 0; half < 2; ++half)
-            total = _mm512_dpbusd_epi32(total, row.halves[half], bytes_of(step.halves[half]));
-          const __m512 exact = _mm512_mul_ps(_mm512_maskz_cvtepi32_ps(0xffff, total), _mm512_load_ps(step.scale));
-          acc[r * M + t] = _mm512_fmadd_ps(exact, scale, acc[r * M + t]);
-        }
+#pragma GCC unroll 4
+    for (size_t r = 0; r < R; ++r) {
+      const __m512 own = _mm512_maskz_loadu_ps(there, rows[r].scales + first);
+#pragma GCC unroll 4
+      for (size_t t = 0; t < M; ++t) scales[r * M + t] = _mm512_mul_ps(own, _mm512_load_ps(inputs[t].scales + first));
+    }
+  }
+
+  // Adds the products of two blocks from block b on, or of one.
+  template <bool both>
+  __attribute__((always_inline)) void add(size_t b) {
+    const __m512i lanes = lanes_of_blocks(b);
+#pragma GCC unroll 4
+    for (size_t r = 0; r < R; ++r) {
+      const ByteRow<Q, both> row(rows[r].data, b);
+#pragma GCC unroll 4
+      for (size_t t = 0; t < M; ++t) {
+        const ByteStep& step = inputs[t].steps[b / 2];
+        __m512i total = start_of<Q>(step.start);
+        for (size_t half = 0; half < 2; ++half)
+          total = _mm512_dpbusd_epi32(total, row.halves[half], bytes_of(step.halves[half]));
+        const __m512 scale = _mm512_maskz_permutexvar_ps(0xffff, lanes, scales[r * M + t]);
+        acc[r * M + t] = _mm512_fmadd_ps(_mm512_maskz_cvtepi32_ps(0xffff, total), scale, acc[r * M + t]);
       }
     }
   }
-  for (size_t i = 0; i < sums; i += 4) _mm_storeu_ps(out + i, sums_of(acc + i));
-}
-
-// The weights of a group for kScaled blocks, one in each lane: h times the scale of the block, rounded to 8 bits
-// relative to the largest.
-struct ByteWeights {
-  __m512i quads[kGroup / 4];  // the bytes of four rows
-  __m512i start;              // minus the middle of 4-bit integers times the weights
-  __m512 scale;
 };
 
-inline ByteWeights round_to_weights(const QuantisedRow* rows, const float* h, size_t first, size_t blocks) {
-  const __mmask16 there = lanes_left(blocks, first);
-  __m512 exact[kGroup];
-  __m512i largest = _mm512_setzero_si512();
-  for (size_t r = 0; r < kGroup; ++r) {
-    exact[r] = _mm512_mul_ps(_mm512_set1_ps(h[r]), _mm512_maskz_loadu_ps(there, rows[r].scales + first));
-    // Compared as integers, a NaN is larger than any number. Rounding alone would turn it into one.
-    largest = _mm512_maskz_max_epi32(0xffff, largest, _mm512_castps_si512(_mm512_abs_ps(exact[r])));
-  }
-  const __m512 most = _mm512_castsi512_ps(largest);
-  const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_set1_ps(1e-30f), _CMP_GT_OQ);
-  const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(kByteMost), most);
-  const __m512i ones = _mm512_set1_epi8(1);
-  ByteWeights weights;
-  __m512i total = _mm512_setzero_si512();
-  for (size_t q = 0; q < kGroup / 4; ++q) {
-    __m512i bytes = _mm512_setzero_si512();
-    for (size_t r = 4; r-- > 0;) {
-      const __m512i integers = _mm512_maskz_cvtps_epi32(0xffff, _mm512_mul_ps(exact[4 * q + r], inverse));
-      const __m512i others = _mm512_maskz_slli_epi32(0xffff, bytes, 8);
-      bytes = _mm512_mask_blend_epi8(0x1111111111111111, others, integers);
-    }
-    weights.quads[q] = bytes;
-    total = _mm512_dpbusd_epi32(total, ones, bytes);
-  }
-  weights.start = _mm512_mullo_epi32(total, _mm512_set1_epi32(-8));
-  weights.scale = _mm512_mul_ps(most, _mm512_set1_ps(1 / kByteMost));
-  return weights;
-}
-
-// Adds half of the bytes of two blocks, from block b on, of a group of rows to the sums of M tokens. Sums are in the
-// order of interleave_half: vector 2 j is of the even elements, the next one of the odd ones.
-template <class Q, size_t M, bool half>
-inline void accumulate_half(const QuantisedRow* rows, const ByteWeights* weights, size_t b, size_t blocks,
-                            float* const* sums) {
-  const __m512i lanes = lanes_of_blocks(b);
-  __m512i totals[M][4];
-#pragma GCC unroll 4
-  for (size_t t = 0; t < M; ++t) {
-    const __m512i start = _mm512_maskz_permutexvar_epi32(0xffff, lanes, weights[t].start);
-#pragma GCC unroll 4
-    for (size_t i = 0; i < 4; ++i) totals[t][i] = Q::bits == 2 ? _mm512_maskz_srai_epi32(0xffff, start, 2) : start;
-  }
-#pragma GCC unroll 1
-  for (size_t q = 0; q < kGroup / 4; ++q) {
-    __m512i bytes[4], mixed[2];
-    for (size_t r = 0; r < 4; ++r) bytes[r] = load_blocks<Q>(rows[4 * q + r].data, b, blocks);
-    interleave_half<half>(bytes, mixed);
-    const __m512i parts[4] = {low_halves(mixed[0]), high_halves(mixed[0]), low_halves(mixed[1]), high_halves(mixed[1])};
-#pragma GCC unroll 4
-    for (size_t t = 0; t < M; ++t) {
-      const __m512i quad = _mm512_maskz_permutexvar_epi32(0xffff, lanes, weights[t].quads[q]);
-#pragma GCC unroll 4
-      for (size_t i = 0; i < 4; ++i) totals[t][i] = _mm512_dpbusd_epi32(totals[t][i], parts[i], quad);
-    }
-  }
-#pragma GCC unroll 4
-  for (size_t t = 0; t < M; ++t) {
-    const __m512 scale = _mm512_maskz_permutexvar_ps(0xffff, lanes, weights[t].scale);
-#pragma GCC unroll 4
-    for (size_t i = 0; i < 4; ++i) {
-      float* sum = sums[t] + 16 * i;
-      const __m512 exact = _mm512_maskz_cvtepi32_ps(0xffff, totals[t][i]);
-      _mm512_store_ps(sum, _mm512_fmadd_ps(exact, scale, _mm512_load_ps(sum)));
-    }
-  }
-}
-
-// Adds the sums of two blocks, or of the first one alone, to y.
-inline void add_in_order(const float* sums, size_t floats, float* y) {
-  for (size_t first = 0; first < floats; first += 32)  // the elements of a lane
-    for (size_t j = 0; j < 4; ++j) {
-      const float* even = sums + 32 * j + first / 8;
-      float* to = y + first + 8 * j;
-      const __m128 evens = _mm_load_ps(even), odds = _mm_load_ps(even + 16);
-      _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), _mm_unpacklo_ps(evens, odds)));
-      _mm_storeu_ps(to + 4, _mm_add_ps(_mm_loadu_ps(to + 4), _mm_unpackhi_ps(evens, odds)));
-    }
-}
-
-// Adds all groups of rows to kScaled blocks, from block `first` on, of M tokens.
-template <class Q, size_t M>
-inline void accumulate_columns(const Rows& rows, Picks picks, const float* const* h, size_t stride, size_t first,
-                               size_t blocks, float* const* y) {
-  constexpr size_t floats = 2 * kBytesBlock;
-  const size_t end = first + kScaled < blocks ? first + kScaled : blocks;
-  alignas(64) float sums[M][kScaled / 2 * floats];
-  memset(sums, 0, sizeof sums);
-  for (size_t i = 0; i < picks.count; i += kGroup) {
-    const RowGroup<Q, M> group(rows, picks, h, stride, i);
-    ByteWeights weights[M];
-    for (size_t t = 0; t < M; ++t) weights[t] = round_to_weights(group.now, group.factors[t], first, blocks);
+// out[r * M + t]
+template <class Q, size_t R, size_t M>
+inline void project_bytes_tile(const QuantisedRow* rows, const QuantisedRow* next, const float* const* inputs,
+                               size_t blocks, float* out) {
+  const size_t pairs = blocks / 2 * 2;
+  alignas(ByteInput) char memory[M * sizeof(ByteInput)];
+  ByteInput* in = reinterpret_cast<ByteInput*>(memory);
+  for (size_t t = 0; t < M; ++t) in[t] = ByteInput(inputs[t], blocks);
+  ByteTile<Q, R, M> tile(rows, in);
+  fetch_scales<R>(next, blocks);
+  for (size_t first = 0; first < blocks; first += kScaled) {
+    const size_t end = pairs - first < kScaled ? pairs : first + kScaled;
+    tile.scale(first, blocks);
     for (size_t b = first; b < end; b += 2) {
-      fetch_blocks<Q, kGroup>(group.follows ? group.next : nullptr, b, blocks);
-      float* of[M];
-      for (size_t t = 0; t < M; ++t) of[t] = sums[t] + (b - first) / 2 * floats;
-      accumulate_half<Q, M, false>(group.now, weights, b, blocks, of);
-      for (size_t t = 0; t < M; ++t) of[t] += floats / 2;
-      accumulate_half<Q, M, true>(group.now, weights, b, blocks, of);
+      fetch_blocks<Q, R>(next, b);
+      tile.template add<true>(b);
+    }
+    if (end == pairs && pairs != blocks) {
+      fetch_blocks<Q, R>(next, pairs);
+      tile.template add<false>(pairs);
     }
   }
-  for (size_t t = 0; t < M; ++t)
-    for (size_t b = first; b < end; b += 2)
-      add_in_order(sums[t] + (b - first) / 2 * floats, b + 1 < blocks ? floats : floats / 2, y[t] + b * kBytesBlock);
+  for (size_t i = 0; i < R * M; i += 4) _mm_storeu_ps(out + i, sums_of(tile.acc + i));
 }
 
-// y[t] += sum over i of h[t][i * stride] times row i
-template <class Q>
-void accumulate_bytes(const Rows& rows, Picks picks, const float* const* h, size_t stride, size_t tokens,
-                      float* const* y) {
-  const size_t blocks = rows.width / kBytesBlock;
-  cover_tokens<kByteTokens>(tokens, [&](size_t, size_t, size_t first, auto m) {
-    for (size_t b = 0; b < blocks; b += kScaled)
-      accumulate_columns<Q, m.value>(rows, picks, h + first, stride, b, blocks, y + first);
-  });
-}
+#include "kernels_bytes_vnni_accumulate.hpp"
