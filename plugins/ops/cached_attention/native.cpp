@@ -11,10 +11,10 @@ namespace {
 
 enum Input { kProjected, kPastKey, kPastValue, kLast, kCos, kSin };
 
-constexpr size_t kQueries = 16;    // queries of a head of the cache that attend together
-constexpr size_t kWorkers = 24;    // threads, each with memory for the scores of its queries
-constexpr size_t kTasks = 24;      // that a sequence should have
-constexpr size_t kLeastPart = 64;  // positions of a task
+constexpr size_t kQueries = 16;     // queries of a head of the cache that attend together
+constexpr size_t kWorkers = 24;     // threads, each with memory for the scores of its queries
+constexpr size_t kTasks = 24;       // that a sequence should have
+constexpr size_t kLeastPart = 256;  // positions of a task
 
 // Queries of a head of the cache that attend together: `count` of them, from `first` on. They are by token, then by
 // head.
