@@ -1,9 +1,10 @@
-"""Measures end-to-end decoding on shapes of about 1B parameters: the speedup, and the speedup that the bytes allow.
+r"""Measures end-to-end decoding on shapes of about 1B parameters: the speedup, and the speedup that the bytes allow.
 
     python -m shadowllm.benchmarks.shapes --json shapes.json
     python -m shadowllm.benchmarks.shapes --shapes llama-1.1b --weight-dtype int4
     python -m shadowllm.benchmarks.shapes --shapes llama-1.1b --selector quantized-shadow --dtype bfloat16
-    python -m shadowllm.benchmarks.shapes --shapes llama-1.1b --selector quantized-shadow --rest shadow
+    python -m shadowllm.benchmarks.shapes --shapes llama-1.1b --selector quantized-shadow --rest shadow \
+      --weight-dtype int6 --dense-weight-dtype int4
 
 Weights are random. The predictor is an untrained network of the default size, or a low-bit copy of the
 weights. So every cost is real, but the text has no meaning. The model is held twice, once packed for the
@@ -25,7 +26,7 @@ from shadowllm.benchmarks.random_model import SHAPES, untrained, write_random_mo
 from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.bundle.manifest import ITEMSIZE, read_manifest
 from shadowllm.bundle.predictor_file import Kind
-from shadowllm.bundle.quantisation import WEIGHT_DTYPES
+from shadowllm.bundle.quantisation import NESTED, WEIGHT_DTYPES
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
 from shadowllm.evaluation.speed.bench import SPARSE, session_command, traffic_of
 from shadowllm.evaluation.speed.environment import environment
@@ -46,12 +47,12 @@ def export_random(
     rank: int | None = None,
     rest: Rest = "drop",
 ) -> Path:
-    """Export a bundle of a random model; ``rank`` is the predictor's, None for the default."""
+    """Export a bundle of a random model to a new folder; ``rank`` is the predictor's, None for the default."""
     from shadowllm.models.registry import load_model
 
     model, bundle = folder / shape, folder / "bundle"
     for path in (model, bundle):
-        path.mkdir()
+        path.mkdir(parents=True)
     write_random_model(shape, model)
     spec, weights, checkpoint = load_model(str(model))
     predictor = untrained(kind, spec, weights.fingerprint(), rank=rank)
@@ -67,12 +68,16 @@ def measure(
     kind: Kind = "shadow",
     dtype: str = "float32",
     weight_dtype: str | None = None,
+    dense_weight_dtype: str | None = None,
     prompt_len: int = 128,
     new_tokens: int = 128,
     runs: int = 3,
     threads: int = 2,
 ) -> dict[str, Any]:
     """Compare the speed of the sparse path of a shape with its dense graph.
+
+    Args:
+        dense_weight_dtype: of the dense contender, None for the same.
 
     Returns:
         Latencies (ms) and bytes of both, ``speedup`` (median, min and max over runs), ``allowed`` (dense
@@ -81,22 +86,26 @@ def measure(
     """
     with tempfile.TemporaryDirectory() as folder:
         bundle = export_random(shape, Path(folder), kind, dtype, weight_dtype, rest=budget.rest or "drop")
-        manifest = read_manifest(bundle)
-        backends = {SPARSE: "ort", DENSE: DENSE}
-        contenders = [Contender(n, session_command(bundle, b, budget, threads)) for n, b in backends.items()]
-        prompt = np.random.default_rng(0).integers(3, manifest.spec.vocab_size, prompt_len).tolist()
+        bundles, backends = {SPARSE: bundle, DENSE: bundle}, {SPARSE: "ort", DENSE: DENSE}
+        if dense_weight_dtype:
+            bundles[DENSE] = export_random(shape, Path(folder) / "dense", kind, dtype, dense_weight_dtype)
+        manifests = {name: read_manifest(path) for name, path in bundles.items()}
+        budgets = {SPARSE: budget, DENSE: Budget()}
+        contenders = [Contender(n, session_command(bundles[n], b, budgets[n], threads)) for n, b in backends.items()]
+        prompt = np.random.default_rng(0).integers(3, manifests[SPARSE].spec.vocab_size, prompt_len).tolist()
         with progress(shape, len(contenders) * (1 + runs)) as advance:
             request = {"prompt": prompt, "new_tokens": new_tokens}
             taken, _ = race(contenders, request, runs=runs, warmup=1, tick=lambda _: advance(1))
         roof = read_bandwidth(threads)
     summaries = {name: summarise(generations) for name, generations in taken.items()}
-    traffic = {n: traffic_of(manifest, n, b, budget, prompt_len, new_tokens) for n, b in backends.items()}
+    traffic = {n: traffic_of(manifests[n], n, b, budgets[n], prompt_len, new_tokens) for n, b in backends.items()}
     gain, allowed = speedup(taken[DENSE], taken[SPARSE]), traffic[DENSE].total / traffic[SPARSE].total
     parts = summaries[SPARSE].parts_ms
     return {
         "shape": shape,
         "selector": kind,
-        "weight_dtype": weight_dtype or manifest.dtype,
+        "weight_dtype": weight_dtype or dtype,
+        "dense_weight_dtype": dense_weight_dtype or weight_dtype or dtype,
         "budget": vars(budget),
         "prompt_len": prompt_len,
         "new_tokens": new_tokens,
@@ -137,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--selector", choices=("shadow", "layerwise", "quantized-shadow"), default="shadow")
     parser.add_argument("--dtype", choices=ITEMSIZE, default="float32")
-    parser.add_argument("--weight-dtype", choices=WEIGHT_DTYPES, help="default: as --dtype")
+    parser.add_argument("--weight-dtype", choices=sorted({*WEIGHT_DTYPES, *NESTED}), help="default: as --dtype")
+    parser.add_argument("--dense-weight-dtype", choices=WEIGHT_DTYPES, help="of the dense contender; default: the same")
     parser.add_argument("--neuron-budget", type=float, default=0.5)
     parser.add_argument("--head-budget", type=float, default=0.5)
     parser.add_argument("--shortlist", type=int, help="rows of the output table at full precision; needs --rest shadow")
@@ -159,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 kind=args.selector,
                 dtype=args.dtype,
                 weight_dtype=args.weight_dtype,
+                dense_weight_dtype=args.dense_weight_dtype,
                 prompt_len=args.prompt_len,
                 new_tokens=args.new_tokens,
                 runs=args.runs,
