@@ -21,6 +21,7 @@ SIZES = [  # H, n_kv, d, capacity, S, last
     (12, 4, 12, 90, 40, (39, 89)),
     (32, 4, 64, 130, 1, (128,)),
 ]
+LONG = [(3, 1, 6, 1300, 1, (1290, 511, 512, 3)), (6, 3, 20, 800, 3, (799, 30))]  # their positions are divided
 
 
 def wide(inputs):
@@ -30,7 +31,8 @@ def wide(inputs):
 @pytest.mark.parametrize(
     ("size", "rope", "window"),
     [(size, rope, 0) for size in SIZES for rope in (True, False)]
-    + [(size, True, window) for size in SIZES[2:7] for window in (1, 4, 33, 400)],
+    + [(size, True, window) for size in SIZES[2:7] for window in (1, 4, 33, 400)]
+    + [(size, True, window) for size in LONG for window in (0, 515, 600)],
     ids=str,
 )
 def test_cached_attention(size, rope, window, isa):
@@ -71,7 +73,7 @@ def test_a_bound_cache_is_written_in_place():
         np.testing.assert_array_equal(caches[name].numpy(), wanted)
 
 
-@pytest.mark.parametrize("size", [SIZES[3], SIZES[5]], ids=str)
+@pytest.mark.parametrize("size", [SIZES[3], SIZES[5], *LONG], ids=str)
 def test_a_sequence_has_the_same_bits_alone(size, isa):
     inputs, seqlen = cached_inputs(size), size[4]
     together = run_all("CachedAttention", inputs, threads=2, n_heads=size[0])

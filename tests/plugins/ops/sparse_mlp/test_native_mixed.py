@@ -27,13 +27,15 @@ SIZES = [  # D, F, B, S, count
     (1, 1, 1, 1, 1),
     (1, 1, 1, 1, 0),
 ]
+WIDE = [(4250, 40, 1, seqlen, 9) for seqlen in (1, 2, 5)]  # more columns than kernels add in one pass
 
 
 @pytest.mark.parametrize("choosing", [False, True], ids=["given", "chosen"])
 @pytest.mark.parametrize(
     ("form", "size", "rest"),
     [("llama-biases", size, rest) for size in SIZES for rest in (0, 1)]
-    + [(form, size, 1) for form in MLP_FORMS if form != "llama-biases" for size in SIZES[2:4]],
+    + [(form, size, 1) for form in MLP_FORMS if form != "llama-biases" for size in SIZES[2:4]]
+    + [("llama-biases", size, 1) for size in WIDE],
     ids=str,
 )
 def test_mixed_mlp(form, size, rest, choosing, isa):
