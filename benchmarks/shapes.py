@@ -26,7 +26,7 @@ from shadowllm.benchmarks.random_model import SHAPES, untrained, write_random_mo
 from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.bundle.manifest import ITEMSIZE, read_manifest
 from shadowllm.bundle.predictor_file import Kind
-from shadowllm.bundle.quantisation import NESTED, WEIGHT_DTYPES
+from shadowllm.bundle.quantisation import NESTED, WEIGHT_DTYPES, bundle_format
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
 from shadowllm.evaluation.speed.bench import SPARSE, session_command, traffic_of
 from shadowllm.evaluation.speed.environment import environment
@@ -50,6 +50,7 @@ def export_random(
     """Export a bundle of a random model to a new folder; ``rank`` is the predictor's, None for the default."""
     from shadowllm.models.registry import load_model
 
+    bundle_format(weight_dtype, rest)  # an error comes before the model is written
     model, bundle = folder / shape, folder / "bundle"
     for path in (model, bundle):
         path.mkdir(parents=True)
@@ -124,7 +125,8 @@ def print_result(found: dict[str, Any]) -> None:
     """Print a short summary."""
     sparse, dense = found["contenders"][SPARSE], found["contenders"][DENSE]
     gain = found["speedup"]
-    print(f"{found['shape']} {found['weight_dtype']}, {found['selector']}, {found['budget']}, {found['runs']} runs")
+    types = f"{found['weight_dtype']} beside dense {found['dense_weight_dtype']}"
+    print(f"{found['shape']} {types}, {found['selector']}, {found['budget']}, {found['runs']} runs")
     for name, one in ((SPARSE, sparse), (DENSE, dense)):
         rate = one["bytes_per_token"] / one["itl_ms"]["median"] / 1e6
         print(

@@ -15,6 +15,7 @@ inline size_t byte_steps(size_t blocks) { return (blocks + 1) / 2; }
 
 // An input as bytes: its steps, then the scales of its blocks, padded to whole vectors.
 struct ByteInput {
+  ByteInput() = default;
   ByteInput(const float* room, size_t blocks)
       : steps(reinterpret_cast<const ByteStep*>(room)),
         scales(reinterpret_cast<const float*>(steps + byte_steps(blocks))) {}
@@ -205,22 +206,20 @@ template <class Q, size_t R, size_t M>
 inline void project_bytes_tile(const QuantisedRow* rows, const QuantisedRow* next, const float* const* inputs,
                                size_t blocks, float* out) {
   const size_t pairs = blocks / 2 * 2;
-  alignas(ByteInput) char memory[M * sizeof(ByteInput)];
-  ByteInput* in = reinterpret_cast<ByteInput*>(memory);
+  ByteInput in[M];
   for (size_t t = 0; t < M; ++t) in[t] = ByteInput(inputs[t], blocks);
   ByteTile<Q, R, M> tile(rows, in);
   fetch_scales<R>(next, blocks);
   for (size_t first = 0; first < blocks; first += kScaled) {
-    const size_t end = pairs - first < kScaled ? pairs : first + kScaled;
     tile.scale(first, blocks);
-    for (size_t b = first; b < end; b += 2) {
+    for (size_t b = first; b < pairs && b < first + kScaled; b += 2) {
       fetch_blocks<Q, R>(next, b);
       tile.template add<true>(b);
     }
-    if (end == pairs && pairs != blocks) {
-      fetch_blocks<Q, R>(next, pairs);
-      tile.template add<false>(pairs);
-    }
+  }
+  if (pairs != blocks) {  // the scales are still those of the last blocks
+    fetch_blocks<Q, R>(next, pairs);
+    tile.template add<false>(pairs);
   }
   for (size_t i = 0; i < R * M; i += 4) _mm_storeu_ps(out + i, sums_of(tile.acc + i));
 }

@@ -107,6 +107,7 @@ constexpr size_t kColumns = M == 1   ? 4 * kScaled
 template <class Q, size_t M>
 inline void accumulate_columns(const Rows& rows, Picks picks, const float* const* h, size_t stride, size_t begin,
                                size_t end, size_t blocks, float* const* y) {
+  static_assert(kColumns<M> % kScaled == 0, "a pass starts where round_to_weights does");
   constexpr size_t floats = 2 * kBytesBlock;
   alignas(64) float sums[M][kColumns<M> / 2 * floats];
   for (size_t t = 0; t < M; ++t) memset(sums[t], 0, (end - begin + 1) / 2 * floats * sizeof(float));

@@ -112,14 +112,14 @@ def logits(rng: np.random.Generator) -> Case:
 
 def cached(rng: np.random.Generator) -> Case:
     kv_heads, group, half, batch, seqlen = (int(n) for n in rng.integers(1, [4, 4, 40, 4, 40]))
-    capacity, heads = seqlen + int(rng.integers(0, 60)), kv_heads * group
+    capacity, heads = seqlen + int(rng.integers(0, rng.choice([60, 1200]))), kv_heads * group
     last = tuple(int(n) for n in rng.integers(seqlen - 1, capacity, batch))
     inputs = cached_inputs((heads, kv_heads, 2 * half, capacity, seqlen, last), rng.random() < 0.7)
     return Case("CachedAttention", inputs, (), {"n_heads": heads, "window": window(rng)})
 
 
 def linear(rng: np.random.Generator) -> Case:
-    tokens, width, rows = (int(n) for n in rng.integers([0, 1, 0], [20, 300, 60]))
+    tokens, width, rows = (int(n) for n in rng.integers([0, 1, 0], [20, 1200, 60]))
     size = (tokens, width, rows, int(rng.choice([32, 64, 64, 64, 96])))
     return Case("LinearW8A8", linear_inputs(size, rng.random() < 0.5), ("w", "scales"), {})
 

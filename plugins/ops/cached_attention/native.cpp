@@ -1,6 +1,6 @@
 // CachedAttention: writes this step's keys and values into the cache, then attends. Query heads that share a head of
-// the cache attend together, so that they read it once. If these are fewer than tasks are wanted, the positions of the
-// cache are divided too. A result does not depend on the other sequences.
+// the cache attend together, so that they read it once. With few heads of the cache and many positions, the positions
+// are divided into tasks too. A result does not depend on the other sequences.
 #include <cmath>
 #include <cstring>
 
@@ -14,7 +14,11 @@ enum Input { kProjected, kPastKey, kPastValue, kLast, kCos, kSin };
 constexpr size_t kQueries = 16;     // queries of a head of the cache that attend together
 constexpr size_t kWorkers = 24;     // threads, each with memory for the scores of its queries
 constexpr size_t kTasks = 24;       // that a sequence should have
-constexpr size_t kLeastPart = 256;  // positions of a task
+constexpr size_t kLeastPart = 256;  // positions of a task, at least, if they are divided
+constexpr size_t kRowsAtOnce = 8;   // of the kernels; a part starts at a multiple of it
+
+// Rounds up to cache lines, so that threads write to different ones.
+constexpr size_t whole_lines(size_t floats) { return (floats + 15) / 16 * 16; }
 
 // Queries of a head of the cache that attend together: `count` of them, from `first` on. They are by token, then by
 // head.
@@ -29,7 +33,7 @@ struct Partial {
 
   Partial(float* memory, size_t queries, size_t head_dim)
       : contexts(memory), largest(memory + queries * head_dim), totals(largest + queries) {}
-  static size_t floats(size_t queries, size_t head_dim) { return queries * (head_dim + 2); }
+  static size_t floats(size_t queries, size_t head_dim) { return whole_lines(queries * (head_dim + 2)); }
 };
 
 // What one call works on. Sizes are as in schema.py.
@@ -50,9 +54,13 @@ struct Step {
     const size_t b = i / tiles(), kv_head = i % tiles() / tiles_of_head(), first = i % tiles_of_head() * kQueries;
     return {b, kv_head, first, std::min(kQueries, queries() - first)};
   }
+  size_t most_parts() const { return kTasks / std::max<size_t>(1, tiles()); }
   // Into how many parts so many positions are divided.
-  size_t parts(size_t positions) const {
-    return std::max<size_t>(1, std::min(kTasks / std::max<size_t>(1, tiles()), positions / kLeastPart));
+  size_t parts(size_t positions) const { return std::max<size_t>(1, std::min(most_parts(), positions / kLeastPart)); }
+  // The most positions of a part.
+  size_t longest_part() const {
+    if (parts(longest) == 1) return longest;
+    return std::max(2 * kLeastPart, longest / most_parts()) + kRowsAtOnce;
   }
   // The positions that query q of a tile sees.
   Chunk seen(const Tile& tile, size_t q) const {
@@ -120,7 +128,7 @@ class CachedAttention {
     const size_t tiles = step.batch * step.tiles(), parts = step.parts(step.longest), tasks = tiles * parts;
     const size_t workers = std::min(tasks, kWorkers), results = parts == 1 ? workers : tasks;
     const size_t most = std::min(step.queries(), kQueries), size = Partial::floats(most, step.head_dim);
-    const size_t room = most * (step.head_dim + step.longest) + step.longest;
+    const size_t room = whole_lines(most * (step.head_dim + step.longest_part()) + step.longest_part());
     Scratch scratch;
     float *found = scratch.take(results * size + workers * room), *work = found + results * size;
     pool.run(workers, [&](size_t worker) {
@@ -197,10 +205,12 @@ class CachedAttention {
     const Chunk all = step.seen(tile);
     const size_t parts = step.parts(all.size());
     if (part >= parts) return;
-    const auto edge = [&](size_t i) { return i == parts ? all.end : all.begin + all.size() * i / parts / 8 * 8; };
+    const auto edge = [&](size_t i) {
+      return i == parts ? all.end : all.begin + all.size() * i / parts / kRowsAtOnce * kRowsAtOnce;
+    };
     const Chunk mine{edge(part), edge(part + 1)};
     const Partial found(result, count, d);
-    float *queries = work, *row = queries + count * d, *scores = row + step.longest;
+    float *queries = work, *row = queries + count * d, *scores = row + step.longest_part();
     const float scale = 1 / std::sqrt(static_cast<float>(d));
     for (size_t q = 0; q < count; ++q)
       step.rotated(tile.b, step.token(tile, q), step.head(tile, q), scale, queries + q * d);

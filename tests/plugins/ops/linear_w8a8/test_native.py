@@ -20,6 +20,7 @@ SIZES = [  # T, K, N, block
     (5, 130, 33, 32),
     (17, 200, 9, 96),
     (33, 640, 17, 64),
+    (3, 1088, 9, 64),  # one block more than a vector of scales has
 ]
 WEIGHTS = ("w", "scales", "bias")
 

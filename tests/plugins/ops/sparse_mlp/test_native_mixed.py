@@ -27,7 +27,8 @@ SIZES = [  # D, F, B, S, count
     (1, 1, 1, 1, 1),
     (1, 1, 1, 1, 0),
 ]
-WIDE = [(4250, 40, 1, seqlen, 9) for seqlen in (1, 2, 5)]  # more columns than kernels add in one pass
+# More columns than kernels add in one pass, and 17 blocks, whose last one has a vector of scales of its own
+WIDE = [(4250, 40, 1, seqlen, 9) for seqlen in (1, 2, 5)] + [(1030, 20, 1, seqlen, 9) for seqlen in (1, 3)]
 
 
 @pytest.mark.parametrize("choosing", [False, True], ids=["given", "chosen"])
