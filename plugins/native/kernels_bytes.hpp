@@ -68,6 +68,15 @@ void project_bytes_of_all(const Rows& rows, Picks picks, const float* input, siz
   }
 }
 
+// y[t] += sum over i of h[t][i * stride] times row i
+template <class Q>
+void accumulate_bytes(const Rows& rows, Picks picks, const float* const* h, size_t stride, size_t tokens,
+                      float* const* y) {
+  cover_tokens<kByteTokens>(tokens, [&](size_t, size_t, size_t first, auto m) {
+    accumulate_tile_of_bytes<Q, m.value>(rows, picks, h + first, stride, y + first);
+  });
+}
+
 // The same for tokens side by side: h[i * tokens + t], y[t * width + k].
 template <class Q>
 void accumulate_bytes_of_all(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y) {

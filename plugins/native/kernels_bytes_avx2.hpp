@@ -245,22 +245,18 @@ inline void accumulate_block(const QuantisedRow* rows, const ByteWeights* weight
   }
 }
 
-// y[t] += sum over i of h[t][i * stride] times row i
-template <class Q>
-void accumulate_bytes(const Rows& rows, Picks picks, const float* const* h, size_t stride, size_t tokens,
-                      float* const* y) {
+// y[t] += sum over i of h[t][i * stride] times row i, for M tokens
+template <class Q, size_t M>
+inline void accumulate_tile_of_bytes(const Rows& rows, Picks picks, const float* const* h, size_t stride,
+                                     float* const* y) {
   const size_t blocks = rows.width / kBytesBlock;
-  cover_tokens<kByteTokens>(tokens, [&](size_t, size_t, size_t first, auto m) {
-    constexpr size_t M = m.value;
-    for (size_t i = 0; i < picks.count; i += kGroup) {
-      const RowGroup<Q, M> group(rows, picks, h + first, stride, i);
-      ByteWeights weights[M];
-      for (size_t b = 0; b < blocks; ++b) {
-        for (size_t t = 0; b % 8 == 0 && t < M; ++t)
-          round_to_weights(group.now, group.factors[t], b, blocks, weights[t]);
-        fetch_block<Q, kGroup>(group.follows ? group.next : nullptr, b, blocks, kBytesBlock);
-        accumulate_block<Q, M>(group.now, weights, b, y + first);
-      }
+  for (size_t i = 0; i < picks.count; i += kGroup) {
+    const RowGroup<Q, M> group(rows, picks, h, stride, i);
+    ByteWeights weights[M];
+    for (size_t b = 0; b < blocks; ++b) {
+      for (size_t t = 0; b % 8 == 0 && t < M; ++t) round_to_weights(group.now, group.factors[t], b, blocks, weights[t]);
+      fetch_block<Q, kGroup>(group.follows ? group.next : nullptr, b, blocks, kBytesBlock);
+      accumulate_block<Q, M>(group.now, weights, b, y);
     }
-  });
+  }
 }

@@ -133,16 +133,13 @@ inline void accumulate_columns(const Rows& rows, Picks picks, const float* const
       add_in_order(sums[t] + (b - begin) / 2 * floats, b + 1 < blocks ? floats : floats / 2, y[t] + b * kBytesBlock);
 }
 
-// y[t] += sum over i of h[t][i * stride] times row i
-template <class Q>
-void accumulate_bytes(const Rows& rows, Picks picks, const float* const* h, size_t stride, size_t tokens,
-                      float* const* y) {
+// y[t] += sum over i of h[t][i * stride] times row i, for M tokens
+template <class Q, size_t M>
+inline void accumulate_tile_of_bytes(const Rows& rows, Picks picks, const float* const* h, size_t stride,
+                                     float* const* y) {
   const size_t blocks = rows.width / kBytesBlock;
-  cover_tokens<kByteTokens>(tokens, [&](size_t, size_t, size_t first, auto m) {
-    constexpr size_t M = m.value;
-    for (size_t b = 0; b < blocks; b += kColumns<M>) {
-      const size_t end = blocks - b < kColumns<M> ? blocks : b + kColumns<M>;
-      accumulate_columns<Q, M>(rows, picks, h + first, stride, b, end, blocks, y + first);
-    }
-  });
+  for (size_t b = 0; b < blocks; b += kColumns<M>) {
+    const size_t end = blocks - b < kColumns<M> ? blocks : b + kColumns<M>;
+    accumulate_columns<Q, M>(rows, picks, h, stride, b, end, blocks, y);
+  }
 }
