@@ -2,6 +2,7 @@
 
     python -m shadowllm.benchmarks.export_cost smollm2.gguf
     python -m shadowllm.benchmarks.export_cost smollm2.gguf --complete
+    python -m shadowllm.benchmarks.export_cost --shape qwen3-0.6b --complete --tokenizer out/noisy
     python -m shadowllm.benchmarks.export_cost --shape opt-1.3b --dtype fp16 --json cost.json
     python -m shadowllm.benchmarks.export_cost --shape relullama-7b mistral-7b --dtype fp16 --engine tensorrt_rtx
 
@@ -9,7 +10,7 @@ The export runs in a child process, without validation and with a random ranking
 With --complete it calibrates, trains and chooses budgets too. (Validation runs in another process, and holds the model
 twice.) With --engine another export of the same model builds an engine too; if that is refused, the results give the
 reason. The peak is the resident set size of the child, with everything: libraries, and pages of mapped files that the
-system could drop. The models of `random_model.PUBLISHED` have the published sizes and two layers.
+system could drop. The models of `random_model.PUBLISHED` have the published sizes, and two or twelve layers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from shadowllm.benchmarks.random_model import PUBLISHED, SHAPES, TINY_SHAPES, wr
 from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.environment import environment
+from shadowllm.models.files.tokenizer import load_tokenizer
 from shadowllm.plugins.tensorrt.load_tensorrt import FLAVOURS
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -144,6 +146,7 @@ def main() -> None:
     shapes = SHAPES | PUBLISHED | TINY_SHAPES
     parser.add_argument("--shape", nargs="+", choices=shapes, help="measure random models of these shapes instead")
     parser.add_argument("--complete", action="store_true", help="also calibrate, train and choose budgets")
+    parser.add_argument("--tokenizer", metavar="DIR", help="give random models this folder's, so that --complete works")
     parser.add_argument("--dtype", choices=tuple(ITEMSIZE), default="fp32")
     parser.add_argument("--engine", choices=FLAVOURS, help="also build an engine, in another export")
     parser.add_argument("--sm", default="89", help="compute capability that the engine is for (default: %(default)s)")
@@ -159,6 +162,8 @@ def main() -> None:
                 path = str(Path(folder) / model)
                 Path(path).mkdir()
                 write_random_model(model, Path(path))
+                if args.tokenizer:
+                    load_tokenizer(Path(args.tokenizer), None, False).save_pretrained(path)
             found = measure(path, libraries, args.dtype, args.complete)
             if args.engine:
                 found["engine"] = measure_engine(path, args.dtype, args.engine, args.sm)

@@ -90,7 +90,8 @@ TINY_SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 64,
     },
 }
-# The published configurations of models, cut to two layers: every size is real, and an export takes seconds.
+# The published configurations of models, cut to two layers, or to twelve if they are small: every size is real, and an
+# export takes seconds.
 _LLAMA_2 = GPU_SHAPES["llama-2-7b"] | {"num_hidden_layers": 2}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "relullama-7b": _LLAMA_2 | {"hidden_act": "relu"},
@@ -99,7 +100,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model_type": "minicpm",
         "hidden_size": 1536,
         "intermediate_size": 3840,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 12,
         "num_attention_heads": 24,
         "num_key_value_heads": 8,
         "max_position_embeddings": 4096,
@@ -115,7 +116,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model_type": "qwen3",
         "hidden_size": 1024,
         "intermediate_size": 3072,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 12,
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "head_dim": 128,

@@ -24,7 +24,7 @@ from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.bundle.certificate import best_weighting, copy_errors
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.quantised_tensors import mean_square_errors
-from shadowllm.bundle.weight_names import copy_weighting, integers, low_bit_copy, output_table, scales
+from shadowllm.bundle.weight_names import copy_weighting, integers, low_bit_copy, scales
 from shadowllm.bundle.weights import map_copies, read_weights
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
@@ -48,7 +48,7 @@ def measure(bundle: Path, texts: Sequence[Path], tokens: int) -> list[dict[str, 
     manifest = read_manifest(bundle)
     if manifest.rest != "shadow":
         raise UserError(f"{bundle} has no low-bit copy of the output table", "export with --rest shadow")
-    read, stored, table = read_weights(bundle, manifest), map_copies(bundle, manifest), output_table(manifest.spec)
+    read, stored, table = read_weights(bundle, manifest), map_copies(bundle, manifest), manifest.spec.output_table
     encode = plain_encoder(load_tokenizer(bundle, manifest), manifest)
     ids = list(encode("\n".join(map(Path.read_text, texts)))) if texts else passage(encode, 2 * tokens)
     if len(ids) < 2 * tokens:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from shadowllm.bundle.weight_layout import Group
@@ -72,6 +74,38 @@ class WeightStore:
                     put(block)
                 progress(entry.length)
         return digest.hexdigest()
+
+
+class MappedTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a data file, mapped into memory, not read.
+
+    A tensor's pages are read when it is used. All pages are given back to the system after some tensors were asked
+    for, and a tensor that is used again is read again. So a pass over a model needs the memory of a few matrices.
+    ``dict`` of this keeps the pages.
+    """
+
+    KEPT = 1 << 26  # bytes of tensors that are asked for until pages are given back
+
+    def __init__(self, store: WeightStore) -> None:
+        self._entries, self._asked = store.entries, 0
+        with store.path.open("rb") as file:  # PyTorch asks for writable memory
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._data = np.frombuffer(self._map, dtype=np.uint8)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        entry = self._entries[name]
+        self._asked += entry.length
+        if self._asked > self.KEPT and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._asked = entry.length
+        data = torch.from_numpy(self._data[entry.offset : entry.offset + entry.length])
+        return data.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def _blocks(name: str, tensor: torch.Tensor, dtype: torch.dtype, elements: int = 1 << 22) -> Iterator[memoryview]:

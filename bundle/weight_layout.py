@@ -18,7 +18,6 @@ from shadowllm.bundle.weight_names import (
     down_norms,
     integers,
     low_bit_copy,
-    output_table,
     residual,
     scales,
     transposed,
@@ -98,7 +97,7 @@ def copy_groups(layers: SparseLayers, rest: bool, nested: bool = False) -> Itera
         for name in copied_for_rest(spec, layer) if rest else ():
             yield from copies([name])
     if rest:
-        table = output_table(spec)
+        table = spec.output_table
         yield from copies([table])
         yield [(copy_errors(table), (spec.vocab_size,), "float32")]
         yield [(copy_weighting(table), (spec.hidden_size,), "float32")]

@@ -71,12 +71,7 @@ def copied_names(layers: SparseLayers, rest: bool) -> list[str]:
     found = []
     for layer in layers.layers:
         found += copied(layers.spec, layer) + (copied_for_rest(layers.spec, layer) if rest else [])
-    return found + ([output_table(layers.spec)] if rest else [])
-
-
-def output_table(spec: ModelSpec) -> str:
-    """Return the canonical name of the table that maps hidden states to logits."""
-    return "embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"
+    return found + ([layers.spec.output_table] if rest else [])
 
 
 def base(name: str) -> str:

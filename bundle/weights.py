@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from shadowllm.bundle.manifest import DATA_FILE, Manifest, verify_files
 from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.quantisation import slices
 from shadowllm.bundle.quantised_tensors import dequantised_copy, dequantised_predictor, dequantised_weights
-from shadowllm.bundle.weight_file import TORCH_DTYPES, WeightStore
-from shadowllm.bundle.weight_layout import Group, copy_groups, model_groups
+from shadowllm.bundle.weight_file import MappedTensors, WeightStore
+from shadowllm.bundle.weight_layout import copy_groups, model_groups
 from shadowllm.bundle.weight_names import (
     base,
     copied_names,
@@ -23,10 +22,9 @@ from shadowllm.bundle.weight_names import (
     copy_weighting,
     integers,
     low_bit_copy,
-    output_table,
     scales,
 )
-from shadowllm.models.sparse_decoder import Certificate
+from shadowllm.models.sparse_decoder import Certificate, ComputedCopies
 from shadowllm.models.weights import tensor_shape
 
 PREDICTOR_FILE = "predictor.safetensors"
@@ -35,6 +33,8 @@ PREDICTOR_FILE = "predictor.safetensors"
 @dataclass(frozen=True)
 class BundleWeights:
     """A bundle's weights in float32, and its predictor.
+
+    Floats and copies are read whenever they are used; see `kept`.
 
     Attributes:
         sparse: canonical weights as in ``body``.
@@ -49,9 +49,11 @@ class BundleWeights:
     copies: Mapping[str, Tensor] | None = None
     certificate: Certificate | None = None
 
-    def kept_copies(self) -> dict[str, Tensor] | None:
-        """Return ``copies``, all in memory, for a session, each step of which reads all of them."""
-        return None if self.copies is None else dict(self.copies)
+    def kept(self) -> BundleWeights:
+        """Return the same, all in memory, for a session, each step of which reads all of it."""
+        sparse = dict(self.sparse)
+        dense = sparse if self.dense is self.sparse else dict(self.dense)
+        return replace(self, sparse=sparse, dense=dense, copies=None if self.copies is None else dict(self.copies))
 
 
 def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
@@ -64,14 +66,30 @@ def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
     copied = manifest.rest == "shadow"
     rest = (StoredCopies(folder, manifest), _read_certificate(folder, manifest)) if copied else (None, None)
     if q is None:
-        weights = {name: tensor.float() for name, tensor in stored.items()}
+        weights = Floats(stored)
         return BundleWeights(weights, weights, predictor, *rest)
     names = {base(name): None for name in stored}  # ordered, without duplicates
     sparse, dense = dequantised_weights(spec, names, stored, q)
     return BundleWeights(sparse, dense, dequantised_predictor(predictor, q), *rest)
 
 
-class StoredCopies(Mapping[str, Tensor]):
+class Floats(Mapping[str, Tensor]):
+    """Float tensors of another mapping in float32, converted whenever they are read."""
+
+    def __init__(self, stored: Mapping[str, Tensor]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+class StoredCopies(ComputedCopies):
     """Float32 values of a bundle's low-bit copy, by canonical name.
 
     Each is computed from its integers whenever it is read, because all of them are as large as the model in float32.
@@ -86,10 +104,21 @@ class StoredCopies(Mapping[str, Tensor]):
         self._names = tuple(copied_names(manifest.sparse_layers, rest=True))
 
     def __getitem__(self, name: str) -> Tensor:
+        return dequantised_copy(*self._integers(name), tensor_shape(self._spec, name)[1])
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """See `ComputedCopies.parts`."""
+        data, factors = self._integers(name)
+        width = tensor_shape(self._spec, name)[1]
+        for rows in slices(data.numpy()):
+            yield dequantised_copy(data[rows], factors[rows], width)
+
+    def _integers(self, name: str) -> tuple[Tensor, Tensor]:
+        """The integers and scales of a matrix."""
         if name not in self._names:
             raise KeyError(name)
         data, factors = (self._stored[part(low_bit_copy(name))] for part in (integers, scales))
-        return dequantised_copy(data, factors, tensor_shape(self._spec, name)[1])
+        return data, factors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -99,34 +128,26 @@ class StoredCopies(Mapping[str, Tensor]):
 
 
 def _read_certificate(folder: Path, manifest: Manifest) -> Certificate:
-    stored, table = map_copies(folder, manifest), output_table(manifest.spec)
+    stored, table = map_copies(folder, manifest), manifest.spec.output_table
     return Certificate(stored[copy_errors(table)].clone(), stored[copy_weighting(table)].clone())
 
 
-def map_weights(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], Predictor]:
+def map_weights(folder: Path, manifest: Manifest) -> tuple[Mapping[str, Tensor], Predictor]:
     """Map the model's stored tensors into memory without reading them, and load the predictor.
 
     Raises:
         UserError: a file is damaged.
     """
     verify_files(folder, manifest.digests(DATA_FILE, PREDICTOR_FILE))
-    stored = _mapped(folder, model_groups(manifest.spec, manifest.dtype, manifest.quantisation))
+    groups = model_groups(manifest.spec, manifest.dtype, manifest.quantisation)
+    stored = MappedTensors(WeightStore(folder / DATA_FILE, groups))
     return stored, Predictor.load(folder / PREDICTOR_FILE)
 
 
-def map_copies(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+def map_copies(folder: Path, manifest: Manifest) -> Mapping[str, Tensor]:
     """Map a low-bit copy's tensors like `map_weights`, which must have checked the file."""
     q = manifest.quantisation
     nested = q is not None and q.residual_bits > 0
     copies = copy_groups(manifest.sparse_layers, manifest.rest == "shadow", nested)
-    return _mapped(folder, chain(model_groups(manifest.spec, manifest.dtype, q), copies))
-
-
-def _mapped(folder: Path, groups: Iterator[Group]) -> dict[str, Tensor]:
-    """Map the tensors of the data file by name, without reading them."""
-    store = WeightStore(folder / DATA_FILE, groups)
-    data = np.memmap(store.path, dtype=np.uint8, mode="c")
-    return {
-        name: torch.from_numpy(data[e.offset : e.offset + e.length]).view(TORCH_DTYPES[e.dtype]).view(e.shape)
-        for name, e in store.entries.items()
-    }
+    groups = chain(model_groups(manifest.spec, manifest.dtype, q), copies)
+    return MappedTensors(WeightStore(folder / DATA_FILE, groups))

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from shadowllm.bundle.cost_model import unit_elements
 from shadowllm.models.decoder import Decoder
+from shadowllm.models.sparse_decoder import TOKENS_AT_ONCE
 from shadowllm.models.sparsity import Budget, Unit, layer_units
 from shadowllm.predictor.selectors import Context, MaskedDecoder, Selector
 from shadowllm.progress import Advance, no_progress
@@ -128,8 +129,7 @@ class Loss:
         for i in range(n):
             dense = self._distributions(i)
             for budget, values in zip(budgets, found, strict=True):
-                mine = self._logits(self._decoder(budget), i).log_softmax(dim=-1)
-                values.append(float(F.kl_div(mine, dense, reduction="batchmean", log_target=True)))
+                values.append(_divergence(self._logits(self._decoder(budget), i), dense))
             advance(len(budgets) * (i + 1) // n - len(budgets) * i // n)
         return list(map(fmean, found))
 
@@ -146,6 +146,13 @@ class Loss:
         # With all units, the layers give what they give in the dense model.
         logits = decoder.logits(self._hidden[i]) if decoder.whole else decoder(self._windows[i : i + 1])
         return logits[0, :-1]
+
+
+def _divergence(logits: Tensor, dense: Tensor) -> float:
+    """Return the mean KL divergence of logits from logarithms of distributions, a few tokens at a time, nats."""
+    parts = zip(logits.split(TOKENS_AT_ONCE), dense.split(TOKENS_AT_ONCE), strict=True)
+    found = (F.kl_div(part.log_softmax(dim=-1), of, reduction="sum", log_target=True) for part, of in parts)
+    return float(sum(found)) / len(logits)
 
 
 def passes(n_sparse: int) -> int:

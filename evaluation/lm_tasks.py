@@ -64,7 +64,7 @@ class BundleLM(TemplateLM):
         self._budget = budget or self._manifest.budget
         self._kind = str(self._manifest.predictor["kind"])
         self._selector = selector or self._kind
-        self._logits = _decoder(self._manifest, read or read_weights(self._bundle, self._manifest), self)
+        self._logits = _decoder(self._manifest, read or read_weights(self._bundle, self._manifest).kept(), self)
 
     @property
     def selection(self) -> tuple[str, Budget]:
@@ -188,7 +188,7 @@ def run_tasks(
     Raises:
         UserError: the harness cannot run a task.
     """
-    read = read_weights(bundle, read_manifest(bundle))
+    read = read_weights(bundle, read_manifest(bundle)).kept()
     for selector, budget in [(DENSE, Budget()), *selections]:
         lm = BundleLM(bundle, selector, budget, read)
         try:

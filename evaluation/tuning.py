@@ -68,7 +68,7 @@ def tune(
     read, tokenizer = read_weights(bundle, manifest), load_tokenizer(bundle, manifest)
     windows = calibration_windows(
         manifest.spec,
-        read.sparse,
+        dict(read.sparse),
         plain_encoder(tokenizer, manifest),
         texts=texts,
         tokens=tokens,

@@ -176,8 +176,7 @@ class Decoder:
 
     def logits(self, x: Tensor) -> Tensor:
         """Apply the final norm and the output projection."""
-        table = "embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
-        return F.linear(self.final_hidden(x), self.weights[table])
+        return F.linear(self.final_hidden(x), self.weights[self.spec.output_table])
 
     def final_hidden(self, x: Tensor) -> Tensor:
         """Apply the final norm; the result is the input of the output projection."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shadowllm.models.decoder import Decoder, InputHook, KVCache
 from shadowllm.models.sparsity import Rest, Unit
 from shadowllm.models.spec import ModelSpec
 
+TOKENS_AT_ONCE = 32  # whose exact logits are computed together, beside those of the copy
 # Receives the activation of one layer's units (see `decoder.ActivationHook`) and returns which units are active: bool,
 # broadcast to ``(batch, seqlen, n_units)``; None if all of them are.
 Selection = Callable[[int, Unit, Tensor], Tensor | None]
@@ -37,6 +40,14 @@ class Certificate:
         return (x * self.weighting).double().norm(dim=-1, keepdim=True).float() * self.errors
 
 
+class ComputedCopies(Mapping[str, Tensor], ABC):
+    """Float32 values of a low-bit copy, by canonical name. They are computed whenever they are read."""
+
+    @abstractmethod
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Yield the rows of a matrix, some at a time, so that they are not in memory together."""
+
+
 class CopyDecoder(Decoder):
     """A `Decoder` with the matrices of the low-bit copy. Scores and the rest need the same products of the neurons.
 
@@ -50,6 +61,7 @@ class CopyDecoder(Decoder):
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
         super().__init__(spec, ChainMap(copies, weights))  # type: ignore[arg-type]  # nothing is written
+        self._copies = copies
         self._last: tuple[int, Tensor, Tensor] | None = None  # layer, input and result
 
     def mlp_activation(self, layer: int, x: Tensor) -> Tensor:
@@ -57,6 +69,17 @@ class CopyDecoder(Decoder):
         if self._last is None or self._last[0] != layer or self._last[1] is not x:
             self._last = layer, x, super().mlp_activation(layer, x)
         return self._last[2]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Decoder.logits`."""
+        if not isinstance(self._copies, ComputedCopies):
+            return super().logits(x)
+        hidden, end = self.final_hidden(x), 0
+        found = hidden.new_empty(*hidden.shape[:-1], self.spec.vocab_size)
+        for rows in self._copies.parts(self.spec.output_table):
+            start, end = end, end + len(rows)
+            found[..., start:end] = F.linear(hidden, rows)
+        return found
 
 
 class SparseDecoder(Decoder):
@@ -97,19 +120,26 @@ class SparseDecoder(Decoder):
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Decoder.logits`. Rows outside of the shortlist are the copy's."""
-        exact = super().logits(x)
         if self._shortlist is None or self._shortlist >= self.spec.vocab_size:
             self.recomputed = torch.full(x.shape[:2], self.spec.vocab_size)
-            return exact
+            return super().logits(x)
         assert self._copy is not None
-        low = self._copy.logits(x)
-        best = low.topk(self._shortlist, dim=-1, sorted=False).indices
+        logits = self._copy.logits(x)
+        # Logits of many tokens are larger than the weights of a small model. So the exact ones are of a few at a time.
+        parts = zip(x.split(TOKENS_AT_ONCE, dim=1), logits.split(TOKENS_AT_ONCE, dim=1), strict=True)
+        self.recomputed = torch.cat([self._recompute(part, low, self._shortlist) for part, low in parts], dim=1)
+        return logits
+
+    def _recompute(self, x: Tensor, low: Tensor, shortlist: int) -> Tensor:
+        """Replace the copy's logits of the shortlist by exact ones; return how many rows that are, by token."""
+        exact = super().logits(x)
+        best = low.topk(shortlist, dim=-1, sorted=False).indices
         recomputed = torch.zeros_like(low, dtype=torch.bool).scatter(-1, best, value=True)
         if self._certificate is not None:
             largest = exact.gather(-1, best).amax(dim=-1, keepdim=True)
             recomputed |= low + self._certificate.bound(self.final_hidden(x)) >= largest
-        self.recomputed = recomputed.sum(dim=-1)
-        return torch.where(recomputed, exact, low, out=low)
+        torch.where(recomputed, exact, low, out=low)
+        return recomputed.sum(dim=-1)
 
     def _attention(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
         if self.input_hook:

@@ -159,6 +159,11 @@ class ModelSpec:
         return self.group_size if self.head_unit == "kv_group" else 1
 
     @property
+    def output_table(self) -> str:
+        """Canonical name of the matrix that maps hidden states to logits."""
+        return "embed_tokens.weight" if self.tied_embeddings else "lm_head.weight"
+
+    @property
     def n_parameters(self) -> int:
         """Number of parameters, with biases and norms; tied embeddings count once."""
         d, f, heads, kv = (

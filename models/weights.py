@@ -131,8 +131,11 @@ class Weights(Mapping[str, torch.Tensor]):
         return self._fingerprint
 
     def load(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        """Read all tensors into memory as contiguous ``dtype``, one tensor at a time."""
-        return {name: self[name].to(dtype).contiguous() for name in self}
+        """Return all tensors in ``dtype``, read one at a time.
+
+        Those that are stored transposed are views, and those of that type are pages of the mapped file.
+        """
+        return {name: self[name].to(dtype) for name in self}
 
 
 def stacked(spec: ModelSpec, sources: Mapping[str, Source], names: Sequence[str], whole: str) -> dict[str, Source]:

@@ -103,10 +103,10 @@ class TorchSession:
         if threads is not None:
             torch.set_num_threads(check_threads(threads))
         manifest = read_manifest(bundle)
-        read = read_weights(bundle, manifest)
+        read = read_weights(bundle, manifest).kept()
         if kind == "dense":
             return cls(manifest.spec, read.sparse, None, None, read.dense)
-        copies = read.kept_copies()
+        copies = read.copies
         return cls(manifest.spec, read.sparse, read.predictor, manifest.budget, read.dense, copies, read.certificate)
 
     @property

@@ -38,8 +38,7 @@ class TorchSlots:
             torch.set_num_threads(check_threads(threads))
         self.slots = check_whole("the number of slots", slots)
         manifest = read_manifest(bundle)
-        read = read_weights(bundle, manifest)
-        copies = read.kept_copies()
+        read = read_weights(bundle, manifest).kept()
         self.spec, self._budget = manifest.spec, manifest.budget
         self._sessions = [
             TorchSession(
@@ -48,7 +47,7 @@ class TorchSlots:
                 read.predictor,
                 manifest.budget,
                 read.dense,
-                copies,
+                read.copies,
                 read.certificate,
             )
             for _ in range(slots)

@@ -15,7 +15,7 @@ from shadowllm.bundle.manifest import BODY, BODY_ALL_HEADS
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.bundle.weight_file import WeightStore
-from shadowllm.bundle.weight_names import copy_errors, copy_weighting, output_table
+from shadowllm.bundle.weight_names import copy_errors, copy_weighting
 from shadowllm.exporter.graphs import blocks, nodes, selection
 from shadowllm.exporter.graphs.builder import GraphBuilder
 from shadowllm.models.sparsity import UNITS, SparseLayers, Unit, layer_units
@@ -204,13 +204,13 @@ def _static_scores(g: GraphBuilder, spec: ModelSpec, grid: ir.Value) -> dict[Uni
 
 
 def _logits(g: GraphBuilder, spec: ModelSpec, x: ir.Value, step: blocks.Step, keep: ir.Value) -> None:
-    table = output_table(spec).removesuffix(".weight")
+    table = spec.output_table.removesuffix(".weight")
     logits = nodes.gemm(g, _kept(g, spec, x, step, keep), [table], False, spec.hidden_size)
     _output_logits(g, spec, nodes.as_float(g, logits), keep)
 
 
 def _shortlist_logits(g: GraphBuilder, spec: ModelSpec, x: ir.Value, step: blocks.Step, keep: ir.Value) -> None:
-    table, kept = output_table(spec), _kept(g, spec, x, step, keep)
+    table, kept = spec.output_table, _kept(g, spec, x, step, keep)
     # Set here, because nothing infers it, and the op's output shapes depend on it.
     kept.dtype, kept.shape = g.dtype, ir.Shape(["rows", spec.hidden_size])
     (rows, row_scales), (copy, factors) = g.rows(table), g.copy(table)

@@ -18,7 +18,6 @@ from shadowllm.bundle.weight_names import (
     down_norms,
     integers,
     low_bit_copy,
-    output_table,
     scales,
 )
 from shadowllm.models.sparsity import SparseLayers, Unit
@@ -69,7 +68,7 @@ def rest_inputs(
         weights: canonical tensors on the device.
         scalars: ``rest``, ``shortlist`` and ``certify``, int32 ``()`` on the device.
     """
-    table, inside = output_table(layers.spec), chosen_inside(predictor)
+    table, inside = layers.spec.output_table, chosen_inside(predictor)
     device = weights[table].device
 
     def of_parts(layer: int, parts: Sequence[str]) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shadowllm.bundle.weight_names import output_table
 from shadowllm.models.decoder import Decoder, KVCache
 from shadowllm.models.rope import RopeSpec
 from shadowllm.models.sparsity import SparseLayers, Unit
@@ -107,7 +106,7 @@ class StepDecoder(Decoder):
             x, normed = self._attention_block(layer, x, normed, after[0], position_ids, cache, selection)
             x, normed = self._mlp_block(layer, x, normed, after[1], selection)
         if self._rest is None:
-            return F.linear(normed, self.weights[output_table(spec)])
+            return F.linear(normed, self.weights[spec.output_table])
         found, _ = shortlist_logits(normed.flatten(0, 1), **self._rest.logits)
         return found.view(*x.shape[:2], -1)
 

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     encode = plain_encoder(load_tokenizer(args.bundle, manifest), manifest)
     seqlen = min(args.seqlen, manifest.spec.max_seqlen)
     served = token_windows(args.text, encode, seqlen, max(1, args.tokens // seqlen))
-    weights = read_weights(args.bundle, manifest).sparse
+    weights = read_weights(args.bundle, manifest).kept().sparse
     like = calibration_windows(manifest.spec, weights, encode, tokens=args.tokens, seqlen=seqlen, seed=1).train
     found = {}
     with OrtSession(args.bundle, "sparse") as session:

@@ -1,13 +1,16 @@
-"""The data file: for a number that its type cannot hold, the error names the tensor."""
+"""The data file: for a number that its type cannot hold, the error names the tensor. Read, it needs little memory."""
 
 from __future__ import annotations
 
+import mmap
+
+import psutil
 import pytest
 import torch
 
 from shadowllm.bundle.quantisation import WEIGHT_DTYPES
 from shadowllm.bundle.quantised_tensors import QuantisedTensors
-from shadowllm.bundle.weight_file import WeightStore
+from shadowllm.bundle.weight_file import MappedTensors, WeightStore
 from shadowllm.bundle.weight_layout import quantised_groups
 from shadowllm.errors import UserError
 
@@ -46,3 +49,30 @@ def test_scales_must_be_numbers(tmp_path, kind):
     store = WeightStore(tmp_path / "data", quantised_groups({"down": (5, 32)}, q))
     with pytest.raises(UserError, match=r"tensor down\.scales holds NaN or infinity"):
         store.write(QuantisedTensors({"down": tensor}, q))
+
+
+def mapped(folder, count=32, elements=1 << 20):
+    """A file of ``count`` tensors of ones, twos, ..., and how much memory was resident before it was mapped."""
+    store = WeightStore(folder / "data", iter([[(str(i), (elements,), "float32")] for i in range(count)]))
+    store.write({str(i): torch.full((elements,), float(i)) for i in range(count)})
+    return MappedTensors(store), psutil.Process().memory_info().rss
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="this system keeps the pages of mapped files")
+def test_pages_of_a_mapped_file_are_given_back(monkeypatch, tmp_path):
+    monkeypatch.setattr(MappedTensors, "KEPT", 1 << 24)
+    tensors, before = mapped(tmp_path)
+    assert [float(tensors[name].mean()) for name in tensors] == list(range(32))
+    assert psutil.Process().memory_info().rss - before < 1 << 26
+    kept = dict(tensors)
+    assert [float(tensor.mean()) for tensor in kept.values()] == list(range(32))
+    assert psutil.Process().memory_info().rss - before > 1 << 26
+
+
+def test_a_tensor_is_valid_after_its_pages_were_given_back(monkeypatch, tmp_path):
+    monkeypatch.setattr(MappedTensors, "KEPT", 0)
+    tensors, _ = mapped(tmp_path, count=4, elements=3000)
+    first = tensors["1"]
+    assert float(tensors["2"].sum()) == 6000
+    assert torch.equal(first, torch.ones(3000))
+    assert (len(tensors), "4" in tensors, tensors.get("4")) == (4, False, None)

@@ -18,7 +18,7 @@ from shadowllm.bundle.certificate import best_weighting
 from shadowllm.bundle.manifest import DATA_FILE, read_manifest, verify_files
 from shadowllm.bundle.predictor_file import FINAL_SQUARES
 from shadowllm.bundle.quantised_tensors import mean_square_errors
-from shadowllm.bundle.weight_names import copy_weighting, output_table
+from shadowllm.bundle.weight_names import copy_weighting
 from shadowllm.bundle.weights import map_copies, read_weights
 from shadowllm.config import EngineOptions, TunedDrafts
 from shadowllm.errors import UserError
@@ -227,7 +227,7 @@ def test_predictor_of_another_model(checkpoint, tmp_path):
 
 def test_the_weighting_of_the_certificate_is_calibrated_if_there_was_text(checkpoint, tmp_path):
     spec, weights, files = load_model(checkpoint("llama-blocks"))
-    table, stored = output_table(spec), {}
+    table, stored = spec.output_table, {}
     predictor = make_predictor(spec, weights.fingerprint(), "quantized-shadow")
     squares = torch.rand(spec.hidden_size, generator=torch.Generator().manual_seed(5)) ** 4
     calibrated = replace(predictor, tensors=predictor.tensors | {FINAL_SQUARES: squares})
