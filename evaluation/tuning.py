@@ -19,6 +19,7 @@ from shadowllm.config import Target
 from shadowllm.errors import UserError
 from shadowllm.evaluation import mixed_allocation as mixed
 from shadowllm.evaluation.allocation import STEPS, Allocation, Loss, bisect, measure, passes
+from shadowllm.malloc import return_freed_memory
 from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.selectors import Context, make_selector
@@ -75,6 +76,7 @@ def tune(
         seqlen=min(seqlen, manifest.spec.max_seqlen),
         seed=seed,
     ).train
+    return_freed_memory()
     context = Context(manifest.spec, read.sparse, manifest.dense_layers, read.predictor, copies=read.copies)
     loss = Loss(context, make_selector(read.predictor.kind, context), windows)
     mixes = manifest.rest == "shadow"

@@ -156,6 +156,7 @@ def _write(
     )
     manifest = replace(manifest, dense=dense_reasons(manifest, manifest.budget))
     manifest.write(folder)
+    return_freed_memory()
     target = options.target
     measurable = "tokenizer.json" in manifest.files and not predictor.is_random
     if target is None and options.budget is None and manifest.rest == "shadow" and measurable:
@@ -296,6 +297,7 @@ def _calibrate(
             seed=options.seed,
             advance=advance,
         )
+    return_freed_memory()
     with progress("Tracing", windows.train.numel() + windows.held_out.numel()) as advance:
         return calibrate(
             spec,
