@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shadowllm.benchmarks.script_parser import script, script_parser
-from shadowllm.bundle.cost_model import mean_traffic
+from shadowllm.bundle.cost_model import Itemsizes, mean_traffic
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.child import module_command
 from shadowllm.errors import UserError
@@ -246,7 +246,7 @@ def compare(
             for name, generations in found.items():
                 taken[name] += generations
     _check_tokens({name: generations[0].tokens for name, generations in taken.items()})
-    traffic = mean_traffic(manifest.spec, 4, setting.prompt_len, setting.new_tokens)
+    traffic = mean_traffic(manifest.spec, Itemsizes.of(4), setting.prompt_len, setting.new_tokens)
     results = [Result(name, summarise(generations), traffic) for name, generations in taken.items()]
     pairs = [
         {"name": ours, "baseline": theirs, "speedup": speedup(taken[theirs], taken[ours]), "target": target}

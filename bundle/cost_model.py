@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import mul
-from typing import Any
+from typing import Any, Self
 
 from shadowllm.bundle.manifest import Manifest
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, ROUNDED_PRODUCTS, ROUNDED_ROWS, Quantisation
 from shadowllm.models.sparsity import UNITS, ActiveCounts, Rest, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 
@@ -112,19 +112,64 @@ class Traffic:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True)
+class Itemsizes:
+    """Bytes of an element, by where a step reads it; for integers, including the share of a scale.
+
+    Attributes:
+        floats: in norms and the cache.
+        matrices: in matrices of which all rows are read.
+        rows: in active rows of a sparse op.
+        beside_copy: in active rows whose low-bit copy is read in any case. (If a quantised shadow chooses neurons, and
+            the others are left out, then the copy of gate and up of active neurons is counted twice.)
+        common: in matrices that every token reads: those of K and V and of the dense layers, and the rows of heads if
+            all of them are active.
+        shortlist: in the exact rows of the output table, beside its low-bit copy.
+    """
+
+    floats: float
+    matrices: float
+    rows: float
+    beside_copy: float
+    common: float
+    shortlist: float
+
+    @classmethod
+    def of(
+        cls,
+        floats: float,
+        *,
+        matrices: float | None = None,
+        rows: float | None = None,
+        beside_copy: float | None = None,
+        common: float | None = None,
+        shortlist: float | None = None,
+    ) -> Self:
+        """Return sizes of which some are alike.
+
+        By default matrices are like floats, rows and common matrices like matrices, rows beside a copy like rows, and
+        those of a shortlist like rows beside a copy.
+        """
+        matrices = floats if matrices is None else matrices
+        rows = matrices if rows is None else rows
+        beside_copy = rows if beside_copy is None else beside_copy
+        common = matrices if common is None else common
+        return cls(floats, matrices, rows, beside_copy, common, beside_copy if shortlist is None else shortlist)
+
+    def rounded(self) -> Self:
+        """Return those of a step that rounds float matrices to integers, but not the output table."""
+        rows, beside_copy = ROUNDED_ROWS.itemsize, ROUNDED_ROWS.itemsize_beside_copy
+        return replace(self, rows=rows, beside_copy=beside_copy, common=ROUNDED_PRODUCTS.itemsize)
+
+
 def step_traffic(
     spec: ModelSpec,
-    itemsize: int,
+    sizes: Itemsizes,
     context: int,
     active: ActiveCounts | None = None,
     *,
     choosing: float = 0,
     batch: int = 1,
-    matrix_itemsize: float | None = None,
-    row_itemsize: float | None = None,
-    itemsize_beside_copy: float | None = None,
-    common_itemsize: float | None = None,
-    shortlist_itemsize: float | None = None,
     rest: Rest = "drop",
     shortlist: int | None = None,
     fired: Sequence[float] | None = None,
@@ -132,20 +177,11 @@ def step_traffic(
     """Return the bytes that one decode step reads.
 
     Args:
-        itemsize: bytes of an element of a weight and of the cache.
+        sizes: bytes per element.
         context: tokens in the cache, including this step's.
         active: active units of the sparse layers, which are the last layers; None for a dense step.
         choosing: bytes read by the selector, see `selector_bytes` (with the same ``rest``).
         batch: sequences that advance together; the weights are read once for all.
-        matrix_itemsize: bytes of a matrix element, if it differs from ``itemsize``; for integers,
-            including the share of a scale.
-        row_itemsize: the same for the active rows of a sparse op, if it differs from other matrices.
-        itemsize_beside_copy: the same for active rows whose low-bit copy is read in any case, if it differs from other
-            rows. (If a quantised shadow chooses neurons, and the others are left out, then the copy of gate and up of
-            active neurons is counted twice.)
-        common_itemsize: the same for matrices that every token reads, if it differs: those of K and V and of the dense
-            layers, and the rows of heads if all of them are active.
-        shortlist_itemsize: the same for the exact rows of the output table; None is ``itemsize_beside_copy``.
         rest: what units that are not active contribute. From a low-bit copy, all heads read their keys and values.
         shortlist: rows of the output table that are read exactly, beside its low-bit copy; None for all.
         fired: with the selector relu, the share of neurons of each sparse layer whose gate is not zero. ``active`` then
@@ -164,29 +200,24 @@ def step_traffic(
         "lm_head": 0 if shortens(spec, shortlist) else spec.vocab_size * d,
         "KV cache": batch * _cache_elements(spec, counts, context, rest),
     }
-    matrix_itemsize = itemsize if matrix_itemsize is None else matrix_itemsize
-    row_itemsize = matrix_itemsize if row_itemsize is None else row_itemsize
-    itemsize_beside_copy = row_itemsize if itemsize_beside_copy is None else itemsize_beside_copy
-    common_itemsize = matrix_itemsize if common_itemsize is None else common_itemsize
-    shortlist_itemsize = itemsize_beside_copy if shortlist_itemsize is None else shortlist_itemsize
-    sizes: dict[str, float] = {"norms": itemsize, "KV cache": itemsize}
-    sizes |= dict.fromkeys(("k/v projections", "dense layers"), common_itemsize)
-    parts = {name: round(count * sizes.get(name, matrix_itemsize)) for name, count in elements.items()}
+    by_part = {"norms": sizes.floats, "KV cache": sizes.floats}
+    by_part |= dict.fromkeys(("k/v projections", "dense layers"), sizes.common)
+    parts = {name: round(count * by_part.get(name, sizes.matrices)) for name, count in elements.items()}
     copied = _copied_bytes(spec, counts, rest, shortlist)
     for place, unit in enumerate(UNITS):
         kept = [count[place] for count in counts]
         all_heads = unit == "heads" and all(count == spec.n_heads for count in kept)
         # In steps that read the copy, q and o of all heads are matrices like those of K and V.
-        of_all = common_itemsize if copied else min(row_itemsize, common_itemsize)
-        whole = of_all if all_heads else row_itemsize
-        parts[ROWS[unit]] = round(active_bytes(spec, unit, kept, rest, whole, itemsize_beside_copy))
+        of_all = sizes.common if copied else min(sizes.rows, sizes.common)
+        whole = of_all if all_heads else sizes.rows
+        parts[ROWS[unit]] = round(active_bytes(spec, unit, kept, rest, whole, sizes.beside_copy))
     if fired is not None:
-        parts[ROWS["neurons"]] = round(row_itemsize * sum(gate_first_elements(spec, share) for share in fired))
+        parts[ROWS["neurons"]] = round(sizes.rows * sum(gate_first_elements(spec, share) for share in fired))
     parts["predictor"] = round(choosing)
     if copied:
         parts["low-bit copy"] = copied
     if shortlist is not None and shortens(spec, shortlist):
-        parts["shortlist"] = round(shortlist * d * shortlist_itemsize)
+        parts["shortlist"] = round(shortlist * d * sizes.shortlist)
     return Traffic(parts)
 
 
@@ -218,7 +249,7 @@ def _copied_bytes(spec: ModelSpec, counts: list[tuple[int, int]], rest: Rest, sh
 
 def mean_traffic(
     spec: ModelSpec,
-    itemsize: int,
+    sizes: Itemsizes,
     prompt_len: int,
     new_tokens: int,
     active: ActiveCounts | None = None,
@@ -231,7 +262,7 @@ def mean_traffic(
     """
     # The cost is linear in the context, so the middle context has the mean cost (nearly, if the text grows beyond a
     # sliding window). Steps see prompt_len + 1 .. prompt_len + new_tokens - 1 tokens.
-    return step_traffic(spec, itemsize, prompt_len + new_tokens // 2, active, **options)
+    return step_traffic(spec, sizes, prompt_len + new_tokens // 2, active, **options)
 
 
 def selector_bytes(selector: str, layers: SparseLayers, itemsize: float, rank: int, rest: Rest = "drop") -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shadowllm.bundle.cost_model import (
     COPY_COST,
+    Itemsizes,
     active_bytes,
     copied_table_bytes,
     fired_shares,
@@ -15,7 +16,6 @@ from shadowllm.bundle.cost_model import (
     shortens,
 )
 from shadowllm.bundle.manifest import Manifest
-from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS, ROUNDED_ROWS
 from shadowllm.models.sparsity import UNITS, Budget, Rest, layer_units
 from shadowllm.models.spec import ModelSpec
 
@@ -41,13 +41,11 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False, r
     spec, layers, rest = manifest.spec, manifest.sparse_layers, _rest(manifest, budget)
     rounding = rounds and mixes(manifest, budget)
     counts, dense = list(budget.counts(layers).by_layer()), _dense_bytes(manifest)
-    itemsizes = _row_itemsizes(manifest, narrow_rows, rounding)
-    saved = sum(dense - _sparse_bytes(manifest, row, kept, rest, *itemsizes) for row, kept in enumerate(counts))
-    if rounding:
-        saved += _common_elements(spec, len(counts)) * (_itemsize(manifest) - ROUNDED_PRODUCTS.itemsize)
+    sizes = _itemsizes(manifest, narrow_rows, rounding)
+    saved = sum(dense - _sparse_bytes(manifest, row, kept, rest, sizes) for row, kept in enumerate(counts))
+    saved += _common_elements(spec, len(counts)) * (sizes.matrices - sizes.common)
     if budget.shortlist is not None and shortens(spec, budget.shortlist):
-        whole = spec.vocab_size * _itemsize(manifest)
-        saved += spec.hidden_size * (whole - budget.shortlist * _beside_copy(manifest, narrow_rows))
+        saved += spec.hidden_size * (spec.vocab_size * sizes.matrices - budget.shortlist * sizes.shortlist)
         saved -= COPY_COST * copied_table_bytes(spec)
     return saved > _choosing_bytes(manifest, rest)
 
@@ -70,7 +68,7 @@ def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget k
     reasons = {str(layer): "comes before the first selection" for layer in range(manifest.dense_layers)}
     share = _choosing_bytes(manifest, rest) / layers.count
     for layer, kept in zip(layers.layers, budget.counts(layers).by_layer(), strict=True):
-        sparse = _sparse_bytes(manifest, layers.row(layer), kept, rest, *_row_itemsizes(manifest))
+        sparse = _sparse_bytes(manifest, layers.row(layer), kept, rest, _itemsizes(manifest))
         if sparse == dense:
             reasons[str(layer)] = whole
         elif sparse + share >= dense:
@@ -97,41 +95,31 @@ def _itemsize(manifest: Manifest) -> float:
     return manifest.quantisation.product_itemsize if manifest.quantisation else 4
 
 
-def _beside_copy(manifest: Manifest, narrow_rows: bool) -> float:
-    """Return the bytes of a weight in a row whose low-bit copy is read too."""
-    if manifest.quantisation:
-        return manifest.quantisation.itemsize_beside_copy
-    return 2 if narrow_rows else 4
-
-
 def _dense_bytes(manifest: Manifest) -> float:
     """Return the bytes of all rows of a layer."""
     return layer_elements(manifest.spec, **layer_units(manifest.spec)) * _itemsize(manifest)
 
 
-def _row_itemsizes(manifest: Manifest, narrow_rows: bool = False, rounding: bool = False) -> tuple[float, float]:
-    """Return the bytes of a weight in a whole row, and in one whose low-bit copy is read too."""
-    if rounding:
-        return ROUNDED_ROWS.itemsize, ROUNDED_ROWS.itemsize_beside_copy
-    return _itemsize(manifest) / (2 if narrow_rows else 1), _beside_copy(manifest, narrow_rows)
-
-
-def _sparse_bytes(
-    manifest: Manifest, row: int, kept: tuple[int, int], rest: Rest, whole: float, beside_copy: float
-) -> float:
-    """Return the cost of the active rows and of the low-bit copy of a sparse layer, in bytes.
+def _itemsizes(manifest: Manifest, narrow_rows: bool = False, rounding: bool = False) -> Itemsizes:
+    """Return the bytes of an element on ONNX Runtime.
 
     Whole rows of nested integers cost what they cost in a dense step, because their two parts take as long to multiply.
-
-    Args:
-        whole, beside_copy: see `_row_itemsizes`.
     """
+    q, whole = manifest.quantisation, _itemsize(manifest)
+    rows = whole / (2 if narrow_rows else 1)
+    sizes = Itemsizes.of(4, matrices=whole, rows=rows, beside_copy=q.itemsize_beside_copy if q else rows)
+    return sizes.rounded() if rounding else sizes
+
+
+def _sparse_bytes(manifest: Manifest, row: int, kept: tuple[int, int], rest: Rest, sizes: Itemsizes) -> float:
+    """Return the cost of the active rows and of the low-bit copy of a sparse layer, in bytes."""
     spec, fired = manifest.spec, fired_shares(manifest)
     if fired is not None:
         heads = row_elements(spec, "heads", kept[0])
-        return whole * (heads + gate_first_elements(spec, fired[row], SCATTERED_COST))
+        return sizes.rows * (heads + gate_first_elements(spec, fired[row], SCATTERED_COST))
     rows = sum(
-        active_bytes(spec, unit, [count], rest, whole, beside_copy) for unit, count in zip(UNITS, kept, strict=True)
+        active_bytes(spec, unit, [count], rest, sizes.rows, sizes.beside_copy)
+        for unit, count in zip(UNITS, kept, strict=True)
     )
     return rows + (COPY_COST * layer_copy_bytes(spec, *kept) if rest == "shadow" else 0)
 

@@ -21,12 +21,12 @@ import numpy as np
 from shadowllm.bundle.cost_model import (
     COPY_COST,
     SELECTED_HEADS_COST,
+    Itemsizes,
     copied_table_bytes,
     layer_copy_bytes,
     unit_elements,
 )
 from shadowllm.bundle.manifest import Manifest
-from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS, ROUNDED_ROWS
 from shadowllm.evaluation.allocation import TINY, Loss
 from shadowllm.models.sparsity import Budget, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
@@ -102,40 +102,21 @@ def _step(knobs: tuple[Knob, Knob, Knob], at: tuple[int, ...]) -> Step:
     )
 
 
-@dataclass(frozen=True)
-class RowItemsizes:
-    """Bytes of an element of a full row.
-
-    Attributes:
-        whole: where all neurons are active, or where the whole output table is read.
-        all_heads: of heads, if all of them are active.
-        beside_copy: of heads and neurons whose low-bit copy is read too.
-        shortlist: of the output table, beside its low-bit copy.
-    """
-
-    whole: float
-    all_heads: float
-    beside_copy: float
-    shortlist: float
-
-
-def row_itemsizes(manifest: Manifest, rounds: bool) -> RowItemsizes:
-    """What rows cost in a step of mixed precision.
+def row_itemsizes(manifest: Manifest, rounds: bool) -> Itemsizes:
+    """What rows cost in a step of mixed precision, in bytes per element.
 
     Args:
         rounds: such steps round float rows to 8 bits, but not those of the output table.
     """
-    whole, beside_copy = manifest.itemsize, manifest.itemsize_beside_copy
-    if rounds:
-        return RowItemsizes(whole, ROUNDED_PRODUCTS.itemsize, ROUNDED_ROWS.itemsize_beside_copy, beside_copy)
-    return RowItemsizes(whole, whole, beside_copy, beside_copy)
+    sizes = Itemsizes.of(manifest.itemsize, beside_copy=manifest.itemsize_beside_copy)
+    return sizes.rounded() if rounds else sizes
 
 
-def measure(layers: SparseLayers, sizes: RowItemsizes, loss: Loss, advance: Advance = no_progress) -> list[Step]:
+def measure(layers: SparseLayers, sizes: Itemsizes, loss: Loss, advance: Advance = no_progress) -> list[Step]:
     """Measure what each kind loses alone, and return the path of the best budgets.
 
     Args:
-        sizes: what rows cost.
+        sizes: what rows cost, see `row_itemsizes`.
         advance: called with 1 after each pass, `PASSES` times in total.
     """
 
@@ -155,13 +136,13 @@ def measure(layers: SparseLayers, sizes: RowItemsizes, loss: Loss, advance: Adva
     return path(
         knob(
             heads,
-            _sizes(layers, "heads", heads, sizes.all_heads, sizes.beside_copy),
+            _sizes(layers, "heads", heads, sizes.common, sizes.beside_copy),
             probed["heads"],
             lambda n: Budget(heads=n / heads[-1]),
         ),
         knob(
             neurons,
-            _sizes(layers, "neurons", neurons, sizes.whole, sizes.beside_copy),
+            _sizes(layers, "neurons", neurons, sizes.matrices, sizes.beside_copy),
             probed["neurons"],
             lambda n: Budget(neurons=n / neurons[-1]),
         ),
@@ -187,12 +168,12 @@ def _sizes(layers: SparseLayers, unit: Unit, settings: Sequence[int], of_all: fl
     return [layers.count * size(count) for count in settings]
 
 
-def _table_sizes(spec: ModelSpec, settings: Sequence[int], sizes: RowItemsizes) -> list[float]:
+def _table_sizes(spec: ModelSpec, settings: Sequence[int], sizes: Itemsizes) -> list[float]:
     copy = COPY_COST * copied_table_bytes(spec)
     return [
         spec.hidden_size * count * sizes.shortlist + copy
         if count < spec.vocab_size
-        else spec.hidden_size * count * sizes.whole
+        else spec.hidden_size * count * sizes.matrices
         for count in settings
     ]
 

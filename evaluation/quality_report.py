@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shadowllm.bundle.cost_model import fired_shares, selector_bytes, step_traffic
+from shadowllm.bundle.cost_model import Itemsizes, fired_shares, selector_bytes, step_traffic
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest
 from shadowllm.evaluation.quality import DENSE, Result
 from shadowllm.evaluation.speed.figure import new_figure, save
@@ -98,18 +98,17 @@ def _float_bytes(manifest: Manifest) -> int:
 
 
 def _bytes(result: Result, manifest: Manifest) -> int:
-    spec, itemsize, floats = manifest.spec, manifest.itemsize, _float_bytes(manifest)
+    spec, itemsize = manifest.spec, manifest.itemsize
+    sizes = Itemsizes.of(_float_bytes(manifest), matrices=itemsize, beside_copy=manifest.itemsize_beside_copy)
     if result.selector == DENSE:
-        return step_traffic(spec, floats, CONTEXT, matrix_itemsize=itemsize).total
+        return step_traffic(spec, sizes, CONTEXT).total
     layers, rest = manifest.sparse_layers, result.rest or "drop"
     return step_traffic(
         spec,
-        floats,
+        sizes,
         CONTEXT,
         Budget(heads=result.head_budget, neurons=result.neuron_budget).counts(layers),
         choosing=selector_bytes(result.selector, layers, itemsize, int(manifest.predictor["rank"]), rest),
-        matrix_itemsize=itemsize,
-        itemsize_beside_copy=manifest.itemsize_beside_copy,
         rest=rest,
         fired=fired_shares(manifest) if result.selector == "relu" else None,
         shortlist=round(result.recomputed_rows["mean"]) if result.recomputed_rows else None,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from shadowllm.bundle.cost_model import step_traffic
+from shadowllm.bundle.cost_model import Itemsizes, step_traffic
 from shadowllm.bundle.quantisation import Quantisation, rounded
 from shadowllm.bundle.weight_names import is_quantised, rows_are_inputs
 from shadowllm.evaluation.quality import Result, Sums
@@ -27,7 +27,8 @@ def uniform_bytes(spec: ModelSpec, bits: int, context: int, float_bytes: int = 4
         context: tokens in the cache, including those of this step.
         float_bytes: bytes of an element of the KV cache, and of norms.
     """
-    return step_traffic(spec, float_bytes, context, matrix_itemsize=Quantisation(bits).itemsize).total
+    sizes = Itemsizes.of(float_bytes, matrices=Quantisation(bits).itemsize)
+    return step_traffic(spec, sizes, context).total
 
 
 def bits_for(spec: ModelSpec, bytes_per_token: float, context: int, float_bytes: int = 4) -> int | None:

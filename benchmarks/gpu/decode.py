@@ -13,7 +13,7 @@ import torch
 
 from shadowllm.benchmarks.gpu.timing import milliseconds
 from shadowllm.benchmarks.random_model import RandomCopies, RandomWeights, shape_spec, untrained
-from shadowllm.bundle.cost_model import mean_traffic, selector_bytes
+from shadowllm.bundle.cost_model import Itemsizes, mean_traffic, selector_bytes
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.models.activations import RELU_LIKE
 from shadowllm.models.decoder import Decoder
@@ -206,7 +206,9 @@ def _bytes(spec: ModelSpec, chooser: Predictor | None, setting: Setting, fired: 
         layers = SparseLayers(spec, chooser.dense_layers)
         active = setting.budget.counts(layers)
         choosing = selector_bytes(chooser.kind, layers, itemsize, chooser.rank)
-    total = mean_traffic(spec, itemsize, setting.prompt_len, setting.new_tokens, active, choosing=choosing).total
+    total = mean_traffic(
+        spec, Itemsizes.of(itemsize), setting.prompt_len, setting.new_tokens, active, choosing=choosing
+    ).total
     skipped = 0 if active is None else (1 - fired) * float(active["neurons"].sum()) * spec.hidden_size * itemsize
     return round(total - skipped)
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from shadowllm.bundle.cost_model import Traffic, fired_shares, mean_traffic, predictor_bytes
+from shadowllm.bundle.cost_model import Itemsizes, Traffic, fired_shares, mean_traffic, predictor_bytes
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest, read_manifest
-from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS, ROUNDED_ROWS
 from shadowllm.bundle.sparse_pays import mixes, sparse_pays
 from shadowllm.child import module_command
 from shadowllm.config import Drafting
@@ -258,40 +257,33 @@ def traffic_of(
         fired: measured share of neurons that fired in each sparse layer, with the selector relu; that of the
             calibration text if empty.
     """
-    # The CPU backends widen the weights of 16-bit bundles to float32. Only the rows of native ops stay at 16 bits.
-    itemsize = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
-    q = manifest.quantisation if backend.startswith("ort") else None
-    matrix_itemsize = q.product_itemsize if q else itemsize
-    native = backend == "ort" and q is None and native_ops.library()
-    row_itemsize = q.itemsize if q else ITEMSIZE[manifest.dtype] if native else matrix_itemsize
-    beside_copy = q.itemsize_beside_copy if q else row_itemsize
+    sizes, options = _itemsizes(manifest, backend), dict[str, Any]()
     rounds = backend == "ort" and rounds_products(manifest)
-    options: dict[str, Any] = {}
-    if name == SPARSE and (
-        backend != "ort" or sparse_pays(manifest, budget, bool(native) and row_itemsize < matrix_itemsize, rounds)
-    ):
+    narrow_rows = manifest.quantisation is None and sizes.rows < sizes.matrices
+    if name == SPARSE and (backend != "ort" or sparse_pays(manifest, budget, narrow_rows, rounds)):
         rest = budget.rest_with(manifest.rest == "shadow")
-        if rounds and mixes(manifest, budget):
-            options["common_itemsize"] = ROUNDED_PRODUCTS.itemsize
-            options["shortlist_itemsize"] = row_itemsize
-            row_itemsize, beside_copy = ROUNDED_ROWS.itemsize, ROUNDED_ROWS.itemsize_beside_copy
-        options |= {
+        options = {
             "active": budget.counts(manifest.sparse_layers),
-            "choosing": predictor_bytes(manifest, matrix_itemsize, rest),
+            "choosing": predictor_bytes(manifest, sizes.matrices, rest),
             "rest": rest,
             "shortlist": budget.shortlist,
             "fired": fired or fired_shares(manifest),
         }
-    return mean_traffic(
-        manifest.spec,
-        itemsize,
-        prompt_len,
-        new_tokens,
-        matrix_itemsize=matrix_itemsize,
-        row_itemsize=row_itemsize,
-        itemsize_beside_copy=beside_copy,
-        **options,
-    )
+        if rounds and mixes(manifest, budget):
+            sizes = sizes.rounded()
+    return mean_traffic(manifest.spec, sizes, prompt_len, new_tokens, **options)
+
+
+def _itemsizes(manifest: Manifest, backend: str) -> Itemsizes:
+    """Return the bytes of an element before rounding."""
+    # The CPU backends widen the weights of 16-bit bundles to float32. Only the rows of native ops stay at 16 bits.
+    floats = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
+    q = manifest.quantisation if backend.startswith("ort") else None
+    if q:
+        beside_copy = q.itemsize_beside_copy
+        return Itemsizes.of(floats, matrices=q.product_itemsize, rows=q.itemsize, beside_copy=beside_copy)
+    native = backend == "ort" and native_ops.library()
+    return Itemsizes.of(floats, rows=ITEMSIZE[manifest.dtype] if native else None)
 
 
 def _predictor_cost(result: Result) -> dict[str, float]:

@@ -39,6 +39,12 @@ inline ByteWeights round_to_weights(const QuantisedRow* rows, const float* h, si
   return weights;
 }
 
+// sum += products of four unsigned and four signed bytes in each lane, as _mm512_dpbusd_epi32 does. With the intrinsic,
+// GCC copies each of many sums to another register and back.
+inline void add_products(__m512i& sum, __m512i bytes, __m512i weights) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(weights));
+}
+
 // Adds half of the bytes of two blocks from block b on, or of one, of a group of rows to the sums of M tokens. Sums are
 // in the order of interleave_half: vector 2 j is of the even elements, the next one of the odd ones.
 template <class Q, size_t M, bool half, bool both>
@@ -61,7 +67,7 @@ inline void accumulate_half(const QuantisedRow* rows, const ByteWeights* weights
     for (size_t t = 0; t < M; ++t) {
       const __m512i quad = _mm512_maskz_permutexvar_epi32(0xffff, lanes, weights[t].quads[q]);
 #pragma GCC unroll 4
-      for (size_t i = 0; i < 4; ++i) totals[t][i] = _mm512_dpbusd_epi32(totals[t][i], parts[i], quad);
+      for (size_t i = 0; i < 4; ++i) add_products(totals[t][i], parts[i], quad);
     }
   }
 #pragma GCC unroll 4

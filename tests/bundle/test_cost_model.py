@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from shadowllm.bundle.cost_model import (
+    Itemsizes,
     mean_traffic,
     predictor_bytes,
     selector_bytes,
@@ -48,7 +49,7 @@ def counts(heads, neurons):
 
 
 def test_dense_llama_by_hand():
-    parts = step_traffic(LLAMA, 4, context=5).parts
+    parts = step_traffic(LLAMA, Itemsizes.of(4), context=5).parts
     assert parts == {
         "embedding rows": 4 * 6,
         "norms": 4 * 7 * 6,
@@ -63,7 +64,7 @@ def test_dense_llama_by_hand():
 
 
 def test_sparse_llama_by_hand():
-    parts = step_traffic(LLAMA, 2, context=5, active=counts((1, 1), (2, 4)), choosing=77).parts
+    parts = step_traffic(LLAMA, Itemsizes.of(2), context=5, active=counts((1, 1), (2, 4)), choosing=77).parts
     assert parts["dense layers"] == 2 * (2 * 8 * 6 + 3 * 10 * 6)
     assert parts["active q/o rows"] == 2 * 2 * (2 * 2 * 6)
     assert parts["active MLP rows"] == 2 * (2 + 4) * 3 * 6
@@ -74,7 +75,10 @@ def test_sparse_llama_by_hand():
 
 def test_a_window_bounds_what_is_read_of_the_cache():
     spec = replace(LLAMA, window=3, window_layers=(0, 2))
-    found = [step_traffic(spec, 1, context, active=counts((1, 1), (2, 4))).parts["KV cache"] for context in (2, 5)]
+    found = [
+        step_traffic(spec, Itemsizes.of(1), context, active=counts((1, 1), (2, 4))).parts["KV cache"]
+        for context in (2, 5)
+    ]
     assert found == [
         2 * 2 * (2 * 2 + 1 * 2 + 1 * 2),
         2 * 2 * (2 * 3 + 1 * 5 + 1 * 3),
@@ -84,7 +88,7 @@ def test_a_window_bounds_what_is_read_of_the_cache():
 def test_whole_groups_leave_their_caches_unread():
     active = counts((2, 2), (2, 4))
     found = [
-        step_traffic(spec, 1, context=5, active=active).parts["KV cache"] / (2 * 5 * 2)
+        step_traffic(spec, Itemsizes.of(1), context=5, active=active).parts["KV cache"] / (2 * 5 * 2)
         for spec in (LLAMA, replace(LLAMA, head_unit="kv_group"))
     ]
     assert found == [2 + 2 + 2, 2 + 1 + 1]
@@ -92,21 +96,21 @@ def test_whole_groups_leave_their_caches_unread():
 
 @pytest.mark.parametrize("spec", [LLAMA, OPT], ids=["llama", "opt"])
 def test_all_active_reads_what_dense_reads(spec):
-    dense = step_traffic(spec, 4, context=9)
-    sparse = step_traffic(spec, 4, context=9, active=Budget().counts(SparseLayers(spec, 1)))
+    dense = step_traffic(spec, Itemsizes.of(4), context=9)
+    sparse = step_traffic(spec, Itemsizes.of(4), context=9, active=Budget().counts(SparseLayers(spec, 1)))
     assert sparse.total == dense.total
 
 
 @pytest.mark.parametrize("spec", [LLAMA, OPT], ids=["llama", "opt"])
 def test_dense_weights_are_all_parameters(spec):
-    parts = step_traffic(spec, 1, context=0).parts
+    parts = step_traffic(spec, Itemsizes.of(1), context=0).parts
     unread_positions = (spec.max_seqlen + spec.position_offset) * spec.hidden_size if spec.positions == "learned" else 0
     # The tied embedding table is counted as lm_head; its one gathered row is read on top.
     assert sum(parts.values()) - parts["embedding rows"] == spec.n_parameters - unread_positions
 
 
 def test_batch_shares_weights_but_not_caches():
-    one, four = (step_traffic(LLAMA, 4, context=5, batch=batch).parts for batch in (1, 4))
+    one, four = (step_traffic(LLAMA, Itemsizes.of(4), context=5, batch=batch).parts for batch in (1, 4))
     assert four["KV cache"] == 4 * one["KV cache"]
     assert four["embedding rows"] == 4 * one["embedding rows"]
     assert four["dense layers"] == one["dense layers"]
@@ -115,8 +119,8 @@ def test_batch_shares_weights_but_not_caches():
 @pytest.mark.parametrize(("prompt_len", "new_tokens"), [(7, 4), (128, 128)])
 def test_mean_over_a_generation(prompt_len, new_tokens):
     contexts = range(prompt_len + 1, prompt_len + new_tokens)
-    mean = sum(step_traffic(LLAMA, 4, context).total for context in contexts) / len(contexts)
-    assert mean_traffic(LLAMA, 4, prompt_len, new_tokens).total == mean
+    mean = sum(step_traffic(LLAMA, Itemsizes.of(4), context).total for context in contexts) / len(contexts)
+    assert mean_traffic(LLAMA, Itemsizes.of(4), prompt_len, new_tokens).total == mean
 
 
 @pytest.mark.parametrize("spec", [LLAMA, OPT], ids=["llama", "opt"])
@@ -126,14 +130,14 @@ def test_a_unit_left_out_saves_its_elements(spec, unit, part):
     found = []
     for count in (every[unit], every[unit] - 1):
         active = every | {unit: count}
-        found.append(step_traffic(spec, 1, 5, counts([active["heads"]], [active["neurons"]])).parts[part])
+        found.append(step_traffic(spec, Itemsizes.of(1), 5, counts([active["heads"]], [active["neurons"]])).parts[part])
     assert found[0] - found[1] == unit_elements(spec, unit)
 
 
 def test_bytes_of_large_models_do_not_overflow():
     large = replace(LLAMA, hidden_size=1 << 14, intermediate_size=1 << 16, head_dim=1 << 10)
-    sparse = step_traffic(large, 4, 5, Budget().counts(SparseLayers(large, 1)))
-    assert sparse.total == step_traffic(large, 4, 5).total > 1 << 32
+    sparse = step_traffic(large, Itemsizes.of(4), 5, Budget().counts(SparseLayers(large, 1)))
+    assert sparse.total == step_traffic(large, Itemsizes.of(4), 5).total > 1 << 32
 
 
 @pytest.mark.parametrize("kind", ["shadow", "static"])
@@ -171,8 +175,9 @@ def test_a_16_bit_session_decodes_its_rows_sparse_whenever_the_native_ops_read_t
         assert session.decodes == ("sparse" if native and native_ops.library() else "dense")
 
 
-def mixed(shortlist=None, active=None, **options):
-    return step_traffic(LLAMA, 2, context=5, active=active, rest="shadow", shortlist=shortlist, **options).parts
+def mixed(shortlist=None, active=None, **sizes):
+    found = Itemsizes.of(2, **sizes)
+    return step_traffic(LLAMA, found, context=5, active=active, rest="shadow", shortlist=shortlist).parts
 
 
 def test_a_rest_from_the_low_bit_copy_by_hand():
@@ -188,7 +193,7 @@ def test_a_rest_from_the_low_bit_copy_by_hand():
 
 def test_what_every_token_reads_may_have_another_size():
     """K, V and dense layers, and the rows of heads if all of them are active."""
-    some, all_heads = (mixed(active=counts(heads, (2, 10)), common_itemsize=1) for heads in ((1, 4), (4, 4)))
+    some, all_heads = (mixed(active=counts(heads, (2, 10)), common=1) for heads in ((1, 4), (4, 4)))
     assert some["k/v projections"] == 3 * 2 * 4 * 6
     assert some["dense layers"] == 2 * 8 * 6 + 3 * 10 * 6
     assert some["active q/o rows"] == 2 * (1 + 4) * 2 * 2 * 6
@@ -198,7 +203,7 @@ def test_what_every_token_reads_may_have_another_size():
 
 def test_rows_of_all_heads_beside_rows_of_fewer_bits():
     """int6: a product over whole matrices reads 8 bits, for which only the sparse ops have 6."""
-    sizes = {"matrix_itemsize": 4, "row_itemsize": 3, "common_itemsize": 4}
+    sizes = {"matrices": 4, "rows": 3, "common": 4}
     some, all_heads = (mixed(active=counts(heads, (2, 10)), **sizes) for heads in ((1, 4), (4, 4)))
     assert some["active q/o rows"] == 3 * (1 + 4) * 2 * 2 * 6
     assert all_heads["active q/o rows"] == 4 * (4 + 4) * 2 * 2 * 6
@@ -207,19 +212,19 @@ def test_rows_of_all_heads_beside_rows_of_fewer_bits():
 
 
 def test_a_shortlist_by_hand():
-    parts = mixed(shortlist=3, row_itemsize=1)
+    parts = mixed(shortlist=3, rows=1)
     assert parts["lm_head"] == 0
     assert parts["low-bit copy"] == 11 * (32 + 4 + 4)  # with the error of each row
     assert parts["shortlist"] == 3 * 6
     for whole in (11, 12, None):
-        assert mixed(shortlist=whole) == step_traffic(LLAMA, 2, context=5).parts
+        assert mixed(shortlist=whole) == step_traffic(LLAMA, Itemsizes.of(2), context=5).parts
 
 
 def test_everything_active_reads_no_copy():
     assert mixed(active=Budget().counts(SparseLayers(LLAMA, 1)))["k/v projections"] > 0
     assert (
-        step_traffic(LLAMA, 4, 9, Budget().counts(SparseLayers(LLAMA, 1)), rest="shadow").total
-        == step_traffic(LLAMA, 4, 9).total
+        step_traffic(LLAMA, Itemsizes.of(4), 9, Budget().counts(SparseLayers(LLAMA, 1)), rest="shadow").total
+        == step_traffic(LLAMA, Itemsizes.of(4), 9).total
     )
 
 
@@ -235,10 +240,10 @@ def test_a_quantised_shadow_scores_and_computes_the_rest_in_one_pass():
 def test_nested_rows_by_hand():
     """Beside the copy, an active row costs its residual. Else it costs both parts."""
     q = NESTED["int8"]
-    sizes = {"row_itemsize": q.itemsize, "itemsize_beside_copy": q.itemsize_beside_copy}
+    sizes = {"rows": q.itemsize, "beside_copy": q.itemsize_beside_copy}
     parts = mixed(active=counts((1, 4), (2, 10)), shortlist=3, **sizes)
     assert parts["active q/o rows"] == round(2 * 2 * 6 * (1 * 0.5 + 4 * 1.0625))
     assert parts["active MLP rows"] == round(3 * 6 * (2 * 0.5 + 10 * 1.0625))
     assert parts["shortlist"] == 3 * 6 * 0.5
-    dropped = step_traffic(LLAMA, 2, 5, counts((1, 4), (2, 10)), **sizes).parts
+    dropped = step_traffic(LLAMA, Itemsizes.of(2, **sizes), 5, counts((1, 4), (2, 10))).parts
     assert dropped["active MLP rows"] == round(3 * 6 * 12 * 1.0625)

@@ -8,14 +8,13 @@ import math
 import numpy as np
 import pytest
 
-from shadowllm.bundle.cost_model import step_traffic
+from shadowllm.bundle.cost_model import Itemsizes, step_traffic
 from shadowllm.evaluation.allocation import Loss
 from shadowllm.evaluation.mixed_allocation import (
     CHECKS,
     NEAR,
     PASSES,
     Knob,
-    RowItemsizes,
     Step,
     _spread,
     densest,
@@ -120,12 +119,14 @@ def test_a_model_is_measured_and_its_bytes_are_those_of_the_cost_model(tiny):
     layers = SparseLayers(spec, 1)
     context = Context(spec, weights, copies=low_bit_copies(layers, weights, rest=True))
     loss, ticks = Loss(context, make_selector("oracle", context), token_windows(spec)), []
-    steps = measure(layers, RowItemsizes(4, 4, 4, 4), loss, ticks.append)
+    steps = measure(layers, Itemsizes.of(4), loss, ticks.append)
     assert sum(ticks) == PASSES
     assert steps[0].budget == Budget()
 
     def read(budget):
-        return step_traffic(spec, 4, 9, budget.counts(layers), rest="shadow", shortlist=budget.shortlist).total
+        return step_traffic(
+            spec, Itemsizes.of(4), 9, budget.counts(layers), rest="shadow", shortlist=budget.shortlist
+        ).total
 
     for step in steps[1:]:
         assert steps[0].size - step.size == pytest.approx(read(Budget()) - read(step.budget), abs=2)

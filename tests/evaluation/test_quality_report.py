@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shadowllm.bundle.cost_model import predictor_bytes, step_traffic
+from shadowllm.bundle.cost_model import Itemsizes, predictor_bytes, step_traffic
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.errors import UserError
 from shadowllm.evaluation.quality import Result
@@ -46,7 +46,7 @@ def test_rows_hold_what_the_command_promises(found):
 def test_bytes_are_the_steps_and_the_selectors(found):
     manifest, table = found
     dense = table["dense"]["bytes_per_token"]
-    assert dense == step_traffic(manifest.spec, 4, CONTEXT).total
+    assert dense == step_traffic(manifest.spec, Itemsizes.of(4), CONTEXT).total
     oracle, two_bits, four_bits, half = (row["bytes_per_token"] for row in table["results"])
     copied = 2 * 2 * manifest.spec.intermediate_size * manifest.spec.hidden_size
     assert oracle == dense

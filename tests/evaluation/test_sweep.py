@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from shadowllm.bundle.cost_model import predictor_bytes, step_traffic
+from shadowllm.bundle.cost_model import Itemsizes, predictor_bytes, step_traffic
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.cli import main
 from shadowllm.errors import UserError
@@ -28,7 +28,9 @@ def test_the_bundles_own_budget_is_the_default(with_copies):
     own = next(row for row in evaluated.to_dict()["results"] if row["selector"] == "quantized-shadow")
     active = Budget(heads=0.5, neurons=0.25).counts(manifest.sparse_layers)
     choosing = predictor_bytes(manifest, 4, "shadow")
-    traffic = step_traffic(manifest.spec, 4, CONTEXT, active, choosing=choosing, rest="shadow", shortlist=20)
+    traffic = step_traffic(
+        manifest.spec, Itemsizes.of(4), CONTEXT, active, choosing=choosing, rest="shadow", shortlist=20
+    )
     assert own["bytes_per_token"] == traffic.total
 
 

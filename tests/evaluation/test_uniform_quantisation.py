@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shadowllm.bundle.cost_model import step_traffic
+from shadowllm.bundle.cost_model import Itemsizes, step_traffic
 from shadowllm.bundle.quantisation import WEIGHT_DTYPES, dequantise, quantise
 from shadowllm.bundle.weight_names import is_quantised
 from shadowllm.cli import main
@@ -23,7 +23,7 @@ def test_the_bits_are_the_most_that_the_bytes_allow(tiny):
         needed = uniform_bytes(spec, bits, 100)
         assert bits_for(spec, needed, 100) == bits
         assert bits_for(spec, needed - 1, 100) == (bits - 1 if bits > 2 else None)
-    assert bits_for(spec, step_traffic(spec, 4, 100).total, 100) == 8
+    assert bits_for(spec, step_traffic(spec, Itemsizes.of(4), 100).total, 100) == 8
 
 
 @pytest.mark.parametrize("kind", WEIGHT_DTYPES)

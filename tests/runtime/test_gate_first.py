@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from shadowllm.bundle.cost_model import fired_shares, step_traffic
+from shadowllm.bundle.cost_model import Itemsizes, fired_shares, step_traffic
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.sparse_pays import dense_reasons, sparse_pays
 from shadowllm.bundle.weights import read_weights
@@ -165,7 +165,9 @@ def test_a_share_that_was_not_measured_counts_as_all(bundle):
         assert session.fired is None
     assert fired_shares(read_manifest(bundle("llama-relu"))) is None
     every = Budget().counts(SparseLayers(manifest.spec, 1))
-    dense, all_fire = (step_traffic(manifest.spec, 4, 5, every, fired=fired) for fired in (None, [1.0, 1.0]))
+    dense, all_fire = (
+        step_traffic(manifest.spec, Itemsizes.of(4), 5, every, fired=fired) for fired in (None, [1.0, 1.0])
+    )
     assert dense.parts == all_fire.parts
 
 
