@@ -10,7 +10,7 @@ The export runs in a child process, without validation and with a random ranking
 With --complete it calibrates, trains and chooses budgets too. (Validation runs in another process, and holds the model
 twice.) With --engine another export of the same model builds an engine too; if that is refused, the results give the
 reason. The peak is the resident set size of the child, with everything: libraries, and pages of mapped files that the
-system could drop. The models of `random_model.PUBLISHED` have the published sizes, and two or twelve layers.
+system could drop. The models of `random_model.PUBLISHED` have the published sizes, and fewer layers.
 """
 
 from __future__ import annotations

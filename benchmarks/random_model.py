@@ -90,7 +90,7 @@ TINY_SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 64,
     },
 }
-# The published configurations of models, cut to two layers, or to twelve if they are small: every size is real, and an
+# The published configurations of models, cut to two layers, and to more if layers are small: every size is real, and an
 # export takes seconds.
 _LLAMA_2 = GPU_SHAPES["llama-2-7b"] | {"num_hidden_layers": 2}
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -100,7 +100,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model_type": "minicpm",
         "hidden_size": 1536,
         "intermediate_size": 3840,
-        "num_hidden_layers": 12,
+        "num_hidden_layers": 24,
         "num_attention_heads": 24,
         "num_key_value_heads": 8,
         "max_position_embeddings": 4096,

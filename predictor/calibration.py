@@ -24,7 +24,7 @@ from shadowllm.progress import Advance, no_progress
 
 Encode = Callable[[str], Sequence[int]]
 HELD_OUT, HELD_OUT_TOKENS = 1 / 8, 16384  # share of the windows, and the upper limit in tokens
-GENERATED, GENERATED_AT_ONCE = 1 / 2, 16  # share of the windows, and windows per batch: each needs a KV cache
+GENERATED, GENERATED_AT_ONCE = 1 / 2, 11  # share of the windows, and windows per batch: each needs a KV cache
 TOP_K = 50
 DATASET_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 TEXT_FILES = (".txt", ".text", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".html", ".xml", ".log", ".tex", ".py")

@@ -342,7 +342,8 @@ inline float largest_of(const float* h, size_t size) {
 
 float exponentials(float* h, size_t size, float* largest) {
   *largest = largest_of(h, size);
-  for_vectors(h, size, [&](V x, size_t) { return exponential(x - *largest); });
+  const float base = *largest == -INFINITY ? 0 : *largest;  // scores of -infinity alone weigh nothing, and NaN stays
+  for_vectors(h, size, [&](V x, size_t) { return exponential(x - base); });
   V total = {};
   size_t i = 0;
   for (; i + W <= size; i += W) total += load(h + i);

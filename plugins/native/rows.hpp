@@ -89,7 +89,8 @@ struct Kernels {
   void (*accumulate_each)(const Rows&, Picks, const float* const* h, size_t tokens, float* const* y);
   // h[i] = act(h[i]), times up[i] if up is not null; in dReLU, up[i] is replaced by relu(up[i])
   void (*activate)(Activation, float* h, const float* up, size_t size);
-  // h[i] = exp(h[i] - largest), with the largest of h; returns the sum. Of nothing, the largest is -infinity.
+  // h[i] = exp(h[i] - largest), with the largest of h; returns the sum. Of nothing, the largest is -infinity; if it is,
+  // h[i] = exp(h[i]).
   float (*exponentials)(float* h, size_t size, float* largest);
   // y[i] = sum of parts[p * stride + i] in the order of p, plus start[i] if start is not null
   void (*reduce)(const float* parts, size_t count, size_t stride, const float* start, float* y, size_t size);

@@ -51,6 +51,19 @@ def test_cached_attention(size, rope, window, isa):
             np.testing.assert_allclose(ours[seen], theirs[seen], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("hidden", [300, 600])
+def test_scores_that_overflow_weigh_nothing(hidden, isa):
+    """Also if they are all scores of a part of the positions."""
+    inputs = cached_inputs((1, 1, 2, 1300, 1, (1290,)), rope=False)
+    inputs["projected"][:] = np.abs(inputs["projected"]) + 2
+    inputs["past_key"][:, :, :hidden] = -3e38
+    with np.errstate(over="ignore"):
+        expected = cached_attention(**inputs, n_heads=1)[0]
+    assert np.isfinite(expected).all()
+    (found, *_) = run_all("CachedAttention", inputs, threads=2, n_heads=1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 def test_no_sequence():
     found = run_all("CachedAttention", cached_inputs((6, 3, 4, 5, 1, ())), n_heads=6)
     assert [array.shape for array in found] == [(0, 24), (0, 3, 5, 4), (0, 3, 5, 4)]
