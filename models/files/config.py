@@ -109,7 +109,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         UserError: the file is missing, is a Git LFS pointer or holds something else.
     """
     if not path.is_file():
-        raise UserError(f"there is no {path.name} in {path.parent}", "a model folder holds it beside the weights")
+        raise UserError(f"there is no {path.name} in {path.parent}", "name a folder that has it; it belongs beside the weights")
     refuse_pointers([path])
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
