@@ -38,11 +38,12 @@ REFUSAL = "shadowllm: error: "  # how the message of a user's error starts; a bu
 # The child reports its own peak. The system's figure for a child includes the peak of its parent, and this process has
 # made a random model.
 EXPORT = """
+import resource
 import sys
 from shadowllm.cli import main
 from shadowllm.evaluation.speed.worker import peak_rss_mb
 status = main()
-print(peak_rss_mb())
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6, peak_rss_mb())
 sys.exit(status)
 """
 
@@ -53,7 +54,7 @@ def measure_libraries(dtype: str) -> float:
         small = Path(folder) / SMALL
         small.mkdir()
         write_random_model(SMALL, small)
-        return export(str(small), Path(folder) / "bundle", "--dtype", dtype, *RANDOM)
+        return export(str(small), Path(folder) / "bundle", "--dtype", dtype, *RANDOM)[0]
 
 
 def measure(model: str, libraries: float, dtype: str = "fp32", complete: bool = False) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def measure(model: str, libraries: float, dtype: str = "fp32", complete: bool = 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bundle"
         start = time.perf_counter()
-        peak = export(model, out, *how)
+        peak, _ = export(model, out, *how)
         seconds = time.perf_counter() - start
         weights = read_manifest(out).spec.n_parameters * ITEMSIZE[dtype] / 1e6
         with shadowllm.load(out) as opened:
@@ -101,8 +102,8 @@ def measure_engine(model: str, dtype: str, engine: str, sm: str) -> dict[str, An
     """Export ``model`` to a temporary folder, with an engine.
 
     Returns:
-        ``flavour``, ``sm``, and either ``refused`` (the message) or ``seconds`` and ``peak_rss_mb`` of the whole export
-        and ``engines_mb``.
+        ``flavour``, ``sm``, and either ``refused`` (the message) or ``seconds`` of the whole export, ``peak_rss_mb`` of
+        its process, ``builder_peak_rss_mb`` of the process that builds an engine, and ``engines_mb``.
     """
     found: dict[str, Any] = {"flavour": engine, "sm": sm}
     with tempfile.TemporaryDirectory() as folder:
@@ -110,18 +111,21 @@ def measure_engine(model: str, dtype: str, engine: str, sm: str) -> dict[str, An
         start = time.perf_counter()
         try:
             options = ("--dtype", dtype, *RANDOM, "--engine", engine, "--sm", sm)
-            peak = export(model, out, *options, stderr=subprocess.PIPE)
+            peak, builder = export(model, out, *options, stderr=subprocess.PIPE)
         except UserError as error:
             if REFUSAL not in error.problem:
                 raise
             return found | {"refused": error.problem}
         files = [path for path in (out / "engines").rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files) / 1e6
-        return found | {"seconds": time.perf_counter() - start, "peak_rss_mb": peak, "engines_mb": size}
+        found |= {"seconds": time.perf_counter() - start, "peak_rss_mb": peak, "builder_peak_rss_mb": builder}
+        return found | {"engines_mb": size}
 
 
-def export(model: str, out: Path, *options: str, stderr: int | None = None) -> float:
-    """Export ``model`` in a child process, and return its peak RSS in 1e6 bytes.
+def export(model: str, out: Path, *options: str, stderr: int | None = None) -> tuple[float, float]:
+    """Export ``model`` in a child process; return its peak RSS, and the largest of its own children, in 1e6 bytes.
+
+    That of a child is at least what its parent had when it started the child.
 
     Args:
         stderr: `subprocess.PIPE` to have the child's messages in the error. By default they are shown, with its
@@ -135,7 +139,8 @@ def export(model: str, out: Path, *options: str, stderr: int | None = None) -> f
     if done.returncode:
         told = f": {done.stderr.strip()}" if done.stderr else ""
         raise UserError(f"the export of {Path(model).name} failed{told}", "see its message")
-    return float(done.stdout.split()[-1])
+    children, own = map(float, done.stdout.split()[-2:])
+    return own, children
 
 
 @script
@@ -187,7 +192,8 @@ def show(found: dict[str, Any]) -> None:
     elif engine:
         print(
             f"  {engine['flavour']}, sm_{engine['sm']}: {engine['engines_mb']:.0f} MB; with it the export takes "
-            f"{engine['seconds']:.1f} s, peak {engine['peak_rss_mb']:.0f} MB"
+            f"{engine['seconds']:.1f} s, peak {engine['peak_rss_mb']:.0f} MB, and the builder's process "
+            f"{engine['builder_peak_rss_mb']:.0f} MB"
         )
 
 

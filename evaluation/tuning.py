@@ -67,15 +67,18 @@ def tune(
     if manifest.predictor["kind"] == "relu":
         raise UserError("there is no budget to tune: the selector relu is exact", "run the bundle as it is")
     read, tokenizer = read_weights(bundle, manifest), load_tokenizer(bundle, manifest)
+    # Pages of float32 weights are read again in each step. To convert others each time would take longer.
+    weights = read.sparse if manifest.dtype == "float32" else dict(read.sparse)
     windows = calibration_windows(
         manifest.spec,
-        dict(read.sparse),
+        weights,
         plain_encoder(tokenizer, manifest),
         texts=texts,
         tokens=tokens,
         seqlen=min(seqlen, manifest.spec.max_seqlen),
         seed=seed,
     ).train
+    del weights
     return_freed_memory()
     context = Context(manifest.spec, read.sparse, manifest.dense_layers, read.predictor, copies=read.copies)
     loss = Loss(context, make_selector(read.predictor.kind, context), windows)

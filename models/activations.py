@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from shadowllm.errors import UserError
+from shadowllm.models.files.config import declares
 
 # relu2      relu(x) ** 2 (So et al., arXiv 2109.08668)
 # fatrelu    x if x > threshold, else 0: FATReLU (Kurtz et al., ICML 2020); MiniCPM-S and ProSparse have it
@@ -71,6 +72,6 @@ def override_activation(config: Any, name: str, threshold: float | None = None) 
 
 
 def _key(config: Any) -> str:
-    """OPT and Gemma 3 have other names for it than other families."""
+    """OPT and Gemma 3 have other names for it than other families. ``transformers`` ignores the names of others."""
     known = ("activation_function", "hidden_act", "hidden_activation")
-    return next((key for key in known if hasattr(config, key)), "hidden_act")
+    return next((key for key in known if declares(config, key)), "hidden_act")

@@ -12,7 +12,7 @@ from shadowllm.errors import UserError
 from shadowllm.models.activations import override_activation, stated_activation
 from shadowllm.models.families import bamboo, gemma, gemma3, granite, llama, minicpm, opt, phi3, qwen2, qwen3, smollm3
 from shadowllm.models.files.checkpoint import Checkpoint, open_checkpoint
-from shadowllm.models.files.config import token_ids
+from shadowllm.models.files.config import declares, token_ids
 from shadowllm.models.files.lora_adapter import LoraAdapter, MergedTensors, open_adapter
 from shadowllm.models.files.quantised_checkpoint import check_float
 from shadowllm.models.spec import ModelSpec
@@ -109,6 +109,7 @@ def load_model(
         )
     if not getattr(config, "is_causal", True):
         raise UserError("config.json says that the model is not causal (is_causal)", "use a model that generates text")
+    _warn_of_windows(config)
     if activation is not None:
         _override(checkpoint, activation, activation_threshold)
     if adapter is not None:
@@ -133,13 +134,25 @@ def load_model(
 
 def _merged(model: str, checkpoint: Checkpoint, adapter: LoraAdapter) -> TensorFile:
     """Return the tensors with the adapter merged, with a warning if it names another model."""
-    if adapter.base and Path(adapter.base).name.lower() not in model.lower():
+    if adapter.base and Path(str(adapter.base)).name.lower() not in model.lower():
         warnings.warn(
             f"the adapter in {adapter.folder} was trained on {adapter.base}, and is merged into {model}: only the "
             "shapes of the two could be compared",
             stacklevel=3,
         )
     return MergedTensors(checkpoint.tensors, adapter, checkpoint.config, checkpoint.trust_remote_code)
+
+
+def _warn_of_windows(config: Any) -> None:
+    """Warn of options that the model's code ignores, but not the cache of `generate` in transformers."""
+    for name in ("sliding_window", "attention_chunk_size", "layer_types"):
+        value = getattr(config, name, None)
+        if value and not declares(config, name):
+            warnings.warn(
+                f"config.json has {name}, which {config.model_type} models do not: it is ignored, so a token sees all "
+                "earlier ones",
+                stacklevel=3,
+            )
 
 
 def _override(checkpoint: Checkpoint, activation: str, threshold: float | None) -> None:

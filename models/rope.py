@@ -52,7 +52,7 @@ class RopeSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "frequencies", tuple(self.frequencies))  # JSON has no tuples
         for value in (*self.frequencies, self.amplitude):
-            if not _is_positive(value):
+            if not is_positive(value):
                 raise UserError(f"unsupported model: {value!r} is no frequency or factor of RoPE", CHECK_CONFIG)
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
@@ -90,7 +90,8 @@ def rotated_first(head_dim: int, rotary_dim: int) -> list[int] | None:
 
 def rotary_dim(config: Any, layer_type: str | None) -> int:
     """Return how many dimensions of a head are rotated, from ``partial_rotary_factor``."""
-    return int(config.head_dim * (_parameters(config, layer_type).get("partial_rotary_factor") or 1.0))
+    _, parameters = _checked(config, layer_type)
+    return int(config.head_dim * (parameters.get("partial_rotary_factor") or 1.0))
 
 
 def read_rope(config: Any, layer_type: str | None = None) -> RopeSpec:
@@ -106,11 +107,7 @@ def read_rope(config: Any, layer_type: str | None = None) -> RopeSpec:
     Raises:
         UserError: the scaling is unknown, or a parameter is missing or not usable.
     """
-    parameters = _parameters(config, layer_type)
-    scaling = parameters.get("rope_type", "default")
-    if scaling not in NEEDED:
-        raise UserError(f"RoPE scaling {scaling!r} is not supported", f"supported: {', '.join(NEEDED)}")
-    _check(scaling, parameters)
+    scaling, parameters = _checked(config, layer_type)
     rotated = config.head_dim * (parameters.get("partial_rotary_factor") or 1.0)
     if int(rotated) % 2 or int(rotated) < 2 or config.head_dim % 2:
         raise UserError(
@@ -124,18 +121,23 @@ def read_rope(config: Any, layer_type: str | None = None) -> RopeSpec:
 
 def position_limit(config: Any, layer_type: str | None) -> int | None:
     """Return the longest text for which the frequencies of `read_rope` are right; None if they always are."""
-    parameters = _parameters(config, layer_type)
-    scaling = parameters.get("rope_type")
+    scaling, parameters = _checked(config, layer_type)
     if scaling == "longrope":  # longer texts use other frequencies
         return int(parameters["original_max_position_embeddings"])
     return int(config.max_position_embeddings) if scaling == "dynamic" else None
 
 
-def _parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
+def _checked(config: Any, layer_type: str | None) -> tuple[str, dict[str, Any]]:
+    """Return the scaling and its parameters."""
     # Moves some keys from the top level of the config into rope_parameters, as transformers does to build the model.
     config.standardize_rope_params()
     found = config.rope_parameters
-    return dict(found if layer_type is None else found[layer_type])
+    parameters = dict(found if layer_type is None else found[layer_type])
+    scaling = parameters.get("rope_type", "default")
+    if not isinstance(scaling, str) or scaling not in NEEDED:
+        raise UserError(f"RoPE scaling {scaling!r} is not supported", f"supported: {', '.join(NEEDED)}")
+    _check(scaling, parameters)
+    return scaling, parameters
 
 
 def _check(scaling: str, parameters: dict[str, Any]) -> None:
@@ -147,7 +149,7 @@ def _check(scaling: str, parameters: dict[str, Any]) -> None:
     for name in (*NEEDED[scaling], *OPTIONAL):
         value = parameters.get(name)
         values = value if name.endswith("_factor") and isinstance(value, list) else [value]
-        if value is not None and not all(map(_is_positive, values)):
+        if value is not None and not all(map(is_positive, values)):
             raise UserError(f"unsupported model: RoPE {name} must be a positive number, got {value!r}", CHECK_CONFIG)
     if scaling == "llama3" and not parameters["high_freq_factor"] > parameters["low_freq_factor"]:
         low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
@@ -172,5 +174,6 @@ def _frequencies(
     return frequencies.tolist(), amplitude
 
 
-def _is_positive(value: object) -> bool:
+def is_positive(value: object) -> bool:
+    """Return whether a value from a config is a positive, finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

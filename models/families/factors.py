@@ -19,6 +19,8 @@ from shadowllm.errors import UserError
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Source
 
+LARGEST = 1e30  # whose square is still a number
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -38,7 +40,7 @@ class Factors:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            if value is not None and not (isinstance(value, int | float) and 0 < value < LARGEST):
                 raise UserError(
                     f"unsupported model: its {name} factor is {value!r}", "correct the multipliers in its config.json"
                 )

@@ -14,11 +14,17 @@ from shadowllm.errors import UserError
 from shadowllm.models.families.factors import Factors
 from shadowllm.models.families.gemma import with_one_added
 from shadowllm.models.families.llama import WINDOW, llama_like, llama_sources
-from shadowllm.models.rope import read_rope
+from shadowllm.models.rope import is_positive, position_limit, read_rope, rotary_dim
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Source
 
 WHOLE = "full_attention"
+# Options that change the model, and the values that do not.
+VARIANTS: dict[str, tuple[Any, ...]] = {
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+    "use_bidirectional_attention": (None, False),
+}
 # Our name -> the name in a layer of the checkpoint.
 NORMS = {
     "attention_output_norm": "post_attention_layernorm",
@@ -33,11 +39,12 @@ def spec(config: Any) -> ModelSpec:
     Raises:
         UserError: logits or attention scores are capped, attention goes in both directions, or as `llama_like` does.
     """
-    for name in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
-        if getattr(config, name):
+    for name, usual in VARIANTS.items():
+        if getattr(config, name) not in usual:
             raise UserError(f"Gemma 3 with {name} is not supported", "use a standard checkpoint of Gemma 3")
-    config.hidden_act = config.hidden_activation
     windows = tuple(layer for layer, kind in enumerate(config.layer_types) if kind == WINDOW)
+    if windows:
+        _check_window_rope(config)
     found = llama_like(
         config,
         layer_type=WHOLE,
@@ -51,16 +58,30 @@ def spec(config: Any) -> ModelSpec:
     return replace(found, norm_eps=_factors(config).norm_eps(found.norm_eps))
 
 
+def _check_window_rope(config: Any) -> None:
+    limit = position_limit(config, WINDOW)
+    if limit is not None and limit < config.max_position_embeddings:
+        raise UserError("Gemma 3 with longrope in layers with a window is not supported", "use a standard checkpoint")
+    if rotary_dim(config, WINDOW) != config.head_dim:
+        raise UserError(
+            "Gemma 3 with partial_rotary_factor in layers with a window is not supported", "use a standard checkpoint"
+        )
+
+
 def sources(spec: ModelSpec, config: Any) -> dict[str, Source]:
     """Map each canonical tensor name to its source in a Hugging Face Gemma 3 checkpoint."""
     found = llama_sources(spec, spec.head_dim)
     for i in range(spec.n_layers):
         found |= {f"layers.{i}.{ours}.weight": Source(f"layers.{i}.{theirs}.weight") for ours, theirs in NORMS.items()}
-    smaller = 1 / _factors(config).embedding
+    smaller, scalar = 1 / _factors(config).embedding, config.query_pre_attn_scalar
+    if not is_positive(scalar):
+        raise UserError(
+            f"query_pre_attn_scalar in config.json is {scalar!r}, and must be a positive number", "correct it there"
+        )
     scales = {
         "q_proj": smaller,
         "k_proj": smaller,
-        "q_norm": math.sqrt(spec.head_dim / config.query_pre_attn_scalar),
+        "q_norm": math.sqrt(spec.head_dim / scalar),
         "attention_output_norm": smaller,
         "mlp_output_norm": smaller,
     }

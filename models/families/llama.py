@@ -6,11 +6,11 @@ Families that differ from Llama in a few points use `llama_like` and `llama_sour
 from __future__ import annotations
 
 import warnings
-from inspect import signature
 from typing import Any
 
 from shadowllm.errors import UserError
 from shadowllm.models.activations import read_activation
+from shadowllm.models.files.config import declares
 from shadowllm.models.rope import position_limit, read_rope, rotary_dim, rotated_first
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Source
@@ -89,21 +89,13 @@ def _max_seqlen(config: Any, layer_type: str | None) -> int:
     return limit
 
 
-def _declares(config: Any, option: str) -> bool:
-    """Whether the config's class has an option. A file may have others, which ``transformers`` keeps and ignores.
-
-    Options are attributes of the class in recent versions of ``transformers``, and arguments in older ones.
-    """
-    return hasattr(type(config), option) or option in signature(type(config).__init__).parameters
-
-
 def _window(config: Any, max_seqlen: int) -> tuple[int | None, tuple[int, ...]]:
     """The sliding window and its layers; None and no layers if every token of a text sees all earlier ones."""
     # Classes without these fields ignore them. Without types, all layers have the window.
-    types = (config.layer_types or []) if _declares(config, "layer_types") else []
+    types = (config.layer_types or []) if declares(config, "layer_types") else []
     if unknown := set(types) - {"full_attention", WINDOW}:
         raise UserError(f"{min(unknown)} layers are not supported", "use a model whose layers attend to all tokens")
-    window: int | None = config.sliding_window if _declares(config, "sliding_window") else None
+    window: int | None = config.sliding_window if declares(config, "sliding_window") else None
     if window is None and WINDOW in types:
         raise UserError("config.json has layers with a sliding window, and no sliding_window", "correct it there")
     if window is None or window >= max_seqlen:

@@ -12,6 +12,7 @@ from typing import Any
 from shadowllm.errors import UserError
 from shadowllm.models.families.factors import Factors
 from shadowllm.models.families.llama import llama_like, llama_sources
+from shadowllm.models.rope import is_positive
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Source
 
@@ -33,8 +34,11 @@ def sources(spec: ModelSpec, config: Any) -> dict[str, Source]:
 
 
 def _factors(config: Any) -> Factors:
-    missing = [name for name in ("scale_emb", "scale_depth", "dim_model_base") if not getattr(config, name, None)]
-    if missing:
-        raise UserError(f"MiniCPM needs {missing[0]}", "config.json does not give it: correct it there")
+    for name in ("scale_emb", "scale_depth", "dim_model_base"):
+        value = getattr(config, name, None)
+        if value is None:
+            raise UserError(f"MiniCPM needs {name}", "config.json does not give it: correct it there")
+        if not is_positive(value):
+            raise UserError(f"{name} is {value!r}, and must be a positive number", "correct it in config.json")
     residual = config.scale_depth / math.sqrt(config.num_hidden_layers)
     return Factors(config.scale_emb, residual, config.hidden_size / config.dim_model_base)

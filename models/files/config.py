@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,24 @@ def read_generation_config(folder: Path, config: Any) -> Any:
     from transformers import GenerationConfig
 
     path = folder / GENERATION_CONFIG
-    if not path.is_file():
+    if path.is_file():
+        read_json_object(path)
+        with foreign_reader(f"transformers cannot read {path}", "correct the file, or remove it"):
+            return GenerationConfig.from_pretrained(folder)
+    if not (folder / CONFIG).is_file():  # a GGUF file
         return GenerationConfig.from_model_config(config)
-    read_json_object(path)
-    with foreign_reader(f"transformers cannot read {path}", "correct the file, or remove it"):
-        return GenerationConfig.from_pretrained(folder)
+    # The file may have settings that the config's class does not keep.
+    with foreign_reader(f"transformers cannot read {folder / CONFIG}", "correct the settings of generation in it"):
+        return GenerationConfig.from_pretrained(folder, config_file_name=CONFIG, _from_model_config=True)
+
+
+def declares(config: Any, option: str) -> bool:
+    """Return whether the config's class has an option.
+
+    A file may have others, which ``transformers`` keeps and ignores. Options are attributes of the class in recent
+    versions of ``transformers``, and arguments in older ones.
+    """
+    return hasattr(type(config), option) or option in signature(type(config).__init__).parameters
 
 
 def token_ids(value: Any, name: str) -> tuple[int, ...]:
@@ -109,7 +123,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         UserError: the file is missing, is a Git LFS pointer or holds something else.
     """
     if not path.is_file():
-        raise UserError(f"there is no {path.name} in {path.parent}", "name a folder that has it; it belongs beside the weights")
+        raise UserError(
+            f"there is no {path.name} in {path.parent}", "name a folder that has it; it belongs beside the weights"
+        )
     refuse_pointers([path])
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))

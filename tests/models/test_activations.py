@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig
 from transformers.activations import ACT2FN
 
 from shadowllm.config import Source
@@ -100,12 +100,21 @@ def test_a_relu_like_activation_is_zero_below_its_threshold(activation):
         ({"hidden_act": "leaky_relu"}, "'leaky_relu'"),
         ({"hidden_act": ["relu"]}, "not supported"),
         ({"hidden_act": "fatrelu"}, "without a threshold"),
-        ({"activation_function": "mish"}, "'mish'"),
     ],
 )
 def test_others_are_refused_by_name(config, words):
     with pytest.raises(UserError, match=words):
         read_activation(SimpleNamespace(**config))
+
+
+def test_only_the_name_that_the_family_has_is_read(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="'mish'"):
+        read_activation(OPTConfig(activation_function="mish"))
+    stray = edited(checkpoint("llama-gqa"), tmp_path / "stray", activation_function="relu")
+    assert load_model(stray)[0].activation == "silu"
+    stray = edited(checkpoint("gemma3"), tmp_path / "gemma", hidden_act="silu")
+    with pytest.warns(UserWarning, match="'relu' is used instead"):
+        assert load_model(stray, activation="relu")[0].activation == "relu"
 
 
 def edited(source, target, **changes):

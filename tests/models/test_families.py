@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -115,10 +116,53 @@ def test_opt_variants_refused_by_name(checkpoint, tmp_path, options, words):
 )
 def test_layers_with_a_sliding_window(checkpoint, tmp_path, variant, options, window, layers):
     edit_config(checkpoint(variant), tmp_path, options)
-    spec = load_model(tmp_path)[0]
+    stray = (
+        pytest.warns(UserWarning, match="has sliding_window, which llama") if variant == "llama-gqa" else nullcontext()
+    )
+    with stray:
+        spec = load_model(tmp_path)[0]
     assert (spec.window, spec.window_layers) == (window, layers)
     assert spec.max_seqlen == 64
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+GEMMA3 = FAMILIES["gemma3"][1]["rope_parameters"]
+LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+LONG |= {"original_max_position_embeddings": 16}
+
+
+def in_windows(**changes):
+    return {"rope_parameters": GEMMA3 | {"sliding_attention": GEMMA3["sliding_attention"] | changes}}
+
+
+def rope(**changes):
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0} | changes}
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "words"),
+    [
+        ("gemma3", in_windows(partial_rotary_factor=0.5), "partial_rotary_factor in layers with a window"),
+        ("gemma3", in_windows(**LONG), "longrope in layers with a window"),
+        ("gemma3", {"final_logit_softcapping": 0.0}, "final_logit_softcapping"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar in config.json is 0"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 numbers for 3 layers"),
+        ("llama-gqa", rope(partial_rotary_factor="0.5"), "partial_rotary_factor must be a positive number"),
+        ("llama-gqa", rope(partial_rotary_factor=float("inf")), "partial_rotary_factor must be a positive number"),
+        ("llama-gqa", rope(**LONG | {"original_max_position_embeddings": "abc"}), "original_max_position_embeddings"),
+        ("llama-gqa", rope(rope_type=["linear"], factor=2.0), "is not supported"),
+        ("granite", {"embedding_multiplier": 1e200}, "embedding factor is 1e"),
+    ],
+)
+def test_options_that_change_the_model_are_refused(checkpoint, tmp_path, variant, options, words):
+    edit_config(checkpoint(variant), tmp_path, options)
+    with pytest.raises(UserError, match=words):
+        load_model(tmp_path)
+
+
+def test_more_numbers_than_layers_are_cut(checkpoint, tmp_path):
+    edit_config(checkpoint("smollm3"), tmp_path, {"no_rope_layers": [1, 0, 1, 0, 1]})
+    assert load_model(tmp_path)[0].second_rope_layers == (1,)
 
 
 @pytest.mark.parametrize(("window", "words"), [(0, "window of 0 positions"), (None, "and no sliding_window")])

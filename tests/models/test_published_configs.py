@@ -63,7 +63,14 @@ def test_minicpm_has_granites_factors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"), [({"scale_emb": None}, "needs scale_emb"), ({"scale_depth": -1.0}, "residual factor is -")]
+    ("changes", "words"),
+    [
+        ({"scale_emb": None}, "needs scale_emb"),
+        ({"scale_emb": 1e200}, "embedding factor is 1e"),
+        ({"scale_depth": -1.0}, "scale_depth is -1"),
+        ({"scale_depth": "1.4"}, "scale_depth is '1.4'"),
+        ({"dim_model_base": [6]}, "dim_model_base is"),
+    ],
 )
 def test_factors_of_minicpm_that_are_not_usable(tmp_path, changes, words):
     factors = {"model_type": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 6}

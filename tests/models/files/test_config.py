@@ -102,6 +102,19 @@ def test_stop_tokens_are_those_of_transformers(checkpoint, tmp_path, generation,
     assert stops == (() if theirs is None else tuple(theirs) if isinstance(theirs, list) else (theirs,))
 
 
+def test_settings_of_generation_in_the_config_are_kept(checkpoint, tmp_path):
+    """transformers reads them from the file; its classes of configs do not keep them."""
+    settings = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "suppress_tokens": [5], "num_beams": 4}
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model", **settings)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    ours, theirs = (
+        load_model(folder)[2].generation_config,
+        AutoModelForCausalLM.from_pretrained(folder).generation_config,
+    )
+    for name, value in settings.items():
+        assert getattr(ours, name) == getattr(theirs, name) == value
+
+
 def test_the_bundle_keeps_the_models_own_generation_config(checkpoint, tmp_path):
     from tests.bundles import make_bundle
 
