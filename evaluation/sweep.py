@@ -148,7 +148,8 @@ def settings(manifest: Manifest, options: Evaluation) -> Settings:
 def _windows(bundle: Path, manifest: Manifest, options: Evaluation) -> Tensor:
     """Return the tokens to evaluate, int64 ``(windows, seqlen)``."""
     encode = plain_encoder(load_tokenizer(bundle, manifest), manifest)
-    seqlen, limit = min(options.seqlen, manifest.spec.max_seqlen), options.tokens // options.seqlen
+    seqlen = min(options.seqlen, manifest.spec.max_seqlen)
+    limit = options.tokens // seqlen
     if options.texts:
         return token_windows(options.texts, encode, seqlen, limit)
     return torch.tensor(passage(encode, limit * seqlen)).view(limit, seqlen)

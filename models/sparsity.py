@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from shadowllm.errors import UserError
+from shadowllm.limits import LARGEST
 from shadowllm.models.spec import ModelSpec
 
 Unit = Literal["heads", "neurons"]
@@ -93,7 +94,7 @@ class Budget:
             matrices, else "drop".
 
     Raises:
-        UserError: a fraction is outside (0, 1], the shortlist is empty, or ``rest`` is unknown.
+        UserError: a fraction is outside (0, 1], the shortlist is empty or above `LARGEST`, or ``rest`` is unknown.
     """
 
     heads: Fractions = 1.0
@@ -105,6 +106,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.shortlist is not None and self.shortlist < 1:
             raise UserError(f"a shortlist of {self.shortlist} rows is empty", "give 1 or more; 1024 is usual")
+        if self.shortlist is not None and self.shortlist > LARGEST:
+            raise UserError(f"a shortlist of {self.shortlist} rows is too large", f"give at most {LARGEST}")
         if self.rest not in (None, *get_args(Rest)):
             raise UserError(f"unknown rest {self.rest!r}", f"use {' or '.join(get_args(Rest))}")
         for unit in UNITS:

@@ -55,7 +55,7 @@ class ServeConfig:
         grace: seconds that running requests have to finish when the server stops.
 
     Raises:
-        UserError: a number is outside its limits.
+        UserError: a number is outside its limits, or the address or the model's name is empty.
     """
 
     host: str = option("127.0.0.1", metavar="ADDRESS")
@@ -74,6 +74,10 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        if not self.host:
+            raise UserError("the address to listen on is empty", "give one, or leave out --host")
+        if self.model_name == "":
+            raise UserError("the name of the model is empty", "give one, or leave out --model-name")
         for name in ("request_timeout", "transfer_timeout", "grace"):
             seconds = getattr(self, name)
             if not 0 < seconds < 1e6:

@@ -7,3 +7,7 @@ Raises:
 from shadowllm.runtime.ort_package import check_package
 
 check_package()
+
+import onnxruntime  # noqa: E402
+
+onnxruntime.disable_telemetry_events()  # nothing that a user does is reported

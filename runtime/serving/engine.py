@@ -61,7 +61,8 @@ class Engine:
         self._session, self._spec, self._chunk = session, session.spec, config.prefill_chunk
         self._backend = type(session).__name__
         self._positions = config.cache_positions or session.slots * session.spec.max_seqlen
-        self._places = threading.Semaphore(session.slots + config.queue)
+        self.capacity = session.slots + config.queue
+        self._places = threading.Semaphore(self.capacity)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         # Only the thread uses these. Both are in the order in which jobs came.
         self._waiting: dict[Job, bool] = {}  # the values have no meaning

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from shadowllm.commands import options
@@ -80,7 +81,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _percentile(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value <= 100:
         raise UserError(f"--percentile is {text}", "give numbers from 0 to 100")
     return value

@@ -155,7 +155,9 @@ async def _error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path:.80}: {str(error.detail).lower()}"
-    return error_response(ApiError(error.status_code, message))
+    response = error_response(ApiError(error.status_code, message))
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _closed(request: Request, error: Exception) -> Response:

@@ -24,17 +24,19 @@ class ApiKeys:
         """Read a file with one key per line. Empty lines, and lines that begin with #, are left out.
 
         Raises:
-            UserError: it cannot be read, or has no key.
+            UserError: it cannot be read, has no key, or has one that a header cannot hold.
         """
         if path is None:
             return cls(None)
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the API keys of {path}", "give a text file with one key per line") from error
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
             raise UserError(f"{path} has no API key", "write one key per line")
+        if not all(map(str.isascii, keys)):
+            raise UserError(f"an API key in {path} has letters beyond ASCII", "write keys that a header can hold")
         return cls(keys)
 
     def accept(self, authorization: str | None) -> bool:

@@ -83,6 +83,8 @@ class ServedModel:
         prompts, n = self._prompts(body), body.n or 1
         if len(prompts) * n > self.config.max_choices:
             raise ApiError(400, f"more than {self.config.max_choices} texts in one request", param="n")
+        if len(prompts) * n > self.engine.capacity:
+            raise ApiError(400, f"the server holds {self.engine.capacity} texts at once", param="n")
         encoded = [self._encoded(prompt) for prompt in prompts]
         # Without a seed, texts are drawn differently each time, as OpenAI does it.
         seed = random.SystemRandom().getrandbits(62) if body.seed is None and body.temperature else body.seed or 0
@@ -148,7 +150,7 @@ class ServedModel:
         most, limit = body.most_tokens, self.config.max_tokens
         if most is not None and most > limit:
             raise ApiError(
-                400, f"{most} new tokens are asked for, and at most {limit} are possible", param="max_tokens"
+                400, f"{most} new tokens are asked for, and at most {limit} are possible", param=body.limit_name
             )
         request = make_request(
             self.bundle, self.manifest, lambda: self.tokenizer, [ids], most or limit, seed=seed, **options

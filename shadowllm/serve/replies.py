@@ -45,6 +45,7 @@ class Replies:
         self, chat: bool, model: str, tokenizer: PreTrainedTokenizerBase, logprobs: bool, selection: bool
     ) -> None:
         self._chat, self._tokenizer, self._logprobs, self._selection = chat, tokenizer, logprobs, selection
+        self._streamed: dict[int, int] = {}  # characters of each text so far
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._base = {"id": self.id, "created": int(time.time()), "model": model}
 
@@ -75,7 +76,9 @@ class Replies:
         """Return the chunk for a token; None if there is nothing to send."""
         if not (token.text or self._logprobs or self._selection):
             return None
-        chunk = self._chunk([self._choice(index, self._content(token.text), self._probabilities([token]))])
+        start = self._streamed.get(index, 0)
+        self._streamed[index] = start + len(token.text)
+        chunk = self._chunk([self._choice(index, self._content(token.text), self._probabilities([token], start))])
         if self._selection:
             chunk["shadowllm"] = {"token": self._text(token.token), "selection": _selection(token)}
         return chunk
@@ -103,7 +106,8 @@ class Replies:
     ) -> Choice:
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
-    def _probabilities(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _probabilities(self, tokens: Sequence[Token], start: int = 0) -> dict[str, Any] | None:
+        """Return the probabilities of tokens, of which the first one begins at the character ``start`` of its text."""
         if not self._logprobs:
             return None
         if self._chat:
@@ -118,8 +122,11 @@ class Replies:
         return {
             "tokens": [self._text(token.token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self._text(other): logprob for other, logprob in token.top} for token in tokens],
-            "text_offset": list(accumulate((len(token.text) for token in tokens[:-1]), initial=0)),
+            # Several tokens may have the same text. The most probable one, which is the first, is given.
+            "top_logprobs": [
+                {self._text(other): logprob for other, logprob in reversed(token.top)} for token in tokens
+            ],
+            "text_offset": list(accumulate((len(token.text) for token in tokens[:-1]), initial=start)),
         }
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:

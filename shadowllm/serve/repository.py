@@ -62,12 +62,14 @@ def write_repository(
     manifest = read_manifest(bundle)
     if "tokenizer.json" not in manifest.files:
         raise UserError(f"{bundle} has no tokenizer", "export from a checkpoint that has tokenizer.json")
-    name = name or Path(manifest.model).name
+    name = Path(manifest.model).name if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise UserError(
             f"{name!r:.80} cannot be the name of a model in a repository",
             "give --model-name with letters, digits, dots, hyphens and underscores",
         )
+    if out.exists():
+        raise UserError(f"{out} exists already", "name another folder, or remove it first")
     options = vars(engine) | {"backend": backend, "threads": threads, "prepack": prepack}
     verify_files(bundle, manifest.files)
     with staged(out) as folder:

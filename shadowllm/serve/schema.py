@@ -37,6 +37,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 Whole = Annotated[int, Field(ge=0, le=LARGEST)]
 Fractions = float | list[float]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
 
 
 class Part(BaseModel):
@@ -101,12 +102,19 @@ class Body(BaseModel):
         """The largest number of new tokens; None if it is not given."""
         return self.max_tokens
 
+    @property
+    def limit_name(self) -> str:
+        """The name of the field that `most_tokens` comes from."""
+        return "max_tokens"
+
     def refuse_unsupported(self) -> None:
         """Refuse fields that are not known, or that would change the text and are not supported.
 
         Raises:
             ApiError: there is one.
         """
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
         for name, value in (self.model_extra or {}).items():
             if name not in IGNORED and value is not None and value not in UNSUPPORTED.get(name, ()):
                 raise ApiError(400, f"{name} is not supported; leave it out", param=name, code="unsupported_parameter")
@@ -149,11 +157,18 @@ class Message(Part):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+    # Of answers that a client sends back. They have no effect if they are empty, and are refused if they are not.
+    annotations: Nothing = None
+    audio: None = None
+    function_call: None = None
+    refusal: None = None
+    tool_calls: Nothing = None
 
     def plain(self) -> dict[str, str]:
         """The message as chat templates expect it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": "system" if self.role == "developer" else self.role, "content": content} | named
 
 
 class ChatBody(Body):
@@ -172,4 +187,10 @@ class ChatBody(Body):
 
     @property
     def most_tokens(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        if self.max_tokens is None or self.max_completion_tokens in (None, self.max_tokens):
+            return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+        raise ApiError(400, "max_completion_tokens and max_tokens differ; give one of them", param="max_tokens")
+
+    @property
+    def limit_name(self) -> str:
+        return "max_completion_tokens" if self.max_tokens is None else "max_tokens"

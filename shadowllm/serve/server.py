@@ -16,6 +16,7 @@ from shadowllm.runtime.generation.text import load_tokenizer
 from shadowllm.runtime.serving.engine import Engine
 from shadowllm.serve.app import make_app
 from shadowllm.serve.keys import ApiKeys
+from shadowllm.serve.log import logger
 from shadowllm.serve.model import ServedModel
 from shadowllm.serve.transport import listen, make_server
 from shadowllm.serve_config import EngineConfig, ServeConfig
@@ -60,8 +61,8 @@ def open_model(plan: Deployment) -> Iterator[ServedModel]:
 
 def log_requests() -> None:
     """Write the log of requests to standard error."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
 
 
 def serve(plan: Deployment) -> None:

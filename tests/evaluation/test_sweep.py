@@ -19,6 +19,12 @@ from shadowllm.models.sparsity import Budget
 QUICK = {"texts": [__file__], "tokens": 64, "seqlen": 32}
 
 
+def test_windows_are_as_long_as_the_model_reads(with_copies):
+    positions = read_manifest(with_copies).spec.max_seqlen
+    evaluated = evaluate_text(with_copies, Evaluation(**QUICK | {"tokens": 2 * positions, "seqlen": 2 * positions}))
+    assert (evaluated.tokens, evaluated.seqlen) == (2 * positions, positions)
+
+
 def test_the_bundles_own_budget_is_the_default(with_copies):
     manifest = read_manifest(with_copies)
     replace(manifest, budgets={"heads": 0.5, "neurons": 0.25, "shortlist": 20, "rest": None}).write(with_copies)

@@ -47,7 +47,7 @@ def test_counts(capsys, command, option, value):
 
 @pytest.mark.parametrize(
     ("command", "option", "value"),
-    [("train", "--rank", "65537"), *(("bench", "--percentile", value) for value in ("101", "-1", "nan"))],
+    [("train", "--rank", "65537"), *(("bench", "--percentile", value) for value in ("101", "-1", "nan", "abc"))],
 )
 def test_limits_of_their_own(capsys, command, option, value):
     refused(capsys, command, option, value)

@@ -59,6 +59,11 @@ def test_mistakes_are_one_line(fails, tmp_path):
     empty = tmp_path / "empty"
     empty.write_text("# nothing\n")
     assert "has no API key" in fails("--api-keys", str(empty))
+    foreign = tmp_path / "foreign"
+    foreign.write_text("schl\u00fcssel\n", encoding="utf-8")
+    assert "has letters beyond ASCII" in fails("--api-keys", str(foreign))
+    assert "the address to listen on is empty" in fails("--host", "")
+    assert "the name of the model is empty" in fails("--model-name", "")
     assert "cannot read the API keys" in fails("--api-keys", str(tmp_path / "missing"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen on 127.0.0.1" in fails("--port", str(taken.getsockname()[1]))

@@ -62,6 +62,7 @@ def test_what_is_written(folder, tmp_path, capsys):
     ("options", "words"),
     [
         (["--model-name", "a/b"], "cannot be the name of a model"),
+        (["--model-name", ""], "cannot be the name of a model"),
         (["--model-name", ".."], "cannot be the name of a model"),
         (["--slots", "0"], "--slots is 0"),
     ],
@@ -78,7 +79,9 @@ def test_folders_that_cannot_be_used(folder, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["repository", str(folder), str(tmp_path), "--model-name", "small"]) == 1
     assert main(["repository", str(tmp_path), str(tmp_path / "models")]) == 1
-    assert capsys.readouterr().err.count("\n") == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 2
+    assert "--overwrite" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

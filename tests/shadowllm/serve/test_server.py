@@ -15,6 +15,7 @@ from shadowllm.runtime import open_session
 from shadowllm.runtime.generation.completion import Completion, make_request
 from shadowllm.runtime.generation.text import encode_chat, load_tokenizer
 from shadowllm.runtime.torch_slots import TorchSlots
+from shadowllm.serve.schema import Message
 from tests.runtime.serving.paused_slots import PausedSlots
 from tests.shadowllm.serve.conftest import TEMPLATE, record_of, running
 
@@ -111,6 +112,26 @@ class TestTexts:
         assert chunks[0].choices[0].delta.role == "assistant"
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
 
+    def test_a_chat_goes_on_with_the_message_of_an_answer(self, client, alone):
+        first = [{"role": "user", "content": "Hi"}]
+        answer = client.chat.completions.create(model="tiny", messages=first, max_tokens=4).choices[0].message
+        plain = [*first, {"role": "assistant", "content": answer.content}, {"role": "user", "content": "So"}]
+        for sent in (answer, answer.model_dump() | {"tool_calls": []}):
+            messages = [*first, sent, {"role": "user", "content": "So"}]
+            found = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4)
+            assert found.choices[0].message.content == alone.chat(plain, 4)
+        called = plain[1] | {"tool_calls": [{"id": "1"}]}
+        with pytest.raises(openai.BadRequestError, match="tool_calls"):
+            client.chat.completions.create(model="tiny", messages=[*first, called], max_tokens=4)
+
+    def test_two_limits_that_differ(self, client):
+        messages = [{"role": "user", "content": "Hi"}]
+        with pytest.raises(openai.BadRequestError, match="max_completion_tokens and max_tokens differ"):
+            client.chat.completions.create(model="tiny", messages=messages, max_tokens=3, max_completion_tokens=4)
+        with pytest.raises(openai.BadRequestError, match="at most 1024") as error:
+            client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=5000)
+        assert error.value.param == "max_completion_tokens"
+
     def test_log_probabilities(self, client):
         found = client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=3, logprobs=True, top_logprobs=2
@@ -124,6 +145,9 @@ class TestTexts:
         assert "".join(logprobs.tokens) == found.choices[0].text
         assert [max(top.values()) for top in logprobs.top_logprobs] == logprobs.token_logprobs
         assert logprobs.text_offset == [0, 1, 2]
+        chunks = client.completions.create(model="tiny", prompt="Hello", max_tokens=3, logprobs=2, stream=True)
+        offsets = [each.choices[0].logprobs.text_offset for each in chunks if each.choices[0].logprobs]
+        assert offsets == [[0], [1], [2]]
 
     def test_selections_in_a_stream(self, client):
         body = {"sparsity": {"neurons": 0.25, "heads": 0.5}, "shadowllm": {"selection": True}}
@@ -154,6 +178,8 @@ class TestErrors:
             ({"extra_body": {"sparsity": {"neurons": 0}}}, "not a fraction in", None),
             ({"extra_body": {"sparsity": {"neurons": [0.1, 0.2, 0.3]}}}, "the budget has 3 fractions", None),
             ({"extra_body": {"sparsity": {"shortlist": 4}}}, "no low-bit copy", None),
+            ({"extra_body": {"sparsity": {"shortlist": 2**31}}}, "a shortlist of 2147483648 rows is too large", None),
+            ({"stream_options": {"include_usage": True}}, "stream_options needs stream", "stream_options"),
             ({"extra_body": {"sparsity": {"nerons": 1}}}, "not permitted", "sparsity"),
             ({"extra_body": {"sparsity": "dense"}}, "sparsity", "sparsity"),
         ],
@@ -248,6 +274,11 @@ class TestOperation:
             assert server.is_idle()
 
 
+def test_a_chat_template_gets_the_name_of_a_message():
+    named = Message(role="developer", content="x", name="bob").plain()
+    assert named == {"role": "system", "content": "x", "name": "bob"}
+
+
 def wait_for(condition):
     deadline = time.monotonic() + 30
     while not condition():
@@ -262,6 +293,8 @@ def test_a_full_queue_is_429_with_retry_after(bundle):
         with pytest.raises(openai.RateLimitError, match="the queue is full") as error:
             client.completions.create(model="tiny", prompt="Hello", n=1)
         assert error.value.response.headers["retry-after"] == "1"
+        with pytest.raises(openai.BadRequestError, match="holds 1 texts at once"):  # it would never have room
+            client.completions.create(model="tiny", prompt="Hello", n=2)
         server.session.go.set()
         assert "".join(chunk.choices[0].text for chunk in first)
         assert client.completions.create(model="tiny", prompt="Hello", max_tokens=2).choices[0].text
