@@ -45,7 +45,11 @@ shows the options and examples of a command."""
 def script() -> int:
     """The program ``shadowllm``: `main` in a process of its own."""
     share_threads()
-    return main()
+    status = main()
+    for number in (signal.SIGINT, signal.SIGTERM):  # while Python ends, an exception would only be printed
+        if signal.getsignal(number) == _interrupt:
+            signal.signal(number, signal.SIG_DFL)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
