@@ -22,6 +22,8 @@ NAME = "manifest.json"
 SCHEMA_VERSION, OLDER_VERSION = 3, 2
 DATA_FILE = "model.onnx.data"
 BODY, BODY_ALL_HEADS = BODIES = "body", "body_all_heads"  # graphs of the sparse layers
+# Not in the checksum: what `tune` and `export` write later, what a user may write by hand, and hashes of files.
+CHANGEABLE = {"budgets", "allocation", "drafting", "dense", "validation", "files"}
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -225,19 +227,28 @@ class Manifest:
                 raise UserError(f"the manifest does not list {name}", "export the model again")
         return {name: self.files[name] for name in names}
 
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of what the graphs and weights were made for."""
+        fixed = {name: value for name, value in self._to_dict().items() if name not in CHANGEABLE}
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` atomically."""
-        data = {"schema_version": SCHEMA_VERSION} | {k: v for k, v in vars(self).items() if k != "spec"}
+        data = {"schema_version": SCHEMA_VERSION} | self._to_dict() | {"checksum": self.checksum}
         temporary = folder / f".{NAME}.partial"
-        temporary.write_text(json.dumps(data | {"spec": self.spec.to_dict()}, indent=2) + "\n")
+        temporary.write_text(json.dumps(data, indent=2) + "\n")
         os.replace(temporary, folder / NAME)
+
+    def _to_dict(self) -> dict[str, Any]:
+        return vars(self) | {"spec": self.spec.to_dict()}
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read and check ``manifest.json``. `verify_files` checks the files it names.
 
     Raises:
-        UserError: there is no bundle, its manifest is not readable or has another schema version, or
+        UserError: there is no bundle, its manifest is not readable, was changed or has another schema version, or
             a path leaves the bundle.
     """
     path = folder / NAME
@@ -246,7 +257,7 @@ def read_manifest(folder: Path) -> Manifest:
     remedy = "export the model again"
     try:
         data = json.loads(path.read_text())
-        version = data.pop("schema_version")
+        version, checksum = data.pop("schema_version"), data.pop("checksum", None)  # earlier versions wrote none
         manifest = _manifest(data) if version in (SCHEMA_VERSION, OLDER_VERSION) else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error})", remedy) from error
@@ -260,6 +271,8 @@ def read_manifest(folder: Path) -> Manifest:
         )
     for name in manifest.files:
         _check_inside(path, name)
+    if checksum not in (None, manifest.checksum):
+        raise UserError(f"{path} is damaged (its checksum is that of other contents)", remedy)
     return manifest
 
 

@@ -202,11 +202,24 @@ class TestManifest:
     def test_a_part_that_is_missing_is_damage(self, copy):
         whole = json.loads((copy / "manifest.json").read_text())
         optional = {"weight_dtype", "selector", "rest", "allocation", "dense", "validation", "drafting"}
-        optional |= {"adapter_fingerprint"}
+        optional |= {"adapter_fingerprint", "checksum"}
         for name in whole.keys() - optional:
             (copy / "manifest.json").write_text(json.dumps({k: v for k, v in whole.items() if k != name}))
             with pytest.raises(UserError, match=f"manifest.json is damaged .*{name}"):
                 read_manifest(copy)
+
+    def test_other_sizes_than_those_of_the_graphs_are_damage(self, copy):
+        whole = json.loads((copy / "manifest.json").read_text())
+        for name in ("vocab_size", "intermediate_size", "n_layers", "max_seqlen"):
+            self.edit(copy, spec=whole["spec"] | {name: whole["spec"][name] + 1})
+            with pytest.raises(UserError, match=r"manifest\.json is damaged \(its checksum"):
+                read_manifest(copy)
+        self.edit(copy, spec=whole["spec"], op_domain_version=0)
+        with pytest.raises(UserError, match="its checksum"):
+            read_manifest(copy)
+        del whole["checksum"]  # as written by earlier versions
+        (copy / "manifest.json").write_text(json.dumps(whole))
+        assert read_manifest(copy).model == whole["model"]
 
     def test_a_file_it_does_not_list(self, copy):
         self.edit(copy, files={})
