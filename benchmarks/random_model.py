@@ -100,7 +100,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model_type": "minicpm",
         "hidden_size": 1536,
         "intermediate_size": 3840,
-        "num_hidden_layers": 24,
+        "num_hidden_layers": 12,
         "num_attention_heads": 24,
         "num_key_value_heads": 8,
         "max_position_embeddings": 4096,
