@@ -25,7 +25,7 @@ from shadowllm.bundle.weight_names import (
     scales,
 )
 from shadowllm.models.sparse_decoder import Certificate, ComputedCopies
-from shadowllm.models.weights import tensor_shape
+from shadowllm.models.weights import Floats, tensor_shape
 
 PREDICTOR_FILE = "predictor.safetensors"
 
@@ -71,22 +71,6 @@ def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
     names = {base(name): None for name in stored}  # ordered, without duplicates
     sparse, dense = dequantised_weights(spec, names, stored, q)
     return BundleWeights(sparse, dense, dequantised_predictor(predictor, q), *rest)
-
-
-class Floats(Mapping[str, Tensor]):
-    """Float tensors of another mapping in float32, converted whenever they are read."""
-
-    def __init__(self, stored: Mapping[str, Tensor]) -> None:
-        self._stored = stored
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._stored[name].float()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
 
 
 class StoredCopies(ComputedCopies):

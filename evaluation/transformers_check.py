@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
@@ -20,7 +20,7 @@ from shadowllm.models.decoder import Decoder
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.config import RELATIVES
 from shadowllm.models.spec import ModelSpec
-from shadowllm.models.weights import Weights
+from shadowllm.models.weights import Floats, Weights
 
 TOKENS = 24
 SEED = 0
@@ -54,7 +54,7 @@ def compare_with_transformers(checkpoint: Checkpoint, weights: Weights) -> dict[
         # The comparison is optional: a checkpoint that only transformers cannot load is still valid.
         return {"skipped": error.problem}
     with torch.no_grad():
-        ours = Decoder(weights.spec, _Float32(weights))(input_ids)
+        ours = Decoder(weights.spec, Floats(weights))(input_ids)
     max_rel = float((ours - theirs).abs().max() / theirs.abs().max())
     tolerance = QUANTISED_TOLERANCE if checkpoint.quantised else TOLERANCE
     if not max_rel <= tolerance:  # a NaN must fail too
@@ -130,19 +130,3 @@ def _dequantising(settings: Mapping[str, Any]) -> Any:
     if settings["quant_method"] == "fp8":
         return FineGrainedFP8Config(dequantize=True)
     return CompressedTensorsConfig(dequantize=True)
-
-
-class _Float32(Mapping[str, Tensor]):
-    """Weights of a checkpoint in float32. Each tensor is read on access and not kept."""
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._weights[name].float()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)

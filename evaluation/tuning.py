@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
 
 import numpy as np
+from torch import Tensor
 
 from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.bundle.sparse_pays import dense_reasons
@@ -67,18 +68,15 @@ def tune(
     if manifest.predictor["kind"] == "relu":
         raise UserError("there is no budget to tune: the selector relu is exact", "run the bundle as it is")
     read, tokenizer = read_weights(bundle, manifest), load_tokenizer(bundle, manifest)
-    # Pages of float32 weights are read again in each step. To convert others each time would take longer.
-    weights = read.sparse if manifest.dtype == "float32" else dict(read.sparse)
     windows = calibration_windows(
         manifest.spec,
-        weights,
+        _for_many_steps(manifest, read.sparse),
         plain_encoder(tokenizer, manifest),
         texts=texts,
         tokens=tokens,
         seqlen=min(seqlen, manifest.spec.max_seqlen),
         seed=seed,
     ).train
-    del weights
     return_freed_memory()
     context = Context(manifest.spec, read.sparse, manifest.dense_layers, read.predictor, copies=read.copies)
     loss = Loss(context, make_selector(read.predictor.kind, context), windows)
@@ -97,6 +95,11 @@ def tune(
     )
     tuned.write(bundle)
     return tuned
+
+
+def _for_many_steps(manifest: Manifest, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The weights for writing text. To read pages of float32 again in each step is fast, and to convert is not."""
+    return weights if manifest.dtype == "float32" else dict(weights)
 
 
 Ask = Callable[[Budget], bool]

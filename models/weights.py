@@ -138,6 +138,22 @@ class Weights(Mapping[str, torch.Tensor]):
         return {name: self[name].to(dtype) for name in self}
 
 
+class Floats(Mapping[str, torch.Tensor]):
+    """Float tensors of another mapping in float32, converted whenever they are read."""
+
+    def __init__(self, stored: Mapping[str, torch.Tensor]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._stored[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
 def stacked(spec: ModelSpec, sources: Mapping[str, Source], names: Sequence[str], whole: str) -> dict[str, Source]:
     """Return the sources of canonical matrices that a checkpoint stores as one, on top of each other.
 
