@@ -195,7 +195,7 @@ class Engine:
                 return
             try:
                 slot = self._session.join(job.budget)
-            except UserError as error:
+            except Exception as error:  # noqa: BLE001  (a fault of one job must not end the others)
                 self._end(job, Failed(error))
                 continue
             del self._waiting[job]
@@ -214,7 +214,7 @@ class Engine:
         chunk = sequence.prompt[sequence.prefilled : sequence.prefilled + self._chunk]
         try:
             logits = self._session.extend(sequence.slot, chunk)
-        except UserError as error:
+        except Exception as error:  # noqa: BLE001  (as above; for example no memory for a longer cache)
             self._end(sequence.job, Failed(error))
             return
         sequence.prefilled += len(chunk)
@@ -252,7 +252,11 @@ class Engine:
         for sequence in [sequence for sequence in self._running.values() if sequence.waits_for_verification]:
             start, drafted, before = time.perf_counter(), len(sequence.ahead) - 1, sequence.length
             self._session.rewind(sequence.slot, before)
-            logits = self._session.verify(sequence.slot, sequence.ahead)
+            try:
+                logits = self._session.verify(sequence.slot, sequence.ahead)
+            except Exception as error:  # noqa: BLE001  (as above)
+                self._end(sequence.job, Failed(error))
+                continue
             last = self._give(sequence, partial(sequence.accept, logits, time.perf_counter() - start))
             self.counters.drafted += drafted
             self.counters.accepted += max(0, sequence.length - before - 1)

@@ -300,6 +300,29 @@ def test_a_fault_of_one_job_does_not_touch_the_others(client):
         }
 
 
+@pytest.mark.parametrize("call", ["join", "extend", "verify"])
+def test_a_call_of_the_session_that_fails_for_one_job_does_not_touch_the_others(client, monkeypatch, call):
+    session = TorchSlots(client.folder, 4)
+    works = getattr(session, call)
+    bad = client.job([7] * 10, n=30, budget=Budget(neurons=0.7), lossless=True, draft_length=2)
+
+    def fails_for_one(which, *arguments):
+        if which == (bad.budget if call == "join" else engine._running[bad].slot if bad in engine._running else None):
+            raise OSError("no memory")
+        return works(which, *arguments)
+
+    monkeypatch.setattr(session, call, fails_for_one)
+    with Engine(session) as engine:
+        good = [client.job(n=8, lossless=True), client.job([3, 4], n=9, budget=SMALL)]
+        for job in (good[0], bad, good[1]):
+            engine.submit(job)
+        assert str(collect(bad)[2].error) == "no memory"
+        for job in good:
+            assert collect(job)[:2] == client.alone(job)
+        assert engine.accepts
+        assert no_slot_is_taken(engine, session)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
