@@ -17,7 +17,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import chain
@@ -160,7 +160,7 @@ def _learner(spec: ModelSpec, traces: Traces, point: Point) -> Trainer:
 
 
 def judge(
-    spec: ModelSpec, weights: dict[str, Tensor], folder: Path, windows: Tensor, known: dict[str, Any]
+    spec: ModelSpec, weights: Mapping[str, Tensor], folder: Path, windows: Tensor, known: dict[str, Any]
 ) -> dict[str, Any]:
     """Evaluate every predictor of the folder, with static and oracle, at each of `BUDGETS`.
 

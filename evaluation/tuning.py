@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-from torch import Tensor
 
 from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.bundle.sparse_pays import dense_reasons
@@ -70,7 +69,7 @@ def tune(
     read, tokenizer = read_weights(bundle, manifest), load_tokenizer(bundle, manifest)
     windows = calibration_windows(
         manifest.spec,
-        _for_many_steps(manifest, read.sparse),
+        read.sparse,
         plain_encoder(tokenizer, manifest),
         texts=texts,
         tokens=tokens,
@@ -95,11 +94,6 @@ def tune(
     )
     tuned.write(bundle)
     return tuned
-
-
-def _for_many_steps(manifest: Manifest, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The weights for writing text. To read pages of float32 again in each step is fast, and to convert is not."""
-    return weights if manifest.dtype == "float32" else dict(weights)
 
 
 Ask = Callable[[Budget], bool]

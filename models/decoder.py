@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from shadowllm.models.activations import QUICK_GELU_SLOPE
 from shadowllm.models.sparsity import Unit
 from shadowllm.models.spec import ModelSpec
+from shadowllm.models.weights import table_product, table_rows
 
 # Receives the activation of one layer's units and returns the activation that the layer uses instead:
 #   heads    attention context before the output projection (batch, seqlen, n_heads, head_dim)
@@ -155,9 +156,9 @@ class Decoder:
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return the token embeddings, plus learned position embeddings if any, ``(batch, seqlen, hidden_size)``."""
-        x = F.embedding(input_ids, self.weights["embed_tokens.weight"])
+        x = table_rows(self.weights, "embed_tokens.weight", input_ids)
         if self.spec.positions == "learned":
-            x = x + F.embedding(position_ids + self.spec.position_offset, self.weights["embed_positions.weight"])
+            x = x + table_rows(self.weights, "embed_positions.weight", position_ids + self.spec.position_offset)
         return x
 
     def layer(self, layer: int, x: Tensor, position_ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -176,7 +177,7 @@ class Decoder:
 
     def logits(self, x: Tensor) -> Tensor:
         """Apply the final norm and the output projection."""
-        return F.linear(self.final_hidden(x), self.weights[self.spec.output_table])
+        return table_product(self.weights, self.spec.output_table, self.final_hidden(x))
 
     def final_hidden(self, x: Tensor) -> Tensor:
         """Apply the final norm; the result is the input of the output projection."""

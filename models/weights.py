@@ -14,9 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from torch.nn import functional as F
 
 from shadowllm.errors import UserError
 from shadowllm.models.spec import ModelSpec
+
+CONVERTED_AT_ONCE = 1 << 23  # elements of a table
 
 
 @dataclass(frozen=True)
@@ -130,28 +133,51 @@ class Weights(Mapping[str, torch.Tensor]):
             self._fingerprint = self._tensors.fingerprint()
         return self._fingerprint
 
-    def load(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        """Return all tensors in ``dtype``, read one at a time.
+    def load(self) -> Floats:
+        """Return all tensors, read one at a time, and kept in the type that they are stored in.
 
-        Those that are stored transposed are views, and those of that type are pages of the mapped file.
+        Those that are stored transposed are views, and many are pages of the mapped file.
         """
-        return {name: self[name].to(dtype) for name in self}
+        return Floats({name: self[name] for name in self})
 
 
 class Floats(Mapping[str, torch.Tensor]):
-    """Float tensors of another mapping in float32, converted whenever they are read."""
+    """Float tensors of another mapping in float32, converted whenever they are read.
+
+    Attributes:
+        stored: the other mapping.
+    """
 
     def __init__(self, stored: Mapping[str, torch.Tensor]) -> None:
-        self._stored = stored
+        self.stored = stored
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._stored[name].float()
+        return self.stored[name].float()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
+        return iter(self.stored)
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self.stored)
+
+
+def table_rows(weights: Mapping[str, torch.Tensor], name: str, indices: torch.Tensor) -> torch.Tensor:
+    """Rows of a table ``(rows, width)``, ``(*indices.shape, width)``. Of `Floats`, only these are converted."""
+    if isinstance(weights, Floats):
+        return F.embedding(indices, weights.stored[name]).float()
+    return F.embedding(indices, weights[name])
+
+
+def table_product(weights: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    """Products of ``x (..., width)`` with all rows of a table, ``(..., rows)``.
+
+    A table may be a large part of the model. That of `Floats` is converted in parts, to need little memory.
+    """
+    table = weights.stored[name] if isinstance(weights, Floats) else weights[name]
+    if table.dtype == x.dtype:
+        return F.linear(x, table)
+    rows = max(1, CONVERTED_AT_ONCE // table.shape[1])
+    return torch.cat([F.linear(x, part.float()) for part in table.split(rows)], dim=-1)
 
 
 def stacked(spec: ModelSpec, sources: Mapping[str, Source], names: Sequence[str], whole: str) -> dict[str, Source]:

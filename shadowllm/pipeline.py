@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -279,7 +280,7 @@ def _calibrate(
     weights: Weights,
     checkpoint: Checkpoint,
     options: Calibration,
-    loaded: dict[str, Tensor] | None = None,
+    loaded: Mapping[str, Tensor] | None = None,
     fit_heads: bool = True,
     keep_train: bool = True,
 ) -> Traces:
@@ -323,7 +324,7 @@ def _train(
     traces: Traces,
     selector: str,
     train_config: TrainConfig,
-    loaded: dict[str, Tensor] | None = None,
+    loaded: Mapping[str, Tensor] | None = None,
 ) -> Predictor:
     if selector not in TRAINABLE:
         raise UserError(f"selector {selector!r} cannot be trained", f"use {', '.join(TRAINABLE)}")

@@ -201,7 +201,7 @@ def tiny_model(checkpoint, variant):
     from shadowllm.models.registry import load_model
 
     spec, weights, _ = load_model(checkpoint(variant))
-    return spec, weights.load()
+    return spec, dict(weights.load())
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 from shadowllm.bundle.engine_record import REMEDY, CustomNode, EngineRecord, read_sidecar
 from shadowllm.bundle.gpu_images import architectures
 from shadowllm.errors import UserError
-from shadowllm.plugins.engine_programs import carried, programs_in
+from shadowllm.plugins.engine_programs import absent, carried, programs_in
 
 
 def engine_contents(engine_path: Path) -> EngineRecord:
@@ -28,15 +28,14 @@ def engine_contents(engine_path: Path) -> EngineRecord:
 def missing_contents(
     engine_path: Path, plugins: Iterable[CustomNode], kernels: Mapping[str, tuple[int, ...]]
 ) -> str | None:
-    """The first plugin, layer or kernel that the engine's bytes lack; the bytes have all names as plain text."""
+    """The first plugin, layer or kernel that the engine's bytes lack."""
     names = dict.fromkeys(name for node in plugins for name in (node.op, node.name))
     with engine_path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped
             return next(iter(names), None)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as engine:
-            for name in names:
-                if engine.find(name.encode()) < 0:
-                    return name
+            if missing := absent(engine, names):
+                return missing[0]
             try:
                 found = carried(programs_in(engine))
             except ValueError as error:

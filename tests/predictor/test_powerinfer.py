@@ -72,7 +72,7 @@ def predictor_of(spec, weights, folder):
 @pytest.fixture
 def relu(checkpoint):
     spec, weights, _ = load_model(checkpoint("llama-relu"))
-    return spec, weights.load()
+    return spec, dict(weights.load())
 
 
 @torch.no_grad()
