@@ -7,10 +7,11 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -93,6 +94,11 @@ class Predictor:
         The certificate of a shortlist is calibrated on them, see `certificate.best_weighting`.
         """
         return self.tensors.get(FINAL_SQUARES)
+
+    def rounded(self, dtype: torch.dtype) -> Predictor:
+        """Return the predictor as in a graph of this type: its network is rounded, and stays float32."""
+        networks = {name: self.tensors[name].to(dtype).float() for name in self.learned}
+        return replace(self, tensors=self.tensors | networks)
 
     @property
     def is_random(self) -> bool:

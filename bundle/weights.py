@@ -13,7 +13,7 @@ from shadowllm.bundle.manifest import DATA_FILE, Manifest, verify_files
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.quantisation import slices
 from shadowllm.bundle.quantised_tensors import dequantised_copy, dequantised_predictor, dequantised_weights
-from shadowllm.bundle.weight_file import MappedTensors, WeightStore
+from shadowllm.bundle.weight_file import TORCH_DTYPES, MappedTensors, WeightStore
 from shadowllm.bundle.weight_layout import copy_groups, model_groups
 from shadowllm.bundle.weight_names import (
     base,
@@ -67,7 +67,7 @@ def read_weights(folder: Path, manifest: Manifest) -> BundleWeights:
     rest = (StoredCopies(folder, manifest), _read_certificate(folder, manifest)) if copied else (None, None)
     if q is None:
         weights = Floats(stored)
-        return BundleWeights(weights, weights, predictor, *rest)
+        return BundleWeights(weights, weights, predictor.rounded(TORCH_DTYPES[manifest.dtype]), *rest)
     names = {base(name): None for name in stored}  # ordered, without duplicates
     sparse, dense = dequantised_weights(spec, names, stored, q)
     return BundleWeights(sparse, dense, dequantised_predictor(predictor, q), *rest)

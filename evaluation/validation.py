@@ -182,10 +182,8 @@ def _reference(manifest: Manifest, weights: Weights, predictor: Predictor) -> Bu
         return BundleWeights(sparse, dense, dequantised_predictor(predictor, q), copies)
     rounded = TORCH_DTYPES[manifest.dtype]
     reference = {name: weights[name].to(rounded).float().contiguous() for name in weights}
-    networks = {name: predictor.tensors[name].to(rounded).float() for name in predictor.learned}
-    predictor = replace(predictor, tensors=predictor.tensors | networks)  # other tensors are stored in float32
     copies = low_bit_copies(manifest.sparse_layers, reference, rest=True) if manifest.rest == "shadow" else None
-    return BundleWeights(reference, reference, predictor, copies)
+    return BundleWeights(reference, reference, predictor.rounded(rounded), copies)
 
 
 def _judge(errors: list[Error], agreement: float, tolerance: float) -> None:

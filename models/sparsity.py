@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 import numpy as np
@@ -104,6 +105,8 @@ class Budget:
     certify: bool = False
 
     def __post_init__(self) -> None:
+        if self.shortlist is not None and (not isinstance(self.shortlist, Integral) or self.shortlist is True):
+            raise UserError(f"a shortlist of {self.shortlist!r} rows is no number of rows", "give a whole number")
         if self.shortlist is not None and self.shortlist < 1:
             raise UserError(f"a shortlist of {self.shortlist} rows is empty", "give 1 or more; 1024 is usual")
         if self.shortlist is not None and self.shortlist > LARGEST:
@@ -112,13 +115,14 @@ class Budget:
             raise UserError(f"unknown rest {self.rest!r}", f"use {' or '.join(get_args(Rest))}")
         for unit in UNITS:
             value = getattr(self, unit)
-            if isinstance(value, list):  # JSON has no tuples
-                value = tuple(value)
+            if not isinstance(value, float | int | tuple):  # JSON has no tuples, and NumPy has numbers of its own
+                plain = np.asarray(value).tolist()
+                value = tuple(plain) if isinstance(plain, list) else plain
                 object.__setattr__(self, unit, value)
             for fraction in _each(value):
-                if not 0 < fraction <= 1:
+                if not isinstance(fraction, Real) or isinstance(fraction, bool) or not 0 < fraction <= 1:
                     raise UserError(
-                        f"the {unit.removesuffix('s')} budget {fraction} is not a fraction in (0, 1]",
+                        f"the {unit.removesuffix('s')} budget {fraction!r} is not a fraction in (0, 1]",
                         "0.5 keeps half; 1 keeps everything",
                     )
 
@@ -186,7 +190,7 @@ def describe_fractions(value: Fractions) -> str:
 
 
 def _each(value: Fractions) -> tuple[float, ...]:
-    return (value,) if isinstance(value, int | float) else tuple(value)
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _counts(value: Fractions, units: int, n_sparse: int) -> np.ndarray:

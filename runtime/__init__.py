@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
@@ -55,6 +56,8 @@ def open_session(
         raise UserError(
             f"the backend {backend!r} does not prefill with sparse graphs", "leave out --prefill, or use ort"
         )
+    if prefill not in get_args(Prefill):
+        raise UserError(f"unknown kind of prefill {prefill!r}", f"use {' or '.join(get_args(Prefill))}")
     if threads is not None and backend in BACKENDS and not backend.startswith(("ort", "torch")):
         raise UserError(f"threads do nothing for the backend {backend!r}, which runs on a GPU", "leave them out")
     if prepack and backend in BACKENDS and not backend.startswith("ort"):

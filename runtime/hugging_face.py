@@ -187,7 +187,7 @@ class ShadowForCausalLM(GenerationMixin):
         Raises:
             UserError: as `generate`, or other values of ``logits_to_keep`` and ``return_dict``.
         """
-        if not return_dict or logits_to_keep not in (0, 1):
+        if not return_dict or not isinstance(logits_to_keep, int) or logits_to_keep not in (0, 1):
             raise UserError(
                 f"return_dict={return_dict} with logits_to_keep={logits_to_keep} is not supported",
                 "use return_dict=True and logits_to_keep 0 or 1",
@@ -198,6 +198,14 @@ class ShadowForCausalLM(GenerationMixin):
             self._used_positions += 1
             return CausalLMOutputWithPast(logits=torch.tensor(logits)[:, None])
         kept = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
+        if kept.shape[-1:] != input_ids.shape[-1:] or kept.shape[:-1] not in ((1,), input_ids.shape[:-1]):
+            raise UserError(
+                f"an attention mask of shape {tuple(kept.shape)} for tokens of shape {tuple(input_ids.shape)}",
+                "give one with the shape of the tokens",
+            )
+        if not input_ids.shape[1]:
+            raise UserError("the prompt is empty", "give at least one token")
+        kept = kept.expand_as(input_ids)
         if not kept.any(dim=1).all() or (logits_to_keep == 1 and not kept[:, -1].all()):
             raise UserError(
                 "the attention mask hides the last token of a prompt",

@@ -35,6 +35,8 @@ def pad_prompts(
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     for prompt in prompts:
         check_appended(prompt, 0, spec)
+        if np.asarray(prompt).dtype.kind not in "iu":
+            raise UserError("the tokens of a prompt are not integers", "give token ids")
     ids = np.zeros((batch, width(int(lengths.max()))), dtype=np.int64)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
@@ -112,7 +114,7 @@ def check_rewind(lengths: np.ndarray, used: np.ndarray) -> np.ndarray:
     Raises:
         UserError: a length is below 1, or above the number of tokens of its sequence.
     """
-    if lengths.shape != used.shape or (lengths < 1).any() or (lengths > used).any():
+    if lengths.shape != used.shape or lengths.dtype.kind not in "iu" or (lengths < 1).any() or (lengths > used).any():
         raise UserError(
             f"sequences of {used.tolist()} tokens cannot be set back to {lengths.tolist()}",
             "give a length from 1 to the present one for each sequence",

@@ -6,7 +6,7 @@ compared with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.weights import read_weights
+from shadowllm.errors import UserError
 from shadowllm.limits import LONGEST_DRAFT, check_threads
 from shadowllm.models.decoder import Decoder, KVCache
 from shadowllm.models.sparse_decoder import Certificate, CopyDecoder, SparseDecoder
@@ -30,6 +31,19 @@ from shadowllm.runtime.session import Decodes
 
 # Selections as bool ``(n_sparse, R, n_units)``: R is 1 if the sequences share one, and otherwise the batch.
 Masks = dict[Unit, Tensor]
+
+
+class _Closed(Mapping[str, Tensor]):
+    """The weights of a session that was left."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise UserError("the session was closed", "open the bundle again")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
 
 
 class TorchSession:
@@ -121,7 +135,8 @@ class TorchSession:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._weights, self._decoder, self._copy = {}, Decoder(self.spec, {}), None
+        self._weights, self._copy = _Closed(), None
+        self._decoder = Decoder(self.spec, self._weights)
 
     def reset(self, batch: int = 1) -> None:
         """See `Session.reset`."""

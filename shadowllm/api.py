@@ -168,7 +168,8 @@ def generate(
     """Continue a prompt, as ``shadowllm run`` does. Decoding is greedy unless a temperature is given.
 
     Args:
-        model: from `load`, inside its ``with`` statement. A new generation ends the previous one.
+        model: from `load`, inside its ``with`` statement. It writes one text at a time: a stream that goes on after
+            another generation began raises an error.
         prompt: text, or token ids, which are used unchanged.
         max_new_tokens: largest number of tokens to generate.
         stream: return an iterator over pieces of text, or over token ids, as they are generated.

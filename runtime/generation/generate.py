@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import StoppingCriteria
 
 Taken = list[list[int]]  # new tokens of each sequence
+
+# What writes text with each session at present.
+_writers: WeakKeyDictionary[Session, object] = WeakKeyDictionary()
 
 
 def generate(
@@ -46,11 +50,13 @@ def generate(
         The new token of each sequence; None for those that have ended, or that have fewer new tokens in this round.
 
     Raises:
-        UserError: as `Session.prefill`, logits that are NaN or infinite, no token left to choose, or a session that
-            cannot verify drafts.
+        UserError: as `Session.prefill`, logits that are NaN or infinite, no token left to choose, a session that
+            cannot verify drafts, or another generation that began with the session.
     """
+    own = object()
     verifying = _verifying(session) if draft_length is not None and session.decodes == "sparse" else None
     chooser = Chooser(prompts, sampling or Sampling(), stop_ids, type(session).__name__)
+    _writers[session] = own
     session.reset(len(prompts))
     first = chooser.choose(session.prefill(prompts))
     limit = min(max_new_tokens, session.spec.max_seqlen - max(map(len, prompts)) + 1)
@@ -68,6 +74,8 @@ def generate(
         yield from map(list, zip_longest(*kept))
         if not chooser.running.any():
             return
+        if _writers.get(session) is not own:
+            raise UserError("another text was begun with this model", "finish a text first, or load the model twice")
 
 
 def _verifying(session: Session) -> VerifyingSession:

@@ -101,6 +101,7 @@ class LoadedBundle:
             raise UserError("a dense session has no sparse graphs to prefill with", "leave out the option, or use ort")
         self.prefills = prefill
         self._graphs: dict[_Form, OrtGraph] = {}
+        self._weights: SharedWeights | None = None  # while it is open
 
     def load(self, plan: Plan) -> None:
         """Check the files, and load the graphs that prefill and those of a plan.
@@ -124,7 +125,7 @@ class LoadedBundle:
     def close(self) -> None:
         """Free the graphs and the weights."""
         self._graphs.clear()
-        del self._weights
+        self._weights = None
 
     def pack(self) -> None:
         """Load the dense graph again, with packed weights, because it decodes now."""
@@ -191,6 +192,8 @@ class LoadedBundle:
         return self._graphs[form]
 
     def _open(self, form: _Form) -> OrtGraph:
+        if self._weights is None:
+            raise UserError("the session is not open", "use it inside its `with` statement")
         options, dense = ort.SessionOptions(), form.pieces == ("dense",)
         give_threads(options, self._threads, wait_actively=dense and self._decodes_dense)
         packed = dense and self.packed

@@ -88,10 +88,23 @@ def test_kv_groups_stay_whole(spec):
         replace(spec, head_unit="layer")
 
 
-@pytest.mark.parametrize("value", [0.0, 1.1, float("nan"), (0.5, 0.0)])
+@pytest.mark.parametrize("value", [0.0, 1.1, float("nan"), (0.5, 0.0), True, "0.5", None, ["0.5"]])
 def test_only_fractions(value):
     with pytest.raises(UserError, match="the head budget"):
         Budget(heads=value)
+
+
+@pytest.mark.parametrize("value", [1.5, True, "all"])
+def test_only_whole_shortlists(value):
+    with pytest.raises(UserError, match="no number of rows"):
+        Budget(shortlist=value)
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.array(0.5), [0.5, 0.25], np.array([0.5, 0.25])])
+def test_numbers_of_other_packages(value):
+    found = Budget(neurons=value).neurons
+    assert found == (0.5 if np.ndim(value) == 0 else (0.5, 0.25))
+    assert all(type(number) is float for number in (found if isinstance(found, tuple) else [found]))
 
 
 @pytest.mark.parametrize("value", [0.5, (0.25, 1.0)])

@@ -119,6 +119,27 @@ def test_logits_of_every_token_with_and_without_padding(dense, reference):
     torch.testing.assert_close(ours[kept], theirs[kept], atol=1e-4, rtol=1e-4)
 
 
+def test_a_mask_of_one_row_is_that_of_all(dense):
+    tokens, mask = torch.tensor([[5, 6, 7], [9, 10, 11]]), torch.tensor([[1, 0, 1]])
+    assert torch.equal(dense(tokens, attention_mask=mask).logits, dense(tokens, mask.expand(2, 3)).logits)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "words"),
+    [
+        ([[5, 6, 7], [9, 10, 11]], {"attention_mask": torch.ones(2, 2)}, "mask of shape"),
+        ([[5, 6, 7], [9, 10, 11]], {"attention_mask": torch.ones(2, 4)}, "mask of shape"),
+        ([[5, 6, 7], [9, 10, 11]], {"attention_mask": torch.ones(3, 3)}, "mask of shape"),
+        ([[5, 6, 7]], {"attention_mask": torch.ones(3)}, "mask of shape"),
+        ([[5, 6, 7]], {"logits_to_keep": torch.tensor([0])}, "logits_to_keep"),
+        ([[]], {}, "the prompt is empty"),
+    ],
+)
+def test_calls_that_are_refused(dense, tokens, options, words):
+    with pytest.raises(UserError, match=words):
+        dense(torch.tensor(tokens, dtype=torch.int64), **options)
+
+
 def test_sparse_text_is_that_of_our_own_generation(sparse, bundle):
     inputs = sparse.tokenizer(PROMPTS[1], return_tensors="pt", return_token_type_ids=False)
     prompt = inputs["input_ids"][0].tolist()

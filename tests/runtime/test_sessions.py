@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from shadowllm.bundle.manifest import DATA_FILE
+from shadowllm.bundle.manifest import DATA_FILE, read_manifest
+from shadowllm.bundle.weights import read_weights
 from shadowllm.errors import UserError
 from shadowllm.plugins import native_ops
 from shadowllm.runtime import Budget, generate, open_session
@@ -117,6 +118,15 @@ def test_backends_agree_with_a_rest_beside_rows_of_two_bytes(bundle, dtype, nati
     assert np.abs(found[0] - found[1]).max() < 1e-5 * np.abs(found[1]).max()
 
 
+@pytest.mark.parametrize("predictor", ["shadow", "layerwise"])
+def test_a_network_is_read_in_the_type_of_the_graphs(bundle, predictor):
+    folder = bundle("llama-blocks", dtype="bfloat16", kind=predictor)
+    stored = read_weights(folder, read_manifest(folder)).predictor
+    assert stored.learned
+    for name in stored.learned:
+        assert torch.equal(stored.tensors[name], stored.tensors[name].bfloat16().float())
+
+
 def test_a_dense_session_takes_the_budget_of_a_mixed_one(bundle):
     folder = bundle("llama-gqa", kind="quantized-shadow", rest="shadow")
     for backend in ("torch-dense", "ort-dense"):
@@ -200,6 +210,7 @@ class TestAtTheDoor:
             ([[97]], "token 97"),
             ([[-1]], "token -1"),
             ([[1] * 65], "65 tokens"),
+            ([[1.5, 2.0]], "not integers"),
         ],
     )
     def test_prefill_refuses(self, bundle, backend, prompts, words):
@@ -216,6 +227,29 @@ class TestAtTheDoor:
             session.prefill([PROMPT])
             with pytest.raises(UserError, match="decode takes integers"):
                 session.decode(tokens)
+
+    @pytest.mark.parametrize("lengths", [np.array([1.5]), np.array([6]), np.array([0]), np.array([1, 1])])
+    def test_rewind_refuses(self, bundle, backend, lengths):
+        with open_session(bundle(), backend) as session:
+            session.prefill([PROMPT])
+            with pytest.raises(UserError, match="cannot be set back"):
+                session.rewind(lengths)
+
+    def test_a_session_that_was_left(self, bundle, backend):
+        with open_session(bundle(), backend) as session:
+            stream = generate(session, [PROMPT], 8)
+            next(stream)
+        with pytest.raises(UserError, match=r"not open|closed"):
+            list(stream)
+        session.reset()
+        with pytest.raises(UserError, match=r"not open|closed"):
+            session.prefill([PROMPT])
+        session.__exit__(None, None, None)
+
+
+def test_an_unknown_prefill(bundle):
+    with pytest.raises(UserError, match="unknown kind of prefill 'spares'"):
+        open_session(bundle(), prefill="spares")
 
 
 @pytest.mark.parametrize("backend", ["ort", "ort-dense", "torch"])

@@ -147,6 +147,18 @@ class TestGenerate:
         ids = model.tokenizer("Hello").input_ids
         assert list(shadowllm.generate(model, ids, 8, stream=True)) == shadowllm.generate(model, ids, 8)
 
+    def test_one_text_at_a_time(self, model):
+        pieces = shadowllm.generate(model, [3, 4], 8, stream=True)
+        next(pieces)
+        other = shadowllm.generate(model, [5], 8)
+        with pytest.raises(shadowllm.UserError, match="another text was begun"):
+            next(pieces)
+        assert other == shadowllm.generate(model, [5], 8)
+        ended = shadowllm.generate(model, [3, 4], 1, stream=True)
+        next(ended)
+        shadowllm.generate(model, [5], 1)
+        assert not list(ended)
+
     def test_stop_strings(self, model):
         text = shadowllm.generate(model, "Hello", 8)
         assert shadowllm.generate(model, "Hello", 8, stop=text[3]) == text[: text.index(text[3])]
