@@ -72,7 +72,7 @@ def fired_shares(manifest: Manifest) -> list[float] | None:
 
 def copy_row_bytes(spec: ModelSpec, q: Quantisation = LOW_BIT_COPY) -> int:
     """Return the bytes of one row of a low-bit copy. All of its rows have ``hidden_size`` elements."""
-    return q.bytes(spec.hidden_size) + 4 * q.blocks(spec.hidden_size)
+    return q.bytes(spec.hidden_size) + q.scale_bytes * q.blocks(spec.hidden_size)
 
 
 def unit_copy_bytes(spec: ModelSpec, unit: Unit) -> int:
@@ -288,7 +288,8 @@ def selector_bytes(selector: str, layers: SparseLayers, itemsize: float, rank: i
         if rest == "shadow" and not bits:
             return 4 * (fit + neurons)
         copied_rows = neurons * (2 if spec.gated else 1)
-        copy = replace(LOW_BIT_COPY, bits=int(bits)) if bits else LOW_BIT_COPY
+        # A product of ONNX Runtime reads it, and its scales in 32 bits.
+        copy = replace(LOW_BIT_COPY, bits=int(bits or LOW_BIT_COPY.bits), scale_bytes=4)
         return 4 * (fit + neurons) + copied_rows * copy_row_bytes(spec, copy)
     if selector == "shadow":
         return (rank * (spec.hidden_size + 1) + units * (rank + 1)) * itemsize

@@ -2,7 +2,8 @@
 
 The layout is that of ONNX Runtime's ``MatMulNBits``, so that its dense layers and our sparse rows
 read the same format. Integers are unsigned, with the middle at ``2 ** (bits - 1)``. A byte holds one 8-bit, two
-4-bit or four 2-bit integers, the first in its lowest bits. Each block of a row has one float32 scale.
+4-bit or four 2-bit integers, the first in its lowest bits. Each block of a row has one float32 scale. It is a bfloat16
+number, so that a kernel can keep it in 16 bits.
 
 Integers may be *nested*. Then an integer ``q`` is stored in two parts, ``q = 2^r * copy + residual``, with
 ``copy = floor((q + 2^(r-1)) / 2^r)`` and a residual of r bits. The first part, with ``2^r`` times the scale of q,
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import ml_dtypes
 import numpy as np
 
 from shadowllm.errors import UserError
@@ -44,11 +46,13 @@ class Quantisation:
         bits: 8, 4 or 2 in files, or the sum over both parts of nested integers; only `rounded` accepts other numbers.
         block: consecutive elements of a row that share a scale.
         residual_bits: bits of the residual of nested integers, 4 or 2; 0 if the integers are stored in one part.
+        scale_bytes: bytes of a scale in the memory of the native ops. Files have float32.
     """
 
     bits: int
     block: int = 32
     residual_bits: int = 0
+    scale_bytes: int = 2
 
     @property
     def copy(self) -> Quantisation:
@@ -78,7 +82,7 @@ class Quantisation:
     @property
     def itemsize(self) -> float:
         """Bytes per element, including the share of a scale."""
-        return self.bits / 8 + 4 / self.block
+        return self.bits / 8 + self.scale_bytes / self.block
 
     @property
     def product_itemsize(self) -> float:
@@ -104,7 +108,7 @@ class Quantisation:
 
 # Format of the low-bit copy. With one scale per 64 elements, the copy of gate and up is under a fifth of a 16-bit MLP.
 LOW_BIT_COPY = Quantisation(bits=4, block=64)
-WEIGHT_DTYPES = {"int8": Quantisation(8), "int4": Quantisation(4)}
+WEIGHT_DTYPES = {"int8": Quantisation(8, scale_bytes=4), "int4": Quantisation(4, scale_bytes=4)}
 # Of bundles with a low-bit copy of all matrices. All types have the same copy. Two parts of 3 bits for int6 would need
 # kernels of their own, and a copy of 3 bits is far worse than one of 4.
 NESTED = {"int8": Quantisation(8, 64, residual_bits=4), "int6": Quantisation(6, 64, residual_bits=2)}
@@ -161,7 +165,7 @@ def residual_of(matrix: Matrix, copy: np.ndarray, scales: np.ndarray, q: Quantis
     rows, width = matrix.shape
     residual = np.empty((rows, q.residual.bytes(width)), dtype=np.uint8)
     steps = scales * np.float32(q.residual_step)
-    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
+    inverse = _inverse(steps)
     for part in slices(matrix, share=8):  # so few that they stay in the processor's cache
         high = unpacked(copy[part], q.copy.bits).astype(np.float32) + np.float32(q.copy.lowest)
         blocks = np.zeros_like(high)
@@ -188,17 +192,23 @@ def _integers(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarr
     blocks = padded.reshape(rows, -1, q.block)
     place = np.abs(blocks).argmax(axis=2)[..., None]
     scales = (np.take_along_axis(blocks, place, axis=2) / np.float32(q.lowest)).astype(np.float32)
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    if q.residual_bits:
+        # The range of nested integers ends early above zero. A block with larger elements there has a larger scale.
+        above = (blocks * _inverse(scales)).max(axis=2, keepdims=True) / np.float32(q.highest)
+        scales *= np.maximum(1, above)
+    scales = scales.astype(ml_dtypes.bfloat16).astype(np.float32)
+    integers = np.clip(np.rint(blocks * _inverse(scales)), q.lowest, q.highest)
     if not q.residual_bits:
-        return np.clip(np.rint(blocks * inverse), q.lowest, q.highest), scales[..., 0]
-    # The range of nested integers ends early above zero. A block with larger elements there has a larger scale.
-    above = np.maximum(1, (blocks * inverse).max(axis=2, keepdims=True) / np.float32(q.highest))
-    scales, inverse = scales * above, inverse / above
-    integers = np.clip(np.rint(blocks * inverse), q.lowest, q.highest)
+        return integers, scales[..., 0]
     # The farthest element stays the farthest, so that rounding again changes nothing.
     farthest = np.minimum(np.take_along_axis(integers, place, axis=2), -q.highest - 1)
     np.put_along_axis(integers, place, np.where(scales != 0, farthest, 0), axis=2)
     return integers, scales[..., 0]
+
+
+def _inverse(scales: np.ndarray) -> np.ndarray:
+    """``1 / scales``, and 0 where they are 0."""
+    return np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
 
 
 def _high(integers: np.ndarray, q: Quantisation) -> np.ndarray:

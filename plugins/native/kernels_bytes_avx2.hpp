@@ -125,6 +125,13 @@ inline __m256i lanes_left(size_t blocks, size_t b) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(blocks - b)), lanes);
 }
 
+// The scales of the blocks of a row from block `first` on that `there` has. There is memory for eight.
+inline __m256 scales_of(const QuantisedRow& row, size_t first, __m256i there) {
+  const __m128i shorts = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.shorts() + first));
+  const __m256i words = _mm256_slli_epi32(_mm256_cvtepu16_epi32(shorts), 16);
+  return _mm256_castsi256_ps(_mm256_and_si256(words, there));
+}
+
 template <size_t M>
 constexpr size_t kRowsOfTile = M == 1   ? 4
                                : M == 2 ? 2
@@ -142,7 +149,7 @@ inline void project_bytes_tile(const QuantisedRow* rows, const QuantisedRow* nex
     alignas(32) float scale[4][8];
     const __m256i there = lanes_left(blocks, first);
     for (size_t r = 0; r < R; ++r) {
-      const __m256 scales = _mm256_maskload_ps(rows[r].scales + first, there);
+      const __m256 scales = scales_of(rows[r], first, there);
       for (size_t t = 0; t < M; ++t) {
         const float *of = inputs[t] + first, *sums = of + layout.sums;
         _mm256_store_ps(scale[r * M + t], _mm256_mul_ps(scales, _mm256_loadu_ps(of + layout.scales)));
@@ -179,7 +186,7 @@ inline void round_to_weights(const QuantisedRow* rows, const float* h, size_t fi
   __m256 exact[kGroup], most = _mm256_setzero_ps(), unordered = most;
   const __m256i there = lanes_left(blocks, first);
   for (size_t r = 0; r < kGroup; ++r) {
-    exact[r] = _mm256_mul_ps(_mm256_set1_ps(h[r]), _mm256_maskload_ps(rows[r].scales + first, there));
+    exact[r] = _mm256_mul_ps(_mm256_set1_ps(h[r]), scales_of(rows[r], first, there));
     most = _mm256_max_ps(most, magnitude(exact[r]));
     unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(exact[r], exact[r], _CMP_UNORD_Q));
   }

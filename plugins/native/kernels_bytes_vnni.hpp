@@ -151,7 +151,13 @@ __attribute__((always_inline)) inline void fetch_blocks(const QuantisedRow* next
 
 template <size_t R>
 __attribute__((always_inline)) inline void fetch_scales(const QuantisedRow* next, size_t blocks) {
-  for (size_t r = 0; next != nullptr && r < R; ++r) fetch_bytes(next[r].scales, blocks * sizeof(float));
+  for (size_t r = 0; next != nullptr && r < R; ++r) fetch_bytes(next[r].scales, blocks * sizeof(uint16_t));
+}
+
+// The scales of the blocks of a row from block `first` on that `there` has.
+inline __m512 scales_of(const QuantisedRow& row, size_t first, __mmask16 there) {
+  const __m256i shorts = _mm256_maskz_loadu_epi16(there, row.shorts() + first);
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, shorts), 16));
 }
 
 template <size_t M>
@@ -175,7 +181,7 @@ struct ByteTile {
     const __mmask16 there = lanes_left(blocks, first);
 #pragma GCC unroll 4
     for (size_t r = 0; r < R; ++r) {
-      const __m512 own = _mm512_maskz_loadu_ps(there, rows[r].scales + first);
+      const __m512 own = scales_of(rows[r], first, there);
 #pragma GCC unroll 4
       for (size_t t = 0; t < M; ++t) scales[r * M + t] = _mm512_mul_ps(own, _mm512_load_ps(inputs[t].scales + first));
     }

@@ -14,7 +14,7 @@ inline ByteWeights round_to_weights(const QuantisedRow* rows, const float* h, si
   __m512 exact[kGroup];
   __m512i largest = _mm512_setzero_si512();
   for (size_t r = 0; r < kGroup; ++r) {
-    exact[r] = _mm512_mul_ps(_mm512_set1_ps(h[r]), _mm512_maskz_loadu_ps(there, rows[r].scales + first));
+    exact[r] = _mm512_mul_ps(_mm512_set1_ps(h[r]), scales_of(rows[r], first, there));
     // Compared as integers, a NaN is larger than any number. Rounding alone would turn it into one.
     largest = _mm512_maskz_max_epi32(0xffff, largest, _mm512_castps_si512(_mm512_abs_ps(exact[r])));
   }

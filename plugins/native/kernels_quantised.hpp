@@ -87,13 +87,25 @@ constexpr size_t kScales = 16;  // blocks whose products of input and scale are 
 
 struct QuantisedRow {
   const uint8_t* data;
-  const float* scales;
+  const char* scales;
+  bool short_scales;  // see Rows
+
+  float scale(size_t b) const { return short_scales ? widened(shorts()[b]) : floats()[b]; }
+  const float* floats() const { return reinterpret_cast<const float*>(scales); }
+  const uint16_t* shorts() const { return reinterpret_cast<const uint16_t*>(scales); }
+
+  static float widened(uint16_t scale) {
+    const uint32_t bits = static_cast<uint32_t>(scale) << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  }
 };
 
 inline QuantisedRow quantised_row(const Rows& rows, const int32_t* ids, size_t i) {
   const size_t id = ids == nullptr ? i : static_cast<size_t>(ids[i]);
-  return {static_cast<const uint8_t*>(rows.data) + id * rows.stride,
-          reinterpret_cast<const float*>(reinterpret_cast<const char*>(rows.scales) + id * rows.scales_stride)};
+  return {static_cast<const uint8_t*>(rows.data) + id * rows.stride, rows.scales + id * rows.scales_stride,
+          rows.short_scales};
 }
 
 // Functions that prefetch must be inlined: GCC removes calls of a function that does nothing else.
@@ -110,7 +122,7 @@ __attribute__((always_inline)) inline void fetch_block(const QuantisedRow* next,
   if (b != 0 && at / 64 == (at - bytes) / 64) return;  // the line was fetched for the last block
   for (size_t r = 0; r < R; ++r) {
     fetch_bytes(next[r].data + at, bytes);
-    if (b == 0) fetch_bytes(next[r].scales, blocks * sizeof(float));
+    if (b == 0) fetch_bytes(next[r].scales, blocks * (next[r].short_scales ? sizeof(uint16_t) : sizeof(float)));
   }
 }
 
@@ -131,7 +143,7 @@ inline void project_quantised_tile(const QuantisedRow* rows, const QuantisedRow*
         for (size_t t = 0; t < M; ++t) {
           V part = w[0] * in[t][0];
           part += w[1] * in[t][1];
-          acc[r][t] += part * rows[r].scales[b];
+          acc[r][t] += part * rows[r].scale(b);
         }
       }
     }
@@ -152,7 +164,7 @@ inline void accumulate_quantised_tile(const QuantisedRow* rows, const QuantisedR
     float weights[R][M][kScales] = {};
     for (size_t r = 0; r < row_count; ++r)
       for (size_t t = 0; t < M; ++t)
-        for (size_t i = 0; i < count; ++i) weights[r][t][i] = h[r * tokens + t] * rows[r].scales[first + i];
+        for (size_t i = 0; i < count; ++i) weights[r][t][i] = h[r * tokens + t] * rows[r].scale(first + i);
     for (size_t i = 0; i < count; ++i) {
       const size_t b = first + i;
       fetch_block<Q, R>(next, b, blocks, block);

@@ -18,7 +18,7 @@ inline __m512i joined(__m512i high, __m512i low) {
 }
 
 inline bool in_integers(const Rows& rows, size_t tokens) {
-  return tokens == 1 && !rows.exact && rows.block == kIntegerBlock && rows.width <= kMostIntegers;
+  return tokens == 1 && !rows.exact && !rows.short_scales && rows.block == kIntegerBlock && rows.width <= kMostIntegers;
 }
 
 // Elements of a step, which is 64 bytes of a row: 64 at 8 bits; 128 at 4 bits, with even ones in the lower halves.
@@ -131,7 +131,7 @@ inline void project_integer_tile(const QuantisedRow* rows, const QuantisedRow* n
         low = _mm512_dpbusd_epi32(low, w, _mm512_load_si512(step.low[p]));
       }
       const __m512i total = joined(high, low);
-      const __m512 scales = _mm512_maskz_loadu_ps(scaled, rows[r].scales + s * blocks_each);
+      const __m512 scales = _mm512_maskz_loadu_ps(scaled, rows[r].floats() + s * blocks_each);
       const __m512 product = _mm512_mul_ps(_mm512_maskz_cvtepi32_ps(0xffff, total), scale);
       acc[r] = _mm512_fmadd_ps(product, _mm512_maskz_permutexvar_ps(0xffff, spread, scales), acc[r]);
     }
@@ -176,7 +176,7 @@ inline IntegerWeights round_weights(const QuantisedRow* rows, const float* h, si
   __m512 exact[kBlock], most = _mm512_setzero_ps();
   __mmask16 unordered = 0;
   for (size_t r = 0; r < kBlock; ++r) {
-    exact[r] = _mm512_mul_ps(_mm512_set1_ps(h[r]), _mm512_maskz_loadu_ps(there, rows[r].scales + first));
+    exact[r] = _mm512_mul_ps(_mm512_set1_ps(h[r]), _mm512_maskz_loadu_ps(there, rows[r].floats() + first));
     most = _mm512_maskz_max_ps(0xffff, most, _mm512_abs_ps(exact[r]));
     unordered |= _mm512_cmp_ps_mask(exact[r], exact[r], _CMP_UNORD_Q);
   }

@@ -223,11 +223,11 @@ Rows Node::matrix(const std::vector<Tensor>& in, size_t port, size_t scales_port
   expect(in, scales_port, {rows, blocks});
   const size_t bytes = static_cast<size_t>(tensor.dims[1]), block = static_cast<size_t>(width / blocks);
   const RowType type = packed ? RowType::i4 : RowType::i8;
-  Rows found{tensor.data, bytes, elements, type, scales.as<float>(), scales_bytes(scales), block};
+  Rows found{tensor.data, bytes, elements, type, scales.as<char>(), scales_bytes(scales), block};
   found.exact = exact_copies_;
   if (const auto own = packed_.find(port); own != packed_.end()) {
     found.data = own->second.data, found.stride = found.scales_stride = own->second.stride;
-    found.scales = reinterpret_cast<const float*>(own->second.data + bytes);
+    found.scales = own->second.data + bytes;
   }
   return found;
 }
@@ -243,15 +243,19 @@ Rows Node::blocks(const std::vector<Tensor>& in, size_t port, size_t scales_port
   const int64_t blocks = (width + block - 1) / block;
   expect(in, port, {rows, blocks, bytes});
   expect(in, scales_port, {rows, blocks});
-  const RowType exact = bits == 8 ? RowType::i8 : RowType::i4, rounded = bits == 8 ? RowType::c8 : RowType::c4;
   Rows found{tensor.data,
              static_cast<size_t>(blocks * bytes),
              static_cast<size_t>(blocks * block),
-             exact_copies_ ? exact : rounded,
-             scales.as<float>(),
+             bits == 8 ? RowType::i8 : RowType::i4,
+             scales.as<char>(),
              scales_bytes(scales),
              static_cast<size_t>(block)};
   found.exact = exact_copies_;
+  if (const auto own = shortened_.find(scales_port); own != shortened_.end()) {
+    found.type = bits == 8 ? RowType::c8 : RowType::c4, found.short_scales = true;
+    found.scales = reinterpret_cast<const char*>(own->second.data());
+    found.scales_stride = static_cast<size_t>(blocks) * found.scale_size();
+  }
   return found;
 }
 
@@ -261,7 +265,8 @@ Rows Node::residual(const std::vector<Tensor>& in, size_t port, const Rows& copy
   const bool two = tensor.rank == 2 && tensor.dims[1] * 4 == width;
   expect(in, port, {rows, two ? width / 4 : width / 2});
   Rows found = copy;
-  found.type = exact_copies_ ? (two ? RowType::i2 : RowType::i4) : two ? RowType::c2 : RowType::c4;
+  const bool rounded = copy.type == RowType::c4;
+  found.type = two ? (rounded ? RowType::c2 : RowType::i2) : copy.type;
   found.step = two ? 1.0f / 4 : 1.0f / 16;
   const auto own = packed_.find(port);
   found.data = own == packed_.end() ? tensor.data : own->second.data;
@@ -313,6 +318,19 @@ void Node::pack(size_t port, size_t scales_port) {
   for (size_t i = 0; i < rows; ++i) {
     std::memcpy(own.data + i * own.stride, tensor.as<char>() + i * bytes, bytes);
     std::memcpy(own.data + i * own.stride + bytes, scales.as<char>() + i * beside, beside);
+  }
+}
+
+void Node::shorten(std::initializer_list<size_t> scales_ports) {
+  for (const size_t port : scales_ports) {
+    const Tensor& scales = constants_[port];
+    if (exact_copies_ || !scales.present()) continue;
+    const uint32_t* bits = scales.as<uint32_t>();
+    const size_t size = scales.size();
+    if (std::any_of(bits, bits + size, [](uint32_t scale) { return (scale & 0xffff) != 0; })) continue;
+    std::vector<uint16_t>& own = shortened_[port];
+    own.resize(size + kLineBytes / sizeof(uint16_t));  // kernels read whole vectors
+    std::transform(bits, bits + size, own.begin(), [](uint32_t scale) { return static_cast<uint16_t>(scale >> 16); });
   }
 }
 

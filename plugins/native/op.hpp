@@ -90,6 +90,9 @@ class Node {
   // Copies constant matrices of residuals so that row i of all of them is one record, which starts at a cache line.
   // Does nothing unless all that are present are such matrices.
   void pack_records(std::initializer_list<std::pair<size_t, size_t>> ports_and_scales);
+  // Copies constant scales of `blocks` as bfloat16, which is half as much to read. Kernels that round the factor need
+  // them in this form. Does nothing if a scale has more digits.
+  void shorten(std::initializer_list<size_t> scales_ports);
   // How many selections a sparse op is given: one for all tokens, or one for each sequence. Throws if `count` has
   // another number of elements. `x` has as many tokens for each selection.
   size_t selections(const Tensor& count, const Tensor& x) const;
@@ -107,7 +110,8 @@ class Node {
   // the shapes do not match.
   Rows matrix(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const;
   // Integers of 4 or 8 bits (rows, blocks, bytes) for a matrix (rows, width), with scales (rows, blocks). The width of
-  // the result is that of whole blocks, and its factor may be rounded. Throws if the shapes do not match.
+  // the result is that of whole blocks. Its factor may be rounded if the scales were shortened. Throws if the shapes do
+  // not match.
   Rows blocks(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width,
               int64_t bits) const;
   // The low-bit copy of a matrix: `blocks` of 4 bits.
@@ -132,6 +136,7 @@ class Node {
   const Port* ports_;
   std::vector<Tensor> constants_;
   std::map<size_t, PackedRows> packed_;
+  std::map<size_t, std::vector<uint16_t>> shortened_;  // by the port of the scales
   size_t first_;
   bool exact_copies_ = false;  // the factors of a copy's rows are not rounded to 8 bits; for validation
 };

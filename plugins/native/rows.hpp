@@ -23,23 +23,27 @@ struct Activation {
 // first has the lowest bits. Rows c4 are like i4, but belong to a low-bit copy, whose own rounding to 4 bits is far
 // larger than a rounding of their factor to 8 bits, which kernels may do. So may they with residuals of a copy (c4 and
 // c2), because the factor of nested integers is then rounded as ONNX Runtime rounds it for 8-bit integers. Rows c8 are
-// like i8, with a factor that kernels may round in this way.
+// like i8, with a factor that kernels may round in this way. Rows c8, c4 and c2 have
+// short scales.
 struct Rows {
   const void* data;
   size_t stride;  // bytes from one row to the next
   size_t width;   // elements of a row
   RowType type;
-  const float* scales = nullptr;  // width / block per row
-  size_t scales_stride = 0;       // bytes
+  const char* scales = nullptr;  // width / block per row
+  size_t scales_stride = 0;      // bytes
   size_t block = 0;
   float step = 0;      // of residuals: the full row is that of the copy plus `step` times this one; 0 for whole rows
   bool exact = false;  // kernels do not round the factor, not even to 16 bits
+  bool short_scales = false;  // scales are bfloat16 and not float32
 
   // The cost of a row, in bytes read in the same time. Integers count twice: computing takes as long as reading.
   size_t cost() const {
     const size_t bytes = width * bits(type) / 8;
-    return scales == nullptr ? bytes : 2 * (bytes + width / block * sizeof(float));
+    return scales == nullptr ? bytes : 2 * (bytes + width / block * scale_size());
   }
+
+  size_t scale_size() const { return short_scales ? sizeof(uint16_t) : sizeof(float); }
 
   static size_t bits(RowType type) {
     switch (type) {

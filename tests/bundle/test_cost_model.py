@@ -214,7 +214,7 @@ def test_rows_of_all_heads_beside_rows_of_fewer_bits():
 def test_a_shortlist_by_hand():
     parts = mixed(shortlist=3, rows=1)
     assert parts["lm_head"] == 0
-    assert parts["low-bit copy"] == 11 * (32 + 4 + 4)  # with the error of each row
+    assert parts["low-bit copy"] == 11 * (32 + 2 + 4)  # with the error of each row
     assert parts["shortlist"] == 3 * 6
     for whole in (11, 12, None):
         assert mixed(shortlist=whole) == step_traffic(LLAMA, Itemsizes.of(2), context=5).parts
@@ -242,8 +242,8 @@ def test_nested_rows_by_hand():
     q = NESTED["int8"]
     sizes = {"rows": q.itemsize, "beside_copy": q.itemsize_beside_copy}
     parts = mixed(active=counts((1, 4), (2, 10)), shortlist=3, **sizes)
-    assert parts["active q/o rows"] == round(2 * 2 * 6 * (1 * 0.5 + 4 * 1.0625))
-    assert parts["active MLP rows"] == round(3 * 6 * (2 * 0.5 + 10 * 1.0625))
+    assert parts["active q/o rows"] == round(2 * 2 * 6 * (1 * 0.5 + 4 * 1.03125))
+    assert parts["active MLP rows"] == round(3 * 6 * (2 * 0.5 + 10 * 1.03125))
     assert parts["shortlist"] == 3 * 6 * 0.5
     dropped = step_traffic(LLAMA, Itemsizes.of(2, **sizes), 5, counts((1, 4), (2, 10))).parts
-    assert dropped["active MLP rows"] == round(3 * 6 * 12 * 1.0625)
+    assert dropped["active MLP rows"] == round(3 * 6 * 12 * 1.03125)

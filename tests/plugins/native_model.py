@@ -28,6 +28,9 @@ ONNX_TYPES = {
     np.dtype(np.uint8): TensorProto.UINT8,
 }
 
+# Kernels round the factor of rows only if their scales are constant; see `shorten` in op.hpp.
+SCALES = ("scales", "qkv_scales", "out_scales", *(f"cs_{part}" for part in ("gate", "up", "down", "q", "o")))
+
 
 def make_session(
     op: str,
@@ -37,8 +40,11 @@ def make_session(
     outputs: int | None = 1,
     **attributes,
 ):
-    """A session of one node. Inputs named in ``weights`` are initializers. The others are given at each run."""
-    schema = (SCHEMAS | NATIVE_SCHEMAS)[op]
+    """A session of one node.
+
+    Inputs named in ``weights``, and the scales of copies, are initializers. The others are given at each run.
+    """
+    schema, weights = (SCHEMAS | NATIVE_SCHEMAS)[op], (*weights, *SCALES)
     given = {name: value for name, value in inputs.items() if value is not None}
     node = helper.make_node(
         op,

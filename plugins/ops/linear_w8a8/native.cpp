@@ -19,7 +19,9 @@ class LinearW8A8 {
   static constexpr Port kOutputs[] = {{"y", kFloat, kRequired}};
 
   LinearW8A8(const Api& api, const OrtKernelInfo* info, size_t first = 0)
-      : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false, first), kernels_(choose_kernels()) {}
+      : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false, first), kernels_(choose_kernels()) {
+    node_.shorten({kScales});
+  }
 
   static void infer(const Api& api, OrtShapeInferContext* context) { infer_rows(api, context, {kX, kW}, 0, kFloat); }
 
@@ -68,7 +70,7 @@ class LinearW8A8 {
   void multiply(Rows weights, Chunk chunk, const std::vector<const float*>& inputs, const float* bias, float* y,
                 size_t outputs) const {
     weights.data = static_cast<const char*>(weights.data) + chunk.begin * weights.stride;
-    weights.scales += chunk.begin * weights.scales_stride / sizeof(float);
+    weights.scales += chunk.begin * weights.scales_stride;
     for (size_t first = 0; first < inputs.size(); first += kTogether) {
       const size_t count = std::min(kTogether, inputs.size() - first);
       float* to[kTogether];

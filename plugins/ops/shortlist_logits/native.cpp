@@ -76,7 +76,9 @@ class ShortlistLogits {
   static constexpr Port kOutputs[] = {{"logits", kFloat, kRequired}, {"recomputed", kInt32, kRequired}};
 
   ShortlistLogits(const Api& api, const OrtKernelInfo* info)
-      : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false), kernels_(choose_kernels()) {}
+      : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false), kernels_(choose_kernels()) {
+    node_.shorten({kScales});
+  }
 
   static void infer(const Api& api, OrtShapeInferContext* context);
 
@@ -171,7 +173,7 @@ class ShortlistLogits {
 
   static Rows rows_from(Rows matrix, size_t first) {
     matrix.data = static_cast<const char*>(matrix.data) + first * matrix.stride;
-    if (matrix.scales != nullptr) matrix.scales += first * matrix.scales_stride / sizeof(float);
+    if (matrix.scales != nullptr) matrix.scales += first * matrix.scales_stride;
     return matrix;
   }
 

@@ -54,6 +54,7 @@ class SparseAttention {
     node_.bound("n_heads", n_heads_, 1, INT32_MAX);
     window_ = node_.integer_or("window", 0);
     node_.bound("window", window_, 0, INT32_MAX);
+    node_.shorten({kCsQ, kCsO});
   }
 
   static void infer(const Api& api, OrtShapeInferContext* context) { infer_like_input(api, context, kX, 0); }

@@ -63,6 +63,7 @@ class SparseMlp {
     activation_ = parse_activation(node_, node_.text("activation"));
     for (const auto& [weights, scales] : {std::pair{kWGate, kSGate}, {kWUp, kSUp}, {kWDown, kSDown}})
       node_.pack(weights, scales);
+    node_.shorten({kCsGate, kCsUp, kCsDown});
     node_.pack_records({{kWGate, kSGate}, {kWUp, kSUp}, {kWDown, kSDown}});
   }
 

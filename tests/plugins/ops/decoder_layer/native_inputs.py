@@ -69,7 +69,7 @@ def _scaled(inputs: Inputs) -> Inputs:
     """The same layer with results of about the size of its inputs."""
     scales = inputs["scales"]
     assert scales is not None
-    return inputs | {"scales": scales * np.float32(0.02)}
+    return inputs | {"scales": scales * np.float32(1 / 64)}
 
 
 def _small(weights: np.ndarray | None) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 
 Size = tuple[int, int, int, int]  # T, K, N, block
@@ -14,6 +15,6 @@ def linear_inputs(size: Size, bias: bool = True, seed: int = 0) -> dict[str, np.
     return {
         "x": rng.standard_normal((tokens, width)).astype(np.float32),
         "w": rng.integers(0, 256, (rows, blocks, block), dtype=np.uint8),
-        "scales": rng.uniform(1e-3, 1e-2, (rows, blocks)).astype(np.float32),
+        "scales": rng.uniform(1e-3, 1e-2, (rows, blocks)).astype(ml_dtypes.bfloat16).astype(np.float32),
         "bias": rng.standard_normal(rows).astype(np.float32) if bias else None,
     }
