@@ -25,7 +25,12 @@ PORTS = (
     Port("output_norm_weight", ("D",), optional=True),
 )
 # Keys and values of the step, which attention then also computes and writes into the cache.
-KEYS_VALUES = (Port("w_kv", ("2*n_kv*d", "D"), optional=True), Port("b_kv", ("2*n_kv*d",), optional=True))
+KEYS_VALUES = (
+    Port("w_kv", ("2*n_kv*d", "D"), optional=True),
+    Port("b_kv", ("2*n_kv*d",), optional=True),
+    Port("c_kv", ("2*n_kv*d", "copy_blocks", "copy_bytes"), "uint8", optional=True),
+    Port("cs_kv", ("2*n_kv*d", "copy_blocks"), "float32", optional=True),
+)
 
 
 @cache
@@ -34,7 +39,8 @@ def with_block_end(schema: OpSchema) -> OpSchema:
 
     ``y`` is then the new hidden states: ``residual`` plus the op's result, which is normed first if there is an
     ``output_norm_weight``. ``normed`` is the norm of ``y``: LayerNorm with a ``norm_bias``, else RMSNorm. With
-    ``w_kv``, attention also projects keys and values and writes them into the cache, at position ``lengths - 1``.
+    ``w_kv``, attention also projects keys and values and writes them into the cache, at position ``lengths - 1``. If
+    ``w_kv`` is a residual, ``c_kv`` and ``cs_kv`` are its copy.
     """
     more = PORTS + KEYS_VALUES * (schema.name == "SparseAttention")
     first, *others = schema.outputs

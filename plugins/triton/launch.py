@@ -68,6 +68,7 @@ class BlockInputs:
         normed: ``(B, 1, D)``, written.
         output_norm_weight: ``(D,)``, if the result is normed before the addition.
         w_kv, b_kv: of attention's keys and values, one below the other.
+        c_kv, cs_kv: the copy of ``w_kv`` and its scales, if ``w_kv`` is a residual.
     """
 
     residual: Tensor
@@ -78,6 +79,8 @@ class BlockInputs:
     output_norm_weight: Tensor | None = None
     w_kv: Tensor | None = None
     b_kv: Tensor | None = None
+    c_kv: Tensor | None = None
+    cs_kv: Tensor | None = None
 
 
 def launch_op(
@@ -128,8 +131,7 @@ def launch(
     present = {name: tensor for name, tensor in inputs.items() if tensor is not None}
     _check(schema, present)
     batch, seqlen = call_size(present[schema.inputs[0].name].shape)
-    # The kernels read packed integers as int32 words, as in an engine.
-    present = {name: t.view(torch.int32) if t.dtype == torch.uint8 else t for name, t in present.items()}
+    present = {name: _words(t, present.get(copy_of(name))) for name, t in present.items()}
     planned = _planned(
         planner,
         tuple((name, tuple(tensor.shape[-2:] if name == "x" else tensor.shape)) for name, tensor in present.items()),
@@ -140,6 +142,29 @@ def launch(
     )
     written = {port.name: tensor for port, tensor in zip(schema.outputs, outputs, strict=False)}
     run(cover(planned, batch, seqlen), {**present, **written}, batch, seqlen)
+
+
+def copy_of(matrix: str) -> str:
+    """The input with the low-bit copy of a matrix, which completes a residual."""
+    return "copy" if matrix == "table" else f"c_{matrix.removeprefix('w_')}"
+
+
+def _words(tensor: Tensor, copy: Tensor | None) -> Tensor:
+    """Packed integers as the words that the kernels read, as in an engine; a residual has the words of its copy."""
+    if tensor.dtype != torch.uint8:
+        return tensor
+    return tensor.view(torch.int32) if copy is None else residual_words(copy, tensor)
+
+
+def residual_words(copy: Tensor, residual: Tensor) -> Tensor:
+    """A residual uint8 ``(rows, bytes)`` of a copy ``(rows, blocks, bytes)`` as words of eight integers, see `low_bit`.
+
+    Returns:
+        int32 or int16 ``(rows, blocks, words)``.
+    """
+    _, blocks, size = copy.shape
+    word = torch.int32 if residual.shape[1] == blocks * size else torch.int16
+    return residual.view(word).unflatten(1, (blocks, size // 4))
 
 
 def _limit(size: int) -> int:
@@ -173,11 +198,28 @@ def _check(schema: OpSchema, tensors: Mapping[str, Tensor]) -> None:
         if tensor is None:
             continue
         where = f"{schema.name}: {port.name}"
-        fits = port.dtype != "T" or tensor.dtype in FLOATS
-        if not fits or tensor.dtype != types.setdefault(port.dtype, tensor.dtype):
+        shape = port.shape
+        if tensor.dtype == torch.uint8 and port.dtype == "T" and copy_of(port.name) in tensors:
+            shape = (port.shape[0], f"bytes of the residual {port.name}")
+        elif tensor.dtype != types.setdefault(port.dtype, tensor.dtype) or (
+            port.dtype == "T" and tensor.dtype not in FLOATS
+        ):
             raise ValueError(f"{where} is {tensor.dtype}, expected {types.get(port.dtype, FLOATS)}")
         if tensor.device != first.device or not tensor.is_contiguous():
             raise ValueError(f"{where} must be contiguous and on {first.device}")
-        sizes = dict(zip(port.shape, tensor.shape, strict=False))
-        if tensor.ndim != len(port.shape) or any(known.setdefault(s, size) != size for s, size in sizes.items()):
-            raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected {list(port.shape)} with {known}")
+        sizes = dict(zip(shape, tensor.shape, strict=False))
+        if tensor.ndim != len(shape) or any(known.setdefault(s, size) != size for s, size in sizes.items()):
+            raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected {list(shape)} with {known}")
+    _check_residuals(schema, tensors)
+
+
+def _check_residuals(schema: OpSchema, tensors: Mapping[str, Tensor]) -> None:
+    """Check that all matrices with a copy are residuals, or none, and that residuals have 4 or 2 bits."""
+    matrices = [port.name for port in schema.inputs if port.dtype == "T" and copy_of(port.name) in tensors]
+    residuals = [name for name in matrices if name in tensors and tensors[name].dtype == torch.uint8]
+    if residuals and len(residuals) < len(matrices):
+        raise ValueError(f"{schema.name}: {residuals[0]} is a residual of a low-bit copy, and not all of {matrices}")
+    for name in residuals:
+        (_, blocks, size), (_, found) = tensors[copy_of(name)].shape, tensors[name].shape
+        if found not in (blocks * size, blocks * size // 2):
+            raise ValueError(f"{schema.name}: {name} has rows of {found} bytes, and its copy {blocks * size}")

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.triton.block_end import BlockEnd, end_call, split_blocks, sum_partials
-from shadowllm.plugins.triton.rest_projection import BLOCKS, MAX_SPLITS, Rest, rest_call
+from shadowllm.plugins.triton.hidden_values import Spans, hidden_values
+from shadowllm.plugins.triton.low_bit import IN_WORD, add_rows, row_sum, row_tile, zero_sums
+from shadowllm.plugins.triton.rest_projection import BLOCKS, MAX_SPLITS, Rest, rest_call, word_tile
 from shadowllm.plugins.triton.schedule import GEMV, PREFILL, Call, Operand, Scratch, Tier, Workspace
 from shadowllm.plugins.triton.tiles import LINE, active_rows, dot, tile_warps
 
 # Bytes of partial sums that the one block of `block_end.sum_and_norm` adds up for a token.
 MAX_PARTIAL_BYTES = 128 * 1024
-# Below every score. It is finite, because the difference of two infinities is not a number.
-LOWEST = tl.constexpr(-1e38)
-
-
-@dataclass(frozen=True)
-class Spans:
-    """How the hidden values of `project_back` are stored if attention left them in several spans of the cache.
-
-    Attributes:
-        splits: number of spans; the hidden values are ``partials`` of `sparse_attention.kernel.decode_attention`.
-        span: positions of a span.
-        capacity: positions of the cache.
-    """
-
-    splits: int = 1
-    span: int = 0
-    capacity: int = 0
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """Constants of `project_back`."""
-        block = triton.next_power_of_2(self.splits)
-        return {"SPANS": self.splits, "SPAN": self.span, "CAPACITY": self.capacity, "BLOCK_S": block}
 
 
 def back_calls(
@@ -57,6 +35,7 @@ def back_calls(
     indices: Operand | None = "indices",
     count: Operand | None = "count",
     rest: Rest | None = None,
+    nested: bool = False,
     spans: Spans | None = None,
     end: BlockEnd | None = None,
 ) -> tuple[Call, ...]:
@@ -71,10 +50,12 @@ def back_calls(
         skip_zeros: whether to skip weight rows whose hidden values are zero.
         indices, count: the active units; None for all.
         rest: the units that are computed from a low-bit copy.
+        nested: whether the weight is the residual of this copy. Then there are no spans.
         spans: if ``hidden`` has the results of several spans of the cache.
         end: if the sum also adds the hidden states and norms them.
     """
-    rows, cols = _tile(tier, width, itemsize, end is not None)
+    copied = rest if nested else None
+    rows, cols = _tile(tier, width, itemsize, end is not None, copied)
     tiles = triton.cdiv(width, cols)
     most = MAX_SPLITS if end is None else max(1, min(MAX_SPLITS, MAX_PARTIAL_BYTES // (4 * width)))
     splits = 1 if tier.block == PREFILL else min(most, triton.cdiv(BLOCKS, tiles), triton.cdiv(cap * group, rows))
@@ -88,6 +69,7 @@ def back_calls(
             **{name: one for name, one in {"indices": indices, "count": count}.items() if one is not None},
             **({"lengths": "lengths"} if spans else {}),
             "weight": weight,
+            **({"copy": copied.copy, "scales": copied.scales} if copied else {}),
             "partials": partials,
             "tokens": tier.size,
         },
@@ -98,6 +80,8 @@ def back_calls(
             "GROUP": group,
             "SKIP_ZEROS": int(skip_zeros and tier.block == GEMV),
             **(spans or Spans()).constants,
+            "BLOCKS": copied.blocks if copied else 0,
+            "BLOCK_WORDS": copied.words if copied else 0,
             "BLOCK_M": tier.block,
             "BLOCK_N": rows,
         },
@@ -124,12 +108,15 @@ def _sum_call(
     return Call(sum_partials, (tier.size, Size(tiles), Size()), summed, {**constants, **blocks})
 
 
-def _tile(tier: Tier, width: int, itemsize: int, ended: bool) -> tuple[int, int]:
+def _tile(tier: Tier, width: int, itemsize: int, ended: bool, copied: Rest | None) -> tuple[int, int]:
     """Rows and columns of the weight that a block of `project_back` loads at a time.
 
     If one block adds up the sums of a token, it should get few of them. Then tiles have fewer columns, so that as many
-    blocks have fewer splits. Both tiles for one token have 4096 numbers.
+    blocks have fewer splits. Both tiles for one token have 4096 numbers. Nested integers have the tiles of their copy.
     """
+    if copied is not None:
+        rows, words = word_tile(tier, (0, copied.blocks, copied.words), itemsize)
+        return rows, words * IN_WORD.value
     if tier.block != GEMV:
         return LINE // itemsize, 64
     return (32, 128) if ended else (16, min(256, triton.next_power_of_2(width)))
@@ -142,6 +129,8 @@ def project_back(
     count,
     lengths,
     weight,
+    copy,
+    scales,
     partials,
     tokens,
     CAP: tl.constexpr,
@@ -154,6 +143,8 @@ def project_back(
     SPAN: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -163,7 +154,8 @@ def project_back(
     Block (column tile, split, token tile) writes the sum over its share of the active rows into
     ``partials (SPLITS, tokens, WIDTH)``. `sum_partials` adds the shares in a fixed order, so that results do
     not depend on scheduling. This is the down projection (a unit is a neuron, one row) and the output
-    projection (a unit is a head, ``head_dim`` rows). With ``lengths``, a head's values are merged from its spans.
+    projection (a unit is a head, ``head_dim`` rows). With ``lengths``, a head's values are merged from its spans. With
+    a low-bit copy and its scales, the weight is the residual that completes it.
     """
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
@@ -173,10 +165,15 @@ def project_back(
         n = tl.minimum(tl.maximum(tl.load(count), 0), CAP)
     share = tl.cdiv(tl.cdiv(n * GROUP, SPLITS), BLOCK_N) * BLOCK_N
     stop = tl.minimum(n * GROUP, (split + 1) * share)
-    if BLOCK_M == 1:
+    if copy is not None:
+        BLOCK_W: tl.constexpr = BLOCK_D // IN_WORD
+        words = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    if BLOCK_M > 1:
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    elif copy is None:
         acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     else:
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        acc = zero_sums(BLOCK_N, BLOCK_W)
     for start in range(split * share, stop, BLOCK_N):
         slots = start + tl.arange(0, BLOCK_N)
         rows, live = active_rows(indices, n, slots, GROUP, UNITS)
@@ -186,109 +183,24 @@ def project_back(
         )  # fmt: skip
         if SKIP_ZEROS:  # a neuron that ReLU set to zero needs no weights
             live = live & (h != 0)
-        w = tl.load(
-            weight + rows[:, None] * WIDTH + cols[None, :], mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0
-        )
-        if BLOCK_M == 1:
-            acc += h[:, None].to(tl.float32) * w.to(tl.float32)
+        if copy is not None:
+            if BLOCK_M == 1:
+                acc = add_rows(acc, h.to(tl.float32), copy, scales, weight, rows, live, words, BLOCKS, BLOCK_WORDS)
+            else:
+                w = row_tile(copy, scales, weight, rows, live, words, BLOCKS, BLOCK_WORDS, BLOCK_N, BLOCK_W)
+                acc = dot(h, w.to(h.dtype), acc)
         else:
-            acc = dot(h, w, acc)
-    if BLOCK_M == 1:
+            place = rows[:, None] * WIDTH + cols[None, :]
+            w = tl.load(weight + place, mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0)
+            if BLOCK_M == 1:
+                acc += h[:, None].to(tl.float32) * w.to(tl.float32)
+            else:
+                acc = dot(h, w, acc)
+    if BLOCK_M > 1:
+        total = acc
+    elif copy is None:
         total = tl.sum(acc, 0)[None, :]
     else:
-        total = acc
+        total = row_sum(acc, BLOCK_N, BLOCK_W)[None, :]
     place = (split * tokens + rows_m)[:, None].to(tl.int64) * WIDTH + cols[None, :]
     tl.store(partials + place, total, mask=(rows_m < tokens)[:, None] & (cols < WIDTH)[None, :])
-
-
-@triton.jit
-def hidden_values(
-    hidden,
-    lengths,
-    rows_m,
-    slots,
-    live,
-    tokens,
-    CAP: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPANS: tl.constexpr,
-    SPAN: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TYPE: tl.constexpr,
-):
-    """Hidden values ``(M, N)`` at the live slots; of one token ``(N,)``, so that threads exchange nothing in a loop."""
-    if BLOCK_M == 1 and lengths is None:
-        return tl.load(hidden + slots, mask=live, other=0.0)
-    elif BLOCK_M == 1:
-        return merged_token(hidden, lengths, slots, live, GROUP, SPANS, SPAN, CAPACITY, BLOCK_S).to(TYPE)
-    else:
-        mask = (rows_m < tokens)[:, None] & live[None, :]
-        if lengths is None:
-            place = rows_m[:, None].to(tl.int64) * (CAP * GROUP) + slots[None, :]
-            return tl.load(hidden + place, mask=mask, other=0.0)
-        else:
-            h = merged_spans(hidden, lengths, rows_m, slots, mask, tokens, CAP, GROUP, SPANS, SPAN, CAPACITY)
-            return h.to(TYPE)
-
-
-@triton.jit
-def merged_token(
-    partials,
-    lengths,
-    slots,
-    live,
-    GROUP: tl.constexpr,
-    SPANS: tl.constexpr,
-    SPAN: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """`merged_spans` of one token, ``(N,)``; all spans are loaded at once, because a loop would wait for each."""
-    spans = tl.arange(0, BLOCK_S)
-    length = tl.minimum(tl.load(lengths), CAPACITY)
-    there = live[:, None] & (spans * SPAN < length)[None, :]
-    part = partials + ((slots // GROUP).to(tl.int64)[:, None] * SPANS + spans[None, :]) * (GROUP + 2)
-    tops = tl.load(part + GROUP, mask=there, other=LOWEST)
-    weights = tl.where(there, tl.exp(tops - tl.max(tops, 1)[:, None]), 0.0)
-    mass = tl.sum(weights * tl.load(part + GROUP + 1, mask=there, other=0.0), 1)
-    acc = tl.sum(weights * tl.load(part + (slots % GROUP)[:, None], mask=there, other=0.0), 1)
-    return tl.where(live & (length > 0), acc / tl.where(mass == 0, 1.0, mass), 0.0)
-
-
-@triton.jit
-def merged_spans(
-    partials,
-    lengths,
-    rows_m,
-    slots,
-    mask,
-    tokens,
-    CAP: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPANS: tl.constexpr,
-    SPAN: tl.constexpr,
-    CAPACITY: tl.constexpr,
-):
-    """The attention's results ``(M, N)``, merged from the spans of the cache that a sequence fills.
-
-    ``partials (tokens, CAP, SPANS, GROUP + 2)`` has the unnormalised result of each span, and the maximum and the sum
-    of its softmax (`decode_attention`).
-    """
-    length = tl.minimum(tl.load(lengths + rows_m, mask=rows_m < tokens, other=0), CAPACITY)
-    head = (rows_m[:, None].to(tl.int64) * CAP + (slots // GROUP)[None, :]) * SPANS
-    place = (slots % GROUP)[None, :]
-    top = tl.full(mask.shape, LOWEST, tl.float32)
-    mass = tl.zeros(mask.shape, tl.float32)
-    acc = tl.zeros(mask.shape, tl.float32)
-    for span in range(tl.cdiv(tl.max(length, 0), SPAN)):
-        there = mask & (span * SPAN < length)[:, None]
-        part = partials + (head + span) * (GROUP + 2)
-        part_top = tl.where(there, tl.load(part + GROUP, mask=there, other=0.0), top)
-        higher = tl.maximum(top, part_top)
-        shrink, part_shrink = tl.exp(top - higher), tl.where(there, tl.exp(part_top - higher), 0.0)
-        mass = mass * shrink + tl.load(part + GROUP + 1, mask=there, other=0.0) * part_shrink
-        acc = acc * shrink + tl.load(part + place, mask=there, other=0.0) * part_shrink
-        top = higher
-    return tl.where(mask & (length > 0)[:, None], acc / tl.where(mass == 0, 1.0, mass), 0.0)

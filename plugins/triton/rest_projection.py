@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from shadowllm.plugins.kernel_program import Size
-from shadowllm.plugins.triton.low_bit import IN_WORD, rest_is_added, unpacked
-from shadowllm.plugins.triton.schedule import GEMV, PREFILL, Call, Operand, Scratch, Tier, Workspace
+from shadowllm.plugins.triton.low_bit import IN_WORD, add_rows, rest_is_added, row_sum, row_tile, zero_sums
+from shadowllm.plugins.triton.schedule import GEMV, PREFILL, Call, Operand, Scratch, Shape, Tier, Workspace
 from shadowllm.plugins.triton.tiles import LINE, dot, tile_warps
 
 # Number of blocks that keeps every multiprocessor of a large GPU loading.
@@ -50,10 +50,8 @@ def rest_call(
         width: hidden size.
         most: most splits of the sum over the rows.
     """
-    total = rest.blocks * rest.words
-    one = tier.block == GEMV
-    rows, words = (16, min(32, triton.next_power_of_2(total))) if one else (LINE // itemsize, rest.words)
-    tiles = triton.cdiv(total, words)
+    rows, words = word_tile(tier, (0, rest.blocks, rest.words), itemsize)
+    tiles = triton.cdiv(rest.blocks * rest.words, words)
     splits = 1 if tier.block == PREFILL else min(most, triton.cdiv(BLOCKS, tiles), triton.cdiv(units * group, rows))
     partials = workspace.take(splits * tier.tokens * width, "float32", 4)
     read: dict[str, Operand] = {"active": rest.active, "rest": "rest"}
@@ -79,6 +77,14 @@ def rest_call(
         stages=3,
     )
     return call, read | {"rest_partials": partials}, {"UNITS": units, "REST_SPLITS": splits}
+
+
+def word_tile(tier: Tier, copy: Shape, itemsize: int) -> tuple[int, int]:
+    """Rows of a copy ``(rows, blocks, words)``, and words of each, that a block loads at a time."""
+    _, blocks, words = copy
+    if tier.block == GEMV:
+        return 16, min(32, triton.next_power_of_2(blocks * words))
+    return LINE // itemsize, words
 
 
 @triton.jit
@@ -122,7 +128,6 @@ def project_rest(
             GROUP, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_N, BLOCK_W,
         )  # fmt: skip
         return
-    WORDS: tl.constexpr = BLOCKS * BLOCK_WORDS
     words = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
     rows_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_W * IN_WORD), tl.float32)
@@ -130,12 +135,9 @@ def project_rest(
         slots = start + tl.arange(0, BLOCK_N)
         live = slots < stop
         rows = rest_rows(order, slots, live, GROUP)
-        mask = live[:, None] & (words < WORDS)[None, :]
-        integers = unpacked(tl.load(copy + rows[:, None] * WORDS + words[None, :], mask=mask, other=0))
-        factors = tl.load(scales + rows[:, None] * BLOCKS + (words // BLOCK_WORDS)[None, :], mask=mask, other=0.0)
         place = rows_m[:, None].to(tl.int64) * (UNITS * GROUP) + slots[None, :]
         tile = tl.load(hidden + place, mask=(rows_m < tokens)[:, None] & live[None, :], other=0.0)
-        matrix = tl.reshape(integers * factors[:, :, None], (BLOCK_N, BLOCK_W * IN_WORD))
+        matrix = row_tile(copy, scales, None, rows, live, words, BLOCKS, BLOCK_WORDS, BLOCK_N, BLOCK_W)
         acc = dot(tile, matrix.to(tile.dtype), acc)
     cols = tl.program_id(0) * (BLOCK_W * IN_WORD) + tl.arange(0, BLOCK_W * IN_WORD)
     place = (split * tokens + rows_m)[:, None].to(tl.int64) * WIDTH + cols[None, :]
@@ -167,41 +169,17 @@ def project_one(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """`project_rest` for one token: a sum for each of the eight integers of a word, all in one layout.
+    """`project_rest` for one token.
 
-    So threads exchange nothing in the loop, and each loads 16 bytes at a time (seen in the machine code). Rows whose
-    hidden value is zero are not read: an active neuron, or one that ReLU set to zero.
+    Rows whose hidden value is zero are not read: an active neuron, or one that ReLU set to zero.
     """
-    WORDS: tl.constexpr = BLOCKS * BLOCK_WORDS
     words = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-    a0 = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
-    a1, a2, a3, a4, a5, a6, a7 = a0, a0, a0, a0, a0, a0, a0
+    sums = zero_sums(BLOCK_N, BLOCK_W)
     for start in tl.range(first, stop, BLOCK_N, loop_unroll_factor=2):
         slots = start + tl.arange(0, BLOCK_N)
         live = slots < stop
         value = tl.load(hidden + slots, mask=live, other=0.0).to(tl.float32)
         rows = rest_rows(order, slots, live, GROUP)
-        mask = (live & (value != 0))[:, None] & (words < WORDS)[None, :]
-        packed = tl.load(copy + rows[:, None] * WORDS + words[None, :], mask=mask, other=0)
-        block = rows[:, None] * BLOCKS + (words // BLOCK_WORDS)[None, :]
-        h = value[:, None] * tl.load(scales + block, mask=mask, other=0.0)
-        a0 += h * nibble(packed, 0)
-        a1 += h * nibble(packed, 1)
-        a2 += h * nibble(packed, 2)
-        a3 += h * nibble(packed, 3)
-        a4 += h * nibble(packed, 4)
-        a5 += h * nibble(packed, 5)
-        a6 += h * nibble(packed, 6)
-        a7 += h * nibble(packed, 7)
-    # The order of the joins is that of the bits of a place in a word.
-    even = tl.join(tl.join(a0, a4), tl.join(a2, a6))
-    odd = tl.join(tl.join(a1, a5), tl.join(a3, a7))
-    total = tl.sum(tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK_W * IN_WORD)), 0)
+        sums = add_rows(sums, value, copy, scales, None, rows, live & (value != 0), words, BLOCKS, BLOCK_WORDS)
     cols = tl.program_id(0) * (BLOCK_W * IN_WORD) + tl.arange(0, BLOCK_W * IN_WORD)
-    tl.store(out + cols, total, mask=cols < WIDTH)
-
-
-@triton.jit
-def nibble(words, PLACE: tl.constexpr):
-    """One of the integers of each word, in -8 .. 7, as float32."""
-    return (((words >> (4 * PLACE)) & 15).to(tl.int32) - 8).to(tl.float32)
+    tl.store(out + cols, row_sum(sums, BLOCK_N, BLOCK_W), mask=cols < WIDTH)

@@ -55,13 +55,14 @@ def score_neurons(
         for first in range(0, tokens, BLOCK_M):
             up_rows = rows + FIRST_UP
             h = copy_products(
-                x, up, up_scales, up_rows, live, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
-            )
+                x, up, up_scales, None, up_rows, live, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS,
+                BLOCK_M, BLOCK_N, BLOCK_W,
+            )  # fmt: skip
             if b_up is not None:
                 h += tl.load(b_up + rows, mask=live, other=0.0)[None, :].to(tl.float32)
             if gate is not None:
                 g = copy_products(
-                    x, gate, gate_scales, rows, live, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS,
+                    x, gate, gate_scales, None, rows, live, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS,
                     BLOCK_M, BLOCK_N, BLOCK_W,
                 )  # fmt: skip
                 if b_gate is not None:

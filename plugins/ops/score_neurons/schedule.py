@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import triton
-
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.score_neurons.kernel import score_neurons
 from shadowllm.plugins.schema import Attributes
+from shadowllm.plugins.triton.low_bit import word_constants
 from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Operand, Schedule, Shape, Tier, tiers
 from shadowllm.plugins.triton.tiles import activation_constants, tile_warps
 
@@ -68,11 +67,8 @@ def score_call(
         itemsize: bytes per element of x.
         activation: `activation_constants`.
     """
-    _, blocks, words = copy
-    one = tier.block == GEMV
-    # For one token, each of 128 threads loads one word and keeps its 8 integers, so the loop has no barriers (seen in
-    # the machine code). Prompts are rarely scored, and a larger tile of tokens would spill registers in float32.
-    block_m, block_n = (GEMV, 4) if one else (DOT, 32)
+    # Prompts are rarely scored, and a larger tile of tokens would spill registers in float32.
+    block_m, block_n = (GEMV, 4) if tier.block == GEMV else (DOT, 32)
     return Call(
         score_neurons,
         (Size(neurons, divisor=block_n), Size(), Size()),
@@ -81,12 +77,10 @@ def score_call(
             "FIRST_UP": first_up,
             "NEURONS": neurons,
             "WIDTH": width,
-            "BLOCKS": blocks,
-            "BLOCK_WORDS": words,
+            **word_constants(copy, tier, block_n),
             **activation,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
-            "BLOCK_W": min(4 * words, triton.next_power_of_2(blocks * words)) if one else words,
         },
         warps=tile_warps(tier.block, itemsize),
         stages=3,

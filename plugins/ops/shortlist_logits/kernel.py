@@ -29,24 +29,64 @@ from shadowllm.plugins.triton.tiles import project
 def table_logits(
     x,
     table,
+    copy,
+    scales,
     shortlist,
     logits,
     tokens,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     """Write all ``logits (tokens, ROWS)`` from the table, if the shortlist has all of its rows."""
     if tl.load(shortlist) < ROWS:
         return
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < ROWS
-    products = project(x, table, None, rows, live, tokens, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
-    rows_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(1) * BLOCK_M
+    products = table_products(
+        x, table, copy, scales, rows, live, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS,
+        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W,
+    )  # fmt: skip
+    rows_m = first + tl.arange(0, BLOCK_M)
     place = rows_m.to(tl.int64)[:, None] * ROWS + rows[None, :]
     tl.store(logits + place, products, mask=(rows_m < tokens)[:, None] & live[None, :])
+
+
+@triton.jit
+def table_products(
+    x,
+    table,
+    copy,
+    scales,
+    rows,
+    live,
+    first,
+    tokens,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Products ``(M, N)`` of ``BLOCK_M`` tokens of x, from ``first`` on, with rows of the table.
+
+    A table of integers is the residual of the copy.
+    """
+    if table.dtype.element_ty.is_int():
+        wide = tl.where(live, rows, 0).to(tl.int64)
+        return copy_products(
+            x, copy, scales, table, wide, live, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
+        )
+    else:
+        return project(x, table, None, rows, live, tokens, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
@@ -73,7 +113,7 @@ def copy_logits(
     first = tl.program_id(1) * BLOCK_M
     wide = tl.where(live, rows, 0).to(tl.int64)
     products = copy_products(
-        x, copy, scales, wide, live, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
+        x, copy, scales, None, wide, live, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
     )
     rows_m = first + tl.arange(0, BLOCK_M)
     place = rows_m.to(tl.int64)[:, None] * ROWS + rows[None, :]
@@ -107,17 +147,25 @@ def choose_shortlist(logits, shortlist, certify, limits, ROWS: tl.constexpr, BLO
 def recompute(
     x,
     table,
+    copy,
+    scales,
     logits,
     row,
     rows,
     live,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     """Write the exact logits of the live rows for one row of x, and return the largest."""
-    exact = project(x + row * WIDTH, table, None, rows, live, 1, WIDTH, 1, BLOCK_N, BLOCK_K)
+    exact = table_products(
+        x + row * WIDTH, table, copy, scales, rows, live, 0, 1, WIDTH, BLOCKS, BLOCK_WORDS,
+        1, BLOCK_N, BLOCK_K, BLOCK_W,
+    )  # fmt: skip
     exact = tl.reshape(exact, (BLOCK_N,))
     tl.store(logits + row * ROWS + rows, exact, mask=live)
     return tl.max(tl.where(live & (exact == exact), exact, float("-inf")), 0)
@@ -127,6 +175,8 @@ def recompute(
 def shortlist_logits(
     x,
     table,
+    copy,
+    scales,
     shortlist,
     certify,
     limits,
@@ -135,8 +185,11 @@ def shortlist_logits(
     largest,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     """Replace the logits of the shortlist by exact ones, one tile of rows and one row of x per block.
 
@@ -153,7 +206,10 @@ def shortlist_logits(
     bits = tl.sum(tl.where(live, 1 << lanes, 0), 0)
     most = tl.full((), float("-inf"), tl.float32)
     if bits != 0:
-        most = recompute(x, table, logits, row, rows, live, ROWS, WIDTH, BLOCK_N, BLOCK_K)
+        most = recompute(
+            x, table, copy, scales, logits, row, rows, live, ROWS, WIDTH, BLOCKS, BLOCK_WORDS,
+            BLOCK_N, BLOCK_K, BLOCK_W,
+        )  # fmt: skip
     place = row * tl.num_programs(0) + block
     tl.store(listed + place, bits)
     tl.store(largest + place, most)
@@ -185,6 +241,8 @@ def bound_row(
 def doubtful_logits(
     x,
     table,
+    copy,
+    scales,
     errors,
     shortlist,
     certify,
@@ -193,8 +251,11 @@ def doubtful_logits(
     listed,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     """Replace the logits that may reach the largest exact one, if certified; ``listed`` becomes the number of rows."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -212,7 +273,10 @@ def doubtful_logits(
     more = tl.where(below, 0, 1 - old) * wanted.to(tl.int32)
     live = (rows < ROWS) & (more != 0)
     if tl.sum(live.to(tl.int32), 0) > 0:
-        recompute(x, table, logits, row, rows, live, ROWS, WIDTH, BLOCK_N, BLOCK_K)
+        recompute(
+            x, table, copy, scales, logits, row, rows, live, ROWS, WIDTH, BLOCKS, BLOCK_WORDS,
+            BLOCK_N, BLOCK_K, BLOCK_W,
+        )  # fmt: skip
     tl.store(listed + place, tl.sum(old + live.to(tl.int32), 0))
 
 

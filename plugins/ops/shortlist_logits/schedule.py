@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import triton
 
@@ -10,6 +11,7 @@ from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.select_topk.schedule import MAX_BLOCK
 from shadowllm.plugins.ops.shortlist_logits import kernel
 from shadowllm.plugins.schema import Attributes
+from shadowllm.plugins.triton.low_bit import is_residual, token_block, word_constants
 from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Operand, Schedule, Shape, Tier, Workspace, tiers
 from shadowllm.plugins.triton.tiles import block_along, tile_warps
 
@@ -33,7 +35,7 @@ def plan_shortlist_logits(shapes: Mapping[str, Shape], itemsize: int, tier: Tier
         shapes: shapes of the present inputs, by name; the copy's last dimension counts int32 words.
         itemsize: bytes per element of x and the table.
     """
-    rows, width = shapes["table"]
+    rows, width = shapes["table"][0], shapes["x"][-1]
     parts = -(-rows // GROUP)
     workspace = Workspace()
     scratch: dict[str, Operand] = {
@@ -48,10 +50,11 @@ def plan_shortlist_logits(shapes: Mapping[str, Shape], itemsize: int, tier: Tier
     some = (Size(parts), tier.size, Size())
     block = min(MAX_BLOCK, max(16, triton.next_power_of_2(rows)))
     tile = {"ROWS": rows, "WIDTH": width, "BLOCK_N": GROUP, "BLOCK_K": block_along(width, GEMV, itemsize)}
+    tile |= word_constants(shapes["copy"], Tier(1, 1, GEMV), GROUP)
     sums = {"PARTS": parts, "BLOCK": min(PARTS, triton.next_power_of_2(parts))}
     columns = {"WIDTH": width, "BLOCK_D": triton.next_power_of_2(width)}
     calls = (
-        _table_call(rows, width, itemsize, tier, known),
+        _table_call(rows, width, shapes, itemsize, tier, known),
         _copy_call(rows, width, shapes["copy"], itemsize, tier, known),
         _call(kernel.choose_shortlist, each, known, {"ROWS": rows, "BLOCK": block}, warps=max(1, block // 512)),
         _call(kernel.shortlist_logits, some, known, tile),
@@ -73,33 +76,32 @@ def _call(
     return Call(function, grid, operands, constants, warps=warps, stages=3)
 
 
-def _table_call(rows: int, width: int, itemsize: int, tier: Tier, known: Mapping[str, Operand]) -> Call:
+def _table_call(
+    rows: int, width: int, shapes: Mapping[str, Shape], itemsize: int, tier: Tier, known: Mapping[str, Operand]
+) -> Call:
     block_n = GROUP if tier.block == GEMV else 64
+    block_m = token_block(tier, itemsize) if is_residual(shapes["table"]) else tier.block
     constants = {
         "ROWS": rows,
         "WIDTH": width,
-        "BLOCK_M": tier.block,
+        **word_constants(shapes["copy"], tier, block_n),
+        "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_along(width, tier.block, itemsize),
     }
-    grid = (Size(rows, divisor=block_n), tier.tiles, Size())
+    grid = (Size(rows, divisor=block_n), replace(tier.size, divisor=block_m), Size())
     return _call(kernel.table_logits, grid, known, constants, tile_warps(tier.block, itemsize))
 
 
 def _copy_call(rows: int, width: int, copy: Shape, itemsize: int, tier: Tier, known: Mapping[str, Operand]) -> Call:
-    _, blocks, words = copy
-    one = tier.block == GEMV
-    # As in `score_neurons.schedule`: one word per thread for one token, and small tiles of tokens for more.
-    block_m, block_n = (GEMV, 4) if one else (DOT, 32)
+    # As in `score_neurons.schedule`: small tiles of tokens.
+    block_m, block_n = (GEMV, 4) if tier.block == GEMV else (DOT, 32)
     constants = {
         "ROWS": rows,
         "WIDTH": width,
-        "BLOCKS": blocks,
-        "BLOCK_WORDS": words,
+        **word_constants(copy, tier, block_n),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "BLOCK_W": min(4 * words, triton.next_power_of_2(blocks * words)) if one else words,
     }
-    tiles = Size() if one else Size(batch=True, divisor=block_m)
-    grid = (Size(rows, divisor=block_n), tiles, Size())
+    grid = (Size(rows, divisor=block_n), replace(tier.size, divisor=block_m), Size())
     return _call(kernel.copy_logits, grid, known, constants, tile_warps(tier.block, itemsize))

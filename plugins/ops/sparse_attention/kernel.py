@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from shadowllm.plugins.ops.sparse_attention.projection_kernel import active_head
-from shadowllm.plugins.triton.output_projection import LOWEST
+from shadowllm.plugins.triton.hidden_values import LOWEST
 from shadowllm.plugins.triton.tiles import dot
 
 

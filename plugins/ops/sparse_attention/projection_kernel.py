@@ -26,6 +26,8 @@ def project_heads(
     b_q,
     w_kv,
     b_kv,
+    c_kv,
+    cs_kv,
     cos,
     sin,
     c_q,
@@ -52,7 +54,7 @@ def project_heads(
 
     A block computes some elements of the first half of a head and their partners in the second half,
     because the rotation combines these pairs. If given, the low-bit copy ``c_q`` with its scales ``cs_q`` replaces
-    ``w_q`` for the heads from slot ``active`` on.
+    ``w_q`` for the heads from slot ``active`` on. A weight of integers is the residual of its copy.
 
     With ``w_kv``, more blocks compute the keys and values of the step's tokens, one per sequence, and write them into
     the cache at position ``lengths - 1``. Nothing is written past the capacity.
@@ -78,8 +80,8 @@ def project_heads(
             store_halves(out, a, b, place, in_first, in_second, rows_m < tokens, HALF)
     elif w_kv is not None:
         write_key_value(
-            x, w_kv, b_kv, cos, sin, lengths, key, value, slot - CAP, place, in_first, in_second, rows_m, tokens,
-            HEAD_DIM, KV_HEADS, CAPACITY, HALF, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K,
+            x, w_kv, b_kv, c_kv, cs_kv, cos, sin, lengths, key, value, slot - CAP, place, first, in_first, in_second,
+            tokens, HEAD_DIM, KV_HEADS, CAPACITY, HALF, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W,
         )  # fmt: skip
 
 
@@ -88,6 +90,8 @@ def write_key_value(
     x,
     w_kv,
     b_kv,
+    c_kv,
+    cs_kv,
     cos,
     sin,
     lengths,
@@ -95,22 +99,29 @@ def write_key_value(
     value,
     head,
     place,
+    first,
     in_first,
     in_second,
-    rows_m,
     tokens,
     HEAD_DIM: tl.constexpr,
     KV_HEADS: tl.constexpr,
     CAPACITY: tl.constexpr,
     HALF: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     """Write a part of one head of the step's keys into the cache, or of its values, whose heads follow."""
     rows = head.to(tl.int64) * HEAD_DIM + place
-    a, b = full_products(x, w_kv, rows, in_first, in_second, tokens, HALF, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
+    rows_m = first + tl.arange(0, BLOCK_M)
+    a, b = full_products(
+        x, w_kv, c_kv, cs_kv, rows, first, in_first, in_second, tokens,
+        HALF, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W,
+    )  # fmt: skip
     a, b = add_bias(a, b, b_kv, rows, in_first, in_second, HALF)
     position = tl.load(lengths + rows_m, mask=rows_m < tokens, other=0) - 1
     inside_m = (position >= 0) & (position < CAPACITY)
@@ -146,18 +157,21 @@ def query_products(
 ):
     """`full_products` with ``w_q``; with a copy, from slot ``active`` on the same products with the copy."""
     if c_q is None:
-        a, b = full_products(x, w_q, rows, in_first, in_second, tokens, HALF, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
+        a, b = full_products(
+            x, w_q, None, None, rows, first, in_first, in_second, tokens,
+            HALF, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W,
+        )  # fmt: skip
     else:
         if slot < tl.load(active):
-            a, b = full_products(x, w_q, rows, in_first, in_second, tokens, HALF, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
+            a, b = full_products(
+                x, w_q, c_q, cs_q, rows, first, in_first, in_second, tokens,
+                HALF, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W,
+            )  # fmt: skip
         else:
-            a = copy_products(
-                x, c_q, cs_q, rows, in_first, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
-            )
-            low = rows + HALF
-            b = copy_products(
-                x, c_q, cs_q, low, in_second, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
-            )
+            a, b = half_products(
+                x, c_q, cs_q, None, rows, first, in_first, in_second, tokens,
+                HALF, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W,
+            )  # fmt: skip
     return a, b
 
 
@@ -193,26 +207,68 @@ def store_halves(out, a, b, place, in_first, in_second, inside_m, HALF: tl.const
 @triton.jit
 def full_products(
     x,
-    w_q,
+    weight,
+    copy,
+    scales,
     rows,
+    first,
     in_first,
     in_second,
     tokens,
     HALF: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    """Products ``(M, N)`` of this block's tokens with rows of ``w_q``, and with the rows ``HALF`` further on."""
-    first = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
-    second = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
-    for start in range(0, WIDTH, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        inside = (cols < WIDTH)[None, :]
-        tile = token_tile(x, tokens, cols, WIDTH, BLOCK_M, BLOCK_N)
-        weight = w_q + rows[:, None] * WIDTH + cols[None, :]
-        first = add_along(first, tile, tl.load(weight, mask=in_first[:, None] & inside, other=0.0), BLOCK_M)
-        weight += HALF * WIDTH
-        second = add_along(second, tile, tl.load(weight, mask=in_second[:, None] & inside, other=0.0), BLOCK_M)
-    return sum_along(first, BLOCK_M), sum_along(second, BLOCK_M)
+    """Products ``(M, N)`` of this block's tokens with rows of a weight, and with the rows ``HALF`` further on."""
+    if weight.dtype.element_ty.is_int():
+        return half_products(
+            x, copy, scales, weight, rows, first, in_first, in_second, tokens,
+            HALF, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W,
+        )  # fmt: skip
+    else:
+        a = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
+        b = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
+        for start in range(0, WIDTH, BLOCK_K):
+            cols = start + tl.arange(0, BLOCK_K)
+            inside = (cols < WIDTH)[None, :]
+            tile = token_tile(x, tokens, cols, WIDTH, BLOCK_M, BLOCK_N)
+            place = weight + rows[:, None] * WIDTH + cols[None, :]
+            a = add_along(a, tile, tl.load(place, mask=in_first[:, None] & inside, other=0.0), BLOCK_M)
+            place += HALF * WIDTH
+            b = add_along(b, tile, tl.load(place, mask=in_second[:, None] & inside, other=0.0), BLOCK_M)
+        return sum_along(a, BLOCK_M), sum_along(b, BLOCK_M)
+
+
+@triton.jit
+def half_products(
+    x,
+    copy,
+    scales,
+    residual,
+    rows,
+    first,
+    in_first,
+    in_second,
+    tokens,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """`full_products` with the rows of a copy, or of nested integers if there is a residual."""
+    a = copy_products(
+        x, copy, scales, residual, rows, in_first, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
+    )
+    low = rows + HALF
+    b = copy_products(
+        x, copy, scales, residual, low, in_second, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
+    )
+    return a, b

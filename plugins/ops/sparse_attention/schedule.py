@@ -13,9 +13,11 @@ from shadowllm.plugins.ops.sparse_attention.projection_kernel import project_hea
 from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.block_end import BlockEnd
 from shadowllm.plugins.triton.head_choice import order_heads, score_heads
-from shadowllm.plugins.triton.output_projection import Spans, back_calls
+from shadowllm.plugins.triton.hidden_values import Spans
+from shadowllm.plugins.triton.low_bit import is_residual, token_block, word_constants
+from shadowllm.plugins.triton.output_projection import back_calls
 from shadowllm.plugins.triton.rest_projection import Rest
-from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
+from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
 from shadowllm.plugins.triton.tiles import LINE, block_along, tile_warps
 
 # Cache positions that one block of a decode step processes at a time, the least that it does in total, and the most
@@ -44,7 +46,7 @@ def plan_sparse_attention(
         end: if the op is a whole block of a layer.
         window: how many of the last positions a token sees; 0 means all.
     """
-    width = shapes["w_q"][1]
+    width = shapes["x"][-1]
     _, kv_heads, capacity, head_dim = shapes["key"]
     workspace = Workspace()
     choice = _choose(workspace, shapes, tier, n_heads)
@@ -84,6 +86,7 @@ def plan_sparse_attention(
         indices=choice.indices,
         count=choice.active or "count",
         rest=rest,
+        nested=is_residual(shapes["w_o"]),
         spans=spans,
         end=end,
     )
@@ -151,19 +154,17 @@ def _project(
     itemsize: int,
     active: Operand | None,
 ) -> Call:
-    width, head_dim = shapes["w_q"][1], constants["HEAD_DIM"]
+    width, head_dim = shapes["x"][-1], constants["HEAD_DIM"]
     half = (head_dim + 1) // 2
     one = tier.block == GEMV
     rows = min(8 if one else 64, max(16, triton.next_power_of_2(half)))
-    inputs = [name for name in ("x", "w_q", "b_q", "w_kv", "b_kv", "cos", "sin") if name in shapes]
+    inputs = [name for name in ("x", "w_q", "b_q", "w_kv", "b_kv", "c_kv", "cs_kv", "cos", "sin") if name in shapes]
     heads = constants["CAP"]
     if "w_kv" in shapes:
         inputs += ["lengths", "key", "value"]
         heads += 2 * constants["KV_HEADS"]
     copy: dict[str, Operand] = {} if active is None else {"c_q": "c_q", "cs_q": "cs_q", "active": active}
-    _, blocks, words = (0, 0, 0) if active is None else shapes["c_q"]
-    # In float32, a larger tile of tokens with unpacked integers would spill registers.
-    block = DOT if active is not None and itemsize == 4 and not one else tier.block
+    block = tier.block if active is None else token_block(tier, itemsize)
     return Call(
         project_heads,
         (Size(heads * triton.cdiv(half, rows)), replace(tier.size, divisor=block), Size()),
@@ -171,13 +172,10 @@ def _project(
         {
             **constants,
             "WIDTH": width,
-            "BLOCKS": blocks,
-            "BLOCK_WORDS": words,
+            **word_constants(shapes.get("c_q"), tier, rows),
             "BLOCK_M": block,
             "BLOCK_N": rows,
             "BLOCK_K": block_along(width, tier.block, itemsize),
-            # For one token, a thread loads one word of the copy, as in `score_neurons.schedule`.
-            "BLOCK_W": min(2 * words, triton.next_power_of_2(max(1, blocks * words))) if one else words,
         },
         warps=tile_warps(tier.block, itemsize),
         stages=3,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shadowllm.plugins.triton.low_bit import copy_products
 from shadowllm.plugins.triton.tiles import (
     activate,
     active_rows,
@@ -33,30 +34,79 @@ def mlp_hidden(
     b_gate,
     w_up,
     b_up,
+    c_gate,
+    cs_gate,
+    c_up,
+    cs_up,
     hidden,
     products,
     tokens,
     CAP: tl.constexpr,
     NEURONS: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     THRESHOLD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     """Write ``hidden (tokens, CAP)``: the outputs of the active neurons for ``x (tokens, WIDTH)``, by slot.
 
-    If given, ``products (tokens, NEURONS)`` of a low-bit copy become zero for the active neurons, which replace them.
-    Blocks past the count return at once, so half of the grid costs nothing if half of the neurons are active.
+    With ``c_up``, gate and up are residuals of low-bit copies. If given, ``products (tokens, NEURONS)`` of a low-bit
+    copy become zero for the active neurons, which replace them. Blocks past the count return at once, so half of the
+    grid costs nothing if half of the neurons are active.
     """
-    first = tl.program_id(0) * BLOCK_N
     n = tl.minimum(tl.maximum(tl.load(count), 0), CAP)
-    if first >= n:
+    if tl.program_id(0) * BLOCK_N >= n:
         return
-    slots = first + tl.arange(0, BLOCK_N)
+    slots = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, live = active_rows(indices, n, slots, 1, NEURONS)
-    rows_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(1) * BLOCK_M
+    if c_up is None:
+        g, h = gate_and_up(x, w_gate, w_up, rows, live, tokens, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
+    else:
+        h = copy_products(
+            x, c_up, cs_up, w_up, rows, live, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
+        )
+        if w_gate is not None:
+            g = copy_products(
+                x, c_gate, cs_gate, w_gate, rows, live, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS,
+                BLOCK_M, BLOCK_N, BLOCK_W,
+            )  # fmt: skip
+    if b_up is not None:
+        h += tl.load(b_up + rows, mask=live, other=0.0)[None, :].to(tl.float32)
+    if w_gate is not None:
+        if b_gate is not None:
+            g += tl.load(b_gate + rows, mask=live, other=0.0)[None, :].to(tl.float32)
+        h = times_up(activate(g, ACTIVATION, THRESHOLD), h, ACTIVATION)
+    else:
+        h = activate(h, ACTIVATION, THRESHOLD)
+    rows_m = first + tl.arange(0, BLOCK_M)
+    inside_m = (rows_m < tokens)[:, None] & live[None, :]
+    place = rows_m[:, None].to(tl.int64) * CAP + slots[None, :]
+    tl.store(hidden + place, h.to(hidden.dtype.element_ty), mask=inside_m)
+    if products is not None:
+        place = rows_m[:, None].to(tl.int64) * NEURONS + rows[None, :]
+        tl.store(products + place, tl.zeros_like(h).to(products.dtype.element_ty), mask=inside_m)
+
+
+@triton.jit
+def gate_and_up(
+    x,
+    w_gate,
+    w_up,
+    rows,
+    live,
+    tokens,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Products ``(M, N)`` of this block's tokens with rows of gate and of up, in one pass; zero without a gate."""
     up = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
     gate = zeros_along(BLOCK_M, BLOCK_N, BLOCK_K)
     for start in range(0, WIDTH, BLOCK_K):
@@ -67,22 +117,7 @@ def mlp_hidden(
         up = add_along(up, tile, tl.load(w_up + place, mask=live[:, None] & inside, other=0.0), BLOCK_M)
         if w_gate is not None:
             gate = add_along(gate, tile, tl.load(w_gate + place, mask=live[:, None] & inside, other=0.0), BLOCK_M)
-    h = sum_along(up, BLOCK_M)
-    if b_up is not None:
-        h += tl.load(b_up + rows, mask=live, other=0.0)[None, :].to(tl.float32)
-    if w_gate is not None:
-        g = sum_along(gate, BLOCK_M)
-        if b_gate is not None:
-            g += tl.load(b_gate + rows, mask=live, other=0.0)[None, :].to(tl.float32)
-        h = times_up(activate(g, ACTIVATION, THRESHOLD), h, ACTIVATION)
-    else:
-        h = activate(h, ACTIVATION, THRESHOLD)
-    inside_m = (rows_m < tokens)[:, None] & live[None, :]
-    place = rows_m[:, None].to(tl.int64) * CAP + slots[None, :]
-    tl.store(hidden + place, h.to(hidden.dtype.element_ty), mask=inside_m)
-    if products is not None:
-        place = rows_m[:, None].to(tl.int64) * NEURONS + rows[None, :]
-        tl.store(products + place, tl.zeros_like(h).to(products.dtype.element_ty), mask=inside_m)
+    return sum_along(gate, BLOCK_M), sum_along(up, BLOCK_M)
 
 
 @triton.jit

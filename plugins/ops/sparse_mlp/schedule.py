@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from shadowllm.models.activations import RELU_LIKE
 from shadowllm.plugins.kernel_program import Size
@@ -11,6 +12,7 @@ from shadowllm.plugins.ops.select_topk.schedule import topk_call
 from shadowllm.plugins.ops.sparse_mlp.kernel import gate_first, list_fired, mlp_hidden
 from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.block_end import BlockEnd
+from shadowllm.plugins.triton.low_bit import is_residual, token_block, word_constants
 from shadowllm.plugins.triton.output_projection import back_calls
 from shadowllm.plugins.triton.rest_projection import Rest
 from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
@@ -102,19 +104,22 @@ def plan_sparse_mlp(
         activation: `activation_constants`.
         end: if the op is a whole block of a layer.
     """
-    neurons, width = shapes["w_up"]
+    neurons, width, nested = shapes["w_up"][0], shapes["x"][-1], is_residual(shapes["w_up"])
     workspace = Workspace()
     copied, products = _copied(workspace, shapes, itemsize, tier, activation)
     indices = "indices" if "indices" in shapes else "chosen"
     cap = shapes.get("indices", (neurons,))[0]
     hidden = workspace.take(tier.tokens * cap, "T", itemsize)
     inputs = [name for name in ("x", "count", "w_gate", "b_gate", "w_up", "b_up") if name in shapes]
+    inputs += [name for name in ("c_gate", "cs_gate", "c_up", "cs_up") if nested and name in shapes]
     zeroed: dict[str, Operand] = {} if products is None else {"products": products}
+    tile = _tile(tier, width, itemsize) | word_constants(shapes["c_up"] if nested else None, tier, _rows(tier))
+    tile |= {"BLOCK_M": token_block(tier, itemsize)} if nested else {}
     up = Call(
         mlp_hidden,
-        (Size(cap, divisor=_rows(tier)), tier.tiles, Size()),
+        (Size(cap, divisor=_rows(tier)), replace(tier.size, divisor=tile["BLOCK_M"]), Size()),
         {name: name for name in inputs} | zeroed | {"indices": indices, "hidden": hidden, "tokens": tier.size},
-        {"CAP": cap, "NEURONS": neurons, "WIDTH": width, **activation, **_tile(tier, width, itemsize)},
+        {"CAP": cap, "NEURONS": neurons, "WIDTH": width, **activation, **tile},
         warps=tile_warps(tier.block, itemsize),
         stages=3,
     )
@@ -132,6 +137,7 @@ def plan_sparse_mlp(
         skip_zeros=activation["ACTIVATION"] in RELU_LIKE,
         indices=indices,
         rest=None if products is None else Rest(products, None, "count", "c_down", "cs_down", *shapes["c_down"][1:]),
+        nested=nested,
         end=end,
     )
     return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (*copied, up, *back))
@@ -150,7 +156,7 @@ def _copied(
     """
     if "c_up" not in shapes:
         return [], None
-    neurons, width = shapes["w_up"]
+    neurons, width = shapes["w_up"][0], shapes["x"][-1]
     products = workspace.take(tier.tokens * neurons, "T", itemsize)
     read = {"up": "c_up", "up_scales": "cs_up"}
     if "c_gate" in shapes:
