@@ -156,7 +156,7 @@ class Decoder:
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return the token embeddings, plus learned position embeddings if any, ``(batch, seqlen, hidden_size)``."""
-        x = table_rows(self.weights, "embed_tokens.weight", input_ids)
+        x = self._embedded(input_ids)
         if self.spec.positions == "learned":
             x = x + table_rows(self.weights, "embed_positions.weight", position_ids + self.spec.position_offset)
         return x
@@ -177,7 +177,7 @@ class Decoder:
 
     def logits(self, x: Tensor) -> Tensor:
         """Apply the final norm and the output projection."""
-        return table_product(self.weights, self.spec.output_table, self.final_hidden(x))
+        return self._table_logits(self.final_hidden(x))
 
     def final_hidden(self, x: Tensor) -> Tensor:
         """Apply the final norm; the result is the input of the output projection."""
@@ -236,6 +236,12 @@ class Decoder:
     def _projected(self, place: str, parts: Sequence[str], x: Tensor) -> Sequence[Tensor]:
         """Apply several projections to one input."""
         return [self._linear(f"{place}.{part}_proj", x) for part in parts]
+
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        return table_rows(self.weights, "embed_tokens.weight", input_ids)
+
+    def _table_logits(self, x: Tensor) -> Tensor:
+        return table_product(self.weights, self.spec.output_table, x)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))

@@ -20,8 +20,8 @@ from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparsity import Budget, SparseLayers
 from shadowllm.models.spec import ModelSpec
 from shadowllm.runtime.generation.generate import generate
+from shadowllm.runtime.gpu.device_weights import merged
 from shadowllm.runtime.gpu.triton_session import TritonSession
-from shadowllm.runtime.gpu.triton_step import merged
 from shadowllm.runtime.session import Session
 
 SPARSE, QUANTISED, DENSE = "triton", "triton, quantized shadow", "torch dense"

@@ -75,7 +75,7 @@ def signed(words, places, BITS: tl.constexpr):
 @triton.jit
 def unpacked(copy, residual, place, mask):
     """The integers of the words at ``place (N, W)``, float32 ``(N, W, 8)``; see `integers`."""
-    BITS: tl.constexpr = 0 if residual is None else residual.dtype.element_ty.primitive_bitwidth // IN_WORD
+    BITS: tl.constexpr = 0 if residual is None else residual.dtype.element_ty.primitive_bitwidth // 8
     words, low = load_words(copy, residual, place, mask)
     return integers(words[:, :, None], low[:, :, None], tl.arange(0, IN_WORD)[None, None, :], BITS)
 
@@ -169,7 +169,7 @@ def add_rows(
     sums, h, copy, scales, residual, rows, live, words, BLOCKS: tl.constexpr, BLOCK_WORDS: tl.constexpr
 ):  # fmt: skip
     """Add live rows ``(N,)``, each times its number in ``h (N,)``, to the sums. It is `row_tile` for one token."""
-    BITS: tl.constexpr = 0 if residual is None else residual.dtype.element_ty.primitive_bitwidth // IN_WORD
+    BITS: tl.constexpr = 0 if residual is None else residual.dtype.element_ty.primitive_bitwidth // 8
     WORDS: tl.constexpr = BLOCKS * BLOCK_WORDS
     a0, a1, a2, a3, a4, a5, a6, a7 = sums
     mask = live[:, None] & (words < WORDS)[None, :]

@@ -35,8 +35,8 @@ class NestedRows:
 
     def split(self, sizes: Sequence[int]) -> list[NestedRows]:
         """Parts with these numbers of rows, which share the memory of the matrix."""
-        parts = zip(*(part.split(list(sizes)) for part in (self.copy, self.scales, self.residual)), strict=True)
-        return [NestedRows(*part, self.width) for part in parts]
+        copies, scales, residuals = (part.split(list(sizes)) for part in (self.copy, self.scales, self.residual))
+        return [NestedRows(*part, self.width) for part in zip(copies, scales, residuals, strict=True)]
 
     def values(self, rows: Tensor) -> Tensor:
         """The values of some rows, float32.

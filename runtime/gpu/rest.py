@@ -21,6 +21,7 @@ from shadowllm.bundle.weight_names import (
     scales,
 )
 from shadowllm.models.sparsity import SparseLayers, Unit
+from shadowllm.plugins.triton.nested_linear import NestedRows
 
 Inputs = Mapping[str, Any]  # tensors
 
@@ -58,24 +59,30 @@ def rest_inputs(
     copies: Mapping[str, Tensor],
     predictor: Predictor,
     weights: Mapping[str, Tensor],
+    matrices: Mapping[str, NestedRows],
     scalars: Inputs,
 ) -> RestInputs:
-    """Move a low-bit copy to the device.
+    """Move a low-bit copy to the device. That of nested integers is a part of them, and there already.
 
     Args:
         copies: tensors by their names in `bundle.weight_layout.copy_groups`.
         predictor: with tensors on the device.
         weights: canonical tensors on the device.
+        matrices: those that are nested integers.
         scalars: ``rest``, ``shortlist`` and ``certify``, int32 ``()`` on the device.
     """
     table, inside = layers.spec.output_table, chosen_inside(predictor)
-    device = weights[table].device
+    device = weights["final_norm.weight"].device
+
+    def copy_of(name: str) -> tuple[Tensor, Tensor]:
+        found = matrices.get(name)
+        return (found.copy, found.scales) if found else packed(layers, copies, [name], device)
 
     def of_parts(layer: int, parts: Sequence[str]) -> dict[str, Tensor]:
         found = {REST: scalars[REST]}
         for part in parts:
             names = (f"c_{part}", f"cs_{part}")
-            found |= zip(names, packed(layers, copies, [f"layers.{layer}.{part}_proj.weight"], device), strict=True)
+            found |= zip(names, copy_of(f"layers.{layer}.{part}_proj.weight"), strict=True)
         return found
 
     def of_layer(layer: int) -> dict[Unit, Inputs]:
@@ -87,9 +94,9 @@ def rest_inputs(
             neurons["down_norms"] = copies[down_norms(layer)].to(device)
         return {"heads": heads, "neurons": neurons}
 
-    data, factors = packed(layers, copies, [table], device)
+    data, factors = copy_of(table)
     logits = {
-        "table": weights[table],
+        "table": matrices[table].residual if table in matrices else weights[table],
         "copy": data,
         "scales": factors,
         "errors": copies[copy_errors(table)].to(device),

@@ -14,20 +14,22 @@ from torch import Tensor
 
 from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.predictor_file import Predictor
-from shadowllm.bundle.quantised_tensors import CopyTensors
+from shadowllm.bundle.quantised_tensors import CopyTensors, dequantised_predictor
 from shadowllm.errors import UserError
 from shadowllm.limits import LONGEST_DRAFT
 from shadowllm.models.decoder import KVCache
 from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit, check_neuron_budget
 from shadowllm.models.spec import ModelSpec
+from shadowllm.plugins.triton.nested_linear import NestedRows
 from shadowllm.predictor.networks import scores
 from shadowllm.runtime.generation.sampling import Sampling
 from shadowllm.runtime.gpu.cuda_graph import WARMUP, captured, kernel_device
 from shadowllm.runtime.gpu.device_sampling import DeviceSampler
+from shadowllm.runtime.gpu.device_weights import merged, nested
 from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
 from shadowllm.runtime.gpu.rest import RestInputs, chosen_inside, rest_inputs
 from shadowllm.runtime.gpu.selection import PerLayerSelection, UpfrontSelection, choose, device_copies
-from shadowllm.runtime.gpu.triton_step import StepDecoder, merged
+from shadowllm.runtime.gpu.triton_step import StepDecoder
 from shadowllm.runtime.gpu.triton_verification import Verification
 from shadowllm.runtime.inputs import budget_scalars, check_tokens, check_verified, pad_prompts
 from shadowllm.runtime.session import Decodes
@@ -45,8 +47,9 @@ class TritonSession(PipelinedDecode):
 
     Args:
         spec: the model.
-        weights: canonical tensors of one dtype, in which the session computes. They are moved to the device at
-            entering. Sessions that share weights are given those from `triton_step.merged`.
+        weights: canonical tensors of one dtype, in which the session computes; or those of a bundle with nested
+            integers. They are moved to the device at entering. Sessions that share float weights are given those from
+            `device_weights.merged`.
         predictor: selects heads and neurons, upfront or per layer; None decodes dense.
         budget: initial fractions to keep.
         cache_block: number of positions by which the cache grows.
@@ -90,19 +93,22 @@ class TritonSession(PipelinedDecode):
         """Make a session for a bundle.
 
         Raises:
-            UserError: as the constructor, no bundle, a damaged file in it, or integer weights.
+            UserError: as the constructor, no bundle, a damaged file in it, or integer weights that are not nested.
         """
         # Imported here, because a session without a bundle does not need ONNX.
         from shadowllm.bundle.manifest import read_manifest
         from shadowllm.bundle.weights import map_copies, map_weights
 
         manifest = read_manifest(bundle)
-        if manifest.quantisation:
+        q = manifest.quantisation
+        if q and not q.residual_bits:
             raise UserError(
-                f"the triton backend does not run {manifest.weight_dtype} weights", "export without --weight-dtype"
+                f"the triton backend does not run {manifest.weight_dtype} weights without a low-bit copy",
+                "export with --rest shadow and --weight-dtype int8 or int6, or without --weight-dtype",
             )
         kernel_device()  # fails here if there is no GPU, before gigabytes are hashed
         weights, predictor = map_weights(bundle, manifest)
+        predictor = dequantised_predictor(predictor, q) if q else predictor
         if kind == "dense":
             return cls(manifest.spec, weights, None, rest=manifest.rest)
         copied = manifest.rest == "shadow" or predictor.kind == "quantized-shadow"
@@ -111,18 +117,19 @@ class TritonSession(PipelinedDecode):
 
     def __enter__(self) -> Self:
         weights = merged(self.spec, self._source, self.device)
-        self.dtype = weights["embed_tokens.weight"].dtype
+        matrices = nested(self._layers, self._source, self.device)
+        self.dtype = weights["final_norm.weight"].dtype
         if self._predictor:
             # As in a bundle, a network has the model's dtype, and a ranking or a fit is float32.
             learned, tensors = self._predictor.learned, self._predictor.tensors
             kinds = {name: self.dtype if name in learned else torch.float32 for name in tensors}
             tensors = {name: tensor.to(self.device, kinds[name]) for name, tensor in tensors.items()}
             self._predictor = replace(self._predictor, tensors=tensors)
-            rest = self._rest_inputs(self._predictor, weights) if self._rest == "shadow" else None
+            rest = self._rest_inputs(self._predictor, weights, matrices) if self._rest == "shadow" else None
             self._per_layer = self._chooser(self._predictor, weights, rest) if self._predictor.per_layer else None
-            self._decoder = StepDecoder(self._layers, weights, rest)
+            self._decoder = StepDecoder(self._layers, weights, matrices, rest)
         else:
-            self._decoder = StepDecoder(self._layers, weights)
+            self._decoder = StepDecoder(self._layers, weights, matrices)
         self.reset()
         return self
 
@@ -292,9 +299,11 @@ class TritonSession(PipelinedDecode):
         chosen = {unit: choose(self.spec, unit, one.mean(dim=0).float(), counts[unit]) for unit, one in found}
         return UpfrontSelection(chosen, counts)
 
-    def _rest_inputs(self, predictor: Predictor, weights: Mapping[str, Tensor]) -> RestInputs:
+    def _rest_inputs(
+        self, predictor: Predictor, weights: Mapping[str, Tensor], matrices: Mapping[str, NestedRows]
+    ) -> RestInputs:
         copies = self._copies or CopyTensors(self._source, final_squares=predictor.final_squares)
-        return rest_inputs(self._layers, copies, predictor, weights, self._scalars)
+        return rest_inputs(self._layers, copies, predictor, weights, matrices, self._scalars)
 
     def _chooser(
         self, predictor: Predictor, weights: Mapping[str, Tensor], rest: RestInputs | None

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shadowllm.bundle.weight_names import transposed
 from shadowllm.models.decoder import Decoder, KVCache
 from shadowllm.models.rope import RopeSpec
 from shadowllm.models.sparsity import SparseLayers, Unit
-from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import tensor_shape
 from shadowllm.plugins.ops.shortlist_logits.launcher import shortlist_logits
 from shadowllm.plugins.ops.sparse_attention.launcher import sparse_attention
 from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
 from shadowllm.plugins.triton.cache import write_cache
 from shadowllm.plugins.triton.launch import BlockInputs
+from shadowllm.plugins.triton.nested_linear import NestedRows, nested_linear
 from shadowllm.runtime.gpu.rest import RestInputs
 from shadowllm.runtime.gpu.selection import Selection
 
@@ -52,15 +53,22 @@ class StepDecoder(Decoder):
 
     Args:
         layers: the sparse layers.
-        weights: from `merged`, on the device of the session.
+        weights: from `device_weights.merged`, on the device of the session.
+        matrices: from `device_weights.nested`, if the matrices are integers.
         rest: the low-bit copy from which sparse steps compute what is not active; None if it is dropped.
     """
 
-    def __init__(self, layers: SparseLayers, weights: Mapping[str, Tensor], rest: RestInputs | None = None) -> None:
+    def __init__(
+        self,
+        layers: SparseLayers,
+        weights: Mapping[str, Tensor],
+        matrices: Mapping[str, NestedRows],
+        rest: RestInputs | None = None,
+    ) -> None:
         spec = layers.spec
         super().__init__(spec, weights)
-        self._layers, self._rest = layers, rest
-        self._device, self._dtype = weights["embed_tokens.weight"].device, weights["embed_tokens.weight"].dtype
+        self._layers, self._nested, self._rest = layers, matrices, rest
+        self._device, self._dtype = weights["final_norm.weight"].device, weights["final_norm.weight"].dtype
         self.rotary = {rope: tuple(table.to(self._device) for table in tables) for rope, tables in self.rotary.items()}
 
     def begin(self, position_ids: Tensor, capacity: int | None = None) -> None:
@@ -106,7 +114,7 @@ class StepDecoder(Decoder):
             x, normed = self._attention_block(layer, x, normed, after[0], position_ids, cache, selection)
             x, normed = self._mlp_block(layer, x, normed, after[1], selection)
         if self._rest is None:
-            return F.linear(normed, self.weights[spec.output_table])
+            return self._table_logits(normed)
         found, _ = shortlist_logits(normed.flatten(0, 1), **self._rest.logits)
         return found.view(*x.shape[:2], -1)
 
@@ -130,11 +138,9 @@ class StepDecoder(Decoder):
         cos, sin = self._shared.rotary[rope] if rope else (None, None)
         indices, count = chosen.active("heads", self._layers.row(layer), normed)
         block = self._block(f"{place}.attention", x, after)
-        block = replace(
-            block,
-            w_kv=self.weights[f"{place}.kv_proj.weight"],
-            b_kv=self.weights.get(f"{place}.kv_proj.bias"),
-        )
+        block = replace(block, **self._matrices(place, "kv"))
+        if (kv := self._nested.get(f"{place}.kv_proj.weight")) is not None:
+            block = replace(block, c_kv=kv.copy, cs_kv=kv.scales)
         y, _ = sparse_attention(
             normed,
             cache.keys[layer],
@@ -217,57 +223,39 @@ class StepDecoder(Decoder):
         return self._rest.layers[self._layers.row(layer)][unit] if self._rest else {}
 
     def _matrices(self, place: str, *parts: str) -> dict[str, Any]:
-        """Weight and bias of each part, by the names of the ops' arguments; None if the model has none."""
-        return {
-            f"{letter}_{part}": self.weights.get(f"{place}.{part}_proj.{kind}")
-            for part in parts
-            for letter, kind in (("w", "weight"), ("b", "bias"))
-        }
+        """Weight and bias of each part, by the names of the ops' arguments; None if the model has none.
+
+        The weight of a matrix of integers is its residual, which completes the low-bit copy.
+        """
+        found: dict[str, Any] = {}
+        for part in parts:
+            name = f"{place}.{part}_proj"
+            nested = self._nested.get(f"{name}.weight")
+            found[f"w_{part}"] = nested.residual if nested else self.weights.get(f"{name}.weight")
+            found[f"b_{part}"] = self.weights.get(f"{name}.bias")
+        return found
 
     def _projected(self, place: str, parts: Sequence[str], x: Tensor) -> Sequence[Tensor]:
         if len(parts) == 1:
             return super()._projected(place, parts, x)
-        sizes = [len(self.weights[f"{place}.{part}_proj.weight"]) for part in parts]
+        sizes = [tensor_shape(self.spec, f"{place}.{part}_proj.weight")[0] for part in parts]
         return self._linear(f"{place}.{''.join(parts)}_proj", x).split(sizes, dim=-1)
 
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        nested = self._nested.get("embed_tokens.weight")
+        return super()._embedded(input_ids) if nested is None else nested.values(input_ids).to(self._dtype)
 
-# Projections of the same input, which become one product with the stacked matrix.
-RUNS = {"qkv": ("q", "k", "v"), "gateup": ("gate", "up")}
+    def _table_logits(self, x: Tensor) -> Tensor:
+        nested = self._nested.get(self.spec.output_table)
+        return super()._table_logits(x) if nested is None else nested_linear(x, nested)
 
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        nested = self._nested.get(f"{name}.weight")
+        return super()._linear(name, x) if nested is None else nested_linear(x, nested, self._bias(name))
 
-def merged(spec: ModelSpec, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Move a model's weights to a device, and add names for stacked matrices that share their memory.
+    def _rows(self, name: str, x: Tensor) -> Tensor:
+        nested = self._nested.get(transposed(f"{name}.weight"))
+        return super()._rows(name, x) if nested is None else nested_linear(x, nested, self._bias(name))
 
-    q, k and v of a layer are parts of one ``qkv_proj``, whose last rows are ``kv_proj``. Gate and up are parts of
-    ``gateup_proj``. Tensors are read and moved one at a time.
-
-    Args:
-        weights: canonical tensors, all of the dtype to compute in, or a result of this function.
-    """
-    if "layers.0.qkv_proj.weight" in weights:
-        return dict(weights)
-    found: dict[str, Tensor] = {}
-    for place in (f"layers.{layer}" for layer in range(spec.n_layers)):
-        for run, parts in RUNS.items():
-            for kind in ("weight", "bias"):
-                names = [f"{place}.{part}_proj.{kind}" for part in parts]
-                if names[0] in weights:
-                    found |= _stacked(spec, weights, names, f"{place}.{run}_proj.{kind}", device)
-        for kind in ("weight", "bias"):
-            if f"{place}.qkv_proj.{kind}" in found:
-                rows = spec.n_heads * spec.head_dim
-                found[f"{place}.kv_proj.{kind}"] = found[f"{place}.qkv_proj.{kind}"][rows:]
-    return found | {name: weights[name].to(device) for name in weights if name not in found}
-
-
-def _stacked(
-    spec: ModelSpec, weights: Mapping[str, Tensor], names: list[str], run: str, device: torch.device
-) -> dict[str, Tensor]:
-    """Stack several tensors into one, and return it and its parts, which share its memory."""
-    shapes, dtype = [tensor_shape(spec, name) for name in names], weights[names[0]].dtype
-    rows = [shape[0] for shape in shapes]
-    whole = torch.empty((sum(rows), *shapes[0][1:]), dtype=dtype, device=device)
-    parts = dict(zip(names, whole.split(rows), strict=True))
-    for name, part in parts.items():
-        part.copy_(weights[name])
-    return {run: whole, **parts}
+    def _bias(self, name: str) -> Tensor | None:
+        return self.weights.get(f"{name}.bias")

@@ -87,7 +87,8 @@ from shadowllm.plugins.ops.sparse_attention.schedule import plan_sparse_attentio
 for line in sys.argv[1:]:
     dtype, *numbers = line.split()
     head_dim, sm, *other = map(int, numbers)
-    heads = {"x": (0, 0, 64), "w_q": (2 * head_dim, 64), "w_o": (2 * head_dim, 64), "key": (1, 1, 300, head_dim), "indices": (2,)}
+    heads = {"x": (0, 0, 64), "key": (1, 1, 300, head_dim), "indices": (2,)}
+    heads |= dict.fromkeys(("w_q", "w_o"), (2 * head_dim, 64))
     planned = plan_sparse_attention(heads, ITEMSIZE[dtype], Tier(1, 64, PREFILL), 2)
     (call,) = [call for call in planned.calls if call.kernel is prompt_attention]
     floats, integers = ("query", "key", "value", "context"), ("lengths", "indices", "count")
