@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shadowllm.bundle.quantisation import NESTED, Quantisation, dequantise_nested, quantise_nested
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -46,6 +48,29 @@ def active(bound: int, count: int, generator: torch.Generator) -> Tensor:
     """``count`` ascending indices below ``bound``, then -1 up to ``bound``."""
     chosen = torch.randperm(bound, generator=generator)[:count].sort().values
     return F.pad(chosen, (0, bound - count), value=-1).int()
+
+
+FORMATS = pytest.mark.parametrize("q", NESTED.values(), ids=NESTED)
+
+
+def nested(rows: Tensor, q: Quantisation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Nested integers of rows, as the ops take them: copy, its scales, and residual; and their values in float32."""
+    copy, scales, residual = quantise_nested(rows.float().numpy(), q)
+    values = dequantise_nested(copy, scales, residual, rows.shape[1], q)
+    parts = (copy.reshape(*scales.shape, -1), scales, residual, values)
+    return tuple(map(torch.from_numpy, parts))
+
+
+def with_residuals(inputs: dict[str, Tensor | None], q: Quantisation) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same inputs of an op, with nested integers, and with the values of these as floats."""
+    integers, floats = dict(inputs), dict(inputs)
+    for name, rows in inputs.items():
+        if name.startswith("w_") and rows is not None:
+            part = name.removeprefix("w_")
+            copy, scales, residual, values = nested(rows, q)
+            integers |= {name: residual, f"c_{part}": copy, f"cs_{part}": scales}
+            floats |= {name: values, f"c_{part}": copy, f"cs_{part}": scales}
+    return integers, floats
 
 
 def on_device(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:

@@ -11,12 +11,22 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
+from shadowllm.bundle.quantisation import NESTED
 from shadowllm.plugins.ops.sparse_attention.launcher import sparse_attention
 from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
 from shadowllm.plugins.triton.launch import BlockInputs
 from tests.plugins.ops.sparse_attention.test_triton import attention_inputs, dense_attention
+from tests.plugins.ops.sparse_attention.test_triton_rest import rest_inputs as attention_rest_inputs
 from tests.plugins.ops.sparse_mlp.test_triton import dense_mlp, mlp_inputs
-from tests.plugins.triton_ops import DEVICE, DTYPES, assert_as_exact_as, on_device, with_types
+from tests.plugins.ops.sparse_mlp.test_triton_rest import rest_inputs as mlp_rest_inputs
+from tests.plugins.triton_ops import (
+    DEVICE,
+    DTYPES,
+    assert_as_exact_as,
+    on_device,
+    with_residuals,
+    with_types,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -115,6 +125,25 @@ def test_mlp(size, norm, dtype):
     y, _ = sparse_mlp(**on_device(inputs), activation="silu", block=there)
     results = [dense_mlp(inputs, "silu", kind) for kind in (dtype, torch.float64)]
     assert_block((y, there.normed), *results, block)
+
+
+@pytest.mark.parametrize(("batch", "q"), list(zip((1, 3), NESTED.values(), strict=True)), ids=str)
+def test_blocks_of_nested_integers_are_those_of_their_values(batch, q):
+    size, found = (41, 6, 2, 10, 40, batch, 1, 4, True, True), []
+    attention = attention_rest_inputs(size, 6, torch.float32, 1)
+    attention["w_kv"] = torch.randn(40, 41, generator=torch.Generator().manual_seed(2)) / 41**0.5
+    mlp = mlp_rest_inputs("llama-biases", (41, 88, batch, 1, 30), torch.float32, 1)
+    for inputs, given in zip(with_residuals(attention, q), with_residuals(mlp, q), strict=True):
+        block = moved(block_inputs(inputs["x"], "rms"))
+        inputs, given = on_device(inputs), on_device(given)
+        own = {name: inputs.pop(name) for name in ("w_kv", "c_kv", "cs_kv")}
+        own = own if own["w_kv"].dtype == torch.uint8 else {"w_kv": own["w_kv"]}
+        y, _ = sparse_attention(**inputs, n_heads=6, block=replace(block, **own))
+        outputs = [y, block.normed.clone(), inputs["key"], inputs["value"]]
+        y, _ = sparse_mlp(**given, activation="silu", block=block)
+        found.append([*outputs, y, block.normed])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
 
 
 def test_an_mlp_that_chooses_by_gate_lists_no_neurons():

@@ -15,10 +15,11 @@ from tests.plugins.ops.shortlist_logits.table_inputs import (
     assert_certified,
     error_scale,
     exact_logits,
+    nested_table,
     table_inputs,
     with_counts,
 )
-from tests.plugins.triton_ops import DEVICE, with_types
+from tests.plugins.triton_ops import DEVICE, FORMATS, with_types
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,7 @@ def tensors(inputs, dtype=torch.float32):
     found = {}
     for name, value in inputs.items():
         tensor = None if value is None else torch.from_numpy(value).to(DEVICE)
-        found[name] = tensor.to(dtype) if name in ("x", "table") else tensor
+        found[name] = tensor.to(dtype) if name in ("x", "table") and value.dtype != np.uint8 else tensor
     return found
 
 
@@ -37,7 +38,8 @@ def outputs(inputs, dtype=torch.float32):
     """The outputs as arrays, and the inputs with x and the table rounded to the type."""
     given = tensors(inputs, dtype)
     logits, recomputed = shortlist_logits(**given)
-    rounded = inputs | {name: given[name].float().cpu().numpy() for name in ("x", "table")}
+    kinds = {name: inputs[name].dtype for name in ("x", "table")}
+    rounded = inputs | {name: given[name].float().cpu().numpy().astype(kind) for name, kind in kinds.items()}
     return logits.cpu().numpy(), recomputed.cpu().numpy(), rounded
 
 
@@ -48,6 +50,26 @@ def test_the_best_rows_are_exact(size, shortlist, dtype):
     wanted, counts = reference.shortlist_logits(**rounded)
     assert (np.abs(logits - wanted) <= 1e-5 * error_scale(rounded)).all()
     np.testing.assert_array_equal(recomputed, counts)
+
+
+@FORMATS
+@pytest.mark.parametrize(("size", "shortlist", "dtype"), with_types([*SIZES[:3], (41, 17, 8)], [5, 10**6]))
+def test_a_table_of_nested_integers(size, shortlist, dtype, q):
+    integers, _ = nested_table(table_inputs("normal", *size), q)
+    logits, recomputed, rounded = outputs(with_counts(integers, shortlist, certify=False), dtype)
+    wanted, counts = reference.shortlist_logits(**rounded)
+    assert (np.abs(logits - wanted) <= 1e-5 * error_scale(rounded)).all()
+    np.testing.assert_array_equal(recomputed, counts)
+
+
+@FORMATS
+@pytest.mark.parametrize("kind", ["alike", "outlier"])
+def test_a_certified_logit_is_the_largest_of_a_nested_table(kind, q):
+    integers, floats = (with_counts(one, 3, certify=True) for one in nested_table(table_inputs(kind, 88, 3, 123), q))
+    logits, recomputed, _ = outputs(integers)
+    assert_certified(floats, logits)
+    wanted = reference.shortlist_logits(**integers)[1]
+    assert (np.abs(recomputed - wanted) <= 1 + 0.01 * wanted).all()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
