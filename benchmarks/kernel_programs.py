@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shadowllm.bundle.quantisation import LOW_BIT_COPY
 from shadowllm.plugins.kernel_program import Kernel, Program
 from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton import cache
-from shadowllm.plugins.triton.compile import POINTERS, Tensor, compile_kernel, compile_program
+from shadowllm.plugins.triton.compile import ITEMSIZE, POINTERS, Tensor, compile_kernel, compile_program
+from shadowllm.plugins.triton.launch import copy_of
+from shadowllm.plugins.triton.nested_linear import linear_call, multiply_rows
 
 Inputs = dict[str, Tensor]
 WORDS = LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 32  # int32 words in a block of a low-bit copy
@@ -100,15 +101,18 @@ class Node:
         return compile_program(self.op, self.inputs, self.attributes, max_batch=1, max_seqlen=self.max_seqlen, sms=sms)
 
 
-def block_nodes(shape: Shape, dtype: str, *, rest: bool = False) -> tuple[Node, Node]:
+def block_nodes(shape: Shape, dtype: str, *, rest: bool = False, residual_bits: int | None = None) -> tuple[Node, Node]:
     """The two blocks of a sparse layer in a one-token step of the Triton session.
 
     Args:
         rest: whether they choose the units and add the others from a low-bit copy.
+        residual_bits: if the weights are nested integers. Then there is a rest.
     """
     attention, mlp = block_inputs(shape, dtype)
-    if rest:
+    if rest or residual_bits:
         attention, mlp = _rest_of_both(shape, attention, mlp)
+    if residual_bits:
+        attention, mlp = nested(_with_copies(attention, "kv"), residual_bits), nested(mlp, residual_bits)
     heads, activation = sparse_attributes(shape)
     eps = {"norm_eps": 1e-5}
     return Node("SparseAttention", attention, {**heads, **eps}, 1), Node("SparseMLP", mlp, {**activation, **eps}, 1)
@@ -145,6 +149,24 @@ def nodes(shape: Shape, dtype: str) -> list[Node]:
     ]
 
 
+def nested_nodes(shape: Shape, dtype: str, residual_bits: int) -> list[Node]:
+    """The nodes of a model with nested integers that the Triton session runs."""
+    mixed = zip(("SparseAttention", "SparseMLP"), _rest_of_both(shape, *sparse_inputs(shape, dtype)), strict=True)
+    attributes = sparse_attributes(shape)
+    return [
+        *(Node(op, nested(one, residual_bits), own) for (op, one), own in zip(mixed, attributes, strict=True)),
+        Node("ShortlistLogits", nested(_table(shape, dtype), residual_bits), {}),
+        *block_nodes(shape, dtype, residual_bits=residual_bits),
+    ]
+
+
+def nested(inputs: Inputs, residual_bits: int) -> Inputs:
+    """Inputs of an op, with residuals in place of all matrices that have a low-bit copy."""
+    words = {4: "int32", 2: "int16"}[residual_bits]
+    residuals = {name: inputs[copy_of(name)] for name in inputs if copy_of(name) in inputs}
+    return inputs | {name: Tensor(words, copy.shape) for name, copy in residuals.items()}
+
+
 def _rest_of_both(shape: Shape, attention: Inputs, mlp: Inputs) -> tuple[Inputs, Inputs]:
     groups = shape.n_kv_heads
     scores = {
@@ -169,9 +191,15 @@ def _table(shape: Shape, dtype: str) -> dict[str, Tensor]:
     }
 
 
-def _with_rest(inputs: Mapping[str, Tensor], *parts: str) -> dict[str, Tensor]:
+def _with_rest(inputs: Inputs, *parts: str) -> Inputs:
     """Inputs of a sparse op that adds a rest from a low-bit copy, and chooses the active units itself."""
     found = {name: port for name, port in inputs.items() if name != "indices"} | {"rest": Tensor("int32", ())}
+    return _with_copies(found, *parts)
+
+
+def _with_copies(inputs: Inputs, *parts: str) -> Inputs:
+    """The same inputs, with low-bit copies of those parts that there are."""
+    found = dict(inputs)
     for part in parts:
         if f"w_{part}" in inputs:
             rows, width = (int(size) for size in inputs[f"w_{part}"].shape)
@@ -189,3 +217,17 @@ def cache_writer(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Kernel:
     passed = {name: types[name] for name in cache.write_step.arg_names if name in types}
     constants = cache.constants(shape.head_dim, rotary=shape.gated)
     return compile_kernel(cache.write_step, passed, constants, warps=cache.WARPS, stages=1, sms=sms)
+
+
+def linear_kernels(shape: Shape, dtype: str, sms: tuple[int, ...], residual_bits: int) -> list[Kernel]:
+    """The kernels that multiply all rows of nested integers, for one token and for a prompt; no program has them."""
+    copy = (shape.hidden_size, LOW_BIT_COPY.blocks(shape.intermediate_size), WORDS)
+    residual = {4: "*u32", 2: "*u16"}[residual_bits]
+    floats = dict.fromkeys(("x", "bias", "y"), POINTERS[dtype])
+    types = floats | {"copy": "*u32", "scales": "*fp32", "residual": residual, "tokens": "i32"}
+    calls = [linear_call(copy, shape.intermediate_size, tokens, ITEMSIZE[dtype], bias=True) for tokens in (1, 512)]
+    passed = {name: types[name] for name in multiply_rows.arg_names if name in types}
+    return [
+        compile_kernel(call.kernel, passed, call.constants, warps=call.warps, stages=call.stages, sms=sms)
+        for call in calls
+    ]

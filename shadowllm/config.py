@@ -299,8 +299,8 @@ class Export:
         dtype: of weights and activations: "float32", "float16" or "bfloat16".
         validate: compare the graphs with PyTorch.
         engines: engines to build, one entry per flavour.
-        weight_dtype: store matrices as integers with one scale per 32 or 64 elements (ONNX Runtime only). Those of int6
-            contain the low-bit copy, and so do those of int8 if there is one.
+        weight_dtype: store matrices as integers with one scale per 32 or 64 elements. Those of int6 contain the low-bit
+            copy, and so do those of int8 if there is one. ONNX Runtime runs all, and Triton those with the copy.
         target: choose the default budget for this target after the bundle is written. None, without a budget, is a
             perplexity of 5% above dense if the rest is computed from a shadow, else `DEFAULT_BUDGET`.
         head_unit: unit of head selection: each query head, or all query heads of one KV head; budgets are rounded to

@@ -4,13 +4,16 @@ One description of the launches has two users. `launch` runs them on PyTorch ten
 ``TRITON_INTERPRET=1``). `compile` turns them into the programs of TensorRT plugins. The kernels of an op, their
 schedules and the op as a function of tensors are in its folder of ``plugins/ops``.
 
-    tiles, low_bit         parts of kernels that several ops share
+    tiles                  parts of kernels that several ops share
+    low_bit                the same for packed integers: copies and residuals
     block_end              the sum at the end of attention or MLP; with the hidden states and a norm, a whole block
-    output_projection      two kernels that several ops share
+    output_projection      a kernel that several ops share
+    hidden_values          what it multiplies, merged from spans of the cache
     rest_projection        the same for the units that are computed from a low-bit copy
     head_choice            chooses and orders the heads of attention
     schedule               describes launches, and runs them with PyTorch
     launch                 checks tensors against an op's schema, and runs the op's launches
     compile                ahead-of-time compilation, for engines
+    nested_linear          a linear layer of nested integers
     cache                  rotation and KV cache writes before attention
 """

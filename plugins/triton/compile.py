@@ -27,9 +27,9 @@ from shadowllm.plugins.triton.schedule import FLOATS_FUSED, Call, Operand, Sched
 PTX_VERSION = 80
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
-WORDS = "*u32"  # packed integers
+WORDS = {"int32": "*u32", "int16": "*u16"}  # packed integers
 # Indices and counts may be rows of a larger tensor, so their alignment is unknown.
-ALIGNED_POINTERS = ("*fp32", "*fp16", "*bf16", WORDS)
+ALIGNED_POINTERS = ("*fp32", "*fp16", "*bf16", *WORDS.values())
 # KiB of dynamic shared memory that a block can have, by compute capability (CUDA C++ Programming Guide, table of
 # technical specifications). For a GPU that is missing here, the driver reports the error when a kernel is loaded.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
@@ -57,8 +57,9 @@ def compile_program(
     Args:
         op: name of a schema.
         inputs: the present inputs, by the schema's names; with ``residual``, those of a whole block of a layer
-            (`block_end.with_block_end`). uint8 as int32 words. Only batch and seqlen of ``x`` may be
-            symbols, and batch of ``key``, ``value``, ``lengths``, ``cos`` and ``sin``.
+            (`block_end.with_block_end`). uint8 as int32 words; a residual has words at the places of its copy's, see
+            `low_bit`. Only batch and seqlen of ``x`` may be symbols, and batch of ``key``, ``value``, ``lengths``,
+            ``cos`` and ``sin``.
         attributes: attributes of the node; ``layer`` is not read.
         max_batch, max_seqlen: largest number of sequences in a call, and of tokens in each.
         sms: compute capabilities to compile for; `PTX` is for all others from 8.0 on.
@@ -136,7 +137,8 @@ class _Builder:
         self.kernels: list[Kernel] = []
         self._found: dict[Any, int] = {}
         self._inputs, self._names, self._dtype, self._sms = inputs, list(inputs), dtype, sms
-        self._words = {port.name for port in schema.inputs if port.dtype == "uint8"}
+        packed = {port.name for port in schema.inputs if port.dtype in ("uint8", "T")}  # T: or a residual
+        self._words = {name: WORDS[t.dtype] for name, t in inputs.items() if name in packed and t.dtype in WORDS}
         self._outputs = {port.name: self._typed(port.dtype) for port in schema.outputs}
 
     def plan(self, schedule: Schedule) -> Plan:
@@ -171,7 +173,7 @@ class _Builder:
         if isinstance(operand, Scratch):
             return POINTERS[self._typed(operand.dtype)]
         if operand in self._words:
-            return WORDS
+            return self._words[operand]
         return POINTERS[self._outputs[operand] if operand in self._outputs else self._inputs[operand].dtype]
 
     def _typed(self, dtype: str) -> str:

@@ -81,7 +81,8 @@ def nested(layers: SparseLayers, stored: Mapping[str, Tensor], device: torch.dev
         stored: a bundle's tensors by their names in `weight_layout.model_groups`.
     """
     spec = layers.spec
-    sparse = {f"layers.{layer}.{part}_proj.weight" for layer in layers.layers for part in ("o", "down")}
+    units = ("o", "down") if spec.selects_heads else ("down",)
+    sparse = {f"layers.{layer}.{part}_proj.weight" for layer in layers.layers for part in units}
     names = {matrix(name): None for name in stored if is_part(name)}  # ordered, without duplicates
     names = {name: None for name in names if not rows_are_inputs(name) or name in sparse}
     found: dict[str, NestedRows] = {}

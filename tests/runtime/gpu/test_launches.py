@@ -124,14 +124,30 @@ def test_an_mlp_that_chooses_by_gate_has_as_many_launches_as_one_with_indices():
     assert [call.kernel.fn.__name__ for call in one.calls] == ["gate_first", *BLOCKS[-2:]]
 
 
+LIMITS = {"itemsize": 4, "max_batch": 3, "max_seqlen": 1}
+
+
+def shapes_of(node):
+    return {port: tuple(n if isinstance(n, int) else 0 for n in t.shape) for port, t in node.inputs.items()}
+
+
 @pytest.mark.parametrize("name", ["smollm2-135m", "opt-1.3b", "llama-2-7b"])
 def test_the_one_block_of_a_token_adds_few_shares(name):
     """It loads all of them at once, so they must fit its registers; those of a rest too."""
-    for rest in (False, True):
-        for node in block_nodes(KNOWN[name], "float16", rest=rest):
-            shapes = {port: tuple(n if isinstance(n, int) else 0 for n in t.shape) for port, t in node.inputs.items()}
-            for schedule in schedules(node.op)(shapes, node.attributes, itemsize=2, max_batch=3, max_seqlen=1):
+    for dtype, options in (("float16", {}), ("float16", {"rest": True}), ("float32", {"residual_bits": 4})):
+        for node in block_nodes(KNOWN[name], dtype, **options):
+            for schedule in schedules(node.op)(shapes_of(node), node.attributes, **LIMITS):
                 (end,) = [call for call in schedule.calls if call.kernel.fn.__name__ == "sum_and_norm"]
                 for splits in ("SPLITS", "REST_SPLITS"):
                     assert 4 * end.constants[splits] * end.constants["WIDTH"] <= MAX_PARTIAL_BYTES
-                assert bool(end.constants["REST_SPLITS"]) == rest
+                assert bool(end.constants["REST_SPLITS"]) == bool(options)
+
+
+def test_rows_of_nested_integers_cost_no_more_launches():
+    def launched(**options):
+        nodes = block_nodes(KNOWN["smollm2-135m"], "float32", **options)
+        planned = [schedules(node.op)(shapes_of(node), node.attributes, **LIMITS) for node in nodes]
+        return [[call.kernel.fn.__name__ for call in one.calls] for op in planned for one in op]
+
+    assert launched(residual_bits=2) == launched(residual_bits=4) == launched(rest=True)
+    assert [len(calls) for calls in launched(residual_bits=4)[::2]] == [8, 6]
