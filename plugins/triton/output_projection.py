@@ -61,15 +61,15 @@ def back_calls(
     splits = 1 if tier.block == PREFILL else min(most, triton.cdiv(BLOCKS, tiles), triton.cdiv(cap * group, rows))
     partials = workspace.take(splits * tier.tokens * width, "float32", 4)
     constants = {"WIDTH": width, "SPLITS": splits, "BLOCK_D": cols}
+    given = {"indices": indices, "count": count, "lengths": "lengths" if spans else None}
     multiply = Call(
         project_back,
         (Size(tiles), Size(splits), tier.tiles),
         {
             "hidden": hidden,
-            **{name: one for name, one in {"indices": indices, "count": count}.items() if one is not None},
-            **({"lengths": "lengths"} if spans else {}),
+            **{name: one for name, one in given.items() if one is not None},
+            **(copied.operands if copied else {}),
             "weight": weight,
-            **({"copy": copied.copy, "scales": copied.scales} if copied else {}),
             "partials": partials,
             "tokens": tier.size,
         },
@@ -80,8 +80,7 @@ def back_calls(
             "GROUP": group,
             "SKIP_ZEROS": int(skip_zeros and tier.block == GEMV),
             **(spans or Spans()).constants,
-            "BLOCKS": copied.blocks if copied else 0,
-            "BLOCK_WORDS": copied.words if copied else 0,
+            **(copied.constants if copied else {"BLOCKS": 0, "BLOCK_WORDS": 0}),
             "BLOCK_M": tier.block,
             "BLOCK_N": rows,
         },
@@ -89,23 +88,25 @@ def back_calls(
         stages=3,
     )
     summed: dict[str, Operand] = {"partials": partials, "y": "y", "tokens": tier.size}
-    summed |= {"bias": bias} if bias else {}
     more, sizes = list[Call](), {"UNITS": units, "REST_SPLITS": 0}
     if rest is not None:
         shape = {"units": units, "group": group, "itemsize": itemsize, "width": width}
         call, read, sizes = rest_call(workspace, tier, rest, **shape, most=most)
         more, summed = [call], summed | read
-    return multiply, *more, _sum_call(end, tier, tiles, summed, constants | sizes)
+    return multiply, *more, _sum_call(end, tier, bias, summed, constants | sizes)
 
 
 def _sum_call(
-    end: BlockEnd | None, tier: Tier, tiles: int, summed: Mapping[str, Operand], constants: Mapping[str, int]
+    end: BlockEnd | None, tier: Tier, bias: str | None, summed: Mapping[str, Operand], constants: Mapping[str, int]
 ) -> Call:
+    summed = {**summed, **({"bias": bias} if bias else {})}
     if end is not None:
         return end_call(end, tier, summed, constants)
     # Tokens are along x, because the other two axes of a grid are limited to 65,535.
-    blocks = split_blocks(constants["SPLITS"], constants["REST_SPLITS"])
-    return Call(sum_partials, (tier.size, Size(tiles), Size()), summed, {**constants, **blocks})
+    grid = (tier.size, Size(constants["WIDTH"], divisor=constants["BLOCK_D"]), Size())
+    return Call(
+        sum_partials, grid, summed, {**constants, **split_blocks(constants["SPLITS"], constants["REST_SPLITS"])}
+    )
 
 
 def _tile(tier: Tier, width: int, itemsize: int, ended: bool, copied: Rest | None) -> tuple[int, int]:
@@ -165,15 +166,7 @@ def project_back(
         n = tl.minimum(tl.maximum(tl.load(count), 0), CAP)
     share = tl.cdiv(tl.cdiv(n * GROUP, SPLITS), BLOCK_N) * BLOCK_N
     stop = tl.minimum(n * GROUP, (split + 1) * share)
-    if copy is not None:
-        BLOCK_W: tl.constexpr = BLOCK_D // IN_WORD
-        words = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-    if BLOCK_M > 1:
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    elif copy is None:
-        acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    else:
-        acc = zero_sums(BLOCK_N, BLOCK_W)
+    acc = zero_shares(copy, BLOCK_M, BLOCK_N, BLOCK_D)
     for start in range(split * share, stop, BLOCK_N):
         slots = start + tl.arange(0, BLOCK_N)
         rows, live = active_rows(indices, n, slots, GROUP, UNITS)
@@ -183,24 +176,66 @@ def project_back(
         )  # fmt: skip
         if SKIP_ZEROS:  # a neuron that ReLU set to zero needs no weights
             live = live & (h != 0)
-        if copy is not None:
-            if BLOCK_M == 1:
-                acc = add_rows(acc, h.to(tl.float32), copy, scales, weight, rows, live, words, BLOCKS, BLOCK_WORDS)
-            else:
-                w = row_tile(copy, scales, weight, rows, live, words, BLOCKS, BLOCK_WORDS, BLOCK_N, BLOCK_W)
-                acc = dot(h, w.to(h.dtype), acc)
-        else:
-            place = rows[:, None] * WIDTH + cols[None, :]
-            w = tl.load(weight + place, mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0)
-            if BLOCK_M == 1:
-                acc += h[:, None].to(tl.float32) * w.to(tl.float32)
-            else:
-                acc = dot(h, w, acc)
-    if BLOCK_M > 1:
-        total = acc
-    elif copy is None:
-        total = tl.sum(acc, 0)[None, :]
-    else:
-        total = row_sum(acc, BLOCK_N, BLOCK_W)[None, :]
+        acc = add_shares(
+            acc, h, weight, copy, scales, rows, live, cols, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_D
+        )
+    total = share_sum(acc, copy, BLOCK_M, BLOCK_N, BLOCK_D)
     place = (split * tokens + rows_m)[:, None].to(tl.int64) * WIDTH + cols[None, :]
     tl.store(partials + place, total, mask=(rows_m < tokens)[:, None] & (cols < WIDTH)[None, :])
+
+
+@triton.jit
+def zero_shares(copy, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Initial sums for `add_shares`."""
+    if BLOCK_M > 1:
+        return tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    elif copy is None:
+        return tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    else:
+        return zero_sums(BLOCK_N, BLOCK_D // IN_WORD)
+
+
+@triton.jit
+def add_shares(
+    acc,
+    h,
+    weight,
+    copy,
+    scales,
+    rows,
+    live,
+    cols,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Add the products of hidden values ``(M, N)``, or ``(N,)`` of one token, with columns of live rows ``(N,)``."""
+    if copy is None:
+        place = rows[:, None] * WIDTH + cols[None, :]
+        w = tl.load(weight + place, mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0)
+        if BLOCK_M == 1:
+            return acc + h[:, None].to(tl.float32) * w.to(tl.float32)
+        else:
+            return dot(h, w, acc)
+    else:
+        BLOCK_W: tl.constexpr = BLOCK_D // IN_WORD
+        words = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+        if BLOCK_M == 1:
+            return add_rows(acc, h.to(tl.float32), copy, scales, weight, rows, live, words, BLOCKS, BLOCK_WORDS)
+        else:
+            w = row_tile(copy, scales, weight, rows, live, words, BLOCKS, BLOCK_WORDS, BLOCK_N, BLOCK_W)
+            return dot(h, w.to(h.dtype), acc)
+
+
+@triton.jit
+def share_sum(acc, copy, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The final products ``(M, D)``, from the sums of `add_shares`."""
+    if BLOCK_M > 1:
+        return acc
+    elif copy is None:
+        return tl.sum(acc, 0)[None, :]
+    else:
+        return row_sum(acc, BLOCK_N, BLOCK_D // IN_WORD)[None, :]

@@ -38,6 +38,16 @@ class Rest:
     blocks: int
     words: int
 
+    @property
+    def operands(self) -> dict[str, Operand]:
+        """The operands of a kernel that reads the copy."""
+        return {"copy": self.copy, "scales": self.scales}
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The constants of such a kernel."""
+        return {"BLOCKS": self.blocks, "BLOCK_WORDS": self.words}
+
 
 def rest_call(
     workspace: Workspace, tier: Tier, rest: Rest, *, units: int, group: int, itemsize: int, width: int, most: int
@@ -56,8 +66,7 @@ def rest_call(
     partials = workspace.take(splits * tier.tokens * width, "float32", 4)
     read: dict[str, Operand] = {"active": rest.active, "rest": "rest"}
     order: dict[str, Operand] = {} if rest.order is None else {"order": rest.order}
-    operands: dict[str, Operand] = {"hidden": rest.hidden, "copy": rest.copy, "scales": rest.scales}
-    operands |= {"partials": partials, "tokens": tier.size, **read, **order}
+    operands = {"hidden": rest.hidden, "partials": partials, "tokens": tier.size, **rest.operands, **read, **order}
     call = Call(
         project_rest,
         (Size(tiles), Size(splits), tier.tiles),
@@ -67,8 +76,7 @@ def rest_call(
             "GROUP": group,
             "WIDTH": width,
             "SPLITS": splits,
-            "BLOCKS": rest.blocks,
-            "BLOCK_WORDS": rest.words,
+            **rest.constants,
             "BLOCK_M": tier.block,
             "BLOCK_N": rows,
             "BLOCK_W": words,

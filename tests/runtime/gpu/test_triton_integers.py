@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'shadowllm[triton]')")
 
-from shadowllm.bundle.weight_names import is_quantised
+from shadowllm.bundle.weight_names import is_part, is_quantised
 from shadowllm.errors import UserError
 from shadowllm.runtime import Budget, open_session
 from shadowllm.runtime.gpu.triton_session import TritonSession
@@ -53,7 +53,7 @@ def of_dense_step(session: TorchSession, name: str) -> Tensor:
 def assert_integers_once(session: TritonSession) -> None:
     """No matrix is on the device as floats, and the ops read the copies of the stacked matrices."""
     decoder, row = session._decoder, session._layers.layers[0]
-    assert not [name for name in decoder.weights if is_quantised(name)]
+    assert not [name for name in decoder.weights if is_part(name) or is_quantised(name)]
     inputs = decoder._copies(row, "neurons") | decoder._matrices(f"layers.{row}", "up")
     whole = decoder._nested[f"layers.{row}.gateup_proj.weight"]
     for one, part in ((inputs["c_up"], whole.copy), (inputs["cs_up"], whole.scales), (inputs["w_up"], whole.residual)):
