@@ -56,7 +56,7 @@ def load_words(copy, residual, place, mask):
 def integers(words, low, places, BITS: tl.constexpr):
     """The integers at places of words, as float32: those of the copy, plus the residual's if it has ``BITS``.
 
-    A residual counts as a fraction, so that the scales of the copy are those of the sum. It is exact in all types.
+    A residual counts as a fraction, so that the scales of the copy are those of the sum. Sums are exact in all types.
     """
     found = signed(words, places, 4)
     if BITS != 0:
@@ -115,29 +115,47 @@ def copy_products(
     WORDS: tl.constexpr = BLOCKS * BLOCK_WORDS
     UNROLL: tl.constexpr = 4 if BLOCK_M == 1 else 1
     for start in tl.range(0, WORDS, BLOCK_W, loop_unroll_factor=UNROLL):
-        places = start + tl.arange(0, BLOCK_W)
-        mask = live[:, None] & (places < WORDS)[None, :]
-        found = unpacked(copy, residual, rows[:, None] * WORDS + places[None, :], mask)
-        cols = places[:, None] * IN_WORD + tl.arange(0, IN_WORD)[None, :]
+        words = start + tl.arange(0, BLOCK_W)
+        mask = live[:, None] & (words < WORDS)[None, :]
+        at = rows[:, None] * WORDS + words[None, :]
         if BLOCK_M == 1:
-            # x is repeated for every row, as in `tiles.token_tile`; the copies come from the cache.
-            place = tl.zeros((BLOCK_N,), tl.int32)[:, None, None] + cols[None, :, :]
-            part = tl.sum(found * tl.load(x + place, mask=place < WIDTH, other=0.0).to(tl.float32), 2)
-            block = rows[:, None] * BLOCKS + (places // BLOCK_WORDS)[None, :]
+            part = word_products(x, copy, residual, at, words, mask, WIDTH, BLOCK_N, BLOCK_W)
+            block = rows[:, None] * BLOCKS + (words // BLOCK_WORDS)[None, :]
             acc += part * tl.load(scales + block, mask=mask, other=0.0)
         else:
             rows_m = first + tl.arange(0, BLOCK_M)
-            cols = tl.reshape(cols, (BLOCK_W * IN_WORD,))
+            cols = start * IN_WORD + tl.arange(0, BLOCK_W * IN_WORD)
             inside = (rows_m < tokens)[:, None] & (cols < WIDTH)[None, :]
             tile = tl.load(x + rows_m.to(tl.int64)[:, None] * WIDTH + cols[None, :], mask=inside, other=0.0)
-            matrix = tl.reshape(found, (BLOCK_N, BLOCK_W * IN_WORD)).to(tile.dtype)  # exact in any type
-            part = dot(tile, tl.trans(matrix), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+            matrix = tl.reshape(unpacked(copy, residual, at, mask), (BLOCK_N, BLOCK_W * IN_WORD))
+            part = dot(tile, tl.trans(matrix.to(tile.dtype)), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
             block = start // BLOCK_WORDS
             acc += part * tl.load(scales + rows * BLOCKS + block, mask=live, other=0.0)[None, :]
     if BLOCK_M == 1:
         return tl.sum(acc, 1)[None, :]
     else:
         return acc
+
+
+@triton.jit
+def word_products(
+    x, copy, residual, at, words, mask, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """Products ``(N, W)`` of one token with the words of rows, which are ``at`` their places in memory.
+
+    x is repeated for every row, as in `tiles.token_tile`; the copies come from the cache. A thread has all integers of
+    a word, and takes 16 bytes of x at a time. If it took other parts, threads would exchange data in the loop.
+    """
+    BITS: tl.constexpr = 0 if residual is None else residual.dtype.element_ty.primitive_bitwidth // 8
+    PART: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    high, low = load_words(copy, residual, at, mask)
+    total = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
+    for first in tl.static_range(0, 8, PART):
+        places = first + tl.arange(0, PART)[None, None, :]
+        place = tl.zeros((BLOCK_N,), tl.int32)[:, None, None] + words[None, :, None] * IN_WORD + places
+        found = tl.load(x + place, mask=place < WIDTH, other=0.0).to(tl.float32)
+        total += tl.sum(found * integers(high[:, :, None], low[:, :, None], places, BITS), 2)
+    return total
 
 
 @triton.jit
