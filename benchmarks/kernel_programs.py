@@ -149,14 +149,15 @@ def nodes(shape: Shape, dtype: str) -> list[Node]:
     ]
 
 
-def nested_nodes(shape: Shape, dtype: str, residual_bits: int) -> list[Node]:
-    """The nodes of a model with nested integers that the Triton session runs."""
-    mixed = zip(("SparseAttention", "SparseMLP"), _rest_of_both(shape, *sparse_inputs(shape, dtype)), strict=True)
-    attributes = sparse_attributes(shape)
+def nested_nodes(shape: Shape, dtype: str) -> list[Node]:
+    """The nodes of a model with nested integers: residuals of 4 bits in the blocks of the Triton session, else of 2."""
+    attention, mlp = _rest_of_both(shape, *sparse_inputs(shape, dtype))
+    heads, activation = sparse_attributes(shape)
     return [
-        *(Node(op, nested(one, residual_bits), own) for (op, one), own in zip(mixed, attributes, strict=True)),
-        Node("ShortlistLogits", nested(_table(shape, dtype), residual_bits), {}),
-        *block_nodes(shape, dtype, residual_bits=residual_bits),
+        Node("SparseAttention", nested(attention, 2), heads),
+        Node("SparseMLP", nested(mlp, 2), activation),
+        Node("ShortlistLogits", nested(_table(shape, dtype), 2), {}),
+        *block_nodes(shape, dtype, residual_bits=4),
     ]
 
 

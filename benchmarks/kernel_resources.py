@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,15 @@ class Resources:
 
 
 def compiled(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[str, Sequence[Kernel], Collection[int]]]:
-    """Compile all programs: the op, its kernels, and the places of those for one token."""
-    residual_bits = (4, 2) if dtype == "float32" else ()  # a bundle with integer weights has float32 activations
-    nested = [node for bits in residual_bits for node in nested_nodes(shape, dtype, bits)]
-    for node in (*nodes(shape, dtype), *nested):
+    """Compile all programs: the op; its kernels; and the places of those for one token."""
+    named = [(node.op, node) for node in nodes(shape, dtype)]
+    if dtype == "float32":  # a bundle with integer weights has float32 activations
+        named += [(f"{node.op} of integers", node) for node in nested_nodes(shape, dtype)]
+        for bits in (4, 2):
+            yield "linear of integers", linear_kernels(shape, dtype, sms, bits), {0}
+    for name, node in named:
         program = node.program(sms)
-        yield node.op, program.kernels, {launch.kernel for launch in program.plans[0].launches}
-    for bits in residual_bits:
-        yield "nested_linear", linear_kernels(shape, dtype, sms, bits), {0}
+        yield name, program.kernels, {launch.kernel for launch in program.plans[0].launches}
     yield "write_cache", [cache_writer(shape, dtype, sms)], ()
 
 
@@ -118,6 +120,7 @@ def _loop_barriers(code: Sequence[str]) -> int:
     return most
 
 
+@cache  # programs share kernels
 def _printed(tool: str, option: str, cubin: bytes) -> str:
     """What one of NVIDIA's tools prints about a cubin; they are part of Triton."""
     import triton

@@ -74,9 +74,11 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
     read = [row for row in rows if row["multiply_adds"] is not None]
     fused = {row["kernel"] for row in read if row["multiply_adds"] and not row["loop_barriers"]}
     assert {"mlp_hidden", "project_back", "project_rest", "score_neurons", "project_heads", "table_logits"} <= fused
-    # Also those with nested integers, which are compiled in float32.
+    # Also those of nested integers.
     kernels = {"mlp_hidden", "project_back", "project_heads", "table_logits", "shortlist_logits", "multiply_rows"}
-    assert not [row for row in read if row["dtype"] == "float32" and row["kernel"] in kernels and row["loop_barriers"]]
+    of_integers = [row for row in read if "of integers" in row["op"] and row["kernel"] in kernels]
+    assert {row["kernel"] for row in of_integers} == kernels
+    assert not [row for row in of_integers if row["loop_barriers"] or not row["multiply_adds"]]
 
 
 # For each line of arguments, prints the shared memory that a tile of a prompt's attention needs, with its own constants
