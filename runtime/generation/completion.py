@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from shadowllm.bundle.manifest import Manifest
 from shadowllm.config import Drafting
+from shadowllm.errors import UserError
 from shadowllm.limits import check_whole
 from shadowllm.runtime.generation.draft_length import DraftRecord, draft_length_of
 from shadowllm.runtime.generation.generate import generate
@@ -90,8 +91,11 @@ def make_request(
     check_whole("the number of new tokens", max_new_tokens)
     chat, template = bool(options.pop("chat", False)), options.pop("chat_template", None)
     stop = options.pop("stop", None)
+    stop = (stop,) if isinstance(stop, str) else stop
+    if stop is not None and not (isinstance(stop, Sequence) and all(isinstance(text, str) for text in stop)):
+        raise UserError(f"stop is {stop!r:.60}, which is no text", "give a string, or a list of strings")
     drafting = Drafting(bool(options.pop("lossless", False)), options.pop("draft_length", None), manifest.tuned_drafts)
-    sampling, stops = bundle_sampling(bundle, manifest, (stop,) if isinstance(stop, str) else stop, **options)
+    sampling, stops = bundle_sampling(bundle, manifest, stop, **options)
     tokenizer = load() if stops or any(isinstance(prompt, str) for prompt in prompts) else None
 
     def encoded(prompt: str | Sequence[int]) -> Sequence[int]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from shadowllm.bundle.manifest import Manifest, verify_files
 from shadowllm.config_fields import option
 from shadowllm.errors import UserError, in_one_line
@@ -152,7 +154,7 @@ def bundle_sampling(
         UserError: a value out of range, given or in the generation config, or a damaged config.
     """
     path, config = bundle / CONFIG, generation_config(bundle, manifest)
-    given = {name: value for name, value in given.items() if value is not None}
+    given = _plain({name: value for name, value in given.items() if value is not None})
     sampled = bool(given.get("temperature"))
     unused = UNUSED | (UNUSED_SAMPLED if sampled else {})
     ignored = [name for name, neutral in unused.items() if config.get(name) not in (None, False, neutral)]
@@ -170,6 +172,20 @@ def bundle_sampling(
     except (ValueError, UserError) as error:
         cause = error.problem if isinstance(error, UserError) else in_one_line(error)
         raise UserError(f"{path} has a value that cannot be used ({cause})", REMEDY) from error
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with numbers of Python in place of NumPy's.
+
+    Raises:
+        UserError: an unknown option, or a value of another type.
+    """
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
+    try:
+        check_type(plain, Sampling, "options")
+    except ValueError as error:
+        raise UserError(str(error), "see the fields of Sampling, or of GenerateOptions") from error
+    return plain
 
 
 def _stop_strings(config: dict[str, Any]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import shadowllm
@@ -146,6 +147,29 @@ class TestGenerate:
         assert len(found) > 1
         ids = model.tokenizer("Hello").input_ids
         assert list(shadowllm.generate(model, ids, 8, stream=True)) == shadowllm.generate(model, ids, 8)
+
+    @pytest.mark.parametrize(
+        ("prompt", "options", "words"),
+        [
+            ([5], {"top_k": 1.5, "temperature": 1}, "options.top_k is 1.5"),
+            ([5], {"temperature": "1"}, "options.temperature is '1'"),
+            ([5], {"seed": 1.5}, "options.seed is 1.5"),
+            ([5], {"no_repeat_ngram_size": True}, "no_repeat_ngram_size is True"),
+            ([5], {"beams": 2}, "beams"),
+            ([5], {"stop": 5}, "stop is 5"),
+            ([5], {"stop": ["a", 5]}, "no text"),
+            (["a"], {}, "not integers"),
+            ([[5, 6]], {}, "not integers"),
+        ],
+    )
+    def test_options_of_a_wrong_type(self, model, prompt, options, words):
+        with pytest.raises(shadowllm.UserError, match=words):
+            shadowllm.generate(model, prompt, 2, **options)
+
+    def test_numbers_of_numpy(self, model):
+        plain = shadowllm.generate(model, [5], 4, temperature=0.5, top_k=9, seed=3)
+        options = {"temperature": np.float32(0.5), "top_k": np.int64(9), "seed": np.int64(3)}
+        assert shadowllm.generate(model, np.array([5]), 4, **options) == plain
 
     def test_one_text_at_a_time(self, model):
         pieces = shadowllm.generate(model, [3, 4], 8, stream=True)
