@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shadowllm.bundle.cost_model import unit_elements
+from shadowllm.malloc import return_freed_memory
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparse_decoder import TOKENS_AT_ONCE
 from shadowllm.models.sparsity import Budget, Unit, layer_units
@@ -80,7 +81,8 @@ class Loss:
     """Measures the perplexity of a selector, and its mean KL divergence from the dense model.
 
     It keeps the outputs of the dense model's last layer in memory. Next-token distributions of the whole text can be
-    larger than the weights of a small model. So they are computed for one window at a time.
+    larger than the weights of a small model. So they are computed for one window at a time, and freed memory is handed
+    back after each: temporaries of many sizes would else leave more and more gaps.
 
     Args:
         windows: int64 ``(n, seqlen)``.
@@ -110,6 +112,7 @@ class Loss:
         decoder = self._decoder(budget)
         for i, dense in enumerate(self._entropies):
             found.append(float(F.cross_entropy(self._logits(decoder, i), self._windows[i, 1:])) - dense)
+            return_freed_memory()
             if len(found) >= ENOUGH and fmean(found) - CLEARLY * stdev(found) / math.sqrt(len(found)) > limit:
                 return fmean(found)
         self._known[budget] = fmean(found)
@@ -130,6 +133,7 @@ class Loss:
             dense = self._distributions(i)
             for budget, values in zip(budgets, found, strict=True):
                 values.append(_divergence(self._logits(self._decoder(budget), i), dense))
+            return_freed_memory()
             advance(len(budgets) * (i + 1) // n - len(budgets) * i // n)
         return list(map(fmean, found))
 
