@@ -24,6 +24,7 @@ from shadowllm.errors import UserError
 
 # Attribute of ``MatMulNBits``: its inputs are rounded to 8 bits. ONNX Runtime has fast kernels for this.
 ACCURACY_LEVEL = 4
+MOST_STORED = 8  # bits of integers in files; more are only for analysis, and their steps are finer than a scale's
 CHUNK = 1 << 20  # elements quantised at a time, because temporaries are several times as large
 
 
@@ -196,7 +197,8 @@ def _integers(matrix: np.ndarray, q: Quantisation) -> tuple[np.ndarray, np.ndarr
         # The range of nested integers ends early above zero. A block with larger elements there has a larger scale.
         above = (blocks * _inverse(scales)).max(axis=2, keepdims=True) / np.float32(q.highest)
         scales *= np.maximum(1, above)
-    scales = scales.astype(ml_dtypes.bfloat16).astype(np.float32)
+    if q.bits <= MOST_STORED:
+        scales = scales.astype(ml_dtypes.bfloat16).astype(np.float32)
     integers = np.clip(np.rint(blocks * _inverse(scales)), q.lowest, q.highest)
     if not q.residual_bits:
         return integers, scales[..., 0]

@@ -190,7 +190,7 @@ def describe_fractions(value: Fractions) -> str:
 
 
 def _each(value: Fractions) -> tuple[float, ...]:
-    return value if isinstance(value, tuple) else (value,)
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _counts(value: Fractions, units: int, n_sparse: int) -> np.ndarray:

@@ -182,7 +182,9 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     """
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     try:
-        check_type(plain, Sampling, "options")
+        # `Sampling` itself refuses infinity and NaN.
+        finite = {n: v for n, v in plain.items() if not isinstance(v, float) or math.isfinite(v)}
+        check_type(finite, Sampling, "options")
     except ValueError as error:
         raise UserError(str(error), "see the fields of Sampling, or of GenerateOptions") from error
     return plain

@@ -181,7 +181,7 @@ def mixed(shortlist=None, active=None, **sizes):
 
 
 def test_a_rest_from_the_low_bit_copy_by_hand():
-    row = 32 + 4  # one block of 64 integers of 4 bits, the last of them unused, and a scale
+    row = 32 + 2  # one block of 64 integers of 4 bits, the last of them unused, and a scale
     parts = mixed(active=counts((1, 4), (2, 10)))
     assert parts["low-bit copy"] == row * (4 * 2 * 2 + 10 * 3)  # q and o of 4 heads, gate, up and down of one layer
     assert parts["active q/o rows"] == 2 * (1 + 4) * 2 * 2 * 6

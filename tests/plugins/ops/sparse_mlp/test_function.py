@@ -95,7 +95,7 @@ def test_nested_weights(q, rest, hidden, width, count):
     feeds |= {"count": np.array(count, np.int32), "rest": np.array(rest, np.int32)}
     feeds["down_norms"] = rng.random(width).astype(np.float32)
     for part in ("gate", "up", "down"):
-        weight = 0.3 * rng.standard_normal((width, hidden)).astype(np.float32)
+        weight = 0.2 * rng.standard_normal((width, hidden)).astype(np.float32)
         data, scales, feeds[f"w_{part}"] = quantise_nested(weight, q)
         feeds |= {f"c_{part}": data.reshape(*scales.shape, -1), f"cs_{part}": scales}
     expected = sparse_mlp(**dict.fromkeys(("indices", "b_gate", "b_up", "b_down")), **feeds, activation="silu")
