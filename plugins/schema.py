@@ -13,8 +13,8 @@ A weight matrix may be quantised (see `bundle.quantisation`). Its ``w_`` input i
 for 8 bits or ``(rows, D/2)`` for 4, and its ``s_`` input holds the scales, ``(rows, blocks)``. A low-bit copy
 is always quantised, and has a separate dimension for the blocks of a row. A ``w_`` input of integers without scales
 is the residual of nested integers: a full row is the row of the copy plus that of the residual. It has the blocks of
-the copy, and its bits follow from the bytes of its rows. The Triton kernels take floats and
-residuals, but no ``s_`` inputs.
+the copy, and its bits follow from the bytes of its rows. The Triton kernels take floats and residuals, but no ``s_``
+inputs.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ def pad_prompts(
         raise UserError(f"{len(prompts)} prompts for {batch} sequences", "reset the session with the number of prompts")
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     for prompt in prompts:
-        if len(prompt) and (np.ndim(prompt) != 1 or np.asarray(prompt).dtype.kind not in "iu"):
+        tokens = np.asarray(prompt)
+        if tokens.size and (tokens.ndim != 1 or tokens.dtype.kind not in "iu"):
             raise UserError("the tokens of a prompt are not integers", "give a list of token ids for each prompt")
         check_appended(prompt, 0, spec)
     ids = np.zeros((batch, width(int(lengths.max()))), dtype=np.int64)

@@ -23,8 +23,7 @@ struct Activation {
 // first has the lowest bits. Rows c4 are like i4, but belong to a low-bit copy, whose own rounding to 4 bits is far
 // larger than a rounding of their factor to 8 bits, which kernels may do. So may they with residuals of a copy (c4 and
 // c2), because the factor of nested integers is then rounded as ONNX Runtime rounds it for 8-bit integers. Rows c8 are
-// like i8, with a factor that kernels may round in this way. Rows c8, c4 and c2 have
-// short scales.
+// like i8, with a factor that kernels may round in this way. Rows c8, c4 and c2 have short scales.
 struct Rows {
   const void* data;
   size_t stride;  // bytes from one row to the next
