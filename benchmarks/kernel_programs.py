@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 from shadowllm.bundle.quantisation import LOW_BIT_COPY
 from shadowllm.plugins.kernel_program import Kernel, Program
-from shadowllm.plugins.schema import Attributes
+from shadowllm.plugins.schema import Attributes, copy_of
 from shadowllm.plugins.triton import cache
-from shadowllm.plugins.triton.compile import ITEMSIZE, POINTERS, Tensor, compile_kernel, compile_program
-from shadowllm.plugins.triton.launch import copy_of
-from shadowllm.plugins.triton.nested_linear import linear_call, multiply_rows
+from shadowllm.plugins.triton.compile import POINTERS, Tensor, compile_kernel, compile_program
 
 Inputs = dict[str, Tensor]
 WORDS = LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 32  # int32 words in a block of a low-bit copy
@@ -89,16 +87,19 @@ class Node:
     Attributes:
         inputs: the present inputs; uint8 as int32 words.
         max_seqlen: most tokens of a sequence in a call.
+        max_batch: most sequences in a call, or most rows.
     """
 
     op: str
     inputs: Inputs
     attributes: Attributes
     max_seqlen: int = 512
+    max_batch: int = 1
 
     def program(self, sms: tuple[int, ...]) -> Program:
-        """Compile its program, for one sequence."""
-        return compile_program(self.op, self.inputs, self.attributes, max_batch=1, max_seqlen=self.max_seqlen, sms=sms)
+        """Compile its program."""
+        limits = {"max_batch": self.max_batch, "max_seqlen": self.max_seqlen}
+        return compile_program(self.op, self.inputs, self.attributes, **limits, sms=sms)
 
 
 def block_nodes(shape: Shape, dtype: str, *, rest: bool = False, residual_bits: int | None = None) -> tuple[Node, Node]:
@@ -150,7 +151,10 @@ def nodes(shape: Shape, dtype: str) -> list[Node]:
 
 
 def nested_nodes(shape: Shape, dtype: str) -> list[Node]:
-    """The nodes of a model with nested integers: residuals of 4 bits in the blocks of the Triton session, else of 2."""
+    """The nodes of a model with nested integers: residuals of 4 bits in the blocks of the Triton session, else of 2.
+
+    The products that every token reads have one node with each.
+    """
     attention, mlp = _rest_of_both(shape, *sparse_inputs(shape, dtype))
     heads, activation = sparse_attributes(shape)
     return [
@@ -158,6 +162,8 @@ def nested_nodes(shape: Shape, dtype: str) -> list[Node]:
         Node("SparseMLP", nested(mlp, 2), activation),
         Node("ShortlistLogits", nested(_table(shape, dtype), 2), {}),
         *block_nodes(shape, dtype, residual_bits=4),
+        *(Node("NestedLinear", nested(_linear(shape, dtype), bits), {}, max_batch=512) for bits in (4, 2)),
+        Node("NestedGather", nested(_gather(shape), 2), {"width": shape.hidden_size}),
     ]
 
 
@@ -183,13 +189,31 @@ def _table(shape: Shape, dtype: str) -> dict[str, Tensor]:
     return {
         "x": Tensor(dtype, ("batch", shape.hidden_size)),
         "table": Tensor(dtype, (shape.vocab_size, shape.hidden_size)),
-        "copy": Tensor("int32", (shape.vocab_size, LOW_BIT_COPY.blocks(shape.hidden_size), WORDS)),
-        "scales": Tensor("float32", (shape.vocab_size, LOW_BIT_COPY.blocks(shape.hidden_size))),
+        **_packed(shape.vocab_size, shape.hidden_size),
         "errors": Tensor("float32", (shape.vocab_size,)),
         "shortlist": Tensor("int32", ()),
         "certify": Tensor("int32", ()),
         "weighting": Tensor("float32", (shape.hidden_size,)),
     }
+
+
+def _linear(shape: Shape, dtype: str) -> Inputs:
+    """Inputs of the down projection of one layer's dense step, for one token or a batch."""
+    copied = _packed(shape.hidden_size, shape.intermediate_size)
+    bias = Tensor(dtype, (shape.hidden_size,))
+    return {"x": Tensor(dtype, ("rows", shape.intermediate_size)), "w": copied["copy"], **copied, "bias": bias}
+
+
+def _gather(shape: Shape) -> Inputs:
+    """Inputs of the embedding of tokens."""
+    copied = _packed(shape.vocab_size, shape.hidden_size)
+    return {"ids": Tensor("int32", ("rows",)), "w": copied["copy"], **copied}
+
+
+def _packed(rows: int, width: int) -> dict[str, Tensor]:
+    """A low-bit copy and its scales."""
+    size = (rows, LOW_BIT_COPY.blocks(width))
+    return {"copy": Tensor("int32", (*size, WORDS)), "scales": Tensor("float32", size)}
 
 
 def _with_rest(inputs: Inputs, *parts: str) -> Inputs:
@@ -204,9 +228,8 @@ def _with_copies(inputs: Inputs, *parts: str) -> Inputs:
     for part in parts:
         if f"w_{part}" in inputs:
             rows, width = (int(size) for size in inputs[f"w_{part}"].shape)
-            size = (rows, LOW_BIT_COPY.blocks(width))
-            found[f"c_{part}"] = Tensor("int32", (*size, WORDS))
-            found[f"cs_{part}"] = Tensor("float32", size)
+            copied = _packed(rows, width)
+            found |= {f"c_{part}": copied["copy"], f"cs_{part}": copied["scales"]}
     return found
 
 
@@ -218,17 +241,3 @@ def cache_writer(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Kernel:
     passed = {name: types[name] for name in cache.write_step.arg_names if name in types}
     constants = cache.constants(shape.head_dim, rotary=shape.gated)
     return compile_kernel(cache.write_step, passed, constants, warps=cache.WARPS, stages=1, sms=sms)
-
-
-def linear_kernels(shape: Shape, dtype: str, sms: tuple[int, ...], residual_bits: int) -> list[Kernel]:
-    """The kernels that multiply all rows of nested integers, for one token and for a prompt; no program has them."""
-    copy = (shape.hidden_size, LOW_BIT_COPY.blocks(shape.intermediate_size), WORDS)
-    residual = {4: "*u32", 2: "*u16"}[residual_bits]
-    floats = dict.fromkeys(("x", "bias", "y"), POINTERS[dtype])
-    types = floats | {"copy": "*u32", "scales": "*fp32", "residual": residual, "tokens": "i32"}
-    calls = [linear_call(copy, shape.intermediate_size, tokens, ITEMSIZE[dtype], bias=True) for tokens in (1, 512)]
-    passed = {name: types[name] for name in multiply_rows.arg_names if name in types}
-    return [
-        compile_kernel(call.kernel, passed, call.constants, warps=call.warps, stages=call.stages, sms=sms)
-        for call in calls
-    ]

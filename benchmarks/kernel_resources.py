@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shadowllm.benchmarks.kernel_programs import SHAPES, Shape, cache_writer, linear_kernels, nested_nodes, nodes
+from shadowllm.benchmarks.kernel_programs import SHAPES, Shape, cache_writer, nested_nodes, nodes
 from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.plugins.kernel_program import Kernel
@@ -60,8 +60,6 @@ def compiled(shape: Shape, dtype: str, sms: tuple[int, ...]) -> Iterator[tuple[s
     named = [(node.op, node) for node in nodes(shape, dtype)]
     if dtype == "float32":  # a bundle with integer weights has float32 activations
         named += [(f"{node.op} of integers", node) for node in nested_nodes(shape, dtype)]
-        for bits in (4, 2):
-            yield "linear of integers", linear_kernels(shape, dtype, sms, bits), {0}
     for name, node in named:
         program = node.program(sms)
         yield name, program.kernels, {launch.kernel for launch in program.plans[0].launches}

@@ -36,6 +36,8 @@ FOLDERS = (
     "score_neurons",
     "shortlist_logits",
 )
+# Ops of engines only: the exporter puts them into the copy of a graph that TensorRT reads. They have no function.py.
+ENGINE_FOLDERS = ("nested_linear", "nested_gather")
 # Ops of the native library only. Sessions put them into the graphs that they load, so no bundle and no engine has them.
 # Such a folder has schema.py, reference.py and native.cpp.
 NATIVE_FOLDERS = ("cached_attention", "linear_w8a8", "decoder_layer")
@@ -50,9 +52,9 @@ def _schemas(folders: tuple[str, ...]) -> dict[str, OpSchema]:
     return {schema.name: schema for schema in schemas}
 
 
-SCHEMAS = _schemas(FOLDERS)
+SCHEMAS = _schemas(FOLDERS + ENGINE_FOLDERS)
 NATIVE_SCHEMAS = _schemas(NATIVE_FOLDERS)
-_FOLDERS = dict(zip((*SCHEMAS, *NATIVE_SCHEMAS), (*FOLDERS, *NATIVE_FOLDERS), strict=True))
+_FOLDERS = dict(zip((*SCHEMAS, *NATIVE_SCHEMAS), (*FOLDERS, *ENGINE_FOLDERS, *NATIVE_FOLDERS), strict=True))
 
 
 def reference(op: str) -> Callable[..., Any]:

@@ -26,6 +26,16 @@ from typing import Literal
 Attributes = Mapping[str, int | float | str]  # of a node, by name
 
 
+def copy_of(matrix: str) -> str:
+    """The input with the low-bit copy of a matrix, which completes a residual."""
+    return "copy" if matrix in ("table", "w") else f"c_{matrix.removeprefix('w_')}"
+
+
+def scales_of(copy: str) -> str:
+    """The input with the scales of a low-bit copy."""
+    return "scales" if copy == "copy" else f"cs_{copy.removeprefix('c_')}"
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or output.

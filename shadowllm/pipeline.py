@@ -93,7 +93,7 @@ def export_model(
         raise UserError("an export runs in one process", "train a predictor in several, then export with --predictor")
     for engine in options.engines:
         require(engine.flavour)
-        _check_engine_weights(options.weight_dtype)
+        _check_engine_weights(options.weight_dtype, options.computes_rest)
     if options.validate or options.budget is None:
         check_package()
     with staged(out, overwrite) as folder:
@@ -191,7 +191,7 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
     """
     require(options.flavour)
     manifest = read_manifest(bundle)
-    _check_engine_weights(manifest.weight_dtype)
+    _check_engine_weights(manifest.weight_dtype, manifest.rest)
     _check_engine_spec(manifest.spec)
     verify_files(bundle, {name: digest for name, digest in manifest.files.items() if "onnx" in name})
     target = bundle / "engines" / options.flavour
@@ -228,10 +228,11 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
     return records
 
 
-def _check_engine_weights(weight_dtype: str | None) -> None:
-    if weight_dtype:
+def _check_engine_weights(weight_dtype: str | None, rest: str) -> None:
+    if weight_dtype and rest == "drop":
         raise UserError(
-            f"engines are not built of {weight_dtype} weights", "export without --weight-dtype, for example in fp16"
+            f"engines are not built of {weight_dtype} weights without a low-bit copy",
+            "export with --rest shadow and --weight-dtype int8 or int6, or without --weight-dtype",
         )
 
 

@@ -17,10 +17,11 @@ from onnx_ir.tape import Tape
 from shadowllm.bundle.engine_record import CustomNode
 from shadowllm.bundle.op_domain import DOMAIN, VERSION
 from shadowllm.errors import UserError
+from shadowllm.exporter.engines.nested_ops import carry_rows, use_nested_ops
 from shadowllm.plugins.kernel_program import PROGRAM, Program
 from shadowllm.plugins.kernel_program_bytes import pack
 from shadowllm.plugins.registry import SCHEMAS
-from shadowllm.plugins.schema import Attributes
+from shadowllm.plugins.schema import Attributes, copy_of, scales_of
 
 ONNX_FLOAT = {"float": "float32"}  # all other types have the same name in ONNX and here
 
@@ -94,24 +95,30 @@ def prepare(path: Path, bindings: Mapping[str, int], compiler: Compiler) -> Prep
     """Copy the model into the form that TensorRT's parser needs; weights stay in their external file.
 
     - A graph with logits also picks the most probable tokens (`pick_greedily`).
+    - Products and embeddings of nested integers become nodes of ours (`use_nested_ops`).
     - Function bodies of our ops are removed, so that the parser must use the plugins.
     - Our nodes get the plugin's namespace and version, and the program. The program replaces their attributes.
     - A row of a selection is read in place (`read_rows_in_place`).
     - Empty inputs of our nodes are removed, because TensorRT has none, and so are outputs that the program lacks.
     - ``Attention`` may be decomposed if no fused kernel fits (float32 has none).
-    - uint8 weights become int32, four bytes per number: TensorRT has no uint8 weights, and kernels read words.
+    - uint8 weights become int32, four bytes per number: TensorRT has no uint8 weights, and kernels read words. Each has
+      the shape ``(rows, blocks, words)``.
     - Symbols in ``bindings`` become numbers, because TensorRT needs a fixed cache capacity.
 
     Raises:
-        UserError: as `read_onnx`, a node of our domain that is not one of our ops, or a node whose input
-            types or shapes are unknown.
+        UserError: as `read_onnx` and `use_nested_ops`, a node of our domain that is not one of our ops, or a node whose
+            input types or shapes are unknown.
     """
     model = read_onnx(path)
     pick_greedily(model.graph)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([bindings.get(str(_dim(d)), _dim(d)) for d in value.shape])
-    model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
+    infer = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
+    use_nested_ops(model)
+    model = infer(model).model
+    while carry_rows(model.graph):
+        model = infer(model).model
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
     nodes = {_custom_node(node): node for node in _custom_nodes(model.graph)}
@@ -213,20 +220,28 @@ def _attributes(node: ir.Node) -> Attributes:
 
 
 def _read_bytes_as_words(node: ir.Node) -> None:
-    """Declare the uint8 weights of a node as int32; the bytes in the data file stay the same."""
-    for value in node.inputs:
-        if value is None or value.dtype != ir.DataType.UINT8:
+    """Declare the uint8 weights of a node as int32; the bytes in the data file stay the same.
+
+    Each becomes ``(rows, blocks, words)``: a residual has the blocks of its copy.
+    """
+    ports = zip(SCHEMAS[node.op_type].inputs, node.inputs, strict=False)
+    inputs = {port.name: value for port, value in ports if value is not None}
+    for name, value in inputs.items():
+        if value.dtype != ir.DataType.UINT8:
             continue
         before = value.const_value
         if not isinstance(before, ir.ExternalTensor):
             raise UserError(f"{value.name} of {node.name} is no weight of a data file", "export the model again")
-        *outer, width = before.shape.numpy()
+        copy = copy_of(name) if copy_of(name) in inputs else name
+        factors = inputs[scales_of(copy)].shape
+        assert factors is not None
+        rows, blocks = factors.numpy()
         value.const_value = ir.ExternalTensor(
             before.location,
             before.offset,
             before.length,
             ir.DataType.INT32,
-            shape=ir.Shape([*outer, width // ir.DataType.INT32.itemsize]),
+            shape=ir.Shape([rows, blocks, before.nbytes // (rows * blocks * ir.DataType.INT32.itemsize)]),
             name=before.name,
             base_dir=before.base_dir,
         )

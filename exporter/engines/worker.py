@@ -6,7 +6,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.engines.graph import Compiler, TensorInfo, prepare
 from shadowllm.plugins.engine_programs import carried
 from shadowllm.plugins.kernel_program import Program
+from shadowllm.plugins.ops.nested_gather.schema import NESTED_GATHER
+from shadowllm.plugins.ops.nested_linear.schema import NESTED_LINEAR
 from shadowllm.plugins.ops.shortlist_logits.schema import SHORTLIST_LOGITS
 from shadowllm.plugins.registry import SCHEMAS
-from shadowllm.plugins.schema import Attributes
+from shadowllm.plugins.schema import Attributes, copy_of
 from shadowllm.plugins.tensorrt import creators, load_tensorrt
 
 
@@ -94,12 +96,31 @@ def compiler(request: dict[str, Any], sms: Sequence[int]) -> Compiler:
     images = with_fallback(sms)
 
     def compile_node(op: str, inputs: Mapping[str, TensorInfo], attributes: Attributes) -> Program:
-        tensors = {name: Tensor(info.dtype, info.shape) for name, info in inputs.items()}
-        # Only this op has a row for each position whose logits are returned.
-        batch = request["max_batch"] * (request["max_kept"] if op == SHORTLIST_LOGITS.name else 1)
-        return compile_program(op, tensors, attributes, max_batch=batch, max_seqlen=request["max_seqlen"], sms=images)
+        tensors = {name: Tensor(port.dtype, port.shape) for name, port in as_kernels_read(inputs).items()}
+        limits = {"max_batch": most_rows(op, request), "max_seqlen": request["max_seqlen"]}
+        return compile_program(op, tensors, attributes, **limits, sms=images)
 
     return compile_node
+
+
+def most_rows(op: str, request: dict[str, Any]) -> int:
+    """The largest size that the first dimension of a node's first input has in a call."""
+    kept, seqlen = request["max_kept"], request["max_seqlen"]
+    of_sequence = {SHORTLIST_LOGITS.name: kept, NESTED_LINEAR.name: max(kept, seqlen), NESTED_GATHER.name: seqlen}
+    return int(request["max_batch"] * of_sequence.get(op, 1))
+
+
+def as_kernels_read(inputs: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The inputs of a node as its kernels read them: residuals of 2 bits are 16-bit words, one for each of the copy.
+
+    TensorRT has no such type, so the engine has them as int32.
+    """
+    found = dict(inputs)
+    for name, port in inputs.items():
+        copy = inputs.get(copy_of(name))
+        if copy is not None and port.dtype == copy.dtype and port.shape != copy.shape:
+            found[name] = replace(port, dtype="int16", shape=copy.shape)
+    return found
 
 
 def _register(trt: Any, library: str | None) -> Any:

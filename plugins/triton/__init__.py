@@ -14,6 +14,5 @@ schedules and the op as a function of tensors are in its folder of ``plugins/ops
     schedule               describes launches, and runs them with PyTorch
     launch                 checks tensors against an op's schema, and runs the op's launches
     compile                ahead-of-time compilation, for engines
-    nested_linear          a linear layer of nested integers
     cache                  rotation and KV cache writes before attention
 """

@@ -115,7 +115,9 @@ def _compile(
         Output(dtype if port.dtype == "T" else port.dtype, _dimensions(schema, list(tensors), port.shape, attributes))
         for port in ports
     )
-    return Program(tuple(tensor.dtype for tensor in tensors.values()), outputs, tuple(builder.kernels), plans)
+    # TensorRT has no 16-bit integers: an engine has such words as int32, two in each.
+    types = ("int32" if tensor.dtype in WORDS else tensor.dtype for tensor in tensors.values())
+    return Program(tuple(types), outputs, tuple(builder.kernels), plans)
 
 
 def _dimensions(

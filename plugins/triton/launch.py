@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shadowllm.models.activations import Activation
 from shadowllm.plugins.kernel_program import call_size
-from shadowllm.plugins.schema import Attributes, OpSchema
+from shadowllm.plugins.schema import Attributes, OpSchema, copy_of
 from shadowllm.plugins.triton.block_end import with_block_end
 from shadowllm.plugins.triton.schedule import Planner, Schedule, Shape, cover, run
 
@@ -50,11 +50,19 @@ def check_rest(schema: OpSchema, rest: Tensor | None, copies: Mapping[str, Tenso
     if absent and len(absent) <= len(copies):
         raise ValueError(f"{schema.name} has a part of what a rest needs, and no {', '.join(absent)}")
     for name, copy in copies.items():
-        if copy is None or copy.ndim != 3:
-            continue
-        _, blocks, size = copy.shape
-        if size < 4 or size & (size - 1) or not (blocks - 1) * 2 * size < width <= blocks * 2 * size:
-            raise ValueError(f"{schema.name}: {name} has shape {tuple(copy.shape)} for rows of {width}")
+        if copy is not None and copy.ndim == 3:
+            check_copy(schema, name, copy, width)
+
+
+def check_copy(schema: OpSchema, name: str, copy: Tensor, width: int) -> None:
+    """Check that the kernels can read a low-bit copy ``(rows, blocks, bytes)`` of rows of this width.
+
+    Raises:
+        ValueError: it has no blocks; or they do not cover a row, or their size is not a power of two.
+    """
+    blocks, size = copy.shape[-2:] if copy.ndim == 3 else (0, 0)
+    if size < 4 or size & (size - 1) or not (blocks - 1) * 2 * size < width <= blocks * 2 * size:
+        raise ValueError(f"{schema.name}: {name} has shape {tuple(copy.shape)} for rows of {width}")
 
 
 @dataclass(frozen=True)
@@ -144,11 +152,6 @@ def launch(
     run(cover(planned, batch, seqlen), {**present, **written}, batch, seqlen)
 
 
-def copy_of(matrix: str) -> str:
-    """The input with the low-bit copy of a matrix, which completes a residual."""
-    return "copy" if matrix == "table" else f"c_{matrix.removeprefix('w_')}"
-
-
 def _words(tensor: Tensor, copy: Tensor | None) -> Tensor:
     """Packed integers as the words that the kernels read, as in an engine; a residual has the words of its copy."""
     if tensor.dtype != torch.uint8:
@@ -215,7 +218,7 @@ def _check(schema: OpSchema, tensors: Mapping[str, Tensor]) -> None:
 
 def _check_residuals(schema: OpSchema, tensors: Mapping[str, Tensor]) -> None:
     """Check that all matrices with a copy are residuals, or none, and that residuals have 4 or 2 bits."""
-    matrices = [port.name for port in schema.inputs if port.dtype == "T" and copy_of(port.name) in tensors]
+    matrices = [port.name for port in schema.inputs if copy_of(port.name) in tensors]
     residuals = [name for name in matrices if name in tensors and tensors[name].dtype == torch.uint8]
     if residuals and len(residuals) < len(matrices):
         raise ValueError(f"{schema.name}: {residuals[0]} is a residual of a low-bit copy, and not all of {matrices}")

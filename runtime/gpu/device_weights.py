@@ -21,7 +21,7 @@ from shadowllm.bundle.weight_names import (
 from shadowllm.models.sparsity import SparseLayers
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import tensor_shape
-from shadowllm.plugins.triton.nested_linear import NestedRows
+from shadowllm.runtime.gpu.nested_rows import NestedRows
 
 # Projections of the same input, which become one product with the stacked matrix.
 RUNS = {"qkv": ("q", "k", "v"), "gateup": ("gate", "up")}

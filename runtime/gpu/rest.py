@@ -21,7 +21,7 @@ from shadowllm.bundle.weight_names import (
     scales,
 )
 from shadowllm.models.sparsity import SparseLayers, Unit
-from shadowllm.plugins.triton.nested_linear import NestedRows
+from shadowllm.runtime.gpu.nested_rows import NestedRows
 
 Inputs = Mapping[str, Any]  # tensors
 

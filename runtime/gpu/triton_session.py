@@ -20,12 +20,12 @@ from shadowllm.limits import LONGEST_DRAFT
 from shadowllm.models.decoder import KVCache
 from shadowllm.models.sparsity import UNITS, Budget, Rest, SparseLayers, Unit, check_neuron_budget
 from shadowllm.models.spec import ModelSpec
-from shadowllm.plugins.triton.nested_linear import NestedRows
 from shadowllm.predictor.networks import scores
 from shadowllm.runtime.generation.sampling import Sampling
 from shadowllm.runtime.gpu.cuda_graph import WARMUP, captured, kernel_device
 from shadowllm.runtime.gpu.device_sampling import DeviceSampler
 from shadowllm.runtime.gpu.device_weights import merged, nested
+from shadowllm.runtime.gpu.nested_rows import NestedRows
 from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
 from shadowllm.runtime.gpu.rest import RestInputs, chosen_inside, rest_inputs
 from shadowllm.runtime.gpu.selection import PerLayerSelection, UpfrontSelection, choose, device_copies

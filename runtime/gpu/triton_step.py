@@ -26,7 +26,7 @@ from shadowllm.plugins.ops.sparse_attention.launcher import sparse_attention
 from shadowllm.plugins.ops.sparse_mlp.launcher import sparse_mlp
 from shadowllm.plugins.triton.cache import write_cache
 from shadowllm.plugins.triton.launch import BlockInputs
-from shadowllm.plugins.triton.nested_linear import NestedRows, nested_linear
+from shadowllm.runtime.gpu.nested_rows import NestedRows
 from shadowllm.runtime.gpu.rest import RestInputs
 from shadowllm.runtime.gpu.selection import Selection
 
@@ -247,15 +247,15 @@ class StepDecoder(Decoder):
 
     def _table_logits(self, x: Tensor) -> Tensor:
         nested = self._nested.get(self.spec.output_table)
-        return super()._table_logits(x) if nested is None else nested_linear(x, nested)
+        return super()._table_logits(x) if nested is None else nested.linear(x)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         nested = self._nested.get(f"{name}.weight")
-        return super()._linear(name, x) if nested is None else nested_linear(x, nested, self._bias(name))
+        return super()._linear(name, x) if nested is None else nested.linear(x, self._bias(name))
 
     def _rows(self, name: str, x: Tensor) -> Tensor:
         nested = self._nested.get(transposed(f"{name}.weight"))
-        return super()._rows(name, x) if nested is None else nested_linear(x, nested, self._bias(name))
+        return super()._rows(name, x) if nested is None else nested.linear(x, self._bias(name))
 
     def _bias(self, name: str) -> Tensor | None:
         return self.weights.get(f"{name}.bias")

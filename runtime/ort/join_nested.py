@@ -12,6 +12,7 @@ from onnx_ir.passes import PassResult, PreconditionError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from shadowllm.bundle.quantisation import Quantisation, joined
+from shadowllm.exporter.graphs.nested_pairs import nested_pairs
 from shadowllm.plugins.function_body import MICROSOFT
 from shadowllm.runtime.ort.computed_weights import ComputesWeights, taken
 
@@ -37,7 +38,7 @@ class JoinNested(ComputesWeights):
             PreconditionError: names the weights of a product that has no partner, or that are not initializers.
         """
         products = {node for node in model.graph if node.op_type == "MatMulNBits"}
-        for copy, residual, _ in _pairs(model):
+        for copy, residual, _ in nested_pairs(model.graph, "MatMulNBits"):
             if any(copy.inputs[i] is not residual.inputs[i] for i in (0, 2)) or _sizes(copy) != _sizes(residual):
                 raise PreconditionError(f"{_weights(copy)} and {_weights(residual)} are not of the same matrix")
             products -= {copy, residual}
@@ -46,7 +47,7 @@ class JoinNested(ComputesWeights):
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the model in place."""
-        pairs = _pairs(model)
+        pairs = nested_pairs(model.graph, "MatMulNBits")
         for copy, residual, add in pairs:
             inputs = [copy.inputs[0], *self._join(model.graph, copy, residual), *copy.inputs[3:]]
             product = ir.node("MatMulNBits", inputs, domain=MICROSOFT)
@@ -73,22 +74,6 @@ class JoinNested(ComputesWeights):
             self.initializer(graph, f"{high.name}.joined", high, high.dtype, shape, integers),
             self.initializer(graph, f"{scales.name}.joined", scales, scales.dtype, shape[:2], steps),
         )
-
-
-def _pairs(model: ir.Model) -> list[tuple[ir.Node, ir.Node, ir.Node]]:
-    """The product of the copy, that of the residual, and the node that adds them."""
-    found = []
-    for add in (node for node in model.graph if node.op_type == "Add"):
-        copy, scaled = (_producer(value, kind) for value, kind in zip(add.inputs, ("MatMulNBits", "Mul"), strict=True))
-        residual = _producer(scaled.inputs[0], "MatMulNBits") if copy and scaled else None
-        if copy and residual:
-            found.append((copy, residual, add))
-    return found
-
-
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type else None
 
 
 def _data(node: ir.Node, place: int) -> ir.ExternalTensor:

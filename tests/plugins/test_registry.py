@@ -19,6 +19,8 @@ from shadowllm.plugins.function_body import CopyForm, FunctionForm, TableForm
 from shadowllm.plugins.ops.decoder_layer.schema import DECODER_LAYER, STAGES
 from shadowllm.plugins.registry import NATIVE_SCHEMAS, SCHEMAS
 
+BODIES = list(SCHEMAS)[: len(registry.FOLDERS)]  # ops of graphs; the others are of engines only
+FOLDERS = (*registry.FOLDERS, *registry.ENGINE_FOLDERS, *registry.NATIVE_FOLDERS)
 SOURCES = Path(__file__).parents[2] / "plugins"
 COPIES = {"copy": CopyForm(64, 20, Quantisation(4)), "table": TableForm(64, 20, Quantisation(4))}
 FORM = FunctionForm("silu", True, True, True, True, True, 6, 2, 8, windows=True, **COPIES)
@@ -37,9 +39,11 @@ UNREAD = {
 
 def test_every_folder_is_registered():
     folders = {path.parent.name for path in (SOURCES / "ops").glob("*/schema.py")}
-    assert folders == {*registry.FOLDERS, *registry.NATIVE_FOLDERS}
+    assert folders == set(FOLDERS)
     assert list(SCHEMAS) == [schema.name for schema in SCHEMAS.values()]
-    assert len(SCHEMAS) == len(registry.FOLDERS)
+    assert len(SCHEMAS) == len(registry.FOLDERS) + len(registry.ENGINE_FOLDERS)
+    with_body = {path.parent.name for path in (SOURCES / "ops").glob("*/function.py")}
+    assert with_body == set(registry.FOLDERS)
 
 
 @pytest.mark.parametrize("op", SCHEMAS | NATIVE_SCHEMAS)
@@ -85,7 +89,7 @@ def test_the_reference_of_a_layer_takes_the_ports_of_its_parts_by_name():
     assert found == own - {"layer"} | {"inputs"}
 
 
-@pytest.mark.parametrize("op", SCHEMAS)
+@pytest.mark.parametrize("op", BODIES)
 def test_bodies_have_the_ports_and_attributes(op):
     ports = SCHEMAS[op].outputs
     for form, outputs in ((FORM, [port for port in ports if not port.optional]), (CHOOSING, ports)):
@@ -98,7 +102,7 @@ def test_bodies_have_the_ports_and_attributes(op):
 
 def test_ops_that_read_a_copy_only_have_a_body_where_there_is_one():
     plain = FunctionForm("silu", True, True, True, True, True, 6, 2, 8)
-    assert {body.name for body in registry.function_bodies(plain)} == set(SCHEMAS) - {"ScoreNeurons", "ShortlistLogits"}
+    assert {body.name for body in registry.function_bodies(plain)} == set(BODIES) - {"ScoreNeurons", "ShortlistLogits"}
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
@@ -108,11 +112,17 @@ def test_launches_name_the_ports(op):
     Without indices, the sparse ops choose the units themselves.
     """
     pytest.importorskip("triton")
-    shapes: dict[str, tuple[int, ...]] = {port.name: (1,) for port in SCHEMAS[op].inputs}
-    shapes |= {"scores": (1, 7), "x": (1, 41), "copy": (14, 1, 8), "down_norms": (7,), "w_up": (7, 41)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "scores": (1, 7),
+        "x": (1, 41),
+        "copy": (14, 1, 8),
+        "down_norms": (7,),
+        "w_up": (7, 41),
+    }
     shapes |= {"key": (1, 2, 9, 8), "w_q": (32, 41), "indices": (4,), "score_weight": (2, 41), "table": (7, 41)}
     shapes |= {"c_up": (7, 1, 8), "c_down": (7, 1, 8), "c_q": (32, 1, 8), "c_o": (32, 1, 8)}
-    attributes = {"cap": 7, "activation": "silu", "n_heads": 4}
+    shapes = {port.name: shapes.get(port.name, (1,)) for port in SCHEMAS[op].inputs}
+    attributes = {"cap": 7, "activation": "silu", "n_heads": 4, "width": 41}
     named = set()
     for given in (shapes, {name: shape for name, shape in shapes.items() if name != "indices"}):
         planned = registry.schedules(op)(given, attributes, itemsize=4, max_batch=2, max_seqlen=5)
@@ -136,10 +146,7 @@ def test_the_cpp_plugins_are_those_of_the_schemas():
     [
         (["registry", "kernel_program_bytes"], ["numpy", "torch", "triton", "onnx", "onnx_ir"]),
         (["tensorrt.creators"], ["triton", "onnx", "onnx_ir"]),
-        (
-            [f"ops.{folder}.reference" for folder in (*registry.FOLDERS, *registry.NATIVE_FOLDERS)],
-            ["torch", "triton", "onnx", "onnx_ir"],
-        ),
+        ([f"ops.{folder}.reference" for folder in FOLDERS], ["torch", "triton", "onnx", "onnx_ir"]),
         ([f"ops.{folder}.function" for folder in registry.FOLDERS], ["torch", "triton", "onnxruntime"]),
     ],
     ids=lambda names: names[0],

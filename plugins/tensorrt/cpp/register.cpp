@@ -71,8 +71,8 @@ SHADOWLLM_EXPORT void setLoggerFinder(ILoggerFinder* finder) { shadowllm::logger
 
 SHADOWLLM_EXPORT IPluginCreatorInterface* const* getCreators(int32_t& count) {
   static shadowllm::Creator top("SelectTopK"), scores("ScoreNeurons"), mlp("SparseMLP"), attention("SparseAttention"),
-      logits("ShortlistLogits");
-  static IPluginCreatorInterface* const creators[] = {&top, &scores, &mlp, &attention, &logits};
+      logits("ShortlistLogits"), linear("NestedLinear"), gather("NestedGather");
+  static IPluginCreatorInterface* const creators[] = {&top, &scores, &mlp, &attention, &logits, &linear, &gather};
   count = std::size(creators);
   return creators;
 }

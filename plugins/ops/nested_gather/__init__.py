@@ -1,0 +1,1 @@
+"""``NestedGather``: rows of a matrix of nested integers, as floats."""

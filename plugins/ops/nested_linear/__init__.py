@@ -1,0 +1,1 @@
+"""``NestedLinear``: a linear layer with a matrix of nested integers."""
