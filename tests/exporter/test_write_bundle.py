@@ -20,12 +20,11 @@ from shadowllm.bundle.predictor_file import FINAL_SQUARES
 from shadowllm.bundle.quantised_tensors import mean_square_errors
 from shadowllm.bundle.weight_names import copy_weighting
 from shadowllm.bundle.weights import map_copies, read_weights
-from shadowllm.config import EngineOptions, TunedDrafts
+from shadowllm.config import TunedDrafts
 from shadowllm.errors import UserError
 from shadowllm.exporter.write_bundle import check_dtypes, write_bundle
 from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import Budget
-from shadowllm.pipeline import build_engines
 from tests.bundles import BUDGET, make_bundle, make_predictor
 from tests.conftest import VARIANTS
 
@@ -285,12 +284,6 @@ class TestIntegerWeights:
     def test_refused(self, checkpoint, variant, dtype, weight_dtype, words):
         with pytest.raises(UserError, match=words):
             check_dtypes(load_model(checkpoint(variant))[0], dtype, weight_dtype)
-
-    def test_no_engines_of_them(self, bundle):
-        pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-        folder = bundle("llama-blocks", weight_dtype="int4")
-        with pytest.raises(UserError, match="not built of int4 weights"):
-            build_engines(folder, EngineOptions("tensorrt_rtx"))
 
     def test_they_are_smaller(self, bundle):
         sizes = [(bundle("llama-blocks", weight_dtype=w) / DATA_FILE).stat().st_size for w in (None, "int8", "int4")]

@@ -61,6 +61,14 @@ given = graphs[3][1] | {{"rest": count}} | dict(zip(("c_q", "cs_q", "c_o", "cs_o
 chosen = {{name: port for name, port in given.items() if name != "indices"}}
 chosen |= {{"score_weight": Tensor("float32", (2, {WIDTH})), "score_bias": Tensor("float32", (2,))}}
 graphs += [("SparseAttention", one, {{"n_heads": {HEADS}, "layer": 1}}) for one in (chosen, given)]
+# Nested integers, with residuals of 2 bits.
+table = {{"w": Tensor("int16", ({NEURONS}, 1, 8)), "copy": Tensor("int32", ({NEURONS}, 1, 8)),
+  "scales": Tensor("float32", ({NEURONS}, 1))}}
+graphs.append(("NestedLinear", {{"x": Tensor(dtype, ("batch", {WIDTH})), **table,
+  "bias": Tensor(dtype, ({NEURONS},))}}, {{}}))
+graphs.append(("NestedGather", {{"ids": Tensor("int32", ("batch",)), **table}}, {{"width": {WIDTH}}}))
+residuals = {{name: Tensor("int16", ({NEURONS}, 1, 8)) for name in ("w_up", "w_down")}}
+graphs.append(("SparseMLP", graphs[6][1] | residuals, {{"activation": "relu", "layer": 1}}))
 for op, inputs, attributes in graphs:
     limits = {{"max_batch": batch, "max_seqlen": seqlen, "sms": (sm, PTX)}}
     program = compile_program(op, inputs, attributes, **limits)
@@ -73,7 +81,7 @@ for op, inputs, attributes in graphs:
 # The type, the largest batch, the most tokens, and the architecture. To compile a kernel takes almost half a second, so
 # only one type has all plans.
 WHOLE, ONE_TOKEN = ("float16", "3", "9", "86"), ("float32", "1", "1", "90")
-ROWS = ("SelectTopK", "ShortlistLogits")  # a call of these has no sequences, only rows
+ROWS = ("SelectTopK", "ShortlistLogits", "NestedLinear", "NestedGather")  # a call of these has no sequences, only rows
 PLANS = {"float16": [(1, 1), (3, 1), (3, 9)], "float32": [(1, 1)]}
 COMPILED_FOR = {"float16": 86, "float32": 90}
 
@@ -84,7 +92,7 @@ def programs(request):
     told = child("-c", COMPILE, *request.param)
     ops = ("SelectTopK", "ScoreNeurons", "SparseMLP", "SparseAttention", "ShortlistLogits")
     ops += ("SparseMLP chooses", "SparseMLP rest", "SparseMLP gate first")
-    ops += ("SparseAttention chooses", "SparseAttention rest")
+    ops += ("SparseAttention chooses", "SparseAttention rest", "NestedLinear", "NestedGather", "SparseMLP integers")
     return request.param[0], dict(zip(ops, (unpack(bytes.fromhex(line)) for line in told.split()), strict=True))
 
 
@@ -101,6 +109,21 @@ def test_ports(programs):
     (indices,), (y,) = found["SelectTopK"].outputs, found["SparseAttention"].outputs
     assert (indices.dtype, indices.shape) == ("int32", ((0, 0), NEURONS))
     assert (y.dtype, y.shape) == (dtype, ((0, 0), (0, 1), (0, 2)))
+
+
+def test_ports_of_nested_integers(programs):
+    """An engine has the words of a residual of 2 bits as int32, though kernels read words of 16 bits."""
+    dtype, found = programs
+    assert found["NestedLinear"].inputs == (dtype, "int32", "int32", "float32", dtype)
+    assert found["NestedGather"].inputs == ("int32", "int32", "int32", "float32")
+    (products,), (rows,) = found["NestedLinear"].outputs, found["NestedGather"].outputs
+    assert (products.dtype, products.shape) == (dtype, ((0, 0), (1, 0)))
+    assert (rows.dtype, rows.shape) == ("float32", ((0, 0), WIDTH))
+    (same, *_), (mlp, *_) = found["SparseMLP rest"].outputs, found["SparseMLP integers"].outputs
+    assert mlp == same
+    assert [kind for kind in found["SparseMLP integers"].inputs if "int" in kind] == ["int32"] * 7
+    for op in ("NestedLinear", "NestedGather"):  # the kernel for one token loads a word at a time
+        assert re.search(r"ld\.global\S*\.b16", found[op].kernels[0].images[0].data.decode())
 
 
 def test_the_units_that_an_op_chooses_are_an_output(programs):

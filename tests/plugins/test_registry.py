@@ -112,15 +112,9 @@ def test_launches_name_the_ports(op):
     Without indices, the sparse ops choose the units themselves.
     """
     pytest.importorskip("triton")
-    shapes: dict[str, tuple[int, ...]] = {
-        "scores": (1, 7),
-        "x": (1, 41),
-        "copy": (14, 1, 8),
-        "down_norms": (7,),
-        "w_up": (7, 41),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"scores": (1, 7), "x": (1, 41), "copy": (14, 1, 8), "down_norms": (7,)}
     shapes |= {"key": (1, 2, 9, 8), "w_q": (32, 41), "indices": (4,), "score_weight": (2, 41), "table": (7, 41)}
-    shapes |= {"c_up": (7, 1, 8), "c_down": (7, 1, 8), "c_q": (32, 1, 8), "c_o": (32, 1, 8)}
+    shapes |= {"w_up": (7, 41), "c_up": (7, 1, 8), "c_down": (7, 1, 8), "c_q": (32, 1, 8), "c_o": (32, 1, 8)}
     shapes = {port.name: shapes.get(port.name, (1,)) for port in SCHEMAS[op].inputs}
     attributes = {"cap": 7, "activation": "silu", "n_heads": 4, "width": 41}
     named = set()

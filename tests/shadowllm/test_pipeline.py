@@ -33,6 +33,18 @@ def test_engines_are_refused_by_name(bundle):
         build_engines(bundle("qwen3"), EngineOptions("tensorrt_rtx"))
 
 
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+def test_engines_of_integers_in_one_part_are_refused_by_name(bundle, checkpoint, tmp_path, weight_dtype):
+    """Before anything else is done."""
+    pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT (pip install '.[tensorrt-rtx]')")
+    words = f"not built of {weight_dtype} weights without a low-bit copy; export with --rest shadow and --weight-dtype"
+    with pytest.raises(UserError, match=words):
+        build_engines(bundle("llama-blocks", weight_dtype=weight_dtype), EngineOptions("tensorrt_rtx"))
+    options = Export(weight_dtype=weight_dtype, rest="drop", engines=(EngineOptions("tensorrt_rtx"),))
+    with pytest.raises(UserError, match=words):
+        export_model(Source(str(checkpoint("llama-blocks"))), tmp_path / "out", options)
+
+
 @pytest.mark.slow
 def test_networks_of_powerinfer_make_a_layerwise_bundle(checkpoint, tmp_path):
     model = checkpoint("llama-relu")

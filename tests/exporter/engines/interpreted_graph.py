@@ -70,10 +70,7 @@ class Node:
         return tuple(tensors[port.name].numpy() for port in self._outputs)
 
     def _allocate(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        sizes: dict[str, Any] = {
-            symbol: int(symbol) for port in self._outputs for symbol in port.shape if symbol == "1"
-        }
-        sizes |= self._attributes
+        sizes: dict[str, Any] = {"1": 1, **self._attributes}
         for port in self._schema.inputs:
             for symbol, size in zip(port.shape, tensors[port.name].shape if port.name in tensors else (), strict=False):
                 sizes.setdefault(symbol, size)

@@ -13,9 +13,11 @@ import pytest
 pytest.importorskip("triton")
 
 from shadowllm.bundle.manifest import read_manifest
-from shadowllm.exporter.engines.graph import describe_onnx
+from shadowllm.errors import UserError
+from shadowllm.exporter.engines.graph import describe_onnx, prepare
 from shadowllm.runtime.ort.graph import ExactIntegerInputs
 from tests.exporter.engines.interpreted_graph import interpreted
+from tests.plugins import kernel_programs
 
 pytestmark = pytest.mark.slow
 
@@ -72,3 +74,10 @@ def test_the_copy_computes_what_the_graph_does(bundle, options, batch, seqlen):
         for name, wanted in original(path, feeds).items():
             assert found[name].dtype == wanted.dtype
             np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=1e-4, err_msg=f"{piece}: {name}")
+
+
+@pytest.mark.parametrize("piece", ["stem", "body"])
+def test_integers_in_one_part_are_refused_by_name(bundle, piece):
+    path = bundle("llama-blocks", weight_dtype="int8") / f"{piece}.onnx"
+    with pytest.raises(UserError, match=f"TensorRT has no .*, which the graph {piece} has; export with --rest shadow"):
+        prepare(path, {}, lambda *_: kernel_programs.program())

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
+from shadowllm.bundle.manifest import file_hash
 from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.config import EngineOptions
 from shadowllm.exporter.engines.build import build_engine
 from shadowllm.exporter.engines.graph import describe_onnx
+from shadowllm.exporter.engines.inspect_engine import engine_contents
 from shadowllm.exporter.engines.profiles import profiles_for
 from shadowllm.exporter.write_bundle import write_bundle
 from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import Budget
+from shadowllm.pipeline import build_engines
 from tests.bundles import make_bundle
 from tests.conftest import build_transformers_model
 from tests.exporter.engines.test_build import needs_builder
@@ -124,6 +130,42 @@ def test_a_rest_from_the_low_bit_copy(tmp_path, family, kind, ops, library):
     assert record.plugins[-1].name == "row_logits.ShortlistLogits"
     assert ("score_heads" in record.kernels) == (kind != "shadow")
     assert {"project_rest", "shortlist_logits"} < set(record.kernels)
+
+
+@needs_builder
+@pytest.mark.parametrize(
+    ("variant", "kind", "weight_dtype", "library", "sizes"),
+    [
+        pytest.param("llama-head-dim", "quantized-shadow", "int8", None, (2, 8)),
+        pytest.param("llama-mqa-tied", "shadow", "int6", None, (1, 1)),
+        pytest.param("opt", "layerwise", "int6", None, (1, 1)),
+        pytest.param("opt", "quantized-shadow", "int8", LIBRARY, (1, 1), marks=needs_library),
+    ],
+    ids=["llama-int8", "llama-int6-shadow", "opt-int6-layerwise", "opt-int8-c++"],
+)
+def test_bundles_of_nested_integers(bundle, tmp_path, variant, kind, weight_dtype, library, sizes):
+    """As `shadowllm build` does it, and what `shadowllm inspect` reads."""
+    folder = shutil.copytree(bundle(variant, kind=kind, weight_dtype=weight_dtype, rest="shadow"), tmp_path / "bundle")
+    before = {path.name: file_hash(path) for path in folder.iterdir()}
+    limits = {"max_batch": sizes[0], "max_seqlen": sizes[1], "capacity": 32}
+    records = build_engines(folder, EngineOptions("tensorrt_rtx", sms=(89,), plugin_library=library, **limits))
+    assert before == {path.name: file_hash(path) for path in folder.iterdir() if path.is_file()}
+    plugins = {piece: [node.name for node in record.plugins] for piece, record in records.items()}
+    mlp = "up_proj" if "opt" in variant else "gate_proj+layers.0.up_proj"
+    dense = ("q_proj+layers.0.k_proj+layers.0.v_proj", "o_proj", mlp, "down_proj")
+    assert plugins["stem"] == ["embed_tokens.rows.NestedGather", *(f"layers.0.{name}.NestedLinear" for name in dense)]
+    if kind == "shadow":
+        products = [f"predictor.{name}.NestedLinear" for name in ("trunk", "heads", "neurons")]
+        assert plugins["predictor"] == [*products, "select_heads.SelectTopK", "select_neurons.SelectTopK"]
+    network = (
+        [f"predictor.layers.1.{name}.NestedLinear" for name in ("trunk", "neurons")] if kind == "layerwise" else []
+    )
+    of_layer = [name for name in plugins["body"] if "layers.1" in name]
+    key_value = "layers.1.k_proj+layers.1.v_proj.NestedLinear"
+    assert of_layer == [key_value, "layers.1.SparseAttention", *network, "layers.1.SparseMLP"]
+    assert plugins["body"][-1] == "row_logits.ShortlistLogits"
+    engines = folder / "engines" / "tensorrt_rtx"
+    assert {"gather_rows", "multiply_rows"} == set(engine_contents(engines / "stem.engine").kernels)
 
 
 def check_pieces(tmp_path, family, options, dtype, library) -> None:
