@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -195,7 +196,9 @@ def _custom_node(node: ir.Node) -> CustomNode:
     """The custom node's record, with a name made from layer and op, because an engine inspector shows this name."""
     layer = node.attributes.get("layer")
     if layer is None:
-        return CustomNode(node.op_type, f"{node.outputs[0].name}.{node.op_type}", None)
+        name = str(node.outputs[0].name)
+        matrix = re.match(r"(predictor\.)?layers\.(\d+)\.", name)  # see `use_nested_ops`
+        return CustomNode(node.op_type, f"{name}.{node.op_type}", int(matrix[2]) if matrix else None)
     return CustomNode(node.op_type, f"layers.{layer.as_int()}.{node.op_type}", layer.as_int())
 
 

@@ -67,7 +67,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
                 "doubtful_logits",
                 "count_rows",
                 "write_step",
-            } | ({"multiply_rows"} if dtype == "float32" else set())
+            } | ({"multiply_rows", "gather_rows"} if dtype == "float32" else set())
     assert not [row for row in rows if row["spilled_bytes"]]
     assert all(0 < row["registers"] <= 255 and row["shared_bytes"] <= 99 * 1024 for row in rows)
     # One token's products are fused multiply-adds, and threads do not wait for each other inside a loop.

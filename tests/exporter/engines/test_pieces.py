@@ -164,6 +164,10 @@ def test_bundles_of_nested_integers(bundle, tmp_path, variant, kind, weight_dtyp
     key_value = "layers.1.k_proj+layers.1.v_proj.NestedLinear"
     assert of_layer == [key_value, "layers.1.SparseAttention", *network, "layers.1.SparseMLP"]
     assert plugins["body"][-1] == "row_logits.ShortlistLogits"
+    layers = {node.name: node.layer for record in records.values() for node in record.plugins}
+    assert {layers[name] for name in plugins["stem"][1:]} == {0}
+    assert {layers[name] for name in of_layer} == {1}
+    assert layers["embed_tokens.rows.NestedGather"] is None
     engines = folder / "engines" / "tensorrt_rtx"
     assert {"gather_rows", "multiply_rows"} == set(engine_contents(engines / "stem.engine").kernels)
 
