@@ -71,7 +71,7 @@ class ShadowForCausalLM(GenerationMixin):
         ends = {"eos_token_id": list(spec.eos_token_ids) or None}
         self.generation_config = GenerationConfig.from_dict(ends | generation_config(model.bundle, manifest))
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self._used_positions = 0
+        self._used_positions, self._generates = 0, False
 
     @classmethod
     def from_pretrained(
@@ -147,17 +147,21 @@ class ShadowForCausalLM(GenerationMixin):
 
         Raises:
             UserError: beam search or assisted generation, an option that a session cannot follow (such as
-                ``use_cache=False`` or ``guidance_scale``), a prompt that it refuses, or a mask that hides a last token.
+                ``use_cache=False`` or ``guidance_scale``), a prompt that it refuses, a mask that hides a last token, or
+                another call that has not ended, because there is one cache.
         """
+        if self._generates:
+            raise UserError("the model generates another text", "wait for its end, or open the bundle a second time")
         before = self.budget
         if budget is not None:
             self.budget = budget
+        self._generates = True
         try:
             # PyTorch only chooses tokens here, unless it also runs the model.
             with nullcontext() if self._model.backend == "torch" else one_thread():
                 return super().generate(*inputs, **options)
         finally:
-            self.budget = before
+            self.budget, self._generates = before, False
 
     def __call__(self, *inputs: Any, **options: Any) -> CausalLMOutputWithPast:
         return self.forward(*inputs, **options)
@@ -170,6 +174,7 @@ class ShadowForCausalLM(GenerationMixin):
         continues: bool = False,
         logits_to_keep: int = 0,
         return_dict: bool = True,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model.
 
@@ -180,13 +185,18 @@ class ShadowForCausalLM(GenerationMixin):
             logits_to_keep: 1 prefills dense and returns the logits after the last token. 0 returns the logits after
                 every token, each from a decode step as in generation, but the first one, which is dense.
             return_dict: always True.
+            others: None.
 
         Returns:
             ``logits``, float32 ``(batch, 1 or seqlen, vocab_size)``; 0 where the mask is 0.
 
         Raises:
-            UserError: as `generate`, or other values of ``logits_to_keep`` and ``return_dict``.
+            UserError: as `generate`, other values of ``logits_to_keep`` and ``return_dict``, or another argument.
         """
+        if unknown := [name for name, value in others.items() if value is not None]:
+            raise UserError(
+                f"a bundle's forward does not take {', '.join(unknown)}", "leave that out; its output has the logits only"
+            )
         if not return_dict or not isinstance(logits_to_keep, int) or logits_to_keep not in (0, 1):
             raise UserError(
                 f"return_dict={return_dict} with logits_to_keep={logits_to_keep} is not supported",

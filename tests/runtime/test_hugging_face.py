@@ -11,6 +11,7 @@ from shadowllm import Budget, ShadowForCausalLM, UserError
 from tests.bundles import BUDGET
 
 PROMPTS = ["The sea", "A shadow of a model", "x"]
+TOKENS = torch.tensor([[5, 6, 7]])
 VARIANT = "llama-gqa"
 OTHER_FAMILIES = ["opt", "qwen2", "qwen3", "gemma", "gemma3", "mistral"]
 DENSE = [(VARIANT, "ort-dense"), (VARIANT, "torch-dense"), *((family, "ort-dense") for family in OTHER_FAMILIES)]
@@ -138,6 +139,24 @@ def test_a_mask_of_one_row_is_that_of_all(dense):
 def test_calls_that_are_refused(dense, tokens, options, words):
     with pytest.raises(UserError, match=words):
         dense(torch.tensor(tokens, dtype=torch.int64), **options)
+
+
+def test_other_arguments_of_forward_are_refused_by_name(dense):
+    with pytest.raises(UserError, match="does not take labels, position_ids"):
+        dense(TOKENS, labels=TOKENS, position_ids=TOKENS, use_cache=None)
+
+
+def test_a_text_inside_another_is_refused_and_the_model_still_works(dense):
+    """There is one cache, so the second text would change the first."""
+    options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
+    expected = dense.generate(TOKENS, **options)
+
+    def nested(input_ids, scores):
+        dense.generate(TOKENS, **options)
+
+    with pytest.raises(UserError, match="generates another text; wait for its end"):
+        dense.generate(TOKENS, **options, logits_processor=[nested])
+    torch.testing.assert_close(dense.generate(TOKENS, **options), expected)
 
 
 def test_sparse_text_is_that_of_our_own_generation(sparse, bundle):
