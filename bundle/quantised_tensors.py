@@ -46,6 +46,11 @@ from shadowllm.errors import UserError
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import tensor_shape
 
+# A remedy. Integers with a low-bit copy have padded rows, and kernels for GPUs.
+INSTEAD_OF_PLAIN_INTEGERS = (
+    "export without --weight-dtype, or with int8 or int6 and --rest shadow (not with the selector relu)"
+)
+
 
 def check_quantisable(spec: ModelSpec, dtype: str, q: Quantisation) -> None:
     """Refuse models that cannot have integer weights.
@@ -66,7 +71,7 @@ def check_quantisable(spec: ModelSpec, dtype: str, q: Quantisation) -> None:
         if size % q.block:
             raise UserError(
                 f"the {name} {size} is no multiple of {q.block}, the block of int{q.bits} weights",
-                "leave out --weight-dtype",
+                INSTEAD_OF_PLAIN_INTEGERS,
             )
 
 

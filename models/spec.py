@@ -215,4 +215,4 @@ def _is_number(value: object) -> bool:
 
 def _require(condition: bool, problem: str) -> None:
     if not condition:
-        raise UserError(f"unsupported model: {problem}", "check its config.json; the README says what is supported")
+        raise UserError(f"unsupported model: {problem}", "see `shadowllm families`, and check its config.json")

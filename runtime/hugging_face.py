@@ -195,7 +195,8 @@ class ShadowForCausalLM(GenerationMixin):
         """
         if unknown := [name for name, value in others.items() if value is not None]:
             raise UserError(
-                f"a bundle's forward does not take {', '.join(unknown)}", "leave that out; its output has the logits only"
+                f"a bundle's forward does not take {', '.join(unknown)}",
+                "leave that out; its output has the logits only",
             )
         if not return_dict or not isinstance(logits_to_keep, int) or logits_to_keep not in (0, 1):
             raise UserError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from shadowllm.bundle.engine_record import EngineRecord
 from shadowllm.bundle.manifest import Manifest, read_manifest, verify_files
 from shadowllm.bundle.predictor_file import Kind, Predictor
+from shadowllm.bundle.quantised_tensors import INSTEAD_OF_PLAIN_INTEGERS
 from shadowllm.bundle.sparse_pays import dense_reasons
 from shadowllm.config import (
     DEFAULT_BUDGET,
@@ -93,7 +94,6 @@ def export_model(
         raise UserError("an export runs in one process", "train a predictor in several, then export with --predictor")
     for engine in options.engines:
         require(engine.flavour)
-        _check_engine_weights(options.weight_dtype, options.computes_rest)
     if options.validate or options.budget is None:
         check_package()
     with staged(out, overwrite) as folder:
@@ -118,9 +118,10 @@ def export_model(
 
 def _check_options(spec: ModelSpec, options: Export) -> None:
     """Refuse options that do not go together, before any work is done."""
-    check_dtypes(spec, options.dtype, options.weight_dtype, options.computes_rest)
     check_selector(spec, options.kind, options.computes_rest)
+    check_dtypes(spec, options.dtype, options.weight_dtype, options.computes_rest)
     if options.engines:
+        _check_engine_weights(options.weight_dtype, options.computes_rest)
         _check_engine_spec(spec)
     if options.budget:
         options.budget.rest_with(options.computes_rest == "shadow")
@@ -231,8 +232,7 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
 def _check_engine_weights(weight_dtype: str | None, rest: str) -> None:
     if weight_dtype and rest == "drop":
         raise UserError(
-            f"engines are not built of {weight_dtype} weights without a low-bit copy",
-            "export with --rest shadow and --weight-dtype int8 or int6, or without --weight-dtype",
+            f"engines are not built of {weight_dtype} weights without a low-bit copy", INSTEAD_OF_PLAIN_INTEGERS
         )
 
 

@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from shadowllm.bundle.op_domain import DOMAIN, VERSION
+from shadowllm.bundle.quantised_tensors import INSTEAD_OF_PLAIN_INTEGERS
 from shadowllm.bundle.weight_names import base
 from shadowllm.errors import UserError
 from shadowllm.exporter.graphs.nested_pairs import nested_pairs
@@ -35,7 +36,7 @@ def use_nested_ops(model: ir.Model) -> None:
     if foreign := [node for node in graph if node.domain == MICROSOFT]:
         raise UserError(
             f"TensorRT has no {foreign[0].op_type}, which the graph {graph.name} has",
-            "export with --rest shadow and --weight-dtype int8 or int6, or without --weight-dtype",
+            INSTEAD_OF_PLAIN_INTEGERS,
         )
     graph.opset_imports.pop(MICROSOFT, None)
 

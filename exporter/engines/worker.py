@@ -189,7 +189,8 @@ def _build(trt: Any, builder: Any, network: Any, logger: Any, request: dict[str,
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
             return EngineBytesFromNetwork((builder, network), made, save_timing_cache=request["timing_cache"])()
     except PolygraphyException as error:
-        raise UserError(f"TensorRT refuses: {logger.last_error or error}", "check shapes and types") from error
+        remedy = "try other sizes or another --sm; if neither helps, report it with this message"
+        raise UserError(f"TensorRT refuses: {logger.last_error or error}", remedy) from error
 
 
 def _logger_class(trt: Any) -> Any:

@@ -89,7 +89,7 @@ def _verifying(session: Session) -> VerifyingSession:
     if not session.longest_draft:
         raise UserError(
             "this session cannot verify drafts",
-            "prefill with the dense graph, or build engines with `shadowllm build --max-draft 8`",
+            "prefill with the dense graph, or build the engines again with --max-draft 8",
         )
     return session
 

@@ -16,6 +16,7 @@ from shadowllm.bundle.manifest import Manifest, verify_files
 from shadowllm.config_fields import option
 from shadowllm.errors import UserError, in_one_line
 from shadowllm.json_types import check_type
+from shadowllm.limits import check_seed
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
@@ -98,8 +99,7 @@ class Sampling:
             raise UserError(f"repetition penalty {self.repetition_penalty} is not above 0", "1 changes nothing")
         if self.no_repeat_ngram_size < 0:
             raise UserError(f"no-repeat n-gram size {self.no_repeat_ngram_size} is negative", "0 allows all")
-        if not 0 <= self.seed < 1 << 64:
-            raise UserError(f"seed {self.seed} is out of range", "give 0 to 2**64 - 1")
+        check_seed(self.seed)
 
     def processors(self, prompt_len: int, stop_ids: Sequence[int] = ()) -> LogitsProcessorList:
         """The logits processors of `transformers` for these values, in its order; empty if none is needed.

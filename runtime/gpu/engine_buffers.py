@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -52,6 +52,14 @@ class Limits:
     capacity: int
     kept: int = 1
 
+    def rebuilt(self, **sizes: int) -> str:
+        """A remedy: the command that builds engines with other sizes."""
+        new = replace(self, **sizes)
+        return (
+            "build them again: `shadowllm build OUT --engine ENGINE "
+            f"--max-batch {new.batch} --max-seqlen {new.seqlen} --capacity {new.capacity} --max-draft {new.kept - 1}`"
+        )
+
     def prompt_length(self, longest: int) -> int:
         """The length to which prompts are padded: the next power of two, because TensorRT-RTX compiles for each length.
 
@@ -60,8 +68,7 @@ class Limits:
         """
         if longest > self.seqlen:
             raise UserError(
-                f"a prompt of {longest} tokens, the engines take {self.seqlen}",
-                f"`shadowllm build --max-seqlen {longest}`",
+                f"a prompt of {longest} tokens, the engines take {self.seqlen}", self.rebuilt(seqlen=longest)
             )
         return min(self.seqlen, max(SHORTEST_PROMPT, 1 << (longest - 1).bit_length()))
 
@@ -83,9 +90,7 @@ class Limits:
         for record in records[1:]:
             shapes = record.profiles[0].shapes
             if "hidden" in shapes and shapes["hidden"][2][:2] != (batch, seqlen):
-                raise UserError(
-                    "the engines of this bundle were built for different shapes", "build them again: `shadowllm build`"
-                )
+                raise UserError("the engines of this bundle were built for different shapes", found.rebuilt())
         return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shadowllm.bundle import selection_names as names
 from shadowllm.bundle.predictor_file import Predictor
-from shadowllm.bundle.quantised_tensors import CopyTensors, dequantised_predictor
+from shadowllm.bundle.quantised_tensors import INSTEAD_OF_PLAIN_INTEGERS, CopyTensors, dequantised_predictor
 from shadowllm.errors import UserError
 from shadowllm.limits import LONGEST_DRAFT
 from shadowllm.models.decoder import KVCache
@@ -104,7 +104,7 @@ class TritonSession(PipelinedDecode):
         if q and not q.residual_bits:
             raise UserError(
                 f"the triton backend does not run {manifest.weight_dtype} weights without a low-bit copy",
-                "export with --rest shadow and --weight-dtype int8 or int6, or without --weight-dtype",
+                INSTEAD_OF_PLAIN_INTEGERS,
             )
         kernel_device()  # fails here if there is no GPU, before gigabytes are hashed
         weights, predictor = map_weights(bundle, manifest)

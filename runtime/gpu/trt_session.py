@@ -110,7 +110,7 @@ class TrtSession(PipelinedDecode):
         """
         if batch > self._limits.batch:
             raise UserError(
-                f"{batch} sequences, the engines serve {self._limits.batch}", f"`shadowllm build --max-batch {batch}`"
+                f"{batch} sequences, the engines serve {self._limits.batch}", self._limits.rebuilt(batch=batch)
             )
         self._lengths = np.zeros(batch, dtype=np.int64)
         if batch != self._batch:
@@ -148,7 +148,7 @@ class TrtSession(PipelinedDecode):
         if seqlen > self.longest_draft + 1:
             raise UserError(
                 f"the engines verify {self.longest_draft} drafted tokens at once, {seqlen - 1} are asked for",
-                f"`shadowllm build --max-draft {seqlen - 1}`",
+                self._limits.rebuilt(kept=seqlen),
             )
         steps = np.tile(np.arange(seqlen), (batch, 1))
         self._run_dense(tokens, self._lengths[:, None] + steps, steps)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from shadowllm.commands import options
 from shadowllm.commands.flags import add_flags, build
-from shadowllm.errors import UserError
 from shadowllm.eval_config import Evaluation, Generation
 from shadowllm.models.sparsity import parse_fractions
 
@@ -75,21 +74,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate all selectors and budgets, and print the results."""
-    _refuse(args, OF_TEXT if args.tasks else OF_TASKS, "with --tasks" if args.tasks else "without --tasks")
+    options.refuse_unused(
+        args, OF_TEXT if args.tasks else OF_TASKS, "with --tasks" if args.tasks else "without --tasks"
+    )
     if args.generate:
-        _refuse(args, NOT_OF_GENERATION, "with --generate")
+        options.refuse_unused(args, NOT_OF_GENERATION, "with --generate")
     else:
-        _refuse(args, OF_GENERATION, "without --generate")
+        options.refuse_unused(args, OF_GENERATION, "without --generate")
     if args.tasks:
         _tasks(args)
     else:
         _text(args)
-
-
-def _refuse(args: argparse.Namespace, unused: Mapping[str, object], when: str) -> None:
-    for option, default in unused.items():
-        if getattr(args, option) != default:
-            raise UserError(f"--{option.replace('_', '-')} does nothing {when}", "leave it out")
 
 
 def _text(args: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=options.FLAVOURS, action="append", default=[], help="build engines too; may be repeated"
     )
     add_flags(parser, Export, "validate")
-    options.add_budget(parser, "chosen for the target if no part of the budget is given", requested=False)
+    options.add_budget(parser, "all, or chosen for the target if no part of the budget is given", requested=False)
     add_flags(parser, Export, "head_unit")
     options.add_target(parser)
     options.add_calibration(parser)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -155,10 +155,10 @@ def budget(args: argparse.Namespace, default: Budget, ignored: Collection[str] =
 def export_budget(args: argparse.Namespace) -> Budget | None:
     """Return the budget from the options of `add_budget`, or None if it is to be chosen for a target.
 
-    ``--rest`` alone is no budget: it decides whether the bundle has a low-bit copy.
+    Parts that are not given are everything. ``--rest`` alone is no budget: it decides whether the bundle has a low-bit
+    copy.
     """
-    default = Budget() if args.selector == "relu" else DEFAULT_BUDGET
-    return budget(args, default, {"rest"}) if args.exact or _given(args).keys() - {"rest"} else None
+    return budget(args, Budget(), {"rest"}) if args.exact or _given(args).keys() - {"rest"} else None
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def add_prepack(group: Group) -> None:
     group.add_argument(
         "--prepack",
         action="store_true",
-        help="keep a packed copy of float weights for ONNX Runtime's dense steps: faster, and twice the memory",
+        help="keep a packed copy of float weights for ONNX Runtime's dense steps: faster, and more memory",
     )
 
 
@@ -190,6 +190,17 @@ def add_target(parser: argparse.ArgumentParser) -> Group:
     group = parser.add_argument_group("target").add_mutually_exclusive_group()
     add_flags(group, Target, parse={"ppl_increase": _share})
     return group
+
+
+def refuse_unused(args: argparse.Namespace, unused: Mapping[str, object], when: str) -> None:
+    """Refuse options that have no effect, given with their defaults.
+
+    Raises:
+        UserError: one has another value.
+    """
+    for option, default in unused.items():
+        if getattr(args, option) != default:
+            raise UserError(f"--{option.replace('_', '-')} does nothing {when}", "leave it out")
 
 
 def target(args: argparse.Namespace) -> Target | None:

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.evaluation.tuning import tune
 
     target = options.target(args)
+    if not args.lossless:
+        options.refuse_unused(args, {"prepack": False}, "without --lossless")
     text = {"texts": args.text, "tokens": args.tokens, "seqlen": args.seqlen, "threads": args.threads}
     if args.lossless:
         for found in tune_drafts(args.bundle, prepack=args.prepack, **text)[1]:

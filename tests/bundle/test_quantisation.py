@@ -205,7 +205,7 @@ class TestNested:
 @pytest.mark.parametrize(
     ("weight_dtype", "rest", "words"),
     [
-        ("int6", "drop", "int6 weights contain their shadow.* --rest shadow or --weight-dtype int8"),
+        ("int6", "drop", "int6 weights contain a low-bit copy.* use --weight-dtype int8, or --rest shadow"),
         ("int4", "shadow", "as many bits as they have.* --rest drop"),
         ("int3", "shadow", "'int3' is not supported"),
         ("int3", "drop", "'int3' is not supported"),

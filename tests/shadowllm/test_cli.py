@@ -219,6 +219,10 @@ class TestMistakes:
     def test_options_that_do_nothing(self, copy, capsys, given, flag):
         assert flag in fails(capsys, "eval", copy, *given)
 
+    def test_packed_weights_have_no_effect_on_budgets(self, copy, capsys):
+        refused = fails(capsys, "tune", copy, "--target-ppl-increase", "5%", "--prepack")
+        assert "--prepack does nothing without --lossless; leave it out" in refused
+
     def test_run_without_engines(self, copy, capsys):
         assert "no tensorrt_rtx engines" in fails(capsys, "run", copy, "--prompt", "x", "--backend", "tensorrt_rtx")
 

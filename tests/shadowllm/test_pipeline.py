@@ -37,12 +37,25 @@ def test_engines_are_refused_by_name(bundle):
 def test_engines_of_integers_in_one_part_are_refused_by_name(bundle, checkpoint, tmp_path, weight_dtype):
     """Before anything else is done."""
     pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT (pip install '.[tensorrt-rtx]')")
-    words = f"not built of {weight_dtype} weights without a low-bit copy; export with --rest shadow and --weight-dtype"
+    words = f"not built of {weight_dtype} weights without a low-bit copy; export without --weight-dtype, or with int8"
     with pytest.raises(UserError, match=words):
         build_engines(bundle("llama-blocks", weight_dtype=weight_dtype), EngineOptions("tensorrt_rtx"))
     options = Export(weight_dtype=weight_dtype, rest="drop", engines=(EngineOptions("tensorrt_rtx"),))
     with pytest.raises(UserError, match=words):
         export_model(Source(str(checkpoint("llama-blocks"))), tmp_path / "out", options)
+
+
+def test_a_given_relu_predictor_decides_before_the_work(checkpoint, tmp_path):
+    """It has no low-bit copy, so integers cannot become an engine, whatever the options say about the rest."""
+    pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT (pip install '.[tensorrt-rtx]')")
+    model = checkpoint("llama-blocks-relu")
+    spec, weights, _ = load_model(model)
+    predictor = make_predictor(spec, weights.fingerprint(), "relu")
+    options = Export(weight_dtype="int8", engines=(EngineOptions("tensorrt_rtx"),))
+    with pytest.raises(UserError, match="not built of int8 weights"):
+        export_model(Source(str(model)), tmp_path / "out", options, predictor=predictor)
+    with pytest.raises(UserError, match="use --weight-dtype int8, or --rest shadow"):
+        export_model(Source(str(model)), tmp_path / "out", replace(options, weight_dtype="int6"), predictor=predictor)
 
 
 @pytest.mark.slow

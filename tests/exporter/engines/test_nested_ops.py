@@ -79,5 +79,5 @@ def test_the_copy_computes_what_the_graph_does(bundle, options, batch, seqlen):
 @pytest.mark.parametrize("piece", ["stem", "body"])
 def test_integers_in_one_part_are_refused_by_name(bundle, piece):
     path = bundle("llama-blocks", weight_dtype="int8") / f"{piece}.onnx"
-    with pytest.raises(UserError, match=f"TensorRT has no .*, which the graph {piece} has; export with --rest shadow"):
+    with pytest.raises(UserError, match=f"TensorRT has no .*, which the graph {piece} has; export without"):
         prepare(path, {}, lambda *_: kernel_programs.program())

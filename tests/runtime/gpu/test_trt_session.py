@@ -159,7 +159,7 @@ def test_lossless_text_is_that_of_dense(engines, bundle, rest):
 def test_engines_without_verification_are_named(engines):
     with engines() as session:
         assert session.longest_draft == 0
-        with pytest.raises(UserError, match=r"cannot verify drafts; .*`shadowllm build --max-draft 8`"):
+        with pytest.raises(UserError, match=r"cannot verify drafts; .*again with --max-draft 8"):
             list(generate(session, PROMPTS, 4, draft_length=DraftLength(2)))
     with engines("opt", max_kept=2) as session:
         session.reset(2)
@@ -173,7 +173,10 @@ def test_limits_of_the_engines_are_told(engines):
         assert session.spec.max_seqlen == 12
         assert len(list(generate(session, [[1] * 8], 50))) == 5  # four in the free positions, one after them
         session.reset()
-        with pytest.raises(UserError, match=r"a prompt of 9 tokens, the engines take 8.*--max-seqlen 9"):
+        with pytest.raises(
+            UserError,
+            match=r"a prompt of 9 tokens, the engines take 8.*--max-batch 2 --max-seqlen 9 --capacity 12 --max-draft 0",
+        ):
             session.prefill([[1] * 9])
         with pytest.raises(UserError, match=r"3 sequences, the engines serve 2.*--max-batch 3"):
             session.reset(3)
