@@ -73,7 +73,7 @@ def block_inputs(shape: Shape, dtype: str) -> tuple[Inputs, Inputs]:
     """`sparse_inputs` of whole blocks of a layer, as a step of the Triton session launches them."""
     attention, mlp = sparse_inputs(shape, dtype)
     row = Tensor(dtype, (shape.hidden_size,))
-    end = {"residual": attention["x"], "norm_weight": row} | ({} if shape.gated else {"norm_bias": row})
+    end = {"skip": attention["x"], "norm_weight": row} | ({} if shape.gated else {"norm_bias": row})
     rows = 2 * shape.n_kv_heads * shape.head_dim
     kv = {"w_kv": Tensor(dtype, (rows, shape.hidden_size))}
     kv |= {} if shape.gated else {"b_kv": Tensor(dtype, (rows,))}

@@ -11,7 +11,7 @@ it. So an engine needs neither Triton nor a compiler, and both plugins follow th
   (`bundle.gpu_images.serving`);
 - tensors of floating-point types begin at multiples of `ALIGNED` bytes, because kernels are compiled for that.
 
-`program_bytes` converts programs to bytes and back.
+`kernel_program_bytes` converts programs to bytes and back.
 """
 
 from __future__ import annotations

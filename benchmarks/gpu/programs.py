@@ -102,7 +102,7 @@ def _units(node: Node) -> int:
     return int(node.attributes["n_heads"])
 
 
-def make_outputs(node: Node, program: Program, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+def make_outputs(program: Program, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """Memory for the outputs, filled with numbers that no result has."""
     given = list(inputs.values())
     return [
@@ -118,7 +118,7 @@ def make_outputs(node: Node, program: Program, inputs: Mapping[str, Tensor]) -> 
 
 def expected(node: Node, program: Program, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """The outputs that Triton's own launches of the same schedule write."""
-    schema, outputs = schema_of(node.op, node.inputs), make_outputs(node, program, inputs)
+    schema, outputs = schema_of(node.op, node.inputs), make_outputs(program, inputs)
     packed = {port.name for port in schema.inputs if port.dtype == "uint8"}
     tensors = {name: tensor.view(torch.uint8) if name in packed else tensor for name, tensor in inputs.items()}
     launch(schema, schedules(node.op), tensors, node.attributes, *outputs)
@@ -182,7 +182,7 @@ def call(runner: Runner, node: Node, packed: bytes, inputs: Mapping[str, Tensor]
         stream: returns the stream at the time of the call.
     """
     program = unpack(packed)
-    outputs = make_outputs(node, program, inputs)
+    outputs = make_outputs(program, inputs)
     given = list(inputs.values())
     workspace = torch.empty(program.workspace_bytes + 256, dtype=torch.uint8, device=given[0].device)
     start = -(-workspace.data_ptr() // 256) * 256

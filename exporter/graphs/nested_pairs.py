@@ -13,13 +13,14 @@ def nested_pairs(graph: ir.Graph, op_type: str) -> list[tuple[ir.Node, ir.Node, 
     """
     found = []
     for add in (node for node in graph if node.op_type == "Add"):
-        copy, scaled = (_producer(value, kind) for value, kind in zip(add.inputs, (op_type, "Mul"), strict=True))
-        residual = _producer(scaled.inputs[0], op_type) if copy and scaled else None
+        copy, scaled = (producer(value, kind) for value, kind in zip(add.inputs, (op_type, "Mul"), strict=True))
+        residual = producer(scaled.inputs[0], op_type) if copy and scaled else None
         if copy and residual:
             found.append((copy, residual, add))
     return found
 
 
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that computes a value, if it has this type."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == op_type else None

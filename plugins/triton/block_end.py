@@ -1,4 +1,4 @@
-"""The end of an attention or MLP block: the sum of the shares of `project_back`, and what a decoder layer does with it.
+"""The end of an attention or MLP block: the partial sums are added up, and what a decoder layer does next.
 
 The op alone writes the sum. If it is given the hidden states, one launch also adds them and computes the next norm,
 which would be two or more launches of their own.
@@ -19,7 +19,7 @@ from shadowllm.plugins.triton.low_bit import rest_is_added
 from shadowllm.plugins.triton.schedule import Call, Operand, Shape, Tier
 
 PORTS = (
-    Port("residual", ("B", "S", "D")),
+    Port("skip", ("B", "S", "D")),
     Port("norm_weight", ("D",)),
     Port("norm_bias", ("D",), optional=True),
     Port("output_norm_weight", ("D",), optional=True),
@@ -37,7 +37,7 @@ KEYS_VALUES = (
 def with_block_end(schema: OpSchema) -> OpSchema:
     """The signature of ``SparseAttention`` or ``SparseMLP`` as a whole block of a decoder layer, for one-token steps.
 
-    ``y`` is then the new hidden states: ``residual`` plus the op's result, which is normed first if there is an
+    ``y`` is then the new hidden states: ``skip`` plus the op's result, which is normed first if there is an
     ``output_norm_weight``. ``normed`` is the norm of ``y``: LayerNorm with a ``norm_bias``, else RMSNorm. With
     ``w_kv``, attention also projects keys and values and writes them into the cache, at position ``lengths - 1``. If
     ``w_kv`` is a residual, ``c_kv`` and ``cs_kv`` are its copy.
@@ -62,7 +62,7 @@ class BlockEnd:
     @classmethod
     def of(cls, shapes: Mapping[str, Shape], attributes: Attributes) -> BlockEnd | None:
         """The end of a block with these inputs; None if the op writes only its own result."""
-        if "residual" not in shapes:
+        if "skip" not in shapes:
             return None
         present = [port.name for port in PORTS if port.name in shapes]
         return cls({name: name for name in (*present, "normed")}, float(attributes["norm_eps"]))
@@ -86,20 +86,20 @@ def end_call(end: BlockEnd, tier: Tier, summed: Mapping[str, Operand], constants
 
 
 def split_blocks(splits: int, rest_splits: int) -> dict[str, int]:
-    """The sizes of `sum_of_splits`, for the shares and for those of the rest."""
+    """The sizes of `sum_of_splits`, for the partial sums and for those of the rest."""
     return {"BLOCK_S": triton.next_power_of_2(splits), "BLOCK_R": triton.next_power_of_2(max(1, rest_splits))}
 
 
 @triton.jit
 def sum_of_splits(partials, token, tokens, cols, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Columns of the sum of a token's shares. All are loaded at once, because a loop would wait for each of them."""
+    """Columns of the total of a token's partial sums. All are loaded at once: a loop would wait for each."""
     splits = tl.arange(0, BLOCK_S)
     place = (splits[:, None] * tokens + token) * WIDTH + cols[None, :]
     return tl.sum(tl.load(partials + place, mask=(splits < SPLITS)[:, None] & (cols < WIDTH)[None, :], other=0.0), 0)
 
 
 @triton.jit
-def summed_shares(
+def total_of_partials(
     partials,
     bias,
     rest_partials,
@@ -110,13 +110,12 @@ def summed_shares(
     cols,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     UNITS: tl.constexpr,
     REST_SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Columns of a token's result: the shares of `project_back`, plus those of `project_rest`, plus the bias."""
+    """Columns of a token's result: the partial sums of `project_back`, plus those of `project_rest`, plus the bias."""
     total = sum_of_splits(partials, token, tokens, cols, WIDTH, SPLITS, BLOCK_S)
     if rest is not None:  # noqa: SIM102 -- known at compile time, and the next one is not
         if rest_is_added(rest, active, UNITS):
@@ -143,12 +142,12 @@ def sum_partials(
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Write ``y (tokens, WIDTH)``: the sum of the shares."""
+    """Write ``y (tokens, WIDTH)``: the total of the partial sums."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = summed_shares(
+    total = total_of_partials(
         partials, bias, rest_partials, rest, active, token, tokens, cols,
-        WIDTH, SPLITS, BLOCK_D, UNITS, REST_SPLITS, BLOCK_S, BLOCK_R,
+        WIDTH, SPLITS, UNITS, REST_SPLITS, BLOCK_S, BLOCK_R,
     )  # fmt: skip
     tl.store(y + token * WIDTH + cols, total.to(y.dtype.element_ty), mask=cols < WIDTH)
 
@@ -161,7 +160,7 @@ def sum_and_norm(
     rest_partials,
     rest,
     active,
-    residual,
+    skip,
     norm_weight,
     norm_bias,
     output_norm_weight,
@@ -176,20 +175,20 @@ def sum_and_norm(
     BLOCK_R: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """Write ``y (tokens, WIDTH)``, the sum of the shares and of ``residual``, and its norm ``normed``.
+    """Write ``y (tokens, WIDTH)``, the total of the partial sums and of ``skip``, and its norm ``normed``.
 
-    A block has one token. With ``output_norm_weight``, the sum of the shares is normed before it is added.
+    A block has one token. With ``output_norm_weight``, the total of the partial sums is normed before it is added.
     """
     token = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     inside = cols < WIDTH
-    total = summed_shares(
+    total = total_of_partials(
         partials, bias, rest_partials, rest, active, token, tokens, cols,
-        WIDTH, SPLITS, BLOCK_D, UNITS, REST_SPLITS, BLOCK_S, BLOCK_R,
+        WIDTH, SPLITS, UNITS, REST_SPLITS, BLOCK_S, BLOCK_R,
     )  # fmt: skip
     if output_norm_weight is not None:
         total = norm(total, output_norm_weight, None, cols, WIDTH, EPS)
-    total += tl.load(residual + token * WIDTH + cols, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(skip + token * WIDTH + cols, mask=inside, other=0.0).to(tl.float32)
     rounded = total.to(y.dtype.element_ty)
     tl.store(y + token * WIDTH + cols, rounded, mask=inside)
     after = norm(rounded.to(tl.float32), norm_weight, norm_bias, cols, WIDTH, EPS)

@@ -56,7 +56,7 @@ def compile_program(
 
     Args:
         op: name of a schema.
-        inputs: the present inputs, by the schema's names; with ``residual``, those of a whole block of a layer
+        inputs: the present inputs, by the schema's names; with ``skip``, those of a whole block of a layer
             (`block_end.with_block_end`). uint8 as int32 words; a residual has words at the places of its copy's, see
             `low_bit`. Only batch and seqlen of ``x`` may be symbols, and batch of ``key``, ``value``, ``lengths``,
             ``cos`` and ``sin``.
@@ -81,8 +81,8 @@ def compile_program(
 
 
 def schema_of(op: str, inputs: Mapping[str, Tensor]) -> OpSchema:
-    """The signature of an op, or that of a whole block of a layer if there is a ``residual``."""
-    return with_block_end(SCHEMAS[op]) if "residual" in inputs else SCHEMAS[op]
+    """The signature of an op, or that of a whole block of a layer if there is a ``skip``."""
+    return with_block_end(SCHEMAS[op]) if "skip" in inputs else SCHEMAS[op]
 
 
 @lru_cache(maxsize=64)

@@ -70,7 +70,7 @@ class BlockInputs:
     """What makes ``SparseAttention`` or ``SparseMLP`` a whole block of a layer; see `block_end.with_block_end`.
 
     Attributes:
-        residual: hidden states ``(B, 1, D)``, to which the result is added.
+        skip: hidden states ``(B, 1, D)``, to which the result is added.
         norm_weight, norm_bias: ``(D,)``, of the norm after the addition; a bias makes it a LayerNorm.
         norm_eps: added to the variance.
         normed: ``(B, 1, D)``, written.
@@ -79,7 +79,7 @@ class BlockInputs:
         c_kv, cs_kv: the copy of ``w_kv`` and its scales, if ``w_kv`` is a residual.
     """
 
-    residual: Tensor
+    skip: Tensor
     norm_weight: Tensor
     norm_bias: Tensor | None
     norm_eps: float

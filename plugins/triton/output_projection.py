@@ -153,7 +153,7 @@ def project_back(
     """Multiply ``hidden (tokens, CAP * GROUP)`` by the active rows of ``weight (UNITS * GROUP, WIDTH)``.
 
     Block (column tile, split, token tile) writes the sum over its share of the active rows into
-    ``partials (SPLITS, tokens, WIDTH)``. `sum_partials` adds the shares in a fixed order, so that results do
+    ``partials (SPLITS, tokens, WIDTH)``. `sum_partials` adds them in a fixed order, so that results do
     not depend on scheduling. This is the down projection (a unit is a neuron, one row) and the output
     projection (a unit is a head, ``head_dim`` rows). With ``lengths``, a head's values are merged from its spans. With
     a low-bit copy and its scales, the weight is the residual that completes it.
@@ -166,7 +166,7 @@ def project_back(
         n = tl.minimum(tl.maximum(tl.load(count), 0), CAP)
     share = tl.cdiv(tl.cdiv(n * GROUP, SPLITS), BLOCK_N) * BLOCK_N
     stop = tl.minimum(n * GROUP, (split + 1) * share)
-    acc = zero_shares(copy, BLOCK_M, BLOCK_N, BLOCK_D)
+    acc = zero_partials(copy, BLOCK_M, BLOCK_N, BLOCK_D)
     for start in range(split * share, stop, BLOCK_N):
         slots = start + tl.arange(0, BLOCK_N)
         rows, live = active_rows(indices, n, slots, GROUP, UNITS)
@@ -176,7 +176,7 @@ def project_back(
         )  # fmt: skip
         if SKIP_ZEROS:  # a neuron that ReLU set to zero needs no weights
             live = live & (h != 0)
-        acc = add_shares(
+        acc = add_partials(
             acc, h, weight, copy, scales, rows, live, cols, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_D
         )
     total = share_sum(acc, copy, BLOCK_M, BLOCK_N, BLOCK_D)
@@ -185,8 +185,8 @@ def project_back(
 
 
 @triton.jit
-def zero_shares(copy, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Initial sums for `add_shares`."""
+def zero_partials(copy, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Initial sums for `add_partials`."""
     if BLOCK_M > 1:
         return tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     elif copy is None:
@@ -196,7 +196,7 @@ def zero_shares(copy, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def add_shares(
+def add_partials(
     acc,
     h,
     weight,
@@ -232,7 +232,7 @@ def add_shares(
 
 @triton.jit
 def share_sum(acc, copy, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The final products ``(M, D)``, from the sums of `add_shares`."""
+    """The final products ``(M, D)``, from the sums of `add_partials`."""
     if BLOCK_M > 1:
         return acc
     elif copy is None:

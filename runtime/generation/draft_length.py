@@ -138,13 +138,12 @@ class AdaptiveLength(DraftLength):
     Args:
         tuned: acceptance and times, relative to a dense step, that stand for measured ones until there are some; None
             measures all of them.
-        most: largest length.
     """
 
-    def __init__(self, tuned: TunedDrafts | None = None, most: int = MOST) -> None:
+    def __init__(self, tuned: TunedDrafts | None = None) -> None:
         super().__init__()
-        self._tuned, self._most = tuned, most
-        self._first = min(START, most, tuned.length if tuned else most)
+        self._tuned = tuned
+        self._first = min(START, tuned.length if tuned else START)
         self._tested = TUNED_TOKENS if tuned else ASSUMED_TOKENS
         self._accepted = self._tested * (tuned.acceptance if tuned else ASSUMED)
         self._step: deque[float] = deque(maxlen=SAMPLES)  # seconds of one draft step
@@ -167,7 +166,7 @@ class AdaptiveLength(DraftLength):
             return self._first if self._lost <= 0 else 0
         if not (self._step and knows_verification):
             return self._first
-        best = max(range(1, self._most + 1), key=self._rate)
+        best = max(range(1, MOST + 1), key=self._rate)
         self._pays = self._rate(best) >= GAIN * self._rate(0)
         if self._pays:
             return best

@@ -14,6 +14,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from shadowllm.bundle.op_domain import DOMAIN
+from shadowllm.exporter.graphs.nested_pairs import producer
 from shadowllm.plugins.ops.cached_attention.schema import CACHED_ATTENTION
 from shadowllm.plugins.ops.decoder_layer.schema import DECODER_LAYER, STAGES
 from shadowllm.plugins.ops.linear_w8a8.schema import LINEAR_W8A8
@@ -77,11 +78,11 @@ def _layer(mlp: ir.Node) -> _Layer | None:
     """The layer of an MLP; None if its nodes are not those of the op."""
     post_norm, end = _only_before(mlp.inputs[0], NORM), _only_user(mlp.outputs[0], "Add")
     hidden = post_norm.inputs[0] if post_norm else None
-    middle = _producer(hidden, "Add")
+    middle = producer(hidden, "Add")
     if not (post_norm and end and hidden and middle) or set(hidden.consumers()) != {post_norm, end}:
         return None
     out = next((node for value in middle.inputs if (node := _only_before(value, LINEAR_W8A8.name))), None)
-    attention = _producer(_flat(out.inputs[0]), CACHED_ATTENTION.name) if out else None
+    attention = producer(_flat(out.inputs[0]), CACHED_ATTENTION.name) if out else None
     qkv = _only_before(attention.inputs[0], LINEAR_W8A8.name) if attention else None
     norm = _only_before(qkv.inputs[0], NORM) if qkv else None
     if not (out and attention and qkv and norm) or norm.inputs[0] not in middle.inputs:
@@ -101,14 +102,9 @@ def _flat(value: ir.Value | None) -> ir.Value | None:
     return reshape.inputs[0] if reshape else value
 
 
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type else None
-
-
 def _only_before(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """The node of this type that computes a value, if it has a single user and the graph does not return it."""
-    node = _producer(value, op_type)
+    node = producer(value, op_type)
     return node if node and value and len(value.uses()) == 1 and not value.is_graph_output() else None
 
 

@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from shadowllm.models.decoder import Decoder
+from shadowllm.models.registry import load_model
+
 TENSORS = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -204,3 +207,10 @@ def logits(model, count: int = 40) -> torch.Tensor:
     with torch.no_grad():
         found = model(input_ids)
     return found.logits if hasattr(found, "logits") else found
+
+
+def same_as_transformers(folder: Path) -> None:
+    """Check that the decoder has the logits of ``transformers``, in float32."""
+    spec, weights, _ = load_model(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(logits(Decoder(spec, weights.load())), logits(theirs), atol=2e-5, rtol=0)

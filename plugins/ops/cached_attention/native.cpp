@@ -1,5 +1,5 @@
-// CachedAttention: writes this step's keys and values into the cache, then attends. Query heads that share a head of
-// the cache attend together, so that they read it once. With few heads of the cache and many positions, the positions
+// CachedAttention: writes this step's keys and values into the cache, then attends. Query heads that share a KV head
+// attend together, so that they read its cache once. With few KV heads and many positions, the positions
 // are divided into tasks too. A result does not depend on the other sequences.
 #include <cmath>
 #include <cstring>
@@ -11,7 +11,7 @@ namespace {
 
 enum Input { kProjected, kPastKey, kPastValue, kLast, kCos, kSin };
 
-constexpr size_t kQueries = 16;     // queries of a head of the cache that attend together
+constexpr size_t kQueries = 16;     // queries of a KV head that attend together
 constexpr size_t kWorkers = 24;     // threads, each with memory for the scores of its queries
 constexpr size_t kTasks = 24;       // that a sequence should have
 constexpr size_t kLeastPart = 256;  // positions of a task, at least, if they are divided
@@ -20,7 +20,7 @@ constexpr size_t kRowsAtOnce = 8;   // of the kernels; a part starts at a multip
 // Rounds up to cache lines, so that threads write to different ones.
 constexpr size_t whole_lines(size_t floats) { return (floats + 15) / 16 * 16; }
 
-// Queries of a head of the cache that attend together: `count` of them, from `first` on. They are by token, then by
+// Queries of a KV head that attend together: `count` of them, from `first` on. They are by token, then by
 // head.
 struct Tile {
   size_t b, kv_head, first, count;
@@ -47,7 +47,7 @@ struct Step {
 
   size_t group() const { return n_heads / kv_heads; }
   size_t past(size_t b) const { return static_cast<size_t>(last[b]) + 1 - seqlen; }
-  size_t queries() const { return seqlen * group(); }  // of a head of the cache
+  size_t queries() const { return seqlen * group(); }  // of a KV head
   size_t tiles_of_head() const { return (queries() + kQueries - 1) / kQueries; }
   size_t tiles() const { return kv_heads * tiles_of_head(); }  // of a sequence
   Tile tile(size_t i) const {

@@ -1,4 +1,4 @@
-// The attention of the heads that share a head of the cache.
+// The attention of the heads that share a KV head.
 #pragma once
 
 #include <cmath>
@@ -28,7 +28,7 @@ inline void load_query(const Kernels& kernels, const Call& call, size_t head, si
   for (size_t j = 0; j < d; ++j) query[j] *= scale;
 }
 
-// The active heads of a selection that share a head of the cache.
+// The active heads of a selection that share a KV head.
 struct SharedHeads {
   const Call& call;
   const int32_t* ids;          // of all active heads

@@ -269,7 +269,7 @@ class SparseAttention {
     });
   }
 
-  // Replaces all queries by contexts. The heads of a sequence that share a head of the cache are a task.
+  // Replaces all queries by contexts. The heads of a sequence that share a KV head are a task.
   void attend(const Pool& pool, const std::vector<Call>& calls, const std::vector<Memory>& memory,
               const std::vector<Heads>& heads) const {
     const size_t batch = calls.front().batch;

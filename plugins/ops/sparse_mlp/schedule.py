@@ -34,7 +34,7 @@ def plan_gate_first(
     itemsize: int,
     tier: Tier,
     activation: Mapping[str, float | str],
-    end: BlockEnd | None = None,
+    end: BlockEnd | None,
 ) -> Schedule:
     """How to launch ``SparseMLP`` without indices and without a copy; arguments as for `plan_sparse_mlp`."""
     neurons, width = shapes["w_up"]
@@ -94,7 +94,7 @@ def plan_sparse_mlp(
     itemsize: int,
     tier: Tier,
     activation: Mapping[str, float | str],
-    end: BlockEnd | None = None,
+    end: BlockEnd | None,
 ) -> Schedule:
     """How to launch ``SparseMLP`` in a tier.
 

@@ -9,9 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shadowllm.errors import UserError
-from shadowllm.models.decoder import Decoder
 from shadowllm.models.registry import load_model
-from tests.models.checkpoints import copied, edit_json, logits
+from tests.models.checkpoints import copied, edit_json, same_as_transformers
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -147,12 +146,6 @@ def test_llama3_scaling_takes_the_length_at_the_top_of_the_config(checkpoint, tm
 
 def test_swish_is_silu(checkpoint, tmp_path):
     same_as_transformers(copied(checkpoint("llama-gqa"), tmp_path / "model", hidden_act="swish"))
-
-
-def same_as_transformers(folder):
-    spec, weights, _ = load_model(folder)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    torch.testing.assert_close(logits(Decoder(spec, weights.load())), logits(theirs), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "opt"])

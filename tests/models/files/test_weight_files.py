@@ -11,22 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from shadowllm.errors import UserError
-from shadowllm.models.decoder import Decoder
 from shadowllm.models.files.safetensors_file import foreign_prefix
 from shadowllm.models.files.weight_files import gguf_models, gguf_parts
 from shadowllm.models.registry import load_model
-from tests.models.checkpoints import copied, edit_json, logits, rewrite
+from tests.models.checkpoints import copied, edit_json, rewrite, same_as_transformers
 
 
 @pytest.fixture
 def folder(checkpoint, tmp_path):
     return copied(checkpoint("llama-gqa"), tmp_path / "model")
-
-
-def same_as_transformers(folder):
-    spec, weights, _ = load_model(folder)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    torch.testing.assert_close(logits(Decoder(spec, weights.load())), logits(theirs), atol=2e-5, rtol=0)
 
 
 def shards(checkpoint, folder):

@@ -45,7 +45,7 @@ def block_inputs(x: Tensor, norm: str) -> BlockInputs:
     generator, width = torch.Generator().manual_seed(1), x.shape[-1]
     weight, bias, output = (torch.randn(width, generator=generator).to(x.dtype) for _ in range(3))
     return BlockInputs(
-        residual=3 * torch.randn(x.shape, generator=generator).to(x.dtype) + 1,
+        skip=3 * torch.randn(x.shape, generator=generator).to(x.dtype) + 1,
         norm_weight=weight,
         norm_bias=bias if norm == "layer" else None,
         norm_eps=EPS,
@@ -70,7 +70,7 @@ def ended(y: Tensor, block: BlockInputs) -> tuple[Tensor, Tensor]:
     """Hidden states after a block with the result y, and their norm, in the type of y."""
     if block.output_norm_weight is not None:
         y = normed(y, block.output_norm_weight)
-    x = block.residual.to(y.dtype) + y
+    x = block.skip.to(y.dtype) + y
     return x, normed(x, block.norm_weight, block.norm_bias)
 
 
@@ -170,7 +170,7 @@ def test_a_position_past_the_cache_is_not_written():
     [
         ({"w_kv": torch.ones(47, 48)}, r"w_kv \(47, 48\) and key"),
         ({"norm_weight": torch.ones(47)}, "norm_weight has shape"),
-        ({"residual": torch.ones(1, 2, 48)}, "residual has shape"),
+        ({"skip": torch.ones(1, 2, 48)}, "skip has shape"),
     ],
 )
 def test_what_a_block_refuses(wrong, message):

@@ -118,7 +118,7 @@ def test_the_programs_of_a_sparse_layer_have_seven_launches():
 
 def test_an_mlp_that_chooses_by_gate_has_as_many_launches_as_one_with_indices():
     shapes = {name: shape for name, shape in SHAPES["SparseMLP"].items() if name != "indices"}
-    shapes |= {"residual": (0, 0, 48), "norm_weight": (48,)}
+    shapes |= {"skip": (0, 0, 48), "norm_weight": (48,)}
     attributes = ATTRIBUTES["SparseMLP"] | {"norm_eps": 1e-5}
     one, *_ = schedules("SparseMLP")(shapes, attributes, itemsize=2, max_batch=1, max_seqlen=1)
     assert [call.kernel.fn.__name__ for call in one.calls] == ["gate_first", *BLOCKS[-2:]]
@@ -132,7 +132,7 @@ def shapes_of(node):
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "opt-1.3b", "llama-2-7b"])
-def test_the_one_block_of_a_token_adds_few_shares(name):
+def test_the_one_block_of_a_token_adds_few_partial_sums(name):
     """It loads all of them at once, so they must fit its registers; those of a rest too."""
     for dtype, options in (("float16", {}), ("float16", {"rest": True}), ("float32", {"residual_bits": 4})):
         for node in block_nodes(KNOWN[name], dtype, **options):
