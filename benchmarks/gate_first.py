@@ -6,7 +6,7 @@
 
 The text is the documentation that `small_model` is not trained on.
 
-Silence: the share of the neurons of each layer whose gate is exactly 0, measured with PyTorch.
+Activation sparsity: the share of the neurons of each layer whose gate is exactly 0, measured with PyTorch.
 
 Logits: the dense session continues prompts greedily, and the sparse one gets its tokens. So if the most probable token
 is the same at all places, the texts are the same.
@@ -37,7 +37,7 @@ from shadowllm.predictor.silence import TOKENS, fired_shares
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.session import OrtSession
 
-WINDOW = 256  # tokens in a text whose silence is measured
+WINDOW = 256  # tokens in a text whose activation sparsity is measured
 # Of the largest logit. The order of float32 sums changes less than this.
 TOLERANCE = 1e-4
 
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if manifest.predictor["kind"] != "relu":
         raise UserError(f"{args.bundle} has another selector than relu", "export the model with --selector relu")
     silence = measure_silence(args.bundle)
-    print("silent neurons by layer:", ", ".join(f"{share:.1%}" for share in silence))
+    print("neurons whose gate is 0, by layer:", ", ".join(f"{share:.1%}" for share in silence))
     sizes = {"prompt_len": args.prompt_len, "new_tokens": args.new_tokens, "threads": args.threads}
     found = compare_logits(args.bundle, args.prompts, **sizes)
     print(f"{found['same_tokens']} of {found['tokens']} tokens are the same; ", end="")

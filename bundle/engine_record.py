@@ -135,7 +135,7 @@ def check_sidecar(
         if files is not None and files.get(file) != digest:
             raise UserError(f"{name} was built from another {file} than this bundle has", REMEDY)
     if engine_path.stat().st_size != record.engine_bytes or file_hash(engine_path) != record.engine_sha256:
-        raise UserError(f"{name} is damaged: its SHA-256 is not the one its sidecar has", REMEDY)
+        raise UserError(f"{name} is damaged: its SHA-256 is not the one in its record", REMEDY)
     return record
 
 

@@ -110,7 +110,7 @@ def evaluate(
     """Run selectors at every combination of a head budget, a neuron budget, a rest and a shortlist.
 
     Args:
-        weights: canonical float32 tensors in memory.
+        weights: canonical tensors, float32 when they are read.
         predictor: needed by all selectors except ``random`` and ``oracle``. If given, its ``dense_layers`` is used.
         selector: one name, several names, or a mapping from names in the results to selectors.
         windows: int64 ``(n, seqlen)``; each is a separate text.

@@ -22,7 +22,8 @@ def rows(
 ) -> dict[str, Any]:
     """Return the JSON of an evaluation: ``{"dense": {...}, "results": [...], "uniform": [...]}``.
 
-    Each row has ``bytes_per_token``. ``uniform_bits`` of a row of ``results`` names its fair rival in ``uniform``.
+    Each row has ``bytes_per_token``. ``uniform_bits`` of a row of ``results`` names the row of ``uniform`` that is
+    the dense model at equal bytes.
 
     These are the bytes of a decode step over `CONTEXT` tokens, with weights as wide as the bundle stores them. The
     bytes that the selector reads are included; an oracle and a random selection read nothing.

@@ -35,7 +35,7 @@ class Evaluated:
         tokens: number of evaluated tokens.
         seqlen: tokens of a window.
         results: the dense model first, then each selector at each budget.
-        uniform: the fair rivals: the dense model at the numbers of bits that read as many bytes per token.
+        uniform: the dense model at equal bytes: at the numbers of bits that read as many bytes per token.
     """
 
     manifest: Manifest

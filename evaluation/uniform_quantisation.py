@@ -1,4 +1,4 @@
-"""The fair rival of a sparse selection: the dense model with all matrices rounded to the same number of bits."""
+"""The dense model at equal bytes: all matrices rounded to the same number of bits, to compare with a selection."""
 
 from __future__ import annotations
 

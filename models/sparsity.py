@@ -148,7 +148,7 @@ class Budget:
             UserError: the budget needs this copy, and there is none.
         """
         if not copies and (self.rest == "shadow" or self.shortlist is not None):
-            needs = "computes the rest from the shadow" if self.rest == "shadow" else "has a shortlist"
+            needs = "computes the rest from the low-bit copy" if self.rest == "shadow" else "has a shortlist"
             raise UserError(
                 f"the budget {needs}, but there is no low-bit copy for that",
                 "leave it out, or export with --rest shadow",

@@ -25,10 +25,12 @@ def low_bit_copies(
 ) -> dict[str, Tensor]:
     """Return float32 values of the low-bit copy by canonical name: gate and up of the given layers.
 
+    With ``rest``, all matrices with a copy are returned; see `weight_names.copied_names`.
+
     Args:
         weights: canonical float32 tensors.
         bits: of the copy; bundles have those of `LOW_BIT_COPY`.
-        rest: see `weight_names.copied_names`.
+        rest: whether the copy also gives the units that are not active.
         stored: the integers to which the weights are rounded; see `quantisation.rounded_copy`.
     """
     q = replace(LOW_BIT_COPY, bits=bits)

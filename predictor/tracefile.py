@@ -150,7 +150,7 @@ def calibrate(
     the statistics, because the windows are in random order.
 
     Args:
-        weights: canonical float32 tensors in memory.
+        weights: canonical tensors, float32 when they are read.
         fingerprint: `Weights.fingerprint` of the model.
         fit_heads: also fit the linear map of the heads. Its moments take ``8 * n_sparse * hidden_size ** 2`` bytes.
         keep_train: also store the traces of the training windows. A predictor that is not trained needs only those of

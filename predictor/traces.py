@@ -68,7 +68,7 @@ class Tracer:
 
     Args:
         spec: the model.
-        weights: canonical float32 tensors in memory.
+        weights: canonical tensors, float32 when they are read.
         criterion: name of a registered criterion.
         dense_layers: number of first layers that stay dense and are not traced.
 

@@ -82,7 +82,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         prog="shadowllm",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Contextual sparsity for language models: predict what matters, skip the rest.",
+        description="Contextual sparsity for language models: for each token, the heads and neurons that matter are "
+        "computed from the full weights, and the others from a 4-bit copy or not at all.",
     )
     parser.add_argument("--version", action="version", version=f"shadowllm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -294,13 +294,14 @@ class Export:
     Attributes:
         selector: predictor to make if none is given; quantized-shadow needs no training, relu leaves out the neurons
             that a ReLU sets to zero, random is only for measuring speed. None is quantized-shadow, or shadow if the
-            rest is dropped.
+            rest is dropped; with networks of PowerInfer, layerwise.
         budget: the default budget of the bundle. None chooses it: see ``target``.
         dtype: of weights and activations: "float32", "float16" or "bfloat16".
         validate: compare the graphs with PyTorch.
         engines: engines to build, one entry per flavour.
         weight_dtype: store matrices as integers with one scale per 32 or 64 elements. Those of int6 contain the low-bit
-            copy, and so do those of int8 if there is one. ONNX Runtime runs all, and Triton those with the copy.
+            copy, and so do those of int8 if there is one. ONNX Runtime runs all. Triton and TensorRT engines
+            need the copy.
         target: choose the default budget for this target after the bundle is written. None, without a budget, is a
             perplexity of 5% above dense if the rest is computed from a shadow, else `DEFAULT_BUDGET`.
         head_unit: unit of head selection: each query head, or all query heads of one KV head; budgets are rounded to
@@ -314,7 +315,7 @@ class Export:
         None,
         help="predictor to make; quantized-shadow needs no training, relu is exact and for ReLU models, random is only "
         "for measuring speed",
-        otherwise="quantized-shadow, or shadow if it is trained or the rest is dropped",
+        otherwise="quantized-shadow; shadow with --rest drop or int4, and for train; layerwise with --powerinfer",
     )
     budget: Budget | None = None
     dtype: str = option("float32", values=DTYPES, help="dtype of weights and activations")

@@ -21,7 +21,7 @@ def engine_contents(engine_path: Path) -> EngineRecord:
     """
     record = read_sidecar(engine_path)
     if missing := missing_contents(engine_path, record.plugins, record.kernels):
-        raise UserError(f"{engine_path.name} does not hold {missing}, which its sidecar lists", REMEDY)
+        raise UserError(f"{engine_path.name} does not hold {missing}, which its record lists", REMEDY)
     return record
 
 

@@ -68,9 +68,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--percentile",
         type=_percentile,
         nargs="+",
-        default=[50, 90, 99],
+        default=[],
         metavar="P",
-        help="percentiles of the latency",
+        help="percentiles of the latency, in addition to 50, 90 and 99",
     )
     options.add_threads(parser, help="threads of each operator on the CPU (default: the backend's own)")
     parser.add_argument("--json", type=options.output_file, metavar="FILE", help="write the report to this file")

@@ -18,6 +18,8 @@ EPILOG = """examples:
 
 The text is a summary; --json leaves nothing out."""
 
+NETWORKS = ("shadow", "layerwise")  # kinds of predictor that are trained
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
@@ -143,7 +145,8 @@ def _trained(record: dict[str, Any]) -> str:
     rank = f" of rank {record['rank']}" if record.get("rank") else ""
     text = f"{record['kind']}{rank}"
     if "tokens" in record and "criterion" in record:
-        text += f", trained on {record['tokens']} tokens by {record['criterion']}"
+        trained = record["kind"] in NETWORKS and "networks" not in record  # those of PowerInfer are only calibrated
+        text += f", {'trained' if trained else 'calibrated'} on {record['tokens']} tokens by {record['criterion']}"
     if fired := record.get("fired"):
         text += f", {sum(fired) / len(fired):.1%} of neurons fired ({min(fired):.1%} to {max(fired):.1%} by layer)"
     judged = record.get("held_out", {}).get(record["kind"])

@@ -127,7 +127,7 @@ def test_an_unknown_field_is_refused(engine_path):
 @pytest.mark.parametrize("contents", [b"", b"SparseMLP alone, without its layer"])
 def test_contents_are_held_against_the_engine(engine_path, contents):
     engine_path.write_bytes(contents)
-    with pytest.raises(UserError, match=r"does not hold .*SparseMLP, which its sidecar lists"):
+    with pytest.raises(UserError, match=r"does not hold .*SparseMLP, which its record lists"):
         engine_contents(engine_path)
 
 
@@ -140,7 +140,7 @@ def test_contents_are_held_against_the_engine(engine_path, contents):
 )
 def test_kernels_are_held_against_the_engine(engine_path, kernels, words):
     edit(engine_path, kernels=kernels)
-    with pytest.raises(UserError, match=f"body.engine does not hold {words}, which its sidecar lists"):
+    with pytest.raises(UserError, match=f"body.engine does not hold {words}, which its record lists"):
         engine_contents(engine_path)
 
 

@@ -101,6 +101,22 @@ def test_a_mixed_budget_is_shown(with_copies, capsys):
     assert expected in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("predictor", "verb"),
+    [
+        ({"kind": "quantized-shadow"}, "calibrated"),
+        ({"kind": "layerwise"}, "trained"),
+        ({"kind": "layerwise", "networks": "PowerInfer"}, "calibrated"),
+    ],
+)
+def test_only_networks_that_were_trained_are_said_to_be(with_copies, capsys, predictor, verb):
+    manifest = read_manifest(with_copies)
+    predictor = manifest.predictor | {"tokens": 900, "criterion": "l2norm"} | predictor
+    replace(manifest, predictor=predictor).write(with_copies)
+    assert main(["inspect", str(with_copies)]) == 0
+    assert f", {verb} on 900 tokens by l2norm" in capsys.readouterr().out
+
+
 def test_the_increase_of_a_mixed_budget_is_that_of_an_evaluation(with_copies, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("What is measured while tuning is measured as in an evaluation. " * 9)

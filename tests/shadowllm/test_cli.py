@@ -56,7 +56,7 @@ class TestMainJob:
     @pytest.mark.usefixtures("quick_exports")
     def test_export_trains_when_no_predictor_is_given(self, model, tmp_path, capsys):
         assert main(["export", model, str(tmp_path / "out"), "--selector", "shadow", *QUICK]) == 0
-        assert "shadow of rank 16" in capsys.readouterr().out
+        assert "shadow of rank 16, trained on" in capsys.readouterr().out
 
     @pytest.mark.usefixtures("quick_exports")
     def test_the_seed_decides_everything(self, model, tmp_path):
