@@ -53,6 +53,8 @@ def compare_with_transformers(checkpoint: Checkpoint, weights: Weights) -> dict[
     except UserError as error:
         # The comparison is optional: a checkpoint that only transformers cannot load is still valid.
         return {"skipped": error.problem}
+    if not theirs.isfinite().all():
+        raise UserError("the logits of the checkpoint are NaN or infinite", "it is damaged, or its training diverged")
     with torch.no_grad():
         ours = Decoder(weights.spec, Floats(weights))(input_ids)
     max_rel = float((ours - theirs).abs().max() / theirs.abs().max())

@@ -62,6 +62,13 @@ class Traces:
     fit: dict[str, Tensor]
     stored: dict[str, Tensor]
 
+    def __post_init__(self) -> None:
+        for measured in ({"squares": self.final_squares}, self.statistics, self.fit):
+            if any(not tensor.isfinite().all() for tensor in measured.values()):
+                raise UserError(
+                    "the model computes NaN or infinite numbers on this text", "it is damaged, or its training diverged"
+                )
+
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
         tensors = {"train": self.windows.train, "held_out": self.windows.held_out, "final_squares": self.final_squares}

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from shadowllm import __version__
+from shadowllm.commands.outputs import check_outputs
 from shadowllm.errors import UserError, os_error
 from shadowllm.threads import share_threads
 
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser(arguments).parse_args(arguments)
         _check_names(args)
+        check_outputs(args)
         args.run(args)
     except UserError as error:
         return _fail(str(error))

@@ -231,9 +231,11 @@ class Target:
         if (self.ppl_increase is None) == (self.speedup is None):
             raise UserError("one target is needed", "give a perplexity increase or a speedup")
         if self.ppl_increase is not None and not 0 < self.ppl_increase < math.inf:
-            raise UserError(f"the perplexity increase {self.ppl_increase} is not above 0", "2% or 0.02 asks for 2%")
+            raise UserError(
+                f"the perplexity increase {self.ppl_increase} is no finite number above 0", "2% or 0.02 asks for 2%"
+            )
         if self.speedup is not None and not 1 < self.speedup < math.inf:
-            raise UserError(f"the speedup {self.speedup} is not above 1", "1.2 asks for 1.2 times as fast")
+            raise UserError(f"the speedup {self.speedup} is no finite number above 1", "1.2 asks for 1.2 times as fast")
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,7 @@ class Evaluation:
         (),
         metavar="N",
         least=1,
-        help="rows of the output table that are computed exactly, in all combinations; those above the size of the "
-        "vocabulary mean all",
+        help="rows of the output table that are computed exactly, or all, in all combinations",
         otherwise="the bundle's own",
     )
     certify: bool = option(False)

@@ -315,6 +315,8 @@ def _calibrate(
 
 
 def _check_dense_layers(spec: ModelSpec, dense_layers: int) -> None:
+    if spec.n_layers < 2:
+        raise UserError("the model has one layer, and the first layer is always dense", "use a model with more layers")
     if dense_layers >= spec.n_layers:
         raise UserError(f"{dense_layers} dense layers of {spec.n_layers}", f"give 1 to {spec.n_layers - 1}")
 

@@ -36,7 +36,10 @@ MERGED = {
 }
 # Initial values that leave the base model as it is. With others, such as PiSSA's, an adapter fits only changed weights.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-MERGE_IT = "merge it with peft (merge_and_unload), save the result with save_pretrained, and export that"
+MERGE_IT = (
+    "merge it with peft (merge_and_unload), save the result with save_pretrained, and export that; if peft refuses "
+    "that too, train it without the option that it names"
+)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shadowllm.commands import options
-from shadowllm.commands.flags import add_flags, build
+from shadowllm.commands.flags import add_flags, build, whole
 from shadowllm.eval_config import Evaluation, Generation
+from shadowllm.limits import LARGEST
 from shadowllm.models.sparsity import parse_fractions
 
 if TYPE_CHECKING:
@@ -46,13 +47,18 @@ OF_TEXT = {
     "generate": False,
 }
 OF_TASKS = {"limit": None}
+PARSE = {
+    "neurons": parse_fractions,
+    "heads": parse_fractions,
+    "shortlist": lambda text: LARGEST if text == "all" else whole("--shortlist", 1, LARGEST)(text),
+}
 COPY_COLUMNS = ("rest", "shortlist")  # of a bundle with a low-bit copy of all matrices
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("bundle", type=Path, metavar="OUT", help="bundle to evaluate")
-    add_flags(parser, Evaluation, parse={"neurons": parse_fractions, "heads": parse_fractions})
+    add_flags(parser, Evaluation, parse=PARSE)
     parser.add_argument(
         "--layers", action="store_true", help="report recall per layer too, in the output and in the JSON"
     )

@@ -43,7 +43,7 @@ def test_the_bundles_own_budget_is_the_default(with_copies):
 def test_command(with_copies, tmp_path, capsys):
     report = tmp_path / "eval.json"
     text = ["--text", __file__, "--tokens", "64", "--seqlen", "32", "--selector", "static", "oracle", "--layers"]
-    options = ["--rest", "shadow", "drop", "--shortlist", "10", "97", "--json", str(report)]
+    options = ["--rest", "shadow", "drop", "--shortlist", "10", "all", "--json", str(report)]
     figure = ["--plot", str(tmp_path / "eval.png")]
     assert main(["eval", str(with_copies), *text, *options, *figure]) == 0
     rows = json.loads(report.read_text())["results"]

@@ -51,6 +51,14 @@ def test_a_fact_read_wrongly_fails(checkpoint, variant, wrong):
         compare_with_transformers(opened, weights)
 
 
+def test_a_checkpoint_without_finite_logits_is_named(checkpoint):
+    _, weights, opened = load_model(checkpoint("llama-gqa"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers_check, "_logits", lambda *_: torch.full((1, 4, 97), torch.nan))
+        with pytest.raises(UserError, match="logits of the checkpoint are NaN or infinite; it is damaged"):
+            compare_with_transformers(opened, weights)
+
+
 def test_scales_that_are_ignored_fail(checkpoint, tmp_path):
     """An error that the comparison with our own decoder cannot find."""
     folder = copied(checkpoint("llama-gqa"), tmp_path / "model")

@@ -15,6 +15,7 @@ import pytest
 
 from shadowllm.bundle.manifest import DATA_FILE
 from shadowllm.cli import COMMANDS, main
+from tests.conftest import build_transformers_model
 
 QUICK = ["--calibration-tokens", "512", "--calibration-seqlen", "32", "--epochs", "1", "--rank", "16"]
 
@@ -163,6 +164,10 @@ class TestMistakes:
     @pytest.mark.parametrize("flag", ["--neuron-budget", "--head-budget"])
     def test_budget(self, model, tmp_path, capsys, flag, budget):
         assert f"the budget '{budget}'" in fails(capsys, "export", model, tmp_path / "out", f"{flag}={budget}")
+
+    def test_a_model_of_one_layer(self, tmp_path, capsys):
+        build_transformers_model("llama", {"num_hidden_layers": 1}).save_pretrained(tmp_path / "model")
+        assert "the model has one layer" in fails(capsys, "export", tmp_path / "model", tmp_path / "out")
 
     def test_empty_calibration_text(self, model, tmp_path, capsys):
         (tmp_path / "empty.txt").write_text("")

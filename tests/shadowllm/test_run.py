@@ -159,7 +159,7 @@ def test_several_templates_by_name(tmp_path, capsys):
         (["--prompt", "caf\udce9"], "bytes that are not UTF-8"),
         (["--prompt", "x", "--stop", "caf\udce9"], "bytes that are not UTF-8"),
         (["--prompt", "x", "--temperature", "nan"], "temperature nan"),
-        (["--prompt", "x", "--seed", "-1"], "seed -1"),
+        (["--prompt", "x", "--seed", "-1"], "the seed is -1"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--prompt", "x", "--max-new-tokens", str(10**30)], "--max-new-tokens is 1000"),
         (["--prompt", "x", "--threads", "0"], "--threads is 0"),
