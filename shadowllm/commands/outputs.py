@@ -9,25 +9,51 @@ from pathlib import Path
 
 from shadowllm.errors import UserError
 
-OUTPUTS = ("output", "json", "plot")
+
+def _is_made_by_us(path: Path) -> bool:
+    """Whether a file has traces or a predictor."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            return "shadowllm" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a report as ``--json`` writes it."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and "environment" in report
+
+
+def _is_figure(path: Path) -> bool:
+    return path.suffix == ".png"
+
+
+# Options that name a file to write, and whether a file that exists is of the same kind.
+OUTPUTS = {"output": _is_made_by_us, "json": _is_report, "plot": _is_figure}
 
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Check the files that a command will write, before any work is done.
 
-    Reports and figures may be replaced, also in a folder that the command reads.
+    A file of the same kind may be replaced, also in a folder that the command reads.
 
     Raises:
         UserError: an output is a file that the command reads, another file of a folder that it reads, or given twice.
     """
-    outputs = [value for name in OUTPUTS if isinstance(value := getattr(args, name, None), Path)]
-    if len({output.resolve() for output in outputs}) < len(outputs):
-        raise UserError(f"{outputs[0]} is named for two outputs", "give each a file of its own")
-    for output in filter(Path.is_file, outputs):
-        for path in _read(args):
+    outputs = {name: value for name in OUTPUTS if isinstance(value := getattr(args, name, None), Path)}
+    if len({output.resolve() for output in outputs.values()}) < len(outputs):
+        raise UserError(f"{next(iter(outputs.values()))} is named for two outputs", "give each a file of its own")
+    for name, output in outputs.items():
+        for path in _read(args) if output.is_file() else ():
             if path.is_file() and path.samefile(output):
                 raise UserError(f"{output} is read by this command", "name another file to write")
-            if path.is_dir() and output.resolve().is_relative_to(path.resolve()) and not _is_ours(output):
+            if path.is_dir() and output.resolve().is_relative_to(path.resolve()) and not OUTPUTS[name](output):
                 raise UserError(f"{output} is a file of {path}, which this command reads", "name another file to write")
 
 
@@ -43,14 +69,3 @@ def _read(args: argparse.Namespace) -> Iterator[Path]:
                 continue
             if exists:
                 yield Path(one)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a file is a figure, or a report as `--json` writes it."""
-    if path.suffix == ".png":
-        return True
-    try:
-        report = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
-    except ValueError:
-        return False
-    return isinstance(report, dict) and "environment" in report

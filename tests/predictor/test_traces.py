@@ -103,7 +103,9 @@ def test_statistics_are_of_the_training_tokens_only(llama):
 
 def test_numbers_beyond_float32_are_said_before_traces_are_written(llama):
     spec, weights = llama
-    large = {name: tensor * (1e30 if "up_proj" in name or "down_proj" in name else 1) for name, tensor in weights.items()}
+    large = {
+        name: tensor * (1e30 if "up_proj" in name or "down_proj" in name else 1) for name, tensor in weights.items()
+    }
     with pytest.raises(UserError, match="computes NaN or infinite numbers on this text; it is damaged, or"):
         calibrate(spec, large, split(token_windows(spec)), "f00d")
 

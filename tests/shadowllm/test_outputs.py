@@ -7,8 +7,10 @@ import json
 
 import pytest
 
+from shadowllm.benchmarks.random_model import shape_spec
 from shadowllm.commands.outputs import check_outputs
 from shadowllm.errors import UserError
+from tests.bundles import make_predictor
 
 
 @pytest.fixture
@@ -17,6 +19,7 @@ def folder(tmp_path):
     for name in ("manifest.json", "model.onnx.data", "old.png"):
         (tmp_path / "bundle" / name).write_text("{}")
     (tmp_path / "bundle" / "report.json").write_text(json.dumps({"environment": {}}))
+    make_predictor(shape_spec("tiny-llama"), "f00d").save(tmp_path / "bundle" / "predictor.safetensors")
     (tmp_path / "text.txt").write_text("text")
     (tmp_path / "link.json").symlink_to(tmp_path / "bundle" / "manifest.json")
     return tmp_path
@@ -52,9 +55,14 @@ def test_one_file_for_two_outputs_is_refused(folder):
         check_outputs(arguments(folder, json=folder / "new", plot=folder / "bundle" / ".." / "new"))
 
 
-def test_new_files_and_reports_of_ours_are_written(folder):
-    for output in ("new.json", "bundle/new.json", "bundle/report.json", "bundle/old.png"):
-        check_outputs(arguments(folder, json=folder / output))
+def test_new_files_and_those_of_the_same_kind_are_written(folder):
+    same = {"json": "report.json", "plot": "old.png", "output": "predictor.safetensors"}
+    for option, name in same.items():
+        for output in ("new", "bundle/new", f"bundle/{name}"):
+            check_outputs(arguments(folder, **{option: folder / output}))
+        for other in same.keys() - {option}:
+            with pytest.raises(UserError, match="is a file of"):
+                check_outputs(arguments(folder, **{other: folder / "bundle" / name}))
     (folder / "other.json").write_text("{}")
     check_outputs(arguments(folder, json=folder / "other.json"))
     check_outputs(arguments(folder, json=True))
