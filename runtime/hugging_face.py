@@ -208,20 +208,7 @@ class ShadowForCausalLM(GenerationMixin):
             logits = session.decode(input_ids[:, -1].cpu().numpy())
             self._used_positions += 1
             return CausalLMOutputWithPast(logits=torch.tensor(logits)[:, None])
-        kept = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
-        if kept.shape[-1:] != input_ids.shape[-1:] or kept.shape[:-1] not in ((1,), input_ids.shape[:-1]):
-            raise UserError(
-                f"an attention mask of shape {tuple(kept.shape)} for tokens of shape {tuple(input_ids.shape)}",
-                "give one with the shape of the tokens",
-            )
-        if not input_ids.shape[1]:
-            raise UserError("the prompt is empty", "give at least one token")
-        kept = kept.expand_as(input_ids)
-        if not kept.any(dim=1).all() or (logits_to_keep == 1 and not kept[:, -1].all()):
-            raise UserError(
-                "the attention mask hides the last token of a prompt",
-                "pad on the left: tokenizer.padding_side = 'left'",
-            )
+        kept = _kept(input_ids, attention_mask, last=logits_to_keep == 1)
         if logits_to_keep == 0:
             return CausalLMOutputWithPast(logits=self._score(input_ids, kept))
         session.reset(len(input_ids))
@@ -302,6 +289,32 @@ class ShadowForCausalLM(GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the session holds the cache
+
+
+def _kept(input_ids: Tensor, attention_mask: Tensor | None, *, last: bool) -> Tensor:
+    """Which tokens of prompts are not hidden, bool ``(batch, seqlen)``.
+
+    Args:
+        last: whether the last token of each prompt must be one of them.
+
+    Raises:
+        UserError: the mask has another shape, or hides a prompt or its last token; or the prompts are empty.
+    """
+    kept = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
+    if kept.shape[-1:] != input_ids.shape[-1:] or kept.shape[:-1] not in ((1,), input_ids.shape[:-1]):
+        raise UserError(
+            f"an attention mask of shape {tuple(kept.shape)} for tokens of shape {tuple(input_ids.shape)}",
+            "give one with the shape of the tokens",
+        )
+    if not input_ids.shape[1]:
+        raise UserError("the prompt is empty", "give at least one token")
+    kept = kept.expand_as(input_ids)
+    if not kept.any(dim=1).all() or (last and not kept[:, -1].all()):
+        raise UserError(
+            "the attention mask hides the last token of a prompt",
+            "pad on the left: tokenizer.padding_side = 'left'",
+        )
+    return kept
 
 
 def _other_positions(position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:

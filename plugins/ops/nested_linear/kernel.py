@@ -25,7 +25,10 @@ def multiply_rows(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Write ``y (tokens, ROWS)``: the products of ``x (tokens, WIDTH)`` with all rows, plus ``bias``."""
+    """Write ``y (tokens, ROWS)``: the products of ``x (tokens, WIDTH)`` with all rows, plus ``bias``.
+
+    Without a residual ``w``, the rows are those of the copy.
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < ROWS
     first = tl.program_id(1) * BLOCK_M

@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shadowllm.plugins.ops.nested_linear.kernel import multiply_rows
 from shadowllm.plugins.ops.select_topk.kernel import largest_keys, ordered_keys
 from shadowllm.plugins.triton.low_bit import copy_products
 from shadowllm.plugins.triton.tiles import project
@@ -108,16 +109,9 @@ def copy_logits(
     """Write all ``logits (tokens, ROWS)`` from the copy, unless the shortlist has all rows."""
     if tl.load(shortlist) >= ROWS:
         return
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = rows < ROWS
-    first = tl.program_id(1) * BLOCK_M
-    wide = tl.where(live, rows, 0).to(tl.int64)
-    products = copy_products(
-        x, copy, scales, None, wide, live, first, tokens, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
+    multiply_rows(
+        x, None, copy, scales, None, logits, tokens, ROWS, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_W
     )
-    rows_m = first + tl.arange(0, BLOCK_M)
-    place = rows_m.to(tl.int64)[:, None] * ROWS + rows[None, :]
-    tl.store(logits + place, products, mask=(rows_m < tokens)[:, None] & live[None, :])
 
 
 @triton.jit
