@@ -4,12 +4,13 @@
     python -m shadowllm.benchmarks.frontier out/noisy out/frontier
     python -m shadowllm.benchmarks.lossless out/frontier/float32 --json lossless.json
 
-Text (alone: ``--parts text``): greedy continuations in batches of 1 to 4, token by token against the dense session.
-Places where the two largest logits differ by less than rounding changes are counted as ties.
+Text (alone: ``--parts text``): greedy continuations in batches of 1 to 4, token by token against a session with
+everything active. Places where the two largest logits differ by less than rounding changes are counted as ties.
 
-Speed: each contender runs in its own process, and their runs are interleaved. Drafts have the budget and first length
-that `tune --lossless` would find. "random" is a prompt of random tokens, sampled at a temperature: fewer drafted tokens
-are accepted. In "weak", drafts have a budget that predicts little, so most drafted tokens are rejected.
+Speed: each contender runs in its own process, and their runs are interleaved. "dense" is ONNX Runtime's, and "dense,
+native ops" a session with everything active, which has the dense steps of lossless decoding. Drafts have the budget and
+first length that `tune --lossless` would find. "random" is a prompt of random tokens, sampled at a temperature: fewer
+drafted tokens are accepted. In "weak", drafts have a budget that predicts little, so most drafted tokens are rejected.
 
 Costs: the times of drafts and verifications, and the speedup that they imply at given acceptances. This is what a model
 with random weights can show.
@@ -22,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import Contender, race, speedup, summarise
 from shadowllm.models.sparsity import Budget
 from shadowllm.progress import Advance, progress
+from shadowllm.runtime.generation.draft_length import DraftLength
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.session import OrtSession
 
@@ -47,6 +50,7 @@ ACCEPTANCES = (0.7, 0.8, 0.9)
 TEMPERATURE = 2.0  # of the random prompt. At 100, all tokens are nearly as probable, and every draft is accepted.
 WEAK = Budget(neurons=0.01, rest="drop")  # drafts without the low-bit copy
 BATCHES = (1, 2, 3, 4)
+DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8)  # of one text after the other. Lengths that adapt would draft only where it pays.
 
 
 def check_text(
@@ -57,16 +61,20 @@ def check_text(
     threads: int | None = None,
     batches: Sequence[int] = BATCHES,
 ) -> dict[str, Any]:
-    """Compare lossless greedy texts with those of the dense session, at the bundle's budget of drafts."""
+    """Compare greedy texts, with drafts at the bundle's budget, with those of a session with everything active."""
     ids = _passage(bundle, prompts * prompt_len)
     starts = [ids[start : start + prompt_len] for start in range(0, len(ids), prompt_len)]
     with (
         OrtSession(bundle, "sparse", threads) as lossless,
-        OrtSession(bundle, "dense", threads) as dense,
+        OrtSession(bundle, "auto", threads) as dense,
         progress("Text", prompts) as advance,
     ):
+        dense.set_budget(Budget())
         lossless.set_budget(read_manifest(bundle).draft_budget)
-        found = compare_lossless(lossless, dense, starts, new_tokens, advance=advance, batches=batches)
+        lengths = cycle(DRAFT_LENGTHS)
+        found = compare_lossless(
+            lossless, dense, starts, new_tokens, lambda: DraftLength(next(lengths)), advance=advance, batches=batches
+        )
     drafted, accepted = (sum(getattr(record, name) for record in found.drafts) for name in ("drafted", "accepted"))
     return {
         "prompts": prompts,
@@ -88,7 +96,7 @@ def measure_speed(
     threads: int | None = None,
     temperature: float = TEMPERATURE,
 ) -> dict[str, Any]:
-    """Return latencies (ms per token) and speedups over dense, with and without packed weights, for each case.
+    """Return latencies (ms per token) and speedups over dense for each case; float weights are also packed.
 
     Args:
         manifest: has the budget and the first length of drafts.
@@ -98,14 +106,19 @@ def measure_speed(
     text, budget = _passage(bundle, prompt_len), manifest.draft_budget
     cases = {"text": (text, 0.0, budget), "random": (random, temperature, budget), "weak": (text, 0.0, WEAK)}
     drafting = drafting_options(Drafting(lossless=True), manifest)
-    backends = {"dense": ("ort-dense", ["--loop"]), "lossless": ("ort", drafting)}
-    backends["lossless, packed weights"] = "ort", [*drafting, "--prepack"]
     result = {}
     for case, (prompt, heat, budget) in cases.items():
+        backends = {
+            "dense": ("ort-dense", budget, ["--loop"]),
+            "dense, native ops": ("ort", Budget(), ["--loop"]),
+            "lossless": ("ort", budget, drafting),
+        }
+        if manifest.quantisation is None:
+            backends["lossless, packed weights"] = "ort", budget, [*drafting, "--prepack"]
         hot = ["--temperature", str(heat)]
         contenders = [
-            Contender(name, session_command(bundle, backend, budget, threads, [*more, *hot]))
-            for name, (backend, more) in backends.items()
+            Contender(name, session_command(bundle, backend, own, threads, [*more, *hot]))
+            for name, (backend, own, more) in backends.items()
         ]
         with progress(f"Speed, {case}", len(contenders) * (1 + runs)) as advance:
             request = {"prompt": prompt, "new_tokens": new_tokens}
@@ -116,7 +129,7 @@ def measure_speed(
                 "ttft_ms": summarise(generations).ttft_ms["median"],
                 "peak_rss_mb": summarise(generations).peak_rss_mb,
                 "speedup": speedup(taken["dense"], generations, np.mean),
-                "same_tokens": generations[0].tokens == taken["dense"][0].tokens if not heat else None,
+                "same_tokens": generations[0].tokens == taken["dense, native ops"][0].tokens if not heat else None,
                 "acceptance": _acceptance([generation.lossless for generation in generations if generation.lossless]),
                 "drafts": [generation.lossless for generation in generations if generation.lossless],
             }

@@ -40,7 +40,7 @@ FOLDERS = (
 ENGINE_FOLDERS = ("nested_linear", "nested_gather")
 # Ops of the native library only. Sessions put them into the graphs that they load, so no bundle and no engine has them.
 # Such a folder has schema.py, reference.py and native.cpp.
-NATIVE_FOLDERS = ("cached_attention", "linear_w8a8", "decoder_layer")
+NATIVE_FOLDERS = ("cached_attention", "linear_w8a8", "dense_mlp", "decoder_layer", "dense_decoder_layer")
 
 
 def _member(folder: str, module: str, name: str) -> Any:

@@ -20,7 +20,7 @@ inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Attributes = Mapping[str, int | float | str]  # of a node, by name
@@ -71,3 +71,15 @@ class OpSchema:
     outputs: tuple[Port, ...]
     attributes: tuple[Attribute, ...]
     doc: str
+
+
+def ports_of_part(prefix: str, part: OpSchema, *, computed: bool = True) -> tuple[Port, ...]:
+    """The inputs of an op that is a part of another one, with a prefix.
+
+    Args:
+        prefix: of their names.
+        part: its schema.
+        computed: whether its first input is the result of another part. The node then does not have it.
+    """
+    first, *others = (replace(port, name=f"{prefix}_{port.name}") for port in part.inputs)
+    return (replace(first, optional=True) if computed else replace(first, name=part.inputs[0].name), *others)

@@ -29,6 +29,8 @@ struct Tensor {
   const T* as() const {
     return static_cast<const T*>(data);
   }
+  // Floats in memory of an op.
+  static Tensor matrix(float* data, int64_t rows, int64_t columns) { return {data, kFloat, 2, {rows, columns}}; }
 };
 
 // One input or output of an op's signature. Type kUndefined means any weight type.
@@ -153,6 +155,8 @@ class Outputs {
   // Output i of the op goes to place i. The memory must be large enough.
   Outputs(const Node& node, OrtKernelContext* context, std::vector<Place> places)
       : node_(node), context_(context), places_(std::move(places)) {}
+  // The only output of the op goes to memory.
+  Outputs(const Node& node, float* memory) : Outputs(node, nullptr, {{memory, 0}}) {}
 
   // Absent if the node lacks it.
   Tensor get(size_t index, const int64_t* dims, size_t rank) const;
@@ -319,9 +323,9 @@ struct Entry {
 template <class Op>
 constexpr Entry entry_of() {
   return {Op::kName,
-          Op::kPorts,
+          std::data(Op::kPorts),
           std::size(Op::kPorts),
-          Op::kOutputs,
+          std::data(Op::kOutputs),
           std::size(Op::kOutputs),
           [](const Api& api, bool infers) -> std::shared_ptr<OrtCustomOp> {
             return std::make_shared<Registration<Op>>(api, infers);
@@ -332,6 +336,7 @@ constexpr Entry entry_of() {
 std::unique_ptr<Part> linear_w8a8_part(const Api& api, const OrtKernelInfo* info, size_t first);
 std::unique_ptr<Part> cached_attention_part(const Api& api, const OrtKernelInfo* info, size_t first);
 std::unique_ptr<Part> sparse_mlp_part(const Api& api, const OrtKernelInfo* info, size_t first);
+std::unique_ptr<Part> dense_mlp_part(const Api& api, const OrtKernelInfo* info, size_t first);
 
 // The ops. Each is defined in the native.cpp of its folder.
 extern const Entry kSelectTopK;
@@ -340,6 +345,8 @@ extern const Entry kSparseAttention;
 extern const Entry kShortlistLogits;
 extern const Entry kCachedAttention;
 extern const Entry kLinearW8A8;
+extern const Entry kDenseMlp;
 extern const Entry kDecoderLayer;
+extern const Entry kDenseDecoderLayer;
 
 }  // namespace shadowllm

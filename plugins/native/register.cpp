@@ -8,8 +8,9 @@
 namespace shadowllm {
 namespace {
 
-constexpr const Entry* kEntries[] = {&kSelectTopK,      &kSparseMlp,  &kSparseAttention, &kShortlistLogits,
-                                     &kCachedAttention, &kLinearW8A8, &kDecoderLayer};
+constexpr const Entry* kEntries[] = {&kSelectTopK,      &kSparseMlp,       &kSparseAttention,
+                                     &kShortlistLogits, &kCachedAttention, &kLinearW8A8,
+                                     &kDenseMlp,        &kDecoderLayer,    &kDenseDecoderLayer};
 
 bool has_absent_inputs(const Entry& op) {
   return std::any_of(op.ports, op.ports + op.port_count,

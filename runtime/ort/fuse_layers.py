@@ -1,4 +1,4 @@
-"""Graph pass: makes each layer one op, ``DecoderLayer`` of the native library.
+"""Graph pass: makes each layer one op of the native library, ``DecoderLayer`` or ``DenseDecoderLayer``.
 
 At one token, the parts of a small layer take as long as ONNX Runtime needs to go from one node to the next. In one op
 they also share a team of threads, which does not stop between them.
@@ -16,15 +16,20 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from shadowllm.bundle.op_domain import DOMAIN
 from shadowllm.exporter.graphs.nested_pairs import producer
 from shadowllm.plugins.ops.cached_attention.schema import CACHED_ATTENTION
-from shadowllm.plugins.ops.decoder_layer.schema import DECODER_LAYER, STAGES
+from shadowllm.plugins.ops.decoder_layer.schema import DECODER_LAYER, stages
+from shadowllm.plugins.ops.dense_decoder_layer.schema import DENSE_DECODER_LAYER
+from shadowllm.plugins.ops.dense_mlp.schema import DENSE_MLP
 from shadowllm.plugins.ops.linear_w8a8.schema import LINEAR_W8A8
 from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 
 NORM = "RMSNormalization"
+LAYERS = {
+    mlp.name: (layer, stages(mlp)) for mlp, layer in ((SPARSE_MLP, DECODER_LAYER), (DENSE_MLP, DENSE_DECODER_LAYER))
+}
 
 
 class FuseLayers(InPlacePass):
-    """Replaces every layer of a Llama-like model whose parts are native ops by ``DecoderLayer``.
+    """Replaces every layer of a Llama-like model whose parts are native ops by one op.
 
     A layer with other parts stays as it is: with chosen heads, other norms, or linear layers that are not of 8 bits.
 
@@ -54,10 +59,11 @@ class _Layer:
 
     def fuse(self, graph: ir.Graph) -> None:
         inputs = [*self.norm.inputs[:2], self.post_norm.inputs[1]]
-        for node, (_, schema) in zip((self.qkv, self.attention, self.out, self.mlp), STAGES, strict=True):
-            absent = [None] * (len(schema.inputs) - len(node.inputs))
+        schema, parts = LAYERS[self.mlp.op_type]
+        for node, (_, part) in zip((self.qkv, self.attention, self.out, self.mlp), parts, strict=True):
+            absent = [None] * (len(part.inputs) - len(node.inputs))
             inputs += [None, *node.inputs[1:], *absent]
-        layer = ir.node(DECODER_LAYER.name, inputs, domain=DOMAIN, num_outputs=4, name=self.mlp.name)
+        layer = ir.node(schema.name, inputs, domain=DOMAIN, num_outputs=len(schema.outputs), name=self.mlp.name)
         for node in (self.attention, self.mlp):
             layer.attributes.update(node.attributes)
         layer.attributes["epsilon"] = ir.AttrFloat32("epsilon", _epsilon(self.norm))
@@ -70,7 +76,7 @@ class _Layer:
 
 def _layers(graph: ir.Graph) -> Iterator[_Layer]:
     for mlp in graph:
-        if (mlp.domain, mlp.op_type) == (DOMAIN, SPARSE_MLP.name) and (layer := _layer(mlp)):
+        if mlp.domain == DOMAIN and mlp.op_type in LAYERS and (layer := _layer(mlp)):
             yield layer
 
 

@@ -21,6 +21,7 @@ from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort.computed_weights import ComputesWeights
 from shadowllm.runtime.ort.flatten_hidden_states import FlattenHiddenStates
 from shadowllm.runtime.ort.fuse_attention import FuseAttention, is_fused
+from shadowllm.runtime.ort.fuse_dense_mlp import FuseDenseMlp
 from shadowllm.runtime.ort.fuse_layers import FuseLayers
 from shadowllm.runtime.ort.join_graphs import join
 from shadowllm.runtime.ort.join_nested import JoinNested
@@ -98,7 +99,8 @@ def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: boo
         passes.append(OwnSelections())
     if name in BODIES:
         passes += [SplitSelection(), *([FlattenHiddenStates()] if native else [])]
-        passes += [NativeLinear(), FuseLayers()] if native and native_ops.linear_pays() else []
+    if native and native_ops.linear_pays():
+        passes += [NativeLinear(), FuseDenseMlp(manifest.spec), FuseLayers()]
     if exact:  # at the end, for it marks the native ops
         passes.append(ExactIntegerInputs(native))
     return passes

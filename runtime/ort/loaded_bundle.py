@@ -118,7 +118,7 @@ class LoadedBundle:
         # Packed weights make dense steps faster, and are a copy. A graph that only prefills does without.
         self._decodes_dense = plan == DENSE
         pack = self._prepack or self._decodes_dense or self.manifest.quantisation is not None
-        self.packed = pack and self.prefills == "dense"
+        self.packed = pack and self.prefills == "dense" and not self.native_dense
         self.prefilling()
         self.graphs(plan)
 
@@ -133,13 +133,29 @@ class LoadedBundle:
         self._graphs = {form: graph for form, graph in self._graphs.items() if form.pieces != ("dense",)}
 
     @property
+    def native_dense(self) -> bool:
+        """Whether the native ops run the dense graph too: of nested integers, beside sparse graphs.
+
+        Then a token has the same logits in a step of its own and in a step over several. A session of kind "dense" has
+        ONNX Runtime's own kernels, because others are compared with it.
+        """
+        q = self.manifest.quantisation
+        nested = q is not None and bool(q.residual_bits)
+        return nested and self.kind != "dense" and self._native and not self._exact and native_ops.linear_pays()
+
+    @property
+    def fast_dense(self) -> bool:
+        """Whether the dense graph decodes as fast as it can: the native ops run it, or its weights are packed."""
+        return self.native_dense or self.packed
+
+    @property
     def all_active(self) -> bool:
         """Whether dense steps run the sparse graphs with everything active.
 
         They do if there is no dense graph, and if its float weights are not packed: the native ops read rows as fast as
         ONNX Runtime reads packed weights, and it reads others more slowly.
         """
-        return self.kind != "dense" and (self.prefills == "sparse" or (self._native and not self.packed))
+        return self.kind != "dense" and (self.prefills == "sparse" or (self._native and not self.fast_dense))
 
     def graphs(self, plan: Plan) -> dict[str, OrtGraph]:
         """The graphs of a step by the names of the bundle, in their order."""
@@ -198,7 +214,8 @@ class LoadedBundle:
         give_threads(options, self._threads, wait_actively=dense and self._decodes_dense)
         packed = dense and self.packed
         options.add_session_config_entry("session.disable_prepacking", str(int(dense and not packed)))
-        native = self._native and not SELECTING.isdisjoint(form.pieces) and native_ops.register(options)
+        ours = self.native_dense or not SELECTING.isdisjoint(form.pieces)
+        native = self._native and ours and native_ops.register(options)
         paths = [self._bundle / f"{piece}.onnx" for piece in form.pieces]
         if not packed:
             self._weights.give((ir.load(path).graph for path in paths), options)
@@ -246,6 +263,6 @@ class LoadedBundle:
         if q is not None and (self._exact or q.bits < 8):
             return False
         if plan == DENSE:
-            return self._native if self.all_active else self.packed
+            return self._native if self.all_active else self.fast_dense
         scores_with_four_bits = manifest.predictor["kind"] == "quantized-shadow" and manifest.rest == "drop"
         return self._native and not scores_with_four_bits

@@ -132,7 +132,7 @@ class OrtSession:
         self._numbers = self._bundle.numbers(budget, self.decodes)
         if self._plan in self._steps:
             self._steps[self._plan].selections.ask([self._numbers] * self._batch)
-        elif self._plan == DENSE and not (self._bundle.all_active or self._bundle.packed):
+        elif self._plan == DENSE and not (self._bundle.all_active or self._bundle.fast_dense):
             self._bundle.pack()
             self._verifications = {}  # they hold the former graph
 

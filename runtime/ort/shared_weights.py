@@ -33,6 +33,7 @@ class SharedWeights:
         with path.open("rb") as file:
             self._data = self._map(file)
         self._values: list[ort.OrtValue] = []  # ONNX Runtime does not own them
+        self._computed: dict[str, np.ndarray] = {}
 
     def give(self, graphs: Iterable[ir.Graph], options: ort.SessionOptions) -> None:
         """Make a session with these options read the graphs' external initializers from the mapped file."""
@@ -49,11 +50,16 @@ class SharedWeights:
         """Make a session with these options read initializers that are computed now, one after the other.
 
         They are written to a file without a name. So `release` can give back their memory, and what a session still
-        reads comes from the file.
+        reads comes from the file. Those that another graph has under the same name are not computed again.
 
         Raises:
             OSError: the folder of temporary files has too little space.
         """
+        self._compute({name: compute for name, compute in weights.items() if name not in self._computed})
+        for name in weights:
+            self._add(name, self._computed[name], ir.DataType.from_numpy(self._computed[name].dtype), options)
+
+    def _compute(self, weights: Mapping[str, Callable[[], np.ndarray]]) -> None:
         arrays = {}
         with tempfile.TemporaryFile() as file, progress("Computing weights", len(weights)) as advance:
             for name, compute in weights.items():
@@ -64,8 +70,7 @@ class SharedWeights:
             file.flush()
             data = self._map(file) if arrays else np.empty(0, dtype=np.uint8)
         for name, (dtype, shape, start) in arrays.items():
-            array = np.ndarray(shape, dtype, data, start)
-            self._add(name, array, ir.DataType.from_numpy(dtype), options)
+            self._computed[name] = np.ndarray(shape, dtype, data, start)
 
     def release(self) -> None:
         """Give the memory of pages that were read back to the system; a page that is used again is read again.

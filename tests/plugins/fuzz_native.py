@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from shadowllm.bundle.quantisation import NESTED, Quantisation
+from shadowllm.models.activations import NAMES
 from shadowllm.plugins import native_ops
 from shadowllm.plugins.ops.linear_w8a8.reference import linear_w8a8
 from shadowllm.plugins.reference import copy_rows
@@ -27,6 +28,8 @@ from shadowllm.plugins.registry import NATIVE_SCHEMAS, SCHEMAS, reference
 from tests.plugins.native_model import ONNX_TYPES, STATES, integers, run_all
 from tests.plugins.ops.cached_attention.native_inputs import cached_inputs
 from tests.plugins.ops.decoder_layer import native_inputs as layer_op
+from tests.plugins.ops.dense_mlp.native_inputs import WEIGHTS as DENSE_MLP_WEIGHTS
+from tests.plugins.ops.dense_mlp.native_inputs import dense_mlp_inputs, mlp_in_parts
 from tests.plugins.ops.linear_w8a8.native_inputs import linear_inputs
 from tests.plugins.ops.select_topk.native_inputs import scores_of
 from tests.plugins.ops.shortlist_logits.table_inputs import (
@@ -59,7 +62,7 @@ class Case:
 
 def draw(rng: np.random.Generator) -> Case:
     """A valid case of any op."""
-    return (mlp, attention, topk, logits, cached, linear, layer)[rng.integers(7)](rng)
+    return (mlp, attention, topk, logits, cached, linear, dense, layer, dense_layer)[rng.integers(9)](rng)
 
 
 def mlp(rng: np.random.Generator) -> Case:
@@ -124,15 +127,36 @@ def linear(rng: np.random.Generator) -> Case:
     return Case("LinearW8A8", linear_inputs(size, rng.random() < 0.5), ("w", "scales"), {})
 
 
+def dense(rng: np.random.Generator) -> Case:
+    size = tuple(int(n) for n in rng.integers([0, 1, 1], [20, 300, 1200]))
+    gated = bool(rng.random() < 0.7)
+    inputs = dense_mlp_inputs(size, gated, rng.random() < 0.5, int(rng.choice([32, 64, 64, 64, 96])))
+    return Case("DenseMLP", inputs, DENSE_MLP_WEIGHTS, {"activation": activation(rng), "gated": int(gated)})
+
+
+def activation(rng: np.random.Generator) -> str:
+    return str(rng.choice(sorted(set(NAMES.values()) - {"fatrelu"})))
+
+
 def layer(rng: np.random.Generator) -> Case:
-    kv_heads, group, half, batch, seqlen = (int(n) for n in rng.integers(1, [4, 4, 20, 4, 12]))
-    hidden, neurons, capacity = (int(n) for n in rng.integers([1, 1, seqlen], [200, 100, seqlen + 60]))
-    last = tuple(int(n) for n in rng.integers(seqlen - 1, capacity, batch))
-    size = layer_op.Size(kv_heads * group, kv_heads, 2 * half, hidden, neurons, seqlen, last, capacity)
-    form = str(rng.choice(list(MLP_FORMS)))
+    size, form = layer_size(rng), str(rng.choice(list(MLP_FORMS)))
     inputs = layer_op.layer_inputs(size, form, rope=rng.random() < 0.7, choosing=rng.random() < 0.5, q=copy_format(rng))
     attributes = {"n_heads": size.heads, "activation": MLP_FORMS[form][0], "window": window(rng)}
     return Case("DecoderLayer", inputs, layer_op.WEIGHTS, attributes)
+
+
+def dense_layer(rng: np.random.Generator) -> Case:
+    size, gated = layer_size(rng), bool(rng.random() < 0.7)
+    inputs = layer_op.dense_layer_inputs(size, rope=rng.random() < 0.7, gated=gated, bias=rng.random() < 0.5)
+    attributes = {"n_heads": size.heads, "activation": activation(rng), "gated": int(gated), "window": window(rng)}
+    return Case("DenseDecoderLayer", inputs, layer_op.DENSE_WEIGHTS, attributes)
+
+
+def layer_size(rng: np.random.Generator) -> layer_op.Size:
+    kv_heads, group, half, batch, seqlen = (int(n) for n in rng.integers(1, [4, 4, 20, 4, 20]))
+    hidden, neurons, capacity = (int(n) for n in rng.integers([1, 1, seqlen], [200, 100, seqlen + 60]))
+    last = tuple(int(n) for n in rng.integers(seqlen - 1, capacity, batch))
+    return layer_op.Size(kv_heads * group, kv_heads, 2 * half, hidden, neurons, seqlen, last, capacity)
 
 
 def window(rng: np.random.Generator) -> int:
@@ -189,8 +213,10 @@ def judge(case: Case, found: list[np.ndarray]) -> str | None:
         return judge_logits(inputs, y)
     if case.op == "LinearW8A8":
         return judge_linear(inputs, y)
-    if case.op == "DecoderLayer":
-        return judge_layer(case, y, chosen=found[3])
+    if case.op == "DenseMLP":
+        return judge_parts(y, mlp_in_parts(inputs, **case.attributes, exact_copies=1))
+    if case.op.endswith("DecoderLayer"):
+        return judge_layer(case, y, *found[3:])
     if case.op.startswith("Sparse") and inputs["indices"] is None:
         inputs = inputs | {"indices": found[1]}  # near-ties may be chosen in another way
     expected = reference(case.op)(**inputs, **case.attributes)
@@ -231,10 +257,13 @@ def judge_linear(inputs: Inputs, found: np.ndarray) -> str | None:
     return None if (np.abs(found - linear_w8a8(**inputs)) <= bound).all() else "off by more than the rounding"
 
 
-def judge_layer(case: Case, found: np.ndarray, chosen: np.ndarray) -> str | None:
-    """Describe a layer that is not the sum of its parts."""
-    given = {"mlp_indices": chosen} if case.inputs["mlp_indices"] is None else {}
-    expected = layer_op.in_parts(case.inputs | given, **case.attributes)[0]
+def judge_layer(case: Case, found: np.ndarray, chosen: np.ndarray | None = None) -> str | None:
+    given = {} if case.inputs.get("mlp_indices", chosen) is not None else {"mlp_indices": chosen}
+    return judge_parts(found, layer_op.in_parts(case.inputs | given, **case.attributes)[0])
+
+
+def judge_parts(found: np.ndarray, expected: np.ndarray) -> str | None:
+    """Describe a result that is not that of an op's parts."""
     return None if np.linalg.norm(found - expected) <= 1e-3 * np.linalg.norm(expected) else "not what its parts give"
 
 
@@ -257,11 +286,13 @@ def main() -> int:
             "CachedAttention": {},
             "LinearW8A8": {},
             "ShortlistLogits": {"exact_copies": 1},
+            "DenseMLP": {"exact_copies": 1},
             "DecoderLayer": {"exact_copies": 1, "layer": 1},
+            "DenseDecoderLayer": {"exact_copies": 1},
         }.get(case.op, {"layer": 1})
         problem = None
         try:
-            outputs = {"SelectTopK": 1, "LinearW8A8": 1, "CachedAttention": 3, "DecoderLayer": 4}.get(case.op, 2)
+            outputs = len((SCHEMAS | NATIVE_SCHEMAS)[case.op].outputs)
             threads = int(rng.integers(1, 3))
             result = run_all(case.op, inputs, weights, threads, outputs, **case.attributes, **more)
             problem = None if spoil else judge(case, result)

@@ -29,7 +29,12 @@ ONNX_TYPES = {
 }
 
 # Kernels round the factor of rows only if their scales are constant; see `shorten` in op.hpp.
-SCALES = ("scales", "qkv_scales", "out_scales", *(f"cs_{part}" for part in ("gate", "up", "down", "q", "o")))
+PARTS = ("qkv", "out", "up", "down", "mlp_up", "mlp_down")
+SCALES = (
+    "scales",
+    *(f"{part}_scales" for part in PARTS),
+    *(f"cs_{part}" for part in ("gate", "up", "down", "q", "o")),
+)
 
 
 def make_session(

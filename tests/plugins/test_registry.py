@@ -16,7 +16,10 @@ import pytest
 from shadowllm.bundle.quantisation import Quantisation
 from shadowllm.plugins import registry
 from shadowllm.plugins.function_body import CopyForm, FunctionForm, TableForm
-from shadowllm.plugins.ops.decoder_layer.schema import DECODER_LAYER, STAGES
+from shadowllm.plugins.ops.decoder_layer.schema import DECODER_LAYER, stages
+from shadowllm.plugins.ops.dense_decoder_layer.schema import DENSE_DECODER_LAYER
+from shadowllm.plugins.ops.dense_mlp.schema import DENSE_MLP
+from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 from shadowllm.plugins.registry import NATIVE_SCHEMAS, SCHEMAS
 
 BODIES = list(SCHEMAS)[: len(registry.FOLDERS)]  # ops of graphs; the others are of engines only
@@ -75,16 +78,17 @@ def test_functions_take_the_ports_and_attributes(op, backend):
     assert arguments(getattr(registry, backend)(op)) == wanted
 
 
-@pytest.mark.parametrize("op", sorted(NATIVE_SCHEMAS.keys() - {DECODER_LAYER.name}))
+@pytest.mark.parametrize("op", sorted(NATIVE_SCHEMAS.keys() - {DECODER_LAYER.name, DENSE_DECODER_LAYER.name}))
 def test_references_of_native_ops_take_the_ports_and_attributes(op):
     parts = (*NATIVE_SCHEMAS[op].inputs, *NATIVE_SCHEMAS[op].attributes)
     assert arguments(registry.reference(op)) == [(part.name, getattr(part, "optional", False)) for part in parts]
 
 
-def test_the_reference_of_a_layer_takes_the_ports_of_its_parts_by_name():
-    found = {name for name, _ in arguments(registry.reference(DECODER_LAYER.name))}
-    of_parts = tuple(f"{prefix}_" for prefix, _ in STAGES)
-    names = [part.name for part in (*DECODER_LAYER.inputs, *DECODER_LAYER.attributes)]
+@pytest.mark.parametrize(("layer", "mlp"), [(DECODER_LAYER, SPARSE_MLP), (DENSE_DECODER_LAYER, DENSE_MLP)])
+def test_the_reference_of_a_layer_takes_the_ports_of_its_parts_by_name(layer, mlp):
+    found = {name for name, _ in arguments(registry.reference(layer.name))}
+    of_parts = tuple(f"{prefix}_" for prefix, _ in stages(mlp))
+    names = [part.name for part in (*layer.inputs, *layer.attributes)]
     own = {name for name in names if not name.startswith(of_parts)}
     assert found == own - {"layer"} | {"inputs"}
 

@@ -1,6 +1,7 @@
 // CachedAttention: writes this step's keys and values into the cache, then attends. Query heads that share a KV head
 // attend together, so that they read its cache once. With few KV heads and many positions, the positions
-// are divided into tasks too. A result does not depend on the other sequences.
+// are divided into tasks too. A result does not depend on the other sequences. In a short step, a token has the bits
+// that it has in a step of its own.
 #include <cmath>
 #include <cstring>
 
@@ -12,6 +13,7 @@ namespace {
 enum Input { kProjected, kPastKey, kPastValue, kLast, kCos, kSin };
 
 constexpr size_t kQueries = 16;     // queries of a KV head that attend together
+constexpr size_t kShortStep = 16;   // tokens of a sequence, of which no two attend together
 constexpr size_t kWorkers = 24;     // threads, each with memory for the scores of its queries
 constexpr size_t kTasks = 24;       // that a sequence should have
 constexpr size_t kLeastPart = 256;  // positions of a task, at least, if they are divided
@@ -47,14 +49,19 @@ struct Step {
 
   size_t group() const { return n_heads / kv_heads; }
   size_t past(size_t b) const { return static_cast<size_t>(last[b]) + 1 - seqlen; }
-  size_t queries() const { return seqlen * group(); }  // of a KV head
-  size_t tiles_of_head() const { return (queries() + kQueries - 1) / kQueries; }
+  // Queries of a KV head that may attend together, and how many times as many there are.
+  size_t queries() const { return (seqlen <= kShortStep ? 1 : seqlen) * group(); }
+  size_t turns() const { return seqlen <= kShortStep ? seqlen : 1; }
+  size_t tiles_of_turn() const { return (queries() + kQueries - 1) / kQueries; }
+  size_t tiles_of_head() const { return turns() * tiles_of_turn(); }
   size_t tiles() const { return kv_heads * tiles_of_head(); }  // of a sequence
   Tile tile(size_t i) const {
-    const size_t b = i / tiles(), kv_head = i % tiles() / tiles_of_head(), first = i % tiles_of_head() * kQueries;
-    return {b, kv_head, first, std::min(kQueries, queries() - first)};
+    const size_t b = i / tiles(), kv_head = i % tiles() / tiles_of_head(), of_head = i % tiles_of_head();
+    const size_t start = of_head / tiles_of_turn() * queries(), first = of_head % tiles_of_turn() * kQueries;
+    return {b, kv_head, start + first, std::min(kQueries, queries() - first)};
   }
-  size_t most_parts() const { return kTasks / std::max<size_t>(1, tiles()); }
+  // As many for a token of a short step as in a step of its own.
+  size_t most_parts() const { return kTasks / std::max<size_t>(1, kv_heads * tiles_of_turn()); }
   // Into how many parts so many positions are divided.
   size_t parts(size_t positions) const { return std::max<size_t>(1, std::min(most_parts(), positions / kLeastPart)); }
   // The most positions of a part.
@@ -131,11 +138,15 @@ class CachedAttention {
     const size_t room = whole_lines(most * (step.head_dim + step.longest_part()) + step.longest_part());
     Scratch scratch;
     float *found = scratch.take(results * size + workers * room), *work = found + results * size;
+    // Tiles of a KV head come one after the other with the same part of the positions, because they read the same
+    // cache.
+    const size_t of_head = step.tiles_of_head();
     pool.run(workers, [&](size_t worker) {
       for (size_t i = worker; i < tasks; i += workers) {
-        float* result = found + (parts == 1 ? worker : i) * size;
-        attend(step, step.tile(i / parts), i % parts, work + worker * room, result);
-        if (parts == 1) finish(step, step.tile(i), result, size);
+        const size_t part = i / of_head % parts, tile = i / of_head / parts * of_head + i % of_head;
+        float* result = found + (parts == 1 ? worker : tile * parts + part) * size;
+        attend(step, step.tile(tile), part, work + worker * room, result);
+        if (parts == 1) finish(step, step.tile(tile), result, size);
       }
     });
     for (size_t i = 0; parts > 1 && i < tiles; ++i) finish(step, step.tile(i), found + i * parts * size, size);

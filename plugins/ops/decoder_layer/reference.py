@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from shadowllm.plugins.ops.cached_attention.reference import cached_attention
-from shadowllm.plugins.ops.decoder_layer.schema import STAGES
 from shadowllm.plugins.ops.linear_w8a8.reference import linear_w8a8
 from shadowllm.plugins.ops.sparse_mlp.reference import sparse_mlp
+
+Inputs = dict[str, np.ndarray | None]
 
 
 def decoder_layer(
@@ -25,14 +26,21 @@ def decoder_layer(
     **inputs: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """``DecoderLayer``: x ``(T, D)`` and the inputs of its parts by name -> y ``(T, D)``, key, value, chosen."""
-    qkv, attention, out, mlp = (_of_part(prefix, inputs) for prefix, _ in STAGES)
-    projected = linear_w8a8(rms_norm(x, norm, epsilon), **qkv)
-    attended, key, value = cached_attention(projected, **attention, n_heads=n_heads, window=window)
-    hidden = x + linear_w8a8(attended, **out)
+    hidden, key, value = add_attention(x, norm, inputs, n_heads, window, epsilon)
+    mlp = of_part("mlp", inputs)
     sequences = len(mlp["count"]) if mlp["count"].ndim else 1
     normed = rms_norm(hidden, post_norm, epsilon).reshape(sequences, -1, x.shape[1])
     y, chosen = sparse_mlp(normed, **mlp, activation=activation, threshold=threshold)
     return hidden + y.reshape(x.shape), key, value, chosen
+
+
+def add_attention(
+    x: np.ndarray, norm: np.ndarray, inputs: Inputs, n_heads: int, window: int, epsilon: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The part of a layer before its MLP -> hidden states ``(T, D)``, key, value."""
+    projected = linear_w8a8(rms_norm(x, norm, epsilon), **of_part("qkv", inputs))
+    attended, key, value = cached_attention(projected, **of_part("attention", inputs), n_heads=n_heads, window=window)
+    return x + linear_w8a8(attended, **of_part("out", inputs)), key, value
 
 
 def rms_norm(x: np.ndarray, weights: np.ndarray, epsilon: float) -> np.ndarray:
@@ -40,5 +48,6 @@ def rms_norm(x: np.ndarray, weights: np.ndarray, epsilon: float) -> np.ndarray:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(epsilon)) * weights
 
 
-def _of_part(prefix: str, inputs: dict[str, np.ndarray | None]) -> dict[str, Any]:
+def of_part(prefix: str, inputs: Inputs) -> dict[str, Any]:
+    """The inputs of a part, without the prefix of their names."""
     return {name.removeprefix(f"{prefix}_"): value for name, value in inputs.items() if name.startswith(f"{prefix}_")}

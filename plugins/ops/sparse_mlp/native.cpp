@@ -7,6 +7,7 @@
 #include <functional>
 #include <numeric>
 
+#include "activation.hpp"
 #include "gate_first.hpp"
 #include "largest.hpp"
 #include "mlp_products.hpp"
@@ -37,13 +38,6 @@ enum Input {
   kDownNorms
 };
 
-Activation parse_activation(const Node& node, const std::string& name) {
-  constexpr const char* kNames[] = {"relu", "relu2", "fatrelu", "drelu", "silu", "gelu", "gelu_tanh", "quick_gelu"};
-  for (size_t i = 0; i < std::size(kNames); ++i)
-    if (name == kNames[i]) return {static_cast<Activation::Kind>(i), node.real_or("threshold", 0)};
-  node.fail("activation '" + name + "' is not supported");
-}
-
 class SparseMlp {
  public:
   static constexpr const char* kName = "SparseMLP";
@@ -60,7 +54,7 @@ class SparseMlp {
 
   SparseMlp(const Api& api, const OrtKernelInfo* info, size_t first = 0)
       : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), true, first), kernels_(choose_kernels()) {
-    activation_ = parse_activation(node_, node_.text("activation"));
+    activation_ = parse_activation(node_);
     for (const auto& [weights, scales] : {std::pair{kWGate, kSGate}, {kWUp, kSUp}, {kWDown, kSDown}})
       node_.pack(weights, scales);
     node_.shorten({kCsGate, kCsUp, kCsDown});

@@ -36,3 +36,19 @@ def test_released_pages_leave_the_memory_and_keep_their_contents(tmp_path):
     weights.release()
     assert mapped_bytes() - before < SIZE / 2
     assert np.array_equal(shared.numpy(), expected)
+
+
+def test_weights_of_one_name_are_computed_once(tmp_path):
+    (tmp_path / "data").write_bytes(b"0")
+    weights, computed = SharedWeights(tmp_path / "data"), []
+
+    def compute(name):
+        computed.append(name)
+        return np.arange(5, dtype=np.float32)
+
+    for names in (("a", "b"), ("b", "c"), ("a",)):
+        options = ort.SessionOptions()
+        weights.give_computed({name: lambda name=name: compute(name) for name in names}, options)
+    assert computed == ["a", "b", "c"]
+    for value in weights._values:
+        np.testing.assert_array_equal(value.numpy(), np.arange(5, dtype=np.float32))

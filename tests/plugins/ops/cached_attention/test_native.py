@@ -97,3 +97,20 @@ def test_a_sequence_has_the_same_bits_alone(size, isa):
         np.testing.assert_array_equal(together[0][row * seqlen : (row + 1) * seqlen], alone[0])
         for several, one in zip(together[1:], alone[1:], strict=True):
             np.testing.assert_array_equal(several[row : row + 1], one)
+
+
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+@pytest.mark.parametrize("last", [(15, 40), (530, 1290), (1037, 16)])
+def test_a_token_of_a_short_step_has_the_bits_of_a_step_of_its_own(last, kv_heads, window, isa):
+    """Also where the step passes a length from which the positions are divided differently."""
+    seqlen, heads = 16, 6
+    inputs = cached_inputs((heads, kv_heads, 20, 1300, seqlen, last))
+    together = run_all("CachedAttention", inputs, threads=2, n_heads=heads, window=window)[0]
+    projected = inputs["projected"].reshape(len(last), seqlen, -1)
+    caches = {name: inputs[name] for name in ("past_key", "past_value")}
+    for s in range(seqlen):
+        one = caches | {"projected": projected[:, s], "last": inputs["last"] - (seqlen - 1 - s)}
+        y, *now = run_all("CachedAttention", inputs | one, n_heads=heads, window=window)
+        np.testing.assert_array_equal(together.reshape(len(last), seqlen, -1)[:, s], y)
+        caches = dict(zip(caches, now, strict=True))

@@ -1,4 +1,4 @@
-"""Inputs of ``DecoderLayer``, and its parts as nodes of their own."""
+"""Inputs of ``DecoderLayer`` and ``DenseDecoderLayer``, and their parts as nodes of their own."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ import numpy as np
 
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
 from shadowllm.plugins.ops.decoder_layer.reference import rms_norm
-from shadowllm.plugins.ops.decoder_layer.schema import STAGES
+from shadowllm.plugins.ops.decoder_layer.schema import stages
+from shadowllm.plugins.ops.dense_mlp.schema import DENSE_MLP
+from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 from shadowllm.plugins.registry import NATIVE_SCHEMAS
 from tests.plugins.native_model import run_all
 from tests.plugins.ops.cached_attention.native_inputs import cached_inputs
+from tests.plugins.ops.dense_mlp.native_inputs import dense_mlp_inputs
 from tests.plugins.ops.linear_w8a8.native_inputs import linear_inputs
 from tests.plugins.ops.sparse_mlp.mixed_inputs import with_copy
 from tests.plugins.ops.sparse_mlp.native_inputs import mlp_inputs
 
 Inputs = dict[str, np.ndarray | None]
 REPLACED = ("qkv_x", "attention_projected", "out_x", "mlp_x")  # results of the part before
-WEIGHTS = tuple(
-    port.name
-    for port in NATIVE_SCHEMAS["DecoderLayer"].inputs
-    if not port.name.startswith("attention_") and port.name not in ("x", "mlp_count", "mlp_rest", "mlp_indices")
-)
+GIVEN = ("x", "mlp_count", "mlp_rest", "mlp_indices")  # with those of the attention, which are no weights
+
+
+def weights_of(op: str) -> tuple[str, ...]:
+    names = (port.name for port in NATIVE_SCHEMAS[op].inputs)
+    return tuple(name for name in names if not name.startswith("attention_") and name not in GIVEN)
+
+
+WEIGHTS, DENSE_WEIGHTS = weights_of("DecoderLayer"), weights_of("DenseDecoderLayer")
 
 
 @dataclass(frozen=True)
@@ -38,26 +45,38 @@ class Size:
     last: tuple[int, ...]
     capacity: int = 40
 
+    @property
+    def tokens(self) -> int:
+        return len(self.last) * self.seqlen
+
 
 def layer_inputs(
     size: Size, form: str = "llama", *, rope: bool = True, choosing: bool = True, q: Quantisation | None = LOW_BIT_COPY
 ) -> Inputs:
     """A layer whose MLP has a low-bit copy, unless ``q`` is None, and as many active neurons as a third of all."""
-    tokens, width = len(size.last) * size.seqlen, size.heads * size.head_dim
-    whole = width + 2 * size.kv_heads * size.head_dim
-    rng = np.random.default_rng(size.hidden)
-    mlp = mlp_inputs(form, (size.hidden, size.neurons, 1, tokens, size.neurons // 3))
+    mlp = mlp_inputs(form, (size.hidden, size.neurons, 1, size.tokens, size.neurons // 3))
     if q is not None:
         mlp = with_copy(mlp, choosing=choosing, q=q)
+    return _with_attention(size, rope, {name: _small(v) if name.startswith("w_") else v for name, v in mlp.items()})
+
+
+def dense_layer_inputs(size: Size, *, rope: bool = True, gated: bool = True, bias: bool = True) -> Inputs:
+    return _with_attention(size, rope, dense_mlp_inputs((size.tokens, size.hidden, size.neurons), gated, bias))
+
+
+def _with_attention(size: Size, rope: bool, mlp: Inputs) -> Inputs:
+    width = size.heads * size.head_dim
+    whole = width + 2 * size.kv_heads * size.head_dim
+    rng = np.random.default_rng(size.hidden)
     cache = (size.heads, size.kv_heads, size.head_dim, size.capacity, size.seqlen, size.last)
     parts = {
-        "qkv": _scaled(linear_inputs((tokens, size.hidden, whole, 64), seed=1)),
+        "qkv": _scaled(linear_inputs((size.tokens, size.hidden, whole, 64), seed=1)),
         "attention": cached_inputs(cache, rope),
-        "out": _scaled(linear_inputs((tokens, width, size.hidden, 64), seed=2)),
-        "mlp": {name: _small(value) if name.startswith("w_") else value for name, value in mlp.items()},
+        "out": _scaled(linear_inputs((size.tokens, width, size.hidden, 64), seed=2)),
+        "mlp": mlp,
     }
     own = {
-        "x": rng.standard_normal((tokens, size.hidden)).astype(np.float32),
+        "x": rng.standard_normal((size.tokens, size.hidden)).astype(np.float32),
         "norm": rng.uniform(0.5, 1.5, size.hidden).astype(np.float32),
         "post_norm": rng.uniform(0.5, 1.5, size.hidden).astype(np.float32),
     }
@@ -77,12 +96,14 @@ def _small(weights: np.ndarray | None) -> np.ndarray | None:
 
 
 def in_parts(
-    inputs: Inputs, *, n_heads: int, activation: str, epsilon: float = 1e-5, window: int = 0
+    inputs: Inputs, *, n_heads: int, epsilon: float = 1e-5, window: int = 0, **attributes
 ) -> tuple[np.ndarray, ...]:
     """The layer with a node for each of its parts, whose inputs are not rounded to 8 bits."""
+    mlp = SPARSE_MLP if "mlp_w_up" in inputs else DENSE_MLP
+    parts = stages(mlp)
 
     def part(index, x, **more):
-        prefix, schema = STAGES[index]
+        prefix, schema = parts[index]
         own = {name.removeprefix(f"{prefix}_"): v for name, v in inputs.items() if name.startswith(f"{prefix}_")}
         return run_all(schema.name, {schema.inputs[0].name: x} | own, exact_copies=1, **more)
 
@@ -90,5 +111,5 @@ def in_parts(
     attended, key, value = part(1, projected, n_heads=n_heads, window=window)
     hidden = inputs["x"] + part(2, attended)[0]
     normed = rms_norm(hidden, inputs["post_norm"], epsilon)
-    y, chosen = part(3, normed, activation=activation, layer=1)
-    return hidden + y, key, value, chosen
+    y, *chosen = part(3, normed, **attributes, **({"layer": 1} if mlp is SPARSE_MLP else {}))
+    return hidden + y, key, value, *chosen
