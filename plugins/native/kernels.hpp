@@ -76,11 +76,14 @@ inline void project_tile(const T* const* rows, Next<T> next, const float* x, siz
   for (size_t t = 0; t < M; ++t)
     for (size_t r = 0; r < R; r += 4)
       sums_of_four(acc[r][t], acc[r + 1][t], acc[r + 2][t], acc[r + 3][t], totals[t] + r);
+  if (rest < width)
+    for (size_t r = 0; r < R; ++r)
+      for (size_t t = 0; t < M; ++t)
+        for (size_t k = rest; k < width; ++k) totals[t][r] += load_one(rows[r] + k) * x[t * width + k];
+#pragma GCC unroll 8
   for (size_t r = 0; r < R; ++r)
-    for (size_t t = 0; t < M; ++t) {
-      for (size_t k = rest; k < width; ++k) totals[t][r] += load_one(rows[r] + k) * x[t * width + k];
-      out[r * tokens + t] = totals[t][r];
-    }
+#pragma GCC unroll 4
+    for (size_t t = 0; t < M; ++t) out[r * tokens + t] = totals[t][r];
 }
 
 // One row at a time. This is fastest for rows next to each other in memory, because the hardware prefetcher helps.
@@ -121,15 +124,16 @@ inline void accumulate_tile(const T* const* rows, Next<T> next, const float* h, 
 }
 
 // Calls block(row pointers, next row pointers or null, first row) for kBlock rows at a time, then single(pointer, row)
-// for each of the rest.
+// for each of the rest. The hardware prefetches rows that follow each other without gaps.
 template <class T, class Block, class Single>
 inline void walk(const Rows& rows, Picks picks, Ahead ahead, Block block, Single single) {
   const T *now[kBlock], *next[kBlock];
   size_t i = 0;
   for (; i + kBlock <= picks.count; i += kBlock) {
     for (size_t r = 0; r < kBlock; ++r) now[r] = row<T>(rows, picks.ids, i + r);
+    const bool last = i + 2 * kBlock > picks.count;
     const T* const* to_fetch = next;
-    if (i + 2 * kBlock <= picks.count)
+    if (!last)
       for (size_t r = 0; r < kBlock; ++r) next[r] = row<T>(rows, picks.ids, i + kBlock + r);
     else if (ahead.rows != nullptr && ahead.rows->type == rows.type)
       for (size_t r = 0; r < kBlock; ++r) next[r] = row<T>(*ahead.rows, ahead.ids, r);
