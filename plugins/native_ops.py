@@ -46,9 +46,14 @@ def register(session_options: ort.SessionOptions) -> bool:
         Whether the native ops are registered. If not, a warning (once per process) explains how to get the library.
 
     Raises:
-        UserError: see `library`.
+        UserError: see `library`, or ``SHADOWLLM_NATIVE_ISA`` names no kernels of this CPU.
     """
-    path = library()
+    path, isa = library(), os.environ.get(ISA_VARIABLE)
+    if isa and isa not in (names := kernels()) and names:
+        raise UserError(
+            f"{ISA_VARIABLE} is '{isa}', but this CPU runs {','.join(names)}",
+            f"unset {ISA_VARIABLE} or give it one of these names",
+        )
     if path is None:
         _warn_once(
             "the native ops were not built, so sparse layers run at the speed of their function bodies; "
@@ -69,22 +74,28 @@ def register(session_options: ort.SessionOptions) -> bool:
 def kernels() -> tuple[str, ...]:
     """Names of the kernels that this CPU can run, best first, e.g. ``("avx512", "avx2", "portable")``.
 
-    Empty without the library. The variable ``SHADOWLLM_NATIVE_ISA`` selects one of them for new sessions.
+    Empty without a library that loads. The variable ``SHADOWLLM_NATIVE_ISA`` selects one of them for new sessions.
     """
     path = library()
     if path is None:
         return ()
-    query = ctypes.CDLL(str(path)).shadowllm_native_kernels
+    try:
+        query = ctypes.CDLL(str(path)).shadowllm_native_kernels
+    except (OSError, AttributeError):  # `register` says what is wrong
+        return ()
     query.restype = ctypes.c_char_p
     return tuple(query().decode().split(","))
 
 
 def linear_pays() -> bool:
-    """Return whether ``LinearW8A8`` is faster than ONNX Runtime's ``MatMulNBits`` on this CPU, as far as was measured.
+    """Return whether ``LinearW8A8`` is faster than ONNX Runtime's ``MatMulNBits``, as far as was measured.
 
-    AVX-512 without VNNI was not measured. The portable kernels convert bytes to floats.
+    This depends on the kernels that run. AVX-512 without VNNI was not measured. The portable kernels convert bytes to
+    floats.
     """
-    return kernels()[:1] in (("avx2",), ("avx512vnni",))
+    best = kernels()[:1]
+    chosen = os.environ.get(ISA_VARIABLE) or (best[0] if best else None)
+    return chosen in ("avx2", "avx512vnni")
 
 
 def _load_errors() -> tuple[type[Exception], ...]:

@@ -343,7 +343,10 @@ Scratch::Scratch() {
   memory_ = std::move(kept.back());
   kept.pop_back();
 }
-Scratch::~Scratch() { kept.push_back(std::move(memory_)); }
+Scratch::~Scratch() {
+  constexpr size_t kMostKept = size_t{1} << 24;  // floats; only long prompts need more
+  if (memory_.size() <= kMostKept) kept.push_back(std::move(memory_));
+}
 
 float* Scratch::take(size_t floats) {
   constexpr size_t kLine = kLineBytes / sizeof(float);

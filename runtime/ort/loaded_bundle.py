@@ -17,7 +17,7 @@ from shadowllm.models.sparsity import ActiveCounts, Budget, check_neuron_budget,
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.inputs import budget_scalars
-from shadowllm.runtime.ort.graph import SELECTING, OrtGraph, for_cpu
+from shadowllm.runtime.ort.graph import OrtGraph, for_cpu
 from shadowllm.runtime.ort.shared_weights import SharedWeights
 from shadowllm.runtime.session import Decodes, Prefill
 from shadowllm.threads import give_threads
@@ -94,7 +94,8 @@ class LoadedBundle:
         self.spec: ModelSpec = self.manifest.spec
         self.kind, self.packed, self._decodes_dense = kind, False, False
         self._bundle, self._threads = bundle, threads
-        self._native = native and native_ops.library() is not None
+        # A session of kind "dense" has no ops of ours.
+        self._native = native and kind != "dense" and native_ops.register(ort.SessionOptions())
         self._exact, self._prepack = exact, prepack
         self._rounds = rounds_products(self.manifest) and self._native and not exact
         if kind == "dense" and prefill == "sparse":
@@ -141,7 +142,8 @@ class LoadedBundle:
         """
         q = self.manifest.quantisation
         nested = q is not None and bool(q.residual_bits)
-        return nested and self.kind != "dense" and self._native and not self._exact and native_ops.linear_pays()
+        has_dense = self.kind != "dense" and self.prefills == "dense"
+        return nested and has_dense and self._native and not self._exact and native_ops.linear_pays()
 
     @property
     def fast_dense(self) -> bool:
@@ -214,8 +216,7 @@ class LoadedBundle:
         give_threads(options, self._threads, wait_actively=dense and self._decodes_dense)
         packed = dense and self.packed
         options.add_session_config_entry("session.disable_prepacking", str(int(dense and not packed)))
-        ours = self.native_dense or not SELECTING.isdisjoint(form.pieces)
-        native = self._native and ours and native_ops.register(options)
+        native = self._native and (self.native_dense or not dense) and native_ops.register(options)
         paths = [self._bundle / f"{piece}.onnx" for piece in form.pieces]
         if not packed:
             self._weights.give((ir.load(path).graph for path in paths), options)
@@ -255,12 +256,12 @@ class LoadedBundle:
     def independent(self, plan: Plan) -> bool:
         """Whether the result of a sequence has the same bits in a step with other sequences as in one without.
 
-        The native ops and ONNX Runtime's products with packed float weights or with 8-bit integers add in the same
-        order for any number of rows. Its products with 4-bit integers, with inputs that are not rounded, and with
-        weights that are not packed do not.
+        The native ops and ONNX Runtime's products with packed float weights or with 8-bit integers (also those that
+        nested ones are joined to) add in the same order for any number of rows. Its products with 4-bit integers, with
+        inputs that are not rounded, and with weights that are not packed do not.
         """
         q, manifest = self.manifest.quantisation, self.manifest
-        if q is not None and (self._exact or q.bits < 8):
+        if q is not None and (self._exact or (q.bits < 8 and not q.residual_bits)):
             return False
         if plan == DENSE:
             return self._native if self.all_active else self.fast_dense

@@ -61,6 +61,8 @@ def test_damaged_library_warns(monkeypatch, tmp_path):
     monkeypatch.setenv(native_ops.PATH_VARIABLE, str(path))
     with pytest.warns(RuntimeWarning, match="damaged.so do not load"):
         assert not native_ops.register(ort.SessionOptions())
+    assert native_ops.kernels() == ()
+    assert not native_ops.linear_pays()
 
 
 def test_path_that_is_no_file(monkeypatch, tmp_path):
@@ -222,6 +224,10 @@ def test_shapes_are_inferred():
 @built
 def test_unknown_kernels_refused(monkeypatch):
     monkeypatch.setenv(native_ops.ISA_VARIABLE, "mmx")
+    with pytest.raises(UserError, match=r"SHADOWLLM_NATIVE_ISA is 'mmx', but this CPU runs .*portable"):
+        native_ops.register(ort.SessionOptions())
+    library = str(native_ops.library())  # refuses them too
+    monkeypatch.setattr(native_ops, "register", lambda given: given.register_custom_ops_library(library) is None)
     with pytest.raises(Exception, match=r"SHADOWLLM_NATIVE_ISA is 'mmx', but this CPU runs .*portable"):
         run("SparseMLP", mlp_inputs("llama", (41, 7, 1, 2, 3)), MLP_WEIGHTS, activation="silu", layer=11)
 

@@ -13,7 +13,7 @@ namespace {
 enum Input { kProjected, kPastKey, kPastValue, kLast, kCos, kSin };
 
 constexpr size_t kQueries = 16;     // queries of a KV head that attend together
-constexpr size_t kShortStep = 16;   // tokens of a sequence, of which no two attend together
+constexpr size_t kShortStep = 65;   // tokens of a sequence, of which no two attend together: LONGEST_DRAFT + 1
 constexpr size_t kWorkers = 24;     // threads, each with memory for the scores of its queries
 constexpr size_t kTasks = 24;       // that a sequence should have
 constexpr size_t kLeastPart = 256;  // positions of a task, at least, if they are divided

@@ -12,7 +12,7 @@ from shadowllm.plugins import native_ops
 from shadowllm.plugins.registry import NATIVE_SCHEMAS, SCHEMAS
 from shadowllm.runtime.ort import kv_cache
 from shadowllm.runtime.ort.graph import for_cpu
-from shadowllm.runtime.ort.loaded_bundle import LoadedBundle
+from shadowllm.runtime.ort.loaded_bundle import DENSE, LoadedBundle
 from shadowllm.runtime.ort.session import OrtSession
 from tests.conftest import FAMILIES, VARIANTS
 from tests.plugins.native_model import built
@@ -83,6 +83,7 @@ def test_all_products_are_native(bundle, variant, layer):
         ({"kind": "dense"}, False),  # the baseline of benchmarks
         ({"exact": True}, False),  # for validation
         ({"native": False}, False),
+        ({"prefill": "sparse"}, False),  # has no dense graph
     ],
     ids=str,
 )
@@ -95,3 +96,22 @@ def test_plain_integers_and_floats_have_their_own_dense_steps(bundle, monkeypatc
         assert not LoadedBundle(bundle("llama-blocks", **options)).native_dense
     monkeypatch.setattr(native_ops, "linear_pays", lambda: False)
     assert not LoadedBundle(bundle(**NESTED)).native_dense
+
+
+def test_a_library_that_does_not_load_leaves_the_runtimes_own_ops(bundle, monkeypatch, tmp_path):
+    damaged, prompt = tmp_path / "damaged.so", [PROMPTS[0]]
+    damaged.write_text("no library")
+    with OrtSession(bundle(**NESTED), native=False) as session:
+        wanted = session.prefill(prompt).copy()
+    monkeypatch.setenv(native_ops.PATH_VARIABLE, str(damaged))
+    with pytest.warns(RuntimeWarning, match=r"damaged\.so do not load"):
+        session = OrtSession(bundle(**NESTED))
+    with session:
+        np.testing.assert_array_equal(session.prefill(prompt), wanted)
+        session.verify(np.array([[3, 4]]))
+
+
+@pytest.mark.parametrize(("weight_dtype", "rest"), [("int8", "shadow"), ("int6", "shadow"), ("int4", "drop")])
+def test_which_steps_run_sequences_together(bundle, weight_dtype, rest):
+    folder = bundle("llama-blocks", kind="static", rest=rest, weight_dtype=weight_dtype)
+    assert LoadedBundle(folder).independent(DENSE) == (weight_dtype != "int4")

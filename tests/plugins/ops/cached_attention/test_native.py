@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from shadowllm.limits import LONGEST_DRAFT
 from shadowllm.plugins.ops.cached_attention.reference import cached_attention
 from tests.plugins.native_model import assert_as_exact_as, built, make_session, ort, run_all
 from tests.plugins.ops.cached_attention.native_inputs import cached_inputs
@@ -101,10 +102,10 @@ def test_a_sequence_has_the_same_bits_alone(size, isa):
 
 @pytest.mark.parametrize("window", [0, 300])
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
-@pytest.mark.parametrize("last", [(15, 40), (530, 1290), (1037, 16)])
-def test_a_token_of_a_short_step_has_the_bits_of_a_step_of_its_own(last, kv_heads, window, isa):
+@pytest.mark.parametrize(("seqlen", "last"), [(9, (15, 40)), (LONGEST_DRAFT + 1, (530, 1290)), (16, (1037, 16))])
+def test_a_token_of_a_short_step_has_the_bits_of_a_step_of_its_own(seqlen, last, kv_heads, window, isa):
     """Also where the step passes a length from which the positions are divided differently."""
-    seqlen, heads = 16, 6
+    heads = 6
     inputs = cached_inputs((heads, kv_heads, 20, 1300, seqlen, last))
     together = run_all("CachedAttention", inputs, threads=2, n_heads=heads, window=window)[0]
     projected = inputs["projected"].reshape(len(last), seqlen, -1)
