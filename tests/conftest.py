@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
-# Tests run in several processes, which share the cores. The variable is read when PyTorch is imported.
+# Tests run in several processes, which share the cores. The variable is read when PyTorch is imported. It is not set in
+# the process that starts the others, because they inherit it: each would have threads for all cores, which then wait
+# actively for each other.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 import onnxruntime  # noqa: E402
 import torch  # noqa: E402

@@ -273,6 +273,7 @@ def test_threads_are_refused_where_they_do_nothing(bundle, backend):
 
 def test_threads_of_pytorch(bundle):
     before = torch.get_num_threads()
+    torch.set_num_threads(2)
     try:
         with open_session(bundle(), "torch", threads=1):
             assert torch.get_num_threads() == 1
