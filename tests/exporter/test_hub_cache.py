@@ -53,10 +53,12 @@ def test_a_blob_that_was_changed_is_refused(bundle, tmp_path):
 @pytest.mark.slow
 def test_its_engines_are_built_and_may_be_links_too(bundle, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    linked = as_in_the_hub_cache(bundle(), tmp_path / "first")
+    linked = as_in_the_hub_cache(bundle(kind="quantized-shadow"), tmp_path / "first")
     build_engines(linked, EngineOptions("tensorrt_rtx", sms=[89], capacity=32, max_seqlen=8))
     again = as_in_the_hub_cache(linked, tmp_path / "second")
-    for piece in read_manifest(again).sparse_pieces:
+    pieces = read_manifest(again).sparse_pieces
+    assert len(pieces) == 2
+    for piece in pieces:
         engine = again / "engines" / "tensorrt_rtx" / f"{piece}.engine"
         assert engine.is_symlink()
         check_sidecar(engine, "tensorrt_rtx", read_sidecar(engine).version, files=read_manifest(again).files)
