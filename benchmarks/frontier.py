@@ -70,7 +70,8 @@ def export_all(
 def contenders_of(bundles: Mapping[str, Path], short: bool = False) -> dict[str, tuple[Path, str, Budget]]:
     """Return bundle, backend and budget of each contender; the first is dense, of floats.
 
-    ONNX Runtime has no products of 6 bits, so there is no dense int6.
+    ONNX Runtime has no products of 6 bits, so there is no dense int6. "everything" is a dense step of nested integers on
+    the native ops. Dense steps of floats are ONNX Runtime's in every session.
 
     Args:
         bundles: by weight type.
@@ -80,6 +81,8 @@ def contenders_of(bundles: Mapping[str, Path], short: bool = False) -> dict[str,
     for name, bundle in bundles.items():
         if name == "int4" or (short and name in INTEGERS):  # int4 has no low-bit copy
             continue
+        if name in INTEGERS:
+            found[f"{name} everything"] = bundle, "ort", Budget()
         found[f"{name} chosen"] = bundle, "ort", read_manifest(bundle).budget
         for neurons, heads, rows in SHORT_DIAL if short else DIAL:
             budget = Budget(neurons=neurons, heads=heads, shortlist=rows)

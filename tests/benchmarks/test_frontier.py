@@ -34,7 +34,7 @@ def test_contenders(bundles):
     found = contenders_of(bundles)
     dense = [name for name, (_, backend, _) in found.items() if backend == "ort-dense"]
     assert dense == ["float32 dense", "int8 dense", "int4 dense"]
-    assert len(found) == len(dense) + 3 * (len(DIAL) + 1)
+    assert len(found) == len(dense) + 3 * (len(DIAL) + 1) + 2  # int8 and int6 with everything active
     fewer = contenders_of(bundles, short=True)
     assert [name for name in fewer if not name.startswith("float32")] == ["int8 dense", "int4 dense"]
     assert len(fewer) == len(dense) + len(SHORT_DIAL) + 1

@@ -31,7 +31,7 @@ def test_speed_and_costs(folder, capsys):
     speed = measure_speed(folder, tuned, prompt_len=12, new_tokens=8, runs=1, threads=1)
     assert set(speed) == {"text", "random", "weak"}
     for rows in speed.values():
-        assert list(rows) == ["dense", "lossless", "lossless, packed weights"]
+        assert list(rows) == ["dense", "dense, native ops", "lossless", "lossless, packed weights"]
         assert rows["dense"]["speedup"]["median"] == 1
         assert rows["lossless"]["drafts"]
     assert all(speed[case]["lossless"]["same_tokens"] for case in ("text", "weak"))
