@@ -70,8 +70,8 @@ def export_all(
 def contenders_of(bundles: Mapping[str, Path], short: bool = False) -> dict[str, tuple[Path, str, Budget]]:
     """Return bundle, backend and budget of each contender; the first is dense, of floats.
 
-    ONNX Runtime has no products of 6 bits, so there is no dense int6. "everything" is a dense step of nested integers on
-    the native ops. Dense steps of floats are ONNX Runtime's in every session.
+    ONNX Runtime has no products of 6 bits, so there is no dense int6. "everything" is a dense step of nested integers
+    on the native ops. For floats, `benchmarks.lossless` has this contender.
 
     Args:
         bundles: by weight type.

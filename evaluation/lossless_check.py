@@ -1,7 +1,8 @@
 """Whether lossless decoding writes the dense model's greedy text; ties that rounding decides are counted.
 
-Dense steps over one and over several tokens add in another order. If the two largest logits differ by less than that
-changes, either token is the dense model's. After such a place the comparison goes on with the dense text.
+Dense steps over one and over several tokens may add in another order (native ones of nested integers do not). If the
+two largest logits differ by less than that changes, either token is the dense model's. After such a place the
+comparison goes on with the dense text.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def compare_lossless(
 
     Args:
         lossless: an open session that decodes sparse, at the budget of the drafts.
-        dense: an open dense session of the same bundle.
+        dense: an open session of the same bundle whose steps are dense.
         prompts: token ids.
         new_tokens: number of new tokens of each prompt.
         draft_length: makes the draft lengths of a generation.

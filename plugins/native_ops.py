@@ -49,7 +49,8 @@ def register(session_options: ort.SessionOptions) -> bool:
         UserError: see `library`, or ``SHADOWLLM_NATIVE_ISA`` names no kernels of this CPU.
     """
     path, isa = library(), os.environ.get(ISA_VARIABLE)
-    if isa and isa not in (names := kernels()) and names:
+    names = kernels()
+    if isa and names and isa not in names:
         raise UserError(
             f"{ISA_VARIABLE} is '{isa}', but this CPU runs {','.join(names)}",
             f"unset {ISA_VARIABLE} or give it one of these names",
@@ -93,9 +94,8 @@ def linear_pays() -> bool:
     This depends on the kernels that run. AVX-512 without VNNI was not measured. The portable kernels convert bytes to
     floats.
     """
-    best = kernels()[:1]
-    chosen = os.environ.get(ISA_VARIABLE) or (best[0] if best else None)
-    return chosen in ("avx2", "avx512vnni")
+    names = kernels()
+    return bool(names) and (os.environ.get(ISA_VARIABLE) or names[0]) in ("avx2", "avx512vnni")
 
 
 def _load_errors() -> tuple[type[Exception], ...]:

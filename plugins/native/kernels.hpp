@@ -124,16 +124,15 @@ inline void accumulate_tile(const T* const* rows, Next<T> next, const float* h, 
 }
 
 // Calls block(row pointers, next row pointers or null, first row) for kBlock rows at a time, then single(pointer, row)
-// for each of the rest. The hardware prefetches rows that follow each other without gaps.
+// for each of the rest.
 template <class T, class Block, class Single>
 inline void walk(const Rows& rows, Picks picks, Ahead ahead, Block block, Single single) {
   const T *now[kBlock], *next[kBlock];
   size_t i = 0;
   for (; i + kBlock <= picks.count; i += kBlock) {
     for (size_t r = 0; r < kBlock; ++r) now[r] = row<T>(rows, picks.ids, i + r);
-    const bool last = i + 2 * kBlock > picks.count;
     const T* const* to_fetch = next;
-    if (!last)
+    if (i + 2 * kBlock <= picks.count)
       for (size_t r = 0; r < kBlock; ++r) next[r] = row<T>(rows, picks.ids, i + kBlock + r);
     else if (ahead.rows != nullptr && ahead.rows->type == rows.type)
       for (size_t r = 0; r < kBlock; ++r) next[r] = row<T>(*ahead.rows, ahead.ids, r);

@@ -185,8 +185,8 @@ struct PartOf : Part {
   Op op;
 };
 
-// Floats for one call. The thread keeps the memory for its next call, unless it is very much. Nested use on a thread
-// gets separate memory.
+// Floats for one call. The thread keeps the memory for its next call, unless it is more than 64 MB. Nested use on a
+// thread gets separate memory.
 class Scratch {
  public:
   Scratch();

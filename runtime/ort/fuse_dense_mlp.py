@@ -25,6 +25,8 @@ class FuseDenseMlp(InPlacePass):
 
     Other pairs of linear layers, as those of a predictor's network, stay.
 
+    Requires: if the nodes between two linear layers of these sizes have the types that `mlp_activation` of the exporter
+    writes, it wrote them.
     Ensures: the same inputs and outputs under the same names.
 
     Args:

@@ -32,7 +32,7 @@ from shadowllm.runtime.ort.round_rows import RoundRows
 from shadowllm.runtime.ort.split_selection import SplitSelection
 from shadowllm.runtime.ort.upcast_to_float32 import UpcastToFloat32
 
-SELECTING = frozenset({"predictor", *BODIES})  # graphs with our ops
+SELECTING = frozenset({"predictor", *BODIES})  # graphs with a selection
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,9 @@ class LoadedBundle:
 
     Attributes:
         packed: whether the dense graph has packed weights.
+        native_dense: whether the native ops run the dense graph too: of nested integers, beside sparse graphs. Then a
+            token has the same logits in a step of its own and in a step over up to `LONGEST_DRAFT` + 1. A session of
+            kind "dense" has ONNX Runtime's own kernels, because others are compared with it.
 
     Raises:
         UserError: as `OrtSession`.
@@ -101,6 +104,9 @@ class LoadedBundle:
         if kind == "dense" and prefill == "sparse":
             raise UserError("a dense session has no sparse graphs to prefill with", "leave out the option, or use ort")
         self.prefills = prefill
+        q = self.manifest.quantisation
+        nested = q is not None and q.residual_bits > 0
+        self.native_dense = nested and prefill == "dense" and self._native and not exact and native_ops.linear_pays()
         self._graphs: dict[_Form, OrtGraph] = {}
         self._weights: SharedWeights | None = None  # while it is open
 
@@ -108,7 +114,7 @@ class LoadedBundle:
         """Check the files, and load the graphs that prefill and those of a plan.
 
         Args:
-            plan: of the first steps. If it is dense, the dense graph has packed weights.
+            plan: of the first steps. If it is dense, the dense graph has packed weights, unless the native ops run it.
         """
         pieces = () if self.kind == "dense" else self.manifest.sparse_pieces
         pieces = ("dense", *pieces) if self.prefills == "dense" else pieces
@@ -132,18 +138,6 @@ class LoadedBundle:
         """Load the dense graph again, with packed weights, because it decodes now."""
         self.packed = self._decodes_dense = True
         self._graphs = {form: graph for form, graph in self._graphs.items() if form.pieces != ("dense",)}
-
-    @property
-    def native_dense(self) -> bool:
-        """Whether the native ops run the dense graph too: of nested integers, beside sparse graphs.
-
-        Then a token has the same logits in a step of its own and in a step over several. A session of kind "dense" has
-        ONNX Runtime's own kernels, because others are compared with it.
-        """
-        q = self.manifest.quantisation
-        nested = q is not None and bool(q.residual_bits)
-        has_dense = self.kind != "dense" and self.prefills == "dense"
-        return nested and has_dense and self._native and not self._exact and native_ops.linear_pays()
 
     @property
     def fast_dense(self) -> bool:

@@ -1,7 +1,7 @@
 """Graph pass: linear layers with 8-bit weights go to the native op ``LinearW8A8``.
 
 ONNX Runtime has ``MatMulNBits`` for them. Its kernels for x86 multiply each token by itself. The native op shares the
-work on a row of weights between the sequences of a batch. `native_ops.linear_pays` says where it is faster.
+work on a row of weights between the tokens of a step. `native_ops.linear_pays` says where it is faster.
 """
 
 from __future__ import annotations

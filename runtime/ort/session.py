@@ -25,8 +25,8 @@ class OrtSession:
     "dense" always runs ``dense.onnx``. "sparse" prefills with it and decodes with ``stem``, ``predictor`` and
     ``body``. "auto" does the same, unless the budget saves less than the predictor costs: then its steps are dense.
 
-    Dense steps and `verify` run ``dense.onnx`` if its weights are packed, else ``stem`` and ``body`` with everything
-    active (see `LoadedBundle.all_active`).
+    Dense steps and `verify` run ``dense.onnx`` if its weights are packed or the native ops run it, else ``stem`` and
+    ``body`` with everything active (see `LoadedBundle.all_active`).
 
     With ``prefill="sparse"``, these graphs also prefill, with everything active, and ``dense.onnx`` is not opened. The
     weights are then in memory only once. A prompt takes longer.

@@ -13,7 +13,7 @@ namespace {
 enum Input { kProjected, kPastKey, kPastValue, kLast, kCos, kSin };
 
 constexpr size_t kQueries = 16;     // queries of a KV head that attend together
-constexpr size_t kShortStep = 65;   // tokens of a sequence, of which no two attend together: LONGEST_DRAFT + 1
+constexpr size_t kShortStep = 65;   // most tokens of a sequence that attend one by one: LONGEST_DRAFT + 1
 constexpr size_t kWorkers = 24;     // threads, each with memory for the scores of its queries
 constexpr size_t kTasks = 24;       // that a sequence should have
 constexpr size_t kLeastPart = 256;  // positions of a task, at least, if they are divided
@@ -49,7 +49,8 @@ struct Step {
 
   size_t group() const { return n_heads / kv_heads; }
   size_t past(size_t b) const { return static_cast<size_t>(last[b]) + 1 - seqlen; }
-  // Queries of a KV head that may attend together, and how many times as many there are.
+  // In a short step, each token is a turn of its own. Otherwise all tokens are one turn. Queries of a KV head in a
+  // turn:
   size_t queries() const { return (seqlen <= kShortStep ? 1 : seqlen) * group(); }
   size_t turns() const { return seqlen <= kShortStep ? seqlen : 1; }
   size_t tiles_of_turn() const { return (queries() + kQueries - 1) / kQueries; }
@@ -149,7 +150,7 @@ class CachedAttention {
         if (parts == 1) finish(step, step.tile(tile), result, size);
       }
     });
-    for (size_t i = 0; parts > 1 && i < tiles; ++i) finish(step, step.tile(i), found + i * parts * size, size);
+    pool.run(parts > 1 ? tiles : 0, [&](size_t i) { finish(step, step.tile(i), found + i * parts * size, size); });
   }
 
  private:

@@ -1,5 +1,5 @@
 // DenseDecoderLayer: a layer whose MLP is DenseMLP.
-#include "../decoder_layer/layer.hpp"
+#include "layer.hpp"
 
 namespace shadowllm {
 namespace {

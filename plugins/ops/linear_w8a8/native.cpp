@@ -41,7 +41,8 @@ class LinearW8A8 {
     float* y = static_cast<float*>(outputs.get(0, {x.dims[0], rows}).data);
     Scratch scratch;
     const std::vector<const float*> inputs = prepare(pool, weights, x.as<float>(), tokens, width, scratch);
-    const Chunks chunks(size, weights.cost(), std::max<size_t>(1, tokens));
+    // There are no partial sums, so tokens are only more work.
+    const Chunks chunks(size, weights.cost() * std::max<size_t>(1, tokens), 1);
     pool.run(tokens == 0 ? 0 : chunks.count(),
              [&](size_t c) { multiply(weights, chunks[c], inputs, in[kBias].as<float>(), y, size); });
   }

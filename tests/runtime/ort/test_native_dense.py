@@ -7,6 +7,7 @@ import onnx
 import pytest
 
 from shadowllm.bundle.manifest import read_manifest
+from shadowllm.limits import LONGEST_DRAFT
 from shadowllm.models.sparsity import Budget
 from shadowllm.plugins import native_ops
 from shadowllm.plugins.registry import NATIVE_SCHEMAS, SCHEMAS
@@ -19,7 +20,7 @@ from tests.plugins.native_model import built
 
 pytestmark = built
 NESTED = {"kind": "quantized-shadow", "rest": "shadow", "weight_dtype": "int8"}
-PROMPTS = [[5, 17, 42, 3], [8, 1]]
+PROMPTS = [[5, 17, 42, 3], [8, 1, 30, 11]]
 MODELS = (*VARIANTS, *FAMILIES)
 
 
@@ -51,6 +52,21 @@ def test_a_token_has_the_same_logits_in_any_step(bundle, variant, weight_dtype, 
             session.rewind(lengths)
             found = [session.verify(tokens[:, i : i + size]).copy() for i in range(0, tokens.shape[1], size)]
             np.testing.assert_array_equal(np.concatenate(found, axis=1), alone)
+        session.reset()
+        session.prefill(PROMPTS[:1])
+        single = np.stack([session.decode(token).copy() for token in tokens[:1].T], axis=1)
+        np.testing.assert_array_equal(single, alone[:1])
+
+
+def test_the_longest_draft(bundle):
+    tokens = np.random.default_rng(3).integers(3, 90, (1, LONGEST_DRAFT + 1))
+    with OrtSession(bundle("opt-350m", **NESTED), threads=2) as session:
+        session.set_budget(Budget())
+        session.prefill([[5]])
+        tokens = tokens[:, : session.spec.max_seqlen - 1]
+        alone = np.stack([session.decode(column).copy() for column in tokens.T], axis=1)
+        session.rewind(np.array([1]))
+        np.testing.assert_array_equal(session.verify(tokens), alone)
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-biases", "opt", "gemma3", "phi3"])
@@ -111,7 +127,22 @@ def test_a_library_that_does_not_load_leaves_the_runtimes_own_ops(bundle, monkey
         session.verify(np.array([[3, 4]]))
 
 
+@pytest.mark.parametrize("pays", [True, False])
 @pytest.mark.parametrize(("weight_dtype", "rest"), [("int8", "shadow"), ("int6", "shadow"), ("int4", "drop")])
-def test_which_steps_run_sequences_together(bundle, weight_dtype, rest):
-    folder = bundle("llama-blocks", kind="static", rest=rest, weight_dtype=weight_dtype)
-    assert LoadedBundle(folder).independent(DENSE) == (weight_dtype != "int4")
+def test_which_steps_run_sequences_together(bundle, weight_dtype, rest, pays, monkeypatch):
+    """Those with the same bits alone, also if ONNX Runtime multiplies the joined integers."""
+    monkeypatch.setattr(native_ops, "linear_pays", lambda: pays)
+    folder, found = bundle("llama-blocks", kind="static", rest=rest, weight_dtype=weight_dtype), []
+    loaded = LoadedBundle(folder)
+    loaded.load(DENSE)
+    assert loaded.independent(DENSE) == (weight_dtype != "int4")
+    loaded.close()
+    if weight_dtype == "int4":
+        return
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        with OrtSession(folder, threads=2) as session:
+            session.set_budget(Budget())
+            session.reset(len(prompts))
+            session.prefill(prompts)
+            found.append(session.decode(np.arange(3, 3 + len(prompts)))[:1].copy())
+    np.testing.assert_array_equal(*found)
