@@ -49,8 +49,8 @@ def register(session_options: ort.SessionOptions) -> bool:
         UserError: see `library`, or ``SHADOWLLM_NATIVE_ISA`` names no kernels of this CPU.
     """
     path, isa = library(), os.environ.get(ISA_VARIABLE)
-    names = kernels()
-    if isa and names and isa not in names:
+    names = kernels() if isa else ()
+    if names and isa not in names:
         raise UserError(
             f"{ISA_VARIABLE} is '{isa}', but this CPU runs {','.join(names)}",
             f"unset {ISA_VARIABLE} or give it one of these names",
