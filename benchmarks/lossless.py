@@ -13,13 +13,17 @@ first length that `tune --lossless` would find. "random" is a prompt of random t
 drafted tokens are accepted. In "weak", drafts have a budget that predicts little, so most drafted tokens are rejected.
 
 Costs: the times of drafts and verifications, and the speedup that they imply at given acceptances. This is what a model
-with random weights can show.
+with random weights can show::
+
+    python -m shadowllm.benchmarks.lossless --shape llama-1.1b --weight-dtype int8
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -29,8 +33,11 @@ from typing import Any
 
 import numpy as np
 
+from shadowllm.benchmarks.random_model import SHAPES
 from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.benchmarks.shapes import export_random
 from shadowllm.bundle.manifest import Manifest, read_manifest
+from shadowllm.bundle.quantisation import NESTED
 from shadowllm.config import Drafting
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
@@ -164,6 +171,16 @@ def costs(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return rows
 
 
+def costs_of_shape(shape: str, weight_dtype: str | None, threads: int | None = None) -> list[dict[str, Any]]:
+    """Return the `costs` of a model with random weights, after prompts of random tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = export_random(shape, Path(folder), "quantized-shadow", "float32", weight_dtype, rest="shadow")
+        spec = read_manifest(bundle).spec
+        size = 16, min(64, spec.max_seqlen // 2)
+        prompts = np.random.default_rng(0).integers(3, spec.vocab_size, size).tolist()
+        return costs(measure_drafts(bundle, prompts=prompts, threads=threads))
+
+
 def _tick(advance: Advance, _: str) -> None:
     advance(1)
 
@@ -192,20 +209,7 @@ def print_results(found: dict[str, Any]) -> None:
         print(json.dumps(row))
 
 
-@script
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = script_parser("lossless", __doc__)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    parser.add_argument("--prompts", type=int, default=20, help="number of texts that are compared")
-    parser.add_argument("--new-tokens", type=int, default=256, help="of each of them")
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="texts decoded together")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the random prompt")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
-    args = parser.parse_args(arguments)
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "text" in args.parts:
         found["text"] = check_text(
@@ -221,9 +225,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     if "costs" in args.parts:
         found["costs"] = costs(measured)
+    return found
+
+
+@script
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = script_parser("lossless", __doc__)
+    parser.add_argument("bundle", type=Path, nargs="?")
+    parser.add_argument("--shape", choices=SHAPES, help="measure the costs of this shape, with random weights, instead")
+    parser.add_argument("--weight-dtype", choices=NESTED, help="of --shape; default: float32")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("--prompts", type=int, default=20, help="number of texts that are compared")
+    parser.add_argument("--new-tokens", type=int, default=256, help="of each of them")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="texts decoded together")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the random prompt")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    args = parser.parse_args(arguments)
+    if (args.bundle is None) == (args.shape is None):
+        parser.error("give a bundle or --shape")
+    if args.shape and set(args.parts) not in ({"costs"}, set(PARTS)):
+        parser.error("with --shape, only costs are measured")
+    if args.weight_dtype and not args.shape:
+        parser.error("--weight-dtype is that of --shape")
+    model: Any
+    found: dict[str, Any]
+    if args.shape:
+        model = {"shape": args.shape, "weight_dtype": args.weight_dtype or "float32"}
+        found = {"costs": costs_of_shape(args.shape, args.weight_dtype, args.threads)}
+    else:
+        model, found = read_manifest(args.bundle).model, _measure(args)
     print_results(found)
     if args.json:
-        record = {"environment": environment(args.threads), "model": read_manifest(args.bundle).model, **found}
+        record = {"environment": environment(args.threads), "model": model, **found}
         args.json.write_text(json.dumps(record, indent=2) + "\n")
     if found.get("text", {}).get("wrong"):
         raise UserError("the text is not that of the dense model", "report this with the JSON of --json")

@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
     texts: Sequence[str]
     tokens: int
     seqlen: int
+    prompts: Sequence[Sequence[int]]
     threads: int | None
     prepack: bool
 
@@ -125,25 +126,27 @@ def measure_drafts(
     texts: Sequence[str] = (),
     tokens: int = 2048,
     seqlen: int = 128,
+    prompts: Sequence[Sequence[int]] = (),
     threads: int | None = None,
     prepack: bool = False,
 ) -> list[Measured]:
     """Measure drafts of the bundle's budget and of others on ONNX Runtime.
 
-    The first half of each window of text is a prompt, which is continued greedily. Acceptance and times are those of
-    the continuations.
+    The first half of each window of text is a prompt, which is continued greedily by as many tokens. Acceptance and
+    times are those of the continuations.
 
     Args:
         texts: files or dataset ids; empty for the built-in text.
         tokens: number of tokens of the text.
         seqlen: tokens of a window.
+        prompts: token ids, used instead of a text. A bundle without a tokenizer needs them.
         threads, prepack: as for `open_session`.
 
     Raises:
         UserError: no bundle, a text that cannot be used, or too little of it.
     """
     manifest = read_manifest(bundle)
-    prompts, budgets = _prompts(bundle, manifest, texts, tokens, seqlen), _candidates(manifest)
+    prompts, budgets = prompts or _prompts(bundle, manifest, texts, tokens, seqlen), _candidates(manifest)
     found = []
     with (
         OrtSession(bundle, "sparse", threads=threads, prepack=prepack) as session,

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from shadowllm.benchmarks.lossless import check_text, costs, main, measure_speed, print_results
+from shadowllm.benchmarks.lossless import check_text, costs, costs_of_shape, main, measure_speed, print_results
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.evaluation.draft_tuning import measure_drafts, with_fastest
 
@@ -42,3 +42,11 @@ def test_speed_and_costs(folder, capsys):
     print_results({"speed": speed, "costs": found})
     assert "lossless, packed weights" in capsys.readouterr().out
     json.dumps([speed, found])
+
+
+def test_costs_of_a_shape(capsys):
+    rows = costs_of_shape("tiny-llama", None, threads=1)
+    assert all(row["draft_ms"] > 0 and set(row["speedup_at"]) == {0.7, 0.8, 0.9} for row in rows)
+    with pytest.raises(SystemExit):
+        main(["--parts", "costs"])
+    assert "give a bundle or --shape" in capsys.readouterr().err
