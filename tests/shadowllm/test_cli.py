@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+import shadowllm
 from shadowllm.bundle.manifest import DATA_FILE
 from shadowllm.cli import COMMANDS, main
 from tests.conftest import build_transformers_model
@@ -139,6 +140,12 @@ class TestMainJob:
             main([name, "--help"])
         assert stop.value.code == 0
         assert f"shadowllm {name} " in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_the_package_runs_as_the_command():
+    command = [sys.executable, "-m", "shadowllm", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"shadowllm {shadowllm.__version__}\n")
 
 
 class TestMistakes:
