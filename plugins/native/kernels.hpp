@@ -5,6 +5,7 @@
 // with the rest of the library could be compiled for AVX-512 here, and the linker could use it in the whole library.
 #pragma once
 
+#include "largest.hpp"
 #include "vectors.hpp"
 
 namespace shadowllm {
@@ -393,9 +394,46 @@ size_t count_above(const int32_t* keys, size_t size, int32_t bound) {
   return static_cast<size_t>(count);
 }
 
+void order(const float* scores, size_t size, int32_t* keys) {
+  for (size_t i = 0; i < size; ++i) keys[i] = sortable(scores[i]);
+}
+
+void group_maxima(const float* scores, size_t size, int32_t* keys) {
+  for (size_t first = 0; first < size; first += kKeyGroup) {
+    int32_t most = INT32_MIN;
+    for (size_t i = first; i < (first + kKeyGroup < size ? first + kKeyGroup : size); ++i) {
+      const int32_t key = sortable(scores[i]);
+      most = key > most ? key : most;
+    }
+    keys[first / kKeyGroup] = most;
+  }
+}
+
+size_t list_from(const int32_t* keys, size_t size, int32_t least, size_t most, int32_t* out) {
+  size_t count = 0, i = 0;
+#if defined(__AVX512F__)
+  const __m512i bound = _mm512_set1_epi32(least), step = _mm512_set1_epi32(16);
+  __m512i places = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (; i + 16 <= size && count < most; i += 16) {
+    const __mmask16 found = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(keys + i), bound);
+    const size_t all = static_cast<size_t>(__builtin_popcount(found)), taken = all < most - count ? all : most - count;
+    // Compressed in a register, because compressing to memory is slow on some CPUs.
+    const __m512i listed = _mm512_maskz_compress_epi32(found, places);
+    _mm512_mask_storeu_epi32(out + count, static_cast<__mmask16>((1u << taken) - 1), listed);
+    count += taken;
+    places = _mm512_add_epi32(places, step);
+  }
+#endif
+  for (; i < size && count < most; ++i) {  // no branch on the data
+    out[count] = static_cast<int32_t>(i);
+    count += keys[i] >= least;
+  }
+  return count;
+}
+
 }  // namespace
 }  // namespace shadowllm
 
-#define SHADOWLLM_KERNELS(name)                                                \
-  {name,     prepare,      project, accumulate, project_each, accumulate_each, \
-   activate, exponentials, reduce,  widen,      count_above}
+#define SHADOWLLM_KERNELS(name)                                                          \
+  {name,         prepare, project, accumulate,  project_each, accumulate_each, activate, \
+   exponentials, reduce,  widen,   count_above, order,        group_maxima,    list_from}

@@ -76,6 +76,8 @@ struct Ahead {
   const int32_t* ids;
 };
 
+constexpr size_t kKeyGroup = 8;  // scores of a group, see Kernels::group_maxima
+
 struct Kernels {
   const char* name;
   // Returns x in the form that `project` reads with rows of this kind: x itself, or a converted copy in `room`, which
@@ -101,6 +103,12 @@ struct Kernels {
   void (*widen)(const void* data, RowType, float* out, size_t size);
   // The number of keys greater than bound; size must be less than 2^31
   size_t (*count_above)(const int32_t* keys, size_t size, int32_t bound);
+  // keys[i] = sortable(scores[i]), see largest.hpp
+  void (*order)(const float* scores, size_t size, int32_t* keys);
+  // keys[g] = the largest key of the group g of kKeyGroup scores; the last group may be smaller
+  void (*group_maxima)(const float* scores, size_t size, int32_t* keys);
+  // Writes the positions of the first `most` keys that are not below `least` to out, and returns how many there are
+  size_t (*list_from)(const int32_t* keys, size_t size, int32_t least, size_t most, int32_t* out);
 };
 
 inline size_t element_size(RowType type) { return Rows::bits(type) / 8; }  // not for quantised types

@@ -16,7 +16,6 @@ enum Input { kX, kTable, kCopy, kScales, kErrors, kShortlist, kCertify, kWeighti
 constexpr size_t kTokens = 16;  // rows of x per pass over the copy
 constexpr size_t kRows = 256;   // rows of the copy that are read for one row of x after the other, from the cache
 constexpr size_t kWorkers = 4;  // rows of x that are completed at the same time, each with lists of its own
-constexpr size_t kGroup = 8;    // logits that are first compared by their largest; chunks start at multiples of it
 
 // The part of |copy / d| * |d * x| that the errors contain for rounding, as in certificate.py. Half of it is for the
 // sums. Kernels may also round x, to multiples of the largest element of a block times kInputStep or less.
@@ -32,7 +31,7 @@ struct Lists {
 // The scratch memory of a pass.
 struct Memory {
   Memory(Scratch& scratch, size_t tokens, size_t rows, size_t padded) : room(input_floats(padded)), rows(rows) {
-    const size_t groups = (rows + kGroup - 1) / kGroup;
+    const size_t groups = (rows + kKeyGroup - 1) / kKeyGroup;
     x = scratch.take(2 * tokens * room + tokens * groups + 4 * rows * std::min(tokens, kWorkers));
     inputs = x + tokens * room;
     maxima = reinterpret_cast<int32_t*>(inputs + tokens * room);
@@ -213,7 +212,7 @@ class ShortlistLogits {
   // All logits, from the copy or the whole table, and the largest key of each group of logits.
   void products(const Pool& pool, const Query* queries, size_t count, size_t rows, const Memory& memory) const {
     std::vector<Batch> parts;
-    const size_t groups = (rows + kGroup - 1) / kGroup;
+    const size_t groups = (rows + kKeyGroup - 1) / kKeyGroup;
     for (size_t t = 0; t < count; ++t) {
       const Query& query = queries[t];
       const bool whole = query.whole(rows);
@@ -248,12 +247,7 @@ class ShortlistLogits {
     for (size_t t = 0; t < part.count; ++t) logits[t] = part.logits[t] + first;
     kernels_.project_each(rows_from(*part.matrix, first), {nullptr, end - first}, part.inputs, part.count, logits);
     for (size_t t = 0; t < part.count; ++t)
-      for (size_t start = first; start < end; start += kGroup) {
-        int32_t most = INT32_MIN;
-        for (size_t i = start; i < std::min(start + kGroup, end); ++i)
-          most = std::max(most, sortable(part.logits[t][i]));
-        part.maxima[t][start / kGroup] = most;
-      }
+      kernels_.group_maxima(logits[t], end - first, part.maxima[t] + first / kKeyGroup);
   }
 
   // Writes the rows of the k largest logits to lists.ids. At least k logits reach the k-th largest maximum of a group,
@@ -261,20 +255,27 @@ class ShortlistLogits {
   void choose(const float* logits, size_t rows, size_t k, const Memory& memory, const Lists& lists,
               size_t token) const {
     if (k == 0) return;
-    const size_t groups = (rows + kGroup - 1) / kGroup;
+    const size_t groups = (rows + kKeyGroup - 1) / kKeyGroup;
     const int32_t* maxima = memory.maxima + token * groups;
     const int32_t least = k < groups ? kth_largest(kernels_, maxima, groups, k).key : INT32_MIN;
-    size_t count = 0;
-    for (size_t g = 0; g < groups; ++g) {
-      if (maxima[g] < least) continue;
-      for (size_t i = g * kGroup; i < std::min((g + 1) * kGroup, rows); ++i) {
-        const int32_t key = sortable(logits[i]);
-        lists.ids[count] = static_cast<int32_t>(i);
-        lists.keys[count] = key;
-        count += key >= least;
-      }
+    // The logits of these groups one after the other, then the positions and rows of the candidates among them.
+    const size_t found = kernels_.list_from(maxima, groups, least, groups, lists.others);
+    size_t gathered = 0;
+    for (size_t i = 0; i < found; ++i) {
+      const size_t first = static_cast<size_t>(lists.others[i]) * kKeyGroup, size = std::min(kKeyGroup, rows - first);
+      std::copy_n(logits + first, size, lists.exact + gathered);
+      gathered += size;
     }
-    write_largest(kernels_, lists.keys, count, k, lists.ids, [&](size_t i) { return lists.ids[i]; });
+    kernels_.order(lists.exact, gathered, lists.keys);
+    const size_t count = kernels_.list_from(lists.keys, gathered, least, gathered, lists.ids);
+    for (size_t i = 0; i < count; ++i) {
+      const size_t at = static_cast<size_t>(lists.ids[i]);
+      lists.keys[i] = lists.keys[at];
+      lists.ids[i] =
+          lists.others[at / kKeyGroup] * static_cast<int32_t>(kKeyGroup) + static_cast<int32_t>(at % kKeyGroup);
+    }
+    write_largest(kernels_, lists.keys, count, k, lists.others);
+    for (size_t i = 0; i < k; ++i) lists.ids[i] = lists.ids[lists.others[i]];
   }
 
   // Replaces the logits of some rows by exact ones, and returns the largest.
