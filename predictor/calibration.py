@@ -68,14 +68,19 @@ def calibration_windows(
         advance: called with the number of tokens generated since the last call.
 
     Raises:
-        UserError: a text is missing, unreadable, empty or too short, or the windows are too long.
+        UserError: a text is missing, unreadable, empty or too short, the windows are too long, or there are less than
+            two.
     """
     if not 2 <= seqlen <= spec.max_seqlen:
         raise UserError(
             f"calibration windows of {seqlen} tokens do not suit a model of {spec.max_seqlen} positions",
             f"give 2 to {spec.max_seqlen}",
         )
-    n = max(2, tokens // seqlen)
+    n = tokens // seqlen
+    if n < 2:
+        raise UserError(
+            f"{tokens} tokens are less than two windows of {seqlen}", f"give {2 * seqlen} tokens, or shorter windows"
+        )
     generator = torch.Generator().manual_seed(seed)
     if texts:
         windows, source = _cut(_documents(texts), encode, n, seqlen), ", ".join(map(str, texts))

@@ -41,6 +41,7 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Weights
 from shadowllm.plugins.tensorrt.load_tensorrt import require
 from shadowllm.predictor.calibration import calibration_windows
+from shadowllm.predictor.network_options import check_network_options
 from shadowllm.predictor.parallel import process_count
 from shadowllm.predictor.silence import fired_shares
 from shadowllm.predictor.tracefile import Traces, calibrate
@@ -65,8 +66,9 @@ def train_predictor(source: Source, traces: Traces, selector: str, train_config:
     """Train a predictor on traces of the same model.
 
     Raises:
-        UserError: the traces are of another model, or the selector cannot be trained.
+        UserError: the traces are of another model, the selector cannot be trained, or an option does not suit it.
     """
+    check_network_options(train_config, selector)
     spec, weights, _ = _open(source)
     if traces.base_fingerprint != weights.fingerprint():
         raise UserError("the traces are of another model", "calibrate this model, or give the one they were made of")
@@ -106,6 +108,7 @@ def export_model(
                 raise UserError("a predictor and networks of PowerInfer are given", "leave one of them out")
             options = replace(options, selector=options.selector or "layerwise")
         _check_options(spec, options)
+        check_network_options(train_config, options.kind, trains=predictor is None)
         if predictor is None:
             train_config = train_config or TrainConfig(budget=options.budget or DEFAULT_BUDGET)
             calibration = calibration or Calibration()

@@ -30,6 +30,11 @@ def test_built_in_text_needs_nothing_and_repeats(llama):
     assert not torch.equal(first.train, other.train)
 
 
+def test_less_than_two_windows(llama):
+    with pytest.raises(UserError, match="63 tokens are less than two windows of 32; give 64 tokens"):
+        windows_of(llama, tokens=63)
+
+
 def test_held_out_windows_are_never_trained_on(llama):
     made = windows_of(llama, tokens=3200)
     train = {tuple(row) for row in made.train.tolist()}

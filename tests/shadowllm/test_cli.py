@@ -62,8 +62,9 @@ class TestMainJob:
 
     @pytest.mark.usefixtures("quick_exports")
     def test_the_seed_decides_everything(self, model, tmp_path):
+        options = ["--skip-validation", "--selector", "shadow", *QUICK, "--seed", "5"]
         for name in ("a", "b"):
-            assert main(["export", model, str(tmp_path / name), "--skip-validation", *QUICK, "--seed", "5"]) == 0
+            assert main(["export", model, str(tmp_path / name), *options]) == 0
         first, second = ((tmp_path / name / DATA_FILE).read_bytes() for name in ("a", "b"))
         assert first == second
 
@@ -159,6 +160,18 @@ class TestMistakes:
 
     def test_no_such_model(self, tmp_path, capsys):
         assert "no such model" in fails(capsys, "export", tmp_path / "nothing", tmp_path / "out")
+
+    def test_options_of_networks_without_networks(self, model, tmp_path, capsys):
+        said = fails(capsys, "export", model, tmp_path / "out", "--selector", "static", "--rank", "8", "--loss", "bce")
+        assert "the selector static trains no networks, so loss and rank cannot be used" in said
+        predictor = tmp_path / "predictor.safetensors"
+        traces = tmp_path / "traces.safetensors"
+        assert main(["calibrate", model, "-o", str(traces), *QUICK[:4]]) == 0
+        train = ["train", model, "--traces", traces, "-o", predictor, "--selector", "static"]
+        assert "so epochs cannot be used" in fails(capsys, *train, "--epochs", "2")
+        assert main(list(map(str, train))) == 0
+        said = fails(capsys, "export", model, tmp_path / "out", "--predictor", predictor, "--epochs", "2")
+        assert "a predictor is given, so epochs cannot be used" in said
 
     def test_unsupported_family(self, checkpoint, tmp_path, capsys):
         model = tmp_path / "model"
