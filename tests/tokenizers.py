@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from shadowllm.runtime.generation.text import TextStream
 from tests.bundles import make_bundle
 from tests.conftest import build_transformers_model
 
@@ -87,3 +88,14 @@ def export(tokenizer, folder: Path, **options) -> Path:
     (folder / "bundle").mkdir()
     make_bundle(model, folder / "bundle")
     return folder / "bundle"
+
+
+def stops_at(tokenizer, prompts, stops):
+    """What `generate` takes to end texts after the token that completes a stop string."""
+    streams = [TextStream(tokenizer, prompt, stops) for prompt in prompts]
+
+    def ends(row, token):
+        streams[row].push(token)
+        return streams[row].stopped
+
+    return ends

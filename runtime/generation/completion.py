@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,11 @@ from shadowllm.limits import check_whole
 from shadowllm.runtime.generation.draft_length import DraftRecord, draft_length_of
 from shadowllm.runtime.generation.generate import generate
 from shadowllm.runtime.generation.sampling import Sampling, bundle_sampling
-from shadowllm.runtime.generation.text import TextStream, encode_prompt, stop_criteria
+from shadowllm.runtime.generation.text import TextStream, encode_prompt, stopping_tokens
 from shadowllm.runtime.session import Session
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, StopStringCriteria
+    from transformers import PreTrainedTokenizerBase
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -56,7 +57,6 @@ class Request:
         max_new_tokens: most new tokens of each sequence.
         stop_ids: tokens that end a text.
         stops: strings that end a text.
-        stopping: detects the stop strings; None without them.
         drafting: whether the text is that of the dense model, and how it is drafted.
         tokenizer: None if all prompts are token ids and there are no stop strings. Then no text is made.
     """
@@ -66,7 +66,6 @@ class Request:
     sampling: Sampling
     stop_ids: Sequence[int]
     stops: tuple[str, ...] = ()
-    stopping: StopStringCriteria | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     drafting: Drafting = field(default_factory=Drafting)
 
@@ -105,8 +104,10 @@ def make_request(
         return encode_prompt(bundle, manifest, tokenizer, prompt, chat or template is not None, template)
 
     ids = [encoded(prompt) for prompt in prompts]
-    stopping = None if tokenizer is None else stop_criteria(tokenizer, stops)
-    return Request(ids, max_new_tokens, sampling, manifest.spec.eos_token_ids, stops, stopping, tokenizer, drafting)
+    stop_ids = manifest.spec.eos_token_ids
+    if tokenizer is not None:
+        stop_ids = (*stop_ids, *stopping_tokens(tokenizer, stops))
+    return Request(ids, max_new_tokens, sampling, stop_ids, stops, tokenizer, drafting)
 
 
 class Completion:
@@ -123,6 +124,8 @@ class Completion:
         self._streams = (
             [TextStream(tokenizer, ids, request.stops) for ids in request.prompts] if tokenizer is not None else []
         )
+        # The parts of each text that belong to tokens that `generate` has not yielded yet.
+        self._pieces: list[deque[str]] = [deque() for _ in self._streams]
         self.texts = [""] * len(request.prompts)
         self.tokens: list[list[int]] = [[] for _ in request.prompts]
         self._draft_length = draft_length_of(request.drafting)
@@ -137,17 +140,23 @@ class Completion:
         Raises:
             UserError: as `generate`.
         """
-        asked = self._request
-        ends = asked.stop_ids, asked.stopping
+        asked, stops_at = self._request, self._push if self._streams else None
+        ends = asked.stop_ids, stops_at
         for step in generate(session, asked.prompts, asked.max_new_tokens, asked.sampling, *ends, self._draft_length):
             pieces = [""] * len(self.texts)
             for row, token in enumerate(step):
                 if token is not None:
                     self.tokens[row].append(token)
-                    pieces[row] = self._streams[row].push(token) if self._streams else ""
+                    pieces[row] = self._pieces[row].popleft() if self._streams else ""
             yield self._add(pieces)
         if self._streams:
             yield self._add([stream.finish() for stream in self._streams])
+
+    def _push(self, row: int, token: int) -> bool:
+        """Add a token to a text. Returns whether the text has reached a stop string."""
+        stream = self._streams[row]
+        self._pieces[row].append(stream.push(token))
+        return stream.stopped
 
     def _add(self, pieces: list[str]) -> list[str]:
         self.texts = [text + piece for text, piece in zip(self.texts, pieces, strict=True)]

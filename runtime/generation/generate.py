@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, zip_longest
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,9 +15,6 @@ from shadowllm.runtime.generation.draft_length import DraftLength
 from shadowllm.runtime.generation.sampling import Sampling
 from shadowllm.runtime.generation.speculative import rounds
 from shadowllm.runtime.session import SamplingSession, Session, VerifyingSession
-
-if TYPE_CHECKING:
-    from transformers import StoppingCriteria
 
 Taken = list[list[int]]  # new tokens of each sequence
 
@@ -31,18 +28,18 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] = (),
-    stopping: StoppingCriteria | None = None,
+    stops_at: Callable[[int, int], bool] | None = None,
     draft_length: DraftLength | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue prompts token by token.
 
     The session is reset first. A sequence ends at a stop id, which is not yielded, or after a token at which
-    ``stopping`` is true, which is yielded. All sequences end when the longest could have used all positions of the
+    ``stops_at`` is true, which is yielded. All sequences end when the longest could have used all positions of the
     model.
 
     Args:
-        stopping: a criterion of `transformers`, as `StopStringCriteria`; it is called with prompt and new tokens of
-            one sequence.
+        stops_at: says whether a sequence ends after a token; called with the sequence's row and each of its new tokens
+            in order.
         draft_length: decode losslessly with drafts of this length, see `speculative`. If the session decodes dense,
             there is nothing to draft. None decodes with the session's own steps.
 
@@ -68,7 +65,9 @@ def generate(
     )
     for taken in chain([_one_each(first)], following):
         kept = [
-            kept_tokens(chooser, row, tokens, int(ends[row]), stop_ids, stopping) if chooser.running[row] else []
+            kept_tokens(chooser, row, tokens, int(ends[row]), stop_ids, stops_at and partial(stops_at, row))
+            if chooser.running[row]
+            else []
             for row, tokens in enumerate(taken)
         ]
         yield from map(list, zip_longest(*kept))
@@ -122,13 +121,14 @@ def kept_tokens(
     tokens: list[int],
     end: int,
     stop_ids: Sequence[int],
-    stopping: StoppingCriteria | None,
+    stops_at: Callable[[int], bool] | None,
 ) -> list[int]:
     """The new tokens of a sequence up to its end; if that is among them, the sequence is not running any more.
 
     Args:
         tokens: the last tokens of its text.
         end: length of the text at which it ends.
+        stops_at: as for `generate`, of this sequence.
     """
     text = chooser.texts[row]
     before = len(text) - len(tokens)
@@ -136,14 +136,8 @@ def kept_tokens(
         if token in stop_ids or before + index >= end:
             chooser.running[row] = False
             return tokens[:index]
-        if stopping is not None and _ends(text[: before + index + 1], stopping):
+        if stops_at is not None and stops_at(token):
             chooser.running[row] = False
             return tokens[: index + 1]
     chooser.running[row] = len(text) < end
     return tokens
-
-
-def _ends(text: Sequence[int], stopping: StoppingCriteria) -> bool:
-    import torch
-
-    return bool(stopping(torch.tensor([text]), None)[0])

@@ -13,7 +13,7 @@ from shadowllm.models.files.tokenizer import encode, refusal, text_encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase, StopStringCriteria
+    from transformers import PreTrainedTokenizerBase
 
 # Names of the tokenizer files that transformers may read. Each must be in the manifest, with the right hash.
 PREFIXES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "additional_chat_templates/", "vocab")
@@ -138,21 +138,16 @@ def _render(
     return str(rendered)
 
 
-def stop_criteria(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> StopStringCriteria | None:
-    """The stopping criterion of `transformers` for `generate`; None without stop strings.
+def stopping_tokens(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> list[int]:
+    """The special tokens whose text has a stop string in it. `TextStream` has no text of special tokens.
 
     Raises:
-        UserError: a stop string is empty, or has characters that the tokenizer cannot write.
+        UserError: a stop string is empty.
     """
     if "" in stops:
         raise UserError("a stop string is empty", "leave it out")
-    if not stops:
-        return None
-    from transformers import StopStringCriteria
-
-    quoted = ", ".join(map(repr, stops))
-    with foreign_reader(f"transformers cannot stop at {quoted} with this tokenizer", "give other stop strings"):
-        return StopStringCriteria(tokenizer, list(stops))
+    found = tokenizer.added_tokens_decoder.items()
+    return [index for index, token in found if token.special and any(stop in token.content for stop in stops)]
 
 
 class TextStream:
@@ -164,7 +159,7 @@ class TextStream:
     Args:
         tokenizer: a tokenizer of `transformers`, or the one of `tokenizers` inside it.
         prompt: token ids before the text; they decide whether the text starts with a space.
-        stops: strings that end the text. It stops before the first complete one, which may begin in the prompt.
+        stops: strings that end the text. It stops before the first complete one. The prompt is not searched.
 
     Attributes:
         stopped: whether a stop string has come.
@@ -176,10 +171,9 @@ class TextStream:
         self._tokenizer, self._backend = tokenizer, getattr(tokenizer, "backend_tokenizer", tokenizer)
         self._later = CLEANED_LATER if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
         self._ids, self._seen = list(prompt), len(prompt)
-        before = self._text()
-        self._given = len(before)
+        self._given = len(self._text())
         self._in_bytes = False
-        self._stops = StopText(stops, before)
+        self._stops = StopText(stops)
 
     @property
     def stopped(self) -> bool:
@@ -223,24 +217,20 @@ class StopText:
 
     Args:
         stops: strings that end the text.
-        before: text before; a stop string may begin in it, but must end after it.
 
     Attributes:
         stopped: whether a stop string has come.
     """
 
-    def __init__(self, stops: Sequence[str], before: str = "") -> None:
-        self._stops, self.stopped = tuple(stops), False
-        self._held = before
-        self._before = len(before)  # characters of ``_held`` that are before the text
-        self._release(len(before) - self._begun())
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops, self.stopped, self._held = tuple(stops), False, ""
 
     def push(self, piece: str) -> str:
         """Add text and return the part that is before any stop string; empty after a stop string."""
         if self.stopped:
             return ""
         self._held += piece
-        found = [(start + len(stop), start) for stop in self._stops if (start := self._find(stop)) >= 0]
+        found = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
             return self._release(min(found)[1])
@@ -250,17 +240,13 @@ class StopText:
         """Return the text that was kept back; no text follows."""
         return "" if self.stopped else self._release(len(self._held))
 
-    def _find(self, stop: str) -> int:
-        return self._held.find(stop, max(0, self._before - len(stop) + 1))
-
     def _begun(self) -> int:
         """How many of the last characters may be the beginning of a stop string."""
         return max((_overlap(self._held, stop) for stop in self._stops), default=0)
 
     def _release(self, end: int) -> str:
-        """Remove the held characters up to ``end`` and return those that belong to the text."""
-        piece, self._held = self._held[self._before : end], self._held[end:]
-        self._before = max(0, self._before - end)
+        """Remove the held characters up to ``end`` and return them."""
+        piece, self._held = self._held[:end], self._held[end:]
         return piece
 
 

@@ -110,22 +110,27 @@ class RunningSequence:
         self, tokens: list[int], logits: np.ndarray, selection: Mapping[Unit, np.ndarray] | None
     ) -> list[Token | Finished]:
         """The events of the last tokens of the text; row i of ``logits`` is that of token i."""
-        request = self.job.request
-        kept = kept_tokens(self._chooser, 0, tokens, self._end, request.stop_ids, request.stopping)
+        stream, pieces = self._stream, list[str]()
+
+        def stops_at(token: int) -> bool:
+            pieces.append(stream.push(token) if stream else "")
+            return stream is not None and stream.stopped
+
+        kept = kept_tokens(self._chooser, 0, tokens, self._end, self.job.request.stop_ids, stops_at)
         events: list[Token | Finished] = []
-        for token, row in zip(kept, logits, strict=False):
+        for token, piece, row in zip(kept, pieces, logits, strict=False):
             self.new_tokens += 1
-            piece = self._stream.push(token) if self._stream else ""
             logprob: float | None = None
             top: tuple[tuple[int, float], ...] = ()
             if self.job.logprobs is not None:
                 logprob, top = log_probabilities(row, token, self.job.logprobs)
             summary = summarise(self._spec, selection) if selection else None
             events.append(Token(token, piece, logprob, top, summary))
-        stopped = len(kept) < len(tokens) or (self._stream is not None and self._stream.stopped)
-        if stopped or not self._chooser.running[0]:
+        if not self._chooser.running[0]:
+            piece = stream.finish() if stream else ""
+            stopped = len(kept) < len(tokens) or (stream is not None and stream.stopped)
             full = len(self._chooser.texts[0]) >= self._end and not stopped
-            events.append(Finished("length" if full else "stop", self._stream.finish() if self._stream else ""))
+            events.append(Finished("length" if full else "stop", piece))
         return events
 
 

@@ -11,10 +11,9 @@ import torch
 from shadowllm.runtime import Budget, Sampling, generate, open_session
 from shadowllm.runtime.generation import speculative
 from shadowllm.runtime.generation.draft_length import AdaptiveLength, DraftLength
-from shadowllm.runtime.generation.text import stop_criteria
 from shadowllm.runtime.ort.session import OrtSession
 from shadowllm.runtime.torch_session import TorchSession
-from tests.tokenizers import export, llama3
+from tests.tokenizers import export, llama3, stops_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,17 +85,18 @@ def test_stop_ids_inside_a_round(bundle):
             assert found == expected
 
 
-@pytest.mark.parametrize("stops", [["k$q"], ["V.", " by"], ["!g"]])
+@pytest.mark.parametrize("stops", [["k$q"], ["V.", " by"], ["sa", "s"]])
 def test_stop_strings_inside_a_round(tmp_path, stops):
     tokenizer = llama3()
     folder = export(tokenizer, tmp_path)
     prompts = [tokenizer(text).input_ids for text in ("the s\u00e9", "model!")]
-    options = {"sampling": Sampling(no_repeat_ngram_size=1), "stopping": stop_criteria(tokenizer, stops)}
-    expected = dense_texts(folder, prompts, 24, **options)
+    sampling = Sampling(no_repeat_ngram_size=1)
+    expected = dense_texts(folder, prompts, 24, sampling, stops_at=stops_at(tokenizer, prompts, stops))
     assert min(map(len, expected)) < 24
     with OrtSession(folder, "sparse") as session:
         session.set_budget(Budget(neurons=0.9))
-        assert columns(generate(session, prompts, 24, **options, draft_length=DraftLength(4))) == expected
+        options = {"stops_at": stops_at(tokenizer, prompts, stops), "draft_length": DraftLength(4)}
+        assert columns(generate(session, prompts, 24, sampling, **options)) == expected
 
 
 @pytest.mark.parametrize("length", [1, 5])
