@@ -59,7 +59,7 @@ class Sampling:
         temperature: 0 takes the most probable token (greedy); above 0 samples.
         top_k: keep only the k most probable tokens; 0 keeps all. Like top_p and min_p, it has no effect when greedy.
         top_p: keep the fewest most probable tokens whose probabilities reach this sum (nucleus
-            sampling, Holtzman et al., arXiv 1904.09751); 1 keeps all.
+            sampling, Holtzman et al., arXiv 1904.09751); 0 keeps one, 1 keeps all.
         seed: seed of the random numbers.
         min_p: keep tokens whose probability is at least this fraction of the highest one; 0 keeps all.
         repetition_penalty: divides the positive and multiplies the negative logits of tokens that are already in
@@ -91,8 +91,8 @@ class Sampling:
             )
         if self.top_k < 0:
             raise UserError(f"top-k {self.top_k} is negative", "0 keeps all tokens")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p {self.top_p} is not in (0, 1]", "1 keeps all tokens")
+        if not 0 <= self.top_p <= 1:
+            raise UserError(f"top-p {self.top_p} is not in [0, 1]", "0 keeps one token, 1 keeps all")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min-p {self.min_p} is not in [0, 1]", "0 keeps all tokens")
         if not 0 < self.repetition_penalty < math.inf:

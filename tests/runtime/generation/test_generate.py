@@ -35,7 +35,8 @@ class TestChoice:
         )
 
     @pytest.mark.parametrize(
-        ("top_p", "kept"), [(0.4, [1, 0, 0]), (0.5, [1, 0, 0]), (0.7, [0.625, 0.375, 0]), (1.0, [0.5, 0.3, 0.2])]
+        ("top_p", "kept"),
+        [(0.0, [1, 0, 0]), (0.4, [1, 0, 0]), (0.5, [1, 0, 0]), (0.7, [0.625, 0.375, 0]), (1.0, [0.5, 0.3, 0.2])],
     )
     def test_top_p_keeps_the_nucleus(self, top_p, kept):
         np.testing.assert_allclose(

@@ -42,7 +42,7 @@ ALWAYS = Sampling(
     [
         *({"temperature": value} for value in (-1, math.nan, math.inf, 1e-320, 1e-31, -0.5)),
         {"top_k": -1},
-        *({"top_p": value} for value in (0, 1.5, -0.1, math.nan)),
+        *({"top_p": value} for value in (1.5, -0.1, math.nan)),
         *({"min_p": value} for value in (-0.1, 1.1, math.nan)),
         *({"repetition_penalty": value} for value in (0, -1, math.nan, math.inf)),
         {"no_repeat_ngram_size": -1},
@@ -55,7 +55,9 @@ def test_out_of_range(options):
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("options", [{"temperature": 1e-30}, {"top_p": 1e-9}, {"seed": 2**63 - 1}, {"min_p": 1}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1e-30}, {"top_p": 1e-9}, {"top_p": 0}, {"seed": 2**63 - 1}, {"min_p": 1}]
+)
 def test_in_range(options):
     Sampling(**options)
 
