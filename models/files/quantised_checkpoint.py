@@ -12,11 +12,12 @@ from typing import Any
 
 from shadowllm.errors import UserError
 from shadowllm.models.files.config import read_json_object
-from shadowllm.models.files.dequantise import ACTIVATION_SCALES, FLOATS, PACKED_BITS, DequantisedTensors
+from shadowllm.models.files.dequantise import ACTIVATION_SCALES, FLOATS, PACKED_BITS, DequantisedTensors, Layout
 from shadowllm.models.files.safetensors_file import SafetensorsFiles
 from shadowllm.models.weights import TensorFile
 
 READABLE_FORMATS = ("dense", "float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+ORDERED = ("group", "dynamic", "true")  # the values of actorder with which columns have an order of their own
 USE_ORIGINAL = (
     "use the model it was quantised from; --weight-dtype int8 or int4 quantises it again at export, if that is wanted"
 )
@@ -69,9 +70,10 @@ def plain_tensors(tensors: SafetensorsFiles, config: Any, folder: Path) -> Tenso
         return tensors
     if method == "compressed-tensors":
         _check_compressed(settings, folder)
-        return DequantisedTensors(tensors, _block(settings), floats_are_final=True)
+        _check_final(settings, tensors)
+        return DequantisedTensors(tensors, _layout(settings))
     if method == "fp8":
-        return DequantisedTensors(tensors, _block(settings))
+        return DequantisedTensors(tensors, Layout(block=_block(settings)))
     tool = next((name for name in WAYS_OUT if method.startswith(name)), "")
     raise UserError(f"{folder} is quantised by {method}, which is not read", WAYS_OUT.get(tool, USE_ORIGINAL))
 
@@ -147,17 +149,69 @@ def _check_compressed(settings: Mapping[str, Any], folder: Path) -> None:
         unread.append(str(sparsity))
     if settings.get("transform_config"):
         unread.append("transforms of the weights")
-    bits = {_mapping(group, "weights").get("num_bits") for group in _groups(settings)} - {None, *PACKED_BITS}
+    bits = [each["num_bits"] for each in _weight_settings(settings) if each.get("num_bits") not in (None, *PACKED_BITS)]
     if bits and not unread:
-        unread.append(f"numbers of {bits.pop()} bits")
+        unread.append(f"numbers of {bits[0]} bits")
     if unread:
         raise UserError(f"{folder} is quantised by compressed-tensors as {unread[0]}, which is not read", USE_ORIGINAL)
 
 
+def _check_final(settings: Mapping[str, Any], tensors: SafetensorsFiles) -> None:
+    """Refuse floats that compressed-tensors rounds to the grid of their scales in each forward pass.
+
+    It does so until a checkpoint is saved compressed.
+    """
+    status = settings.get("quantization_status")
+    if status == "compressed" or not _weight_settings(settings):
+        return
+    for name in sorted(tensors.names()):
+        if name.endswith(".weight") and f"{name}_scale" in tensors.names() and tensors.dtypes[name] in FLOATS:
+            raise UserError(
+                f"{name} is stored as floats with a weight_scale that they are still to be rounded to "
+                f"(quantization_status {status!r} of compressed-tensors), which is not done",
+                "save it compressed (save_pretrained with save_compressed=True in llm-compressor), or use the model "
+                "it was made from",
+            )
+
+
+def _layout(settings: Mapping[str, Any]) -> Layout:
+    """Return what the config says about the weights.
+
+    The groups of a config can differ, and which modules they are for is not read: a weight must fit one of them.
+    """
+    weights = _weight_settings(settings)
+    bits = frozenset(each["num_bits"] for each in weights if each.get("num_bits") is not None)
+    return Layout(
+        block=_block(settings),
+        group_sizes=_group_sizes(weights),
+        bits=bits or frozenset(PACKED_BITS),
+        # compressed-tensors takes a weight without this key for symmetric, and ignores zero points of symmetric ones.
+        zero_points=not weights or not all(each.get("symmetric", True) for each in weights),
+        ordered=not weights or any(str(each.get("actorder")).lower() in ORDERED for each in weights),
+        floats_are_final=True,
+    )
+
+
+def _group_sizes(weights: list[Mapping[str, Any]]) -> frozenset[int]:
+    """Return how many columns share a scale, -1 for all; nothing if some weights have blocks."""
+    if any(each.get("block_structure") or each.get("strategy") == "block" for each in weights):
+        return frozenset()
+    sizes = [each.get("group_size") or -1 for each in weights]
+    if unusable := [size for size in sizes if type(size) is not int]:
+        raise UserError(
+            f"config.json says group_size is {unusable[0]!r}", "it must be a whole number: correct it there"
+        )
+    return frozenset(sizes)
+
+
+def _weight_settings(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [weights for group in _groups(settings) if (weights := _mapping(group, "weights"))]
+
+
 def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the rows and columns that share a scale, if the config gives them."""
-    weights = [_mapping(group, "weights") for group in _groups(settings)]
-    for size in (settings.get("weight_block_size"), *(each.get("block_structure") for each in weights)):
+    weights = (each.get("block_structure") for each in _weight_settings(settings))
+    for size in (settings.get("weight_block_size"), *weights):
         if isinstance(size, list) and len(size) == 2 and all(type(each) is int for each in size):
             return size[0], size[1]
     return None
