@@ -61,6 +61,7 @@ class DequantisedTensors:
 
     Attributes:
         dtypes: as in `SafetensorsFiles`; "F32" for dequantised tensors.
+        short_scales: whether a scale has 16 bits.
 
     Raises:
         UserError: at `read`, if the parts of a weight are missing or do not fit together.
@@ -76,6 +77,8 @@ class DequantisedTensors:
         self._names = plain | self._quantised
         self.dtypes = {name: "F32" if name in self._quantised else tensors.dtypes[name] for name in self._names}
 
+        self.short_scales = any(tensors.dtypes[name] in ("F16", "BF16") for name in names if name.endswith(SCALES))
+
     def names(self) -> set[str]:
         return set(self._names)
 
@@ -89,10 +92,12 @@ class DequantisedTensors:
         scale, weight, zero = self._scale(module), *self._integers(module)
         _require(weight.ndim == 2, f"{name} has {weight.ndim} dimensions, not 2")
         columns = self._part(module, "weight_g_idx") if self._layout.ordered else None
-        wide = weight.to(scale.dtype)  # compressed-tensors multiplies in the dtype of the scales too
+        # transformers, asked for float32, multiplies in float32 whatever the scales are.
+        wide = weight.to(torch.float32, copy=True)  # and changed in place: large matrices take gigabytes
         if zero is not None:
-            wide = wide - self._spread(name, zero.to(scale.dtype), wide.shape, columns)
-        return wide * self._spread(name, scale, wide.shape, columns)
+            wide -= self._spread(name, zero.float(), wide.shape, columns)
+        wide *= self._spread(name, scale.float(), wide.shape, columns)
+        return wide
 
     def _integers(self, module: str) -> tuple[Tensor, Tensor | None]:
         """Return a module's weight as it is stored, but unpacked, and its zero points, if they count."""
@@ -125,13 +130,14 @@ class DequantisedTensors:
         # These scales are powers of two, stored as one exponent byte each. PyTorch cannot compute with this dtype.
         if scale.dtype == torch.uint8:
             scale = scale.view(torch.float8_e8m0fnu)
-        if scale.dtype == torch.float8_e8m0fnu:
-            scale = scale.float()
         _require(scale.dtype.is_floating_point, f"{module}.{present[0]} holds integers ({scale.dtype})")
         return scale
 
     def _spread(self, name: str, grid: Tensor, shape: torch.Size, columns: Tensor | None) -> Tensor:
-        """Expand scales or zero points, one per tensor, row, group or block, to the weight's shape."""
+        """Expand scales or zero points, one per tensor, row, group or block, to the weight's shape.
+
+        An axis of size 1 is left to broadcasting.
+        """
         if grid.numel() == 1:
             return grid.reshape(1, 1)
         grid = grid[:, None] if grid.ndim == 1 else grid
@@ -145,7 +151,8 @@ class DequantisedTensors:
         for axis in (0, 1):
             step = self._step(shape[axis], grid.shape[axis], axis)
             _require(step > 0, misfit)
-            grid = grid.repeat_interleave(step, dim=axis)
+            if grid.shape[axis] > 1:
+                grid = grid.repeat_interleave(step, dim=axis)
         return grid[: shape[0], : shape[1]]
 
     def _check_groups(self, name: str, parts: int, width: int) -> None:

@@ -93,20 +93,21 @@ def test_other_gguf_files(tmp_path, name):
     assert "max_rel" in found or MODELS[name][0] in ("gemma", "granite", "smollm3")  # transformers may not read these
 
 
-def quantise(tensors, suffix):
+def quantise(tensors, suffix, dtype=torch.float32):
     found = dict(tensors)
     for name in [name for name in tensors if "_proj.weight" in name]:
-        scale = tensors[name].abs().amax(dim=1, keepdim=True) / 448
+        scale = (tensors[name].abs().amax(dim=1, keepdim=True) / 440).to(dtype)
         found[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
         found[f"{name}{suffix}"] = scale
     return found
 
 
-def quantised(source, folder, method):
+def quantised(source, folder, method, dtype=torch.float32):
     if method == "compressed-tensors":
         pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: not compared")
     copied(source, folder)
-    rewrite(folder, lambda tensors: quantise(tensors, "_scale" if method == "compressed-tensors" else "_scale_inv"))
+    suffix = "_scale" if method == "compressed-tensors" else "_scale_inv"
+    rewrite(folder, lambda tensors: quantise(tensors, suffix, dtype))
     weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
     group = {"targets": ["Linear"], "weights": weights}
     settings = {
@@ -125,7 +126,16 @@ def quantised(source, folder, method):
 def test_quantised_checkpoints(checkpoint, tmp_path, method):
     found = compare(quantised(checkpoint("llama-blocks"), tmp_path / "model", method))
     assert "skipped" not in found, found
-    assert found["max_rel"] <= found["tolerance"]
+    assert found["max_rel"] <= found["tolerance"] == TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("method", "tolerance"), [("compressed-tensors", transformers_check.QUANTISED_TOLERANCE), ("fp8", TOLERANCE)]
+)
+def test_scales_of_16_bits(checkpoint, tmp_path, method, tolerance):
+    """transformers itself rounds the products of compressed-tensors to 16 bits when it dequantises."""
+    found = compare(quantised(checkpoint("llama-blocks"), tmp_path / "model", method, torch.bfloat16))
+    assert found["max_rel"] <= found["tolerance"] == tolerance
 
 
 def test_settings_under_their_older_name(checkpoint, tmp_path):

@@ -108,3 +108,13 @@ def test_floats_that_are_rounded_in_each_forward_pass(checkpoint, tmp_path, stat
         load_model(folder)
     describe(folder, form=form, quantization_status="compressed")
     assert torch.equal(row(folder), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_of_16_bits_are_multiplied_in_float32(folder, dtype):
+    add_parts(folder, {"weight_packed": torch.full((64, 8), 0x0F, dtype=torch.int32)})  # 7 and -8
+    scale = (torch.arange(1.0, 5.0) / 7).to(dtype)
+    add_parts(folder, {"weight_scale": scale.expand(64, 4).contiguous()})
+    describe(folder)
+    integers = torch.where(INTEGERS == 1, 7.0, INTEGERS)
+    assert torch.equal(row(folder), integers * scale.float()[GROUPS])
