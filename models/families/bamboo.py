@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from shadowllm.errors import UserError
 from shadowllm.models.families.llama import llama_like
 from shadowllm.models.spec import ModelSpec
 
 
 def spec(config: Any) -> ModelSpec:
-    """Read a ``config.json`` of Bamboo; raises as `llama_like` does."""
-    if config.hidden_act == "relu":
-        config.hidden_act = "drelu"
+    """Read a ``config.json`` of Bamboo.
+
+    Raises:
+        UserError: the activation is missing or another one, or as `llama_like` does.
+    """
+    if config.hidden_act not in ("relu", "drelu"):
+        said = f"says {config.hidden_act!r}" if config.hidden_act else "does not give it"
+        raise UserError(
+            f"Bamboo needs the activation 'relu' (hidden_act), and config.json {said}",
+            "correct it there, or give --activation relu",
+        )
+    config.hidden_act = "drelu"
     return llama_like(config)

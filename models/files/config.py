@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ SIZES = (
 
 # Model types that transformers has no code for, and the one whose config has the same fields.
 RELATIVES = {"bamboo": "mistral", "minicpm": "llama", "sparsellama": "llama"}
+# What their configs mean without a key, where it is not what the relative's means. Bamboo has no default activation.
+DEFAULTS: dict[str, dict[str, Any]] = {"bamboo": {"hidden_act": ""}, "minicpm": {"tie_word_embeddings": True}}
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -37,7 +40,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
 
     Raises:
         UserError: there is no config, it is not readable, a size is not positive, another value is not of
-            its type, or ``transformers`` refuses it.
+            its type, layers have configs of their own, or ``transformers`` refuses it.
     """
     from transformers import AutoConfig
 
@@ -45,13 +48,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     data = read_json_object(path)
     if not isinstance(data.get("model_type"), str) and "auto_map" not in data:
         raise UserError(f"{path} does not say which family the model is of", "it needs a model_type, such as llama")
-    for name in SIZES:
-        size = data.get(name)
-        if size is not None and (type(size) is not int or size < 1):
-            raise UserError(f"{path} says {name} is {size!r}", "it must be a whole number above 0")
-    tied = data.get("tie_word_embeddings", False)
-    if type(tied) is not bool:
-        raise UserError(f"{path} says tie_word_embeddings is {tied!r}", "it must be true or false")
+    _check_values(data, path)
     remedy = "correct config.json, or download the model again"
     with foreign_reader(f"transformers cannot read {path}", remedy):
         if data.get("model_type") in RELATIVES and not trust_remote_code:
@@ -64,11 +61,26 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     return config
 
 
+def _check_values(data: Mapping[str, Any], path: Path) -> None:
+    for name in SIZES:
+        size = data.get(name)
+        if size is not None and (type(size) is not int or size < 1):
+            raise UserError(f"{path} says {name} is {size!r}", "it must be a whole number above 0")
+    tied = data.get("tie_word_embeddings", False)
+    if type(tied) is not bool:
+        raise UserError(f"{path} says tie_word_embeddings is {tied!r}", "it must be true or false")
+    if data.get("per_layer_config"):
+        raise UserError(
+            f"{path} gives single layers a config of their own (per_layer_config), which is not supported",
+            "use a model whose layers are all alike",
+        )
+
+
 def _read_as_relative(data: dict[str, Any]) -> Any:
     """Read a config that transformers has no class for. The result has the fields of both families."""
     from transformers import AutoConfig
 
-    fields = {name: value for name, value in data.items() if name != "model_type"}
+    fields = DEFAULTS.get(data["model_type"], {}) | {name: data[name] for name in data if name != "model_type"}
     config = AutoConfig.for_model(RELATIVES[data["model_type"]], **fields)
     setattr(config, "model_type", data["model_type"])  # noqa: B010  (mypy takes it for a constant of the class)
     return config

@@ -10,9 +10,12 @@ import torch
 from shadowllm.errors import UserError
 from shadowllm.evaluation.transformers_check import compare_with_transformers
 from shadowllm.models.decoder import Decoder
+from shadowllm.models.files.config import read_config
 from shadowllm.models.registry import load_model
 from tests.conftest import GROUPED, MULTIPLIERS, build_transformers_model
 from tests.models.checkpoints import logits
+
+MINICPM = {"model_type": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 6}
 
 
 def published(model, folder, **changes):
@@ -51,6 +54,21 @@ def test_turbosparse_is_a_mistral_with_a_relu_of_gate_and_of_up(tmp_path):
     torch.testing.assert_close(logits(Decoder(spec, weights.load())), logits(model), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("act", "words"), [("silu", "says 'silu'"), ("fatrelu", "says 'fatrelu'"), (None, "does not give it")]
+)
+def test_turbosparse_with_another_activation_is_refused(tmp_path, act, words):
+    """Its code applies the activation to gate and to up, which is dReLU only if it is ReLU."""
+    folder = published(build_transformers_model("mistral", GROUPED), tmp_path, model_type="bamboo", hidden_act=act)
+    if act is None:
+        config = json.loads((folder / "config.json").read_text())
+        del config["hidden_act"]
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"Bamboo needs the activation 'relu' .*{words}"):
+        load_model(folder)
+    assert load_model(folder, activation="relu")[0].activation == "drelu"
+
+
 def test_minicpm_has_granites_factors(tmp_path):
     """Granite has the same equations, and transformers has code for it."""
     factors = MULTIPLIERS | {"residual_multiplier": 1.4 / 3**0.5, "attention_multiplier": 12**-0.5}
@@ -73,7 +91,42 @@ def test_minicpm_has_granites_factors(tmp_path):
     ],
 )
 def test_factors_of_minicpm_that_are_not_usable(tmp_path, changes, words):
-    factors = {"model_type": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 6}
-    folder = published(build_transformers_model("llama", {}), tmp_path, **(factors | changes))
+    folder = published(build_transformers_model("llama", {}), tmp_path, **MINICPM | changes)
     with pytest.raises(UserError, match=words):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sparse_config": {"kernel_size": 32, "dense_len": 8192}}, "sparse_config.*remove it"),
+        ({"num_experts": 8, "num_experts_per_tok": 2}, "num_experts"),
+        ({"use_mup": False}, "use_mup"),
+        ({"qk_norm": True}, "qk_norm"),
+        ({"kv_channels": 128}, "128 dimensions .kv_channels"),
+    ],
+)
+def test_variants_of_minicpm_that_are_refused(tmp_path, changes, words):
+    folder = published(build_transformers_model("llama", {}), tmp_path, **MINICPM | changes)
+    with pytest.raises(UserError, match=words):
+        load_model(folder)
+
+
+def test_keys_of_minicpm_that_change_nothing(tmp_path):
+    model = build_transformers_model("llama", {})
+    size = model.config.hidden_size // model.config.num_attention_heads
+    keys = {"sparse_config": None, "num_experts": 0, "use_mup": True, "qk_norm": False, "kv_channels": size}
+    assert load_model(published(model, tmp_path, **MINICPM | keys))[0].family == "minicpm"
+
+
+def test_minicpm_ties_its_embeddings_unless_the_config_says_otherwise(tmp_path):
+    """The default of its class is true, that of Llama is false."""
+    model = build_transformers_model("llama", {})
+    for stated, tied in ((None, True), (True, True), (False, False)):
+        folder = published(model, tmp_path / str(stated), **MINICPM)
+        config = json.loads((folder / "config.json").read_text())
+        config["tie_word_embeddings"] = stated
+        if stated is None:
+            del config["tie_word_embeddings"]
+        (folder / "config.json").write_text(json.dumps(config))
+        assert read_config(folder, trust_remote_code=False).tie_word_embeddings is tied

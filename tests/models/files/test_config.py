@@ -58,6 +58,14 @@ def test_nonsense_is_refused(checkpoint, tmp_path, config):
     assert refusal.value.remedy
 
 
+def test_configs_of_single_layers_are_refused_by_name(checkpoint, tmp_path):
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model", per_layer_config={"1": {"intermediate_size": 44}})
+    with pytest.raises(UserError, match="per_layer_config"):
+        load_model(folder)
+    edit_json(folder / "config.json", per_layer_config={})
+    load_model(folder)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": ', "\ud800"])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_damaged_json_is_named(checkpoint, tmp_path, name, text):
