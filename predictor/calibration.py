@@ -71,6 +71,11 @@ def calibration_windows(
         UserError: a text is missing, unreadable, empty or too short, the windows are too long, or there are less than
             two.
     """
+    if spec.max_seqlen < 2:
+        raise UserError(
+            "the model is too short: it has 1 position (max_position_embeddings), and calibration needs two",
+            "use a model with more",
+        )
     if not 2 <= seqlen <= spec.max_seqlen:
         raise UserError(
             f"calibration windows of {seqlen} tokens do not suit a model of {spec.max_seqlen} positions",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,6 +115,12 @@ def test_a_dataset_needs_its_package(llama, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="needs the datasets package"):
         windows_of(llama, texts=[name])
+
+
+def test_a_model_of_one_position_is_too_short(llama):
+    spec, weights = llama
+    with pytest.raises(UserError, match="the model is too short: it has 1 position"):
+        calibration_windows(replace(spec, max_seqlen=1), weights, encode, seqlen=1)
 
 
 def test_windows_longer_than_the_model_are_refused(llama):
