@@ -127,6 +127,11 @@ def position_limit(config: Any, layer_type: str | None) -> int | None:
     return int(config.max_position_embeddings) if scaling == "dynamic" else None
 
 
+def changes_beyond(config: Any, layer_type: str | None) -> bool:
+    """Return whether texts beyond ``max_position_embeddings`` are meant to be read, with other frequencies."""
+    return _checked(config, layer_type)[0] == "dynamic"
+
+
 def _checked(config: Any, layer_type: str | None) -> tuple[str, dict[str, Any]]:
     """Return the scaling and its parameters."""
     # Moves some keys from the top level of the config into rope_parameters, as transformers does to build the model.
