@@ -26,6 +26,7 @@ from shadowllm.config import (
     TrainConfig,
 )
 from shadowllm.errors import UserError
+from shadowllm.export_checks import check_checkpoint
 from shadowllm.exporter.engines.build import build_engine
 from shadowllm.exporter.engines.graph import describe_onnx
 from shadowllm.exporter.engines.profiles import profiles_for
@@ -100,7 +101,7 @@ def export_model(
         check_package()
     with staged(out, overwrite) as folder:
         spec, weights, checkpoint = _open(source)
-        _check_apart(checkpoint.folder, out)
+        check_checkpoint(spec, checkpoint, out)
         if predictor is not None and predictor.kind == "relu":
             options = replace(options, selector="relu")
         if train_config and train_config.powerinfer:
@@ -136,11 +137,6 @@ def _check_options(spec: ModelSpec, options: Export) -> None:
 
 def _open(source: Source) -> tuple[ModelSpec, Weights, Checkpoint]:
     return load_model(**vars(source))
-
-
-def _check_apart(model: Path, out: Path) -> None:
-    if out.is_dir() and model.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"the model lies in {out}, which the bundle is to replace", "name another folder")
 
 
 def _write(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ REMEDY = "mend that file of the model, and export again"
 # Fields of the generation config that are used always, and those that are used only with a temperature.
 ALWAYS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
 SAMPLED = ("top_k", "top_p", "min_p")
+SUPPRESSED = {"suppress_tokens", "begin_suppress_tokens"}
 # Fields that would change the text but are not supported here, each with the value that has no effect.
 UNUSED = {
     "num_beams": 1,
@@ -160,18 +162,47 @@ def bundle_sampling(
     ignored = [name for name, neutral in unused.items() if config.get(name) not in (None, False, neutral)]
     if ignored:
         warnings.warn(f"{path} asks for what is not done here: {', '.join(ignored)}", stacklevel=2)
-    names = [name for name in (*ALWAYS, *(SAMPLED if sampled else ())) if config.get(name) is not None]
-    own = {name: config[name] for name in names if name not in given}
     Sampling(**given)  # refuses the user's wrong values, so that errors below are about the config
+    return _read(path, config, manifest.spec.vocab_size, REMEDY, stops, given)
+
+
+def check_generation_config(path: Path, config: dict[str, Any], vocab_size: int) -> None:
+    """Refuse a model's generation config with which no text of its bundle could be generated.
+
+    Options of sampling are not checked: greedy decoding, the default, does not use them.
+
+    Args:
+        path: the file of the model that holds it.
+        config: its contents.
+
+    Raises:
+        UserError: a value cannot be used.
+    """
+    _read(path, config, vocab_size, "mend that file")
+
+
+def _read(
+    path: Path,
+    config: dict[str, Any],
+    vocab_size: int,
+    remedy: str,
+    stops: Sequence[str] | None = None,
+    given: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[Sampling, tuple[str, ...]]:
+    """The sampling options and stop strings: those that are given, and the config's."""
+    wanted = (*ALWAYS, *(SAMPLED if given.get("temperature") else ()))
+    own = {name: config[name] for name in wanted if config.get(name) is not None and name not in given}
     try:
         check_type(own, Sampling, "it")
-        sampling = Sampling(**({name: _frozen(value) for name, value in own.items()} | given))
-        _check_tokens(sampling, manifest.spec.vocab_size)
+        for name in SUPPRESSED & own.keys():
+            own[name] = [token for token in own[name] if token >= 0]  # no token has such an id: -1 stands for none
+        sampling = Sampling(**({name: _frozen(value) for name, value in own.items()} | dict(given)))
+        _check_tokens(sampling, vocab_size)
         sampling.processors(prompt_len=1)  # transformers itself refuses some values
         return sampling, _stop_strings(config) if stops is None else tuple(stops)
     except (ValueError, UserError) as error:
         cause = error.problem if isinstance(error, UserError) else in_one_line(error)
-        raise UserError(f"{path} has a value that cannot be used ({cause})", REMEDY) from error
+        raise UserError(f"{path} has a value that cannot be used ({cause})", remedy) from error
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from shadowllm.bundle.manifest import file_hash, read_manifest
 from shadowllm.errors import UserError
 from shadowllm.runtime import Sampling
-from shadowllm.runtime.generation.sampling import bundle_sampling
+from shadowllm.runtime.generation.sampling import bundle_sampling, check_generation_config
 
 CONFIG = {
     "temperature": 0.6,
@@ -95,6 +96,22 @@ def test_what_is_left_out_comes_from_the_config(configured):
 
 def test_a_config_without_any(configured):
     assert bundle_sampling(*configured({"eos_token_id": 2, "stop_strings": "one"})) == (Sampling(), ("one",))
+
+
+def test_negative_ids_of_suppressed_tokens_have_no_effect(configured):
+    """As in transformers: some configs say -1 for no token."""
+    config = {"suppress_tokens": [-1, 5], "begin_suppress_tokens": [-1]}
+    assert bundle_sampling(*configured(config)) == (Sampling(suppress_tokens=(5,)), ())
+
+
+@pytest.mark.parametrize("config", [{"repetition_penalty": "1.7"}, {"suppress_tokens": [97]}, {"stop_strings": [""]}])
+def test_the_config_of_a_model_that_no_text_could_be_generated_with(config):
+    with pytest.raises(UserError, match=r"^model/g\.json has a value that cannot be used .*; mend that file$"):
+        check_generation_config(Path("model/g.json"), config, vocab_size=97)
+
+
+def test_options_of_sampling_are_no_reason_to_refuse_a_model():
+    check_generation_config(Path("model/g.json"), CONFIG | {"top_k": -1}, vocab_size=97)
 
 
 def test_what_is_not_done_is_named(configured, recwarn):

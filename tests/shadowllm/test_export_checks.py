@@ -1,0 +1,46 @@
+"""Checkpoints whose bundles would be useless are refused before an export does any work."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from shadowllm import pipeline
+from shadowllm.config import Export, Source
+from shadowllm.errors import UserError
+from shadowllm.export_checks import check_checkpoint
+from shadowllm.models.registry import load_model
+from tests.models.checkpoints import copied, edit_json, write_gguf
+
+
+def check(model, out):
+    spec, _, checkpoint = load_model(model)
+    check_checkpoint(spec, checkpoint, out)
+
+
+def test_a_generation_config_that_no_run_could_use(checkpoint, tmp_path, monkeypatch):
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model")
+    edit_json(folder / "generation_config.json", repetition_penalty="1.7")
+    monkeypatch.setattr(pipeline, "_make_predictor", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(UserError, match=r"model/generation_config.json has .*repetition_penalty is '1.7'.*; mend"):
+        pipeline.export_model(Source(str(folder)), tmp_path / "out", Export(validate=False))
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_generation_in_the_config(checkpoint, tmp_path):
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model", suppress_tokens=[1 << 20])
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"model/config.json has .*suppresses the token 1048576"):
+        check(folder, tmp_path / "out")
+
+
+def test_usable_models(checkpoint, tmp_path):
+    check(checkpoint("llama-gqa"), tmp_path / "out")
+    write_gguf(tmp_path / "a.gguf", AutoModelForCausalLM.from_pretrained(checkpoint("llama-gqa")))
+    check(tmp_path / "a.gguf", tmp_path / "out")
+
+
+def test_a_model_in_the_place_of_the_bundle(checkpoint, tmp_path):
+    copied(checkpoint("llama-gqa"), tmp_path / "out" / "model")
+    with pytest.raises(UserError, match="which the bundle is to replace"):
+        check(tmp_path / "out" / "model", tmp_path / "out")
