@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from shadowllm.bundle.manifest import Manifest
 from shadowllm.config import Drafting
@@ -76,6 +76,7 @@ def make_request(
     load: Callable[[], PreTrainedTokenizerBase],
     prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int,
+    config: Mapping[str, Any] | None = None,
     **options: Unpack[GenerateOptions],
 ) -> Request:
     """Make the request for a bundle.
@@ -83,6 +84,7 @@ def make_request(
     Args:
         load: returns the bundle's tokenizer; called only if a prompt or a stop string needs it.
         prompts: texts or token ids.
+        config: contents of the generation config; None reads the bundle's file.
 
     Raises:
         UserError: a value out of range, a prompt that cannot be used, an unknown chat template, or no tokenizer.
@@ -94,7 +96,7 @@ def make_request(
     if stop is not None and not (isinstance(stop, Sequence) and all(isinstance(text, str) for text in stop)):
         raise UserError(f"stop is {stop!r:.60}, which is no text", "give a string, or a list of strings")
     drafting = Drafting(bool(options.pop("lossless", False)), options.pop("draft_length", None), manifest.tuned_drafts)
-    sampling, stops = bundle_sampling(bundle, manifest, stop, **options)
+    sampling, stops = bundle_sampling(bundle, manifest, stop, config, **options)
     tokenizer = load() if stops or any(isinstance(prompt, str) for prompt in prompts) else None
 
     def encoded(prompt: str | Sequence[int]) -> Sequence[int]:

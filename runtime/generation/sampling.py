@@ -143,19 +143,24 @@ class Sampling:
 
 
 def bundle_sampling(
-    bundle: Path, manifest: Manifest, stops: Sequence[str] | None = None, **given: Any
+    bundle: Path,
+    manifest: Manifest,
+    stops: Sequence[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    **given: Any,
 ) -> tuple[Sampling, tuple[str, ...]]:
     """The sampling options for a bundle, and the stop strings.
 
     Args:
         stops: stop strings; None uses those of the model's generation config.
+        config: contents of the generation config; None reads the bundle's file.
         given: values of `Sampling`; None uses the generation config. Decoding is greedy unless a temperature is
             given, and only then the config's options for sampling are used.
 
     Raises:
         UserError: a value out of range, given or in the generation config, or a damaged config.
     """
-    path, config = bundle / CONFIG, generation_config(bundle, manifest)
+    path, config = bundle / CONFIG, generation_config(bundle, manifest) if config is None else config
     given = _plain({name: value for name, value in given.items() if value is not None})
     sampled = bool(given.get("temperature"))
     unused = UNUSED | (UNUSED_SAMPLED if sampled else {})
@@ -166,7 +171,7 @@ def bundle_sampling(
     return _read(path, config, manifest.spec.vocab_size, REMEDY, stops, given)
 
 
-def check_generation_config(path: Path, config: dict[str, Any], vocab_size: int) -> None:
+def check_generation_config(path: Path, config: Mapping[str, Any], vocab_size: int) -> None:
     """Refuse a model's generation config with which no text of its bundle could be generated.
 
     Options of sampling are not checked: greedy decoding, the default, does not use them.
@@ -183,7 +188,7 @@ def check_generation_config(path: Path, config: dict[str, Any], vocab_size: int)
 
 def _read(
     path: Path,
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     vocab_size: int,
     remedy: str,
     stops: Sequence[str] | None = None,
@@ -221,7 +226,7 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _stop_strings(config: dict[str, Any]) -> tuple[str, ...]:
+def _stop_strings(config: Mapping[str, Any]) -> tuple[str, ...]:
     found = config.get("stop_strings") or ()
     check_type(found, str | tuple[str, ...], "stop_strings")
     stops = (found,) if isinstance(found, str) else tuple(found)

@@ -52,6 +52,8 @@ class Engine:
     Attributes:
         counters: see `Counters`.
         failure: why the session failed; None while it works.
+        capacity: number of jobs that run or wait, at most.
+        positions: of all running sequences together in the cache, at most.
     """
 
     def __init__(self, session: SlotSession, config: EngineConfig | None = None) -> None:
@@ -60,7 +62,7 @@ class Engine:
         self.failure: Exception | None = None
         self._session, self._spec, self._chunk = session, session.spec, config.prefill_chunk
         self._backend = type(session).__name__
-        self._positions = config.cache_positions or session.slots * session.spec.max_seqlen
+        self.positions = config.cache_positions or session.slots * session.spec.max_seqlen
         self.capacity = session.slots + config.queue
         self._places = threading.Semaphore(self.capacity)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -131,9 +133,9 @@ class Engine:
         if len(job.request.prompts) != 1:
             raise UserError(f"a job has {len(job.request.prompts)} prompts", "submit one job per prompt")
         pad_prompts(job.request.prompts, 1, self._spec)
-        if (needed := self._positions_of(job)) > self._positions:
+        if (needed := self._positions_of(job)) > self.positions:
             raise UserError(
-                f"prompt and text need {needed} positions, the server has {self._positions}",
+                f"prompt and text need {needed} positions, the server has {self.positions}",
                 "send a shorter prompt, or ask for fewer tokens",
             )
 
@@ -191,7 +193,7 @@ class Engine:
         used = sum(map(self._positions_of, self._running))
         for job in list(self._waiting):
             needed = self._positions_of(job)
-            if len(self._running) == self._session.slots or used + needed > self._positions:
+            if len(self._running) == self._session.slots or used + needed > self.positions:
                 return
             try:
                 slot = self._session.join(job.budget)

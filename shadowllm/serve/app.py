@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from shadowllm.serve.keys import ApiKeys
 from shadowllm.serve.log import RequestLog
 from shadowllm.serve.metrics import make_registry
 from shadowllm.serve.model import ServedModel
+from shadowllm.serve.planning import Planner
 from shadowllm.serve.schema import ChatBody, CompletionBody
 
 PAGE = Path(__file__).parent / "page"
@@ -45,16 +45,16 @@ def make_app(model: ServedModel, keys: ApiKeys, slots: int) -> FastAPI:
     Args:
         slots: number of slots of the engine.
     """
-    # One thread tokenizes, because a tokenizer may change its own state.
-    executor = ThreadPoolExecutor(1, "tokenize")
+    planner = Planner(model)
     registry, requests = make_registry(model.engine, slots)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        executor.shutdown(wait=False, cancel_futures=True)
+        planner.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    app.state.planner = planner
     app.add_middleware(RequestLog, requests=requests)
     for kind in (UserError, ApiError, ValidationError, Exception):
         app.add_exception_handler(kind, _error)
@@ -67,13 +67,13 @@ def make_app(model: ServedModel, keys: ApiKeys, slots: int) -> FastAPI:
             raise ApiError(401, "the API key is missing or wrong", "authentication_error", code="invalid_api_key")
 
     guarded = APIRouter(dependencies=[Depends(check_key)])
-    _add_api(guarded, model, executor, registry)
+    _add_api(guarded, model, planner, registry)
     app.include_router(guarded)
     _add_open(app, model, slots)
     return app
 
 
-def _add_api(router: APIRouter, model: ServedModel, executor: ThreadPoolExecutor, registry: CollectorRegistry) -> None:
+def _add_api(router: APIRouter, model: ServedModel, planner: Planner, registry: CollectorRegistry) -> None:
     """Add the routes that need a key."""
     listed = describe(model)
 
@@ -89,13 +89,13 @@ def _add_api(router: APIRouter, model: ServedModel, executor: ThreadPoolExecutor
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await answer(request, CompletionBody, model, executor)
+        return await answer(request, CompletionBody, model, planner)
 
     @router.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         if not model.tokenizer.chat_template:
             raise ApiError(400, "this model has no chat template; use /v1/completions", code="no_chat_template")
-        return await answer(request, ChatBody, model, executor)
+        return await answer(request, ChatBody, model, planner)
 
     @router.get("/metrics")
     async def metrics() -> Response:
@@ -134,6 +134,7 @@ def describe(model: ServedModel) -> dict[str, Any]:
         "positions": spec.max_seqlen,
         "max_tokens": model.config.max_tokens,
         "rest": manifest.rest,
+        "selector": manifest.predictor["kind"],
         "budget": vars(model.budget),
         "chat": bool(model.tokenizer.chat_template),
     }

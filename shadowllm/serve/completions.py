@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine
-from concurrent.futures import Executor
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +17,7 @@ from shadowllm.serve.errors import ApiError, api_error, json_response, json_text
 from shadowllm.serve.generation import Generation
 from shadowllm.serve.log import logger
 from shadowllm.serve.model import Plan, ServedModel
+from shadowllm.serve.planning import Planner
 from shadowllm.serve.replies import Replies, Text, count_tokens
 from shadowllm.serve.schema import ChatBody, CompletionBody
 
@@ -25,28 +25,29 @@ Chunks = AsyncIterator[dict[str, Any]]
 
 
 async def answer(
-    request: Request, kind: type[CompletionBody] | type[ChatBody], model: ServedModel, executor: Executor
+    request: Request, kind: type[CompletionBody] | type[ChatBody], model: ServedModel, planner: Planner
 ) -> Response:
     """Answer a request for texts.
 
     Args:
         kind: the type of the body.
-        executor: where prompts are tokenized.
+        planner: of the same model.
 
     Raises:
         ApiError, UserError: the request cannot be answered.
+        ClosedByClient: the connection was closed before the answer began.
     """
     deadline = time.monotonic() + model.config.request_timeout
     body = kind.model_validate_json(await read_body(request, model.config.max_body))
-    plan = await asyncio.get_running_loop().run_in_executor(executor, model.plan, body)
+    plan = await _while_connected(request.receive, planner.plan(body, deadline))
     generation = Generation(model.engine, plan, body, deadline)
     selection = body.shadowllm is not None and body.shadowllm.selection
     wanted = body.top_logprobs_wanted is not None
-    replies = Replies(kind is ChatBody, model.name, model.tokenizer, wanted, selection)
+    usage = bool(body.stream_options and body.stream_options.include_usage)
+    replies = Replies(kind is ChatBody, model.name, model.tokenizer, wanted, selection, usage)
     record = request.state.record
     record.update(id=replies.id, texts=len(plan.requests), prompt_tokens=plan.prompt_tokens, budget=vars(plan.budget))
     record.update(stream=bool(body.stream))
-    usage = bool(body.stream_options and body.stream_options.include_usage)
     work = _stream(generation, plan, replies, usage) if body.stream else _whole(generation, plan, replies)
     response = WatchedResponse(work, generation, record)
     await response.begin(request.receive)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from shadowllm.bundle.manifest import Manifest
 from shadowllm.evaluation.speed.bench import SPARSE, traffic_of
 from shadowllm.models.sparsity import Budget, check_neuron_budget
 from shadowllm.runtime.generation.completion import Request, make_request
-from shadowllm.runtime.generation.text import encode_chat, encode_prompt
+from shadowllm.runtime.generation.sampling import bundle_sampling, generation_config
+from shadowllm.runtime.generation.text import encode_chat, encode_prompt, load_tokenizer
 from shadowllm.runtime.serving.engine import Engine
 from shadowllm.serve.errors import ApiError
 from shadowllm.serve.schema import Body, ChatBody, CompletionBody, Sparsity
@@ -59,6 +60,7 @@ class ServedModel:
         name: for clients.
         backend: one of `shadowllm.runtime.SLOT_BACKENDS`.
         budget: of requests that do not give one.
+        generation_config: contents of the bundle's file. It is read once, so that the bundle's folder may be renamed.
     """
 
     name: str
@@ -69,6 +71,33 @@ class ServedModel:
     engine: Engine
     budget: Budget
     config: ServeConfig
+    generation_config: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        bundle: Path,
+        backend: str,
+        manifest: Manifest,
+        engine: Engine,
+        config: ServeConfig,
+        budget: Budget | None = None,
+    ) -> Self:
+        """Return the model of a bundle, with all files that requests need.
+
+        Args:
+            budget: of requests that do not give one; None is the bundle's own.
+
+        Raises:
+            UserError: a file is damaged or has a value that cannot be used, or the bundle cannot have the budget.
+        """
+        found = generation_config(bundle, manifest)
+        for temperature in (0.0, 1.0):  # some values are used only with a temperature
+            bundle_sampling(bundle, manifest, None, found, temperature=temperature)
+        tokenizer, name = load_tokenizer(bundle, manifest), config.model_name or manifest.model
+        model = cls(name, bundle, backend, manifest, tokenizer, engine, budget or manifest.budget, config, found)
+        model.budget_of(None)
+        return model
 
     def plan(self, body: CompletionBody | ChatBody) -> Plan:
         """Make the requests for the engine. It may take long, as it tokenizes, so it must not run in the event loop.
@@ -152,7 +181,17 @@ class ServedModel:
             raise ApiError(
                 400, f"{most} new tokens are asked for, and at most {limit} are possible", param=body.limit_name
             )
+        if most is None:
+            # The last token of a text takes no position.
+            most = max(1, min(limit, body.default_tokens or limit, self.engine.positions + 1 - len(ids)))
         request = make_request(
-            self.bundle, self.manifest, lambda: self.tokenizer, [ids], most or limit, seed=seed, **options
+            self.bundle,
+            self.manifest,
+            lambda: self.tokenizer,
+            [ids],
+            most,
+            self.generation_config,
+            seed=seed,
+            **options,
         )
         return replace(request, tokenizer=self.tokenizer)

@@ -39,14 +39,23 @@ class Replies:
         model: name of the model.
         logprobs: whether probabilities are given.
         selection: whether selections are given.
+        usage: whether a stream ends with the number of tokens.
     """
 
     def __init__(
-        self, chat: bool, model: str, tokenizer: PreTrainedTokenizerBase, logprobs: bool, selection: bool
+        self,
+        chat: bool,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        logprobs: bool,
+        selection: bool,
+        usage: bool = False,
     ) -> None:
         self._chat, self._tokenizer, self._logprobs, self._selection = chat, tokenizer, logprobs, selection
         self._streamed: dict[int, int] = {}  # characters of each text so far
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        # With `include_usage`, every chunk has the field, as OpenAI's have.
+        self._no_usage: dict[str, Any] = {"usage": None} if usage else {}
         self._base = {"id": self.id, "created": int(time.time()), "model": model}
 
     def whole(self, texts: Sequence[Text], usage: dict[str, int]) -> dict[str, Any]:
@@ -96,6 +105,7 @@ class Replies:
         return self._base | {
             "object": "chat.completion.chunk" if self._chat else "text_completion",
             "choices": choices,
+            **self._no_usage,
         }
 
     def _content(self, text: str) -> Choice:
@@ -122,12 +132,17 @@ class Replies:
         return {
             "tokens": [self._text(token.token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            # Several tokens may have the same text. The most probable one, which is the first, is given.
-            "top_logprobs": [
-                {self._text(other): logprob for other, logprob in reversed(token.top)} for token in tokens
-            ],
+            "top_logprobs": [self._alternatives(token) for token in tokens],
             "text_offset": list(accumulate((len(token.text) for token in tokens[:-1]), initial=start)),
         }
+
+    def _alternatives(self, token: Token) -> dict[str, float | None]:
+        """Return the most probable tokens and the chosen one, most probable first."""
+        found: dict[str, float | None] = {}
+        for other, logprob in (*token.top, (token.token, token.logprob)):
+            # Several tokens may have the same text. The most probable one, which is the first, is given.
+            found.setdefault(self._text(other), logprob)
+        return found
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._text(token)

@@ -103,6 +103,11 @@ class Body(BaseModel):
         return self.max_tokens
 
     @property
+    def default_tokens(self) -> int | None:
+        """As many are generated at most if `most_tokens` is None; None is what the server allows."""
+        return None
+
+    @property
     def limit_name(self) -> str:
         """The name of the field that `most_tokens` comes from."""
         return "max_tokens"
@@ -131,8 +136,8 @@ class CompletionBody(Body):
         return self.logprobs
 
     @property
-    def most_tokens(self) -> int | None:
-        return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default
+    def default_tokens(self) -> int | None:
+        return 16  # as OpenAI's
 
     @property
     def prompts(self) -> list[str | list[int]]:

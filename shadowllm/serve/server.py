@@ -12,7 +12,6 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime import SLOT_BACKENDS, open_slots
-from shadowllm.runtime.generation.text import load_tokenizer
 from shadowllm.runtime.serving.engine import Engine
 from shadowllm.serve.app import make_app
 from shadowllm.serve.keys import ApiKeys
@@ -49,14 +48,10 @@ def open_model(plan: Deployment) -> Iterator[ServedModel]:
         UserError: the bundle or the budget cannot be used.
     """
     manifest = read_manifest(plan.bundle)
-    tokenizer = load_tokenizer(plan.bundle, manifest)
     with Engine(
         open_slots(plan.bundle, plan.backend, plan.engine.slots, plan.threads, plan.prepack), plan.engine
     ) as engine:
-        name, budget = plan.server.model_name or manifest.model, plan.budget or manifest.budget
-        model = ServedModel(name, plan.bundle, plan.backend, manifest, tokenizer, engine, budget, plan.server)
-        model.budget_of(None)  # refuses a budget that the bundle cannot have
-        yield model
+        yield ServedModel.of(plan.bundle, plan.backend, manifest, engine, plan.server, plan.budget)
 
 
 def log_requests() -> None:

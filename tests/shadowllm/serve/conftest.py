@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import pytest
 
 from shadowllm.bundle.manifest import read_manifest
-from shadowllm.runtime.generation.text import load_tokenizer
 from shadowllm.runtime.serving.engine import Engine
 from shadowllm.runtime.torch_slots import TorchSlots
 from shadowllm.serve_config import EngineConfig, ServeConfig
@@ -26,12 +25,13 @@ class Running:
     """A server in a thread of this process.
 
     Attributes:
+        planner: plans its requests.
         url: its address.
         lines: the records of its log.
     """
 
-    def __init__(self, engine, session, model, places, url, lines):
-        self.engine, self.session, self.model = engine, session, model
+    def __init__(self, engine, session, model, planner, places, url, lines):
+        self.engine, self.session, self.model, self.planner = engine, session, model, planner
         self.places, self.url, self.lines = places, url, lines
 
     def get(self, path, **headers):
@@ -63,7 +63,9 @@ class Records(logging.Handler):
 
 
 @contextmanager
-def running(folder, session=None, keys=None, queue=8, name="tiny", prefill_chunk=16, backend="torch", **config):
+def running(
+    folder, session=None, keys=None, queue=8, name="tiny", prefill_chunk=16, backend="torch", positions=None, **config
+):
     """A running server; without the arguments, of reference slots."""
     from shadowllm.serve.app import make_app
     from shadowllm.serve.keys import ApiKeys
@@ -71,21 +73,20 @@ def running(folder, session=None, keys=None, queue=8, name="tiny", prefill_chunk
     from shadowllm.serve.model import ServedModel
     from shadowllm.serve.transport import listen, make_server
 
-    settings, manifest = ServeConfig(port=0, **config), read_manifest(folder)
-    tokenizer = load_tokenizer(folder, manifest)
-    tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
+    settings, manifest = ServeConfig(port=0, model_name=name, **config), read_manifest(folder)
     session, records = session or TorchSlots(folder, 3), Records()
     logger.setLevel(logging.INFO)
     logger.addHandler(records)
-    limits = EngineConfig(slots=session.slots, queue=queue, prefill_chunk=prefill_chunk)
+    limits = EngineConfig(slots=session.slots, queue=queue, prefill_chunk=prefill_chunk, cache_positions=positions)
     with listen(settings) as listener, Engine(session, limits) as engine:
-        model = ServedModel(name, folder, backend, manifest, tokenizer, engine, manifest.budget, settings)
+        model = ServedModel.of(folder, backend, manifest, engine, settings)
+        model.tokenizer.chat_template = model.tokenizer.chat_template or TEMPLATE
         app = make_app(model, ApiKeys(keys), session.slots)
         server = make_server(app, settings, lambda: engine.drain(settings.grace))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        found = Running(engine, session, model, session.slots + queue, url, records.lines)
+        found = Running(engine, session, model, app.state.planner, session.slots + queue, url, records.lines)
         try:
             yield found
         finally:

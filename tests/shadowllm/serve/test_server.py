@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import threading
 import time
 import urllib.error
 
 import pytest
 
+from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.bench import SPARSE, traffic_of
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime import open_session
@@ -99,6 +102,9 @@ class TestTexts:
         assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == alone("Hello", 9)
         assert chunks[-1].choices == []
         assert chunks[-1].usage.prompt_tokens == 5
+        assert [chunk.model_dump(exclude_unset=True)["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+        plain = list(client.completions.create(model="tiny", prompt="Hello", max_tokens=9, stream=True))
+        assert not any("usage" in chunk.model_fields_set for chunk in plain)
         assert chunks[-2].choices[0].finish_reason in ("stop", "length")
 
     def test_a_chat(self, client, alone):
@@ -142,12 +148,27 @@ class TestTexts:
             assert bytes(entry.bytes).decode() == entry.token
         found = client.completions.create(model="tiny", prompt="Hello", max_tokens=3, logprobs=2)
         logprobs = found.choices[0].logprobs
+        assert [len(top) for top in logprobs.top_logprobs] == [2] * 3  # it is greedy, so the token is the first one
         assert "".join(logprobs.tokens) == found.choices[0].text
         assert [max(top.values()) for top in logprobs.top_logprobs] == logprobs.token_logprobs
         assert logprobs.text_offset == [0, 1, 2]
         chunks = client.completions.create(model="tiny", prompt="Hello", max_tokens=3, logprobs=2, stream=True)
         offsets = [each.choices[0].logprobs.text_offset for each in chunks if each.choices[0].logprobs]
         assert offsets == [[0], [1], [2]]
+
+    def test_the_sampled_token_is_always_among_the_most_probable(self, client):
+        options = {"max_tokens": 20, "temperature": 5.0, "seed": 1}
+        for wanted in (0, 2):
+            found = client.completions.create(model="tiny", prompt="Hello", logprobs=wanted, **options).choices[0]
+            sizes = set()
+            for token, logprob, top in zip(
+                found.logprobs.tokens, found.logprobs.token_logprobs, found.logprobs.top_logprobs, strict=True
+            ):
+                assert top[token] == logprob
+                assert list(top.values()) == sorted(top.values(), reverse=True)
+                sizes.add(len(top))
+            assert sizes <= {wanted, wanted + 1}
+            assert wanted + 1 in sizes  # it is hot enough to take other tokens
 
     def test_selections_in_a_stream(self, client):
         body = {"sparsity": {"neurons": 0.25, "heads": 0.5}, "shadowllm": {"selection": True}}
@@ -341,3 +362,45 @@ def test_a_failed_session_is_reported(bundle):
         with pytest.raises(urllib.error.HTTPError, match="503") as error:
             server.get("/health")
         assert json.loads(error.value.read())["status"] == "failed"
+
+
+def test_requests_need_no_file_of_the_bundle(bundle, tmp_path):
+    """The folder of a bundle that is served may be renamed."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle(), folder)
+    with running(folder) as server:
+        folder.rename(tmp_path / "old")
+        client = server.client()
+        for options in ({}, {"temperature": 1.0, "seed": 1}, {"stop": "x"}):
+            assert client.completions.create(model="tiny", prompt="Hello", max_tokens=3, **options).usage
+        messages = [{"role": "user", "content": "Hi"}]
+        assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=3).usage
+
+
+@pytest.mark.parametrize("config", [{"repetition_penalty": -1.0}, {"top_p": 7.0}])
+def test_a_generation_config_that_cannot_be_used_is_refused_at_the_start(bundle, tmp_path, config):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle(), folder)
+    content = json.dumps(config).encode()
+    (folder / "generation_config.json").write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["generation_config.json"] = hashlib.sha256(content).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"generation_config\.json has a value"), running(folder):
+        pass
+
+
+def test_without_a_number_of_tokens_a_text_has_as_many_as_there_is_room_for(long_texts):
+    with running(long_texts, positions=20, max_tokens=12) as server:
+        client = server.client()
+        messages = [{"role": "user", "content": "Hi"}]  # 8 tokens with the template
+        for options, expected in (({}, 12), ({"max_tokens": 3}, 3)):
+            usage = client.chat.completions.create(model="tiny", messages=messages, **options).usage
+            assert usage.completion_tokens == expected
+        for prompt, expected in (("Hello", 12), ("x" * 15, 6), ("x" * 20, 1)):  # the last token takes no position
+            usage = client.completions.create(model="tiny", prompt=prompt).usage
+            assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), expected)
+        for options, words in (({"prompt": "x" * 21}, "need 21 positions"), ({"max_tokens": 12}, "need 26 positions")):
+            with pytest.raises(openai.BadRequestError, match=words):
+                client.completions.create(**({"model": "tiny", "prompt": "x" * 15} | options))
+        assert server.is_idle()
