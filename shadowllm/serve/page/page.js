@@ -27,8 +27,17 @@ function share() {
   return SHARES[Number(find("budget").value)];
 }
 
+// With the selector relu, the ReLU decides which neurons are computed, so a budget has only heads.
+const choosesNeurons = () => state.sizes?.selector !== "relu";
+
+function budget() {
+  if (share() === null) return "exact";
+  return choosesNeurons() ? { neurons: share(), heads: share() } : { heads: share() };
+}
+
 function showBudget() {
-  const text = share() === null ? "everything (exact)" : `${percent(share())} of neurons and heads`;
+  const units = choosesNeurons() ? "neurons and heads" : "heads, and all neurons that fire";
+  const text = share() === null ? "everything (exact)" : `${percent(share())} of ${units}`;
   find("budget-text").textContent = text;
   find("budget").setAttribute("aria-valuetext", text);
 }
@@ -71,23 +80,25 @@ function request(sparsity) {
   };
 }
 
-// Streams an answer into a message. Returns its text, its tokens, and the tokens per second after the first one.
-async function generate(sparsity, message) {
-  const tokens = [];
-  let text = "", first = 0, last = 0;
+// Streams an answer into a message, and into `answer`: its text, its tokens, and the tokens per second after the first
+// one. If it is stopped or fails, `answer` has what came until then.
+async function generate(sparsity, message, answer) {
+  let first = 0;
   state.stop = new AbortController();
   for await (const event of events(request(sparsity), state.stop.signal)) {
     const choice = event.choices[0];
-    text += (choice.delta ? choice.delta.content : choice.text) ?? "";
-    message.textContent = text;
+    answer.text += (choice.delta ? choice.delta.content : choice.text) ?? "";
+    message.textContent = answer.text;
     if (event.shadowllm) {
-      last = performance.now();
-      first ||= last;
-      tokens.push({ text: event.shadowllm.token, selection: event.shadowllm.selection });
+      const now = performance.now();
+      first ||= now;
+      answer.tokens.push({ text: event.shadowllm.token, selection: event.shadowllm.selection });
+      if (answer.tokens.length > 1) answer.speed = (1000 * (answer.tokens.length - 1)) / (now - first);
     }
   }
-  return { text, tokens, speed: tokens.length > 1 ? (1000 * (tokens.length - 1)) / (last - first) : null };
 }
+
+const noAnswer = () => ({ text: "", tokens: [], speed: null });
 
 function addMessage(kind, title) {
   const item = element("li", "", { class: kind });
@@ -99,6 +110,8 @@ function addMessage(kind, title) {
 
 const speedText = (speed) => (speed ? `${speed.toFixed(1)} tokens per second` : "too short to measure");
 
+const stopped = (error) => error.name === "AbortError";
+
 async function work(action) {
   const buttons = ["send", "compare", "clear"].map(find);
   buttons.forEach((button) => { button.disabled = true; });
@@ -107,7 +120,7 @@ async function work(action) {
   try {
     await action();
   } catch (error) {
-    say(error.name === "AbortError" ? "Stopped" : `Error: ${error.message}`, error.name !== "AbortError");
+    say(stopped(error) ? "Stopped" : `Error: ${error.message}`, !stopped(error));
   } finally {
     buttons.forEach((button) => { button.disabled = false; });
     find("compare").disabled = state.last === null;
@@ -115,25 +128,47 @@ async function work(action) {
   }
 }
 
+// The next request sends what is shown: a stopped answer as far as it came, and nothing of one that failed.
 async function send() {
-  const content = find("prompt").value;
-  addMessage("user", "You").textContent = content;
+  const content = find("prompt").value, before = state.last, answer = noAnswer();
+  const asked = addMessage("user", "You"), answered = addMessage("assistant", `Model, ${find("budget-text").textContent}`);
+  asked.textContent = content;
   find("prompt").value = "";
   state.last = {
     messages: [...state.messages, { role: "user", content }], length: Number(find("length").value),
   };
   showTokens([]);
   find("speed").textContent = find("dense-speed").textContent = "not measured";
-  const sparsity = share() === null ? "exact" : { neurons: share(), heads: share() };
-  const answer = await generate(sparsity, addMessage("assistant", `Model, ${find("budget-text").textContent}`));
-  state.messages = [...state.last.messages, { role: "assistant", content: answer.text }];
-  find("speed").textContent = speedText(answer.speed);
-  showTokens(answer.tokens);
+  try {
+    await generate(budget(), answered, answer);
+  } catch (error) {
+    if (stopped(error)) {
+      keep(answer);
+    } else {
+      [asked, answered].forEach((text) => text.parentElement.remove());
+      state.last = before;
+      find("prompt").value = [content, find("prompt").value].filter(Boolean).join("\n"); // with what was typed meanwhile
+    }
+    throw error;
+  }
+  keep(answer);
   say(`The answer is complete: ${answer.tokens.length} tokens, ${speedText(answer.speed)}.`);
 }
 
+function keep(answer) {
+  state.messages = [...state.last.messages, { role: "assistant", content: answer.text }];
+  find("speed").textContent = speedText(answer.speed);
+  showTokens(answer.tokens);
+}
+
 async function compare() {
-  const answer = await generate("exact", addMessage("dense", "Dense model, the same prompt"));
+  const answer = noAnswer(), answered = addMessage("dense", "Dense model, the same prompt");
+  try {
+    await generate("exact", answered, answer);
+  } catch (error) {
+    if (!stopped(error)) answered.parentElement.remove();
+    throw error;
+  }
   find("dense-speed").textContent = speedText(answer.speed);
   say(`The dense answer is complete: ${answer.tokens.length} tokens, ${speedText(answer.speed)}.`);
 }
@@ -257,6 +292,7 @@ async function start() {
   find("model").textContent = `${model.id}: ${count} layers, each with ${heads} heads and ${neurons} neurons`;
   find("rest").textContent = rest === "shadow" ? "from the low-bit copy" : "left out";
   find("length").max = most;
+  showBudget();
   showSelection();
 }
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 
+from tests.runtime.serving.paused_slots import PausedSlots
 from tests.shadowllm.serve.browser import ask, browser, executable, finished
+from tests.shadowllm.serve.conftest import running
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 # Counts the colours of the picture, which are nearly those of the style.
@@ -27,17 +31,43 @@ def chromium():
         yield opened
 
 
-@pytest.fixture
-def page(chromium, server):
+@contextmanager
+def opened(chromium, server, expected=()):
+    """The page of a server. At the end, its errors are those that are expected."""
     page = chromium.new_page(viewport={"width": 1280, "height": 900})
     problems = []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(server.url)
-    page.get_by_text("3 layers, each with 4 heads and 88 neurons").wait_for()
+    page.get_by_text("layers, each with 4 heads and").wait_for()
     yield page
     page.close()
-    assert problems == []
+    assert len(problems) == len(expected)
+    assert all(words in problem for words, problem in zip(expected, problems, strict=True))
+
+
+@pytest.fixture
+def page(chromium, server):
+    with opened(chromium, server) as found:
+        assert found.get_by_text("3 layers, each with 4 heads and 88 neurons").count() == 1
+        yield found
+
+
+def send(page, text):
+    """Send a prompt; return the body of the request."""
+    page.get_by_role("textbox", name="Prompt").fill(text)
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.keyboard.press("Enter")
+    return sent.value.post_data_json
+
+
+def shown(page):
+    """The messages that the page shows, in the form of a request."""
+    items = page.locator("#messages li:not(.dense)").all()
+    return [
+        {"role": item.get_attribute("class"), "content": item.locator("p").evaluate("text => text.textContent")}
+        for item in items
+    ]
 
 
 def test_a_chat_with_the_picture_of_each_token(page, server):
@@ -95,6 +125,63 @@ def test_stop_ends_an_answer(page, server):
     page.get_by_text("Stopped").wait_for()
     assert page.get_by_role("button", name="Send").is_enabled()
     assert server.is_idle()
+
+
+def test_a_stopped_answer_is_sent_as_it_is_shown(chromium, bundle):
+    from playwright.sync_api import expect
+
+    with running(bundle(), PausedSlots(bundle(), 1)) as server, opened(chromium, server) as page:
+        send(page, "Hi")
+        expect(page.locator("li.assistant p")).not_to_be_empty()  # the first token; the second one waits
+        page.get_by_role("button", name="Stop").click()
+        finished(page, "Stopped")
+        server.session.go.set()
+        before = shown(page)
+        assert [message["role"] for message in before] == ["user", "assistant"]
+        assert before[0]["content"] == "Hi"
+        assert before[1]["content"]
+        assert page.get_by_role("option").count() == 1
+        body = send(page, "So")
+        finished(page, "The answer is complete")
+        assert body["messages"] == [*before, {"role": "user", "content": "So"}]
+        assert shown(page)[:3] == body["messages"]
+        assert server.is_idle()
+
+
+def test_a_prompt_that_failed_goes_back_into_the_box(chromium, server):
+    with opened(chromium, server, ["the server responded with a status of 400"] * 2) as page:
+        too_long = "x" * 70
+        send(page, too_long)
+        finished(page, "Error: the prompt has")
+        assert shown(page) == []
+        box = page.get_by_role("textbox", name="Prompt")
+        assert box.input_value() == too_long
+        assert page.get_by_role("button", name="Compare with dense").is_disabled()
+        page.get_by_label("Most new tokens").fill("4")
+        send(page, "Hi")
+        finished(page, "The answer is complete")
+        before = shown(page)
+        send(page, too_long)
+        finished(page, "Error: the prompt has")
+        assert shown(page) == before
+        # The comparison is that of the prompt before.
+        with page.expect_request("**/v1/chat/completions") as sent:
+            page.get_by_role("button", name="Compare with dense").click()
+        assert sent.value.post_data_json["messages"] == before[:1]
+        finished(page, "The dense answer is complete")
+        assert send(page, "So")["messages"] == [*before, {"role": "user", "content": "So"}]
+        finished(page, "The answer is complete")
+
+
+def test_a_relu_model_has_a_budget_of_heads_only(chromium, bundle):
+    with running(bundle("llama-relu", kind="relu")) as server, opened(chromium, server) as page:
+        assert page.locator("#budget-text").inner_text() == "10% of heads, and all neurons that fire"
+        page.get_by_label("Most new tokens").fill("4")
+        assert send(page, "Hi")["sparsity"] == {"heads": 0.1}
+        finished(page, "The answer is complete")
+        page.get_by_role("slider").press("Home")
+        assert send(page, "So")["sparsity"] == "exact"
+        finished(page, "The answer is complete")
 
 
 @pytest.mark.parametrize("width", [360, 1280])
