@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import Response
@@ -12,6 +14,18 @@ from shadowllm.errors import UserError
 from shadowllm.runtime.serving.job import DeadlineError, EngineClosedError, EngineFailedError, QueueFullError
 
 RETRY_AFTER = 1  # seconds
+# What fields of several types accept. pydantic has one error per type, and none of them says so.
+ACCEPTED = {
+    "prompt": "a text, a list of texts, token ids, or a list of lists of token ids",
+    "stop": "a string or a list of strings",
+    "neurons": "a number or a list of numbers",
+    "heads": "a number or a list of numbers",
+    "shortlist": 'a whole number or "all"',
+    "sparsity": '"exact" or an object',
+    "content": "a string, or a list of parts of the type text",
+}
+# Their objects have fields, so an error inside says more.
+WITH_FIELDS = ("sparsity", "content")
 # Status, type and code of errors of the engine; any other `UserError` is a mistake in the request.
 ENGINE_ERRORS: dict[type[Exception], tuple[int, str, str]] = {
     QueueFullError: (429, "rate_limit_error", "queue_full"),
@@ -50,10 +64,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        param = str(first["loc"][0]) if first["loc"] else None
-        return ApiError(400, f"{place}: {first['msg']}" if place else f"the body: {first['msg']}", param=param)
+        return _invalid(error)
     if type(error) in ENGINE_ERRORS:
         status, kind, code = ENGINE_ERRORS[type(error)]
         return ApiError(status, str(error), kind, code=code)
@@ -61,6 +72,36 @@ def api_error(error: Exception) -> ApiError:
         # A remedy that names an option of the command line does not help a client.
         return ApiError(400, error.problem if "--" in error.remedy else str(error))
     return ApiError(500, "an internal error; the server's log has more", "server_error", code="internal_error")
+
+
+@contextmanager
+def blame(param: str) -> Iterator[None]:
+    """Name the parameter whose value a `UserError` inside is about.
+
+    Raises:
+        ApiError: in place of the `UserError`.
+    """
+    try:
+        yield
+    except UserError as error:
+        found = api_error(error)
+        found.content["error"]["param"] = param
+        raise found from error
+
+
+def _invalid(error: ValidationError) -> ApiError:
+    """The answer for a body of a wrong form. The innermost error is that of the type that fits best."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    location, message = max(((each["loc"], each["msg"]) for each in found), key=lambda each: len(each[0]))
+    place: list[str] = []
+    for index, part in enumerate(location):
+        field = location[index - 1] if index else None
+        if field not in ACCEPTED or not isinstance(part, str):
+            place.append(str(part))
+        elif field not in WITH_FIELDS or index == len(location) - 1:  # `part` is one of the field's types
+            message = f"Input should be {ACCEPTED[str(field)]}"
+            break
+    return ApiError(400, f"{'.'.join(place) or 'the body'}: {message}", param=place[0] if place else None)
 
 
 def json_text(content: Any) -> str:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from shadowllm.bundle.manifest import Manifest
+from shadowllm.config import Drafting
 from shadowllm.evaluation.speed.bench import SPARSE, traffic_of
 from shadowllm.models.sparsity import Budget, check_neuron_budget
 from shadowllm.runtime.generation.completion import Request, make_request
-from shadowllm.runtime.generation.sampling import bundle_sampling, generation_config
+from shadowllm.runtime.generation.sampling import Sampling, bundle_sampling, generation_config
 from shadowllm.runtime.generation.text import encode_chat, encode_prompt, load_tokenizer
+from shadowllm.runtime.inputs import pad_prompts
 from shadowllm.runtime.serving.engine import Engine
-from shadowllm.serve.errors import ApiError
+from shadowllm.serve.errors import ApiError, blame
 from shadowllm.serve.schema import Body, ChatBody, CompletionBody, Sparsity
 from shadowllm.serve_config import ServeConfig
 
@@ -114,12 +116,14 @@ class ServedModel:
             raise ApiError(400, f"more than {self.config.max_choices} texts in one request", param="n")
         if len(prompts) * n > self.engine.capacity:
             raise ApiError(400, f"the server holds {self.engine.capacity} texts at once", param="n")
-        encoded = [self._encoded(prompt) for prompt in prompts]
+        with blame("messages" if isinstance(body, ChatBody) else "prompt"):
+            encoded = [self._encoded(prompt) for prompt in prompts]
         # Without a seed, texts are drawn differently each time, as OpenAI does it.
         seed = random.SystemRandom().getrandbits(62) if body.seed is None and body.temperature else body.seed or 0
         options = self._options(body)
         requests = [self._request(ids, body, options, seed + index) for ids in encoded for index in range(n)]
-        budget = self.budget_of(body.sparsity, bool(body.lossless))
+        with blame("sparsity"):
+            budget = self.budget_of(body.sparsity, bool(body.lossless))
         sizes = [(len(request.prompts[0]), request.max_new_tokens) for request in requests]
         read = [{size: self._step_bytes(each, *size) for size in set(sizes)} for each in (budget, Budget())]
         return Plan(requests, budget, sum(map(len, encoded)), *([found[size] for size in sizes] for found in read))
@@ -164,6 +168,7 @@ class ServedModel:
         if len(ids) > most:
             message = f"the prompt has {len(ids)} tokens, and at most {most} are possible"
             raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        pad_prompts([ids], 1, self.manifest.spec)  # refuses tokens that the model lacks
         return ids
 
     def _options(self, body: Body) -> dict[str, Any]:
@@ -173,7 +178,15 @@ class ServedModel:
             raise ApiError(400, f"more than {self.config.max_stops} stop strings", param="stop")
         if any(len(stop) > self.config.max_stop_length for stop in stops or ()):
             raise ApiError(400, f"a stop string has more than {self.config.max_stop_length} characters", param="stop")
-        return {"stop": stops} | {name: getattr(body, name) for name in OPTIONS}
+        options = {name: getattr(body, name) for name in OPTIONS}
+        # Each alone, because an error of all together does not tell which one it is about.
+        for name, value in options.items():
+            with blame(name):
+                if name == "draft_length":
+                    Drafting(bool(body.lossless), value)
+                elif name != "lossless" and value is not None:
+                    Sampling(**{name: value})
+        return {"stop": stops} | options
 
     def _request(self, ids: list[int], body: Body, options: dict[str, Any], seed: int) -> Request:
         most, limit = body.most_tokens, self.config.max_tokens
