@@ -24,10 +24,11 @@ from shadowllm.serve.metrics import EngineCollector
 from shadowllm.serve.repository_metrics import Publisher
 from shadowllm.serve.schema import CompletionBody
 from shadowllm.serve.server import Deployment, open_model
-from shadowllm.serve_config import EngineConfig
+from shadowllm.serve_config import EngineConfig, ServeConfig
 
 FINAL = backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 UNSUPPORTED = ("n", "logprobs", "stream_options", "shadowllm")  # their results have no output
+PARAMETERS = "sampling_parameters"
 
 
 class TritonPythonModel:
@@ -39,8 +40,9 @@ class TritonPythonModel:
         deployment = {name: options.pop(name) for name in ("backend", "threads", "prepack")}
         bundle = Path(args["model_repository"]) / args["model_version"] / "bundle"
         self._open = ExitStack()
+        server = ServeConfig(model_name=args["model_name"])  # so clients may give it as `model`
         self._model = self._open.enter_context(
-            open_model(Deployment(bundle, engine=EngineConfig(**options), **deployment))
+            open_model(Deployment(bundle, server=server, engine=EngineConfig(**options), **deployment))
         )
         collector = EngineCollector(self._model.engine, options["slots"])
         self._open.enter_context(Publisher(collector, args["model_name"]))
@@ -59,18 +61,20 @@ class TritonPythonModel:
         self._open.close()
 
     def _submit(self, request: Any, sender: Any) -> None:
+        deadline = time.monotonic() + self._model.config.request_timeout
         try:
-            given = json.loads(_text(request, "sampling_parameters") or "{}")
+            given = json.loads(_text(request, PARAMETERS) or "{}")
         except (ValueError, RecursionError):
             given = None
         if not isinstance(given, dict):
-            raise ApiError(400, "sampling_parameters is not a JSON object", param="sampling_parameters")
+            raise ApiError(400, f"{PARAMETERS} is not a JSON object", param=PARAMETERS)
+        if given.get("prompt") is not None:
+            raise ApiError(400, f"prompt is given in {PARAMETERS}; give it as text_input", param="prompt")
         for name in UNSUPPORTED:
             if given.get(name) is not None:
                 raise ApiError(400, f"{name} is not supported here; leave it out", param=name)
         body = CompletionBody.model_validate_json(json.dumps(given | {"prompt": _text(request, "text_input")}))
         plan = self._model.plan(body)
-        deadline = time.monotonic() + self._model.config.request_timeout
         job = Job(
             plan.requests[0],
             Reply(sender, bool(body.stream)),
@@ -112,9 +116,16 @@ class Reply:
 
 
 def _text(request: Any, name: str) -> str:
-    """The string of an input; empty without it."""
+    """The string of an input; empty without it.
+
+    Raises:
+        ApiError: it is not UTF-8.
+    """
     tensor = backend.get_input_tensor_by_name(request, name)
-    return "" if tensor is None else str(tensor.as_numpy().reshape(-1)[0].decode())
+    try:
+        return "" if tensor is None else str(tensor.as_numpy().reshape(-1)[0].decode())
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"{name} is not UTF-8", param=name) from error
 
 
 def _fail(sender: Any, error: Exception) -> None:

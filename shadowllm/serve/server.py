@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,9 @@ def open_model(plan: Deployment) -> Iterator[ServedModel]:
 
 
 def log_requests() -> None:
-    """Write the log of requests to standard error."""
+    """Write the log of requests to standard error, and the stack of each thread if the process crashes."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2)  # the descriptor of standard error, as `sys.stderr` may be replaced
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
 

@@ -41,6 +41,21 @@ def test_it_serves_until_a_signal_and_lets_a_stream_finish(bundle, tmp_path):
     assert '"outcome": "' in errors
 
 
+@pytest.mark.slow
+def test_a_crash_leaves_a_stack_in_the_log(bundle):
+    command = [sys.executable, "-m", "shadowllm.cli", "serve", str(bundle()), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline()
+        process.send_signal(signal.SIGSEGV)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in errors
+    assert "engine.py" in errors  # the stack of the engine's thread
+
+
 @pytest.fixture
 def fails(bundle, capsys):
     """A function that returns the one line of an error."""
