@@ -20,6 +20,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
 from shadowllm.errors import UserError
+from shadowllm.limits import check_whole
 from shadowllm.runtime import SLOT_BACKENDS
 from shadowllm.serve.app import make_app
 from shadowllm.serve.keys import ApiKeys
@@ -31,8 +32,8 @@ class Arguments(BaseModel):
     """What ``serve run`` and a Serve config file give; the names are those of ``shadowllm serve``.
 
     Attributes:
-        bundle: a path that is valid on every machine.
-        replicas: how many there are; with ``most_replicas``, the smallest number.
+        bundle, api_keys: paths that are valid on every machine.
+        replicas: how many there are, at least 1; with ``most_replicas``, the smallest number, which may be 0.
         most_replicas: the largest number. Ray adds replicas while they have more requests than slots.
         autoscaling: other fields of Ray's ``AutoscalingConfig``, for example ``upscale_delay_s`` and
             ``downscale_delay_s``.
@@ -93,8 +94,11 @@ def application(
         replicas, most_replicas, autoscaling: see `Arguments`.
 
     Raises:
-        UserError: Ray cannot scale so.
+        UserError: Ray cannot scale so, or a number is outside its limits.
     """
+    check_whole("replicas", replicas, 1 if most_replicas is None else 0)
+    if plan.threads is not None:
+        check_whole("threads", plan.threads)
     deployment = serve.deployment(Replica, name="shadowllm").options(
         **_scaling(plan.engine.slots, replicas, most_replicas, autoscaling or {}),
         # The engine itself refuses what does not fit into its queue.
@@ -125,10 +129,12 @@ def _scaling(slots: int, replicas: int, most_replicas: int | None, given: Mappin
 
 def app(args: Arguments) -> Application:
     """Return the application for ``serve run`` and Serve config files."""
+    # Ray starts a replica in another working directory.
+    keys = None if args.api_keys is None else args.api_keys.resolve()
     plan = Deployment(
         args.bundle.resolve(),
         args.backend,
-        server=ServeConfig(model_name=args.model_name, api_keys=args.api_keys),
+        server=ServeConfig(model_name=args.model_name, api_keys=keys),
         engine=EngineConfig(args.slots, args.queue),
         threads=args.threads,
         prepack=args.prepack,

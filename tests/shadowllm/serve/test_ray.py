@@ -157,6 +157,9 @@ def test_a_killed_replica_is_replaced_and_no_request_hangs(url):
         ({"most_replicas": 2, "autoscaling": {"upscale_delay": 1.0}}, "no 'upscale_delay'"),
         ({"most_replicas": 2, "autoscaling": {"upscale_delay_s": -1.0}}, "upscale_delay_s Input should be"),
         ({"replicas": 3, "most_replicas": 2}, "must be greater"),
+        ({"replicas": 0}, "replicas is 0"),
+        ({"replicas": -1, "most_replicas": 2}, "replicas is -1"),
+        ({"threads": 0}, "threads is 0"),
     ],
 )
 def test_scaling_that_ray_cannot_do(scaling, words):
@@ -164,3 +167,14 @@ def test_scaling_that_ray_cannot_do(scaling, words):
 
     with pytest.raises(UserError, match=words):
         app(Arguments(bundle="out", **scaling))
+
+
+def test_paths_do_not_depend_on_the_working_directory(monkeypatch, tmp_path):
+    from shadowllm.serve import ray as module
+
+    plans = []
+    monkeypatch.setattr(module, "application", lambda plan, *scaling: plans.append(plan))
+    monkeypatch.chdir(tmp_path)
+    module.app(module.Arguments(bundle="out", api_keys="keys.txt"))
+    assert plans[0].bundle == tmp_path / "out"
+    assert plans[0].server.api_keys == tmp_path / "keys.txt"
