@@ -13,7 +13,7 @@ import pytest
 from shadowllm.bundle.manifest import file_hash, read_manifest
 from shadowllm.errors import UserError
 from shadowllm.runtime import Sampling
-from shadowllm.runtime.generation.sampling import bundle_sampling, check_generation_config
+from shadowllm.runtime.generation.sampling import bundle_sampling, check_generation_config, generation_config
 
 CONFIG = {
     "temperature": 0.6,
@@ -92,6 +92,15 @@ def test_what_is_left_out_comes_from_the_config(configured):
     assert stops == ("x",)
     given, _ = bundle_sampling(folder, manifest, repetition_penalty=1.0, no_repeat_ngram_size=0)
     assert given == replace(ALWAYS, repetition_penalty=1.0, no_repeat_ngram_size=0)
+
+
+def test_a_config_that_is_given_is_not_read(configured):
+    folder, manifest = configured(CONFIG)
+    config = generation_config(folder, manifest)
+    read = bundle_sampling(folder, manifest, temperature=1.0)
+    (folder / "generation_config.json").unlink()
+    assert bundle_sampling(folder, manifest, config=config, temperature=1.0) == read
+    assert bundle_sampling(folder, manifest, config={}) == (Sampling(), ())
 
 
 def test_a_config_without_any(configured):
