@@ -5,7 +5,7 @@ from __future__ import annotations
 from shadowllm.config import TrainConfig
 from shadowllm.errors import UserError
 
-SELECTORS = ("shadow", "layerwise")
+NETWORKS = ("shadow", "layerwise")  # selectors whose networks are trained
 OPTIONS = ("loss", "epochs", "learning_rate", "weight_decay", "batch_tokens", "rank")
 
 
@@ -23,8 +23,8 @@ def check_network_options(config: TrainConfig | None, selector: str, trains: boo
     given = " and ".join(name for name in OPTIONS if config and getattr(config, name) != getattr(TrainConfig, name))
     if given and not trains:
         raise UserError(f"a predictor is given, so {given} cannot be used", f"leave out {given}")
-    if given and selector not in SELECTORS:
+    if given and selector not in NETWORKS:
         raise UserError(
             f"the selector {selector} trains no networks, so {given} cannot be used",
-            f"leave out {given}, or use the selector {' or '.join(SELECTORS)}",
+            f"leave out {given}, or use the selector {' or '.join(NETWORKS)}",
         )

@@ -143,8 +143,8 @@ class Completion:
             UserError: as `generate`.
         """
         asked, stops_at = self._request, self._push if self._streams else None
-        ends = asked.stop_ids, stops_at
-        for step in generate(session, asked.prompts, asked.max_new_tokens, asked.sampling, *ends, self._draft_length):
+        options = asked.max_new_tokens, asked.sampling, asked.stop_ids, stops_at, self._draft_length
+        for step in generate(session, asked.prompts, *options):
             pieces = [""] * len(self.texts)
             for row, token in enumerate(step):
                 if token is not None:

@@ -146,7 +146,7 @@ def stopping_tokens(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) ->
     """
     if "" in stops:
         raise UserError("a stop string is empty", "leave it out")
-    found = tokenizer.added_tokens_decoder.items()
+    found = tokenizer.added_tokens_decoder.items() if stops else ()  # made anew at each access
     return [index for index, token in found if token.special and any(stop in token.content for stop in stops)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from shadowllm.commands.describe import describe
 from shadowllm.models.sparsity import describe_fractions
+from shadowllm.predictor.network_options import NETWORKS
 
 EPILOG = """examples:
   shadowllm inspect out/                                        # a bundle: sizes, budgets, validation, engines
@@ -17,8 +18,6 @@ EPILOG = """examples:
   shadowllm inspect predictor.safetensors --json                # everything
 
 The text is a summary; --json leaves nothing out."""
-
-NETWORKS = ("shadow", "layerwise")  # kinds of predictor that are trained
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

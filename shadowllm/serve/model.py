@@ -15,7 +15,7 @@ from shadowllm.models.sparsity import Budget, check_neuron_budget
 from shadowllm.runtime.generation.completion import Request, make_request
 from shadowllm.runtime.generation.sampling import Sampling, bundle_sampling, generation_config
 from shadowllm.runtime.generation.text import encode_chat, encode_prompt, load_tokenizer
-from shadowllm.runtime.inputs import pad_prompts
+from shadowllm.runtime.inputs import check_appended
 from shadowllm.runtime.serving.engine import Engine
 from shadowllm.serve.errors import ApiError, blame
 from shadowllm.serve.schema import Body, ChatBody, CompletionBody, Sparsity
@@ -168,7 +168,7 @@ class ServedModel:
         if len(ids) > most:
             message = f"the prompt has {len(ids)} tokens, and at most {most} are possible"
             raise ApiError(400, message, param="prompt", code="context_length_exceeded")
-        pad_prompts([ids], 1, self.manifest.spec)  # refuses tokens that the model lacks
+        check_appended(ids, 0, self.manifest.spec)  # refuses tokens that the model lacks
         return ids
 
     def _options(self, body: Body) -> dict[str, Any]:

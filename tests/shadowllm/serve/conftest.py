@@ -125,3 +125,10 @@ def record_of(server, path):
                 return record
         time.sleep(0.01)
     raise AssertionError(server.lines)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from functools import partial
 
 import pytest
 
 from shadowllm.serve.model import ServedModel
-from tests.shadowllm.serve.conftest import running
+from tests.shadowllm.serve.conftest import running, wait_for
 from tests.shadowllm.serve.test_hostile import answer, completion, connect
 
 pytest.importorskip("fastapi", reason="the server needs packages (pip install '.[serve]')")
@@ -41,13 +40,6 @@ def plans(monkeypatch):
 def small(bundle, plans):
     """A function that makes a server with three slots and a queue of one text."""
     return partial(running, bundle(), queue=1)
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def is_free(server):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import threading
-import time
 import urllib.error
 
 import pytest
 
-from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.bench import SPARSE, traffic_of
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime import open_session
@@ -309,13 +305,6 @@ def test_a_chat_template_gets_the_name_of_a_message():
     assert named == {"role": "system", "content": "x", "name": "bob"}
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_a_full_queue_is_429_with_retry_after(bundle):
     with running(bundle(), PausedSlots(bundle(), 1), queue=0) as server:
         client = server.client()
@@ -371,45 +360,3 @@ def test_a_failed_session_is_reported(bundle):
         with pytest.raises(urllib.error.HTTPError, match="503") as error:
             server.get("/health")
         assert json.loads(error.value.read())["status"] == "failed"
-
-
-def test_requests_need_no_file_of_the_bundle(bundle, tmp_path):
-    """The folder of a bundle that is served may be renamed."""
-    folder = tmp_path / "bundle"
-    shutil.copytree(bundle(), folder)
-    with running(folder) as server:
-        folder.rename(tmp_path / "old")
-        client = server.client()
-        for options in ({}, {"temperature": 1.0, "seed": 1}, {"stop": "x"}):
-            assert client.completions.create(model="tiny", prompt="Hello", max_tokens=3, **options).usage
-        messages = [{"role": "user", "content": "Hi"}]
-        assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=3).usage
-
-
-@pytest.mark.parametrize("config", [{"repetition_penalty": -1.0}, {"top_p": 7.0}])
-def test_a_generation_config_that_cannot_be_used_is_refused_at_the_start(bundle, tmp_path, config):
-    folder = tmp_path / "bundle"
-    shutil.copytree(bundle(), folder)
-    content = json.dumps(config).encode()
-    (folder / "generation_config.json").write_bytes(content)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["generation_config.json"] = hashlib.sha256(content).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"generation_config\.json has a value"), running(folder):
-        pass
-
-
-def test_without_a_number_of_tokens_a_text_has_as_many_as_there_is_room_for(long_texts):
-    with running(long_texts, positions=20, max_tokens=12) as server:
-        client = server.client()
-        messages = [{"role": "user", "content": "Hi"}]  # 8 tokens with the template
-        for options, expected in (({}, 12), ({"max_tokens": 3}, 3)):
-            usage = client.chat.completions.create(model="tiny", messages=messages, **options).usage
-            assert usage.completion_tokens == expected
-        for prompt, expected in (("Hello", 12), ("x" * 15, 6), ("x" * 20, 1)):  # the last token takes no position
-            usage = client.completions.create(model="tiny", prompt=prompt).usage
-            assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), expected)
-        for options, words in (({"prompt": "x" * 21}, "need 21 positions"), ({"max_tokens": 12}, "need 26 positions")):
-            with pytest.raises(openai.BadRequestError, match=words):
-                client.completions.create(**({"model": "tiny", "prompt": "x" * 15} | options))
-        assert server.is_idle()
