@@ -46,8 +46,14 @@ def export_random(
     weight_dtype: str | None,
     rank: int | None = None,
     rest: Rest = "drop",
+    budget: Budget | None = None,
 ) -> Path:
-    """Export a bundle of a random model to a new folder; ``rank`` is the predictor's, None for the default."""
+    """Export a bundle of a random model to a new folder.
+
+    Args:
+        rank: of the predictor, None for the default.
+        budget: the bundle's own, dense if None. A session is opened with it, and packs dense weights if it is dense.
+    """
     from shadowllm.models.registry import load_model
 
     bundle_format(weight_dtype, rest)  # an error comes before the model is written
@@ -57,7 +63,7 @@ def export_random(
     write_random_model(shape, model)
     spec, weights, checkpoint = load_model(str(model))
     predictor = untrained(kind, spec, weights.fingerprint(), rank=rank)
-    options = {"dtype": dtype, "weight_dtype": weight_dtype, "budget": Budget(), "rest": rest}
+    options = {"dtype": dtype, "weight_dtype": weight_dtype, "budget": budget or Budget(), "rest": rest}
     write_bundle(bundle, shape, weights, checkpoint, predictor, **options)  # type: ignore[arg-type]
     return bundle
 
@@ -86,7 +92,8 @@ def measure(
         (0 for a quantised shadow, which selects inside ``body``).
     """
     with tempfile.TemporaryDirectory() as folder:
-        bundle = export_random(shape, Path(folder), kind, dtype, weight_dtype, rest=budget.rest or "drop")
+        rest = budget.rest or "drop"
+        bundle = export_random(shape, Path(folder), kind, dtype, weight_dtype, rest=rest, budget=budget)
         bundles, backends = {SPARSE: bundle, DENSE: bundle}, {SPARSE: "ort", DENSE: DENSE}
         if dense_weight_dtype:
             bundles[DENSE] = export_random(shape, Path(folder) / "dense", kind, dtype, dense_weight_dtype)
