@@ -13,7 +13,7 @@ from operator import mul
 from typing import Any, Self
 
 from shadowllm.bundle.manifest import Manifest
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, ROUNDED_PRODUCTS, ROUNDED_ROWS, Quantisation
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, ROUNDED, Quantisation
 from shadowllm.models.sparsity import UNITS, ActiveCounts, Rest, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 
@@ -158,8 +158,8 @@ class Itemsizes:
 
     def rounded(self) -> Self:
         """Return those of a step that rounds float matrices to integers, but not the output table."""
-        rows, beside_copy = ROUNDED_ROWS.itemsize, ROUNDED_ROWS.itemsize_beside_copy
-        return replace(self, rows=rows, beside_copy=beside_copy, common=ROUNDED_PRODUCTS.itemsize)
+        rows, beside_copy = ROUNDED.itemsize, ROUNDED.itemsize_beside_copy
+        return replace(self, rows=rows, beside_copy=beside_copy, common=ROUNDED.itemsize)
 
 
 def step_traffic(

@@ -86,12 +86,9 @@ class Quantisation:
         return self.bits / 8 + self.scale_bytes / self.block
 
     @property
-    def product_itemsize(self) -> float:
-        """Bytes per element that ``MatMulNBits`` reads, including the share of a scale.
-
-        A session joins nested integers to 8 bits for the dense products.
-        """
-        return (1 if self.residual_bits else self.bits / 8) + 4 / self.block
+    def joined_itemsize(self) -> float:
+        """Bytes per element of nested integers that are joined to 8 bits, including the share of a float32 scale."""
+        return 1 + 4 / self.block
 
     @property
     def itemsize_beside_copy(self) -> float:
@@ -113,10 +110,8 @@ WEIGHT_DTYPES = {"int8": Quantisation(8, scale_bytes=4), "int4": Quantisation(4,
 # Of bundles with a low-bit copy of all matrices. All types have the same copy. Two parts of 3 bits for int6 would need
 # kernels of their own, and a copy of 3 bits is far worse than one of 4.
 NESTED = {"int8": Quantisation(8, 64, residual_bits=4), "int6": Quantisation(6, 64, residual_bits=2)}
-# Sessions of ONNX Runtime round float matrices to them in a step of mixed precision: to the first one those that every
-# token reads, to the second one the active rows beside their low-bit copy.
-ROUNDED_PRODUCTS = Quantisation(bits=8, block=64)
-ROUNDED_ROWS = NESTED["int8"]
+# Sessions of ONNX Runtime round float matrices to it in a step of mixed precision.
+ROUNDED = NESTED["int8"]
 
 
 def quantise(matrix: Matrix, q: Quantisation) -> tuple[np.ndarray, np.ndarray]:
@@ -237,7 +232,7 @@ def rounded_copy(matrix: np.ndarray, q: Quantisation | None) -> np.ndarray:
     """The values of the low-bit copy of float32 ``(rows, width)``, without packing.
 
     Args:
-        q: format of the matrix. The copy is the first part of its integers if they are nested, else of `ROUNDED_ROWS`,
+        q: format of the matrix. The copy is the first part of its integers if they are nested, else of `ROUNDED`,
             so that a session can complete it.
     """
     nested = _nested(q)
@@ -251,7 +246,7 @@ def rounded_copy(matrix: np.ndarray, q: Quantisation | None) -> np.ndarray:
 
 def _nested(q: Quantisation | None) -> Quantisation:
     """The nested integers whose first part is the low-bit copy of a matrix of this format."""
-    return q if q and q.residual_bits else ROUNDED_ROWS
+    return q if q and q.residual_bits else ROUNDED
 
 
 def _by_parts(matrix: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -91,8 +91,8 @@ def _rest(manifest: Manifest, budget: Budget) -> Rest:
 
 
 def _itemsize(manifest: Manifest) -> float:
-    """Return the bytes of a weight as ONNX Runtime reads it. Floats are read at 32 bits."""
-    return manifest.quantisation.product_itemsize if manifest.quantisation else 4
+    """Return the bytes of a weight as a session reads it. Floats are read at 32 bits."""
+    return manifest.quantisation.itemsize if manifest.quantisation else 4
 
 
 def _dense_bytes(manifest: Manifest) -> float:

@@ -89,7 +89,7 @@ def kernels() -> tuple[str, ...]:
 
 
 def linear_pays() -> bool:
-    """Return whether ``LinearW8A8`` is faster than ONNX Runtime's ``MatMulNBits``, as far as was measured.
+    """Return whether ``NestedLinear`` is faster than ONNX Runtime's ``MatMulNBits``, as far as was measured.
 
     This depends on the kernels that run. AVX-512 without VNNI was not measured. The portable kernels convert bytes to
     floats.

@@ -36,11 +36,12 @@ FOLDERS = (
     "score_neurons",
     "shortlist_logits",
 )
-# Ops of engines only: the exporter puts them into the copy of a graph that TensorRT reads. They have no function.py.
+# The exporter puts these ops into the copy of a graph that TensorRT reads. They have no function.py. Sessions put
+# ``NestedLinear`` into the graphs that they load.
 ENGINE_FOLDERS = ("nested_linear", "nested_gather")
 # Ops of the native library only. Sessions put them into the graphs that they load, so no bundle and no engine has them.
 # Such a folder has schema.py, reference.py and native.cpp.
-NATIVE_FOLDERS = ("cached_attention", "linear_w8a8", "dense_mlp", "decoder_layer", "dense_decoder_layer")
+NATIVE_FOLDERS = ("cached_attention", "dense_mlp", "decoder_layer", "dense_decoder_layer")
 
 
 def _member(folder: str, module: str, name: str) -> Any:

@@ -280,8 +280,9 @@ def _itemsizes(manifest: Manifest, backend: str) -> Itemsizes:
     floats = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
     q = manifest.quantisation if backend.startswith("ort") else None
     if q:
-        beside_copy = q.itemsize_beside_copy
-        return Itemsizes.of(floats, matrices=q.product_itemsize, rows=q.itemsize, beside_copy=beside_copy)
+        joined = q.residual_bits and (backend == "ort-dense" or not native_ops.linear_pays())
+        matrices = q.joined_itemsize if joined else q.itemsize
+        return Itemsizes.of(floats, matrices=matrices, rows=q.itemsize, beside_copy=q.itemsize_beside_copy)
     native = backend == "ort" and native_ops.library()
     return Itemsizes.of(floats, rows=ITEMSIZE[manifest.dtype] if native else None)
 

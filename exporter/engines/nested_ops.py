@@ -9,7 +9,7 @@ from shadowllm.bundle.op_domain import DOMAIN, VERSION
 from shadowllm.bundle.quantised_tensors import INSTEAD_OF_PLAIN_INTEGERS
 from shadowllm.bundle.weight_names import base
 from shadowllm.errors import UserError
-from shadowllm.exporter.graphs.nested_pairs import nested_pairs
+from shadowllm.exporter.graphs.nested_pairs import linear_inputs, nested_pairs
 from shadowllm.plugins.function_body import MICROSOFT
 from shadowllm.plugins.ops.nested_gather.schema import NESTED_GATHER
 from shadowllm.plugins.ops.nested_linear.schema import NESTED_LINEAR
@@ -54,12 +54,12 @@ def carry_rows(graph: ir.Graph) -> bool:
 
 
 def _linear(copy: ir.Node, residual: ir.Node) -> ir.Node:
-    x, data, scales, *more = copy.inputs
-    bias = more[2] if len(more) > 2 else None
+    inputs = linear_inputs(copy, residual)
+    x = inputs[0]
     assert x is not None
     rows = None if x.shape is None else x.shape[0]
     x.dtype, x.shape = ir.DataType.FLOAT, ir.Shape([rows, copy.attributes["K"].as_int()])
-    node = ir.node(NESTED_LINEAR.name, [x, residual.inputs[1], data, scales, bias], domain=DOMAIN)
+    node = ir.node(NESTED_LINEAR.name, inputs, domain=DOMAIN)
     _declare(node, _matrix(residual.inputs[1]), copy.attributes["N"].as_int())
     return node
 

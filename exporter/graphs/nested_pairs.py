@@ -20,6 +20,12 @@ def nested_pairs(graph: ir.Graph, op_type: str) -> list[tuple[ir.Node, ir.Node, 
     return found
 
 
+def linear_inputs(copy: ir.Node, residual: ir.Node) -> list[ir.Value | None]:
+    """The inputs of the ``NestedLinear`` that multiplies as a pair of ``MatMulNBits`` does."""
+    x, data, scales, *more = copy.inputs
+    return [x, residual.inputs[1], data, scales, *more[2:3]]
+
+
 def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """The node that computes a value, if it has this type."""
     node = value.producer() if value is not None else None

@@ -150,6 +150,13 @@ inline bool one_after_the_other(const T* const* rows, size_t stride) {
          static_cast<ptrdiff_t>((kBlock - 1) * stride);
 }
 
+// Calls f with a number of 1..Most as a type.
+template <size_t Most, class F>
+inline void with_count(size_t count, F f) {
+  if (count == Most) return f(Count<Most>());
+  if constexpr (Most > 1) with_count<Most - 1>(count, f);
+}
+
 // Calls tile(index of the tile, number of tiles, first token, token count as a type) to cover at least one token, in
 // tiles of nearly the same size. A tile of one token is slow, because its few sums wait for each other.
 template <size_t Most, class Tile>
@@ -157,12 +164,7 @@ inline void cover_tokens(size_t tokens, Tile tile) {
   const size_t tiles = (tokens + Most - 1) / Most;
   for (size_t i = 0, t = 0; i < tiles; ++i) {
     const size_t count = tokens / tiles + (i < tokens % tiles ? 1 : 0);
-    if (count == 1) tile(i, tiles, t, Count<1>());
-    if (count == 2) tile(i, tiles, t, Count<2>());
-    if constexpr (Most > 2)
-      if (count == 3) tile(i, tiles, t, Count<3>());
-    if constexpr (Most > 3)
-      if (count == 4) tile(i, tiles, t, Count<4>());
+    with_count<Most>(count, [&](auto m) { tile(i, tiles, t, m); });
     t += count;
   }
 }
@@ -240,9 +242,10 @@ const float* prepare(const Rows& rows, const float* x, size_t tokens, float* roo
   switch (rows.type) {
     case RowType::i8: return prepare_quantised<Bits8>(rows, x, tokens, room);
     case RowType::i4: return prepare_quantised<Bits4>(rows, x, tokens, room);
-    case RowType::c8: return prepare_copy<Bits8>(rows, x, tokens, room);
     case RowType::c4:
     case RowType::c2: return prepare_copy<Bits4>(rows, x, tokens, room);
+    case RowType::n8: return prepare_copy<Nested<Bits4>>(rows, x, tokens, room);
+    case RowType::n6: return prepare_copy<Nested<Bits2>>(rows, x, tokens, room);
     default: return x;
   }
 }
@@ -252,9 +255,10 @@ void project(const Rows& rows, Picks picks, const float* x, size_t tokens, float
     case RowType::i8: return project_quantised<Bits8>(rows, picks, x, tokens, out, ahead);
     case RowType::i4: return project_quantised<Bits4>(rows, picks, x, tokens, out, ahead);
     case RowType::i2: return project_floats<Bits2>(rows, picks, x, tokens, out, ahead);
-    case RowType::c8: return project_copy<Bits8>(rows, picks, x, tokens, out, ahead);
     case RowType::c4: return project_copy<Bits4>(rows, picks, x, tokens, out, ahead);
     case RowType::c2: return project_copy<Bits2>(rows, picks, x, tokens, out, ahead);
+    case RowType::n8: return project_copy<Nested<Bits4>>(rows, picks, x, tokens, out, ahead);
+    case RowType::n6: return project_copy<Nested<Bits2>>(rows, picks, x, tokens, out, ahead);
     case RowType::f32: return project_as<float>(rows, picks, x, tokens, out, ahead);
     case RowType::bf16: return project_as<Bf16>(rows, picks, x, tokens, out, ahead);
     case RowType::f16: return project_as<F16>(rows, picks, x, tokens, out, ahead);
@@ -263,12 +267,13 @@ void project(const Rows& rows, Picks picks, const float* x, size_t tokens, float
 
 void accumulate(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y, Ahead ahead) {
   switch (rows.type) {
-    case RowType::i8:
-    case RowType::c8: return accumulate_quantised<Bits8>(rows, picks, h, tokens, y, ahead);
+    case RowType::i8: return accumulate_quantised<Bits8>(rows, picks, h, tokens, y, ahead);
     case RowType::i4: return accumulate_quantised<Bits4>(rows, picks, h, tokens, y, ahead);
     case RowType::i2: return accumulate_floats<Bits2>(rows, picks, h, tokens, y, ahead);
     case RowType::c4: return accumulate_copy<Bits4>(rows, picks, h, tokens, y, ahead);
     case RowType::c2: return accumulate_copy<Bits2>(rows, picks, h, tokens, y, ahead);
+    case RowType::n8:
+    case RowType::n6: return;
     case RowType::f32: return accumulate_as<float>(rows, picks, h, tokens, y, ahead);
     case RowType::bf16: return accumulate_as<Bf16>(rows, picks, h, tokens, y, ahead);
     case RowType::f16: return accumulate_as<F16>(rows, picks, h, tokens, y, ahead);
@@ -278,9 +283,10 @@ void accumulate(const Rows& rows, Picks picks, const float* h, size_t tokens, fl
 // Rows of a copy are loaded once for all tokens.
 void project_each(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out) {
   switch (rows.type) {
-    case RowType::c8: return project_copy_each<Bits8>(rows, picks, inputs, tokens, out);
     case RowType::c4: return project_copy_each<Bits4>(rows, picks, inputs, tokens, out);
     case RowType::c2: return project_copy_each<Bits2>(rows, picks, inputs, tokens, out);
+    case RowType::n8: return project_copy_each<Nested<Bits4>>(rows, picks, inputs, tokens, out);
+    case RowType::n6: return project_copy_each<Nested<Bits2>>(rows, picks, inputs, tokens, out);
     default:
       for (size_t t = 0; t < tokens; ++t) project(rows, picks, inputs[t], 1, out[t], {});
   }

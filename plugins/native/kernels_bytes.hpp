@@ -1,14 +1,15 @@
-// Integer kernels for the rows of a low-bit copy or its residuals, part of kernels_copy.hpp. What depends on the
+// Integer kernels for the rows of a low-bit copy, its residuals or both, part of kernels_copy.hpp. What depends on the
 // instruction set is in kernels_bytes_avx2.hpp and kernels_bytes_vnni.hpp. Rows of 2 bits are spread to 4 bits when
 // they are loaded.
 #pragma once
 
 constexpr size_t kBytesBlock = 64;  // elements of a block; at 4 bits they are 32 bytes
 constexpr float kByteMost = 127;
-constexpr size_t kByteTokens = 4;  // tokens of a tile
+constexpr size_t kByteTokens = 4;  // tokens that are added to, or whose products lie side by side, at a time
+constexpr size_t kTokenGroup = 8;  // tokens whose inputs are read together
 constexpr size_t kGroup = 16;      // rows that are added together
 
-inline bool in_bytes(const Rows& rows) { return rows.block == kBytesBlock; }
+inline bool in_bytes(const Rows& rows) { return rows.block == kBytesBlock && rows.short_scales; }
 
 // A group of rows, the group after it, and the factors of the rows for M tokens. A group at the end is filled up with
 // its first row and factors of 0.
@@ -42,7 +43,7 @@ void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, si
                    size_t stride, Ahead ahead) {
   const size_t blocks = rows.width / kBytesBlock;
   walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
-    cover_tokens<kByteTokens>(tokens, [&](size_t tile, size_t, size_t first, auto m) {
+    cover_tokens<kProductTokens>(tokens, [&](size_t tile, size_t, size_t first, auto m) {
       constexpr size_t M = m.value, R = kRowsOfTile<M>;
       const QuantisedRow* fetched = tile == 0 ? next : nullptr;
       float sums[kBlock * M + 8];
@@ -50,9 +51,37 @@ void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, si
         project_bytes_tile<Q, R, M>(now + r, fetched == nullptr ? nullptr : fetched + r, inputs + first, blocks,
                                     sums + r * M);
       for (size_t t = 0; t < M; ++t)
-        for (size_t r = 0; r < left; ++r) out[first + t][(i + r) * stride] = sums[r * M + t];
+        for (size_t r = 0; r < left; ++r) out[first + t][(i + r) * stride] = sums[r * M + t] * Q::unit;
     });
   });
+}
+
+// The same for any number of tokens, in groups whose inputs stay in the first-level cache. The rows of a strip that
+// `join_strip` has joined are not taken apart again for each group.
+template <class Q>
+void project_bytes_each(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out) {
+  const auto groups = [&](const Rows& of, Picks some, size_t at, auto q) {
+    for (size_t first = 0; first < tokens; first += kTokenGroup) {
+      const size_t count = tokens - first < kTokenGroup ? tokens - first : kTokenGroup;
+      float* to[kTokenGroup];
+      for (size_t t = 0; t < count; ++t) to[t] = out[first + t] + at;
+      project_bytes<decltype(q)>(of, some, inputs + first, count, to, 1, {});
+    }
+  };
+#if defined(__AVX512VNNI__)
+  if constexpr (Q::residual_bits != 0) {
+    alignas(64) uint8_t room[kStripBytes];
+    const size_t strip = joined_rows(rows);
+    if (tokens > kTokenGroup && picks.ids == nullptr && strip != 0) {
+      for (size_t first = 0; first < picks.count; first += strip) {
+        const size_t count = picks.count - first < strip ? picks.count - first : strip;
+        groups(join_strip<Q>(rows, first, count, room), {nullptr, count}, first, Joined<Q>());
+      }
+      return;
+    }
+  }
+#endif
+  groups(rows, picks, 0, Q());
 }
 
 // The same for tokens side by side: out[i * tokens + t].

@@ -1,7 +1,7 @@
-// Integer kernels for the rows of a low-bit copy or its residuals, part of kernels_bytes.hpp: AVX2.
+// Integer kernels for the rows of a low-bit copy, its residuals or both, part of kernels_bytes.hpp: AVX2.
 #pragma once
 
-// The input of a block: its even and its odd elements, or with rows of 8 bits, its first and its second half.
+// The input of a block: its even and its odd elements.
 struct alignas(64) ByteBlock {
   int8_t even[32], odd[32];
 };
@@ -46,9 +46,8 @@ inline const float* round_to_bytes(const float* x, size_t width, float* room) {
     for (size_t i = 0; i < kBytesBlock; i += 8)
       _mm256_store_si256(reinterpret_cast<__m256i*>(integers + i),
                          _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + i), inverse)));
-    constexpr size_t step = Q::bits == 8 ? 1 : 2, second = Q::bits == 8 ? 32 : 1;
-    for (size_t i = 0; i < 32; ++i) block.even[i] = static_cast<int8_t>(integers[step * i]);
-    for (size_t i = 0; i < 32; ++i) block.odd[i] = static_cast<int8_t>(integers[step * i + second]);
+    for (size_t i = 0; i < 32; ++i) block.even[i] = static_cast<int8_t>(integers[2 * i]);
+    for (size_t i = 0; i < 32; ++i) block.odd[i] = static_cast<int8_t>(integers[2 * i + 1]);
     for (size_t i = 0; i < 32; ++i) total += block.even[i] + block.odd[i];
     scales[b] = peak / kByteMost;
     sums[b] = scales[b] * static_cast<float>(total);
@@ -75,8 +74,7 @@ inline __m256i high_halves(__m256i bytes) { return low_halves(_mm256_srli_epi16(
 // larger than the weights.
 template <class Q>
 struct ByteRow {
-  static constexpr float middle = Q::bits == 4 ? 8 : 2;
-
+  ByteRow(const QuantisedRow& row, size_t b) : ByteRow(row.data, b) {}
   ByteRow(const uint8_t* row, size_t b) {
     const __m256i bytes = load_block<Q>(row, b);
     even = low_halves(bytes), odd = high_halves(bytes);
@@ -92,25 +90,17 @@ struct ByteRow {
   __m256i even, odd;
 };
 
-// With a sign, so that the sum of two products is at most 2 * 128 * 127. The instruction wants a factor without one, so
-// the input takes the sign of the row.
-template <>
-struct ByteRow<Bits8> {
-  static constexpr float middle = 0;
+// The products of the copy, times the step between its integers, and those of the residual.
+template <class R>
+struct ByteRow<Nested<R>> {
+  ByteRow(const QuantisedRow& row, size_t b) : copy(row.data, b), low(row.residual, b) {}
 
-  ByteRow(const uint8_t* row, size_t b) : first(signed_of(row + b * 64)), second(signed_of(row + b * 64 + 32)) {
-    first_size = _mm256_abs_epi8(first), second_size = _mm256_abs_epi8(second);
-  }
-  static __m256i signed_of(const uint8_t* row) { return _mm256_xor_si256(load_of(row), _mm256_set1_epi8(-128)); }
   __m256i times(const ByteBlock& input) const {
-    const __m256i one = _mm256_sign_epi8(load_of(input.even), first);
-    const __m256i two = _mm256_sign_epi8(load_of(input.odd), second);
-    const __m256i ones = _mm256_set1_epi16(1);
-    return _mm256_add_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(first_size, one), ones),
-                            _mm256_madd_epi16(_mm256_maddubs_epi16(second_size, two), ones));
+    return _mm256_add_epi32(_mm256_slli_epi32(copy.times(input), R::bits), low.times(input));
   }
 
-  __m256i first, second, first_size, second_size;
+  ByteRow<Bits4> copy;
+  ByteRow<R> low;
 };
 
 // The sums of four vectors.
@@ -131,6 +121,8 @@ inline __m256 scales_of(const QuantisedRow& row, size_t first, __m256i there) {
   const __m256i words = _mm256_slli_epi32(_mm256_cvtepu16_epi32(shorts), 16);
   return _mm256_castsi256_ps(_mm256_and_si256(words, there));
 }
+
+constexpr size_t kProductTokens = 4;  // tokens of a tile of products
 
 template <size_t M>
 constexpr size_t kRowsOfTile = M == 1   ? 4
@@ -153,15 +145,14 @@ inline void project_bytes_tile(const QuantisedRow* rows, const QuantisedRow* nex
       for (size_t t = 0; t < M; ++t) {
         const float *of = inputs[t] + first, *sums = of + layout.sums;
         _mm256_store_ps(scale[r * M + t], _mm256_mul_ps(scales, _mm256_loadu_ps(of + layout.scales)));
-        if (ByteRow<Q>::middle != 0)
-          acc[r * M + t] = _mm256_fnmadd_ps(_mm256_mul_ps(scales, _mm256_set1_ps(ByteRow<Q>::middle)),
-                                            _mm256_loadu_ps(sums), acc[r * M + t]);
+        acc[r * M + t] =
+            _mm256_fnmadd_ps(_mm256_mul_ps(scales, _mm256_set1_ps(Q::middle)), _mm256_loadu_ps(sums), acc[r * M + t]);
       }
     }
     for (size_t b = first; b < blocks && b < first + 8; ++b) {
       fetch_block<Q, R>(next, b, blocks, kBytesBlock);
       for (size_t r = 0; r < R; ++r) {
-        const ByteRow<Q> row(rows[r].data, b);
+        const ByteRow<Q> row(rows[r], b);
         for (size_t t = 0; t < M; ++t) {
           const __m256 total = _mm256_cvtepi32_ps(row.times(reinterpret_cast<const ByteBlock*>(inputs[t])[b]));
           acc[r * M + t] = _mm256_fmadd_ps(total, _mm256_set1_ps(scale[r * M + t][b - first]), acc[r * M + t]);

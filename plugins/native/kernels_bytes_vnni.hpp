@@ -1,9 +1,9 @@
-// Integer kernels for the rows of a low-bit copy or its residuals, part of kernels_bytes.hpp: four products per
+// Integer kernels for the rows of a low-bit copy, its residuals or both, part of kernels_bytes.hpp: four products per
 // instruction and lane (AVX-512 VNNI), for two blocks at a time.
 #pragma once
 
-// Vectors of bytes, one for each half of two blocks: the even and the odd elements, or with rows of 8 bits the first
-// and the second half. The lower 32 bytes of a vector are of the first block.
+// Vectors of bytes, one for each half of two blocks: the even and the odd elements. The lower 32 bytes of a vector are
+// of the first block.
 struct alignas(64) ByteStep {
   int8_t halves[2][64];
   int32_t start[16];  // minus the middle of the integers of a row times the input
@@ -33,10 +33,8 @@ inline __m128i quarter_of(const void* bytes) { return _mm_loadu_si128(static_cas
 inline __m512i together(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_zextsi256_si512(low), high, 1); }
 
 // The 64 elements of a block as bytes, its halves one after the other.
-template <class Q>
 inline __m512i halves_of(const __m128i parts[4]) {
   const __m512i bytes = together(_mm256_set_m128i(parts[1], parts[0]), _mm256_set_m128i(parts[3], parts[2]));
-  if (Q::bits == 8) return bytes;
   const __m128i order = _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
   const __m512i split = _mm512_shuffle_epi8(bytes, _mm512_maskz_broadcast_i32x4(0xffff, order));
   return _mm512_maskz_permutexvar_epi64(0xff, _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), split);
@@ -65,18 +63,17 @@ inline const float* round_to_bytes(const float* x, size_t width, float* room) {
       bytes[i] = _mm512_maskz_cvtepi32_epi8(0xffff, integers);
     }
     alignas(64) int8_t halves[2][32];
-    _mm512_store_si512(halves, halves_of<Q>(bytes));
+    _mm512_store_si512(halves, halves_of(bytes));
     ByteStep& step = steps[b / 2];
     for (size_t half = 0; half < 2; ++half) memcpy(step.halves[half] + b % 2 * 32, halves[half], 32);
     scales[b] = peak / kByteMost;
   }
   for (size_t b = blocks; b % kScaled != 0; ++b) scales[b] = 0;
-  constexpr int middle = 1 << (Q::bits - 1);
-  const __m512i ones = _mm512_set1_epi8(1);
+  const __m512i ones = _mm512_set1_epi8(1), middle = _mm512_set1_epi32(-static_cast<int>(Q::middle));
   for (size_t s = 0; s < count; ++s) {
     __m512i sums = _mm512_setzero_si512();
     for (size_t half = 0; half < 2; ++half) sums = _mm512_dpbusd_epi32(sums, ones, bytes_of(steps[s].halves[half]));
-    _mm512_store_si512(steps[s].start, _mm512_mullo_epi32(sums, _mm512_set1_epi32(-middle)));
+    _mm512_store_si512(steps[s].start, _mm512_mullo_epi32(sums, middle));
   }
   return room;
 }
@@ -98,22 +95,69 @@ inline __m512i high_halves(__m512i bytes) { return low_halves(_mm512_srli_epi16(
 // The integers of two blocks of a row, in the order of ByteStep.
 template <class Q, bool both>
 struct ByteRow {
-  ByteRow(const uint8_t* row, size_t b) {
-    const __m512i bytes = load_blocks<Q, both>(row, b);
+  ByteRow(const QuantisedRow& row, size_t b) {
+    const __m512i bytes = load_blocks<Q, both>(row.data, b);
     halves[0] = low_halves(bytes), halves[1] = high_halves(bytes);
   }
   __m512i halves[2];
 };
 
-template <bool both>
-struct ByteRow<Bits8, both> {
-  ByteRow(const uint8_t* row, size_t b) {
-    const uint8_t* from = row + b * kBytesBlock;
-    for (size_t half = 0; half < 2; ++half, from += 32)
-      halves[half] = together(half_of(from), both ? half_of(from + kBytesBlock) : _mm256_setzero_si256());
+// The bits of `a` where the mask has ones, and those of `b` elsewhere.
+inline __m512i select_bits(__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }
+
+// The bits of the copy above those of the residual.
+template <class R, bool both>
+struct ByteRow<Nested<R>, both> {
+  ByteRow(const QuantisedRow& row, size_t b) {
+    const __m512i copy = load_blocks<Bits4, both>(row.data, b), low = load_blocks<R, both>(row.residual, b);
+    const __m512i upper = _mm512_set1_epi8(static_cast<char>(15 << R::bits));
+    halves[0] = select_bits(upper, _mm512_slli_epi16(copy, R::bits), low);
+    halves[1] = select_bits(upper, _mm512_srli_epi16(copy, 4 - R::bits), _mm512_srli_epi16(low, 4));
   }
   __m512i halves[2];
 };
+
+// Rows Q that `join_strip` has joined: the vectors of a ByteRow one after the other.
+template <class Q>
+struct Joined : Q {
+  static constexpr size_t bits = 8, residual_bits = 0;
+};
+
+template <class Q, bool both>
+struct ByteRow<Joined<Q>, both> {
+  ByteRow(const QuantisedRow& row, size_t b) {
+    for (size_t half = 0; half < 2; ++half) halves[half] = bytes_of(row.data + b * kBytesBlock + half * 64);
+  }
+  __m512i halves[2];
+};
+
+constexpr size_t kStripBytes = 1 << 16;  // a part of a second-level cache
+
+inline size_t joined_bytes(const Rows& rows) {
+  return byte_steps(rows.width / kBytesBlock) * sizeof(ByteRow<Bits4, true>);
+}
+inline size_t joined_rows(const Rows& rows) { return kStripBytes / joined_bytes(rows) / kBlock * kBlock; }
+
+template <class Q, bool both>
+inline void join_blocks(const QuantisedRow& row, size_t b, uint8_t* to) {
+  const ByteRow<Q, both> joined(row, b);
+  for (size_t half = 0; half < 2; ++half) _mm512_store_si512(to + b * kBytesBlock + half * 64, joined.halves[half]);
+}
+
+// Rows first..first + count, at most joined_rows, with both parts of their integers in one. `room` holds them.
+template <class Q>
+inline Rows join_strip(const Rows& rows, size_t first, size_t count, uint8_t* room) {
+  const size_t blocks = rows.width / kBytesBlock, pairs = blocks / 2 * 2;
+  Rows joined = rows;
+  joined.data = room, joined.stride = joined_bytes(rows), joined.residual = nullptr;
+  joined.scales += first * rows.scales_stride;
+  for (size_t r = 0; r < count; ++r) {
+    const QuantisedRow row = quantised_row(rows, nullptr, first + r);
+    for (size_t b = 0; b < pairs; b += 2) join_blocks<Q, true>(row, b, room + r * joined.stride);
+    if (pairs != blocks) join_blocks<Q, false>(row, pairs, room + r * joined.stride);
+  }
+  return joined;
+}
 
 inline __mmask16 lanes_left(size_t blocks, size_t b) {
   return blocks - b >= 16 ? 0xffff : static_cast<__mmask16>((1u << (blocks - b)) - 1);
@@ -144,9 +188,12 @@ inline __m512i start_of(const int32_t* start) {
 template <class Q, size_t R>
 __attribute__((always_inline)) inline void fetch_blocks(const QuantisedRow* next, size_t b) {
   if (next == nullptr) return;
-  constexpr size_t bytes = 2 * kBytesBlock * Q::bits / 8;
+  constexpr size_t bytes = kBytesBlock * (Q::bits - Q::residual_bits) / 8, beside = kBytesBlock * Q::residual_bits / 8;
 #pragma GCC unroll 16
-  for (size_t r = 0; r < R; ++r) fetch_bytes(next[r].data + b / 2 * bytes, bytes);
+  for (size_t r = 0; r < R; ++r) {
+    fetch_bytes(next[r].data + b * bytes, 2 * bytes);
+    if (beside != 0) fetch_bytes(next[r].residual + b * beside, 2 * beside);
+  }
 }
 
 template <size_t R>
@@ -160,8 +207,12 @@ inline __m512 scales_of(const QuantisedRow& row, size_t first, __mmask16 there) 
   return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, shorts), 16));
 }
 
+constexpr size_t kProductTokens = 8;  // tokens of a tile of products
+
 template <size_t M>
-constexpr size_t kRowsOfTile = M <= 2 ? 4 : 2;
+constexpr size_t kRowsOfTile = M <= 2   ? 4
+                               : M <= 4 ? 2
+                                        : 1;
 
 // Products of R rows with the inputs of M tokens. R * M is at most 8.
 template <class Q, size_t R, size_t M>
@@ -182,7 +233,7 @@ struct ByteTile {
 #pragma GCC unroll 4
     for (size_t r = 0; r < R; ++r) {
       const __m512 own = scales_of(rows[r], first, there);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (size_t t = 0; t < M; ++t) scales[r * M + t] = _mm512_mul_ps(own, _mm512_load_ps(inputs[t].scales + first));
     }
   }
@@ -193,8 +244,8 @@ struct ByteTile {
     const __m512i lanes = lanes_of_blocks(b);
 #pragma GCC unroll 4
     for (size_t r = 0; r < R; ++r) {
-      const ByteRow<Q, both> row(rows[r].data, b);
-#pragma GCC unroll 4
+      const ByteRow<Q, both> row(rows[r], b);
+#pragma GCC unroll 8
       for (size_t t = 0; t < M; ++t) {
         const ByteStep& step = inputs[t].steps[b / 2];
         __m512i total = start_of<Q>(step.start);

@@ -1,4 +1,4 @@
-// Kernels for the rows of a low-bit copy, for its residuals and for rows of 8 bits, part of kernels.hpp. The factor of
+// Kernels for the rows of a low-bit copy, for its residuals and for both together, part of kernels.hpp. The factor of
 // the rows is rounded to 8 bits with a scale per block, and the products are integer products. Each token is computed
 // as it would be alone.
 #pragma once
@@ -10,7 +10,7 @@ namespace {
 #include "kernels_bytes.hpp"
 #endif
 
-// Q: Bits8, or Bits4 also for rows of 2 bits.
+// Q: Bits4 also for rows of 2 bits.
 template <class Q>
 const float* prepare_copy(const Rows& rows, const float* x, size_t tokens, float* room) {
 #if defined(__AVX2__)
@@ -26,7 +26,7 @@ const float* prepare_copy(const Rows& rows, const float* x, size_t tokens, float
 template <class Q>
 void project_copy_each(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out) {
 #if defined(__AVX2__)
-  if (in_bytes(rows)) return project_bytes<Q>(rows, picks, inputs, tokens, out, 1, {});
+  if (in_bytes(rows)) return project_bytes_each<Q>(rows, picks, inputs, tokens, out);
 #endif
   for (size_t t = 0; t < tokens; ++t) project_floats<Q>(rows, picks, inputs[t], 1, out[t], {});
 }

@@ -5,16 +5,34 @@
 namespace shadowllm {
 namespace {
 
-// Loads `step` (at most 32) consecutive elements of a row as two vectors. Vector j has the same elements that `split`
-// puts into vector j of x or y, which is split once for all rows of a tile.
-struct Bits8 {
-  static constexpr size_t bits = 8, step = 2 * W;
+struct QuantisedRow {
+  const uint8_t *data, *residual;
+  const char* scales;
+  bool short_scales;  // see Rows
 
-  static inline void load(const uint8_t* row, size_t k, V out[2]) {
+  float scale(size_t b) const { return short_scales ? widened(shorts()[b]) : floats()[b]; }
+  const float* floats() const { return reinterpret_cast<const float*>(scales); }
+  const uint16_t* shorts() const { return reinterpret_cast<const uint16_t*>(scales); }
+
+  static float widened(uint16_t scale) {
+    const uint32_t bits = static_cast<uint32_t>(scale) << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+};
+
+// Loads `step` (at most 32) consecutive elements of a row as two vectors. Vector j has the same elements that `split`
+// puts into vector j of x or y, which is split once for all rows of a tile. `middle` is the stored integer of a weight
+// of zero, and `unit` the weight of the next one, without its scale.
+struct Bits8 {
+  static constexpr size_t bits = 8, residual_bits = 0, step = 2 * W;
+
+  static inline void load(const QuantisedRow& row, size_t k, V out[2]) {
     typedef int8_t VB __attribute__((vector_size(W)));
     for (size_t j = 0; j < 2; ++j) {
       VB bytes;
-      memcpy(&bytes, row + k + j * W, sizeof bytes);
+      memcpy(&bytes, row.data + k + j * W, sizeof bytes);
       bytes ^= (int8_t)-128;  // moves the middle from 128 to 0
       out[j] = __builtin_convertvector(__builtin_convertvector(bytes, VI), V);
     }
@@ -31,20 +49,21 @@ struct Bits8 {
 
 // A byte holds an even element and the next odd one. One vector has the even elements, the other the odd ones.
 struct Bits4 {
-  static constexpr size_t bits = 4, step = 2 * W;
+  static constexpr size_t bits = 4, residual_bits = 0, step = 2 * W;
+  static constexpr float middle = 8, unit = 1;
 
-  static inline void load(const uint8_t* row, size_t k, V out[2]) {
+  static inline void load(const QuantisedRow& row, size_t k, V out[2]) {
 #if defined(__AVX512F__)
     // The table lookup ignores the bits above the lowest four.
     const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + k / 2));
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.data + k / 2));
     const __m512i pairs = _mm512_maskz_cvtepu8_epi32(0xffff, bytes);
     out[0] = (V)_mm512_maskz_permutexvar_ps(0xffff, pairs, values);
     out[1] = (V)_mm512_maskz_permutexvar_ps(0xffff, _mm512_maskz_srli_epi32(0xffff, pairs, 4), values);
 #else
     typedef uint8_t VB __attribute__((vector_size(W)));
     VB bytes;
-    memcpy(&bytes, row + k / 2, sizeof bytes);
+    memcpy(&bytes, row.data + k / 2, sizeof bytes);
     const VU pairs = __builtin_convertvector(bytes, VU);
     out[0] = __builtin_convertvector((VI)(pairs & 15), V) - 8.0f;
     out[1] = __builtin_convertvector((VI)(pairs >> 4), V) - 8.0f;
@@ -68,10 +87,11 @@ struct Bits4 {
 // Four bits hold an even element and the next odd one.
 struct Bits2 : Bits4 {
   static constexpr size_t bits = 2;
+  static constexpr float middle = 2;
 
-  static inline void load(const uint8_t* row, size_t k, V out[2]) {
+  static inline void load(const QuantisedRow& row, size_t k, V out[2]) {
     uint32_t words[(W + 7) / 8] = {};  // of eight pairs each
-    memcpy(words, row + k / 4, W / 2);
+    memcpy(words, row.data + k / 4, W / 2);
     VU pairs, places;
     for (size_t i = 0; i < W; ++i) {
       pairs[i] = words[i / 8];
@@ -83,28 +103,27 @@ struct Bits2 : Bits4 {
   }
 };
 
-constexpr size_t kScales = 16;  // blocks whose products of input and scale are computed together
+// Both parts of nested integers; R is the type of the residual.
+template <class R>
+struct Nested : Bits4 {
+  static constexpr size_t bits = 4 + R::bits, residual_bits = R::bits;
+  static constexpr float unit = 1.0f / (1 << R::bits), middle = Bits4::middle / unit + R::middle;
 
-struct QuantisedRow {
-  const uint8_t* data;
-  const char* scales;
-  bool short_scales;  // see Rows
-
-  float scale(size_t b) const { return short_scales ? widened(shorts()[b]) : floats()[b]; }
-  const float* floats() const { return reinterpret_cast<const float*>(scales); }
-  const uint16_t* shorts() const { return reinterpret_cast<const uint16_t*>(scales); }
-
-  static float widened(uint16_t scale) {
-    const uint32_t bits = static_cast<uint32_t>(scale) << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+  static inline void load(const QuantisedRow& row, size_t k, V out[2]) {
+    V low[2];
+    Bits4::load(row, k, out);
+    R::load({row.residual, nullptr, nullptr, false}, k, low);
+    for (size_t j = 0; j < 2; ++j) out[j] += low[j] * unit;
   }
 };
 
+constexpr size_t kScales = 16;  // blocks whose products of input and scale are computed together
+
 inline QuantisedRow quantised_row(const Rows& rows, const int32_t* ids, size_t i) {
   const size_t id = ids == nullptr ? i : static_cast<size_t>(ids[i]);
-  return {static_cast<const uint8_t*>(rows.data) + id * rows.stride, rows.scales + id * rows.scales_stride,
+  const uint8_t* residual = static_cast<const uint8_t*>(rows.residual);
+  return {static_cast<const uint8_t*>(rows.data) + id * rows.stride,
+          residual == nullptr ? residual : residual + id * rows.residual_stride, rows.scales + id * rows.scales_stride,
           rows.short_scales};
 }
 
@@ -113,15 +132,19 @@ __attribute__((always_inline)) inline void fetch_bytes(const void* from, size_t 
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
+// Prefetches block b of a row, whose blocks have so many bytes, unless its line was fetched for the last block.
+__attribute__((always_inline)) inline void fetch_part(const uint8_t* row, size_t b, size_t bytes) {
+  const size_t at = b * bytes;
+  if (b == 0 || at / 64 != (at - bytes) / 64) fetch_bytes(row + at, bytes);
+}
+
 // Prefetches for R rows at block b: the same block of the next rows and, at the first block, all of their scales.
 template <class Q, size_t R>
 __attribute__((always_inline)) inline void fetch_block(const QuantisedRow* next, size_t b, size_t blocks,
                                                        size_t block) {
-  if (next == nullptr) return;
-  const size_t bytes = block * Q::bits / 8, at = b * bytes;
-  if (b != 0 && at / 64 == (at - bytes) / 64) return;  // the line was fetched for the last block
-  for (size_t r = 0; r < R; ++r) {
-    fetch_bytes(next[r].data + at, bytes);
+  for (size_t r = 0; next != nullptr && r < R; ++r) {
+    fetch_part(next[r].data, b, block * (Q::bits - Q::residual_bits) / 8);
+    if (Q::residual_bits != 0) fetch_part(next[r].residual, b, block * Q::residual_bits / 8);
     if (b == 0) fetch_bytes(next[r].scales, blocks * (next[r].short_scales ? sizeof(uint16_t) : sizeof(float)));
   }
 }
@@ -139,7 +162,7 @@ inline void project_quantised_tile(const QuantisedRow* rows, const QuantisedRow*
       for (size_t t = 0; t < M; ++t) Q::split(x + t * width + k, in[t]);
       for (size_t r = 0; r < R; ++r) {
         V w[2];
-        Q::load(rows[r].data, k, w);
+        Q::load(rows[r], k, w);
         for (size_t t = 0; t < M; ++t) {
           V part = w[0] * in[t][0];
           part += w[1] * in[t][1];
@@ -173,7 +196,7 @@ inline void accumulate_quantised_tile(const QuantisedRow* rows, const QuantisedR
         for (size_t t = 0; t < M; ++t) Q::split(y + t * width + k, total[t]);
         for (size_t r = 0; r < R; ++r) {
           V w[2];
-          Q::load(rows[r].data, k, w);
+          Q::load(rows[r], k, w);
           for (size_t t = 0; t < M; ++t)
             for (size_t j = 0; j < 2; ++j) total[t][j] += splat(weights[r][t][i]) * w[j];
         }

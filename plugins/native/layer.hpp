@@ -16,7 +16,7 @@ namespace {
 
 enum LayerInput { kX, kNorm, kPostNorm, kOwn };  // then the inputs of the parts
 
-constexpr size_t kLinear = 4, kAttention = 6;  // inputs of a part
+constexpr size_t kLinear = 5, kAttention = 6;  // inputs of a part
 constexpr size_t kQkvAt = kOwn, kAttentionAt = kQkvAt + kLinear, kOutAt = kAttentionAt + kAttention,
                  kMlpAt = kOutAt + kLinear;
 constexpr size_t kMostThreads = 64;
@@ -29,6 +29,7 @@ constexpr std::array<Port, kMlpAt> kLayerPorts = {{
     {"post_norm", kFloat, kRequired},
     {"qkv_x", kFloat, kOptional},
     {"qkv_w", kUInt8, kRequired},
+    {"qkv_copy", kUInt8, kRequired},
     {"qkv_scales", kFloat, kRequired},
     {"qkv_bias", kFloat, kOptional},
     {"attention_projected", kFloat, kOptional},
@@ -39,6 +40,7 @@ constexpr std::array<Port, kMlpAt> kLayerPorts = {{
     {"attention_sin", kFloat, kOptional},
     {"out_x", kFloat, kOptional},
     {"out_w", kUInt8, kRequired},
+    {"out_copy", kUInt8, kRequired},
     {"out_scales", kFloat, kRequired},
     {"out_bias", kFloat, kOptional},
 }};
@@ -67,9 +69,9 @@ class Layer : public Op {
  public:
   Layer(const Api& api, const OrtKernelInfo* info)
       : api_(api), node_(api, info, Op::kName, std::data(Op::kPorts), kOwn, Op::kHasLayer),
-        qkv_(linear_w8a8_part(api, info, kQkvAt)), attention_(cached_attention_part(api, info, kAttentionAt)),
-        out_(linear_w8a8_part(api, info, kOutAt)), mlp_(Op::mlp(api, info, kMlpAt)), n_heads_(node_.integer("n_heads")),
-        epsilon_(node_.real_or("epsilon", 1e-5f)) {}
+        qkv_(nested_linear_part(api, info, kQkvAt)), attention_(cached_attention_part(api, info, kAttentionAt)),
+        out_(nested_linear_part(api, info, kOutAt)), mlp_(Op::mlp(api, info, kMlpAt)),
+        n_heads_(node_.integer("n_heads")), epsilon_(node_.real_or("epsilon", 1e-5f)) {}
 
   static void infer(const Api& api, OrtShapeInferContext* context) {
     infer_like_input(api, context, kX, 0);
@@ -87,7 +89,7 @@ class Layer : public Op {
                         out = out_->inputs(context), mlp = mlp_->inputs(context);
     const int64_t projected = rows_of(qkv), head_dim = attention[1].rank == 4 ? attention[1].dims[3] : 0;
     if (rows_of(out) != width)
-      node_.fail("out_w has " + std::to_string(rows_of(out)) + " rows, not " + std::to_string(width));
+      node_.fail("out_copy has " + std::to_string(rows_of(out)) + " rows, not " + std::to_string(width));
     const Tensor y = node_.output(context, {tokens, width});
     Scratch scratch;
     Room sizes(nullptr);
@@ -131,7 +133,7 @@ class Layer : public Op {
   }
 
   // The rows of the weights of a linear layer.
-  static int64_t rows_of(const std::vector<Tensor>& linear) { return linear[1].rank < 1 ? 0 : linear[1].dims[0]; }
+  static int64_t rows_of(const std::vector<Tensor>& linear) { return linear[2].rank < 1 ? 0 : linear[2].dims[0]; }
 
   // to = x, each row divided by the root of its mean square, times the weights
   void normalise(const Pool& pool, const Matrix& to, const float* x, const float* weights) const {

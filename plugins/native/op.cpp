@@ -232,30 +232,41 @@ Rows Node::matrix(const std::vector<Tensor>& in, size_t port, size_t scales_port
   return found;
 }
 
-Rows Node::blocks(const std::vector<Tensor>& in, size_t port, size_t scales_port, int64_t rows, int64_t width,
-                  int64_t bits) const {
+Rows Node::copy(const std::vector<Tensor>& in, size_t port, size_t scales_port, int64_t rows, int64_t width) const {
   const Tensor &tensor = in[port], &scales = in[scales_port];
-  const int64_t bytes = tensor.rank == 3 ? tensor.dims[2] : 0, block = bytes * 8 / bits;
+  const int64_t bytes = tensor.rank == 3 ? tensor.dims[2] : 0, block = bytes * 2;
   if (bytes < 1 || block % static_cast<int64_t>(kLeastQuantBlock) != 0)
     fail(std::string(ports_[port].name) + " has shape " + shape_text(tensor.dims.data(), tensor.rank) +
-         ", not (rows, blocks, bytes) with bytes of a multiple of " +
-         std::to_string(static_cast<int64_t>(kLeastQuantBlock) * bits / 8));
+         ", not (rows, blocks, bytes) with bytes of a multiple of " + std::to_string(kLeastQuantBlock / 2));
   const int64_t blocks = (width + block - 1) / block;
   expect(in, port, {rows, blocks, bytes});
   expect(in, scales_port, {rows, blocks});
   Rows found{tensor.data,
              static_cast<size_t>(blocks * bytes),
              static_cast<size_t>(blocks * block),
-             bits == 8 ? RowType::i8 : RowType::i4,
+             RowType::i4,
              scales.as<char>(),
              scales_bytes(scales),
              static_cast<size_t>(block)};
   found.exact = exact_copies_;
   if (const auto own = shortened_.find(scales_port); own != shortened_.end()) {
-    found.type = bits == 8 ? RowType::c8 : RowType::c4, found.short_scales = true;
+    found.type = RowType::c4, found.short_scales = true;
     found.scales = reinterpret_cast<const char*>(own->second.data());
     found.scales_stride = static_cast<size_t>(blocks) * found.scale_size();
   }
+  return found;
+}
+
+Rows Node::nested(const std::vector<Tensor>& in, size_t port, size_t copy_port, size_t scales_port, int64_t rows,
+                  int64_t width) const {
+  Rows found = copy(in, copy_port, scales_port, rows, width);
+  const Tensor& tensor = in[port];
+  const size_t elements = static_cast<size_t>(rows) * found.width, bytes = tensor.size();
+  if (bytes * 2 != elements && bytes * 4 != elements)
+    fail(std::string(ports_[port].name) + " has " + std::to_string(bytes) + " bytes, not 4 or 2 bits for each of " +
+         std::to_string(elements) + " elements");
+  found.type = bytes * 2 == elements ? RowType::n8 : RowType::n6;
+  found.residual = tensor.data, found.residual_stride = found.width * (found.type == RowType::n8 ? 4 : 2) / 8;
   return found;
 }
 

@@ -92,7 +92,7 @@ class Node {
   // Copies constant matrices of residuals so that row i of all of them is one record, which starts at a cache line.
   // Does nothing unless all that are present are such matrices.
   void pack_records(std::initializer_list<std::pair<size_t, size_t>> ports_and_scales);
-  // Copies constant scales of `blocks` as bfloat16, which is half as much to read. Kernels that round the factor need
+  // Copies constant scales of a `copy` as bfloat16, which is half as much to read. Kernels that round the factor need
   // them in this form. Does nothing if a scale has more digits.
   void shorten(std::initializer_list<size_t> scales_ports);
   // How many selections a sparse op is given: one for all tokens, or one for each sequence. Throws if `count` has
@@ -111,15 +111,14 @@ class Node {
   // A weight matrix (rows, width). Integers come with scales (rows, blocks). Throws if the type is not supported, or if
   // the shapes do not match.
   Rows matrix(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const;
-  // Integers of 4 or 8 bits (rows, blocks, bytes) for a matrix (rows, width), with scales (rows, blocks). The width of
-  // the result is that of whole blocks. Its factor may be rounded if the scales were shortened. Throws if the shapes do
-  // not match.
-  Rows blocks(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width,
-              int64_t bits) const;
-  // The low-bit copy of a matrix: `blocks` of 4 bits.
-  Rows copy(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const {
-    return blocks(inputs, port, scales_port, rows, width, 4);
-  }
+  // The low-bit copy (rows, blocks, bytes) of a matrix (rows, width), with scales (rows, blocks). The width of the
+  // result is that of whole blocks. Its factor may be rounded if the scales were shortened. Throws if the shapes do not
+  // match.
+  Rows copy(const std::vector<Tensor>& inputs, size_t port, size_t scales_port, int64_t rows, int64_t width) const;
+  // A matrix of nested integers: a copy and the residuals of all its rows, whose shape does not matter. Throws as
+  // `copy`, or if there are too few or too many residuals.
+  Rows nested(const std::vector<Tensor>& inputs, size_t port, size_t copy_port, size_t scales_port, int64_t rows,
+              int64_t width) const;
   // Whether an input holds residuals: integers without scales, that the low-bit copy completes.
   static bool is_residual(const Tensor& weights, const Tensor& scales) {
     return weights.type == kUInt8 && weights.present() && !scales.present();
@@ -334,7 +333,7 @@ constexpr Entry entry_of() {
 }
 
 // Ops that are also parts of another one. `first`: see Node.
-std::unique_ptr<Part> linear_w8a8_part(const Api& api, const OrtKernelInfo* info, size_t first);
+std::unique_ptr<Part> nested_linear_part(const Api& api, const OrtKernelInfo* info, size_t first);
 std::unique_ptr<Part> cached_attention_part(const Api& api, const OrtKernelInfo* info, size_t first);
 std::unique_ptr<Part> sparse_mlp_part(const Api& api, const OrtKernelInfo* info, size_t first);
 std::unique_ptr<Part> dense_mlp_part(const Api& api, const OrtKernelInfo* info, size_t first);
@@ -345,7 +344,7 @@ extern const Entry kSparseMlp;
 extern const Entry kSparseAttention;
 extern const Entry kShortlistLogits;
 extern const Entry kCachedAttention;
-extern const Entry kLinearW8A8;
+extern const Entry kNestedLinear;
 extern const Entry kDenseMlp;
 extern const Entry kDecoderLayer;
 extern const Entry kDenseDecoderLayer;

@@ -9,7 +9,7 @@ namespace shadowllm {
 namespace {
 
 constexpr const Entry* kEntries[] = {&kSelectTopK,      &kSparseMlp,       &kSparseAttention,
-                                     &kShortlistLogits, &kCachedAttention, &kLinearW8A8,
+                                     &kShortlistLogits, &kCachedAttention, &kNestedLinear,
                                      &kDenseMlp,        &kDecoderLayer,    &kDenseDecoderLayer};
 
 bool has_absent_inputs(const Entry& op) {

@@ -7,7 +7,7 @@
 
 namespace shadowllm {
 
-enum class RowType { f32, bf16, f16, i8, i4, i2, c8, c4, c2 };
+enum class RowType { f32, bf16, f16, i8, i4, i2, c4, c2, n8, n6 };
 
 // The activation of an MLP; see models/activations.py.
 struct Activation {
@@ -18,12 +18,13 @@ struct Activation {
   bool zeroes() const { return kind <= drelu; }
 };
 
-// Quantised rows (i8, i4, i2, c8, c4, c2) have the layout of ONNX Runtime's MatMulNBits: unsigned integers around a
+// Quantised rows (i8, i4, i2, c4, c2) have the layout of ONNX Runtime's MatMulNBits: unsigned integers around a
 // middle of 128, 8 or 2, and a scale for every `block` of them. Two 4-bit or four 2-bit integers share a byte, and the
 // first has the lowest bits. Rows c4 are like i4, but belong to a low-bit copy, whose own rounding to 4 bits is far
 // larger than a rounding of their factor to 8 bits, which kernels may do. So may they with residuals of a copy (c4 and
-// c2), because the factor of nested integers is then rounded as ONNX Runtime rounds it for 8-bit integers. Rows c8 are
-// like i8, with a factor that kernels may round in this way. Rows c8, c4 and c2 have short scales.
+// c2), because the factor of nested integers is then rounded as ONNX Runtime rounds it for 8-bit integers. Rows c4 and
+// c2 have short scales. Rows n8 and n6 are both parts of nested integers: 4 bits of the copy, and 4 or 2 of its
+// residual. They are only projected.
 struct Rows {
   const void* data;
   size_t stride;  // bytes from one row to the next
@@ -32,9 +33,11 @@ struct Rows {
   const char* scales = nullptr;  // width / block per row
   size_t scales_stride = 0;      // bytes
   size_t block = 0;
-  float step = 0;      // of residuals: the full row is that of the copy plus `step` times this one; 0 for whole rows
-  bool exact = false;  // kernels do not round the factor, not even to 16 bits
-  bool short_scales = false;  // scales are bfloat16 and not float32
+  float step = 0;  // of residuals: the full row is that of the copy plus `step` times this one; 0 for whole rows
+  const void* residual = nullptr;  // of both parts of nested integers, whose `data` is the copy
+  size_t residual_stride = 0;      // bytes
+  bool exact = false;              // kernels do not round the factor, not even to 16 bits
+  bool short_scales = false;       // scales are bfloat16 and not float32
 
   // The cost of a row, in bytes read in the same time. Integers count twice: computing takes as long as reading.
   size_t cost() const {
@@ -48,7 +51,8 @@ struct Rows {
     switch (type) {
       case RowType::f32: return 32;
       case RowType::i8:
-      case RowType::c8: return 8;
+      case RowType::n8: return 8;
+      case RowType::n6: return 6;
       case RowType::i4:
       case RowType::c4: return 4;
       case RowType::i2:

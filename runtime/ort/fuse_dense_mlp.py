@@ -15,13 +15,13 @@ from shadowllm.bundle.op_domain import DOMAIN
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins.activation_nodes import activate, times_up
 from shadowllm.plugins.ops.dense_mlp.schema import DENSE_MLP
-from shadowllm.plugins.ops.linear_w8a8.schema import LINEAR_W8A8
+from shadowllm.plugins.ops.nested_linear.schema import NESTED_LINEAR
 
 MOST_BETWEEN = 8  # nodes between up and down
 
 
 class FuseDenseMlp(InPlacePass):
-    """Replaces every dense MLP whose linear layers are ``LinearW8A8`` by ``DenseMLP``.
+    """Replaces every dense MLP whose linear layers are ``NestedLinear`` by ``DenseMLP``.
 
     Other pairs of linear layers, as those of a predictor's network, stay.
 
@@ -92,13 +92,13 @@ class _Pair:
     @property
     def rows(self) -> list[object]:
         """Of their weights."""
-        shapes = [node.inputs[1].shape if node.inputs[1] is not None else None for node in (self.up, self.down)]
+        shapes = [node.inputs[2].shape if node.inputs[2] is not None else None for node in (self.up, self.down)]
         return [shape[0] if shape else None for shape in shapes]
 
 
 def _pairs(graph: ir.Graph) -> Iterator[_Pair]:
     for down in graph:
-        if (down.domain, down.op_type) == (DOMAIN, LINEAR_W8A8.name) and (pair := _pair(down)):
+        if (down.domain, down.op_type) == (DOMAIN, NESTED_LINEAR.name) and (pair := _pair(down)):
             yield pair
 
 
@@ -114,7 +114,7 @@ def _pair(down: ir.Node) -> _Pair | None:
         node = value.producer()
         if node is None:
             return None
-        if node.op_type == LINEAR_W8A8.name:
+        if node.op_type == NESTED_LINEAR.name:
             ups.add(node)
         elif node not in between:
             between.add(node)
@@ -130,5 +130,5 @@ def _pair(down: ir.Node) -> _Pair | None:
 
 
 def _inputs(linear: ir.Node) -> list[ir.Value | None]:
-    absent = [None] * (len(LINEAR_W8A8.inputs) - len(linear.inputs))
+    absent = [None] * (len(NESTED_LINEAR.inputs) - len(linear.inputs))
     return [*linear.inputs, *absent]

@@ -19,7 +19,7 @@ from shadowllm.plugins.ops.cached_attention.schema import CACHED_ATTENTION
 from shadowllm.plugins.ops.decoder_layer.schema import DECODER_LAYER, stages
 from shadowllm.plugins.ops.dense_decoder_layer.schema import DENSE_DECODER_LAYER
 from shadowllm.plugins.ops.dense_mlp.schema import DENSE_MLP
-from shadowllm.plugins.ops.linear_w8a8.schema import LINEAR_W8A8
+from shadowllm.plugins.ops.nested_linear.schema import NESTED_LINEAR
 from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 
 NORM = "RMSNormalization"
@@ -31,7 +31,7 @@ LAYERS = {
 class FuseLayers(InPlacePass):
     """Replaces every layer of a Llama-like model whose parts are native ops by one op.
 
-    A layer with other parts stays as it is: with chosen heads, other norms, or linear layers that are not of 8 bits.
+    A layer with other parts stays as it is: with chosen heads, other norms, or linear layers of another type.
 
     Requires: hidden states have the form ``(tokens, hidden_size)``. Ensures: the same inputs and outputs under the same
     names.
@@ -87,9 +87,9 @@ def _layer(mlp: ir.Node) -> _Layer | None:
     middle = producer(hidden, "Add")
     if not (post_norm and end and hidden and middle) or set(hidden.consumers()) != {post_norm, end}:
         return None
-    out = next((node for value in middle.inputs if (node := _only_before(value, LINEAR_W8A8.name))), None)
+    out = next((node for value in middle.inputs if (node := _only_before(value, NESTED_LINEAR.name))), None)
     attention = producer(_flat(out.inputs[0]), CACHED_ATTENTION.name) if out else None
-    qkv = _only_before(attention.inputs[0], LINEAR_W8A8.name) if attention else None
+    qkv = _only_before(attention.inputs[0], NESTED_LINEAR.name) if attention else None
     norm = _only_before(qkv.inputs[0], NORM) if qkv else None
     if not (out and attention and qkv and norm) or norm.inputs[0] not in middle.inputs:
         return None

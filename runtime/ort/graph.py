@@ -88,19 +88,19 @@ def for_cpu(
 def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: bool, rounded: bool) -> list[InPlacePass]:
     """The passes, in their order, for a graph or for several that end with it."""
     passes: list[InPlacePass] = [FuseAttention(manifest.spec, native)] if fused else []
-    q = manifest.quantisation
+    q, linear = manifest.quantisation, native and native_ops.linear_pays()
     if q and q.residual_bits:
-        passes.insert(0, JoinNested(q))
+        passes.insert(0, NativeLinear() if linear else JoinNested(q))
     if manifest.dtype != "float32":
         passes.insert(0, UpcastToFloat32(keep_rows=native))
     if rounded:
-        passes[:0] = [RoundProducts(), RoundRows()]
+        passes[:0] = [RoundProducts(linear), RoundRows()]
     if name in SELECTING:
         passes.append(OwnSelections())
     if name in BODIES:
         passes += [SplitSelection(), *([FlattenHiddenStates()] if native else [])]
-    if native and native_ops.linear_pays():
-        passes += [NativeLinear(), FuseDenseMlp(manifest.spec), FuseLayers()]
+    if linear:
+        passes += [FuseDenseMlp(manifest.spec), FuseLayers()]
     if exact:  # at the end, for it marks the native ops
         passes.append(ExactIntegerInputs(native))
     return passes

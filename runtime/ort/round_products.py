@@ -7,51 +7,69 @@ matrices that every token reads at full precision: K, V, the dense layers, and t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from shadowllm.bundle.quantisation import ACCURACY_LEVEL, quantise
-from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS as FORMAT
+from shadowllm.bundle.op_domain import DOMAIN, VERSION
+from shadowllm.bundle.quantisation import ACCURACY_LEVEL, joined, quantise_nested
+from shadowllm.bundle.quantisation import ROUNDED as FORMAT
 from shadowllm.plugins.function_body import MICROSOFT
+from shadowllm.plugins.ops.nested_linear.schema import NESTED_LINEAR
 from shadowllm.runtime.ort.computed_weights import ComputesWeights, taken
 
 
 class RoundProducts(ComputesWeights):
-    """Replaces every ``Gemm`` with a float matrix of a layer by a ``MatMulNBits``.
+    """Replaces every ``Gemm`` with a float matrix of a layer by a product with integers.
 
     Ensures: the same inputs and outputs under the same names. Our ops keep their rows, and predictors their networks.
+
+    Args:
+        native: whether it is a ``NestedLinear`` of the native library, else a ``MatMulNBits``.
     """
+
+    def __init__(self, native: bool) -> None:
+        super().__init__()
+        self._native = native
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the model in place."""
         graph = model.graph
         products = [(node, matrix) for node in graph if (matrix := _matrix(node)) is not None]
         for node, matrix in products:
-            integers, scales = self._initializers(graph, _Rounded(matrix))
-            inputs = [node.inputs[0], integers, scales]
-            if len(node.inputs) > 2:
-                inputs += [None, None, node.inputs[2]]
-            sizes = {"K": matrix.width, "N": matrix.rows, "bits": FORMAT.bits, "block_size": FORMAT.block}
-            attributes = {**sizes, "accuracy_level": ACCURACY_LEVEL}
-            product = ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT)
+            bias = node.inputs[2] if len(node.inputs) > 2 else None
+            product = (self._nested_linear if self._native else self._mat_mul)(graph, node.inputs[0], matrix, bias)
             graph.insert_before(node, product)
             node.outputs[0].replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)
         if products:
-            graph.opset_imports[MICROSOFT] = 1
+            graph.opset_imports.update({DOMAIN: VERSION} if self._native else {MICROSOFT: 1})
             RemoveUnusedNodesPass()(model)
         return PassResult(model, modified=bool(products))
 
-    def _initializers(self, graph: ir.Graph, rounded: _Rounded) -> list[ir.Value]:
-        """New initializers for integers and scales."""
-        stored, blocks = rounded.matrix.tensor, (rounded.matrix.rows, FORMAT.blocks(rounded.matrix.width))
-        names = [f"{stored.name}.rounded.{part}" for part in ("integers", "scales")]
-        shape = (*blocks, FORMAT.block)
-        return [
-            self.initializer(graph, names[0], stored, ir.DataType.UINT8, shape, rounded.integers),
-            self.initializer(graph, names[1], stored, ir.DataType.FLOAT, blocks, rounded.scales),
-        ]
+    def _nested_linear(self, graph: ir.Graph, x: ir.Value | None, matrix: _Matrix, bias: ir.Value | None) -> ir.Node:
+        rounded, blocks = _Rounded(matrix), (matrix.rows, FORMAT.blocks(matrix.width))
+        copy = self._part(graph, rounded, "copy", (*blocks, FORMAT.copy.bytes(FORMAT.block)))
+        residual = self._part(graph, rounded, "residual", (matrix.rows, FORMAT.residual.bytes(matrix.width)))
+        scales = self._part(graph, rounded, "scales", blocks)
+        return ir.node(NESTED_LINEAR.name, [x, residual, copy, scales, *([bias] if bias else [])], domain=DOMAIN)
+
+    def _mat_mul(self, graph: ir.Graph, x: ir.Value | None, matrix: _Matrix, bias: ir.Value | None) -> ir.Node:
+        rounded, blocks = _Rounded(matrix), (matrix.rows, FORMAT.blocks(matrix.width))
+        integers = self._part(graph, rounded, "integers", (*blocks, FORMAT.block))
+        inputs = [x, integers, self._part(graph, rounded, "steps", blocks), *([None, None, bias] if bias else [])]
+        sizes = {"K": matrix.width, "N": matrix.rows, "bits": FORMAT.bits, "block_size": FORMAT.block}
+        return ir.node("MatMulNBits", inputs, {**sizes, "accuracy_level": ACCURACY_LEVEL}, domain=MICROSOFT)
+
+    def _part(self, graph: ir.Graph, rounded: _Rounded, part: str, shape: tuple[int, ...]) -> ir.Value:
+        """A new initializer: integers, or scales if the name of the part says so."""
+        dtype = ir.DataType.FLOAT if part in ("scales", "steps") else ir.DataType.UINT8
+        stored = rounded.matrix.tensor
+        name = f"{stored.name}.rounded.product.{part}"  # `RoundRows` may round the same matrix the other way round
+        return self.initializer(graph, name, stored, dtype, shape, partial(rounded.part, part, shape))
 
 
 class _Matrix:
@@ -72,23 +90,24 @@ class _Matrix:
 
 
 class _Rounded:
-    """A matrix as integers and scales, computed when they are first asked for; only the scales are kept."""
+    """A matrix as nested integers, computed when a part is asked for; the other parts are kept until they are too."""
 
     def __init__(self, matrix: _Matrix) -> None:
         self.matrix = matrix
-        self._scales: np.ndarray | None = None
+        self._parts: dict[str, Callable[[], np.ndarray]] = {}
 
-    def integers(self) -> np.ndarray:
-        """Return uint8 ``(rows, blocks, block)``."""
-        integers, self._scales = quantise(self.matrix.values(), FORMAT)
-        return integers.reshape(self.matrix.rows, -1, FORMAT.block)
-
-    def scales(self) -> np.ndarray:
-        """Return float32 ``(rows, blocks)``."""
-        if self._scales is None:
-            self.integers()
-        assert self._scales is not None
-        return self._scales
+    def part(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The copy, its scales or the residual; or the integers of both, and the steps between them."""
+        if name not in self._parts:
+            copy, scales, residual = quantise_nested(self.matrix.values(), FORMAT)
+            self._parts = {
+                "copy": lambda: copy,
+                "scales": lambda: scales,
+                "residual": lambda: residual,
+                "integers": lambda: joined(copy, residual, FORMAT),
+                "steps": lambda: scales * np.float32(FORMAT.residual_step),
+            }
+        return self._parts.pop(name)().reshape(shape)
 
 
 def _matrix(node: ir.Node) -> _Matrix | None:

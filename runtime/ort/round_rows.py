@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
 from shadowllm.bundle.op_domain import DOMAIN
-from shadowllm.bundle.quantisation import ROUNDED_ROWS as FORMAT
+from shadowllm.bundle.quantisation import ROUNDED as FORMAT
 from shadowllm.bundle.quantisation import residual_of
 from shadowllm.plugins.ops.sparse_attention.schema import PARTS as ATTENTION_PARTS
 from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION

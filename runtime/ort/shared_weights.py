@@ -76,7 +76,7 @@ class SharedWeights:
         """Give the memory of pages that were read back to the system; a page that is used again is read again.
 
         Sparse native ops and ONNX Runtime pack integer rows when a graph is loaded, and never read these pages again.
-        ``LinearW8A8`` reads its weights there.
+        ``NestedLinear`` reads its weights there.
         """
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             for one in self._maps:

@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from shadowllm.bundle.op_domain import DOMAIN
+from shadowllm.plugins.ops.nested_linear.schema import NESTED_LINEAR
 
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -39,10 +40,15 @@ class UpcastToFloat32(InPlacePass):
         return PassResult(model, modified=bool(halves))
 
     def _cast(self, graph: ir.Graph, value: ir.Value) -> None:
-        users = [use for use in value.uses() if not (self._keep_rows and use.node.domain == DOMAIN)]
+        users = [use for use in value.uses() if not (self._keep_rows and _reads_rows(use.node))]
         if not users:
             return
         cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
         for user, index in users:
             user.replace_input_with(index, cast.outputs[0])
         graph.insert_before(graph[0], cast)
+
+
+def _reads_rows(node: ir.Node) -> bool:
+    """Whether it is a sparse op. The only float weight of a ``NestedLinear`` is its bias."""
+    return node.domain == DOMAIN and node.op_type != NESTED_LINEAR.name

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from shadowllm.bundle.quantisation import (
     LOW_BIT_COPY,
     NESTED,
-    ROUNDED_ROWS,
+    ROUNDED,
     Quantisation,
     bundle_format,
     dense_rows,
@@ -60,10 +60,10 @@ def test_a_residual_completes_a_copy_that_was_made_alone(size):
     wide = matrix(*size)
     wide[0] = 0
     copy, scales = quantise(wide, LOW_BIT_COPY)
-    residual = residual_of(wide, copy, scales, ROUNDED_ROWS)
-    assert residual.shape == (size[0], ROUNDED_ROWS.residual.bytes(size[1]))
-    steps = np.repeat(np.abs(scales), LOW_BIT_COPY.block, axis=1)[:, : size[1]] * ROUNDED_ROWS.residual_step
-    errors = np.abs(dequantise_nested(copy, scales, residual, size[1], ROUNDED_ROWS) - wide)
+    residual = residual_of(wide, copy, scales, ROUNDED)
+    assert residual.shape == (size[0], ROUNDED.residual.bytes(size[1]))
+    steps = np.repeat(np.abs(scales), LOW_BIT_COPY.block, axis=1)[:, : size[1]] * ROUNDED.residual_step
+    errors = np.abs(dequantise_nested(copy, scales, residual, size[1], ROUNDED) - wide)
     # The copy's range ends early above zero. There the residual brings an element only half a step of the copy nearer.
     near = errors <= steps * 0.51
     assert near.mean() > 0.9
@@ -72,8 +72,8 @@ def test_a_residual_completes_a_copy_that_was_made_alone(size):
 
 def test_a_residual_of_nested_integers_is_their_own():
     wide = matrix(9, 128)
-    copy, scales, residual = quantise_nested(wide, ROUNDED_ROWS)
-    assert (residual_of(wide, copy, scales, ROUNDED_ROWS) == residual).mean() > 0.99
+    copy, scales, residual = quantise_nested(wide, ROUNDED)
+    assert (residual_of(wide, copy, scales, ROUNDED) == residual).mean() > 0.99
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])

@@ -22,7 +22,6 @@ import numpy as np
 from shadowllm.bundle.quantisation import NESTED, Quantisation
 from shadowllm.models.activations import NAMES
 from shadowllm.plugins import native_ops
-from shadowllm.plugins.ops.linear_w8a8.reference import linear_w8a8
 from shadowllm.plugins.reference import copy_rows
 from shadowllm.plugins.registry import NATIVE_SCHEMAS, SCHEMAS, reference
 from tests.plugins.native_model import ONNX_TYPES, STATES, integers, run_all
@@ -30,7 +29,7 @@ from tests.plugins.ops.cached_attention.native_inputs import cached_inputs
 from tests.plugins.ops.decoder_layer import native_inputs as layer_op
 from tests.plugins.ops.dense_mlp.native_inputs import WEIGHTS as DENSE_MLP_WEIGHTS
 from tests.plugins.ops.dense_mlp.native_inputs import dense_mlp_inputs, mlp_in_parts
-from tests.plugins.ops.linear_w8a8.native_inputs import linear_inputs
+from tests.plugins.ops.nested_linear.native_inputs import exactly, linear_inputs, whole_rows
 from tests.plugins.ops.select_topk.native_inputs import scores_of
 from tests.plugins.ops.shortlist_logits.table_inputs import (
     KINDS,
@@ -124,7 +123,8 @@ def cached(rng: np.random.Generator) -> Case:
 def linear(rng: np.random.Generator) -> Case:
     tokens, width, rows = (int(n) for n in rng.integers([0, 1, 0], [20, 1200, 60]))
     size = (tokens, width, rows, int(rng.choice([32, 64, 64, 64, 96])))
-    return Case("LinearW8A8", linear_inputs(size, rng.random() < 0.5), ("w", "scales"), {})
+    inputs = linear_inputs(size, rng.random() < 0.5, residual_bits=int(rng.choice([2, 4])))
+    return Case("NestedLinear", inputs, ("w", "copy", "scales"), {})
 
 
 def dense(rng: np.random.Generator) -> Case:
@@ -211,7 +211,7 @@ def judge(case: Case, found: list[np.ndarray]) -> str | None:
         return None
     if case.op == "ShortlistLogits":
         return judge_logits(inputs, y)
-    if case.op == "LinearW8A8":
+    if case.op == "NestedLinear":
         return judge_linear(inputs, y)
     if case.op == "DenseMLP":
         return judge_parts(y, mlp_in_parts(inputs, **case.attributes, exact_copies=1))
@@ -249,12 +249,12 @@ def judge_logits(inputs: Inputs, found: np.ndarray) -> str | None:
 
 def judge_linear(inputs: Inputs, found: np.ndarray) -> str | None:
     """Describe products that differ by more than rounding the input to 8 bits explains."""
-    x, blocks = inputs["x"], inputs["w"].shape[1:]
+    x, weights = inputs["x"], whole_rows(inputs)
+    blocks = weights.shape[1:]
     padded = np.pad(x, ((0, 0), (0, int(np.prod(blocks)) - x.shape[1]))).reshape(len(x), *blocks)
     steps = np.broadcast_to(np.abs(padded).max(axis=2, keepdims=True) / 127, padded.shape).reshape(len(x), -1)
-    sizes = np.abs(inputs["w"].astype(np.float32) - 128) * inputs["scales"][..., None]
-    bound = steps @ sizes.reshape(len(sizes), -1).T + 1e-4
-    return None if (np.abs(found - linear_w8a8(**inputs)) <= bound).all() else "off by more than the rounding"
+    bound = steps @ np.abs(weights).reshape(len(weights), -1).T + 1e-3
+    return None if (np.abs(found - exactly(inputs)) <= bound).all() else "off by more than the rounding"
 
 
 def judge_layer(case: Case, found: np.ndarray, chosen: np.ndarray | None = None) -> str | None:
@@ -284,7 +284,7 @@ def main() -> int:
         more = {
             "SelectTopK": {},
             "CachedAttention": {},
-            "LinearW8A8": {},
+            "NestedLinear": {},
             "ShortlistLogits": {"exact_copies": 1},
             "DenseMLP": {"exact_copies": 1},
             "DecoderLayer": {"exact_copies": 1, "layer": 1},

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from shadowllm.plugins.ops.cached_attention.reference import cached_attention
-from shadowllm.plugins.ops.linear_w8a8.reference import linear_w8a8
+from shadowllm.plugins.ops.nested_linear.reference import nested_linear
 from shadowllm.plugins.ops.sparse_mlp.reference import sparse_mlp
 
 Inputs = dict[str, np.ndarray | None]
@@ -38,9 +38,9 @@ def add_attention(
     x: np.ndarray, norm: np.ndarray, inputs: Inputs, n_heads: int, window: int, epsilon: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The part of a layer before its MLP -> hidden states ``(T, D)``, key, value."""
-    projected = linear_w8a8(rms_norm(x, norm, epsilon), **of_part("qkv", inputs))
+    projected = nested_linear(rms_norm(x, norm, epsilon), **of_part("qkv", inputs))
     attended, key, value = cached_attention(projected, **of_part("attention", inputs), n_heads=n_heads, window=window)
-    return x + linear_w8a8(attended, **of_part("out", inputs)), key, value
+    return x + nested_linear(attended, **of_part("out", inputs)), key, value
 
 
 def rms_norm(x: np.ndarray, weights: np.ndarray, epsilon: float) -> np.ndarray:

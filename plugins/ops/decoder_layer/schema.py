@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shadowllm.plugins.ops.cached_attention.schema import CACHED_ATTENTION
-from shadowllm.plugins.ops.linear_w8a8.schema import LINEAR_W8A8
+from shadowllm.plugins.ops.nested_linear.schema import NESTED_LINEAR
 from shadowllm.plugins.ops.sparse_mlp.schema import SPARSE_MLP
 from shadowllm.plugins.schema import Attribute, OpSchema, Port, ports_of_part
 
@@ -13,7 +13,7 @@ def stages(mlp: OpSchema) -> tuple[tuple[str, OpSchema], ...]:
 
     The first input of each is the result of the one before it.
     """
-    return ("qkv", LINEAR_W8A8), ("attention", CACHED_ATTENTION), ("out", LINEAR_W8A8), ("mlp", mlp)
+    return ("qkv", NESTED_LINEAR), ("attention", CACHED_ATTENTION), ("out", NESTED_LINEAR), ("mlp", mlp)
 
 
 def layer_schema(name: str, mlp: OpSchema) -> OpSchema:
@@ -29,7 +29,7 @@ def layer_schema(name: str, mlp: OpSchema) -> OpSchema:
         outputs=(Port("y", ("T", "D"), "float32"), *CACHED_ATTENTION.outputs[1:], *mlp.outputs[1:]),
         attributes=(*CACHED_ATTENTION.attributes, *mlp.attributes, Attribute("epsilon", float, default=1e-5)),
         doc="A layer of a Llama-like model: h = x + out(attention(qkv(x normalised with norm))), and y = h + mlp(h "
-        f"normalised with post_norm), where qkv and out are LinearW8A8, attention is CachedAttention, and mlp is "
+        f"normalised with post_norm), where qkv and out are NestedLinear, attention is CachedAttention, and mlp is "
         f"{mlp.name}. Their other inputs are inputs of the node, in the order of their schemas. A row is normalised "
         "when it is divided by the root of its mean square plus epsilon, and multiplied by the weights.",
     )

@@ -5,9 +5,10 @@ namespace shadowllm {
 namespace {
 
 constexpr Port kMlpPorts[] = {
-    {"mlp_x", kFloat, kOptional},           {"mlp_up_w", kUInt8, kRequired},      {"mlp_up_scales", kFloat, kRequired},
-    {"mlp_up_bias", kFloat, kOptional},     {"mlp_down_x", kFloat, kOptional},    {"mlp_down_w", kUInt8, kRequired},
-    {"mlp_down_scales", kFloat, kRequired}, {"mlp_down_bias", kFloat, kOptional},
+    {"mlp_x", kFloat, kOptional},         {"mlp_up_w", kUInt8, kRequired},      {"mlp_up_copy", kUInt8, kRequired},
+    {"mlp_up_scales", kFloat, kRequired}, {"mlp_up_bias", kFloat, kOptional},   {"mlp_down_x", kFloat, kOptional},
+    {"mlp_down_w", kUInt8, kRequired},    {"mlp_down_copy", kUInt8, kRequired}, {"mlp_down_scales", kFloat, kRequired},
+    {"mlp_down_bias", kFloat, kOptional},
 };
 
 struct Op {

@@ -1,4 +1,4 @@
-// DenseMLP: all neurons of an MLP whose weights have 8 bits. Its linear layers are LinearW8A8.
+// DenseMLP: all neurons of an MLP with weights of nested integers. Its linear layers are NestedLinear.
 #include <algorithm>
 
 #include "activation.hpp"
@@ -6,22 +6,23 @@
 namespace shadowllm {
 namespace {
 
-constexpr size_t kLinear = 4;    // inputs of a linear layer
+constexpr size_t kLinear = 5;    // inputs of a linear layer
 constexpr size_t kPiece = 1024;  // neurons of a token that one thread activates at a time; whole vectors
 
 class DenseMlp {
  public:
   static constexpr const char* kName = "DenseMLP";
   static constexpr Port kPorts[] = {
-      {"x", kFloat, kRequired},           {"up_w", kUInt8, kRequired},      {"up_scales", kFloat, kRequired},
-      {"up_bias", kFloat, kOptional},     {"down_x", kFloat, kOptional},    {"down_w", kUInt8, kRequired},
-      {"down_scales", kFloat, kRequired}, {"down_bias", kFloat, kOptional},
+      {"x", kFloat, kRequired},         {"up_w", kUInt8, kRequired},      {"up_copy", kUInt8, kRequired},
+      {"up_scales", kFloat, kRequired}, {"up_bias", kFloat, kOptional},   {"down_x", kFloat, kOptional},
+      {"down_w", kUInt8, kRequired},    {"down_copy", kUInt8, kRequired}, {"down_scales", kFloat, kRequired},
+      {"down_bias", kFloat, kOptional},
   };
   static constexpr Port kOutputs[] = {{"y", kFloat, kRequired}};
 
   DenseMlp(const Api& api, const OrtKernelInfo* info, size_t first = 0)
       : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false, first),
-        up_(linear_w8a8_part(api, info, first)), down_(linear_w8a8_part(api, info, first + kLinear)),
+        up_(nested_linear_part(api, info, first)), down_(nested_linear_part(api, info, first + kLinear)),
         activation_(parse_activation(node_)), gated_(node_.integer("gated") != 0), kernels_(choose_kernels()) {}
 
   static void infer(const Api& api, OrtShapeInferContext* context) { infer_like_input(api, context, 0, 0); }
@@ -36,11 +37,12 @@ class DenseMlp {
     if (in[0].rank != 2) node_.fail("x has " + std::to_string(in[0].rank) + " dimensions, not 2");
     const std::vector<Tensor> up(in.begin(), in.begin() + kLinear);
     std::vector<Tensor> down(in.begin() + kLinear, in.end());
-    const int64_t tokens = in[0].dims[0], rows = up[1].rank < 1 ? 0 : up[1].dims[0], parts = gated_ ? 2 : 1;
-    if (rows % parts != 0) node_.fail("up_w has " + std::to_string(rows) + " rows, which are not two for each neuron");
+    const int64_t tokens = in[0].dims[0], rows = up[2].rank < 1 ? 0 : up[2].dims[0], parts = gated_ ? 2 : 1;
+    if (rows % parts != 0)
+      node_.fail("up_copy has " + std::to_string(rows) + " rows, which are not two for each neuron");
     const int64_t neurons = rows / parts;
-    if (down[1].rank < 1 || down[1].dims[0] != in[0].dims[1])
-      node_.fail("down_w must have " + std::to_string(in[0].dims[1]) + " rows, as many as x has columns");
+    if (down[2].rank < 1 || down[2].dims[0] != in[0].dims[1])
+      node_.fail("down_copy must have " + std::to_string(in[0].dims[1]) + " rows, as many as x has columns");
     const size_t all = static_cast<size_t>(tokens), width = static_cast<size_t>(neurons);
     Scratch scratch;
     float* projected = scratch.take(all * static_cast<size_t>(rows + neurons));

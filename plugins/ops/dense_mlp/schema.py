@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from shadowllm.plugins.ops.linear_w8a8.schema import LINEAR_W8A8
+from shadowllm.plugins.ops.nested_linear.schema import NESTED_LINEAR
 from shadowllm.plugins.schema import Attribute, OpSchema, Port, ports_of_part
 
 DENSE_MLP = OpSchema(
     name="DenseMLP",
-    inputs=(*ports_of_part("up", LINEAR_W8A8, computed=False), *ports_of_part("down", LINEAR_W8A8)),
+    inputs=(*ports_of_part("up", NESTED_LINEAR, computed=False), *ports_of_part("down", NESTED_LINEAR)),
     outputs=(Port("y", ("T", "D"), "float32"),),
     attributes=(
         Attribute("activation", str),
         Attribute("threshold", float, default=0.0),
         Attribute("gated", int),
     ),
-    doc="All neurons of an MLP: y = down(h), where up and down are LinearW8A8. If the MLP is gated, up has the rows of "
-    "the gate, then those of up, and h = activation(gate(x)) * up(x). Otherwise h = activation(up(x)). Every row of y "
-    "has the bits that it has alone.",
+    doc="All neurons of an MLP: y = down(h), where up and down are NestedLinear. If the MLP is gated, up has the rows "
+    "of the gate, then those of up, and h = activation(gate(x)) * up(x). Otherwise h = activation(up(x)). Every row of "
+    "y has the bits that it has alone.",
 )

@@ -1,4 +1,4 @@
-"""The signature of ``NestedLinear``, which only engines have; see `plugins.registry`."""
+"""The signature of ``NestedLinear``, which no bundle has; see `plugins.registry`."""
 
 from __future__ import annotations
 
@@ -17,5 +17,7 @@ NESTED_LINEAR = OpSchema(
     attributes=(),
     doc="A linear layer with a matrix of nested integers: the products of each row of x with all rows of the matrix, "
     "plus bias. w is the residual of the copy. The last block of a row may reach beyond the end of x. The sum of two "
-    "MatMulNBits, which a bundle's graphs have.",
+    "MatMulNBits, which a bundle's graphs have. As these do with accuracy_level 4, the native op rounds x to 8 bits "
+    "with a scale per block, which must have 64 elements. It does not if it is told not to, or has no integer kernels. "
+    "Every row of y has the bits that it has alone.",
 )

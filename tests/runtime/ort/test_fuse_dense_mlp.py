@@ -46,8 +46,8 @@ class Nodes:
         return node.outputs
 
     def linear(self, x, part, data):
-        weights = [self.constant(data[f"{part}_{name}"]) for name in ("w", "scales", "bias")]
-        self.nodes.append(ir.node("LinearW8A8", [x, *weights], domain=DOMAIN, name=part))
+        weights = [self.constant(data[f"{part}_{name}"]) for name in ("w", "copy", "scales", "bias")]
+        self.nodes.append(ir.node("NestedLinear", [x, *weights], domain=DOMAIN, name=part))
         return self.nodes[-1].outputs[0]
 
     def constant(self, array):
@@ -107,5 +107,5 @@ def test_the_network_of_a_predictor_stays(bundle, monkeypatch):
     folder = bundle("llama-relu", kind="layerwise", rest="shadow", weight_dtype="int8")
     graph = for_cpu([folder / f"{BODY}.onnx"], read_manifest(folder), native=True)
     types = [node.op_type for node in onnx.ModelProto.FromString(graph.model).graph.node]
-    assert "LinearW8A8" in types
+    assert "NestedLinear" in types
     assert "DenseMLP" not in types

@@ -10,6 +10,7 @@ from onnx_ir.passes import PreconditionError
 from onnx_ir.tape import Tape
 
 from shadowllm.bundle.quantisation import NESTED, quantise_nested, rounded
+from shadowllm.plugins import native_ops
 from shadowllm.plugins.function_body import MICROSOFT, OPSET
 from shadowllm.runtime.ort.join_nested import JoinNested
 from shadowllm.runtime.ort.shared_weights import SharedWeights
@@ -19,8 +20,8 @@ ROWS = 7
 WEIGHTS = "weights.data"
 
 
-def model(q, width, *, other_scales=False, alone=False):
-    """``x matrix^T`` as the exporter writes it, and the matrix."""
+def model(q, width, *, other_scales=False, alone=False, bias=None):
+    """``x matrix^T + bias`` as the exporter writes it, and the matrix."""
     matrix = np.random.default_rng(width).standard_normal((ROWS, width)).astype(np.float32)
     copy, scales, residual = quantise_nested(matrix, q)
     tape, x = Tape(), ir.val("x", dtype=ir.DataType.FLOAT, shape=["n", width])
@@ -28,18 +29,19 @@ def model(q, width, *, other_scales=False, alone=False):
     def constant(name, array):
         return tape.initializer(ir.tensor(array, name=name))
 
-    def product(name, data, steps, bits):
+    def product(name, data, steps, bits, *more):
         sizes = {"K": width, "N": ROWS, "bits": bits, "block_size": q.block, "accuracy_level": 1}
         return tape.op(
             "MatMulNBits",
-            (x, constant(name, data.reshape(*scales.shape, -1)), steps),
+            (x, constant(name, data.reshape(*scales.shape, -1)), steps, *more),
             sizes,
             domain=MICROSOFT,
         )
 
     steps = constant("scales", scales)
     others = constant("others", 2 * scales) if other_scales else steps
-    y = high = product("copy", copy, steps, 4)
+    shift = () if bias is None else (None, None, constant("bias", bias))
+    y = high = product("copy", copy, steps, 4, *shift)
     if not alone:
         low = tape.op(
             "Mul",
@@ -61,6 +63,7 @@ def in_file(built, folder):
 
 def outputs(built, folder, x, computed=None):
     options = ort.SessionOptions()
+    native_ops.register(options)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     shared = SharedWeights(folder / WEIGHTS)
     shared.give_computed(computed or {}, options)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from shadowllm.bundle.manifest import BODY, BODY_ALL_HEADS
-from shadowllm.bundle.quantisation import ROUNDED_PRODUCTS, rounded
+from shadowllm.bundle.quantisation import ROUNDED, rounded
 from shadowllm.models.sparsity import Budget
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort import loaded_bundle
@@ -41,34 +41,36 @@ def model(width, rows_out, bias, name="layers.1.k_proj.weight", dtype=ir.DataTyp
 @pytest.mark.parametrize("width", [64, 100, 576])
 @pytest.mark.parametrize("rows_out", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_product_is_that_of_the_rounded_matrix(width, rows_out, bias, tmp_path):
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDS_NATIVE), False])
+def test_a_product_is_that_of_the_rounded_matrix(width, rows_out, bias, native, tmp_path):
     built, matrix, shift = model(width, rows_out, bias)
-    built, rounding = in_file(built, tmp_path), RoundProducts()
+    built, rounding = in_file(built, tmp_path), RoundProducts(native)
     x = np.random.default_rng(0).standard_normal((3, width)).astype(np.float32)
     exact = outputs(built, tmp_path, x)
     assert rounding(built).modified
     (product,) = built.graph
-    assert product.op_type == "MatMulNBits"
-    product.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    assert product.op_type == ("NestedLinear" if native else "MatMulNBits")
+    exactly = ir.AttrInt64("exact_copies", 1) if native else ir.AttrInt64("accuracy_level", 1)
+    product.attributes[exactly.name] = exactly
     found = outputs(built, tmp_path, x, rounding.weights)
-    wanted = x @ rounded(matrix, ROUNDED_PRODUCTS).T + shift
+    wanted = x @ rounded(matrix, ROUNDED).T + shift
     assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
     assert 1e-5 < np.abs(found - exact).max() / np.abs(exact).max() < 0.02
 
 
 def test_16_bit_matrices_are_rounded_too(tmp_path):
     built, matrix, _ = model(64, True, False, dtype=ir.DataType.BFLOAT16)
-    built, rounding = in_file(built, tmp_path), RoundProducts()
+    built, rounding = in_file(built, tmp_path), RoundProducts(native=False)
     rounding(built)
     integers, scales = (compute() for compute in rounding.weights.values())
     values = (integers.astype(np.float32) - 128) * scales[..., None]
-    np.testing.assert_allclose(values.reshape(ROWS, 64), rounded(matrix, ROUNDED_PRODUCTS), rtol=1e-6)
+    np.testing.assert_allclose(values.reshape(ROWS, 64), rounded(matrix, ROUNDED), rtol=1e-6)
 
 
 def test_networks_of_predictors_stay_floats(tmp_path):
     built = in_file(model(64, True, False, name="predictor.layers.1.net.weight")[0], tmp_path)
     assert (tmp_path / WEIGHTS).exists()
-    assert not RoundProducts()(built).modified
+    assert not RoundProducts(native=True)(built).modified
 
 
 @NEEDS_NATIVE

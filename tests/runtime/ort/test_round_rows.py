@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from shadowllm.bundle.op_domain import DOMAIN
-from shadowllm.bundle.quantisation import ROUNDED_ROWS, dequantise, dequantise_nested
+from shadowllm.bundle.quantisation import ROUNDED, dequantise, dequantise_nested
 from shadowllm.plugins import native_ops
 from shadowllm.plugins.ops.sparse_attention.schema import PARTS as ATTENTION_PARTS
 from shadowllm.plugins.ops.sparse_attention.schema import SPARSE_ATTENTION
@@ -51,8 +51,8 @@ def test_residuals_complete_the_copy_to_8_bits(bundle, variant, dtype):
         assert others == [copy, scales]
         exact, integers, width = stored[whole], stored[copy].reshape(len(stored[copy]), -1), stored[whole].shape[1]
         assert model.graph.initializers[residual].dtype == ir.DataType.UINT8
-        low = dequantise(integers, stored[scales], width, ROUNDED_ROWS.copy)
-        found = dequantise_nested(integers, stored[scales], rounding.weights[residual](), width, ROUNDED_ROWS)
+        low = dequantise(integers, stored[scales], width, ROUNDED.copy)
+        found = dequantise_nested(integers, stored[scales], rounding.weights[residual](), width, ROUNDED)
         assert np.sqrt(np.mean((found - exact) ** 2)) < 0.12 * np.sqrt(np.mean((low - exact) ** 2))
 
 
@@ -70,5 +70,5 @@ def test_only_rounded_graphs_read_residuals(bundle, rounded):
     folder = bundle(kind="quantized-shadow", rest="shadow")
     manifest = LoadedBundle(folder).manifest
     graph = for_cpu([folder / "body.onnx"], manifest, native=True, rounded=rounded)
-    residuals = [name for name in graph.computed if name.endswith(".residual")]
+    residuals = [name for name in graph.computed if name.endswith(".rounded.residual")]
     assert len(residuals) == (5 * manifest.sparse_layers.count if rounded else 0)

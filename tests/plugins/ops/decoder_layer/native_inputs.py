@@ -15,7 +15,7 @@ from shadowllm.plugins.registry import NATIVE_SCHEMAS
 from tests.plugins.native_model import run_all
 from tests.plugins.ops.cached_attention.native_inputs import cached_inputs
 from tests.plugins.ops.dense_mlp.native_inputs import dense_mlp_inputs
-from tests.plugins.ops.linear_w8a8.native_inputs import linear_inputs
+from tests.plugins.ops.nested_linear.native_inputs import linear_inputs
 from tests.plugins.ops.sparse_mlp.mixed_inputs import with_copy
 from tests.plugins.ops.sparse_mlp.native_inputs import mlp_inputs
 
@@ -88,7 +88,7 @@ def _scaled(inputs: Inputs) -> Inputs:
     """The same layer with results of about the size of its inputs."""
     scales = inputs["scales"]
     assert scales is not None
-    return inputs | {"scales": scales * np.float32(1 / 64)}
+    return inputs | {"scales": scales * np.float32(1 / 4)}
 
 
 def _small(weights: np.ndarray | None) -> np.ndarray | None:

@@ -121,15 +121,23 @@ def test_no_sequence():
     assert [array.shape for array in found] == [(0, 24), (0, 3, 40, 4), (0, 3, 40, 4), (5,)]
 
 
+QKV_OF_239_ROWS = {
+    "qkv_w": np.zeros((239, 64), np.uint8),
+    "qkv_copy": np.zeros((239, 2, 32), np.uint8),
+    "qkv_scales": zeros(239, 2),
+    "qkv_bias": None,
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"x": zeros(10, 1, 100)}, "DecoderLayer layer 7: x has 3 dimensions, not 2"),
         ({"norm": zeros(99)}, r"DecoderLayer layer 7: norm has shape \(99\), not \(100\)"),
         ({"post_norm": zeros(100, 1)}, r"post_norm has shape \(100, 1\), not \(100\)"),
-        ({"out_w": np.zeros((99, 2, 64), np.uint8)}, "DecoderLayer layer 7: out_w has 99 rows, not 100"),
-        ({"qkv_w": np.zeros((239, 2, 64), np.uint8), "qkv_scales": zeros(239, 2), "qkv_bias": None}, "CachedAttention"),
-        ({"out_scales": zeros(100, 3)}, r"LinearW8A8: scales has shape \(100, 3\)"),
+        ({"out_copy": np.zeros((99, 2, 32), np.uint8)}, "DecoderLayer layer 7: out_copy has 99 rows, not 100"),
+        (QKV_OF_239_ROWS, "CachedAttention"),
+        ({"out_scales": zeros(100, 3)}, r"NestedLinear: scales has shape \(100, 3\)"),
         ({"attention_last": ints(4, 40)}, "CachedAttention: last of row 1 40 is outside"),
         ({"attention_past_key": zeros(2, 3, 40)}, "CachedAttention: past_key has 3 dimensions"),
         ({"mlp_count": scalar(34)}, r"SparseMLP layer 7: count 34 is outside 0\.\.33"),

@@ -67,10 +67,10 @@ def test_a_token_of_a_short_step_has_the_bits_of_a_step_of_its_own(size, isa):
     ("changes", "words"),
     [
         ({"norm": zeros(99)}, r"DenseDecoderLayer: norm has shape \(99\), not \(100\)"),
-        ({"out_w": np.zeros((99, 2, 64), np.uint8)}, "DenseDecoderLayer: out_w has 99 rows, not 100"),
+        ({"out_copy": np.zeros((99, 2, 32), np.uint8)}, "DenseDecoderLayer: out_copy has 99 rows, not 100"),
         ({"attention_last": ints(4, 40)}, "CachedAttention: last of row 1 40 is outside"),
-        ({"mlp_up_w": np.zeros((65, 2, 64), np.uint8)}, "DenseMLP: up_w has 65 rows"),
-        ({"mlp_down_w": np.zeros((99, 1, 64), np.uint8)}, "DenseMLP: down_w must have 100 rows"),
+        ({"mlp_up_copy": np.zeros((65, 2, 32), np.uint8)}, "DenseMLP: up_copy has 65 rows"),
+        ({"mlp_down_copy": np.zeros((99, 1, 32), np.uint8)}, "DenseMLP: down_copy must have 100 rows"),
     ],
     ids=str,
 )

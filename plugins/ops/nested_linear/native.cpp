@@ -1,5 +1,5 @@
-// LinearW8A8: a linear layer with weights and inputs of 8 bits. Up to four rows of x share what is done once for a row
-// of weights.
+// NestedLinear: a linear layer with weights of nested integers and inputs of 8 bits. Rows of x share what is done
+// once for a row of weights.
 #include <algorithm>
 
 #include "op.hpp"
@@ -7,23 +7,25 @@
 namespace shadowllm {
 namespace {
 
-enum Input { kX, kW, kScales, kBias };
+enum Input { kX, kW, kCopy, kScales, kBias };
 
-constexpr size_t kTogether = 8;  // rows of x that are multiplied together; more are rounded by all threads
+constexpr size_t kTogether = 8;  // rows of x that one thread rounds; more are rounded by all threads
 
-class LinearW8A8 {
+class NestedLinear {
  public:
-  static constexpr const char* kName = "LinearW8A8";
+  static constexpr const char* kName = "NestedLinear";
   static constexpr Port kPorts[] = {
-      {"x", kFloat, kRequired}, {"w", kUInt8, kRequired}, {"scales", kFloat, kRequired}, {"bias", kFloat, kOptional}};
+      {"x", kFloat, kRequired},      {"w", kUInt8, kRequired},    {"copy", kUInt8, kRequired},
+      {"scales", kFloat, kRequired}, {"bias", kFloat, kOptional},
+  };
   static constexpr Port kOutputs[] = {{"y", kFloat, kRequired}};
 
-  LinearW8A8(const Api& api, const OrtKernelInfo* info, size_t first = 0)
+  NestedLinear(const Api& api, const OrtKernelInfo* info, size_t first = 0)
       : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false, first), kernels_(choose_kernels()) {
     node_.shorten({kScales});
   }
 
-  static void infer(const Api& api, OrtShapeInferContext* context) { infer_rows(api, context, {kX, kW}, 0, kFloat); }
+  static void infer(const Api& api, OrtShapeInferContext* context) { infer_rows(api, context, {kX, kCopy}, 0, kFloat); }
 
   std::vector<Tensor> inputs(const OrtKernelContext* context) const { return node_.inputs(context); }
 
@@ -34,8 +36,8 @@ class LinearW8A8 {
   void compute(const std::vector<Tensor>& in, const Outputs& outputs, const Pool& pool) const {
     const Tensor& x = in[kX];
     if (x.rank != 2) node_.fail("x has " + std::to_string(x.rank) + " dimensions, not 2");
-    const int64_t rows = in[kW].rank < 1 ? 0 : in[kW].dims[0], width = x.dims[1];
-    const Rows weights = node_.blocks(in, kW, kScales, rows, width, 8);
+    const int64_t rows = in[kCopy].rank < 1 ? 0 : in[kCopy].dims[0], width = x.dims[1];
+    const Rows weights = node_.nested(in, kW, kCopy, kScales, rows, width);
     node_.expect(in, kBias, {rows});
     const size_t tokens = static_cast<size_t>(x.dims[0]), size = static_cast<size_t>(rows);
     float* y = static_cast<float*>(outputs.get(0, {x.dims[0], rows}).data);
@@ -71,15 +73,13 @@ class LinearW8A8 {
   void multiply(Rows weights, Chunk chunk, const std::vector<const float*>& inputs, const float* bias, float* y,
                 size_t outputs) const {
     weights.data = static_cast<const char*>(weights.data) + chunk.begin * weights.stride;
+    weights.residual = static_cast<const char*>(weights.residual) + chunk.begin * weights.residual_stride;
     weights.scales += chunk.begin * weights.scales_stride;
-    for (size_t first = 0; first < inputs.size(); first += kTogether) {
-      const size_t count = std::min(kTogether, inputs.size() - first);
-      float* to[kTogether];
-      for (size_t t = 0; t < count; ++t) to[t] = y + (first + t) * outputs + chunk.begin;
-      kernels_.project_each(weights, {nullptr, chunk.size()}, inputs.data() + first, count, to);
-      for (size_t t = 0; bias != nullptr && t < count; ++t)
-        for (size_t i = 0; i < chunk.size(); ++i) to[t][i] += bias[chunk.begin + i];
-    }
+    std::vector<float*> to(inputs.size());
+    for (size_t t = 0; t < to.size(); ++t) to[t] = y + t * outputs + chunk.begin;
+    kernels_.project_each(weights, {nullptr, chunk.size()}, inputs.data(), to.size(), to.data());
+    for (float* row : to)
+      for (size_t i = 0; bias != nullptr && i < chunk.size(); ++i) row[i] += bias[chunk.begin + i];
   }
 
   const Api& api_;
@@ -89,10 +89,10 @@ class LinearW8A8 {
 
 }  // namespace
 
-const Entry kLinearW8A8 = entry_of<LinearW8A8>();
+const Entry kNestedLinear = entry_of<NestedLinear>();
 
-std::unique_ptr<Part> linear_w8a8_part(const Api& api, const OrtKernelInfo* info, size_t first) {
-  return std::make_unique<PartOf<LinearW8A8>>(api, info, first);
+std::unique_ptr<Part> nested_linear_part(const Api& api, const OrtKernelInfo* info, size_t first) {
+  return std::make_unique<PartOf<NestedLinear>>(api, info, first);
 }
 
 }  // namespace shadowllm

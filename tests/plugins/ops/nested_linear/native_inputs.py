@@ -1,0 +1,56 @@
+"""Inputs of ``NestedLinear``, and its product with and without the rounding of the native op."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from shadowllm.bundle.quantisation import unpacked
+
+Inputs = dict[str, np.ndarray | None]
+Size = tuple[int, int, int, int]  # T, K, N, block
+
+
+def linear_inputs(size: Size, bias: bool = True, seed: int = 0, residual_bits: int = 4) -> Inputs:
+    tokens, width, rows, block = size
+    rng = np.random.default_rng(seed)
+    blocks = -(-width // block)
+    return {
+        "x": rng.standard_normal((tokens, width)).astype(np.float32),
+        "w": rng.integers(0, 256, (rows, blocks * block * residual_bits // 8), dtype=np.uint8),
+        "copy": rng.integers(0, 256, (rows, blocks, block // 2), dtype=np.uint8),
+        "scales": rng.uniform(1e-3, 1e-2, (rows, blocks)).astype(ml_dtypes.bfloat16).astype(np.float32),
+        "bias": rng.standard_normal(rows).astype(np.float32) if bias else None,
+    }
+
+
+def whole_rows(inputs: Inputs, dtype: type = np.float64) -> np.ndarray:
+    """The matrix with the padding of its last blocks, ``(N, blocks, block)``."""
+    copy, w, scales = inputs["copy"], inputs["w"], inputs["scales"]
+    rows, blocks, half = copy.shape
+    high = unpacked(copy.reshape(rows, -1), 4).astype(dtype).reshape(rows, blocks, 2 * half) - 8
+    bits = 4 * w.size // copy.size
+    low = unpacked(w, bits).astype(dtype).reshape(high.shape) - (1 << (bits - 1))
+    return (high + low / (1 << bits)) * scales.astype(dtype)[..., None]
+
+
+def exactly(inputs: Inputs, dtype: type = np.float64) -> np.ndarray:
+    """The product without rounding of x."""
+    return _product(inputs, inputs["x"].astype(dtype), dtype)
+
+
+def rounded(inputs: Inputs, dtype: type = np.float64) -> np.ndarray:
+    """The product if x is rounded to 8 bits with a scale per block."""
+    _, blocks, half = inputs["copy"].shape
+    x = np.zeros((len(inputs["x"]), blocks * half * 2), np.float32)
+    x[:, : inputs["x"].shape[1]] = inputs["x"]
+    x = x.reshape(len(x), blocks, half * 2)
+    most = np.abs(x).max(axis=-1, keepdims=True)
+    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 1e-30)
+    integers, steps = np.rint(x * inverse), most / np.float32(127)
+    return _product(inputs, (integers.astype(dtype) * steps).reshape(len(x), -1), dtype)
+
+
+def _product(inputs: Inputs, x: np.ndarray, dtype: type) -> np.ndarray:
+    y = x @ whole_rows(inputs, dtype).reshape(len(inputs["copy"]), -1)[:, : x.shape[1]].T
+    return y if inputs["bias"] is None else y + inputs["bias"].astype(dtype)
