@@ -5,9 +5,10 @@
 
 constexpr size_t kBytesBlock = 64;  // elements of a block; at 4 bits they are 32 bytes
 constexpr float kByteMost = 127;
-constexpr size_t kByteTokens = 4;  // tokens that are added to, or whose products lie side by side, at a time
-constexpr size_t kTokenGroup = 8;  // tokens whose inputs are read together
-constexpr size_t kGroup = 16;      // rows that are added together
+constexpr size_t kByteTokens = 4;        // tokens that are added to, or whose products lie side by side, at a time
+constexpr size_t kTokenGroup = 8;        // tokens whose inputs are read together
+constexpr size_t kGroup = 16;            // rows that are added together
+constexpr size_t kStripBytes = 1 << 16;  // of rows that are unpacked at a time, a part of a second-level cache
 
 inline bool in_bytes(const Rows& rows) { return rows.block == kBytesBlock && rows.short_scales; }
 
@@ -28,6 +29,12 @@ struct RowGroup {
   QuantisedRow now[kGroup], next[kGroup];
   float factors[M][kGroup] = {};
   bool follows;  // whether the group after it is whole
+};
+
+// Rows of a strip that `unpack_row` has made of rows Q: their ByteRows.
+template <class Q>
+struct Unpacked : Q {
+  static constexpr size_t bits = 0, residual_bits = 0;  // to prefetch
 };
 
 #if defined(__AVX512VNNI__)
@@ -56,32 +63,42 @@ void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, si
   });
 }
 
-// The same for any number of tokens, in groups whose inputs stay in the first-level cache. The rows of a strip that
-// `join_strip` has joined are not taken apart again for each group.
+// The same for any number of tokens, in groups whose inputs stay in the first-level cache.
+template <class Q>
+void project_groups(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
+                    size_t at) {
+  for (size_t first = 0; first < tokens; first += kTokenGroup) {
+    const size_t count = tokens - first < kTokenGroup ? tokens - first : kTokenGroup;
+    float* to[kTokenGroup];
+    for (size_t t = 0; t < count; ++t) to[t] = out[first + t] + at;
+    project_bytes<Q>(rows, picks, inputs + first, count, to, 1, {});
+  }
+}
+
+// The same for many tokens and all rows. A strip of rows is unpacked once for all groups of tokens.
+template <class Q>
+void project_strips(const Rows& rows, size_t size, const float* const* inputs, size_t tokens, float* const* out) {
+  alignas(64) uint8_t room[kStripBytes];
+  const size_t blocks = rows.width / kBytesBlock;
+  Rows unpacked = rows;
+  unpacked.data = room, unpacked.stride = unpacked_bytes<Q>(blocks), unpacked.residual = nullptr;
+  const size_t strip = kStripBytes / unpacked.stride / kBlock * kBlock;
+  for (size_t first = 0; first < size; first += strip) {
+    const size_t count = size - first < strip ? size - first : strip;
+    for (size_t r = 0; r < count; ++r)
+      unpack_row<Q>(quantised_row(rows, nullptr, first + r), blocks, room + r * unpacked.stride);
+    unpacked.scales = rows.scales + first * rows.scales_stride;
+    project_groups<Unpacked<Q>>(unpacked, {nullptr, count}, inputs, tokens, out, first);
+  }
+}
+
 template <class Q>
 void project_bytes_each(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out) {
-  const auto groups = [&](const Rows& of, Picks some, size_t at, auto q) {
-    for (size_t first = 0; first < tokens; first += kTokenGroup) {
-      const size_t count = tokens - first < kTokenGroup ? tokens - first : kTokenGroup;
-      float* to[kTokenGroup];
-      for (size_t t = 0; t < count; ++t) to[t] = out[first + t] + at;
-      project_bytes<decltype(q)>(of, some, inputs + first, count, to, 1, {});
-    }
-  };
-#if defined(__AVX512VNNI__)
-  if constexpr (Q::residual_bits != 0) {
-    alignas(64) uint8_t room[kStripBytes];
-    const size_t strip = joined_rows(rows);
-    if (tokens > kTokenGroup && picks.ids == nullptr && strip != 0) {
-      for (size_t first = 0; first < picks.count; first += strip) {
-        const size_t count = picks.count - first < strip ? picks.count - first : strip;
-        groups(join_strip<Q>(rows, first, count, room), {nullptr, count}, first, Joined<Q>());
-      }
-      return;
-    }
-  }
-#endif
-  groups(rows, picks, 0, Q());
+  const bool fits = kBlock * unpacked_bytes<Q>(rows.width / kBytesBlock) <= kStripBytes;
+  if constexpr (Q::residual_bits != 0)
+    if (tokens > kTokenGroup && picks.ids == nullptr && fits)
+      return project_strips<Q>(rows, picks.count, inputs, tokens, out);
+  project_groups<Q>(rows, picks, inputs, tokens, out, 0);
 }
 
 // The same for tokens side by side: out[i * tokens + t].

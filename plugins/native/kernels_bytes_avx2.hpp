@@ -74,34 +74,68 @@ inline __m256i high_halves(__m256i bytes) { return low_halves(_mm256_srli_epi16(
 // larger than the weights.
 template <class Q>
 struct ByteRow {
-  ByteRow(const QuantisedRow& row, size_t b) : ByteRow(row.data, b) {}
-  ByteRow(const uint8_t* row, size_t b) {
-    const __m256i bytes = load_block<Q>(row, b);
-    even = low_halves(bytes), odd = high_halves(bytes);
-  }
+  ByteRow(const QuantisedRow& row, size_t b) : ByteRow(load_block<Q>(row.data, b)) {}
+  explicit ByteRow(__m256i bytes) : even(low_halves(bytes)), odd(high_halves(bytes)) {}
+  explicit ByteRow(const uint8_t* unpacked) : even(load_of(unpacked)), odd(load_of(unpacked + 32)) {}
 
   __m256i times(const ByteBlock& input) const {
     const __m256i first = load_of(input.even), second = load_of(input.odd);
     const __m256i pairs =
-        _mm256_add_epi16(_mm256_maddubs_epi16(even, first), _mm256_maddubs_epi16(odd, second));  // at most 4 * 15 * 127
+        _mm256_add_epi16(_mm256_maddubs_epi16(even, first), _mm256_maddubs_epi16(odd, second));  // at most 4 * 63 * 127
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
 
+  void unpack(uint8_t* to) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), even);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), odd);
+  }
+
+  static constexpr size_t unpacked_bytes = 64;
   __m256i even, odd;
 };
 
-// The products of the copy, times the step between its integers, and those of the residual.
-template <class R>
-struct ByteRow<Nested<R>> {
-  ByteRow(const QuantisedRow& row, size_t b) : copy(row.data, b), low(row.residual, b) {}
+// The bits of the copy above those of the residual.
+template <>
+struct ByteRow<Nested<Bits2>> : ByteRow<Bits4> {
+  using ByteRow<Bits4>::ByteRow;
+  ByteRow(const QuantisedRow& row, size_t b) : ByteRow<Bits4>(load_block<Bits4>(row.data, b)) {
+    const ByteRow<Bits2> low(load_block<Bits2>(row.residual, b));
+    even = _mm256_or_si256(_mm256_slli_epi16(even, 2), low.even);
+    odd = _mm256_or_si256(_mm256_slli_epi16(odd, 2), low.odd);
+  }
+};
+
+// The sum of two products of 8 bits would be too large, so each part has products of its own.
+template <>
+struct ByteRow<Nested<Bits4>> {
+  ByteRow(const QuantisedRow& row, size_t b)
+      : copy(load_block<Bits4>(row.data, b)), low(load_block<Bits4>(row.residual, b)) {}
+  explicit ByteRow(const uint8_t* unpacked) : copy(unpacked), low(unpacked + ByteRow<Bits4>::unpacked_bytes) {}
 
   __m256i times(const ByteBlock& input) const {
-    return _mm256_add_epi32(_mm256_slli_epi32(copy.times(input), R::bits), low.times(input));
+    return _mm256_add_epi32(_mm256_slli_epi32(copy.times(input), 4), low.times(input));
   }
 
-  ByteRow<Bits4> copy;
-  ByteRow<R> low;
+  void unpack(uint8_t* to) const { copy.unpack(to), low.unpack(to + ByteRow<Bits4>::unpacked_bytes); }
+
+  static constexpr size_t unpacked_bytes = 2 * ByteRow<Bits4>::unpacked_bytes;
+  ByteRow<Bits4> copy, low;
 };
+
+template <class Q>
+struct ByteRow<Unpacked<Q>> : ByteRow<Q> {
+  ByteRow(const QuantisedRow& row, size_t b) : ByteRow<Q>(row.data + b * ByteRow<Q>::unpacked_bytes) {}
+};
+
+template <class Q>
+inline size_t unpacked_bytes(size_t blocks) {
+  return blocks * ByteRow<Q>::unpacked_bytes;
+}
+
+template <class Q>
+inline void unpack_row(const QuantisedRow& row, size_t blocks, uint8_t* to) {
+  for (size_t b = 0; b < blocks; ++b) ByteRow<Q>(row, b).unpack(to + b * ByteRow<Q>::unpacked_bytes);
+}
 
 // The sums of four vectors.
 inline __m128 sums_of(const __m256 v[4]) {

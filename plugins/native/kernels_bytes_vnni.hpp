@@ -117,46 +117,30 @@ struct ByteRow<Nested<R>, both> {
   __m512i halves[2];
 };
 
-// Rows Q that `join_strip` has joined: the vectors of a ByteRow one after the other.
-template <class Q>
-struct Joined : Q {
-  static constexpr size_t bits = 8, residual_bits = 0;
-};
-
 template <class Q, bool both>
-struct ByteRow<Joined<Q>, both> {
+struct ByteRow<Unpacked<Q>, both> {
   ByteRow(const QuantisedRow& row, size_t b) {
     for (size_t half = 0; half < 2; ++half) halves[half] = bytes_of(row.data + b * kBytesBlock + half * 64);
   }
   __m512i halves[2];
 };
 
-constexpr size_t kStripBytes = 1 << 16;  // a part of a second-level cache
-
-inline size_t joined_bytes(const Rows& rows) {
-  return byte_steps(rows.width / kBytesBlock) * sizeof(ByteRow<Bits4, true>);
+template <class Q>
+inline size_t unpacked_bytes(size_t blocks) {
+  return byte_steps(blocks) * 2 * kBytesBlock;
 }
-inline size_t joined_rows(const Rows& rows) { return kStripBytes / joined_bytes(rows) / kBlock * kBlock; }
 
 template <class Q, bool both>
-inline void join_blocks(const QuantisedRow& row, size_t b, uint8_t* to) {
-  const ByteRow<Q, both> joined(row, b);
-  for (size_t half = 0; half < 2; ++half) _mm512_store_si512(to + b * kBytesBlock + half * 64, joined.halves[half]);
+inline void unpack_blocks(const QuantisedRow& row, size_t b, uint8_t* to) {
+  const ByteRow<Q, both> unpacked(row, b);
+  for (size_t half = 0; half < 2; ++half) _mm512_store_si512(to + b * kBytesBlock + half * 64, unpacked.halves[half]);
 }
 
-// Rows first..first + count, at most joined_rows, with both parts of their integers in one. `room` holds them.
 template <class Q>
-inline Rows join_strip(const Rows& rows, size_t first, size_t count, uint8_t* room) {
-  const size_t blocks = rows.width / kBytesBlock, pairs = blocks / 2 * 2;
-  Rows joined = rows;
-  joined.data = room, joined.stride = joined_bytes(rows), joined.residual = nullptr;
-  joined.scales += first * rows.scales_stride;
-  for (size_t r = 0; r < count; ++r) {
-    const QuantisedRow row = quantised_row(rows, nullptr, first + r);
-    for (size_t b = 0; b < pairs; b += 2) join_blocks<Q, true>(row, b, room + r * joined.stride);
-    if (pairs != blocks) join_blocks<Q, false>(row, pairs, room + r * joined.stride);
-  }
-  return joined;
+inline void unpack_row(const QuantisedRow& row, size_t blocks, uint8_t* to) {
+  const size_t pairs = blocks / 2 * 2;
+  for (size_t b = 0; b < pairs; b += 2) unpack_blocks<Q, true>(row, b, to);
+  if (pairs != blocks) unpack_blocks<Q, false>(row, pairs, to);
 }
 
 inline __mmask16 lanes_left(size_t blocks, size_t b) {

@@ -15,13 +15,32 @@ def linear_inputs(size: Size, bias: bool = True, seed: int = 0, residual_bits: i
     tokens, width, rows, block = size
     rng = np.random.default_rng(seed)
     blocks = -(-width // block)
+    integers = rng.integers(least(residual_bits), 1 << (4 + residual_bits), (rows, blocks * block))
+    copy, w = parts_of(integers, residual_bits)
     return {
         "x": rng.standard_normal((tokens, width)).astype(np.float32),
-        "w": rng.integers(0, 256, (rows, blocks * block * residual_bits // 8), dtype=np.uint8),
-        "copy": rng.integers(0, 256, (rows, blocks, block // 2), dtype=np.uint8),
+        "w": w,
+        "copy": copy.reshape(rows, blocks, block // 2),
         "scales": rng.uniform(1e-3, 1e-2, (rows, blocks)).astype(ml_dtypes.bfloat16).astype(np.float32),
         "bias": rng.standard_normal(rows).astype(np.float32) if bias else None,
     }
+
+
+def least(residual_bits: int) -> int:
+    """The lowest integer that `quantise_nested` writes, as both parts store it."""
+    return 1 << (residual_bits - 1)
+
+
+def parts_of(integers: np.ndarray, residual_bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of the copy and of the residual, ``(N, bytes)``."""
+    low = integers & ((1 << residual_bits) - 1)
+    return _packed(integers >> residual_bits, 4), _packed(low, residual_bits)
+
+
+def _packed(integers: np.ndarray, bits: int) -> np.ndarray:
+    each = 8 // bits
+    places = np.arange(each) * bits
+    return (integers.reshape(len(integers), integers.shape[1] // each, each) << places).sum(axis=2).astype(np.uint8)
 
 
 def whole_rows(inputs: Inputs, dtype: type = np.float64) -> np.ndarray:

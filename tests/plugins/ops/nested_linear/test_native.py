@@ -7,7 +7,7 @@ import pytest
 
 from shadowllm.plugins.ops.nested_linear.reference import nested_linear
 from tests.plugins.native_model import REFUSED, assert_as_exact_as, built, run, zeros
-from tests.plugins.ops.nested_linear.native_inputs import exactly, linear_inputs, rounded
+from tests.plugins.ops.nested_linear.native_inputs import exactly, least, linear_inputs, parts_of, rounded
 
 pytestmark = built
 
@@ -82,9 +82,10 @@ def test_a_row_has_the_same_bits_alone(size, bits, isa):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_integers_do_not_overflow(sign, bits, isa):
     inputs = linear_inputs((3, 128, 4, 64), bias=False, residual_bits=bits)
-    for part in ("copy", "w"):
-        inputs[part][:] = 0
-        inputs[part][2:] = 255
+    integers = np.full((4, 128), least(bits))
+    integers[2:] = (16 << bits) - 1
+    copy, inputs["w"] = parts_of(integers, bits)
+    inputs["copy"] = copy.reshape(inputs["copy"].shape)
     inputs["scales"][:] = 1
     inputs["x"][:] = sign
     np.testing.assert_allclose(run("NestedLinear", inputs, WEIGHTS), exactly(inputs), rtol=1e-6)
