@@ -9,7 +9,6 @@ schedules and the op as a function of tensors are in its folder of ``plugins/ops
     block_end              the sum at the end of attention or MLP; with the hidden states and a norm, a whole block
     output_projection      a kernel that several ops share
     hidden_values          what it multiplies, merged from spans of the cache
-    rest_projection        the same for the units that are computed from a low-bit copy
     head_choice            chooses and orders the heads of attention
     schedule               describes launches, and runs them with PyTorch
     launch                 checks tensors against an op's schema, and runs the op's launches

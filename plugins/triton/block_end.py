@@ -91,10 +91,19 @@ def split_blocks(splits: int, rest_splits: int) -> dict[str, int]:
 
 
 @triton.jit
-def sum_of_splits(partials, token, tokens, cols, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Columns of the total of a token's partial sums. All are loaded at once: a loop would wait for each."""
+def sum_of_splits(
+    partials,
+    token,
+    tokens,
+    cols,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Columns of the total of ``SPLITS`` of a token's partial sums. All are loaded at once: a loop waits for each."""
     splits = tl.arange(0, BLOCK_S)
-    place = (splits[:, None] * tokens + token) * WIDTH + cols[None, :]
+    place = ((FIRST + splits)[:, None] * tokens + token) * WIDTH + cols[None, :]
     return tl.sum(tl.load(partials + place, mask=(splits < SPLITS)[:, None] & (cols < WIDTH)[None, :], other=0.0), 0)
 
 
@@ -102,7 +111,6 @@ def sum_of_splits(partials, token, tokens, cols, WIDTH: tl.constexpr, SPLITS: tl
 def total_of_partials(
     partials,
     bias,
-    rest_partials,
     rest,
     active,
     token,
@@ -115,11 +123,11 @@ def total_of_partials(
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Columns of a token's result: the partial sums of `project_back`, plus those of `project_rest`, plus the bias."""
-    total = sum_of_splits(partials, token, tokens, cols, WIDTH, SPLITS, BLOCK_S)
+    """Columns of a token's result: partial sums of `project_back`, also those of a rest that is added, and a bias."""
+    total = sum_of_splits(partials, token, tokens, cols, 0, WIDTH, SPLITS, BLOCK_S)
     if rest is not None:  # noqa: SIM102 -- known at compile time, and the next one is not
         if rest_is_added(rest, active, UNITS):
-            total += sum_of_splits(rest_partials, token, tokens, cols, WIDTH, REST_SPLITS, BLOCK_R)
+            total += sum_of_splits(partials, token, tokens, cols, SPLITS, WIDTH, REST_SPLITS, BLOCK_R)
     if bias is not None:
         total += tl.load(bias + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
     return total
@@ -130,7 +138,6 @@ def sum_partials(
     partials,
     bias,
     y,
-    rest_partials,
     rest,
     active,
     tokens,
@@ -146,8 +153,7 @@ def sum_partials(
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = total_of_partials(
-        partials, bias, rest_partials, rest, active, token, tokens, cols,
-        WIDTH, SPLITS, UNITS, REST_SPLITS, BLOCK_S, BLOCK_R,
+        partials, bias, rest, active, token, tokens, cols, WIDTH, SPLITS, UNITS, REST_SPLITS, BLOCK_S, BLOCK_R
     )  # fmt: skip
     tl.store(y + token * WIDTH + cols, total.to(y.dtype.element_ty), mask=cols < WIDTH)
 
@@ -157,7 +163,6 @@ def sum_and_norm(
     partials,
     bias,
     y,
-    rest_partials,
     rest,
     active,
     skip,
@@ -183,8 +188,7 @@ def sum_and_norm(
     cols = tl.arange(0, BLOCK_D)
     inside = cols < WIDTH
     total = total_of_partials(
-        partials, bias, rest_partials, rest, active, token, tokens, cols,
-        WIDTH, SPLITS, UNITS, REST_SPLITS, BLOCK_S, BLOCK_R,
+        partials, bias, rest, active, token, tokens, cols, WIDTH, SPLITS, UNITS, REST_SPLITS, BLOCK_S, BLOCK_R
     )  # fmt: skip
     if output_norm_weight is not None:
         total = norm(total, output_norm_weight, None, cols, WIDTH, EPS)

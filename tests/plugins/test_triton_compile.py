@@ -54,7 +54,6 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
                 "merge_splits",
                 "prompt_attention",
                 "project_back",
-                "project_rest",
                 "score_heads",
                 "order_heads",
                 "sum_and_norm",
@@ -73,7 +72,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
     # One token's products are fused multiply-adds, and threads do not wait for each other inside a loop.
     read = [row for row in rows if row["multiply_adds"] is not None]
     fused = {row["kernel"] for row in read if row["multiply_adds"] and not row["loop_barriers"]}
-    assert {"mlp_hidden", "project_back", "project_rest", "score_neurons", "project_heads", "table_logits"} <= fused
+    assert {"mlp_hidden", "project_back", "score_neurons", "project_heads", "table_logits"} <= fused
     # Also those of nested integers.
     kernels = {"mlp_hidden", "project_back", "project_heads", "table_logits", "shortlist_logits", "multiply_rows"}
     of_integers = [row for row in read if "of integers" in row["op"] and row["kernel"] in kernels]

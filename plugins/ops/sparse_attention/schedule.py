@@ -14,9 +14,8 @@ from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.block_end import BlockEnd
 from shadowllm.plugins.triton.head_choice import order_heads, score_heads
 from shadowllm.plugins.triton.hidden_values import Spans
-from shadowllm.plugins.triton.low_bit import is_residual, token_block, word_constants
-from shadowllm.plugins.triton.output_projection import back_calls
-from shadowllm.plugins.triton.rest_projection import Rest
+from shadowllm.plugins.triton.low_bit import token_block, word_constants
+from shadowllm.plugins.triton.output_projection import Rest, back_calls
 from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
 from shadowllm.plugins.triton.tiles import LINE, block_along, tile_warps
 
@@ -71,7 +70,7 @@ def plan_sparse_attention(
             hidden, spans = partials, spans_of(capacity)
     rest = None
     if choice.active is not None:
-        rest = Rest(context, choice.indices, choice.active, "c_o", "cs_o", *shapes["c_o"][1:])
+        rest = Rest("c_o", "cs_o", None, *shapes["c_o"][1:])
     back = back_calls(
         workspace,
         tier,
@@ -86,7 +85,6 @@ def plan_sparse_attention(
         indices=choice.indices,
         count=choice.active or "count",
         rest=rest,
-        nested=is_residual(shapes["w_o"]),
         spans=spans,
         end=end,
     )

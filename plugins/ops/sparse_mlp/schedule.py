@@ -13,8 +13,7 @@ from shadowllm.plugins.ops.sparse_mlp.kernel import gate_first, list_fired, mlp_
 from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.block_end import BlockEnd
 from shadowllm.plugins.triton.low_bit import is_residual, token_block, word_constants
-from shadowllm.plugins.triton.output_projection import back_calls
-from shadowllm.plugins.triton.rest_projection import Rest
+from shadowllm.plugins.triton.output_projection import Rest, back_calls
 from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
 from shadowllm.plugins.triton.tiles import activation_constants, block_along, tile_warps
 
@@ -136,8 +135,7 @@ def plan_sparse_mlp(
         width=width,
         skip_zeros=activation["ACTIVATION"] in RELU_LIKE,
         indices=indices,
-        rest=None if products is None else Rest(products, None, "count", "c_down", "cs_down", *shapes["c_down"][1:]),
-        nested=nested,
+        rest=None if products is None else Rest("c_down", "cs_down", products, *shapes["c_down"][1:]),
         end=end,
     )
     return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (*copied, up, *back))

@@ -130,7 +130,7 @@ def test_a_rest_from_the_low_bit_copy(tmp_path, family, kind, ops, library):
     assert [node.op for node in record.plugins] == [*2 * ops, "ShortlistLogits"]
     assert record.plugins[-1].name == "row_logits.ShortlistLogits"
     assert ("score_heads" in record.kernels) == (kind != "shadow")
-    assert {"project_rest", "shortlist_logits"} < set(record.kernels)
+    assert {"project_back", "shortlist_logits"} < set(record.kernels)
 
 
 @needs_builder

@@ -18,6 +18,7 @@ from shadowllm.models.decoder import KVCache
 from shadowllm.models.sparsity import SparseLayers
 from shadowllm.plugins.registry import schedules
 from shadowllm.plugins.triton import launch
+from shadowllm.plugins.triton.block_end import KEYS_VALUES, PORTS
 from shadowllm.plugins.triton.output_projection import MAX_PARTIAL_BYTES
 from shadowllm.runtime.gpu.triton_session import TritonSession
 
@@ -38,6 +39,9 @@ FREE = (
 )
 BLOCKS = ["project_heads", "decode_attention", "project_back", "sum_and_norm"]
 BLOCKS += ["mlp_hidden", "project_back", "sum_and_norm"]
+# A layer that chooses from a low-bit copy, and adds the rest.
+CHOOSING = ["score_heads", "order_heads", "project_heads", "decode_attention", "merge_splits", *BLOCKS[2:4]]
+CHOOSING += ["score_neurons", "select_topk", *BLOCKS[4:]]
 
 
 class Recorded(TorchDispatchMode):
@@ -90,11 +94,10 @@ def test_a_sparse_layer_of_the_triton_session_has_seven_launches(monkeypatch, sh
     assert launched[first + 7 * n_layers :] == ["mm.default"]
 
 
-def test_a_sparse_layer_that_chooses_from_a_copy_has_fourteen(monkeypatch):
-    """Two launches choose the heads, two the neurons; the others add the rest."""
+def test_a_layer_that_chooses_from_a_copy_has_few_more(monkeypatch):
     launched, n_layers = sparse_step(monkeypatch, "tiny-llama", "quantized-shadow", rest="shadow")
-    first, last = launched.index("score_heads"), len(launched) - 1 - launched[::-1].index("sum_and_norm")
-    assert last + 1 - first == 14 * n_layers
+    first, last = launched.index(CHOOSING[0]), len(launched) - 1 - launched[::-1].index(CHOOSING[-1])
+    assert launched[first : last + 1] == CHOOSING * n_layers
 
 
 SHAPES = {
@@ -124,6 +127,7 @@ def test_an_mlp_that_chooses_by_gate_has_as_many_launches_as_one_with_indices():
     assert [call.kernel.fn.__name__ for call in one.calls] == ["gate_first", *BLOCKS[-2:]]
 
 
+END = {port.name for port in (*PORTS, *KEYS_VALUES)}
 LIMITS = {"itemsize": 4, "max_batch": 3, "max_seqlen": 1}
 
 
@@ -143,11 +147,13 @@ def test_the_one_block_of_a_token_adds_few_partial_sums(name):
                 assert bool(end.constants["REST_SPLITS"]) == bool(options)
 
 
-def test_rows_of_nested_integers_cost_no_more_launches():
-    def launched(**options):
-        nodes = block_nodes(KNOWN["smollm2-135m"], "float32", **options)
-        planned = [schedules(node.op)(shapes_of(node), node.attributes, **LIMITS) for node in nodes]
-        return [[call.kernel.fn.__name__ for call in one.calls] for op in planned for one in op]
-
-    assert launched(residual_bits=2) == launched(residual_bits=4) == launched(rest=True)
-    assert [len(calls) for calls in launched(residual_bits=4)[::2]] == [8, 6]
+@pytest.mark.parametrize("options", [{"rest": True}, {"residual_bits": 4}, {"residual_bits": 2}], ids=str)
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_programs_of_a_layer_that_chooses_from_a_copy(options, ended):
+    """Float rows and nested integers have as many launches."""
+    found = []
+    for node in block_nodes(KNOWN["smollm2-135m"], "float32", **options):
+        shapes = {port: shape for port, shape in shapes_of(node).items() if ended or port not in END}
+        one, *_ = schedules(node.op)(shapes, node.attributes, **LIMITS)
+        found += [call.kernel.fn.__name__ for call in one.calls]
+    assert found == [name if ended else name.replace("sum_and_norm", "sum_partials") for name in CHOOSING]
