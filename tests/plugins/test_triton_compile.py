@@ -51,7 +51,6 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
                 "mlp_hidden",
                 "project_heads",
                 "decode_attention",
-                "merge_splits",
                 "prompt_attention",
                 "project_back",
                 "score_heads",
@@ -77,7 +76,10 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
     kernels = {"mlp_hidden", "project_back", "project_heads", "table_logits", "shortlist_logits", "multiply_rows"}
     of_integers = [row for row in read if "of integers" in row["op"] and row["kernel"] in kernels]
     assert {row["kernel"] for row in of_integers} == kernels
-    assert not [row for row in of_integers if row["loop_barriers"] or not row["multiply_adds"]]
+    assert all(row["multiply_adds"] for row in of_integers)
+    # The output projection of attention merges the spans of the cache in its loop.
+    merging = [row for row in of_integers if row["loop_barriers"]]
+    assert {(row["kernel"], row["op"].split()[0]) for row in merging} <= {("project_back", "SparseAttention")}
 
 
 # For each line of arguments, prints the shared memory that a tile of a prompt's attention needs, with its own constants

@@ -1,8 +1,9 @@
 """``SparseAttention``: attention of the active heads over the KV cache; `projection_kernel` makes their queries.
 
-A decode step splits the cache among blocks (flash decoding) and merges their softmaxes. A prompt is
+A decode step splits the cache among blocks (flash decoding). A prompt is
 processed in tiles of queries (flash attention, Dao, arXiv 2307.08691), causal within the step.
-`plugins.triton.output_projection` multiplies the result by the heads' rows of ``w_o``. With a low-bit copy,
+`plugins.triton.output_projection` merges the softmaxes of the splits, and multiplies the result by the heads' rows of
+``w_o``. With a low-bit copy,
 `plugins.triton.head_choice` lists the active heads first and the others after them.
 """
 
@@ -91,39 +92,6 @@ def first_visible(end, WINDOW: tl.constexpr):
         return tl.zeros_like(end)
     else:
         return tl.maximum(end - WINDOW, 0)
-
-
-@triton.jit
-def merge_splits(
-    partials,
-    lengths,
-    indices,
-    count,
-    context,
-    CAP: tl.constexpr,
-    HEADS: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """Merge the partial results of `decode_attention` into ``context (batch, CAP, HEAD_DIM)``."""
-    slot = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    if active_head(indices, count, slot, HEADS, CAP) < 0:
-        return
-    dims, spans = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_S)
-    there = spans * SPAN < tl.minimum(tl.load(lengths + row), CAPACITY)
-    part = partials + ((row * CAP + slot) * SPLITS + spans) * (HEAD_DIM + 2)
-    tops = tl.load(part + HEAD_DIM, mask=there, other=float("-inf"))
-    weights = tl.where(there, tl.exp(tops - tl.max(tops, 0)), 0.0)
-    mass = tl.sum(weights * tl.load(part + HEAD_DIM + 1, mask=there, other=0.0), 0)
-    mask = there[:, None] & (dims < HEAD_DIM)[None, :]
-    acc = tl.sum(weights[:, None] * tl.load(part[:, None] + dims[None, :], mask=mask, other=0.0), 0)
-    out = context + (row * CAP + slot) * HEAD_DIM + dims
-    tl.store(out, (acc / mass).to(context.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import triton
 
 from shadowllm.plugins.kernel_program import Size
-from shadowllm.plugins.ops.sparse_attention.kernel import decode_attention, merge_splits, prompt_attention
+from shadowllm.plugins.ops.sparse_attention.kernel import decode_attention, prompt_attention
 from shadowllm.plugins.ops.sparse_attention.projection_kernel import project_heads
 from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.block_end import BlockEnd
@@ -63,9 +63,9 @@ def plan_sparse_attention(
     operands = read | listed | {"query": query, "context": context}
     hidden, spans = context, None
     if tier.max_seqlen > 1:
-        attend = [_prompt(tier, operands, sizes, itemsize)]
+        attend = _prompt(tier, operands, sizes, itemsize)
     else:
-        attend, partials = _decode(workspace, tier, operands, sizes, merge=choice.active is not None)
+        attend, partials = _decode(workspace, tier, operands, sizes)
         if partials is not None:
             hidden, spans = partials, spans_of(capacity)
     rest = None
@@ -88,7 +88,7 @@ def plan_sparse_attention(
         spans=spans,
         end=end,
     )
-    return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (*choice.calls, project, *attend, *back))
+    return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (*choice.calls, project, attend, *back))
 
 
 @dataclass(frozen=True)
@@ -187,42 +187,21 @@ def spans_of(capacity: int) -> Spans:
 
 
 def _decode(
-    workspace: Workspace,
-    tier: Tier,
-    operands: Mapping[str, Operand],
-    constants: Mapping[str, int | float],
-    *,
-    merge: bool,
-) -> tuple[list[Call], Scratch | None]:
-    """The launches of a step's attention, and its partial results if another kernel is to merge them.
-
-    Args:
-        merge: whether `merge_splits` merges them, because two kernels read the result.
-    """
+    workspace: Workspace, tier: Tier, operands: Mapping[str, Operand], constants: Mapping[str, int | float]
+) -> tuple[Call, Scratch | None]:
+    """The launch of a step's attention, and its partial results if there are several spans."""
     cap, head_dim = int(constants["CAP"]), int(constants["HEAD_DIM"])
     found = spans_of(int(constants["CAPACITY"]))
-    splits, spans = found.splits, {"SPLITS": found.splits, "SPAN": found.span}
     several: dict[str, Scratch] = {}
-    if splits > 1:
-        several["partials"] = workspace.take(tier.max_batch * cap * splits * (head_dim + 2), "float32", 4)
+    if found.splits > 1:
+        several["partials"] = workspace.take(tier.max_batch * cap * found.splits * (head_dim + 2), "float32", 4)
     attend = Call(
         decode_attention,
-        (Size(cap), tier.size, Size(splits)),
+        (Size(cap), tier.size, Size(found.splits)),
         {**operands, **several},
-        {**constants, **spans, "BLOCK_P": POSITIONS},
+        {**constants, "SPLITS": found.splits, "SPAN": found.span, "BLOCK_P": POSITIONS},
     )
-    if splits == 1:
-        return [attend], None
-    if not merge:
-        return [attend], several["partials"]
-    merged = ("CAP", "HEADS", "CAPACITY", "HEAD_DIM", "BLOCK_H")
-    merging = Call(
-        merge_splits,
-        (Size(cap), tier.size, Size()),
-        {name: operands[name] for name in ("lengths", "indices", "count", "context")} | several,
-        {name: constants[name] for name in merged} | spans | {"BLOCK_S": triton.next_power_of_2(splits)},
-    )
-    return [attend, merging], None
+    return attend, several.get("partials")
 
 
 def _prompt(tier: Tier, operands: Mapping[str, Operand], constants: Mapping[str, int | float], itemsize: int) -> Call:
