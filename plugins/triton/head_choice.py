@@ -1,4 +1,7 @@
-"""Chooses the heads of ``SparseAttention`` inside the op, and orders them: the active ones, then the others."""
+"""Chooses the heads of ``SparseAttention`` inside the op, and orders them: the active ones, then the others.
+
+Heads are few. So every block that needs the order computes it, which takes less time than a launch of its own.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ def score_heads(
 
 
 @triton.jit
-def order_heads(
+def place_head(
+    head,
     scores,
     indices,
     count,
@@ -45,20 +49,45 @@ def order_heads(
     order,
     active,
     attended,
-    CAP: tl.constexpr,
+    first,
+    LISTED: tl.constexpr,
     HEADS: tl.constexpr,
     TOGETHER: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """Write ``order (HEADS,)``: the active heads, ascending, then the others. One block.
+    """The slot of a head in the order, whether it is active, and whether it is attended: all are with a ``rest``.
 
-    ``active`` gets the number of active heads, and ``attended`` the number of heads that contribute: all if ``rest``
-    is not zero. With ``indices (CAP,)`` these are the active heads. Otherwise the ``count`` best are, by ``scores`` of
-    ``TOGETHER`` neighbours, and ``chosen (HEADS,)`` gets them, -1 past their number.
+    If this block is the first of the head, it writes its part of what later launches read: ``order (HEADS,)``, the
+    numbers of ``active`` and of ``attended`` heads, and ``chosen (HEADS,)``, the active heads and -1 past their number.
+    """
+    BLOCK: tl.constexpr = triton.next_power_of_2(HEADS)
+    full = active_heads(scores, indices, count, LISTED, HEADS, TOGETHER, BLOCK)
+    heads = tl.arange(0, BLOCK)
+    total = tl.sum(full, 0)
+    earlier = tl.sum(tl.where(heads < head, full, 0), 0)
+    is_active = tl.sum(tl.where(heads == head, full, 0), 0) != 0
+    slot = tl.where(is_active, earlier, total + head - earlier)
+    every = tl.load(rest) != 0
+    if first:
+        tl.store(order + slot, head)
+        if chosen is not None:
+            tl.store(chosen + slot, tl.where(is_active, head, -1))
+        if head == 0:
+            tl.store(active, total)
+            tl.store(attended, tl.where(every, HEADS, total))
+    return slot, is_active, is_active | every
+
+
+@triton.jit
+def active_heads(
+    scores, indices, count, LISTED: tl.constexpr, HEADS: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """1 for each active head, 0 for the others, int32 ``(BLOCK,)``.
+
+    With ``indices (LISTED,)`` these are its first ``count``. Otherwise the ``count`` best are active, by ``scores`` of
+    ``TOGETHER`` neighbours.
     """
     heads = tl.arange(0, BLOCK)
-    inside = heads < HEADS
-    n = tl.minimum(tl.maximum(tl.load(count), 0), CAP)
+    n = tl.minimum(tl.maximum(tl.load(count), 0), LISTED)
     # How many heads are better, or how many indices name this head.
     found = tl.zeros((BLOCK,), tl.int32)
     if indices is None:
@@ -71,22 +100,13 @@ def order_heads(
                 tie = (score[None, :] == own[:, None]) & (rivals[None, :] < heads[:, None])
                 better = (rivals < HEADS)[None, :] & ((score[None, :] > own[:, None]) | tie)
                 found += tl.sum(better.to(tl.int32), 1)
-        full = (inside & (found < n)).to(tl.int32)
+        return ((heads < HEADS) & (found < n)).to(tl.int32)
     else:
-        for start in range(0, CAP, 16):
+        for start in range(0, LISTED, 16):
             slots = start + tl.arange(0, 16)
             index = tl.load(indices + slots, mask=slots < n, other=-1)
             found += tl.sum((index[None, :] == heads[:, None]).to(tl.int32), 1)
-        full = (inside & (found > 0)).to(tl.int32)
-    total = tl.sum(full, 0)
-    others = inside.to(tl.int32) - full
-    first = tl.cumsum(full, 0) - full
-    tl.store(order + tl.where(full != 0, first, total + tl.cumsum(others, 0) - others), heads, mask=inside)
-    tl.store(active, total)
-    tl.store(attended, tl.where(tl.load(rest) != 0, HEADS, total))
-    if chosen is not None:
-        tl.store(chosen + first, heads, mask=full != 0)
-        tl.store(chosen + heads, -1, mask=inside & (heads >= total))
+        return ((heads < HEADS) & (found > 0)).to(tl.int32)
 
 
 @triton.jit

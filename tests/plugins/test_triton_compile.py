@@ -54,7 +54,6 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
                 "prompt_attention",
                 "project_back",
                 "score_heads",
-                "order_heads",
                 "sum_and_norm",
                 "sum_partials",
                 "table_logits",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shadowllm.plugins.triton.head_choice import place_head
 from shadowllm.plugins.triton.low_bit import copy_products
 from shadowllm.plugins.triton.tiles import add_along, sum_along, token_tile, zeros_along
 
@@ -32,13 +33,20 @@ def project_heads(
     sin,
     c_q,
     cs_q,
+    scores,
+    rest,
+    chosen,
+    order,
     active,
+    attended,
     query,
     key,
     value,
     tokens,
     CAP: tl.constexpr,
     HEADS: tl.constexpr,
+    LISTED: tl.constexpr,
+    TOGETHER: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     KV_HEADS: tl.constexpr,
     CAPACITY: tl.constexpr,
@@ -53,8 +61,10 @@ def project_heads(
     """Write ``query (tokens, CAP, HEAD_DIM)`` of the heads at ``indices``, rotated if ``cos`` is given.
 
     A block computes some elements of the first half of a head and their partners in the second half,
-    because the rotation combines these pairs. If given, the low-bit copy ``c_q`` with its scales ``cs_q`` replaces
-    ``w_q`` for the heads from slot ``active`` on. A weight of integers is the residual of its copy.
+    because the rotation combines these pairs. A weight of integers is the residual of its copy.
+
+    With a low-bit copy ``c_q``, and its scales ``cs_q``, the heads are in the order of `head_choice.place_head`, which
+    writes ``chosen``, ``order``, ``active`` and ``attended``. The copy replaces ``w_q`` for heads that are not active.
 
     With ``w_kv``, more blocks compute the keys and values of the step's tokens, one per sequence, and write them into
     the cache at position ``lengths - 1``. Nothing is written past the capacity.
@@ -67,11 +77,20 @@ def project_heads(
     first = tl.program_id(1) * BLOCK_M
     rows_m = first + tl.arange(0, BLOCK_M)
     if slot < CAP:
-        head = active_head(indices, count, slot, HEADS, CAP)
-        if head >= 0:
+        if c_q is None:
+            head, full = active_head(indices, count, slot, HEADS, CAP), True
+            wanted = head >= 0
+        else:
+            begins = (tl.program_id(0) % PARTS == 0) & (tl.program_id(1) == 0)
+            head = slot
+            slot, full, wanted = place_head(
+                head, scores, indices, count, rest, chosen, order, active, attended, begins,
+                LISTED, HEADS, TOGETHER,
+            )  # fmt: skip
+        if wanted:
             rows = head.to(tl.int64) * HEAD_DIM + place
             a, b = query_products(
-                x, w_q, c_q, cs_q, active, slot, rows, first, in_first, in_second, tokens,
+                x, w_q, c_q, cs_q, full, rows, first, in_first, in_second, tokens,
                 HALF, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W,
             )  # fmt: skip
             a, b = add_bias(a, b, b_q, rows, in_first, in_second, HALF)
@@ -139,8 +158,7 @@ def query_products(
     w_q,
     c_q,
     cs_q,
-    active,
-    slot,
+    full,
     rows,
     first,
     in_first,
@@ -155,14 +173,14 @@ def query_products(
     BLOCK_K: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """`full_products` with ``w_q``; with a copy, from slot ``active`` on the same products with the copy."""
+    """`full_products` with ``w_q``; with a copy, the same products with the copy if the head is not to be ``full``."""
     if c_q is None:
         a, b = full_products(
             x, w_q, None, None, rows, first, in_first, in_second, tokens,
             HALF, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W,
         )  # fmt: skip
     else:
-        if slot < tl.load(active):
+        if full:
             a, b = full_products(
                 x, w_q, c_q, cs_q, rows, first, in_first, in_second, tokens,
                 HALF, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W,

@@ -12,7 +12,7 @@ from shadowllm.plugins.ops.sparse_attention.kernel import decode_attention, prom
 from shadowllm.plugins.ops.sparse_attention.projection_kernel import project_heads
 from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.block_end import BlockEnd
-from shadowllm.plugins.triton.head_choice import order_heads, score_heads
+from shadowllm.plugins.triton.head_choice import score_heads
 from shadowllm.plugins.triton.hidden_values import Spans
 from shadowllm.plugins.triton.low_bit import token_block, word_constants
 from shadowllm.plugins.triton.output_projection import Rest, back_calls
@@ -53,7 +53,7 @@ def plan_sparse_attention(
     query, context = (workspace.take(tier.tokens * cap * head_dim, "T", itemsize) for _ in range(2))
     listed: dict[str, Operand] = {"indices": choice.indices, "count": choice.attended}
     constants = {"CAP": cap, "HEADS": n_heads, "HEAD_DIM": head_dim, "KV_HEADS": kv_heads, "CAPACITY": capacity}
-    project = _project(shapes, tier, {**listed, "query": query}, constants, itemsize, choice.active)
+    project = _project(shapes, tier, choice, {**choice.operands, "query": query}, constants, itemsize)
     read: dict[str, Operand] = {name: name for name in ("key", "value", "lengths")}
     sizes = constants | {
         "SCALE": head_dim**-0.5,
@@ -96,14 +96,17 @@ class Choice:
     """The heads that are attended.
 
     Attributes:
-        calls: the launches that choose them.
-        indices, attended: the heads, and their number.
+        calls: the launches that score them.
+        operands, constants: those of `project_heads` that list or order the heads.
+        indices, attended: the heads, and their number, after this launch.
         cap: length of the indices.
         active: number of heads at the start of the indices that have full rows; the others have rows of the low-bit
             copy. None without a copy.
     """
 
     calls: tuple[Call, ...]
+    operands: Mapping[str, Operand]
+    constants: Mapping[str, int]
     indices: Operand
     attended: Operand
     cap: int
@@ -111,46 +114,38 @@ class Choice:
 
 
 def _choose(workspace: Workspace, shapes: Mapping[str, Shape], tier: Tier, n_heads: int) -> Choice:
+    listed = shapes["indices"][0] if "indices" in shapes else n_heads
+    constants = {"LISTED": listed, "TOGETHER": 1}
+    operands: dict[str, Operand] = {
+        name: name for name in ("count", "indices", "rest", "c_q", "cs_q") if name in shapes
+    }
     if "c_q" not in shapes:
-        return Choice((), "indices", "count", shapes["indices"][0], None)
+        return Choice((), operands, constants, "indices", "count", listed, None)
     order = workspace.take(n_heads, "int32", 4)
     active, attended = (workspace.take(1, "int32", 4) for _ in range(2))
-    calls, together = [], 1
-    read: dict[str, Operand] = {"indices": "indices"}
-    if "indices" not in shapes:
-        groups, width = shapes["score_weight"]
-        together = n_heads // groups
-        scores = workspace.take(groups, "float32", 4)
-        read = {"scores": scores, "chosen": "chosen"}
-        names = ("x", "score_weight", "score_bias", "count")
-        score = Call(
-            score_heads,
-            (Size(groups), Size(), Size()),
-            {name: name for name in names} | {"scores": scores, "tokens": tier.size},
-            {"HEADS": n_heads, "WIDTH": width, "BLOCK_K": min(2048, max(128, triton.next_power_of_2(width)))},
-        )
-        calls.append(score)
-    cap = shapes["indices"][0] if "indices" in shapes else n_heads
-    written: dict[str, Operand] = {"order": order, "active": active, "attended": attended}
-    block = max(16, triton.next_power_of_2(n_heads))
-    calls.append(
-        Call(
-            order_heads,
-            (Size(), Size(), Size()),
-            read | {"count": "count", "rest": "rest"} | written,
-            {"CAP": cap, "HEADS": n_heads, "TOGETHER": together, "BLOCK": block},
-        )
+    operands |= {"order": order, "active": active, "attended": attended}
+    if "indices" in shapes:
+        return Choice((), operands, constants, order, attended, n_heads, active)
+    groups, width = shapes["score_weight"]
+    scores = workspace.take(groups, "float32", 4)
+    names = ("x", "score_weight", "score_bias", "count")
+    score = Call(
+        score_heads,
+        (Size(groups), Size(), Size()),
+        {name: name for name in names} | {"scores": scores, "tokens": tier.size},
+        {"HEADS": n_heads, "WIDTH": width, "BLOCK_K": min(2048, max(128, triton.next_power_of_2(width)))},
     )
-    return Choice(tuple(calls), order, attended, n_heads, active)
+    operands |= {"scores": scores, "chosen": "chosen"}
+    return Choice((score,), operands, constants | {"TOGETHER": n_heads // groups}, order, attended, n_heads, active)
 
 
 def _project(
     shapes: Mapping[str, Shape],
     tier: Tier,
+    choice: Choice,
     operands: Mapping[str, Operand],
     constants: Mapping[str, int],
     itemsize: int,
-    active: Operand | None,
 ) -> Call:
     width, head_dim = shapes["x"][-1], constants["HEAD_DIM"]
     half = (head_dim + 1) // 2
@@ -161,14 +156,14 @@ def _project(
     if "w_kv" in shapes:
         inputs += ["lengths", "key", "value"]
         heads += 2 * constants["KV_HEADS"]
-    copy: dict[str, Operand] = {} if active is None else {"c_q": "c_q", "cs_q": "cs_q", "active": active}
-    block = tier.block if active is None else token_block(tier, itemsize)
+    block = tier.block if choice.active is None else token_block(tier, itemsize)
     return Call(
         project_heads,
         (Size(heads * triton.cdiv(half, rows)), replace(tier.size, divisor=block), Size()),
-        {name: name for name in inputs} | copy | {**operands, "tokens": tier.size},
+        {name: name for name in inputs} | {**operands, "tokens": tier.size},
         {
             **constants,
+            **choice.constants,
             "WIDTH": width,
             **word_constants(shapes.get("c_q"), tier, rows),
             "BLOCK_M": block,

@@ -40,7 +40,7 @@ FREE = (
 BLOCKS = ["project_heads", "decode_attention", "project_back", "sum_and_norm"]
 BLOCKS += ["mlp_hidden", "project_back", "sum_and_norm"]
 # A layer that chooses from a low-bit copy, and adds the rest.
-CHOOSING = ["score_heads", "order_heads", *BLOCKS[:4], "score_neurons", "select_topk", *BLOCKS[4:]]
+CHOOSING = ["score_heads", *BLOCKS[:4], "score_neurons", "select_topk", *BLOCKS[4:]]
 
 
 class Recorded(TorchDispatchMode):
