@@ -7,7 +7,7 @@ schedules and the op as a function of tensors are in its folder of ``plugins/ops
     tiles                  parts of kernels that several ops share
     low_bit                the same for packed integers: copies and residuals
     block_end              the sum at the end of attention or MLP; with the hidden states and a norm, a whole block
-    output_projection      a kernel that several ops share
+    output_projection      a kernel that several ops share, for active rows and for those of a low-bit copy
     hidden_values          what it multiplies, merged from spans of the cache
     head_choice            chooses and orders the heads of attention
     schedule               describes launches, and runs them with PyTorch

@@ -1,6 +1,6 @@
 """Chooses the heads of ``SparseAttention`` inside the op, and orders them: the active ones, then the others.
 
-Heads are few. So every block that needs the order computes it, which takes less time than a launch of its own.
+Heads are few. So each block that projects a head computes the order itself, and no launch is needed for it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 A sparse layer whose units are chosen before it has seven launches: keys, values and queries; attention; the output
 projection; its sum with the hidden states, and the norm; the neurons; the down projection; its sum and the next norm.
+A layer that chooses from a low-bit copy has three more: scores of the heads and of the neurons, and the best neurons.
 
 Nothing in a step waits for the host or reads a value on the host, so a step can be captured as a CUDA graph.
 """

@@ -1,10 +1,9 @@
 """``SparseAttention``: attention of the active heads over the KV cache; `projection_kernel` makes their queries.
 
-A decode step splits the cache among blocks (flash decoding). A prompt is
-processed in tiles of queries (flash attention, Dao, arXiv 2307.08691), causal within the step.
-`plugins.triton.output_projection` merges the softmaxes of the splits, and multiplies the result by the heads' rows of
-``w_o``. With a low-bit copy,
-`plugins.triton.head_choice` lists the active heads first and the others after them.
+A decode step splits the cache among blocks (flash decoding). A prompt is processed in tiles of queries (flash
+attention, Dao, arXiv 2307.08691), causal within the step. `plugins.triton.output_projection` merges the softmaxes of
+the splits, and multiplies the result by the heads' rows of ``w_o``. With a low-bit copy, `plugins.triton.head_choice`
+lists the active heads first and the others after them.
 """
 
 from __future__ import annotations

@@ -19,45 +19,13 @@ def active_head(indices, count, slot, HEADS: tl.constexpr, CAP: tl.constexpr):
 
 @triton.jit
 def project_heads(
-    x,
-    indices,
-    count,
-    lengths,
-    w_q,
-    b_q,
-    w_kv,
-    b_kv,
-    c_kv,
-    cs_kv,
-    cos,
-    sin,
-    c_q,
-    cs_q,
-    scores,
-    rest,
-    chosen,
-    order,
-    active,
-    attended,
-    query,
-    key,
-    value,
-    tokens,
-    CAP: tl.constexpr,
-    HEADS: tl.constexpr,
-    LISTED: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
+    x, indices, count, lengths, w_q, b_q, w_kv, b_kv, c_kv, cs_kv, cos, sin,
+    c_q, cs_q, scores, rest, chosen, order, active, attended, query, key, value, tokens,
+    CAP: tl.constexpr, HEADS: tl.constexpr, LISTED: tl.constexpr, TOGETHER: tl.constexpr,
+    HEAD_DIM: tl.constexpr, KV_HEADS: tl.constexpr, CAPACITY: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
     """Write ``query (tokens, CAP, HEAD_DIM)`` of the heads at ``indices``, rotated if ``cos`` is given.
 
     A block computes some elements of the first half of a head and their partners in the second half,
@@ -77,16 +45,10 @@ def project_heads(
     first = tl.program_id(1) * BLOCK_M
     rows_m = first + tl.arange(0, BLOCK_M)
     if slot < CAP:
-        if c_q is None:
-            head, full = active_head(indices, count, slot, HEADS, CAP), True
-            wanted = head >= 0
-        else:
-            begins = (tl.program_id(0) % PARTS == 0) & (tl.program_id(1) == 0)
-            head = slot
-            slot, full, wanted = place_head(
-                head, scores, indices, count, rest, chosen, order, active, attended, begins,
-                LISTED, HEADS, TOGETHER,
-            )  # fmt: skip
+        begins = (tl.program_id(0) % PARTS == 0) & (first == 0)
+        head, slot, full, wanted = head_of_block(
+            slot, indices, count, scores, rest, chosen, order, active, attended, begins, CAP, HEADS, LISTED, TOGETHER
+        )
         if wanted:
             rows = head.to(tl.int64) * HEAD_DIM + place
             a, b = query_products(
@@ -102,6 +64,34 @@ def project_heads(
             x, w_kv, b_kv, c_kv, cs_kv, cos, sin, lengths, key, value, slot - CAP, place, first, in_first, in_second,
             tokens, HEAD_DIM, KV_HEADS, CAPACITY, HALF, WIDTH, BLOCKS, BLOCK_WORDS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_W,
         )  # fmt: skip
+
+
+@triton.jit
+def head_of_block(
+    number,
+    indices,
+    count,
+    scores,
+    rest,
+    chosen,
+    order,
+    active,
+    attended,
+    begins,
+    CAP: tl.constexpr,
+    HEADS: tl.constexpr,
+    LISTED: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """The head of a block with a number, its slot, whether its rows are full, and whether it is attended."""
+    if order is None:
+        head = active_head(indices, count, number, HEADS, CAP)
+        return head, number, head >= 0, head >= 0
+    else:
+        slot, full, wanted = place_head(
+            number, scores, indices, count, rest, chosen, order, active, attended, begins, LISTED, HEADS, TOGETHER
+        )
+        return number, slot, full, wanted
 
 
 @triton.jit

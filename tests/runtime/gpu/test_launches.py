@@ -93,8 +93,10 @@ def test_a_sparse_layer_of_the_triton_session_has_seven_launches(monkeypatch, sh
     assert launched[first + 7 * n_layers :] == ["mm.default"]
 
 
-def test_a_layer_that_chooses_from_a_copy_has_few_more(monkeypatch):
-    launched, n_layers = sparse_step(monkeypatch, "tiny-llama", "quantized-shadow", rest="shadow")
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("shape", ["tiny-opt", "tiny-llama"])
+def test_a_layer_that_chooses_from_a_copy_has_three_more(monkeypatch, shape, batch):
+    launched, n_layers = sparse_step(monkeypatch, shape, "quantized-shadow", rest="shadow", batch=batch)
     first, last = launched.index(CHOOSING[0]), len(launched) - 1 - launched[::-1].index(CHOOSING[-1])
     assert launched[first : last + 1] == CHOOSING * n_layers
 
