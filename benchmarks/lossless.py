@@ -38,7 +38,7 @@ from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.benchmarks.shapes import export_random
 from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.bundle.quantisation import NESTED
-from shadowllm.config import Drafting
+from shadowllm.draft_config import Drafting
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.draft_tuning import Measured, measure_drafts, with_fastest

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Never, TypedDict
 
 from shadowllm.bundle.quantisation import Quantisation, bundle_format
-from shadowllm.config import TunedDrafts
+from shadowllm.draft_config import TunedDrafts
 from shadowllm.errors import UserError
 from shadowllm.json_types import check_type
 from shadowllm.models.sparsity import Budget, Fractions, Rest, SparseLayers

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from shadowllm.errors import UserError
+from shadowllm.limits import check_switch
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime.generation.generate import generate
 from shadowllm.runtime.generation.sampling import Sampling
@@ -19,6 +20,7 @@ __all__ = [
     "Sampling",
     "Session",
     "SlotSession",
+    "check_slots",
     "generate",
     "open_session",
     "open_slots",
@@ -53,15 +55,13 @@ def open_session(
         UserError: an unknown backend, no bundle, engines that cannot run, or an option that the backend does not have.
     """
     if prefill != "dense" and backend in BACKENDS and backend != "ort":
-        raise UserError(
-            f"the backend {backend!r} does not prefill with sparse graphs", "leave out --prefill, or use ort"
-        )
+        raise UserError(f"the backend {backend!r} does not prefill with sparse graphs", "leave out prefill, or use ort")
     if prefill not in get_args(Prefill):
         raise UserError(f"unknown kind of prefill {prefill!r}", f"use {' or '.join(get_args(Prefill))}")
     if threads is not None and backend in BACKENDS and not backend.startswith(("ort", "torch")):
         raise UserError(f"threads do nothing for the backend {backend!r}, which runs on a GPU", "leave them out")
-    if prepack and backend in BACKENDS and not backend.startswith("ort"):
-        raise UserError(f"the backend {backend!r} does not pack weights", "leave --prepack out")
+    if check_switch("prepack", prepack) and backend in BACKENDS and not backend.startswith("ort"):
+        raise UserError(f"the backend {backend!r} does not pack weights", "leave prepack out")
     if backend in ("ort", "ort-dense"):
         from shadowllm.runtime.ort.loaded_bundle import Kind
         from shadowllm.runtime.ort.session import OrtSession
@@ -101,14 +101,23 @@ def open_slots(
     Raises:
         UserError: an unknown backend, no bundle, a damaged file in it, or an option that the backend does not have.
     """
-    if prepack and backend == "torch":
-        raise UserError("the backend 'torch' does not pack weights", "leave --prepack out")
+    check_slots(backend, prepack)
     if backend == "ort":
         from shadowllm.runtime.ort.slots import OrtSlots
 
         return OrtSlots(bundle, slots, threads, prepack=prepack)
-    if backend == "torch":
-        from shadowllm.runtime.torch_slots import TorchSlots
+    from shadowllm.runtime.torch_slots import TorchSlots
 
-        return TorchSlots(bundle, slots, threads)
-    raise UserError(f"no backend {backend!r} with slots", f"use one of {', '.join(SLOT_BACKENDS)}")
+    return TorchSlots(bundle, slots, threads)
+
+
+def check_slots(backend: str, prepack: bool) -> None:
+    """Refuse options that `open_slots` cannot follow, without opening a bundle.
+
+    Raises:
+        UserError: an unknown backend, or an option that it does not have.
+    """
+    if backend not in SLOT_BACKENDS:
+        raise UserError(f"no backend {backend!r} with slots", f"use one of {', '.join(SLOT_BACKENDS)}")
+    if check_switch("prepack", prepack) and backend != "ort":
+        raise UserError(f"the backend {backend!r} does not pack weights", "leave prepack out")

@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
+from shadowllm.limits import check_switch
 from shadowllm.models.sparsity import Budget
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def export(
     Args:
         model: folder with safetensors, .gguf file, or name on the Hugging Face hub.
         out: folder to make; it appears only when everything is done.
-        budget: the default budget of the bundle; chosen for ``target`` when None.
+        budget: the default budget of the bundle; None chooses it for ``target``, so only one of the two is given.
         target, selector, dtype, weight_dtype, head_unit, rest, engines, validate: as in `shadowllm.config.Export`.
         predictor: a predictor or its file, to use instead of training one.
         calibration, training: how to trace the model and train the predictor; defaults when None.
@@ -98,7 +99,7 @@ def export(
         predictor=given,
         calibration=calibration,
         train_config=training,
-        overwrite=overwrite,
+        overwrite=check_switch("overwrite", overwrite),
     )
 
 
@@ -189,7 +190,7 @@ def generate(
     session = model.session
     completion = Completion(model.request([prompt], max_new_tokens, **options))
     pieces = completion.grow(session)
-    if stream:
+    if check_switch("stream", stream):
         return _texts(pieces) if isinstance(prompt, str) else _ids(pieces, completion.tokens[0])
     for _ in pieces:
         pass

@@ -56,6 +56,8 @@ def script() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code: 0 success, 1 an error that the user can fix, 2 wrong usage."""
     _interrupt_on_signals()
+    if sys.stdout is None:
+        return _fail("standard output is closed; redirect it to a file, or to /dev/null")
     _print_anything()
     warnings.formatwarning = _format_warning
     arguments = list(sys.argv[1:] if argv is None else argv)

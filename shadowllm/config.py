@@ -1,6 +1,7 @@
-"""Configurations: how to trace, train, export, build and tune; those of an evaluation are in `eval_config`.
+"""Configurations: how to trace, train, export, build and tune.
 
-The command line makes its flags from these classes: names, defaults, limits and help. Nothing heavy is imported.
+The command line makes its flags from these classes: names, defaults, limits and help. Nothing heavy is imported. More
+are in `draft_config`, `eval_config` and `serve_config`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shadowllm.config_fields import check_numbers, option
+from shadowllm.config_fields import check_values, option
 from shadowllm.errors import UserError
 from shadowllm.limits import LARGEST_SEED, LONGEST_DRAFT
 from shadowllm.models.activations import NAMES
@@ -54,6 +55,7 @@ class Source:
     adapter: Path | None = option(None, metavar="DIR")
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.activation is not None and self.activation not in NAMES:
             raise UserError(f"activation {self.activation!r} is not supported", f"supported: {', '.join(NAMES)}")
         if self.activation_threshold is not None and self.activation != "fatrelu":
@@ -94,7 +96,7 @@ class Calibration:
     seed: int = option(0, least=0, most=LARGEST_SEED, called="the seed")
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_values(self)
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class TrainConfig:
             raise UserError(
                 "epochs, batch size, learning rate and rank must be positive", "correct the training options"
             )
-        check_numbers(self)
+        check_values(self)
         if self.powerinfer and (self.rank or self.epochs):
             raise UserError("networks of PowerInfer are not trained", "leave out rank and epochs")
 
@@ -166,7 +168,7 @@ class EngineOptions:
         flavour: which TensorRT, "tensorrt_rtx" or "tensorrt".
         sms: compute capabilities, as 89 for 8.9; all that the flavour supports if empty.
         capacity: number of positions in the KV cache.
-        max_seqlen: longest prompt of one call, in tokens.
+        max_seqlen: longest prompt of one call, in tokens; None is 512, or ``capacity`` if that is less.
         max_batch: largest number of sequences in a batch.
         max_draft: most tokens that a round of lossless decoding drafts; 0 builds engines without it.
         timing_cache: file with kernel timings, kept across builds (full TensorRT).
@@ -175,7 +177,7 @@ class EngineOptions:
         plugin_library: library of the C++ plugins (`make plugin`) to use instead of the Python ones.
 
     Raises:
-        UserError: a size is not positive.
+        UserError: a size is not positive, or the longest prompt does not fit into the cache.
     """
 
     flavour: Flavour
@@ -188,7 +190,9 @@ class EngineOptions:
         otherwise="all that the flavour supports",
     )
     capacity: int = option(1024, least=1)
-    max_seqlen: int = option(512, least=1)
+    max_seqlen: int | None = option(
+        None, metavar="N", least=1, help="longest prompt of one call, in tokens", otherwise="512, or the capacity"
+    )
     max_batch: int = option(1, least=1)
     max_draft: int = option(0, least=0, most=LONGEST_DRAFT)
     timing_cache: Path | None = option(None, flag="--timingCacheFile", metavar="FILE")
@@ -199,7 +203,17 @@ class EngineOptions:
     plugin_library: Path | None = option(None, metavar="FILE")
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_values(self)
+        if self.max_seqlen is not None and self.max_seqlen > self.capacity:
+            raise UserError(
+                f"prompts of {self.max_seqlen} tokens do not fit into a cache of {self.capacity}",
+                "raise the capacity or lower the longest prompt",
+            )
+
+    @property
+    def longest_prompt(self) -> int:
+        """`max_seqlen` with its default."""
+        return min(512, self.capacity) if self.max_seqlen is None else self.max_seqlen
 
 
 @dataclass(frozen=True)
@@ -238,54 +252,6 @@ class Target:
             raise UserError(f"the speedup {self.speedup} is no finite number above 1", "1.2 asks for 1.2 times as fast")
 
 
-@dataclass(frozen=True)
-class TunedDrafts:
-    """What `tune --lossless` found: the best length of drafts, and what it was chosen from.
-
-    Attributes:
-        length: tokens of a draft; 0 if no draft pays.
-        acceptance: probability that a drafted token is accepted, if those before it are.
-        draft: time of a draft step, relative to a dense step.
-        verify: time of a dense step over ``length + 1`` positions, relative to one over one position.
-    """
-
-    length: int
-    acceptance: float
-    draft: float
-    verify: float
-
-
-@dataclass(frozen=True)
-class Drafting:
-    """Lossless decoding: sparse steps draft tokens, and a dense step verifies them.
-
-    Attributes:
-        lossless: write the text of the dense model: sparse steps draft it, dense steps verify several tokens at once.
-        draft_length: tokens drafted at once; None adapts it to what pays, by acceptance and the times of the steps.
-        tuned: where an adapted length begins; None if drafts were not tuned.
-
-    Raises:
-        UserError: a length is outside its limits, or given without ``lossless``.
-    """
-
-    lossless: bool = option(False)
-    draft_length: int | None = option(
-        None,
-        metavar="N",
-        least=0,
-        most=LONGEST_DRAFT,
-        called="the draft length",
-        help="with --lossless: tokens drafted at once",
-        otherwise="adapted to what pays",
-    )
-    tuned: TunedDrafts | None = None
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        if self.draft_length is not None and not self.lossless:
-            raise UserError("a draft length is given, but decoding is not lossless", "add --lossless or lossless=True")
-
-
 DEFAULT_TARGET = Target(ppl_increase=0.05)
 
 
@@ -311,6 +277,9 @@ class Export:
         rest: what units that are not active contribute: their value in a low-bit copy of the matrices, which is stored
             beside floats and inside integers ("shadow"), or nothing ("drop"). None is "shadow", or "drop" with int4
             weights, which are as short, and with the selector relu, where they are zero.
+
+    Raises:
+        UserError: a budget and a target are given.
     """
 
     selector: Selector | None = option(
@@ -333,6 +302,11 @@ class Export:
     target: Target | None = None
     head_unit: HeadUnit = option("query_head")
     rest: Rest | None = None
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.budget is not None and self.target is not None:
+            raise UserError("a budget is given, and a target that chooses one", "leave out one of them")
 
     @property
     def kind(self) -> Selector:

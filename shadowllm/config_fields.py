@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from shadowllm.limits import LARGEST, check_whole
+from shadowllm.limits import LARGEST, check_switch, check_whole
 
 T = TypeVar("T")
 KEY = "option"  # of a field's metadata
@@ -41,19 +41,21 @@ def option(default: T, **keywords: Any) -> T:
     return field(default=default, metadata={KEY: Option(**keywords)})
 
 
-def check_numbers(config: Any) -> None:
-    """Refuse whole numbers outside their limits.
+def check_values(config: Any) -> None:
+    """Refuse whole numbers outside their limits, and switches that are neither True nor False.
 
     Args:
         config: a dataclass with fields that `option` made.
 
     Raises:
-        UserError: a number is outside its limits, or not a whole number.
+        UserError: a number is outside its limits, or not a whole number; or a switch has another value.
     """
     for one in fields(config):
         found: Option | None = one.metadata.get(KEY)
+        value = getattr(config, one.name)
+        if found is not None and isinstance(one.default, bool):
+            check_switch(one.name, value)
         if found is None or found.least is None:
             continue
-        value = getattr(config, one.name)
         for number in value if isinstance(value, Sequence) else () if value is None else (value,):
             check_whole(found.called or one.name, number, found.least, found.most)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from shadowllm.config_fields import check_numbers, option
+from shadowllm.config_fields import check_values, option
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Fractions, Rest
 from shadowllm.models.spec import HeadUnit
@@ -89,7 +89,7 @@ class Evaluation:
     aggregate: Aggregate = option("token")
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_values(self)
         if self.tokens < self.seqlen:
             raise UserError(
                 f"{self.tokens} tokens are less than one window of {self.seqlen}", "raise --tokens or lower --seqlen"
@@ -118,4 +118,4 @@ class Generation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_values(self)

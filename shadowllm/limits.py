@@ -1,4 +1,4 @@
-"""Limits of the numbers that users give."""
+"""Limits of the numbers and switches that users give."""
 
 from __future__ import annotations
 
@@ -23,6 +23,20 @@ def check_whole(name: str, value: int, least: int = 1, most: int = LARGEST) -> i
     """
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise UserError(f"{name} is {value}", f"give a whole number from {least} to {most}")
+    return value
+
+
+def check_switch(name: str, value: object) -> bool:
+    """Return a switch after checking that it is True or False.
+
+    Args:
+        name: name of the option or setting, for the message.
+
+    Raises:
+        UserError: it is another value, for example the text "no", which Python takes for true.
+    """
+    if not isinstance(value, bool):
+        raise UserError(f"{name} is {value!r:.60}", "give True or False")
     return value
 
 

@@ -206,7 +206,7 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
                 describe_onnx(onnx),
                 capacity=capacity,
                 max_batch=options.max_batch,
-                max_seqlen=min(options.max_seqlen, capacity),
+                max_seqlen=min(options.longest_prompt, capacity),
                 max_kept=options.max_draft + 1,
             )
             records[piece] = build_engine(

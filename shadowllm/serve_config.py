@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from shadowllm.config_fields import check_numbers, option
+from shadowllm.config_fields import check_values, option
 from shadowllm.errors import UserError
 
 
@@ -32,7 +32,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_values(self)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ServeConfig:
     grace: float = option(30.0, metavar="SECONDS")
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_values(self)
         if not self.host:
             raise UserError("the address to listen on is empty", "give one, or leave out --host")
         if self.model_name == "":

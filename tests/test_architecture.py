@@ -17,7 +17,7 @@ PACKAGE = "shadowllm"
 LAYERS = [
     {f"{PACKAGE}/{name}.py" for name in ("errors", "limits", "threads", "json_types", "progress", "malloc", "child")},
     {"models"},
-    {f"{PACKAGE}/{name}.py" for name in ("config_fields", "config", "eval_config", "serve_config")},
+    {f"{PACKAGE}/{name}.py" for name in ("config_fields", "config", "draft_config", "eval_config", "serve_config")},
     {"bundle"},
     {"plugins"},
     {"predictor"},

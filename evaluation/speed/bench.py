@@ -14,7 +14,7 @@ from shadowllm.bundle.cost_model import Itemsizes, Traffic, fired_shares, mean_t
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest, read_manifest
 from shadowllm.bundle.sparse_pays import mixes, sparse_pays
 from shadowllm.child import module_command
-from shadowllm.config import Drafting
+from shadowllm.draft_config import Drafting
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth

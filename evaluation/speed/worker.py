@@ -26,7 +26,7 @@ from shadowllm.child import serve as serve_requests
 from shadowllm.threads import share_threads
 
 if TYPE_CHECKING:
-    from shadowllm.config import Drafting
+    from shadowllm.draft_config import Drafting
     from shadowllm.runtime.session import Memory, Session
 
 Answer = dict[str, Any]
@@ -190,7 +190,7 @@ def _negative_log_likelihood(logits: np.ndarray, token: int) -> float:
 
 def main() -> int:
     """Serve a bundle's session. The arguments are those of `open_session`, the budget, and those of `Drafting`."""
-    from shadowllm.config import Drafting, TunedDrafts
+    from shadowllm.draft_config import Drafting, TunedDrafts
     from shadowllm.models.sparsity import Budget, parse_fractions
 
     parser = argparse.ArgumentParser(prog="python -m shadowllm.evaluation.speed.worker", description=__doc__)

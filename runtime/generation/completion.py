@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from shadowllm.bundle.manifest import Manifest
-from shadowllm.config import Drafting
+from shadowllm.draft_config import Drafting
 from shadowllm.errors import UserError
-from shadowllm.limits import check_whole
+from shadowllm.limits import check_switch, check_whole
 from shadowllm.runtime.generation.draft_length import DraftRecord, draft_length_of
 from shadowllm.runtime.generation.generate import generate
 from shadowllm.runtime.generation.sampling import Sampling, bundle_sampling
@@ -90,12 +90,13 @@ def make_request(
         UserError: a value out of range, a prompt that cannot be used, an unknown chat template, or no tokenizer.
     """
     check_whole("the number of new tokens", max_new_tokens)
-    chat, template = bool(options.pop("chat", False)), options.pop("chat_template", None)
+    chat, template = _switch(options.pop("chat", None), "chat"), options.pop("chat_template", None)
     stop = options.pop("stop", None)
     stop = (stop,) if isinstance(stop, str) else stop
     if stop is not None and not (isinstance(stop, Sequence) and all(isinstance(text, str) for text in stop)):
         raise UserError(f"stop is {stop!r:.60}, which is no text", "give a string, or a list of strings")
-    drafting = Drafting(bool(options.pop("lossless", False)), options.pop("draft_length", None), manifest.tuned_drafts)
+    lossless = _switch(options.pop("lossless", None), "lossless")
+    drafting = Drafting(lossless, options.pop("draft_length", None), manifest.tuned_drafts)
     sampling, stops = bundle_sampling(bundle, manifest, stop, config, **options)
     tokenizer = load() if stops or any(isinstance(prompt, str) for prompt in prompts) else None
 
@@ -110,6 +111,10 @@ def make_request(
     if tokenizer is not None:
         stop_ids = (*stop_ids, *stopping_tokens(tokenizer, stops))
     return Request(ids, max_new_tokens, sampling, stop_ids, stops, tokenizer, drafting)
+
+
+def _switch(value: bool | None, name: str) -> bool:
+    return False if value is None else check_switch(name, value)
 
 
 class Completion:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import linear_regression, mean, median
 from typing import Any
 
-from shadowllm.config import Drafting, TunedDrafts
+from shadowllm.draft_config import Drafting, TunedDrafts
 
 MOST = 8  # tokens of an adapted draft
 # Drafts stay accepted with this share until rounds are seen; it counts as much as this number of drafted tokens. A

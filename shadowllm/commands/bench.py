@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from shadowllm.bundle.manifest import read_manifest
-    from shadowllm.config import Drafting
+    from shadowllm.draft_config import Drafting
     from shadowllm.evaluation.speed.bench import bench
 
     manifest, drafting = read_manifest(args.bundle), build(args, Drafting)

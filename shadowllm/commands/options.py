@@ -12,7 +12,6 @@ from shadowllm.commands.flags import Group, add_flags, build, values, whole
 from shadowllm.config import (
     DEFAULT_BUDGET,
     Calibration,
-    Drafting,
     EngineOptions,
     Export,
     Flavour,
@@ -20,6 +19,7 @@ from shadowllm.config import (
     Target,
     TrainConfig,
 )
+from shadowllm.draft_config import Drafting
 from shadowllm.errors import UserError
 from shadowllm.limits import LARGEST, check_threads
 from shadowllm.models.sparsity import Budget, Rest, parse_fractions

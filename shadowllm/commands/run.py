@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     from functools import partial
 
     from shadowllm.bundle.manifest import read_manifest
-    from shadowllm.config import Drafting
+    from shadowllm.draft_config import Drafting
     from shadowllm.runtime import Sampling
     from shadowllm.runtime.generation.completion import make_request
     from shadowllm.runtime.generation.text import load_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from shadowllm.bundle.manifest import Manifest
-from shadowllm.config import Drafting
+from shadowllm.draft_config import Drafting
 from shadowllm.evaluation.speed.bench import SPARSE, traffic_of
 from shadowllm.models.sparsity import Budget, check_neuron_budget
 from shadowllm.runtime.generation.completion import Request, make_request

@@ -10,6 +10,7 @@ from pathlib import Path
 from shadowllm.bundle.manifest import read_manifest, verify_files
 from shadowllm.errors import UserError
 from shadowllm.exporter.staging import staged
+from shadowllm.runtime import check_slots
 from shadowllm.serve_config import EngineConfig
 
 # The inputs and outputs have the names of Triton's vLLM backend. Decoupled: a request may have several responses.
@@ -57,8 +58,9 @@ def write_repository(
 
     Raises:
         UserError: there is no bundle, it has no tokenizer, a file of it is missing or damaged, a name that a folder or
-            Triton cannot have, or ``out`` exists.
+            Triton cannot have, ``out`` exists, or as `check_slots`.
     """
+    check_slots(backend, prepack)
     manifest = read_manifest(bundle)
     if "tokenizer.json" not in manifest.files:
         raise UserError(f"{bundle} has no tokenizer", "export from a checkpoint that has tokenizer.json")

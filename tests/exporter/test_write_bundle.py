@@ -20,7 +20,7 @@ from shadowllm.bundle.predictor_file import FINAL_SQUARES
 from shadowllm.bundle.quantised_tensors import mean_square_errors
 from shadowllm.bundle.weight_names import copy_weighting
 from shadowllm.bundle.weights import map_copies, read_weights
-from shadowllm.config import TunedDrafts
+from shadowllm.draft_config import TunedDrafts
 from shadowllm.errors import UserError
 from shadowllm.exporter.write_bundle import check_dtypes, write_bundle
 from shadowllm.models.registry import load_model

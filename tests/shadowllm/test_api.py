@@ -122,6 +122,11 @@ class TestExport:
             shadowllm.export(checkpoint("llama-gqa"), bundle())
         with pytest.raises(shadowllm.UserError):
             shadowllm.export(tmp_path / "absent", tmp_path / "out")
+        with pytest.raises(shadowllm.UserError, match="a target that chooses one; leave out one of them"):
+            shadowllm.export("model", tmp_path / "out", budget=shadowllm.Budget(), target=Target(speedup=2))
+        for name in ("overwrite", "validate", "trust_remote_code"):
+            with pytest.raises(shadowllm.UserError, match=f"{name} is 'no'"):
+                shadowllm.export("model", tmp_path / "out", **{name: "no"})
         with pytest.raises(shadowllm.UserError, match="cannot be trained"):
             shadowllm.export(checkpoint("llama-gqa"), tmp_path / "out", selector="magic", calibration=QUICK)
 
@@ -158,6 +163,9 @@ class TestGenerate:
             ([5], {"beams": 2}, "beams"),
             ([5], {"stop": 5}, "stop is 5"),
             ([5], {"stop": ["a", 5]}, "no text"),
+            ([5], {"lossless": "yes"}, "lossless is 'yes'; give True or False"),
+            ([5], {"chat": 0}, "chat is 0"),
+            ([5], {"stream": "no"}, "stream is 'no'"),
             (["a"], {}, "not integers"),
             ([[5, 6]], {}, "not integers"),
         ],
@@ -207,6 +215,8 @@ class TestGenerate:
             shadowllm.load(tmp_path)
         with pytest.raises(shadowllm.UserError, match="no backend"):
             shadowllm.load(bundle(), "abacus")
+        with pytest.raises(shadowllm.UserError, match="prepack is 'yes'"):
+            shadowllm.load(bundle(), prepack="yes")
         with pytest.raises(shadowllm.UserError, match="sparse layers"):
             shadowllm.load(bundle(), budget=shadowllm.Budget(neurons=(0.5,) * 7))
         for prompt, options in (

@@ -149,6 +149,15 @@ def test_the_package_runs_as_the_command():
     assert (done.returncode, done.stdout) == (0, f"shadowllm {shadowllm.__version__}\n")
 
 
+@pytest.mark.parametrize("arguments", ["families", "inspect nothing", "train --help"])
+def test_a_closed_output(arguments):
+    command = f"exec {sys.executable} -m shadowllm {arguments} >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("shadowllm: error: standard output is closed; ")
+    assert done.stderr.count("\n") == 1
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         "command",
@@ -184,6 +193,11 @@ class TestMistakes:
     @pytest.mark.parametrize("flag", ["--neuron-budget", "--head-budget"])
     def test_budget(self, model, tmp_path, capsys, flag, budget):
         assert f"the budget '{budget}'" in fails(capsys, "export", model, tmp_path / "out", f"{flag}={budget}")
+
+    @pytest.mark.parametrize("target", [["--target-ppl-increase", "2%"], ["--target-speedup", "2"]])
+    @pytest.mark.parametrize("budget", [["--neuron-budget", "0.9"], ["--exact"], ["--shortlist", "all"]], ids=str)
+    def test_a_budget_beside_a_target(self, model, tmp_path, capsys, budget, target):
+        assert "leave out one of them" in fails(capsys, "export", model, tmp_path / "out", *budget, *target)
 
     def test_a_model_of_one_layer(self, tmp_path, capsys):
         build_transformers_model("llama", {"num_hidden_layers": 1}).save_pretrained(tmp_path / "model")

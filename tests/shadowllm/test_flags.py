@@ -10,15 +10,15 @@ from typing import Literal
 
 import pytest
 
-from shadowllm import config, eval_config
+from shadowllm import config, draft_config, eval_config
 from shadowllm.commands.flags import add_flags, attributes, build, values
-from shadowllm.config_fields import KEY, check_numbers, option
+from shadowllm.config_fields import KEY, check_values, option
 from shadowllm.errors import UserError
 from shadowllm.predictor.losses import LOSSES
 
 CONFIGS = [
     found
-    for module in (config, eval_config)
+    for module in (config, draft_config, eval_config)
     for found in vars(module).values()
     if isinstance(found, type) and is_dataclass(found) and found.__module__ == module.__name__
 ]
@@ -89,9 +89,9 @@ def test_limits(given):
     with pytest.raises(UserError, match=f"{given[0]} is "):
         parsed(*given)
     with pytest.raises(UserError, match="count is 10"):
-        check_numbers(Sample("x", count=10))
+        check_values(Sample("x", count=10))
     with pytest.raises(UserError, match="sizes is 0"):
-        check_numbers(Sample("x", sizes=(3, 0)))
+        check_values(Sample("x", sizes=(3, 0)))
 
 
 @pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)

@@ -90,6 +90,13 @@ def test_engines_in_python(name):
         EngineOptions("tensorrt_rtx", **{name: 0})
 
 
+def test_the_longest_prompt_fits_into_the_cache(capsys):
+    assert main([*COMMANDS["build"], "--max-seqlen", "100", "--capacity", "20"]) == 1
+    assert "prompts of 100 tokens do not fit into a cache of 20; raise the capacity" in capsys.readouterr().err
+    options = [EngineOptions("tensorrt_rtx", capacity=capacity) for capacity in (20, 1024)]
+    assert [one.longest_prompt for one in options] == [20, 512]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

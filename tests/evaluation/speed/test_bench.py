@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from shadowllm.benchmarks.peers import Setting, _check_tokens, compare
-from shadowllm.config import Drafting
+from shadowllm.draft_config import Drafting
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.bench import bench
 from shadowllm.evaluation.speed.figure import draw

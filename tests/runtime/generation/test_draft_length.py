@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shadowllm.config import Drafting, TunedDrafts
+from shadowllm.draft_config import Drafting, TunedDrafts
 from shadowllm.errors import UserError
 from shadowllm.runtime.generation.draft_length import (
     MOST,

@@ -65,6 +65,7 @@ def test_what_is_written(folder, tmp_path, capsys):
         (["--model-name", ""], "cannot be the name of a model"),
         (["--model-name", ".."], "cannot be the name of a model"),
         (["--slots", "0"], "--slots is 0"),
+        (["--backend", "torch", "--prepack"], "the backend 'torch' does not pack weights; leave prepack out"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(folder, tmp_path, capsys, options, words):
