@@ -101,7 +101,7 @@ def read_sidecar(engine_path: Path) -> EngineRecord:
             raise UserError(f"there is no file {file}", REMEDY)
     try:
         return _record(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not readable ({error})", REMEDY) from error
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Never, TypedDict
 
 from shadowllm.bundle.quantisation import Quantisation, bundle_format
 from shadowllm.draft_config import TunedDrafts
-from shadowllm.errors import UserError
+from shadowllm.errors import UserError, in_one_line
 from shadowllm.json_types import check_type
 from shadowllm.models.sparsity import Budget, Fractions, Rest, SparseLayers
 from shadowllm.models.spec import ModelSpec
@@ -259,8 +259,8 @@ def read_manifest(folder: Path) -> Manifest:
         data = json.loads(path.read_text())
         version, checksum = data.pop("schema_version"), data.pop("checksum", None)  # earlier versions wrote none
         manifest = _manifest(data) if version in (SCHEMA_VERSION, OLDER_VERSION) else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error})", remedy) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({in_one_line(error)})", remedy) from error
     except UserError as error:
         raise UserError(f"{path} is damaged ({error.problem})", remedy) from error
     if manifest is None:

@@ -228,7 +228,7 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
         with safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("shadowllm", "{}"))
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or no safetensors file", "make it again") from error
     if not isinstance(description, dict) or description.pop("format", None) != kind:
         raise UserError(f"{path} is not a {kind} file", "give the file that shadowllm wrote")

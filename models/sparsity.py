@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from shadowllm.errors import UserError
-from shadowllm.limits import LARGEST
+from shadowllm.limits import LARGEST, check_switch
 from shadowllm.models.spec import ModelSpec
 
 Unit = Literal["heads", "neurons"]
@@ -95,7 +95,8 @@ class Budget:
             matrices, else "drop".
 
     Raises:
-        UserError: a fraction is outside (0, 1], the shortlist is empty or above `LARGEST`, or ``rest`` is unknown.
+        UserError: a fraction is outside (0, 1], the shortlist is empty or above `LARGEST`, ``rest`` is unknown, or
+            ``certify`` is neither True nor False.
     """
 
     heads: Fractions = 1.0
@@ -111,6 +112,7 @@ class Budget:
             raise UserError(f"a shortlist of {self.shortlist} rows is empty", "give 1 or more; 1024 is usual")
         if self.shortlist is not None and self.shortlist > LARGEST:
             raise UserError(f"a shortlist of {self.shortlist} rows is too large", f"give at most {LARGEST}")
+        check_switch("certify", self.certify)
         if self.rest not in (None, *get_args(Rest)):
             raise UserError(f"unknown rest {self.rest!r}", f"use {' or '.join(get_args(Rest))}")
         for unit in UNITS:
@@ -214,3 +216,14 @@ def check_neuron_budget(kind: str, budget: Budget) -> None:
         raise UserError(
             "a neuron budget below 1, but the selector relu computes every neuron that fires", "leave it out"
         )
+
+
+def check_budget(budget: Budget) -> Budget:
+    """Return a budget after checking its type.
+
+    Raises:
+        UserError: it is something else, for example a number.
+    """
+    if not isinstance(budget, Budget):
+        raise UserError(f"the budget is {budget!r:.60}", "give a Budget, for example Budget(neurons=0.5)")
+    return budget

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from shadowllm.errors import UserError
+from shadowllm.limits import MOST_LAYERS
 from shadowllm.models.activations import Activation
 from shadowllm.models.rope import RopeSpec
 
@@ -92,6 +93,7 @@ class ModelSpec:
             f"{self.n_heads} query heads do not divide over {self.n_kv_heads} KV heads",
         )
         _require(self.max_seqlen <= MOST_POSITIONS, f"{self.max_seqlen} positions, more than {MOST_POSITIONS}")
+        _require(self.n_layers <= MOST_LAYERS, f"{self.n_layers} layers, more than {MOST_LAYERS}")
         eps = self.norm_eps
         _require(_is_number(eps) and eps >= 0, f"norm_eps must be a number of at least 0, got {eps!r}")
         _require(self.norm in get_args(Norm), f"norm {self.norm!r}")

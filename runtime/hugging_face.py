@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -16,6 +15,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shadowllm.errors import UserError
+from shadowllm.limits import check_path
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime.generation.chooser import one_thread
 from shadowllm.runtime.generation.sampling import generation_config
@@ -92,7 +92,8 @@ class ShadowForCausalLM(GenerationMixin):
         Raises:
             UserError: as `shadowllm.load`.
         """
-        return cls(Model(Path(bundle), backend, threads=threads, budget=budget, prefill=prefill, prepack=prepack))
+        folder = check_path("the bundle", bundle)
+        return cls(Model(folder, backend, threads=threads, budget=budget, prefill=prefill, prepack=prepack))
 
     def __enter__(self) -> Self:
         return self
@@ -152,6 +153,9 @@ class ShadowForCausalLM(GenerationMixin):
         """
         if self._generates:
             raise UserError("the model generates another text", "wait for its end, or open the bundle a second time")
+        for tokens in (*inputs[:1], options.get("inputs"), options.get("input_ids")):
+            if tokens is not None:
+                _check_shape(tokens)
         before = self.budget
         if budget is not None:
             self.budget = budget
@@ -291,6 +295,14 @@ class ShadowForCausalLM(GenerationMixin):
         return False  # the session holds the cache
 
 
+def _check_shape(tokens: object) -> None:
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2:
+        kind = (
+            f"have the shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else f"are a {type(tokens).__name__}"
+        )
+        raise UserError(f"the tokens {kind}", "give a tensor of shape (batch, seqlen)")
+
+
 def _kept(input_ids: Tensor, attention_mask: Tensor | None, *, last: bool) -> Tensor:
     """Which tokens of prompts are not hidden, bool ``(batch, seqlen)``.
 
@@ -298,8 +310,10 @@ def _kept(input_ids: Tensor, attention_mask: Tensor | None, *, last: bool) -> Te
         last: whether the last token of each prompt must be one of them.
 
     Raises:
-        UserError: the mask has another shape, or hides a prompt or its last token; or the prompts are empty.
+        UserError: the mask has another shape, or hides a prompt or its last token; or the prompts are empty, or not of
+            two dimensions.
     """
+    _check_shape(input_ids)
     kept = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
     if kept.shape[-1:] != input_ids.shape[-1:] or kept.shape[:-1] not in ((1,), input_ids.shape[:-1]):
         raise UserError(

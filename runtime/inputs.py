@@ -8,6 +8,7 @@ import numpy as np
 
 from shadowllm.bundle.selection_names import CERTIFY, REST, SHORTLIST
 from shadowllm.errors import UserError
+from shadowllm.limits import MOST_SEQUENCES, check_whole
 from shadowllm.models.sparsity import Budget, Rest
 from shadowllm.models.spec import ModelSpec
 
@@ -32,16 +33,37 @@ def pad_prompts(
     """
     if len(prompts) != batch:
         raise UserError(f"{len(prompts)} prompts for {batch} sequences", "reset the session with the number of prompts")
-    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     for prompt in prompts:
-        tokens = np.asarray(prompt)
-        if tokens.size and (tokens.ndim != 1 or tokens.dtype.kind not in "iu"):
-            raise UserError("the tokens of a prompt are not integers", "give a list of token ids for each prompt")
-        check_appended(prompt, 0, spec)
+        check_appended(check_prompt(prompt), 0, spec)
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     ids = np.zeros((batch, width(int(lengths.max()))), dtype=np.int64)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
     return ids, np.tile(np.arange(ids.shape[1], dtype=np.int64), (batch, 1)), lengths
+
+
+def check_prompt(prompt: Sequence[int]) -> Sequence[int]:
+    """Return the tokens of a prompt after checking that they are integers.
+
+    Raises:
+        UserError: they are something else. Whether they can be appended is checked by `check_appended`.
+    """
+    try:
+        tokens = np.asarray(prompt)
+    except (TypeError, ValueError):  # lists of different lengths, a tensor on a GPU
+        tokens = np.asarray(None)
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise UserError("the tokens of a prompt are not integers", "give a list of token ids for each prompt")
+    return prompt
+
+
+def check_batch(batch: int) -> int:
+    """Return the number of sequences of a batch after checking it.
+
+    Raises:
+        UserError: it is no number of sequences that a session can hold.
+    """
+    return check_whole("the number of sequences", batch, 1, MOST_SEQUENCES)
 
 
 def check_appended(tokens: Sequence[int], length: int, spec: ModelSpec) -> int:
@@ -73,9 +95,9 @@ def check_tokens(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec, steps
             the vocabulary.
     """
     # Plain integers, because CPU caches are cold between two steps and each NumPy call costs microseconds.
-    if tokens.shape != lengths.shape or tokens.dtype.kind not in "iu":
+    if not isinstance(tokens, np.ndarray) or tokens.shape != lengths.shape or tokens.dtype.kind not in "iu":
         raise UserError(
-            f"decode takes integers of shape {lengths.shape}, got {tokens.dtype} {tokens.shape}",
+            f"decode takes a NumPy array of integers of shape {lengths.shape}, got {_kind(tokens)}",
             "give one token id per sequence",
         )
     used = lengths.tolist()
@@ -99,10 +121,17 @@ def check_verified(tokens: np.ndarray, lengths: np.ndarray, spec: ModelSpec) -> 
     Raises:
         UserError: as `check_tokens`.
     """
-    if tokens.ndim != 2 or not tokens.shape[1]:
+    batch = len(lengths)
+    if (
+        not isinstance(tokens, np.ndarray)
+        or tokens.ndim != 2
+        or len(tokens) != batch
+        or not tokens.shape[1]
+        or tokens.dtype.kind not in "iu"
+    ):
         raise UserError(
-            f"verify takes integers of shape (batch, seqlen), got {tokens.shape}",
-            "give at least one token per sequence",
+            f"verify takes a NumPy array of integers of shape ({batch}, seqlen), got {_kind(tokens)}",
+            "give at least one token id per sequence",
         )
     longest = check_tokens(tokens[:, 0], lengths, spec, tokens.shape[1])
     _check_vocabulary(tokens.ravel().tolist(), spec)
@@ -113,8 +142,10 @@ def check_rewind(lengths: np.ndarray, used: np.ndarray) -> np.ndarray:
     """Return the lengths to which sequences of ``used`` tokens are set back, as int64 ``(batch,)``.
 
     Raises:
-        UserError: a length is below 1, or above the number of tokens of its sequence.
+        UserError: a length is below 1, or above the number of tokens of its sequence; or they are no such array.
     """
+    if not isinstance(lengths, np.ndarray):
+        raise UserError(f"rewind takes a NumPy array, got {_kind(lengths)}", "give one length per sequence")
     if lengths.shape != used.shape or lengths.dtype.kind not in "iu" or (lengths < 1).any() or (lengths > used).any():
         raise UserError(
             f"sequences of {used.tolist()} tokens cannot be set back to {lengths.tolist()}",
@@ -134,6 +165,10 @@ def budget_scalars(spec: ModelSpec, budget: Budget, rest: Rest) -> dict[str, int
     """
     computed = budget.rest_with(rest == "shadow") == "shadow"
     return {REST: int(computed), SHORTLIST: budget.shortlist or spec.vocab_size, CERTIFY: int(budget.certify)}
+
+
+def _kind(given: object) -> str:
+    return f"{given.dtype} {given.shape}" if isinstance(given, np.ndarray) else type(given).__name__
 
 
 def _check_vocabulary(tokens: Sequence[int], spec: ModelSpec) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self, Unpack
 
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.errors import UserError
-from shadowllm.models.sparsity import Budget
+from shadowllm.models.sparsity import Budget, check_budget
 from shadowllm.runtime import open_session
 from shadowllm.runtime.generation.completion import GenerateOptions, Request, make_request
 from shadowllm.runtime.generation.text import load_tokenizer
@@ -82,9 +82,9 @@ class Model:
         """Set the fractions to keep, from the next step on.
 
         Raises:
-            UserError: a budget for another number of layers.
+            UserError: it is no `Budget`, or one for another number of layers.
         """
-        self._session.set_budget(budget)
+        self._session.set_budget(check_budget(budget))
         self.budget = budget
 
     def request(

@@ -84,7 +84,11 @@ class Session(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
     def reset(self, batch: int = 1) -> None:
-        """Drop all sequences and allocate memory for ``batch`` new ones."""
+        """Drop all sequences and allocate memory for ``batch`` new ones.
+
+        Raises:
+            UserError: a session cannot hold this number of sequences.
+        """
         ...
 
     def set_budget(self, budget: Budget) -> None:

@@ -26,7 +26,7 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.networks import scores
 from shadowllm.predictor.per_layer import per_layer_scores
 from shadowllm.predictor.topk import active_mask
-from shadowllm.runtime.inputs import check_rewind, check_tokens, check_verified, pad_prompts
+from shadowllm.runtime.inputs import check_batch, check_rewind, check_tokens, check_verified, pad_prompts
 from shadowllm.runtime.session import Decodes
 
 # Selections as bool ``(n_sparse, R, n_units)``: R is 1 if the sequences share one, and otherwise the batch.
@@ -140,7 +140,7 @@ class TorchSession:
 
     def reset(self, batch: int = 1) -> None:
         """See `Session.reset`."""
-        self._lengths = np.zeros(batch, dtype=np.int64)
+        self._lengths = np.zeros(check_batch(batch), dtype=np.int64)
         self.cache = KVCache.empty(self.spec, batch, 0)
 
     def set_budget(self, budget: Budget) -> None:

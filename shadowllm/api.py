@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
-from shadowllm.limits import check_switch
+from shadowllm.limits import check_path, check_switch
 from shadowllm.models.sparsity import Budget
 
 if TYPE_CHECKING:
@@ -84,19 +83,20 @@ def export(
         head_unit=head_unit,
         rest=rest,
     )
-    given = predictor if isinstance(predictor, Predictor) or predictor is None else Predictor.load(Path(predictor))
+    if predictor is not None and not isinstance(predictor, Predictor):
+        predictor = Predictor.load(check_path("the predictor", predictor))
     return export_model(
         Source(
             str(model),
-            None if cache_dir is None else Path(cache_dir),
+            None if cache_dir is None else check_path("the cache", cache_dir),
             trust_remote_code,
             activation,
             activation_threshold,
-            None if adapter is None else Path(adapter),
+            None if adapter is None else check_path("the adapter", adapter),
         ),
-        Path(out),
+        check_path("the output", out),
         plan,
-        predictor=given,
+        predictor=predictor,
         calibration=calibration,
         train_config=training,
         overwrite=check_switch("overwrite", overwrite),
@@ -129,7 +129,8 @@ def load(
     """
     from shadowllm.runtime.model import Model
 
-    return Model(Path(bundle), backend, threads=threads, budget=budget, prefill=prefill, prepack=prepack)
+    folder = check_path("the bundle", bundle)
+    return Model(folder, backend, threads=threads, budget=budget, prefill=prefill, prepack=prepack)
 
 
 @overload
@@ -241,7 +242,7 @@ def evaluate(
         head_unit=head_unit,
         aggregate=aggregate,
     )
-    return evaluate_text(Path(bundle), options).results
+    return evaluate_text(check_path("the bundle", bundle), options).results
 
 
 def _texts(pieces: Iterator[list[str]]) -> Iterator[str]:

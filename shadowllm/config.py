@@ -16,7 +16,7 @@ from shadowllm.config_fields import check_values, option
 from shadowllm.errors import UserError
 from shadowllm.limits import LARGEST_SEED, LONGEST_DRAFT
 from shadowllm.models.activations import NAMES
-from shadowllm.models.sparsity import Budget, Rest
+from shadowllm.models.sparsity import Budget, Rest, check_budget
 from shadowllm.models.spec import HeadUnit
 
 Flavour = Literal["tensorrt_rtx", "tensorrt"]
@@ -279,7 +279,7 @@ class Export:
             weights, which are as short, and with the selector relu, where they are zero.
 
     Raises:
-        UserError: a budget and a target are given.
+        UserError: the budget is no `Budget`, or a target is given too.
     """
 
     selector: Selector | None = option(
@@ -305,6 +305,8 @@ class Export:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.budget is not None:
+            check_budget(self.budget)
         if self.budget is not None and self.target is not None:
             raise UserError("a budget is given, and a target that chooses one", "leave out one of them")
 

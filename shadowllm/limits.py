@@ -1,13 +1,17 @@
-"""Limits of the numbers and switches that users give."""
+"""Checks of the numbers, switches and paths that users give."""
 
 from __future__ import annotations
 
 import os
+from os import PathLike
+from pathlib import Path
 
 from shadowllm.errors import UserError
 
 LARGEST = 2**31 - 1  # limit of counts of tokens, layers and so on
 LARGEST_SEED = 2**63 - 1  # PyTorch and NumPy both accept it
+MOST_LAYERS = 1 << 16  # far more than any model has, and few enough to list them
+MOST_SEQUENCES = 1 << 16  # of a batch: more would only exhaust the memory
 LONGEST_DRAFT = 64  # drafted tokens of a round; more than a few never pay
 THREADS_PER_CORE = 8
 
@@ -38,6 +42,18 @@ def check_switch(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{name} is {value!r:.60}", "give True or False")
     return value
+
+
+def check_path(name: str, value: str | PathLike[str]) -> Path:
+    """Return the path that a text or path names.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        return Path(value)
+    except TypeError:
+        raise UserError(f"{name} is {value!r:.60}, which is no path", "give its name as text") from None
 
 
 def check_seed(value: int, name: str = "the seed") -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.errors import UserError, foreign_reader, in_one_line
+from shadowllm.limits import MOST_LAYERS
 from shadowllm.models.files.lfs import refuse_pointers
 
 CONFIG = "config.json"
@@ -66,6 +67,9 @@ def _check_values(data: Mapping[str, Any], path: Path) -> None:
         size = data.get(name)
         if size is not None and (type(size) is not int or size < 1):
             raise UserError(f"{path} says {name} is {size!r}", "it must be a whole number above 0")
+    layers = data.get("num_hidden_layers") or 0
+    if layers > MOST_LAYERS:  # transformers would list them
+        raise UserError(f"{path} says num_hidden_layers is {layers}", f"it must be at most {MOST_LAYERS}")
     tied = data.get("tie_word_embeddings", False)
     if type(tied) is not bool:
         raise UserError(f"{path} says tie_word_embeddings is {tied!r}", "it must be true or false")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shadowllm.errors import UserError, foreign_reader
+from shadowllm.limits import MOST_LAYERS
 from shadowllm.models.files.gguf_architectures import FUSED, Architecture
 from shadowllm.models.files.gguf_keys import USE_SAFETENSORS, Keys, says
 from shadowllm.models.files.gguf_rope import Tables
@@ -42,7 +43,7 @@ def gguf_config(architecture: Architecture, metadata: Mapping[str, Any], shapes:
         "vocab_size": _rows(shapes, "token_embd.weight"),
         "hidden_size": keys.size("embedding_length"),
         "intermediate_size": keys.size("feed_forward_length"),
-        "num_hidden_layers": keys.size("block_count"),
+        "num_hidden_layers": keys.size("block_count", most=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,

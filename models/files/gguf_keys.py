@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from shadowllm.errors import UserError
+from shadowllm.limits import LARGEST
 
 USE_SAFETENSORS = "use the safetensors checkpoint of this model"
 # READ are used for every architecture; HARMLESS do not change the computation.
@@ -59,14 +60,14 @@ class Keys:
     def get(self, key: str) -> Any:
         return self._values.get(key)
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, most: int = LARGEST) -> int:
         """Return a whole number above 0.
 
         Raises:
-            UserError: it is missing and there is no default, or it is something else.
+            UserError: it is missing and there is no default, it is above ``most``, or it is something else.
         """
         value = self._values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise UserError(says(f"{self.prefix}{key}", value), f"it must be one number; {USE_SAFETENSORS}")
         return value
 

@@ -56,7 +56,7 @@ def download(model: str, cache_dir: Path | None) -> Path:
 def _listing(repo: str, cache_dir: Path | None) -> tuple[list[str], bool]:
     """Return the file names of a repository and True; if the hub is unreachable, those in the cache and False."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         info = HfApi().model_info(repo)
@@ -65,7 +65,7 @@ def _listing(repo: str, cache_dir: Path | None) -> tuple[list[str], bool]:
         raise _gated(repo) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise _cannot(repo, error) from error
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # noqa: BLE001  (without a network, those of the hub's own HTTP client)
         try:
             folder = Path(snapshot_download(repo, cache_dir=cache_dir, local_files_only=True))
         except (OSError, ValueError) as missing:
@@ -83,7 +83,7 @@ def _snapshot(repo: str, cache_dir: Path | None, online: bool, patterns: Sequenc
         )
     except GatedRepoError as error:
         raise _gated(repo) from error
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _cannot(repo, error) from error
     return Path(folder)
 
@@ -96,8 +96,10 @@ def _gated(repo: str) -> UserError:
 
 
 def _cannot(repo: str, error: Exception) -> UserError:
+    from huggingface_hub.constants import ENDPOINT
+
     return UserError(
-        f"no such model: {repo} is no local folder, and it cannot be had from the hub ({in_one_line(error)})",
+        f"no such model: {repo} is no local folder, and cannot be had from the hub, {ENDPOINT} ({in_one_line(error)})",
         "check the name and the network, or download it and give the folder",
     )
 

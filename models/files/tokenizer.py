@@ -154,7 +154,7 @@ def refusal(folder: Path, gguf: str | None, error: Exception) -> UserError:
         if path.name.startswith(("tokenizer", "special_tokens_map", "added_tokens", "vocab", "tekken")):
             try:
                 json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as cause:
+            except (ValueError, RecursionError) as cause:
                 return UserError(f"{path} is damaged or cut short ({in_one_line(cause)})", again)
     whole = folder / "tokenizer.json"
     if whole.is_file() and (unreadable := _newer(whole)):
@@ -190,6 +190,6 @@ def _is_custom(folder: Path) -> bool:
     """Whether the tokenizer's class is stored in the checkpoint."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # loading the tokenizer reports a damaged file
+    except (OSError, ValueError, RecursionError):  # loading the tokenizer reports a damaged file
         return False
     return isinstance(config, dict) and "auto_map" in config

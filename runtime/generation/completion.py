@@ -16,6 +16,7 @@ from shadowllm.runtime.generation.draft_length import DraftRecord, draft_length_
 from shadowllm.runtime.generation.generate import generate
 from shadowllm.runtime.generation.sampling import Sampling, bundle_sampling
 from shadowllm.runtime.generation.text import TextStream, encode_prompt, stopping_tokens
+from shadowllm.runtime.inputs import check_prompt
 from shadowllm.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def make_request(
 
     def encoded(prompt: str | Sequence[int]) -> Sequence[int]:
         if not isinstance(prompt, str):
-            return prompt
+            return check_prompt(prompt)
         assert tokenizer is not None
         return encode_prompt(bundle, manifest, tokenizer, prompt, chat or template is not None, template)
 

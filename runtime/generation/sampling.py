@@ -247,7 +247,7 @@ def generation_config(bundle: Path, manifest: Manifest) -> dict[str, Any]:
     try:
         config = json.loads((bundle / CONFIG).read_text(encoding="utf-8"))
         check_type(config, dict[str, Any], "it")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{bundle / CONFIG} is damaged ({in_one_line(error)})", REMEDY) from error
     return dict(config)
 

@@ -31,7 +31,7 @@ from shadowllm.runtime.gpu.rest import RestInputs, chosen_inside, rest_inputs
 from shadowllm.runtime.gpu.selection import PerLayerSelection, UpfrontSelection, choose, device_copies
 from shadowllm.runtime.gpu.triton_step import StepDecoder
 from shadowllm.runtime.gpu.triton_verification import Verification
-from shadowllm.runtime.inputs import budget_scalars, check_tokens, check_verified, pad_prompts
+from shadowllm.runtime.inputs import budget_scalars, check_batch, check_tokens, check_verified, pad_prompts
 from shadowllm.runtime.session import Decodes
 
 # The cache grows by this many positions. Each growth needs a new CUDA graph.
@@ -153,7 +153,7 @@ class TritonSession(PipelinedDecode):
 
     def reset(self, batch: int = 1) -> None:
         """See `Session.reset`. Nothing is allocated if ``batch`` is the same as before."""
-        self._lengths = np.zeros(batch, dtype=np.int64)
+        self._lengths = np.zeros(check_batch(batch), dtype=np.int64)
         if "cache" not in self.__dict__ or len(self._tokens) != batch:
             self._allocate(min(self._block, self.spec.max_seqlen))
 

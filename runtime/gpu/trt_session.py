@@ -23,7 +23,7 @@ from shadowllm.runtime.gpu.engine_buffers import Limits, buffers, constants, lay
 from shadowllm.runtime.gpu.kernel_cache import kernel_file
 from shadowllm.runtime.gpu.pipelined_decode import SLOTS, PipelinedDecode
 from shadowllm.runtime.gpu.trt_engine import TrtEngine, load_plugins, logger_class
-from shadowllm.runtime.inputs import budget_scalars, check_tokens, check_verified, pad_prompts
+from shadowllm.runtime.inputs import budget_scalars, check_batch, check_tokens, check_verified, pad_prompts
 from shadowllm.runtime.session import Memory
 
 Kind = Literal["sparse", "dense"]
@@ -108,7 +108,7 @@ class TrtSession(PipelinedDecode):
         Raises:
             UserError: more sequences than the engines are built for, or too little device memory.
         """
-        if batch > self._limits.batch:
+        if check_batch(batch) > self._limits.batch:
             raise UserError(
                 f"{batch} sequences, the engines serve {self._limits.batch}", self._limits.rebuilt(batch=batch)
             )

@@ -70,8 +70,11 @@ def for_cpu(
         exact: whether integer layers read float32 inputs, and not inputs rounded to 8 bits.
         fused: whether dense attention becomes one op, see `CpuGraph`.
         rounded: whether float matrices become integers, see `RoundProducts` and `RoundRows`.
+
+    Raises:
+        UserError: a file has another graph than its name says.
     """
-    model = reduce(join, map(ir.load, paths))
+    model = reduce(join, map(_load, paths))
     computed: dict[str, Callable[[], np.ndarray]] = {}
     for rewrite in _passes(paths[-1].stem, manifest, native, exact, fused, rounded):
         rewrite(model)
@@ -83,6 +86,13 @@ def for_cpu(
         if place.key == "location":
             place.value = (paths[0].parent / place.value).resolve().name
     return CpuGraph(proto.SerializeToString(), computed, any(is_fused(node) for node in model.graph))
+
+
+def _load(path: Path) -> ir.Model:
+    model = ir.load(path)
+    if model.graph.name != path.stem:
+        raise UserError(f"{path} is damaged (it is the graph {model.graph.name!r})", "export the model again")
+    return model
 
 
 def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: bool, rounded: bool) -> list[InPlacePass]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from shadowllm.limits import LONGEST_DRAFT
 from shadowllm.models.sparsity import Budget, Unit
-from shadowllm.runtime.inputs import check_rewind, check_tokens, check_verified, pad_prompts
+from shadowllm.runtime.inputs import check_batch, check_rewind, check_tokens, check_verified, pad_prompts
 from shadowllm.runtime.ort.decode_step import DecodeStep
 from shadowllm.runtime.ort.kv_cache import KVCache
 from shadowllm.runtime.ort.loaded_bundle import DENSE, Kind, LoadedBundle, Plan
@@ -121,7 +121,7 @@ class OrtSession:
 
     def reset(self, batch: int = 1) -> None:
         """See `Session.reset`."""
-        self._batch = batch
+        self._batch = check_batch(batch)
         self._lengths = np.zeros(batch, dtype=np.int64)
         self._cache = KVCache(self.spec, batch)
         self._reserve(1)

@@ -25,7 +25,7 @@ def _is_report(path: Path) -> bool:
     """Whether a file is a report as ``--json`` writes it."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(report, dict) and "environment" in report
 

@@ -159,7 +159,7 @@ class TestManifest:
         with pytest.raises(UserError, match=words):
             read_manifest(copy)
 
-    @pytest.mark.parametrize("text", ["{", "[]", "null", "3", '"text"', "{}"])
+    @pytest.mark.parametrize("text", ["{", "[]", "null", "3", '"text"', "{}", "[" * 100_000])
     def test_not_a_manifest_at_all(self, copy, text):
         (copy / "manifest.json").write_text(text)
         with pytest.raises(UserError, match="damaged"):
@@ -219,6 +219,12 @@ class TestManifest:
         del whole["checksum"]  # as written by earlier versions
         (copy / "manifest.json").write_text(json.dumps(whole))
         assert read_manifest(copy).model == whole["model"]
+
+    def test_more_layers_than_can_be(self, copy):
+        spec = json.loads((copy / "manifest.json").read_text())["spec"]
+        self.edit(copy, spec=spec | {"n_layers": 10**9})
+        with pytest.raises(UserError, match=r"is damaged \(unsupported model: 1000000000 layers, more than 65536\)"):
+            read_manifest(copy)
 
     def test_a_file_it_does_not_list(self, copy):
         self.edit(copy, files={})

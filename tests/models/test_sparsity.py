@@ -116,3 +116,9 @@ def test_text_and_back(value):
 def test_description():
     assert describe_fractions(0.5) == "50%"
     assert describe_fractions((0.25, 1.0)) == "62% (25% to 100%, layer by layer)"
+
+
+@pytest.mark.parametrize("value", ["x", 1, None])
+def test_a_certificate_is_asked_for_or_not(value):
+    with pytest.raises(UserError, match="certify is"):
+        Budget(certify=value)

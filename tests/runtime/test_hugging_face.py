@@ -134,6 +134,7 @@ def test_a_mask_of_one_row_is_that_of_all(dense):
         ([[5, 6, 7]], {"attention_mask": torch.ones(3)}, "mask of shape"),
         ([[5, 6, 7]], {"logits_to_keep": torch.tensor([0])}, "logits_to_keep"),
         ([[]], {}, "the prompt is empty"),
+        ([5, 6], {}, r"the tokens have the shape \(2,\)"),
     ],
 )
 def test_calls_that_are_refused(dense, tokens, options, words):

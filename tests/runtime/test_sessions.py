@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -211,6 +212,8 @@ class TestAtTheDoor:
             ([[-1]], "token -1"),
             ([[1] * 65], "65 tokens"),
             ([[1.5, 2.0]], "not integers"),
+            ([None], "not integers"),
+            ([[[1], [2, 3]]], "not integers"),
         ],
     )
     def test_prefill_refuses(self, bundle, backend, prompts, words):
@@ -221,18 +224,30 @@ class TestAtTheDoor:
         with open_session(bundle(), backend) as session, pytest.raises(UserError, match="call prefill first"):
             session.decode(np.array([1]))
 
-    @pytest.mark.parametrize("tokens", [np.array([1, 2]), np.array([1.5]), np.array([[1]])])
+    @pytest.mark.parametrize("tokens", [np.array([1, 2]), np.array([1.5]), np.array([[1]]), [1], torch.tensor([1])])
     def test_decode_refuses_shapes_and_types(self, bundle, backend, tokens):
         with open_session(bundle(), backend) as session:
             session.prefill([PROMPT])
-            with pytest.raises(UserError, match="decode takes integers"):
+            with pytest.raises(UserError, match="decode takes a NumPy array of integers of shape"):
                 session.decode(tokens)
 
-    @pytest.mark.parametrize("lengths", [np.array([1.5]), np.array([6]), np.array([0]), np.array([1, 1])])
+    @pytest.mark.parametrize("tokens", [np.array([[1.5]]), np.array([1]), np.array([[1], [2]]), [[1]]])
+    def test_verify_refuses_shapes_and_types(self, bundle, backend, tokens):
+        with open_session(bundle(), backend) as session:
+            session.prefill([PROMPT])
+            with pytest.raises(UserError, match=r"verify takes a NumPy array of integers of shape \(1, seqlen\)"):
+                session.verify(tokens)
+
+    @pytest.mark.parametrize("batch", [0, -1, 1.5, True, 10**12])
+    def test_reset_refuses(self, bundle, backend, batch):
+        with open_session(bundle(), backend) as session, pytest.raises(UserError, match="the number of sequences is"):
+            session.reset(batch)
+
+    @pytest.mark.parametrize("lengths", [np.array([1.5]), np.array([6]), np.array([0]), np.array([1, 1]), 1])
     def test_rewind_refuses(self, bundle, backend, lengths):
         with open_session(bundle(), backend) as session:
             session.prefill([PROMPT])
-            with pytest.raises(UserError, match="cannot be set back"):
+            with pytest.raises(UserError, match=r"cannot be set back|takes a NumPy array, got int"):
                 session.rewind(lengths)
 
     def test_a_session_that_was_left(self, bundle, backend):
@@ -262,6 +277,19 @@ def test_a_flipped_byte_is_refused(bundle, tmp_path, backend):
         file.seek(5000)
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(UserError, match="damaged"), open_session(broken, backend):
+        pass
+
+
+def test_graphs_that_were_swapped_are_refused(bundle, tmp_path):
+    """Also if the manifest has their hashes."""
+    swapped, names = tmp_path / "swapped", ["body.onnx", "stem.onnx"]
+    shutil.copytree(bundle(), swapped)
+    manifest = json.loads((swapped / "manifest.json").read_text())
+    for name, other in zip(names, reversed(names), strict=True):
+        (swapped / name).write_bytes((bundle() / other).read_bytes())
+        manifest["files"][name] = read_manifest(bundle()).files[other]
+    (swapped / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"stem\.onnx is damaged \(it is the graph 'body'\)"), open_session(swapped):
         pass
 
 

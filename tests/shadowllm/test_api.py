@@ -124,6 +124,8 @@ class TestExport:
             shadowllm.export(tmp_path / "absent", tmp_path / "out")
         with pytest.raises(shadowllm.UserError, match="a target that chooses one; leave out one of them"):
             shadowllm.export("model", tmp_path / "out", budget=shadowllm.Budget(), target=Target(speedup=2))
+        with pytest.raises(shadowllm.UserError, match=r"the budget is 0\.5; give a Budget"):
+            shadowllm.export("model", tmp_path / "out", budget=0.5)
         for name in ("overwrite", "validate", "trust_remote_code"):
             with pytest.raises(shadowllm.UserError, match=f"{name} is 'no'"):
                 shadowllm.export("model", tmp_path / "out", **{name: "no"})
@@ -168,6 +170,8 @@ class TestGenerate:
             ([5], {"stream": "no"}, "stream is 'no'"),
             (["a"], {}, "not integers"),
             ([[5, 6]], {}, "not integers"),
+            (None, {}, "not integers"),
+            ((token for token in [5]), {}, "not integers"),
         ],
     )
     def test_options_of_a_wrong_type(self, model, prompt, options, words):
@@ -219,6 +223,12 @@ class TestGenerate:
             shadowllm.load(bundle(), prepack="yes")
         with pytest.raises(shadowllm.UserError, match="sparse layers"):
             shadowllm.load(bundle(), budget=shadowllm.Budget(neurons=(0.5,) * 7))
+        for budget in (0.5, None, "x"):
+            with pytest.raises(shadowllm.UserError, match=r"the budget is .*; give a Budget"):
+                model.set_budget(budget)
+        for folder in (None, 5, b"bundle"):
+            with pytest.raises(shadowllm.UserError, match=r"the bundle is .*, which is no path"):
+                shadowllm.load(folder)
         for prompt, options in (
             ("", {}),
             ([], {}),

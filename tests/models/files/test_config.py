@@ -25,6 +25,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_fac
         {"hidden_size": 48.0},
         {"num_hidden_layers": -1},
         {"num_hidden_layers": True},
+        {"num_hidden_layers": 10**9},
         {"vocab_size": None},
         {"max_position_embeddings": None},
         {"max_position_embeddings": 10**12},

@@ -180,6 +180,7 @@ def test_other_rope_factors_are_refused(tmp_path, model):
         ({"feed_forward_length": [88, 88, 88]}, "feed_forward_length"),
         ({"attention.layer_norm_rms_epsilon": float("nan")}, "epsilon"),
         ({"block_count": "three"}, "block_count"),
+        ({"block_count": 10**9}, "block_count as 1000000000"),
         ({".tokenizer.ggml.bos_token_id": "one"}, "bos_token_id as 'one'"),
         ({".tokenizer.ggml.eot_token_id": "one"}, "eot_token_id as 'one'"),
         ({".general.type": "adapter"}, "of the type 'adapter'"),

@@ -161,6 +161,15 @@ def test_what_is_no_name(name, tmp_path):
         download(name, tmp_path)
 
 
+def test_a_hub_that_cannot_be_reached(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        UserError, match=f"{REPO} is no local folder, and cannot be had from the hub, http://127.0.0.1:9 "
+    ):
+        download(REPO, tmp_path / "cache")
+
+
 def test_a_repository_without_weights_is_called_so(hub, tmp_path):
     publish(hub, "pytorch_model.bin")
     (hub.folder / "config.json").write_text('{"model_type": "llama"}')

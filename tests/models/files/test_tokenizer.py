@@ -31,7 +31,7 @@ def refused(folder, trust=False):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
-@pytest.mark.parametrize("content", ['{"a": "', "\x00\x01", ""])
+@pytest.mark.parametrize("content", ['{"a": "', "\x00\x01", "", "[" * 100_000], ids=lambda text: text[:4])
 def test_a_damaged_file_is_named(folder, name, content):
     (folder / name).write_text(content)
     assert f"{folder / name} is damaged or cut short" in refused(folder)
