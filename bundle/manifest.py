@@ -234,11 +234,21 @@ class Manifest:
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write ``manifest.json`` atomically."""
+        """Write ``manifest.json`` atomically.
+
+        Raises:
+            OSError: it cannot be written, for example to a full disk; the error names the folder.
+        """
         data = {"schema_version": SCHEMA_VERSION} | self._to_dict() | {"checksum": self.checksum}
         temporary = folder / f".{NAME}.partial"
-        temporary.write_text(json.dumps(data, indent=2) + "\n")
-        os.replace(temporary, folder / NAME)
+        try:
+            temporary.write_text(json.dumps(data, indent=2) + "\n")
+            os.replace(temporary, folder / NAME)
+        except OSError as error:
+            error.filename = str(folder)  # users know the bundle, not the temporary file
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _to_dict(self) -> dict[str, Any]:
         return vars(self) | {"spec": self.spec.to_dict()}

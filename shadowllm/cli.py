@@ -34,6 +34,7 @@ COMMANDS = {
     "train": "traces -> predictor (the second step of export on its own)",
     "build": "bundle -> TensorRT engines (the last step of export on its own)",
 }
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # they end a command
 EPILOG = """examples:
   shadowllm export MODEL out/ --neuron-budget 0.5 --head-budget 0.75 --engine tensorrt_rtx
   shadowllm run out/ --prompt "The shadow of a model" --backend ort
@@ -47,7 +48,7 @@ def script() -> int:
     """The program ``shadowllm``: `main` in a process of its own."""
     share_threads()
     status = main()
-    for number in (signal.SIGINT, signal.SIGTERM):  # while Python ends, an exception would only be printed
+    for number in SIGNALS:  # while Python ends, an exception would only be printed
         if signal.getsignal(number) == _interrupt:
             signal.signal(number, signal.SIG_DFL)
     return status
@@ -142,8 +143,8 @@ class _Interrupted(KeyboardInterrupt):
 def _interrupt_on_signals() -> None:
     if threading.current_thread() is not threading.main_thread():
         return  # only the main thread can set handlers
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # A shell starts background jobs with Ctrl-C ignored. That must not change.
+    for number in SIGNALS:
+        # A shell starts background jobs with Ctrl-C ignored, and nohup ignores SIGHUP. That must not change.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _interrupt)
 

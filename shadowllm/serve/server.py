@@ -64,7 +64,7 @@ def log_requests() -> None:
 
 
 def serve(plan: Deployment) -> None:
-    """Serve a bundle. It returns after SIGTERM or Ctrl-C, when running requests have ended.
+    """Serve a bundle. It returns after SIGTERM, SIGHUP or Ctrl-C, when running requests have ended.
 
     Raises:
         UserError: as `open_model`, the keys or the address cannot be used, or the session failed.

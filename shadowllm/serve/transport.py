@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -81,6 +83,20 @@ class Server(uvicorn.Server):
             self.force_exit = True
         self._on_stop()
         self.should_exit = True
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As in uvicorn, and a hangup asks the server to end too, unless it is ignored (nohup)."""
+        before = signal.getsignal(signal.SIGHUP)
+        ours = threading.current_thread() is threading.main_thread() and before != signal.SIG_IGN
+        if ours:
+            signal.signal(signal.SIGHUP, self.handle_exit)
+        try:
+            with super().capture_signals():
+                yield
+        finally:
+            if ours:
+                signal.signal(signal.SIGHUP, before)
 
 
 def make_server(app: FastAPI, config: ServeConfig, on_stop: Callable[[], None]) -> Server:

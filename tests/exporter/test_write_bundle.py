@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -118,6 +121,20 @@ class TestManifest:
         manifest = read_manifest(copy)
         manifest.write(copy)
         assert read_manifest(copy) == manifest
+
+    def test_a_disk_that_is_full_leaves_the_old_one(self, copy, monkeypatch):
+        before, names = (copy / "manifest.json").read_bytes(), set(copy.iterdir())
+
+        def write_text(path, text):
+            path.write_bytes(text[:9].encode())
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(Path, "write_text", write_text)
+        with pytest.raises(OSError, match="No space left") as raised:
+            read_manifest(copy).write(copy)
+        assert raised.value.filename == str(copy)
+        assert set(copy.iterdir()) == names
+        assert (copy / "manifest.json").read_bytes() == before
 
     @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "..\\secret"])
     def test_a_path_cannot_leave_the_bundle(self, copy, name):

@@ -313,8 +313,8 @@ class TestInterrupted:
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
-            # If the tests run in a shell's background, they inherit that Ctrl-C is ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            # If the tests run in a shell's background, or with nohup, they inherit that these are ignored.
+            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
         )
         deadline = time.monotonic() + 60
         while not list(out.parent.glob(f".{out.name}.partial-*")):
@@ -323,7 +323,7 @@ class TestInterrupted:
             time.sleep(0.005)
         return process
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_ctrl_c_leaves_nothing(self, model, tmp_path, number):
         process = self.start(model, tmp_path / "out")
         process.send_signal(number)
