@@ -268,19 +268,23 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = json.loads(path.read_text())
         version, checksum = data.pop("schema_version"), data.pop("checksum", None)  # earlier versions wrote none
+        check_type(version, int, "its schema version")
         manifest = _manifest(data) if version in (SCHEMA_VERSION, OLDER_VERSION) else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({in_one_line(error)})", remedy) from error
     except UserError as error:
         raise UserError(f"{path} is damaged ({error.problem})", remedy) from error
     if manifest is None:
-        raise UserError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", remedy)
+        known = f"{OLDER_VERSION} and {SCHEMA_VERSION}"
+        raise UserError(f"{path} has schema version {version}, this program reads {known}", remedy)
     if version == OLDER_VERSION and manifest.weight_dtype and manifest.rest == "shadow":
         raise UserError(
             f"{folder} has a low-bit copy beside its {manifest.weight_dtype} weights, not inside them", remedy
         )
     for name in manifest.files:
         _check_inside(path, name)
+    if DATA_FILE not in manifest.files:
+        raise UserError(f"{path} is damaged (it does not list {DATA_FILE})", remedy)
     if checksum not in (None, manifest.checksum):
         raise UserError(f"{path} is damaged (its checksum is that of other contents)", remedy)
     return manifest

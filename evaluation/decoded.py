@@ -124,8 +124,9 @@ def rows(found: Sequence[Decoded]) -> dict[str, list[dict[str, Any]]]:
 def _prompts(
     encode: Callable[[str], list[int]], manifest: Manifest, options: Generation, texts: Sequence[str]
 ) -> list[list[int]]:
-    """Return the starts of texts, consecutive windows of ``prompt_tokens`` tokens."""
-    length, count = options.prompt_tokens, options.prompts
+    """Return the starts of texts: windows of ``prompt_tokens`` tokens, or fewer to leave room for the new."""
+    room = manifest.spec.max_seqlen - options.new_tokens
+    length, count = min(options.prompt_tokens, max(1, room)), options.prompts
     if texts:
         found = token_windows(texts, encode, length, count).tolist()
     else:

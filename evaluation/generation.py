@@ -154,7 +154,9 @@ def compare_texts(
     return Agreement(divergences, [len(text) for text in texts], agreed / steps)
 
 
-def check_positions(prompts: Sequence[Sequence[int]], new_tokens: int, positions: int) -> None:
+def check_positions(
+    prompts: Sequence[Sequence[int]], new_tokens: int, positions: int, remedy: str = "ask for fewer new tokens"
+) -> None:
     """Refuse prompts that do not fit the model's positions together with ``new_tokens`` more tokens.
 
     Raises:
@@ -166,5 +168,5 @@ def check_positions(prompts: Sequence[Sequence[int]], new_tokens: int, positions
     if longest + new_tokens > positions:
         raise UserError(
             f"a prompt of {longest} tokens and {new_tokens} new ones exceed the model's {positions} positions",
-            "ask for fewer new tokens",
+            remedy,
         )

@@ -137,7 +137,8 @@ def encode_problems(
         answer = encode(tokenizer, f" {problem.answer}\n", rows, special=False)
         found.append(EncodedProblem(problem, prompt, max(1, context), len(answer) + 1))
     longest = max(found, key=lambda one: len(one.prompt) + one.new_tokens)
-    check_positions([longest.prompt], longest.new_tokens, manifest.spec.max_seqlen)
+    remedy = "the generated problems need a model with more positions"
+    check_positions([longest.prompt], longest.new_tokens, manifest.spec.max_seqlen, remedy)
     return found
 
 

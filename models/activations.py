@@ -55,7 +55,7 @@ def read_activation(config: Any) -> tuple[Activation, float]:
     if activation != "fatrelu":
         return activation, 0.0
     if threshold is None:
-        raise UserError("activation 'fatrelu' without a threshold (hidden_act_param)", "give --activation-threshold")
+        raise UserError("activation 'fatrelu' without a threshold (hidden_act_param)", "give the activation threshold")
     return activation, threshold
 
 

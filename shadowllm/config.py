@@ -59,7 +59,7 @@ class Source:
         if self.activation is not None and self.activation not in NAMES:
             raise UserError(f"activation {self.activation!r} is not supported", f"supported: {', '.join(NAMES)}")
         if self.activation_threshold is not None and self.activation != "fatrelu":
-            raise UserError("only fatrelu has an activation threshold", "give --activation fatrelu too")
+            raise UserError("only fatrelu has an activation threshold", "give the activation fatrelu too")
 
 
 @dataclass(frozen=True)

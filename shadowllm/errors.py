@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -78,3 +80,37 @@ def os_error(error: OSError, place: object = "the output") -> UserError | None:
     # Third-party writers may give the name as bytes.
     name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else place
     return UserError(f"cannot use {name} ({error.strerror})", _OS_REMEDIES[error.errno])
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file that a block writes in the system's errors, and remove it then if it is new.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    new = not path.exists()
+    try:
+        yield
+    except OSError as error:
+        if new:
+            path.unlink(missing_ok=True)
+        known = os_error(error, path)
+        raise known or UserError(
+            f"cannot write {path} ({error.strerror})", "name a file in a folder that exists"
+        ) from error
+
+
+@contextmanager
+def temporary_files() -> Iterator[None]:
+    """Name the folder of temporary files in the system's errors of a block that writes there.
+
+    Raises:
+        UserError: a file cannot be written, for example because the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if (known := os_error(error, f"the temporary folder {tempfile.gettempdir()}")) is None:
+            raise
+        raise UserError(known.problem, "set TMPDIR to a folder on another disk, or free space on this one") from error

@@ -92,7 +92,7 @@ class Evaluation:
         check_values(self)
         if self.tokens < self.seqlen:
             raise UserError(
-                f"{self.tokens} tokens are less than one window of {self.seqlen}", "raise --tokens or lower --seqlen"
+                f"{self.tokens} tokens are less than one window of {self.seqlen}", "raise tokens or lower seqlen"
             )
 
 
@@ -102,7 +102,7 @@ class Generation:
 
     Attributes:
         prompts: number of texts that are continued.
-        prompt_tokens: length of the start of each text, in tokens.
+        prompt_tokens: length of the start of each text, in tokens; fewer if the model has too few positions.
         new_tokens: tokens that continue each text.
         problems: number of problems of each reasoning task.
         seed: seed of the problems.

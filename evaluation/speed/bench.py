@@ -78,8 +78,8 @@ def bench(
     manifest = read_manifest(bundle)
     drafting = drafting or Drafting()
     budget = budget or (manifest.draft_budget if drafting.lossless else manifest.budget)
-    _check(manifest, against, prompt_len, new_tokens, runs, warmup, quality_tokens)
     quality_tokens = 0 if drafting.lossless else quality_tokens
+    _check(manifest, against, prompt_len, new_tokens, runs, warmup, quality_tokens)
     text = passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), prompt_len + quality_tokens)
     own = LOSSLESS if drafting.lossless else SPARSE
     backends = {own: backend} | {name: name for name in against}
@@ -203,11 +203,12 @@ def _check(
     ):
         if value < least:
             raise UserError(f"the {name} is {value}", f"give at least {least}")
-    longest = prompt_len + max(new_tokens, quality_tokens)
-    if longest > manifest.spec.max_seqlen:
-        raise UserError(
-            f"{longest} tokens are more than the model's {manifest.spec.max_seqlen} positions", "ask for fewer"
-        )
+    for name, value in (("new tokens", new_tokens), ("quality tokens", quality_tokens)):
+        if prompt_len + value > manifest.spec.max_seqlen:
+            raise UserError(
+                f"a prompt of {prompt_len} and {value} {name} exceed the model's {manifest.spec.max_seqlen} positions",
+                f"ask for fewer {name}, or a shorter prompt",
+            )
 
 
 def drafting_options(drafting: Drafting, manifest: Manifest) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowllm.errors import UserError
+from shadowllm.errors import UserError, writing
 
 if TYPE_CHECKING:
     from shadowllm.evaluation.speed.report import Report
@@ -71,10 +71,8 @@ def save(figure: Any, path: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    try:
+    with writing(path):
         figure.savefig(path, format="png")
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror})", "name a file in a folder that exists") from error
 
 
 def _bars(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowllm.bundle.cost_model import Traffic
-from shadowllm.errors import UserError
+from shadowllm.errors import writing
 from shadowllm.evaluation.speed.harness import Summary
 
 if TYPE_CHECKING:
@@ -101,10 +101,8 @@ class Report:
         Raises:
             UserError: the folder does not exist or cannot be written.
         """
-        try:
+        with writing(path):
             path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {path} ({error.strerror})", "name a file in a folder that exists") from error
 
     def print(self, console: Console) -> None:
         """Print the table, a summary line for each contender in the wording of trtexec, and the comparison."""

@@ -21,6 +21,7 @@ UNFINISHED = "\ufffd"  # bytes that are not a complete character decode to this
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # The clean-up replaces at most " ' " and " n't", one after the other, so it changes at most the last 8 characters.
 CLEANED_LATER = 8
+PLAIN = "give the prompt without a chat template"
 
 
 def load_tokenizer(bundle: Path, manifest: Manifest) -> PreTrainedTokenizerBase:
@@ -74,7 +75,7 @@ def encode_prompt(
         raise UserError("the prompt is empty", "give some text")
     if chat:
         return encode_chat(bundle, manifest, tokenizer, [{"role": "user", "content": text}], template)
-    _check_unicode(text, "the prompt", "write it in UTF-8, or give a file by --prompt-file")
+    _check_unicode(text, "the prompt", "write it in UTF-8")
     ids = encode(tokenizer, text, manifest.spec.vocab_size, special=True)
     if not ids:
         raise UserError(f"the prompt {text!r:.60} has no tokens", "give other text")
@@ -98,9 +99,9 @@ def encode_chat(
         UserError: as `encode_prompt`.
     """
     for message in messages:
-        _check_unicode(message["content"], "the prompt", "write it in UTF-8, or give a file by --prompt-file")
+        _check_unicode(message["content"], "the prompt", "write it in UTF-8")
     text = _render(bundle, tokenizer, messages, template)
-    source, remedy = f"what the chat template of {bundle} makes of the prompt", "leave out --chat"
+    source, remedy = f"what the chat template of {bundle} makes of the prompt", PLAIN
     _check_unicode(text, source, remedy)
     ids = encode(tokenizer, text, manifest.spec.vocab_size, special=False)
     if not ids:
@@ -122,13 +123,13 @@ def _render(
     """Messages in the model's chat template."""
     found = tokenizer.chat_template
     if not found:
-        raise UserError(f"{bundle} has no chat template", "leave out --chat")
+        raise UserError(f"{bundle} has no chat template", PLAIN)
     names = sorted(found) if isinstance(found, dict) else ["default"]
     if (template or "default") not in names:
         problem = f"no chat template {template!r}" if template else "several chat templates and none is the default"
-        raise UserError(f"{bundle} has {problem}", f"choose by --chat-template one of: {', '.join(names)}")
+        raise UserError(f"{bundle} has {problem}", f"choose one of these chat templates: {', '.join(names)}")
     # A template is code from the checkpoint, so it may raise any error.
-    with foreign_reader(f"the chat template of {bundle} does not render", "leave out --chat"):
+    with foreign_reader(f"the chat template of {bundle} does not render", PLAIN):
         rendered = tokenizer.apply_chat_template(
             list(messages),
             chat_template=template if isinstance(found, dict) else None,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import mmap
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from shadowllm.errors import temporary_files
 from shadowllm.progress import progress
 
 # Smaller tensors stay with the graph, because ONNX Runtime folds them into other constants.
@@ -53,7 +54,7 @@ class SharedWeights:
         reads comes from the file. Those that another graph has under the same name are not computed again.
 
         Raises:
-            OSError: the folder of temporary files has too little space.
+            UserError: the folder of temporary files has too little space.
         """
         self._compute({name: compute for name, compute in weights.items() if name not in self._computed})
         for name in weights:
@@ -61,7 +62,7 @@ class SharedWeights:
 
     def _compute(self, weights: Mapping[str, Callable[[], np.ndarray]]) -> None:
         arrays = {}
-        with tempfile.TemporaryFile() as file, progress("Computing weights", len(weights)) as advance:
+        with temporary_files(), TemporaryFile() as file, progress("Computing weights", len(weights)) as advance:
             for name, compute in weights.items():
                 array = compute()
                 advance(1)

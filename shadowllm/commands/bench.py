@@ -74,7 +74,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     options.add_threads(parser, help="threads of each operator on the CPU (default: the backend's own)")
     parser.add_argument("--json", type=options.output_file, metavar="FILE", help="write the report to this file")
-    parser.add_argument("--plot", type=options.output_file, metavar="FILE", help="draw it to this PNG file")
+    parser.add_argument("--plot", type=options.figure_file, metavar="FILE", help="draw it to this PNG file")
     options.add_prefill(parser)
     options.add_budget(parser)
     options.add_drafting(parser)

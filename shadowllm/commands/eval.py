@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from shadowllm.commands import options
 from shadowllm.commands.flags import add_flags, build, whole
+from shadowllm.errors import writing
 from shadowllm.eval_config import Evaluation, Generation
 from shadowllm.limits import LARGEST
 from shadowllm.models.sparsity import parse_fractions
@@ -74,7 +75,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_flags(group, Generation)
     parser.add_argument("--json", type=options.output_file, metavar="FILE", help="also write the results to this file")
     parser.add_argument(
-        "--plot", type=options.output_file, metavar="FILE", help="draw perplexity over bytes per token to this PNG file"
+        "--plot", type=options.figure_file, metavar="FILE", help="draw perplexity over bytes per token to this PNG file"
     )
 
 
@@ -110,8 +111,7 @@ def _text(args: argparse.Namespace) -> None:
         plot(found, args.plot, f"{evaluated.manifest.model}, {evaluated.tokens} tokens")
         print(f"figure: {args.plot}")
     if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
-        print(f"results: {args.json}")
+        _save(found, args.json)
 
 
 def _decoding(args: argparse.Namespace) -> Decoding:
@@ -175,8 +175,13 @@ def _tasks(args: argparse.Namespace) -> None:
         table.add_row(row["selector"], *budget, row["task"], figures)
     Console().print(table)
     if args.json:
-        args.json.write_text(json.dumps({"tasks": rows, "environment": environment()}, indent=2) + "\n")
-        print(f"results: {args.json}")
+        _save({"tasks": rows, "environment": environment()}, args.json)
+
+
+def _save(found: Mapping[str, Any], path: Path) -> None:
+    with writing(path):
+        path.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"results: {path}")
 
 
 def _print_table(evaluated: Evaluated) -> None:

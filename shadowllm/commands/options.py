@@ -68,6 +68,14 @@ def output_file(text: str) -> Path:
     return path
 
 
+def figure_file(text: str) -> Path:
+    """The argparse type of a PNG file to write."""
+    path = output_file(text)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"the figure {path} would be a PNG file", "give it a name that ends with .png")
+    return path
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and the options of its download."""
     parser.add_argument(

@@ -31,7 +31,7 @@ def _is_report(path: Path) -> bool:
 
 
 def _is_figure(path: Path) -> bool:
-    return path.suffix == ".png"
+    return path.suffix.lower() == ".png"
 
 
 # Options that name a file to write, and whether a file that exists is of the same kind.

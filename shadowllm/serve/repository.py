@@ -58,7 +58,7 @@ def write_repository(
 
     Raises:
         UserError: there is no bundle, it has no tokenizer, a file of it is missing or damaged, a name that a folder or
-            Triton cannot have, ``out`` exists, or as `check_slots`.
+            Triton cannot have, ``out`` exists or lies in the bundle, or as `check_slots`.
     """
     check_slots(backend, prepack)
     manifest = read_manifest(bundle)
@@ -70,6 +70,8 @@ def write_repository(
             f"{name!r:.80} cannot be the name of a model in a repository",
             "give --model-name with letters, digits, dots, hyphens and underscores",
         )
+    if out.resolve().is_relative_to(bundle.resolve()):
+        raise UserError(f"{out} lies inside the bundle", "name a folder beside it")
     if out.exists():
         raise UserError(f"{out} exists already", "name another folder, or remove it first")
     options = vars(engine) | {"backend": backend, "threads": threads, "prepack": prepack}

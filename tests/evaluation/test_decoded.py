@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
+from shadowllm.bundle.manifest import read_manifest
 from shadowllm.cli import main
 from shadowllm.errors import UserError
 from shadowllm.eval_config import Generation
@@ -41,12 +43,18 @@ def test_text_and_budget_are_the_given_ones(folder, tmp_path):
     assert len(found.agreement.lengths) == 2
 
 
+def test_prompts_leave_room_for_the_new_tokens(folder):
+    positions = read_manifest(folder).spec.max_seqlen
+    decoding = Decoding(folder, options=replace(SMALL, new_tokens=positions - 9))
+    assert {len(prompt) for prompt in decoding._prompts} == {9}
+
+
 def test_refused_before_anything_is_decoded(folder, bundle, tmp_path):
     with pytest.raises(UserError, match="3 fractions"):
         Decoding(folder, [Budget(neurons=(0.1, 0.2, 0.3))], SMALL)
-    with pytest.raises(UserError, match="64 tokens and 2048 new ones exceed"):
+    with pytest.raises(UserError, match=r"2048 new ones exceed .*; ask for fewer new tokens"):
         Decoding(folder, options=Generation(new_tokens=2048))
-    with pytest.raises(UserError, match="exceed the model's 64 positions"):
+    with pytest.raises(UserError, match="exceed the model's 64 positions; the generated problems need"):
         Decoding(bundle(), options=SMALL)
     without = tmp_path / "bundle"
     shutil.copytree(folder, without)

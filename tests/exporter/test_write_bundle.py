@@ -165,7 +165,10 @@ class TestManifest:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"schema_version": 99}, "schema version 99"),
+            ({"schema_version": 99}, "schema version 99, this program reads 2 and 3"),
+            ({"schema_version": "3"}, r"damaged \(its schema version is '3'\)"),
+            ({"schema_version": 3.0}, "damaged"),
+            ({"files": {}}, r"damaged \(it does not list model\.onnx\.data\)"),
             ({"spec": {}}, "not readable"),
             ({"files": None}, "damaged"),
             ({"unknown": 1}, "damaged"),
@@ -244,7 +247,7 @@ class TestManifest:
             read_manifest(copy)
 
     def test_a_file_it_does_not_list(self, copy):
-        self.edit(copy, files={})
+        self.edit(copy, files={DATA_FILE: "0" * 64})
         with pytest.raises(UserError, match="does not list stem"):
             read_manifest(copy).digests("stem.onnx")
 

@@ -9,7 +9,7 @@ import pytest
 
 from shadowllm import cli
 from shadowllm.commands import inspect
-from shadowllm.errors import os_error
+from shadowllm.errors import UserError, os_error, writing
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,19 @@ def test_each_has_its_own_remedy(number, remedy):
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EISDIR, errno.EEXIST, errno.EBADF, errno.EIO])
 def test_all_others_are_bugs(number):
     assert os_error(OSError(number, os.strerror(number))) is None
+
+
+def test_a_new_file_that_was_begun_is_removed(tmp_path):
+    def write(path):
+        with writing(path):
+            path.write_text("begun")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "old").touch()
+    for name in ("old", "new"):
+        with pytest.raises(UserError, match=f"cannot use {tmp_path / name} "):
+            write(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 class TestCommandLine:

@@ -97,6 +97,12 @@ def test_the_longest_prompt_fits_into_the_cache(capsys):
     assert [one.longest_prompt for one in options] == [20, 512]
 
 
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_a_figure_is_a_png(capsys, tmp_path, command):
+    assert main([command, "out", "--plot", str(tmp_path / "x.txt")]) == 1
+    assert "x.txt would be a PNG file; give it a name that ends with .png" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

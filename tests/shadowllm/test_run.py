@@ -145,7 +145,7 @@ def test_several_templates_by_name(tmp_path, capsys):
     )
     assert json.loads(plain)["results"][0]["tokens"] != json.loads(named)["results"][0]["tokens"]
     assert main(["run", str(bundle), "--prompt", "x", "--chat-template", "none"]) == 1
-    assert "choose by --chat-template one of: default, other" in capsys.readouterr().err
+    assert "choose one of these chat templates: default, other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

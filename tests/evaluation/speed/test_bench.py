@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -107,7 +108,7 @@ def test_lossless(bundle):
     """It has the baseline's tokens, and says how much of the drafts was accepted."""
     folder, budget = bundle("llama-blocks", kind="quantized-shadow", rest="shadow"), Budget(heads=0.5, neurons=0.5)
     drafting = Drafting(lossless=True, draft_length=2)
-    report = bench(folder, budget=budget, drafting=drafting, **SHORT)
+    report = bench(folder, budget=budget, drafting=drafting, **SHORT | {"quality_tokens": 1000})
     ours, dense = report.results
     assert (ours.name, dense.name) == ("lossless", "ort-dense")
     assert ours.same_tokens
@@ -159,9 +160,13 @@ def test_figure(report, tmp_path):
     assert (tmp_path / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(UserError, match="cannot write"):
         draw(report, tmp_path / "missing" / "figure.png")
+    with pytest.raises(UserError, match=r"cannot use /dev/full .*; free disk space"):
+        draw(report, Path("/dev/full"))
 
 
 def test_json_needs_its_folder(report, tmp_path):
+    with pytest.raises(UserError, match=r"cannot use /dev/full .*; free disk space"):
+        report.save_json(Path("/dev/full"))
     with pytest.raises(UserError, match="cannot write"):
         report.save_json(tmp_path / "missing" / "report.json")
 
@@ -174,7 +179,8 @@ def test_json_needs_its_folder(report, tmp_path):
         ({"against": ("fast",)}, "no backend 'fast'"),
         ({"runs": 0}, "number of runs is 0"),
         ({"new_tokens": 1}, "number of new tokens is 1"),
-        ({"prompt_len": 60}, "more than the model's 64 positions"),
+        ({"prompt_len": 60}, "new tokens exceed the model's 64 positions; ask for fewer new tokens"),
+        ({"quality_tokens": 60}, "quality tokens exceed the model's 64 positions; ask for fewer quality tokens"),
     ],
 )
 def test_bad_arguments(bundle, arguments, words):

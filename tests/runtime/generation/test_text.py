@@ -134,7 +134,7 @@ class TestChat:
     @pytest.mark.parametrize(
         ("template", "words"),
         [
-            (None, "has no chat template"),
+            (None, "has no chat template; give the prompt without a chat template"),
             ("{{ raise_exception('only two of us') }}", "only two of us"),
             ("{% if %}", "does not render"),
             ("{{ messages[0]['content'] + 1 }}", "does not render"),
@@ -160,10 +160,10 @@ class TestChat:
         assert exported.prompt("sea", chat=True) == llama3()("sea", add_special_tokens=False).input_ids
         loud = exported.prompt("sea", chat=True, template="loud")
         assert loud == llama3()("sea!", add_special_tokens=False).input_ids
-        with pytest.raises(UserError, match="'quiet'; choose by --chat-template one of: default, loud"):
+        with pytest.raises(UserError, match="'quiet'; choose one of these chat templates: default, loud"):
             exported.prompt("sea", chat=True, template="quiet")
         exported.tokenizer.chat_template.pop("default")
-        with pytest.raises(UserError, match="none is the default; choose by --chat-template one of: loud"):
+        with pytest.raises(UserError, match="none is the default; choose one of these chat templates: loud"):
             exported.prompt("sea", chat=True)
         (exported.bundle / "additional_chat_templates" / "loud.jinja").write_text("{{ 1 }}")
         with pytest.raises(UserError, match=r"loud.jinja is damaged"):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import tempfile
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from shadowllm.errors import UserError
+from shadowllm.runtime.ort import shared_weights
 from shadowllm.runtime.ort.shared_weights import SharedWeights
 
 SIZE = 1 << 25
@@ -36,6 +42,19 @@ def test_released_pages_leave_the_memory_and_keep_their_contents(tmp_path):
     weights.release()
     assert mapped_bytes() - before < SIZE / 2
     assert np.array_equal(shared.numpy(), expected)
+
+
+def test_a_full_temporary_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "data").write_bytes(b"0")
+
+    class Full(BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shared_weights, "TemporaryFile", Full)
+    words = f"cannot use the temporary folder {tempfile.gettempdir()} .No space left on device.; set TMPDIR to a folder"
+    with pytest.raises(UserError, match=words):
+        SharedWeights(tmp_path / "data").give_computed({"a": lambda: np.arange(5)}, ort.SessionOptions())
 
 
 def test_weights_of_one_name_are_computed_once(tmp_path):

@@ -86,6 +86,14 @@ def test_folders_that_cannot_be_used(folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_repository_is_not_written_into_its_bundle(folder, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    assert main(["repository", str(source), str(source / "models")]) == 1
+    assert "lies inside the bundle; name a folder beside it" in capsys.readouterr().err
+    assert not (source / "models").exists()
+
+
 @dataclass
 class Addresses:
     """Of a running server."""
