@@ -66,10 +66,11 @@ def test_a_crash_leaves_a_stack_in_the_log(bundle):
 @pytest.fixture
 def fails(bundle, capsys):
     """A function that returns the one line of an error."""
+    folder = str(bundle())  # making it prints progress
 
     def run(*options):
         capsys.readouterr()
-        assert main(["serve", str(bundle()), *options]) == 1
+        assert main(["serve", folder, *options]) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1, error
         return error
