@@ -243,9 +243,9 @@ const float* prepare(const Rows& rows, const float* x, size_t tokens, float* roo
     case RowType::i8: return prepare_quantised<Bits8>(rows, x, tokens, room);
     case RowType::i4: return prepare_quantised<Bits4>(rows, x, tokens, room);
     case RowType::c4:
-    case RowType::c2: return prepare_copy<Bits4>(rows, x, tokens, room);
-    case RowType::n8: return prepare_copy<Nested<Bits4>>(rows, x, tokens, room);
-    case RowType::n6: return prepare_copy<Nested<Bits2>>(rows, x, tokens, room);
+    case RowType::c2:
+    case RowType::n8:
+    case RowType::n6: return prepare_copy(rows, x, tokens, room);
     default: return x;
   }
 }

@@ -24,7 +24,6 @@ inline float largest_of(__m256 v) {
   return most;
 }
 
-template <class Q>
 inline const float* round_to_bytes(const float* x, size_t width, float* room) {
   const size_t blocks = width / kBytesBlock;
   const ByteLayout layout(blocks);

@@ -6,24 +6,25 @@
 // of the first block.
 struct alignas(64) ByteStep {
   int8_t halves[2][64];
-  int32_t start[16];  // minus the middle of the integers of a row times the input
 };
 
 constexpr size_t kScaled = 16;  // blocks whose scales are one vector
 
 inline size_t byte_steps(size_t blocks) { return (blocks + 1) / 2; }
 
-// An input as bytes: its steps, then the scales of its blocks, padded to whole vectors.
+// An input as bytes: its steps, then the scales of its blocks, and the sums of their elements, each padded to whole
+// vectors.
 struct ByteInput {
   ByteInput() = default;
   ByteInput(const float* room, size_t blocks)
       : steps(reinterpret_cast<const ByteStep*>(room)),
-        scales(reinterpret_cast<const float*>(steps + byte_steps(blocks))) {}
+        scales(reinterpret_cast<const float*>(steps + byte_steps(blocks))),
+        sums(scales + (blocks + kScaled - 1) / kScaled * kScaled) {}
 
   const ByteStep* steps;
-  const float* scales;
+  const float *scales, *sums;
 };
-static_assert(sizeof(ByteStep) + 2 * sizeof(__m512) <= 2 * kBytesBlock * sizeof(float), "it fits into room");
+static_assert(sizeof(ByteStep) + 4 * sizeof(__m512) <= 2 * kBytesBlock * sizeof(float), "it fits into room");
 
 inline __m512i bytes_of(const void* bytes) { return _mm512_loadu_si512(bytes); }
 inline __m256i half_of(const void* bytes) { return _mm256_loadu_si256(static_cast<const __m256i*>(bytes)); }
@@ -40,11 +41,11 @@ inline __m512i halves_of(const __m128i parts[4]) {
   return _mm512_maskz_permutexvar_epi64(0xff, _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), split);
 }
 
-template <class Q>
 inline const float* round_to_bytes(const float* x, size_t width, float* room) {
   const size_t blocks = width / kBytesBlock, count = byte_steps(blocks);
+  const ByteInput input(room, blocks);
   ByteStep* steps = reinterpret_cast<ByteStep*>(room);
-  float* scales = reinterpret_cast<float*>(steps + count);
+  float *scales = room + (input.scales - room), *sums = room + (input.sums - room);
   if (blocks % 2 != 0) memset(steps + count - 1, 0, sizeof *steps);
   for (size_t b = 0; b < blocks; ++b) {
     __m512 in[4], most = _mm512_setzero_ps();
@@ -58,8 +59,10 @@ inline const float* round_to_bytes(const float* x, size_t width, float* room) {
     const float peak = unordered == 0 ? _mm512_reduce_max_ps(most) : NAN;
     const __m512 inverse = _mm512_set1_ps(peak > 1e-30f ? kByteMost / peak : 0);
     __m128i bytes[4];
+    __m512i total = _mm512_setzero_si512();
     for (size_t i = 0; i < 4; ++i) {
       const __m512i integers = _mm512_maskz_cvtps_epi32(0xffff, _mm512_mul_ps(in[i], inverse));
+      total = _mm512_add_epi32(total, integers);
       bytes[i] = _mm512_maskz_cvtepi32_epi8(0xffff, integers);
     }
     alignas(64) int8_t halves[2][32];
@@ -67,14 +70,9 @@ inline const float* round_to_bytes(const float* x, size_t width, float* room) {
     ByteStep& step = steps[b / 2];
     for (size_t half = 0; half < 2; ++half) memcpy(step.halves[half] + b % 2 * 32, halves[half], 32);
     scales[b] = peak / kByteMost;
+    sums[b] = scales[b] * static_cast<float>(_mm512_reduce_add_epi32(total));
   }
-  for (size_t b = blocks; b % kScaled != 0; ++b) scales[b] = 0;
-  const __m512i ones = _mm512_set1_epi8(1), middle = _mm512_set1_epi32(-static_cast<int>(Q::middle));
-  for (size_t s = 0; s < count; ++s) {
-    __m512i sums = _mm512_setzero_si512();
-    for (size_t half = 0; half < 2; ++half) sums = _mm512_dpbusd_epi32(sums, ones, bytes_of(steps[s].halves[half]));
-    _mm512_store_si512(steps[s].start, _mm512_mullo_epi32(sums, middle));
-  }
+  for (size_t b = blocks; b % kScaled != 0; ++b) scales[b] = sums[b] = 0;
   return room;
 }
 
@@ -161,13 +159,6 @@ inline __m128 sums_of(const __m512 v[4]) {
   return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
-// Rows of 2 bits share the input of rows of 4 bits, whose middle is four times theirs.
-template <class Q>
-inline __m512i start_of(const int32_t* start) {
-  const __m512i sums = _mm512_load_si512(start);
-  return Q::bits == 2 ? _mm512_maskz_srai_epi32(0xffff, sums, 2) : sums;
-}
-
 // Prefetches two blocks of R rows, from block b on. `next` may be null.
 template <class Q, size_t R>
 __attribute__((always_inline)) inline void fetch_blocks(const QuantisedRow* next, size_t b) {
@@ -211,14 +202,17 @@ struct ByteTile {
     for (__m512& one : acc) one = _mm512_setzero_ps();
   }
 
-  // Reads the scales of kScaled blocks from block `first` on.
+  // Reads the scales of kScaled blocks from block `first` on, and subtracts the middle of the integers times the input.
   __attribute__((always_inline)) void scale(size_t first, size_t blocks) {
     const __mmask16 there = lanes_left(blocks, first);
 #pragma GCC unroll 4
     for (size_t r = 0; r < R; ++r) {
-      const __m512 own = scales_of(rows[r], first, there);
+      const __m512 own = scales_of(rows[r], first, there), middle = _mm512_mul_ps(own, _mm512_set1_ps(Q::middle));
 #pragma GCC unroll 8
-      for (size_t t = 0; t < M; ++t) scales[r * M + t] = _mm512_mul_ps(own, _mm512_load_ps(inputs[t].scales + first));
+      for (size_t t = 0; t < M; ++t) {
+        scales[r * M + t] = _mm512_mul_ps(own, _mm512_load_ps(inputs[t].scales + first));
+        acc[r * M + t] = _mm512_fnmadd_ps(middle, _mm512_load_ps(inputs[t].sums + first), acc[r * M + t]);
+      }
     }
   }
 
@@ -232,7 +226,7 @@ struct ByteTile {
 #pragma GCC unroll 8
       for (size_t t = 0; t < M; ++t) {
         const ByteStep& step = inputs[t].steps[b / 2];
-        __m512i total = start_of<Q>(step.start);
+        __m512i total = _mm512_setzero_si512();
         for (size_t half = 0; half < 2; ++half)
           total = _mm512_dpbusd_epi32(total, row.halves[half], bytes_of(step.halves[half]));
         const __m512 scale = _mm512_maskz_permutexvar_ps(0xffff, lanes, scales[r * M + t]);

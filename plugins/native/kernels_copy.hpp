@@ -10,12 +10,10 @@ namespace {
 #include "kernels_bytes.hpp"
 #endif
 
-// Q: Bits4 also for rows of 2 bits.
-template <class Q>
-const float* prepare_copy(const Rows& rows, const float* x, size_t tokens, float* room) {
+inline const float* prepare_copy(const Rows& rows, const float* x, size_t tokens, float* room) {
 #if defined(__AVX2__)
   for (size_t t = 0; in_bytes(rows) && t < tokens; ++t)
-    round_to_bytes<Q>(x + t * rows.width, rows.width, room + t * input_floats(rows.width));
+    round_to_bytes(x + t * rows.width, rows.width, room + t * input_floats(rows.width));
   if (in_bytes(rows)) return room;
 #endif
   (void)rows, (void)tokens, (void)room;
