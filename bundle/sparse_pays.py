@@ -103,7 +103,7 @@ def _dense_bytes(manifest: Manifest) -> float:
 def _itemsizes(manifest: Manifest, narrow_rows: bool = False, rounding: bool = False) -> Itemsizes:
     """Return the bytes of an element on ONNX Runtime.
 
-    Whole rows of nested integers cost what they cost in a dense step, because their two parts take as long to multiply.
+    Whole rows of nested integers cost what they cost in a dense step, which reads both of their parts too.
     """
     q, whole = manifest.quantisation, _itemsize(manifest)
     rows = whole / (2 if narrow_rows else 1)

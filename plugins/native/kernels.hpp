@@ -273,7 +273,7 @@ void accumulate(const Rows& rows, Picks picks, const float* h, size_t tokens, fl
     case RowType::c4: return accumulate_copy<Bits4>(rows, picks, h, tokens, y, ahead);
     case RowType::c2: return accumulate_copy<Bits2>(rows, picks, h, tokens, y, ahead);
     case RowType::n8:
-    case RowType::n6: return;
+    case RowType::n6: return;  // no op adds such rows
     case RowType::f32: return accumulate_as<float>(rows, picks, h, tokens, y, ahead);
     case RowType::bf16: return accumulate_as<Bf16>(rows, picks, h, tokens, y, ahead);
     case RowType::f16: return accumulate_as<F16>(rows, picks, h, tokens, y, ahead);

@@ -13,7 +13,6 @@ from shadowllm.bundle.manifest import BODY, BODY_ALL_HEADS, DATA_FILE, Manifest,
 from shadowllm.bundle.sparse_pays import mixes, sparse_pays
 from shadowllm.errors import UserError
 from shadowllm.limits import check_threads
-from shadowllm.malloc import return_freed_memory
 from shadowllm.models.sparsity import ActiveCounts, Budget, check_neuron_budget, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
@@ -223,7 +222,6 @@ class LoadedBundle:
         self._weights.give_computed(graph.computed, options)
         loaded = OrtGraph(paths[-1], options, graph)
         self._weights.release()
-        return_freed_memory()  # of weights that were computed and packed
         return loaded
 
     def plan(self, budget: Budget) -> Plan:

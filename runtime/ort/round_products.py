@@ -7,7 +7,6 @@ matrices that every token reads at full precision: K, V, the dense layers, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -51,14 +50,14 @@ class RoundProducts(ComputesWeights):
         return PassResult(model, modified=bool(products))
 
     def _nested_linear(self, graph: ir.Graph, x: ir.Value | None, matrix: _Matrix, bias: ir.Value | None) -> ir.Node:
-        rounded, blocks = _Rounded(matrix), (matrix.rows, FORMAT.blocks(matrix.width))
+        rounded, blocks = _Rounded(matrix, joins=not self._native), (matrix.rows, FORMAT.blocks(matrix.width))
         copy = self._part(graph, rounded, "copy", (*blocks, FORMAT.copy.bytes(FORMAT.block)))
         residual = self._part(graph, rounded, "residual", (matrix.rows, FORMAT.residual.bytes(matrix.width)))
         scales = self._part(graph, rounded, "scales", blocks)
         return ir.node(NESTED_LINEAR.name, [x, residual, copy, scales, *([bias] if bias else [])], domain=DOMAIN)
 
     def _mat_mul(self, graph: ir.Graph, x: ir.Value | None, matrix: _Matrix, bias: ir.Value | None) -> ir.Node:
-        rounded, blocks = _Rounded(matrix), (matrix.rows, FORMAT.blocks(matrix.width))
+        rounded, blocks = _Rounded(matrix, joins=not self._native), (matrix.rows, FORMAT.blocks(matrix.width))
         integers = self._part(graph, rounded, "integers", (*blocks, FORMAT.block))
         inputs = [x, integers, self._part(graph, rounded, "steps", blocks), *([None, None, bias] if bias else [])]
         sizes = {"K": matrix.width, "N": matrix.rows, "bits": FORMAT.bits, "block_size": FORMAT.block}
@@ -90,24 +89,26 @@ class _Matrix:
 
 
 class _Rounded:
-    """A matrix as nested integers, computed when a part is asked for; the other parts are kept until they are too."""
+    """A matrix as nested integers, computed when a part is first asked for. Each part is given away once.
 
-    def __init__(self, matrix: _Matrix) -> None:
-        self.matrix = matrix
-        self._parts: dict[str, Callable[[], np.ndarray]] = {}
+    Args:
+        joins: whether the parts are the "integers" and the "steps" between them, else "copy", "scales" and "residual".
+    """
+
+    def __init__(self, matrix: _Matrix, joins: bool) -> None:
+        self.matrix, self._joins = matrix, joins
+        self._parts: dict[str, np.ndarray] = {}
 
     def part(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The copy, its scales or the residual; or the integers of both, and the steps between them."""
-        if name not in self._parts:
-            copy, scales, residual = quantise_nested(self.matrix.values(), FORMAT)
-            self._parts = {
-                "copy": lambda: copy,
-                "scales": lambda: scales,
-                "residual": lambda: residual,
-                "integers": lambda: joined(copy, residual, FORMAT),
-                "steps": lambda: scales * np.float32(FORMAT.residual_step),
-            }
-        return self._parts.pop(name)().reshape(shape)
+        """One of the parts, in this shape."""
+        self._parts = self._parts or self._compute()
+        return self._parts.pop(name).reshape(shape)
+
+    def _compute(self) -> dict[str, np.ndarray]:
+        copy, scales, residual = quantise_nested(self.matrix.values(), FORMAT)
+        if self._joins:
+            return {"integers": joined(copy, residual, FORMAT), "steps": scales * np.float32(FORMAT.residual_step)}
+        return {"copy": copy, "scales": scales, "residual": residual}
 
 
 def _matrix(node: ir.Node) -> _Matrix | None:
