@@ -5,7 +5,7 @@
 
 Every contender is a session in its own process, and their runs are interleaved. Perplexity is measured by the same
 sessions, token by token after a prompt, on text that no budget was chosen on. "chosen" is the budget that ``export``
-chooses by default for floats. The others are named by neurons/heads/shortlist at full precision.
+chooses by default for the weight type. The others are named by neurons/heads/shortlist at full precision.
 
 With the options ``--gguf out/noisy.gguf --llama-cpp-python .peers/llamacpp/bin/python``, the types of llama.cpp are
 contenders too. This makes the file and the environment; llama.cpp compiles for about half an hour:
@@ -52,17 +52,16 @@ def export_all(
 ) -> dict[str, Path]:
     """Export a bundle of each weight type; those that exist, or are given, are kept.
 
-    The first is of floats, and its predictor and the budget chosen for it are used for integers too.
+    The first is of floats, and its predictor is used for integers too. Each type has the budget that is chosen for it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     bundles = {dtype: bundle or folder / dtype} | {name: folder / name for name in integers}
     if not bundles[dtype].exists():
         export_model(Source(model), bundles[dtype], Export(dtype=dtype, validate=False))
-    predictor, chosen = Predictor.load(bundles[dtype] / PREDICTOR_FILE), read_manifest(bundles[dtype]).budget
+    predictor = Predictor.load(bundles[dtype] / PREDICTOR_FILE)
     for name in integers:
         if not bundles[name].exists():
-            budget = chosen if name != "int4" else Budget()
-            plan = Export(weight_dtype=name, budget=budget, validate=False)
+            plan = Export(weight_dtype=name, budget=Budget() if name == "int4" else None, validate=False)
             export_model(Source(model), bundles[name], plan, predictor=predictor)
     return bundles
 

@@ -17,11 +17,12 @@ from shadowllm.bundle.quantisation import LOW_BIT_COPY, ROUNDED, Quantisation
 from shadowllm.models.sparsity import UNITS, ActiveCounts, Rest, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 
-# Time to read a byte of the low-bit copy, divided by the time to read a byte of a full row. Not measured yet.
-COPY_COST = 1.0
-# Bytes that are read in the time by which the attention of a layer takes longer if heads are selected in it. Measured
-# with SmolLM2-135M on ONNX Runtime: 42 us more than its bytes explain, at about 12 GB/s.
-SELECTED_HEADS_COST = 500_000
+# What a step of mixed precision takes beyond its bytes, as bytes that are read in the same time. Measured with the
+# native ops on a CPU with AVX-512 VNNI, two threads, SmolLM2-135M at int6, int8 and float32, and Llama-1.1B at int8.
+# Dense steps read 24 to 32 GB/s there.
+COPY_COST = 1.12  # for a byte of the low-bit copy
+SELECTION_COST = 560_000  # for each layer and kind of unit (heads, neurons) of which some are selected
+PICKED_ROW_COST = 1_000  # for each active neuron, and for each row of a shortlist: rows that do not follow each other
 ROWS: dict[Unit, str] = {"heads": "active q/o rows", "neurons": "active MLP rows"}  # parts of a step's bytes
 
 
@@ -88,6 +89,28 @@ def layer_copy_bytes(spec: ModelSpec, heads: int, neurons: int) -> int:
     """
     active, widths = {"heads": heads, "neurons": neurons}, layer_units(spec)
     return sum(widths[unit] * unit_copy_bytes(spec, unit) for unit in UNITS if active[unit] < widths[unit])
+
+
+def mixed_cost(spec: ModelSpec, unit: Unit, active: int, whole: float, beside_copy: float) -> float:
+    """Return the cost of a layer's heads or neurons, in bytes, if those that are not active come from the copy.
+
+    Args:
+        whole, beside_copy: bytes of an element if all units are active, and if not.
+    """
+    width = layer_units(spec)[unit]
+    if active == width:
+        return row_elements(spec, unit, active) * whole
+    picked = PICKED_ROW_COST * active if unit == "neurons" else 0  # a head has many rows, which follow each other
+    copy = COPY_COST * width * unit_copy_bytes(spec, unit)
+    return row_elements(spec, unit, active) * beside_copy + copy + picked + SELECTION_COST
+
+
+def table_cost(spec: ModelSpec, shortlist: int | None, sizes: Itemsizes) -> float:
+    """Return the cost of the output table, in bytes."""
+    if shortlist is None or not shortens(spec, shortlist):
+        return spec.vocab_size * spec.hidden_size * sizes.matrices
+    row = spec.hidden_size * sizes.shortlist + PICKED_ROW_COST
+    return shortlist * row + COPY_COST * copied_table_bytes(spec)
 
 
 def shortens(spec: ModelSpec, shortlist: int | None) -> bool:

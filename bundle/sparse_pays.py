@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from shadowllm.bundle.cost_model import (
-    COPY_COST,
     Itemsizes,
     active_bytes,
     copied_table_bytes,
@@ -31,7 +30,8 @@ SCATTERED_COST = 1.15
 def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False, rounds: bool = False) -> bool:
     """Return whether a sparse step with its predictor reads less than a dense step on ONNX Runtime.
 
-    Only what differs is counted: the rows and the copy of the sparse layers, the output table, and what is rounded.
+    Only what differs is counted: the rows and the copy of the sparse layers, the output table, and what is rounded. The
+    other costs of a selection (see `cost_model.mixed_cost`) are left out, so a budget that a user gave is kept.
     (The cache differs too, if whole groups of heads are dropped.)
 
     Args:
@@ -46,7 +46,7 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False, r
     saved += _common_elements(spec, len(counts)) * (sizes.matrices - sizes.common)
     if budget.shortlist is not None and shortens(spec, budget.shortlist):
         saved += spec.hidden_size * (spec.vocab_size * sizes.matrices - budget.shortlist * sizes.shortlist)
-        saved -= COPY_COST * copied_table_bytes(spec)
+        saved -= copied_table_bytes(spec)
     return saved > _choosing_bytes(manifest, rest)
 
 
@@ -121,7 +121,7 @@ def _sparse_bytes(manifest: Manifest, row: int, kept: tuple[int, int], rest: Res
         active_bytes(spec, unit, [count], rest, sizes.rows, sizes.beside_copy)
         for unit, count in zip(UNITS, kept, strict=True)
     )
-    return rows + (COPY_COST * layer_copy_bytes(spec, *kept) if rest == "shadow" else 0)
+    return rows + (layer_copy_bytes(spec, *kept) if rest == "shadow" else 0)
 
 
 def _choosing_bytes(manifest: Manifest, rest: Rest) -> float:

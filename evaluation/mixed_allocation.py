@@ -18,18 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shadowllm.bundle.cost_model import (
-    COPY_COST,
-    SELECTED_HEADS_COST,
-    Itemsizes,
-    copied_table_bytes,
-    layer_copy_bytes,
-    unit_elements,
-)
+from shadowllm.bundle.cost_model import Itemsizes, mixed_cost, table_cost
 from shadowllm.bundle.manifest import Manifest
 from shadowllm.evaluation.allocation import TINY, Loss
 from shadowllm.models.sparsity import Budget, SparseLayers, Unit, layer_units
-from shadowllm.models.spec import ModelSpec
 from shadowllm.progress import Advance, no_progress
 
 # What is measured: fractions of units (rounded to whole units, at least one), and numbers of rows.
@@ -136,46 +128,18 @@ def measure(layers: SparseLayers, sizes: Itemsizes, loss: Loss, advance: Advance
     return path(
         knob(
             heads,
-            _sizes(layers, "heads", heads, sizes.common, sizes.beside_copy),
+            [layers.count * mixed_cost(spec, "heads", n, sizes.common, sizes.beside_copy) for n in heads],
             probed["heads"],
             lambda n: Budget(heads=n / heads[-1]),
         ),
         knob(
             neurons,
-            _sizes(layers, "neurons", neurons, sizes.matrices, sizes.beside_copy),
+            [layers.count * mixed_cost(spec, "neurons", n, sizes.matrices, sizes.beside_copy) for n in neurons],
             probed["neurons"],
             lambda n: Budget(neurons=n / neurons[-1]),
         ),
-        knob(rows, _table_sizes(spec, rows, sizes), SHORTLISTS, lambda n: Budget(shortlist=n)),
+        knob(rows, [table_cost(spec, n, sizes) for n in rows], SHORTLISTS, lambda n: Budget(shortlist=n)),
     )
-
-
-def _sizes(layers: SparseLayers, unit: Unit, settings: Sequence[int], of_all: float, beside_copy: float) -> list[float]:
-    """Return the cost per step, in bytes, of each number of heads or neurons in all layers, the copy included.
-
-    Args:
-        of_all: bytes of an element of a row if all units are active.
-    """
-    spec, everything = layers.spec, layer_units(layers.spec)
-
-    def size(count: int) -> float:
-        if count == everything[unit]:
-            return count * unit_elements(spec, unit) * of_all
-        selecting = SELECTED_HEADS_COST if unit == "heads" else 0
-        copy = COPY_COST * layer_copy_bytes(spec, **(everything | {unit: count}))
-        return count * unit_elements(spec, unit) * beside_copy + copy + selecting
-
-    return [layers.count * size(count) for count in settings]
-
-
-def _table_sizes(spec: ModelSpec, settings: Sequence[int], sizes: Itemsizes) -> list[float]:
-    copy = COPY_COST * copied_table_bytes(spec)
-    return [
-        spec.hidden_size * count * sizes.shortlist + copy
-        if count < spec.vocab_size
-        else spec.hidden_size * count * sizes.matrices
-        for count in settings
-    ]
 
 
 def _spread(least: int, most: int) -> list[int]:

@@ -29,6 +29,7 @@ from shadowllm.runtime.ort.native_linear import NativeLinear
 from shadowllm.runtime.ort.own_selections import OwnSelections
 from shadowllm.runtime.ort.round_products import RoundProducts
 from shadowllm.runtime.ort.round_rows import RoundRows
+from shadowllm.runtime.ort.shorten_dense import shorten
 from shadowllm.runtime.ort.split_selection import SplitSelection
 from shadowllm.runtime.ort.upcast_to_float32 import UpcastToFloat32
 
@@ -61,7 +62,7 @@ def for_cpu(
     """Rewrite graphs of a bundle as one graph for ONNX Runtime's CPU kernels.
 
     Inputs and outputs are those of the files, except that every sequence has its own selection, and ``body`` takes them
-    layer by layer. Several files are joined, see `join`.
+    layer by layer. Several files are joined, see `join`, and the dense graph with ``body``, see `shorten`.
 
     Args:
         paths: the ONNX files, in their order.
@@ -74,7 +75,7 @@ def for_cpu(
     Raises:
         UserError: a file has another graph than its name says.
     """
-    model = reduce(join, map(_load, paths))
+    model = reduce(shorten if paths[0].stem == "dense" else join, map(_load, paths))
     computed: dict[str, Callable[[], np.ndarray]] = {}
     for rewrite in _passes(paths[-1].stem, manifest, native, exact, fused, rounded):
         rewrite(model)

@@ -40,11 +40,13 @@ class Plan:
         decodes: sparse graphs, or dense ones.
         body: the graph of the sparse layers.
         rounded: whether float matrices are rounded to 8 bits, see `RoundProducts` and `RoundRows`.
+        dense_layers: whether the dense graph computes the layers, and only the shortlist is of the body, see `shorten`.
     """
 
     decodes: Decodes
     body: str = BODY
     rounded: bool = False
+    dense_layers: bool = False
 
 
 DENSE = Plan("dense")
@@ -184,6 +186,8 @@ class LoadedBundle:
             return {"dense": _Form(("dense",))}
         if plan == DENSE:  # nothing is predicted if everything is active
             return {STEP: _Form(("stem", self._body_of_everything))}
+        if plan.dense_layers:
+            return {STEP: _Form(("dense", plan.body))}
         if "predictor" not in self.manifest.sparse_pieces:
             return {STEP: _Form(("stem", plan.body), plan.rounded)}
         forms = {name: _Form((name,), plan.rounded) for name in ("stem", plan.body)}
@@ -238,7 +242,9 @@ class LoadedBundle:
             return DENSE
         all_heads, all_neurons = (bool((counts[unit] == size).all()) for unit, size in layer_units(self.spec).items())
         if not mixes(self.manifest, budget):
-            return Plan("sparse", self._body_of_everything if all_heads and all_neurons else BODY)
+            everything = all_heads and all_neurons
+            body = self._body_of_everything if everything else BODY
+            return Plan("sparse", body, dense_layers=everything and self.native_dense)
         body = BODY_ALL_HEADS if all_heads and self.manifest.has_body_all_heads else BODY
         return Plan("sparse", body, self._rounds)
 

@@ -10,9 +10,11 @@ import pytest
 from shadowllm.bundle.cost_model import (
     Itemsizes,
     mean_traffic,
+    mixed_cost,
     predictor_bytes,
     selector_bytes,
     step_traffic,
+    table_cost,
     unit_elements,
 )
 from shadowllm.bundle.manifest import read_manifest
@@ -247,3 +249,45 @@ def test_nested_rows_by_hand():
     assert parts["shortlist"] == 3 * 6 * 0.5
     dropped = step_traffic(LLAMA, Itemsizes.of(2, **sizes), 5, counts((1, 4), (2, 10))).parts
     assert dropped["active MLP rows"] == round(3 * 6 * 12 * 1.03125)
+
+
+# Sizes of models with which the costs were measured.
+SMOLLM2 = replace(SPEC, hidden_size=576, intermediate_size=1536, n_heads=9, n_kv_heads=3, head_dim=64, vocab_size=49152)
+BIGGER = replace(SMOLLM2, hidden_size=2048, intermediate_size=5632, n_heads=32, n_kv_heads=4)
+
+
+def nested(weight_dtype):
+    return Itemsizes.of(NESTED[weight_dtype].itemsize, beside_copy=NESTED[weight_dtype].itemsize_beside_copy)
+
+
+@pytest.mark.parametrize(
+    ("spec", "weight_dtype", "pays"), [(SMOLLM2, "int8", 1), (SMOLLM2, "int6", 0), (BIGGER, "int8", 1)]
+)
+def test_selecting_neurons_pays_where_it_was_faster(spec, weight_dtype, pays):
+    """At 10% of them. With int6 the rows of the others are so short that the selection costs more than they do."""
+    sizes = nested(weight_dtype)
+    some, all_of_them = (
+        mixed_cost(spec, "neurons", count, sizes.matrices, sizes.beside_copy)
+        for count in (spec.intermediate_size // 10, spec.intermediate_size)
+    )
+    assert all_of_them == 3 * spec.hidden_size * spec.intermediate_size * sizes.matrices
+    assert (some < all_of_them) == pays
+
+
+def test_selecting_heads_pays_in_large_layers_only():
+    sizes = nested("int8")
+    for spec, pays in ((SMOLLM2, False), (BIGGER, True)):
+        some, all_of_them = (
+            mixed_cost(spec, "heads", count, sizes.common, sizes.beside_copy)
+            for count in (spec.n_heads // 4, spec.n_heads)
+        )
+        assert (some < all_of_them) == pays
+
+
+def test_a_shortlist_pays_unless_it_is_long():
+    sizes = nested("int8")
+    whole = table_cost(SMOLLM2, None, sizes)
+    assert whole == 49152 * 576 * NESTED["int8"].itemsize == table_cost(SMOLLM2, 49152, sizes)
+    assert (
+        table_cost(SMOLLM2, 256, sizes) < table_cost(SMOLLM2, 4096, sizes) < whole < table_cost(SMOLLM2, 20000, sizes)
+    )

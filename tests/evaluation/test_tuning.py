@@ -81,7 +81,7 @@ def test_command(copy, capsys):
     assert main(["tune", str(copy), "--target-ppl-increase", "much"]) == 1
 
 
-def test_a_mixed_budget_is_one_for_all_layers_and_has_a_shortlist(with_copies):
+def test_a_mixed_budget_is_one_for_all_layers_and_has_a_shortlist(with_copies, bytes_only):
     tuned = tune(with_copies, Target(ppl_increase=0.01), **QUICK)
     assert tuned.allocation["measured"]["ppl_increase"] <= 0.01
     budget = read_manifest(with_copies).budget

@@ -61,7 +61,7 @@ struct Query {
   float* logits;
   int32_t* recomputed;
 
-  bool whole(size_t rows) const { return shortlist == rows && table.step == 0; }  // the copy is not read
+  bool whole(size_t rows) const { return shortlist == rows && table.step == 0; }  // the copy is not read by itself
 };
 
 class ShortlistLogits {
@@ -110,19 +110,21 @@ class ShortlistLogits {
     Query query{};
     query.certify = Node::number(in[kCertify], token) != 0;
     query.shortlist = static_cast<size_t>(std::min<int64_t>(std::max<int64_t>(wanted, query.certify), rows));
-    query.copy = copy_rows(in, query.certify), query.table = table_rows(in, query.copy, query.certify);
+    query.copy = copy_rows(in, query.certify), query.table = table_rows(in, query);
     query.x = query.padded = in[kX].as<float>() + token * static_cast<size_t>(in[kX].dims[1]);
     query.logits = static_cast<float*>(logits.data) + token * static_cast<size_t>(rows);
     query.recomputed = static_cast<int32_t*>(counts.data) + token;
     return query;
   }
 
-  Rows table_rows(const std::vector<Tensor>& in, const Rows& copy, bool certify) const {
+  Rows table_rows(const std::vector<Tensor>& in, const Query& query) const {
     const int64_t rows = in[kTable].dims[0], width = in[kX].dims[1];
     node_.expect(in, kErrors, {rows});
     node_.expect(in, kWeighting, {width});
     if (!Node::is_residual(in[kTable], in[kTableScales])) return node_.matrix(in, kTable, kTableScales, rows, width);
-    return exact(node_.residual(in, kTable, copy, rows), certify);
+    if (query.shortlist == static_cast<size_t>(rows) && !query.certify)
+      return node_.nested(in, kTable, kCopy, kScales, rows, width);
+    return exact(node_.residual(in, kTable, query.copy, rows), query.certify);
   }
 
   Rows copy_rows(const std::vector<Tensor>& in, bool certify) const {
@@ -172,6 +174,8 @@ class ShortlistLogits {
 
   static Rows rows_from(Rows matrix, size_t first) {
     matrix.data = static_cast<const char*>(matrix.data) + first * matrix.stride;
+    if (matrix.residual != nullptr)
+      matrix.residual = static_cast<const char*>(matrix.residual) + first * matrix.residual_stride;
     if (matrix.scales != nullptr) matrix.scales += first * matrix.scales_stride;
     return matrix;
   }
@@ -217,7 +221,8 @@ class ShortlistLogits {
       const Query& query = queries[t];
       const bool whole = query.whole(rows);
       const Rows& matrix = whole ? query.table : query.copy;
-      const float* input = kernels_.prepare(matrix, whole ? query.x : query.padded, 1, memory.inputs + t * memory.room);
+      const float* x = matrix.width == query.copy.width ? query.padded : query.x;
+      const float* input = kernels_.prepare(matrix, x, 1, memory.inputs + t * memory.room);
       const auto fits = [&](const Batch& part) {
         return part.matrix->type == matrix.type && part.matrix->data == matrix.data;
       };

@@ -92,7 +92,7 @@ def test_what_every_token_reads_is_rounded_unless_all_units_are_active(bundle, b
     assert LoadedBundle(folder, "dense").plan(budget) == DENSE
     for options in ({"exact": True}, {"native": False}):
         found = LoadedBundle(folder, "sparse", **options).plan(budget)
-        assert astuple(found) == (plan.decodes, plan.body, False)
+        assert astuple(found) == (plan.decodes, plan.body, False, False)
 
 
 @NEEDS_NATIVE
