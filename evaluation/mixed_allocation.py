@@ -2,19 +2,19 @@
 
 Three things are read at full precision or from the copy: heads, neurons, and rows of the output table (the shortlist).
 What a step loses by reading few of them is measured for each kind alone, at a few settings, as the KL divergence
-from the dense model. It is interpolated between these settings, and losses are assumed to add up. At a given price per
-byte, each kind has one best setting. So all good budgets lie on one path, from the whole model to the fewest bytes, and
-only the place on the path is searched, by measuring whole budgets.
+from the dense model. It is interpolated between these settings, and losses are assumed to add up. Budgets than which no
+other one both costs less and loses less form a path, from the whole model to the fewest bytes. Only the place on the
+path is searched, by measuring whole budgets.
 
 All layers have the same fractions: the losses are small, and finding them layer by layer takes a pass for each layer.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -50,16 +50,6 @@ class Knob:
     sizes: Sequence[float]
     losses: Sequence[float]
 
-    def best(self, price: float) -> int:
-        """Return the position of the best setting, if a byte costs ``price`` nats."""
-        return int(np.argmin(np.array(self.losses) + price * np.array(self.sizes)))
-
-    def prices(self) -> Iterator[float]:
-        """Yield the prices at which two settings are equally good."""
-        for (less, lost), (more, kept) in itertools.permutations(zip(self.sizes, self.losses, strict=True), 2):
-            if less < more and lost > kept:
-                yield (lost - kept) / (more - less)
-
 
 @dataclass(frozen=True)
 class Step:
@@ -76,15 +66,22 @@ class Step:
 
 
 def path(heads: Knob, neurons: Knob, rows: Knob) -> list[Step]:
-    """Return the best budgets of all prices, from the whole model to the fewest bytes."""
+    """Return the budgets than which none both costs less and loses less, from the whole model to the fewest bytes."""
     knobs = heads, neurons, rows
-    changes = sorted({price for knob in knobs for price in knob.prices()})
-    between = [math.sqrt(a * b) for a, b in itertools.pairwise(changes)]
-    chosen = {tuple(knob.best(price) for knob in knobs) for price in (0.0, *between, *(2 * p for p in changes[-1:]))}
-    return sorted((_step(knobs, at) for at in chosen), key=lambda step: -step.size)
+    sizes, losses = _sums([knob.sizes for knob in knobs]), _sums([knob.losses for knob in knobs]).ravel()
+    ascending = np.lexsort((losses, sizes.ravel()))
+    least = np.minimum.accumulate(losses[ascending])
+    better = losses[ascending] < np.concatenate(([np.inf], least[:-1]))
+    places = np.unravel_index(ascending[better][::-1], sizes.shape)
+    return [_step(knobs, at) for at in zip(*(place.tolist() for place in places), strict=True)]
 
 
-def _step(knobs: tuple[Knob, Knob, Knob], at: tuple[int, ...]) -> Step:
+def _sums(numbers: Sequence[Sequence[float]]) -> np.ndarray:
+    """Return the sums of one number of each kind, with a dimension for each kind."""
+    return reduce(np.add.outer, [np.array(of_kind) for of_kind in numbers])
+
+
+def _step(knobs: tuple[Knob, Knob, Knob], at: Sequence[int]) -> Step:
     heads, neurons, rows = (knob.settings[i] for knob, i in zip(knobs, at, strict=True))
     every_head, every_neuron, every_row = (knob.settings[-1] for knob in knobs)
     return Step(
