@@ -45,6 +45,7 @@ INTEGERS = ("int8", "int6", "int4")
 # Points of the dial from slow and good to fast: neurons, heads, rows of the output table.
 DIAL = ((0.3, 1.0, 4096), (0.1, 1.0, 2048), (0.05, 1.0, 2048), (0.03, 1.0, 1024))
 SHORT_DIAL = DIAL[1:3]
+MIXED = "mixed,"
 
 
 def export_all(
@@ -169,26 +170,34 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
-    figure = new_figure((6.4, 4.4))
+    figure = new_figure((8, 5))
     axes = figure.subplots()
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[tuple[float, float, str]]] = {}
     for row in sorted(rows, key=lambda row: row["itl_ms"]):
-        (label, text), point = _labels(row), (row["itl_ms"], row["perplexity"])
-        lines.setdefault(label, []).append(point)
-        axes.annotate(text, point, fontsize=7)
+        label, text = _labels(row)
+        lines.setdefault(label, []).append((row["itl_ms"], row["perplexity"], text))
     for label, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.set(xlabel="ms per token", ylabel="perplexity")
+        ours = label.startswith(MIXED)
+        times, perplexities, texts = zip(*points, strict=True)
+        (line,) = axes.plot(times, perplexities, "o-" if ours else "s", markersize=4, label=label)
+        side = {"ha": "right", "xytext": (-5, -2)} if ours else {"ha": "left", "xytext": (5, -2)}
+        for time, perplexity, text in zip(times, perplexities, texts, strict=True):
+            axes.annotate(
+                text, (time, perplexity), fontsize=7, color=line.get_color(), textcoords="offset points", **side
+            )
+    axes.set(xlabel="ms per token", ylabel="perplexity", xscale="log")
+    for formatted in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        formatted("{x:g}")
     axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.3, which="both")
     save(figure, path)
 
 
 def _labels(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the line of a contender and its label on the line."""
+    """Return the line of a contender, and its label there: of a budget on the dial, the share of the neurons."""
     first, rest = row["name"].split(" ", 1)
     if row["budget"] is not None:
-        return f"mixed, {first}", rest
+        return f"{MIXED} {first}", rest.split("/")[0]
     return (NAME, rest) if first == NAME else ("ONNX Runtime, dense", first)
 
 

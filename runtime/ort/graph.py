@@ -58,6 +58,7 @@ def for_cpu(
     exact: bool = False,
     fused: bool = True,
     rounded: bool = False,
+    prompts: bool = False,
 ) -> CpuGraph:
     """Rewrite graphs of a bundle as one graph for ONNX Runtime's CPU kernels.
 
@@ -71,13 +72,15 @@ def for_cpu(
         exact: whether integer layers read float32 inputs, and not inputs rounded to 8 bits.
         fused: whether dense attention becomes one op, see `CpuGraph`.
         rounded: whether float matrices become integers, see `RoundProducts` and `RoundRows`.
+        prompts: whether it runs prompts only. Then attention is ONNX Runtime's own, which is made for many tokens.
 
     Raises:
         UserError: a file has another graph than its name says.
     """
     model = reduce(shorten if paths[0].stem == "dense" else join, map(_load, paths))
     computed: dict[str, Callable[[], np.ndarray]] = {}
-    for rewrite in _passes(paths[-1].stem, manifest, native, exact, fused, rounded):
+    attention = [FuseAttention(manifest.spec, native and not prompts)] if fused else []
+    for rewrite in _passes(paths[-1].stem, manifest, native, exact, attention, rounded):
         rewrite(model)
         if isinstance(rewrite, ComputesWeights):
             computed |= rewrite.weights
@@ -96,9 +99,11 @@ def _load(path: Path) -> ir.Model:
     return model
 
 
-def _passes(name: str, manifest: Manifest, native: bool, exact: bool, fused: bool, rounded: bool) -> list[InPlacePass]:
+def _passes(
+    name: str, manifest: Manifest, native: bool, exact: bool, attention: Sequence[InPlacePass], rounded: bool
+) -> list[InPlacePass]:
     """The passes, in their order, for a graph or for several that end with it."""
-    passes: list[InPlacePass] = [FuseAttention(manifest.spec, native)] if fused else []
+    passes = list(attention)
     q, linear = manifest.quantisation, native and native_ops.linear_pays()
     if q and q.residual_bits:
         passes.insert(0, NativeLinear() if linear else JoinNested(q))

@@ -65,6 +65,7 @@ class _Form:
     pieces: tuple[str, ...]
     rounded: bool = False
     fused: bool = True
+    prompts: bool = False
 
 
 class LoadedBundle:
@@ -109,6 +110,9 @@ class LoadedBundle:
         q = self.manifest.quantisation
         nested = q is not None and q.residual_bits > 0
         self.native_dense = nested and prefill == "dense" and self._native and not exact and native_ops.linear_pays()
+        # Whether the body reads 16-bit rows of the output table. Then no graph that only prefills has to widen it.
+        widened = q is None and self.manifest.dtype != "float32"
+        self._narrow_table = widened and self.manifest.rest == "shadow" and self._native and not exact
         self._graphs: dict[_Form, OrtGraph] = {}
         self._weights: SharedWeights | None = None  # while it is open
 
@@ -139,7 +143,7 @@ class LoadedBundle:
     def pack(self) -> None:
         """Load the dense graph again, with packed weights, because it decodes now."""
         self.packed = self._decodes_dense = True
-        self._graphs = {form: graph for form, graph in self._graphs.items() if form.pieces != ("dense",)}
+        self._graphs = {form: graph for form, graph in self._graphs.items() if form.pieces[0] != "dense"}
 
     @property
     def fast_dense(self) -> bool:
@@ -165,7 +169,11 @@ class LoadedBundle:
 
     def prefilling(self) -> dict[str, OrtGraph]:
         """The graphs of a prompt."""
-        return {"dense": self._graph(_Form(("dense",)))} if self.prefills == "dense" else self.graphs(DENSE)
+        if self.prefills == "sparse":
+            return self.graphs(DENSE)
+        # A graph that decodes has its own table, which is packed.
+        form = _Form(("dense", BODY), prompts=True) if self._narrow_table and not self.packed else _Form(("dense",))
+        return {"dense": self._graph(form)}
 
     def verifying(self, batch: int, seqlen: int) -> list[OrtGraph]:
         """The graphs of a dense step over ``seqlen`` tokens of each of ``batch`` sequences, in their order.
@@ -210,11 +218,12 @@ class LoadedBundle:
     def _open(self, form: _Form) -> OrtGraph:
         if self._weights is None:
             raise UserError("the session is not open", "use it inside its `with` statement")
-        options, dense = ort.SessionOptions(), form.pieces == ("dense",)
+        options, dense = ort.SessionOptions(), form.pieces[0] == "dense"
         give_threads(options, self._threads, wait_actively=dense and self._decodes_dense)
         packed = dense and self.packed
         options.add_session_config_entry("session.disable_prepacking", str(int(dense and not packed)))
-        native = self._native and (self.native_dense or not dense) and native_ops.register(options)
+        ours = self.native_dense or form.pieces != ("dense",)
+        native = self._native and ours and native_ops.register(options)
         paths = [self._bundle / f"{piece}.onnx" for piece in form.pieces]
         if not packed:
             self._weights.give((ir.load(path).graph for path in paths), options)
@@ -222,7 +231,7 @@ class LoadedBundle:
         # this folder, so links are resolved here.
         weights = (self._bundle / DATA_FILE).resolve()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
-        graph = for_cpu(paths, self.manifest, native, self._exact, form.fused, form.rounded)
+        graph = for_cpu(paths, self.manifest, native, self._exact, form.fused, form.rounded, form.prompts)
         self._weights.give_computed(graph.computed, options)
         loaded = OrtGraph(paths[-1], options, graph)
         self._weights.release()

@@ -29,10 +29,11 @@ def run_prompt(
         float32 ``(batch, vocab_size)``.
     """
     buffers = step_buffers(bundle.spec, input_ids, positions, last[:, None], cache)
-    if bundle.prefills == "sparse":
+    graphs = bundle.prefilling().values()
+    if any(name not in buffers for graph in graphs for name in graph.inputs):  # the numbers of a budget
         selections = Selections(bundle, len(input_ids))
         selections.ask([bundle.numbers(EVERYTHING)] * len(input_ids))
         buffers |= selections.buffers()
-    for graph in bundle.prefilling().values():
+    for graph in graphs:
         graph.bind(buffers, buffers)()
     return buffers["logits"][:, 0]

@@ -14,8 +14,8 @@ HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 class UpcastToFloat32(InPlacePass):
     """Changes a graph to float32 activations, inputs and outputs; weights stay 16-bit on disk.
 
-    Every 16-bit initializer gets a ``Cast``, which ONNX Runtime folds when it loads the graph. Every cast to 16 bits
-    becomes a cast to float32.
+    Every 16-bit initializer gets a ``Cast``, which ONNX Runtime folds when it loads the graph. A table of which single
+    rows are gathered stays 16-bit, and the rows get a ``Cast``. Every cast to 16 bits becomes a cast to float32.
 
     Args:
         keep_rows: whether the weights of the sparse ops stay 16-bit, because the native ops read 16-bit rows.
@@ -31,22 +31,37 @@ class UpcastToFloat32(InPlacePass):
             if node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()) in HALF:
                 node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
         halves = [value for value in graph.initializers.values() if value.dtype in HALF]
-        for value in halves:
-            self._cast(graph, value)
-        inner = (value for node in graph for value in node.outputs)
+        inner = [value for node in graph for value in node.outputs]
         for value in (*graph.inputs, *graph.outputs, *inner):
             if value.dtype in HALF:
                 value.dtype = ir.DataType.FLOAT
+        for value in halves:
+            self._cast(graph, value)
         return PassResult(model, modified=bool(halves))
 
     def _cast(self, graph: ir.Graph, value: ir.Value) -> None:
         users = [use for use in value.uses() if not (self._keep_rows and _reads_rows(use.node))]
-        if not users:
+        gathers = [use.node for use in users if use.node.op_type == "Gather" and use.idx == 0]
+        for gather in gathers:
+            _cast_rows(graph, gather, value)
+        others = [use for use in users if use.node not in gathers]
+        if not others:
             return
         cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
-        for user, index in users:
+        for user, index in others:
             user.replace_input_with(index, cast.outputs[0])
         graph.insert_before(graph[0], cast)
+
+
+def _cast_rows(graph: ir.Graph, gather: ir.Node, table: ir.Value) -> None:
+    assert table.dtype is not None
+    rows = gather.outputs[0]
+    cast = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT})
+    cast.outputs[0].type, cast.outputs[0].shape = rows.type, rows.shape
+    rows.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
+    cast.replace_input_with(0, rows)
+    rows.dtype = table.dtype
+    graph.insert_after(gather, cast)
 
 
 def _reads_rows(node: ir.Node) -> bool:
