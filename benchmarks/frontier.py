@@ -32,10 +32,11 @@ from shadowllm.bundle.weights import PREDICTOR_FILE
 from shadowllm.config import Export, Source
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
-from shadowllm.evaluation.speed.bench import SPARSE, session_command, traffic_of
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.figure import new_figure, save
 from shadowllm.evaluation.speed.harness import Contender, Generation, Worker, race, speedup, summarise
+from shadowllm.evaluation.speed.traffic import SPARSE, traffic_of
+from shadowllm.evaluation.speed.worker_command import session_command
 from shadowllm.models.sparsity import Budget
 from shadowllm.pipeline import export_model
 from shadowllm.progress import progress

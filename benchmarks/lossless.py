@@ -43,9 +43,9 @@ from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.draft_tuning import Measured, measure_drafts, with_fastest
 from shadowllm.evaluation.lossless_check import compare_lossless
-from shadowllm.evaluation.speed.bench import drafting_options, session_command
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import Contender, race, speedup, summarise
+from shadowllm.evaluation.speed.worker_command import drafting_options, session_command
 from shadowllm.models.sparsity import Budget
 from shadowllm.progress import Advance, progress
 from shadowllm.runtime.generation.draft_length import DraftLength

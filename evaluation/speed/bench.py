@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shadowllm.bundle.cost_model import Itemsizes, Traffic, fired_shares, mean_traffic, predictor_bytes
-from shadowllm.bundle.manifest import ITEMSIZE, Manifest, read_manifest
-from shadowllm.bundle.sparse_pays import mixes, sparse_pays
-from shadowllm.child import module_command
+from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.draft_config import Drafting
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
@@ -21,16 +17,15 @@ from shadowllm.evaluation.speed.bandwidth import read_bandwidth
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import Contender, Generation, Worker, race, speedup, summarise
 from shadowllm.evaluation.speed.report import Report, Result
-from shadowllm.models.sparsity import Budget, format_fractions
-from shadowllm.plugins import native_ops
+from shadowllm.evaluation.speed.traffic import CPU_BACKENDS, SPARSE, traffic_of
+from shadowllm.evaluation.speed.worker_command import drafting_options, session_command
+from shadowllm.models.sparsity import Budget
 from shadowllm.progress import progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
-from shadowllm.runtime.ort.loaded_bundle import rounds_products
 from shadowllm.runtime.recomputed_rows import RecomputedRows
 from shadowllm.runtime.session import Prefill
 
-SPARSE, LOSSLESS = "sparse", "lossless"
-CPU_BACKENDS = ("ort", "torch")
+LOSSLESS = "lossless"
 
 
 def bench(
@@ -100,24 +95,38 @@ def bench(
             after=(lambda workers, taken: texts.score(workers, taken, advance)) if quality_tokens else None,
         )
     bandwidth = read_bandwidth(threads) if backend.startswith(CPU_BACKENDS) else None
-    wanted = sorted({50, 90, 99, *percentiles})
     results = []
     for name, generations in taken.items():
-        recomputed = _recomputed(generations, budget)
-        read = replace(budget, shortlist=round(recomputed["mean"])) if recomputed else budget
-        summary = summarise(generations, wanted)
-        sizes = prompt_len, new_tokens, summary.fired
-        traffic = None if name == LOSSLESS else traffic_of(manifest, name, backends[name], read, *sizes)
+        result = _result(name, generations, manifest, backends[name], budget, prompt_len, new_tokens, percentiles)
         same = generations[0].tokens == taken[against[0]][0].tokens if drafting.lossless else None
-        lossless = [generation.lossless for generation in generations if generation.lossless]
-        quality = (scores or {}).get(name, {})
-        results.append(Result(name, summary, traffic, quality, recomputed, lossless, same))
+        results.append(replace(result, quality=(scores or {}).get(name, {}), same_tokens=same))
     settings = _settings(manifest, budget, drafting)
     settings |= {"prompt_len": prompt_len, "new_tokens": new_tokens, "runs": runs, "warmup": warmup}
     settings |= {"quality_tokens": quality_tokens, "backend": backend, "prefill": prefill, "prepack": prepack}
     average = np.mean if drafting.lossless else np.median
     pairs = [{"name": own, "baseline": name, "speedup": speedup(taken[name], taken[own], average)} for name in against]
     return Report(environment(threads), settings, results, pairs, bandwidth, _predictor_cost(results[0]))
+
+
+def _result(
+    name: str,
+    generations: Sequence[Generation],
+    manifest: Manifest,
+    backend: str,
+    budget: Budget,
+    prompt_len: int,
+    new_tokens: int,
+    percentiles: Sequence[float],
+) -> Result:
+    """Return what the generations of a contender show, without its quality."""
+    summary = summarise(generations, sorted({50, 90, 99, *percentiles}))
+    recomputed = _recomputed(generations, budget)
+    traffic = None
+    if name != LOSSLESS:
+        read = replace(budget, shortlist=round(recomputed["mean"])) if recomputed else budget
+        traffic = traffic_of(manifest, name, backend, read, prompt_len, new_tokens, summary.fired)
+    lossless = [generation.lossless for generation in generations if generation.lossless]
+    return Result(name, summary, traffic, recomputed_rows=recomputed, lossless=lossless)
 
 
 def _settings(manifest: Manifest, budget: Budget, drafting: Drafting) -> dict[str, Any]:
@@ -209,83 +218,6 @@ def _check(
                 f"a prompt of {prompt_len} and {value} {name} exceed the model's {manifest.spec.max_seqlen} positions",
                 f"ask for fewer {name}, or a shorter prompt",
             )
-
-
-def drafting_options(drafting: Drafting, manifest: Manifest) -> list[str]:
-    """Return the options of a worker that decodes losslessly; none if it does not."""
-    if not drafting.lossless:
-        return []
-    given = [] if drafting.draft_length is None else ["--draft-length", str(drafting.draft_length)]
-    tuned = ["--tuned", json.dumps(asdict(manifest.tuned_drafts))] if manifest.tuned_drafts else []
-    return ["--lossless", *tuned, *given]
-
-
-def session_command(
-    bundle: Path, backend: str, budget: Budget, threads: int | None, more: Sequence[str] = ()
-) -> tuple[str, ...]:
-    """Return the command line of a worker process that serves a session; ``more`` are further options of it."""
-    options = {"--threads": threads, "--shortlist": budget.shortlist, "--rest": budget.rest}
-    certify = ("--certify",) if budget.certify else ()
-    given = [text for name, value in options.items() if value for text in (name, str(value))]
-    return module_command(
-        "shadowllm.evaluation.speed.worker",
-        str(bundle),
-        backend,
-        "--neuron-budget",
-        format_fractions(budget.neurons),
-        "--head-budget",
-        format_fractions(budget.heads),
-        *given,
-        *certify,
-        *more,
-    )
-
-
-def traffic_of(
-    manifest: Manifest,
-    name: str,
-    backend: str,
-    budget: Budget,
-    prompt_len: int,
-    new_tokens: int,
-    fired: Sequence[float] = (),
-) -> Traffic:
-    """Return the mean bytes per decode step of a contender: of the sparse path if ``name`` is "sparse", else dense.
-
-    The sparse path of ONNX Runtime decodes dense if that reads less.
-
-    Args:
-        fired: measured share of neurons that fired in each sparse layer, with the selector relu; that of the
-            calibration text if empty.
-    """
-    sizes, options = _itemsizes(manifest, backend), dict[str, Any]()
-    rounds = backend == "ort" and rounds_products(manifest)
-    narrow_rows = manifest.quantisation is None and sizes.rows < sizes.matrices
-    if name == SPARSE and (backend != "ort" or sparse_pays(manifest, budget, narrow_rows, rounds)):
-        rest = budget.rest_with(manifest.rest == "shadow")
-        options = {
-            "active": budget.counts(manifest.sparse_layers),
-            "choosing": predictor_bytes(manifest, sizes.matrices, rest),
-            "rest": rest,
-            "shortlist": budget.shortlist,
-            "fired": fired or fired_shares(manifest),
-        }
-        if rounds and mixes(manifest, budget):
-            sizes = sizes.rounded()
-    return mean_traffic(manifest.spec, sizes, prompt_len, new_tokens, **options)
-
-
-def _itemsizes(manifest: Manifest, backend: str) -> Itemsizes:
-    """Return the bytes of an element before rounding."""
-    # The CPU backends widen the weights of 16-bit bundles to float32. Only the rows of native ops stay at 16 bits.
-    floats = 4 if backend.startswith(CPU_BACKENDS) else ITEMSIZE[manifest.dtype]
-    q = manifest.quantisation if backend.startswith("ort") else None
-    if q:
-        joined = q.residual_bits and (backend == "ort-dense" or not native_ops.linear_pays())
-        matrices = q.joined_itemsize if joined else q.itemsize
-        return Itemsizes.of(floats, matrices=matrices, rows=q.itemsize, beside_copy=q.itemsize_beside_copy)
-    native = backend == "ort" and native_ops.library()
-    return Itemsizes.of(floats, rows=ITEMSIZE[manifest.dtype] if native else None)
 
 
 def _predictor_cost(result: Result) -> dict[str, float]:

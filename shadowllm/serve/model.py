@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from shadowllm.bundle.manifest import Manifest
 from shadowllm.draft_config import Drafting
-from shadowllm.evaluation.speed.bench import SPARSE, traffic_of
+from shadowllm.evaluation.speed.traffic import SPARSE, traffic_of
 from shadowllm.models.sparsity import Budget, check_neuron_budget
 from shadowllm.runtime.generation.completion import Request, make_request
 from shadowllm.runtime.generation.sampling import Sampling, bundle_sampling, generation_config

@@ -16,7 +16,7 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.sparse_pays import dense_reasons, sparse_pays
 from shadowllm.bundle.weights import read_weights
 from shadowllm.errors import UserError
-from shadowllm.evaluation.speed.bench import traffic_of
+from shadowllm.evaluation.speed.traffic import traffic_of
 from shadowllm.evaluation.speed.worker import StepTimer
 from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import Budget, SparseLayers

@@ -8,7 +8,7 @@ import urllib.error
 
 import pytest
 
-from shadowllm.evaluation.speed.bench import SPARSE, traffic_of
+from shadowllm.evaluation.speed.traffic import SPARSE, traffic_of
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime import open_session
 from shadowllm.runtime.generation.completion import Completion, make_request
