@@ -84,37 +84,36 @@ def back_calls(
     """
     rows, cols = _tile(tier, width, itemsize, end is not None)
     tiles = triton.cdiv(width, cols)
-    most = MAX_SPLITS if end is None else max(1, min(MAX_SPLITS, MAX_PARTIAL_BYTES // (4 * width)))
-
-    def splits_of(summed: int) -> int:
-        return 1 if tier.block == PREFILL else min(most, triton.cdiv(ENOUGH_BLOCKS, tiles), triton.cdiv(summed, rows))
-
-    splits, rest_splits = splits_of(cap * group), splits_of(units * group) if rest else 0
+    most = min(_most_splits(width, end is not None), triton.cdiv(ENOUGH_BLOCKS, tiles))
+    splits = _splits(tier, cap * group, rows, most)
+    rest_splits = _splits(tier, units * group, rows, most) if rest else 0
     partials = workspace.take((splits + rest_splits) * tier.tokens * width, "float32", 4)
     sizes = {"WIDTH": width, "UNITS": units, "SPLITS": splits, "REST_SPLITS": rest_splits, "BLOCK_D": cols}
-    given = {"indices": indices, "count": count, "lengths": "lengths" if spans else None}
+    operands = {
+        "hidden": hidden,
+        "indices": indices,
+        "count": count,
+        "lengths": "lengths" if spans else None,
+        **(rest.operands if rest else {}),
+        "weight": weight,
+        "partials": partials,
+        "tokens": tier.size,
+    }
+    constants = {
+        "CAP": cap,
+        "GROUP": group,
+        "SKIP_ZEROS": int(skip_zeros and tier.block == GEMV),
+        **(spans or Spans()).constants,
+        "BLOCKS": rest.blocks if rest else 0,
+        "BLOCK_WORDS": rest.words if rest else 0,
+        "BLOCK_M": tier.block,
+        "BLOCK_N": rows,
+    }
     multiply = Call(
         project_back,
         (Size(tiles), Size(splits + rest_splits), tier.tiles),
-        {
-            "hidden": hidden,
-            **{name: one for name, one in given.items() if one is not None},
-            **(rest.operands if rest else {}),
-            "weight": weight,
-            "partials": partials,
-            "tokens": tier.size,
-        },
-        sizes
-        | {
-            "CAP": cap,
-            "GROUP": group,
-            "SKIP_ZEROS": int(skip_zeros and tier.block == GEMV),
-            **(spans or Spans()).constants,
-            "BLOCKS": rest.blocks if rest else 0,
-            "BLOCK_WORDS": rest.words if rest else 0,
-            "BLOCK_M": tier.block,
-            "BLOCK_N": rows,
-        },
+        {name: operand for name, operand in operands.items() if operand is not None},
+        sizes | constants,
         warps=tile_warps(tier.block, itemsize),
         stages=3,
     )
@@ -122,6 +121,15 @@ def back_calls(
     if rest is not None and count is not None:
         summed |= {"rest": "rest", "active": count}
     return multiply, _sum_call(end, tier, bias, summed, sizes)
+
+
+def _most_splits(width: int, ended: bool) -> int:
+    return max(1, min(MAX_SPLITS, MAX_PARTIAL_BYTES // (4 * width))) if ended else MAX_SPLITS
+
+
+def _splits(tier: Tier, rows: int, together: int, most: int) -> int:
+    """The number of parts in which rows are summed, if a block loads some of them together."""
+    return 1 if tier.block == PREFILL else min(most, triton.cdiv(rows, together))
 
 
 def _sum_call(
