@@ -166,18 +166,17 @@ class Itemsizes:
         rows: float | None = None,
         beside_copy: float | None = None,
         common: float | None = None,
-        shortlist: float | None = None,
     ) -> Self:
         """Return sizes of which some are alike.
 
-        By default matrices are like floats, rows and common matrices like matrices, rows beside a copy like rows, and
-        those of a shortlist like rows beside a copy.
+        By default matrices are like floats, rows and common matrices like matrices, and rows beside a copy like rows.
+        Rows of a shortlist are like rows beside a copy.
         """
         matrices = floats if matrices is None else matrices
         rows = matrices if rows is None else rows
         beside_copy = rows if beside_copy is None else beside_copy
         common = matrices if common is None else common
-        return cls(floats, matrices, rows, beside_copy, common, beside_copy if shortlist is None else shortlist)
+        return cls(floats, matrices, rows, beside_copy, common, shortlist=beside_copy)
 
     def rounded(self) -> Self:
         """Return those of a step that rounds float matrices to integers, but not the output table."""

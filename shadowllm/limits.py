@@ -56,13 +56,13 @@ def check_path(name: str, value: str | PathLike[str]) -> Path:
         raise UserError(f"{name} is {value!r:.60}, which is no path", "give its name as text") from None
 
 
-def check_seed(value: int, name: str = "the seed") -> int:
+def check_seed(value: int) -> int:
     """Return a seed after checking that every random generator in use accepts it.
 
     Raises:
         UserError: it is negative or too large.
     """
-    return check_whole(name, value, 0, LARGEST_SEED)
+    return check_whole("the seed", value, 0, LARGEST_SEED)
 
 
 def check_threads(value: int, name: str = "the number of threads") -> int:
