@@ -7,8 +7,8 @@ r"""Measures end-to-end decoding on shapes of about 1B parameters: the speedup, 
       --weight-dtype int6 --dense-weight-dtype int4
 
 Weights are random. The predictor is an untrained network of the default size, or a low-bit copy of the
-weights. So every cost is real, but the text has no meaning. The model is held twice, once packed for the
-dense steps, so 1.3B parameters in float32 take about 17 GB for both contenders.
+weights. So every cost is real, but the text has no meaning. Both contenders are in memory at the same time: with
+1.1B parameters in float32 and a rest from the low-bit copy, they take about 10 GB together.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from shadowllm.bundle.manifest import ITEMSIZE, read_manifest
 from shadowllm.bundle.predictor_file import Kind
 from shadowllm.bundle.quantisation import NESTED, WEIGHT_DTYPES, bundle_format
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
-from shadowllm.evaluation.speed.bench import SPARSE, session_command, traffic_of
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import Contender, race, speedup, summarise
+from shadowllm.evaluation.speed.traffic import SPARSE, traffic_of
+from shadowllm.evaluation.speed.worker_command import session_command
 from shadowllm.exporter.write_bundle import write_bundle
 from shadowllm.models.sparsity import Budget, Rest
 from shadowllm.progress import progress

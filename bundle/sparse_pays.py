@@ -23,7 +23,7 @@ from shadowllm.models.spec import ModelSpec
 # bfloat16, int8 and int4. Bundles whose rest comes from the copy have no such nodes.
 PER_LAYER_COST = 1.7
 # Time to read a row of up or down of a neuron that fired, divided by the time to read it among all rows in their order.
-# Not measured yet.
+# An estimate, not a measurement.
 SCATTERED_COST = 1.15
 
 
