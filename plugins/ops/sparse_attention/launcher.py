@@ -59,10 +59,7 @@ def sparse_attention(
     if block is not None and block.w_kv is not None and len(block.w_kv) != 2 * key.shape[1] * key.shape[-1]:
         raise ValueError(f"SparseAttention has w_kv {tuple(block.w_kv.shape)} and key {tuple(key.shape)}")
     if indices is None:
-        if c_q is None or score_weight is None or score_bias is None:
-            raise ValueError("SparseAttention needs indices, or a low-bit copy, score_weight and score_bias")
-        if not 0 < len(score_weight) <= n_heads or n_heads % len(score_weight):
-            raise ValueError(f"SparseAttention cannot choose {n_heads} heads in {len(score_weight)} groups")
+        _check_choice(n_heads, c_q, score_weight, score_bias)
     inputs = {
         "x": x,
         "key": key,
@@ -83,3 +80,11 @@ def sparse_attention(
     }
     chosen = None if indices is not None else torch.empty(n_heads, dtype=torch.int32, device=x.device)
     return launch_op(SPARSE_ATTENTION, schedules, inputs, {"n_heads": n_heads, "window": window}, chosen, block), chosen
+
+
+def _check_choice(n_heads: int, copy: Tensor | None, score_weight: Tensor | None, score_bias: Tensor | None) -> None:
+    """Check that there is something to choose the heads by: a low-bit copy, and scores of groups of heads."""
+    if copy is None or score_weight is None or score_bias is None:
+        raise ValueError("SparseAttention needs indices, or a low-bit copy, score_weight and score_bias")
+    if not 0 < len(score_weight) <= n_heads or n_heads % len(score_weight):
+        raise ValueError(f"SparseAttention cannot choose {n_heads} heads in {len(score_weight)} groups")

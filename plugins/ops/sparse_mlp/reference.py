@@ -67,11 +67,7 @@ def sparse_mlp(
         gates = activate(activation, threshold, project(dense_rows(*first[:2], width), first[2]))
         rows = np.flatnonzero(gates.any(axis=(0, 1)))
     else:
-        if not 0 <= count <= len(w_up):
-            raise IndexError(f"count {count} is outside 0..{len(w_up)}")
-        if low is None or down_norms is None:
-            raise ValueError("without indices, a low-bit copy and down_norms are needed")
-        rows = largest(np.abs(low).reshape(-1, len(w_up)).mean(axis=0) * down_norms, count)
+        rows = _choose(low, down_norms, count, len(w_up))
     gate = None if w_gate is None else full_rows(w_gate, s_gate, c_gate, cs_gate, width)
     hidden = products(gate, full_rows(w_up, s_up, c_up, cs_up, width))
     y = hidden[..., rows] @ full_rows(w_down, s_down, c_down, cs_down, width)[rows]
@@ -79,3 +75,12 @@ def sparse_mlp(
         others = np.setdiff1d(np.arange(len(w_up)), rows)
         y = y + low[..., others] @ copy_rows(c_down, cs_down, width)[others]
     return (y if b_down is None else y + b_down.astype(np.float32)).astype(x.dtype), padded(rows, len(w_up))
+
+
+def _choose(low: np.ndarray | None, down_norms: np.ndarray | None, count: int, neurons: int) -> np.ndarray:
+    """Return the neurons with the largest products from the low-bit copy, as down would add them."""
+    if not 0 <= count <= neurons:
+        raise IndexError(f"count {count} is outside 0..{neurons}")
+    if low is None or down_norms is None:
+        raise ValueError("without indices, a low-bit copy and down_norms are needed")
+    return largest(np.abs(low).reshape(-1, neurons).mean(axis=0) * down_norms, count)
