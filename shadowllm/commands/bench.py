@@ -33,20 +33,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=["ort-dense"],
         help="backends to compare it with (default: ort-dense)",
     )
-    options.add_whole(
-        parser,
-        "--prompt-len",
-        default=128,
-        metavar="N",
-        help="tokens of the prompt (default: 128)",
-    )
-    options.add_whole(
-        parser,
-        "--new-tokens",
-        default=128,
-        metavar="N",
-        help="tokens to generate (default: 128)",
-    )
+    options.add_whole(parser, "--prompt-len", default=128, metavar="N", help="tokens of the prompt (default: 128)")
+    options.add_whole(parser, "--new-tokens", default=128, metavar="N", help="tokens to generate (default: 128)")
     options.add_whole(parser, "--iterations", default=5, metavar="N", help="measured runs (default: 5)")
     options.add_whole(
         parser,
