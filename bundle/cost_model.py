@@ -214,9 +214,7 @@ def step_traffic(
     d, kv = spec.hidden_size, spec.n_kv_heads * spec.head_dim
     elements = {
         "embedding rows": batch * d * (2 if spec.positions == "learned" else 1),
-        "norms": (sum(len(spec.norms_of(i)) for i in range(spec.n_layers)) + 1)
-        * d
-        * (2 if spec.norm == "layernorm" else 1),
+        "norms": _norm_elements(spec),
         "k/v projections": spec.n_layers * 2 * kv * (d + spec.qkv_bias),
         "dense layers": dense_layers * layer_elements(spec, spec.n_heads, spec.intermediate_size),
         "lm_head": 0 if shortens(spec, shortlist) else spec.vocab_size * d,
@@ -241,6 +239,12 @@ def step_traffic(
     if shortlist is not None and shortens(spec, shortlist):
         parts["shortlist"] = round(shortlist * d * sizes.shortlist)
     return Traffic(parts)
+
+
+def _norm_elements(spec: ModelSpec) -> int:
+    """Return the weights and biases of the norms of all layers, and of the final norm."""
+    norms = sum(len(spec.norms_of(layer)) for layer in range(spec.n_layers)) + 1
+    return norms * spec.hidden_size * (2 if spec.norm == "layernorm" else 1)
 
 
 def _cache_elements(spec: ModelSpec, counts: list[tuple[int, int]], context: int, rest: Rest) -> int:
