@@ -47,15 +47,18 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False, r
     if budget.shortlist is not None and shortens(spec, budget.shortlist):
         saved += spec.hidden_size * (spec.vocab_size * sizes.matrices - budget.shortlist * sizes.shortlist)
         saved -= copied_table_bytes(spec)
-    return saved > _choosing_bytes(manifest, rest)
+    return saved > (_choosing_bytes(manifest, rest) if selects(manifest, budget) else 0)
+
+
+def selects(manifest: Manifest, budget: Budget) -> bool:
+    """Return whether some heads or neurons are not active at a budget. If all are, nothing is predicted."""
+    everything = tuple(layer_units(manifest.spec).values())
+    return any(kept != everything for kept in budget.counts(manifest.sparse_layers).by_layer())
 
 
 def mixes(manifest: Manifest, budget: Budget) -> bool:
     """Return whether some heads or neurons come from the low-bit copy at a budget."""
-    everything = tuple(layer_units(manifest.spec).values())
-    return _rest(manifest, budget) == "shadow" and any(
-        kept != everything for kept in budget.counts(manifest.sparse_layers).by_layer()
-    )
+    return _rest(manifest, budget) == "shadow" and selects(manifest, budget)
 
 
 def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget keeps all of it") -> dict[str, str]:

@@ -110,8 +110,8 @@ def measure(layers: SparseLayers, sizes: Itemsizes, loss: Loss, advance: Advance
     """
 
     def knob(settings: Sequence[int], sizes: Sequence[float], probes: Sequence[float], budget: ToBudget) -> Knob:
-        nearest = {min(settings, key=lambda count: abs(count - probe)) for probe in probes}
-        counts = sorted(nearest - {settings[-1]})
+        fewer = settings[:-1]  # the last setting loses nothing
+        counts = sorted({min(fewer, key=lambda count: abs(count - probe)) for probe in probes}) if fewer else []
         losses = loss.divergences([budget(count) for count in counts], PROBED, advance)
         found = dict(zip(counts, losses, strict=True))
         advance(len(probes) - len(found))  # a small model has fewer settings

@@ -7,7 +7,7 @@ from typing import Any
 
 from shadowllm.bundle.cost_model import Itemsizes, Traffic, fired_shares, mean_traffic, predictor_bytes
 from shadowllm.bundle.manifest import ITEMSIZE, Manifest
-from shadowllm.bundle.sparse_pays import mixes, sparse_pays
+from shadowllm.bundle.sparse_pays import mixes, selects, sparse_pays
 from shadowllm.models.sparsity import Budget
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort.loaded_bundle import rounds_products
@@ -38,9 +38,10 @@ def traffic_of(
     narrow_rows = manifest.quantisation is None and sizes.rows < sizes.matrices
     if name == SPARSE and (backend != "ort" or sparse_pays(manifest, budget, narrow_rows, rounds)):
         rest = budget.rest_with(manifest.rest == "shadow")
+        predicts = backend != "ort" or selects(manifest, budget)
         options = {
             "active": budget.counts(manifest.sparse_layers),
-            "choosing": predictor_bytes(manifest, sizes.matrices, rest),
+            "choosing": predictor_bytes(manifest, sizes.matrices, rest) if predicts else 0,
             "rest": rest,
             "shortlist": budget.shortlist,
             "fired": fired or fired_shares(manifest),

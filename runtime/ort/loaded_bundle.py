@@ -40,13 +40,14 @@ class Plan:
         decodes: sparse graphs, or dense ones.
         body: the graph of the sparse layers.
         rounded: whether float matrices are rounded to 8 bits, see `RoundProducts` and `RoundRows`.
-        dense_layers: whether the dense graph computes the layers, and only the shortlist is of the body, see `shorten`.
+        everything: whether all heads and neurons are active. Then nothing is predicted. If the native ops run the dense
+            graph, it computes the layers, and only the shortlist is of the body, see `shorten`.
     """
 
     decodes: Decodes
     body: str = BODY
     rounded: bool = False
-    dense_layers: bool = False
+    everything: bool = False
 
 
 DENSE = Plan("dense")
@@ -192,10 +193,8 @@ class LoadedBundle:
     def _forms(self, plan: Plan) -> dict[str, _Form]:
         if plan == DENSE and not self.all_active:
             return {"dense": _Form(("dense",))}
-        if plan == DENSE:  # nothing is predicted if everything is active
-            return {STEP: _Form(("stem", self._body_of_everything))}
-        if plan.dense_layers:
-            return {STEP: _Form(("dense", plan.body))}
+        if plan == DENSE or plan.everything:
+            return {STEP: _Form(("dense" if self.native_dense else "stem", self._body_of_everything))}
         if "predictor" not in self.manifest.sparse_pieces:
             return {STEP: _Form(("stem", plan.body), plan.rounded)}
         forms = {name: _Form((name,), plan.rounded) for name in ("stem", plan.body)}
@@ -252,8 +251,7 @@ class LoadedBundle:
         all_heads, all_neurons = (bool((counts[unit] == size).all()) for unit, size in layer_units(self.spec).items())
         if not mixes(self.manifest, budget):
             everything = all_heads and all_neurons
-            body = self._body_of_everything if everything else BODY
-            return Plan("sparse", body, dense_layers=everything and self.native_dense)
+            return Plan("sparse", self._body_of_everything if everything else BODY, everything=everything)
         body = BODY_ALL_HEADS if all_heads and self.manifest.has_body_all_heads else BODY
         return Plan("sparse", body, self._rounds)
 

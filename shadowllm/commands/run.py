@@ -132,7 +132,8 @@ def _generate(
         for pieces in completion.grow(session):
             fired.append(session.fired or ())
             if (longest := max(map(len, completion.tokens))) > known:
-                recomputed.add(session.recomputed)
+                # With drafts, each token comes from a dense step.
+                recomputed.add(None if args.lossless else session.recomputed)
                 known = longest
             if streaming:
                 print(prompt + pieces[0], end="", flush=True)

@@ -102,3 +102,12 @@ def test_rounding_what_every_token_reads_counts_unless_everything_is_active(with
     assert [sparse_pays(with_copies, more, rounds=rounds) for rounds in (False, True)] == [False, True]
     assert not sparse_pays(with_copies, Budget(), rounds=True)
     assert not sparse_pays(with_copies, Budget(rest="drop"), rounds=True)
+
+
+def test_a_predictor_that_has_nothing_to_leave_out_costs_nothing(bundle):
+    manifest = read_manifest(bundle(kind="shadow", rest="shadow", weight_dtype="int8"))
+    spec = replace(manifest.spec, vocab_size=700, hidden_size=128)
+    larger = replace(manifest, spec=spec, predictor=manifest.predictor | {"rank": 10_000})
+    assert predictor_bytes(larger, 1) > 700 * 128
+    assert sparse_pays(larger, Budget(shortlist=16))
+    assert not sparse_pays(larger, Budget(neurons=0.9, shortlist=16))

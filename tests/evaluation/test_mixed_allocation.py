@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +101,23 @@ def test_losses_that_do_not_add_up_need_more_predictions():
         return float(np.interp(predicted[round(1 / budget.neurons) - 1], places, measured))
 
     assert NEAR * limit <= increase(least_within(steps, limit, increase)) <= limit
+
+
+def test_a_table_that_is_shorter_than_any_probe_is_measured_too(tiny, bytes_only):
+    spec, _ = tiny
+    spec = replace(spec, vocab_size=40)
+    layers, asked = SparseLayers(spec, 1), []
+
+    class Lossy:
+        def divergences(self, budgets, share, advance):
+            asked.extend(budgets)
+            advance(len(budgets))
+            return [1.0] * len(budgets)
+
+    steps = measure(layers, Itemsizes.of(4), Lossy())
+    assert any(budget.shortlist is not None for budget in asked)
+    assert steps[0].budget == Budget()
+    assert all(step.loss >= 1 for step in steps[1:])
 
 
 def test_nothing_is_selected_if_reading_it_is_faster(tiny):

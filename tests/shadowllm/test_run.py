@@ -115,6 +115,7 @@ def test_lossless(bundle, capsys):
     ours, dense = results("--json", *lossless, "--against", "ort-dense")
     assert ours["tokens"] == dense["tokens"]
     assert ours["lossless"]["drafted"] > 0
+    assert ours["recomputed_rows"] == {}  # every token comes from a dense step
     assert ours["lossless"]["drafts"] + ours["lossless"]["dense_steps"] > 0
     assert dense["lossless"]["drafted"] == 0  # a dense session has nothing to draft
     assert results("--json")[0]["lossless"] is None

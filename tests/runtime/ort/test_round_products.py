@@ -82,8 +82,8 @@ def test_networks_of_predictors_stay_floats(tmp_path):
         (Budget(neurons=0.2, heads=(1.0, 0.5)), Plan("sparse", BODY, rounded=True)),
         (Budget(heads=0.5), Plan("sparse", BODY, rounded=True)),
         (Budget(neurons=0.2, rest="drop"), Plan("sparse", BODY)),
-        (Budget(), Plan("sparse", BODY)),
-        (Budget(shortlist=3), Plan("sparse", BODY)),
+        (Budget(), Plan("sparse", BODY, everything=True)),
+        (Budget(shortlist=3), Plan("sparse", BODY, everything=True)),
     ],
 )
 def test_what_every_token_reads_is_rounded_unless_all_units_are_active(bundle, budget, plan):
@@ -92,7 +92,7 @@ def test_what_every_token_reads_is_rounded_unless_all_units_are_active(bundle, b
     assert LoadedBundle(folder, "dense").plan(budget) == DENSE
     for options in ({"exact": True}, {"native": False}):
         found = LoadedBundle(folder, "sparse", **options).plan(budget)
-        assert astuple(found) == (plan.decodes, plan.body, False, False)
+        assert astuple(found) == (plan.decodes, plan.body, False, plan.everything)
 
 
 @NEEDS_NATIVE

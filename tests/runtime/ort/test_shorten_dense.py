@@ -70,8 +70,9 @@ def test_everything_active_has_the_bits_of_dense_steps(bundle, variant):
 
 
 @pytest.mark.parametrize("kind", ["shadow", "quantized-shadow"])
-def test_nothing_is_predicted_if_all_is_active(bundle, kind):
-    folder = bundle(**NESTED | {"kind": kind}, weight_dtype="int8")
+@pytest.mark.parametrize("weight_dtype", ["int8", None])
+def test_nothing_is_predicted_if_all_is_active(bundle, kind, weight_dtype):
+    folder = bundle(**NESTED | {"kind": kind}, weight_dtype=weight_dtype)
     with OrtSession(folder, "sparse") as session:
         session.set_budget(Budget(shortlist=3))
         assert "predictor" not in session.graphs
@@ -82,7 +83,9 @@ def test_nothing_is_predicted_if_all_is_active(bundle, kind):
 @pytest.mark.parametrize("options", [{"exact": True}, {"native": False}, {"prefill": "sparse"}], ids=str)
 def test_sessions_without_native_dense_steps_run_the_body(bundle, options):
     loaded = LoadedBundle(bundle(**NESTED, weight_dtype="int8"), "sparse", **options)
-    assert not loaded.plan(Budget(shortlist=3)).dense_layers
+    loaded.load(loaded.plan(Budget(shortlist=3)))
+    assert loaded.pieces(loaded.plan(Budget(shortlist=3)))[0] == "stem"
+    loaded.close()
 
 
 def test_its_layers_are_those_of_the_dense_graph(bundle):
