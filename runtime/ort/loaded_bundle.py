@@ -10,10 +10,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from shadowllm.bundle.manifest import BODY, BODY_ALL_HEADS, DATA_FILE, Manifest, read_manifest, verify_files
-from shadowllm.bundle.sparse_pays import mixes, sparse_pays
+from shadowllm.bundle.sparse_pays import mixes, selects, sparse_pays
 from shadowllm.errors import UserError
 from shadowllm.limits import check_threads
-from shadowllm.models.sparsity import ActiveCounts, Budget, check_neuron_budget, layer_units
+from shadowllm.models.sparsity import ActiveCounts, Budget, check_neuron_budget
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.inputs import budget_scalars
@@ -38,7 +38,7 @@ class Plan:
 
     Attributes:
         decodes: sparse graphs, or dense ones.
-        body: the graph of the sparse layers.
+        body: the graph of the sparse layers, unless everything is active.
         rounded: whether float matrices are rounded to 8 bits, see `RoundProducts` and `RoundRows`.
         everything: whether all heads and neurons are active. Then nothing is predicted. If the native ops run the dense
             graph, it computes the layers, and only the shortlist is of the body, see `shorten`.
@@ -248,10 +248,9 @@ class LoadedBundle:
         pays = self.kind == "sparse" or sparse_pays(self.manifest, budget, narrow_rows, self._rounds)
         if self.kind == "dense" or not pays:
             return DENSE
-        all_heads, all_neurons = (bool((counts[unit] == size).all()) for unit, size in layer_units(self.spec).items())
         if not mixes(self.manifest, budget):
-            everything = all_heads and all_neurons
-            return Plan("sparse", self._body_of_everything if everything else BODY, everything=everything)
+            return Plan("sparse", everything=not selects(self.manifest, budget))
+        all_heads = bool((counts["heads"] == self.spec.n_heads).all())
         body = BODY_ALL_HEADS if all_heads and self.manifest.has_body_all_heads else BODY
         return Plan("sparse", body, self._rounds)
 
