@@ -32,6 +32,7 @@ from shadowllm.runtime.ort.round_rows import RoundRows
 from shadowllm.runtime.ort.shorten_dense import shorten
 from shadowllm.runtime.ort.split_selection import SplitSelection
 from shadowllm.runtime.ort.upcast_to_float32 import UpcastToFloat32
+from shadowllm.runtime.ort.write_cache_in_place import WriteCacheInPlace
 
 SELECTING = frozenset({"predictor", *BODIES})  # graphs with a selection
 
@@ -62,8 +63,9 @@ def for_cpu(
 ) -> CpuGraph:
     """Rewrite graphs of a bundle as one graph for ONNX Runtime's CPU kernels.
 
-    Inputs and outputs are those of the files, except that every sequence has its own selection, and ``body`` takes them
-    layer by layer. Several files are joined, see `join`, and the dense graph with ``body``, see `shorten`.
+    Inputs and outputs are those of the files, except that every sequence has its own selection, ``body`` takes them
+    layer by layer, and native ops write the cache in place. Several files are joined, see `join`, and the dense graph
+    with ``body``, see `shorten`.
 
     Args:
         paths: the ONNX files, in their order.
@@ -117,6 +119,8 @@ def _passes(
         passes += [SplitSelection(), *([FlattenHiddenStates()] if native else [])]
     if linear:
         passes += [FuseDenseMlp(manifest.spec), FuseLayers()]
+    if native:
+        passes.append(WriteCacheInPlace())
     if exact:  # at the end, for it marks the native ops
         passes.append(ExactIntegerInputs(native))
     return passes

@@ -108,7 +108,7 @@ class CachedAttention {
                                     {"past_value", kFloat, kRequired}, {"last", kInt32, kRequired},
                                     {"cos", kFloat, kOptional},        {"sin", kFloat, kOptional}};
   static constexpr Port kOutputs[] = {
-      {"y", kFloat, kRequired}, {"key", kFloat, kRequired}, {"value", kFloat, kRequired}};
+      {"y", kFloat, kRequired}, {"key", kFloat, kOptional}, {"value", kFloat, kOptional}};
 
   CachedAttention(const Api& api, const OrtKernelInfo* info, size_t first = 0)
       : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false, first), kernels_(choose_kernels()) {
@@ -181,7 +181,8 @@ class CachedAttention {
     step.cos = in[kCos].as<float>(), step.sin = in[kSin].as<float>();
     step.y = static_cast<float*>(outputs.get(0, {rows, n_heads_ * d}).data);
     const auto cache = [&](size_t output, const Tensor& past) {
-      void* data = outputs.get(output, {batch, kv_heads, capacity, d}).data;
+      const Tensor present = outputs.get(output, {batch, kv_heads, capacity, d});
+      void* data = present.present() ? present.data : past.data;
       if (data != past.data && past.size() != 0) std::memcpy(data, past.data, past.size() * sizeof(float));
       return static_cast<float*>(data);
     };

@@ -16,13 +16,14 @@ CACHED_ATTENTION = OpSchema(
     ),
     outputs=(
         Port("y", ("B*S", "H*d"), "float32"),
-        Port("key", ("B", "n_kv", "C", "d"), "float32"),
-        Port("value", ("B", "n_kv", "C", "d"), "float32"),
+        Port("key", ("B", "n_kv", "C", "d"), "float32", optional=True),
+        Port("value", ("B", "n_kv", "C", "d"), "float32", optional=True),
     ),
     attributes=(Attribute("n_heads", int), Attribute("window", int, default=0)),
     doc="The attention of all heads over the cache, after this step's keys and values were written to it. Each row of "
     "projected has the query, key and value of a token side by side. Token s of row b is at position "
     "last[b] - S + 1 + s; query and key are rotated by the row of cos and sin for it (half-split), and the query sees "
-    "the positions up to it. With a window that is not 0, it sees only the last `window` of them. If an output of the "
-    "cache is the memory of its input, only the new positions are written.",
+    "the positions up to it. With a window that is not 0, it sees only the last `window` of them. The new "
+    "positions are written to the outputs of the cache, and the others are copied unless an output is the memory of "
+    "its input. Without these outputs, the new positions are written to the inputs.",
 )

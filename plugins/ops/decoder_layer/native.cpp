@@ -19,8 +19,8 @@ struct Op {
   static constexpr bool kHasLayer = true;
   static constexpr auto kPorts = with_layer_ports(kMlpPorts);
   static constexpr Port kOutputs[] = {{"y", kFloat, kRequired},
-                                      {"key", kFloat, kRequired},
-                                      {"value", kFloat, kRequired},
+                                      {"key", kFloat, kOptional},
+                                      {"value", kFloat, kOptional},
                                       {"chosen", kInt32, kOptional}};
   static std::unique_ptr<Part> mlp(const Api& api, const OrtKernelInfo* info, size_t first) {
     return sparse_mlp_part(api, info, first);

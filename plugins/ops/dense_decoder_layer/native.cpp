@@ -16,7 +16,7 @@ struct Op {
   static constexpr bool kHasLayer = false;
   static constexpr auto kPorts = with_layer_ports(kMlpPorts);
   static constexpr Port kOutputs[] = {
-      {"y", kFloat, kRequired}, {"key", kFloat, kRequired}, {"value", kFloat, kRequired}};
+      {"y", kFloat, kRequired}, {"key", kFloat, kOptional}, {"value", kFloat, kOptional}};
   static std::unique_ptr<Part> mlp(const Api& api, const OrtKernelInfo* info, size_t first) {
     return dense_mlp_part(api, info, first);
   }

@@ -87,6 +87,22 @@ def test_a_bound_cache_is_written_in_place():
         np.testing.assert_array_equal(caches[name].numpy(), wanted)
 
 
+def test_without_outputs_the_cache_is_written_to_its_inputs():
+    inputs = cached_inputs((6, 3, 8, 12, 2, (5, 9)))
+    expected = run_all("CachedAttention", inputs, n_heads=6)
+    session = make_session("CachedAttention", inputs, outputs=1, n_heads=6)
+    binding = session.io_binding()
+    caches = {}
+    for name, array in inputs.items():
+        caches[name] = ort.OrtValue.ortvalue_from_numpy(array.copy())
+        binding.bind_ortvalue_input(name, caches[name])
+    binding.bind_output("y")
+    session.run_with_iobinding(binding)
+    np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[0], expected[0])
+    for name, wanted in zip(("past_key", "past_value"), expected[1:], strict=True):
+        np.testing.assert_array_equal(caches[name].numpy(), wanted)
+
+
 @pytest.mark.parametrize("size", [SIZES[3], SIZES[5], *LONG], ids=str)
 def test_a_sequence_has_the_same_bits_alone(size, isa):
     inputs, seqlen = cached_inputs(size), size[4]
