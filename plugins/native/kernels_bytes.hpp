@@ -8,7 +8,7 @@ constexpr float kByteMost = 127;
 constexpr size_t kByteTokens = 4;        // tokens that are added to, or whose products lie side by side, at a time
 constexpr size_t kTokenGroup = 8;        // tokens whose inputs are read together
 constexpr size_t kGroup = 16;            // rows that are added together
-constexpr size_t kStripBytes = 1 << 16;  // of rows that are unpacked at a time, a part of a second-level cache
+constexpr size_t kStripBytes = 1 << 17;  // of rows that are unpacked at a time, a part of a second-level cache
 
 inline bool in_bytes(const Rows& rows) { return rows.block == kBytesBlock && rows.short_scales; }
 
@@ -46,10 +46,10 @@ struct Unpacked : Q {
 // out[t][i * stride] is the product of row i and inputs[t]. One token has four rows in parallel. Several tokens share
 // what is done once for a row.
 template <class Q>
-void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
-                   size_t stride, Ahead ahead) {
+void project_by_rows(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
+                     size_t stride) {
   const size_t blocks = rows.width / kBytesBlock;
-  walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
+  walk_quantised(rows, picks, {}, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
     cover_tokens<kProductTokens>(tokens, [&](size_t tile, size_t, size_t first, auto m) {
       constexpr size_t M = m.value, R = kRowsOfTile<M>;
       const QuantisedRow* fetched = tile == 0 ? next : nullptr;
@@ -63,6 +63,28 @@ void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, si
   });
 }
 
+template <class Q>
+void unpack_by_rows(const Rows& rows, size_t first, size_t count, uint8_t* to, size_t stride) {
+  for (size_t r = 0; r < count; ++r)
+    unpack_row<Q>(quantised_row(rows, nullptr, first + r), rows.width / kBytesBlock, to + r * stride);
+}
+
+#if defined(__AVX512VNNI__)
+#include "kernels_bytes_vnni_lanes.hpp"
+#else
+template <class Q>
+void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
+                   size_t stride) {
+  project_by_rows<Q>(rows, picks, inputs, tokens, out, stride);
+}
+
+// Unpacks `count` rows of a matrix, from row `first` on, for project_bytes with Unpacked<Q>.
+template <class Q>
+void unpack_rows(const Rows& rows, size_t first, size_t count, uint8_t* to, size_t stride) {
+  unpack_by_rows<Q>(rows, first, count, to, stride);
+}
+#endif
+
 // The same for any number of tokens, in groups whose inputs stay in the first-level cache.
 template <class Q>
 void project_groups(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
@@ -71,7 +93,7 @@ void project_groups(const Rows& rows, Picks picks, const float* const* inputs, s
     const size_t count = tokens - first < kTokenGroup ? tokens - first : kTokenGroup;
     float* to[kTokenGroup];
     for (size_t t = 0; t < count; ++t) to[t] = out[first + t] + at;
-    project_bytes<Q>(rows, picks, inputs + first, count, to, 1, {});
+    project_bytes<Q>(rows, picks, inputs + first, count, to, 1);
   }
 }
 
@@ -79,14 +101,12 @@ void project_groups(const Rows& rows, Picks picks, const float* const* inputs, s
 template <class Q>
 void project_strips(const Rows& rows, size_t size, const float* const* inputs, size_t tokens, float* const* out) {
   alignas(64) uint8_t room[kStripBytes];
-  const size_t blocks = rows.width / kBytesBlock;
   Rows unpacked = rows;
-  unpacked.data = room, unpacked.stride = unpacked_bytes<Q>(blocks), unpacked.residual = nullptr;
-  const size_t strip = kStripBytes / unpacked.stride / kBlock * kBlock;
+  unpacked.data = room, unpacked.stride = unpacked_bytes<Q>(rows.width / kBytesBlock), unpacked.residual = nullptr;
+  const size_t strip = kStripBytes / unpacked.stride / kGroup * kGroup;
   for (size_t first = 0; first < size; first += strip) {
     const size_t count = size - first < strip ? size - first : strip;
-    for (size_t r = 0; r < count; ++r)
-      unpack_row<Q>(quantised_row(rows, nullptr, first + r), blocks, room + r * unpacked.stride);
+    unpack_rows<Q>(rows, first, count, room, unpacked.stride);
     unpacked.scales = rows.scales + first * rows.scales_stride;
     project_groups<Unpacked<Q>>(unpacked, {nullptr, count}, inputs, tokens, out, first);
   }
@@ -94,7 +114,7 @@ void project_strips(const Rows& rows, size_t size, const float* const* inputs, s
 
 template <class Q>
 void project_bytes_each(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out) {
-  const bool fits = kBlock * unpacked_bytes<Q>(rows.width / kBytesBlock) <= kStripBytes;
+  const bool fits = kGroup * unpacked_bytes<Q>(rows.width / kBytesBlock) <= kStripBytes;
   if constexpr (Q::residual_bits != 0)
     if (tokens > kTokenGroup && picks.ids == nullptr && fits)
       return project_strips<Q>(rows, picks.count, inputs, tokens, out);
@@ -110,7 +130,7 @@ void project_bytes_of_all(const Rows& rows, Picks picks, const float* input, siz
     const size_t count = tokens - first < kByteTokens ? tokens - first : kByteTokens;
     for (size_t t = 0; t < count; ++t)
       inputs[t] = input + (first + t) * input_floats(rows.width), outs[t] = out + first + t;
-    project_bytes<Q>(rows, picks, inputs, count, outs, tokens, ahead);
+    project_bytes<Q>(rows, picks, inputs, count, outs, tokens);
   }
 }
 

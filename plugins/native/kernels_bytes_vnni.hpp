@@ -103,16 +103,21 @@ struct ByteRow {
 // The bits of `a` where the mask has ones, and those of `b` elsewhere.
 inline __m512i select_bits(__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }
 
-// The bits of the copy above those of the residual.
-template <class R, bool both>
-struct ByteRow<Nested<R>, both> {
-  ByteRow(const QuantisedRow& row, size_t b) {
-    const __m512i copy = load_blocks<Bits4, both>(row.data, b), low = load_blocks<R, both>(row.residual, b);
+// The bits of the copy above those of the residual, of bytes with 4 bits of two elements each.
+template <class R>
+struct NestedHalves {
+  NestedHalves(__m512i copy, __m512i low) {
     const __m512i upper = _mm512_set1_epi8(static_cast<char>(15 << R::bits));
     halves[0] = select_bits(upper, _mm512_slli_epi16(copy, R::bits), low);
     halves[1] = select_bits(upper, _mm512_srli_epi16(copy, 4 - R::bits), _mm512_srli_epi16(low, 4));
   }
   __m512i halves[2];
+};
+
+template <class R, bool both>
+struct ByteRow<Nested<R>, both> : NestedHalves<R> {
+  ByteRow(const QuantisedRow& row, size_t b)
+      : NestedHalves<R>(load_blocks<Bits4, both>(row.data, b), load_blocks<R, both>(row.residual, b)) {}
 };
 
 template <class Q, bool both>
