@@ -34,7 +34,7 @@ struct RowGroup {
 // Rows of a strip that `unpack_row` has made of rows Q: their ByteRows.
 template <class Q>
 struct Unpacked : Q {
-  static constexpr size_t bits = 0, residual_bits = 0;  // to prefetch
+  static constexpr size_t bits = 0, residual_bits = 0;  // nothing to prefetch
 };
 
 #if defined(__AVX512VNNI__)
@@ -43,49 +43,7 @@ struct Unpacked : Q {
 #include "kernels_bytes_avx2.hpp"
 #endif
 
-// out[t][i * stride] is the product of row i and inputs[t]. One token has four rows in parallel. Several tokens share
-// what is done once for a row.
-template <class Q>
-void project_by_rows(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
-                     size_t stride) {
-  const size_t blocks = rows.width / kBytesBlock;
-  walk_quantised(rows, picks, {}, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
-    cover_tokens<kProductTokens>(tokens, [&](size_t tile, size_t, size_t first, auto m) {
-      constexpr size_t M = m.value, R = kRowsOfTile<M>;
-      const QuantisedRow* fetched = tile == 0 ? next : nullptr;
-      float sums[kBlock * M + 8];
-      for (size_t r = 0; r < kBlock; r += R)
-        project_bytes_tile<Q, R, M>(now + r, fetched == nullptr ? nullptr : fetched + r, inputs + first, blocks,
-                                    sums + r * M);
-      for (size_t t = 0; t < M; ++t)
-        for (size_t r = 0; r < left; ++r) out[first + t][(i + r) * stride] = sums[r * M + t] * Q::unit;
-    });
-  });
-}
-
-template <class Q>
-void unpack_by_rows(const Rows& rows, size_t first, size_t count, uint8_t* to, size_t stride) {
-  for (size_t r = 0; r < count; ++r)
-    unpack_row<Q>(quantised_row(rows, nullptr, first + r), rows.width / kBytesBlock, to + r * stride);
-}
-
-#if defined(__AVX512VNNI__)
-#include "kernels_bytes_vnni_lanes.hpp"
-#else
-template <class Q>
-void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
-                   size_t stride) {
-  project_by_rows<Q>(rows, picks, inputs, tokens, out, stride);
-}
-
-// Unpacks `count` rows of a matrix, from row `first` on, for project_bytes with Unpacked<Q>.
-template <class Q>
-void unpack_rows(const Rows& rows, size_t first, size_t count, uint8_t* to, size_t stride) {
-  unpack_by_rows<Q>(rows, first, count, to, stride);
-}
-#endif
-
-// The same for any number of tokens, in groups whose inputs stay in the first-level cache.
+// out[t][at + i] is the product of row i and inputs[t], in groups of tokens whose inputs stay in the first-level cache.
 template <class Q>
 void project_groups(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
                     size_t at) {
@@ -123,7 +81,7 @@ void project_bytes_each(const Rows& rows, Picks picks, const float* const* input
 
 // The same for tokens side by side: out[i * tokens + t].
 template <class Q>
-void project_bytes_of_all(const Rows& rows, Picks picks, const float* input, size_t tokens, float* out, Ahead ahead) {
+void project_bytes_of_all(const Rows& rows, Picks picks, const float* input, size_t tokens, float* out) {
   const float* inputs[kByteTokens];
   float* outs[kByteTokens];
   for (size_t first = 0; first < tokens; first += kByteTokens) {

@@ -131,11 +131,6 @@ inline size_t unpacked_bytes(size_t blocks) {
   return blocks * ByteRow<Q>::unpacked_bytes;
 }
 
-template <class Q>
-inline void unpack_row(const QuantisedRow& row, size_t blocks, uint8_t* to) {
-  for (size_t b = 0; b < blocks; ++b) ByteRow<Q>(row, b).unpack(to + b * ByteRow<Q>::unpacked_bytes);
-}
-
 // The sums of four vectors.
 inline __m128 sums_of(const __m256 v[4]) {
   const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
@@ -194,6 +189,36 @@ inline void project_bytes_tile(const QuantisedRow* rows, const QuantisedRow* nex
     }
   }
   _mm_storeu_ps(out, sums_of(acc));
+}
+
+// out[t][i * stride] is the product of row i and inputs[t]. One token has four rows in parallel. Several tokens share
+// what is done once for a row.
+template <class Q>
+void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
+                   size_t stride) {
+  const size_t blocks = rows.width / kBytesBlock;
+  walk_quantised(rows, picks, {}, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
+    cover_tokens<kProductTokens>(tokens, [&](size_t tile, size_t, size_t first, auto m) {
+      constexpr size_t M = m.value, R = kRowsOfTile<M>;
+      const QuantisedRow* fetched = tile == 0 ? next : nullptr;
+      float sums[kBlock * M + 8];
+      for (size_t r = 0; r < kBlock; r += R)
+        project_bytes_tile<Q, R, M>(now + r, fetched == nullptr ? nullptr : fetched + r, inputs + first, blocks,
+                                    sums + r * M);
+      for (size_t t = 0; t < M; ++t)
+        for (size_t r = 0; r < left; ++r) out[first + t][(i + r) * stride] = sums[r * M + t] * Q::unit;
+    });
+  });
+}
+
+// Unpacks `count` rows of a matrix, from row `first` on, for project_bytes with Unpacked<Q>.
+template <class Q>
+void unpack_rows(const Rows& rows, size_t first, size_t count, uint8_t* to, size_t stride) {
+  for (size_t r = 0; r < count; ++r) {
+    const QuantisedRow row = quantised_row(rows, nullptr, first + r);
+    for (size_t b = 0; b < rows.width / kBytesBlock; ++b)
+      ByteRow<Q>(row, b).unpack(to + r * stride + b * ByteRow<Q>::unpacked_bytes);
+  }
 }
 
 static_assert(kGroup * 15 * 127 < 1 << 15, "the products of a group are added in 16 bits");

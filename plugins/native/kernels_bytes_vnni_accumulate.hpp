@@ -1,6 +1,42 @@
 // Sums of rows times factors with AVX-512 VNNI, part of kernels_bytes_vnni.hpp: four rows per instruction.
 #pragma once
 
+// Two blocks of a row from block b on, or one and zeros: the bytes at 4 bits per element.
+template <class Q, bool both>
+inline __m512i load_blocks(const uint8_t* row, size_t b) {
+  const uint8_t* from = row + b * kBytesBlock * Q::bits / 8;
+  if (Q::bits == 4) return both ? bytes_of(from) : _mm512_zextsi256_si512(half_of(from));
+  const __m256i pairs = both ? half_of(from) : _mm256_zextsi128_si256(quarter_of(from));
+  const __m512i fours = _mm512_maskz_cvtepu8_epi16(~0u, pairs);
+  const __m512i twos = _mm512_and_si512(_mm512_or_si512(fours, _mm512_slli_epi16(fours, 4)), _mm512_set1_epi8(0x0f));
+  return _mm512_and_si512(_mm512_or_si512(twos, _mm512_slli_epi16(twos, 2)), _mm512_set1_epi8(0x33));
+}
+
+// For the lanes of two blocks, the number of the block among kScaled, from block b on.
+inline __m512i lanes_of_blocks(size_t b) {
+  const __m512i first = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+  return _mm512_add_epi32(first, _mm512_set1_epi32(static_cast<int>(b % kScaled)));
+}
+
+// Prefetches two blocks of a group of rows, from block b on. `next` may be null.
+template <class Q>
+__attribute__((always_inline)) inline void fetch_blocks(const QuantisedRow* next, size_t b) {
+  if (next == nullptr) return;
+  constexpr size_t bytes = kBytesBlock * Q::bits / 8;
+#pragma GCC unroll 16
+  for (size_t r = 0; r < kGroup; ++r) fetch_bytes(next[r].data + b * bytes, 2 * bytes);
+}
+
+__attribute__((always_inline)) inline void fetch_scales(const QuantisedRow* next, size_t blocks) {
+  for (size_t r = 0; next != nullptr && r < kGroup; ++r) fetch_bytes(next[r].scales, blocks * sizeof(uint16_t));
+}
+
+// The scales of the blocks of a row from block `first` on that `there` has.
+inline __m512 scales_of(const QuantisedRow& row, size_t first, __mmask16 there) {
+  const __m256i shorts = _mm256_maskz_loadu_epi16(there, row.shorts() + first);
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, shorts), 16));
+}
+
 // The weights of a group for kScaled blocks, one in each lane: h times the scale of the block, rounded to 8 bits
 // relative to the largest.
 struct ByteWeights {
@@ -120,12 +156,12 @@ inline void accumulate_columns(const Rows& rows, Picks picks, const float* const
   for (size_t i = 0; i < picks.count; i += kGroup) {
     const RowGroup<Q, M> group(rows, picks, h, stride, i);
     const QuantisedRow* next = group.follows ? group.next : nullptr;
-    if (begin == 0) fetch_scales<kGroup>(next, blocks);
+    if (begin == 0) fetch_scales(next, blocks);
     ByteWeights weights[M];
     for (size_t b = begin; b < end; b += 2) {
       for (size_t t = 0; b % kScaled == 0 && t < M; ++t)
         weights[t] = round_to_weights(group.now, group.factors[t], b, blocks);
-      fetch_blocks<Q, kGroup>(next, b);
+      fetch_blocks<Q>(next, b);
       float* of[M];
       for (size_t t = 0; t < M; ++t) of[t] = sums[t] + (b - begin) / 2 * floats;
       if (b + 1 < blocks)

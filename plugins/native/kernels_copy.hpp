@@ -40,7 +40,7 @@ void accumulate_copy_each(const Rows& rows, Picks picks, const float* const* h, 
 template <class Q>
 void project_copy(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
 #if defined(__AVX2__)
-  if (in_bytes(rows)) return project_bytes_of_all<Q>(rows, picks, x, tokens, out, ahead);
+  if (in_bytes(rows)) return project_bytes_of_all<Q>(rows, picks, x, tokens, out);
 #endif
   project_floats<Q>(rows, picks, x, tokens, out, ahead);
 }

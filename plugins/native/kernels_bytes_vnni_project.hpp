@@ -1,14 +1,9 @@
-// Products with AVX-512 VNNI, part of kernels_bytes.hpp: each lane of a vector belongs to one of sixteen rows. The
+// Products with AVX-512 VNNI, part of kernels_bytes_vnni.hpp: each lane of a vector belongs to one of sixteen rows. The
 // rows are transposed when they are loaded. In return no sum goes across lanes, one vector has a scale of each row, and
 // an odd number of blocks needs no more than its share.
 #pragma once
 
-// Whether rows of this kind are multiplied so. To spread 2 bits and transpose them too takes longer for one token.
-template <class Q>
-constexpr bool kInLanes = Q::bits % 4 == 0 && Q::residual_bits % 4 == 0;
-template <class Q>
-constexpr bool kInLanes<Unpacked<Q>> = kInLanes<Q>;
-
+constexpr size_t kProductTokens = 8;     // tokens of a tile of products
 constexpr size_t kAheadBytes = 1 << 13;  // a group with fewer bytes is prefetched two groups ahead, and not one
 
 // Four consecutive bytes of an input, read from an array of bytes.
@@ -46,32 +41,78 @@ inline void transpose(__m512i v[8]) {
   }
 }
 
+// Two of the four bytes of each lane, from byte `first` on, whose eight elements of 2 bits are spread to 4 bits.
+inline __m512i spread_twos(__m512i bytes, int first) {
+  const int pair = first * 0x01010101 + 0x01010000;  // each of the two bytes twice
+  const __m512i places =
+      _mm512_add_epi8(_mm512_set1_epi32(pair),
+                      _mm512_maskz_broadcast_i32x4(0xffff, _mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0)));
+  const __m512i twice = _mm512_shuffle_epi8(bytes, places);
+  const __m512i fours = select_bits(_mm512_set1_epi16(0x00ff), twice, _mm512_srli_epi16(twice, 4));
+  return _mm512_and_si512(select_bits(_mm512_set1_epi8(0x0f), fours, _mm512_slli_epi16(fours, 2)),
+                          _mm512_set1_epi8(0x33));
+}
+
+// A block of sixteen rows of 4 bits, or of 2 bits spread to 4: lane r of vector k has elements 8 k to 8 k + 7 of row r.
+template <class Q>
+inline void load_lanes(const QuantisedRow* rows, const uint8_t* QuantisedRow::* bytes, size_t b, __m512i out[8]) {
+  if constexpr (Q::bits == 4) {
+    load_pairs(rows, [=](const QuantisedRow& row) { return half_of(row.*bytes + b * 32); }, out);
+    transpose(out);
+  } else {
+    __m512i twos[4];
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; ++i) {
+      const auto two = [&](size_t r) {
+        return _mm256_set_m128i(quarter_of(rows[r + 4].*bytes + b * 16), quarter_of(rows[r].*bytes + b * 16));
+      };
+      twos[i] = together(two(i), two(i + 8));
+    }
+    const __m512i pairs[4] = {_mm512_unpacklo_epi32(twos[0], twos[1]), _mm512_unpackhi_epi32(twos[0], twos[1]),
+                              _mm512_unpacklo_epi32(twos[2], twos[3]), _mm512_unpackhi_epi32(twos[2], twos[3])};
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; ++i) {  // sixteen elements of each row
+      const __m512i some = i % 2 == 0 ? _mm512_unpacklo_epi64(pairs[i / 2], pairs[i / 2 + 2])
+                                      : _mm512_unpackhi_epi64(pairs[i / 2], pairs[i / 2 + 2]);
+      out[2 * i] = spread_twos(some, 0), out[2 * i + 1] = spread_twos(some, 2);
+    }
+  }
+}
+
 // The integers of a block of sixteen rows: in lane r of halves[0][k], four even elements of row r, from 8 k on, and in
 // that of halves[1][k], the odd ones.
 template <class Q>
 struct LaneBlock {
   LaneBlock(const QuantisedRow* rows, size_t b) {
     __m512i bytes[8];
-    load_pairs(rows, [=](const QuantisedRow& row) { return half_of(row.data + b * 32); }, bytes);
-    transpose(bytes);
+    load_lanes<Q>(rows, &QuantisedRow::data, b, bytes);
 #pragma GCC unroll 8
     for (size_t k = 0; k < 8; ++k) halves[0][k] = low_halves(bytes[k]), halves[1][k] = high_halves(bytes[k]);
   }
   __m512i halves[2][8];
 };
 
+// The bits of the copy above those of the residual. Residuals of 4 bits are joined with the copy before they are
+// transposed, which needs fewer registers.
 template <class R>
 struct LaneBlock<Nested<R>> {
   LaneBlock(const QuantisedRow* rows, size_t b) {
     __m512i copy[8], low[8];
-    load_pairs(rows, [=](const QuantisedRow& row) { return half_of(row.data + b * 32); }, copy);
-    load_pairs(rows, [=](const QuantisedRow& row) { return half_of(row.residual + b * 32); }, low);
-#pragma GCC unroll 8
-    for (size_t i = 0; i < 8; ++i) {
-      const NestedHalves<R> joined(copy[i], low[i]);
-      halves[0][i] = joined.halves[0], halves[1][i] = joined.halves[1];
+    constexpr bool first = R::bits == 4;
+    if constexpr (first) {
+      load_pairs(rows, [=](const QuantisedRow& row) { return half_of(row.data + b * 32); }, copy);
+      load_pairs(rows, [=](const QuantisedRow& row) { return half_of(row.residual + b * 32); }, low);
+    } else {
+      load_lanes<Bits4>(rows, &QuantisedRow::data, b, copy);
+      load_lanes<R>(rows, &QuantisedRow::residual, b, low);
     }
-    for (auto& half : halves) transpose(half);
+    const __m512i upper = _mm512_set1_epi8(static_cast<char>(15 << R::bits));
+#pragma GCC unroll 8
+    for (size_t k = 0; k < 8; ++k) {
+      halves[0][k] = select_bits(upper, _mm512_slli_epi16(copy[k], R::bits), low[k]);
+      halves[1][k] = select_bits(upper, _mm512_srli_epi16(copy[k], 4 - R::bits), _mm512_srli_epi16(low[k], 4));
+    }
+    for (size_t half = 0; first && half < 2; ++half) transpose(halves[half]);
   }
   __m512i halves[2][8];
 };
@@ -98,24 +139,26 @@ inline void scales_in_lanes(const QuantisedRow* rows, size_t first, size_t block
   }
 }
 
-// Rows to prefetch: one after the other in memory, or none, if there is no first one; or each by itself.
+// Bytes of a block of a row, and of its residual.
+template <class Q>
+constexpr size_t kBlockBytes = kBytesBlock * (Q::bits - Q::residual_bits) / 8;
+template <class Q>
+constexpr size_t kBesideBytes = kBytesBlock * Q::residual_bits / 8;
+
+// A group of rows to prefetch; null if there is none. `together`: they lie one after the other in memory.
 struct LanesAhead {
   const QuantisedRow* rows;
   bool together;
 
-  // Prefetches block b.
+  // Prefetches block b, or as many bytes.
   template <class Q>
   __attribute__((always_inline)) void fetch(size_t b, size_t blocks) const {
     if (rows == nullptr) return;
-    constexpr size_t bytes = kBytesBlock * (Q::bits - Q::residual_bits) / 8,
-                     beside = kBytesBlock * Q::residual_bits / 8;
-    if (together) {
-      fetch_bytes(rows[0].data + b * bytes * kGroup, bytes * kGroup);
-      if (beside != 0) fetch_bytes(rows[0].residual + b * beside * kGroup, beside * kGroup);
-      if (b == 0) fetch_bytes(rows[0].scales, blocks * sizeof(uint16_t) * kGroup);
-    } else {
-      fetch_block<Q, kGroup>(rows, b, blocks, kBytesBlock);
-    }
+    if (!together) return fetch_block<Q, kGroup>(rows, b, blocks, kBytesBlock);
+    constexpr size_t bytes = kBlockBytes<Q> * kGroup, beside = kBesideBytes<Q> * kGroup;
+    fetch_bytes(rows[0].data + b * bytes, bytes);
+    if (beside != 0) fetch_bytes(rows[0].residual + b * beside, beside);
+    if (b == 0) fetch_bytes(rows[0].scales, blocks * sizeof(uint16_t) * kGroup);
   }
 };
 
@@ -154,24 +197,26 @@ inline void project_lanes(const QuantisedRow* rows, LanesAhead ahead, const floa
   for (size_t t = 0; t < M; ++t) _mm512_storeu_ps(out + t * kGroup, _mm512_mul_ps(acc[t], _mm512_set1_ps(Q::unit)));
 }
 
+// out[t][i * stride] is the product of row i and inputs[t]. Several tokens share what is done once for a row.
 template <class Q>
-void project_in_lanes(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
-                      size_t stride) {
-  const size_t blocks = rows.width / kBytesBlock, ahead = rows.stride * kGroup < kAheadBytes ? 2 * kGroup : kGroup;
+void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
+                   size_t stride) {
+  const size_t blocks = rows.width / kBytesBlock, bytes = blocks * kBlockBytes<Q>;
+  const size_t ahead = bytes * kGroup < kAheadBytes ? 2 * kGroup : kGroup;
   QuantisedRow now[kGroup], next[kGroup];
-  // The first groups at once, because one would otherwise wait for each of its blocks.
-  for (size_t i = 0; Q::bits != 0 && i < ahead && i < picks.count; ++i) {
+  // All of the first groups at once. Otherwise each of their blocks would be waited for.
+  for (size_t i = 0; bytes != 0 && i < ahead && i < picks.count; ++i) {
     const QuantisedRow row = quantised_row(rows, picks.ids, i);
-    fetch_bytes(row.data, rows.stride);
-    if (Q::residual_bits != 0) fetch_bytes(row.residual, rows.residual_stride);
+    fetch_bytes(row.data, bytes);
+    if (Q::residual_bits != 0) fetch_bytes(row.residual, blocks * kBesideBytes<Q>);
   }
   for (size_t i = 0; i < picks.count; i += kGroup) {
     const size_t count = picks.count - i < kGroup ? picks.count - i : kGroup, then = i + ahead;
-    const bool follows = Q::bits != 0 && then < picks.count;
+    const bool follows = bytes != 0 && then < picks.count;
     for (size_t r = 0; r < kGroup; ++r) now[r] = quantised_row(rows, picks.ids, i + (r < count ? r : count - 1));
     for (size_t r = 0; follows && r < kGroup; ++r)
       next[r] = quantised_row(rows, picks.ids, then + r < picks.count ? then + r : picks.count - 1);
-    const bool together = follows && next[kGroup - 1].data == next[0].data + (kGroup - 1) * rows.stride;
+    const bool together = follows && next[kGroup - 1].data == next[0].data + (kGroup - 1) * bytes;
     cover_tokens<kProductTokens>(tokens, [&](size_t tile, size_t, size_t first, auto m) {
       constexpr size_t M = m.value;
       float sums[M * kGroup];
@@ -182,21 +227,15 @@ void project_in_lanes(const Rows& rows, Picks picks, const float* const* inputs,
   }
 }
 
-// See project_by_rows.
 template <class Q>
-void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
-                   size_t stride) {
-  if constexpr (kInLanes<Q>)
-    project_in_lanes<Q>(rows, picks, inputs, tokens, out, stride);
-  else
-    project_by_rows<Q>(rows, picks, inputs, tokens, out, stride);
+inline size_t unpacked_bytes(size_t blocks) {
+  return blocks * kBytesBlock;
 }
 
-// Unpacks `count` rows of a matrix, from row `first` on, for project_bytes with Unpacked<Q>: in lanes, the vectors of a
-// LaneBlock for each block of a group of rows.
+// Unpacks `count` rows of a matrix, from row `first` on, for project_bytes with Unpacked<Q>: the vectors of a LaneBlock
+// for each block of a group of rows.
 template <class Q>
 void unpack_rows(const Rows& rows, size_t first, size_t count, uint8_t* to, size_t stride) {
-  if constexpr (!kInLanes<Q>) return unpack_by_rows<Q>(rows, first, count, to, stride);
   for (size_t i = 0; i < count; i += kGroup) {
     QuantisedRow group[kGroup];
     for (size_t r = 0; r < kGroup; ++r)
