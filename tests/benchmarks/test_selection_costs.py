@@ -1,0 +1,66 @@
+"""The fit of what a selection costs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from shadowllm.benchmarks import selection_costs
+from shadowllm.benchmarks.selection_costs import features, fit
+from shadowllm.bundle.manifest import read_manifest
+from shadowllm.models.sparsity import Budget
+from tests.plugins.native_model import built
+
+MIXED = {"kind": "quantized-shadow", "rest": "shadow", "weight_dtype": "int8"}
+
+
+def test_the_fit_finds_the_costs_of_exact_times():
+    rng = np.random.default_rng(0)
+    rows = [[*(rng.uniform(0, 1, 4) * (1e8, 6e7, 30, 1e4)), 1.0] for _ in range(9)]
+    copy, selection, picked, rate = 1.5, 6e5, 900.0, 4e-8
+    times = [
+        rate * (plain + copy * copied + selection * chosen + picked * rows_picked) + 0.25
+        for plain, copied, chosen, rows_picked, _ in rows
+    ]
+    found = fit(rows, times)
+    assert found["copy_cost"] == pytest.approx(copy, rel=1e-6)
+    assert found["selection_cost"] == pytest.approx(selection, rel=1e-6)
+    assert found["picked_row_cost"] == pytest.approx(picked, rel=1e-6)
+    assert found["constant_ms"] == pytest.approx(0.25, rel=1e-6)
+    assert found["largest_error_ms"] < 1e-9
+
+
+@built
+def test_features(bundle):
+    manifest = read_manifest(bundle("llama-blocks", **MIXED))
+    spec, layers = manifest.spec, manifest.sparse_layers.count
+    plain, copied, *others = features(manifest, Budget(), 8, 4)
+    assert plain > 0
+    assert [copied, *others] == [0, 0, 0, 1]
+    _, table, *others = features(manifest, Budget(shortlist=9), 8, 4)
+    assert table > 0
+    assert others == [0, 9, 1]
+    less, copied, *others = features(manifest, Budget(neurons=0.5), 8, 4)
+    assert less < plain
+    assert copied > 0
+    assert others == [layers, layers * spec.intermediate_size // 2, 1]
+
+
+@built
+def test_the_command_measures_a_bundle(bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(selection_costs, "NEURONS", (0.5, 1.0))
+    monkeypatch.setattr(selection_costs, "SHORTLISTS", (None, 9))
+    out = tmp_path / "costs.json"
+    options = ["--prompt-len", "4", "--new-tokens", "3", "--runs", "1", "--json", str(out)]
+    selection_costs.main([str(bundle("llama-blocks", **MIXED)), *options])
+    assert "copy_cost" in capsys.readouterr().out
+    record = json.loads(out.read_text())
+    assert len(record["results"]) == 4
+    assert all(row["itl_ms"] > 0 for row in record["results"])
+
+
+def test_a_bundle_without_a_copy_is_refused(bundle, capsys):
+    assert selection_costs.main([str(bundle("opt"))]) == 1
+    assert "has no low-bit copy" in capsys.readouterr().err
