@@ -1,8 +1,9 @@
-"""Measures what a step of mixed precision takes beside its bytes: the constants of `bundle.cost_model`.
+"""Measures what a step of mixed precision takes beyond its bytes: the constants of `bundle.cost_model`.
 
     python -m shadowllm.benchmarks.selection_costs out/frontier/int8 --json costs.json
 
-Sessions decode with several budgets, each in its own process, and take turns. The time of a step is then fitted by a
+Sessions decode with several budgets, each in its own process, and take turns. All of them are in memory at the same
+time. The time of a step is then fitted by a
 rate of bytes outside the low-bit copy, another one for bytes of the copy, a time for each layer and kind of unit of
 which some are selected, a time for each picked row, and a constant. The result has the three costs in bytes that are
 read in the same time. Set SHADOWLLM_NATIVE_ISA=avx2 to measure the kernels of another instruction set.
@@ -31,8 +32,9 @@ from shadowllm.models.sparsity import UNITS, Budget, layer_units
 from shadowllm.progress import progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
-NEURONS = (0.03, 0.1, 0.3, 0.5, 1.0)
+NEURONS = (0.03, 0.1, 0.3, 1.0)
 SHORTLISTS = (None, 64, 4096)
+HEADS = (0.34, 0.67)  # with all neurons
 FITTED = {
     "copy_cost": cost_model.COPY_COST,
     "selection_cost": cost_model.SELECTION_COST,
@@ -41,8 +43,9 @@ FITTED = {
 
 
 def budgets() -> list[Budget]:
-    """Return the budgets that are measured: all pairs of neurons and a shortlist."""
-    return [Budget(neurons=neurons, shortlist=rows) for neurons in NEURONS for rows in SHORTLISTS]
+    """Return the budgets that are measured: all pairs of neurons and a shortlist, and some with fewer heads."""
+    pairs = [Budget(neurons=neurons, shortlist=rows) for neurons in NEURONS for rows in SHORTLISTS]
+    return pairs + [Budget(heads=heads) for heads in HEADS]
 
 
 def features(manifest: Manifest, budget: Budget, prompt_len: int, new_tokens: int) -> list[float]:
@@ -61,9 +64,15 @@ def features(manifest: Manifest, budget: Budget, prompt_len: int, new_tokens: in
 
 
 def fit(rows: Sequence[Sequence[float]], milliseconds: Sequence[float]) -> dict[str, float]:
-    """Fit times by `features`; return the costs in bytes, the rate in GB/s, and the largest error in milliseconds."""
-    table = np.array(rows)
-    sizes = np.abs(table).max(axis=0)
+    """Fit times by `features`; return the costs in bytes, the rate in GB/s, and the largest error in milliseconds.
+
+    Raises:
+        UserError: the steps do not differ enough.
+    """
+    table = np.array(rows, dtype=float)
+    sizes = np.maximum(np.abs(table).max(axis=0), 1)
+    if np.linalg.matrix_rank(table / sizes) < table.shape[1]:
+        raise UserError("the budgets read too similar bytes to tell the costs apart", "use a larger model")
     found = np.linalg.lstsq(table / sizes, np.array(milliseconds), rcond=None)[0] / sizes
     costs = dict(zip(FITTED, found[1:4] / found[0], strict=True))
     worst = np.abs(table @ found - milliseconds).max()
@@ -75,7 +84,7 @@ def measure(bundle: Path, prompt_len: int, new_tokens: int, runs: int, threads: 
     manifest = read_manifest(bundle)
     if manifest.rest != "shadow":
         raise UserError(f"{bundle} has no low-bit copy of its weights", "export it with --rest shadow")
-    wanted = {f"{budget.neurons:.0%}/{budget.shortlist}": budget for budget in budgets()}
+    wanted = {f"{budget.neurons:.0%}/{budget.heads:.0%}/{budget.shortlist}": budget for budget in budgets()}
     contenders = [Contender(name, session_command(bundle, "ort", budget, threads)) for name, budget in wanted.items()]
     prompt = passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), prompt_len)
     with progress("Costs", len(contenders) * (1 + runs)) as advance:
@@ -95,7 +104,7 @@ def print_costs(costs: Mapping[str, float]) -> None:
     """Print the costs beside those of `bundle.cost_model`."""
     for name, own in FITTED.items():
         print(f"{name:16} {costs[name]:12,.2f}   in bundle/cost_model.py {own:12,.2f}")
-    print(f"bytes outside the copy {costs['gigabytes_per_second']:.1f} GB/s, constant {costs['constant_ms']:.2f} ms, ")
+    print(f"bytes outside the copy {costs['gigabytes_per_second']:.1f} GB/s, constant {costs['constant_ms']:.2f} ms")
     print(f"largest error of a step {costs['largest_error_ms']:.2f} ms")
 
 

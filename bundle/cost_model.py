@@ -17,9 +17,10 @@ from shadowllm.bundle.quantisation import LOW_BIT_COPY, ROUNDED, Quantisation
 from shadowllm.models.sparsity import UNITS, ActiveCounts, Rest, SparseLayers, Unit, layer_units
 from shadowllm.models.spec import ModelSpec
 
-# What a step of mixed precision takes beyond its bytes, as bytes that are read in the same time. Measured with the
-# native ops on a CPU with AVX-512 VNNI, two threads, SmolLM2-135M at int6, int8 and float32, and Llama-1.1B at int8.
-# Dense steps read 24 to 32 GB/s there.
+# What a step of mixed precision takes beyond its bytes, as bytes that are read in the same time. The command
+# `python -m shadowllm.benchmarks.selection_costs BUNDLE` measures this. Measured with the native ops on a CPU with
+# AVX-512 VNNI, two threads, SmolLM2-135M at int6, int8 and float32, and Llama-1.1B at int8. Dense steps read
+# 24 to 32 GB/s there.
 COPY_COST = 1.12  # for a byte of the low-bit copy
 SELECTION_COST = 560_000  # for each layer and kind of unit (heads, neurons) of which some are selected
 PICKED_ROW_COST = 1_000  # for each active neuron, and for each row of a shortlist: rows that do not follow each other

@@ -255,10 +255,10 @@ void project(const Rows& rows, Picks picks, const float* x, size_t tokens, float
     case RowType::i8: return project_quantised<Bits8>(rows, picks, x, tokens, out, ahead);
     case RowType::i4: return project_quantised<Bits4>(rows, picks, x, tokens, out, ahead);
     case RowType::i2: return project_floats<Bits2>(rows, picks, x, tokens, out, ahead);
-    case RowType::c4: return project_copy<Bits4>(rows, picks, x, tokens, out, ahead);
-    case RowType::c2: return project_copy<Bits2>(rows, picks, x, tokens, out, ahead);
-    case RowType::n8: return project_copy<Nested<Bits4>>(rows, picks, x, tokens, out, ahead);
-    case RowType::n6: return project_copy<Nested<Bits2>>(rows, picks, x, tokens, out, ahead);
+    case RowType::c4: return project_copy<Bits4>(rows, picks, x, tokens, out);
+    case RowType::c2: return project_copy<Bits2>(rows, picks, x, tokens, out);
+    case RowType::n8: return project_copy<Nested<Bits4>>(rows, picks, x, tokens, out);
+    case RowType::n6: return project_copy<Nested<Bits2>>(rows, picks, x, tokens, out);
     case RowType::f32: return project_as<float>(rows, picks, x, tokens, out, ahead);
     case RowType::bf16: return project_as<Bf16>(rows, picks, x, tokens, out, ahead);
     case RowType::f16: return project_as<F16>(rows, picks, x, tokens, out, ahead);
@@ -270,8 +270,8 @@ void accumulate(const Rows& rows, Picks picks, const float* h, size_t tokens, fl
     case RowType::i8: return accumulate_quantised<Bits8>(rows, picks, h, tokens, y, ahead);
     case RowType::i4: return accumulate_quantised<Bits4>(rows, picks, h, tokens, y, ahead);
     case RowType::i2: return accumulate_floats<Bits2>(rows, picks, h, tokens, y, ahead);
-    case RowType::c4: return accumulate_copy<Bits4>(rows, picks, h, tokens, y, ahead);
-    case RowType::c2: return accumulate_copy<Bits2>(rows, picks, h, tokens, y, ahead);
+    case RowType::c4: return accumulate_copy<Bits4>(rows, picks, h, tokens, y);
+    case RowType::c2: return accumulate_copy<Bits2>(rows, picks, h, tokens, y);
     case RowType::n8:
     case RowType::n6: return;  // no op adds such rows
     case RowType::f32: return accumulate_as<float>(rows, picks, h, tokens, y, ahead);

@@ -7,7 +7,7 @@ constexpr size_t kBytesBlock = 64;  // elements of a block; at 4 bits they are 3
 constexpr float kByteMost = 127;
 constexpr size_t kByteTokens = 4;        // tokens that are added to, or whose products lie side by side, at a time
 constexpr size_t kTokenGroup = 8;        // tokens whose inputs are read together
-constexpr size_t kGroup = 16;            // rows that are added together
+constexpr size_t kGroup = 16;            // rows that are added, or with VNNI multiplied, together
 constexpr size_t kStripBytes = 1 << 17;  // of rows that are unpacked at a time, a part of a second-level cache
 
 inline bool in_bytes(const Rows& rows) { return rows.block == kBytesBlock && rows.short_scales; }
@@ -31,7 +31,7 @@ struct RowGroup {
   bool follows;  // whether the group after it is whole
 };
 
-// Rows of a strip that `unpack_row` has made of rows Q: their ByteRows.
+// Rows of a strip, as `unpack_rows` writes them.
 template <class Q>
 struct Unpacked : Q {
   static constexpr size_t bits = 0, residual_bits = 0;  // nothing to prefetch
@@ -72,7 +72,7 @@ void project_strips(const Rows& rows, size_t size, const float* const* inputs, s
 
 template <class Q>
 void project_bytes_each(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out) {
-  const bool fits = kGroup * unpacked_bytes<Q>(rows.width / kBytesBlock) <= kStripBytes;
+  const bool fits = rows.width != 0 && kGroup * unpacked_bytes<Q>(rows.width / kBytesBlock) <= kStripBytes;
   if constexpr (Q::residual_bits != 0)
     if (tokens > kTokenGroup && picks.ids == nullptr && fits)
       return project_strips<Q>(rows, picks.count, inputs, tokens, out);

@@ -2,29 +2,24 @@
 // instruction and lane (AVX-512 VNNI).
 #pragma once
 
-// Vectors of bytes, one for each half of two blocks: the even and the odd elements. The lower 32 bytes of a vector are
-// of the first block.
-struct alignas(64) ByteStep {
-  int8_t halves[2][64];
+// The input of a block: its even and its odd elements.
+struct alignas(64) ByteBlock {
+  int8_t halves[2][32];
 };
 
 constexpr size_t kScaled = 16;  // blocks whose scales are one vector
 
-inline size_t byte_steps(size_t blocks) { return (blocks + 1) / 2; }
-
-// An input as bytes: its steps, then the scales of its blocks, and the sums of their elements, each padded to whole
-// vectors.
+// An input as bytes: its blocks, then their scales, and the sums of their elements.
 struct ByteInput {
   ByteInput() = default;
-  ByteInput(const float* room, size_t blocks)
-      : steps(reinterpret_cast<const ByteStep*>(room)),
-        scales(reinterpret_cast<const float*>(steps + byte_steps(blocks))),
-        sums(scales + (blocks + kScaled - 1) / kScaled * kScaled) {}
+  ByteInput(const float* room, size_t count)
+      : blocks(reinterpret_cast<const ByteBlock*>(room)), scales(reinterpret_cast<const float*>(blocks + count)),
+        sums(scales + count) {}
 
-  const ByteStep* steps;
+  const ByteBlock* blocks;
   const float *scales, *sums;
 };
-static_assert(sizeof(ByteStep) + 4 * sizeof(__m512) <= 2 * kBytesBlock * sizeof(float), "it fits into room");
+static_assert(sizeof(ByteBlock) + 2 * sizeof(float) <= kBytesBlock * sizeof(float), "it fits into room");
 
 inline __m512i bytes_of(const void* bytes) { return _mm512_loadu_si512(bytes); }
 inline __m256i half_of(const void* bytes) { return _mm256_loadu_si256(static_cast<const __m256i*>(bytes)); }
@@ -42,11 +37,9 @@ inline __m512i halves_of(const __m128i parts[4]) {
 }
 
 inline const float* round_to_bytes(const float* x, size_t width, float* room) {
-  const size_t blocks = width / kBytesBlock, count = byte_steps(blocks);
+  const size_t blocks = width / kBytesBlock;
   const ByteInput input(room, blocks);
-  ByteStep* steps = reinterpret_cast<ByteStep*>(room);
   float *scales = room + (input.scales - room), *sums = room + (input.sums - room);
-  if (blocks % 2 != 0) memset(steps + count - 1, 0, sizeof *steps);
   for (size_t b = 0; b < blocks; ++b) {
     __m512 in[4], most = _mm512_setzero_ps();
     __mmask16 unordered = 0;
@@ -65,14 +58,10 @@ inline const float* round_to_bytes(const float* x, size_t width, float* room) {
       total = _mm512_add_epi32(total, integers);
       bytes[i] = _mm512_maskz_cvtepi32_epi8(0xffff, integers);
     }
-    alignas(64) int8_t halves[2][32];
-    _mm512_store_si512(halves, halves_of(bytes));
-    ByteStep& step = steps[b / 2];
-    for (size_t half = 0; half < 2; ++half) memcpy(step.halves[half] + b % 2 * 32, halves[half], 32);
+    _mm512_store_si512(reinterpret_cast<ByteBlock*>(room) + b, halves_of(bytes));
     scales[b] = peak / kByteMost;
     sums[b] = scales[b] * static_cast<float>(_mm512_reduce_add_epi32(total));
   }
-  for (size_t b = blocks; b % kScaled != 0; ++b) scales[b] = sums[b] = 0;
   return room;
 }
 

@@ -1,6 +1,6 @@
 // Products with AVX-512 VNNI, part of kernels_bytes_vnni.hpp: each lane of a vector belongs to one of sixteen rows. The
-// rows are transposed when they are loaded. In return no sum goes across lanes, one vector has a scale of each row, and
-// an odd number of blocks needs no more than its share.
+// rows are transposed when they are loaded, so that no sum goes across lanes, one vector has a scale of each row, and
+// an odd number of blocks needs no padding.
 #pragma once
 
 constexpr size_t kProductTokens = 8;     // tokens of a tile of products
@@ -145,16 +145,16 @@ constexpr size_t kBlockBytes = kBytesBlock * (Q::bits - Q::residual_bits) / 8;
 template <class Q>
 constexpr size_t kBesideBytes = kBytesBlock * Q::residual_bits / 8;
 
-// A group of rows to prefetch; null if there is none. `together`: they lie one after the other in memory.
+// A group of rows to prefetch; null if there is none. `consecutive`: they lie one after the other in memory.
 struct LanesAhead {
   const QuantisedRow* rows;
-  bool together;
+  bool consecutive;
 
-  // Prefetches block b, or as many bytes.
+  // Prefetches block b of each row, or, of consecutive rows, as many bytes in the order of memory.
   template <class Q>
   __attribute__((always_inline)) void fetch(size_t b, size_t blocks) const {
     if (rows == nullptr) return;
-    if (!together) return fetch_block<Q, kGroup>(rows, b, blocks, kBytesBlock);
+    if (!consecutive) return fetch_block<Q, kGroup>(rows, b, blocks, kBytesBlock);
     constexpr size_t bytes = kBlockBytes<Q> * kGroup, beside = kBesideBytes<Q> * kGroup;
     fetch_bytes(rows[0].data + b * bytes, bytes);
     if (beside != 0) fetch_bytes(rows[0].residual + b * beside, beside);
@@ -177,13 +177,12 @@ inline void project_lanes(const QuantisedRow* rows, LanesAhead ahead, const floa
     const __m512 scale = scales[b % kScaled], middle = _mm512_mul_ps(scale, _mm512_set1_ps(Q::middle));
 #pragma GCC unroll 8
     for (size_t t = 0; t < M; ++t) {
-      const ByteStep& step = in[t].steps[b / 2];
       __m512i totals[chains];
 #pragma GCC unroll 4
       for (__m512i& total : totals) total = _mm512_setzero_si512();
 #pragma GCC unroll 16
       for (size_t i = 0; i < 16; ++i) {
-        const Quad* quads = reinterpret_cast<const Quad*>(step.halves[i % 2] + b % 2 * 32);
+        const Quad* quads = reinterpret_cast<const Quad*>(in[t].blocks[b].halves[i % 2]);
         __m512i& total = totals[i % chains];
         total = _mm512_dpbusd_epi32(total, block.halves[i % 2][i / 2], _mm512_set1_epi32(quads[i / 2]));
       }
@@ -204,7 +203,7 @@ void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, si
   const size_t blocks = rows.width / kBytesBlock, bytes = blocks * kBlockBytes<Q>;
   const size_t ahead = bytes * kGroup < kAheadBytes ? 2 * kGroup : kGroup;
   QuantisedRow now[kGroup], next[kGroup];
-  // All of the first groups at once. Otherwise each of their blocks would be waited for.
+  // Prefetches the first groups as a whole. Otherwise the kernel would wait for each of their blocks.
   for (size_t i = 0; bytes != 0 && i < ahead && i < picks.count; ++i) {
     const QuantisedRow row = quantised_row(rows, picks.ids, i);
     fetch_bytes(row.data, bytes);
@@ -216,11 +215,11 @@ void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, si
     for (size_t r = 0; r < kGroup; ++r) now[r] = quantised_row(rows, picks.ids, i + (r < count ? r : count - 1));
     for (size_t r = 0; follows && r < kGroup; ++r)
       next[r] = quantised_row(rows, picks.ids, then + r < picks.count ? then + r : picks.count - 1);
-    const bool together = follows && next[kGroup - 1].data == next[0].data + (kGroup - 1) * bytes;
+    const bool consecutive = follows && next[kGroup - 1].data == next[0].data + (kGroup - 1) * bytes;
     cover_tokens<kProductTokens>(tokens, [&](size_t tile, size_t, size_t first, auto m) {
       constexpr size_t M = m.value;
       float sums[M * kGroup];
-      project_lanes<Q, M>(now, {tile == 0 && follows ? next : nullptr, together}, inputs + first, blocks, sums);
+      project_lanes<Q, M>(now, {tile == 0 && follows ? next : nullptr, consecutive}, inputs + first, blocks, sums);
       for (size_t t = 0; t < M; ++t)
         for (size_t r = 0; r < count; ++r) out[first + t][(i + r) * stride] = sums[t * kGroup + r];
     });

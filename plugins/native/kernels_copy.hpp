@@ -38,19 +38,19 @@ void accumulate_copy_each(const Rows& rows, Picks picks, const float* const* h, 
 }
 
 template <class Q>
-void project_copy(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
+void project_copy(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out) {
 #if defined(__AVX2__)
   if (in_bytes(rows)) return project_bytes_of_all<Q>(rows, picks, x, tokens, out);
 #endif
-  project_floats<Q>(rows, picks, x, tokens, out, ahead);
+  project_floats<Q>(rows, picks, x, tokens, out, {});
 }
 
 template <class Q>
-void accumulate_copy(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y, Ahead ahead) {
+void accumulate_copy(const Rows& rows, Picks picks, const float* h, size_t tokens, float* y) {
 #if defined(__AVX2__)
   if (in_bytes(rows)) return accumulate_bytes_of_all<Q>(rows, picks, h, tokens, y);
 #endif
-  accumulate_floats<Q>(rows, picks, h, tokens, y, ahead);
+  accumulate_floats<Q>(rows, picks, h, tokens, y, {});
 }
 
 }  // namespace

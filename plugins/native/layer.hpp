@@ -74,9 +74,7 @@ class Layer : public Op {
         n_heads_(node_.integer("n_heads")), epsilon_(node_.real_or("epsilon", 1e-5f)) {}
 
   static void infer(const Api& api, OrtShapeInferContext* context) {
-    infer_like_input(api, context, kX, 0);
-    infer_like_input(api, context, kAttentionAt + 1, 1);
-    infer_like_input(api, context, kAttentionAt + 2, 2);
+    infer_like_input(api, context, kX, 0);  // the node may lack the other outputs
   }
 
   void compute(OrtKernelContext* context) const {

@@ -70,6 +70,7 @@ class Node {
 
   // Inputs of this call. Constant initializers were looked up once, at creation.
   std::vector<Tensor> inputs(const OrtKernelContext* context) const;
+  bool is_constant(size_t port) const { return constants_[port].present(); }
   Tensor output(OrtKernelContext* context, std::initializer_list<int64_t> dims) const;
   // An output that the node may lack; then the tensor is absent.
   Tensor optional_output(OrtKernelContext* context, size_t index, const int64_t* dims, size_t rank) const;

@@ -73,7 +73,8 @@ struct Picks {
   size_t count;
 };
 
-// Rows that the next pass reads: at least kLeastAhead of them, or null. The end of a pass prefetches them.
+// Rows that the next pass reads: at least kLeastAhead of them, or null. The end of a pass prefetches them, except a
+// pass over rows of a low-bit copy.
 constexpr size_t kLeastAhead = 16;
 struct Ahead {
   const Rows* rows;

@@ -1,6 +1,6 @@
 """Graph pass: ops of the native library write a step's keys and values into the inputs of the cache.
 
-A session binds every output ``present.*`` to the memory of its input, so the output says nothing. But at each run
+A session binds every output ``present.*`` to the memory of its input, so the output is not needed. But at each run
 ONNX Runtime compares all weights of a graph with all its outputs, and looks the name of each output up.
 """
 
@@ -18,8 +18,9 @@ WRITERS = frozenset({CACHED_ATTENTION.name, DECODER_LAYER.name, DENSE_DECODER_LA
 
 
 class WriteCacheInPlace(InPlacePass):
-    """Takes the outputs ``key`` and ``value`` from the native ops, and from the graph.
+    """Removes the outputs ``key`` and ``value`` of the native ops, and of the graph.
 
+    Requires: no other node reads the inputs of the cache, and the session binds them to memory that can be written.
     Ensures: the inputs and the other outputs are the same.
     """
 

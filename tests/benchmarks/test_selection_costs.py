@@ -10,6 +10,7 @@ import pytest
 from shadowllm.benchmarks import selection_costs
 from shadowllm.benchmarks.selection_costs import features, fit
 from shadowllm.bundle.manifest import read_manifest
+from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
 from tests.plugins.native_model import built
 
@@ -50,15 +51,21 @@ def test_features(bundle):
 
 @built
 def test_the_command_measures_a_bundle(bundle, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(selection_costs, "NEURONS", (0.5, 1.0))
+    monkeypatch.setattr(selection_costs, "NEURONS", (0.25, 0.5, 1.0))
     monkeypatch.setattr(selection_costs, "SHORTLISTS", (None, 9))
+    monkeypatch.setattr(selection_costs, "HEADS", (0.5,))
     out = tmp_path / "costs.json"
     options = ["--prompt-len", "4", "--new-tokens", "3", "--runs", "1", "--json", str(out)]
     selection_costs.main([str(bundle("llama-blocks", **MIXED)), *options])
     assert "copy_cost" in capsys.readouterr().out
     record = json.loads(out.read_text())
-    assert len(record["results"]) == 4
+    assert len(record["results"]) == 7
     assert all(row["itl_ms"] > 0 for row in record["results"])
+
+
+def test_steps_that_do_not_differ_are_refused():
+    with pytest.raises(UserError, match="too similar"):
+        fit([[100, 0, 0, 0, 1]] * 9, [1.0] * 9)
 
 
 def test_a_bundle_without_a_copy_is_refused(bundle, capsys):

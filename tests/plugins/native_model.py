@@ -43,18 +43,20 @@ def make_session(
     weights: tuple[str, ...] = (),
     threads: int = 1,
     outputs: int | None = 1,
+    absent: tuple[str, ...] = (),
     **attributes,
 ):
     """A session of one node.
 
-    Inputs named in ``weights``, and the scales of copies, are initializers. The others are given at each run.
+    Inputs named in ``weights``, and the scales of copies, are initializers. The others are given at each run. The node
+    has the first outputs, all if ``outputs`` is None, but for those that are ``absent``.
     """
     schema, weights = (SCHEMAS | NATIVE_SCHEMAS)[op], (*weights, *SCALES)
     given = {name: value for name, value in inputs.items() if value is not None}
     node = helper.make_node(
         op,
         [port.name if port.name in given else "" for port in schema.inputs],
-        [port.name for port in schema.outputs[:outputs]],
+        ["" if port.name in absent else port.name for port in schema.outputs[:outputs]],
         domain=op_domain.DOMAIN,
         **attributes,
     )
@@ -71,6 +73,7 @@ def make_session(
         [
             helper.make_tensor_value_info(port.name, kinds.get(port.dtype, TensorProto.FLOAT), None)
             for port in schema.outputs[:outputs]
+            if port.name not in absent
         ],
         [onnx.numpy_helper.from_array(given[name], name) for name in weights if name in given],
     )

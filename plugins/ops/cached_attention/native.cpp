@@ -118,10 +118,7 @@ class CachedAttention {
     node_.bound("window", window_, 0, INT32_MAX);
   }
 
-  static void infer(const Api& api, OrtShapeInferContext* context) {
-    infer_like_input(api, context, kPastKey, 1);
-    infer_like_input(api, context, kPastValue, 2);
-  }
+  static void infer(const Api&, OrtShapeInferContext*) {}  // the node may lack the outputs whose shapes are known
 
   std::vector<Tensor> inputs(const OrtKernelContext* context) const { return node_.inputs(context); }
 
@@ -180,13 +177,15 @@ class CachedAttention {
     step.projected = projected.as<float>(), step.last = in[kLast].as<int32_t>();
     step.cos = in[kCos].as<float>(), step.sin = in[kSin].as<float>();
     step.y = static_cast<float*>(outputs.get(0, {rows, n_heads_ * d}).data);
-    const auto cache = [&](size_t output, const Tensor& past) {
+    const auto cache = [&](size_t output, Input input) {
+      const Tensor& past = in[input];
       const Tensor present = outputs.get(output, {batch, kv_heads, capacity, d});
+      if (!present.present() && node_.is_constant(input)) node_.fail("a constant cache needs an output");
       void* data = present.present() ? present.data : past.data;
       if (data != past.data && past.size() != 0) std::memcpy(data, past.data, past.size() * sizeof(float));
       return static_cast<float*>(data);
     };
-    step.key = cache(1, key), step.value = cache(2, in[kPastValue]);
+    step.key = cache(1, kPastKey), step.value = cache(2, kPastValue);
     return step;
   }
 

@@ -25,5 +25,6 @@ CACHED_ATTENTION = OpSchema(
     "last[b] - S + 1 + s; query and key are rotated by the row of cos and sin for it (half-split), and the query sees "
     "the positions up to it. With a window that is not 0, it sees only the last `window` of them. The new "
     "positions are written to the outputs of the cache, and the others are copied unless an output is the memory of "
-    "its input. Without these outputs, the new positions are written to the inputs.",
+    "its input. Without these outputs, the new positions are written to the inputs, which must then be writable, and "
+    "be read by no other node.",
 )

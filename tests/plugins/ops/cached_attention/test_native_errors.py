@@ -44,3 +44,10 @@ def test_an_odd_head_cannot_be_rotated():
     inputs = cached_inputs((2, 1, 3, 4, 1, (2,))) | {"cos": zeros(4, 1), "sin": zeros(4, 1)}
     with pytest.raises(REFUSED, match="head dimension 3 is odd"):
         run_all("CachedAttention", inputs, n_heads=2)
+
+
+def test_a_constant_cache_is_not_written():
+    inputs = cached_inputs(SIZE)
+    with pytest.raises(REFUSED, match="CachedAttention: a constant cache needs an output"):
+        run_all("CachedAttention", inputs, ("past_key", "past_value"), outputs=1, n_heads=6)
+    assert len(run_all("CachedAttention", inputs, ("past_key", "past_value"), n_heads=6)) == 3

@@ -66,6 +66,19 @@ def test_reference(size, isa):
         assert_close(ours, theirs, 0.02)
 
 
+def test_without_outputs_the_cache_is_written_to_its_inputs():
+    size = SIZES[3]
+    inputs, options = layer_inputs(size), {"layer": 1, **attributes(size)}
+    wanted = run_all("DecoderLayer", inputs, WEIGHTS, **options)
+    session = make_session("DecoderLayer", inputs, WEIGHTS, outputs=None, absent=("key", "value"), **options)
+    feeds = {value.name: ort.OrtValue.ortvalue_from_numpy(inputs[value.name].copy()) for value in session.get_inputs()}
+    y, chosen = session.run_with_ort_values(None, feeds)
+    np.testing.assert_array_equal(y.numpy(), wanted[0])
+    np.testing.assert_array_equal(chosen.numpy(), wanted[3])
+    for name, cache in zip(("attention_past_key", "attention_past_value"), wanted[1:3], strict=True):
+        np.testing.assert_array_equal(feeds[name].numpy(), cache)
+
+
 @pytest.mark.parametrize("size", [SIZES[2], SIZES[3]], ids=str)
 def test_a_sequence_has_the_same_bits_alone(size, isa):
     inputs, batch = layer_inputs(size), len(size.last)

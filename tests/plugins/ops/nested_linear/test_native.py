@@ -21,7 +21,8 @@ SIZES = [  # T, K, N, block
     (5, 130, 33, 32),
     (17, 200, 9, 96),
     (33, 640, 17, 64),
-    (23, 1100, 130, 64),  # several strips of rows
+    (23, 1100, 130, 64),  # one strip of rows for each task
+    (9, 8000, 140, 64),  # several strips
     (9, 33000, 3, 64),  # rows that are longer than a strip
     (3, 1088, 9, 64),  # one block more than a vector of scales has
 ]
