@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shadowllm.benchmarks import criteria, noisy_model, small_model
+from shadowllm.benchmarks import criteria, noisy_model, selection_costs, serving, shapes, small_model
 from shadowllm.benchmarks.script_parser import script
 
 
@@ -23,3 +23,10 @@ def test_a_model_that_is_not_there(module, out, monkeypatch, tmp_path, capsys):
     assert module.main() == 1
     assert capsys.readouterr().err.startswith("error: no such model")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", [serving, shapes, selection_costs])
+def test_results_that_could_not_be_written_are_refused_at_once(module, tmp_path, capsys):
+    out = tmp_path / "missing" / "results.json"
+    assert module.main(["--json", str(out), *(["bundle"] if module is not shapes else [])]) == 1
+    assert capsys.readouterr().err.startswith(f"error: cannot write {out}: there is no folder")
