@@ -3,10 +3,10 @@
     python -m shadowllm.benchmarks.selection_costs out/frontier/int8 --json costs.json
 
 Sessions decode with several budgets, each in its own process, and take turns. All of them are in memory at the same
-time. The time of a step is then fitted by a
-rate of bytes outside the low-bit copy, another one for bytes of the copy, a time for each layer and kind of unit of
-which some are selected, a time for each picked row, and a constant. The result has the three costs in bytes that are
-read in the same time. Set SHADOWLLM_NATIVE_ISA=avx2 to measure the kernels of another instruction set.
+time. The time of a step is then fitted by a rate of bytes outside the low-bit copy, another one for bytes of the copy,
+a time for each layer in which heads are selected, one for each layer in which neurons are, and one for each picked row.
+The result has the costs in bytes that are read in the same time. Set SHADOWLLM_NATIVE_ISA=avx2 to measure the kernels
+of another instruction set.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ SHORTLISTS = (None, 64, 4096)
 HEADS = (0.34, 0.67)  # with all neurons
 FITTED = {
     "copy_cost": cost_model.COPY_COST,
-    "selection_cost": cost_model.SELECTION_COST,
+    "selection_cost of heads": cost_model.SELECTION_COST,
+    "selection_cost of neurons": cost_model.SELECTION_COST,
     "picked_row_cost": cost_model.PICKED_ROW_COST,
 }
 
@@ -50,18 +51,18 @@ def budgets() -> list[Budget]:
 
 
 def features(manifest: Manifest, budget: Budget, prompt_len: int, new_tokens: int) -> list[float]:
-    """Return what the time is fitted by: bytes outside the copy and in it, selections, picked rows, and 1."""
+    """Return what the time is fitted by: bytes outside the copy and in it, selections by unit, and picked rows."""
     spec = manifest.spec
     traffic = traffic_of(manifest, SPARSE, "ort", budget, prompt_len, new_tokens)
     copied, widths = traffic.parts.get("low-bit copy", 0), layer_units(spec)
     if not copied:  # a dense step
-        return [traffic.total, 0, 0, 0, 1]
+        return [traffic.total, 0, 0, 0, 0]
     active = [dict(zip(UNITS, kept, strict=True)) for kept in budget.counts(manifest.sparse_layers).by_layer()]
-    selections = sum(kept[unit] < widths[unit] for kept in active for unit in UNITS)
+    selections = [sum(kept[unit] < widths[unit] for kept in active) for unit in UNITS]
     picked = sum(kept["neurons"] for kept in active if kept["neurons"] < widths["neurons"])
     if budget.shortlist is not None and cost_model.shortens(spec, budget.shortlist):
         picked += budget.shortlist
-    return [traffic.total - copied, copied, selections, picked, 1]
+    return [traffic.total - copied, copied, *selections, picked]
 
 
 def fit(rows: Sequence[Sequence[float]], milliseconds: Sequence[float]) -> dict[str, float]:
@@ -75,9 +76,9 @@ def fit(rows: Sequence[Sequence[float]], milliseconds: Sequence[float]) -> dict[
     if np.linalg.matrix_rank(table / sizes) < table.shape[1]:
         raise UserError("the budgets read too similar bytes to tell the costs apart", "use a larger model")
     found = np.linalg.lstsq(table / sizes, np.array(milliseconds), rcond=None)[0] / sizes
-    costs = dict(zip(FITTED, found[1:4] / found[0], strict=True))
+    costs = dict(zip(FITTED, found[1:] / found[0], strict=True))
     worst = np.abs(table @ found - milliseconds).max()
-    return costs | {"gigabytes_per_second": 1e-6 / found[0], "constant_ms": found[4], "largest_error_ms": worst}
+    return costs | {"gigabytes_per_second": 1e-6 / found[0], "largest_error_ms": worst}
 
 
 def measure(bundle: Path, prompt_len: int, new_tokens: int, runs: int, threads: int) -> list[dict[str, Any]]:
@@ -104,9 +105,9 @@ def measure(bundle: Path, prompt_len: int, new_tokens: int, runs: int, threads: 
 def print_costs(costs: Mapping[str, float]) -> None:
     """Print the costs beside those of `bundle.cost_model`."""
     for name, own in FITTED.items():
-        print(f"{name:16} {costs[name]:12,.2f}   in bundle/cost_model.py {own:12,.2f}")
-    print(f"bytes outside the copy {costs['gigabytes_per_second']:.1f} GB/s, constant {costs['constant_ms']:.2f} ms")
-    print(f"largest error of a step {costs['largest_error_ms']:.2f} ms")
+        print(f"{name:25} {costs[name]:12,.2f}   in bundle/cost_model.py {own:12,.2f}")
+    print(f"bytes outside the copy: {costs['gigabytes_per_second']:.1f} GB/s")
+    print(f"largest error of a step: {costs['largest_error_ms']:.2f} ms")
 
 
 @script

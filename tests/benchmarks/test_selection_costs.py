@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shadowllm.benchmarks import selection_costs
-from shadowllm.benchmarks.selection_costs import features, fit
+from shadowllm.benchmarks.selection_costs import FITTED, features, fit
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
@@ -19,17 +19,12 @@ MIXED = {"kind": "quantized-shadow", "rest": "shadow", "weight_dtype": "int8"}
 
 def test_the_fit_finds_the_costs_of_exact_times():
     rng = np.random.default_rng(0)
-    rows = [[*(rng.uniform(0, 1, 4) * (1e8, 6e7, 30, 1e4)), 1.0] for _ in range(9)]
-    copy, selection, picked, rate = 1.5, 6e5, 900.0, 4e-8
-    times = [
-        rate * (plain + copy * copied + selection * chosen + picked * rows_picked) + 0.25
-        for plain, copied, chosen, rows_picked, _ in rows
-    ]
+    rows = rng.uniform(0, 1, (9, 5)) * (1e8, 6e7, 30, 30, 1e4)
+    costs, rate = np.array([1.5, 2e6, 3e5, 900.0]), 4e-8
+    times = rate * (rows[:, 0] + rows[:, 1:] @ costs)
     found = fit(rows, times)
-    assert found["copy_cost"] == pytest.approx(copy, rel=1e-6)
-    assert found["selection_cost"] == pytest.approx(selection, rel=1e-6)
-    assert found["picked_row_cost"] == pytest.approx(picked, rel=1e-6)
-    assert found["constant_ms"] == pytest.approx(0.25, rel=1e-6)
+    np.testing.assert_allclose([found[name] for name in FITTED], costs, rtol=1e-6)
+    assert found["gigabytes_per_second"] == pytest.approx(1e-6 / rate)
     assert found["largest_error_ms"] < 1e-9
 
 
@@ -39,14 +34,14 @@ def test_features(bundle):
     spec, layers = manifest.spec, manifest.sparse_layers.count
     plain, copied, *others = features(manifest, Budget(), 8, 4)
     assert plain > 0
-    assert [copied, *others] == [0, 0, 0, 1]
+    assert [copied, *others] == [0, 0, 0, 0]
     _, table, *others = features(manifest, Budget(shortlist=9), 8, 4)
     assert table > 0
-    assert others == [0, 9, 1]
+    assert others == [0, 0, 9]
     less, copied, *others = features(manifest, Budget(neurons=0.5), 8, 4)
     assert less < plain
     assert copied > 0
-    assert others == [layers, layers * spec.intermediate_size // 2, 1]
+    assert others == [0, layers, layers * spec.intermediate_size // 2]
 
 
 @built
@@ -65,7 +60,7 @@ def test_the_command_measures_a_bundle(bundle, tmp_path, monkeypatch, capsys):
 
 def test_steps_that_do_not_differ_are_refused():
     with pytest.raises(UserError, match="too similar"):
-        fit([[100, 0, 0, 0, 1]] * 9, [1.0] * 9)
+        fit([[100, 0, 0, 0, 0]] * 9, [1.0] * 9)
 
 
 def test_a_bundle_without_a_copy_is_refused(bundle, capsys):
