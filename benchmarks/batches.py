@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.child import Child, Progress, module_command, serve
-from shadowllm.commands.options import output_file
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import SETTLE_SECONDS
@@ -113,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=40, help="steps of each run")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the results to this file")
+    add_json(parser)
     parser.add_argument("--worker", choices=("sparse", "dense"), help="used by the script itself: one contender")
     args = parser.parse_args(arguments)
     if args.worker:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from shadowllm.benchmarks.scaling import EVALUATED, STATIC, WINDOW, Point
-from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.bundle.predictor_file import Kind, Predictor
-from shadowllm.commands.options import output_file
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.quality import evaluate
 from shadowllm.evaluation.speed.environment import environment
@@ -73,7 +72,7 @@ def main() -> None:
     parser.add_argument("model", help="folder or GGUF file")
     parser.add_argument("folder", type=Path, help="folder with the predictors")
     parser.add_argument("--tokens", type=int, required=True, help="number of tokens that they were trained on")
-    parser.add_argument("--json", type=output_file, required=True, metavar="FILE", help="write the results there")
+    add_json(parser, "write the results there", required=True)
     args = parser.parse_args()
     keep_freed_memory()
     spec, stored, checkpoint = load_model(args.model)

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shadowllm.benchmarks.script_parser import script, script_parser
-from shadowllm.commands.options import output_file
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.models.decoder import Decoder
@@ -121,7 +120,7 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=24, help="layers and tokens to remove units at (default: 24)")
     parser.add_argument("--seqlen", type=int, default=64)
     parser.add_argument("--units", type=int, default=128, help="neurons to remove at each place (default: 128)")
-    parser.add_argument("--json", type=output_file, metavar="FILE")
+    add_json(parser)
     args = parser.parse_args()
     spec, weights, checkpoint = load_model(args.model)
     tokenizer = checkpoint.tokenizer()

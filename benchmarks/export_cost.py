@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.benchmarks.random_model import PUBLISHED, SHAPES, TINY_SHAPES, write_random_model
-from shadowllm.benchmarks.script_parser import script, script_parser
-from shadowllm.commands.options import output_file
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.models.files.tokenizer import load_tokenizer
@@ -156,7 +155,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=tuple(ITEMSIZE), default="fp32")
     parser.add_argument("--engine", choices=FLAVOURS, help="also build an engine, in another export")
     parser.add_argument("--sm", default="89", help="compute capability that the engine is for (default: %(default)s)")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the results to this file")
+    add_json(parser)
     args = parser.parse_args()
     if bool(args.model) == bool(args.shape):
         parser.error("give a model or --shape")

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from shadowllm.benchmarks.llama_cpp_rivals import NAME, Rival, llama_cpp_rivals
-from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.weights import PREDICTOR_FILE
-from shadowllm.commands.options import figure_file, output_file
+from shadowllm.commands.options import figure_file
 from shadowllm.config import Export, Source
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--llama-cpp-python", type=Path, metavar="PYTHON", help="interpreter with llama-cpp-python")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the model as a float32 GGUF file, for llama.cpp")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the results to this file")
+    add_json(parser)
     parser.add_argument("--plot", type=figure_file, metavar="FILE", help="also write a figure to this file")
     args = parser.parse_args(arguments)
     if (args.gguf is None) != (args.llama_cpp_python is None):

@@ -26,10 +26,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.bundle.weights import read_weights
-from shadowllm.commands.options import output_file
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.bench import bench
@@ -102,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens of each continuation")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the results to this file")
+    add_json(parser)
     args = parser.parse_args(arguments)
     manifest = read_manifest(args.bundle)
     if manifest.predictor["kind"] != "relu":

@@ -25,8 +25,7 @@ from typing import Any
 
 from shadowllm.benchmarks.kernel_programs import SHAPES, Shape, block_nodes
 from shadowllm.benchmarks.kernel_resources import resources
-from shadowllm.benchmarks.script_parser import script, script_parser
-from shadowllm.commands.options import output_file
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.plugins.kernel_program import Program
 from shadowllm.plugins.registry import schedules
 from shadowllm.plugins.triton.schedule import Call
@@ -193,7 +192,7 @@ def main() -> None:
     parser.add_argument("--heads", type=float, default=0.5, help="share of active heads (default: 0.5)")
     parser.add_argument("--neurons", type=float, default=0.5, help="share of active neurons (default: 0.5)")
     parser.add_argument("--fired", type=float, default=1.0, help="share of those that ReLU leaves (default: 1)")
-    parser.add_argument("--json", type=output_file, metavar="FILE")
+    add_json(parser)
     args = parser.parse_args()
     gpu = Gpu()
     record: dict[str, Any] = {}

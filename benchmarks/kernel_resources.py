@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.benchmarks.kernel_programs import SHAPES, Shape, cache_writer, nested_nodes, nodes
-from shadowllm.benchmarks.script_parser import script, script_parser
-from shadowllm.commands.options import output_file
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.plugins.kernel_program import Kernel
 from shadowllm.progress import progress
@@ -139,7 +138,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--sms", nargs="+", type=int, default=list(SMS), metavar="SM")
     parser.add_argument("--machine-code", type=int, metavar="SM", help="read the machine code for this architecture")
-    parser.add_argument("--json", type=output_file, metavar="FILE")
+    add_json(parser)
     args = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
     with progress("Compiling", len(args.shapes) * len(args.dtypes)) as advance:

@@ -34,11 +34,10 @@ from typing import Any
 import numpy as np
 
 from shadowllm.benchmarks.random_model import SHAPES
-from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.benchmarks.shapes import export_random
 from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.bundle.quantisation import NESTED
-from shadowllm.commands.options import output_file
 from shadowllm.draft_config import Drafting
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
@@ -243,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the random prompt")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the results to this file")
+    add_json(parser)
     args = parser.parse_args(arguments)
     if (args.bundle is None) == (args.shape is None):
         parser.error("give a bundle or --shape")

@@ -15,7 +15,6 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,6 +24,7 @@ from onnx import TensorProto, helper
 from rich.console import Console
 from rich.progress import track
 
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.bundle import op_domain
 from shadowllm.bundle.quantisation import LOW_BIT_COPY, WEIGHT_DTYPES, Quantisation, quantise
 from shadowllm.child import Child, Progress, module_command, serve
@@ -314,10 +314,11 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         )
 
 
+@script
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser = script_parser("op_bench", __doc__)
+    add_json(parser, "write all results to this file")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument(
         "--dtypes",
@@ -345,4 +346,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

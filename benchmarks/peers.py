@@ -28,11 +28,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.bundle.cost_model import Itemsizes, mean_traffic
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.child import module_command
-from shadowllm.commands.options import output_file
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.environment import environment
@@ -286,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3, help="runs of each process (default: 3)")
     parser.add_argument("--starts", type=int, default=5, help="how often to start new processes (default: 5)")
-    parser.add_argument("--json", type=output_file)
+    add_json(parser)
     given = parser.parse_args(arguments)
     console = Console(width=max(Console().width, 120))  # seven contenders side by side
     report, skipped = compare(

@@ -27,10 +27,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.benchmarks.small_model import docstrings, documents
 from shadowllm.bundle.predictor_file import Kind, Predictor
-from shadowllm.commands.options import output_file
 from shadowllm.config import TrainConfig
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import MODULES, passage
@@ -202,9 +201,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of the predictors")
     parser.add_argument("--points", nargs="*", default=POINTS, help="networks to train, e.g. layerwise:0.04:131072")
     parser.add_argument("--packages", nargs="*", default=(), metavar="NAME", help="also train on their docstrings")
-    parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="evaluate the predictors and write the results"
-    )
+    add_json(parser, "evaluate the predictors and write the results")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     points = [point for point in map(Point.parse, args.points) if not (args.folder / point.file).exists()]

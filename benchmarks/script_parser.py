@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
 
+from shadowllm.commands.options import output_file
 from shadowllm.errors import UserError
 
 P = ParamSpec("P")
@@ -20,6 +21,13 @@ def script_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def add_json(
+    parser: argparse.ArgumentParser, purpose: str = "also write the results to this file", required: bool = False
+) -> None:
+    """Add the option ``--json``. A file that cannot be written is refused before anything is measured."""
+    parser.add_argument("--json", type=output_file, required=required, metavar="FILE", help=purpose)
 
 
 def script(main: Callable[P, None]) -> Callable[P, int]:

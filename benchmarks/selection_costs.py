@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.bundle import cost_model
 from shadowllm.bundle.manifest import Manifest, read_manifest
-from shadowllm.commands.options import output_file
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.environment import environment
@@ -119,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the results to this file")
+    add_json(parser)
     args = parser.parse_args(arguments)
     results = measure(args.bundle, args.prompt_len, args.new_tokens, args.runs, args.threads)
     costs = fit([row["features"] for row in results], [row["itl_ms"] for row in results])

@@ -29,10 +29,9 @@ from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 import shadowllm
-from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.child import module_command
-from shadowllm.commands.options import output_file
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.environment import environment
@@ -270,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--most-tokens", type=int, default=32, help="most new tokens of a text (default: 32)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prepack", action="store_true", help="as in `shadowllm serve`; also for the texts alone")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the results to this file")
+    add_json(parser)
     args = vars(parser.parse_args(arguments))
     file = args.pop("json")
     found = check(**args)

@@ -23,11 +23,10 @@ from typing import Any, get_args
 import numpy as np
 
 from shadowllm.benchmarks.random_model import SHAPES, untrained, write_random_model
-from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.bundle.manifest import ITEMSIZE, read_manifest
 from shadowllm.bundle.predictor_file import Kind
 from shadowllm.bundle.quantisation import NESTED, WEIGHT_DTYPES, bundle_format
-from shadowllm.commands.options import output_file
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import Contender, race, speedup, summarise
@@ -167,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the results to this file")
+    add_json(parser)
     args = parser.parse_args(arguments)
     results = []
     for shape in args.shapes:

@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.bundle.certificate import best_weighting, copy_errors
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.quantised_tensors import mean_square_errors
 from shadowllm.bundle.weight_names import copy_weighting, integers, low_bit_copy, scales
 from shadowllm.bundle.weights import map_copies, read_weights
-from shadowllm.commands.options import output_file
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.models.decoder import Decoder
@@ -149,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("bundle", type=Path, help="a bundle with a low-bit copy of the output table")
     parser.add_argument("--text", nargs="+", type=Path, default=(), help="default: documentation of Python modules")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of each half of the text")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the results to this file")
+    add_json(parser)
     args = parser.parse_args(arguments)
     rows = measure(args.bundle, args.text, args.tokens)
     for row in rows:

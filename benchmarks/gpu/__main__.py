@@ -30,7 +30,7 @@ import torch
 
 from shadowllm.benchmarks.gpu.probe import probe
 from shadowllm.benchmarks.random_model import GPU_SHAPES, TINY_SHAPES
-from shadowllm.benchmarks.script_parser import script, script_parser
+from shadowllm.benchmarks.script_parser import add_json, script, script_parser
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.environment import PACKAGES, environment, package_versions
 from shadowllm.plugins.tensorrt.load_tensorrt import FLAVOURS
@@ -129,7 +129,7 @@ def measure(recorder: Recorder, sections: Sequence[str], device: torch.device, a
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = script_parser("gpu", __doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, after each part")
+    add_json(parser, "write everything there, after each part")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help="run these")
     parser.add_argument("--shapes", nargs="+", choices=(*GPU_SHAPES, *TINY_SHAPES), help="models (default: all large)")
     parser.add_argument("--quick", action="store_true", help="fewer runs and tokens")
