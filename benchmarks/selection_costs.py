@@ -37,8 +37,8 @@ SHORTLISTS = (None, 64, 4096)
 HEADS = (0.34, 0.67)  # with all neurons
 FITTED = {
     "copy_cost": cost_model.COPY_COST,
-    "selection_cost of heads": cost_model.SELECTION_COST,
-    "selection_cost of neurons": cost_model.SELECTION_COST,
+    "selection_cost of heads": cost_model.SELECTION_COST["heads"],
+    "selection_cost of neurons": cost_model.SELECTION_COST["neurons"],
     "picked_row_cost": cost_model.PICKED_ROW_COST,
 }
 

@@ -7,7 +7,7 @@ left out (together under 1% at any real size).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import mul
 from typing import Any, Self
@@ -19,10 +19,10 @@ from shadowllm.models.spec import ModelSpec
 
 # What a step of mixed precision takes beyond its bytes, as bytes that are read in the same time. The command
 # `python -m shadowllm.benchmarks.selection_costs BUNDLE` measures this. Measured with the native ops on a CPU with
-# AVX-512 VNNI, two threads, SmolLM2-135M at int6, int8 and float32, and Llama-1.1B at int8. Dense steps read
-# 24 to 32 GB/s there.
+# AVX-512 VNNI, two threads, SmolLM2-135M at int8 and int6, with the kernels for VNNI and with those for AVX2:
+# 1.04 to 1.21, 1.6 to 2.9 MB, 0.15 to 0.43 MB, and 0.7 to 1.5 kB. Dense steps read 27 to 36 GB/s there.
 COPY_COST = 1.12  # for a byte of the low-bit copy
-SELECTION_COST = 560_000  # for each layer and kind of unit (heads, neurons) of which some are selected
+SELECTION_COST: Mapping[Unit, int] = {"heads": 2_000_000, "neurons": 300_000}  # for each layer that selects some
 PICKED_ROW_COST = 1_000  # for each active neuron, and for each row of a shortlist: rows that do not follow each other
 ROWS: dict[Unit, str] = {"heads": "active q/o rows", "neurons": "active MLP rows"}  # parts of a step's bytes
 
@@ -103,7 +103,7 @@ def mixed_cost(spec: ModelSpec, unit: Unit, active: int, whole: float, beside_co
         return row_elements(spec, unit, active) * whole
     picked = PICKED_ROW_COST * active if unit == "neurons" else 0  # a head has many rows, which follow each other
     copy = COPY_COST * width * unit_copy_bytes(spec, unit)
-    return row_elements(spec, unit, active) * beside_copy + copy + picked + SELECTION_COST
+    return row_elements(spec, unit, active) * beside_copy + copy + picked + SELECTION_COST[unit]
 
 
 def table_cost(spec: ModelSpec, shortlist: int | None, sizes: Itemsizes) -> float:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from shadowllm.bundle import cost_model
+from shadowllm.models.sparsity import UNITS
 
 
 @pytest.fixture
@@ -18,5 +19,5 @@ def with_copies(bundle, tmp_path):
 @pytest.fixture
 def bytes_only(monkeypatch):
     """Steps cost their bytes: a tiny model reads less than a selection costs."""
-    for name, cost in (("COPY_COST", 1), ("SELECTION_COST", 0), ("PICKED_ROW_COST", 0)):
+    for name, cost in (("COPY_COST", 1), ("SELECTION_COST", dict.fromkeys(UNITS, 0)), ("PICKED_ROW_COST", 0)):
         monkeypatch.setattr(cost_model, name, cost)
