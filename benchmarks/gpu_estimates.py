@@ -9,7 +9,10 @@ The model: a launch takes the longer of two times, and launches follow one anoth
   A few blocks are limited by what their multiprocessors can load.
 - The shortest time of a launch in a CUDA graph.
 
-Bytes are those of rows of active units, of keys and values, and of partial sums. Registers and shared memory of the
+The blocks that finish last add up partial sums, and norm the row. Each of the two takes a latency more: of the atomic
+addition that finds the last block, and of the loads that follow, from the L2 cache.
+
+Bytes are those of rows of active units, and of keys and values. Registers and shared memory of the
 compiled kernels decide how many blocks are resident. Latency, shares and the shortest time are assumptions; the output
 names them. A dense step reads all rows at the same rate, without a cost for launches.
 """
@@ -122,8 +125,6 @@ def _bytes(
     if name == "project_back":
         rows = queries if op == "SparseAttention" else neurons * fired * shape.intermediate_size
         return round(rows * width * ITEM), 1.0
-    if name == "sum_and_norm":
-        return int(constants["SPLITS"]) * width * 4, 1.0
     matrices = 2 if shape.gated else 1
     return round(matrices * neurons * shape.intermediate_size * width * ITEM), neurons
 
@@ -136,8 +137,6 @@ def _tile_bytes(call: Call) -> int:
         return int(constants["BLOCK_P"] * constants["HEAD_DIM"] * ITEM)
     if name == "project_back":
         return int(constants["BLOCK_N"] * constants["BLOCK_D"] * ITEM)
-    if name == "sum_and_norm":
-        return int(constants["BLOCK_D"] * constants["BLOCK_S"] * 4)
     pair = 2 if name == "project_heads" or "w_gate" in call.operands else 1  # both halves of a head, or gate and up
     return int(pair * constants["BLOCK_N"] * constants["BLOCK_K"] * ITEM)
 
@@ -158,7 +157,15 @@ def _launch(gpu: Gpu, call: Call, used: Any, read: int, blocks: int) -> Estimate
         "launch": gpu.launch,
     }
     bound = max(times, key=lambda name: times[name])
-    return Estimate(call.kernel.fn.__name__, read, blocks, used.registers, resident, 1e6 * times[bound], bound)
+    seconds = times[bound] + gpu.latency * _ends(call)
+    return Estimate(call.kernel.fn.__name__, read, blocks, used.registers, resident, 1e6 * seconds, bound)
+
+
+def _ends(call: Call) -> int:
+    """How many times blocks of a launch wait for the others."""
+    if call.kernel.fn.__name__ != "project_back":
+        return 0
+    return 2 if "skip" in call.operands else 1
 
 
 def summary(shape: Shape, gpu: Gpu, launches: list[Estimate], context: int) -> dict[str, Any]:

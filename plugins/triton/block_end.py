@@ -1,7 +1,8 @@
 """The end of an attention or MLP block: the partial sums are added up, and what a decoder layer does next.
 
-The op alone writes the sum. If it is given the hidden states, one launch also adds them and computes the next norm,
-which would be two or more launches of their own.
+The op alone writes the sum. If it is given the hidden states, it also adds them and computes the next norm, which would
+be two or more launches of their own. For one token, the blocks of `project_back` that finish last do all of this. For
+more tokens it takes a launch, with blocks of its own for each token.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.schema import Attribute, Attributes, OpSchema, Port
+from shadowllm.plugins.triton.last_block import is_last
 from shadowllm.plugins.triton.low_bit import rest_is_added
 from shadowllm.plugins.triton.schedule import Call, Operand, Shape, Tier
 
@@ -54,7 +56,7 @@ def with_block_end(schema: OpSchema) -> OpSchema:
 
 @dataclass(frozen=True)
 class BlockEnd:
-    """Operands of `sum_and_norm` that are not of the sum, and the number that is added to a variance."""
+    """Operands of `finish_token` that are not of the sum, and the number that is added to a variance."""
 
     operands: Mapping[str, Operand]
     eps: float
@@ -68,26 +70,61 @@ class BlockEnd:
         return cls({name: name for name in (*present, "normed")}, float(attributes["norm_eps"]))
 
 
-def end_call(end: BlockEnd, tier: Tier, summed: Mapping[str, Operand], constants: Mapping[str, int]) -> Call:
-    """The launch of `sum_and_norm`: a block for each token, because a norm needs the whole row.
+def sum_call(end: BlockEnd | None, tier: Tier, summed: Mapping[str, Operand], constants: Mapping[str, int]) -> Call:
+    """The launch that adds up the partial sums of more than one token.
 
     Args:
-        summed, constants: operands and constants of `sum_partials`, without its block size.
+        summed, constants: operands and constants of `sum_partials`.
     """
-    block = max(128, triton.next_power_of_2(constants["WIDTH"]))
-    blocks = split_blocks(constants["SPLITS"], constants["REST_SPLITS"])
+    if end is None:
+        # Tokens are along x, because the other two axes of a grid are limited to 65,535.
+        grid = (tier.size, Size(constants["WIDTH"], divisor=constants["BLOCK_D"]), Size())
+        return Call(sum_partials, grid, summed, constants)
+    # A block for each token, because a norm needs the whole row.
+    row = row_block(constants["WIDTH"])
     return Call(
         sum_and_norm,
         (tier.size, Size(), Size()),
         {**summed, **end.operands},
-        {**constants, **blocks, "EPS": end.eps, "BLOCK_D": block},
-        warps=max(1, min(32, block * max(blocks.values()) // 1024)),
+        {**constants, "EPS": end.eps, "BLOCK_D": row},
+        warps=max(1, min(32, row * constants["BLOCK_P"] // 1024)),
     )
 
 
-def split_blocks(splits: int, rest_splits: int) -> dict[str, int]:
-    """The sizes of `sum_of_splits`, for the partial sums and for those of the rest."""
-    return {"BLOCK_S": triton.next_power_of_2(splits), "BLOCK_R": triton.next_power_of_2(max(1, rest_splits))}
+def row_block(width: int) -> int:
+    """The size of a block that has a whole row of the hidden states."""
+    return max(128, triton.next_power_of_2(width))
+
+
+def parts_block(splits: int, rest_splits: int) -> int:
+    """``BLOCK_P``, which covers the partial sums, and also those of the rest."""
+    return triton.next_power_of_2(max(1, splits, rest_splits))
+
+
+@triton.jit
+def finish_token(
+    partials, bias, y, rest, active, skip, norm_weight, norm_bias, output_norm_weight, normed, arrived,
+    WIDTH: tl.constexpr, SPLITS: tl.constexpr, REST_SPLITS: tl.constexpr, UNITS: tl.constexpr, EPS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_ROW: tl.constexpr,
+):  # fmt: skip
+    """Write the result of one token, after the blocks of `project_back` have written its partial sums.
+
+    The last block of a column tile adds up the partial sums of its columns, in a fixed order. With ``skip``, the last
+    of these blocks does the same as `sum_and_norm`.
+    """
+    if is_last(arrived + 1 + tl.program_id(0), SPLITS + REST_SPLITS):
+        cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+        total = total_of_partials(
+            partials, bias, rest, active, 0, 1, cols, WIDTH, SPLITS, UNITS, REST_SPLITS, BLOCK_P
+        )  # fmt: skip
+        if skip is None:
+            tl.store(y + cols, total.to(y.dtype.element_ty), mask=cols < WIDTH)
+        else:
+            tl.store(partials + cols, total, mask=cols < WIDTH)
+            if is_last(arrived, tl.num_programs(0)):
+                row = tl.arange(0, BLOCK_ROW)
+                sums = tl.load(partials + row, mask=row < WIDTH, other=0.0)
+                add_and_norm(sums, y, skip, norm_weight, norm_bias, output_norm_weight, normed, 0, row, WIDTH, EPS)
 
 
 @triton.jit
@@ -99,10 +136,10 @@ def sum_of_splits(
     FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """Columns of the total of ``SPLITS`` of a token's partial sums. All are loaded at once: a loop waits for each."""
-    splits = tl.arange(0, BLOCK_S)
+    splits = tl.arange(0, BLOCK_P)
     place = ((FIRST + splits)[:, None] * tokens + token) * WIDTH + cols[None, :]
     return tl.sum(tl.load(partials + place, mask=(splits < SPLITS)[:, None] & (cols < WIDTH)[None, :], other=0.0), 0)
 
@@ -120,14 +157,13 @@ def total_of_partials(
     SPLITS: tl.constexpr,
     UNITS: tl.constexpr,
     REST_SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """Columns of a token's result: partial sums of `project_back`, also those of a rest that is added, and a bias."""
-    total = sum_of_splits(partials, token, tokens, cols, 0, WIDTH, SPLITS, BLOCK_S)
+    total = sum_of_splits(partials, token, tokens, cols, 0, WIDTH, SPLITS, BLOCK_P)
     if rest is not None:  # noqa: SIM102 -- known at compile time, and the next one is not
         if rest_is_added(rest, active, UNITS):
-            total += sum_of_splits(partials, token, tokens, cols, SPLITS, WIDTH, REST_SPLITS, BLOCK_R)
+            total += sum_of_splits(partials, token, tokens, cols, SPLITS, WIDTH, REST_SPLITS, BLOCK_P)
     if bias is not None:
         total += tl.load(bias + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
     return total
@@ -146,14 +182,13 @@ def sum_partials(
     BLOCK_D: tl.constexpr,
     UNITS: tl.constexpr,
     REST_SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """Write ``y (tokens, WIDTH)``: the total of the partial sums."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = total_of_partials(
-        partials, bias, rest, active, token, tokens, cols, WIDTH, SPLITS, UNITS, REST_SPLITS, BLOCK_S, BLOCK_R
+        partials, bias, rest, active, token, tokens, cols, WIDTH, SPLITS, UNITS, REST_SPLITS, BLOCK_P
     )  # fmt: skip
     tl.store(y + token * WIDTH + cols, total.to(y.dtype.element_ty), mask=cols < WIDTH)
 
@@ -176,8 +211,7 @@ def sum_and_norm(
     BLOCK_D: tl.constexpr,
     UNITS: tl.constexpr,
     REST_SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     EPS: tl.constexpr,
 ):
     """Write ``y (tokens, WIDTH)``, the total of the partial sums and of ``skip``, and its norm ``normed``.
@@ -186,10 +220,28 @@ def sum_and_norm(
     """
     token = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
-    inside = cols < WIDTH
     total = total_of_partials(
-        partials, bias, rest, active, token, tokens, cols, WIDTH, SPLITS, UNITS, REST_SPLITS, BLOCK_S, BLOCK_R
+        partials, bias, rest, active, token, tokens, cols, WIDTH, SPLITS, UNITS, REST_SPLITS, BLOCK_P
     )  # fmt: skip
+    add_and_norm(total, y, skip, norm_weight, norm_bias, output_norm_weight, normed, token, cols, WIDTH, EPS)
+
+
+@triton.jit
+def add_and_norm(
+    total,
+    y,
+    skip,
+    norm_weight,
+    norm_bias,
+    output_norm_weight,
+    normed,
+    token,
+    cols,
+    WIDTH: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """Write a row of `sum_and_norm`, from the ``total`` of its partial sums, which is zero past the width."""
+    inside = cols < WIDTH
     if output_norm_weight is not None:
         total = norm(total, output_norm_weight, None, cols, WIDTH, EPS)
     total += tl.load(skip + token * WIDTH + cols, mask=inside, other=0.0).to(tl.float32)

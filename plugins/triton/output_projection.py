@@ -5,15 +5,15 @@ If other units are computed from the low-bit copy of the weight, more blocks of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
 from shadowllm.plugins.kernel_program import Size
-from shadowllm.plugins.triton.block_end import BlockEnd, end_call, split_blocks, sum_partials
+from shadowllm.plugins.triton.block_end import BlockEnd, finish_token, parts_block, row_block, sum_call
 from shadowllm.plugins.triton.hidden_values import Spans, hidden_values
+from shadowllm.plugins.triton.last_block import Arrivals
 from shadowllm.plugins.triton.low_bit import IN_WORD, add_rows, rest_is_added, row_sum, row_tile, zero_sums
 from shadowllm.plugins.triton.schedule import GEMV, PREFILL, Call, Operand, Scratch, Tier, Workspace
 from shadowllm.plugins.triton.tiles import LINE, active_rows, dot, tile_warps
@@ -48,6 +48,11 @@ class Rest:
         more = {} if self.products is None else {"products": self.products}
         return {"copy": self.copy, "scales": self.scales, "rest": "rest", **more}
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """Constants of `project_back`."""
+        return {"BLOCKS": self.blocks, "BLOCK_WORDS": self.words}
+
 
 def back_calls(
     workspace: Workspace,
@@ -67,8 +72,9 @@ def back_calls(
     rest: Rest | None = None,
     spans: Spans | None = None,
     end: BlockEnd | None = None,
-) -> tuple[Call, Call]:
-    """The launches of `project_back` and of the sum: they write "y".
+    arrivals: Arrivals | None = None,
+) -> tuple[Call, ...]:
+    """The launch of `project_back`, and for more than one token that of the sum: they write "y".
 
     Args:
         hidden: ``(tokens, cap * group)`` of type T.
@@ -81,14 +87,16 @@ def back_calls(
         rest: the units that are computed from a low-bit copy.
         spans: if ``hidden`` has the results of several spans of the cache.
         end: if the sum also adds the hidden states and norms them.
+        arrivals: from `arrivals_of`, set to zero by an earlier launch.
     """
-    rows, cols = _tile(tier, width, itemsize, end is not None)
+    rows, cols = _tile(tier, itemsize)
     tiles = triton.cdiv(width, cols)
-    most = min(_most_splits(width, end is not None), triton.cdiv(ENOUGH_BLOCKS, tiles))
+    most = min(_most_splits(tier, width, end is not None), triton.cdiv(ENOUGH_BLOCKS, tiles))
     splits = _splits(tier, cap * group, rows, most)
     rest_splits = _splits(tier, units * group, rows, most) if rest else 0
     partials = workspace.take((splits + rest_splits) * tier.tokens * width, "float32", 4)
-    sizes = {"WIDTH": width, "UNITS": units, "SPLITS": splits, "REST_SPLITS": rest_splits, "BLOCK_D": cols}
+    sizes = {"WIDTH": width, "UNITS": units, "SPLITS": splits, "REST_SPLITS": rest_splits}
+    sizes |= {"BLOCK_D": cols, "BLOCK_P": parts_block(splits, rest_splits)}
     operands = {
         "hidden": hidden,
         "indices": indices,
@@ -99,32 +107,37 @@ def back_calls(
         "partials": partials,
         "tokens": tier.size,
     }
-    constants = {
-        "CAP": cap,
-        "GROUP": group,
-        "SKIP_ZEROS": int(skip_zeros and tier.block == GEMV),
-        **(spans or Spans()).constants,
-        "BLOCKS": rest.blocks if rest else 0,
-        "BLOCK_WORDS": rest.words if rest else 0,
-        "BLOCK_M": tier.block,
-        "BLOCK_N": rows,
-    }
+    constants = (spans or Spans()).constants | (rest.constants if rest else {"BLOCKS": 0, "BLOCK_WORDS": 0})
+    constants |= {"CAP": cap, "GROUP": group, "SKIP_ZEROS": int(skip_zeros and tier.block == GEMV)}
+    constants |= {"BLOCK_M": tier.block, "BLOCK_N": rows}
+    result: dict[str, Operand] = {"y": "y", **({"bias": bias} if bias else {})}
+    if arrivals is not None:
+        operands |= {**result, **(end.operands if end else {}), "arrived": arrivals.memory}
     multiply = Call(
         project_back,
         (Size(tiles), Size(splits + rest_splits), tier.tiles),
         {name: operand for name, operand in operands.items() if operand is not None},
-        sizes | constants,
+        {**sizes, **constants, "BLOCK_ROW": row_block(width), "EPS": end.eps if end else 0.0},
         warps=tile_warps(tier.block, itemsize),
         stages=3,
     )
-    summed: dict[str, Operand] = {"partials": partials, "y": "y", "tokens": tier.size}
+    if arrivals is not None:
+        return (multiply,)
+    summed: dict[str, Operand] = {"partials": partials, **result, "tokens": tier.size}
     if rest is not None and count is not None:
         summed |= {"rest": "rest", "active": count}
-    return multiply, _sum_call(end, tier, bias, summed, sizes)
+    return multiply, sum_call(end, tier, summed, sizes)
 
 
-def _most_splits(width: int, ended: bool) -> int:
-    return max(1, min(MAX_SPLITS, MAX_PARTIAL_BYTES // (4 * width))) if ended else MAX_SPLITS
+def arrivals_of(workspace: Workspace, tier: Tier, width: int, itemsize: int) -> Arrivals | None:
+    """The counters of `back_calls` for one token, which an earlier launch must set to zero; None for more tokens."""
+    _, cols = _tile(tier, itemsize)
+    return Arrivals.of(workspace, tier, triton.cdiv(width, cols))
+
+
+def _most_splits(tier: Tier, width: int, ended: bool) -> int:
+    one_block = ended and tier.block != GEMV  # it adds up all sums of a token
+    return max(1, min(MAX_SPLITS, MAX_PARTIAL_BYTES // (4 * width))) if one_block else MAX_SPLITS
 
 
 def _splits(tier: Tier, rows: int, together: int, most: int) -> int:
@@ -132,67 +145,28 @@ def _splits(tier: Tier, rows: int, together: int, most: int) -> int:
     return 1 if tier.block == PREFILL else min(most, triton.cdiv(rows, together))
 
 
-def _sum_call(
-    end: BlockEnd | None, tier: Tier, bias: str | None, summed: Mapping[str, Operand], constants: Mapping[str, int]
-) -> Call:
-    summed = {**summed, **({"bias": bias} if bias else {})}
-    if end is not None:
-        return end_call(end, tier, summed, constants)
-    # Tokens are along x, because the other two axes of a grid are limited to 65,535.
-    grid = (tier.size, Size(constants["WIDTH"], divisor=constants["BLOCK_D"]), Size())
-    return Call(
-        sum_partials, grid, summed, {**constants, **split_blocks(constants["SPLITS"], constants["REST_SPLITS"])}
-    )
-
-
-def _tile(tier: Tier, width: int, itemsize: int, ended: bool) -> tuple[int, int]:
-    """Rows and columns of the weight, or of its copy, that a block of `project_back` loads at a time.
-
-    If one block adds up the sums of a token, it should get few of them. Then tiles have fewer columns, so that as many
-    blocks have fewer splits. Both tiles for one token have 4096 numbers.
-    """
-    if tier.block != GEMV:
-        return LINE // itemsize, 64
-    return (32, 128) if ended else (16, min(256, triton.next_power_of_2(width)))
+def _tile(tier: Tier, itemsize: int) -> tuple[int, int]:
+    """Rows and columns of the weight, or of its copy, that a block of `project_back` loads at a time."""
+    return (32, 128) if tier.block == GEMV else (LINE // itemsize, 64)
 
 
 @triton.jit
 def project_back(
-    hidden,
-    products,
-    indices,
-    count,
-    lengths,
-    weight,
-    copy,
-    scales,
-    rest,
-    partials,
-    tokens,
-    CAP: tl.constexpr,
-    UNITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
-    REST_SPLITS: tl.constexpr,
-    SKIP_ZEROS: tl.constexpr,
-    SPANS: tl.constexpr,
-    SPAN: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    hidden, products, indices, count, lengths, weight, copy, scales, rest, partials,
+    bias, y, skip, norm_weight, norm_bias, output_norm_weight, normed, arrived, tokens,
+    CAP: tl.constexpr, UNITS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr, REST_SPLITS: tl.constexpr, SKIP_ZEROS: tl.constexpr, EPS: tl.constexpr,
+    SPANS: tl.constexpr, SPAN: tl.constexpr, CAPACITY: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_ROW: tl.constexpr,
+):  # fmt: skip
     """Multiply ``hidden (tokens, CAP * GROUP)`` by the active rows of ``weight (UNITS * GROUP, WIDTH)``.
 
     Block (column tile, split, token tile) writes the sum over its share of the active rows into
-    ``partials (SPLITS + REST_SPLITS, tokens, WIDTH)``. `sum_partials` adds them in a fixed order, so that results do
-    not depend on scheduling. This is the down projection (a unit is a neuron, one row) and the output
-    projection (a unit is a head, ``head_dim`` rows). With ``lengths``, a head's values are merged from its spans. A
-    weight of integers is the residual that completes the low-bit copy.
+    ``partials (SPLITS + REST_SPLITS, tokens, WIDTH)``. They are added in a fixed order, so that results do not depend
+    on scheduling: for one token by `finish_token`, for more by another launch. This is the down projection (a unit is a
+    neuron, one row) and the output projection (a unit is a head, ``head_dim`` rows). With ``lengths``, a head's values
+    are merged from its spans. A weight of integers is the residual that completes the low-bit copy.
 
     With ``rest``, the last ``REST_SPLITS`` splits multiply the other units by their rows of the copy: those of
     ``products (tokens, UNITS * GROUP)`` that are not zero, or without it the slots after the active ones. Nothing is
@@ -216,6 +190,11 @@ def project_back(
                 True, TYPE, UNITS, UNITS, GROUP, WIDTH, SPANS, SPAN, CAPACITY, BLOCK_S, BLOCKS, BLOCK_WORDS,
                 BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
+    if arrived is not None:
+        finish_token(
+            partials, bias, y, rest, count, skip, norm_weight, norm_bias, output_norm_weight, normed, arrived,
+            WIDTH, SPLITS, REST_SPLITS, UNITS, EPS, BLOCK_D, BLOCK_P, BLOCK_ROW,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -23,11 +24,7 @@ def calls(shape):
 @pytest.mark.parametrize("name", ["opt-6.7b", "llama-2-7b", "smollm2-135m"])
 def test_with_all_units_active_a_layer_reads_all_its_matrices_and_the_cache(name):
     shape, context = SHAPES[name], 100
-    read = sum(
-        _bytes(shape, call, op, context, 1, 1, 1)[0]
-        for call, op in calls(shape)
-        if call.kernel.fn.__name__ != "sum_and_norm"
-    )
+    read = sum(_bytes(shape, call, op, context, 1, 1, 1)[0] for call, op in calls(shape))
     width, kv = shape.hidden_size, 2 * shape.n_kv_heads * shape.head_dim
     rows = 2 * shape.n_heads * shape.head_dim + kv + (3 if shape.gated else 2) * shape.intermediate_size
     assert read == ITEM * (rows * width + kv * context)
@@ -48,9 +45,11 @@ def test_what_bounds_a_launch():
     found = {call.kernel.fn.__name__: call for call, _ in calls(SHAPES["opt-6.7b"])}
     call = found["project_back"]
     used = SimpleNamespace(registers=64, threads=128, shared_bytes=0)
-    assert _launch(gpu, call, used, 1, 1).bound == "launch"
+    shortest = _launch(gpu, call, used, 1, 1)
+    assert (shortest.bound, shortest.microseconds) == ("launch", pytest.approx(1e6 * (gpu.launch + 2 * gpu.latency)))
     assert _launch(gpu, call, used, 10**8, 140).bound == "in flight"
-    assert _launch(gpu, found["sum_and_norm"], used, 10**6, 1).bound == "few blocks"
+    few = _launch(replace(gpu, latency=1e-9), call, used, 10**6, 1)
+    assert (few.bound, few.microseconds) == ("few blocks", pytest.approx(10, rel=1e-3))
     many = _launch(gpu, call, used, 10**9, 10**6)
     assert (many.bound, many.resident) == ("bytes", 8 * gpu.multiprocessors)  # 65536 / (64 * 128) is 8
     fewer = _launch(gpu, call, SimpleNamespace(registers=250, threads=128, shared_bytes=0), 10**9, 10**6)

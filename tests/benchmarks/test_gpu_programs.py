@@ -83,9 +83,12 @@ def test_both_launchers_run_what_was_packed(folder, tmp_path):
     python, own = told.removeprefix("python\n").split("c++\n")
     launches = [line for line in python.splitlines() if line.startswith("launch")]
     assert [line.split()[1] for line in launches] == [
-        "project_heads", "decode_attention", "project_back", "sum_and_norm",
-        "mlp_hidden", "project_back", "sum_and_norm",
-    ]  # fmt: skip
+        "project_heads",
+        "decode_attention",
+        "project_back",
+        "mlp_hidden",
+        "project_back",
+    ]
     assert [line for line in own.splitlines() if line.startswith("launch")] == launches
     assert own.splitlines()[-1] == python.splitlines()[-1] == "input 0 does not begin at a multiple of 16 bytes"
 

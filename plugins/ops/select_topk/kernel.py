@@ -1,4 +1,4 @@
-"""``SelectTopK``: finds the threshold by radix selection, then writes the active indices in order."""
+"""``SelectTopK``: finds the threshold by bisection, then writes the active indices in order."""
 
 from __future__ import annotations
 
@@ -17,29 +17,34 @@ def ordered_keys(scores, places, N: tl.constexpr):
 
 @triton.jit
 def largest_keys(scores, count, N: tl.constexpr, BLOCK: tl.constexpr):
-    """The smallest of the ``count`` largest keys of ``scores (N,)``, and how many of the keys equal to it they include.
+    """A threshold for the ``count`` largest keys of ``scores (N,)``: they are the keys above it, and some equal to it.
 
-    The key is found eight bits at a time, from the top. Each step makes a histogram of the next eight bits, over the
-    keys that share the bits found so far. Integer arithmetic makes the result independent of the thread order.
+    Also returns how many of the equal keys to take at most. The threshold is found bit by bit from the top: it is the
+    largest number that enough keys are not below, or the first one found that exactly ``count`` keys are not below.
     """
     lanes = tl.arange(0, BLOCK)
-    digits = tl.arange(0, 256)
     threshold = tl.zeros((), tl.uint32)
-    need = count  # how many keys to select among those that share the threshold's bits so far
-    for step in tl.static_range(4):
-        histogram = tl.zeros((256,), tl.int32)
-        for start in range(0, N, BLOCK):
-            places = start + lanes
-            key = ordered_keys(scores, places, N)
-            same = places < N
-            if step > 0:
-                same = same & ((key >> (32 - 8 * step)) == (threshold >> (32 - 8 * step)))
-            histogram += tl.histogram(((key >> (24 - 8 * step)) & 255).to(tl.int32), 256, mask=same)
-        at_least = tl.cumsum(histogram, 0, reverse=True)
-        digit = tl.max(tl.where(at_least >= need, digits, 0), 0)
-        need -= tl.sum(tl.where(digits == digit, at_least - histogram, 0), 0)
-        threshold = threshold | (digit.to(tl.uint32) << (24 - 8 * step))
-    return threshold, need
+    bit = tl.full((), 1 << 31, tl.uint32)
+    found = tl.full((), -1, tl.int32)  # number of keys that are not below the last number that was tried
+    while (bit != 0) & (found != count):
+        tried = threshold | bit
+        found = keys_not_below(scores, tried, lanes, N, BLOCK)
+        threshold = tl.where(found >= count, tried, threshold)
+        bit = bit >> 1
+    above = tl.zeros((), tl.int32)
+    if found != count:
+        above = keys_not_below(scores, threshold + 1, lanes, N, BLOCK)
+    return threshold, count - above
+
+
+@triton.jit
+def keys_not_below(scores, threshold, lanes, N: tl.constexpr, BLOCK: tl.constexpr):
+    """How many keys of ``scores (N,)`` are not below a threshold."""
+    found = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, N, BLOCK):
+        places = start + lanes
+        found += ((ordered_keys(scores, places, N) >= threshold) & (places < N)).to(tl.int32)
+    return tl.sum(found, 0)
 
 
 @triton.jit
@@ -47,24 +52,33 @@ def select_topk(scores, counts, indices, N: tl.constexpr, CAP: tl.constexpr, BLO
     """Write ``indices (rows, CAP)`` of the ``counts[row]`` largest of ``scores (rows, N)``, one row per block."""
     row = tl.program_id(0).to(tl.int64)
     count = tl.minimum(tl.maximum(tl.load(counts + row), 0), CAP)
-    scores += row * N
-    indices += row * CAP
-    lanes = tl.arange(0, BLOCK)
-    threshold, need = largest_keys(scores, count, N, BLOCK)
+    write_largest(scores + row * N, indices + row * CAP, count, 0, CAP, N, BLOCK)
 
-    written = tl.zeros((), tl.int32)
-    ties = tl.zeros((), tl.int32)
-    for start in range(0, N, BLOCK):
-        places = start + lanes
-        key = ordered_keys(scores, places, N)
-        inside = (places < N) & (count > 0)
-        equal = (inside & (key == threshold)).to(tl.int32)
-        earlier = ties + tl.cumsum(equal, 0) - equal
-        taken = (inside & ((key > threshold) | ((equal != 0) & (earlier < need)))).to(tl.int32)
-        slot = written + tl.cumsum(taken, 0) - taken
-        tl.store(indices + slot, places, mask=taken != 0)
-        written += tl.sum(taken, 0)
-        ties += tl.sum(equal, 0)
-    for start in range(0, CAP, BLOCK):
+
+@triton.jit
+def write_largest(scores, indices, count, first, end, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Write ``indices[first:end]``: of the ``count`` largest of ``scores (N,)`` those at these slots, else -1.
+
+    The indices ascend. If all are selected, no score is read.
+    """
+    lanes = tl.arange(0, BLOCK)
+    if (first < count) & (count < N):
+        threshold, need = largest_keys(scores, count, N, BLOCK)
+        written = tl.zeros((), tl.int32)
+        ties = tl.zeros((), tl.int32)
+        for start in range(0, N, BLOCK):
+            places = start + lanes
+            key = ordered_keys(scores, places, N)
+            inside = places < N
+            equal = (inside & (key == threshold)).to(tl.int32)
+            earlier = ties + tl.cumsum(equal, 0) - equal
+            taken = (inside & ((key > threshold) | ((equal != 0) & (earlier < need)))).to(tl.int32)
+            slot = written + tl.cumsum(taken, 0) - taken
+            tl.store(indices + slot, places, mask=(taken != 0) & (slot >= first) & (slot < end))
+            written += tl.sum(taken, 0)
+            ties += tl.sum(equal, 0)
+    for start in range(first, end, BLOCK):
         slot = start + lanes
-        tl.store(indices + slot, -1, mask=(slot >= written) & (slot < CAP))
+        if count == N:
+            tl.store(indices + slot, slot, mask=(slot < end) & (slot < N))
+        tl.store(indices + slot, -1, mask=(slot >= count) & (slot < end))

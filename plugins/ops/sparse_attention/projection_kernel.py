@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from shadowllm.plugins.triton.head_choice import place_head
+from shadowllm.plugins.triton.last_block import clear
 from shadowllm.plugins.triton.low_bit import copy_products
 from shadowllm.plugins.triton.tiles import add_along, sum_along, token_tile, zeros_along
 
@@ -20,10 +21,10 @@ def active_head(indices, count, slot, HEADS: tl.constexpr, CAP: tl.constexpr):
 @triton.jit
 def project_heads(
     x, indices, count, lengths, w_q, b_q, w_kv, b_kv, c_kv, cs_kv, cos, sin,
-    c_q, cs_q, scores, rest, chosen, order, active, attended, query, key, value, tokens,
+    c_q, cs_q, scores, rest, chosen, order, active, attended, query, key, value, arrived, tokens,
     CAP: tl.constexpr, HEADS: tl.constexpr, LISTED: tl.constexpr, TOGETHER: tl.constexpr,
     HEAD_DIM: tl.constexpr, KV_HEADS: tl.constexpr, CAPACITY: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_WORDS: tl.constexpr, COUNTERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Write ``query (tokens, CAP, HEAD_DIM)`` of the heads at ``indices``, rotated if ``cos`` is given.
@@ -37,6 +38,7 @@ def project_heads(
     With ``w_kv``, more blocks compute the keys and values of the step's tokens, one per sequence, and write them into
     the cache at position ``lengths - 1``. Nothing is written past the capacity.
     """
+    clear(arrived, COUNTERS)
     HALF: tl.constexpr = (HEAD_DIM + 1) // 2
     PARTS: tl.constexpr = (HALF + BLOCK_N - 1) // BLOCK_N
     slot = tl.program_id(0) // PARTS

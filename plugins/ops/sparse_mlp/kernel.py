@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shadowllm.plugins.ops.select_topk.kernel import write_largest
+from shadowllm.plugins.triton.last_block import clear
 from shadowllm.plugins.triton.low_bit import copy_products
 from shadowllm.plugins.triton.tiles import (
     activate,
@@ -27,39 +29,28 @@ from shadowllm.plugins.triton.tiles import (
 
 @triton.jit
 def mlp_hidden(
-    x,
-    indices,
-    count,
-    w_gate,
-    b_gate,
-    w_up,
-    b_up,
-    c_gate,
-    cs_gate,
-    c_up,
-    cs_up,
-    hidden,
-    products,
-    tokens,
-    CAP: tl.constexpr,
-    NEURONS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
+    x, indices, count, w_gate, b_gate, w_up, b_up, c_gate, cs_gate, c_up, cs_up, hidden, products, scores, arrived,
+    tokens, CAP: tl.constexpr, NEURONS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_WORDS: tl.constexpr, COUNTERS: tl.constexpr,
+    ACTIVATION: tl.constexpr, THRESHOLD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Write ``hidden (tokens, CAP)``: the outputs of the active neurons for ``x (tokens, WIDTH)``, by slot.
 
     With ``c_up``, gate and up are residuals of low-bit copies. If given, ``products (tokens, NEURONS)`` of a low-bit
     copy become zero for the active neurons, which replace them. Blocks past the count return at once, so half of the
     grid costs nothing if half of the neurons are active.
+
+    With ``scores (NEURONS,)``, each block first chooses the neurons at its slots and writes these ``indices``. All
+    blocks that have work find the same threshold. They do it at the same time, and a launch that finds it once would
+    take longer.
     """
+    clear(arrived, COUNTERS)
     n = tl.minimum(tl.maximum(tl.load(count), 0), CAP)
+    if scores is not None:
+        first_slot = tl.program_id(0) * BLOCK_N
+        write_largest(scores, indices, n, first_slot, tl.minimum(first_slot + BLOCK_N, CAP), NEURONS, BLOCK_C)
+        tl.debug_barrier()  # the threads of this block read what others of them wrote
     if tl.program_id(0) * BLOCK_N >= n:
         return
     slots = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -129,6 +120,7 @@ def gate_first(
     b_up,
     hidden,
     fired,
+    arrived,
     tokens,
     NEURONS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -137,11 +129,13 @@ def gate_first(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):
     """Write ``hidden (tokens, NEURONS)``, and int32 ``fired (token tiles, NEURONS)``: 1 where a gate is not zero.
 
     ``w_first`` is gate, or up in an MLP without a gate; then ``w_up`` is None.
     """
+    clear(arrived, COUNTERS)
     neurons = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = neurons < NEURONS
     rows = tl.where(live, neurons, 0)

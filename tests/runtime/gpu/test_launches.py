@@ -37,10 +37,15 @@ FREE = (
     "alias",
     "_unsafe",
 )
-BLOCKS = ["project_heads", "decode_attention", "project_back", "sum_and_norm"]
-BLOCKS += ["mlp_hidden", "project_back", "sum_and_norm"]
+BLOCKS = ["project_heads", "decode_attention", "project_back", "mlp_hidden", "project_back"]
 # A layer that chooses from a low-bit copy, and adds the rest.
-CHOOSING = ["score_heads", *BLOCKS[:4], "score_neurons", "select_topk", *BLOCKS[4:]]
+CHOOSING = ["score_heads", *BLOCKS[:3], "score_neurons", *BLOCKS[3:]]
+
+
+def in_batches(launches: list[str]) -> list[str]:
+    """The launches of a batch: others choose neurons, and add up partial sums."""
+    more = {"project_back": ["project_back", "sum_and_norm"], "score_neurons": ["score_neurons", "select_topk"]}
+    return [name for launch in launches for name in more.get(launch, [launch])]
 
 
 class Recorded(TorchDispatchMode):
@@ -86,19 +91,21 @@ def sparse_step(monkeypatch, shape: str, kind: str, rest: str = "drop", batch: i
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("shape", ["tiny-opt", "tiny-llama"])
-def test_a_sparse_layer_of_the_triton_session_has_seven_launches(monkeypatch, shape, batch):
+def test_a_sparse_layer_of_the_triton_session_has_five_launches(monkeypatch, shape, batch):
     launched, n_layers = sparse_step(monkeypatch, shape, "shadow", batch=batch)
+    layer = BLOCKS if batch == 1 else in_batches(BLOCKS)
     first = launched.index("project_heads")  # PyTorch's norm of the hidden states is before it
-    assert launched[first : first + 7 * n_layers] == BLOCKS * n_layers
-    assert launched[first + 7 * n_layers :] == ["mm.default"]
+    assert launched[first:] == [*layer * n_layers, "mm.default"]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("shape", ["tiny-opt", "tiny-llama"])
-def test_a_layer_that_chooses_from_a_copy_has_three_more(monkeypatch, shape, batch):
+def test_a_layer_that_chooses_from_a_copy_has_seven(monkeypatch, shape, batch):
     launched, n_layers = sparse_step(monkeypatch, shape, "quantized-shadow", rest="shadow", batch=batch)
-    first, last = launched.index(CHOOSING[0]), len(launched) - 1 - launched[::-1].index(CHOOSING[-1])
-    assert launched[first : last + 1] == CHOOSING * n_layers
+    layer = CHOOSING if batch == 1 else in_batches(CHOOSING)
+    assert len(CHOOSING) == 7
+    first, last = launched.index(layer[0]), len(launched) - 1 - launched[::-1].index(layer[-1])
+    assert launched[first : last + 1] == layer * n_layers
 
 
 SHAPES = {
@@ -111,13 +118,13 @@ SHAPES = {
 ATTRIBUTES = {"SparseAttention": {"n_heads": 4}, "SparseMLP": {"activation": "relu"}}
 
 
-def test_the_programs_of_a_sparse_layer_have_seven_launches():
+def test_the_programs_of_a_sparse_layer_have_five_launches():
     """A program has the launches of its schedules. The norms and sums of an engine's layer are TensorRT's."""
     found = []
     for op, shapes in SHAPES.items():
         one, *_ = schedules(op)(shapes, ATTRIBUTES[op], itemsize=2, max_batch=1, max_seqlen=1)
         found += [call.kernel.fn.__name__ for call in one.calls]
-    assert found == [name.replace("sum_and_norm", "sum_partials") for name in BLOCKS]
+    assert found == BLOCKS
 
 
 def test_an_mlp_that_chooses_by_gate_has_as_many_launches_as_one_with_indices():
@@ -125,7 +132,7 @@ def test_an_mlp_that_chooses_by_gate_has_as_many_launches_as_one_with_indices():
     shapes |= {"skip": (0, 0, 48), "norm_weight": (48,)}
     attributes = ATTRIBUTES["SparseMLP"] | {"norm_eps": 1e-5}
     one, *_ = schedules("SparseMLP")(shapes, attributes, itemsize=2, max_batch=1, max_seqlen=1)
-    assert [call.kernel.fn.__name__ for call in one.calls] == ["gate_first", *BLOCKS[-2:]]
+    assert [call.kernel.fn.__name__ for call in one.calls] == ["gate_first", BLOCKS[-1]]
 
 
 END = {port.name for port in (*PORTS, *KEYS_VALUES)}
@@ -137,15 +144,15 @@ def shapes_of(node):
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "opt-1.3b", "llama-2-7b"])
-def test_the_one_block_of_a_token_adds_few_partial_sums(name):
+def test_the_block_of_a_token_in_a_batch_adds_few_partial_sums(name):
     """It loads all of them at once, so they must fit its registers; those of a rest too."""
     for dtype, options in (("float16", {}), ("float16", {"rest": True}), ("float32", {"residual_bits": 4})):
         for node in block_nodes(KNOWN[name], dtype, **options):
-            for schedule in schedules(node.op)(shapes_of(node), node.attributes, **LIMITS):
-                (end,) = [call for call in schedule.calls if call.kernel.fn.__name__ == "sum_and_norm"]
-                for splits in ("SPLITS", "REST_SPLITS"):
-                    assert 4 * end.constants[splits] * end.constants["WIDTH"] <= MAX_PARTIAL_BYTES
-                assert bool(end.constants["REST_SPLITS"]) == bool(options)
+            _, batch = schedules(node.op)(shapes_of(node), node.attributes, **LIMITS)
+            (end,) = [call for call in batch.calls if call.kernel.fn.__name__ == "sum_and_norm"]
+            for splits in ("SPLITS", "REST_SPLITS"):
+                assert 4 * end.constants[splits] * end.constants["WIDTH"] <= MAX_PARTIAL_BYTES
+            assert bool(end.constants["REST_SPLITS"]) == bool(options)
 
 
 @pytest.mark.parametrize("options", [{"rest": True}, {"residual_bits": 4}, {"residual_bits": 2}], ids=str)
@@ -157,4 +164,4 @@ def test_the_programs_of_a_layer_that_chooses_from_a_copy(options, ended):
         shapes = {port: shape for port, shape in shapes_of(node).items() if ended or port not in END}
         one, *_ = schedules(node.op)(shapes, node.attributes, **LIMITS)
         found += [call.kernel.fn.__name__ for call in one.calls]
-    assert found == [name if ended else name.replace("sum_and_norm", "sum_partials") for name in CHOOSING]
+    assert found == CHOOSING
