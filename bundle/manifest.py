@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Never, TypedDict
 
+from shadowllm.bundle import op_domain
 from shadowllm.bundle.quantisation import Quantisation, bundle_format
 from shadowllm.draft_config import TunedDrafts
 from shadowllm.errors import UserError, in_one_line
@@ -287,6 +288,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} is damaged (it does not list {DATA_FILE})", remedy)
     if checksum not in (None, manifest.checksum):
         raise UserError(f"{path} is damaged (its checksum is that of other contents)", remedy)
+    if manifest.op_domain_version != op_domain.VERSION:
+        ops = f"version {manifest.op_domain_version} of the sparse ops, and this program has {op_domain.VERSION}"
+        raise UserError(f"{folder} has {ops}", remedy)
     return manifest
 
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -20,6 +23,7 @@ from shadowllm.models.decoder import Decoder
 from shadowllm.models.files.checkpoint import Checkpoint
 from shadowllm.models.files.config import RELATIVES
 from shadowllm.models.files.dequantise import DequantisedTensors
+from shadowllm.models.files.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Floats, Weights
 
@@ -91,13 +95,13 @@ def _unreadable(checkpoint: Checkpoint, spec: ModelSpec) -> str | None:
         return "transformers does not read a GGUF model in several files"
     if spec.family in RELATIVES and not checkpoint.trust_remote_code:
         return f"transformers has no code for {spec.family} models"
-    if checkpoint.quantised:
+    if isinstance(checkpoint.tensors, DequantisedTensors):
         # transformers computes the block size by a division, and so reads wrong scales if it leaves a remainder.
-        block = checkpoint.config.quantization_config.get("weight_block_size") or ()
+        block = checkpoint.tensors.block or ()
         heads, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
         sizes = (spec.hidden_size, spec.intermediate_size, heads, kv)
         if any(size % step for size in sizes for step in block):
-            return f"transformers does not read blocks of {block} in matrices that they do not divide"
+            return f"transformers does not read blocks of {list(block)} in matrices that they do not divide"
     return None
 
 
@@ -124,14 +128,28 @@ def _logits(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:
             mapping[r"\.weight_scale$"] = ".weight_scale_inv"  # AutoFP8's name of the same scales
     if mapping:
         options["key_mapping"] = mapping
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code, **options
-    )
+    with _without_adapter(checkpoint.folder) as folder:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code, **options
+        )
     if checkpoint.adapter:
         model = checkpoint.adapter.insert(model)
     with torch.no_grad():
         logits: Tensor = model.eval()(input_ids).logits
     return logits.float()
+
+
+@contextmanager
+def _without_adapter(folder: Path) -> Iterator[Path]:
+    """Yield the folder, or one of links to its files without an adapter, which ``transformers`` would load too."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        yield folder
+        return
+    with TemporaryDirectory() as name:
+        for path in folder.iterdir():
+            if path.name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                (Path(name) / path.name).symlink_to(path.resolve())
+        yield Path(name)
 
 
 def _dequantising(settings: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections import ChainMap
@@ -30,7 +31,7 @@ from shadowllm.exporter.graphs import bundle_graphs
 from shadowllm.exporter.graphs.initializers import DTYPES
 from shadowllm.models.activations import RELU_LIKE
 from shadowllm.models.files.checkpoint import Checkpoint
-from shadowllm.models.files.config import GENERATION_CONFIG
+from shadowllm.models.files.config import CONFIG, GENERATION_CONFIG, RELATIVES, read_json_object
 from shadowllm.models.sparsity import Budget, Rest, SparseLayers
 from shadowllm.models.spec import HeadUnit, ModelSpec
 from shadowllm.models.weights import Weights
@@ -181,6 +182,9 @@ def _predictor_parts(spec: ModelSpec, predictor: Predictor, rest: Rest) -> Itera
 def _write_companions(folder: Path, checkpoint: Checkpoint) -> None:
     """Write tokenizer, config and generation config under their Hugging Face names."""
     checkpoint.config.save_pretrained(folder)
+    if checkpoint.config.model_type in RELATIVES:  # transformers wrote the type of the class
+        written = read_json_object(folder / CONFIG) | {"model_type": checkpoint.config.model_type}
+        (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
     own = checkpoint.folder / GENERATION_CONFIG
     if checkpoint.gguf is None and own.is_file():
         # A copy, because transformers refuses to save some generation configs and drops fields of others.

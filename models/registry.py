@@ -15,6 +15,7 @@ from shadowllm.models.files.checkpoint import Checkpoint, open_checkpoint
 from shadowllm.models.files.config import declares, token_ids
 from shadowllm.models.files.lora_adapter import LoraAdapter, MergedTensors, open_adapter
 from shadowllm.models.files.quantised_checkpoint import check_float
+from shadowllm.models.files.weight_files import refuse_adapter
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.tied_embeddings import resolve_tied_embeddings
 from shadowllm.models.weights import Source, TensorFile, Weights
@@ -55,6 +56,7 @@ FAMILIES = {
     "granite": Family(granite.spec, granite.sources, "Granite 3", "constant factors, biases"),
     "llama": Family(llama.spec, llama.sources, "Llama 2 and 3, SmolLM2, TinyLlama, ReluLLaMA", "biases"),
     "minicpm": Family(minicpm.spec, minicpm.sources, "MiniCPM, MiniCPM-S", "constant factors"),
+    "ministral": Family(llama.llama_like, llama.sources, "Ministral 8B", "sliding window in some layers"),
     "mistral": Family(llama.llama_like, llama.sources, "Mistral 7B, Mistral Nemo", "sliding window"),
     "opt": Family(opt.spec, opt.sources, "OPT", "LayerNorm (after the blocks in OPT-350m), learned positions, no gate"),
     "phi3": Family(
@@ -96,7 +98,8 @@ def load_model(
         adapter: folder with a LoRA adapter to merge into the weights.
 
     Raises:
-        UserError: there is no model or adapter, its family is not supported, or its files do not fit together.
+        UserError: there is no model or adapter; an adapter lies beside the model, and none is given; its family is not
+            supported; or its files do not fit together.
     """
     checkpoint = open_checkpoint(model, cache_dir, trust_remote_code)
     config, tensors = checkpoint.config, checkpoint.tensors
@@ -110,6 +113,8 @@ def load_model(
     if not getattr(config, "is_causal", True):
         raise UserError("config.json says that the model is not causal (is_causal)", "use a model that generates text")
     _warn_of_windows(config)
+    if adapter is None:
+        refuse_adapter(checkpoint.folder)
     if activation is not None:
         _override(checkpoint, activation, activation_threshold)
     if adapter is not None:

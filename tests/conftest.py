@@ -113,6 +113,15 @@ FAMILIES = {
     "gemma": ("gemma", GROUPED | {"head_dim": 16, "hidden_act": "silu", "tie_word_embeddings": True}),
     "gemma3": ("gemma3_text", GEMMA3),
     "granite": ("granite", GROUPED | MULTIPLIERS | {"tie_word_embeddings": True}),
+    "ministral": (
+        "ministral",
+        GROUPED
+        | {
+            "head_dim": 16,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "mistral": ("mistral", GROUPED | {"head_dim": 16, "sliding_window": 6}),
     "opt-post-norm": ("opt", {"do_layer_norm_before": False}),
     "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),

@@ -25,7 +25,9 @@ def spec(config: Any) -> ModelSpec:
     Raises:
         UserError: the model is a variant that this adapter does not support; the message names it.
     """
-    return llama_like(config, qkv_bias=config.attention_bias, o_bias=config.attention_bias, mlp_bias=config.mlp_bias)
+    # Classes of a model's own code may be older than the biases.
+    attention_bias, mlp_bias = (getattr(config, name, False) for name in ("attention_bias", "mlp_bias"))
+    return llama_like(config, qkv_bias=attention_bias, o_bias=attention_bias, mlp_bias=mlp_bias)
 
 
 def llama_like(

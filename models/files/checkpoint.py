@@ -78,7 +78,6 @@ def open_checkpoint(model: str | Path, cache_dir: Path | None, trust_remote_code
             weight_files.refuse_what_is_no_model(path)
         return _open_gguf(path / str(gguf))
     refuse_pointers(files)
-    weight_files.warn_of_adapter(path)
     config = config or read_config(path, trust_remote_code)
     stored = SafetensorsFiles(files)
     tensors = plain_tensors(stored, config, path)

@@ -62,6 +62,7 @@ class DequantisedTensors:
     Attributes:
         dtypes: as in `SafetensorsFiles`; "F32" for dequantised tensors.
         short_scales: whether a scale has 16 bits.
+        block: rows and columns that share a scale, if the config says it for the whole checkpoint.
 
     Raises:
         UserError: at `read`, if the parts of a weight are missing or do not fit together.
@@ -69,6 +70,7 @@ class DequantisedTensors:
 
     def __init__(self, tensors: SafetensorsFiles, layout: Layout) -> None:
         self._tensors, self._layout = tensors, layout
+        self.block = layout.block
         names = tensors.names()
         modules = {name.rpartition(".")[0] for name in names if name.endswith((*SCALES, "weight_packed"))}
         plain = {name for name in names if name.rpartition(".")[2] not in PARTS}

@@ -17,6 +17,7 @@ from shadowllm.models.files.safetensors_file import SafetensorsFiles
 from shadowllm.models.weights import TensorFile
 
 READABLE_FORMATS = ("dense", "float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+FP8_BLOCK = (128, 128)
 ORDERED = ("group", "dynamic", "true")  # the values of actorder with which columns have an order of their own
 USE_ORIGINAL = (
     "use the model it was quantised from; --weight-dtype int8 or int4 quantises it again at export, if that is wanted"
@@ -73,7 +74,7 @@ def plain_tensors(tensors: SafetensorsFiles, config: Any, folder: Path) -> Tenso
         _check_final(settings, tensors)
         return DequantisedTensors(tensors, _layout(settings))
     if method == "fp8":
-        return DequantisedTensors(tensors, Layout(block=_block(settings)))
+        return DequantisedTensors(tensors, Layout(block=_fp8_block(settings, tensors)))
     tool = next((name for name in WAYS_OUT if method.startswith(name)), "")
     raise UserError(f"{folder} is quantised by {method}, which is not read", WAYS_OUT.get(tool, USE_ORIGINAL))
 
@@ -215,6 +216,14 @@ def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
         if isinstance(size, list) and len(size) == 2 and all(type(each) is int for each in size):
             return size[0], size[1]
     return None
+
+
+def _fp8_block(settings: Mapping[str, Any], tensors: SafetensorsFiles) -> tuple[int, int] | None:
+    """Return `_block`. Blocks whose size an FP8 config does not mention are 128 x 128, as in ``transformers``."""
+    scale = next((name for name in sorted(tensors.names()) if name.endswith(".weight_scale_inv")), None)
+    if "weight_block_size" in settings or scale is None or tensors.read(scale).numel() == 1:
+        return _block(settings)
+    return FP8_BLOCK
 
 
 def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from shadowllm.errors import UserError, foreign_reader, in_one_line
@@ -66,11 +67,15 @@ def _read(folder: Path, gguf: str | None, trust_remote_code: bool) -> PreTrained
 
     if not gguf:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    try:
-        return AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=trust_remote_code)
-    except ValueError:
-        # It reads the model's config too, which transformers cannot for every architecture. The tokenizer needs none.
-        return PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=gguf)
+    # transformers takes a tokenizer.json beside the file before it, and that may be another model's.
+    with TemporaryDirectory() as alone:
+        (Path(alone) / gguf).symlink_to((folder / gguf).resolve())
+        try:
+            return AutoTokenizer.from_pretrained(alone, gguf_file=gguf, trust_remote_code=trust_remote_code)
+        except ValueError:
+            # It reads the model's config too, which transformers cannot for every architecture. The tokenizer needs
+            # none.
+            return PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=gguf)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> Callable[[str], list[int]]:

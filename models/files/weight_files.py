@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 
 from shadowllm.errors import UserError
@@ -147,10 +146,14 @@ def _use_of(name: str) -> str:
     return f"the weights of a model are called {SINGLE_FILE}: rename them if that is what these are"
 
 
-def warn_of_adapter(folder: Path) -> None:
-    """Warn that an adapter beside the weights is not merged into them."""
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a model with an adapter beside its weights, which ``transformers`` applies if peft is installed.
+
+    Raises:
+        UserError: there is one.
+    """
     if (folder / ADAPTER_CONFIG).is_file():
-        warnings.warn(
-            f"{folder} holds an adapter beside the model's weights: it is left out. To merge it: --adapter {folder}",
-            stacklevel=2,
+        raise UserError(
+            f"{folder} holds an adapter beside the model's weights",
+            f"export it with --adapter {folder}, or move {ADAPTER_CONFIG} away to leave the adapter out",
         )

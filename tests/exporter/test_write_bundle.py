@@ -168,6 +168,10 @@ class TestManifest:
             ({"schema_version": 99}, "schema version 99, this program reads 2 and 3"),
             ({"schema_version": "3"}, r"damaged \(its schema version is '3'\)"),
             ({"schema_version": 3.0}, "damaged"),
+            (
+                {"op_domain_version": 2, "checksum": None},
+                "has version 2 of the sparse ops, and this program has 1; export",
+            ),
             ({"files": {}}, r"damaged \(it does not list model\.onnx\.data\)"),
             ({"spec": {}}, "not readable"),
             ({"files": None}, "damaged"),

@@ -12,6 +12,7 @@ from shadowllm.evaluation.transformers_check import compare_with_transformers
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.files.config import read_config
 from shadowllm.models.registry import load_model
+from tests.bundles import make_bundle
 from tests.conftest import GROUPED, MULTIPLIERS, build_transformers_model
 from tests.models.checkpoints import logits
 
@@ -42,6 +43,26 @@ def test_a_config_of_prosparse_is_read_as_llamas(tmp_path):
     assert spec.family == "sparsellama"
     torch.testing.assert_close(logits(Decoder(spec, weights.load())), logits(model), atol=2e-5, rtol=0)
     assert "no code for sparsellama" in compare_with_transformers(checkpoint, weights)["skipped"]
+
+
+OLD_CODE = """
+from transformers import LlamaConfig
+class SparseLlamaConfig(LlamaConfig):
+    model_type = "sparsellama"
+    def __getattribute__(self, name):
+        if name in ("attention_bias", "mlp_bias"):
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+"""
+
+
+def test_a_config_class_of_its_own_that_is_older_than_the_biases(tmp_path):
+    model = build_transformers_model("llama", {"hidden_act": "relu"})
+    code = {"AutoConfig": "configuration_sparsellama.SparseLlamaConfig"}
+    folder = published(model, tmp_path, model_type="sparsellama", auto_map=code)
+    (folder / "configuration_sparsellama.py").write_text(OLD_CODE)
+    spec, *_ = load_model(folder, trust_remote_code=True)
+    assert (spec.family, spec.mlp_bias, spec.qkv_bias) == ("sparsellama", False, False)
 
 
 def test_turbosparse_is_a_mistral_with_a_relu_of_gate_and_of_up(tmp_path):
@@ -78,6 +99,10 @@ def test_minicpm_has_granites_factors(tmp_path):
     spec, weights, _ = load_model(folder)
     assert spec.family == "minicpm"
     torch.testing.assert_close(logits(Decoder(spec, weights.load())), logits(model), atol=5e-5, rtol=0)
+    (tmp_path / "out").mkdir()
+    make_bundle(folder, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["model_type"], written["scale_emb"]) == ("minicpm", 12)
 
 
 @pytest.mark.parametrize(

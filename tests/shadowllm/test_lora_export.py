@@ -9,10 +9,11 @@ import torch
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.cli import main
 from shadowllm.errors import UserError
+from shadowllm.evaluation.transformers_check import compare_with_transformers
 from shadowllm.models.registry import load_model
 from shadowllm.runtime.ort.session import OrtSession
 from tests.bundles import make_predictor
-from tests.models.checkpoints import base_model, save_adapter
+from tests.models.checkpoints import base_model, copied, save_adapter
 
 peft = pytest.importorskip("peft", reason="merging adapters needs peft (pip install '.[peft]')")
 
@@ -47,3 +48,11 @@ def test_a_predictor_belongs_to_model_and_adapter(checkpoint, tmp_path):
     _, merged, _ = load_model(model, adapter=save_adapter(tmp_path / "adapter", model))
     with pytest.raises(UserError, match="predictor of another model"):
         make_predictor(spec, weights.fingerprint()).check_base(spec, merged.fingerprint())
+
+
+def test_an_adapter_beside_its_model(checkpoint, tmp_path):
+    """transformers would load it with the model, so it would be inserted twice in the comparison."""
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model")
+    save_adapter(folder, checkpoint("llama-gqa"))
+    _, weights, opened = load_model(folder, adapter=folder)
+    assert compare_with_transformers(opened, weights)["max_rel"] < 1e-4

@@ -204,6 +204,23 @@ def test_fp8_with_blocks_that_do_not_divide(folder):
         load_model(folder)[1].load()
 
 
+@pytest.mark.parametrize(
+    ("said", "scales", "block"),
+    [
+        ({}, (2, 1), (128, 128)),  # as in FineGrainedFP8Config
+        ({}, (1, 1), None),
+        ({"weight_block_size": None}, (2, 1), None),
+        ({"weight_block_size": [48, 64]}, (2, 1), (48, 64)),
+    ],
+)
+def test_blocks_of_fp8_that_the_config_does_not_mention(folder, said, scales, block):
+    name = "model.layers.0.mlp.up_proj.weight"
+    small = {name: torch.ones(96, 64).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(scales)}
+    rewrite(folder, lambda tensors: tensors | small)
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"} | said)
+    assert load_model(folder)[2].tensors.block == block
+
+
 def test_a_float8_weight_without_its_scale_is_refused(folder):
     rewrite(folder, lambda tensors: tensors | {f"{Q}.weight": tensors[f"{Q}.weight"].to(torch.float8_e4m3fn)})
     edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})

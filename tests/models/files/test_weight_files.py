@@ -67,11 +67,11 @@ def test_the_file_that_the_config_names(folder):
         load_model(folder)
 
 
-def test_an_adapter_beside_the_weights_is_left_out(folder):
+def test_an_adapter_beside_the_weights_is_refused(folder):
     adapter = folder / "adapter_model.safetensors"
     save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 48)}, adapter)
     edit_json(folder / "adapter_config.json", peft_type="LORA")
-    with pytest.warns(UserWarning, match="adapter"):
+    with pytest.raises(UserError, match=r"holds an adapter beside .* --adapter .*, or move adapter_config.json away"):
         load_model(folder)
 
 
