@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 
+class LogitsError(UserError):
+    """A model computed NaN or infinite logits."""
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run PyTorch in this thread alone.
@@ -132,8 +136,10 @@ class Chooser:
         for processor in self._processors[row]:  # the list's own call inspects the signature of each every time
             scores = processor(ids, scores)
             if isinstance(processor, TopKLogitsWarper):
-                tokens = torch.nonzero(scores[0] > -np.inf)[:, 0].numpy()
-                scores = scores[:, tokens]
+                kept = torch.nonzero(scores[0] > -np.inf)[:, 0].numpy()
+                if not len(kept):  # no token is left
+                    break
+                tokens, scores = kept, scores[:, kept]
         return tokens, scores
 
     def draw(self, probabilities: np.ndarray) -> int:
@@ -165,10 +171,10 @@ class Chooser:
             ahead: number of tokens between the sequence's text and the next token.
 
         Raises:
-            UserError: they are.
+            LogitsError: they are.
         """
         if not (logits < np.inf).all():  # a comparison with NaN is false
-            raise UserError(
+            raise LogitsError(
                 f"{self._backend} computed NaN or infinite logits for sequence {row + 1}, position "
                 f"{len(self.texts[row]) + ahead}",
                 "export in bf16 or fp32; if that does not help, the model's weights are damaged",

@@ -28,17 +28,21 @@ class KVCache:
         self.arrays: dict[str, np.ndarray] = {}
 
     def reserve(self, length: int) -> bool:
-        """Grow to at least ``length`` positions and keep the contents; return whether it grew."""
+        """Grow to at least ``length`` positions and keep the contents; return whether it grew.
+
+        Raises:
+            MemoryError: there is no memory for that. The cache is then as before.
+        """
         if length <= self.capacity:
             return False
-        self.capacity = -(-length // CACHE_BLOCK) * CACHE_BLOCK
-        shape = (self._rows, self._spec.n_kv_heads, self.capacity, self._spec.head_dim)
-        for layer in range(self._spec.n_layers):
-            for part in ("key", "value"):
-                name, grown = f"{layer}.{part}", np.zeros(shape, dtype=np.float32)
-                if name in self.arrays:
-                    grown[:, :, : self.arrays[name].shape[2]] = self.arrays[name]
-                self.arrays[name] = grown
+        capacity = -(-length // CACHE_BLOCK) * CACHE_BLOCK
+        shape = (self._rows, self._spec.n_kv_heads, capacity, self._spec.head_dim)
+        names = [f"{layer}.{part}" for layer in range(self._spec.n_layers) for part in ("key", "value")]
+        grown = {name: np.zeros(shape, dtype=np.float32) for name in names}  # takes memory only when it is written
+        for name in names:
+            if name in self.arrays:
+                grown[name][:, :, : self.capacity] = self.arrays.pop(name)
+        self.arrays, self.capacity = grown, capacity
         return True
 
     def buffers(self, first: int = 0, count: int | None = None) -> dict[str, np.ndarray]:

@@ -107,6 +107,8 @@ class Engine:
 
     def cancel(self, job: Job) -> None:
         """End a job, if it has not ended."""
+        if self._ended.is_set():  # all jobs have ended, and nothing reads the inbox
+            return
         self._inbox.put(partial(self._end, job, Finished("cancelled")))
 
     def drain(self, grace: float) -> None:

@@ -11,6 +11,7 @@ from fastapi import Response
 from pydantic import ValidationError
 
 from shadowllm.errors import UserError
+from shadowllm.runtime.generation.chooser import LogitsError
 from shadowllm.runtime.serving.job import DeadlineError, EngineClosedError, EngineFailedError, QueueFullError
 
 RETRY_AFTER = 1  # seconds
@@ -26,12 +27,13 @@ ACCEPTED = {
 }
 # Their objects have fields, so an error inside says more.
 WITH_FIELDS = ("sparsity", "content")
-# Status, type and code of errors of the engine; any other `UserError` is a mistake in the request.
+# Status, type and code of errors of the engine and of the model; any other `UserError` is a mistake in the request.
 ENGINE_ERRORS: dict[type[Exception], tuple[int, str, str]] = {
     QueueFullError: (429, "rate_limit_error", "queue_full"),
     DeadlineError: (504, "timeout_error", "deadline_exceeded"),
     EngineClosedError: (503, "server_error", "stopping"),
     EngineFailedError: (503, "server_error", "session_failed"),
+    LogitsError: (500, "server_error", "bad_logits"),
 }
 
 

@@ -42,6 +42,10 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, send_noting)
+        except Exception:
+            if record["status"] is None:  # a bug: the application answers it outside of this
+                record |= {"status": 500, "error": "internal_error"}
+            raise
         finally:
             record["seconds"] = round(time.monotonic() - start, 6)
             path = scope["route"].path if "route" in scope else "other"

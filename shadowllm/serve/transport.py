@@ -33,39 +33,41 @@ class TimedProtocol(H11Protocol):
     def __init__(self, seconds: float, **keywords: Any) -> None:
         super().__init__(**keywords)
         self._seconds = seconds
-        self._timer: asyncio.TimerHandle | None = None
+        self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._start_timer()
+        self._start("read")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._stop("read")
+        self._stop("write")
         super().connection_lost(exc)
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
-            self._start_timer()
+    def handle_events(self) -> None:
+        """Read what has arrived; also called after an answer, for what arrived while it was sent."""
+        super().handle_events()
+        waiting = self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]  # a part of a head
+        if waiting or self.conn.their_state is h11.SEND_BODY:
+            self._start("read")
         else:
-            self._stop_timer()
+            self._stop("read")
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._start_timer()
+        self._start("write")
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_timer()
+        self._stop("write")
 
-    def _start_timer(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(self._seconds, self.transport.abort)
+    def _start(self, timer: str) -> None:
+        if timer not in self._timers:
+            self._timers[timer] = self.loop.call_later(self._seconds, self.transport.abort)
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _stop(self, timer: str) -> None:
+        if timer in self._timers:
+            self._timers.pop(timer).cancel()
 
 
 class Server(uvicorn.Server):

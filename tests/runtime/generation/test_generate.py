@@ -78,9 +78,10 @@ class TestChoice:
         with pytest.raises(UserError, match="the sampling options make a logit infinite for sequence 1, position 1"):
             chooser.choose(np.ones((1, 3), dtype=np.float32))
 
-    def test_no_token_left(self):
+    @pytest.mark.parametrize("options", [{}, {"temperature": 1}, {"temperature": 1, "top_k": 2, "top_p": 0.5}])
+    def test_no_token_left(self, options):
         with pytest.raises(UserError, match="no token is left for sequence 1 at position 3"):
-            Chooser([[0, 1, 2]], Sampling(no_repeat_ngram_size=1)).choose(np.zeros((1, 3), dtype=np.float32))
+            Chooser([[0, 1, 2]], Sampling(no_repeat_ngram_size=1, **options)).choose(np.zeros((1, 3), dtype=np.float32))
 
 
 class TestGenerate:

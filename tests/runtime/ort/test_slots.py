@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from shadowllm.bundle.manifest import read_manifest
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
 from shadowllm.plugins import native_ops
@@ -193,3 +194,28 @@ def test_verification_equals_that_of_a_session(bundle):
         for wrong in (0, length + 4):
             with pytest.raises(UserError, match="cannot be set back"):
                 slots.rewind(slot, wrong)
+
+
+def test_a_cache_that_cannot_grow_stays_as_it_was(bundle, monkeypatch):
+    cache = kv_cache.KVCache(read_manifest(bundle()).spec, 2)
+    cache.reserve(1)
+    for array in cache.arrays.values():
+        array[:] = 7
+    before, made, zeros = dict(cache.arrays), [], np.zeros
+
+    def exhausted(*args, **options):
+        made.append(1)
+        if len(made) == 3:
+            raise MemoryError
+        return zeros(*args, **options)
+
+    monkeypatch.setattr(np, "zeros", exhausted)
+    with pytest.raises(MemoryError):
+        cache.reserve(cache.capacity + 1)
+    assert cache.capacity == kv_cache.CACHE_BLOCK
+    assert all(cache.arrays[name] is array for name, array in before.items())
+    assert cache.reserve(cache.capacity + 1)
+    assert cache.capacity == 2 * kv_cache.CACHE_BLOCK
+    for array in cache.arrays.values():
+        assert (array[:, :, : kv_cache.CACHE_BLOCK] == 7).all()
+        assert not array[:, :, kv_cache.CACHE_BLOCK :].any()

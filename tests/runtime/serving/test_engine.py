@@ -360,6 +360,8 @@ def test_a_fault_of_the_session_ends_all_jobs(client):
         assert str(engine.failure) == "the device is lost"
         with pytest.raises(EngineFailedError):
             engine.submit(client.job())
+        engine.cancel(jobs[0])
+        assert engine._inbox.empty()  # nothing would take it out
 
 
 class UnopenedSlots(TorchSlots):

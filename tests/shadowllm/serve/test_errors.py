@@ -69,3 +69,35 @@ def test_stop_strings():
             "stop",
             "stop: Input should be a string or a list of strings",
         )
+
+
+def test_a_model_that_computes_nan_is_no_mistake_of_the_client():
+    import numpy as np
+
+    from shadowllm.runtime.generation.chooser import Chooser
+    from shadowllm.runtime.generation.sampling import Sampling
+    from shadowllm.serve.errors import api_error
+
+    with pytest.raises(Exception, match="NaN") as raised:
+        Chooser([[0]], Sampling()).choose(np.full((1, 3), np.nan, dtype=np.float32))
+    error = api_error(raised.value)
+    assert (error.status, error.content["error"]["code"]) == (500, "bad_logits")
+
+
+def test_a_bug_is_logged_and_counted_as_500(caplog):
+    import asyncio
+
+    from prometheus_client import CollectorRegistry, Counter
+
+    from shadowllm.serve.log import RequestLog
+
+    async def broken(scope, receive, send):
+        raise RuntimeError
+
+    requests = Counter("requests", "help", ["path", "status"], registry=CollectorRegistry())
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+    with caplog.at_level("INFO", "shadowllm.serve"), pytest.raises(RuntimeError):
+        asyncio.run(RequestLog(broken, requests)(scope, None, None))
+    record = json.loads(caplog.messages[-1])
+    assert (record["status"], record["error"]) == (500, "internal_error")
+    assert requests.labels("other", "500")._value.get() == 1

@@ -154,19 +154,24 @@ def read_until_closed(connection) -> int:
 
 
 def test_slow_clients_are_closed(bundle):
-    """One sends nothing, one a part of a request, one does not read. The others are served meanwhile."""
+    """One sends nothing, one a part of a request, one a part behind another request, one does not read.
+
+    The others are served meanwhile.
+    """
     with running(bundle(), transfer_timeout=0.5) as server:
-        silent, partial, deaf = (connect(server) for _ in range(3))
-        with silent, partial, deaf:
+        silent, partial, behind, deaf = (connect(server) for _ in range(4))
+        with silent, partial, behind, deaf:
             partial.sendall(completion()[:-5])
+            behind.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" + completion()[:-5])
             size = len(server.get("/page.js")[2])
             wanted = 20_000_000 // size  # more than the buffers of both sides hold
-            deaf.sendall(b"GET /page.js HTTP/1.1\r\nHost: x\r\n\r\n" * wanted)
+            deaf.sendall(b"GET /page.js HTTP/1.1\r\nHost: x\r\n\r\n" * wanted + b"G")
             with connect(server) as good:
                 good.sendall(completion())
                 assert answer(good)[0] == 200
             assert read_until_closed(silent) == 0
             read_until_closed(partial)
+            read_until_closed(behind)
             time.sleep(1.5)
             assert read_until_closed(deaf) < wanted * size
         assert server.is_idle()
