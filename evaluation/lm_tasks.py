@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.bundle.weights import BundleWeights, read_weights
-from shadowllm.errors import UserError
+from shadowllm.errors import UserError, in_one_line
 from shadowllm.evaluation.quality import DENSE
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.files.tokenizer import encode
@@ -133,17 +133,18 @@ class BundleLM(TemplateLM):
         with OrtSession(self._bundle, kind) as session, progress("Generating", len(requests)) as advance:
             session.set_budget(self._budget)
             found = []
-            for request in requests:
-                found.append(self._continue(session, *request.args))
+            for seed, request in enumerate(requests):  # a task may ask for several samples of the same text
+                text, options = request.args
+                found.append(self._continue(session, text, options, seed))
                 advance(1)
         return found
 
-    def _continue(self, session: OrtSession, text: str, options: dict[str, Any]) -> str:
+    def _continue(self, session: OrtSession, text: str, options: dict[str, Any], seed: int) -> str:
         stops = options.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
         most = min(int(options.get("max_gen_toks", NEW_TOKENS)), session.spec.max_seqlen - 1)
         prompt = (self.tok_encode(text) or [self.prefix_token_id])[-(session.spec.max_seqlen - most) :]
-        sampling = Sampling(float(options.get("temperature", 0)) if options.get("do_sample") else 0.0)
+        sampling = _sampling(options, seed)
         # The new tokens are decoded without the prompt, as in HFLM.
         stream = TextStream(self._tokenizer, stops=[stop for stop in stops if stop])
         written = ""
@@ -153,6 +154,15 @@ class BundleLM(TemplateLM):
             if stream.stopped:
                 break
         return written + stream.finish()
+
+
+def _sampling(options: dict[str, Any], seed: int) -> Sampling:
+    """Return a task's sampling options; greedy unless it samples."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    given = {name: options[name] for name in names if options.get(name) is not None}
+    if not options.get("do_sample"):
+        given = {name: value for name, value in given.items() if name == "repetition_penalty"}
+    return Sampling(seed=seed, **given)
 
 
 def _decoder(manifest: Manifest, read: BundleWeights, lm: BundleLM) -> Callable[[Tensor], Tensor]:
@@ -189,13 +199,16 @@ def run_tasks(
         UserError: the harness cannot run a task.
     """
     read = read_weights(bundle, read_manifest(bundle)).kept()
-    for selector, budget in [(DENSE, Budget()), *selections]:
-        lm = BundleLM(bundle, selector, budget, read)
+    # All are made before the first one runs, because it may take hours, and one of them may be impossible.
+    models = [BundleLM(bundle, selector, budget, read) for selector, budget in [(DENSE, Budget()), *selections]]
+    for lm in models:
+        selector, budget = lm.selection
         try:
             found = simple_evaluate(lm, tasks=list(tasks), limit=limit, bootstrap_iters=0)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, OSError) as error:  # OSError: no dataset without a network
             raise UserError(
-                f"lm-evaluation-harness cannot run {', '.join(tasks)} ({error})", "lm_eval ls tasks lists what it knows"
+                f"lm-evaluation-harness cannot run {', '.join(tasks)} ({in_one_line(error)})",
+                "lm_eval ls tasks lists what it knows, and most tasks need a network for their data",
             ) from error
         mean = budget.mean()
         for task, metrics in found["results"].items():

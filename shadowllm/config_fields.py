@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from shadowllm.errors import UserError
 from shadowllm.limits import LARGEST, check_switch, check_whole
 
 T = TypeVar("T")
@@ -42,20 +43,27 @@ def option(default: T, **keywords: Any) -> T:
 
 
 def check_values(config: Any) -> None:
-    """Refuse whole numbers outside their limits, and switches that are neither True nor False.
+    """Refuse whole numbers outside their limits, switches that are neither True nor False, and a value for a list.
 
     Args:
         config: a dataclass with fields that `option` made.
 
     Raises:
-        UserError: a number is outside its limits, or not a whole number; or a switch has another value.
+        UserError: a number is outside its limits, or not a whole number; a switch has another value; or a field with
+            several values has a text, which would be read letter by letter, or something else that is no sequence.
     """
     for one in fields(config):
         found: Option | None = one.metadata.get(KEY)
         value = getattr(config, one.name)
         if found is not None and isinstance(one.default, bool):
             check_switch(one.name, value)
+        if found is not None and isinstance(one.default, tuple) and not _is_list(value):
+            raise UserError(f"{found.called or one.name} is {value!r:.60}", "give a list")
         if found is None or found.least is None:
             continue
         for number in value if isinstance(value, Sequence) else () if value is None else (value,):
             check_whole(found.called or one.name, number, found.least, found.most)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)

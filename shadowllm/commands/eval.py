@@ -107,11 +107,11 @@ def _text(args: argparse.Namespace) -> None:
     found = evaluated.to_dict(args.layers)
     if decoding:
         found |= _print_decoded(decoding.run())
+    if args.json:
+        _save(found, args.json)
     if args.plot:
         plot(found, args.plot, f"{evaluated.manifest.model}, {evaluated.tokens} tokens")
         print(f"figure: {args.plot}")
-    if args.json:
-        _save(found, args.json)
 
 
 def _decoding(args: argparse.Namespace) -> Decoding:

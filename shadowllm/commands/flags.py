@@ -83,6 +83,18 @@ def whole(flag: str, least: int, most: int) -> Parse:
     return parse
 
 
+def number(flag: str, kind: type[int] | type[float]) -> Parse:
+    """Return the argparse type of a number without limits."""
+
+    def parse(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise UserError(f"{flag} is {text!r}", f"give a {'whole ' if kind is int else ''}number") from None
+
+    return parse
+
+
 def attributes(config: type[Any]) -> dict[str, str]:
     """Return the description of each attribute in a docstring, on one line without its full stop."""
     doc = config.__doc__ or ""
@@ -127,8 +139,10 @@ def _keywords(flag: str, found: Option, hint: Any, parse: Parse | None) -> dict[
         return keywords | {"choices": tuple(found.values or get_args(hint))}
     if parse is None and found.least is not None:
         parse = whole(flag, found.least, found.most)
-    if parse is None and hint in (int, float, Path):
-        parse = hint
+    if parse is None and hint in (int, float):
+        parse = number(flag, hint)
+    if parse is None and hint is Path:
+        parse = Path
     return keywords | ({"type": parse} if parse else {})
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -65,6 +67,8 @@ def output_file(text: str) -> Path:
         raise UserError(f"{path} is a folder", "name a file")
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}", "name a file in a folder that exists")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: no permission", "change its permissions, or name another place")
     return path
 
 
@@ -73,6 +77,8 @@ def figure_file(text: str) -> Path:
     path = output_file(text)
     if path.suffix.lower() != ".png":
         raise UserError(f"the figure {path} would be a PNG file", "give it a name that ends with .png")
+    if find_spec("matplotlib") is None:
+        raise UserError("drawing the figure needs matplotlib", "pip install 'shadowllm[bench]'")
     return path
 
 

@@ -15,6 +15,7 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.weights import read_weights
 from shadowllm.cli import main
 from shadowllm.errors import UserError
+from shadowllm.evaluation import lm_tasks
 from shadowllm.evaluation.lm_tasks import BundleLM
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparsity import Budget
@@ -75,6 +76,23 @@ def test_likelihoods_by_hand(folder, selector):
     ((found, likeliest),) = lm.loglikelihood([request("The sun is ", "hot")])  # a trailing space joins what follows
     assert found == pytest.approx(expected, rel=1e-5)
     assert likeliest == greedy
+
+
+def test_samples_of_a_task_differ_and_follow_its_options(folder):
+    """A task may ask for several samples of the same text."""
+    options = {"do_sample": True, "temperature": 5.0, "top_k": 3, "max_gen_toks": 12}
+    requests = [Instance("generate_until", {}, ("The sun is", dict(options)), 0) for _ in range(3)]
+    found = BundleLM(folder, "dense").generate_until(requests)
+    assert len(set(found)) == 3
+    assert found == BundleLM(folder, "dense").generate_until(requests)
+    one = [Instance("generate_until", {}, ("The sun is", options | {"top_k": 1}), 0) for _ in range(2)]
+    assert len(set(BundleLM(folder, "dense").generate_until(one))) == 1
+
+
+def test_a_selector_is_checked_before_the_first_task_runs(folder, monkeypatch):
+    monkeypatch.setattr(lm_tasks, "simple_evaluate", lambda *_, **__: pytest.fail("a task ran"))
+    with pytest.raises(UserError, match="quantised-shadow"):
+        list(lm_tasks.run_tasks(folder, ["x"], [("quantised-shadow", Budget())]))
 
 
 def test_a_long_text_is_read_in_windows(folder):

@@ -84,7 +84,7 @@ def test_help():
         assert words in told
 
 
-@pytest.mark.parametrize("given", [["--count", "1"], ["--count", "x"], ["--size", "1", "0"]])
+@pytest.mark.parametrize("given", [["--count", "1"], ["--count", "x"], ["--size", "1", "0"], ["--share", "half"]])
 def test_limits(given):
     with pytest.raises(UserError, match=f"{given[0]} is "):
         parsed(*given)
@@ -92,6 +92,9 @@ def test_limits(given):
         check_values(Sample("x", count=10))
     with pytest.raises(UserError, match="sizes is 0"):
         check_values(Sample("x", sizes=(3, 0)))
+    for value in ("12", 12):  # a text has letters, which are no list of values
+        with pytest.raises(UserError, match=r"sizes is '?12'?; give a list"):
+            check_values(Sample("x", sizes=value))
 
 
 @pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
