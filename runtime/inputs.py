@@ -28,9 +28,11 @@ def pad_prompts(
         Token ids and positions, int64 ``(batch, seqlen)``, and the lengths of the prompts, int64 ``(batch,)``.
 
     Raises:
-        UserError: the number of prompts is not ``batch``, a prompt is empty or too long, or a token is outside
-            the vocabulary.
+        UserError: there are no prompts, their number is not ``batch``, a prompt is empty or too long, or a token is
+            outside the vocabulary.
     """
+    if not hasattr(prompts, "__len__"):
+        raise UserError(f"the prompts are {prompts!r:.60}", "give a list of token ids for each prompt")
     if len(prompts) != batch:
         raise UserError(f"{len(prompts)} prompts for {batch} sequences", "reset the session with the number of prompts")
     for prompt in prompts:

@@ -212,6 +212,7 @@ class TestAtTheDoor:
             ([[-1]], "token -1"),
             ([[1] * 65], "65 tokens"),
             ([[1.5, 2.0]], "not integers"),
+            (None, "the prompts are None"),
             ([None], "not integers"),
             ([[[1], [2, 3]]], "not integers"),
         ],
