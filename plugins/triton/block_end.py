@@ -16,7 +16,7 @@ import triton.language as tl
 
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.schema import Attribute, Attributes, OpSchema, Port
-from shadowllm.plugins.triton.last_block import is_last
+from shadowllm.plugins.triton.block_sync import is_last
 from shadowllm.plugins.triton.low_bit import rest_is_added
 from shadowllm.plugins.triton.schedule import Call, Operand, Shape, Tier
 
@@ -103,16 +103,18 @@ def parts_block(splits: int, rest_splits: int) -> int:
 
 @triton.jit
 def finish_token(
-    partials, bias, y, rest, active, skip, norm_weight, norm_bias, output_norm_weight, normed, arrived,
+    partials, bias, y, rest, active, skip, norm_weight, norm_bias, output_norm_weight, normed, finished,
     WIDTH: tl.constexpr, SPLITS: tl.constexpr, REST_SPLITS: tl.constexpr, UNITS: tl.constexpr, EPS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_ROW: tl.constexpr,
 ):  # fmt: skip
     """Write the result of one token, after the blocks of `project_back` have written its partial sums.
 
+    ``finished`` counts column tiles that are added up, and from place 1 on the blocks of each tile.
+
     The last block of a column tile adds up the partial sums of its columns, in a fixed order. With ``skip``, the last
     of these blocks does the same as `sum_and_norm`.
     """
-    if is_last(arrived + 1 + tl.program_id(0), SPLITS + REST_SPLITS):
+    if is_last(finished + 1 + tl.program_id(0), SPLITS + REST_SPLITS):
         cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = total_of_partials(
             partials, bias, rest, active, 0, 1, cols, WIDTH, SPLITS, UNITS, REST_SPLITS, BLOCK_P
@@ -121,7 +123,7 @@ def finish_token(
             tl.store(y + cols, total.to(y.dtype.element_ty), mask=cols < WIDTH)
         else:
             tl.store(partials + cols, total, mask=cols < WIDTH)
-            if is_last(arrived, tl.num_programs(0)):
+            if is_last(finished, tl.num_programs(0)):
                 row = tl.arange(0, BLOCK_ROW)
                 sums = tl.load(partials + row, mask=row < WIDTH, other=0.0)
                 add_and_norm(sums, y, skip, norm_weight, norm_bias, output_norm_weight, normed, 0, row, WIDTH, EPS)

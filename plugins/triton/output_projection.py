@@ -12,8 +12,8 @@ import triton.language as tl
 
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.triton.block_end import BlockEnd, finish_token, parts_block, row_block, sum_call
+from shadowllm.plugins.triton.block_sync import Counters
 from shadowllm.plugins.triton.hidden_values import Spans, hidden_values
-from shadowllm.plugins.triton.last_block import Arrivals
 from shadowllm.plugins.triton.low_bit import IN_WORD, add_rows, rest_is_added, row_sum, row_tile, zero_sums
 from shadowllm.plugins.triton.schedule import GEMV, PREFILL, Call, Operand, Scratch, Tier, Workspace
 from shadowllm.plugins.triton.tiles import LINE, active_rows, dot, tile_warps
@@ -72,7 +72,7 @@ def back_calls(
     rest: Rest | None = None,
     spans: Spans | None = None,
     end: BlockEnd | None = None,
-    arrivals: Arrivals | None = None,
+    counters: Counters | None = None,
 ) -> tuple[Call, ...]:
     """The launch of `project_back`, and for more than one token that of the sum: they write "y".
 
@@ -87,7 +87,7 @@ def back_calls(
         rest: the units that are computed from a low-bit copy.
         spans: if ``hidden`` has the results of several spans of the cache.
         end: if the sum also adds the hidden states and norms them.
-        arrivals: from `arrivals_of`, set to zero by an earlier launch.
+        counters: from `counters_of`, set to zero by an earlier launch.
     """
     rows, cols = _tile(tier, itemsize)
     tiles = triton.cdiv(width, cols)
@@ -111,8 +111,8 @@ def back_calls(
     constants |= {"CAP": cap, "GROUP": group, "SKIP_ZEROS": int(skip_zeros and tier.block == GEMV)}
     constants |= {"BLOCK_M": tier.block, "BLOCK_N": rows}
     result: dict[str, Operand] = {"y": "y", **({"bias": bias} if bias else {})}
-    if arrivals is not None:
-        operands |= {**result, **(end.operands if end else {}), "arrived": arrivals.memory}
+    if counters is not None:
+        operands |= {**result, **(end.operands if end else {}), "finished": counters.memory}
     multiply = Call(
         project_back,
         (Size(tiles), Size(splits + rest_splits), tier.tiles),
@@ -121,7 +121,7 @@ def back_calls(
         warps=tile_warps(tier.block, itemsize),
         stages=3,
     )
-    if arrivals is not None:
+    if counters is not None:
         return (multiply,)
     summed: dict[str, Operand] = {"partials": partials, **result, "tokens": tier.size}
     if rest is not None and count is not None:
@@ -129,10 +129,10 @@ def back_calls(
     return multiply, sum_call(end, tier, summed, sizes)
 
 
-def arrivals_of(workspace: Workspace, tier: Tier, width: int, itemsize: int) -> Arrivals | None:
+def counters_of(workspace: Workspace, tier: Tier, width: int, itemsize: int) -> Counters | None:
     """The counters of `back_calls` for one token, which an earlier launch must set to zero; None for more tokens."""
     _, cols = _tile(tier, itemsize)
-    return Arrivals.of(workspace, tier, triton.cdiv(width, cols))
+    return Counters.take(workspace, 1 + triton.cdiv(width, cols)) if tier.block == GEMV else None
 
 
 def _most_splits(tier: Tier, width: int, ended: bool) -> int:
@@ -153,7 +153,7 @@ def _tile(tier: Tier, itemsize: int) -> tuple[int, int]:
 @triton.jit
 def project_back(
     hidden, products, indices, count, lengths, weight, copy, scales, rest, partials,
-    bias, y, skip, norm_weight, norm_bias, output_norm_weight, normed, arrived, tokens,
+    bias, y, skip, norm_weight, norm_bias, output_norm_weight, normed, finished, tokens,
     CAP: tl.constexpr, UNITS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     SPLITS: tl.constexpr, REST_SPLITS: tl.constexpr, SKIP_ZEROS: tl.constexpr, EPS: tl.constexpr,
     SPANS: tl.constexpr, SPAN: tl.constexpr, CAPACITY: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
@@ -190,9 +190,9 @@ def project_back(
                 True, TYPE, UNITS, UNITS, GROUP, WIDTH, SPANS, SPAN, CAPACITY, BLOCK_S, BLOCKS, BLOCK_WORDS,
                 BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-    if arrived is not None:
+    if finished is not None:
         finish_token(
-            partials, bias, y, rest, count, skip, norm_weight, norm_bias, output_norm_weight, normed, arrived,
+            partials, bias, y, rest, count, skip, norm_weight, norm_bias, output_norm_weight, normed, finished,
             WIDTH, SPLITS, REST_SPLITS, UNITS, EPS, BLOCK_D, BLOCK_P, BLOCK_ROW,
         )  # fmt: skip
 

@@ -1,8 +1,9 @@
 """The decoder for a GPU: merged projections, one write to the cache per layer, and sparse layers with the kernels.
 
-A sparse layer whose units are chosen before it has seven launches: keys, values and queries; attention; the output
-projection; its sum with the hidden states, and the norm; the neurons; the down projection; its sum and the next norm.
-A layer that chooses from a low-bit copy has three more: scores of the heads and of the neurons, and the best neurons.
+A sparse layer whose units are chosen before it has five launches: keys, values and queries; attention; the output
+projection, with the sum of the hidden states and the norm; gate and up; the down projection, with its sum and the next
+norm. In steps of several tokens, the two sums are launches of their own. A layer that chooses from a low-bit copy has
+two more: scores of the heads, and of the neurons.
 
 Nothing in a step waits for the host or reads a value on the host, so a step can be captured as a CUDA graph.
 """

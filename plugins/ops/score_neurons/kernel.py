@@ -8,36 +8,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shadowllm.plugins.triton.block_sync import clear
 from shadowllm.plugins.triton.low_bit import copy_products, rest_is_added
 from shadowllm.plugins.triton.tiles import activate, times_up
 
 
 @triton.jit
 def score_neurons(
-    x,
-    gate,
-    gate_scales,
-    up,
-    up_scales,
-    b_gate,
-    b_up,
-    down_norms,
-    count,
-    rest,
-    scores,
-    products,
-    tokens,
-    FIRST_UP: tl.constexpr,
-    NEURONS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
+    x, gate, gate_scales, up, up_scales, b_gate, b_up, down_norms, count, rest, scores, products, counters, tokens,
+    FIRST_UP: tl.constexpr, NEURONS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_WORDS: tl.constexpr, ACTIVATION: tl.constexpr, THRESHOLD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, COUNTERS: tl.constexpr,
+):  # fmt: skip
     """``scores (1, NEURONS)``: the mean over tokens of ``|product| * down_norms``, one tile of neurons per block.
 
     Row ``FIRST_UP`` of ``up`` is the first neuron's, because gate and up may be parts of one copy. If given,
@@ -46,6 +28,7 @@ def score_neurons(
     A block processes the token tiles one after the other, so that the order of a sum is fixed. If all neurons are kept,
     as in a prompt, no weights are read, because any scores select all of them.
     """
+    clear(counters, COUNTERS)
     neurons = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = neurons < NEURONS
     total = tl.zeros((BLOCK_N,), tl.float32)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.score_neurons.kernel import score_neurons
 from shadowllm.plugins.schema import Attributes
+from shadowllm.plugins.triton.block_sync import Counters, clearing
 from shadowllm.plugins.triton.low_bit import word_constants
 from shadowllm.plugins.triton.schedule import DOT, GEMV, Call, Operand, Schedule, Shape, Tier, tiers
 from shadowllm.plugins.triton.tiles import activation_constants, tile_warps
@@ -57,6 +58,7 @@ def score_call(
     copy: Shape,
     itemsize: int,
     activation: Mapping[str, float | str],
+    counters: Counters | None = None,
 ) -> Call:
     """The launch of the kernel, with all its operands except the number of tokens.
 
@@ -66,19 +68,22 @@ def score_call(
         copy: shape of a copy; its last dimension counts int32 words.
         itemsize: bytes per element of x.
         activation: `activation_constants`.
+        counters: to be set to zero for a later launch.
     """
+    cleared, cleared_count = clearing(counters)
     # Prompts are rarely scored, and a larger tile of tokens would spill registers in float32.
     block_m, block_n = (GEMV, 4) if tier.block == GEMV else (DOT, 32)
     return Call(
         score_neurons,
         (Size(neurons, divisor=block_n), Size(), Size()),
-        {**operands, "tokens": tier.size},
+        {**operands, **cleared, "tokens": tier.size},
         {
             "FIRST_UP": first_up,
             "NEURONS": neurons,
             "WIDTH": width,
             **word_constants(copy, tier, block_n),
             **activation,
+            **cleared_count,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
         },

@@ -51,18 +51,18 @@ def keys_not_below(scores, threshold, lanes, N: tl.constexpr, BLOCK: tl.constexp
 def select_topk(scores, counts, indices, N: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
     """Write ``indices (rows, CAP)`` of the ``counts[row]`` largest of ``scores (rows, N)``, one row per block."""
     row = tl.program_id(0).to(tl.int64)
-    count = tl.minimum(tl.maximum(tl.load(counts + row), 0), CAP)
-    write_largest(scores + row * N, indices + row * CAP, count, 0, CAP, N, BLOCK)
+    count = tl.minimum(tl.maximum(tl.load(counts + row), 0), min(CAP, N))
+    write_largest(scores + row * N, indices + row * CAP, count, N, CAP, BLOCK)
 
 
 @triton.jit
-def write_largest(scores, indices, count, first, end, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Write ``indices[first:end]``: of the ``count`` largest of ``scores (N,)`` those at these slots, else -1.
+def write_largest(scores, indices, count, N: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Write ``indices (CAP,)`` of the ``count`` largest of ``scores (N,)``, ascending, and -1 past the count.
 
-    The indices ascend. If all are selected, no score is read.
+    ``count`` is at most ``N`` and ``CAP``. If all are selected, no score is read.
     """
     lanes = tl.arange(0, BLOCK)
-    if (first < count) & (count < N):
+    if (count > 0) & (count < N):
         threshold, need = largest_keys(scores, count, N, BLOCK)
         written = tl.zeros((), tl.int32)
         ties = tl.zeros((), tl.int32)
@@ -74,11 +74,11 @@ def write_largest(scores, indices, count, first, end, N: tl.constexpr, BLOCK: tl
             earlier = ties + tl.cumsum(equal, 0) - equal
             taken = (inside & ((key > threshold) | ((equal != 0) & (earlier < need)))).to(tl.int32)
             slot = written + tl.cumsum(taken, 0) - taken
-            tl.store(indices + slot, places, mask=(taken != 0) & (slot >= first) & (slot < end))
+            tl.store(indices + slot, places, mask=taken != 0)
             written += tl.sum(taken, 0)
             ties += tl.sum(equal, 0)
-    for start in range(first, end, BLOCK):
+    for start in range(0, CAP, BLOCK):
         slot = start + lanes
         if count == N:
-            tl.store(indices + slot, slot, mask=(slot < end) & (slot < N))
-        tl.store(indices + slot, -1, mask=(slot >= count) & (slot < end))
+            tl.store(indices + slot, slot, mask=slot < N)
+        tl.store(indices + slot, -1, mask=(slot >= count) & (slot < CAP))

@@ -9,7 +9,7 @@ import triton
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.select_topk.kernel import select_topk
 from shadowllm.plugins.schema import Attributes
-from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Shape, Tier
+from shadowllm.plugins.triton.schedule import GEMV, Call, Schedule, Shape, Tier
 
 # Scores that a block loads at a time; longer rows take several steps.
 MAX_BLOCK = 8192
@@ -28,17 +28,13 @@ def plan_select_topk(shapes: Mapping[str, Shape], tier: Tier, cap: int) -> Sched
     Args:
         shapes: shapes of the inputs, by name.
     """
-    call = topk_call("scores", "counts", "indices", rows=Size(batch=True), width=shapes["scores"][1], cap=cap)
-    return Schedule(tier.max_batch, tier.max_seqlen, 0, (call,))
-
-
-def topk_call(scores: Operand, counts: Operand, indices: Operand, *, rows: Size, width: int, cap: int) -> Call:
-    """The launch of the kernel, for any number of rows of scores ``(rows, width)``."""
+    width = shapes["scores"][1]
     block = min(MAX_BLOCK, max(16, triton.next_power_of_2(width)))
-    return Call(
+    call = Call(
         select_topk,
-        (rows, Size(), Size()),
-        {"scores": scores, "counts": counts, "indices": indices},
+        (Size(batch=True), Size(), Size()),
+        {"scores": "scores", "counts": "counts", "indices": "indices"},
         {"N": width, "CAP": cap, "BLOCK": block},
         warps=max(1, block // 512),
     )
+    return Schedule(tier.max_batch, tier.max_seqlen, 0, (call,))

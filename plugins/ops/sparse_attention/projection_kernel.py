@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shadowllm.plugins.triton.block_sync import clear
 from shadowllm.plugins.triton.head_choice import place_head
-from shadowllm.plugins.triton.last_block import clear
 from shadowllm.plugins.triton.low_bit import copy_products
 from shadowllm.plugins.triton.tiles import add_along, sum_along, token_tile, zeros_along
 
@@ -21,7 +21,7 @@ def active_head(indices, count, slot, HEADS: tl.constexpr, CAP: tl.constexpr):
 @triton.jit
 def project_heads(
     x, indices, count, lengths, w_q, b_q, w_kv, b_kv, c_kv, cs_kv, cos, sin,
-    c_q, cs_q, scores, rest, chosen, order, active, attended, query, key, value, arrived, tokens,
+    c_q, cs_q, scores, rest, chosen, order, active, attended, query, key, value, counters, tokens,
     CAP: tl.constexpr, HEADS: tl.constexpr, LISTED: tl.constexpr, TOGETHER: tl.constexpr,
     HEAD_DIM: tl.constexpr, KV_HEADS: tl.constexpr, CAPACITY: tl.constexpr, WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_WORDS: tl.constexpr, COUNTERS: tl.constexpr,
@@ -38,7 +38,7 @@ def project_heads(
     With ``w_kv``, more blocks compute the keys and values of the step's tokens, one per sequence, and write them into
     the cache at position ``lengths - 1``. Nothing is written past the capacity.
     """
-    clear(arrived, COUNTERS)
+    clear(counters, COUNTERS)
     HALF: tl.constexpr = (HEAD_DIM + 1) // 2
     PARTS: tl.constexpr = (HALF + BLOCK_N - 1) // BLOCK_N
     slot = tl.program_id(0) // PARTS

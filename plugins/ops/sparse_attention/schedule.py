@@ -12,11 +12,11 @@ from shadowllm.plugins.ops.sparse_attention.kernel import decode_attention, prom
 from shadowllm.plugins.ops.sparse_attention.projection_kernel import project_heads
 from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.block_end import BlockEnd
+from shadowllm.plugins.triton.block_sync import clearing
 from shadowllm.plugins.triton.head_choice import score_heads
 from shadowllm.plugins.triton.hidden_values import Spans
-from shadowllm.plugins.triton.last_block import clearing
 from shadowllm.plugins.triton.low_bit import token_block, word_constants
-from shadowllm.plugins.triton.output_projection import Rest, arrivals_of, back_calls
+from shadowllm.plugins.triton.output_projection import Rest, back_calls, counters_of
 from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
 from shadowllm.plugins.triton.tiles import LINE, block_along, tile_warps
 
@@ -54,10 +54,10 @@ def plan_sparse_attention(
     query, context = (workspace.take(tier.tokens * cap * head_dim, "T", itemsize) for _ in range(2))
     listed: dict[str, Operand] = {"indices": choice.indices, "count": choice.attended}
     constants = {"CAP": cap, "HEADS": n_heads, "HEAD_DIM": head_dim, "KV_HEADS": kv_heads, "CAPACITY": capacity}
-    arrivals = arrivals_of(workspace, tier, width, itemsize)
-    cleared, counters = clearing(arrivals)
+    counters = counters_of(workspace, tier, width, itemsize)
+    cleared, cleared_count = clearing(counters)
     written = {**choice.operands, **cleared, "query": query}
-    project = _project(shapes, tier, choice, written, constants | counters, itemsize)
+    project = _project(shapes, tier, choice, written, constants | cleared_count, itemsize)
     read: dict[str, Operand] = {name: name for name in ("key", "value", "lengths")}
     sizes = constants | {
         "SCALE": head_dim**-0.5,
@@ -91,7 +91,7 @@ def plan_sparse_attention(
         rest=rest,
         spans=spans,
         end=end,
-        arrivals=arrivals,
+        counters=counters,
     )
     return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (*choice.calls, project, attend, *back))
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from shadowllm.plugins.ops.select_topk.kernel import write_largest
-from shadowllm.plugins.triton.last_block import clear
+from shadowllm.plugins.triton.block_sync import announce, clear, is_first, wait
 from shadowllm.plugins.triton.low_bit import copy_products
 from shadowllm.plugins.triton.tiles import (
     activate,
@@ -29,8 +29,8 @@ from shadowllm.plugins.triton.tiles import (
 
 @triton.jit
 def mlp_hidden(
-    x, indices, count, w_gate, b_gate, w_up, b_up, c_gate, cs_gate, c_up, cs_up, hidden, products, scores, arrived,
-    tokens, CAP: tl.constexpr, NEURONS: tl.constexpr, WIDTH: tl.constexpr,
+    x, indices, count, w_gate, b_gate, w_up, b_up, c_gate, cs_gate, c_up, cs_up, hidden, products, scores, choosing,
+    counters, tokens, CAP: tl.constexpr, NEURONS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_WORDS: tl.constexpr, COUNTERS: tl.constexpr,
     ACTIVATION: tl.constexpr, THRESHOLD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -41,17 +41,20 @@ def mlp_hidden(
     copy become zero for the active neurons, which replace them. Blocks past the count return at once, so half of the
     grid costs nothing if half of the neurons are active.
 
-    With ``scores (NEURONS,)``, each block first chooses the neurons at its slots and writes these ``indices``. All
-    blocks that have work find the same threshold. They do it at the same time, and a launch that finds it once would
-    take longer.
+    With ``scores (NEURONS,)``, the first block that comes chooses the neurons and writes their ``indices``. Blocks that
+    have work wait for it. ``choosing`` counts the blocks that came, and tells when the choice is made.
     """
-    clear(arrived, COUNTERS)
+    clear(counters, COUNTERS)
     n = tl.minimum(tl.maximum(tl.load(count), 0), CAP)
-    if scores is not None:
-        first_slot = tl.program_id(0) * BLOCK_N
-        write_largest(scores, indices, n, first_slot, tl.minimum(first_slot + BLOCK_N, CAP), NEURONS, BLOCK_C)
-        tl.debug_barrier()  # the threads of this block read what others of them wrote
-    if tl.program_id(0) * BLOCK_N >= n:
+    idle = tl.program_id(0) * BLOCK_N >= n
+    if scores is not None:  # noqa: SIM102 -- known at compile time, and the next one is not
+        # One block without work comes too, so that all indices are written if the count is 0.
+        if (tl.program_id(0) == 0) | (not idle):
+            if is_first(choosing):
+                write_largest(scores, indices, n, NEURONS, CAP, BLOCK_C)
+                announce(choosing + 1)
+            wait(choosing + 1)
+    if idle:
         return
     slots = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, live = active_rows(indices, n, slots, 1, NEURONS)
@@ -120,7 +123,7 @@ def gate_first(
     b_up,
     hidden,
     fired,
-    arrived,
+    counters,
     tokens,
     NEURONS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -135,7 +138,7 @@ def gate_first(
 
     ``w_first`` is gate, or up in an MLP without a gate; then ``w_up`` is None.
     """
-    clear(arrived, COUNTERS)
+    clear(counters, COUNTERS)
     neurons = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = neurons < NEURONS
     rows = tl.where(live, neurons, 0)

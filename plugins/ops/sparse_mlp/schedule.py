@@ -10,17 +10,16 @@ import triton
 from shadowllm.models.activations import RELU_LIKE
 from shadowllm.plugins.kernel_program import Size
 from shadowllm.plugins.ops.score_neurons.schedule import score_call
-from shadowllm.plugins.ops.select_topk.schedule import topk_call
 from shadowllm.plugins.ops.sparse_mlp.kernel import gate_first, list_fired, mlp_hidden
 from shadowllm.plugins.schema import Attributes
 from shadowllm.plugins.triton.block_end import BlockEnd
-from shadowllm.plugins.triton.last_block import clearing
+from shadowllm.plugins.triton.block_sync import Counters, clearing
 from shadowllm.plugins.triton.low_bit import is_residual, token_block, word_constants
-from shadowllm.plugins.triton.output_projection import Rest, arrivals_of, back_calls
+from shadowllm.plugins.triton.output_projection import Rest, back_calls, counters_of
 from shadowllm.plugins.triton.schedule import GEMV, Call, Operand, Schedule, Scratch, Shape, Tier, Workspace, tiers
 from shadowllm.plugins.triton.tiles import activation_constants, block_along, tile_warps
 
-CHOICE_BLOCK = 4096  # scores that a block of `mlp_hidden` loads at a time when it chooses neurons
+CHOICE_BLOCK = 4096  # scores that a block of `mlp_hidden` loads at a time to choose the neurons
 
 
 def schedules(
@@ -48,14 +47,14 @@ def plan_gate_first(
     names = {"w_first": "w_gate", "b_first": "b_gate", "w_up": "w_up", "b_up": "b_up"}
     if "w_gate" not in shapes:
         names = {"w_first": "w_up", "b_first": "b_up"}
-    arrivals = arrivals_of(workspace, tier, width, itemsize)
-    cleared, counters = clearing(arrivals)
+    counters = counters_of(workspace, tier, width, itemsize)
+    cleared, cleared_count = clearing(counters)
     operands: dict[str, Operand] = {"x": "x", "hidden": hidden, "fired": fired, **cleared, "tokens": tier.size}
     first = Call(
         gate_first,
         (Size(neurons, divisor=_rows(tier)), tier.tiles, Size()),
         operands | {parameter: name for parameter, name in names.items() if name in shapes},
-        {"NEURONS": neurons, "WIDTH": width, **activation, **counters, **_tile(tier, width, itemsize)},
+        {"NEURONS": neurons, "WIDTH": width, **activation, **cleared_count, **_tile(tier, width, itemsize)},
         warps=tile_warps(tier.block, itemsize),
         stages=3,
     )
@@ -80,7 +79,7 @@ def plan_gate_first(
         indices=None,
         count=None,
         end=end,
-        arrivals=arrivals,
+        counters=counters,
     )
     # A block of a layer does not list the neurons, because nothing reads the list.
     listing = () if end is not None else (listed,)
@@ -113,24 +112,23 @@ def plan_sparse_mlp(
     """
     neurons, width, nested = shapes["w_up"][0], shapes["x"][-1], is_residual(shapes["w_up"])
     workspace = Workspace()
-    arrivals = arrivals_of(workspace, tier, width, itemsize)
-    cleared, counters = clearing(arrivals)
-    copied, products, scores = _copied(workspace, shapes, itemsize, tier, activation)
+    counters = counters_of(workspace, tier, width, itemsize)
+    cleared, cleared_count = clearing(counters)
+    score, products, choice = _copied(workspace, shapes, itemsize, tier, activation)
     indices = "indices" if "indices" in shapes else "chosen"
     cap = shapes.get("indices", (neurons,))[0]
     hidden = workspace.take(tier.tokens * cap, "T", itemsize)
     inputs = [name for name in ("x", "count", "w_gate", "b_gate", "w_up", "b_up") if name in shapes]
     inputs += [name for name in ("c_gate", "cs_gate", "c_up", "cs_up") if nested and name in shapes]
     zeroed: dict[str, Operand] = {} if products is None else {"products": products}
-    choosing: dict[str, Operand] = {} if scores is None else {"scores": scores}
     tile = _tile(tier, width, itemsize) | word_constants(shapes["c_up"] if nested else None, tier, _rows(tier))
     tile |= {"BLOCK_M": token_block(tier, itemsize)} if nested else {}
     up = Call(
         mlp_hidden,
         (Size(cap, divisor=_rows(tier)), replace(tier.size, divisor=tile["BLOCK_M"]), Size()),
         {name: name for name in inputs}
-        | {**zeroed, **choosing, **cleared, "indices": indices, "hidden": hidden, "tokens": tier.size},
-        {"CAP": cap, "NEURONS": neurons, "WIDTH": width, **activation, **tile, **counters}
+        | {**zeroed, **choice, **cleared, "indices": indices, "hidden": hidden, "tokens": tier.size},
+        {"CAP": cap, "NEURONS": neurons, "WIDTH": width, **activation, **tile, **cleared_count}
         | {"BLOCK_C": min(CHOICE_BLOCK, max(16, triton.next_power_of_2(neurons)))},
         warps=tile_warps(tier.block, itemsize),
         stages=3,
@@ -150,9 +148,9 @@ def plan_sparse_mlp(
         indices=indices,
         rest=None if products is None else Rest("c_down", "cs_down", products, *shapes["c_down"][1:]),
         end=end,
-        arrivals=arrivals,
+        counters=counters,
     )
-    return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (*copied, up, *back))
+    return Schedule(tier.max_batch, tier.max_seqlen, workspace.bytes, (*score, up, *back))
 
 
 def _copied(
@@ -161,14 +159,13 @@ def _copied(
     itemsize: int,
     tier: Tier,
     activation: Mapping[str, float | str],
-) -> tuple[list[Call], Scratch | None, Scratch | None]:
-    """The launches before the active neurons are computed, the products of all neurons from the copy, and the scores.
+) -> tuple[list[Call], Scratch | None, dict[str, Operand]]:
+    """The launch that reads the copy, the products of all neurons from it, and the operands with which others choose.
 
-    Without indices the active neurons are chosen, from scores that are made in the same pass over the copy. For one
-    token, `mlp_hidden` chooses them, and the scores are returned. For more, its blocks are too many, and a launch does.
+    Without indices the active neurons are chosen, from scores that are made in the same pass over the copy.
     """
     if "c_up" not in shapes:
-        return [], None, None
+        return [], None, {}
     neurons, width = shapes["w_up"][0], shapes["x"][-1]
     products = workspace.take(tier.tokens * neurons, "T", itemsize)
     read = {"up": "c_up", "up_scales": "cs_up"}
@@ -176,12 +173,12 @@ def _copied(
         read |= {"gate": "c_gate", "gate_scales": "cs_gate"}
     read |= {name: name for name in ("x", "b_gate", "b_up", "count", "rest") if name in shapes}
     operands: dict[str, Operand] = {**read, "products": products}
-    scores, choose = None, []
+    counters = None
+    choice: dict[str, Operand] = {}
     if "indices" not in shapes:
-        scores = workspace.take(neurons, "float32", 4)
+        scores, counters = workspace.take(neurons, "float32", 4), Counters.take(workspace, 2)
         operands |= {"scores": scores, "down_norms": "down_norms"}
-        if tier.block != GEMV:
-            choose.append(topk_call(scores, "count", "chosen", rows=Size(), width=neurons, cap=neurons))
+        choice = {"scores": scores, "choosing": counters.memory}
     call = score_call(
         tier,
         operands,
@@ -191,5 +188,6 @@ def _copied(
         copy=shapes["c_up"],
         itemsize=itemsize,
         activation=activation,
+        counters=counters,
     )
-    return [call, *choose], products, None if choose else scores
+    return [call], products, choice

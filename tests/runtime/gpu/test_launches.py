@@ -43,8 +43,8 @@ CHOOSING = ["score_heads", *BLOCKS[:3], "score_neurons", *BLOCKS[3:]]
 
 
 def in_batches(launches: list[str]) -> list[str]:
-    """The launches of a batch: others choose neurons, and add up partial sums."""
-    more = {"project_back": ["project_back", "sum_and_norm"], "score_neurons": ["score_neurons", "select_topk"]}
+    """The launches of a batch: others add up partial sums."""
+    more = {"project_back": ["project_back", "sum_and_norm"]}
     return [name for launch in launches for name in more.get(launch, [launch])]
 
 
