@@ -98,7 +98,7 @@ def load_model(
         adapter: folder with a LoRA adapter to merge into the weights.
 
     Raises:
-        UserError: there is no model or adapter; an adapter lies beside the model, and none is given; its family is not
+        UserError: there is no model or adapter; an adapter beside the model is not given; its family is not
             supported; or its files do not fit together.
     """
     checkpoint = open_checkpoint(model, cache_dir, trust_remote_code)
@@ -113,12 +113,11 @@ def load_model(
     if not getattr(config, "is_causal", True):
         raise UserError("config.json says that the model is not causal (is_causal)", "use a model that generates text")
     _warn_of_windows(config)
-    if adapter is None:
-        refuse_adapter(checkpoint.folder)
+    opened = None if adapter is None else open_adapter(Path(adapter))
+    refuse_adapter(checkpoint.folder, None if opened is None else opened.folder)
     if activation is not None:
         _override(checkpoint, activation, activation_threshold)
-    if adapter is not None:
-        opened = open_adapter(Path(adapter))
+    if opened is not None:
         checkpoint = replace(checkpoint, adapter=opened)
         tensors = _merged(str(model), checkpoint, opened)
     spec = replace(

@@ -33,7 +33,8 @@ class Layout:
     """What the config says about the stored weights. The defaults are for a config that says nothing.
 
     Attributes:
-        block: rows and columns that share a scale; None if the tensor shapes alone define them.
+        block: rows and columns that share a scale, from the config or a default of the format; None if the tensor
+            shapes alone define them.
         group_sizes: the possible numbers of columns that share a scale, -1 for all of them; empty if any number is.
         bits: the possible widths of packed integers.
         zero_points: whether stored zero points count.
@@ -62,7 +63,7 @@ class DequantisedTensors:
     Attributes:
         dtypes: as in `SafetensorsFiles`; "F32" for dequantised tensors.
         short_scales: whether a scale has 16 bits.
-        block: rows and columns that share a scale, if the config says it for the whole checkpoint.
+        block: rows and columns that share a scale, from `Layout`.
 
     Raises:
         UserError: at `read`, if the parts of a weight are missing or do not fit together.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shadowllm.errors import UserError, in_one_line
-from shadowllm.models.files.weight_files import INDEX, SINGLE_FILE, SPLIT, gguf_models, shard_names
+from shadowllm.models.files.weight_files import ADAPTER_WEIGHTS, INDEX, SINGLE_FILE, SPLIT, gguf_models, shard_names
 
 NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>.+\.gguf)|:(?P<tag>[\w.-]+))?")
 # Files to download besides the weights. They exclude pickled files and copies for other frameworks.
@@ -48,8 +48,8 @@ def download(model: str, cache_dir: Path | None) -> Path:
         return _snapshot(repo, cache_dir, online, _parts(names, chosen)) / chosen
     # A repository may hold shards as well as a single file. `transformers` then reads the single file.
     if SINGLE_FILE in names:
-        return _snapshot(repo, cache_dir, online, [*COMPANIONS, SINGLE_FILE])
-    folder = _snapshot(repo, cache_dir, online, [*COMPANIONS, INDEX])
+        return _snapshot(repo, cache_dir, online, [*COMPANIONS, ADAPTER_WEIGHTS, SINGLE_FILE])
+    folder = _snapshot(repo, cache_dir, online, [*COMPANIONS, ADAPTER_WEIGHTS, INDEX])
     return _snapshot(repo, cache_dir, online, shard_names(folder / INDEX))
 
 

@@ -220,8 +220,8 @@ def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _fp8_block(settings: Mapping[str, Any], tensors: SafetensorsFiles) -> tuple[int, int] | None:
     """Return `_block`. Blocks whose size an FP8 config does not mention are 128 x 128, as in ``transformers``."""
-    scale = next((name for name in sorted(tensors.names()) if name.endswith(".weight_scale_inv")), None)
-    if "weight_block_size" in settings or scale is None or tensors.read(scale).numel() == 1:
+    scales = (name for name in tensors.names() if name.endswith(".weight_scale_inv"))
+    if "weight_block_size" in settings or all(tensors.read(name).numel() == 1 for name in scales):
         return _block(settings)
     return FP8_BLOCK
 

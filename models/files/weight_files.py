@@ -146,13 +146,16 @@ def _use_of(name: str) -> str:
     return f"the weights of a model are called {SINGLE_FILE}: rename them if that is what these are"
 
 
-def refuse_adapter(folder: Path) -> None:
+def refuse_adapter(folder: Path, given: Path | None) -> None:
     """Refuse a model with an adapter beside its weights, which ``transformers`` applies if peft is installed.
 
+    Args:
+        given: the folder of the adapter that is merged.
+
     Raises:
-        UserError: there is one.
+        UserError: there is one, and it is not merged.
     """
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG).is_file() and (given is None or given.resolve() != folder.resolve()):
         raise UserError(
             f"{folder} holds an adapter beside the model's weights",
             f"export it with --adapter {folder}, or move {ADAPTER_CONFIG} away to leave the adapter out",

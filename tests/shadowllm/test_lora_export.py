@@ -56,3 +56,10 @@ def test_an_adapter_beside_its_model(checkpoint, tmp_path):
     save_adapter(folder, checkpoint("llama-gqa"))
     _, weights, opened = load_model(folder, adapter=folder)
     assert compare_with_transformers(opened, weights)["max_rel"] < 1e-4
+
+
+def test_another_adapter_does_not_hide_the_one_beside_the_model(checkpoint, tmp_path):
+    folder = copied(checkpoint("llama-gqa"), tmp_path / "model")
+    save_adapter(folder, checkpoint("llama-gqa"))
+    with pytest.raises(UserError, match="holds an adapter beside the model's weights"):
+        load_model(folder, adapter=save_adapter(tmp_path / "other", checkpoint("llama-gqa")))

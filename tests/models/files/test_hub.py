@@ -110,6 +110,16 @@ def test_a_safetensors_model_without_what_lies_beside_it(hub, checkpoint, tmp_pa
     assert {name for name in hub.asked if not name.endswith(".json")} == {"model.safetensors"}
 
 
+def test_an_adapter_beside_the_model_is_fetched_so_that_it_can_be_merged(hub, checkpoint, tmp_path):
+    for path in checkpoint("llama-gqa").iterdir():
+        (hub.folder / path.name).write_bytes(path.read_bytes())
+    publish(hub, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+    with pytest.raises(UserError, match="holds an adapter beside the model's weights"):
+        load_model(REPO, cache_dir=tmp_path / "cache")
+    fetched = {name for name in hub.asked if not name.endswith(".json")}
+    assert fetched == {"model.safetensors", "adapter_model.safetensors"}
+
+
 @pytest.mark.parametrize("name", [f"{REPO}/tiny.Q4_K_M.gguf", f"{REPO}:Q4_K_M", f"{REPO}:q4_k_m"])
 def test_one_gguf_file_of_several(hub, tmp_path, name):
     publish(hub, "tiny.Q4_K_S.gguf", "tiny.Q8_0.gguf", "README.md", "config.json")

@@ -216,7 +216,10 @@ def test_fp8_with_blocks_that_do_not_divide(folder):
 def test_blocks_of_fp8_that_the_config_does_not_mention(folder, said, scales, block):
     name = "model.layers.0.mlp.up_proj.weight"
     small = {name: torch.ones(96, 64).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(scales)}
-    rewrite(folder, lambda tensors: tensors | small)
+    # The scale of another weight, which is first by name, says nothing.
+    other = {name.replace("up", "down"): torch.ones(64, 96).to(torch.float8_e4m3fn)}
+    other |= {name.replace("up", "down") + "_scale_inv": torch.ones(1, 1)}
+    rewrite(folder, lambda tensors: tensors | other | small)
     edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"} | said)
     assert load_model(folder)[2].tensors.block == block
 
