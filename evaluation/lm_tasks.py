@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImport
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
@@ -140,13 +141,12 @@ class BundleLM(TemplateLM):
         return found
 
     def _continue(self, session: OrtSession, text: str, options: dict[str, Any], seed: int) -> str:
-        stops = options.get("until") or []
-        stops = [stops] if isinstance(stops, str) else stops
-        most = min(int(options.get("max_gen_toks", NEW_TOKENS)), session.spec.max_seqlen - 1)
+        normalised: dict[str, Any] = dict(normalize_gen_kwargs(options, NEW_TOKENS))
+        most = min(normalised["max_gen_toks"], session.spec.max_seqlen - 1)
         prompt = (self.tok_encode(text) or [self.prefix_token_id])[-(session.spec.max_seqlen - most) :]
-        sampling = _sampling(options, seed)
+        sampling = _sampling(normalised, seed)
         # The new tokens are decoded without the prompt, as in HFLM.
-        stream = TextStream(self._tokenizer, stops=[stop for stop in stops if stop])
+        stream = TextStream(self._tokenizer, stops=[stop for stop in normalised["until"] if stop])
         written = ""
         for (token,) in generate(session, [prompt], most, sampling, session.spec.eos_token_ids):
             assert token is not None  # generation ends with its only sequence
@@ -157,10 +157,10 @@ class BundleLM(TemplateLM):
 
 
 def _sampling(options: dict[str, Any], seed: int) -> Sampling:
-    """Return a task's sampling options; greedy unless it samples."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    given = {name: options[name] for name in names if options.get(name) is not None}
-    if not options.get("do_sample"):
+    """Return the sampling options of a task's normalised options. Numbers may be text: YAML reads 1e-5 as text."""
+    types = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float}
+    given: dict[str, Any] = {name: to(options[name]) for name, to in types.items() if options.get(name) is not None}
+    if not options["do_sample"]:
         given = {name: value for name, value in given.items() if name == "repetition_penalty"}
     return Sampling(seed=seed, **given)
 
@@ -199,9 +199,10 @@ def run_tasks(
         UserError: the harness cannot run a task.
     """
     read = read_weights(bundle, read_manifest(bundle)).kept()
-    # All are made before the first one runs, because it may take hours, and one of them may be impossible.
-    models = [BundleLM(bundle, selector, budget, read) for selector, budget in [(DENSE, Budget()), *selections]]
-    for lm in models:
+    for selector, budget in selections:  # the first one may run for hours, and one of them may be impossible
+        BundleLM(bundle, selector, budget, read)
+    for selector, budget in [(DENSE, Budget()), *selections]:
+        lm = BundleLM(bundle, selector, budget, read)
         selector, budget = lm.selection
         try:
             found = simple_evaluate(lm, tasks=list(tasks), limit=limit, bootstrap_iters=0)

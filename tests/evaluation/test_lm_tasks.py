@@ -20,7 +20,7 @@ from shadowllm.evaluation.lm_tasks import BundleLM
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
-from shadowllm.runtime import generate, open_session
+from shadowllm.runtime import Sampling, generate, open_session
 from shadowllm.runtime.generation.text import load_tokenizer
 from tests.tokenizers import KINDS, export
 
@@ -87,6 +87,30 @@ def test_samples_of_a_task_differ_and_follow_its_options(folder):
     assert found == BundleLM(folder, "dense").generate_until(requests)
     one = [Instance("generate_until", {}, ("The sun is", options | {"top_k": 1}), 0) for _ in range(2)]
     assert len(set(BundleLM(folder, "dense").generate_until(one))) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, Sampling()),
+        ({"temperature": 0.0, "repetition_penalty": "1.5"}, Sampling(temperature=0.0, repetition_penalty=1.5)),
+        ({"temperature": "2", "top_p": 0.5}, Sampling(temperature=2.0, top_p=0.5)),
+        ({"temperature": 2, "do_sample": False}, Sampling()),
+        ({"temperature": 2, "min_p": "1e-5", "do_sample": True}, Sampling(temperature=2.0, min_p=1e-5)),
+    ],
+    ids=str,
+)
+def test_the_options_of_a_task_mean_what_they_mean_to_the_harness(folder, monkeypatch, said, expected):
+    given = []
+
+    def no_text(session, prompts, most, sampling, stops):
+        given.append((most, sampling))
+        return iter(())
+
+    monkeypatch.setattr(lm_tasks, "generate", no_text)
+    options = {"until": "x", "max_new_tokens": 7, **said}
+    BundleLM(folder, "dense").generate_until([Instance("generate_until", {}, ("The sun is", options), 0)])
+    assert given == [(7, expected)]
 
 
 def test_a_selector_is_checked_before_the_first_task_runs(folder, monkeypatch):
