@@ -61,7 +61,11 @@ def add_prefill(parser: argparse.ArgumentParser) -> None:
 
 
 def output_file(text: str) -> Path:
-    """The argparse type of a file to write: what can be told beforehand is not found out after the work is done."""
+    """The argparse type of a file to write.
+
+    Raises:
+        UserError: it cannot be written. This is told before the work that it is for.
+    """
     path = Path(text)
     if path.is_dir():
         raise UserError(f"{path} is a folder", "name a file")

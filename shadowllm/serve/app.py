@@ -149,7 +149,7 @@ def describe(model: ServedModel) -> dict[str, Any]:
 
 async def _error(request: Request, error: Exception) -> Response:
     answered = api_error(error)
-    request.state.record["error"] = answered.content["error"]["code"] or answered.content["error"]["type"]
+    request.state.record["error"] = answered.name
     return error_response(answered)
 
 

@@ -11,9 +11,8 @@ from typing import Any
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from shadowllm.errors import UserError
 from shadowllm.runtime.serving.job import Finished, Token
-from shadowllm.serve.errors import ApiError, api_error, json_response, json_text
+from shadowllm.serve.errors import BUG, ApiError, api_error, json_response, json_text
 from shadowllm.serve.generation import Generation
 from shadowllm.serve.log import logger
 from shadowllm.serve.model import Plan, ServedModel
@@ -149,9 +148,11 @@ class WatchedResponse(Response):
         except OSError:
             raise
         except Exception as error:  # noqa: BLE001  (the status is sent already, so every error is told in the stream)
-            if not isinstance(error, UserError):
+            answered = api_error(error)
+            self._record["error"] = answered.name
+            if answered.name == BUG:
                 logger.error("a bug", exc_info=error)
-            await send_text(json_text(api_error(error).content), more=False)
+            await send_text(json_text(answered.content), more=False)
             return
         await send_text("[DONE]", more=False)
 

@@ -15,6 +15,7 @@ from shadowllm.runtime.generation.chooser import LogitsError
 from shadowllm.runtime.serving.job import DeadlineError, EngineClosedError, EngineFailedError, QueueFullError
 
 RETRY_AFTER = 1  # seconds
+BUG = "internal_error"  # the code of an error that is none of the others
 # What fields of several types accept. pydantic has one error per type, and none of them says so.
 ACCEPTED = {
     "prompt": "a text, a list of texts, token ids, or a list of lists of token ids",
@@ -60,6 +61,12 @@ class ApiError(Exception):
         self.status = status
         self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
+    @property
+    def name(self) -> str:
+        """Its code, or its type if it has none."""
+        error = self.content["error"]
+        return str(error["code"] or error["type"])
+
 
 def api_error(error: Exception) -> ApiError:
     """Return the answer for an error. A bug's message is not given to clients."""
@@ -73,7 +80,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, UserError):
         # A remedy that names an option of the command line does not help a client.
         return ApiError(400, error.problem if "--" in error.remedy else str(error))
-    return ApiError(500, "an internal error; the server's log has more", "server_error", code="internal_error")
+    return ApiError(500, "an internal error; the server's log has more", "server_error", code=BUG)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 import triton_python_backend_utils as backend
 
 from shadowllm.runtime.serving.job import Event, Failed, Job, Token
-from shadowllm.serve.errors import ApiError, api_error
+from shadowllm.serve.errors import BUG, ApiError, api_error
 from shadowllm.serve.log import logger
 from shadowllm.serve.metrics import EngineCollector
 from shadowllm.serve.repository_metrics import Publisher
@@ -130,7 +130,9 @@ def _text(request: Any, name: str) -> str:
 
 def _fail(sender: Any, error: Exception) -> None:
     answered = api_error(error)
-    if answered.status == 500:
+    if answered.name == BUG:
         logger.error("a bug", exc_info=error)
+    elif answered.status == 500:
+        logger.error(str(answered))
     response = backend.InferenceResponse(error=backend.TritonError(answered.content["error"]["message"]))
     sender.send(response, flags=FINAL)

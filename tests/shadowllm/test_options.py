@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import pytest
 
 from shadowllm.commands import options
+from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
 
 
@@ -26,3 +28,21 @@ def test_parts_of_an_exported_budget_that_are_not_given_are_everything(given, bu
     parser = argparse.ArgumentParser()
     options.add_budget(parser, requested=False)
     assert options.export_budget(parser.parse_args(given)) == budget
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_file_that_may_not_be_written_is_refused_at_once(tmp_path, monkeypatch, exists):
+    path = tmp_path / "results.json"
+    if exists:
+        path.touch()
+    assert options.output_file(str(path)) == path
+    locked = path if exists else tmp_path
+    monkeypatch.setattr(os, "access", lambda place, mode: (place, mode) != (locked, os.W_OK))
+    with pytest.raises(UserError, match=r"cannot write .*results.json: no permission"):
+        options.output_file(str(path))
+
+
+def test_a_figure_without_matplotlib_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs matplotlib"):
+        options.figure_file(str(tmp_path / "figure.png"))

@@ -6,6 +6,7 @@ import json
 import threading
 import urllib.error
 
+import numpy as np
 import pytest
 
 from shadowllm.evaluation.speed.traffic import SPARSE, traffic_of
@@ -345,6 +346,24 @@ def test_stopping_lets_running_requests_finish(bundle):
             server.get("/health")
         server.session.go.set()
         assert len(list(stream)) >= 2
+
+
+class DamagedSlots(TorchSlots):
+    """Slots of a model that computes NaN after a prompt."""
+
+    def step(self, tokens):
+        return {slot: np.full_like(logits, np.nan) for slot, logits in super().step(tokens).items()}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logits_that_are_nan_are_logged_as_such_and_not_as_a_bug(bundle, stream):
+    with running(bundle(), DamagedSlots(bundle(), 1)) as server:
+        with pytest.raises(openai.APIError, match="NaN or infinite logits"):
+            list(server.client().completions.create(model="tiny", prompt="Hello", max_tokens=4, stream=stream))
+        record = record_of(server, "/v1/completions")
+        assert (record["status"], record["error"]) == (200 if stream else 500, "bad_logits")
+        assert "a bug" not in server.lines
+        assert server.is_idle()
 
 
 class BrokenSlots(TorchSlots):
