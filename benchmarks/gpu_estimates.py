@@ -9,8 +9,8 @@ The model: a launch takes the longer of two times, and launches follow one anoth
   A few blocks are limited by what their multiprocessors can load.
 - The shortest time of a launch in a CUDA graph.
 
-The blocks that finish last add up partial sums, and norm the row. Each of the two takes a latency more: of the atomic
-addition that finds the last block, and of the loads that follow, from the L2 cache.
+The blocks that finish last add up partial sums, and norm the row. Each of the two takes a latency more: the
+atomic addition that finds the last block and the loads that follow are both in the L2 cache, and take it together.
 
 Bytes are those of rows of active units, and of keys and values. Registers and shared memory of the
 compiled kernels decide how many blocks are resident. Latency, shares and the shortest time are assumptions; the output

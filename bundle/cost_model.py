@@ -18,9 +18,10 @@ from shadowllm.models.sparsity import UNITS, ActiveCounts, Rest, SparseLayers, U
 from shadowllm.models.spec import ModelSpec
 
 # What a step of mixed precision takes beyond its bytes, as bytes that are read in the same time. The command
-# `python -m shadowllm.benchmarks.selection_costs BUNDLE` measures this. Measured with the native ops on a CPU with
-# AVX-512 VNNI, two threads, SmolLM2-135M at int8 and int6, with the kernels for VNNI and with those for AVX2:
-# 1.04 to 1.21, 1.6 to 2.9 MB, 0.15 to 0.43 MB, and 0.7 to 1.5 kB. Dense steps read 27 to 36 GB/s there.
+# `python -m shadowllm.benchmarks.selection_costs BUNDLE` measures this. With the native ops on a CPU with AVX-512 VNNI,
+# two threads, SmolLM2-135M at int8 and int6, with the kernels for VNNI and with those for AVX2, it found for a byte of
+# the copy 1.04 to 1.53, for heads 1.6 to 3.5 MB, for neurons 0.15 to 0.63 MB, and for a picked row 0.7 to 1.5 kB. Other
+# bytes were read at 27 to 36 GB/s there.
 COPY_COST = 1.12  # for a byte of the low-bit copy
 SELECTION_COST: Mapping[Unit, int] = {"heads": 2_000_000, "neurons": 300_000}  # for each layer that selects some
 PICKED_ROW_COST = 1_000  # for each active neuron, and for each row of a shortlist: rows that do not follow each other
