@@ -48,6 +48,12 @@ INTEGERS = ("int8", "int6", "int4")
 DIAL = ((0.3, 1.0, 4096), (0.1, 1.0, 2048), (0.05, 1.0, 2048), (0.03, 1.0, 1024))
 SHORT_DIAL = DIAL[1:3]
 MIXED = "mixed,"
+# Where the labels of a weight type are beside its points, so that they do not cover those of another one.
+SIDES: Mapping[str, Mapping[str, Any]] = {
+    "int6": {"ha": "right", "xytext": (-6, -2)},
+    "int8": {"ha": "center", "xytext": (0, 6)},
+    "float32": {"ha": "center", "xytext": (0, -12)},
+}
 
 
 def export_all(
@@ -172,17 +178,17 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
-    figure = new_figure((8, 5))
+    figure = new_figure((9, 7))
     axes = figure.subplots()
     lines: dict[str, list[tuple[float, float, str]]] = {}
-    for row in sorted(rows, key=lambda row: row["itl_ms"]):
+    for row in sorted(rows, key=lambda row: row["perplexity"]):
         label, text = _labels(row)
         lines.setdefault(label, []).append((row["itl_ms"], row["perplexity"], text))
     for label, points in lines.items():
         ours = label.startswith(MIXED)
         times, perplexities, texts = zip(*points, strict=True)
         (line,) = axes.plot(times, perplexities, "o-" if ours else "s", markersize=4, label=label)
-        side = {"ha": "right", "xytext": (-5, -2)} if ours else {"ha": "left", "xytext": (5, -2)}
+        side: Mapping[str, Any] = SIDES.get(label.removeprefix(f"{MIXED} "), {"ha": "left", "xytext": (5, -2)})
         for time, perplexity, text in zip(times, perplexities, texts, strict=True):
             axes.annotate(
                 text, (time, perplexity), fontsize=7, color=line.get_color(), textcoords="offset points", **side
