@@ -28,8 +28,8 @@ class OrtSession:
     Dense steps and `verify` run ``dense.onnx`` if its weights are packed or the native ops run it, else ``stem`` and
     ``body`` with everything active (see `LoadedBundle.all_active`).
 
-    With ``prefill="sparse"``, these graphs also prefill, with everything active, and ``dense.onnx`` is not opened. The
-    weights are then in memory only once. A prompt takes longer.
+    With ``prefill="sparse"``, these graphs also prefill, with everything active, and ``dense.onnx`` is not opened.
+    Integer weights then need less memory. A prompt takes longer.
 
     Every sequence of a batch has its own selection.
 

@@ -55,8 +55,8 @@ def add_prefill(parser: argparse.ArgumentParser) -> None:
         "--prefill",
         choices=get_args(Prefill),
         default="dense",
-        help="graphs that prefill with the backend ort; sparse needs less memory, and prompts take longer "
-        "(default: dense)",
+        help="graphs that prefill with the backend ort; sparse needs less memory for integer weights, "
+        "and prompts take longer (default: dense)",
     )
 
 
