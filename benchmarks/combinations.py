@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -93,7 +92,7 @@ def main() -> None:
     tokens = passage(lambda text: tokenizer(text, add_special_tokens=False).input_ids, EVALUATED)
     windows = torch.tensor(tokens).view(-1, WINDOW)
     results = evaluate(spec, weights, static, contenders, windows, neuron_budgets=(BUDGET,))
-    rows = [{key: value for key, value in asdict(result).items() if key != "layers"} for result in results]
+    rows = [{key: value for key, value in result.row().items() if key != "layers"} for result in results]
     args.json.write_text(json.dumps({"environment": environment(), "results": rows}, indent=2) + "\n")
 
 

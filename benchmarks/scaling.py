@@ -179,7 +179,7 @@ def judge(
             results = evaluate(
                 spec, weights, predictors[STATIC], contenders, windows, neuron_budgets=BUDGETS, advance=advance
             )
-        dense, *found = ({k: v for k, v in asdict(result).items() if k != "layers"} for result in results)
+        dense, *found = ({k: v for k, v in result.row().items() if k != "layers"} for result in results)
         rows += [_described(predictors[row["selector"]]) | row if row["selector"] in left else row for row in found]
     logs = {(row["selector"], row["neuron_budget"]): math.log(row["perplexity"]) for row in rows}
     for row in rows:

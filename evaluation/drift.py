@@ -56,8 +56,10 @@ def runtime_recall(
         advance: called with 1 after each decoded token, ``n * (seqlen // 2)`` times in total.
 
     Raises:
-        UserError: windows have fewer than two tokens.
+        UserError: windows have fewer than two tokens, or the selector is exact.
     """
+    if session.manifest.predictor["kind"] == "relu":
+        raise UserError("the selector relu is exact, so nothing can drift", "use the bundle as it is")
     if windows.ndim != 2 or windows.shape[1] < 2:
         raise UserError("nothing to decode", "give windows of at least two tokens")
     manifest = session.manifest

@@ -199,8 +199,8 @@ def run_tasks(
         UserError: the harness cannot run a task.
     """
     read = read_weights(bundle, read_manifest(bundle)).kept()
-    for selector, budget in selections:  # the first one may run for hours, and one of them may be impossible
-        BundleLM(bundle, selector, budget, read)
+    for name in dict.fromkeys(name for name, _ in selections):
+        BundleLM(bundle, name, None, read)  # the first one may run for hours, and one of them may be impossible
     for selector, budget in [(DENSE, Budget()), *selections]:
         lm = BundleLM(bundle, selector, budget, read)
         selector, budget = lm.selection
@@ -224,3 +224,4 @@ def run_tasks(
                 "task": task,
                 "metrics": figures,
             }
+        del lm  # before the next one is made

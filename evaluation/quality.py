@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,6 +71,7 @@ class Result:
         certify: whether the largest logit was proved to be that of the whole table.
         recomputed_rows: ``mean`` and ``fallback_share`` of the rows of the output table that were computed exactly, see
             `RecomputedRows.summary`; empty without a shortlist.
+        budget: what was asked for, with the fractions of each layer.
     """
 
     selector: str
@@ -86,6 +88,11 @@ class Result:
     rest: Rest | None = None
     certify: bool = False
     recomputed_rows: Mapping[str, float] = field(default_factory=dict)
+    budget: Budget = field(default_factory=Budget)
+
+    def row(self) -> dict[str, Any]:
+        """Return the JSON of the result, in which budgets are means over the layers."""
+        return {name: value for name, value in asdict(self).items() if name != "budget"}
 
 
 def evaluate(
@@ -219,6 +226,7 @@ class Sums:
             shortlist=budget.shortlist,
             rest=budget.rest,
             certify=budget.certify,
+            budget=budget,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from shadowllm.bundle.manifest import ITEMSIZE, Manifest
 from shadowllm.evaluation.quality import DENSE, Result
 from shadowllm.evaluation.speed.figure import new_figure, save
 from shadowllm.evaluation.uniform_quantisation import bits_for, uniform_bytes
-from shadowllm.models.sparsity import Budget
 
 CONTEXT = 256  # tokens in the cache
 
@@ -32,7 +30,7 @@ def rows(
         layers: also include the recall per layer.
         uniform: results of `evaluate_uniform`.
     """
-    listed = [asdict(result) | _cost(result, manifest) for result in results]
+    listed = [result.row() | _cost(result, manifest) for result in results]
     if not layers:
         listed = [{name: value for name, value in row.items() if name != "layers"} for row in listed]
     dense = next(row for row in listed if row["selector"] == DENSE)
@@ -108,7 +106,7 @@ def _bytes(result: Result, manifest: Manifest) -> int:
         spec,
         sizes,
         CONTEXT,
-        Budget(heads=result.head_budget, neurons=result.neuron_budget).counts(layers),
+        result.budget.counts(layers),
         choosing=selector_bytes(result.selector, layers, itemsize, int(manifest.predictor["rank"]), rest),
         rest=rest,
         fired=fired_shares(manifest) if result.selector == "relu" else None,

@@ -139,7 +139,7 @@ def settings(manifest: Manifest, options: Evaluation) -> Settings:
     return Settings(
         options.heads or [own.heads],
         options.neurons or [own.neurons],
-        [min(rows, manifest.spec.vocab_size) for rows in options.shortlist] or [own.shortlist],
+        [rows if rows < manifest.spec.vocab_size else None for rows in options.shortlist] or [own.shortlist],
         options.rest or [own.rest],
         options.certify or own.certify,
     )

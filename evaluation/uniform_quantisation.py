@@ -76,11 +76,13 @@ def evaluate_uniform(
     Returns:
         The result for each number of bits. Its budgets and recalls are 1, because every unit is computed.
     """
-    dense, found = Decoder(spec, weights), {}
-    for number in bits:
+    dense = Decoder(spec, weights)
+
+    def measured(number: int) -> Result:  # at its end, its rounded model is freed
         decoder, sums = Decoder(spec, uniform_weights(weights, number)), Sums()
         for window in windows.split(1):
             sums.add(window, decoder(window), dense(window))
             advance(1)
-        found[number] = sums.result(f"uniform-int{number}", Budget())
-    return found
+        return sums.result(f"uniform-int{number}", Budget())
+
+    return {number: measured(number) for number in bits}

@@ -99,14 +99,21 @@ def _checked(place: str, tensors: dict[str, Tensor], hidden_size: int, intermedi
     return fc1.float(), fc2.float()
 
 
+def check_source(source: Path) -> None:
+    """Refuse a path where no predictor can be.
+
+    Raises:
+        UserError: it is neither a folder nor a GGUF file.
+    """
+    if not source.is_dir() and not (source.suffix == ".gguf" and source.is_file()):
+        raise UserError(
+            f"no such predictor: {source} is no folder and no GGUF file", "give the folder with model_0.pt and so on"
+        )
+
+
 def _open(source: Path) -> Stored:
-    if source.is_dir():
-        return partial(_from_folder, source)
-    if source.suffix == ".gguf" and source.is_file():
-        return _gguf(source)
-    raise UserError(
-        f"no such predictor: {source} is no folder and no GGUF file", "give the folder with model_0.pt and so on"
-    )
+    check_source(source)
+    return partial(_from_folder, source) if source.is_dir() else _gguf(source)
 
 
 def _from_folder(folder: Path, layer: int) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.losses import LOSSES, initial_bias
 from shadowllm.predictor.networks import default_rank, initial_tensors, layerwise_scores, scores
 from shadowllm.predictor.parallel import Workers
-from shadowllm.predictor.powerinfer import read_networks
+from shadowllm.predictor.powerinfer import check_source, read_networks
 from shadowllm.predictor.topk import recall, top_mask
 from shadowllm.predictor.tracefile import Traces
 from shadowllm.predictor.traces import Chunk, Tracer
@@ -124,6 +124,18 @@ def train_network(
     return replace(trained, record=_record(traces, config.budget) | settings | judged)
 
 
+def check_import(kind: str, config: TrainConfig) -> None:
+    """Refuse what no networks of PowerInfer can be imported for, before any work.
+
+    Raises:
+        UserError: there are none at the path, or another kind of predictor was asked for.
+    """
+    if kind != "layerwise":
+        raise UserError(f"networks of PowerInfer make a layerwise predictor, not {kind}", "leave out --selector")
+    if config.powerinfer is not None:
+        check_source(config.powerinfer)
+
+
 def import_networks(
     spec: ModelSpec, traces: Traces, config: TrainConfig, kind: str, weights: Mapping[str, Tensor]
 ) -> Predictor:
@@ -140,8 +152,8 @@ def import_networks(
     Raises:
         UserError: the networks cannot be read or do not fit the model, or another kind was asked for.
     """
-    if kind != "layerwise" or config.powerinfer is None:
-        raise UserError(f"networks of PowerInfer make a layerwise predictor, not {kind}", "leave out --selector")
+    assert config.powerinfer is not None
+    check_import(kind, config)
     networks = read_networks(config.powerinfer, SparseLayers(spec, traces.dense_layers), weights)
     static = _predictor("static", spec, traces, {})
     found = replace(_predictor("layerwise", spec, traces, networks), normed=False)

@@ -119,7 +119,8 @@ def load(
         backend: one of `shadowllm.runtime.BACKENDS`; a ``-dense`` one runs the plain model.
         threads: threads of each operator, for backends that compute on the CPU.
         budget: fractions to keep; the bundle's own when None. `Model.set_budget` changes it at any time.
-        prefill: which graphs prefill in the backend ``ort``. "sparse" needs less memory, and prompts take longer.
+        prefill: which graphs prefill in the backend ``ort``. "sparse" needs less memory for integer
+            weights, whose prompts then take longer.
         prepack: keep a packed copy of float weights, with which ONNX Runtime's dense steps are faster. It is of use for
             ``generate(..., lossless=True)``.
 

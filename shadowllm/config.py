@@ -61,6 +61,12 @@ class Source:
         if self.activation_threshold is not None and self.activation != "fatrelu":
             raise UserError("only fatrelu has an activation threshold", "give the activation fatrelu too")
 
+    @property
+    def name(self) -> str:
+        """The name of the model: of its folder or file, or on the hub without the owner."""
+        local = Path(self.model)
+        return (local.resolve() if local.exists() else local).name
+
 
 @dataclass(frozen=True)
 class Calibration:

@@ -42,11 +42,11 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Weights
 from shadowllm.plugins.tensorrt.load_tensorrt import require
 from shadowllm.predictor.calibration import calibration_windows
-from shadowllm.predictor.network_options import check_network_options
+from shadowllm.predictor.network_options import check_given, check_network_options
 from shadowllm.predictor.parallel import process_count
 from shadowllm.predictor.silence import fired_shares
 from shadowllm.predictor.tracefile import Traces, calibrate
-from shadowllm.predictor.train import import_networks, random_predictor, train_network, train_static
+from shadowllm.predictor.train import check_import, import_networks, random_predictor, train_network, train_static
 from shadowllm.progress import progress
 from shadowllm.runtime.ort_package import check_package
 
@@ -102,12 +102,14 @@ def export_model(
     with staged(out, overwrite) as folder:
         spec, weights, checkpoint = _open(source)
         check_checkpoint(spec, checkpoint, out)
-        if predictor is not None and predictor.kind == "relu":
-            options = replace(options, selector="relu")
-        if train_config and train_config.powerinfer:
-            if predictor is not None:
+        if predictor is not None:
+            if train_config and train_config.powerinfer:
                 raise UserError("a predictor and networks of PowerInfer are given", "leave one of them out")
+            check_given(predictor.kind, options.selector, calibration)
+            options = replace(options, selector=predictor.kind)
+        elif train_config and train_config.powerinfer:
             options = replace(options, selector=options.selector or "layerwise")
+            check_import(options.kind, train_config)
         _check_options(spec, options)
         check_network_options(train_config, options.kind, trains=predictor is None)
         if predictor is None:
@@ -116,8 +118,7 @@ def export_model(
             predictor = _make_predictor(spec, weights, checkpoint, options.kind, calibration, train_config)
             return_freed_memory()  # that of weights and traces
         predictor.check_base(spec, weights.fingerprint())
-        name = Path(source.model).name
-        return _write(folder, name, weights, checkpoint, predictor, options)
+        return _write(folder, source.name, weights, checkpoint, predictor, options)
 
 
 def _check_options(spec: ModelSpec, options: Export) -> None:

@@ -155,7 +155,7 @@ def refuse_adapter(folder: Path, given: Path | None) -> None:
     Raises:
         UserError: there is one, and it is not merged.
     """
-    if (folder / ADAPTER_CONFIG).is_file() and (given is None or given.resolve() != folder.resolve()):
+    if (folder / ADAPTER_CONFIG).is_file() and (given is None or not given.samefile(folder)):
         raise UserError(
             f"{folder} holds an adapter beside the model's weights",
             f"export it with --adapter {folder}, or move {ADAPTER_CONFIG} away to leave the adapter out",

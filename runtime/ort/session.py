@@ -29,7 +29,7 @@ class OrtSession:
     ``body`` with everything active (see `LoadedBundle.all_active`).
 
     With ``prefill="sparse"``, these graphs also prefill, with everything active, and ``dense.onnx`` is not opened.
-    Integer weights then need less memory. A prompt takes longer.
+    Integer weights then need less memory, and their prompts take longer.
 
     Every sequence of a batch has its own selection.
 

@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     options.add_model(parser)
     parser.add_argument(
-        "-o", "--output", type=options.output_file, required=True, metavar="FILE", help="trace file to write"
+        "-o", "--output", type=options.replaced_file, required=True, metavar="FILE", help="trace file to write"
     )
     options.add_calibration(parser)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from shadowllm.commands import options
 from shadowllm.commands.flags import add_flags, build
 from shadowllm.config import Calibration, EngineOptions, Export
+from shadowllm.errors import UserError
 
 EPILOG = """examples:
   shadowllm export MODEL out/                                 # the fastest budget within +5% perplexity
@@ -46,6 +47,9 @@ def run(args: argparse.Namespace) -> None:
     from shadowllm.commands import inspect
     from shadowllm.pipeline import export_model
 
+    unused = build(args, EngineOptions, flavour=options.FLAVOURS[0])
+    if not args.engine and unused != EngineOptions(options.FLAVOURS[0]):
+        raise UserError("options of engines do nothing without --engine", "leave them out, or add --engine")
     predictor = Predictor.load(args.predictor) if args.predictor else None
     bundle = build(
         args,

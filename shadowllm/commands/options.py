@@ -56,7 +56,7 @@ def add_prefill(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Prefill),
         default="dense",
         help="graphs that prefill with the backend ort; sparse needs less memory for integer weights, "
-        "and prompts take longer (default: dense)",
+        "whose prompts then take longer (default: dense)",
     )
 
 
@@ -73,6 +73,20 @@ def output_file(text: str) -> Path:
         raise UserError(f"cannot write {path}: there is no folder {path.parent}", "name a file in a folder that exists")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"cannot write {path}: no permission", "change its permissions, or name another place")
+    return path
+
+
+def replaced_file(text: str) -> Path:
+    """The argparse type of a file that is written under another name, and then takes the place of an older one.
+
+    Raises:
+        UserError: it cannot be written, or is no regular file.
+    """
+    path = output_file(text).resolve()
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file", "name a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: no permission in its folder", "change it, or name another place")
     return path
 
 

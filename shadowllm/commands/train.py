@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--traces", type=Path, required=True, metavar="FILE", help="trace file that `shadowllm calibrate` wrote"
     )
     parser.add_argument(
-        "-o", "--output", type=options.output_file, required=True, metavar="FILE", help="predictor to write"
+        "-o", "--output", type=options.replaced_file, required=True, metavar="FILE", help="predictor to write"
     )
     add_flags(parser, TrainConfig, "seed")
     options.add_fractions(parser, DEFAULT_BUDGET)

@@ -21,6 +21,12 @@ def windows(n=3, seqlen=12):
     return torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(2))
 
 
+def test_an_exact_selector_cannot_drift(bundle):
+    folder = bundle("llama-relu", kind="relu")
+    with OrtSession(folder, "sparse") as session, pytest.raises(UserError, match="the selector relu is exact"):
+        runtime_recall(session, {}, windows())
+
+
 def test_a_static_choice_is_scored_as_counted_by_hand(bundle):
     folder = bundle(kind="static")
     manifest = read_manifest(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from shadowllm.bundle.cost_model import Itemsizes, predictor_bytes, step_traffic
@@ -9,13 +10,15 @@ from shadowllm.bundle.manifest import read_manifest
 from shadowllm.errors import UserError
 from shadowllm.evaluation.quality import Result
 from shadowllm.evaluation.quality_report import CONTEXT, plot, rows
+from shadowllm.models.sparsity import Budget
 
 
-def result(selector, neurons=1.0, heads=1.0):
+def result(selector, neurons=1.0):
     return Result(
         selector=selector,
-        head_budget=heads,
-        neuron_budget=neurons,
+        head_budget=1.0,
+        neuron_budget=float(np.mean(neurons)),
+        budget=Budget(neurons=neurons),
         perplexity=20.0,
         kl=0.1,
         top1_agreement=0.9,
@@ -53,6 +56,16 @@ def test_bytes_are_the_steps_and_the_selectors(found):
     assert four_bits - dense == predictor_bytes(manifest, 4)
     assert four_bits - two_bits == copied * 2 / 8
     assert four_bits - half == 4 * 2 * 48 * 3 * 64  # 48 of 96 neurons of two layers
+
+
+def test_bytes_of_a_budget_for_each_layer_are_those_of_its_layers(bundle):
+    manifest = read_manifest(bundle("llama-blocks", kind="quantized-shadow"))
+    found = rows([result("dense"), result("oracle", (0.255, 0.505)), result("oracle", 0.25)], manifest)
+    both, quarter = (row["bytes_per_token"] for row in found["results"])
+    assert "budget" not in found["results"][0]
+    counts = Budget(neurons=(0.255, 0.505)).counts(manifest.sparse_layers).neurons
+    assert both - quarter == 4 * int(counts.sum() - 2 * 24) * 3 * 64
+    assert counts[0] != counts[1]
 
 
 def test_figure(found, tmp_path):

@@ -47,7 +47,7 @@ def test_command(with_copies, tmp_path, capsys):
     figure = ["--plot", str(tmp_path / "eval.png")]
     assert main(["eval", str(with_copies), *text, *options, *figure]) == 0
     rows = json.loads(report.read_text())["results"]
-    expected = [(rest, rows) for rest in ("shadow", "drop") for rows in (10, 97)] * 2
+    expected = [(rest, rows) for rest in ("shadow", "drop") for rows in (10, None)] * 2
     assert [(row["rest"], row["shortlist"]) for row in rows] == expected
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("rest", "shortlist", "shadow, 10 rows"))
@@ -57,5 +57,6 @@ def test_a_bundle_without_copies_shows_no_columns_of_them(bundle, capsys):
     text = ["--text", __file__, "--tokens", "64", "--seqlen", "32", "--selector", "static"]
     assert main(["eval", str(bundle()), *text]) == 0
     assert "shortlist" not in capsys.readouterr().out
+    assert main(["eval", str(bundle()), *text, "--shortlist", "all"]) == 0
     with pytest.raises(UserError, match="no low-bit copy"):
         evaluate_text(bundle(), Evaluation(**QUICK, selectors=["static"], shortlist=[10]))

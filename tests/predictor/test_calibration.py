@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -126,3 +128,23 @@ def test_a_model_of_one_position_is_too_short(llama):
 def test_windows_longer_than_the_model_are_refused(llama):
     with pytest.raises(UserError, match="positions"):
         windows_of(llama, seqlen=65)
+
+
+def test_text_from_a_pipe_is_whole(tmp_path):
+    pipe, text = tmp_path / "pipe", "abcdefgh" * 2000  # more than one buffer
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(text,))
+    writer.start()
+    found = token_windows([str(pipe)], encode, 32, 500)
+    writer.join()
+    assert found.flatten().tolist() == encode(text)
+
+
+def test_several_texts_give_equal_shares_and_are_all_checked(tmp_path):
+    for name, length in (("a", 32), ("b", 320), ("c", 320)):
+        (tmp_path / name).write_text(name * length)
+    paths = [str(tmp_path / name) for name in "abc"]
+    found = token_windows(paths, encode, 32, 9)
+    assert found[:, 0].tolist() == [encode(name)[0] for name in "abbbbcccc"]
+    with pytest.raises(UserError, match="no such text file"):
+        token_windows([paths[1], str(tmp_path / "typo.txt")], encode, 32, 1)

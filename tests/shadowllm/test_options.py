@@ -42,6 +42,18 @@ def test_a_file_that_may_not_be_written_is_refused_at_once(tmp_path, monkeypatch
         options.output_file(str(path))
 
 
+def test_a_file_that_is_replaced_is_a_regular_one(tmp_path, monkeypatch):
+    target, link = tmp_path / "predictor", tmp_path / "link"
+    target.touch()
+    link.symlink_to(target)
+    assert options.replaced_file(str(link)) == target
+    with pytest.raises(UserError, match="/dev/null is no regular file"):
+        options.replaced_file("/dev/null")
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    with pytest.raises(UserError, match="no permission in its folder"):
+        options.replaced_file(str(target))
+
+
 def test_a_figure_without_matplotlib_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(options, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs matplotlib"):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from shadowllm import pipeline
 from shadowllm.config import Calibration, EngineOptions, Export, Source, TrainConfig
 from shadowllm.errors import UserError
 from shadowllm.models.registry import load_model
@@ -72,3 +73,34 @@ def test_networks_of_powerinfer_make_a_layerwise_bundle(checkpoint, tmp_path):
         export_model(Source(str(model)), tmp_path / "other", options, predictor=predictor, **given)
     with pytest.raises(UserError, match="not static"):
         export_model(Source(str(model)), tmp_path / "other", replace(options, selector="static"), **given)
+
+
+@pytest.mark.parametrize(
+    ("selector", "calibration", "words"),
+    [
+        ("relu", None, "the given predictor is of the kind static, not relu"),
+        (None, Calibration(seqlen=32, criterion="plainact"), "nothing is traced, and seqlen and criterion cannot be"),
+    ],
+)
+def test_options_that_a_given_predictor_makes_useless(checkpoint, tmp_path, selector, calibration, words):
+    model = checkpoint("llama-relu")
+    spec, weights, _ = load_model(model)
+    predictor = make_predictor(spec, weights.fingerprint(), "static")
+    options = Export(selector=selector, budget=BUDGET, validate=False)
+    with pytest.raises(UserError, match=words):
+        export_model(
+            Source(str(model)), tmp_path / "out", options, predictor=predictor, calibration=calibration or Calibration()
+        )
+
+
+def test_networks_that_are_not_there_are_told_before_the_calibration(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_calibrate", lambda *_, **__: pytest.fail("traced"))
+    config = TrainConfig(powerinfer=tmp_path / "typo")
+    with pytest.raises(UserError, match="no such predictor"):
+        export_model(Source(str(checkpoint("llama-relu"))), tmp_path / "out", Export(), train_config=config)
+
+
+def test_the_name_of_a_model(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    assert [Source(given).name for given in (".", "../model", "owner/name:Q4_K_M")] == ["model", "model", "name:Q4_K_M"]

@@ -82,7 +82,7 @@ def test_what_nobody_waits_for_is_not_planned(small, plans):
             wait_for(lambda: server.planner.held == 1)
             # The first one leaves while it is planned. Its place is taken until the plan is there.
             first.close()
-            wait_for(lambda: any("closed_by_client" in line for line in server.lines))
+            wait_for(lambda: sum("closed_by_client" in line for line in server.lines) == 4)
             assert server.planner.held == 1
             plans.go.set()
         assert is_free(server)
