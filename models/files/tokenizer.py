@@ -71,11 +71,25 @@ def _read(folder: Path, gguf: str | None, trust_remote_code: bool) -> PreTrained
     with TemporaryDirectory() as alone:
         (Path(alone) / gguf).symlink_to((folder / gguf).resolve())
         try:
-            return AutoTokenizer.from_pretrained(alone, gguf_file=gguf, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=gguf, trust_remote_code=trust_remote_code)
         except ValueError:
             # It reads the model's config too, which transformers cannot for every architecture. The tokenizer needs
             # none.
-            return PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=gguf)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=gguf)
+    _correct_special_tokens(tokenizer, folder / gguf)
+    return tokenizer
+
+
+def _correct_special_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Set BOS and EOS to those of a GGUF file, because ``transformers`` 5.0 exchanges them for byte-level BPE."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    for name in ("bos", "eos"):
+        field = fields.get(f"tokenizer.ggml.{name}_token_id")
+        stored = None if field is None else int(field.contents())
+        if stored is not None and getattr(tokenizer, f"{name}_token_id") not in (None, stored):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(stored))
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> Callable[[str], list[int]]:
