@@ -71,7 +71,7 @@ class Result:
         certify: whether the largest logit was proved to be that of the whole table.
         recomputed_rows: ``mean`` and ``fallback_share`` of the rows of the output table that were computed exactly, see
             `RecomputedRows.summary`; empty without a shortlist.
-        budget: what was asked for, with the fractions of each layer.
+        budget: what was evaluated, with the fractions of each layer.
     """
 
     selector: str
@@ -257,7 +257,7 @@ class _Run:
 
 
 def _with_gap_closure(runs: Sequence[_Run]) -> Iterator[Result]:
-    # The key is the budget itself. A result has only its mean, which two different budgets may share.
+    # The key is what was asked for: the budget of a result also has the rest that was used.
     found = {(run.name, run.budget): run.result() for run in runs}
     for (_, budget), result in found.items():
         static, oracle = (found.get((name, budget)) for name in ("static", "oracle"))

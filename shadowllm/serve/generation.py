@@ -79,5 +79,6 @@ class Generation:
                 self.first_token = self.first_token or time.monotonic() - self._started
             else:
                 self._left -= 1
-                self.outcome = self.outcome if self._left else event.reason
+                if not self._left:
+                    self.outcome = event.reason
             yield index, event

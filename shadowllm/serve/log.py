@@ -12,6 +12,8 @@ from typing import Any
 from prometheus_client import Counter
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shadowllm.serve.errors import BUG
+
 logger = logging.getLogger("shadowllm.serve")
 
 
@@ -44,7 +46,7 @@ class RequestLog:
             await self._app(scope, receive, send_noting)
         except Exception:
             if record["status"] is None:  # a bug: the application answers it outside of this
-                record |= {"status": 500, "error": "internal_error"}
+                record |= {"status": 500, "error": BUG}
             raise
         finally:
             record["seconds"] = round(time.monotonic() - start, 6)
