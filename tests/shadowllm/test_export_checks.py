@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from shadowllm import pipeline
+from shadowllm.cli import main
 from shadowllm.config import Export, Source
 from shadowllm.errors import UserError
 from shadowllm.export_checks import check_checkpoint
@@ -44,3 +45,10 @@ def test_a_model_in_the_place_of_the_bundle(checkpoint, tmp_path):
     copied(checkpoint("llama-gqa"), tmp_path / "out" / "model")
     with pytest.raises(UserError, match="which the bundle is to replace"):
         check(tmp_path / "out" / "model", tmp_path / "out")
+
+
+@pytest.mark.parametrize("given", [["--sm", "89"], ["--capacity", "2048"], ["--max-draft", "8"]], ids=" ".join)
+def test_options_of_engines_without_an_engine(checkpoint, tmp_path, capsys, given):
+    assert main(["export", str(checkpoint("llama-gqa")), str(tmp_path / "out"), *given]) == 1
+    assert "options of engines do nothing without --engine" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
