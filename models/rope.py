@@ -31,6 +31,7 @@ NEEDED = {
 }
 # Parameters that are positive numbers if they are given, beside the needed ones.
 OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "partial_rotary_factor")
+LISTS = ("short_factor", "long_factor")  # one number for each pair of dimensions
 CHECK_CONFIG = "check the RoPE parameters in its config.json"
 
 
@@ -127,6 +128,15 @@ def position_limit(config: Any, layer_type: str | None) -> int | None:
     return int(config.max_position_embeddings) if scaling == "dynamic" else None
 
 
+def trained_positions(config: Any, layer_type: str | None) -> int:
+    """Return ``max_position_embeddings``, or what ``yarn`` extends it to, if the config still has the number before."""
+    scaling, parameters = _checked(config, layer_type)
+    trained: int = config.max_position_embeddings
+    if scaling != "yarn":
+        return trained
+    return max(trained, int(parameters["factor"] * parameters["original_max_position_embeddings"]))
+
+
 def changes_beyond(config: Any, layer_type: str | None) -> bool:
     """Return whether texts beyond ``max_position_embeddings`` are meant to be read, with other frequencies."""
     return _checked(config, layer_type)[0] == "dynamic"
@@ -153,7 +163,7 @@ def _check(scaling: str, parameters: dict[str, Any]) -> None:
         )
     for name in (*NEEDED[scaling], *OPTIONAL):
         value = parameters.get(name)
-        values = value if name.endswith("_factor") and isinstance(value, list) else [value]
+        values = value if name in LISTS and isinstance(value, list) else [value]
         if value is not None and not all(map(is_positive, values)):
             raise UserError(f"unsupported model: RoPE {name} must be a positive number, got {value!r}", CHECK_CONFIG)
     if scaling == "llama3" and not parameters["high_freq_factor"] > parameters["low_freq_factor"]:

@@ -11,7 +11,14 @@ from typing import Any
 from shadowllm.errors import UserError
 from shadowllm.models.activations import read_activation
 from shadowllm.models.files.config import declares
-from shadowllm.models.rope import changes_beyond, position_limit, read_rope, rotary_dim, rotated_first
+from shadowllm.models.rope import (
+    changes_beyond,
+    position_limit,
+    read_rope,
+    rotary_dim,
+    rotated_first,
+    trained_positions,
+)
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Source
 
@@ -79,7 +86,7 @@ def llama_like(
 
 def _max_seqlen(config: Any, layer_type: str | None) -> int:
     """The longest text whose tokens are all rotated with the same frequencies."""
-    trained: int = config.max_position_embeddings
+    trained = trained_positions(config, layer_type)
     if changes_beyond(config, layer_type):
         warnings.warn(
             f"texts are limited to {trained} tokens (max_position_embeddings in config.json): the frequencies that "

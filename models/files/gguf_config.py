@@ -16,18 +16,36 @@ from shadowllm.models.files.gguf_keys import USE_SAFETENSORS, Keys, says
 from shadowllm.models.files.gguf_rope import Tables
 
 STOP_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# Tokens that end a turn, whether a key says so or not. llama.cpp finds them by their texts too.
+END_OF_TURN = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
 ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 
 Shapes = Mapping[str, Sequence[int]]
 
 
-def gguf_config(architecture: Architecture, metadata: Mapping[str, Any], shapes: Shapes, tables: Tables) -> Any:
+def gguf_config(
+    architecture: Architecture,
+    metadata: Mapping[str, Any],
+    shapes: Shapes,
+    tables: Tables,
+    end_of_turn: Sequence[int] = (),
+) -> Any:
     """Build the config of a GGUF model.
 
     Args:
         metadata: keys and values of the file; the vocabulary is not needed.
         shapes: ``(rows, columns)`` of the tensors, by their names in the file.
         tables: those of the architecture's tables of RoPE factors that the file has.
+        end_of_turn: ids of the tokens whose text is in `END_OF_TURN`.
 
     Raises:
         UserError: a key that changes the model is not supported, or a value is missing or invalid.
@@ -52,7 +70,7 @@ def gguf_config(architecture: Architecture, metadata: Mapping[str, Any], shapes:
         "rope_parameters": architecture.rope(keys, head_dim, tables),
         "tie_word_embeddings": "output.weight" not in shapes,
         "bos_token_id": _token(metadata, "bos_token_id"),
-        "eos_token_id": _stop_tokens(metadata),
+        "eos_token_id": _stop_tokens(metadata, end_of_turn),
         "pad_token_id": _token(metadata, "padding_token_id"),
         "architectures": [architecture.model_class],
     }
@@ -102,9 +120,9 @@ def _has(shapes: Shapes, part: str) -> bool:
     return any(name.endswith(f".{part}.bias") for name in shapes)
 
 
-def _stop_tokens(metadata: Mapping[str, Any]) -> list[int] | None:
+def _stop_tokens(metadata: Mapping[str, Any], end_of_turn: Sequence[int]) -> list[int] | None:
     found = [token for name in STOP_TOKENS if (token := _token(metadata, name)) is not None]
-    return list(dict.fromkeys(found)) or None
+    return list(dict.fromkeys([*found, *end_of_turn])) or None
 
 
 def _token(metadata: Mapping[str, Any], name: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from shadowllm.errors import UserError, foreign_reader
 from shadowllm.models.files.gguf_architectures import read_architecture
-from shadowllm.models.files.gguf_config import gguf_config
+from shadowllm.models.files.gguf_config import END_OF_TURN, gguf_config
 from shadowllm.models.files.gguf_keys import USE_SAFETENSORS
 from shadowllm.models.files.hashing import hash_files
 
@@ -45,11 +46,12 @@ class GGUFTensors:
         fields = readers[0].fields
         self.metadata = {name: field.contents() for name, field in fields.items() if len(field.data) <= LONGEST_LIST}
         self.has_tokenizer = TOKENS in fields
+        ends = _token_ids(fields[TOKENS], END_OF_TURN) if self.has_tokenizer else []
         self.dtypes: dict[str, str] = {}
         self._check_count()
         shapes = {name: tensor.shape[::-1].tolist() for name, tensor in self._tensors.items()}
         self._architecture = read_architecture(self.metadata)
-        self.config = gguf_config(self._architecture, self.metadata, shapes, self._rope_tables())
+        self.config = gguf_config(self._architecture, self.metadata, shapes, self._rope_tables(), ends)
         heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
         self._interleaved = heads if self._architecture.interleaved else {}
         self._names = self._map(gguf, self.config.num_hidden_layers)
@@ -129,6 +131,11 @@ def _open(reader: Any, path: Path) -> Any:
     if opened.byte_order == "S":
         raise UserError(f"{path} is written for machines of the other byte order", "convert it: gguf-convert-endian")
     return opened
+
+
+def _token_ids(tokens: Any, texts: Sequence[str]) -> list[int]:
+    wanted = {text.encode() for text in texts}
+    return [token for token, part in enumerate(tokens.data) if tokens.parts[part].tobytes() in wanted]
 
 
 def _unpermute(array: np.ndarray, n_heads: int) -> np.ndarray:

@@ -230,6 +230,7 @@ def _empty_model(config: Any, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
+    config.pad_token_id = None  # it may be outside the vocabulary, which PyTorch refuses
     override_activation(config, "relu")  # transformers may not know the model's own, which does not matter here
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(

@@ -6,6 +6,7 @@ published by DeepSeek and Qwen. Activations stay floats, even if the checkpoint 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,15 @@ def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the rows and columns that share a scale, if the config gives them."""
     weights = (each.get("block_structure") for each in _weight_settings(settings))
     for size in (settings.get("weight_block_size"), *weights):
+        if isinstance(size, str) and (written := re.fullmatch(r"(\d+)x(\d+)", size)):
+            return int(written[1]), int(written[2])
         if isinstance(size, list) and len(size) == 2 and all(type(each) is int for each in size):
             return size[0], size[1]
+        if size is not None:
+            raise UserError(
+                f"config.json says that blocks of weights have the size {size!r}",
+                "it must be the number of rows and of columns: correct it there",
+            )
     return None
 
 

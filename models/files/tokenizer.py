@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from shadowllm.errors import UserError, foreign_reader, in_one_line
+from shadowllm.models.files.gguf_tokenizer import read_gguf_tokenizer
 from shadowllm.models.files.lfs import refuse_pointers
 
 if TYPE_CHECKING:
@@ -63,33 +63,11 @@ def load_tokenizer(folder: Path, gguf: str | None, trust_remote_code: bool) -> P
 
 
 def _read(folder: Path, gguf: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
-    if not gguf:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    # transformers takes a tokenizer.json beside the file before it, and that may be another model's.
-    with TemporaryDirectory() as alone:
-        (Path(alone) / gguf).symlink_to((folder / gguf).resolve())
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=gguf, trust_remote_code=trust_remote_code)
-        except ValueError:
-            # It reads the model's config too, which transformers cannot for every architecture. The tokenizer needs
-            # none.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=gguf)
-    _correct_special_tokens(tokenizer, folder / gguf)
-    return tokenizer
-
-
-def _correct_special_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
-    """Set BOS and EOS to those of a GGUF file, because ``transformers`` 5.0 exchanges them for byte-level BPE."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(file).fields
-    for name in ("bos", "eos"):
-        field = fields.get(f"tokenizer.ggml.{name}_token_id")
-        stored = None if field is None else int(field.contents())
-        if stored is not None and getattr(tokenizer, f"{name}_token_id") not in (None, stored):
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(stored))
+    if gguf:
+        return read_gguf_tokenizer(folder / gguf, trust_remote_code)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> Callable[[str], list[int]]:

@@ -101,7 +101,7 @@ def write_gguf(
     config, writer = model.config, gguf.GGUFWriter(path, arch, split_max_tensors=split)
     for key, value in (_sizes(config, arch) | (keys or {})).items():
         if key not in without:
-            _add(writer, key.removeprefix(".") if key.startswith(".") else f"{arch}.{key}", value)
+            add_key(writer, key.removeprefix(".") if key.startswith(".") else f"{arch}.{key}", value)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -173,7 +173,7 @@ def _phi3_keys(config, rope: dict, head_dim: int) -> dict:
     } | ({"rope.scaling.attn_factor": math.sqrt(1 + stretched)} if rope["rope_type"] == "longrope" else {})
 
 
-def _add(writer, key, value) -> None:
+def add_key(writer, key, value) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):

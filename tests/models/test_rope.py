@@ -13,7 +13,7 @@ from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.registry import load_model
 from shadowllm.models.rope import RopeSpec, rotated_first
-from tests.models.checkpoints import copied
+from tests.models.checkpoints import copied, edit_json
 
 FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.4, 2.0, 3.0], "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
 TRAINED = {"original_max_position_embeddings": 4096}
@@ -78,9 +78,17 @@ def test_texts_end_where_the_frequencies_would_change(checkpoint, tmp_path, name
     assert [f"limited to {limit} tokens" in text for text in said] == ([] if name == "yarn" else [True])
 
 
+@pytest.mark.parametrize(("name", "longest"), [("yarn", 65536), ("linear", 4096), ("llama3", 4096)])
+def test_yarn_may_be_added_without_a_new_length(checkpoint, tmp_path, name, longest):
+    folder = written(checkpoint, tmp_path, name, "new")
+    edit_json(folder / "config.json", max_position_embeddings=4096)
+    assert load_model(folder)[0].max_seqlen == longest
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"rope_type": "yarn", "factor": 2.0, "attention_factor": [1.0]} | TRAINED, "attention_factor must be"),
         ({"rope_type": "proportional"}, "'proportional' is not supported"),
         ({"rope_type": "linear"}, "'linear'.*factor"),
         ({"rope_type": "yarn", "factor": -1.0}, "factor must be a positive number, got -1"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import gguf
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from shadowllm.models.registry import load_model
 from tests.conftest import build_transformers_model
 from tests.models.checkpoints import write_gguf
 from tests.models.test_families import noise_bound
-from tests.tokenizers import llama2, llama3
 
 GROUPED = {"num_key_value_heads": 2}
 GRANITE = {
@@ -209,28 +206,12 @@ def test_stop_tokens(tmp_path, model):
     assert checkpoint.generation_config.eos_token_id == [2, 90, 91]
 
 
-def vocabulary(tokenizer) -> dict[str, object]:
-    """The tokenizer of byte-level BPE as keys of a GGUF file."""
-    inner = json.loads(tokenizer.backend_tokenizer.to_str())
-    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    control, normal = (int(kind) for kind in (gguf.TokenType.CONTROL, gguf.TokenType.NORMAL))
-    return {
-        ".tokenizer.ggml.model": "gpt2",
-        ".tokenizer.ggml.tokens": tokens,
-        ".tokenizer.ggml.token_type": [control if token.startswith("<|") else normal for token in tokens],
-        ".tokenizer.ggml.merges": [" ".join(pair) for pair in inner["model"]["merges"]],
-        ".tokenizer.ggml.bos_token_id": tokens.index("<|begin|>"),
-        ".tokenizer.ggml.eos_token_id": tokens.index("<|end|>"),
-    }
-
-
-def test_the_tokenizer_is_that_of_the_file_and_not_one_beside_it(tmp_path, model):
-    write_gguf(tmp_path / "a.gguf", model, keys=vocabulary(llama3()))
-    alone = load_model(tmp_path / "a.gguf")[2].tokenizer()
-    llama2().save_pretrained(tmp_path)
-    beside = load_model(tmp_path / "a.gguf")[2].tokenizer()
-    assert beside("the sea").input_ids == alone("the sea").input_ids != llama2()("the sea").input_ids
-    assert beside.eos_token == alone.eos_token == "<|end|>"
+def test_stop_tokens_that_no_key_names(tmp_path, model):
+    tokens = [f"<{token}>" for token in range(model.config.vocab_size)]
+    tokens[40], tokens[41], tokens[42] = "<|end|>", "<|im_end|", "<|endoftext|>"
+    keys = {".tokenizer.ggml.tokens": tokens, ".tokenizer.ggml.eos_token_id": 42}
+    write_gguf(tmp_path / "a.gguf", model, keys=keys)
+    assert load_model(tmp_path / "a.gguf")[0].eos_token_ids == (42, 40)
 
 
 class TestSplit:

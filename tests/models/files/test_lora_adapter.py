@@ -107,6 +107,11 @@ def test_gguf(checkpoint, adapter, tmp_path):
     torch.testing.assert_close(found, theirs(checkpoint("llama-gqa"), adapter), atol=2e-4, rtol=1e-5)
 
 
+def test_a_padding_token_outside_the_vocabulary(checkpoint, adapter, tmp_path):
+    model = copied(checkpoint("llama-gqa"), tmp_path / "model", pad_token_id=1_000_000)
+    torch.testing.assert_close(ours(model, adapter), ours(checkpoint("llama-gqa"), adapter))
+
+
 def test_activations_that_transformers_does_not_have(checkpoint, tmp_path):
     model = copied(checkpoint("llama-relu"), tmp_path / "model", hidden_act="fatrelu", hidden_act_param=0.0)
     adapter = save_adapter(tmp_path / "adapter", checkpoint("llama-relu"))

@@ -204,6 +204,24 @@ def test_fp8_with_blocks_that_do_not_divide(folder):
         load_model(folder)[1].load()
 
 
+@pytest.mark.parametrize("size", [[20, 40], "20x40"])
+def test_compressed_tensors_with_blocks_that_do_not_divide(folder, size):
+    name = "model.layers.0.mlp.up_proj.weight"  # 96 x 64: five by two blocks
+    scale = torch.arange(1.0, 11.0).view(5, 2)
+    small = {name: torch.ones(96, 64).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+    rewrite(folder, lambda tensors: tensors | small)
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": size}
+    settings = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    groups = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    edit_json(folder / "config.json", quantization_config=settings | groups)
+    full = scale.repeat_interleave(20, 0).repeat_interleave(40, 1)[:96, :64]
+    assert torch.equal(load_model(folder)[1]["layers.0.up_proj.weight"], full)
+    weights["block_structure"] = "many"
+    edit_json(folder / "config.json", quantization_config=settings | groups)
+    with pytest.raises(UserError, match=r"blocks of weights have the size 'many'"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize(
     ("said", "scales", "block"),
     [

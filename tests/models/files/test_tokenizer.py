@@ -90,48 +90,6 @@ def test_there_is_none(folder):
     assert "no tokenizer in" in refused(folder)
 
 
-@pytest.mark.parametrize("tokens", [None, ["<unk>", "<s>", "</s>", "a"]])
-def test_a_gguf_file_has_one_if_it_holds_tokens(tmp_path, tokens):
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    if tokens:
-        writer.add_token_list(tokens)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert has_tokenizer(tmp_path, "model.gguf") == bool(tokens)
-    with pytest.raises(UserError, match="the tokenizer in .* cannot be read" if tokens else "no tokenizer in .*gguf"):
-        load_tokenizer(tmp_path, "model.gguf", False)
-
-
-@pytest.mark.parametrize("arch", ["granite", "smollm3"])
-def test_a_gguf_file_whose_config_transformers_does_not_read(tmp_path, arch):
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-    model = json.loads(llama3().backend_tokenizer.to_str())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", arch)
-    writer.add_name("tiny")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if token.startswith("<|") else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    if importlib.util.find_spec("transformers.integrations.gguf") is None:
-        with pytest.raises(UserError, match="a newer version of transformers may read it"):
-            load_tokenizer(tmp_path, "model.gguf", False)
-        return
-    tokenizer = load_tokenizer(tmp_path, "model.gguf", False)
-    assert tokenizer("the sea<|end|>").input_ids[-4:] == llama3()("the sea<|end|>").input_ids[-4:]
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
-
-
 def test_truncation_and_padding_of_the_file_are_off(folder):
     tokenizer = llama3()
     tokenizer.backend_tokenizer.enable_truncation(4)
