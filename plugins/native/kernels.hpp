@@ -1,8 +1,9 @@
 // The kernels, written once over the compiler's vector types and compiled once per instruction set.
 //
 // Included by one source per instruction set, which defines SHADOWLLM_VECTOR_BYTES and is compiled with its flags.
-// Everything is in an unnamed namespace and no C++ library header is used. Otherwise an inline function that is shared
-// with the rest of the library could be compiled for AVX-512 here, and the linker could use it in the whole library.
+// Everything is in an unnamed namespace and no C++ library function is used. Otherwise an inline function that is
+// shared with the rest of the library could be compiled for AVX-512 here, and the linker could use it in the whole
+// library.
 #pragma once
 
 #include "largest.hpp"
@@ -352,7 +353,7 @@ inline float largest_of(const float* h, size_t size) {
 
 float exponentials(float* h, size_t size, float* largest) {
   *largest = largest_of(h, size);
-  const float base = *largest == -INFINITY ? 0 : *largest;  // scores of -infinity alone weigh nothing, and NaN stays
+  const float base = *largest == -INFINITY ? 0 : *largest;  // so that NaN stays
   for_vectors(h, size, [&](V x, size_t) { return exponential(x - base); });
   V total = {};
   size_t i = 0;

@@ -1,8 +1,7 @@
 // Finds the largest of many scores. Ties go to the lower position, and a NaN is below everything.
 #pragma once
 
-#include <cmath>
-#include <cstring>
+#include <string.h>
 
 #include "rows.hpp"
 
@@ -13,8 +12,8 @@ namespace {  // kernels are compiled for several instruction sets
 inline int32_t sortable(float score) {
   const float positive_zero = score + 0.0f;
   int32_t bits;
-  std::memcpy(&bits, &positive_zero, sizeof bits);
-  return std::isnan(score) ? INT32_MIN : bits ^ (bits >> 31 & INT32_MAX);
+  memcpy(&bits, &positive_zero, sizeof bits);
+  return __builtin_isnan(score) ? INT32_MIN : bits ^ (bits >> 31 & INT32_MAX);
 }
 
 struct Threshold {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstring>
+#include <mutex>
 #include <thread>
 
 namespace shadowllm {
@@ -217,7 +218,7 @@ Rows Node::matrix(const std::vector<Tensor>& in, size_t port, size_t scales_port
   const bool packed = tensor.rank == 2 && tensor.dims[1] * 2 == width;
   expect(in, port, {rows, packed ? width / 2 : width});
   const int64_t blocks = scales.rank == 2 ? scales.dims[1] : 0;
-  if (blocks < 1 || width % blocks != 0 || width / blocks % static_cast<int64_t>(kLeastQuantBlock) != 0)
+  if (width < 1 || blocks < 1 || width % blocks != 0 || width / blocks % static_cast<int64_t>(kLeastQuantBlock) != 0)
     fail(std::string(ports_[scales_port].name) + " must have shape (" + std::to_string(rows) + ", blocks), with " +
          std::to_string(width) + " elements in equal blocks of a multiple of " + std::to_string(kLeastQuantBlock));
   expect(in, scales_port, {rows, blocks});
@@ -225,7 +226,8 @@ Rows Node::matrix(const std::vector<Tensor>& in, size_t port, size_t scales_port
   const RowType type = packed ? RowType::i4 : RowType::i8;
   Rows found{tensor.data, bytes, elements, type, scales.as<char>(), scales_bytes(scales), block};
   found.exact = exact_copies_;
-  if (const auto own = packed_.find(port); own != packed_.end()) {
+  const auto own = constants_[scales_port].present() ? packed_.find(port) : packed_.end();
+  if (own != packed_.end()) {  // the scales follow the row; without constant ones, it was packed as a residual
     found.data = own->second.data, found.stride = found.scales_stride = own->second.stride;
     found.scales = own->second.data + bytes;
   }
@@ -346,17 +348,22 @@ void Node::shorten(std::initializer_list<size_t> scales_ports) {
 }
 
 namespace {
-thread_local std::vector<std::vector<float>> kept;  // the last one is that of the outermost use
-}
+// Of all threads, because any of them may lead a team. The last one is that of the outermost use.
+std::mutex kept_mutex;
+std::vector<std::vector<float>> kept;
+}  // namespace
 
 Scratch::Scratch() {
+  const std::lock_guard<std::mutex> lock(kept_mutex);
   if (kept.empty()) return;
   memory_ = std::move(kept.back());
   kept.pop_back();
 }
 Scratch::~Scratch() {
   constexpr size_t kMostKept = size_t{1} << 24;  // floats; only long prompts need more
-  if (memory_.size() <= kMostKept) kept.push_back(std::move(memory_));
+  if (memory_.size() > kMostKept) return;
+  const std::lock_guard<std::mutex> lock(kept_mutex);
+  kept.push_back(std::move(memory_));
 }
 
 float* Scratch::take(size_t floats) {

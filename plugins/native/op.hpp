@@ -6,7 +6,6 @@
 #include <initializer_list>
 #include <map>
 #include <memory>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -185,8 +184,8 @@ struct PartOf : Part {
   Op op;
 };
 
-// Floats for one call. The thread keeps the memory for its next call, unless it is more than 64 MB. Nested use on a
-// thread gets separate memory.
+// Floats for one call. The memory is kept for the next call of any thread, unless it is more than 64 MB. Nested use
+// gets separate memory.
 class Scratch {
  public:
   Scratch();

@@ -38,15 +38,12 @@ class Team {
   void run(size_t count, void (*task)(void*, size_t), void* data) {
     task_ = task, data_ = data;
     done_.store(0, std::memory_order_relaxed);
-    round_ = (round_ + 1) & kRounds;
-    state_.store(round_ << 40 | count << 20, std::memory_order_release);
+    state_.store(++round_ << 40 | count << 20, std::memory_order_release);
     while (take()) continue;
     while (done_.load(std::memory_order_acquire) != count) pause();
   }
 
  private:
-  static constexpr uint64_t kRounds = (1 << 24) - 1;
-
   Team() = default;
 
   void help() {

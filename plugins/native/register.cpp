@@ -22,16 +22,15 @@ struct Domain {
   Domain(const OrtApi* table, const char* runtime_version) : api(table) {
     const bool infers = infers_despite_absent_inputs(runtime_version);
     for (const Entry* op : kEntries) ops.push_back(op->make(api, infers || !has_absent_inputs(*op)));
-    api.check(api.create_custom_op_domain("shadowllm", &domain));
-    for (const auto& op : ops) api.check(api.custom_op_domain_add(domain, op.get()));
-  }
-  ~Domain() {
-    if (domain != nullptr) api.release_custom_op_domain(domain);
+    OrtCustomOpDomain* created = nullptr;
+    api.check(api.create_custom_op_domain("shadowllm", &created));
+    domain = {created, api.release_custom_op_domain};
+    for (const auto& op : ops) api.check(api.custom_op_domain_add(created, op.get()));
   }
 
   Api api;
   std::vector<std::shared_ptr<OrtCustomOp>> ops;
-  OrtCustomOpDomain* domain = nullptr;
+  std::unique_ptr<OrtCustomOpDomain, void (*)(OrtCustomOpDomain*)> domain{nullptr, nullptr};
 };
 
 const Domain& domain_of(const OrtApi* table, const char* runtime_version) {
@@ -79,7 +78,7 @@ SHADOWLLM_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const 
   }
   try {
     const Domain& domain = domain_of(table, base->GetVersionString());
-    return domain.api.add_custom_op_domain(options, domain.domain);
+    return domain.api.add_custom_op_domain(options, domain.domain.get());
   } catch (const std::exception& error) {
     return create_status_of(table)(kFail, error.what());
   }

@@ -63,7 +63,7 @@ struct Rows {
 };
 
 // Size of a prepared input: `width` rounded up to 128 elements, the longest step of the integer kernels.
-inline size_t input_floats(size_t width) { return (width + 127) / 128 * 128; }
+static inline size_t input_floats(size_t width) { return (width + 127) / 128 * 128; }
 
 constexpr size_t kLeastQuantBlock = 32;  // block sizes are multiples of it: two of the longest vectors
 
@@ -116,7 +116,7 @@ struct Kernels {
   size_t (*list_from)(const int32_t* keys, size_t size, int32_t least, size_t most, int32_t* out);
 };
 
-inline size_t element_size(RowType type) { return Rows::bits(type) / 8; }  // not for quantised types
+static inline size_t element_size(RowType type) { return Rows::bits(type) / 8; }  // not for quantised types
 
 // The best kernels of this CPU, or those named by the environment variable SHADOWLLM_NATIVE_ISA.
 // Throws Error if it names no kernels, or kernels that this CPU cannot run.

@@ -45,8 +45,10 @@ class NestedLinear {
     const std::vector<const float*> inputs = prepare(pool, weights, x.as<float>(), tokens, width, scratch);
     // There are no partial sums, so tokens are only more work.
     const Chunks chunks(size, weights.cost() * std::max<size_t>(1, tokens), 1);
-    pool.run(tokens == 0 ? 0 : chunks.count(),
-             [&](size_t c) { multiply(weights, chunks[c], inputs, in[kBias].as<float>(), y, size); });
+    std::vector<float*> to(chunks.count() * tokens);
+    pool.run(tokens == 0 ? 0 : chunks.count(), [&](size_t c) {
+      multiply(weights, chunks[c], inputs, in[kBias].as<float>(), y, size, to.data() + c * tokens);
+    });
   }
 
  private:
@@ -70,16 +72,16 @@ class NestedLinear {
     return inputs;
   }
 
+  // `to` has room for one pointer for each row of x.
   void multiply(Rows weights, Chunk chunk, const std::vector<const float*>& inputs, const float* bias, float* y,
-                size_t outputs) const {
+                size_t outputs, float** to) const {
     weights.data = static_cast<const char*>(weights.data) + chunk.begin * weights.stride;
     weights.residual = static_cast<const char*>(weights.residual) + chunk.begin * weights.residual_stride;
     weights.scales += chunk.begin * weights.scales_stride;
-    std::vector<float*> to(inputs.size());
-    for (size_t t = 0; t < to.size(); ++t) to[t] = y + t * outputs + chunk.begin;
-    kernels_.project_each(weights, {nullptr, chunk.size()}, inputs.data(), to.size(), to.data());
-    for (float* row : to)
-      for (size_t i = 0; bias != nullptr && i < chunk.size(); ++i) row[i] += bias[chunk.begin + i];
+    for (size_t t = 0; t < inputs.size(); ++t) to[t] = y + t * outputs + chunk.begin;
+    kernels_.project_each(weights, {nullptr, chunk.size()}, inputs.data(), inputs.size(), to);
+    for (size_t t = 0; bias != nullptr && t < inputs.size(); ++t)
+      for (size_t i = 0; i < chunk.size(); ++i) to[t][i] += bias[chunk.begin + i];
   }
 
   const Api& api_;

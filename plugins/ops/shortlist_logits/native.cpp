@@ -1,6 +1,7 @@
 // ShortlistLogits: logits from a 4-bit copy of the output table. The best rows are recomputed from the table. If the
 // table holds residuals of the copy, their products are added to the logits of the copy. Rows of x share each pass over
-// the copy, and are computed as each would be alone.
+// the copy, and are computed as each would be alone; but if all rows of a float table are wanted, products of several
+// rows of x are added up in another order.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -89,6 +90,7 @@ class ShortlistLogits {
     const int64_t tokens = in[kX].dims[0], rows = in[kTable].dims[0];
     for (const Input port : {kShortlist, kCertify}) node_.expect_one_each(in, port, static_cast<size_t>(tokens));
     const Tensor logits = node_.output(context, {tokens, rows}), counts = node_.optional_output(context, 1, {tokens});
+    if (counts.present()) std::fill_n(static_cast<int32_t*>(counts.data), tokens, 0);
     std::vector<Query> queries;
     for (int64_t t = 0; t < tokens; ++t) queries.push_back(read(in, static_cast<size_t>(t), logits, counts));
     const bool alike = in[kShortlist].size() == 1 && in[kCertify].size() == 1;  // the same is asked for all rows of x

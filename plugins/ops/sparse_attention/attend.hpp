@@ -61,6 +61,7 @@ inline void attend(const Kernels& kernels, const SharedHeads& heads, size_t b) n
       for (size_t k = 0; k < count; ++k) row[k] = scores[k * n + i];
       float largest;
       totals[i] = kernels.exponentials(row, count, &largest);
+      if (largest == -INFINITY) totals[i] = NAN;  // scores that are all -infinity, or NaN, have no softmax
       for (size_t k = 0; k < count; ++k) scores[k * n + i] = row[k];
     }
     std::fill(contexts, contexts + n * d, 0.0f);

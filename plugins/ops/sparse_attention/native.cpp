@@ -171,9 +171,12 @@ class SparseAttention {
     if (Node::number(in[kRest], selection) != 0) call.rest_count = call.n_heads - (ascending ? call.full_count : 0);
     Rows q{}, o{};
     if (in[kCQ].present()) q = node_.copy(in, kCQ, kCsQ, rows, width), o = node_.copy(in, kCO, kCsO, rows, width);
-    const auto full = [&](Input port, Input scales, const Rows& low) {
-      const bool nested = in[kCQ].present() && Node::is_residual(in[port], in[scales]);
-      return nested ? node_.residual(in, port, low, rows) : node_.matrix(in, port, scales, rows, width);
+    const auto full = [&](Input port, Input scales, Rows& low) {
+      if (!in[kCQ].present() || !Node::is_residual(in[port], in[scales]))
+        return node_.matrix(in, port, scales, rows, width);
+      const Rows found = node_.residual(in, port, low, rows);
+      low.exact |= found.type == RowType::i2;  // they share an input, and no kernel of 2 bits reads it in integers
+      return found;
     };
     call.w_q = full(kWQ, kSQ, q), call.w_o = full(kWO, kSO, o);
     if ((call.w_q.step == 0) != (call.w_o.step == 0))

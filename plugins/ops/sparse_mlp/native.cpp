@@ -143,9 +143,11 @@ class SparseMlp {
       if (call.low.gate.block != low.block || call.low.down.block != low.block)
         node_.fail("the matrices of the low-bit copy have blocks of different sizes");
     }
-    const auto full = [&](Input port, Input scales, const Rows& low) {
-      const bool nested = copied && Node::is_residual(in[port], in[scales]);
-      return nested ? node_.residual(in, port, low, rows) : node_.matrix(in, port, scales, rows, columns);
+    const auto full = [&](Input port, Input scales, Rows& low) {
+      if (!copied || !Node::is_residual(in[port], in[scales])) return node_.matrix(in, port, scales, rows, columns);
+      const Rows found = node_.residual(in, port, low, rows);
+      low.exact |= found.type == RowType::i2;  // they share an input, and no kernel of 2 bits reads it in integers
+      return found;
     };
     const Rows up = full(kWUp, kSUp, call.low.up), down = full(kWDown, kSDown, call.low.down);
     call.full = {gated ? full(kWGate, kSGate, call.low.gate) : up, up, down, gated};
@@ -154,11 +156,12 @@ class SparseMlp {
     call.b_gate = bias(in, kBGate), call.b_up = bias(in, kBUp), call.b_down = bias(in, kBDown);
     call.width = static_cast<size_t>(columns), call.neurons = static_cast<size_t>(rows);
     call.full_count = static_cast<size_t>(call.gate_first ? rows : std::max<int64_t>(count, 0));
-    call.rest = Node::number(in[kRest], selection) != 0 && count < rows;
-    call.copied = call.nested() || (copied && count < rows && (call.choosing || call.rest));
-    call.norms = in[kDownNorms].as<float>();
     call.picks = {nullptr, call.full_count};
     if (!call.choosing) call.picks = node_.active(in[kIndices], in[kCount], selection, rows);
+    const bool all = count >= rows && (call.choosing || ascending(call.picks));  // indices that repeat are not all
+    call.rest = Node::number(in[kRest], selection) != 0 && !all;
+    call.copied = call.nested() || (copied && !all && (call.choosing || call.rest));
+    call.norms = in[kDownNorms].as<float>();
     if (call.nested() && !call.choosing && !ascending(call.picks)) node_.fail("the indices are not in ascending order");
     const size_t tokens = call.width == 0 ? 0 : y.size() / call.width / selections;
     const size_t first = selection * tokens * call.width;
@@ -273,8 +276,8 @@ class SparseMlp {
   }
 
   // Adds a chunk of the active neurons, from their full rows, to `sum` (tokens, width).
-  void add_full(const Call& call, Picks picks, const BlockRoom& room, Chunk chunk, Inputs inputs, float* sum) const {
-    const Picks mine{picks.ids + chunk.begin, chunk.size()};
+  void add_full(const Call& call, const BlockRoom& room, Chunk chunk, Inputs inputs, float* sum) const {
+    const Picks mine{call.picks.ids + chunk.begin, chunk.size()};
     const size_t at = chunk.begin * room.tokens;
     const bool dense = !activation_.zeroes();
     float* h = room.hidden + at;
@@ -300,7 +303,7 @@ class SparseMlp {
         add_gate_first(kernels_, activation_, own, {own.picks.ids + full.begin, full.size()}, block->inputs,
                        block->room, full.begin, block->choice.marks, block->sum(c));
       else
-        add_full(own, own.picks, block->room, full, block->inputs, block->sum(c));
+        add_full(own, block->room, full, block->inputs, block->sum(c));
     }
   }
 

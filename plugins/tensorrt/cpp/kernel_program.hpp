@@ -1,9 +1,8 @@
-// The program of a plugin node, read from its packed form. The fields are documented in ../../program.py.
+// The program of a plugin node, read from its packed form. The fields are documented in ../../kernel_program.py.
 #pragma once
 
 #include <array>
 #include <cstdint>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>

@@ -104,3 +104,10 @@ def test_attention_with_integer_weights(form, size, q, isa):
     weights = (*ATTENTION_WEIGHTS, "s_q", "s_o")
     found = run("SparseAttention", inputs, weights, threads=2, n_heads=size[1], layer=3)
     assert_as_exact_as(found, float32, exact, INPUT_STEP.get(isa, 0))
+
+
+def test_scores_without_a_finite_one_are_not_hidden(isa):
+    inputs = attention_inputs("opt", (41, 3, 3, 6, 9, 1, 1, (9,), 3))
+    inputs["x"][:], inputs["b_q"][:], inputs["key"][..., 0] = 0, 1, -np.inf
+    found = run("SparseAttention", inputs, ATTENTION_WEIGHTS, n_heads=3, layer=0)
+    assert np.isnan(found).all()

@@ -162,7 +162,8 @@ def test_integer_rows_are_the_same_beside_their_scales_and_apart(q, isa):
     """Initializers are packed when the kernel is created. Other inputs are read without a copy."""
     inputs = integers(mlp_inputs("llama", (576, 88, 1, 1, 45)), q)
     packed = run("SparseMLP", inputs, (*MLP_WEIGHTS, *MLP_SCALES), activation="silu", layer=0)
-    np.testing.assert_array_equal(run("SparseMLP", inputs, activation="silu", layer=0), packed)
+    for weights in ((), MLP_WEIGHTS, MLP_SCALES):
+        np.testing.assert_array_equal(run("SparseMLP", inputs, weights, activation="silu", layer=0), packed)
 
 
 def test_every_float16_is_widened_exactly(isa):

@@ -42,6 +42,14 @@ def test_mlp_refuses(changes, words):
         mlp(**changes)
 
 
+def test_mlp_refuses_integers_without_columns():
+    none = {f"w_{part}": np.zeros((7, 0), np.uint8) for part in ("gate", "up", "down")}
+    inputs = mlp_inputs("llama", (64, 7, 1, 1, 3)) | none | {"x": zeros(1, 1, 0)}
+    inputs |= {f"s_{part}": zeros(7, 1) for part in ("gate", "up", "down")}
+    with pytest.raises(REFUSED, match=r"s_up must have shape \(7, blocks\), with 0 elements"):
+        run("SparseMLP", inputs, activation="silu", layer=11)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -43,6 +43,12 @@ def test_mixed_mlp(form, size, rest, choosing, isa):
     check(mixed_inputs(form, size, rest=rest, choosing=choosing), MLP_FORMS[form][0], rounds=isa != "portable")
 
 
+@pytest.mark.parametrize("indices", [[0] * 7, [6, 5, 4, 3, 2, 1, 0], [0, 0, 0, 3, 3, 3, 3]], ids=str)
+def test_as_many_indices_as_neurons(indices, isa):
+    inputs = mixed_inputs("llama-biases", (41, 7, 1, 2, 7), choosing=False) | {"indices": ints(*indices)}
+    check(inputs, "silu", rounds=False, exact_copies=1)
+
+
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("size", [(123, 88, 1, 1, 30), (123, 88, 2, 3, 30)], ids=str)
 def test_full_rows_of_two_bytes(size, dtype, isa):
