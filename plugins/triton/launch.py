@@ -2,8 +2,8 @@
 
 The ops as functions of tensors are in the ``launcher.py`` of their folders. They run on a CUDA device, or on the
 CPU if ``TRITON_INTERPRET=1`` was set before Triton was imported. Nothing waits for the device, so all ops can be
-captured in a CUDA graph. Contents are not checked: a count above the capacity is reduced to the capacity, and an
-index outside the weight is skipped.
+captured in a CUDA graph. Contents are not checked: a count or a length is reduced to the capacity, a negative one is
+taken for zero, and an index outside the weight is skipped.
 """
 
 from __future__ import annotations

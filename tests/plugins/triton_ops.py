@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shadowllm.bundle.quantisation import NESTED, Quantisation, dequantise_nested, quantise_nested
+from tests.plugins.guard_pages import guarded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -74,7 +75,9 @@ def with_residuals(inputs: dict[str, Tensor | None], q: Quantisation) -> tuple[d
 
 
 def on_device(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: None if tensor is None else tensor.to(DEVICE) for name, tensor in inputs.items()}
+    """Copies of inputs on the device. In the interpreter, a kernel that leaves the memory of one ends the process."""
+    move = (lambda tensor: tensor.to(DEVICE)) if DEVICE == "cuda" else guarded
+    return {name: None if tensor is None else move(tensor) for name, tensor in inputs.items()}
 
 
 MLP_FORMS = {  # activation, gated, biases

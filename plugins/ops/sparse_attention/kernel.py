@@ -40,15 +40,15 @@ def decode_attention(
 ):
     """Attention of one token's active heads over one span of the cache, of which the token sees ``WINDOW`` positions.
 
-    With one split the result is ``context (batch, CAP, HEAD_DIM)``. With several it is unnormalised, in
-    ``partials (batch, CAP, SPLITS, HEAD_DIM + 2)``, followed by the maximum and the sum of its softmax. Those of a span
-    before the window are -inf and 0.
+    With one split the result is ``context (batch, CAP, HEAD_DIM)``, zero if the sequence is empty. With several it is
+    unnormalised, in ``partials (batch, CAP, SPLITS, HEAD_DIM + 2)``, followed by the maximum and the sum of its
+    softmax. Those of a span before the window are -inf and 0.
     """
     slot, split = tl.program_id(0), tl.program_id(2)
     row = tl.program_id(1).to(tl.int64)
     head = active_head(indices, count, slot, HEADS, CAP)
-    length = tl.minimum(tl.load(lengths + row), CAPACITY)
-    if head < 0 or split * SPAN >= length:
+    length = tl.minimum(tl.maximum(tl.load(lengths + row), 0), CAPACITY)
+    if head < 0 or split * SPAN >= tl.maximum(length, 1):  # the first span is written even if it is empty
         return
     dims = tl.arange(0, BLOCK_H)
     inside = dims < HEAD_DIM
@@ -76,7 +76,7 @@ def decode_attention(
         top = higher
     if SPLITS == 1:
         out = context + (row * CAP + slot) * HEAD_DIM + dims
-        tl.store(out, (acc / mass).to(context.dtype.element_ty), mask=inside)
+        tl.store(out, (acc / tl.where(mass == 0, 1.0, mass)).to(context.dtype.element_ty), mask=inside)
     else:
         out = partials + ((row * CAP + slot) * SPLITS + split) * (HEAD_DIM + 2)
         tl.store(out + dims, acc, mask=inside)
@@ -116,15 +116,17 @@ def prompt_attention(
 ):
     """Write ``context (batch, seqlen, CAP, HEAD_DIM)`` for a tile of queries of one active head.
 
-    Query ``s`` of a row sees positions up to ``lengths[row] - seqlen + s``, and only the last ``WINDOW`` of them.
+    Query ``s`` of a row sees positions up to ``lengths[row] - seqlen + s``, and only the last ``WINDOW`` of them. The
+    result of a query that sees none is zero.
     """
     slot, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = active_head(indices, count, slot, HEADS, CAP)
     if head < 0:
         return
     step = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    length = tl.minimum(tl.load(lengths + row), CAPACITY)
-    last = tl.minimum(tl.load(lengths + row) - seqlen + step, length - 1)
+    tokens = tl.maximum(tl.load(lengths + row), 0)
+    length = tl.minimum(tokens, CAPACITY)
+    last = tl.minimum(tokens - seqlen + step, length - 1)
     first = first_visible(last + 1, WINDOW)
     dims = tl.arange(0, BLOCK_H)
     inside = (dims < HEAD_DIM)[None, :]
@@ -143,8 +145,7 @@ def prompt_attention(
         mask = (positions < length)[:, None] & inside
         k = tl.load(key + kv, mask=mask, other=0.0)
         score = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_P), tl.float32)) * SCALE
-        # Rows past the prompt see what its last row sees, so that no softmax is empty; they are not stored.
-        seen = (positions[None, :] >= first[:, None]) & (positions[None, :] <= tl.maximum(last, 0)[:, None])
+        seen = (positions[None, :] >= first[:, None]) & (positions[None, :] <= last[:, None])
         score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         weight = tl.exp(score - higher[:, None])
@@ -153,4 +154,5 @@ def prompt_attention(
         v = tl.load(value + kv, mask=mask, other=0.0)
         acc = dot(weight.to(v.dtype), v, acc * shrink[:, None])
         top = higher
-    tl.store(context + place, (acc / mass[:, None]).to(context.dtype.element_ty), mask=inside_m & inside)
+    found = acc / tl.where(mass == 0, 1.0, mass)[:, None]
+    tl.store(context + place, found.to(context.dtype.element_ty), mask=inside_m & inside)

@@ -1,4 +1,4 @@
-"""Kernels get memory that others have used."""
+"""Kernels get memory that others have used, between pages that they must not touch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ def used_memory(monkeypatch):
     torch = sys.modules.get("torch")
     if torch is None:
         return
+    from tests.plugins.guard_pages import guarded
+
     empty = torch.empty
 
     def used(*sizes, **options):
         found = empty(*sizes, **options)
-        return found.fill_(0xFF) if found.dtype == torch.uint8 else found
+        if found.dtype != torch.uint8:
+            return found
+        return guarded(found.fill_(0xFF)) if found.is_cpu else found.fill_(0xFF)
 
     monkeypatch.setattr(torch, "empty", used)

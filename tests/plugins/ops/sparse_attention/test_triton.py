@@ -105,18 +105,38 @@ def test_attention_skips_heads_out_of_range(seqlen):
     assert_as_exact_as(found, dense_attention(inputs, 4, torch.float32), exact)
 
 
-@pytest.mark.parametrize("count", [-3, 0xAAAAAAAA - 2**32, -(2**31)])  # 12 times the second is a large int32
-def test_attention_takes_a_negative_count_for_none(count):
-    inputs = attention_inputs((48, 4, 2, 12, 31, 1, 1, 4, True, True), torch.float32)
+@pytest.mark.parametrize("seqlen", [1, 5])
+@pytest.mark.parametrize("count", [-3, 1 - 2**30, -(2**31)])  # 12 times the second is 12 in int32, as for one head
+def test_attention_takes_a_negative_count_for_none(count, seqlen):
+    inputs = attention_inputs((48, 4, 2, 12, 31, 1, seqlen, 4, True, True), torch.float32)
     found, _ = sparse_attention(**on_device(inputs | {"count": torch.tensor(count).int()}), n_heads=4)
-    torch.testing.assert_close(found.cpu(), inputs["b_o"].expand(1, 1, -1), rtol=0, atol=0)
+    torch.testing.assert_close(found.cpu(), inputs["b_o"].expand(1, seqlen, -1), rtol=0, atol=0)
 
 
-def test_attention_reads_nothing_past_the_cache():
+@pytest.mark.parametrize(("seqlen", "capacity"), [(1, 31), (1, 150), (5, 31), (70, 150)])  # one span, two; tiles
+@pytest.mark.parametrize("length", [0, -3, -(2**31)])
+def test_attention_over_an_empty_cache_is_zero(length, seqlen, capacity):
+    """Alone, and in a batch where the other sequence is not empty."""
+    inputs = attention_inputs((48, 4, 2, 12, capacity, 2, seqlen, 4, True, True), torch.float32)
+    full, _ = sparse_attention(**on_device(inputs), n_heads=4)
+    inputs["lengths"][1] = length
+    found, _ = sparse_attention(**on_device(inputs), n_heads=4)
+    torch.testing.assert_close(found[0], full[0], rtol=0, atol=0)
+    own = {name: inputs[name][1:] for name in ("x", "key", "value", "lengths", "cos", "sin")}
+    alone, _ = sparse_attention(**on_device(inputs | own), n_heads=4)
+    for one in (found[1], alone[0]):
+        torch.testing.assert_close(one.cpu(), inputs["b_o"].expand(seqlen, -1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("length", [10**6, 2**31 - 1])
+def test_attention_reads_nothing_past_the_cache(length):
     inputs = attention_inputs((48, 4, 2, 12, 31, 1, 1, 4, True, True), torch.float32)
     full, _ = sparse_attention(**on_device(inputs), n_heads=4)
-    beyond, _ = sparse_attention(**on_device(inputs | {"lengths": torch.tensor([10**6]).int()}), n_heads=4)
+    beyond, _ = sparse_attention(**on_device(inputs | {"lengths": torch.tensor([length]).int()}), n_heads=4)
     torch.testing.assert_close(beyond, full, rtol=0, atol=0)
+    prompt = attention_inputs((48, 4, 2, 12, 31, 1, 5, 4, True, True), torch.float32)
+    beyond, _ = sparse_attention(**on_device(prompt | {"lengths": torch.tensor([length]).int()}), n_heads=4)
+    assert beyond.isfinite().all()
 
 
 @pytest.mark.parametrize("seqlen", [1, 5])
