@@ -136,6 +136,8 @@ class SamplingSession(Session, Protocol):
     ) -> Iterator[np.ndarray] | None:
         """As `decode_greedy`, with tokens drawn by temperature, top-k, top-p and min-p.
 
+        A token is -1 if its logits are NaN or infinite.
+
         Args:
             sampling: its other options are not read.
             uniforms: a random number in [0, 1) for each token to draw, float32 ``(batch, steps)``.

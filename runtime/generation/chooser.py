@@ -174,8 +174,21 @@ class Chooser:
             LogitsError: they are.
         """
         if not (logits < np.inf).all():  # a comparison with NaN is false
-            raise LogitsError(
-                f"{self._backend} computed NaN or infinite logits for sequence {row + 1}, position "
-                f"{len(self.texts[row]) + ahead}",
-                "export in bf16 or fp32; if that does not help, the model's weights are damaged",
-            )
+            raise self._error(row, ahead)
+
+    def append(self, row: int, token: int) -> None:
+        """Append a token that the session chose for a sequence; it is negative if the logits are NaN or infinite.
+
+        Raises:
+            LogitsError: they are.
+        """
+        if token < 0:
+            raise self._error(row)
+        self.texts[row].append(token)
+
+    def _error(self, row: int, ahead: int = 0) -> LogitsError:
+        return LogitsError(
+            f"{self._backend} computed NaN or infinite logits for sequence {row + 1}, position "
+            f"{len(self.texts[row]) + ahead}",
+            "export in bf16 or fp32; if that does not help, the model's weights are damaged",
+        )

@@ -103,7 +103,7 @@ def _following(session: Session, tokens: np.ndarray, steps: int, chooser: Choose
     if alone is not None:
         for tokens in alone:
             for row in chooser.rows:
-                chooser.texts[row].append(int(tokens[row]))
+                chooser.append(row, int(tokens[row]))
             yield _one_each(tokens)
         return
     for _ in range(steps):

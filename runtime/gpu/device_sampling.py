@@ -45,7 +45,7 @@ class DeviceSampler:
 
         As in `transformers`: the temperature first, then the k best, then the fewest whose probabilities reach
         ``top_p``, then those of at least ``min_p`` of the highest. Of equal logits at the end of the k best, only as
-        many remain as fit.
+        many remain as fit. A sequence whose logits are NaN or infinite gets -1.
 
         Args:
             positions: int64 ``(batch, 1)``, of the step's tokens.
@@ -59,5 +59,8 @@ class DeviceSampler:
         total = weights.cumsum(dim=-1)
         drawn = self._uniforms.gather(1, (positions - self._first).clamp(0, self._uniforms.shape[1] - 1))
         place = (total <= drawn * total[:, -1:]).sum(dim=-1, keepdim=True)
-        # Rounding may leave the place after the last token that remains.
-        return tokens.gather(1, torch.minimum(place, (weights > 0).sum(dim=-1, keepdim=True) - 1))
+        # Rounding may leave the place after the last token that remains. Of NaN none remains, and a place outside of
+        # the tokens would destroy the CUDA context.
+        last = ((weights > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+        # NaN is the first in descending order.
+        return torch.where(scores[:, :1].isfinite(), tokens.gather(1, torch.minimum(place, last)), -1)

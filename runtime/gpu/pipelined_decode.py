@@ -48,7 +48,8 @@ class PipelinedDecode(ABC):
                 # Drop the steps launched with the old budget; new steps overwrite what they wrote to the cache.
                 for step in range(done, launched):
                     self._received(step % SLOTS)
-                self._start(tokens, steps - done)
+                # A sequence that has ended may have -1, see `SamplingSession`.
+                self._start(np.maximum(tokens, 0), steps - done)
                 launched, budget = done, self._budgets_set
             while launched < min(steps, done + SLOTS):
                 replay()

@@ -273,7 +273,8 @@ class TritonSession(PipelinedDecode):
         """Run one decode step, from the tokens and positions on the device to the next ones."""
         decoder = self._decoder
         decoder.begin(self._positions, self.cache.keys[0].shape[2])
-        x = decoder.embed(self._tokens, self._positions)
+        # A token that the sampler could not draw is -1. The host refuses it later.
+        x = decoder.embed(self._tokens.clamp(min=0) if sampled else self._tokens, self._positions)
         for layer in range(self._layers.dense_layers):
             x = decoder.layer(layer, x, self._positions, self.cache)
         if self._predictor is None:

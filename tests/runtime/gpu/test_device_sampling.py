@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from shadowllm.runtime.generation.chooser import Chooser
+from shadowllm.runtime.generation.chooser import Chooser, LogitsError
 from shadowllm.runtime.generation.generate import generate
 from shadowllm.runtime.generation.sampling import Sampling
 from shadowllm.runtime.gpu.device_sampling import DeviceSampler
@@ -53,18 +53,54 @@ def test_the_largest_random_number_draws_a_token_that_remains():
     assert sampler.choose(logits, torch.zeros(1, 1, dtype=torch.int64)).item() in (997, 998, 999)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", OPTIONS, ids=str)
+def test_no_token_is_drawn_from_logits_that_are_no_numbers(sampling, number):
+    sampler = DeviceSampler(2, 1, torch.device("cpu"))
+    sampler.begin(sampling, np.array([[0.5], [0.5]], np.float32), np.zeros(2, np.int64))
+    logits = torch.full((2, 10), -100.0)
+    logits[:, 4], logits[0, 7] = 0, number
+    assert sampler.choose(logits, torch.zeros(2, 1, dtype=torch.int64)).tolist() == [[-1], [4]]
+
+
+@pytest.fixture(scope="module")
+def small_bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sampled")
+    build_transformers_model("llama", {"max_position_embeddings": 16}).save_pretrained(folder / "model")
+    (folder / "bundle").mkdir()
+    make_bundle(folder / "model", folder / "bundle")
+    return folder / "bundle"
+
+
 @pytest.mark.slow
-def test_a_session_draws_the_same_text_again_and_another_one_for_another_seed(tmp_path):
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_session_names_the_sequence_whose_logits_are_no_numbers(small_bundle, ends):
+    """One that has ended does not matter."""
+    pytest.importorskip("triton")
+    from shadowllm.runtime import open_session
+
+    with open_session(small_bundle, "triton") as session:
+        text = generate(
+            session, [[5, 17, 42], [8, 61]], 4, Sampling(temperature=1.0), stops_at=lambda row, _: ends and row == 1
+        )
+        next(text)
+        session.cache.values[0][1, :, 0] = float("nan")
+        if ends:
+            assert [row[1] for row in text] == [None] * 3
+        else:
+            with pytest.raises(LogitsError, match="TritonSession computed NaN or infinite logits for sequence 2, pos"):
+                list(text)
+
+
+@pytest.mark.slow
+def test_a_session_draws_the_same_text_again_and_another_one_for_another_seed(small_bundle):
     pytest.importorskip("triton")
     from shadowllm.runtime import open_session
 
     def text(session, **options):
         return list(generate(session, [[5, 17, 42], [8, 61]], 3, Sampling(temperature=1.0, **options)))
 
-    build_transformers_model("llama", {"max_position_embeddings": 16}).save_pretrained(tmp_path / "model")
-    (tmp_path / "bundle").mkdir()
-    make_bundle(tmp_path / "model", tmp_path / "bundle")
-    with open_session(tmp_path / "bundle", "triton") as session:
+    with open_session(small_bundle, "triton") as session:
         first, again, other = (text(session, seed=seed) for seed in (1, 1, 2))
         assert first == again != other
         longest = [list(range(1, session.spec.max_seqlen - 1))]

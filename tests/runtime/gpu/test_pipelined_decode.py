@@ -73,3 +73,11 @@ def test_a_budget_holds_from_the_next_step_on(taken):
     assert after == [10 + taken + 100 * (i + 1) for i in range(12 - taken)]
     assert session._lengths == [12]
     assert session.slots == {}
+
+
+def test_a_budget_may_follow_a_token_that_could_not_be_drawn():
+    session = Counting()
+    found = session.decode_greedy(np.array([-5]), 4)
+    assert next(found) == [-4]
+    session.set_budget(1)
+    assert next(found) == [1]
