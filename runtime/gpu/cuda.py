@@ -82,8 +82,12 @@ class Cuda:
         """Allocate ``size`` bytes of zeros on the device and return their address."""
         address = int(self._call("cudaMalloc", max(size, 1)))
         self._held.append(("cudaFree", address))
-        self._call("cudaMemsetAsync", address, 0, size, self.stream)
+        self.clear(address, size)
         return address
+
+    def clear(self, address: int, size: int) -> None:
+        """Set bytes on the device to zero, after all earlier work; does not wait."""
+        self._call("cudaMemsetAsync", address, 0, size, self.stream)
 
     def pinned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
         """Allocate an array of zeros in pinned host memory, for copies that do not wait."""

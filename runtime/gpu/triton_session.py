@@ -156,6 +156,10 @@ class TritonSession(PipelinedDecode):
         self._lengths = np.zeros(check_batch(batch), dtype=np.int64)
         if "cache" not in self.__dict__ or len(self._tokens) != batch:
             self._allocate(min(self._block, self.spec.max_seqlen))
+        else:
+            # Dense attention masks what an earlier text left, and NaN is still NaN behind a mask.
+            for tensor in (*self.cache.keys, *self.cache.values):
+                tensor.zero_()
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""

@@ -117,6 +117,11 @@ class TrtSession(PipelinedDecode):
             self._batch = 0
             self._allocate(batch)
             self._batch = batch
+        else:
+            # Attention masks what an earlier text left, and NaN is still NaN behind a mask.
+            for name, buffer in self._buffers.items():
+                if name.startswith("cache."):
+                    self._cuda.clear(self._address(name), buffer.nbytes)
 
     def set_budget(self, budget: Budget) -> None:
         """See `Session.set_budget`."""

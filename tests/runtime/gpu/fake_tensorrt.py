@@ -52,6 +52,9 @@ class HostCuda:
         self.held[address] = memory
         return address
 
+    def clear(self, address, size):
+        ctypes.memset(address, 0, size)
+
     def pinned(self, shape, dtype):
         return np.zeros(shape, dtype=dtype)
 

@@ -68,6 +68,16 @@ def test_full_budget_equals_dense_and_the_budget_changes_in_mid_text(bundle, var
         assert distance(*after) < TOLERANCE
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton-dense"])
+def test_a_text_with_nan_does_not_harm_the_next_one(bundle, backend):
+    with open_session(bundle(), backend) as session:
+        clean, cache = steps(session, PROMPTS, FORCED), session.cache.keys[0]
+        for tensor in (*session.cache.keys, *session.cache.values):
+            tensor.fill_(float("nan"))
+        assert np.array_equal(steps(session, PROMPTS, FORCED), clean)
+        assert session.cache.keys[0] is cache  # which the CUDA graph reads
+
+
 def test_dense_follows_the_reference(bundle):
     with open_session(bundle(), "triton-dense") as ours, open_session(bundle(), "torch-dense") as theirs:
         assert distance(steps(ours, PROMPTS, FORCED), steps(theirs, PROMPTS, FORCED)) < TOLERANCE

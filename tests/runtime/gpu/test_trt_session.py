@@ -118,6 +118,15 @@ def test_greedy_text_is_one_replay_a_token(engines, bundle):
         assert ours.decode(found[-1]).argmax(axis=1).tolist() == expected[3]
 
 
+def test_a_text_with_nan_does_not_harm_the_next_one(engines):
+    with engines() as ours:
+        clean = list(generate(ours, PROMPTS, 4))
+        for name, buffer in ours._buffers.items():
+            if name.startswith("cache."):
+                at(ours._address(name), buffer.shape, np.float32)[:] = np.nan
+        assert list(generate(ours, PROMPTS, 4)) == clean
+
+
 def test_a_step_that_cannot_be_captured_is_launched_directly(engines, bundle, monkeypatch):
     monkeypatch.setattr(Context, "is_stream_capturable", lambda _context, _stream: False, raising=False)
     with reference(bundle()) as theirs:
