@@ -12,6 +12,7 @@ from shadowllm.plugins.triton.compile import POINTERS, Tensor, compile_kernel, c
 
 Inputs = dict[str, Tensor]
 WORDS = LOW_BIT_COPY.block * LOW_BIT_COPY.bits // 32  # int32 words in a block of a low-bit copy
+BATCH = 8  # most sequences in a step of the Triton session
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,15 @@ class Node:
         return compile_program(self.op, self.inputs, self.attributes, **limits, sms=sms)
 
 
-def block_nodes(shape: Shape, dtype: str, *, rest: bool = False, residual_bits: int | None = None) -> tuple[Node, Node]:
+def block_nodes(
+    shape: Shape, dtype: str, *, rest: bool = False, residual_bits: int | None = None, max_batch: int = 1
+) -> tuple[Node, Node]:
     """The two blocks of a sparse layer in a one-token step of the Triton session.
 
     Args:
         rest: whether they choose the units and add the others from a low-bit copy.
         residual_bits: if the weights are nested integers. Then there is a rest.
+        max_batch: most sequences in a call.
     """
     attention, mlp = block_inputs(shape, dtype)
     if rest or residual_bits:
@@ -116,7 +120,10 @@ def block_nodes(shape: Shape, dtype: str, *, rest: bool = False, residual_bits: 
         attention, mlp = nested(_with_copies(attention, "kv"), residual_bits), nested(mlp, residual_bits)
     heads, activation = sparse_attributes(shape)
     eps = {"norm_eps": 1e-5}
-    return Node("SparseAttention", attention, {**heads, **eps}, 1), Node("SparseMLP", mlp, {**activation, **eps}, 1)
+    return (
+        Node("SparseAttention", attention, {**heads, **eps}, 1, max_batch),
+        Node("SparseMLP", mlp, {**activation, **eps}, 1, max_batch),
+    )
 
 
 def nodes(shape: Shape, dtype: str) -> list[Node]:
@@ -136,17 +143,19 @@ def nodes(shape: Shape, dtype: str) -> list[Node]:
         "down_norms": Tensor("float32", (neurons,)),
         "count": mlp["count"],
     }
+    gate_first = {name: port for name, port in mlp.items() if name != "indices"}
     heads, activation = sparse_attributes(shape)
     return [
         Node("SelectTopK", scores, {"cap": neurons}),
         Node("ScoreNeurons", scored, activation),
         Node("SparseMLP", mlp, activation),
         Node("SparseMLP", mixed_mlp, activation),
+        Node("SparseMLP", gate_first, {"activation": "relu"}),
         Node("SparseAttention", attention, heads),
         Node("SparseAttention", mixed_attention, heads),
         Node("ShortlistLogits", _table(shape, dtype), {}),
-        *block_nodes(shape, dtype),
-        *block_nodes(shape, dtype, rest=True),
+        *block_nodes(shape, dtype, max_batch=BATCH),
+        *block_nodes(shape, dtype, rest=True, max_batch=BATCH),
     ]
 
 
@@ -161,7 +170,7 @@ def nested_nodes(shape: Shape, dtype: str) -> list[Node]:
         Node("SparseAttention", nested(attention, 2), heads),
         Node("SparseMLP", nested(mlp, 2), activation),
         Node("ShortlistLogits", nested(_table(shape, dtype), 2), {}),
-        *block_nodes(shape, dtype, residual_bits=4),
+        *block_nodes(shape, dtype, residual_bits=4, max_batch=BATCH),
         *(Node("NestedLinear", nested(_linear(shape, dtype), bits), {}, max_batch=512) for bits in (4, 2)),
         Node("NestedGather", nested(_gather(shape), 2), {"width": shape.hidden_size}),
     ]
