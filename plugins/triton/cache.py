@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shadowllm.plugins.triton.schedule import FLOATS_FUSED
+
 WARPS = 1
 
 
@@ -104,5 +106,6 @@ def write_cache(
         n_kv,
         **constants(head_dim, cos is not None),
         num_warps=WARPS,
+        **FLOATS_FUSED,
     )
     return query

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -113,6 +114,31 @@ def test_bfloat16_is_not_for_sm_75(tmp_path):
     with pytest.raises(UserError, match=r"sm_75 have no bfloat16; export with --dtype fp16, or leave 75 out"):
         build(write_sample(tmp_path / "sample.onnx", "bfloat16"), tmp_path / "sample.engine", sms=(75, 80))
     assert not (tmp_path / "sample.engine").exists()
+
+
+# In a child process, because Polygraphy can be imported for one flavour only. Stops before the engine is built.
+CONFIGURE = """
+import json, sys
+from shadowllm.exporter.engines import worker
+from shadowllm.plugins.tensorrt import load_tensorrt
+trt = load_tensorrt.load("tensorrt_rtx")
+from polygraphy.backend import trt as polygraphy
+def stop(_network, config, **_options):
+    print(config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION), config.max_aux_streams)
+    sys.exit()
+polygraphy.EngineBytesFromNetwork = stop
+worker.build(json.loads(sys.argv[1]), lambda _phase: None)
+"""
+
+
+@needs_builder
+def test_steps_can_be_captured(tmp_path):
+    """A step of an engine allocates nothing, and all of its work is on one stream."""
+    path, profile = write_sum(tmp_path / "sum.onnx"), ShapeProfile("own", dict.fromkeys("ab", ((1,), (2,), (3,))))
+    request = engine.request_for(path, describe_onnx(path), tmp_path / "sum.engine", "tensorrt_rtx", [profile])
+    command = [sys.executable, "-c", CONFIGURE, json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True 0"
 
 
 @needs_builder

@@ -17,7 +17,7 @@ from shadowllm.benchmarks.random_model import RandomCopies, RandomWeights, shape
 from shadowllm.models.decoder import KVCache
 from shadowllm.models.sparsity import SparseLayers
 from shadowllm.plugins.registry import schedules
-from shadowllm.plugins.triton import launch
+from shadowllm.plugins.triton import cache, launch
 from shadowllm.plugins.triton.block_end import KEYS_VALUES, PORTS
 from shadowllm.plugins.triton.output_projection import MAX_PARTIAL_BYTES
 from shadowllm.runtime.gpu.triton_session import TritonSession
@@ -106,6 +106,19 @@ def test_a_layer_that_chooses_from_a_copy_has_seven(monkeypatch, shape, batch):
     assert len(CHOOSING) == 7
     first, last = launched.index(layer[0]), len(launched) - 1 - launched[::-1].index(layer[-1])
     assert launched[first : last + 1] == layer * n_layers
+
+
+def test_the_cache_writer_fuses_products_and_sums_as_the_other_kernels(monkeypatch):
+    given = {}
+
+    class Kernel:
+        def __getitem__(self, _grid):
+            return lambda *_arguments, **options: given.update(options)
+
+    monkeypatch.setattr(cache, "write_step", Kernel())
+    stored = torch.zeros(1, 1, 4, 8)
+    cache.write_cache(torch.zeros(1, 1, 24), stored, stored, torch.zeros((1, 1), dtype=torch.int64), None, None)
+    assert given["enable_fp_fusion"]
 
 
 SHAPES = {
