@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shadowllm.benchmarks.gpu.timing import milliseconds
-from shadowllm.bundle.quantisation import LOW_BIT_COPY
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, dequantise
 from shadowllm.plugins.ops.score_neurons.launcher import score_neurons
 from shadowllm.plugins.ops.select_topk.launcher import select_topk
 from shadowllm.plugins.ops.shortlist_logits.launcher import shortlist_logits
@@ -101,7 +101,8 @@ def _ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> Ops:
         return F.relu(F.linear(x, up)) @ down
 
     def mlp_bytes(up: Tensor, _down: Tensor) -> int:
-        return (int(neurons[1]) + fired(x, up)[0]) * s.hidden * item
+        active = up[neurons[0][: int(neurons[1])]]
+        return (len(active) + fired(x, active)) * s.hidden * item
 
     matrices = ((s.neurons, s.hidden),) * 2
     cache = ((1, s.heads, s.capacity, s.head_dim),) * 2
@@ -133,21 +134,26 @@ def _copy_ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> Ops:
 
     def with_rest(
         up: Tensor, down: Tensor, c_up: Tensor, cs_up: Tensor, down_norms: Tensor, c_down: Tensor, cs_down: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         of_copy: dict[str, Any] = {"c_up": c_up, "c_down": c_down, "cs_up": cs_up, "cs_down": cs_down}
         of_copy |= {"rest": rest, "down_norms": down_norms}
-        return sparse_mlp(x, None, count, None, None, up, None, down, None, **of_copy, activation="relu")[0]
+        return sparse_mlp(x, None, count, None, None, up, None, down, None, **of_copy, activation="relu")
 
     def logits(table: Tensor, copy: Tensor, scales: Tensor, errors: Tensor) -> Tensor:
         return shortlist_logits(x[0], table, copy, scales, errors, shortlist, certify)[0]
 
     matrices, copy_bytes = ((s.neurons, s.hidden),) * 2, sum(t.nbytes for t in packed())
 
-    def mlp_bytes(up: Tensor, _down: Tensor, c_up: Tensor, cs_up: Tensor, *_copies: Tensor) -> int:
+    def mlp_bytes(up: Tensor, down: Tensor, c_up: Tensor, cs_up: Tensor, *others: Tensor) -> int:
         """Up of the active half, the copy of up, and rows of down or of its copy where a hidden value is not zero."""
-        active, others = fired(x, up)  # the copy's integers are random: as many of its products are positive
+        _, chosen = with_rest(up, down, c_up, cs_up, *others)
+        assert chosen is not None
+        active = chosen[chosen >= 0]
+        data, scales = (tensor.cpu().numpy() for tensor in (c_up.flatten(1), cs_up))
+        low = torch.from_numpy(dequantise(data, scales, s.hidden, LOW_BIT_COPY)).to(up)
+        low[active] = 0
         row = c_up[0].nbytes + cs_up[0].nbytes
-        return (s.neurons // 2 + active) * s.hidden * item + copy_bytes + others * row
+        return (len(active) + fired(x, up[active])) * s.hidden * item + copy_bytes + fired(x, low) * row
 
     table_bytes = copy_bytes * s.vocab // s.neurons + s.shortlist * s.hidden * item
     return {
@@ -157,12 +163,9 @@ def _copy_ops(device: torch.device, dtype: torch.dtype, s: Sizes) -> Ops:
     }
 
 
-def fired(x: Tensor, up: Tensor) -> tuple[int, int]:
-    """How many of the neurons of `_spread` have a product ``up x`` above zero, and how many of the others."""
-    positive = (up @ x.flatten() > 0).cpu()
-    chosen, count = _spread(len(up), torch.device("cpu"))
-    active = int(positive[chosen[: int(count)].long()].sum())
-    return active, int(positive.sum()) - active
+def fired(x: Tensor, rows: Tensor) -> int:
+    """How many rows of a weight have a product with ``x`` above zero."""
+    return int((rows @ x.flatten() > 0).sum())
 
 
 def _always(size: int) -> Callable[..., int]:

@@ -102,15 +102,31 @@ def test_a_wrong_kernel_fails_its_check(monkeypatch):
 def test_rows_that_relu_skips_are_not_counted():
     """Of the down projection, only rows of neurons above zero are read; of up, all rows of active neurons."""
     x, up = torch.ones(1, 1, 4), torch.ones(88, 4)
-    assert sum(rates.fired(x, up)) == 88
-    assert rates.fired(x, up)[0] == 44
-    assert rates.fired(x, -up) == (0, 0)
+    assert rates.fired(x, up) == 88
+    assert rates.fired(x, -up) == 0
     ops = rates._ops(torch.device("cpu"), torch.float16, rates.TINY)
     (make, bytes_of), _ = ops["SparseMLP"]
     up, down = make()
     row = rates.TINY.hidden * 2
     assert bytes_of(-up.abs(), down) + bytes_of(up.abs(), down) > 2 * 44 * row
     assert 44 * row < bytes_of(up, down) < 2 * 44 * row
+
+
+@pytest.mark.parametrize(("positive", "read"), [(10, 0), (44, 0), (60, 16)])
+def test_rows_of_the_copy_that_relu_skips_are_not_counted(monkeypatch, positive, read):
+    """The active half has the best scores, so nearly all neurons above zero are in it."""
+    device, sizes = kernel_device(), rates.TINY
+
+    def ones(device, dtype, *shapes):
+        return lambda: tuple(torch.ones(shape, dtype=dtype, device=device) for shape in shapes)
+
+    monkeypatch.setattr(rates, "_random", ones)
+    (make, bytes_of), _ = rates._copy_ops(device, torch.float16, sizes)["SparseMLP with a rest"]
+    up, down, c_up, cs_up, down_norms, c_down, cs_down = make()
+    c_up[:positive], c_up[positive:] = 0x99, 0x77  # 1 and -1, in both halves of a byte
+    found = bytes_of(up, down, c_up, cs_up + 1, down_norms + 1, c_down, cs_down)
+    rows, copy = (44 + 44) * sizes.hidden * 2, sum(t.nbytes for t in (c_up, cs_up, down_norms))
+    assert found == rows + copy + read * (c_down[0].nbytes + cs_down[0].nbytes)
 
 
 def test_a_decode_of_a_relu_model_counts_the_rows_that_it_reads():
