@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowllm.benchmarks.kernel_programs import SHAPES, Node, nodes
+from shadowllm.benchmarks.kernel_programs import SHAPES, Node, nested_nodes, nodes
 from shadowllm.benchmarks.script_parser import script, script_parser
 from shadowllm.bundle.gpu_images import with_fallback
 from shadowllm.errors import UserError
 from shadowllm.plugins.kernel_program import Program
 from shadowllm.plugins.kernel_program_bytes import pack, unpack
 from shadowllm.plugins.registry import schedules
+from shadowllm.plugins.schema import copy_of
 from shadowllm.plugins.triton.compile import Tensor as Port
 from shadowllm.plugins.triton.compile import schema_of
 from shadowllm.plugins.triton.launch import launch
@@ -36,14 +37,19 @@ INDEX = "index.json"
 # Runs a program: its bytes, the shape of input 0, addresses of inputs, outputs and scratch memory, and the stream.
 Runner = Callable[[bytes, Sequence[int], Sequence[int], Sequence[int], int, int], None]
 LENGTH = 33  # tokens in the cache
+BATCH, PROMPT = 3, 7  # sequences in a batch, and tokens in a prompt
 
 
 def write(folder: Path, shapes: Sequence[str], dtype: str, sms: Sequence[int]) -> None:
-    """Compile the programs of models and write them, with what is needed to call them."""
+    """Compile the programs of models and write them, with what is needed to call them.
+
+    Those of nested integers are float32, the type of activations beside integer weights.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     index = []
     for shape in shapes:
-        for number, node in enumerate(nodes(SHAPES[shape], dtype)):
+        known = SHAPES[shape]
+        for number, node in enumerate([*nodes(known, dtype), *nested_nodes(known, "float32")]):
             name = f"{shape}-{number}-{node.op}.program"
             (folder / name).write_bytes(pack(node.program(with_fallback(sms))))
             index.append({"file": name, **asdict(node)})
@@ -64,19 +70,31 @@ def read(folder: Path) -> list[tuple[str, Node, bytes]]:
     found = []
     for entry in entries:
         inputs = {name: Port(one["dtype"], tuple(one["shape"])) for name, one in entry["inputs"].items()}
-        node = Node(entry["op"], inputs, entry["attributes"], entry["max_seqlen"])
+        node = Node(entry["op"], inputs, entry["attributes"], entry["max_seqlen"], entry["max_batch"])
         found.append((entry["file"], node, (folder / entry["file"]).read_bytes()))
     return found
 
 
-def make_inputs(node: Node, device: torch.device) -> dict[str, Tensor]:
-    """Random inputs of a call with one token, by name; half of the units are active."""
+def sizes(node: Node) -> list[tuple[int, int]]:
+    """Batch and seqlen of the calls: one token, and a batch and a prompt if the node serves them."""
+    dimensions = {size for port in node.inputs.values() for size in port.shape}
+    found = [(1, 1)]
+    if node.max_batch > 1:
+        found.append((min(node.max_batch, BATCH), 1))
+    if node.max_seqlen > 1 and "seqlen" in dimensions:
+        found.append((1, PROMPT))
+    return found
+
+
+def make_inputs(node: Node, device: torch.device, batch: int = 1, seqlen: int = 1) -> dict[str, Tensor]:
+    """Random inputs of a call of this size, by name; half of the units are active."""
     generator = torch.Generator().manual_seed(0)
     numbers = {"lengths": LENGTH, "rest": 1, "shortlist": 7, "certify": 0}
+    symbols = {"batch": batch, "rows": batch, "seqlen": seqlen}
     found = {}
     for name, port in node.inputs.items():
-        shape = tuple(1 if isinstance(size, str) else size for size in port.shape)
-        if port.dtype != "int32":
+        shape = tuple(symbols[size] if isinstance(size, str) else size for size in port.shape)
+        if "int" not in port.dtype:
             scale = shape[-1] ** -0.5 if len(shape) > 1 else 1.0
             values = (torch.randn(shape, generator=generator) * scale).to(getattr(torch, port.dtype))
             positive = name in ("scales", "errors", "down_norms") or name.startswith("cs_")
@@ -86,8 +104,12 @@ def make_inputs(node: Node, device: torch.device) -> dict[str, Tensor]:
             found[name] = torch.nn.functional.pad(active, (0, shape[0] - len(active)), value=-1).int()
         elif name in ("count", "counts"):
             found[name] = torch.full(shape, _units(node) // 2, dtype=torch.int32)
-        elif len(shape) > 1:  # words of a low-bit copy
-            found[name] = torch.randint(-(2**31), 2**31, shape, generator=generator).int()
+        elif name == "ids":
+            found[name] = torch.arange(shape[0], dtype=torch.int32)
+        elif len(shape) > 1:  # words of a low-bit copy, or of a residual
+            dtype = getattr(torch, port.dtype)
+            limits = torch.iinfo(dtype)
+            found[name] = torch.randint(limits.min, limits.max + 1, shape, generator=generator).to(dtype)
         else:
             found[name] = torch.full(shape, numbers[name], dtype=torch.int32)
     return {name: tensor.to(device) for name, tensor in found.items()}
@@ -120,7 +142,12 @@ def expected(node: Node, program: Program, inputs: Mapping[str, Tensor]) -> list
     """The outputs that Triton's own launches of the same schedule write."""
     schema, outputs = schema_of(node.op, node.inputs), make_outputs(program, inputs)
     packed = {port.name for port in schema.inputs if port.dtype == "uint8"}
-    tensors = {name: tensor.view(torch.uint8) if name in packed else tensor for name, tensor in inputs.items()}
+    tensors = {}
+    for name, tensor in inputs.items():
+        if copy_of(name) in inputs and not tensor.is_floating_point():
+            tensors[name] = tensor.view(torch.uint8).flatten(1)  # a residual
+        else:
+            tensors[name] = tensor.view(torch.uint8) if name in packed else tensor
     launch(schema, schedules(node.op), tensors, node.attributes, *outputs)
     return outputs
 
@@ -196,17 +223,18 @@ def call(runner: Runner, node: Node, packed: bytes, inputs: Mapping[str, Tensor]
 
 
 def check_programs(device: torch.device, folder: Path, library: Path | None) -> dict[str, Any]:
-    """Run every program plainly and as a CUDA graph, with each launcher.
+    """Run every program plainly and as a CUDA graph, with each launcher, over one token, a batch and a prompt.
 
     Returns:
-        JSON types: for each program and launcher the largest difference from Triton's own launches, divided by the
-        largest result, plainly and captured; ``passed`` if all are at most four roundings of the type.
+        JSON types: for each program, launcher and size the largest difference from Triton's own launches, divided by
+        the largest result, plainly and captured; ``passed`` if all are at most four roundings of the type.
     """
     runners = {"python": python_runner()} | ({} if library is None else {"c++": library_runner(library)})
     found: dict[str, Any] = {}
     passed = True
-    for name, node, packed in read(folder):
-        inputs = make_inputs(node, device)
+    calls = [(*program, *size) for program in read(folder) for size in sizes(program[1])]
+    for name, node, packed, batch, seqlen in calls:
+        inputs = make_inputs(node, device, batch, seqlen)
         wanted = expected(node, unpack(packed), inputs)
         for launcher, runner in runners.items():
             work, outputs = call(runner, node, packed, inputs, lambda: torch.cuda.current_stream(device).cuda_stream)
@@ -218,7 +246,7 @@ def check_programs(device: torch.device, folder: Path, library: Path | None) -> 
                 torch.cuda.synchronize(device)
                 errors[how] = max(difference(one, other) for one, other in zip(outputs, wanted, strict=True))
             passed &= all(error <= 4 * torch.finfo(inputs_type(inputs)).eps for error in errors.values())
-            found[f"{name} {launcher}"] = errors
+            found[f"{name} {launcher} {batch}x{seqlen}"] = errors
     return {"passed": passed, "launchers": list(runners), "programs": found}
 
 

@@ -31,10 +31,12 @@ WRITE = """
 import sys
 from pathlib import Path
 from shadowllm.benchmarks.gpu import programs
-from shadowllm.benchmarks.kernel_programs import Shape, block_nodes
+from shadowllm.benchmarks.kernel_programs import Shape, block_nodes, nested_nodes, nodes
 from shadowllm.bundle.gpu_images import PTX
 programs.SHAPES["tiny"] = Shape(48, 88, 2, 4, 2, 12, gated=True, capacity=300, vocab_size=97)
-programs.nodes = block_nodes
+# The blocks of a layer, one node with prompts, and of nested integers the products, rows and a residual of 2 bits.
+programs.nodes = lambda *model: [*block_nodes(*model, max_batch=3), nodes(*model)[2]]
+programs.nested_nodes = lambda *model: [node for node in nested_nodes(*model) if node.op != "SparseAttention"]
 programs.write(Path(sys.argv[1]), ["tiny"], "float16", [PTX])
 """
 # Each launcher makes the same calls, with invented addresses.
@@ -45,7 +47,7 @@ from shadowllm.benchmarks.gpu import programs
 runners = {"python": programs.python_runner(), "c++": programs.library_runner(Path(sys.argv[2]))}
 for name, runner in runners.items():
     print(name, flush=True)
-    for _, node, packed in programs.read(Path(sys.argv[1])):
+    for _, node, packed in programs.read(Path(sys.argv[1]))[:2]:
         inputs = [4096 * (i + 1) for i in range(len(node.inputs))]
         runner(packed, (1, 1, 48), inputs, [1 << 20, 1 << 21], 1 << 30, 0x55)
     try:
@@ -95,8 +97,11 @@ def test_both_launchers_run_what_was_packed(folder, tmp_path):
 
 def test_inputs_and_outputs_fit_the_programs(folder):
     """What Triton's own launches write: numbers in every place, and the step's keys and values in the cache."""
-    for _, node, packed in programs.read(folder):
-        inputs = programs.make_inputs(node, torch.device("cpu"))
+    calls = [(*program, *size) for program in programs.read(folder) for size in programs.sizes(program[1])]
+    assert {size[-2:] for size in calls} == {(1, 1), (3, 1), (1, 7)}
+    assert {call[1].op for call in calls} > {"NestedLinear", "NestedGather", "ShortlistLogits"}
+    for _, node, packed, batch, seqlen in calls:
+        inputs = programs.make_inputs(node, torch.device("cpu"), batch, seqlen)
         before = {name: tensor.clone() for name, tensor in inputs.items()}
         outputs = programs.expected(node, unpack(packed), inputs)
         assert all(tensor.isfinite().all() and (tensor != -7).all() for tensor in outputs)
@@ -106,7 +111,7 @@ def test_inputs_and_outputs_fit_the_programs(folder):
         if node.op == "SparseAttention":
             changed = (inputs["key"] != before["key"]).any(dim=-1).nonzero()
             assert (changed[:, 2] == programs.LENGTH - 1).all()
-            assert len(changed) == 2
+            assert len(changed) == 2 * batch
 
 
 def test_a_folder_without_programs(tmp_path):
