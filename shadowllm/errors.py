@@ -27,6 +27,13 @@ class UserError(Exception):
         super().__init__(f"{problem}; {remedy}" if remedy else problem)
 
 
+class BundleGoneError(UserError):
+    """The files of a bundle were removed or replaced while it was in use."""
+
+    def __init__(self) -> None:
+        super().__init__("the bundle was removed or replaced while it was in use", "start again")
+
+
 @contextmanager
 def foreign_reader(problem: str, remedy: str) -> Iterator[None]:
     """Convert any exception of another package's reader of a user's file to a `UserError`.

@@ -52,8 +52,30 @@ class CpuGraph:
     fused: bool
 
 
+def with_data(model: ir.Model, data: Path) -> ir.Model:
+    """A copy of a graph that reads its weights from a data file.
+
+    Args:
+        data: the file itself. The bundle may have a link to it, as in the Hugging Face cache, and ONNX Runtime and
+            onnx-ir refuse a link out of its folder.
+    """
+    copy = model.clone()
+    for value in copy.graph.initializers.values():
+        if isinstance(stored := value.const_value, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                data.name,
+                stored.offset,
+                stored.length,
+                stored.dtype,
+                shape=stored.shape,
+                name=str(value.name),
+                base_dir=data.parent,
+            )
+    return copy
+
+
 def for_cpu(
-    paths: Sequence[Path],
+    models: Sequence[ir.Model],
     manifest: Manifest,
     native: bool,
     exact: bool = False,
@@ -63,42 +85,28 @@ def for_cpu(
 ) -> CpuGraph:
     """Rewrite graphs of a bundle as one graph for ONNX Runtime's CPU kernels.
 
-    Inputs and outputs are those of the files, except that every sequence has its own selection, ``body`` takes them
-    layer by layer, and native ops write the cache in place. Several files are joined, see `join`, and the dense graph
+    Inputs and outputs are those of the graphs, except that every sequence has its own selection, ``body`` takes them
+    layer by layer, and native ops write the cache in place. Several graphs are joined, see `join`, and the dense graph
     with ``body``, see `shorten`.
 
     Args:
-        paths: the ONNX files, in their order.
+        models: the graphs, in their order. They cannot be used afterwards.
         manifest: manifest of the bundle.
         native: whether the native ops run the graph.
         exact: whether integer layers read float32 inputs, and not inputs rounded to 8 bits.
         fused: whether dense attention becomes one op, see `CpuGraph`.
         rounded: whether float matrices become integers, see `RoundProducts` and `RoundRows`.
         prompts: whether it runs prompts only. Then attention is ONNX Runtime's own, which is made for many tokens.
-
-    Raises:
-        UserError: a file has another graph than its name says.
     """
-    model = reduce(shorten if paths[0].stem == "dense" else join, map(_load, paths))
+    first, name = models[0].graph.name, str(models[-1].graph.name)
+    model = reduce(shorten if first == "dense" else join, models)
     computed: dict[str, Callable[[], np.ndarray]] = {}
     attention = [FuseAttention(manifest.spec, native and not prompts)] if fused else []
-    for rewrite in _passes(paths[-1].stem, manifest, native, exact, attention, rounded):
+    for rewrite in _passes(name, manifest, native, exact, attention, rounded):
         rewrite(model)
         if isinstance(rewrite, ComputesWeights):
             computed |= rewrite.weights
-    proto = ir.to_proto(model)
-    # The data file may be a link, as in the Hugging Face cache. ONNX Runtime is given the folder of the link's target.
-    for place in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
-        if place.key == "location":
-            place.value = (paths[0].parent / place.value).resolve().name
-    return CpuGraph(proto.SerializeToString(), computed, any(is_fused(node) for node in model.graph))
-
-
-def _load(path: Path) -> ir.Model:
-    model = ir.load(path)
-    if model.graph.name != path.stem:
-        raise UserError(f"{path} is damaged (it is the graph {model.graph.name!r})", "export the model again")
-    return model
+    return CpuGraph(ir.to_proto(model).SerializeToString(), computed, any(is_fused(node) for node in model.graph))
 
 
 def _passes(
@@ -151,14 +159,17 @@ class ExactIntegerInputs(InPlacePass):
 
 
 class OrtGraph:
-    """The ONNX graph of a file, rewritten by `for_cpu`, loaded into ONNX Runtime.
+    """An ONNX graph, rewritten by `for_cpu`, loaded into ONNX Runtime.
+
+    Args:
+        name: of its file, for errors.
 
     Attributes:
         fused: see `CpuGraph`.
         inputs, outputs: names.
     """
 
-    def __init__(self, path: Path, options: ort.SessionOptions, graph: CpuGraph) -> None:
+    def __init__(self, name: str, options: ort.SessionOptions, graph: CpuGraph) -> None:
         self.fused = graph.fused
         try:
             self._session = ort.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
@@ -171,7 +182,7 @@ class OrtGraph:
             errors.RuntimeException,
         ) as error:
             raise UserError(
-                f"ONNX Runtime {ort.__version__} cannot load {path} ({str(error).splitlines()[0][:200]})",
+                f"ONNX Runtime {ort.__version__} cannot load {name} ({str(error).splitlines()[0][:200]})",
                 "use onnxruntime 1.32 or later, or export the model again",
             ) from error
         self.inputs = [value.name for value in self._session.get_inputs()]

@@ -17,7 +17,7 @@ from shadowllm.models.sparsity import ActiveCounts, Budget, check_neuron_budget
 from shadowllm.models.spec import ModelSpec
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.inputs import budget_scalars
-from shadowllm.runtime.ort.graph import OrtGraph, for_cpu
+from shadowllm.runtime.ort.graph import OrtGraph, for_cpu, with_data
 from shadowllm.runtime.ort.shared_weights import SharedWeights
 from shadowllm.runtime.session import Decodes, Prefill
 from shadowllm.threads import give_threads
@@ -70,7 +70,10 @@ class _Form:
 
 
 class LoadedBundle:
-    """A bundle and its graphs, which are loaded when they are first needed.
+    """A bundle and its graphs, which are loaded into ONNX Runtime when they are first needed.
+
+    Their files are read at once, and the data file stays open. So the bundle's folder may be renamed meanwhile, and a
+    file that takes its name is not read.
 
     Args:
         bundle, kind, threads, native, exact, prefill, prepack: see `OrtSession`.
@@ -114,6 +117,7 @@ class LoadedBundle:
         # Whether the body reads 16-bit rows of the output table. Then no graph that only prefills has to widen it.
         widened = q is None and self.manifest.dtype != "float32"
         self._narrow_table = widened and self.manifest.rest == "shadow" and self._native and not exact
+        self._files: dict[str, ir.Model] = {}
         self._graphs: dict[_Form, OrtGraph] = {}
         self._weights: SharedWeights | None = None  # while it is open
 
@@ -128,6 +132,7 @@ class LoadedBundle:
         if self.kind != "dense" and self.manifest.has_body_all_heads:
             pieces = (*pieces, BODY_ALL_HEADS)
         verify_files(self._bundle, self.manifest.digests(DATA_FILE, *(f"{piece}.onnx" for piece in pieces)))
+        self._files = {piece: self._read(self._bundle / f"{piece}.onnx") for piece in pieces}
         self._weights = SharedWeights((self._bundle / DATA_FILE).resolve())
         # Packed weights make dense steps faster, and are a copy. A graph that only prefills does without.
         self._decodes_dense = plan == DENSE
@@ -136,9 +141,17 @@ class LoadedBundle:
         self.prefilling()
         self.graphs(plan)
 
+    @staticmethod
+    def _read(path: Path) -> ir.Model:
+        found = ir.load(path)
+        if found.graph.name != path.stem:
+            raise UserError(f"{path} is damaged (it is the graph {found.graph.name!r})", "export the model again")
+        return found
+
     def close(self) -> None:
         """Free the graphs and the weights."""
         self._graphs.clear()
+        self._files.clear()
         self._weights = None
 
     def pack(self) -> None:
@@ -223,16 +236,15 @@ class LoadedBundle:
         options.add_session_config_entry("session.disable_prepacking", str(int(dense and not packed)))
         ours = self.native_dense or form.pieces != ("dense",)
         native = self._native and ours and native_ops.register(options)
-        paths = [self._bundle / f"{piece}.onnx" for piece in form.pieces]
+        data = self._weights.path
+        models = [with_data(self._files[piece], data) for piece in form.pieces]
         if not packed:
-            self._weights.give((ir.load(path).graph for path in paths), options)
-        # The graph is loaded from memory, so ONNX Runtime needs the folder of the weights. It refuses a link out of
-        # this folder, so links are resolved here.
-        weights = (self._bundle / DATA_FILE).resolve()
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
-        graph = for_cpu(paths, self.manifest, native, self._exact, form.fused, form.rounded, form.prompts)
+            self._weights.give((model.graph for model in models), options)
+        # The graph is loaded from memory, so ONNX Runtime needs the folder of the weights.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data.parent))
+        graph = for_cpu(models, self.manifest, native, self._exact, form.fused, form.rounded, form.prompts)
         self._weights.give_computed(graph.computed, options)
-        loaded = OrtGraph(paths[-1], options, graph)
+        loaded = OrtGraph(f"{form.pieces[-1]}.onnx", options, graph)
         self._weights.release()
         return loaded
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -12,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from shadowllm.errors import temporary_files
+from shadowllm.errors import BundleGoneError, temporary_files
 from shadowllm.progress import progress
 
 # Smaller tensors stay with the graph, because ONNX Runtime folds them into other constants.
@@ -31,10 +33,24 @@ class SharedWeights:
 
     def __init__(self, path: Path) -> None:
         self._maps: list[mmap.mmap] = []
-        with path.open("rb") as file:
-            self._data = self._map(file)
+        self._path, self._file = path, path.open("rb")
+        weakref.finalize(self, self._file.close)
+        self._data = self._map(self._file)
         self._values: list[ort.OrtValue] = []  # ONNX Runtime does not own them
         self._computed: dict[str, np.ndarray] = {}
+
+    @property
+    def path(self) -> Path:
+        """Where the data file is now. On Linux it may be in a folder that was renamed meanwhile.
+
+        Raises:
+            BundleGoneError: it is not there any more, or another file is in its place.
+        """
+        link = Path(f"/proc/self/fd/{self._file.fileno()}")
+        path = link.readlink() if link.is_symlink() else self._path
+        if not (path.is_file() and os.path.samestat(path.stat(), os.fstat(self._file.fileno()))):
+            raise BundleGoneError
+        return path
 
     def give(self, graphs: Iterable[ir.Graph], options: ort.SessionOptions) -> None:
         """Make a session with these options read the graphs' external initializers from the mapped file."""

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Response
 from pydantic import ValidationError
 
-from shadowllm.errors import UserError
+from shadowllm.errors import BundleGoneError, UserError
 from shadowllm.runtime.generation.chooser import LogitsError
 from shadowllm.runtime.serving.job import DeadlineError, EngineClosedError, EngineFailedError, QueueFullError
 
@@ -34,6 +34,7 @@ ENGINE_ERRORS: dict[type[Exception], tuple[int, str, str]] = {
     DeadlineError: (504, "timeout_error", "deadline_exceeded"),
     EngineClosedError: (503, "server_error", "stopping"),
     EngineFailedError: (503, "server_error", "session_failed"),
+    BundleGoneError: (503, "server_error", "bundle_gone"),
     LogitsError: (500, "server_error", "bad_logits"),
 }
 

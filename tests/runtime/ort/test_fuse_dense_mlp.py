@@ -105,7 +105,7 @@ def test_the_network_of_a_predictor_stays(bundle, monkeypatch):
     """Its activation is that of the model."""
     monkeypatch.setattr(native_ops, "linear_pays", lambda: True)
     folder = bundle("llama-relu", kind="layerwise", rest="shadow", weight_dtype="int8")
-    graph = for_cpu([folder / f"{BODY}.onnx"], read_manifest(folder), native=True)
+    graph = for_cpu([ir.load(folder / f"{BODY}.onnx")], read_manifest(folder), native=True)
     types = [node.op_type for node in onnx.ModelProto.FromString(graph.model).graph.node]
     assert "NestedLinear" in types
     assert "DenseMLP" not in types

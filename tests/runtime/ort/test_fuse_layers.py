@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from shadowllm.bundle.manifest import BODY, BODY_ALL_HEADS, read_manifest
@@ -25,7 +26,7 @@ def native_linear(monkeypatch):
 
 
 def count_layers(folder, piece=BODY_ALL_HEADS, rounded=True):
-    graph = graphs.for_cpu([folder / f"{piece}.onnx"], read_manifest(folder), native=True, rounded=rounded)
+    graph = graphs.for_cpu([ir.load(folder / f"{piece}.onnx")], read_manifest(folder), native=True, rounded=rounded)
     return sum(node.op_type == "DecoderLayer" for node in onnx.ModelProto.FromString(graph.model).graph.node)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from shadowllm.bundle.manifest import read_manifest
@@ -31,7 +32,7 @@ def native_linear(monkeypatch):
 
 
 def node_types(folder, native):
-    graph = for_cpu([folder / "dense.onnx"], read_manifest(folder), native)
+    graph = for_cpu([ir.load(folder / "dense.onnx")], read_manifest(folder), native)
     return {node.op_type for node in onnx.ModelProto.FromString(graph.model).graph.node}
 
 

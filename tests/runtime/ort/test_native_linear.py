@@ -54,7 +54,7 @@ def test_a_product_without_a_residual_stays():
 def test_steps_of_mixed_precision_use_it_where_it_pays(bundle, monkeypatch, pays):
     monkeypatch.setattr(native_ops, "linear_pays", lambda: pays)
     folder = bundle(kind="quantized-shadow", rest="shadow")
-    graph = for_cpu([folder / f"{BODY}.onnx"], read_manifest(folder), native=True, rounded=True)
+    graph = for_cpu([ir.load(folder / f"{BODY}.onnx")], read_manifest(folder), native=True, rounded=True)
     types = {node.op_type for node in onnx.ModelProto.FromString(graph.model).graph.node}
     assert types & {"NestedLinear", "MatMulNBits"} == {"NestedLinear" if pays else "MatMulNBits"}
 

@@ -69,6 +69,6 @@ def test_rows_without_a_copy_stay(bundle):
 def test_only_rounded_graphs_read_residuals(bundle, rounded):
     folder = bundle(kind="quantized-shadow", rest="shadow")
     manifest = LoadedBundle(folder).manifest
-    graph = for_cpu([folder / "body.onnx"], manifest, native=True, rounded=rounded)
+    graph = for_cpu([ir.load(folder / "body.onnx")], manifest, native=True, rounded=rounded)
     residuals = [name for name in graph.computed if name.endswith(".rounded.residual")]
     assert len(residuals) == (5 * manifest.sparse_layers.count if rounded else 0)

@@ -90,8 +90,8 @@ def test_sessions_without_native_dense_steps_run_the_body(bundle, options):
 
 def test_its_layers_are_those_of_the_dense_graph(bundle):
     folder = bundle(**NESTED, weight_dtype="int8")
-    paths = [folder / "dense.onnx", folder / "body_all_heads.onnx"]
-    graph = onnx.ModelProto.FromString(for_cpu(paths, read_manifest(folder), native=True).model).graph
+    models = [ir.load(folder / name) for name in ("dense.onnx", "body_all_heads.onnx")]
+    graph = onnx.ModelProto.FromString(for_cpu(models, read_manifest(folder), native=True).model).graph
     types = [node.op_type for node in graph.node]
     assert types.count("DenseDecoderLayer") == read_manifest(folder).spec.n_layers
     assert types.count("ShortlistLogits") == 1
@@ -115,8 +115,8 @@ def test_prompts_read_a_table_of_16_bits(bundle, variant, dtype):
 
 def test_no_table_of_16_bits_is_widened_for_prompts(bundle):
     folder = bundle(**NESTED, dtype="bfloat16")
-    paths = [folder / "dense.onnx", folder / "body.onnx"]
-    graph = onnx.ModelProto.FromString(for_cpu(paths, read_manifest(folder), native=True, prompts=True).model).graph
+    models = [ir.load(folder / name) for name in ("dense.onnx", "body.onnx")]
+    graph = onnx.ModelProto.FromString(for_cpu(models, read_manifest(folder), native=True, prompts=True).model).graph
     tables = {value.name for value in graph.initializer if value.name in ("embed_tokens.weight", "lm_head.weight")}
     readers = {node.op_type for node in graph.node if not tables.isdisjoint(node.input)}
     assert readers == {"Gather", "ShortlistLogits"}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from shadowllm.bundle.manifest import read_manifest
+from shadowllm.bundle.manifest import DATA_FILE, read_manifest
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget
 from shadowllm.plugins import native_ops
@@ -141,11 +142,34 @@ def test_graphs_that_cannot_be_loaded_meet_only_the_sequence_that_needs_them(bun
     with OrtSlots(folder, 2) as session:
         slot = session.join(Budget(neurons=0.2, heads=0.5))
         session.extend(slot, PROMPTS[0])
-        (folder / "body_all_heads.onnx").unlink()
-        with pytest.raises(FileNotFoundError):
+        (folder / DATA_FILE).unlink()
+        with pytest.raises(UserError, match="removed or replaced while it was in use; start again"):
             session.join(Budget(neurons=0.2))
         session.step({slot: 3})
         assert session.join(Budget(neurons=0.3, heads=0.5)) != slot
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"weight_dtype": "int8"}])
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc: not Linux")
+def test_graphs_that_are_needed_later_are_those_of_a_renamed_bundle(bundle, tmp_path, options):
+    original, folder = bundle(kind="quantized-shadow", rest="shadow", **options), tmp_path / "bundle"
+    shutil.copytree(original, folder)
+    budgets = (Budget(), Budget(neurons=0.2), Budget(shortlist=5), Budget(neurons=0.3, heads=0.5))
+    with OrtSlots(folder, 1, threads=1) as session:
+        folder.rename(tmp_path / "old")
+        shutil.copytree(original, folder)
+        (folder / DATA_FILE).write_bytes(bytes((folder / DATA_FILE).stat().st_size))
+        for budget in budgets:
+            slot = session.join(budget)
+            found = [session.extend(slot, PROMPTS[0]).copy(), session.step({slot: 3})[slot].copy()]
+            found += [session.verify(slot, FORCED).copy()]
+            session.leave(slot)
+            with OrtSlots(original, 1, threads=1) as fresh:
+                slot = fresh.join(budget)
+                expected = [fresh.extend(slot, PROMPTS[0]).copy(), fresh.step({slot: 3})[slot].copy()]
+                expected += [fresh.verify(slot, FORCED).copy()]
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
 
 
 def test_wrong_calls(bundle):

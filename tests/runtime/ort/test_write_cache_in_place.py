@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from shadowllm.bundle.manifest import BODY, BODY_ALL_HEADS, read_manifest
@@ -18,7 +19,7 @@ INT8 = {"kind": "quantized-shadow", "rest": "shadow", "weight_dtype": "int8"}
 
 
 def graph_of(folder, piece, **options):
-    found = graphs.for_cpu([folder / f"{piece}.onnx"], read_manifest(folder), **{"native": True, **options})
+    found = graphs.for_cpu([ir.load(folder / f"{piece}.onnx")], read_manifest(folder), **{"native": True, **options})
     return onnx.ModelProto.FromString(found.model).graph
 
 

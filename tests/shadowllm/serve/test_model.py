@@ -5,27 +5,45 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from shadowllm.errors import UserError
+from shadowllm.runtime import open_slots
 from tests.shadowllm.serve.conftest import running
 
 openai = pytest.importorskip("openai", reason="the official client is not installed (pip install openai)")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_requests_need_no_file_of_the_bundle(bundle, tmp_path):
-    """The folder of a bundle that is served may be renamed."""
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc: not Linux")
+@pytest.mark.parametrize("backend", ["torch", "ort"])
+def test_a_bundle_that_is_served_may_be_renamed(bundle, tmp_path, backend):
+    """Also if another one takes its name, and whatever budget is asked for later."""
     folder = tmp_path / "bundle"
-    shutil.copytree(bundle(), folder)
-    with running(folder) as server:
+    shutil.copytree(bundle(kind="quantized-shadow", rest="shadow"), folder)
+    asked = [{"sparsity": "exact"}, {"lossless": True}, {"sparsity": {"neurons": 0.2}}, {"sparsity": {"shortlist": 9}}]
+    with running(folder, open_slots(folder, backend, 2), backend=backend) as server:
         folder.rename(tmp_path / "old")
+        shutil.copytree(bundle("opt"), folder)
         client = server.client()
-        for options in ({}, {"temperature": 1.0, "seed": 1}, {"stop": "x"}):
+        for options in ({}, {"temperature": 1.0, "seed": 1}, {"stop": "x"}, *({"extra_body": each} for each in asked)):
             assert client.completions.create(model="tiny", prompt="Hello", max_tokens=3, **options).usage
         messages = [{"role": "user", "content": "Hi"}]
         assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=3).usage
+
+
+def test_a_bundle_that_was_removed_is_no_mistake_of_the_client(bundle, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle(kind="quantized-shadow", rest="shadow"), folder)
+    with running(folder, open_slots(folder, "ort", 2), backend="ort") as server:
+        shutil.rmtree(folder)
+        options = {"model": "tiny", "prompt": "Hello", "max_tokens": 3}
+        with pytest.raises(openai.InternalServerError, match="the bundle was removed") as error:
+            server.client().completions.create(**options, extra_body={"sparsity": "exact"})
+        assert (error.value.status_code, error.value.code) == (503, "bundle_gone")
+        assert server.client().completions.create(**options).usage
 
 
 @pytest.mark.parametrize("config", [{"repetition_penalty": -1.0}, {"top_p": 7.0}])
