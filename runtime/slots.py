@@ -29,14 +29,16 @@ class SlotSession(Protocol):
 
     def __exit__(self, *error: object) -> None: ...
 
-    def join(self, budget: Budget | None = None) -> int:
+    def join(self, budget: Budget | None = None, length: int = 1) -> int:
         """Start an empty sequence and return its slot.
 
         Args:
             budget: of its decode steps; None is the bundle's own.
+            length: tokens for which memory is reserved; the sequence may become longer.
 
         Raises:
             UserError: the bundle cannot have this budget.
+            MemoryError: there is no memory for this length.
             RuntimeError: all slots are taken.
         """
         ...

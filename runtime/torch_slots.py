@@ -63,8 +63,8 @@ class TorchSlots:
             session.__exit__(*error)
         self._lengths.clear()
 
-    def join(self, budget: Budget | None = None) -> int:
-        """See `SlotSession.join`."""
+    def join(self, budget: Budget | None = None, length: int = 1) -> int:
+        """See `SlotSession.join`. The length is ignored: PyTorch allocates as a text grows."""
         free = next((slot for slot in range(self.slots) if slot not in self._lengths), None)
         if free is None:
             raise RuntimeError(f"all {self.slots} slots are taken")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from shadowllm.models.spec import ModelSpec
@@ -27,8 +29,13 @@ class KVCache:
         self.capacity = 0
         self.arrays: dict[str, np.ndarray] = {}
 
-    def reserve(self, length: int) -> bool:
-        """Grow to at least ``length`` positions and keep the contents; return whether it grew.
+    def reserve(self, length: int, used: Sequence[int] | np.ndarray) -> bool:
+        """Grow to at least ``length`` positions; return whether it grew.
+
+        Positions take memory only when they are written, so only those that are used are copied.
+
+        Args:
+            used: how many positions of the first rows are kept.
 
         Raises:
             MemoryError: there is no memory for that. The cache is then as before.
@@ -38,10 +45,10 @@ class KVCache:
         capacity = -(-length // CACHE_BLOCK) * CACHE_BLOCK
         shape = (self._rows, self._spec.n_kv_heads, capacity, self._spec.head_dim)
         names = [f"{layer}.{part}" for layer in range(self._spec.n_layers) for part in ("key", "value")]
-        grown = {name: np.zeros(shape, dtype=np.float32) for name in names}  # takes memory only when it is written
-        for name in names:
-            if name in self.arrays:
-                grown[name][:, :, : self.capacity] = self.arrays.pop(name)
+        grown = {name: np.zeros(shape, dtype=np.float32) for name in names}
+        for name, old in self.arrays.items():
+            for row, kept in enumerate(used):
+                grown[name][row, :, :kept] = old[row, :, :kept]
         self.arrays, self.capacity = grown, capacity
         return True
 

@@ -179,7 +179,7 @@ class OrtSession:
 
     def _reserve(self, length: int) -> None:
         """Grow the cache to at least ``length`` positions and keep its contents."""
-        if self._cache.reserve(length):  # steps are bound to the former arrays
+        if self._cache.reserve(length, self._lengths):  # steps are bound to the former arrays
             self._steps, self._verifications = {}, {}
 
     def _step(self) -> DecodeStep:

@@ -70,14 +70,16 @@ class OrtSlots:
         self._cache = KVCache(self.spec, 0)
         self._bundle.close()
 
-    def join(self, budget: Budget | None = None) -> int:
+    def join(self, budget: Budget | None = None, length: int = 1) -> int:
         """See `SlotSession.join`."""
         slot = next((slot for slot in range(self.slots) if slot not in self._sequences), None)
         if slot is None:
             raise RuntimeError(f"all {self.slots} slots are taken")
         budget = budget or self.manifest.budget
         plan = self._bundle.plan(budget)
-        self._bundle.graphs(plan)  # here, so that an error meets this sequence only
+        # Here, so that an error meets this sequence only.
+        self._bundle.graphs(plan)
+        self._reserve(length)
         self._sequences[slot] = _Sequence(plan, self._bundle.numbers(budget, plan.decodes))
         self._rows.append(slot)
         return slot
@@ -184,5 +186,5 @@ class OrtSlots:
                 self._rows[row], self._rows[place] = slot, other
 
     def _reserve(self, length: int) -> None:
-        if self._cache.reserve(length):
+        if self._cache.reserve(length, [self._sequences[slot].length for slot in self._rows]):
             self._steps.clear()  # they are bound to the former arrays

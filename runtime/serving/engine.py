@@ -52,6 +52,7 @@ class Engine:
     Attributes:
         counters: see `Counters`.
         failure: why the session failed; None while it works.
+        on_failure: called by the thread when the session has failed and all jobs have ended.
         capacity: number of jobs that run or wait, at most.
         positions: of all running sequences together in the cache, at most.
     """
@@ -60,6 +61,7 @@ class Engine:
         config = config or EngineConfig(slots=session.slots)
         self.counters = Counters()
         self.failure: Exception | None = None
+        self.on_failure: Callable[[], None] = lambda: None
         self._session, self._spec, self._chunk = session, session.spec, config.prefill_chunk
         self._backend = type(session).__name__
         self.positions = config.cache_positions or session.slots * session.spec.max_seqlen
@@ -163,6 +165,8 @@ class Engine:
             self._ended.set()
             self._end_all()
             self._started.set()
+            if self.failure is not None:
+                self.on_failure()
 
     def _receive(self) -> bool:
         """Run the actions in the inbox; wait for one if there is nothing to compute. False if the engine must end."""
@@ -198,7 +202,7 @@ class Engine:
             if len(self._running) == self._session.slots or used + needed > self.positions:
                 return
             try:
-                slot = self._session.join(job.budget)
+                slot = self._session.join(job.budget, needed)
             except Exception as error:  # noqa: BLE001  (a fault of one job must not end the others)
                 self._end(job, Failed(error))
                 continue

@@ -74,6 +74,7 @@ def serve(plan: Deployment) -> None:
     with listen(config) as listener, open_model(plan) as model:
         engine = model.engine
         server = make_server(make_app(model, keys, plan.engine.slots), config, lambda: engine.drain(config.grace))
+        engine.on_failure = server.stop  # so that a supervisor starts it again
         host, port = listener.getsockname()[:2]
         print(f"{model.name}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         server.run(sockets=[listener])

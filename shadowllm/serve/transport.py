@@ -84,6 +84,10 @@ class Server(uvicorn.Server):
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         self._on_stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """End when all answers are sent."""
         self.should_exit = True
 
     @contextmanager

@@ -222,7 +222,7 @@ def test_verification_equals_that_of_a_session(bundle):
 
 def test_a_cache_that_cannot_grow_stays_as_it_was(bundle, monkeypatch):
     cache = kv_cache.KVCache(read_manifest(bundle()).spec, 2)
-    cache.reserve(1)
+    cache.reserve(1, [])
     for array in cache.arrays.values():
         array[:] = 7
     before, made, zeros = dict(cache.arrays), [], np.zeros
@@ -235,11 +235,30 @@ def test_a_cache_that_cannot_grow_stays_as_it_was(bundle, monkeypatch):
 
     monkeypatch.setattr(np, "zeros", exhausted)
     with pytest.raises(MemoryError):
-        cache.reserve(cache.capacity + 1)
+        cache.reserve(cache.capacity + 1, [])
     assert cache.capacity == kv_cache.CACHE_BLOCK
     assert all(cache.arrays[name] is array for name, array in before.items())
-    assert cache.reserve(cache.capacity + 1)
+    assert cache.reserve(cache.capacity + 1, [5])
     assert cache.capacity == 2 * kv_cache.CACHE_BLOCK
     for array in cache.arrays.values():
-        assert (array[:, :, : kv_cache.CACHE_BLOCK] == 7).all()
-        assert not array[:, :, kv_cache.CACHE_BLOCK :].any()
+        assert (array[0, :, :5] == 7).all()
+        assert np.count_nonzero(array) == array[0, :, :5].size  # the rest would take memory if it was copied
+
+
+def test_a_sequence_that_is_announced_with_its_length_grows_the_cache_once(bundle, monkeypatch):
+    monkeypatch.setattr(kv_cache, "CACHE_BLOCK", 4)
+    with OrtSlots(bundle(), 2, threads=1) as session:
+        slot = session.join(length=9)
+        before = dict(session._cache.arrays)
+        for token in range(7):
+            session.extend(slot, [token])
+        session.step({slot: 3})
+        session.step({slot: 4})
+        assert session.length(slot) == 9
+        assert all(session._cache.arrays[name] is array for name, array in before.items())
+        monkeypatch.setattr(np, "zeros", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            session.join(length=13)
+        session.step({slot: 5})
+        monkeypatch.undo()
+        assert session.join(length=13) != slot

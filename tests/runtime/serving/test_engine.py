@@ -300,6 +300,15 @@ def test_a_fault_of_one_job_does_not_touch_the_others(client):
         }
 
 
+def test_memory_for_the_whole_text_is_reserved_when_it_gets_a_slot(client, monkeypatch, session):
+    lengths, join = [], session.join
+    monkeypatch.setattr(session, "join", lambda budget, length: [lengths.append(length), join(budget)][1])
+    with Engine(session) as engine:
+        for job in (client.job(n=8), client.job([7] * 30, n=1000)):
+            collect_of(engine, job)
+    assert lengths == [len(PROMPT) + 7, 64]  # the last token takes no position; the model has 64
+
+
 @pytest.mark.parametrize("call", ["join", "extend", "verify"])
 def test_a_call_of_the_session_that_fails_for_one_job_does_not_touch_the_others(client, monkeypatch, call):
     session = TorchSlots(client.folder, 4)

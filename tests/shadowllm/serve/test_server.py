@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import queue
 import threading
 import urllib.error
 
 import numpy as np
 import pytest
 
+from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.traffic import SPARSE, traffic_of
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime import open_session
@@ -16,6 +18,7 @@ from shadowllm.runtime.generation.completion import Completion, make_request
 from shadowllm.runtime.generation.text import encode_chat, load_tokenizer
 from shadowllm.runtime.torch_slots import TorchSlots
 from shadowllm.serve.schema import Message
+from shadowllm.serve_config import ServeConfig
 from tests.runtime.serving.paused_slots import PausedSlots
 from tests.shadowllm.serve.conftest import TEMPLATE, record_of, running
 
@@ -379,3 +382,27 @@ def test_a_failed_session_is_reported(bundle):
         with pytest.raises(urllib.error.HTTPError, match="503") as error:
             server.get("/health")
         assert json.loads(error.value.read())["status"] == "failed"
+
+
+def test_a_failed_session_ends_the_server(bundle, monkeypatch):
+    """So that a supervisor starts it again."""
+    from shadowllm.serve import server as serving
+    from shadowllm.serve.transport import listen
+
+    config, ended = ServeConfig(port=0, model_name="tiny"), queue.SimpleQueue()
+
+    def serve():
+        try:
+            serving.serve(serving.Deployment(bundle(), server=config))
+        except UserError as error:
+            ended.put(str(error))
+
+    with listen(config) as listener:
+        monkeypatch.setattr(serving, "listen", lambda _: listener)
+        monkeypatch.setattr(serving, "open_slots", lambda *_: BrokenSlots(bundle(), 1))
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+        with pytest.raises(openai.InternalServerError, match="the model's session failed"):
+            client.completions.create(model="tiny", prompt="Hello", max_tokens=4)
+        assert "the session failed (the device is lost)" in ended.get(timeout=30)
