@@ -116,8 +116,9 @@ class ServedModel:
             raise ApiError(400, f"more than {self.config.max_choices} texts in one request", param="n")
         if len(prompts) * n > self.engine.capacity:
             raise ApiError(400, f"the server holds {self.engine.capacity} texts at once", param="n")
-        with blame("messages" if isinstance(body, ChatBody) else "prompt"):
-            encoded = [self._encoded(prompt) for prompt in prompts]
+        param = "messages" if isinstance(body, ChatBody) else "prompt"
+        with blame(param):
+            encoded = [self._encoded(prompt, param) for prompt in prompts]
         # Without a seed, texts are drawn differently each time, as OpenAI does it.
         seed = random.SystemRandom().getrandbits(62) if body.seed is None and body.temperature else body.seed or 0
         options = self._options(body)
@@ -156,7 +157,7 @@ class ServedModel:
             raise ApiError(400, "the list of prompts is empty", param="prompt")
         return body.prompts
 
-    def _encoded(self, prompt: str | list[int] | list[dict[str, str]]) -> list[int]:
+    def _encoded(self, prompt: str | list[int] | list[dict[str, str]], param: str) -> list[int]:
         if isinstance(prompt, str):
             ids = encode_prompt(self.name, self.manifest, self.tokenizer, prompt)
         elif prompt and isinstance(prompt[0], dict):
@@ -167,7 +168,7 @@ class ServedModel:
         most = self.config.max_prompt_tokens or self.manifest.spec.max_seqlen
         if len(ids) > most:
             message = f"the prompt has {len(ids)} tokens, and at most {most} are possible"
-            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
         check_appended(ids, 0, self.manifest.spec)  # refuses tokens that the model lacks
         return ids
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,8 +35,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
 }
 
+Item = TypeVar("Item")
+# A list with one error at most, because the errors of all items of a large body would take a thousand times its memory.
+Items = Annotated[list[Item], Field(fail_fast=True)]
 Whole = Annotated[int, Field(ge=0, le=LARGEST)]
-Fractions = float | list[float]
+Fractions = float | Items[float]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 
 
@@ -77,7 +80,7 @@ class Body(BaseModel):
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
     n: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
@@ -128,7 +131,7 @@ class Body(BaseModel):
 class CompletionBody(Body):
     """The body of ``/v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
@@ -160,7 +163,7 @@ class Message(Part):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Items[TextPart]
     name: str | None = None
     # Of answers that a client sends back. They have no effect if they are empty, and are refused if they are not.
     annotations: Nothing = None
@@ -179,7 +182,7 @@ class Message(Part):
 class ChatBody(Body):
     """The body of ``/v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Items[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -28,6 +28,29 @@ def test_a_prompt(prompt):
     assert error_of({"prompt": prompt}) == ("prompt", PROMPT)
 
 
+MANY = [{}] * 1000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": MANY},
+        {"prompt": [MANY]},
+        {"prompt": "x", "stop": MANY},
+        {"prompt": "x", "sparsity": {"neurons": MANY}},
+        {"messages": MANY},
+        {"messages": [{"role": "user", "content": MANY}]},
+    ],
+)
+def test_not_every_item_of_a_list_has_an_error(body):
+    """A body of 1 MiB would take 1 GiB of memory."""
+    from shadowllm.serve.schema import ChatBody, CompletionBody
+
+    with pytest.raises(pydantic.ValidationError) as raised:
+        (ChatBody if "messages" in body else CompletionBody).model_validate_json(json.dumps(body))
+    assert raised.value.error_count() <= 4  # one for each type that a field may have
+
+
 def test_no_prompt():
     assert error_of({}) == ("prompt", "prompt: Field required")
     assert error_of([])[0] is None

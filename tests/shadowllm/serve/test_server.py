@@ -221,6 +221,11 @@ class TestErrors:
         assert "Traceback" not in error.value.message
         assert server.is_idle()
 
+    def test_a_chat_that_is_too_long_is_a_mistake_in_its_messages(self, client):
+        with pytest.raises(openai.BadRequestError, match="and at most 64 are possible") as error:
+            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 65}])
+        assert (error.value.param, error.value.code) == ("messages", "context_length_exceeded")
+
     def test_a_lossless_text_is_that_of_the_dense_model(self, client, server, alone):
         drafted = server.engine.counters.drafted
         for lossless in ({"lossless": True}, {"lossless": True, "draft_length": 3}):
