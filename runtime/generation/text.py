@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,7 +157,8 @@ class TextStream:
     """Turns token ids into text, one token at a time.
 
     The joined pieces are the text after the prompt, as if prompt and tokens were decoded at once without special
-    tokens. Text that a later token may change is kept back, for example an incomplete character.
+    tokens. A character that begins in the prompt and ends after it is theirs. Text that a later token may change is
+    kept back, for example an incomplete character.
 
     Args:
         tokenizer: a tokenizer of `transformers`, or the one of `tokenizers` inside it.
@@ -172,8 +175,9 @@ class TextStream:
         self._tokenizer, self._backend = tokenizer, getattr(tokenizer, "backend_tokenizer", tokenizer)
         self._later = CLEANED_LATER if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
         self._ids, self._seen = list(prompt), len(prompt)
-        self._given = len(self._text())
         self._in_bytes = False
+        # A character that begins in the prompt is given with the text. Its bytes alone are longer than it.
+        self._given = len(self._text(end=len(prompt) - self._unfinished()))
         self._stops = StopText(stops)
 
     @property
@@ -201,8 +205,16 @@ class TextStream:
         piece, self._given = self._text()[self._given :], len(self._text())
         return self._stops.push(piece) + self._stops.finish()
 
-    def _text(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+    def _text(self, end: int | None = None) -> str:
+        return str(self._tokenizer.decode(self._ids[:end], skip_special_tokens=True))
+
+    def _unfinished(self) -> int:
+        """How many byte tokens at the end are the beginning of a character. It has at most four bytes."""
+        last = [self._backend.id_to_token(token) or "" for token in reversed(self._ids[-3:])]
+        found = [int(token[3:5], 16) for token in takewhile(BYTE_TOKEN.fullmatch, last)]
+        decoder = getincrementaldecoder("utf-8")("replace")
+        decoder.decode(bytes(reversed(found)))
+        return len(decoder.getstate()[0])
 
     def _bytes_end_with(self, token: int) -> bool:
         """Whether the text ends with byte tokens, which a following byte may make invalid."""

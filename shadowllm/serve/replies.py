@@ -150,7 +150,9 @@ class Replies:
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
     def _text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token]))
+        """Return the text of a token inside a text. At the start of one, some decoders remove its space."""
+        alone = str(self._tokenizer.decode([token]))
+        return str(self._tokenizer.decode([token, token]))[len(alone) :]
 
 
 def count_tokens(prompt: int, new: int) -> dict[str, int]:

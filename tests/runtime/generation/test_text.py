@@ -212,6 +212,17 @@ class TestStream:
         assert "".join(map(unfinished.push, tokens[:-1])) == "the "
         assert unfinished.finish() == "\ufffd"
 
+    @pytest.mark.parametrize("before", ["a", "日", "\ufffd"])
+    @pytest.mark.parametrize("inside", range(5))
+    def test_a_character_that_begins_in_the_prompt_is_given(self, before, inside):
+        tokenizer = llama2()
+        ids = tokenizer(before + "🙂", add_special_tokens=False).input_ids
+        start = len(ids) - 4 + inside
+        stream = TextStream(tokenizer, ids[:start])
+        tokens = ids[start:] + tokenizer("the sea", add_special_tokens=False).input_ids
+        expected = " the sea" if inside == 4 else "🙂 the sea"
+        assert "".join(map(stream.push, tokens)) + stream.finish() == expected
+
     def test_rows_without_a_token_say_nothing(self):
         tokenizer = llama3()
         stream = TextStream(tokenizer, tokenizer("the").input_ids)
