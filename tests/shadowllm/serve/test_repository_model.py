@@ -71,6 +71,7 @@ def ask(bundle, tmp_path, monkeypatch):
         model.execute([SimpleNamespace(inputs=inputs, get_response_sender=lambda: sender)])
         return responses.get(timeout=60)
 
+    get.engine = model._model.engine
     yield get
     model.finalize()
     sys.modules.pop(MODULE)  # it holds the stand-in
@@ -96,3 +97,22 @@ def test_the_name_in_triton_is_that_of_the_model(ask):
 def test_a_mistake_is_named(ask, caplog, prompt, parameters, error):
     assert ask(prompt, parameters).error == error
     assert "a bug" not in caplog.text
+
+
+def test_logits_that_are_nan_are_logged_as_such_and_not_as_a_bug(ask, caplog, monkeypatch):
+    session = ask.engine._session
+    step = session.step
+    monkeypatch.setattr(session, "step", lambda tokens: {slot: found * np.nan for slot, found in step(tokens).items()})
+    assert "NaN or infinite logits" in ask(b"Hello", b'{"max_tokens": 4}').error
+    assert "NaN or infinite logits" in caplog.text
+    assert "a bug" not in caplog.text
+
+
+def test_a_bug_is_logged_and_not_told_to_clients(ask, caplog, monkeypatch):
+    def broken(*_):
+        raise KeyError("a secret")
+
+    monkeypatch.setattr(ask.engine, "submit", broken)
+    assert ask(b"Hello", b"{}").error == "an internal error; the server's log has more"
+    assert "a bug" in caplog.text
+    assert "KeyError: 'a secret'" in caplog.text
