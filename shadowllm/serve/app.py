@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,12 @@ HEADERS = {
 }
 
 
-def make_app(model: ServedModel, keys: ApiKeys, slots: int) -> FastAPI:
+def make_app(model: ServedModel, keys: ApiKeys, slots: int, hosts: Collection[str] | None = None) -> FastAPI:
     """Return the application that serves a model.
 
     Args:
         slots: number of slots of the engine.
+        hosts: names of the server, in small letters, one of which a request must have as its host; None accepts all.
     """
     planner = Planner(model)
     registry, requests = make_registry(model.engine, slots)
@@ -53,7 +55,12 @@ def make_app(model: ServedModel, keys: ApiKeys, slots: int) -> FastAPI:
         yield
         planner.close()
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    def check_host(request: Request) -> None:
+        given = re.sub(r":\d*$", "", request.headers.get("host", "")).lower()
+        if hosts is not None and given not in hosts:
+            raise ApiError(403, f"the host {given!r:.80} is not a name of this server", code="wrong_host")
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False, dependencies=[Depends(check_host)])
     app.state.planner = planner
     app.add_middleware(RequestLog, requests=requests)
     for kind in (UserError, ApiError, ValidationError, Exception):

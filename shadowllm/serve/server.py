@@ -18,7 +18,7 @@ from shadowllm.serve.app import make_app
 from shadowllm.serve.keys import ApiKeys
 from shadowllm.serve.log import logger
 from shadowllm.serve.model import ServedModel
-from shadowllm.serve.transport import listen, make_server
+from shadowllm.serve.transport import accepted_hosts, listen, make_server
 from shadowllm.serve_config import EngineConfig, ServeConfig
 
 
@@ -73,9 +73,10 @@ def serve(plan: Deployment) -> None:
     config, keys = plan.server, ApiKeys.read(plan.server.api_keys)
     with listen(config) as listener, open_model(plan) as model:
         engine = model.engine
-        server = make_server(make_app(model, keys, plan.engine.slots), config, lambda: engine.drain(config.grace))
-        engine.on_failure = server.stop  # so that a supervisor starts it again
         host, port = listener.getsockname()[:2]
+        app = make_app(model, keys, plan.engine.slots, accepted_hosts(config, host))
+        server = make_server(app, config, lambda: engine.drain(config.grace))
+        engine.on_failure = server.stop  # so that a supervisor starts it again
         print(f"{model.name}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         server.run(sockets=[listener])
     if engine.failure is not None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from ipaddress import ip_address
 from types import FrameType
 from typing import Any
 
@@ -122,6 +123,20 @@ def make_server(app: FastAPI, config: ServeConfig, on_stop: Callable[[], None]) 
         ),
         on_stop,
     )
+
+
+def accepted_hosts(config: ServeConfig, address: str) -> set[str] | None:
+    """Return the hosts that requests may name; None if they may name any.
+
+    A page of any site can send requests to this machine under a name of its own, and read the answers (DNS rebinding).
+    So without keys, a server that only this machine can reach accepts only its own names.
+
+    Args:
+        address: on which the server listens.
+    """
+    if config.api_keys is not None or not ip_address(address).is_loopback:
+        return None
+    return {"localhost", "127.0.0.1", "[::1]", (f"[{config.host}]" if ":" in config.host else config.host).lower()}
 
 
 def listen(config: ServeConfig) -> socket.socket:

@@ -6,6 +6,7 @@ import json
 import queue
 import threading
 import urllib.error
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -411,3 +412,36 @@ def test_a_failed_session_ends_the_server(bundle, monkeypatch):
         with pytest.raises(openai.InternalServerError, match="the model's session failed"):
             client.completions.create(model="tiny", prompt="Hello", max_tokens=4)
         assert "the session failed (the device is lost)" in ended.get(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("options", "address", "hosts"),
+    [
+        ({}, "127.0.0.1", {"localhost", "127.0.0.1", "[::1]"}),
+        ({"host": "Box.local"}, "127.0.1.1", {"localhost", "127.0.0.1", "[::1]", "box.local"}),
+        ({"host": "::1"}, "::1", {"localhost", "127.0.0.1", "[::1]"}),
+        ({"host": "0.0.0.0"}, "0.0.0.0", None),
+        ({"host": "192.168.0.7"}, "192.168.0.7", None),
+        ({"api_keys": Path("keys")}, "127.0.0.1", None),
+    ],
+)
+def test_a_server_that_only_this_machine_reaches_accepts_only_its_names(options, address, hosts):
+    from shadowllm.serve.transport import accepted_hosts
+
+    assert accepted_hosts(ServeConfig(**options), address) == hosts
+
+
+def test_a_page_of_another_site_reaches_no_route(server):
+    """It may have a name that leads to this machine (DNS rebinding)."""
+    from fastapi.testclient import TestClient
+
+    from shadowllm.serve.app import make_app
+    from shadowllm.serve.keys import ApiKeys
+
+    client = TestClient(make_app(server.model, ApiKeys(None), 3, {"localhost", "127.0.0.1", "[::1]"}))
+    for path in ("/", "/health", "/metrics", "/v1/models"):
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:80", "[::1]", "[::1]:8000"):
+            assert client.get(path, headers={"Host": host}).status_code == 200
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "[::2]", ""):
+            found = client.get(path, headers={"Host": host})
+            assert (found.status_code, found.json()["error"]["code"]) == (403, "wrong_host")
