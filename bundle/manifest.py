@@ -26,8 +26,6 @@ BODY, BODY_ALL_HEADS = BODIES = "body", "body_all_heads"  # graphs of the sparse
 # Not in the checksum: what `tune` and `export` write later, what a user may write by hand, and hashes of files.
 CHANGEABLE = {"budgets", "allocation", "drafting", "dense", "validation", "files"}
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
 Empty = dict[str, Never]
 
 
@@ -50,7 +48,10 @@ class TrainingRecord(TypedDict, total=False):
     """Optional entries of the manifest's ``predictor`` that readers use. Training may record more."""
 
     criterion: str
+    text: str
+    text_seed: int
     tokens: int
+    held_out_tokens: int
     fired: tuple[float, ...]
     held_out: dict[str, dict[str, float]]
 
@@ -320,8 +321,7 @@ def _manifest(data: dict[str, Any]) -> Manifest:
 
 
 def _check_inside(manifest: Path, name: str) -> None:
-    path = PurePosixPath(name)
-    remedy = "do not use this bundle: export the model again"
+    path, remedy = PurePosixPath(name), "do not use this bundle: export the model again"
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise UserError(f"{manifest} names {name!r}, which lies outside the bundle", remedy)
     if not path.parts or "\0" in name:

@@ -9,13 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import TypedDict, Unpack
 
-import torch
-
 from shadowllm.bundle.manifest import Manifest, read_manifest
 from shadowllm.bundle.weights import read_weights
 from shadowllm.errors import UserError
 from shadowllm.models.sparsity import Budget, describe_fractions
-from shadowllm.predictor.calibration import calibration_windows
+from shadowllm.predictor.calibration import measuring_windows
 from shadowllm.progress import progress
 from shadowllm.runtime.generation.draft_length import MOST, DraftLength, Round, expected_tokens
 from shadowllm.runtime.generation.generate import generate
@@ -25,7 +23,6 @@ from shadowllm.runtime.ort.session import OrtSession
 # Budgets to try beside the bundle's own: neurons, heads, shortlist.
 MIXED = ((0.3, 1.0, 4096), (0.1, 1.0, 2048), (0.05, 1.0, 1024))
 DROPPED = ((0.5, 1.0, None), (0.3, 1.0, None))
-SEED = 1  # of the text, as in `tuning`: not the default of calibration
 
 
 class Options(TypedDict, total=False):
@@ -168,11 +165,10 @@ def _prompts(bundle: Path, manifest: Manifest, texts: Sequence[str], tokens: int
     encode = plain_encoder(load_tokenizer(bundle, manifest), manifest)
     length = min(seqlen, manifest.spec.max_seqlen)
     weights = read_weights(bundle, manifest).kept().sparse
-    found = calibration_windows(
-        manifest.spec, weights, encode, texts=texts, tokens=tokens, seqlen=length, seed=SEED
-    ).train
-    half: torch.Tensor = found[:, : length // 2]
-    return [list(map(int, row)) for row in half]
+    found = measuring_windows(
+        manifest.spec, weights, encode, manifest.predictor, texts=texts, tokens=tokens, seqlen=length
+    )
+    return [list(map(int, row)) for row in found[:, : length // 2]]
 
 
 def _candidates(manifest: Manifest) -> list[Budget]:
@@ -187,7 +183,7 @@ def _candidates(manifest: Manifest) -> list[Budget]:
 
 
 def _summary(budget: Budget, rounds: Sequence[Round]) -> Measured:
-    """Summarise rounds; the first of each length is slower, and does not count.
+    """Summarise rounds. The first of each length is slower, so times of verification leave it out.
 
     Raises:
         UserError: too few rounds.

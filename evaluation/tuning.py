@@ -21,7 +21,7 @@ from shadowllm.evaluation import mixed_allocation as mixed
 from shadowllm.evaluation.allocation import STEPS, Allocation, Loss, bisect, measure, passes
 from shadowllm.malloc import return_freed_memory
 from shadowllm.models.sparsity import Budget
-from shadowllm.predictor.calibration import calibration_windows
+from shadowllm.predictor.calibration import measuring_windows
 from shadowllm.predictor.selectors import Context, make_selector
 from shadowllm.progress import Advance, progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
@@ -42,7 +42,6 @@ def tune(
     tokens: int = 2048,
     seqlen: int = 128,
     threads: int | None = None,
-    seed: int = 1,
 ) -> Manifest:
     """Find budgets that meet a target, and make them the bundle's defaults.
 
@@ -50,11 +49,11 @@ def tune(
     `mixed_allocation`. Other bundles get fractions per layer, see `allocation`.
 
     Args:
-        texts: text on which losses are measured: files or dataset ids; empty for the built-in text.
+        texts: text on which losses are measured: files or dataset ids; empty for the built-in text. What the predictor
+            was calibrated on is left out, see `measuring_windows`.
         tokens: number of tokens of it.
         seqlen: tokens of a window.
         threads: threads of the sessions with which a speedup is measured.
-        seed: seed of sampling. It differs from the default seed of calibration, to get another text.
 
     Returns:
         The new manifest. Its ``allocation`` records the target and the measured values.
@@ -67,15 +66,15 @@ def tune(
     if manifest.predictor["kind"] == "relu":
         raise UserError("there is no budget to tune: the selector relu is exact", "run the bundle as it is")
     read, tokenizer = read_weights(bundle, manifest), load_tokenizer(bundle, manifest)
-    windows = calibration_windows(
+    windows = measuring_windows(
         manifest.spec,
         read.sparse,
         plain_encoder(tokenizer, manifest),
+        manifest.predictor,
         texts=texts,
         tokens=tokens,
         seqlen=min(seqlen, manifest.spec.max_seqlen),
-        seed=seed,
-    ).train
+    )
     return_freed_memory()
     context = Context(manifest.spec, read.sparse, manifest.dense_layers, read.predictor, copies=read.copies)
     loss = Loss(context, make_selector(read.predictor.kind, context), windows)

@@ -84,6 +84,7 @@ class Traces:
                 "criterion": self.criterion,
                 "dense_layers": self.dense_layers,
                 "source": self.windows.source,
+                "seed": self.windows.seed,
                 "base_fingerprint": self.base_fingerprint,
             },
         )
@@ -97,7 +98,8 @@ class Traces:
         """
         tensors, description = read_tensors(path, FORMAT, VERSION)
         try:
-            windows = Windows(tensors["train"], tensors["held_out"], description.pop("source"))
+            seed = description.pop("seed", 0)  # earlier versions wrote none; 0 is the default
+            windows = Windows(tensors["train"], tensors["held_out"], description.pop("source"), seed)
             return cls(
                 windows=windows,
                 statistics=_part(tensors, "statistics."),
@@ -113,6 +115,9 @@ class Traces:
         """Yield traces of the training windows in a given order of indices.
 
         A tracer computes them again. Without one, the stored traces are used.
+
+        Raises:
+            UserError: there is no tracer, and the traces were not stored.
         """
         return self._chunks(self.windows.train, len(self.windows.held_out), tracer, order, CHUNK_TOKENS)
 
@@ -127,9 +132,10 @@ class Traces:
         if tracer is not None:
             yield from tracer.chunks(windows[order], tokens)
             return
-        if not self.stored:
-            raise UserError("the traces were too large to keep", "give the model, so that training can trace anew")
         seqlen = windows.shape[1]
+        kept = len(self.stored.get("hidden", ())) // seqlen
+        if len(order) and int(order.max()) + first >= kept:
+            raise UserError("the traces were not kept", "give the model, so that training can trace anew")
         # The same windows per chunk as the tracer's, so that training steps mix texts in the same way.
         for part in (order + first).split(windows_per_chunk(seqlen, tokens)):
             rows = (part[:, None] * seqlen + torch.arange(seqlen)).flatten()

@@ -321,6 +321,7 @@ def _record(traces: Traces, budget: Budget) -> dict[str, Any]:
         "tokens": traces.windows.train.numel(),
         "held_out_tokens": traces.windows.held_out.numel(),
         "text": traces.windows.source,
+        "text_seed": traces.windows.seed,
         "neuron_budget": budget.mean().neurons,
         "head_budget": budget.mean().heads,
         "versions": {name: version(name) for name in ("shadowllm", "torch")},

@@ -13,6 +13,8 @@ EPILOG = """examples:
   shadowllm tune out/ --target-ppl-increase 0.05 --text corpus.txt --tokens 8192
   shadowllm tune out/ --lossless                        # the fastest drafts of lossless decoding on this machine
 
+The start of a file that the predictor was calibrated on is left out. Files are known by their names.
+
 The new budget becomes the bundle's default. It has a fraction per layer if the rest is dropped, else one for all layers
 and a shortlist. With --lossless, it becomes the default of drafts only. No graph or engine changes."""
 
@@ -27,7 +29,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     options.add_prepack(parser)
     parser.add_argument(
-        "--text", nargs="+", default=(), metavar="FILE", help="text for measuring losses (default: as in calibration)"
+        "--text",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="text for measuring losses (default: text that the model writes, and Python's documentation)",
     )
     options.add_whole(parser, "--tokens", default=2048, metavar="N", help="tokens of that text (default: 2048)")
     options.add_whole(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from shadowllm.errors import UserError
 from shadowllm.evaluation.drift import runtime_recall
 from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.traces import Tracer
+from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.session import OrtSession
 
 
@@ -71,3 +74,24 @@ def test_command(bundle, tmp_path, capsys):
     assert all(0 < found[name]["neurons"] <= 1 for name in found)
     assert main(["drift", folder, "--text", str(text), *quick]) == 0
     assert "of the important heads" in capsys.readouterr().out
+
+
+def test_text_of_the_calibration_is_named_and_not_decoded_again(bundle, tmp_path, capsys):
+    """The row "calibration" is of text like the calibration's, and no row is of text that was calibrated on."""
+    folder = shutil.copytree(bundle("llama-blocks", kind="quantized-shadow"), tmp_path / "bundle")
+    manifest = read_manifest(folder)
+    calibrated = {"text": "corpus.txt", "tokens": 56, "held_out_tokens": 8}
+    replace(manifest, predictor=manifest.predictor | calibrated).write(folder)
+    text = tmp_path / "corpus.txt"
+    text.write_text("The shadow of a model says what matters. " * 10)
+    command = ["drift", str(folder), "--text", str(text), "--tokens", "64", "--seqlen", "16", "--json"]
+    assert main(command) == 1
+    assert "was calibrated on corpus.txt; give text like it with --calibration-text" in capsys.readouterr().err
+    assert main([*command, "--calibration-text", str(text)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"] == found["calibration"]  # the same 64 tokens, in another order
+    encode = plain_encoder(load_tokenizer(folder, manifest), manifest)
+    with OrtSession(folder, "sparse") as session:
+        weights = read_weights(folder, manifest).sparse
+        after = torch.tensor(encode(text.read_text())[64:128]).view(4, 16)
+        assert found["text"] == asdict(runtime_recall(session, weights, after))

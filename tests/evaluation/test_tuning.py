@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -16,7 +17,7 @@ from shadowllm.evaluation.draft_tuning import Measured, tune_drafts
 from shadowllm.evaluation.quality import evaluate
 from shadowllm.evaluation.tuning import tune
 from shadowllm.models.sparsity import Budget
-from shadowllm.predictor.calibration import calibration_windows
+from shadowllm.predictor.calibration import measuring_windows
 from shadowllm.runtime import open_session
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
@@ -123,7 +124,7 @@ def test_the_increase_of_a_mixed_budget_is_that_of_an_evaluation(with_copies, tm
     manifest = tune(with_copies, Target(ppl_increase=0.05), texts=[str(text)], **QUICK)
     read = read_weights(with_copies, manifest)
     encode = plain_encoder(load_tokenizer(with_copies, manifest), manifest)
-    windows = calibration_windows(manifest.spec, read.sparse, encode, texts=[str(text)], **QUICK, seed=1).train
+    windows = measuring_windows(manifest.spec, read.sparse, encode, {}, texts=[str(text)], **QUICK)
     budget = manifest.budget
     dense, mixed = evaluate(
         manifest.spec,
@@ -138,6 +139,17 @@ def test_the_increase_of_a_mixed_budget_is_that_of_an_evaluation(with_copies, tm
     )
     increase = mixed.perplexity / dense.perplexity - 1
     assert manifest.allocation["measured"]["ppl_increase"] == pytest.approx(increase, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("choose", [partial(tune, target=Target(ppl_increase=0.05)), tune_drafts])
+def test_text_that_the_predictor_was_calibrated_on_is_left_out(with_copies, tmp_path, choose):
+    text = tmp_path / "text.txt"
+    text.write_text("What was calibrated on tells nothing. " * 9)
+    manifest = read_manifest(with_copies)
+    calibrated = {"text": "text.txt", "tokens": 280, "held_out_tokens": 40}
+    replace(manifest, predictor=manifest.predictor | calibrated).write(with_copies)
+    with pytest.raises(UserError, match="too short: 0 windows of 32 tokens without the first 320 tokens of"):
+        choose(with_copies, texts=[str(text)], **QUICK)
 
 
 def test_drafts_are_measured_and_used(with_copies, capsys):

@@ -12,7 +12,13 @@ import torch
 
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder
-from shadowllm.predictor.calibration import calibration_windows, generate, token_windows
+from shadowllm.predictor.calibration import (
+    calibration_windows,
+    generate,
+    measuring_windows,
+    token_windows,
+    used_tokens,
+)
 
 
 def encode(text):
@@ -148,3 +154,52 @@ def test_several_texts_give_equal_shares_and_are_all_checked(tmp_path):
     assert found[:, 0].tolist() == [encode(name)[0] for name in "abbbbcccc"]
     with pytest.raises(UserError, match="no such text file"):
         token_windows([paths[1], str(tmp_path / "typo.txt")], encode, 32, 1)
+
+
+def record_of(made):
+    """What a predictor's record says about its text."""
+    tokens = {"tokens": made.train.numel(), "held_out_tokens": made.held_out.numel()}
+    return {"text": made.source, "text_seed": made.seed} | tokens
+
+
+def rows(*windows):
+    return {tuple(row) for one in windows for row in one.tolist()}
+
+
+def test_files_are_measured_after_what_was_calibrated_on(llama, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("".join(f"line {number} of many\n" for number in range(200)))
+    made = windows_of(llama, texts=[str(text)])
+    record = record_of(made) | {"text": "a.txt"}  # as it was named in its own folder
+    measured = measuring_windows(*llama, encode, record, texts=[str(text)], tokens=640, seqlen=32)
+    assert measured.shape == (20, 32)
+    ids = torch.tensor(encode(text.read_text()))
+    assert rows(measured) == rows(ids[640:1280].view(20, 32))
+    assert rows(made.train, made.held_out) == rows(ids[:640].view(20, 32))
+    after = token_windows([str(text)], encode, 32, 4, used_tokens(record_of(made), [str(text)]))
+    assert after.flatten().tolist() == ids[640:768].tolist()
+
+
+def test_another_file_is_measured_from_its_start():
+    record = {"text": "a.txt, b.txt", "tokens": 560, "held_out_tokens": 80}
+    assert used_tokens(record, ["c.txt", "texts/b.txt"]) == {"texts/b.txt": 640}
+    assert used_tokens({}, ["c.txt"]) == {}
+
+
+def test_a_file_without_more_than_what_was_calibrated_on_is_refused(llama, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("abcdefgh" * 80)
+    record = record_of(windows_of(llama, texts=[str(text)]))
+    words = f"without the first 640 tokens of {text}, on which the predictor was calibrated; give more text"
+    with pytest.raises(UserError, match=words):
+        measuring_windows(*llama, encode, record, texts=[str(text)], tokens=640, seqlen=32)
+    with pytest.raises(UserError, match=words):
+        token_windows([str(text)], encode, 32, 4, used_tokens(record, [str(text)]))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
+def test_built_in_text_is_measured_with_a_seed_of_its_own(llama, seed):
+    made = windows_of(llama, seed=seed)
+    measured = measuring_windows(*llama, encode, record_of(made), texts=(), tokens=640, seqlen=32)
+    assert measured.shape == (20, 32)
+    assert not rows(measured) & rows(made.train, made.held_out)

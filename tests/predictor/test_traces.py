@@ -51,9 +51,11 @@ def test_codes_keep_scores_to_two_percent_over_fifteen_octaves():
 
 def test_a_kept_trace_reads_like_a_fresh_one(tiny, tmp_path):
     spec, weights = tiny
-    made = calibrate(spec, weights, split(token_windows(spec, n=6), held_out=2), "f00d")
+    windows = replace(split(token_windows(spec, n=6), held_out=2), seed=7)
+    made = calibrate(spec, weights, windows, "f00d")
     made.save(tmp_path / "traces")
     read = Traces.load(tmp_path / "traces")
+    assert read.windows.seed == 7
     order = torch.tensor([2, 0, 3, 1])
     fresh = calibrate(spec, weights, read.windows, "f00d", limit_bytes=0)
     assert not fresh.stored
@@ -123,7 +125,7 @@ def test_without_the_fit_of_the_heads_the_rest_is_the_same(llama):
 def test_traces_that_were_not_kept_need_the_model(llama):
     spec, weights = llama
     made = calibrate(spec, weights, split(token_windows(spec)), "f00d", limit_bytes=1000)
-    with pytest.raises(UserError, match="too large to keep"):
+    with pytest.raises(UserError, match="the traces were not kept"):
         next(made.training(None, torch.arange(1)))
 
 
@@ -144,6 +146,8 @@ def test_a_ranking_needs_only_the_traces_of_the_held_out_windows(llama):
     windows = split(token_windows(spec, n=6), held_out=2)
     whole, few = (calibrate(spec, weights, windows, "f00d", keep_train=keep) for keep in (True, False))
     assert [len(tensor) for tensor in few.stored.values()] == [2 * 24] * 3
+    with pytest.raises(UserError, match="the traces were not kept; give the model"):
+        next(few.training(None, torch.arange(4)))
     assert all(torch.equal(tensor, whole.stored[name][: 2 * 24]) for name, tensor in few.stored.items())
     for kind in ("static", "quantized-shadow"):
         expected, found = (train_static(spec, traces, kind=kind) for traces in (whole, few))

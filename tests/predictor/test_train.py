@@ -89,7 +89,7 @@ def test_seed_decides_everything(llama):
 
 def test_training_on_kept_and_on_live_traces(tiny):
     spec, weights = tiny
-    windows = split(token_windows(spec, n=12), held_out=4)
+    windows = replace(split(token_windows(spec, n=12), held_out=4), seed=7)
     config = TrainConfig(rank=8, epochs=3, batch_tokens=24)
     live = train_network(spec, calibrate(spec, weights, windows, "f00d", limit_bytes=0), config, weights=weights)
     kept = train_network(spec, calibrate(spec, weights, windows, "f00d"), config)
@@ -97,6 +97,7 @@ def test_training_on_kept_and_on_live_traces(tiny):
         # Scores have one byte, and the shuffle has other chunks, so results are close but not equal.
         assert abs(live.record["held_out"]["shadow"][name] - kept.record["held_out"]["shadow"][name]) < 0.03
     assert live.record["tokens"] == 8 * 24
+    assert live.record["text_seed"] == 7
 
 
 def test_layerwise_networks_learn_from_live_traces_alone(llama):
