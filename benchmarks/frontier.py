@@ -36,7 +36,7 @@ from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.figure import new_figure, save
 from shadowllm.evaluation.speed.harness import Contender, Generation, Worker, race, speedup, summarise
-from shadowllm.evaluation.speed.traffic import SPARSE, traffic_of
+from shadowllm.evaluation.speed.traffic import traffic_of
 from shadowllm.evaluation.speed.worker_command import session_command
 from shadowllm.models.sparsity import Budget
 from shadowllm.pipeline import export_model
@@ -135,9 +135,8 @@ def measure(
         rival.contender.name: (None, rival.bytes_per_token) for rival in rivals
     }
     for name, (bundle, backend, budget) in wanted.items():
-        kind = SPARSE if backend == "ort" else name
-        traffic = traffic_of(read_manifest(bundle), kind, backend, budget, prompt_len, new_tokens)
-        read[name] = budget if kind == SPARSE else None, traffic.total
+        traffic = traffic_of(read_manifest(bundle), backend, budget, prompt_len, new_tokens)
+        read[name] = budget if backend == "ort" else None, traffic.total
     return [_row(name, *read[name], taken[name], taken[dense]) | {"perplexity": perplexities[name]} for name in taken]
 
 

@@ -26,7 +26,7 @@ from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import Contender, race, summarise
-from shadowllm.evaluation.speed.traffic import SPARSE, traffic_of
+from shadowllm.evaluation.speed.traffic import traffic_of
 from shadowllm.evaluation.speed.worker_command import session_command
 from shadowllm.models.sparsity import UNITS, Budget, layer_units
 from shadowllm.progress import progress
@@ -52,7 +52,7 @@ def budgets() -> list[Budget]:
 def features(manifest: Manifest, budget: Budget, prompt_len: int, new_tokens: int) -> list[float]:
     """Return what the time is fitted by: bytes outside the copy and in it, selections by unit, and picked rows."""
     spec = manifest.spec
-    traffic = traffic_of(manifest, SPARSE, "ort", budget, prompt_len, new_tokens)
+    traffic = traffic_of(manifest, "ort", budget, prompt_len, new_tokens)
     copied, widths = traffic.parts.get("low-bit copy", 0), layer_units(spec)
     if not copied:  # a dense step
         return [traffic.total, 0, 0, 0, 0]

@@ -28,9 +28,10 @@ from shadowllm.bundle.manifest import ITEMSIZE, read_manifest
 from shadowllm.bundle.predictor_file import Kind
 from shadowllm.bundle.quantisation import NESTED, WEIGHT_DTYPES, bundle_format
 from shadowllm.evaluation.speed.bandwidth import read_bandwidth
+from shadowllm.evaluation.speed.bench import SPARSE
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import Contender, race, speedup, summarise
-from shadowllm.evaluation.speed.traffic import SPARSE, traffic_of
+from shadowllm.evaluation.speed.traffic import traffic_of
 from shadowllm.evaluation.speed.worker_command import session_command
 from shadowllm.exporter.write_bundle import write_bundle
 from shadowllm.models.sparsity import Budget, Rest
@@ -107,7 +108,7 @@ def measure(
             taken, _ = race(contenders, request, runs=runs, warmup=1, tick=lambda _: advance(1))
         roof = read_bandwidth(threads)
     summaries = {name: summarise(generations) for name, generations in taken.items()}
-    traffic = {n: traffic_of(manifests[n], n, b, budgets[n], prompt_len, new_tokens) for n, b in backends.items()}
+    traffic = {n: traffic_of(manifests[n], b, budgets[n], prompt_len, new_tokens) for n, b in backends.items()}
     gain, allowed = speedup(taken[DENSE], taken[SPARSE]), traffic[DENSE].total / traffic[SPARSE].total
     parts = summaries[SPARSE].parts_ms
     return {

@@ -293,7 +293,14 @@ def mean_traffic(
     return step_traffic(spec, sizes, prompt_len + new_tokens // 2, active, **options)
 
 
-def selector_bytes(selector: str, layers: SparseLayers, itemsize: float, rank: int, rest: Rest = "drop") -> float:
+def selector_bytes(
+    selector: str,
+    layers: SparseLayers,
+    itemsize: float,
+    rank: int,
+    rest: Rest = "drop",
+    active: ActiveCounts | None = None,
+) -> float:
     """Return the bytes that a selector reads per token.
 
     It reads networks, or one score per unit, or a linear fit of the heads and a low-bit copy of weights.
@@ -304,11 +311,18 @@ def selector_bytes(selector: str, layers: SparseLayers, itemsize: float, rank: i
         rank: rank of the networks.
         rest: if units that are not active come from the low-bit copy, a quantised shadow scores in the same pass, and
             the copy is not counted here.
+        active: active units of the sparse layers, of which some are not; None if some heads and some neurons are not.
     """
     spec = layers.spec
     neurons = layers.count * spec.intermediate_size
     units = layers.count * sum(layer_units(spec).values())
     fit = layers.count * spec.n_heads * (spec.hidden_size + 1)
+    # With all heads and the rest dropped, the graph scores heads too. (With relu, nothing is predicted then.)
+    scored_anyway = rest == "drop" and selector != "relu" and spec.selects_heads
+    if active is not None and (active.heads == spec.n_heads).all() and not scored_anyway:
+        fit = 0
+    if selector == "relu":
+        return 4 * fit
     if selector == "layerwise":
         return 4 * fit + (layers.count * rank * (spec.hidden_size + 1) + neurons * (rank + 1)) * itemsize
     if selector.startswith("quantized-shadow"):
@@ -324,7 +338,9 @@ def selector_bytes(selector: str, layers: SparseLayers, itemsize: float, rank: i
     return 4 * units if selector == "static" else 0
 
 
-def predictor_bytes(manifest: Manifest, itemsize: float, rest: Rest = "drop") -> float:
+def predictor_bytes(
+    manifest: Manifest, itemsize: float, rest: Rest = "drop", active: ActiveCounts | None = None
+) -> float:
     """Return `selector_bytes` of a bundle's own predictor."""
     kind, rank = manifest.predictor["kind"], int(manifest.predictor["rank"])
-    return selector_bytes(kind, manifest.sparse_layers, itemsize, rank, rest)
+    return selector_bytes(kind, manifest.sparse_layers, itemsize, rank, rest, active)

@@ -15,7 +15,7 @@ from shadowllm.bundle.cost_model import (
     shortens,
 )
 from shadowllm.bundle.manifest import Manifest
-from shadowllm.models.sparsity import UNITS, Budget, Rest, layer_units
+from shadowllm.models.sparsity import UNITS, ActiveCounts, Budget, Rest, layer_units
 from shadowllm.models.spec import ModelSpec
 
 # Time of a selection inside the layers, divided by the time to read its bytes. The small nodes between the low-bit
@@ -40,14 +40,15 @@ def sparse_pays(manifest: Manifest, budget: Budget, narrow_rows: bool = False, r
     """
     spec, layers, rest = manifest.spec, manifest.sparse_layers, _rest(manifest, budget)
     rounding = rounds and mixes(manifest, budget)
-    counts, dense = list(budget.counts(layers).by_layer()), _dense_bytes(manifest)
+    active, dense = budget.counts(layers), _dense_bytes(manifest)
+    counts = list(active.by_layer())
     sizes = _itemsizes(manifest, narrow_rows, rounding)
     saved = sum(dense - _sparse_bytes(manifest, row, kept, rest, sizes) for row, kept in enumerate(counts))
     saved += _common_elements(spec, len(counts)) * (sizes.matrices - sizes.common)
     if budget.shortlist is not None and shortens(spec, budget.shortlist):
         saved += spec.hidden_size * (spec.vocab_size * sizes.matrices - budget.shortlist * sizes.shortlist)
         saved -= copied_table_bytes(spec)
-    return saved > (_choosing_bytes(manifest, rest) if selects(manifest, budget) else 0)
+    return saved > (_choosing_bytes(manifest, rest, active) if selects(manifest, budget) else 0)
 
 
 def selects(manifest: Manifest, budget: Budget) -> bool:
@@ -69,8 +70,9 @@ def dense_reasons(manifest: Manifest, budget: Budget, whole: str = "the budget k
     """
     layers, rest, dense = manifest.sparse_layers, _rest(manifest, budget), _dense_bytes(manifest)
     reasons = {str(layer): "comes before the first selection" for layer in range(manifest.dense_layers)}
-    share = _choosing_bytes(manifest, rest) / layers.count
-    for layer, kept in zip(layers.layers, budget.counts(layers).by_layer(), strict=True):
+    active = budget.counts(layers)
+    share = _choosing_bytes(manifest, rest, active) / layers.count
+    for layer, kept in zip(layers.layers, active.by_layer(), strict=True):
         sparse = _sparse_bytes(manifest, layers.row(layer), kept, rest, _itemsizes(manifest))
         if sparse == dense:
             reasons[str(layer)] = whole
@@ -127,7 +129,7 @@ def _sparse_bytes(manifest: Manifest, row: int, kept: tuple[int, int], rest: Res
     return rows + (layer_copy_bytes(spec, *kept) if rest == "shadow" else 0)
 
 
-def _choosing_bytes(manifest: Manifest, rest: Rest) -> float:
+def _choosing_bytes(manifest: Manifest, rest: Rest, active: ActiveCounts) -> float:
     """Return the cost of selection per step, in bytes."""
     inside_nodes = manifest.selector == "per-layer" and manifest.rest != "shadow"
-    return predictor_bytes(manifest, _itemsize(manifest), rest) * (PER_LAYER_COST if inside_nodes else 1)
+    return predictor_bytes(manifest, _itemsize(manifest), rest, active) * (PER_LAYER_COST if inside_nodes else 1)

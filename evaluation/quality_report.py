@@ -101,13 +101,14 @@ def _bytes(result: Result, manifest: Manifest) -> int:
     sizes = Itemsizes.of(_float_bytes(manifest), matrices=itemsize, beside_copy=manifest.itemsize_beside_copy)
     if result.selector == DENSE:
         return step_traffic(spec, sizes, CONTEXT).total
-    layers, rest = manifest.sparse_layers, result.rest or "drop"
+    layers, rest, rank = manifest.sparse_layers, result.rest or "drop", int(manifest.predictor["rank"])
+    active = result.budget.counts(layers)
     return step_traffic(
         spec,
         sizes,
         CONTEXT,
-        result.budget.counts(layers),
-        choosing=selector_bytes(result.selector, layers, itemsize, int(manifest.predictor["rank"]), rest),
+        active,
+        choosing=selector_bytes(result.selector, layers, itemsize, rank, rest, active),
         rest=rest,
         fired=fired_shares(manifest) if result.selector == "relu" else None,
         shortlist=round(result.recomputed_rows["mean"]) if result.recomputed_rows else None,

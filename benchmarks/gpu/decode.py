@@ -205,7 +205,7 @@ def _bytes(spec: ModelSpec, chooser: Predictor | None, setting: Setting, fired: 
     if chooser is not None:
         layers = SparseLayers(spec, chooser.dense_layers)
         active = setting.budget.counts(layers)
-        choosing = selector_bytes(chooser.kind, layers, itemsize, chooser.rank)
+        choosing = selector_bytes(chooser.kind, layers, itemsize, chooser.rank, active=active)
     total = mean_traffic(
         spec, Itemsizes.of(itemsize), setting.prompt_len, setting.new_tokens, active, choosing=choosing
     ).total

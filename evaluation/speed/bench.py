@@ -17,7 +17,7 @@ from shadowllm.evaluation.speed.bandwidth import read_bandwidth
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import Contender, Generation, Worker, race, speedup, summarise
 from shadowllm.evaluation.speed.report import Report, Result
-from shadowllm.evaluation.speed.traffic import CPU_BACKENDS, SPARSE, traffic_of
+from shadowllm.evaluation.speed.traffic import CPU_BACKENDS, traffic_of
 from shadowllm.evaluation.speed.worker_command import drafting_options, session_command
 from shadowllm.models.sparsity import Budget
 from shadowllm.progress import progress
@@ -25,7 +25,7 @@ from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.recomputed_rows import RecomputedRows
 from shadowllm.runtime.session import Prefill
 
-LOSSLESS = "lossless"
+SPARSE, LOSSLESS = "sparse", "lossless"  # names of the bundle's own contender
 
 
 def bench(
@@ -124,7 +124,7 @@ def _result(
     traffic = None
     if name != LOSSLESS:
         read = replace(budget, shortlist=round(recomputed["mean"])) if recomputed else budget
-        traffic = traffic_of(manifest, name, backend, read, prompt_len, new_tokens, summary.fired)
+        traffic = traffic_of(manifest, backend, read, prompt_len, new_tokens, summary.fired)
     lossless = [generation.lossless for generation in generations if generation.lossless]
     return Result(name, summary, traffic, recomputed_rows=recomputed, lossless=lossless)
 

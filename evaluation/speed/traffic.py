@@ -12,36 +12,35 @@ from shadowllm.models.sparsity import Budget
 from shadowllm.plugins import native_ops
 from shadowllm.runtime.ort.loaded_bundle import rounds_products
 
-SPARSE = "sparse"
 CPU_BACKENDS = ("ort", "torch")
 
 
 def traffic_of(
     manifest: Manifest,
-    name: str,
     backend: str,
     budget: Budget,
     prompt_len: int,
     new_tokens: int,
     fired: Sequence[float] = (),
 ) -> Traffic:
-    """Return the mean bytes per decode step of a contender: of the sparse path if ``name`` is "sparse", else dense.
+    """Return the mean bytes per decode step of a backend.
 
-    The sparse path of ONNX Runtime decodes dense if that reads less.
+    ONNX Runtime decodes dense if that reads less.
 
     Args:
+        backend: one of `runtime.BACKENDS`; a ``-dense`` one reads the whole model.
         fired: measured share of neurons that fired in each sparse layer, with the selector relu; that of the
             calibration text if empty.
     """
     sizes, options = _itemsizes(manifest, backend), dict[str, Any]()
     rounds = backend == "ort" and rounds_products(manifest)
     narrow_rows = manifest.quantisation is None and sizes.rows < sizes.matrices
-    if name == SPARSE and (backend != "ort" or sparse_pays(manifest, budget, narrow_rows, rounds)):
-        rest = budget.rest_with(manifest.rest == "shadow")
+    if not backend.endswith("-dense") and (backend != "ort" or sparse_pays(manifest, budget, narrow_rows, rounds)):
+        rest, active = budget.rest_with(manifest.rest == "shadow"), budget.counts(manifest.sparse_layers)
         predicts = backend != "ort" or selects(manifest, budget)
         options = {
-            "active": budget.counts(manifest.sparse_layers),
-            "choosing": predictor_bytes(manifest, sizes.matrices, rest) if predicts else 0,
+            "active": active,
+            "choosing": predictor_bytes(manifest, sizes.matrices, rest, active) if predicts else 0,
             "rest": rest,
             "shortlist": budget.shortlist,
             "fired": fired or fired_shares(manifest),

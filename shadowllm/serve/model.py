@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from shadowllm.bundle.manifest import Manifest
 from shadowllm.draft_config import Drafting
-from shadowllm.evaluation.speed.traffic import SPARSE, traffic_of
+from shadowllm.evaluation.speed.traffic import traffic_of
 from shadowllm.models.sparsity import Budget, check_neuron_budget
 from shadowllm.runtime.generation.completion import Request, make_request
 from shadowllm.runtime.generation.sampling import Sampling, bundle_sampling, generation_config
@@ -148,7 +148,7 @@ class ServedModel:
         return budget
 
     def _step_bytes(self, budget: Budget, prompt_tokens: int, new_tokens: int) -> int:
-        return traffic_of(self.manifest, SPARSE, self.backend, budget, prompt_tokens, new_tokens).total
+        return traffic_of(self.manifest, self.backend, budget, prompt_tokens, new_tokens).total
 
     def _prompts(self, body: CompletionBody | ChatBody) -> Sequence[str | list[int] | list[dict[str, str]]]:
         if isinstance(body, ChatBody):

@@ -239,6 +239,27 @@ def test_a_quantised_shadow_scores_and_computes_the_rest_in_one_pass():
     assert len({selector_bytes("quantized-shadow-2", layers, 4, 0, rest) for rest in ("drop", "shadow")}) == 1
 
 
+@pytest.mark.parametrize("selector", ["quantized-shadow", "layerwise", "relu"])
+def test_the_fit_of_the_heads_is_read_where_heads_are_scored(selector):
+    """With all heads and the rest from the copy, the graph has no fit; with the rest dropped, it scores them anyway."""
+    layers, fit = SparseLayers(LLAMA, 1), 4 * 2 * 4 * 7
+    fewer, every = (Budget(heads=heads, neurons=0.5).counts(layers) for heads in (0.5, 1.0))
+
+    def read(rest, active):
+        return selector_bytes(selector, layers, 4, 2, rest, active)
+
+    assert read("shadow", fewer) == read("shadow", every) + fit
+    assert read("drop", fewer) == read("drop", every) + (fit if selector == "relu" else 0)
+    assert (read("drop", every) == 0) == (selector == "relu")
+
+
+def test_no_fit_is_read_if_heads_are_never_selected():
+    layers = SparseLayers(replace(LLAMA, qk_norm=True), 1)
+    active = Budget(heads=0.5, neurons=0.5).counts(layers)
+    found = [selector_bytes("quantized-shadow", layers, 4, 0, "drop", counted) for counted in (None, active)]
+    assert found[0] - found[1] == 4 * 2 * 4 * 7
+
+
 def test_nested_rows_by_hand():
     """Beside the copy, an active row costs its residual. Else it costs both parts."""
     q = NESTED["int8"]

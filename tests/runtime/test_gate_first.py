@@ -139,7 +139,7 @@ def test_bytes_fall_with_the_silence(checkpoint, tmp_path, silent):
         fired = sparse.fired
         assert StepTimer(sparse).generate(PROMPT, 3)["fired"] == fired  # as `bench` reports it
     assert fired == [1 - silent] * 2
-    traffic = traffic_of(manifest, "sparse", "ort-sparse", Budget(), 8, 8, fired)
+    traffic = traffic_of(manifest, "torch", Budget(), 8, 8, fired)
     spec, layers = manifest.spec, manifest.sparse_layers
     width, neurons = spec.hidden_size, spec.intermediate_size
     rows = neurons * (width + 1) + (1 - silent) * neurons * (2 * width + 1)  # gate; then up and down; and biases

@@ -90,6 +90,14 @@ def test_everything_active_is_as_good_as_dense(bundle):
     assert sparse.quality["perplexity"] == pytest.approx(dense.quality["perplexity"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("backend", "against"), [("torch", "ort"), ("ort-dense", "ort")])
+def test_bytes_are_those_of_the_backend_whatever_its_place(bundle, backend, against):
+    options = SHORT | {"runs": 1, "warmup": 0, "quality_tokens": 0}
+    report = bench(bundle(), (against,), backend=backend, **options)
+    predicted = [result.traffic.parts["predictor"] > 0 for result in report.results]
+    assert predicted == [backend == "torch", True]
+
+
 def test_the_rows_of_a_certificate_are_reported_and_counted_as_bytes(bundle):
     folder = bundle("llama-blocks", kind="quantized-shadow", rest="shadow")
     budget = Budget(neurons=0.2, shortlist=2, certify=True)

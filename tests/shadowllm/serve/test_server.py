@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from shadowllm.errors import UserError
-from shadowllm.evaluation.speed.traffic import SPARSE, traffic_of
+from shadowllm.evaluation.speed.traffic import traffic_of
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime import open_session
 from shadowllm.runtime.generation.completion import Completion, make_request
@@ -275,7 +275,7 @@ class TestOperation:
         assert headers["Content-Type"].startswith("text/plain")
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         assert float(values["shadowllm_new_tokens_total"]) >= 4
-        alone = traffic_of(server.model.manifest, SPARSE, "torch", server.model.budget, 5, 4).total
+        alone = traffic_of(server.model.manifest, "torch", server.model.budget, 5, 4).total
         assert counters.read_bytes - read == (counters.steps - steps) * alone > 0
         assert float(values["shadowllm_read_bytes_total"]) == counters.read_bytes
         assert float(values["shadowllm_slots_taken"]) == 0
