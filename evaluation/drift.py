@@ -13,7 +13,7 @@ from shadowllm.errors import UserError
 from shadowllm.evaluation.validation import selection_masks
 from shadowllm.models.sparsity import UNITS, ActiveCounts, Budget, Unit, layer_units
 from shadowllm.predictor.topk import active_mask
-from shadowllm.predictor.traces import Tracer
+from shadowllm.predictor.traces import Tracer, scored_positions
 from shadowllm.progress import Advance, no_progress
 from shadowllm.runtime.ort.session import OrtSession
 
@@ -28,7 +28,7 @@ class Recall:
     Attributes:
         heads, neurons: the share over all layers and tokens.
         expected_heads, expected_neurons: the expected share of a random selection.
-        tokens: number of decoded tokens.
+        tokens: number of decoded tokens that count.
     """
 
     heads: float
@@ -51,30 +51,33 @@ def runtime_recall(
         session: an open session of the kind "sparse".
         weights: the bundle's canonical float32 tensors, as its sparse layers compute with them.
         windows: int64 ``(n, seqlen)``; each is a separate text. The first half is the prompt, the rest is
-            decoded token by token, teacher-forced.
+            decoded token by token, teacher-forced. The last token is not counted if the criterion does not score it.
         budget: fractions to keep; the bundle's default if None.
         advance: called with 1 after each decoded token, ``n * (seqlen // 2)`` times in total.
 
     Raises:
-        UserError: windows have fewer than two tokens, or the selector is exact.
+        UserError: no decoded token of a window is scored, or the selector is exact.
     """
     if session.manifest.predictor["kind"] == "relu":
         raise UserError("the selector relu is exact, so nothing can drift", "use the bundle as it is")
-    if windows.ndim != 2 or windows.shape[1] < 2:
-        raise UserError("nothing to decode", "give windows of at least two tokens")
     manifest = session.manifest
+    criterion = str(manifest.predictor.get("criterion", "l2norm"))
+    seqlen = windows.shape[-1]
+    scored = scored_positions(criterion, seqlen)
+    counted = scored - (seqlen - seqlen // 2)  # tokens of a window that are decoded and scored
+    if windows.ndim != 2 or counted < 1:
+        raise UserError("nothing to decode", "give windows of more tokens; four are always enough")
     spec, budget = manifest.spec, budget or manifest.budget
     counts = budget.counts(manifest.sparse_layers)
-    criterion = str(manifest.predictor.get("criterion", "l2norm"))
     tracer = Tracer(spec, weights, criterion, manifest.dense_layers)
     hits = dict.fromkeys(UNITS, 0)
     session.set_budget(budget)
     for window in windows:
         important = _important(tracer, window, counts)
         for token, chosen in _decoded(session, window.tolist(), advance):
-            for unit in UNITS:
+            for unit in UNITS if token < scored else ():
                 hits[unit] += int((chosen[unit] & important[unit][token]).sum())
-    tokens = len(windows) * (windows.shape[1] // 2)
+    tokens = len(windows) * counted
     widths = layer_units(spec)
     shares = {unit: hits[unit] / (tokens * int(counts[unit].sum())) for unit in UNITS}
     # In each layer, a random selection of count units has the share count / width of any other set.

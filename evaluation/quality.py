@@ -178,10 +178,13 @@ def combinations(
 
 @torch.no_grad()
 def _dense_pass(context: Context, window: Tensor) -> tuple[Tensor, dict[Unit, Tensor]]:
-    """Return the dense logits, and the true importance of every unit, ``(seqlen, n_sparse, n_units)``."""
+    """Return the dense logits, and the true importance of every unit, ``(positions, n_sparse, n_units)``.
+
+    The positions are those that the criterion scores.
+    """
     tracer = Tracer(context.spec, context.weights, context.criterion, context.dense_layers)
     with torch.set_grad_enabled(find_criterion(context.criterion).needs_gradients):
-        traced = tracer.trace(window)
+        traced = tracer.trace(window).scored(context.criterion, window.shape[1])
     return Decoder(context.spec, context.weights)(window), {unit: traced.importance(unit) for unit in UNITS}
 
 
@@ -248,7 +251,7 @@ class _Run:
         for (layer, unit), chosen in self._decoder.masks.items():
             row = self._layers.row(layer)
             wanted = active_mask(self._layers.spec, unit, truth[unit][:, row], int(self._counts[unit][row]))
-            self._sums.hit[layer, unit] += int((chosen[0] & wanted).sum())
+            self._sums.hit[layer, unit] += int((chosen[0][: len(wanted)] & wanted).sum())
             self._sums.wanted[layer, unit] += int(wanted.sum())
 
     def result(self) -> Result:

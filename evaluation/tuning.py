@@ -45,8 +45,9 @@ def tune(
 ) -> Manifest:
     """Find budgets that meet a target, and make them the bundle's defaults.
 
-    A bundle whose rest comes from the low-bit copy gets one fraction of heads, one of neurons and a shortlist, see
-    `mixed_allocation`. Other bundles get fractions per layer, see `allocation`.
+    If the rest comes from the low-bit copy by default, the bundle gets one fraction of heads, one of neurons and a
+    shortlist, see `mixed_allocation`. Other bundles get fractions per layer, see `allocation`. The default's other
+    fields stay.
 
     Args:
         texts: text on which losses are measured: files or dataset ids; empty for the built-in text. What the predictor
@@ -76,11 +77,13 @@ def tune(
         seqlen=min(seqlen, manifest.spec.max_seqlen),
     )
     return_freed_memory()
-    context = Context(manifest.spec, read.sparse, manifest.dense_layers, read.predictor, copies=read.copies)
+    mixes = manifest.budget.rest_with(manifest.rest == "shadow") == "shadow"
+    copies = read.copies if mixes else None
+    context = Context(manifest.spec, read.sparse, manifest.dense_layers, read.predictor, copies=copies)
     loss = Loss(context, make_selector(read.predictor.kind, context), windows)
-    mixes = manifest.rest == "shadow"
     budget, measured = (_choose_mixed if mixes else _choose_per_layer)(bundle, manifest, target, loss, threads)
     measured["ppl_increase"] = math.expm1(loss.increase(budget))
+    budget = _as_default(manifest, budget)
     tuned = replace(
         manifest,
         budgets=asdict(budget),
@@ -93,6 +96,11 @@ def tune(
     )
     tuned.write(bundle)
     return tuned
+
+
+def _as_default(manifest: Manifest, budget: Budget) -> Budget:
+    """Return the bundle's default budget with the heads, neurons and shortlist of another one."""
+    return replace(manifest.budget, heads=budget.heads, neurons=budget.neurons, shortlist=budget.shortlist)
 
 
 Ask = Callable[[Budget], bool]
@@ -176,11 +184,15 @@ class Race:
             session.__exit__(*error)
 
     def speedup(self, budget: Budget) -> float:
-        """Return the median over rounds of dense time divided by sparse time."""
+        """Return the median over rounds of dense time divided by sparse time.
+
+        Args:
+            budget: its heads, neurons and shortlist; all else is as in the bundle's default.
+        """
         spec = self._sessions[0].spec
         room = spec.max_seqlen // (1 + ROUNDS) - 1
         prompt = np.random.default_rng(0).integers(0, spec.vocab_size, min(PROMPT, room)).tolist()
-        self._sessions[0].set_budget(budget)
+        self._sessions[0].set_budget(_as_default(self._sessions[0].manifest, budget))
         for session in self._sessions:
             session.reset()
             session.prefill([prompt])

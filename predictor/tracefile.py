@@ -22,7 +22,7 @@ from shadowllm.models.sparsity import SparseLayers, layer_units
 from shadowllm.models.spec import ModelSpec
 from shadowllm.predictor.calibration import Windows
 from shadowllm.predictor.linear_fit import LinearFit
-from shadowllm.predictor.traces import CHUNK_TOKENS, Chunk, Tracer, windows_per_chunk
+from shadowllm.predictor.traces import CHUNK_TOKENS, Chunk, Tracer, scored_positions, windows_per_chunk
 from shadowllm.progress import Advance, no_progress
 
 FORMAT = "shadowllm-traces"
@@ -112,7 +112,7 @@ class Traces:
             raise UserError(f"{path} is not a readable trace file ({error})", "calibrate again") from error
 
     def training(self, tracer: Tracer | None, order: Tensor) -> Iterator[Chunk]:
-        """Yield traces of the training windows in a given order of indices.
+        """Yield traces of the training windows in a given order of indices, see `Chunk.scored`.
 
         A tracer computes them again. Without one, the stored traces are used.
 
@@ -129,19 +129,21 @@ class Traces:
     def _chunks(
         self, windows: Tensor, first: int, tracer: Tracer | None, order: Tensor, tokens: int
     ) -> Iterator[Chunk]:
-        if tracer is not None:
-            yield from tracer.chunks(windows[order], tokens)
-            return
         seqlen = windows.shape[1]
+        if tracer is not None:
+            for chunk in tracer.chunks(windows[order], tokens):
+                yield chunk.scored(self.criterion, seqlen)
+            return
         kept = len(self.stored.get("hidden", ())) // seqlen
         if len(order) and int(order.max()) + first >= kept:
             raise UserError("the traces were not kept", "give the model, so that training can trace anew")
         # The same windows per chunk as the tracer's, so that training steps mix texts in the same way.
         for part in (order + first).split(windows_per_chunk(seqlen, tokens)):
             rows = (part[:, None] * seqlen + torch.arange(seqlen)).flatten()
-            yield Chunk(
+            chunk = Chunk(
                 self.stored["hidden"][rows], decode(self.stored["heads"][rows]), decode(self.stored["neurons"][rows])
             )
+            yield chunk.scored(self.criterion, seqlen)
 
 
 def calibrate(
@@ -179,7 +181,7 @@ def calibrate(
     kept = (tokens if keep_train else windows.held_out).numel() if storable else 0
     stored = _allocate(tracer.sparse_layers, kept)
     sums: dict[str, Any] = {"heads": 0.0, "neurons": 0.0}
-    n_sparse = tracer.sparse_layers.count
+    n_sparse, seqlen = tracer.sparse_layers.count, tokens.shape[1]
     fits = [LinearFit(n_sparse, spec.hidden_size, spec.n_heads) for _ in range(2)] if fit_heads else []
     squares, start = torch.zeros(spec.hidden_size), 0
     sampled = windows.train if storable else windows.train[: max(1, SAMPLE_TOKENS // windows.train.shape[1])]
@@ -189,16 +191,17 @@ def calibrate(
             if end <= kept:
                 stored["hidden"][start:end] = chunk.hidden
                 stored["heads"][start:end], stored["neurons"][start:end] = encode(chunk.heads), encode(chunk.neurons)
+            scored = chunk.scored(criterion, seqlen)
             if split is sampled:
-                sums = {unit: total + relative(getattr(chunk, unit)).sum(dim=0) for unit, total in sums.items()}
+                sums = {unit: total + relative(getattr(scored, unit)).sum(dim=0) for unit, total in sums.items()}
                 assert chunk.final is not None
                 squares += chunk.final.square().sum(dim=0)
             if fits:
-                fits[split is not sampled].add(chunk.inputs["heads"], chunk.heads)
+                fits[split is not sampled].add(scored.inputs["heads"], scored.heads)
             advance(end - start)
             start = end
     advance(tokens.numel() - start)
-    means = {unit: total / sampled.numel() for unit, total in sums.items()}
+    means = {unit: total / (len(sampled) * scored_positions(criterion, seqlen)) for unit, total in sums.items()}
     fit = fits[0].solve(fits[1]) if fits else {}
     return Traces(criterion, dense_layers, fingerprint, windows, means, squares / sampled.numel(), fit, stored)
 

@@ -24,6 +24,14 @@ def windows_per_chunk(seqlen: int, tokens: int) -> int:
     return max(1, tokens // seqlen)
 
 
+def scored_positions(criterion: str, seqlen: int) -> int:
+    """Return how many positions of a window a criterion scores.
+
+    A criterion with gradients does not score the last one, because no loss depends on it.
+    """
+    return seqlen - find_criterion(criterion).needs_gradients
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Traces of some tokens, float32.
@@ -51,6 +59,12 @@ class Chunk:
     def importance(self, unit: Unit) -> Tensor:
         """Return the importance of the heads or of the neurons."""
         return self.heads if unit == "heads" else self.neurons
+
+    def scored(self, criterion: str, seqlen: int) -> Chunk:
+        """Return the chunk of the positions that a criterion scores, of a chunk of whole windows."""
+        if (positions := scored_positions(criterion, seqlen)) == seqlen:
+            return self
+        return self[torch.arange(self.tokens).view(-1, seqlen)[:, :positions].flatten()]
 
     def __getitem__(self, rows: Tensor) -> Chunk:
         """Return the chunk of the tokens with the given indices."""

@@ -22,7 +22,7 @@ from shadowllm.predictor.parallel import Workers
 from shadowllm.predictor.powerinfer import check_source, read_networks
 from shadowllm.predictor.topk import recall, top_mask
 from shadowllm.predictor.tracefile import Traces
-from shadowllm.predictor.traces import Chunk, Tracer
+from shadowllm.predictor.traces import Chunk, Tracer, scored_positions
 from shadowllm.progress import Advance, no_progress
 
 
@@ -102,7 +102,8 @@ def train_network(
     epochs = config.passes(tracer is not None)
     start = initial(kind, spec, traces, config)
     windows = workers.share(torch.arange(len(traces.windows.train)))
-    trainer = Trainer(spec, start, config, epochs * len(windows) * traces.windows.train.shape[1], workers)
+    positions = scored_positions(traces.criterion, traces.windows.train.shape[1])
+    trainer = Trainer(spec, start, config, epochs * len(windows) * positions, workers)
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(epochs):
         order = windows[torch.randperm(len(windows), generator=generator)]

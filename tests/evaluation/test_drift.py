@@ -30,20 +30,24 @@ def test_an_exact_selector_cannot_drift(bundle):
         runtime_recall(session, {}, windows())
 
 
-def test_a_static_choice_is_scored_as_counted_by_hand(bundle):
-    folder = bundle(kind="static")
+@pytest.mark.parametrize(("criterion", "decoded"), [("l2norm", 6), ("plainact", 5)])
+def test_a_static_choice_is_scored_as_counted_by_hand(bundle, tmp_path, criterion, decoded):
+    """No loss depends on the last token, so a criterion with gradients does not tell what is important there."""
+    folder = shutil.copytree(bundle(kind="static"), tmp_path / "bundle")
     manifest = read_manifest(folder)
+    manifest = replace(manifest, predictor=manifest.predictor | {"criterion": criterion})
+    manifest.write(folder)
     read = read_weights(folder, manifest)
     with OrtSession(folder, "sparse") as session:
         found = runtime_recall(session, read.sparse, windows())
     hits = wanted = 0
     for window in windows():
-        traced = Tracer(manifest.spec, read.sparse, "l2norm").trace(window[None]).neurons[6:]
+        traced = Tracer(manifest.spec, read.sparse, criterion).trace(window[None]).neurons[6 : 6 + decoded]
         for layer, ranking in enumerate(read.predictor.tensors["neurons.scores"]):
             chosen = set(ranking.topk(44).indices.tolist())
             for scores in traced[:, layer]:
                 hits, wanted = hits + len(chosen & set(scores.topk(44).indices.tolist())), wanted + 44
-    assert found.tokens == 18
+    assert found.tokens == 3 * decoded
     assert found.neurons == pytest.approx(hits / wanted)
     assert (found.expected_heads, found.expected_neurons) == (0.5, 0.5)
 
@@ -61,6 +65,14 @@ def test_in_place_choices_beat_chance_and_everything_kept_is_all_there_is(bundle
 def test_one_token_is_no_text(bundle):
     with OrtSession(bundle(), "sparse") as session, pytest.raises(UserError, match="nothing to decode"):
         runtime_recall(session, {}, windows(seqlen=1))
+
+
+def test_one_decoded_token_has_no_loss_after_it(bundle, tmp_path):
+    folder = shutil.copytree(bundle(kind="static"), tmp_path / "bundle")
+    manifest = read_manifest(folder)
+    replace(manifest, predictor=manifest.predictor | {"criterion": "fisher"}).write(folder)
+    with OrtSession(folder, "sparse") as session, pytest.raises(UserError, match="nothing to decode; give windows"):
+        runtime_recall(session, {}, windows(seqlen=3))
 
 
 def test_command(bundle, tmp_path, capsys):

@@ -20,7 +20,7 @@ from shadowllm.predictor.selectors import Context, MaskedDecoder, make_selector
 from shadowllm.predictor.topk import top_mask
 from shadowllm.predictor.tracefile import calibrate
 from shadowllm.predictor.traces import Tracer
-from shadowllm.predictor.train import train_network
+from shadowllm.predictor.train import train_network, train_static
 from tests.tiny import split, token_windows
 
 SELECTORS = ["static", "shadow", "random", "oracle"]
@@ -200,3 +200,17 @@ def test_copies_are_used_unless_a_budget_says_otherwise(mixed):
     assert evaluate(spec, weights, None, "oracle", windows, neuron_budgets=[0.2])[1].rest == "drop"
     with pytest.raises(UserError, match="no low-bit copy"):
         evaluate(spec, weights, None, "oracle", windows, neuron_budgets=[0.2], shortlists=[10])
+
+
+@pytest.mark.parametrize(("criterion", "positions"), [("l2norm", 24), ("plainact", 23)])
+def test_recall_is_counted_at_the_positions_that_the_criterion_scores(tiny, criterion, positions):
+    """With gradients, the scores of the last position are 0, and its most important units would be the first ones."""
+    spec, weights = tiny
+    traces = calibrate(spec, weights, split(token_windows(spec)), "f00d", criterion=criterion)
+    window = token_windows(spec, n=1, seed=8)
+    static = evaluate(spec, weights, train_static(spec, traces), "static", window, neuron_budgets=[0.25])[1]
+    count = round(0.25 * spec.intermediate_size)
+    kept = traces.statistics["neurons"].topk(count).indices.tolist()
+    scores = Tracer(spec, weights, criterion).trace(window).neurons[:positions]
+    hits = sum(len(set(row.topk(count).indices.tolist()) & set(kept[i])) for t in scores for i, row in enumerate(t))
+    assert static.neuron_recall == pytest.approx(hits / (positions * len(kept) * count))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
@@ -92,6 +92,31 @@ def test_a_mixed_budget_is_one_for_all_layers_and_has_a_shortlist(with_copies, b
     looser = tune(with_copies, Target(ppl_increase=0.2), **QUICK)
     assert looser.budget.neurons <= budget.neurons
     assert looser.budget.heads <= budget.heads
+
+
+def test_the_rest_and_the_proof_of_the_default_budget_stay(with_copies):
+    """With a rest that is dropped by default, that is what is measured, and layers have fractions of their own."""
+    manifest = read_manifest(with_copies)
+    replace(manifest, budgets=asdict(Budget(rest="drop", certify=True))).write(with_copies)
+    budget = tune(with_copies, Target(ppl_increase=0.05), **QUICK).budget
+    assert (budget.rest, budget.certify, budget.shortlist) == ("drop", True, None)
+    assert isinstance(budget.neurons, tuple)
+    read = read_weights(with_copies, manifest)
+    encode = plain_encoder(load_tokenizer(with_copies, manifest), manifest)
+    windows = measuring_windows(manifest.spec, read.sparse, encode, manifest.predictor, texts=(), **QUICK)
+    dense, found = evaluate(
+        manifest.spec,
+        read.sparse,
+        read.predictor,
+        "quantized-shadow",
+        windows,
+        head_budgets=[budget.heads],
+        neuron_budgets=[budget.neurons],
+        rests=["drop"],
+        copies=read.copies,
+    )
+    measured = read_manifest(with_copies).allocation["measured"]["ppl_increase"]
+    assert measured == pytest.approx(found.perplexity / dense.perplexity - 1, rel=1e-3, abs=1e-6)
 
 
 def test_a_mixed_budget_is_shown(with_copies, capsys):

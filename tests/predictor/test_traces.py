@@ -11,7 +11,7 @@ from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.errors import UserError
 from shadowllm.models.decoder import Decoder
 from shadowllm.predictor import tracefile
-from shadowllm.predictor.tracefile import Traces, calibrate, decode, encode
+from shadowllm.predictor.tracefile import Traces, calibrate, decode, encode, relative
 from shadowllm.predictor.traces import Tracer
 from shadowllm.predictor.train import train_static
 from tests.tiny import split, token_windows
@@ -139,6 +139,20 @@ def test_statistics_of_text_too_long_to_keep_are_those_of_a_sample(llama, monkey
     assert all(torch.equal(made.statistics[unit], few.statistics[unit]) for unit in ("heads", "neurons"))
     assert torch.equal(made.windows.train, windows.train)  # all of it is used for training
     assert sum(told) == 6 * 24
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_the_last_token_of_a_window_is_not_learned_from_without_a_loss_after_it(tiny, limit):
+    spec, weights = tiny
+    windows = split(token_windows(spec, n=6), held_out=2)
+    made = calibrate(spec, weights, windows, "f00d", criterion="plainact", limit_bytes=limit)
+    tracer = None if limit else Tracer(spec, weights, "plainact")
+    scores = Tracer(spec, weights, "plainact").trace(windows.train).neurons.unflatten(0, (4, 24))[:, :-1].flatten(0, 1)
+    learned = torch.cat([chunk.neurons for chunk in made.training(tracer, torch.arange(4))])
+    assert learned.shape == scores.shape
+    assert bool((learned.amax(dim=-1) > 0).all())
+    torch.testing.assert_close(made.statistics["neurons"], relative(scores).mean(dim=0))
+    assert sum(chunk.tokens for chunk in made.held_out(tracer)) == 2 * 23
 
 
 def test_a_ranking_needs_only_the_traces_of_the_held_out_windows(llama):
