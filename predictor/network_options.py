@@ -6,7 +6,6 @@ from shadowllm.config import Calibration, TrainConfig
 from shadowllm.errors import UserError
 
 NETWORKS = ("shadow", "layerwise")  # selectors whose networks are trained
-OPTIONS = ("loss", "epochs", "learning_rate", "weight_decay", "batch_tokens", "rank")
 
 
 def check_network_options(config: TrainConfig | None, selector: str, trains: bool = True) -> None:
@@ -20,7 +19,7 @@ def check_network_options(config: TrainConfig | None, selector: str, trains: boo
     Raises:
         UserError: such an option is given.
     """
-    given = " and ".join(name for name in OPTIONS if config and getattr(config, name) != getattr(TrainConfig, name))
+    given = config.network_options if config else ""
     if given and not trains:
         raise UserError(f"a predictor is given, so {given} cannot be used", f"leave out {given}")
     if given and selector not in NETWORKS:
@@ -30,22 +29,35 @@ def check_network_options(config: TrainConfig | None, selector: str, trains: boo
         )
 
 
-def check_given(kind: str, selector: str | None, calibration: Calibration | None) -> None:
-    """Refuse options that have no effect if a predictor is given.
+def check_given(kind: str, selector: str | None) -> None:
+    """Refuse a selector that the given predictor is not.
 
     Args:
         kind: of the given predictor.
         selector: that was asked for, if any.
 
     Raises:
-        UserError: another kind was asked for, or the model would be traced in another way than by default.
+        UserError: another kind was asked for.
     """
     if selector not in (None, kind):
         raise UserError(f"the given predictor is of the kind {kind}, not {selector}", "leave out the selector")
-    default = Calibration()
-    given = [name for name, value in vars(calibration or default).items() if value != getattr(default, name)]
-    if given:
-        raise UserError(
-            f"a predictor is given, so nothing is traced, and {' and '.join(given)} cannot be used",
-            f"leave out {' and '.join(given)}",
-        )
+
+
+def check_calibration(calibration: Calibration | None, selector: str, made: bool) -> None:
+    """Refuse options of the calibration if nothing is traced.
+
+    Args:
+        calibration: None has no options.
+        selector: of the predictor.
+        made: whether the predictor is made, and not given.
+
+    Raises:
+        UserError: such an option is given.
+    """
+    if made and selector != "random":
+        return
+    used, default = ("dense_layers", "seed") if made else (), Calibration()
+    changed = [name for name, value in vars(calibration or default).items() if value != getattr(default, name)]
+    if given := " and ".join(name for name in changed if name not in used):
+        why = "a random selector is made" if made else "a predictor is given"
+        raise UserError(f"{why}, so nothing is traced, and {given} cannot be used", f"leave out {given}")

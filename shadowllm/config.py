@@ -24,7 +24,9 @@ Verbosity = Literal["none", "layer_names_only", "detailed"]
 Selector = Literal["shadow", "layerwise", "quantized-shadow", "relu", "static", "random"]
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by their short names
+CRITERIA = ("l2norm", "plainact", "grad_norm", "fisher", "snip", "grasp", "nwot", "jacov", "epenas")
 LOSSES = ("listnet", "weighted_bce", "bce", "mse")
+NETWORK_OPTIONS = ("loss", "epochs", "learning_rate", "weight_decay", "batch_tokens", "rank")  # of `TrainConfig`
 DEFAULT_BUDGET = Budget(neurons=0.5, heads=0.75)
 WIDEST = 1 << 16  # limit of a network's width: a wider one would only exhaust the memory
 
@@ -81,7 +83,7 @@ class Calibration:
         seed: seed of sampling and training.
 
     Raises:
-        UserError: a number is outside its limits.
+        UserError: a number is outside its limits, or the criterion is unknown.
     """
 
     texts: Sequence[str] = option(
@@ -103,6 +105,8 @@ class Calibration:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.criterion not in CRITERIA:
+            raise UserError(f"no importance criterion {self.criterion!r}", f"known: {', '.join(sorted(CRITERIA))}")
 
 
 @dataclass(frozen=True)
@@ -153,13 +157,19 @@ class TrainConfig:
         if self.loss not in LOSSES:
             raise UserError(f"no training loss {self.loss!r}", f"known: {', '.join(sorted(LOSSES))}")
         given = [value for value in (self.epochs, self.batch_tokens, self.rank) if value is not None]
-        if min(given) < 1 or self.learning_rate <= 0:
+        if min(given) < 1 or not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf:
             raise UserError(
-                "epochs, batch size, learning rate and rank must be positive", "correct the training options"
+                "epochs, batch size, learning rate and rank must be positive, and weight decay not negative",
+                "correct the training options",
             )
         check_values(self)
-        if self.powerinfer and (self.rank or self.epochs):
-            raise UserError("networks of PowerInfer are not trained", "leave out rank and epochs")
+        if self.powerinfer and (names := self.network_options):
+            raise UserError(f"networks of PowerInfer are not trained, so {names} cannot be used", f"leave out {names}")
+
+    @property
+    def network_options(self) -> str:
+        """The names of the options of networks that are not the defaults, joined by "and"."""
+        return " and ".join(name for name in NETWORK_OPTIONS if getattr(self, name) != getattr(TrainConfig, name))
 
     def passes(self, anew: bool) -> int:
         """Return the number of epochs, given whether each one traces the text again."""

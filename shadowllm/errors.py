@@ -90,22 +90,30 @@ def os_error(error: OSError, place: object = "the output") -> UserError | None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Name the file that a block writes in the system's errors, and remove it then if it is new.
+def writing(path: Path) -> Iterator[Path]:
+    """Yield a file that a block writes, and that becomes ``path`` at its end. Until then, an older file stays.
+
+    What is no regular file, as a pipe, is yielded itself.
 
     Raises:
         UserError: the file cannot be written.
     """
-    new = not path.exists()
+    target = path.resolve()  # a link stays a link
+    replaces = target.is_file() or not target.exists()
+    part = target.with_name(f".partial-{target.name}") if replaces else path
     try:
-        yield
+        yield part
+        if replaces:
+            os.replace(part, target)
     except OSError as error:
-        if new:
-            path.unlink(missing_ok=True)
+        error.filename = None  # users know the path, not the temporary file
         known = os_error(error, path)
         raise known or UserError(
             f"cannot write {path} ({error.strerror})", "name a file in a folder that exists"
         ) from error
+    finally:
+        if replaces:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager

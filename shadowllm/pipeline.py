@@ -42,7 +42,7 @@ from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Weights
 from shadowllm.plugins.tensorrt.load_tensorrt import require
 from shadowllm.predictor.calibration import calibration_windows
-from shadowllm.predictor.network_options import check_given, check_network_options
+from shadowllm.predictor.network_options import check_calibration, check_given, check_network_options
 from shadowllm.predictor.parallel import process_count
 from shadowllm.predictor.silence import fired_shares
 from shadowllm.predictor.tracefile import Traces, calibrate
@@ -105,13 +105,14 @@ def export_model(
         if predictor is not None:
             if train_config and train_config.powerinfer:
                 raise UserError("a predictor and networks of PowerInfer are given", "leave one of them out")
-            check_given(predictor.kind, options.selector, calibration)
+            check_given(predictor.kind, options.selector)
             options = replace(options, selector=predictor.kind)
         elif train_config and train_config.powerinfer:
             options = replace(options, selector=options.selector or "layerwise")
             check_import(options.kind, train_config)
         _check_options(spec, options)
         check_network_options(train_config, options.kind, trains=predictor is None)
+        check_calibration(calibration, options.kind, made=predictor is None)
         if predictor is None:
             train_config = train_config or TrainConfig(budget=options.budget or DEFAULT_BUDGET)
             calibration = calibration or Calibration()

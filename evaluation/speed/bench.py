@@ -25,6 +25,7 @@ from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.recomputed_rows import RecomputedRows
 from shadowllm.runtime.session import Prefill
 
+QUALITY_TOKENS = 128
 SPARSE, LOSSLESS = "sparse", "lossless"  # names of the bundle's own contender
 
 
@@ -38,7 +39,7 @@ def bench(
     new_tokens: int = 128,
     runs: int = 5,
     warmup: int = 1,
-    quality_tokens: int = 128,
+    quality_tokens: int | None = None,
     threads: int | None = None,
     percentiles: Sequence[float] = (),
     prefill: Prefill = "dense",
@@ -60,7 +61,7 @@ def bench(
         runs: number of counted generations.
         warmup: number of generations before them, which are not counted.
         quality_tokens: length of each of the two texts for quality: the continuation of the documentation,
-            and the text that the baseline generated. 0 omits quality.
+            and the text that the baseline generated. 0 omits quality. None is 128, or 0 if decoding is lossless.
         threads: threads of each session; the session's default if None.
         percentiles: of the inter-token latency, in addition to 50, 90 and 99.
         prefill: which graphs of the sparse path prefill, see `open_session`.
@@ -73,7 +74,12 @@ def bench(
     manifest = read_manifest(bundle)
     drafting = drafting or Drafting()
     budget = budget or (manifest.draft_budget if drafting.lossless else manifest.budget)
-    quality_tokens = 0 if drafting.lossless else quality_tokens
+    if drafting.lossless and quality_tokens:
+        raise UserError(
+            "the quality of lossless text is that of dense text, and not measured", "leave out quality tokens"
+        )
+    if quality_tokens is None:
+        quality_tokens = 0 if drafting.lossless else QUALITY_TOKENS
     _check(manifest, against, prompt_len, new_tokens, runs, warmup, quality_tokens)
     text = passage(plain_encoder(load_tokenizer(bundle, manifest), manifest), prompt_len + quality_tokens)
     own = LOSSLESS if drafting.lossless else SPARSE

@@ -71,8 +71,8 @@ def save(figure: Any, path: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    with writing(path):
-        figure.savefig(path, format="png")
+    with writing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _bars(

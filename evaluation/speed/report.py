@@ -101,8 +101,8 @@ class Report:
         Raises:
             UserError: the folder does not exist or cannot be written.
         """
-        with writing(path):
-            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        with writing(path) as file:
+            file.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     def print(self, console: Console) -> None:
         """Print the table, a summary line for each contender in the wording of trtexec, and the comparison."""

@@ -110,6 +110,8 @@ class LoadedBundle:
         self._rounds = rounds_products(self.manifest) and self._native and not exact
         if kind == "dense" and prefill == "sparse":
             raise UserError("a dense session has no sparse graphs to prefill with", "leave out the option, or use ort")
+        if prepack and prefill == "sparse":
+            raise UserError("a session that prefills with sparse graphs packs no weights", "leave out one of them")
         self.prefills = prefill
         q = self.manifest.quantisation
         nested = q is not None and q.residual_bits > 0

@@ -48,9 +48,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         parser,
         "--quality-tokens",
         least=0,
-        default=128,
         metavar="N",
-        help="length of each of the two texts for measuring quality; 0 for none (default: 128)",
+        help="length of each of the two texts for measuring quality; 0 for none (default: 128; 0 with --lossless)",
     )
     parser.add_argument(
         "--percentile",

@@ -105,10 +105,12 @@ def _text(args: argparse.Namespace) -> None:
     if args.layers:
         _print_layers(evaluated.results)
     found = evaluated.to_dict(args.layers)
-    if decoding:
-        found |= _print_decoded(decoding.run())
     if args.json:
         _save(found, args.json)
+    if decoding:  # it may take hours, so what there is was saved before
+        found |= _print_decoded(decoding.run())
+        if args.json:
+            _save(found, args.json)
     if args.plot:
         plot(found, args.plot, f"{evaluated.manifest.model}, {evaluated.tokens} tokens")
         print(f"figure: {args.plot}")
@@ -179,8 +181,8 @@ def _tasks(args: argparse.Namespace) -> None:
 
 
 def _save(found: Mapping[str, Any], path: Path) -> None:
-    with writing(path):
-        path.write_text(json.dumps(found, indent=2) + "\n")
+    with writing(path) as file:
+        file.write_text(json.dumps(found, indent=2) + "\n")
     print(f"results: {path}")
 
 

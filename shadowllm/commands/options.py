@@ -71,13 +71,16 @@ def output_file(text: str) -> Path:
         raise UserError(f"{path} is a folder", "name a file")
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}", "name a file in a folder that exists")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path.exists() and not os.access(path, os.W_OK):
         raise UserError(f"cannot write {path}: no permission", "change its permissions, or name another place")
+    # A regular file is written under another name first.
+    if (path.is_file() or not path.exists()) and not os.access(path.resolve().parent, os.W_OK):
+        raise UserError(f"cannot write {path}: no permission in its folder", "change it, or name another place")
     return path
 
 
 def replaced_file(text: str) -> Path:
-    """The argparse type of a file that is written under another name, and then takes the place of an older one.
+    """The argparse type of a regular file to write.
 
     Raises:
         UserError: it cannot be written, or is no regular file.
@@ -85,8 +88,6 @@ def replaced_file(text: str) -> Path:
     path = output_file(text).resolve()
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no regular file", "name a file")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write {path}: no permission in its folder", "change it, or name another place")
     return path
 
 

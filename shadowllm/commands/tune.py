@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> None:
     target = options.target(args)
     if not args.lossless:
         options.refuse_unused(args, {"prepack": False}, "without --lossless")
+        if args.target_speedup is None:
+            options.refuse_unused(args, {"threads": None}, "without --target-speedup or --lossless")
     text = {"texts": args.text, "tokens": args.tokens, "seqlen": args.seqlen, "threads": args.threads}
     if args.lossless:
         for found in tune_drafts(args.bundle, prepack=args.prepack, **text)[1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -63,6 +64,15 @@ def test_refused_before_anything_is_decoded(folder, bundle, tmp_path):
     (without / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="has no tokenizer"):
         Decoding(without, options=SMALL)
+
+
+def test_results_on_text_are_saved_before_decoding(folder, tmp_path, monkeypatch):
+    out = tmp_path / "eval.json"
+    monkeypatch.setattr(Decoding, "run", lambda self: sys.exit("stopped"))
+    text = ["--tokens", "64", "--seqlen", "32", "--selector", "static", "--generate", "--new-tokens", "12"]
+    with pytest.raises(SystemExit, match="stopped"):
+        main(["eval", str(folder), *text, "--json", str(out)])
+    assert len(json.loads(out.read_text())["results"]) == 1
 
 
 def test_command(folder, tmp_path, capsys):

@@ -80,6 +80,8 @@ def test_command(copy, capsys):
     assert main(["tune", str(copy)]) == 1
     assert "no target" in capsys.readouterr().err
     assert main(["tune", str(copy), "--target-ppl-increase", "much"]) == 1
+    assert main(["tune", str(copy), "--target-ppl-increase", "1%", "--threads", "2", *quick]) == 1
+    assert "--threads does nothing without --target-speedup or --lossless" in capsys.readouterr().err
 
 
 def test_a_mixed_budget_is_one_for_all_layers_and_has_a_shortlist(with_copies, bytes_only):

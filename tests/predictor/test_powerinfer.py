@@ -137,9 +137,12 @@ def test_import_and_export(checkpoint, tmp_path):
         import_networks(spec, traces, config, "shadow", loaded)
 
 
-@pytest.mark.parametrize("option", [{"rank": 16}, {"epochs": 2}])
+@pytest.mark.parametrize(
+    "option",
+    [{"rank": 16}, {"epochs": 2}, {"loss": "mse"}, {"learning_rate": 0.1}, {"weight_decay": 0.0}, {"batch_tokens": 8}],
+)
 def test_options_of_training_have_no_use(option):
-    with pytest.raises(UserError, match="leave out rank and epochs"):
+    with pytest.raises(UserError, match=f"leave out {next(iter(option))}"):
         TrainConfig(powerinfer="pi", **option)
 
 

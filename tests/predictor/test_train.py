@@ -159,7 +159,19 @@ def test_default_rank_stays_under_four_percent(llama):
         default_rank(SparseLayers(spec, 1))
 
 
-@pytest.mark.parametrize("options", [{"loss": "magic"}, {"epochs": 0}, {"rank": 0}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "magic"},
+        {"epochs": 0},
+        {"rank": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"learning_rate": float("inf")},
+        {"weight_decay": float("nan")},
+        {"weight_decay": -0.1},
+    ],
+)
 def test_senseless_recipes_are_refused(options):
     with pytest.raises(UserError):
         TrainConfig(**options)

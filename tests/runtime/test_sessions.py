@@ -263,6 +263,11 @@ class TestAtTheDoor:
         session.__exit__(None, None, None)
 
 
+def test_sparse_graphs_prefill_with_no_packed_weights(bundle):
+    with pytest.raises(UserError, match="prefills with sparse graphs packs no weights; leave out one"):
+        open_session(bundle(), prefill="sparse", prepack=True)
+
+
 def test_an_unknown_prefill(bundle):
     with pytest.raises(UserError, match="unknown kind of prefill 'spares'"):
         open_session(bundle(), prefill="spares")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -37,17 +38,32 @@ def test_all_others_are_bugs(number):
     assert os_error(OSError(number, os.strerror(number))) is None
 
 
-def test_a_new_file_that_was_begun_is_removed(tmp_path):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x"), KeyboardInterrupt()])
+def test_a_file_that_was_begun_is_removed_and_an_older_one_stays(tmp_path, error):
     def write(path):
-        with writing(path):
-            path.write_text("begun")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with writing(path) as file:
+            file.write_text("begun")
+            raise error
 
-    (tmp_path / "old").touch()
+    (tmp_path / "old").write_text("whole")
     for name in ("old", "new"):
-        with pytest.raises(UserError, match=f"cannot use {tmp_path / name} "):
+        with pytest.raises((UserError, KeyboardInterrupt)) as raised:
             write(tmp_path / name)
+        if isinstance(error, OSError):
+            assert str(raised.value).startswith(f"cannot use {tmp_path / name} ")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old").read_text() == "whole"
+
+
+def test_a_link_stays_and_what_is_no_regular_file_is_written_itself(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    for text in ("first", "second"):
+        with writing(link) as file:
+            file.write_text(text)
+    assert (link.is_symlink(), target.read_text()) == (True, "second")
+    with writing(Path("/dev/null")) as file:
+        assert file == Path("/dev/null")
 
 
 class TestCommandLine:

@@ -14,6 +14,7 @@ from shadowllm import config, draft_config, eval_config
 from shadowllm.commands.flags import add_flags, attributes, build, values
 from shadowllm.config_fields import KEY, check_values, option
 from shadowllm.errors import UserError
+from shadowllm.predictor.criteria import CRITERIA
 from shadowllm.predictor.losses import LOSSES
 
 CONFIGS = [
@@ -111,5 +112,6 @@ def test_a_flag_has_help(kind):
     assert all(action.help for action in made)
 
 
-def test_the_losses_are_those_there_are():
+def test_the_losses_and_criteria_are_those_there_are():
     assert set(config.LOSSES) == set(LOSSES)
+    assert set(config.CRITERIA) == set(CRITERIA)

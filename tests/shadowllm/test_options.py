@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,15 @@ def test_a_file_that_may_not_be_written_is_refused_at_once(tmp_path, monkeypatch
     monkeypatch.setattr(os, "access", lambda place, mode: (place, mode) != (locked, os.W_OK))
     with pytest.raises(UserError, match=r"cannot write .*results.json: no permission"):
         options.output_file(str(path))
+
+
+def test_a_file_in_a_folder_that_may_not_be_changed_is_refused_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    path.touch()
+    monkeypatch.setattr(os, "access", lambda place, mode: (place, mode) != (tmp_path, os.W_OK))
+    with pytest.raises(UserError, match="no permission in its folder"):
+        options.output_file(str(path))
+    assert options.output_file("/dev/null") == Path("/dev/null")
 
 
 def test_a_file_that_is_replaced_is_a_regular_one(tmp_path, monkeypatch):

@@ -93,6 +93,19 @@ def test_options_that_a_given_predictor_makes_useless(checkpoint, tmp_path, sele
         )
 
 
+def test_a_random_selector_reads_no_text(checkpoint, tmp_path):
+    options = Export(selector="random", budget=BUDGET, rest="drop", validate=False)
+    model = Source(str(checkpoint("llama-relu")))
+    with pytest.raises(UserError, match="random selector is made, so nothing is traced, and texts and tokens cannot"):
+        export_model(model, tmp_path / "out", options, calibration=Calibration(texts=("a.txt",), tokens=64, seed=1))
+    export_model(model, tmp_path / "out", options, calibration=Calibration(dense_layers=2, seed=1))
+
+
+def test_an_unknown_criterion_is_refused_at_once():
+    with pytest.raises(UserError, match="no importance criterion 'l2nrom'; known: epenas"):
+        Calibration(criterion="l2nrom")
+
+
 def test_networks_that_are_not_there_are_told_before_the_calibration(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "_calibrate", lambda *_, **__: pytest.fail("traced"))
     config = TrainConfig(powerinfer=tmp_path / "typo")

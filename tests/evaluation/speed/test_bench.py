@@ -116,7 +116,7 @@ def test_lossless(bundle):
     """It has the baseline's tokens, and says how much of the drafts was accepted."""
     folder, budget = bundle("llama-blocks", kind="quantized-shadow", rest="shadow"), Budget(heads=0.5, neurons=0.5)
     drafting = Drafting(lossless=True, draft_length=2)
-    report = bench(folder, budget=budget, drafting=drafting, **SHORT | {"quality_tokens": 1000})
+    report = bench(folder, budget=budget, drafting=drafting, **SHORT | {"quality_tokens": None})
     ours, dense = report.results
     assert (ours.name, dense.name) == ("lossless", "ort-dense")
     assert ours.same_tokens
@@ -186,6 +186,7 @@ def test_json_needs_its_folder(report, tmp_path):
         ({"against": ("ort-dense", "ort-dense")}, "each backend once"),
         ({"against": ("fast",)}, "no backend 'fast'"),
         ({"runs": 0}, "number of runs is 0"),
+        ({"drafting": Drafting(lossless=True)}, "and not measured; leave out quality tokens"),
         ({"new_tokens": 1}, "number of new tokens is 1"),
         ({"prompt_len": 60}, "new tokens exceed the model's 64 positions; ask for fewer new tokens"),
         ({"quality_tokens": 60}, "quality tokens exceed the model's 64 positions; ask for fewer quality tokens"),
