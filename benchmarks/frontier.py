@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import numpy as np
 
 from shadowllm.benchmarks.llama_cpp_rivals import NAME, Rival, llama_cpp_rivals
 from shadowllm.benchmarks.script_parser import add_json, script, script_parser
-from shadowllm.bundle.manifest import read_manifest
+from shadowllm.bundle.manifest import file_hash, read_manifest
 from shadowllm.bundle.predictor_file import Predictor
 from shadowllm.bundle.weights import PREDICTOR_FILE
 from shadowllm.commands.options import figure_file
@@ -38,6 +39,7 @@ from shadowllm.evaluation.speed.figure import new_figure, save
 from shadowllm.evaluation.speed.harness import Contender, Generation, Worker, race, speedup, summarise
 from shadowllm.evaluation.speed.traffic import traffic_of
 from shadowllm.evaluation.speed.worker_command import session_command
+from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import Budget
 from shadowllm.pipeline import export_model
 from shadowllm.progress import progress
@@ -48,6 +50,7 @@ INTEGERS = ("int8", "int6", "int4")
 DIAL = ((0.3, 1.0, 4096), (0.1, 1.0, 2048), (0.05, 1.0, 2048), (0.03, 1.0, 1024))
 SHORT_DIAL = DIAL[1:3]
 MIXED = "mixed,"
+SIZES = {"prompt_len": 128, "new_tokens": 128, "seqlen": 512}  # tokens; ``seqlen`` is of a window
 # Where the labels of a weight type are beside its points, so that they do not cover those of another one.
 SIDES: Mapping[str, Mapping[str, Any]] = {
     "int6": {"ha": "right", "xytext": (-6, -2)},
@@ -62,9 +65,19 @@ def export_all(
     """Export a bundle of each weight type; those that exist, or are given, are kept.
 
     The first is of floats, and its predictor is used for integers too. Each type has the budget that is chosen for it.
+
+    Raises:
+        UserError: a bundle that exists is of another model, or another version wrote it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     bundles = {dtype: bundle or folder / dtype} | {name: folder / name for name in integers}
+    wanted = load_model(model)[1].fingerprint(), version("shadowllm")
+    for path in filter(Path.exists, bundles.values()):
+        manifest = read_manifest(path)
+        if (manifest.base_fingerprint, manifest.tools["shadowllm"]) != wanted:
+            raise UserError(
+                f"{path} is of another model, or another version wrote it", "remove it, or name another folder"
+            )
     if not bundles[dtype].exists():
         export_model(Source(model), bundles[dtype], Export(dtype=dtype, validate=False))
     predictor = Predictor.load(bundles[dtype] / PREDICTOR_FILE)
@@ -102,11 +115,11 @@ def measure(
     bundles: Mapping[str, Path],
     texts: Sequence[Path],
     *,
-    prompt_len: int = 128,
-    new_tokens: int = 128,
+    prompt_len: int,
+    new_tokens: int,
+    seqlen: int,
     runs: int = 5,
     windows: int = 3,
-    seqlen: int = 512,
     threads: int = 2,
     rivals: Sequence[Rival] = (),
     short: bool = False,
@@ -158,7 +171,10 @@ def _row(
 def _tokens(encode: Any, texts: Sequence[Path], length: int) -> list[int]:
     if not texts:
         return passage(encode, length)
-    return list(encode("\n".join(path.read_text() for path in texts)))[:length]
+    ids = list(encode("\n".join(path.read_text() for path in texts)))
+    if len(ids) < length:
+        raise UserError(f"the text has {len(ids)} tokens, {length} are needed", "give more text or fewer windows")
+    return ids[:length]
 
 
 def _perplexity(worker: Worker, ids: Sequence[int], windows: int, seqlen: int, advance: Any) -> float:
@@ -242,12 +258,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError("llama.cpp needs --gguf and --llama-cpp-python", "give both, or none of them")
     bundles = export_all(args.model, args.out, args.dtype, args.integers, args.bundle)
     rivals = llama_cpp_rivals(args.llama_cpp_python, args.gguf, args.out, args.threads) if args.gguf else []
-    sizes = {"runs": args.runs, "windows": args.windows, "threads": args.threads}
+    sizes = SIZES | {"runs": args.runs, "windows": args.windows, "threads": args.threads}
     rows = measure(bundles, args.text, rivals=rivals, short=args.short, **sizes)
     print_rows(rows)
     if args.json:
-        record = {"environment": environment(args.threads), "model": Path(args.model).name, "results": rows}
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        text = {path.name: file_hash(path) for path in args.text} or "Python module documentation"
+        settings = sizes | {"text": text}
+        record = {"environment": environment(args.threads), "model": Path(args.model).name, "settings": settings}
+        args.json.write_text(json.dumps(record | {"results": rows}, indent=2) + "\n")
     if args.plot:
         plot(rows, args.plot)
 

@@ -37,11 +37,13 @@ from shadowllm.evaluation.default_text import passage
 from shadowllm.evaluation.speed.environment import environment
 from shadowllm.evaluation.speed.harness import Contender, Generation, race, speedup, summarise
 from shadowllm.evaluation.speed.report import Report, Result
+from shadowllm.exporter.staging import staged
 from shadowllm.models.registry import load_model
 from shadowllm.progress import progress
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
 # Our contender, the other toolkit's contender, and the target speedup of ours.
+MADE_OF = "made-of.txt"  # in the folder of a checkpoint: the fingerprint of the model
 TARGETS = (
     ("dense", "genai-graph", 0.95),
     ("dense", "optimum-run", 1.2),
@@ -168,17 +170,19 @@ def _export(folder: Path, command: Sequence[str]) -> None:
 
 
 def save_checkpoint(model: str, folder: Path) -> Path:
-    """Write a model as a plain float32 Hugging Face checkpoint that both toolkits read.
+    """Write a model as a plain float32 Hugging Face checkpoint that both toolkits read, unless it is there already.
 
     Raises:
-        UserError: see `load_model`.
+        UserError: see `load_model`, or the folder has something else.
     """
-    if (folder / "config.json").is_file():
-        return folder
     import torch
     from transformers import AutoModelForCausalLM
 
-    checkpoint = load_model(model)[2]
+    _, weights, checkpoint = load_model(model)
+    if folder.exists():
+        if not (folder / MADE_OF).is_file() or (folder / MADE_OF).read_text() != weights.fingerprint():
+            raise UserError(f"{folder} has another checkpoint", "remove it, or name another folder with --work")
+        return folder
     extra = {"gguf_file": checkpoint.gguf} if checkpoint.gguf else {}
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, **extra)
     config = loaded.config
@@ -187,9 +191,11 @@ def save_checkpoint(model: str, folder: Path) -> Path:
     # Copy the weights to a new model: transformers refuses to save one that it loaded from a quantised file.
     fresh = type(loaded)(config)
     fresh.load_state_dict(loaded.state_dict())
-    fresh.save_pretrained(folder)
-    checkpoint.tokenizer().save_pretrained(folder)
-    _spell_rope_for_transformers_4(folder / "config.json")
+    with staged(folder) as part:
+        fresh.save_pretrained(part)
+        checkpoint.tokenizer().save_pretrained(part)
+        _spell_rope_for_transformers_4(part / "config.json")
+        (part / MADE_OF).write_text(weights.fingerprint())
     return folder
 
 

@@ -28,6 +28,7 @@ from shadowllm.bundle.weight_names import copy_weighting, integers, low_bit_copy
 from shadowllm.bundle.weights import map_copies, read_weights
 from shadowllm.errors import UserError
 from shadowllm.evaluation.default_text import passage
+from shadowllm.evaluation.speed.environment import environment
 from shadowllm.models.decoder import Decoder
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
@@ -54,9 +55,8 @@ def measure(bundle: Path, texts: Sequence[Path], tokens: int) -> list[dict[str, 
     if len(ids) < 2 * tokens:
         raise UserError(f"the text has {len(ids)} tokens, {2 * tokens} are needed", "give more text or fewer tokens")
     decoder = Decoder(manifest.spec, read.dense)
-    windows = _windows(ids[: 2 * tokens], manifest.spec.max_seqlen)
-    hidden = torch.cat([_final_hidden(decoder, window) for window in windows])
-    calibration, evaluated = hidden.split(tokens)
+    halves = [_windows(half, manifest.spec.max_seqlen) for half in (ids[:tokens], ids[tokens : 2 * tokens])]
+    calibration, evaluated = (torch.cat([_final_hidden(decoder, window) for window in half]) for half in halves)
     copy = stored[integers(low_bit_copy(table))].view(len(read.sparse[table]), -1, 32).numpy()
     rows = read.sparse[table]
     weightings = {
@@ -73,7 +73,7 @@ def measure(bundle: Path, texts: Sequence[Path], tokens: int) -> list[dict[str, 
         for name, weighting in weightings.items()
     }
     lengths = [min(length, len(rows)) for length in LENGTHS]
-    sessions = with_session(bundle, [window[0].tolist() for window in windows[-(-len(windows) // 2) :]], lengths)
+    sessions = with_session(bundle, [window[0].tolist() for window in halves[1]], lengths)
     return [_row(exact, low, bounds, length) | {"session": sessions[length]} for length in lengths]
 
 
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows:
         print(json.dumps(row))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        args.json.write_text(json.dumps({"environment": environment(), "results": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

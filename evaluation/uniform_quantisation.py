@@ -23,7 +23,7 @@ def uniform_bytes(spec: ModelSpec, bits: int, context: int, float_bytes: int = 4
     """Return the bytes that a decode step of the uniformly quantised dense model reads.
 
     Args:
-        bits: bits of an integer; each block of 32 elements of a row has one float32 scale.
+        bits: bits of an integer; each block of 32 elements of a row has one scale of 16 bits.
         context: tokens in the cache, including those of this step.
         float_bytes: bytes of an element of the KV cache, and of norms.
     """

@@ -72,7 +72,7 @@ class Report:
         settings: the benchmark's settings: model, prompt length, new tokens, runs, warm-up, budgets.
         bandwidth_gb_s: measured read bandwidth, the upper limit; None if it was not measured.
         comparison: one entry per pair, ``{"name", "baseline", "speedup": {"median", "min", "max"}}``. A speedup is the
-            ratio of the median inter-token latencies of a run.
+            ratio of the median inter-token latencies of a run; with lossless decoding, of the means.
         predictor: cost of the predictor, ``ms_per_token``, ``share_of_step`` and ``bytes_per_token``; empty if it
             was not measured.
     """

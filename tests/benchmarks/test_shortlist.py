@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from shadowllm.benchmarks.shortlist import measure
+from shadowllm.benchmarks import shortlist
+from shadowllm.benchmarks.shortlist import main, measure
+from shadowllm.bundle.manifest import read_manifest
 from shadowllm.errors import UserError
+from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 
 
 def test_more_rows_agree_more_often_and_the_certificate_covers_them(bundle, tmp_path):
@@ -21,6 +26,30 @@ def test_more_rows_agree_more_often_and_the_certificate_covers_them(bundle, tmp_
         assert row["recomputed_calibrated"]["p99"] >= row["shortlist"]
         assert row["session"]["argmax_agreement"] == 1.0
         assert row["session"]["mean"] >= row["shortlist"]
+
+
+def test_the_session_decodes_the_half_that_is_evaluated(bundle, tmp_path, monkeypatch):
+    """Also if a half is no whole number of windows."""
+    folder, text, report = (
+        bundle("llama-blocks", kind="quantized-shadow", rest="shadow"),
+        tmp_path / "t",
+        tmp_path / "j",
+    )
+    text.write_text("the sea and the shadow of a model " * 40)
+    decoded = []
+
+    def with_session(_, windows, lengths):
+        decoded.extend(windows)
+        return {length: {} for length in lengths}
+
+    monkeypatch.setattr(shortlist, "with_session", with_session)
+    assert main([str(folder), "--text", str(text), "--tokens", "70", "--json", str(report)]) == 0
+    manifest = read_manifest(folder)
+    ids = plain_encoder(load_tokenizer(folder, manifest), manifest)(text.read_text())
+    assert [token for window in decoded for token in window] == list(ids[70:140])
+    found = json.loads(report.read_text())
+    assert [row["positions"] for row in found["results"]] == [70] * 3
+    assert found["environment"]["threads"]
 
 
 def test_a_bundle_without_a_copy_is_refused(bundle):

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from shadowllm.benchmarks.peers import Setting, _check_tokens, compare
+from shadowllm.benchmarks import peers
+from shadowllm.benchmarks.peers import Setting, _check_tokens, compare, save_checkpoint
 from shadowllm.draft_config import Drafting
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.bench import bench
 from shadowllm.evaluation.speed.figure import draw
 from shadowllm.evaluation.speed.report import Result, latency_line
+from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import Budget
 
 ENVIRONMENT = {"cpu", "cores", "ram_gb", "os", "machine", "python", "packages", "commit", "date", "threads"}
@@ -210,6 +212,22 @@ class TestPeers:
     def test_sixteen_bit_bundle(self, bundle, tmp_path):
         with pytest.raises(UserError, match="float16 bundle"):
             compare("model", bundle(dtype="float16"), tmp_path, None, None, Setting(1, 8, 4), runs=1)
+
+    def test_a_checkpoint_is_whole_and_of_the_model(self, checkpoint, tmp_path, monkeypatch):
+        model, folder = str(checkpoint("llama-gqa")), tmp_path / "checkpoint"
+
+        def interrupted(path):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(peers, "_spell_rope_for_transformers_4", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                save_checkpoint(model, folder)
+        assert not folder.exists()
+        assert save_checkpoint(model, folder) == save_checkpoint(model, folder) == folder
+        assert load_model(folder)[1].fingerprint()
+        with pytest.raises(UserError, match="has another checkpoint; remove it"):
+            save_checkpoint(str(checkpoint("llama-blocks")), folder)
 
     def test_other_tokens_are_noticed(self):
         with pytest.raises(UserError, match="genai-graph generates other tokens"):
