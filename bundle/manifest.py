@@ -15,6 +15,7 @@ from shadowllm.bundle.quantisation import Quantisation, bundle_format
 from shadowllm.draft_config import TunedDrafts
 from shadowllm.errors import UserError, in_one_line
 from shadowllm.json_types import check_type
+from shadowllm.limits import check_path
 from shadowllm.models.sparsity import Budget, Fractions, Rest, SparseLayers
 from shadowllm.models.spec import ModelSpec
 
@@ -256,17 +257,16 @@ class Manifest:
         return vars(self) | {"spec": self.spec.to_dict()}
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """Read and check ``manifest.json``. `verify_files` checks the files it names.
 
     Raises:
         UserError: there is no bundle, its manifest is not readable, was changed or has another schema version, or
             a path leaves the bundle.
     """
-    path = folder / NAME
+    path, remedy = check_path("the bundle", folder) / NAME, "export the model again"
     if not path.is_file():
         raise UserError(f"{folder} is not a bundle (no {NAME})", "make one with: shadowllm export MODEL OUT")
-    remedy = "export the model again"
     try:
         data = json.loads(path.read_text())
         version, checksum = data.pop("schema_version"), data.pop("checksum", None)  # earlier versions wrote none

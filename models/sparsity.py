@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from shadowllm.errors import UserError
-from shadowllm.limits import LARGEST, check_switch
+from shadowllm.limits import LARGEST, check_kind, check_switch
 from shadowllm.models.spec import ModelSpec
 
 Unit = Literal["heads", "neurons"]
@@ -107,7 +107,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.shortlist is not None and (not isinstance(self.shortlist, Integral) or self.shortlist is True):
-            raise UserError(f"a shortlist of {self.shortlist!r} rows is no number of rows", "give a whole number")
+            raise UserError(
+                f"a shortlist of {self.shortlist!r} rows is no number of rows",
+                "give a whole number, or None for all rows",
+            )
         if self.shortlist is not None and self.shortlist < 1:
             raise UserError(f"a shortlist of {self.shortlist} rows is empty", "give 1 or more; 1024 is usual")
         if self.shortlist is not None and self.shortlist > LARGEST:
@@ -224,6 +227,4 @@ def check_budget(budget: Budget) -> Budget:
     Raises:
         UserError: it is something else, for example a number.
     """
-    if not isinstance(budget, Budget):
-        raise UserError(f"the budget is {budget!r:.60}", "give a Budget, for example Budget(neurons=0.5)")
-    return budget
+    return check_kind("the budget", budget, Budget, "Budget(neurons=0.5)")

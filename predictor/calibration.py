@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from shadowllm.errors import UserError
+from shadowllm.limits import check_path
 from shadowllm.models.decoder import Decoder, KVCache
 from shadowllm.models.spec import ModelSpec
 from shadowllm.progress import Advance, no_progress
@@ -232,7 +233,7 @@ def _python_documentation(generator: torch.Generator) -> Iterator[str]:
 
 
 def _documents(text: str) -> Iterator[str]:
-    path = Path(text).expanduser()
+    path = check_path("the text", text)
     if path.is_dir():
         raise UserError(f"{path} is a folder", "name the text files in it")
     if path.exists():

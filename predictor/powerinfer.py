@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from shadowllm.config import WIDEST
 from shadowllm.errors import UserError, foreign_reader
+from shadowllm.limits import check_path
 from shadowllm.models.sparsity import SparseLayers
 
 FC1, FC2 = "fc1.weight", "fc2.weight"
@@ -53,7 +54,7 @@ def read_networks(source: Path, layers: SparseLayers, weights: Mapping[str, Tens
             f"PowerInfer's predictors of {spec.family} models are not read: they need the MLP's input before its norm",
             "train one: --selector layerwise",
         )
-    stored = _open(Path(source).expanduser())
+    stored = _open(check_path("the predictor of PowerInfer", source))
     if stored(spec.n_layers):
         raise UserError(f"{source} has networks of more layers than the model's {spec.n_layers}", FOR_THIS_MODEL)
     firsts, seconds = [], []

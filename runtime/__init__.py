@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from os import PathLike
 from typing import get_args
 
 from shadowllm.errors import UserError
-from shadowllm.limits import check_switch
+from shadowllm.limits import check_path, check_switch
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime.generation.generate import generate
 from shadowllm.runtime.generation.sampling import Sampling
@@ -31,7 +31,7 @@ SLOT_BACKENDS = ("ort", "torch")
 
 
 def open_session(
-    bundle: Path,
+    bundle: str | PathLike[str],
     backend: str = "ort",
     *,
     threads: int | None = None,
@@ -54,6 +54,7 @@ def open_session(
     Raises:
         UserError: an unknown backend, no bundle, engines that cannot run, or an option that the backend does not have.
     """
+    bundle = check_path("the bundle", bundle)
     if prefill != "dense" and backend in BACKENDS and backend != "ort":
         raise UserError(f"the backend {backend!r} does not prefill with sparse graphs", "leave out prefill, or use ort")
     if prefill not in get_args(Prefill):
@@ -87,7 +88,7 @@ def open_session(
 
 
 def open_slots(
-    bundle: Path, backend: str, slots: int, threads: int | None = None, prepack: bool = False
+    bundle: str | PathLike[str], backend: str, slots: int, threads: int | None = None, prepack: bool = False
 ) -> SlotSession:
     """Make a session with slots for a bundle, for the serving of many sequences at once.
 
@@ -101,6 +102,7 @@ def open_slots(
     Raises:
         UserError: an unknown backend, no bundle, a damaged file in it, or an option that the backend does not have.
     """
+    bundle = check_path("the bundle", bundle)
     check_slots(backend, prepack)
     if backend == "ort":
         from shadowllm.runtime.ort.slots import OrtSlots

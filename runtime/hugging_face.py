@@ -15,7 +15,6 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shadowllm.errors import UserError
-from shadowllm.limits import check_path
 from shadowllm.models.sparsity import Budget
 from shadowllm.runtime.generation.chooser import one_thread
 from shadowllm.runtime.generation.sampling import generation_config
@@ -92,8 +91,7 @@ class ShadowForCausalLM(GenerationMixin):
         Raises:
             UserError: as `shadowllm.load`.
         """
-        folder = check_path("the bundle", bundle)
-        return cls(Model(folder, backend, threads=threads, budget=budget, prefill=prefill, prepack=prepack))
+        return cls(Model(bundle, backend, threads=threads, budget=budget, prefill=prefill, prepack=prepack))
 
     def __enter__(self) -> Self:
         return self

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING, Self, Unpack
 
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.errors import UserError
+from shadowllm.limits import check_path
 from shadowllm.models.sparsity import Budget, check_budget
 from shadowllm.runtime import open_session
 from shadowllm.runtime.generation.completion import GenerateOptions, Request, make_request
@@ -38,7 +39,7 @@ class Model:
 
     def __init__(
         self,
-        bundle: Path,
+        bundle: str | PathLike[str],
         backend: str = "ort",
         *,
         threads: int | None = None,
@@ -46,9 +47,9 @@ class Model:
         prefill: Prefill = "dense",
         prepack: bool = False,
     ) -> None:
-        self.bundle, self.backend, self._entered = bundle, backend, False
-        self.manifest = read_manifest(bundle)
-        self._session = open_session(bundle, backend, threads=threads, prefill=prefill, prepack=prepack)
+        self.bundle, self.backend, self._entered = check_path("the bundle", bundle), backend, False
+        self.manifest = read_manifest(self.bundle)
+        self._session = open_session(self.bundle, backend, threads=threads, prefill=prefill, prepack=prepack)
         self.budget = self.manifest.budget
         if budget is not None:
             self.set_budget(budget)

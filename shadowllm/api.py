@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
-from shadowllm.limits import check_path, check_switch
+from shadowllm.limits import check_kind, check_path, check_switch
 from shadowllm.models.sparsity import Budget
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def export(
         UserError: an input cannot be used, or the bundle fails its validation.
     """
     from shadowllm.bundle.predictor_file import Predictor
-    from shadowllm.config import Export, Source
+    from shadowllm.config import Calibration, Export, Source, TrainConfig
     from shadowllm.pipeline import export_model
 
     plan = Export(
@@ -83,6 +83,10 @@ def export(
         head_unit=head_unit,
         rest=rest,
     )
+    if calibration is not None:
+        check_kind("the calibration", calibration, Calibration, "Calibration(tokens=4096)")
+    if training is not None:
+        check_kind("the training", training, TrainConfig, "TrainConfig(epochs=2)")
     if predictor is not None and not isinstance(predictor, Predictor):
         predictor = Predictor.load(check_path("the predictor", predictor))
     return export_model(
@@ -130,8 +134,7 @@ def load(
     """
     from shadowllm.runtime.model import Model
 
-    folder = check_path("the bundle", bundle)
-    return Model(folder, backend, threads=threads, budget=budget, prefill=prefill, prepack=prepack)
+    return Model(bundle, backend, threads=threads, budget=budget, prefill=prefill, prepack=prepack)
 
 
 @overload

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Literal
 
 from shadowllm.config_fields import check_values, option
 from shadowllm.errors import UserError
-from shadowllm.limits import LARGEST_SEED, LONGEST_DRAFT
+from shadowllm.limits import LARGEST_SEED, LONGEST_DRAFT, check_kind
 from shadowllm.models.activations import NAMES
 from shadowllm.models.sparsity import Budget, Rest, check_budget
 from shadowllm.models.spec import HeadUnit
@@ -58,8 +59,6 @@ class Source:
 
     def __post_init__(self) -> None:
         check_values(self)
-        if self.activation is not None and self.activation not in NAMES:
-            raise UserError(f"activation {self.activation!r} is not supported", f"supported: {', '.join(NAMES)}")
         if self.activation_threshold is not None and self.activation != "fatrelu":
             raise UserError("only fatrelu has an activation threshold", "give the activation fatrelu too")
 
@@ -260,12 +259,16 @@ class Target:
     def __post_init__(self) -> None:
         if (self.ppl_increase is None) == (self.speedup is None):
             raise UserError("one target is needed", "give a perplexity increase or a speedup")
-        if self.ppl_increase is not None and not 0 < self.ppl_increase < math.inf:
+        if self.ppl_increase is not None and not _above(0, self.ppl_increase):
             raise UserError(
-                f"the perplexity increase {self.ppl_increase} is no finite number above 0", "2% or 0.02 asks for 2%"
+                f"the perplexity increase {self.ppl_increase!r} is no finite number above 0", "0.02 asks for 2%"
             )
-        if self.speedup is not None and not 1 < self.speedup < math.inf:
-            raise UserError(f"the speedup {self.speedup} is no finite number above 1", "1.2 asks for 1.2 times as fast")
+        if self.speedup is not None and not _above(1, self.speedup):
+            raise UserError(f"the speedup {self.speedup!r} is no finite number above 1", "1.2 asks for 1.2 times")
+
+
+def _above(least: float, value: float) -> bool:
+    return isinstance(value, Real) and least < value < math.inf
 
 
 DEFAULT_TARGET = Target(ppl_increase=0.05)
@@ -280,7 +283,7 @@ class Export:
             that a ReLU sets to zero, random is only for measuring speed. None is quantized-shadow, or shadow if the
             rest is dropped; with networks of PowerInfer, layerwise.
         budget: the default budget of the bundle. None chooses it: see ``target``.
-        dtype: of weights and activations: "float32", "float16" or "bfloat16".
+        dtype: of weights and activations: "float32", "float16" or "bfloat16"; "fp32", "fp16" and "bf16" are the same.
         validate: compare the graphs with PyTorch.
         engines: engines to build, one entry per flavour.
         weight_dtype: store matrices as integers with one scale per 32 or 64 elements. Those of int6 contain the low-bit
@@ -295,7 +298,7 @@ class Export:
             weights, which are as short, and with the selector relu, where they are zero.
 
     Raises:
-        UserError: the budget is no `Budget`, or a target is given too.
+        UserError: a value is unknown or of another class, or a budget is given and a target too.
     """
 
     selector: Selector | None = option(
@@ -305,13 +308,18 @@ class Export:
         otherwise="quantized-shadow; shadow with --rest drop or int4, and for train; layerwise with --powerinfer",
     )
     budget: Budget | None = None
-    dtype: str = option("float32", values=DTYPES, help="dtype of weights and activations")
+    dtype: str = option(
+        "float32",
+        values=DTYPES | {name: name for name in DTYPES.values()},
+        otherwise="float32",
+        help="dtype of weights and activations",
+    )
     validate: bool = option(
         True,
         flag="--skip-validation",
         help="do not compare the graphs with PyTorch (the manifest records this)",
     )
-    engines: Sequence[EngineOptions] = ()
+    engines: Sequence[EngineOptions] = option(())
     weight_dtype: str | None = option(
         None, values={"int8": "int8", "int6": "int6", "int4": "int4"}, otherwise="as --dtype"
     )
@@ -323,6 +331,10 @@ class Export:
         check_values(self)
         if self.budget is not None:
             check_budget(self.budget)
+        if self.target is not None:
+            check_kind("the target", self.target, Target, "Target(ppl_increase=0.02)")
+        for engine in self.engines:
+            check_kind("an engine", engine, EngineOptions, "EngineOptions('tensorrt_rtx')")
         if self.budget is not None and self.target is not None:
             raise UserError("a budget is given, and a target that chooses one", "leave out one of them")
 

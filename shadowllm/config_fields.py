@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from shadowllm.errors import UserError
 from shadowllm.limits import LARGEST, check_switch, check_whole
@@ -43,16 +44,19 @@ def option(default: T, **keywords: Any) -> T:
 
 
 def check_values(config: Any) -> None:
-    """Refuse whole numbers outside their limits, switches that are neither True nor False, and a value for a list.
+    """Refuse values that a field cannot have: numbers, switches, names and lists. A name may be short, as fp16.
 
     Args:
         config: a dataclass with fields that `option` made.
 
     Raises:
-        UserError: a number is outside its limits, or not a whole number; a switch has another value; or a field with
-            several values has a text, which would be read letter by letter, or something else that is no sequence.
+        UserError: a number is outside its limits, or not a whole number; a switch is neither True nor False; a name is
+            unknown; or a field with several values has a text, which would be read letter by letter, or something else
+            that is no sequence.
     """
+    hints = get_type_hints(type(config))
     for one in fields(config):
+        _check_name(config, one, hints[one.name])
         found: Option | None = one.metadata.get(KEY)
         value = getattr(config, one.name)
         if found is not None and isinstance(one.default, bool):
@@ -63,6 +67,26 @@ def check_values(config: Any) -> None:
             continue
         for number in value if isinstance(value, Sequence) else () if value is None else (value,):
             check_whole(found.called or one.name, number, found.least, found.most)
+
+
+def without_none(hint: Any) -> Any:
+    """Return a type hint without its `None`: ``int`` of ``int | None``."""
+    if get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint):
+        (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _check_name(config: Any, one: Field[Any], hint: Any) -> None:
+    """Check the value of a field that has few values, and store the one that a short name stands for."""
+    found, value = one.metadata.get(KEY), getattr(config, one.name)
+    names = found.values if found and found.values else {}
+    if get_origin(literal := without_none(hint)) is Literal:
+        names = {name: name for name in get_args(literal)}
+    if not names or (value is None and one.default is None):
+        return
+    if not isinstance(value, str) or value not in names:
+        raise UserError(f"{one.name} {value!r:.60} is not supported", f"use one of {', '.join(names)}")
+    object.__setattr__(config, one.name, names[value])
 
 
 def _is_list(value: object) -> bool:

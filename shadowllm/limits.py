@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from os import PathLike
 from pathlib import Path
+from typing import TypeVar
 
 from shadowllm.errors import UserError
 
@@ -14,6 +15,7 @@ MOST_LAYERS = 1 << 16  # far more than any model has, and few enough to list the
 MOST_SEQUENCES = 1 << 16  # of a batch: more would only exhaust the memory
 LONGEST_DRAFT = 64  # drafted tokens of a round; more than a few never pay
 THREADS_PER_CORE = 8
+T = TypeVar("T")
 
 
 def check_whole(name: str, value: int, least: int = 1, most: int = LARGEST) -> int:
@@ -26,7 +28,7 @@ def check_whole(name: str, value: int, least: int = 1, most: int = LARGEST) -> i
         UserError: it is outside them, or not a whole number.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise UserError(f"{name} is {value}", f"give a whole number from {least} to {most}")
+        raise UserError(f"{name} is {value!r:.60}", f"give a whole number from {least} to {most}")
     return value
 
 
@@ -44,14 +46,30 @@ def check_switch(name: str, value: object) -> bool:
     return value
 
 
+def check_kind(name: str, value: object, kind: type[T], example: str) -> T:
+    """Return a value after checking its class.
+
+    Args:
+        name: name of the setting, for the message.
+        example: how a user makes one, for the message.
+
+    Raises:
+        UserError: it is of another class.
+    """
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise UserError(f"{name} is {value!r:.60}", f"give {article} {kind.__name__}, for example {example}")
+    return value
+
+
 def check_path(name: str, value: str | PathLike[str]) -> Path:
-    """Return the path that a text or path names.
+    """Return the path that a text or path names; ``~`` is the home folder.
 
     Raises:
         UserError: it is something else.
     """
     try:
-        return Path(value)
+        return Path(os.path.expanduser(value))
     except TypeError:
         raise UserError(f"{name} is {value!r:.60}, which is no path", "give its name as text") from None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.errors import UserError
+from shadowllm.limits import check_path
 from shadowllm.models.files import tokenizer, weight_files
 from shadowllm.models.files.config import read_config, read_generation_config
 from shadowllm.models.files.dequantise import DequantisedTensors
@@ -95,7 +96,7 @@ def open_checkpoint(model: str | Path, cache_dir: Path | None, trust_remote_code
 
 def _local(model: str, cache_dir: Path | None) -> Path:
     """Return the local folder or GGUF file of a model; download it if it is not local."""
-    path = Path(model).expanduser()
+    path = check_path("the model", model)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():

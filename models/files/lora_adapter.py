@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shadowllm.errors import UserError, foreign_reader
+from shadowllm.limits import check_path
 from shadowllm.models.activations import override_activation
 from shadowllm.models.files.config import read_json_object
 from shadowllm.models.files.hashing import hash_files
@@ -95,7 +96,7 @@ def open_adapter(folder: Path) -> LoraAdapter:
         UserError: the folder holds no adapter, its weights are pickled, it is of a kind or has an option that is not
             merged, or the package ``peft`` is not installed.
     """
-    folder = Path(folder).expanduser()
+    folder = check_path("the adapter", folder)
     if not folder.is_dir():
         raise UserError(f"no such adapter: {folder} is no folder", "download the adapter, and give its folder")
     settings = read_json_object(folder / ADAPTER_CONFIG)

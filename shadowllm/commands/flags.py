@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from shadowllm.config_fields import KEY, Option
+from shadowllm.config_fields import KEY, Option, without_none
 from shadowllm.errors import UserError
 from shadowllm.limits import check_whole
 
@@ -131,8 +130,7 @@ def _default(one: Field[Any]) -> Any:
 def _keywords(flag: str, found: Option, hint: Any, parse: Parse | None) -> dict[str, Any]:
     """Return the keywords of ``add_argument`` for a type."""
     keywords: dict[str, Any] = {"metavar": found.metavar} if found.metavar else {}
-    if get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint):
-        (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
+    hint = without_none(hint)
     if get_origin(hint) is Sequence:
         keywords["nargs"], hint = "+", get_args(hint)[0]
     if found.values or get_origin(hint) is Literal:

@@ -19,6 +19,8 @@ from shadowllm.cli import main
 from shadowllm.config import Calibration, Target
 from shadowllm.evaluation.quality import Result
 from shadowllm.evaluation.tuning import tune
+from shadowllm.runtime import open_session, open_slots
+from shadowllm.runtime.model import Model
 
 QUICK = Calibration(tokens=512, seqlen=32)
 
@@ -104,12 +106,13 @@ class TestExport:
         assert made.validation
         assert made.predictor["kind"] == "static"
 
-    def test_takes_a_predictor_by_its_file(self, checkpoint, bundle, tmp_path):
+    def test_takes_a_predictor_by_its_file(self, checkpoint, bundle, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
         made = shadowllm.export(
             str(checkpoint("llama-gqa")),
-            str(tmp_path / "out"),
+            "~/out",
             predictor=bundle() / "predictor.safetensors",
-            dtype="float16",
+            dtype="fp16",
             head_unit="kv_group",
             validate=False,
         )
@@ -129,8 +132,28 @@ class TestExport:
         for name in ("overwrite", "validate", "trust_remote_code"):
             with pytest.raises(shadowllm.UserError, match=f"{name} is 'no'"):
                 shadowllm.export("model", tmp_path / "out", **{name: "no"})
-        with pytest.raises(shadowllm.UserError, match="cannot be trained"):
-            shadowllm.export(checkpoint("llama-gqa"), tmp_path / "out", selector="magic", calibration=QUICK)
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"selector": "oracle"}, "selector 'oracle' is not supported; use one of shadow, layerwise"),
+            ({"head_unit": "head"}, "head_unit 'head' is not supported; use one of query_head, kv_group"),
+            ({"rest": ["drop"]}, r"rest \['drop'\] is not supported; use one of shadow, drop"),
+            ({"dtype": "fp8"}, "dtype 'fp8' is not supported; use one of fp32, fp16"),
+            ({"dtype": None}, "dtype None is not supported"),
+            ({"weight_dtype": "int2"}, "weight_dtype 'int2' is not supported; use one of int8, int6, int4"),
+            ({"activation": "mish"}, "activation 'mish' is not supported"),
+            ({"target": 0.05}, r"the target is 0\.05; give a Target, for example Target\(ppl_increase=0\.02\)"),
+            ({"engines": "tensorrt_rtx"}, "engines is 'tensorrt_rtx'; give a list"),
+            ({"engines": ["tensorrt_rtx"]}, "an engine is 'tensorrt_rtx'; give an EngineOptions, for example"),
+            ({"calibration": "a.txt"}, "the calibration is 'a.txt'; give a Calibration, for example"),
+            ({"training": {}}, "the training is {}; give a TrainConfig, for example"),
+        ],
+        ids=str,
+    )
+    def test_values_of_another_kind_are_refused_before_the_work(self, tmp_path, options, words):
+        with pytest.raises(shadowllm.UserError, match=words):
+            shadowllm.export("a model that is not read", tmp_path / "out", **options)
 
 
 class TestGenerate:
@@ -221,6 +244,10 @@ class TestGenerate:
             shadowllm.load(bundle(), "abacus")
         with pytest.raises(shadowllm.UserError, match="prepack is 'yes'"):
             shadowllm.load(bundle(), prepack="yes")
+        with pytest.raises(shadowllm.UserError, match="threads is '2'; give a whole number"):
+            shadowllm.load(bundle(), threads="2")
+        with pytest.raises(shadowllm.UserError, match="'all' rows is no number of rows; give a whole number, or None"):
+            shadowllm.Budget(shortlist="all")
         with pytest.raises(shadowllm.UserError, match="sparse layers"):
             shadowllm.load(bundle(), budget=shadowllm.Budget(neurons=(0.5,) * 7))
         for budget in (0.5, None, "x"):
@@ -240,6 +267,17 @@ class TestGenerate:
         ):
             with pytest.raises(shadowllm.UserError):
                 shadowllm.generate(model, prompt, **options)
+
+
+def test_paths_are_text_or_paths_and_may_begin_at_home(bundle, monkeypatch):
+    folder = bundle()
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for path in (folder, str(folder), f"~/{folder.name}"):
+        assert read_manifest(path) == read_manifest(folder)
+        for backend in ("ort", "torch"):
+            assert open_session(path, backend) is not None
+            assert open_slots(path, backend, 1) is not None
+        assert Model(path).bundle == shadowllm.load(path).bundle == folder
 
 
 def test_lossless_text_is_that_of_dense(bundle):

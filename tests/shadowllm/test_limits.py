@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from shadowllm.cli import main
-from shadowllm.config import Calibration, EngineOptions, TrainConfig
+from shadowllm.config import Calibration, EngineOptions, Target, TrainConfig
 from shadowllm.errors import UserError
 from shadowllm.limits import check_seed, check_threads
 from shadowllm.runtime.ort.session import OrtSession
@@ -82,6 +84,18 @@ def test_threads_in_python(bundle, value):
 def test_calibration_in_python(name):
     with pytest.raises(UserError, match="is 0"):
         Calibration(**{name: 0})
+
+
+@pytest.mark.parametrize("value", ["2%", 0, -1, math.inf, math.nan])
+def test_targets_in_python(value):
+    for name in ("ppl_increase", "speedup"):
+        with pytest.raises(UserError, match=f"{value!r} is no finite number above"):
+            Target(**{name: value})
+
+
+def test_flavours_in_python():
+    with pytest.raises(UserError, match="flavour 'rtx' is not supported; use one of tensorrt_rtx, tensorrt"):
+        EngineOptions("rtx")
 
 
 @pytest.mark.parametrize("name", ["capacity", "max_seqlen", "max_batch"])
