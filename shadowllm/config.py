@@ -201,7 +201,7 @@ class EngineOptions:
         flag="--sm",
         metavar="SM",
         least=1,
-        help="compute capabilities, as 89 for 8.9",
+        help="compute capabilities, as 89 or 8.9",
         otherwise="all that the flavour supports",
     )
     capacity: int = option(1024, least=1)

@@ -27,7 +27,7 @@ from shadowllm.config import (
 )
 from shadowllm.errors import UserError
 from shadowllm.export_checks import check_checkpoint
-from shadowllm.exporter.engines.build import build_engine
+from shadowllm.exporter.engines.build import build_engine, check_options
 from shadowllm.exporter.engines.graph import describe_onnx
 from shadowllm.exporter.engines.profiles import profiles_for
 from shadowllm.exporter.staging import staged
@@ -40,7 +40,6 @@ from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import Budget, SparseLayers, check_neuron_budget
 from shadowllm.models.spec import ModelSpec
 from shadowllm.models.weights import Weights
-from shadowllm.plugins.tensorrt.load_tensorrt import require
 from shadowllm.predictor.calibration import calibration_windows
 from shadowllm.predictor.network_options import check_calibration, check_given, check_network_options
 from shadowllm.predictor.parallel import process_count
@@ -96,7 +95,7 @@ def export_model(
     if process_count() > 1:
         raise UserError("an export runs in one process", "train a predictor in several, then export with --predictor")
     for engine in options.engines:
-        require(engine.flavour)
+        check_options(engine.flavour, engine.sms, engine.timing_cache, options.dtype == "bfloat16")
     if options.validate or options.budget is None:
         check_package()
     with staged(out, overwrite) as folder:
@@ -191,8 +190,8 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
     Raises:
         UserError: the package or GPU is missing, or a file of the bundle is damaged.
     """
-    require(options.flavour)
     manifest = read_manifest(bundle)
+    check_options(options.flavour, options.sms, options.timing_cache, manifest.dtype == "bfloat16")
     _check_engine_weights(manifest.weight_dtype, manifest.rest)
     _check_engine_spec(manifest.spec)
     verify_files(bundle, {name: digest for name, digest in manifest.files.items() if "onnx" in name})

@@ -23,7 +23,7 @@ from shadowllm.errors import UserError
 from shadowllm.exporter.engines.graph import GraphInfo, describe_onnx
 from shadowllm.exporter.engines.inspect_engine import missing_contents
 from shadowllm.exporter.engines.profiles import bindings, check_profiles, largest
-from shadowllm.plugins.tensorrt.load_tensorrt import child_environment, require
+from shadowllm.plugins.tensorrt.load_tensorrt import child_environment, known_targets, require
 
 
 def build_engine(
@@ -59,11 +59,10 @@ def build_engine(
         UserError: the package or GPU is missing, the ONNX file or an argument is unusable, or the builder
             refuses, crashes or is killed. The message has the builder's last output.
     """
-    require(flavour)
-    _check_options(flavour, sms, timing_cache)
     graph = describe_onnx(onnx_path)
+    bfloat16 = any(tensor.dtype == "bfloat16" for tensor in (*graph.inputs, *graph.outputs))
+    check_options(flavour, sms, timing_cache, bfloat16)
     check_profiles(graph, profiles)
-    _check_types(graph, sms)
     files = _hash_sources(onnx_path, graph, file_hashes or {})
     engine_path.parent.mkdir(parents=True, exist_ok=True)
     part = engine_path.with_name(f".{engine_path.name}.part")
@@ -92,15 +91,25 @@ def build_engine(
     return record
 
 
-def _check_options(flavour: Flavour, sms: Sequence[int], timing_cache: Path | None) -> None:
+def check_options(flavour: Flavour, sms: Sequence[int], timing_cache: Path | None, bfloat16: bool) -> None:
+    """Refuse options that no build can follow; `build_engine` explains them.
+
+    Args:
+        bfloat16: whether the graphs compute in bfloat16.
+
+    Raises:
+        UserError: the package or GPU is missing, or an option is not for this flavour or type.
+    """
+    require(flavour)
     if timing_cache is not None and flavour == "tensorrt_rtx":
         raise UserError("TensorRT-RTX keeps no timing cache", "leave it out: its runtime cache does that work")
     if sms and flavour == "tensorrt":
         raise UserError("tensorrt builds for the GPU of this machine only", "leave out --sm, or use tensorrt_rtx")
 
-
-def _check_types(graph: GraphInfo, sms: Sequence[int]) -> None:
-    if 75 in sms and any(tensor.dtype == "bfloat16" for tensor in (*graph.inputs, *graph.outputs)):
+    known = known_targets(flavour) if sms else []
+    if unknown := [sm for sm in sms if sm not in known]:
+        raise UserError(f"TensorRT-RTX does not build for sm_{unknown[0]}", f"it knows {', '.join(map(str, known))}")
+    if 75 in sms and bfloat16:
         raise UserError("GPUs of sm_75 have no bfloat16", "export with --dtype fp16, or leave 75 out of --sm")
 
 

@@ -59,23 +59,12 @@ def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 
 def targets(trt: Any, request: dict[str, Any]) -> list[int]:
-    """The compute capabilities that the engine will run on.
-
-    Raises:
-        UserError: TensorRT-RTX does not know a requested one.
-    """
+    """The compute capabilities that the engine will run on."""
     if request["flavour"] == "tensorrt":
         capability = load_tensorrt.gpu_capability()
         return [] if capability is None else [capability]
-    known = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
-    unknown = [sm for sm in request["sms"] if sm not in known]
-    if unknown:
-        raise UserError(
-            f"TensorRT-RTX {trt.__version__} does not build for sm_{unknown[0]}",
-            f"it knows {', '.join(map(str, known))}",
-        )
     # By default TensorRT-RTX builds for every GPU from Ampere on. Turing must be requested.
-    return sorted(set(request["sms"])) or [sm for sm in known if sm >= 80]
+    return sorted(set(request["sms"])) or [sm for sm in load_tensorrt.known_targets("tensorrt_rtx") if sm >= 80]
 
 
 def compiler(request: dict[str, Any], sms: Sequence[int]) -> Compiler:

@@ -62,6 +62,12 @@ def load(flavour: Flavour) -> Any:
     return importlib.import_module(flavour)
 
 
+def known_targets(flavour: Flavour) -> list[int]:
+    """The compute capabilities that the builder of TensorRT-RTX knows, as 89 for 8.9."""
+    names = importlib.import_module(flavour).ComputeCapability.__members__
+    return sorted(int(name[2:]) for name in names if name.startswith("SM"))
+
+
 @contextmanager
 def child_environment(flavour: Flavour) -> Iterator[dict[str, str]]:
     """Environment for a child process that parses ONNX with this flavour.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -270,7 +271,14 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 
 def add_engines(parser: argparse.ArgumentParser) -> None:
     """Add the options of `EngineOptions`, except the flavour."""
-    add_flags(parser.add_argument_group("engines"), EngineOptions, parse={"workspace_bytes": _workspace})
+    add_flags(
+        parser.add_argument_group("engines"), EngineOptions, parse={"workspace_bytes": _workspace, "sms": _capability}
+    )
+
+
+def _capability(text: str) -> int:
+    """Return a compute capability, written as 89 or 8.9."""
+    return whole("--sm", 1, LARGEST)(re.sub(r"^(\d+)\.(\d)$", r"\1\2", text))
 
 
 def _workspace(text: str) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from transformers import AutoModelForCausalLM
 
 from shadowllm import pipeline
 from shadowllm.cli import main
-from shadowllm.config import Export, Source
+from shadowllm.config import EngineOptions, Export, Source
 from shadowllm.errors import UserError
 from shadowllm.export_checks import check_checkpoint
 from shadowllm.models.registry import load_model
@@ -52,3 +54,19 @@ def test_options_of_engines_without_an_engine(checkpoint, tmp_path, capsys, give
     assert main(["export", str(checkpoint("llama-gqa")), str(tmp_path / "out"), *given]) == 1
     assert "options of engines do nothing without --engine" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "words"),
+    [
+        ({"sms": [89, 90]}, "float32", "does not build for sm_90; it knows 75, 80"),
+        ({"sms": [75]}, "bfloat16", "GPUs of sm_75 have no bfloat16"),
+        ({"timing_cache": Path("cache")}, "float32", "keeps no timing cache"),
+    ],
+    ids=["90", "75", "cache"],
+)
+def test_options_that_an_engine_cannot_have(tmp_path, options, dtype, words):
+    pytest.importorskip("tensorrt_rtx")
+    plan = Export(engines=[EngineOptions("tensorrt_rtx", **options)], dtype=dtype)
+    with pytest.raises(UserError, match=words):
+        pipeline.export_model(Source("a model that is not read"), tmp_path / "out", plan)

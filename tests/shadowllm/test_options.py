@@ -68,3 +68,12 @@ def test_a_figure_without_matplotlib_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(options, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs matplotlib"):
         options.figure_file(str(tmp_path / "figure.png"))
+
+
+def test_compute_capabilities_with_and_without_a_point():
+    parser = argparse.ArgumentParser()
+    options.add_engines(parser)
+    assert parser.parse_args(["--sm", "8.9", "89", "12.0", "7.5"]).sm == [89, 89, 120, 75]
+    for text in ("8.91", "8.", "eight"):
+        with pytest.raises(UserError, match="give a whole number"):
+            parser.parse_args(["--sm", text])
