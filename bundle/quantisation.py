@@ -326,7 +326,9 @@ def bundle_format(weight_dtype: str | None, rest: str) -> Quantisation | None:
             f"dtype {weight_dtype!r} is not supported", f"use one of {', '.join({**NESTED, **WEIGHT_DTYPES})}"
         )
     if rest == "shadow":
-        raise UserError("a low-bit copy of int4 weights would have as many bits as they have", "use --rest drop")
+        raise UserError(
+            "a low-bit copy of int4 weights would have as many bits as they have", "use --rest drop, or int6"
+        )
     raise UserError(
         "int6 weights contain a low-bit copy, which this bundle does not use",
         "use --weight-dtype int8, or --rest shadow (not with the selector relu)",

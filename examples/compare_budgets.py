@@ -1,12 +1,14 @@
 """Compare the quality of several budgets: python examples/compare_budgets.py MODEL OUT."""
 
 import sys
+from pathlib import Path
 
 import shadowllm
 
 
 def main(model_path: str, out: str) -> None:
-    shadowllm.export(model_path, out, selector="quantized-shadow")
+    if not Path(out).exists():
+        shadowllm.export(model_path, out, budget=shadowllm.Budget())  # `evaluate` gets budgets of its own
     results = shadowllm.evaluate(out, neurons=(0.3, 0.5, 0.7), heads=(0.75,))
     print(f"{'selector':<18}{'neurons':>8}{'perplexity':>12}{'as dense':>10}")
     for result in results:
@@ -15,4 +17,9 @@ def main(model_path: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except shadowllm.UserError as error:  # a mistake of the user; the message has the remedy
+        sys.exit(f"error: {error}")

@@ -21,7 +21,9 @@ def main(model_path: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     try:
-        main(*sys.argv[1:3])
+        main(*sys.argv[1:])
     except shadowllm.UserError as error:  # a mistake of the user; the message has the remedy
         sys.exit(f"error: {error}")

@@ -36,7 +36,7 @@ def check_output(out: Path, overwrite: bool) -> None:
     if out.exists() and not ((out / "manifest.json").is_file() or (out.is_dir() and not any(_entries(out)))):
         raise UserError(f"{out} exists already and is not a bundle", "name another folder")
     if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already", "name another folder, or replace it with --overwrite")
+        raise UserError(f"{out} exists already", "name another folder, or replace it: --overwrite or overwrite=True")
     if out.parent.exists() and not out.parent.is_dir():
         raise UserError(f"{out.parent} is not a folder", "name another folder")
     if not out.parent.exists():

@@ -156,7 +156,7 @@ class Budget:
             needs = "computes the rest from the low-bit copy" if self.rest == "shadow" else "has a shortlist"
             raise UserError(
                 f"the budget {needs}, but there is no low-bit copy for that",
-                "leave it out, or export with --rest shadow",
+                "leave it out, or export with --rest shadow and with floats, int8 or int6, not int4",
             )
         return self.rest or ("shadow" if copies else "drop")
 

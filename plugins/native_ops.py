@@ -57,8 +57,8 @@ def register(session_options: ort.SessionOptions) -> bool:
         )
     if path is None:
         _warn_once(
-            "the native ops were not built, so sparse layers run at the speed of their function bodies; "
-            "install a C++ compiler and CMake, then reinstall shadowllm"
+            f"there are no compiled ops in {Path(plugins.__path__[0])}, so sparse layers run at the speed of their "
+            "function bodies; install a C++ compiler, then in the checkout: pip install --editable ."
         )
         return False
     try:

@@ -1,4 +1,4 @@
-"""Contextual sparsity for OPT and Llama: predictor, sparse ONNX export, TensorRT engines, runtime.
+"""Contextual sparsity for language models: predictor, sparse ONNX export, TensorRT engines, runtime.
 
 import shadowllm
 

@@ -36,9 +36,9 @@ COMMANDS = {
 }
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # they end a command
 EPILOG = """examples:
-  shadowllm export MODEL out/ --neuron-budget 0.5 --head-budget 0.75 --engine tensorrt_rtx
-  shadowllm run out/ --prompt "The shadow of a model" --backend ort
-  shadowllm bench out/ --against ort-dense --json bench.json
+  shadowllm export MODEL my-bundle/
+  shadowllm run my-bundle/ --prompt "The shadow of a model"
+  shadowllm bench my-bundle/ --against ort-dense --json bench.json
 
 MODEL is a folder with safetensors, a .gguf file, or a Hugging Face id. `shadowllm COMMAND --help`
 shows the options and examples of a command."""

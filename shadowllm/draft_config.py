@@ -32,7 +32,7 @@ class Drafting:
 
     Attributes:
         lossless: write the text of the dense model: sparse steps draft it, dense steps verify several tokens at once.
-        draft_length: tokens drafted at once; None adapts it to what pays, by acceptance and the times of the steps.
+        draft_length: tokens drafted at once; None chooses the fastest, from acceptance and the times of the steps.
         tuned: where an adapted length begins; None if drafts were not tuned.
 
     Raises:
@@ -47,7 +47,7 @@ class Drafting:
         most=LONGEST_DRAFT,
         called="the draft length",
         help="with --lossless: tokens drafted at once",
-        otherwise="adapted to what pays",
+        otherwise="the fastest, found while it runs",
     )
     tuned: TunedDrafts | None = None
 

@@ -66,7 +66,7 @@ class TestStaging:
         out = tmp_path / "out"
         out.mkdir()
         (out / "manifest.json").write_text("old")
-        with pytest.raises(UserError, match="--overwrite"), staged(out):
+        with pytest.raises(UserError, match="--overwrite or overwrite=True"), staged(out):
             pass
         with staged(out, overwrite=True) as folder:
             (folder / "manifest.json").write_text("new")

@@ -43,6 +43,14 @@ def test_a_mistake_is_told_as_by_our_command_line(arguments, tmp_path, monkeypat
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("given", [["--model", "nothing", "out"], ["out", "--model=nothing"], ["-m", "nothing", "out"]])
+def test_the_model_is_named_as_in_other_exports(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    done = optimum_cli("export", "shadowllm", *given)
+    assert done.returncode == main(["export", "nothing", "out"]) == 1
+    assert done.stderr == capsys.readouterr().err
+
+
 def test_wrong_usage_has_its_exit_code():
     assert optimum_cli("export", "shadowllm", "--nonsense").returncode == 2
 

@@ -46,10 +46,14 @@ def test_the_readme_works(folder, monkeypatch, capfd):
     )
     # `serve` does not end by itself; its own tests start it.
     commands = re.findall(r"^ {4}shadowllm (?!serve)(.*)$", README, re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["export", "run", "bench"]
+    assert [command.split()[0] for command in commands] == ["export", "run", "bench", "build"]
     for command in commands:
         assert main(shlex.split(command)) == 0, capfd.readouterr().err
-    assert {path.name for path in Path("out/engines/tensorrt_rtx").glob("*.engine")} == {"stem.engine", "body.engine"}
+    engines = Path("my-bundle/engines/tensorrt_rtx").glob("*.engine")
+    assert {path.name for path in engines} == {
+        "stem.engine",
+        "body.engine",
+    }
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     capfd.readouterr()
     exec(compile(example, "README.md", "exec"), {})

@@ -15,7 +15,7 @@ from shadowllm.cli import COMMANDS, main
 
 
 class ShadowLLMExport(BaseOptimumCLICommand):
-    """Passes its arguments on to ``shadowllm export``."""
+    """Passes its arguments on to ``shadowllm export``; ``--model`` names the model, as in optimum's own exports."""
 
     COMMAND = CommandInfo(name="shadowllm", help=COMMANDS["export"])
 
@@ -26,7 +26,10 @@ class ShadowLLMExport(BaseOptimumCLICommand):
         parser.add_argument("arguments", nargs="*")
 
     def run(self) -> None:
-        sys.exit(main(["export", *self.args.arguments]))
+        parser = ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("-m", "--model", action="append", default=[])
+        named, others = parser.parse_known_args(self.args.arguments)
+        sys.exit(main(["export", *named.model, *others]))
 
 
 REGISTER_COMMANDS = [(ShadowLLMExport, ExportCommand)]
