@@ -1,4 +1,4 @@
-"""The README's commands and its Python example run unchanged on a small model, with less text and for one GPU."""
+"""The commands and Python examples of the README and docs/api.md run unchanged on a small model, with less text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from shadowllm.evaluation import tuning
 from shadowllm.exporter.engines.build import build_engine
 from tests.conftest import build_tokenizer, build_transformers_model
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 # Large enough for a default shadow, 256 tokens and the token ids of the example.
 SMALL = {
     "hidden_size": 192,
@@ -58,3 +59,5 @@ def test_the_readme_works(folder, monkeypatch, capfd):
     capfd.readouterr()
     exec(compile(example, "README.md", "exec"), {})
     assert 1 <= len(capfd.readouterr().out.split()) <= 32
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
+    exec(compile("".join(snippets), "docs/api.md", "exec"), {})
