@@ -17,6 +17,7 @@ namespace {
 enum LayerInput { kX, kNorm, kPostNorm, kOwn };  // then the inputs of the parts
 
 constexpr size_t kLinear = 5, kAttention = 6;  // inputs of a part
+constexpr size_t kCopyOfLinear = 2;
 constexpr size_t kQkvAt = kOwn, kAttentionAt = kQkvAt + kLinear, kOutAt = kAttentionAt + kAttention,
                  kMlpAt = kOutAt + kLinear;
 constexpr size_t kMostThreads = 64;
@@ -63,7 +64,7 @@ struct Matrix {
 };
 
 // `Op` has the name, the ports and the outputs of the op, and says whether it has an attribute `layer`; `mlp` makes its
-// MLP.
+// MLP, which reads its input `kCopyOfUp` first.
 template <class Op>
 class Layer : public Op {
  public:
@@ -99,10 +100,12 @@ class Layer : public Op {
       const auto outputs = [&](std::vector<Outputs::Place> places) { return Outputs(node_, context, places); };
       normalise(pool, memory.normed, x.as<float>(), in[kNorm].as<float>());
       qkv[0] = memory.normed.tensor();
+      pool.ahead(out[kCopyOfLinear].data, out[kCopyOfLinear].size());
       qkv_->compute(qkv, outputs({memory.projected.place()}), pool);
       attention[0] = memory.projected.tensor();
       attention_->compute(attention, outputs({memory.attended.place(), {nullptr, 1}, {nullptr, 2}}), pool);
       out[0] = memory.attended.tensor();
+      pool.ahead(mlp[Op::kCopyOfUp].data, mlp[Op::kCopyOfUp].size());
       out_->compute(out, outputs({memory.hidden.place()}), pool);
       add(pool, memory.hidden, x.as<float>());
       normalise(pool, memory.normed, memory.hidden.data, in[kPostNorm].as<float>());
@@ -131,7 +134,10 @@ class Layer : public Op {
   }
 
   // The rows of the weights of a linear layer.
-  static int64_t rows_of(const std::vector<Tensor>& linear) { return linear[2].rank < 1 ? 0 : linear[2].dims[0]; }
+  static int64_t rows_of(const std::vector<Tensor>& linear) {
+    const Tensor& copy = linear[kCopyOfLinear];
+    return copy.rank < 1 ? 0 : copy.dims[0];
+  }
 
   // to = x, each row divided by the root of its mean square, times the weights
   void normalise(const Pool& pool, const Matrix& to, const float* x, const float* weights) const {

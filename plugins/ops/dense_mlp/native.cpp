@@ -47,6 +47,7 @@ class DenseMlp {
     Scratch scratch;
     float* projected = scratch.take(all * static_cast<size_t>(rows + neurons));
     float* hidden = projected + all * static_cast<size_t>(rows);
+    pool.ahead(down[2].data, down[2].size());
     up_->compute(up, Outputs(node_, projected), pool);
     const size_t pieces = (width + kPiece - 1) / kPiece;
     pool.run(all * pieces, [&](size_t task) {

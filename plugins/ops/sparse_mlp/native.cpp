@@ -329,6 +329,8 @@ class SparseMlp {
       for_blocks(calls, memory, [&](std::vector<Block>& blocks) {
         for (Block& block : blocks)
           if (block.call.scoring()) block.low_inputs = prepare_low(block.call, block.room, block.x);
+        const Call& call = blocks.front().call;
+        pool.ahead(call.low.down.data, call.low.down.stride * call.neurons);
         in_chunks(pool, in_batches(blocks), [&](const Batch& batch, size_t c) {
           if (batch.front().call.scoring()) score(batch, batch.chunks[c]);
         });
