@@ -61,6 +61,11 @@ class KVCache:
             for kind in ("past_key_values", "present")
         }
 
+    def clear(self, row: int, length: int) -> None:
+        """Set the first ``length`` positions of a row to zero."""
+        for array in self.arrays.values():
+            array[row, :, :length] = 0
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of a row to another row."""
         for array in self.arrays.values():

@@ -22,11 +22,17 @@ from shadowllm.runtime.session import Decodes
 
 @dataclass
 class _Sequence:
-    """The sequence of a slot: its plan, the inputs of its budget, its length, and what its last step selected."""
+    """The sequence of a slot: its plan, the inputs of its budget, and what its last step selected.
+
+    Attributes:
+        length: its tokens.
+        written: positions of its row that are not zero, at least ``length`` of them.
+    """
 
     plan: Plan
     numbers: Numbers
     length: int = 0
+    written: int = 0
     selection: dict[Unit, np.ndarray] = field(default_factory=dict)
 
 
@@ -87,7 +93,9 @@ class OrtSlots:
     def leave(self, slot: int) -> None:
         """See `SlotSession.leave`. The sequence of the last row moves to the row that becomes free."""
         row, last = self._rows.index(slot), self._rows.pop()
-        del self._sequences[slot]
+        left = self._sequences.pop(slot)
+        # Attention masks what is left in a row, but NaN is still NaN behind a mask.
+        self._cache.clear(row, max(left.written, left.length))
         if last != slot:
             self._cache.copy(len(self._rows), row, self._sequences[last].length)
             self._rows[row] = last
@@ -130,8 +138,9 @@ class OrtSlots:
 
     def rewind(self, slot: int, length: int) -> None:
         """See `SlotSession.rewind`."""
-        check_rewind(np.array([length]), np.array([self._sequences[slot].length]))
-        self._sequences[slot].length = length
+        sequence = self._sequences[slot]
+        check_rewind(np.array([length]), np.array([sequence.length]))
+        sequence.length, sequence.written = length, max(sequence.written, sequence.length)
 
     def verify(self, slot: int, tokens: Sequence[int]) -> np.ndarray:
         """See `SlotSession.verify`."""

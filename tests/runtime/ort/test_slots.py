@@ -114,6 +114,29 @@ def test_neighbours_do_not_change_a_bit(bundle):
         np.testing.assert_array_equal(found[3], other[3])
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("budget", [BUDGETS[0], BUDGETS[2]], ids=["sparse", "dense"])
+def test_a_text_with_nan_does_not_harm_the_next_ones(bundle, budget, native):
+    def texts(damaged):
+        with OrtSlots(folder, 2, threads=1, native=native) as session:
+            first, neighbour = session.join(budget), session.join(budget)
+            session.extend(first, PROMPTS[0])
+            session.verify(first, FORCED)
+            found = [session.extend(neighbour, PROMPTS[1])]
+            if damaged:
+                for array in session._cache.arrays.values():
+                    array[session._rows.index(first), :, : session.length(first)] = np.nan
+            session.rewind(first, 2)
+            session.leave(first)
+            second = session.join(budget)
+            found.append(session.extend(second, PROMPTS[2]))
+            return [*found, *session.step({neighbour: 4, second: 7}).values()]
+
+    folder = bundle("opt", kind="shadow", rest="drop")
+    for damaged, healthy in zip(texts(True), texts(False), strict=True):
+        np.testing.assert_array_equal(damaged, healthy)
+
+
 def test_a_prompt_may_come_in_parts(bundle):
     folder = bundle("llama-head-dim-16", kind="static")
     whole, parts = (made(folder, PROMPTS[0], Budget()) for made in (alone, alone_in_parts))
