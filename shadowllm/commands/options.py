@@ -278,7 +278,7 @@ def add_engines(parser: argparse.ArgumentParser) -> None:
 
 def _capability(text: str) -> int:
     """Return a compute capability, written as 89 or 8.9."""
-    return whole("--sm", 1, LARGEST)(re.sub(r"^(\d+)\.(\d)$", r"\1\2", text))
+    return whole("--sm", 1, LARGEST)(re.sub(r"^([7-9]|1\d)\.(\d)$", r"\1\2", text))
 
 
 def _workspace(text: str) -> int:
