@@ -4,7 +4,7 @@
 #pragma once
 
 constexpr size_t kProductTokens = 8;     // tokens of a tile of products
-constexpr size_t kAheadBytes = 1 << 13;  // a group with fewer bytes is prefetched two groups ahead, and not one
+constexpr size_t kSmallGroup = 1 << 13;  // bytes of the copy; see LanesAhead
 
 // Four consecutive bytes of an input, read from an array of bytes.
 typedef int32_t Quad __attribute__((may_alias));
@@ -145,10 +145,11 @@ constexpr size_t kBlockBytes = kBytesBlock * (Q::bits - Q::residual_bits) / 8;
 template <class Q>
 constexpr size_t kBesideBytes = kBytesBlock * Q::residual_bits / 8;
 
-// A group of rows to prefetch; null if there is none. `consecutive`: they lie one after the other in memory.
+// The next group of rows, to prefetch; null if there is none. `consecutive`: they lie one after the other in memory.
+// `small`: the first-level cache holds the group; if not, its copy is prefetched into the second-level cache.
 struct LanesAhead {
   const QuantisedRow* rows;
-  bool consecutive;
+  bool consecutive, small;
 
   // Prefetches block b of each row, or, of consecutive rows, as many bytes in the order of memory.
   template <class Q>
@@ -156,8 +157,11 @@ struct LanesAhead {
     if (rows == nullptr) return;
     if (!consecutive) return fetch_block<Q, kGroup>(rows, b, blocks, kBytesBlock);
     constexpr size_t bytes = kBlockBytes<Q> * kGroup, beside = kBesideBytes<Q> * kGroup;
-    fetch_bytes(rows[0].data + b * bytes, bytes);
-    if (beside != 0) fetch_bytes(rows[0].residual + b * beside, beside);
+    if (small)
+      fetch_bytes<3>(rows[0].data + b * bytes, bytes);
+    else
+      fetch_bytes(rows[0].data + b * bytes, bytes);
+    if (beside != 0) fetch_bytes<3>(rows[0].residual + b * beside, beside);
     if (b == 0) fetch_bytes(rows[0].scales, blocks * sizeof(uint16_t) * kGroup);
   }
 };
@@ -201,16 +205,16 @@ template <class Q>
 void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
                    size_t stride) {
   const size_t blocks = rows.width / kBytesBlock, bytes = blocks * kBlockBytes<Q>;
-  const size_t ahead = bytes * kGroup < kAheadBytes ? 2 * kGroup : kGroup;
+  const bool small = bytes * kGroup < kSmallGroup;
   QuantisedRow now[kGroup], next[kGroup];
-  // Prefetches the first groups as a whole. Otherwise the kernel would wait for each of their blocks.
-  for (size_t i = 0; bytes != 0 && i < ahead && i < picks.count; ++i) {
+  // Prefetches the first group as a whole. Otherwise the kernel would wait for each of its blocks.
+  for (size_t i = 0; bytes != 0 && i < kGroup && i < picks.count; ++i) {
     const QuantisedRow row = quantised_row(rows, picks.ids, i);
     fetch_bytes(row.data, bytes);
     if (Q::residual_bits != 0) fetch_bytes(row.residual, blocks * kBesideBytes<Q>);
   }
   for (size_t i = 0; i < picks.count; i += kGroup) {
-    const size_t count = picks.count - i < kGroup ? picks.count - i : kGroup, then = i + ahead;
+    const size_t count = picks.count - i < kGroup ? picks.count - i : kGroup, then = i + kGroup;
     const bool follows = bytes != 0 && then < picks.count;
     for (size_t r = 0; r < kGroup; ++r) now[r] = quantised_row(rows, picks.ids, i + (r < count ? r : count - 1));
     for (size_t r = 0; follows && r < kGroup; ++r)
@@ -219,7 +223,8 @@ void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, si
     cover_tokens<kProductTokens>(tokens, [&](size_t tile, size_t, size_t first, auto m) {
       constexpr size_t M = m.value;
       float sums[M * kGroup];
-      project_lanes<Q, M>(now, {tile == 0 && follows ? next : nullptr, consecutive}, inputs + first, blocks, sums);
+      project_lanes<Q, M>(now, {tile == 0 && follows ? next : nullptr, consecutive, small}, inputs + first, blocks,
+                          sums);
       for (size_t t = 0; t < M; ++t)
         for (size_t r = 0; r < count; ++r) out[first + t][(i + r) * stride] = sums[t * kGroup + r];
     });

@@ -128,8 +128,10 @@ inline QuantisedRow quantised_row(const Rows& rows, const int32_t* ids, size_t i
 }
 
 // Functions that prefetch must be inlined: GCC removes calls of a function that does nothing else.
+// `kLocality`: 2 for the second-level cache, 3 for the first-level one.
+template <int kLocality = 2>
 __attribute__((always_inline)) inline void fetch_bytes(const void* from, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, kLocality);
 }
 
 // Prefetches block b of a row, whose blocks have so many bytes, unless its line was fetched for the last block.
