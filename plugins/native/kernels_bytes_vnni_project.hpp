@@ -4,7 +4,7 @@
 #pragma once
 
 constexpr size_t kProductTokens = 8;     // tokens of a tile of products
-constexpr size_t kSmallGroup = 1 << 13;  // bytes of the copy; see LanesAhead
+constexpr size_t kSmallGroup = 1 << 13;  // bytes of rows without their residuals; see LanesAhead
 
 // Four consecutive bytes of an input, read from an array of bytes.
 typedef int32_t Quad __attribute__((may_alias));
@@ -145,8 +145,9 @@ constexpr size_t kBlockBytes = kBytesBlock * (Q::bits - Q::residual_bits) / 8;
 template <class Q>
 constexpr size_t kBesideBytes = kBytesBlock * Q::residual_bits / 8;
 
-// The next group of rows, to prefetch; null if there is none. `consecutive`: they lie one after the other in memory.
-// `small`: the first-level cache holds the group; if not, its copy is prefetched into the second-level cache.
+// A group of rows to prefetch; null if there is none. `consecutive`: they lie one after the other in memory. A small
+// group without residuals is the next one, and goes into the first-level cache. All others go into the second-level
+// cache: a small group with residuals two groups ahead, and a large one as the next one.
 struct LanesAhead {
   const QuantisedRow* rows;
   bool consecutive, small;
@@ -157,11 +158,11 @@ struct LanesAhead {
     if (rows == nullptr) return;
     if (!consecutive) return fetch_block<Q, kGroup>(rows, b, blocks, kBytesBlock);
     constexpr size_t bytes = kBlockBytes<Q> * kGroup, beside = kBesideBytes<Q> * kGroup;
-    if (small)
+    if (small && beside == 0)
       fetch_bytes<3>(rows[0].data + b * bytes, bytes);
     else
       fetch_bytes(rows[0].data + b * bytes, bytes);
-    if (beside != 0) fetch_bytes<3>(rows[0].residual + b * beside, beside);
+    if (beside != 0) fetch_bytes(rows[0].residual + b * beside, beside);
     if (b == 0) fetch_bytes(rows[0].scales, blocks * sizeof(uint16_t) * kGroup);
   }
 };
@@ -206,15 +207,16 @@ void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, si
                    size_t stride) {
   const size_t blocks = rows.width / kBytesBlock, bytes = blocks * kBlockBytes<Q>;
   const bool small = bytes * kGroup < kSmallGroup;
+  const size_t ahead = small && Q::residual_bits != 0 ? 2 * kGroup : kGroup;
   QuantisedRow now[kGroup], next[kGroup];
-  // Prefetches the first group as a whole. Otherwise the kernel would wait for each of its blocks.
-  for (size_t i = 0; bytes != 0 && i < kGroup && i < picks.count; ++i) {
+  // Prefetches the first groups as a whole. Otherwise the kernel would wait for each of their blocks.
+  for (size_t i = 0; bytes != 0 && i < ahead && i < picks.count; ++i) {
     const QuantisedRow row = quantised_row(rows, picks.ids, i);
     fetch_bytes(row.data, bytes);
     if (Q::residual_bits != 0) fetch_bytes(row.residual, blocks * kBesideBytes<Q>);
   }
   for (size_t i = 0; i < picks.count; i += kGroup) {
-    const size_t count = picks.count - i < kGroup ? picks.count - i : kGroup, then = i + kGroup;
+    const size_t count = picks.count - i < kGroup ? picks.count - i : kGroup, then = i + ahead;
     const bool follows = bytes != 0 && then < picks.count;
     for (size_t r = 0; r < kGroup; ++r) now[r] = quantised_row(rows, picks.ids, i + (r < count ? r : count - 1));
     for (size_t r = 0; follows && r < kGroup; ++r)
