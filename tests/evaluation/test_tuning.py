@@ -96,16 +96,12 @@ def test_a_mixed_budget_is_one_for_all_layers_and_has_a_shortlist(with_copies, b
     assert looser.budget.heads <= budget.heads
 
 
-def test_the_rest_and_the_proof_of_the_default_budget_stay(with_copies):
-    """With a rest that is dropped by default, that is what is measured, and layers have fractions of their own."""
-    manifest = read_manifest(with_copies)
-    replace(manifest, budgets=asdict(Budget(rest="drop", certify=True))).write(with_copies)
-    budget = tune(with_copies, Target(ppl_increase=0.05), **QUICK).budget
-    assert (budget.rest, budget.certify, budget.shortlist) == ("drop", True, None)
-    assert isinstance(budget.neurons, tuple)
-    read = read_weights(with_copies, manifest)
-    encode = plain_encoder(load_tokenizer(with_copies, manifest), manifest)
-    windows = measuring_windows(manifest.spec, read.sparse, encode, manifest.predictor, texts=(), **QUICK)
+def evaluated_increase(folder, budget, texts=(), **options):
+    """The increase of the perplexity by a budget, on the text that `tune` measures with."""
+    manifest = read_manifest(folder)
+    read = read_weights(folder, manifest)
+    encode = plain_encoder(load_tokenizer(folder, manifest), manifest)
+    windows = measuring_windows(manifest.spec, read.sparse, encode, manifest.predictor, texts=texts, **QUICK)
     dense, found = evaluate(
         manifest.spec,
         read.sparse,
@@ -114,11 +110,21 @@ def test_the_rest_and_the_proof_of_the_default_budget_stay(with_copies):
         windows,
         head_budgets=[budget.heads],
         neuron_budgets=[budget.neurons],
-        rests=["drop"],
         copies=read.copies,
+        **options,
     )
+    return found.perplexity / dense.perplexity - 1
+
+
+def test_the_rest_and_the_proof_of_the_default_budget_stay(with_copies):
+    """With a rest that is dropped by default, that is what is measured, and layers have fractions of their own."""
+    manifest = read_manifest(with_copies)
+    replace(manifest, budgets=asdict(Budget(rest="drop", certify=True))).write(with_copies)
+    budget = tune(with_copies, Target(ppl_increase=0.05), **QUICK).budget
+    assert (budget.rest, budget.certify, budget.shortlist) == ("drop", True, None)
+    assert isinstance(budget.neurons, tuple)
     measured = read_manifest(with_copies).allocation["measured"]["ppl_increase"]
-    assert measured == pytest.approx(found.perplexity / dense.perplexity - 1, rel=1e-3, abs=1e-6)
+    assert measured == pytest.approx(evaluated_increase(with_copies, budget, rests=["drop"]), rel=1e-3, abs=1e-6)
 
 
 def test_a_mixed_budget_is_shown(with_copies, capsys):
@@ -149,22 +155,8 @@ def test_the_increase_of_a_mixed_budget_is_that_of_an_evaluation(with_copies, tm
     text = tmp_path / "text.txt"
     text.write_text("What is measured while tuning is measured as in an evaluation. " * 9)
     manifest = tune(with_copies, Target(ppl_increase=0.05), texts=[str(text)], **QUICK)
-    read = read_weights(with_copies, manifest)
-    encode = plain_encoder(load_tokenizer(with_copies, manifest), manifest)
-    windows = measuring_windows(manifest.spec, read.sparse, encode, {}, texts=[str(text)], **QUICK)
     budget = manifest.budget
-    dense, mixed = evaluate(
-        manifest.spec,
-        read.sparse,
-        read.predictor,
-        "quantized-shadow",
-        windows,
-        head_budgets=[budget.heads],
-        neuron_budgets=[budget.neurons],
-        shortlists=[budget.shortlist],
-        copies=read.copies,
-    )
-    increase = mixed.perplexity / dense.perplexity - 1
+    increase = evaluated_increase(with_copies, budget, [str(text)], shortlists=[budget.shortlist])
     assert manifest.allocation["measured"]["ppl_increase"] == pytest.approx(increase, rel=1e-4, abs=1e-6)
 
 
