@@ -234,6 +234,7 @@ void accumulate_as(const Rows& rows, Picks picks, const float* h, size_t tokens,
 
 #include "kernels_quantised.hpp"
 // After the kernels that it uses.
+#include "kernels_attention.hpp"
 #include "kernels_copy.hpp"
 
 namespace shadowllm {
@@ -441,6 +442,6 @@ size_t list_from(const int32_t* keys, size_t size, int32_t least, size_t most, i
 }  // namespace
 }  // namespace shadowllm
 
-#define SHADOWLLM_KERNELS(name)                                                          \
-  {name,         prepare, project, accumulate,  project_each, accumulate_each, activate, \
-   exponentials, reduce,  widen,   count_above, order,        group_maxima,    list_from}
+#define SHADOWLLM_KERNELS(name)                                                                             \
+  {name,   prepare, project,     accumulate, project_each, accumulate_each, activate,         exponentials, \
+   reduce, widen,   count_above, order,      group_maxima, list_from,       attention_scores, attention_sum}

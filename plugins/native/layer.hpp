@@ -72,13 +72,21 @@ class Layer : public Op {
       : api_(api), node_(api, info, Op::kName, std::data(Op::kPorts), kOwn, Op::kHasLayer),
         qkv_(nested_linear_part(api, info, kQkvAt)), attention_(cached_attention_part(api, info, kAttentionAt)),
         out_(nested_linear_part(api, info, kOutAt)), mlp_(Op::mlp(api, info, kMlpAt)),
-        n_heads_(node_.integer("n_heads")), epsilon_(node_.real_or("epsilon", 1e-5f)) {}
+        n_heads_(node_.integer("n_heads")), epsilon_(node_.real_or("epsilon", 1e-5f)),
+        first_(Node(api, info, Op::kName, &Op::kPorts[kQkvAt], kLinear, false, kQkvAt).constant(kCopyOfLinear)) {}
 
   static void infer(const Api& api, OrtShapeInferContext* context) {
     infer_like_input(api, context, kX, 0);  // the node may lack the other outputs
   }
 
   void compute(OrtKernelContext* context) const {
+    Team::gather(api_, context, threads(), [&](Team& team) { lead(Pool(team), context); });
+  }
+
+ private:
+  // The other threads prefetch the first weights while this one reads the inputs.
+  void lead(const Pool& pool, OrtKernelContext* context) const {
+    pool.ahead(first_.data, first_.size());
     const std::vector<Tensor> in = node_.inputs(context);
     const Tensor& x = in[kX];
     if (x.rank != 2) node_.fail("x has " + std::to_string(x.rank) + " dimensions, not 2");
@@ -95,27 +103,23 @@ class Layer : public Op {
     (void)Memory(sizes, tokens, width, projected, n_heads_ * head_dim);
     Room room(scratch.take(sizes.used()));
     const Memory memory(room, tokens, width, projected, n_heads_ * head_dim);
-    Team::gather(api_, context, threads(), [&](Team& team) {
-      const Pool pool(team);
-      const auto outputs = [&](std::vector<Outputs::Place> places) { return Outputs(node_, context, places); };
-      normalise(pool, memory.normed, x.as<float>(), in[kNorm].as<float>());
-      qkv[0] = memory.normed.tensor();
-      pool.ahead(out[kCopyOfLinear].data, out[kCopyOfLinear].size());
-      qkv_->compute(qkv, outputs({memory.projected.place()}), pool);
-      attention[0] = memory.projected.tensor();
-      attention_->compute(attention, outputs({memory.attended.place(), {nullptr, 1}, {nullptr, 2}}), pool);
-      out[0] = memory.attended.tensor();
-      pool.ahead(mlp[Op::kCopyOfUp].data, mlp[Op::kCopyOfUp].size());
-      out_->compute(out, outputs({memory.hidden.place()}), pool);
-      add(pool, memory.hidden, x.as<float>());
-      normalise(pool, memory.normed, memory.hidden.data, in[kPostNorm].as<float>());
-      mlp[0] = memory.normed.tensor();
-      mlp_->compute(mlp, outputs({{y.data, 0}, {nullptr, 3}}), pool);
-      add(pool, {static_cast<float*>(y.data), tokens, width}, memory.hidden.data);
-    });
+    const auto outputs = [&](std::vector<Outputs::Place> places) { return Outputs(node_, context, places); };
+    normalise(pool, memory.normed, x.as<float>(), in[kNorm].as<float>());
+    qkv[0] = memory.normed.tensor();
+    pool.ahead(out[kCopyOfLinear].data, out[kCopyOfLinear].size());
+    qkv_->compute(qkv, outputs({memory.projected.place()}), pool);
+    attention[0] = memory.projected.tensor();
+    attention_->compute(attention, outputs({memory.attended.place(), {nullptr, 1}, {nullptr, 2}}), pool);
+    out[0] = memory.attended.tensor();
+    pool.ahead(mlp[Op::kCopyOfUp].data, mlp[Op::kCopyOfUp].size());
+    out_->compute(out, outputs({memory.hidden.place()}), pool);
+    add(pool, memory.hidden, x.as<float>());
+    normalise(pool, memory.normed, memory.hidden.data, in[kPostNorm].as<float>());
+    mlp[0] = memory.normed.tensor();
+    mlp_->compute(mlp, outputs({{y.data, 0}, {nullptr, 3}}), pool);
+    add(pool, {static_cast<float*>(y.data), tokens, width}, memory.hidden.data);
   }
 
- private:
   struct Memory {
     Matrix normed, projected, attended, hidden;
 
@@ -171,6 +175,7 @@ class Layer : public Op {
   std::unique_ptr<Part> qkv_, attention_, out_, mlp_;
   int64_t n_heads_;
   float epsilon_;
+  Tensor first_;  // the copy of the first weights; absent if it is no constant
 };
 
 }  // namespace

@@ -82,15 +82,11 @@ std::string Node::text(const char* attribute) const {
 
 Tensor Node::view(const OrtValue* value) const {
   Tensor tensor;
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  api_.check(api_.get_tensor_type_and_shape(value, &info));
-  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api_.release_tensor_type_and_shape_info)> owner(
-      info, api_.release_tensor_type_and_shape_info);
+  const int64_t* dims = nullptr;
   size_t rank = 0;
-  api_.check(api_.get_tensor_element_type(info, &tensor.type));
-  api_.check(api_.get_dimensions_count(info, &rank));
+  api_.check(api_.get_type_and_shape(value, &tensor.type, &dims, &rank));
   if (rank > tensor.dims.size()) fail("an input has " + std::to_string(rank) + " dimensions");
-  api_.check(api_.get_dimensions(info, tensor.dims.data(), rank));
+  std::copy_n(dims, rank, tensor.dims.begin());
   tensor.rank = static_cast<int>(rank);
   api_.check(api_.get_tensor_mutable_data(const_cast<OrtValue*>(value), &tensor.data));
   return tensor;
@@ -399,12 +395,6 @@ void add_up(const Pool& pool, const Kernels& kernels, const float* parts, size_t
     for (size_t t = tokens * task / tasks; t < tokens * (task + 1) / tasks; ++t)
       kernels.reduce(parts + t * width, count, stride, start, y + t * width, width);
   });
-}
-
-bool infers_despite_absent_inputs(const char* runtime_version) {
-  int major = 0, minor = 0;
-  std::sscanf(runtime_version, "%d.%d", &major, &minor);
-  return major > 1 || (major == 1 && minor >= 24);
 }
 
 void infer_output(const Api& api, OrtShapeInferContext* context, size_t output, int type, const int64_t* dims,

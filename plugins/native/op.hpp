@@ -70,6 +70,7 @@ class Node {
   // Inputs of this call. Constant initializers were looked up once, at creation.
   std::vector<Tensor> inputs(const OrtKernelContext* context) const;
   bool is_constant(size_t port) const { return constants_[port].present(); }
+  const Tensor& constant(size_t port) const { return constants_[port]; }  // absent if it is no constant
   Tensor output(OrtKernelContext* context, std::initializer_list<int64_t> dims) const;
   // An output that the node may lack; then the tensor is absent.
   Tensor optional_output(OrtKernelContext* context, size_t index, const int64_t* dims, size_t rank) const;
@@ -252,15 +253,12 @@ OrtStatus* guarded(const Api& api, Body body) noexcept {
   }
 }
 
-// Before 1.24, ONNX Runtime reads the type of every input before an op's shape inference, and an absent one crashes it.
-bool infers_despite_absent_inputs(const char* runtime_version);
-
 // Describes Op to the runtime. Op has kName, kPorts, kOutputs, a constructor (api, info), compute(context) and a
 // static infer(api, context).
 template <class Op>
 struct Registration : OrtCustomOp {
-  Registration(const Api& api, bool infers) : OrtCustomOp{}, api(api) {
-    version = kApiVersion;
+  explicit Registration(const Api& api) : OrtCustomOp{}, api(api) {
+    version = kOpVersion;
     GetName = [](const OrtCustomOp*) { return Op::kName; };
     GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // the CPU
     GetInputType = [](const OrtCustomOp*, size_t i) { return Op::kPorts[i].type; };
@@ -281,11 +279,10 @@ struct Registration : OrtCustomOp {
       return guarded(held.api, [&] { held.op.compute(context); });
     };
     KernelDestroy = [](void* kernel) { delete static_cast<Held*>(kernel); };
-    if (infers)
-      InferOutputShapeFn = [](const OrtCustomOp* self, OrtShapeInferContext* context) {
-        const Api& api = static_cast<const Registration*>(self)->api;
-        return guarded(api, [&] { Op::infer(api, context); });
-      };
+    InferOutputShapeFn = [](const OrtCustomOp* self, OrtShapeInferContext* context) {
+      const Api& api = static_cast<const Registration*>(self)->api;
+      return guarded(api, [&] { Op::infer(api, context); });
+    };
     GetStartVersion = GetEndVersion = [](const OrtCustomOp*) { return 1; };
   }
 
@@ -315,9 +312,8 @@ struct Entry {
   size_t port_count;
   const Port* outputs;
   size_t output_count;
-  // A shared pointer, because it keeps the right deleter; OrtCustomOp has no virtual destructor. `infers`: whether the
-  // runtime gets the op's shape inference.
-  std::shared_ptr<OrtCustomOp> (*make)(const Api& api, bool infers);
+  // A shared pointer, because it keeps the right deleter; OrtCustomOp has no virtual destructor.
+  std::shared_ptr<OrtCustomOp> (*make)(const Api& api);
 };
 
 template <class Op>
@@ -327,9 +323,7 @@ constexpr Entry entry_of() {
           std::size(Op::kPorts),
           std::data(Op::kOutputs),
           std::size(Op::kOutputs),
-          [](const Api& api, bool infers) -> std::shared_ptr<OrtCustomOp> {
-            return std::make_shared<Registration<Op>>(api, infers);
-          }};
+          [](const Api& api) -> std::shared_ptr<OrtCustomOp> { return std::make_shared<Registration<Op>>(api); }};
 }
 
 // Ops that are also parts of another one. `first`: see Node.

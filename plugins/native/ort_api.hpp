@@ -1,9 +1,10 @@
 // The part of ONNX Runtime's C API that the ops use, declared by hand because the Python wheel has no headers.
 //
 // `OrtApi` is a table of function pointers that only grows at its end, so a function keeps its slot in every later
-// release. Slots 0..101 are from API version 1, slot 249 is from version 15, and slots 268..274 are from version 17,
-// which we request. `OrtCustomOp` also grows at its end, and its `version` field tells the runtime where ours ends. A
-// wrong slot would call another function, so `Api` checks some slots when it is created, and the tests run every op.
+// release. Slots 0..101 are from API version 1, slot 249 is from version 15, slots 268..274 are from version 17, and
+// slot 414 is from version 24, which we request. `OrtCustomOp` also grows at its end, and its `version` field tells the
+// runtime where ours ends. A wrong slot would call another function, so `Api` checks some slots when it is created, and
+// the tests run every op.
 #pragma once
 
 #include <cstddef>
@@ -31,7 +32,8 @@ struct OrtApiBase {
 
 namespace shadowllm {
 
-constexpr uint32_t kApiVersion = 17;
+constexpr uint32_t kApiVersion = 24;
+constexpr uint32_t kOpVersion = 17;  // of OrtCustomOp
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 enum ElementType : int { kUndefined = 0, kFloat = 1, kUInt8 = 2, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
@@ -40,7 +42,7 @@ enum AttributeType : int { kAttributeInt = 1 };
 
 }  // namespace shadowllm
 
-// Fields in the runtime's order, up to version 17. The runtime calls GetInputMemoryType and the characteristics without
+// Fields in the runtime's order, up to kOpVersion. The runtime calls GetInputMemoryType and the characteristics without
 // a null check; CreateKernel and KernelCompute are not called when their V2 is set.
 struct OrtCustomOp {
   uint32_t version;
@@ -92,7 +94,6 @@ class Api {
     bind(61, get_dimensions_count);
     bind(62, get_dimensions);
     bind(63, get_symbolic_dimensions);
-    bind(65, get_tensor_type_and_shape);
     bind(85, kernel_info_get_attribute_float);
     bind(86, kernel_info_get_attribute_int64);
     bind(87, kernel_info_get_attribute_string);
@@ -110,6 +111,7 @@ class Api {
     bind(271, set_symbolic_dimensions);
     bind(272, read_op_attribute);
     bind(274, parallel_for);
+    bind(414, get_type_and_shape);
     prove_slots();
   }
 
@@ -136,7 +138,6 @@ class Api {
   OrtStatus* (*get_dimensions_count)(const OrtTensorTypeAndShapeInfo*, size_t* out);
   OrtStatus* (*get_dimensions)(const OrtTensorTypeAndShapeInfo*, int64_t* dims, size_t rank);
   OrtStatus* (*get_symbolic_dimensions)(const OrtTensorTypeAndShapeInfo*, const char** names, size_t rank);
-  OrtStatus* (*get_tensor_type_and_shape)(const OrtValue*, OrtTensorTypeAndShapeInfo** out);
   OrtStatus* (*kernel_info_get_attribute_float)(const OrtKernelInfo*, const char* name, float* out);
   OrtStatus* (*kernel_info_get_attribute_int64)(const OrtKernelInfo*, const char* name, int64_t* out);
   OrtStatus* (*kernel_info_get_attribute_string)(const OrtKernelInfo*, const char* name, char* out, size_t* size);
@@ -155,6 +156,7 @@ class Api {
   OrtStatus* (*shape_infer_set_output)(const OrtShapeInferContext*, size_t index, const OrtTensorTypeAndShapeInfo*);
   OrtStatus* (*set_symbolic_dimensions)(OrtTensorTypeAndShapeInfo*, const char** names, size_t rank);
   OrtStatus* (*read_op_attribute)(const OrtOpAttr*, int type, void* data, size_t size, size_t* out);
+  OrtStatus* (*get_type_and_shape)(const OrtValue*, int* type, const int64_t** dims, size_t* rank);  // no copies
   OrtStatus* (*parallel_for)(const OrtKernelContext*, void (*run)(void*, size_t), size_t total, size_t batches, void*);
 
  private:
@@ -181,7 +183,7 @@ class Api {
     check(get_dimensions(info, seen, 3));
     release_tensor_type_and_shape_info(info);
     good = good && type == kInt32 && rank == 3 && std::memcmp(dims, seen, sizeof dims) == 0;
-    if (!good) throw Error("this ONNX Runtime's C API table is not laid out as API version 17");
+    if (!good) throw Error("this ONNX Runtime's C API table is not laid out as API version 24");
   }
 
   const OrtApi* table_;

@@ -1,5 +1,4 @@
 // The functions that ONNX Runtime calls when it loads this library, and the list of the ops.
-#include <algorithm>
 #include <mutex>
 #include <vector>
 
@@ -12,16 +11,10 @@ constexpr const Entry* kEntries[] = {&kSelectTopK,      &kSparseMlp,       &kSpa
                                      &kShortlistLogits, &kCachedAttention, &kNestedLinear,
                                      &kDenseMlp,        &kDecoderLayer,    &kDenseDecoderLayer};
 
-bool has_absent_inputs(const Entry& op) {
-  return std::any_of(op.ports, op.ports + op.port_count,
-                     [](const Port& port) { return port.characteristic == kOptional; });
-}
-
 // The ops, registered with one runtime. The domain lives as long as the library, and so longer than any session.
 struct Domain {
-  Domain(const OrtApi* table, const char* runtime_version) : api(table) {
-    const bool infers = infers_despite_absent_inputs(runtime_version);
-    for (const Entry* op : kEntries) ops.push_back(op->make(api, infers || !has_absent_inputs(*op)));
+  explicit Domain(const OrtApi* table) : api(table) {
+    for (const Entry* op : kEntries) ops.push_back(op->make(api));
     OrtCustomOpDomain* created = nullptr;
     api.check(api.create_custom_op_domain("shadowllm", &created));
     domain = {created, api.release_custom_op_domain};
@@ -33,13 +26,13 @@ struct Domain {
   std::unique_ptr<OrtCustomOpDomain, void (*)(OrtCustomOpDomain*)> domain{nullptr, nullptr};
 };
 
-const Domain& domain_of(const OrtApi* table, const char* runtime_version) {
+const Domain& domain_of(const OrtApi* table) {
   static std::mutex mutex;
   static std::vector<std::unique_ptr<Domain>> domains;  // more than one if a process has several runtimes
   const std::lock_guard<std::mutex> lock(mutex);
   for (const auto& domain : domains)
     if (domain->api.table() == table) return *domain;
-  domains.push_back(std::make_unique<Domain>(table, runtime_version));
+  domains.push_back(std::make_unique<Domain>(table));
   return *domains.back();
 }
 
@@ -74,10 +67,10 @@ SHADOWLLM_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const 
   if (table == nullptr) {
     // Every later table starts with version 1, whose first function creates a status.
     return create_status_of(base->GetApi(1))(kFail,
-                                             "the shadowllm ops need ONNX Runtime 1.17 or later (API version 17)");
+                                             "the shadowllm ops need ONNX Runtime 1.24 or later (API version 24)");
   }
   try {
-    const Domain& domain = domain_of(table, base->GetVersionString());
+    const Domain& domain = domain_of(table);
     return domain.api.add_custom_op_domain(options, domain.domain.get());
   } catch (const std::exception& error) {
     return create_status_of(table)(kFail, error.what());

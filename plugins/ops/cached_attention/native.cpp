@@ -133,7 +133,7 @@ class CachedAttention {
     const size_t tiles = step.batch * step.tiles(), parts = step.parts(step.longest), tasks = tiles * parts;
     const size_t workers = std::min(tasks, kWorkers), results = parts == 1 ? workers : tasks;
     const size_t most = std::min(step.queries(), kQueries), size = Partial::floats(most, step.head_dim);
-    const size_t room = whole_lines(most * (step.head_dim + step.longest_part()) + step.longest_part());
+    const size_t room = whole_lines(most * (step.head_dim + attention_row(step.longest_part())));
     Scratch scratch;
     float *found = scratch.take(results * size + workers * room), *work = found + results * size;
     // Tiles of a KV head come one after the other with the same part of the positions, because they read the same
@@ -222,31 +222,28 @@ class CachedAttention {
     };
     const Chunk mine{edge(part), edge(part + 1)};
     const Partial found(result, count, d);
-    float *queries = work, *row = queries + count * d, *scores = row + step.longest_part();
+    const size_t stride = attention_row(mine.size());
+    float *queries = work, *scores = queries + count * d;
     const float scale = 1 / std::sqrt(static_cast<float>(d));
     for (size_t q = 0; q < count; ++q)
       step.rotated(tile.b, step.token(tile, q), step.head(tile, q), scale, queries + q * d);
     const auto cache = [&](const float* of) { return step.cache(of, tile.b, tile.kv_head, mine.begin); };
-    kernels_.project(cache(step.key), {nullptr, mine.size()}, queries, count, scores, {});
+    const Rows keys = cache(step.key), values = cache(step.value);
+    kernels_.attention_scores(keys, values, mine.size(), queries, count, scores, stride);
     for (size_t q = 0; q < count; ++q) {
       const Chunk seen = step.seen(tile, q);
       const auto place = [&](size_t at) { return std::clamp(at, mine.begin, mine.end) - mine.begin; };
       found.totals[q] =
-          weigh({place(seen.begin), place(seen.end)}, mine.size(), count, scores + q, row, &found.largest[q]);
+          weigh({place(seen.begin), place(seen.end)}, mine.size(), scores + q * stride, &found.largest[q]);
     }
-    std::fill_n(found.contexts, count * d, 0.0f);
-    kernels_.accumulate(cache(step.value), {nullptr, mine.size()}, scores, count, found.contexts, {});
+    kernels_.attention_sum(values, mine.size(), scores, count, stride, found.contexts);
   }
 
-  // Replaces the scores of a query, `stride` floats apart, by exp(score - largest) of those that it sees, and 0 for the
-  // others. Returns the sum.
-  float weigh(Chunk seen, size_t all, size_t stride, float* scores, float* row, float* largest) const {
-    for (size_t i = seen.begin; i < seen.end; ++i) row[i - seen.begin] = scores[i * stride];
-    const float total = kernels_.exponentials(row, seen.size(), largest);
-    for (size_t i = 0; i < seen.begin; ++i) scores[i * stride] = 0;
-    for (size_t i = seen.begin; i < seen.end; ++i) scores[i * stride] = row[i - seen.begin];
-    for (size_t i = seen.end; i < all; ++i) scores[i * stride] = 0;
-    return total;
+  // Replaces `all` scores by exp(score - largest) of those that are seen, and 0 for the others. Returns the sum.
+  float weigh(Chunk seen, size_t all, float* scores, float* largest) const {
+    std::fill(scores, scores + seen.begin, 0.0f);
+    std::fill(scores + seen.end, scores + all, 0.0f);
+    return kernels_.exponentials(scores + seen.begin, seen.size(), largest);
   }
 
   // The results of a tile, from those of its parts, which are `size` floats apart.

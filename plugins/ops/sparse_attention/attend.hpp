@@ -52,20 +52,19 @@ inline void attend(const Kernels& kernels, const SharedHeads& heads, size_t b) n
     return rows;
   };
   float *queries = heads.work + b * n * call.head_room(), *contexts = queries + n * d, *scores = contexts + n * d;
-  float *row = scores + n * call.longest, *totals = row + call.longest;
+  const size_t stride = attention_row(call.longest);
+  float* totals = scores + n * stride;
   for (size_t s = 0; s < call.seqlen; ++s) {
     const size_t token = b * call.seqlen + s, end = past + s + 1, start = call.first_visible(end), count = end - start;
     for (size_t i = 0; i < n; ++i) load_query(kernels, call, heads.head(i), token, heads.query(i), queries + i * d);
-    kernels.project(from(call.key, first + start), {nullptr, count}, queries, n, scores, {});
+    const Rows keys = from(call.key, first + start), values = from(call.value, first + start);
+    kernels.attention_scores(keys, values, count, queries, n, scores, stride);
     for (size_t i = 0; i < n; ++i) {
-      for (size_t k = 0; k < count; ++k) row[k] = scores[k * n + i];
       float largest;
-      totals[i] = kernels.exponentials(row, count, &largest);
+      totals[i] = kernels.exponentials(scores + i * stride, count, &largest);
       if (largest == -INFINITY) totals[i] = NAN;  // scores that are all -infinity, or NaN, have no softmax
-      for (size_t k = 0; k < count; ++k) scores[k * n + i] = row[k];
     }
-    std::fill(contexts, contexts + n * d, 0.0f);
-    kernels.accumulate(from(call.value, first + start), {nullptr, count}, scores, n, contexts, {});
+    kernels.attention_sum(values, count, scores, n, stride, contexts);
     for (size_t i = 0; i < n; ++i)
       for (size_t j = 0; j < d; ++j) heads.query(i)[j * tokens + token] = contexts[i * d + j] / totals[i];
   }

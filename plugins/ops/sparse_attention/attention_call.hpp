@@ -32,8 +32,8 @@ struct Call {
   // The first position that is visible to a query that sees positions up to `end`, without it.
   size_t first_visible(size_t end) const { return window != 0 && end > window ? end - window : 0; }
   size_t most_heads() const { return full_count + rest_count; }
-  // Floats to attend with one head of one sequence: a query, a context, scores of the cache twice, and their sum.
-  size_t head_room() const { return 2 * head_dim + 2 * longest + 1; }
+  // Floats to attend with one head of one sequence: a query, a context, the scores of the cache, and their sum.
+  size_t head_room() const { return 2 * head_dim + attention_row(longest) + 1; }
   bool nested() const { return w_q.step != 0; }
   // Floats that rows of the copy need for each token, if they have more elements than x; otherwise 0.
   size_t padded(const Rows& low) const { return low.data != nullptr && low.width != width ? low.width : 0; }
