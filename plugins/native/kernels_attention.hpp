@@ -7,6 +7,7 @@ namespace {
 
 constexpr size_t kFar = 2 * W;    // how many positions ahead keys are prefetched
 constexpr size_t kStrip = 4 * W;  // elements of a value that are added up together
+constexpr size_t kCached = 256;   // values that stay in the cache while all queries read them
 
 // In lane i, the sum of v[i], of N vectors: the sums of pairs of lanes, then of pairs of these, and so on.
 template <size_t N>
@@ -34,7 +35,8 @@ __attribute__((always_inline)) inline void fetch_part(const char* rows, size_t c
 // out[i] = the product of row i and x, for W rows. If there are only `count`, the last one is repeated, so that a
 // product does not depend on the number of rows.
 template <class T>
-inline void score_rows(const T* rows, size_t stride, size_t count, const float* x, size_t width, float* out) {
+__attribute__((always_inline)) inline void score_rows(const T* rows, size_t stride, size_t count, const float* x,
+                                                      size_t width, float* out) {
   V acc[W] = {};
   size_t k = 0;
   for (; k + W <= width; k += W) {
@@ -61,10 +63,10 @@ void attention_scores_as(const Rows& keys, const Rows& values, size_t count, con
     const size_t left = count - i, now = left < W ? left : W, after = left > kFar ? left - kFar : 0;
     for (size_t t = 0; t < tokens; ++t) {
       fetch_part(bytes + (i + kFar) * keys.stride, after < W ? after : W, keys.stride, t, tokens);
-      fetch_part(then + i * values.stride, now, values.stride, t, tokens);
+      if (i < kCached) fetch_part(then + i * values.stride, now, values.stride, t, tokens);
       const float* in = x + t * width;
       float* to = out + t * stride + i;
-      if (now == W)
+      if (now == W)  // with a constant, no row is chosen
         score_rows(rows + i * step, step, W, in, width, to);
       else
         score_rows(rows + i * step, step, now, in, width, to);
@@ -72,11 +74,13 @@ void attention_scores_as(const Rows& keys, const Rows& values, size_t count, con
   }
 }
 
-// y[t * width + k] = sum over i of weights[t * stride + i] * rows[i][k], for M tokens and N vectors.
+// y[t * width + k] += sum over i of weights[t * stride + i] * rows[i][k], for M tokens and N vectors.
 template <class T, size_t M, size_t N>
-inline void sum_columns(const T* rows, size_t step, size_t count, const float* weights, size_t stride, float* y,
+inline void add_columns(const T* rows, size_t step, size_t count, const float* weights, size_t stride, float* y,
                         size_t width) {
-  V acc[M][N] = {};
+  V acc[M][N];
+  for (size_t t = 0; t < M; ++t)
+    for (size_t n = 0; n < N; ++n) acc[t][n] = load(y + t * width + n * W);
   for (size_t i = 0; i < count; ++i, rows += step)
 #pragma GCC unroll 4
     for (size_t n = 0; n < N; ++n) {
@@ -88,25 +92,33 @@ inline void sum_columns(const T* rows, size_t step, size_t count, const float* w
     for (size_t n = 0; n < N; ++n) store(y + t * width + n * W, acc[t][n]);
 }
 
+// Adds some values to the sums of all tokens.
 template <class T>
-void attention_sum_as(const Rows& values, size_t count, const float* weights, size_t tokens, size_t stride, float* y) {
-  const T* rows = static_cast<const T*>(values.data);
-  const size_t width = values.width, step = values.stride / sizeof(T);
+inline void add_values(const T* rows, size_t step, size_t count, const float* weights, size_t tokens, size_t stride,
+                       float* y, size_t width) {
   cover_tokens<kTile>(tokens, [&](size_t, size_t, size_t first, auto m) {
     constexpr size_t M = m.value;
     const float* of = weights + first * stride;
     float* to = y + first * width;
     size_t k = 0;
     for (; k + kStrip <= width; k += kStrip)
-      sum_columns<T, M, kStrip / W>(rows + k, step, count, of, stride, to + k, width);
-    for (; k + W <= width; k += W) sum_columns<T, M, 1>(rows + k, step, count, of, stride, to + k, width);
+      add_columns<T, M, kStrip / W>(rows + k, step, count, of, stride, to + k, width);
+    for (; k + W <= width; k += W) add_columns<T, M, 1>(rows + k, step, count, of, stride, to + k, width);
     for (; k < width; ++k)
-      for (size_t t = 0; t < M; ++t) {
-        float total = 0;
-        for (size_t i = 0; i < count; ++i) total += of[t * stride + i] * load_one(rows + i * step + k);
-        to[t * width + k] = total;
-      }
+      for (size_t t = 0; t < M; ++t)
+        for (size_t i = 0; i < count; ++i) to[t * width + k] += of[t * stride + i] * load_one(rows + i * step + k);
   });
+}
+
+template <class T>
+void attention_sum_as(const Rows& values, size_t count, const float* weights, size_t tokens, size_t stride, float* y) {
+  const T* rows = static_cast<const T*>(values.data);
+  const size_t width = values.width, step = values.stride / sizeof(T);
+  memset(y, 0, tokens * width * sizeof(float));
+  for (size_t i = 0; i < count; i += kCached) {
+    const size_t now = count - i < kCached ? count - i : kCached;
+    add_values(rows + i * step, step, now, weights + i, tokens, stride, y, width);
+  }
 }
 
 void attention_scores(const Rows& keys, const Rows& values, size_t count, const float* x, size_t tokens, float* out,

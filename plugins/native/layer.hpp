@@ -69,11 +69,10 @@ template <class Op>
 class Layer : public Op {
  public:
   Layer(const Api& api, const OrtKernelInfo* info)
-      : api_(api), node_(api, info, Op::kName, std::data(Op::kPorts), kOwn, Op::kHasLayer),
+      : api_(api), node_(api, info, Op::kName, std::data(Op::kPorts), kAttentionAt, Op::kHasLayer),
         qkv_(nested_linear_part(api, info, kQkvAt)), attention_(cached_attention_part(api, info, kAttentionAt)),
         out_(nested_linear_part(api, info, kOutAt)), mlp_(Op::mlp(api, info, kMlpAt)),
-        n_heads_(node_.integer("n_heads")), epsilon_(node_.real_or("epsilon", 1e-5f)),
-        first_(Node(api, info, Op::kName, &Op::kPorts[kQkvAt], kLinear, false, kQkvAt).constant(kCopyOfLinear)) {}
+        n_heads_(node_.integer("n_heads")), epsilon_(node_.real_or("epsilon", 1e-5f)) {}
 
   static void infer(const Api& api, OrtShapeInferContext* context) {
     infer_like_input(api, context, kX, 0);  // the node may lack the other outputs
@@ -86,7 +85,8 @@ class Layer : public Op {
  private:
   // The other threads prefetch the first weights while this one reads the inputs.
   void lead(const Pool& pool, OrtKernelContext* context) const {
-    pool.ahead(first_.data, first_.size());
+    const Tensor& first = node_.constant(kQkvAt + kCopyOfLinear);
+    pool.ahead(first.data, first.size());
     const std::vector<Tensor> in = node_.inputs(context);
     const Tensor& x = in[kX];
     if (x.rank != 2) node_.fail("x has " + std::to_string(x.rank) + " dimensions, not 2");
@@ -175,7 +175,6 @@ class Layer : public Op {
   std::unique_ptr<Part> qkv_, attention_, out_, mlp_;
   int64_t n_heads_;
   float epsilon_;
-  Tensor first_;  // the copy of the first weights; absent if it is no constant
 };
 
 }  // namespace

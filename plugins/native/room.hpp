@@ -6,13 +6,16 @@
 
 namespace shadowllm {
 
+// Rounds up to whole cache lines, which are also whole vectors.
+constexpr size_t whole_lines(size_t floats) { return (floats + 15) / 16 * 16; }
+
 // Takes pieces of memory one after the other, each from a cache line on. Without memory, it only measures.
 class Room {
  public:
   explicit Room(float* start) : start_(start) {}
   float* floats(size_t count) {
     float* piece = start_ == nullptr ? nullptr : start_ + used_;
-    used_ += (count + 15) / 16 * 16;
+    used_ += whole_lines(count);
     return piece;
   }
   int32_t* integers(size_t count) { return reinterpret_cast<int32_t*>(floats(count)); }

@@ -81,9 +81,6 @@ struct Ahead {
   const int32_t* ids;
 };
 
-// Floats of a row of `count` scores: whole vectors, and whole cache lines.
-static inline size_t attention_row(size_t count) { return (count + 15) / 16 * 16; }
-
 constexpr size_t kKeyGroup = 8;  // scores of a group, see Kernels::group_maxima
 
 struct Kernels {
@@ -118,8 +115,8 @@ struct Kernels {
   // Writes the positions of the first `most` keys that are not below `least` to out, and returns how many there are
   size_t (*list_from)(const int32_t* keys, size_t size, int32_t least, size_t most, int32_t* out);
   // out[t * stride + i] = sum over k of keys[i][k] * x[t * width + k], for the first `count` rows of keys, which are
-  // one after the other and not quantised. `stride` is at least attention_row(count), and the elements from `count` on
-  // are undefined. The same rows of values are prefetched.
+  // one after the other and not quantised. `stride` is at least whole_lines(count), and the elements from `count` on
+  // are undefined. The first rows of values are prefetched.
   void (*attention_scores)(const Rows& keys, const Rows& values, size_t count, const float* x, size_t tokens,
                            float* out, size_t stride);
   // y[t * width + k] = sum over i < count of weights[t * stride + i] * values[i][k]

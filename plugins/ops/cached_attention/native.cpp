@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "op.hpp"
+#include "room.hpp"
 
 namespace shadowllm {
 namespace {
@@ -17,10 +18,7 @@ constexpr size_t kShortStep = 65;   // most tokens of a sequence that attend one
 constexpr size_t kWorkers = 24;     // threads, each with memory for the scores of its queries
 constexpr size_t kTasks = 24;       // that a sequence should have
 constexpr size_t kLeastPart = 256;  // positions of a task, at least, if they are divided
-constexpr size_t kRowsAtOnce = 8;   // of the kernels; a part starts at a multiple of it
-
-// Rounds up to cache lines, so that threads write to different ones.
-constexpr size_t whole_lines(size_t floats) { return (floats + 15) / 16 * 16; }
+constexpr size_t kRowsAtOnce = 16;  // of the kernels, at most; a part starts at a multiple of it
 
 // Queries of a KV head that attend together: `count` of them, from `first` on. They are by token, then by
 // head.
@@ -133,7 +131,7 @@ class CachedAttention {
     const size_t tiles = step.batch * step.tiles(), parts = step.parts(step.longest), tasks = tiles * parts;
     const size_t workers = std::min(tasks, kWorkers), results = parts == 1 ? workers : tasks;
     const size_t most = std::min(step.queries(), kQueries), size = Partial::floats(most, step.head_dim);
-    const size_t room = whole_lines(most * (step.head_dim + attention_row(step.longest_part())));
+    const size_t room = whole_lines(most * (step.head_dim + whole_lines(step.longest_part())));
     Scratch scratch;
     float *found = scratch.take(results * size + workers * room), *work = found + results * size;
     // Tiles of a KV head come one after the other with the same part of the positions, because they read the same
@@ -222,7 +220,7 @@ class CachedAttention {
     };
     const Chunk mine{edge(part), edge(part + 1)};
     const Partial found(result, count, d);
-    const size_t stride = attention_row(mine.size());
+    const size_t stride = whole_lines(mine.size());
     float *queries = work, *scores = queries + count * d;
     const float scale = 1 / std::sqrt(static_cast<float>(d));
     for (size_t q = 0; q < count; ++q)

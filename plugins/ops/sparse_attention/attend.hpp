@@ -52,7 +52,7 @@ inline void attend(const Kernels& kernels, const SharedHeads& heads, size_t b) n
     return rows;
   };
   float *queries = heads.work + b * n * call.head_room(), *contexts = queries + n * d, *scores = contexts + n * d;
-  const size_t stride = attention_row(call.longest);
+  const size_t stride = whole_lines(call.longest);
   float* totals = scores + n * stride;
   for (size_t s = 0; s < call.seqlen; ++s) {
     const size_t token = b * call.seqlen + s, end = past + s + 1, start = call.first_visible(end), count = end - start;

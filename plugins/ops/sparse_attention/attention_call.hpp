@@ -33,7 +33,7 @@ struct Call {
   size_t first_visible(size_t end) const { return window != 0 && end > window ? end - window : 0; }
   size_t most_heads() const { return full_count + rest_count; }
   // Floats to attend with one head of one sequence: a query, a context, the scores of the cache, and their sum.
-  size_t head_room() const { return 2 * head_dim + attention_row(longest) + 1; }
+  size_t head_room() const { return 2 * head_dim + whole_lines(longest) + 1; }
   bool nested() const { return w_q.step != 0; }
   // Floats that rows of the copy need for each token, if they have more elements than x; otherwise 0.
   size_t padded(const Rows& low) const { return low.data != nullptr && low.width != width ? low.width : 0; }
