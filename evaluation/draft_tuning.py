@@ -164,7 +164,7 @@ def measure_drafts(
 def _prompts(bundle: Path, manifest: Manifest, texts: Sequence[str], tokens: int, seqlen: int) -> list[list[int]]:
     encode = plain_encoder(load_tokenizer(bundle, manifest), manifest)
     length = min(seqlen, manifest.spec.max_seqlen)
-    weights = read_weights(bundle, manifest).kept().sparse
+    weights = dict(read_weights(bundle, manifest).sparse)
     found = measuring_windows(
         manifest.spec, weights, encode, manifest.predictor, texts=texts, tokens=tokens, seqlen=length
     )

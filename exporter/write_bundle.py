@@ -190,7 +190,7 @@ def _write_companions(folder: Path, checkpoint: Checkpoint) -> None:
         # A copy, because transformers refuses to save some generation configs and drops fields of others.
         shutil.copyfile(own, folder / GENERATION_CONFIG)
     else:
-        checkpoint.generation_config.save_pretrained(folder)
+        checkpoint.generation_config.to_json_file(folder / GENERATION_CONFIG)  # does not refuse any
     if checkpoint.has_tokenizer():
         tokenizer = checkpoint.tokenizer()
         if tokenizer.is_fast:

@@ -254,10 +254,11 @@ def evaluate_recall(
     """Measure recall@k at a budget, and optionally a loss, on the held-out tokens.
 
     Returns:
-        ``head_recall``, ``neuron_recall`` and, if ``loss`` is given, ``loss``, the sum over the units that were
-        trained. Each is a mean over tokens and layers.
+        ``head_recall``, ``neuron_recall`` and, if ``loss`` is given and the predictor is a network, ``loss``, the sum
+        over the units that were trained. Each is a mean over tokens and layers.
     """
     counts = _counts(SparseLayers(spec, traces.dense_layers), budget)
+    loss = loss if predictor.learned else None
     sums: dict[str, float] = {"head_recall": 0.0, "neuron_recall": 0.0} | ({"loss": 0.0} if loss else {})
     tokens = 0
     for chunk in traces.held_out(tracer):

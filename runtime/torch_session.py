@@ -7,6 +7,7 @@ compared with it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -117,9 +118,11 @@ class TorchSession:
         if threads is not None:
             torch.set_num_threads(check_threads(threads))
         manifest = read_manifest(bundle)
-        read = read_weights(bundle, manifest).kept()
+        read = read_weights(bundle, manifest)
         if kind == "dense":
+            read = replace(read, copies=None).kept()
             return cls(manifest.spec, read.sparse, None, None, read.dense)
+        read = read.kept()
         copies = read.copies
         return cls(manifest.spec, read.sparse, read.predictor, manifest.budget, read.dense, copies, read.certificate)
 

@@ -38,7 +38,8 @@ def bundle(path: Path) -> dict[str, Any]:
 
     manifest = read_manifest(path)
     verify_files(path, manifest.files)
-    engines = {f"{file.parent.name}/{file.name}": engine(file) for file in sorted(path.glob("engines/*/*.engine"))}
+    files = sorted(path.glob("engines/[!.]*/*.engine"))  # hidden folders are those of builds that have not ended
+    engines = {f"{file.parent.name}/{file.name}": engine(file) for file in files}
     return {
         "model": manifest.model,
         "dtype": manifest.dtype,

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     encode = plain_encoder(load_tokenizer(args.bundle, manifest), manifest)
     seqlen = min(args.seqlen, manifest.spec.max_seqlen)
     served = token_windows(args.text, encode, seqlen, max(1, args.tokens // seqlen), used_tokens(record, args.text))
-    weights = read_weights(args.bundle, manifest).kept().sparse
+    weights = dict(read_weights(args.bundle, manifest).sparse)
     like = measuring_windows(
         manifest.spec, weights, encode, record, texts=args.calibration_text, tokens=args.tokens, seqlen=seqlen
     )

@@ -174,7 +174,7 @@ def _layers(plugins: dict[str, list[str]]) -> str:
     """List the plugins of layers, with consecutive layers that have the same ones as one range."""
     runs: list[tuple[str, str, list[str]]] = []
     for place, ops in plugins.items():
-        if runs and runs[-1][2] == ops and place.startswith("layer"):
+        if runs and runs[-1][2] == ops and _follows(place, runs[-1][1]):
             runs[-1] = (runs[-1][0], place, ops)
         else:
             runs.append((place, place, ops))
@@ -185,6 +185,11 @@ def _layers(plugins: dict[str, list[str]]) -> str:
         )
         or "none"
     )
+
+
+def _follows(place: str, last: str) -> bool:
+    """Whether both are layers, and one comes after the other."""
+    return all(name.startswith("layer ") for name in (place, last)) and int(place[6:]) == int(last[6:]) + 1
 
 
 def _range(profile: dict[str, Any]) -> str:

@@ -130,6 +130,8 @@ def test_import_and_export(checkpoint, tmp_path):
     predictor = import_networks(spec, traces, config, "layerwise", loaded)
     assert (predictor.record["networks"], predictor.rank) == ("PowerInfer", 6)
     assert predictor.record["held_out"].keys() == {"layerwise", "static"}
+    assert "loss" in predictor.record["held_out"]["layerwise"]
+    assert "loss" not in predictor.record["held_out"]["static"]  # a ranking learns nothing
     (tmp_path / "out").mkdir()
     write_bundle(tmp_path / "out", "model", weights, opened, predictor, budget=BUDGET)
     assert validate(tmp_path / "out", weights, predictor)["selection_agreement"] > 0.99
