@@ -257,10 +257,10 @@ void project(const Rows& rows, Picks picks, const float* x, size_t tokens, float
     case RowType::i8: return project_quantised<Bits8>(rows, picks, x, tokens, out, ahead);
     case RowType::i4: return project_quantised<Bits4>(rows, picks, x, tokens, out, ahead);
     case RowType::i2: return project_floats<Bits2>(rows, picks, x, tokens, out, ahead);
-    case RowType::c4: return project_copy<Bits4>(rows, picks, x, tokens, out);
-    case RowType::c2: return project_copy<Bits2>(rows, picks, x, tokens, out);
-    case RowType::n8: return project_copy<Nested<Bits4>>(rows, picks, x, tokens, out);
-    case RowType::n6: return project_copy<Nested<Bits2>>(rows, picks, x, tokens, out);
+    case RowType::c4: return project_copy<Bits4>(rows, picks, x, tokens, out, ahead);
+    case RowType::c2: return project_copy<Bits2>(rows, picks, x, tokens, out, ahead);
+    case RowType::n8: return project_copy<Nested<Bits4>>(rows, picks, x, tokens, out, ahead);
+    case RowType::n6: return project_copy<Nested<Bits2>>(rows, picks, x, tokens, out, ahead);
     case RowType::f32: return project_as<float>(rows, picks, x, tokens, out, ahead);
     case RowType::bf16: return project_as<Bf16>(rows, picks, x, tokens, out, ahead);
     case RowType::f16: return project_as<F16>(rows, picks, x, tokens, out, ahead);
@@ -442,6 +442,7 @@ size_t list_from(const int32_t* keys, size_t size, int32_t least, size_t most, i
 }  // namespace
 }  // namespace shadowllm
 
-#define SHADOWLLM_KERNELS(name)                                                                             \
-  {name,   prepare, project,     accumulate, project_each, accumulate_each, activate,         exponentials, \
-   reduce, widen,   count_above, order,      group_maxima, list_from,       attention_scores, attention_sum}
+#define SHADOWLLM_KERNELS(name)                                                             \
+  {name,         prepare,         project,      tile_bytes,   write_tiles,      accumulate, \
+   project_each, accumulate_each, activate,     exponentials, reduce,           widen,      \
+   count_above,  order,           group_maxima, list_from,    attention_scores, attention_sum}

@@ -51,7 +51,7 @@ void project_groups(const Rows& rows, Picks picks, const float* const* inputs, s
     const size_t count = tokens - first < kTokenGroup ? tokens - first : kTokenGroup;
     float* to[kTokenGroup];
     for (size_t t = 0; t < count; ++t) to[t] = out[first + t] + at;
-    project_bytes<Q>(rows, picks, inputs + first, count, to, 1);
+    project_bytes<Q>(rows, picks, inputs + first, count, to, 1, {});
   }
 }
 
@@ -81,14 +81,14 @@ void project_bytes_each(const Rows& rows, Picks picks, const float* const* input
 
 // The same for tokens side by side: out[i * tokens + t].
 template <class Q>
-void project_bytes_of_all(const Rows& rows, Picks picks, const float* input, size_t tokens, float* out) {
+void project_bytes_of_all(const Rows& rows, Picks picks, const float* input, size_t tokens, float* out, Ahead ahead) {
   const float* inputs[kByteTokens];
   float* outs[kByteTokens];
   for (size_t first = 0; first < tokens; first += kByteTokens) {
     const size_t count = tokens - first < kByteTokens ? tokens - first : kByteTokens;
     for (size_t t = 0; t < count; ++t)
       inputs[t] = input + (first + t) * input_floats(rows.width), outs[t] = out + first + t;
-    project_bytes<Q>(rows, picks, inputs, count, outs, tokens);
+    project_bytes<Q>(rows, picks, inputs, count, outs, tokens, ahead);
   }
 }
 

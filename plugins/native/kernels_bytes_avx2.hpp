@@ -195,9 +195,9 @@ inline void project_bytes_tile(const QuantisedRow* rows, const QuantisedRow* nex
 // what is done once for a row.
 template <class Q>
 void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
-                   size_t stride) {
+                   size_t stride, Ahead ahead) {
   const size_t blocks = rows.width / kBytesBlock;
-  walk_quantised(rows, picks, {}, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
+  walk_quantised(rows, picks, ahead, [&](const QuantisedRow* now, const QuantisedRow* next, size_t i, size_t left) {
     cover_tokens<kProductTokens>(tokens, [&](size_t tile, size_t, size_t first, auto m) {
       constexpr size_t M = m.value, R = kRowsOfTile<M>;
       const QuantisedRow* fetched = tile == 0 ? next : nullptr;

@@ -139,6 +139,19 @@ inline void scales_in_lanes(const QuantisedRow* rows, size_t first, size_t block
   }
 }
 
+// The scales of sixteen rows for one block after the other.
+template <class Q>
+struct LaneScales {
+  LaneScales(const QuantisedRow* rows, size_t blocks) : rows(rows), blocks(blocks) {}
+  __m512 of(size_t b) {
+    if (b % kScaled == 0) scales_in_lanes(rows, b, blocks, some);
+    return some[b % kScaled];
+  }
+  const QuantisedRow* rows;
+  size_t blocks;
+  __m512 some[kScaled];
+};
+
 // Bytes of a block of a row, and of its residual.
 template <class Q>
 constexpr size_t kBlockBytes = kBytesBlock * (Q::bits - Q::residual_bits) / 8;
@@ -167,19 +180,21 @@ struct LanesAhead {
   }
 };
 
+#include "kernels_bytes_vnni_tiles.hpp"
+
 // out[t * kGroup + r]
-template <class Q, size_t M>
-inline void project_lanes(const QuantisedRow* rows, LanesAhead ahead, const float* const* inputs, size_t blocks,
+template <class Q, size_t M, class Ahead>
+inline void project_lanes(const QuantisedRow* rows, Ahead ahead, const float* const* inputs, size_t blocks,
                           float* out) {
   constexpr size_t chains = M == 1 ? 4 : 2;  // sums that do not wait for each other
   ByteInput in[M];
-  __m512 acc[M], scales[kScaled];
+  __m512 acc[M];
+  LaneScales<Q> scales(rows, blocks);
   for (size_t t = 0; t < M; ++t) in[t] = ByteInput(inputs[t], blocks), acc[t] = _mm512_setzero_ps();
   for (size_t b = 0; b < blocks; ++b) {
-    if (b % kScaled == 0) scales_in_lanes(rows, b, blocks, scales);
-    ahead.fetch<Q>(b, blocks);
+    ahead.template fetch<Q>(b, blocks);
     const LaneBlock<Q> block(rows, b);
-    const __m512 scale = scales[b % kScaled], middle = _mm512_mul_ps(scale, _mm512_set1_ps(Q::middle));
+    const __m512 scale = scales.of(b), middle = _mm512_mul_ps(scale, _mm512_set1_ps(Q::middle));
 #pragma GCC unroll 8
     for (size_t t = 0; t < M; ++t) {
       __m512i totals[chains];
@@ -201,35 +216,51 @@ inline void project_lanes(const QuantisedRow* rows, LanesAhead ahead, const floa
   for (size_t t = 0; t < M; ++t) _mm512_storeu_ps(out + t * kGroup, _mm512_mul_ps(acc[t], _mm512_set1_ps(Q::unit)));
 }
 
+// The products of a group of `count` rows, from place i on; see project_bytes. `ahead`: what is prefetched meanwhile.
+template <class Q, class Ahead>
+inline void project_group(const QuantisedRow* rows, Ahead ahead, size_t blocks, const float* const* inputs,
+                          size_t tokens, float* const* out, size_t stride, size_t i, size_t count) {
+  cover_tokens<kProductTokens>(tokens, [&](size_t tile, size_t, size_t first, auto m) {
+    constexpr size_t M = m.value;
+    float sums[M * kGroup];
+    project_lanes<Q, M>(rows, tile == 0 ? ahead : Ahead{}, inputs + first, blocks, sums);
+    for (size_t t = 0; t < M; ++t)
+      for (size_t r = 0; r < count; ++r) out[first + t][(i + r) * stride] = sums[t * kGroup + r];
+  });
+}
+
 // out[t][i * stride] is the product of row i and inputs[t]. Several tokens share what is done once for a row.
 template <class Q>
 void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, size_t tokens, float* const* out,
-                   size_t stride) {
+                   size_t stride, Ahead later) {
   const size_t blocks = rows.width / kBytesBlock, bytes = blocks * kBlockBytes<Q>;
   const bool small = bytes * kGroup < kSmallGroup;
   const size_t ahead = small && Q::residual_bits != 0 ? 2 * kGroup : kGroup;
   QuantisedRow now[kGroup], next[kGroup];
   // Prefetches the first groups as a whole. Otherwise the kernel would wait for each of their blocks.
-  for (size_t i = 0; bytes != 0 && i < ahead && i < picks.count; ++i) {
+  for (size_t i = 0; bytes != 0 && tile_of(rows, picks, 0) == nullptr && i < ahead && i < picks.count; ++i) {
     const QuantisedRow row = quantised_row(rows, picks.ids, i);
     fetch_bytes(row.data, bytes);
     if (Q::residual_bits != 0) fetch_bytes(row.residual, blocks * kBesideBytes<Q>);
   }
+  const TilesOfPass tiles(rows, picks, later);
   for (size_t i = 0; i < picks.count; i += kGroup) {
     const size_t count = picks.count - i < kGroup ? picks.count - i : kGroup, then = i + ahead;
+    if constexpr (kTiled<Q>) {
+      if (const char* tile = tile_of(rows, picks, i)) {
+        const QuantisedRow whole = Tiled<Q>::at(tile, blocks);
+        project_group<Tiled<Q>>(&whole, TilesAhead{tile, tiles.end, tiles.next}, blocks, inputs, tokens, out, stride, i,
+                                count);
+        continue;
+      }
+    }
     const bool follows = bytes != 0 && then < picks.count;
     for (size_t r = 0; r < kGroup; ++r) now[r] = quantised_row(rows, picks.ids, i + (r < count ? r : count - 1));
     for (size_t r = 0; follows && r < kGroup; ++r)
       next[r] = quantised_row(rows, picks.ids, then + r < picks.count ? then + r : picks.count - 1);
     const bool consecutive = follows && next[kGroup - 1].data == next[0].data + (kGroup - 1) * bytes;
-    cover_tokens<kProductTokens>(tokens, [&](size_t tile, size_t, size_t first, auto m) {
-      constexpr size_t M = m.value;
-      float sums[M * kGroup];
-      project_lanes<Q, M>(now, {tile == 0 && follows ? next : nullptr, consecutive, small}, inputs + first, blocks,
-                          sums);
-      for (size_t t = 0; t < M; ++t)
-        for (size_t r = 0; r < count; ++r) out[first + t][(i + r) * stride] = sums[t * kGroup + r];
-    });
+    project_group<Q>(now, LanesAhead{follows ? next : nullptr, consecutive, small}, blocks, inputs, tokens, out, stride,
+                     i, count);
   }
 }
 

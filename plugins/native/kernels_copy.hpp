@@ -38,11 +38,11 @@ void accumulate_copy_each(const Rows& rows, Picks picks, const float* const* h, 
 }
 
 template <class Q>
-void project_copy(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out) {
+void project_copy(const Rows& rows, Picks picks, const float* x, size_t tokens, float* out, Ahead ahead) {
 #if defined(__AVX2__)
-  if (in_bytes(rows)) return project_bytes_of_all<Q>(rows, picks, x, tokens, out);
+  if (in_bytes(rows)) return project_bytes_of_all<Q>(rows, picks, x, tokens, out, ahead);
 #endif
-  project_floats<Q>(rows, picks, x, tokens, out, {});
+  project_floats<Q>(rows, picks, x, tokens, out, ahead);
 }
 
 template <class Q>
@@ -51,6 +51,34 @@ void accumulate_copy(const Rows& rows, Picks picks, const float* h, size_t token
   if (in_bytes(rows)) return accumulate_bytes_of_all<Q>(rows, picks, h, tokens, y);
 #endif
   accumulate_floats<Q>(rows, picks, h, tokens, y, {});
+}
+
+size_t tile_bytes(const Rows& rows) {
+#if defined(__AVX512VNNI__)
+  if (!in_bytes(rows) || rows.width == 0) return 0;
+  switch (rows.type) {
+    case RowType::c4: return tile_bytes_of<Bits4>(rows);
+    case RowType::n8: return tile_bytes_of<Nested<Bits4>>(rows);
+    case RowType::n6: return tile_bytes_of<Nested<Bits2>>(rows);
+    default: return 0;
+  }
+#else
+  (void)rows;
+  return 0;
+#endif
+}
+
+void write_tiles(const Rows& rows, size_t count, char* to) {
+#if defined(__AVX512VNNI__)
+  switch (rows.type) {
+    case RowType::c4: return write_tiles_of<Bits4>(rows, count, to);
+    case RowType::n8: return write_tiles_of<Nested<Bits4>>(rows, count, to);
+    case RowType::n6: return write_tiles_of<Nested<Bits2>>(rows, count, to);
+    default: return;
+  }
+#else
+  (void)rows, (void)count, (void)to;
+#endif
 }
 
 }  // namespace

@@ -63,15 +63,17 @@ struct Matrix {
   Outputs::Place place() const { return {data, 0}; }
 };
 
-// `Op` has the name, the ports and the outputs of the op, and says whether it has an attribute `layer`; `mlp` makes its
-// MLP, which reads its input `kCopyOfUp` first.
+// `Op` has the name, the ports and the outputs of the op, and says whether it has an attribute `layer`, and
+// whether its linear layers are `tiled`; `mlp` makes its
+// MLP.
 template <class Op>
 class Layer : public Op {
  public:
   Layer(const Api& api, const OrtKernelInfo* info)
       : api_(api), node_(api, info, Op::kName, std::data(Op::kPorts), kAttentionAt, Op::kHasLayer),
-        qkv_(nested_linear_part(api, info, kQkvAt)), attention_(cached_attention_part(api, info, kAttentionAt)),
-        out_(nested_linear_part(api, info, kOutAt)), mlp_(Op::mlp(api, info, kMlpAt)),
+        qkv_(nested_linear_part(api, info, kQkvAt, Op::kTiled)),
+        attention_(cached_attention_part(api, info, kAttentionAt)),
+        out_(nested_linear_part(api, info, kOutAt, Op::kTiled)), mlp_(Op::mlp(api, info, kMlpAt)),
         n_heads_(node_.integer("n_heads")), epsilon_(node_.real_or("epsilon", 1e-5f)) {}
 
   static void infer(const Api& api, OrtShapeInferContext* context) {
@@ -85,8 +87,7 @@ class Layer : public Op {
  private:
   // The other threads prefetch the first weights while this one reads the inputs.
   void lead(const Pool& pool, OrtKernelContext* context) const {
-    const Tensor& first = node_.constant(kQkvAt + kCopyOfLinear);
-    pool.ahead(first.data, first.size());
+    pool.ahead(qkv_->first_bytes());
     const std::vector<Tensor> in = node_.inputs(context);
     const Tensor& x = in[kX];
     if (x.rank != 2) node_.fail("x has " + std::to_string(x.rank) + " dimensions, not 2");
@@ -106,12 +107,12 @@ class Layer : public Op {
     const auto outputs = [&](std::vector<Outputs::Place> places) { return Outputs(node_, context, places); };
     normalise(pool, memory.normed, x.as<float>(), in[kNorm].as<float>());
     qkv[0] = memory.normed.tensor();
-    pool.ahead(out[kCopyOfLinear].data, out[kCopyOfLinear].size());
+    pool.ahead(out_->first_bytes());
     qkv_->compute(qkv, outputs({memory.projected.place()}), pool);
     attention[0] = memory.projected.tensor();
     attention_->compute(attention, outputs({memory.attended.place(), {nullptr, 1}, {nullptr, 2}}), pool);
     out[0] = memory.attended.tensor();
-    pool.ahead(mlp[Op::kCopyOfUp].data, mlp[Op::kCopyOfUp].size());
+    pool.ahead(mlp_->first_bytes());
     out_->compute(out, outputs({memory.hidden.place()}), pool);
     add(pool, memory.hidden, x.as<float>());
     normalise(pool, memory.normed, memory.hidden.data, in[kPostNorm].as<float>());

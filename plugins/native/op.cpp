@@ -251,6 +251,7 @@ Rows Node::copy(const std::vector<Tensor>& in, size_t port, size_t scales_port, 
     found.scales = reinterpret_cast<const char*>(own->second.data());
     found.scales_stride = static_cast<size_t>(blocks) * found.scale_size();
   }
+  give_tiles(port, found);
   return found;
 }
 
@@ -264,6 +265,7 @@ Rows Node::nested(const std::vector<Tensor>& in, size_t port, size_t copy_port, 
          std::to_string(elements) + " elements");
   found.type = bytes * 2 == elements ? RowType::n8 : RowType::n6;
   found.residual = tensor.data, found.residual_stride = found.width * (found.type == RowType::n8 ? 4 : 2) / 8;
+  give_tiles(copy_port, found);
   return found;
 }
 
@@ -273,6 +275,7 @@ Rows Node::residual(const std::vector<Tensor>& in, size_t port, const Rows& copy
   const bool two = tensor.rank == 2 && tensor.dims[1] * 4 == width;
   expect(in, port, {rows, two ? width / 4 : width / 2});
   Rows found = copy;
+  found.tiles = nullptr;
   const bool rounded = copy.type == RowType::c4;
   found.type = two ? (rounded ? RowType::c2 : RowType::i2) : copy.type;
   found.step = two ? 1.0f / 4 : 1.0f / 16;
@@ -282,13 +285,10 @@ Rows Node::residual(const std::vector<Tensor>& in, size_t port, const Rows& copy
   return found;
 }
 
-// Memory for rows that start at cache lines.
-PackedRows& Node::reserve(size_t port, size_t rows, size_t bytes) {
-  PackedRows& own = packed_[port];
-  own.stride = (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
-  own.memory.resize((rows * own.stride + kLineBytes) / sizeof(float));
-  own.data = reinterpret_cast<char*>(first_line(own.memory.data()));
-  return own;
+void PackedRows::reserve(size_t rows, size_t bytes) {
+  stride = (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
+  memory.resize((rows * stride + kLineBytes) / sizeof(float));
+  data = reinterpret_cast<char*>(first_line(memory.data()));
 }
 
 void Node::pack_records(std::initializer_list<std::pair<size_t, size_t>> ports_and_scales) {
@@ -304,7 +304,8 @@ void Node::pack_records(std::initializer_list<std::pair<size_t, size_t>> ports_a
   }
   if (ports.empty()) return;
   const size_t rows = static_cast<size_t>(constants_[ports.front()].dims[0]);
-  const PackedRows& first = reserve(ports.front(), rows, bytes);
+  PackedRows& first = packed_[ports.front()];
+  first.reserve(rows, bytes);
   char* data = first.data;
   for (const size_t port : ports) {
     const size_t width = static_cast<size_t>(constants_[port].dims[1]);
@@ -322,7 +323,8 @@ void Node::pack(size_t port, size_t scales_port) {
   const size_t rows = static_cast<size_t>(tensor.dims[0]), bytes = static_cast<size_t>(tensor.dims[1]);
   const size_t beside = scales_bytes(scales);
   if (bytes % alignof(float) != 0) return;
-  const PackedRows& own = reserve(port, rows, bytes + beside);
+  PackedRows& own = packed_[port];
+  own.reserve(rows, bytes + beside);
   for (size_t i = 0; i < rows; ++i) {
     std::memcpy(own.data + i * own.stride, tensor.as<char>() + i * bytes, bytes);
     std::memcpy(own.data + i * own.stride + bytes, scales.as<char>() + i * beside, beside);
@@ -340,6 +342,39 @@ void Node::shorten(std::initializer_list<size_t> scales_ports) {
     own.resize(size + kLineBytes / sizeof(uint16_t));  // kernels read whole vectors
     std::transform(bits, bits + size, own.begin(), [](uint32_t scale) { return static_cast<uint16_t>(scale >> 16); });
   }
+}
+
+void Node::tile(const Kernels& kernels, size_t copy_port, size_t scales_port, std::optional<size_t> residual_port) {
+  const Tensor &copied = constants_[copy_port], &scales = constants_[scales_port];
+  if (shortened_.count(scales_port) == 0 || copied.rank != 3 || copied.size() == 0) return;
+  if (copied.dims[2] % (kLeastQuantBlock / 2) != 0) return;
+  if (scales.rank != 2 || scales.dims[0] != copied.dims[0] || scales.dims[1] != copied.dims[1]) return;
+  const int64_t count = copied.dims[0], width = copied.dims[1] * copied.dims[2] * 2;
+  if (residual_port) {
+    const size_t bytes = constants_[*residual_port].size();
+    if (!is_constant(*residual_port) || (bytes != copied.size() && bytes * 2 != copied.size())) return;
+  }
+  const Rows rows = residual_port ? nested(constants_, *residual_port, copy_port, scales_port, count, width)
+                                  : copy(constants_, copy_port, scales_port, count, width);
+  const size_t bytes = kernels.tile_bytes(rows), size = static_cast<size_t>(count);
+  if (bytes == 0) return;
+  Tiles& own = tiles_[copy_port];
+  own.type = rows.type;
+  own.memory.reserve((size + kTileRows - 1) / kTileRows, bytes);
+  kernels.write_tiles(rows, size, own.memory.data);
+}
+
+void Node::give_tiles(size_t copy_port, Rows& rows) const {
+  const auto own = tiles_.find(copy_port);
+  const bool there = own != tiles_.end() && own->second.type == rows.type;
+  rows.tiles = there ? own->second.memory.data : nullptr;
+  rows.tile_stride = there ? own->second.memory.stride : 0;
+}
+
+Bytes Node::first_bytes(size_t copy_port) const {
+  const auto own = tiles_.find(copy_port);
+  if (own != tiles_.end()) return {own->second.memory.data, own->second.memory.size()};
+  return {constants_[copy_port].data, is_constant(copy_port) ? constants_[copy_port].size() : 0};
 }
 
 namespace {
@@ -376,13 +411,13 @@ float* Scratch::take(size_t floats) {
 Chunks::Chunks(size_t items, size_t bytes_each, size_t tokens) : items_(items), count_(1) {
   static const size_t cores = std::max(1u, std::thread::hardware_concurrency());
   const size_t most = tokens > 4 ? 12 : std::clamp<size_t>(6 * cores, 12, 48), bytes = items * bytes_each * tokens;
-  const size_t wanted = std::min({most, items / 8, std::max(bytes >> 21, std::min(cores, bytes >> 16))});
+  const size_t wanted = std::min({most, items / kTileRows, std::max(bytes >> 21, std::min(cores, bytes >> 16))});
   for (const size_t count : {1, 2, 4, 6, 12, 24, 48})
     if (count <= wanted) count_ = count;
 }
 
 Chunk Chunks::operator[](size_t i) const {
-  const auto edge = [&](size_t k) { return k == count_ ? items_ : items_ * k / count_ / 8 * 8; };
+  const auto edge = [&](size_t k) { return k == count_ ? items_ : items_ * k / count_ / kTileRows * kTileRows; };
   return {edge(i), edge(i + 1)};
 }
 

@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -39,7 +40,7 @@ struct Port {
   Characteristic characteristic;
 };
 
-// Rows of integers, each followed by its scales or by rows of other matrices.
+// Rows of integers, each followed by its scales or by rows of other matrices; or tiles.
 struct PackedRows {
   PackedRows() = default;
   PackedRows(const PackedRows&) = delete;  // a copy's `data` would point into the original's memory
@@ -47,9 +48,19 @@ struct PackedRows {
   PackedRows(PackedRows&&) = default;  // a vector that is moved keeps its memory
   PackedRows& operator=(PackedRows&&) = default;
 
+  // Memory for rows that start at cache lines.
+  void reserve(size_t rows, size_t bytes);
+  size_t size() const { return memory.size() * sizeof(float); }
+
   std::vector<float> memory;  // empty if the rows are stored with those of another matrix
   char* data;                 // the first row
   size_t stride;              // bytes
+};
+
+// The tiles of rows of this type; see Kernels::write_tiles.
+struct Tiles {
+  RowType type;
+  PackedRows memory;
 };
 
 class Outputs;
@@ -96,6 +107,12 @@ class Node {
   // Copies constant scales of a `copy` as bfloat16, which is half as much to read. Kernels that round the factor need
   // them in this form. Does nothing if a scale has more digits.
   void shorten(std::initializer_list<size_t> scales_ports);
+  // Copies the rows of a constant low-bit copy as tiles, or those of nested integers, if residuals are given. `copy` or
+  // `nested` then gives them. Does nothing unless the kernels read such rows in tiles, and the scales were shortened.
+  void tile(const Kernels& kernels, size_t copy_port, size_t scales_port,
+            std::optional<size_t> residual_port = std::nullopt);
+  // What a pass over all rows of a constant copy reads first; nothing if it is no constant.
+  Bytes first_bytes(size_t copy_port) const;
   // How many selections a sparse op is given: one for all tokens, or one for each sequence. Throws if `count` has
   // another number of elements. `x` has as many tokens for each selection.
   size_t selections(const Tensor& count, const Tensor& x) const;
@@ -130,7 +147,7 @@ class Node {
 
  private:
   Tensor view(const OrtValue* value) const;
-  PackedRows& reserve(size_t port, size_t rows, size_t bytes);
+  void give_tiles(size_t copy_port, Rows& rows) const;
 
   const Api& api_;
   const OrtKernelInfo* info_;  // valid during creation only
@@ -139,6 +156,7 @@ class Node {
   std::vector<Tensor> constants_;
   std::map<size_t, PackedRows> packed_;
   std::map<size_t, std::vector<uint16_t>> shortened_;  // by the port of the scales
+  std::map<size_t, Tiles> tiles_;                      // by the port of the copy
   size_t first_;
   bool exact_copies_ = false;  // the factors of a copy's rows are not rounded to 8 bits; for validation
 };
@@ -171,13 +189,18 @@ class Outputs {
 // An op as a part of another one.
 struct Part {
   virtual ~Part() = default;
+  // Weights that it reads first.
+  virtual Bytes first_bytes() const = 0;
   virtual std::vector<Tensor> inputs(const OrtKernelContext* context) const = 0;
   virtual void compute(const std::vector<Tensor>& inputs, const Outputs& outputs, const Pool& pool) const = 0;
 };
 
 template <class Op>
 struct PartOf : Part {
-  PartOf(const Api& api, const OrtKernelInfo* info, size_t first) : op(api, info, first) {}
+  template <class... Options>
+  PartOf(const Api& api, const OrtKernelInfo* info, size_t first, Options... options)
+      : op(api, info, first, options...) {}
+  Bytes first_bytes() const override { return op.first_bytes(); }
   std::vector<Tensor> inputs(const OrtKernelContext* context) const override { return op.inputs(context); }
   void compute(const std::vector<Tensor>& inputs, const Outputs& outputs, const Pool& pool) const override {
     op.compute(inputs, outputs, pool);
@@ -327,7 +350,7 @@ constexpr Entry entry_of() {
 }
 
 // Ops that are also parts of another one. `first`: see Node.
-std::unique_ptr<Part> nested_linear_part(const Api& api, const OrtKernelInfo* info, size_t first);
+std::unique_ptr<Part> nested_linear_part(const Api& api, const OrtKernelInfo* info, size_t first, bool tiled);
 std::unique_ptr<Part> cached_attention_part(const Api& api, const OrtKernelInfo* info, size_t first);
 std::unique_ptr<Part> sparse_mlp_part(const Api& api, const OrtKernelInfo* info, size_t first);
 std::unique_ptr<Part> dense_mlp_part(const Api& api, const OrtKernelInfo* info, size_t first);

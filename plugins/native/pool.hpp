@@ -9,6 +9,12 @@
 
 namespace shadowllm {
 
+// Bytes in memory.
+struct Bytes {
+  const void* data = nullptr;
+  size_t size = 0;
+};
+
 // Some of ONNX Runtime's threads, between which one of them, the leader, divides one list of tasks after the other. The
 // others wait actively for the next list, so a list starts in a fraction of a microsecond.
 class Team {
@@ -48,9 +54,9 @@ class Team {
 
   // Names the bytes that a later list reads. Threads without a task bring the first of them into their caches. For the
   // leader.
-  void ahead(const void* data, size_t bytes) {
-    ahead_bytes_.store(bytes, std::memory_order_relaxed);
-    ahead_.store(static_cast<const char*>(data), std::memory_order_release);
+  void ahead(Bytes bytes) {
+    ahead_bytes_.store(bytes.size, std::memory_order_relaxed);
+    ahead_.store(static_cast<const char*>(bytes.data), std::memory_order_release);
   }
 
  private:
@@ -125,8 +131,8 @@ class Pool {
   Pool(const Api& api, const OrtKernelContext* context) : api_(&api), context_(context) {}
   explicit Pool(Team& team) : team_(&team) {}
   // See Team::ahead; does nothing without a team.
-  void ahead(const void* data, size_t bytes) const {
-    if (team_ != nullptr) team_->ahead(data, bytes);
+  void ahead(Bytes bytes) const {
+    if (team_ != nullptr) team_->ahead(bytes);
   }
   // Runs everything in this thread, for work inside a task.
   static Pool none() { return Pool(); }

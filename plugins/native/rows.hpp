@@ -18,6 +18,8 @@ struct Activation {
   bool zeroes() const { return kind <= drelu; }
 };
 
+constexpr size_t kTileRows = 16;
+
 // Quantised rows (i8, i4, i2, c4, c2) have the layout of ONNX Runtime's MatMulNBits: unsigned integers around a
 // middle of 128, 8 or 2, and a scale for every `block` of them. Two 4-bit or four 2-bit integers share a byte, and the
 // first has the lowest bits. Rows c4 are like i4, but belong to a low-bit copy, whose own rounding to 4 bits is far
@@ -36,6 +38,8 @@ struct Rows {
   float step = 0;  // of residuals: the full row is that of the copy plus `step` times this one; 0 for whole rows
   const void* residual = nullptr;  // of both parts of nested integers, whose `data` is the copy
   size_t residual_stride = 0;      // bytes
+  const char* tiles = nullptr;     // the same rows as `Kernels::write_tiles` writes them; null if there are none
+  size_t tile_stride = 0;          // bytes
   bool exact = false;              // kernels do not round the factor, not even to 16 bits
   bool short_scales = false;       // scales are bfloat16 and not float32
 
@@ -43,6 +47,16 @@ struct Rows {
   size_t cost() const {
     const size_t bytes = width * bits(type) / 8;
     return scales == nullptr ? bytes : 2 * (bytes + width / block * scale_size());
+  }
+
+  // The rows from row `first` on.
+  Rows from(size_t first) const {
+    Rows rest = *this;
+    rest.data = static_cast<const char*>(data) + first * stride;
+    if (residual != nullptr) rest.residual = static_cast<const char*>(residual) + first * residual_stride;
+    if (scales != nullptr) rest.scales += first * scales_stride;
+    if (tiles != nullptr) rest.tiles = first % kTileRows == 0 ? tiles + first / kTileRows * tile_stride : nullptr;
+    return rest;
   }
 
   size_t scale_size() const { return short_scales ? sizeof(uint16_t) : sizeof(float); }
@@ -73,8 +87,7 @@ struct Picks {
   size_t count;
 };
 
-// Rows that the next pass reads: at least kLeastAhead of them, or null. The end of a pass prefetches them, except a
-// pass over rows of a low-bit copy.
+// Rows that the next pass reads: at least kLeastAhead of them, or null. The end of a pass may prefetch them.
 constexpr size_t kLeastAhead = 16;
 struct Ahead {
   const Rows* rows;
@@ -91,6 +104,12 @@ struct Kernels {
   const float* (*prepare)(const Rows&, const float* x, size_t tokens, float* room);
   // out[i * tokens + t] = sum over k of rows[pick i][k] * x[t * width + k], where `input` comes from `prepare`
   void (*project)(const Rows&, Picks, const float* input, size_t tokens, float* out, Ahead);
+  // Tiles: groups of kTileRows rows, in each of which the integers of all rows lie in the order in which `project`
+  // computes. It reads the tiles where a pick is a whole group, and then needs no time to arrange integers. The result
+  // is the same. The bytes of a tile; 0 if rows of this kind are not read in tiles:
+  size_t (*tile_bytes)(const Rows&);
+  // Writes the tiles of the first `count` rows. `to` starts at a cache line.
+  void (*write_tiles)(const Rows&, size_t count, char* to);
   // y[t * width + k] += sum over i of h[i * tokens + t] * rows[pick i][k]
   void (*accumulate)(const Rows&, Picks, const float* h, size_t tokens, float* y, Ahead);
   // The same for several tokens that do not lie side by side: out[t][i] and y[t][k], from inputs[t] or h[t][i]. The

@@ -118,6 +118,7 @@ class CachedAttention {
 
   static void infer(const Api&, OrtShapeInferContext*) {}  // the node may lack the outputs whose shapes are known
 
+  Bytes first_bytes() const { return {}; }  // it has no weights
   std::vector<Tensor> inputs(const OrtKernelContext* context) const { return node_.inputs(context); }
 
   void compute(OrtKernelContext* context) const {

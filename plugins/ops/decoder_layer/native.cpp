@@ -17,7 +17,7 @@ constexpr Port kMlpPorts[] = {
 struct Op {
   static constexpr const char* kName = "DecoderLayer";
   static constexpr bool kHasLayer = true;
-  static constexpr size_t kCopyOfUp = 14;
+  static constexpr bool kTiled = true;
   static constexpr auto kPorts = with_layer_ports(kMlpPorts);
   static constexpr Port kOutputs[] = {{"y", kFloat, kRequired},
                                       {"key", kFloat, kOptional},

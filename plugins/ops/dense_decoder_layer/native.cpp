@@ -14,7 +14,7 @@ constexpr Port kMlpPorts[] = {
 struct Op {
   static constexpr const char* kName = "DenseDecoderLayer";
   static constexpr bool kHasLayer = false;
-  static constexpr size_t kCopyOfUp = 2;
+  static constexpr bool kTiled = false;  // it is for prompts, and their rows are unpacked once for many tokens
   static constexpr auto kPorts = with_layer_ports(kMlpPorts);
   static constexpr Port kOutputs[] = {
       {"y", kFloat, kRequired}, {"key", kFloat, kOptional}, {"value", kFloat, kOptional}};

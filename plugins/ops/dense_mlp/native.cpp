@@ -22,11 +22,12 @@ class DenseMlp {
 
   DenseMlp(const Api& api, const OrtKernelInfo* info, size_t first = 0)
       : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false, first),
-        up_(nested_linear_part(api, info, first)), down_(nested_linear_part(api, info, first + kLinear)),
+        up_(nested_linear_part(api, info, first, false)), down_(nested_linear_part(api, info, first + kLinear, false)),
         activation_(parse_activation(node_)), gated_(node_.integer("gated") != 0), kernels_(choose_kernels()) {}
 
   static void infer(const Api& api, OrtShapeInferContext* context) { infer_like_input(api, context, 0, 0); }
 
+  Bytes first_bytes() const { return up_->first_bytes(); }
   std::vector<Tensor> inputs(const OrtKernelContext* context) const { return node_.inputs(context); }
 
   void compute(OrtKernelContext* context) const {
@@ -47,7 +48,7 @@ class DenseMlp {
     Scratch scratch;
     float* projected = scratch.take(all * static_cast<size_t>(rows + neurons));
     float* hidden = projected + all * static_cast<size_t>(rows);
-    pool.ahead(down[2].data, down[2].size());
+    pool.ahead(down_->first_bytes());
     up_->compute(up, Outputs(node_, projected), pool);
     const size_t pieces = (width + kPiece - 1) / kPiece;
     pool.run(all * pieces, [&](size_t task) {

@@ -20,13 +20,16 @@ class NestedLinear {
   };
   static constexpr Port kOutputs[] = {{"y", kFloat, kRequired}};
 
-  NestedLinear(const Api& api, const OrtKernelInfo* info, size_t first = 0)
+  // `tiled`: whether rows are kept as tiles too, if the kernels read them.
+  NestedLinear(const Api& api, const OrtKernelInfo* info, size_t first = 0, bool tiled = false)
       : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false, first), kernels_(choose_kernels()) {
     node_.shorten({kScales});
+    if (tiled) node_.tile(kernels_, kCopy, kScales, kW);
   }
 
   static void infer(const Api& api, OrtShapeInferContext* context) { infer_rows(api, context, {kX, kCopy}, 0, kFloat); }
 
+  Bytes first_bytes() const { return node_.first_bytes(kCopy); }
   std::vector<Tensor> inputs(const OrtKernelContext* context) const { return node_.inputs(context); }
 
   void compute(OrtKernelContext* context) const {
@@ -73,13 +76,10 @@ class NestedLinear {
   }
 
   // `to` has room for one pointer for each row of x.
-  void multiply(Rows weights, Chunk chunk, const std::vector<const float*>& inputs, const float* bias, float* y,
+  void multiply(const Rows& weights, Chunk chunk, const std::vector<const float*>& inputs, const float* bias, float* y,
                 size_t outputs, float** to) const {
-    weights.data = static_cast<const char*>(weights.data) + chunk.begin * weights.stride;
-    weights.residual = static_cast<const char*>(weights.residual) + chunk.begin * weights.residual_stride;
-    weights.scales += chunk.begin * weights.scales_stride;
     for (size_t t = 0; t < inputs.size(); ++t) to[t] = y + t * outputs + chunk.begin;
-    kernels_.project_each(weights, {nullptr, chunk.size()}, inputs.data(), inputs.size(), to);
+    kernels_.project_each(weights.from(chunk.begin), {nullptr, chunk.size()}, inputs.data(), inputs.size(), to);
     for (size_t t = 0; bias != nullptr && t < inputs.size(); ++t)
       for (size_t i = 0; i < chunk.size(); ++i) to[t][i] += bias[chunk.begin + i];
   }
@@ -93,8 +93,8 @@ class NestedLinear {
 
 const Entry kNestedLinear = entry_of<NestedLinear>();
 
-std::unique_ptr<Part> nested_linear_part(const Api& api, const OrtKernelInfo* info, size_t first) {
-  return std::make_unique<PartOf<NestedLinear>>(api, info, first);
+std::unique_ptr<Part> nested_linear_part(const Api& api, const OrtKernelInfo* info, size_t first, bool tiled) {
+  return std::make_unique<PartOf<NestedLinear>>(api, info, first, tiled);
 }
 
 }  // namespace shadowllm

@@ -78,6 +78,7 @@ class ShortlistLogits {
   ShortlistLogits(const Api& api, const OrtKernelInfo* info)
       : api_(api), node_(api, info, kName, kPorts, std::size(kPorts), false), kernels_(choose_kernels()) {
     node_.shorten({kScales});
+    node_.tile(kernels_, kCopy, kScales);
   }
 
   static void infer(const Api& api, OrtShapeInferContext* context);
@@ -166,20 +167,12 @@ class ShortlistLogits {
       float products[kRows * kTokens];
       for (size_t first = chunks[c].begin; first < chunks[c].end; first += kRows) {
         const size_t size = std::min(kRows, chunks[c].end - first);
-        kernels_.project(rows_from(table, first), {nullptr, size}, queries->x, count, products, {});
+        kernels_.project(table.from(first), {nullptr, size}, queries->x, count, products, {});
         for (size_t t = 0; t < count; ++t)
           for (size_t i = 0; i < size; ++i) queries[t].logits[first + i] = products[i * count + t];
       }
     });
     for (size_t t = 0; t < count; ++t) *queries[t].recomputed = static_cast<int32_t>(rows);
-  }
-
-  static Rows rows_from(Rows matrix, size_t first) {
-    matrix.data = static_cast<const char*>(matrix.data) + first * matrix.stride;
-    if (matrix.residual != nullptr)
-      matrix.residual = static_cast<const char*>(matrix.residual) + first * matrix.residual_stride;
-    if (matrix.scales != nullptr) matrix.scales += first * matrix.scales_stride;
-    return matrix;
   }
 
   // Recomputes the best rows of a query, and those that its certificate needs.
@@ -252,7 +245,7 @@ class ShortlistLogits {
   void project(const Batch& part, size_t first, size_t end) const {
     float* logits[kTokens];
     for (size_t t = 0; t < part.count; ++t) logits[t] = part.logits[t] + first;
-    kernels_.project_each(rows_from(*part.matrix, first), {nullptr, end - first}, part.inputs, part.count, logits);
+    kernels_.project_each(part.matrix->from(first), {nullptr, end - first}, part.inputs, part.count, logits);
     for (size_t t = 0; t < part.count; ++t)
       kernels_.group_maxima(logits[t], end - first, part.maxima[t] + first / kKeyGroup);
   }

@@ -174,12 +174,14 @@ struct Batch {
     return true;
   }
 
-  // The products of rows with input(block), written to out(block).
+  // The products of rows with input(block), written to out(block). `next`: the rows of another matrix that are read
+  // then; null if there are none.
   template <class Input, class Out>
-  void project(const Kernels& kernels, const Rows& rows, Picks picks, Input input, Out out) const {
+  void project(const Kernels& kernels, const Rows& rows, Picks picks, const Rows* next, Input input, Out out) const {
     const float* inputs[kMost];
     float* outs[kMost];
-    if (count == 1) return kernels.project(rows, picks, input(front()), front().room.tokens, out(front()), {});
+    const Ahead ahead{picks.count >= kLeastAhead ? next : nullptr, picks.ids};
+    if (count == 1) return kernels.project(rows, picks, input(front()), front().room.tokens, out(front()), ahead);
     for (size_t i = 0; i < count; ++i) inputs[i] = input(*blocks[i]), outs[i] = out(*blocks[i]);
     kernels.project_each(rows, picks, inputs, count, outs);
   }

@@ -11,11 +11,11 @@ inline void low_products(const Kernels& kernels, Activation activation, const Ba
   const Matrices& low = batch.front().call.low;
   const size_t tokens = batch.front().room.tokens, first = at * tokens, count = picks.count * tokens;
   batch.project(
-      kernels, low.up, picks, [](const Block& block) { return block.low_inputs.up; },
+      kernels, low.up, picks, low.gated ? &low.gate : nullptr, [](const Block& block) { return block.low_inputs.up; },
       [&](const Block& block) { return block.room.low_ups + first; });
   if (low.gated)
     batch.project(
-        kernels, low.gate, picks, [](const Block& block) { return block.low_inputs.gate; },
+        kernels, low.gate, picks, nullptr, [](const Block& block) { return block.low_inputs.gate; },
         [&](const Block& block) { return block.room.low_gates + first; });
   for (const Block* block : batch) {
     const BlockRoom& room = block->room;

@@ -58,11 +58,13 @@ class SparseMlp {
     for (const auto& [weights, scales] : {std::pair{kWGate, kSGate}, {kWUp, kSUp}, {kWDown, kSDown}})
       node_.pack(weights, scales);
     node_.shorten({kCsGate, kCsUp, kCsDown});
+    for (const auto& [copy, scales] : {std::pair{kCGate, kCsGate}, {kCUp, kCsUp}}) node_.tile(kernels_, copy, scales);
     node_.pack_records({{kWGate, kSGate}, {kWUp, kSUp}, {kWDown, kSDown}});
   }
 
   static void infer(const Api& api, OrtShapeInferContext* context) { infer_like_input(api, context, kX, 0); }
 
+  Bytes first_bytes() const { return node_.first_bytes(kCUp); }
   std::vector<Tensor> inputs(const OrtKernelContext* context) const { return node_.inputs(context); }
 
   void compute(OrtKernelContext* context) const {
@@ -329,8 +331,7 @@ class SparseMlp {
       for_blocks(calls, memory, [&](std::vector<Block>& blocks) {
         for (Block& block : blocks)
           if (block.call.scoring()) block.low_inputs = prepare_low(block.call, block.room, block.x);
-        const Call& call = blocks.front().call;
-        pool.ahead(call.low.down.data, call.low.down.stride * call.neurons);
+        pool.ahead(node_.first_bytes(kCDown));
         in_chunks(pool, in_batches(blocks), [&](const Batch& batch, size_t c) {
           if (batch.front().call.scoring()) score(batch, batch.chunks[c]);
         });

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shadowllm.bundle.quantisation import LOW_BIT_COPY, Quantisation
+from shadowllm.bundle.quantisation import LOW_BIT_COPY, NESTED, Quantisation
 from shadowllm.plugins.ops.decoder_layer.reference import rms_norm
 from shadowllm.plugins.ops.decoder_layer.schema import stages
 from shadowllm.plugins.ops.dense_mlp.schema import DENSE_MLP
@@ -57,22 +57,23 @@ def layer_inputs(
     mlp = mlp_inputs(form, (size.hidden, size.neurons, 1, size.tokens, size.neurons // 3))
     if q is not None:
         mlp = with_copy(mlp, choosing=choosing, q=q)
-    return _with_attention(size, rope, {name: _small(v) if name.startswith("w_") else v for name, v in mlp.items()})
+    mlp = {name: _small(v) if name.startswith("w_") else v for name, v in mlp.items()}
+    return _with_attention(size, rope, mlp, q.residual_bits if q in NESTED.values() else 4)
 
 
 def dense_layer_inputs(size: Size, *, rope: bool = True, gated: bool = True, bias: bool = True) -> Inputs:
     return _with_attention(size, rope, dense_mlp_inputs((size.tokens, size.hidden, size.neurons), gated, bias))
 
 
-def _with_attention(size: Size, rope: bool, mlp: Inputs) -> Inputs:
+def _with_attention(size: Size, rope: bool, mlp: Inputs, residual_bits: int = 4) -> Inputs:
     width = size.heads * size.head_dim
     whole = width + 2 * size.kv_heads * size.head_dim
     rng = np.random.default_rng(size.hidden)
     cache = (size.heads, size.kv_heads, size.head_dim, size.capacity, size.seqlen, size.last)
     parts = {
-        "qkv": _scaled(linear_inputs((size.tokens, size.hidden, whole, 64), seed=1)),
+        "qkv": _scaled(linear_inputs((size.tokens, size.hidden, whole, 64), seed=1, residual_bits=residual_bits)),
         "attention": cached_inputs(cache, rope),
-        "out": _scaled(linear_inputs((size.tokens, width, size.hidden, 64), seed=2)),
+        "out": _scaled(linear_inputs((size.tokens, width, size.hidden, 64), seed=2, residual_bits=residual_bits)),
         "mlp": mlp,
     }
     own = {

@@ -66,6 +66,17 @@ def test_reference(size, isa):
         assert_close(ours, theirs, 0.02)
 
 
+@pytest.mark.parametrize("bits", ["int8", "int6"])
+@pytest.mark.parametrize("size", [SIZES[3], Size(9, 3, 64, 576, 88, 3, (39, 7))], ids=str)
+def test_one_result_from_any_source(size, bits, isa):
+    """Only of constant weights are there tiles, in which whole groups of rows are read."""
+    inputs = layer_inputs(size, q=NESTED[bits])
+    fed = tuple(name for name in WEIGHTS if not name.endswith("_copy") and not name.startswith("mlp_c_"))
+    constant, given = (run_all("DecoderLayer", inputs, names, layer=1, **attributes(size)) for names in (WEIGHTS, fed))
+    for one, other in zip(constant, given, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_without_outputs_the_cache_is_written_to_its_inputs():
     size = SIZES[3]
     inputs, options = layer_inputs(size), {"layer": 1, **attributes(size)}

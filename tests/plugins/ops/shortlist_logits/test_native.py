@@ -203,8 +203,11 @@ def test_threads_do_not_change_a_bit():
         np.testing.assert_array_equal(one, two)
 
 
-def test_inputs_that_are_no_initializers():
-    inputs = with_counts(table_inputs("normal", 513, 1, 123, weighted=True), 7, certify=True)
-    fed = run_all("ShortlistLogits", inputs, exact_copies=1)
-    for one, two in zip(fed, outputs(inputs), strict=True):
+@pytest.mark.parametrize("exact", [0, 1])
+@pytest.mark.parametrize(("rows", "tokens", "width"), [(513, 1, 123), (88, 3, 576), (5000, 20, 576)])
+def test_inputs_that_are_no_initializers(rows, tokens, width, exact, isa):
+    """Only of a constant copy are there tiles, in which whole groups of rows are read."""
+    inputs = with_counts(table_inputs("normal", rows, tokens, width, weighted=True), 7, certify=bool(exact))
+    fed = run_all("ShortlistLogits", inputs, exact_copies=exact)
+    for one, two in zip(fed, outputs(inputs, exact_copies=exact), strict=True):
         np.testing.assert_array_equal(one, two)

@@ -66,13 +66,28 @@ def test_residuals_alone(q, isa):
 
 
 @FORMATS
-def test_one_result_with_any_threads_and_any_source(q, isa):
-    inputs = mixed_inputs("llama-biases", (576, 1536, 1, 1, 154), q=q)
+@pytest.mark.parametrize("rest", [0, 1])
+@pytest.mark.parametrize("size", [(576, 1536, 1, 1, 154), (123, 88, 2, 5, 40), (960, 41, 1, 9, 41)], ids=str)
+def test_one_result_with_any_threads_and_any_source(size, rest, q, isa):
+    """Only of constant weights are there tiles, in which whole groups of rows are read, or records."""
+    inputs = mixed_inputs("llama-biases", size, rest=rest, q=q)
     expected = run_all("SparseMLP", inputs, MIXED_WEIGHTS, 1, activation="silu", layer=0)
     for weights, threads in ((MIXED_WEIGHTS, 2), ((), 1)):
         found = run_all("SparseMLP", inputs, weights, threads, activation="silu", layer=0)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@FORMATS
+@pytest.mark.parametrize("active", [range(9, 49), [*range(16, 30), 31, 40, *range(48, 64)]], ids=["later", "gaps"])
+def test_groups_of_rows_that_are_no_tiles(active, q, isa):
+    inputs = mixed_inputs("llama-biases", (576, 88, 1, 1, len(active)), rest=0, choosing=False, q=q)
+    inputs["indices"][: len(active)] = active
+    constant, given = (
+        run_all("SparseMLP", inputs, weights, activation="silu", layer=0) for weights in (MIXED_WEIGHTS, ())
+    )
+    for one, other in zip(constant, given, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @FORMATS
