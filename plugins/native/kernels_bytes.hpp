@@ -17,18 +17,18 @@ inline bool in_bytes(const Rows& rows) { return rows.block == kBytesBlock && row
 template <class Q, size_t M>
 struct RowGroup {
   RowGroup(const Rows& rows, Picks picks, const float* const* h, size_t stride, size_t i)
-      : follows(i + 2 * kGroup <= picks.count) {
+      : follows(i + kGroup < picks.count) {
     const size_t count = picks.count - i < kGroup ? picks.count - i : kGroup;
     for (size_t t = 0; t < M; ++t)
       for (size_t r = 0; r < count; ++r) factors[t][r] = h[t][(i + r) * stride];
     for (size_t r = 0; r < kGroup; ++r) now[r] = quantised_row(rows, picks.ids, i + (r < count ? r : 0));
-    if (follows)
-      for (size_t r = 0; r < kGroup; ++r) next[r] = quantised_row(rows, picks.ids, i + kGroup + r);
+    for (size_t r = 0, then = i + kGroup; follows && r < kGroup; ++r)
+      next[r] = quantised_row(rows, picks.ids, then + r < picks.count ? then + r : then);
   }
 
   QuantisedRow now[kGroup], next[kGroup];
   float factors[M][kGroup] = {};
-  bool follows;  // whether the group after it is whole
+  bool follows;  // whether there is a group after it
 };
 
 // Rows of a strip, as `unpack_rows` writes them.

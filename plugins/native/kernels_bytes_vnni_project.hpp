@@ -238,7 +238,8 @@ void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, si
   const size_t ahead = small && Q::residual_bits != 0 ? 2 * kGroup : kGroup;
   QuantisedRow now[kGroup], next[kGroup];
   // Prefetches the first groups as a whole. Otherwise the kernel would wait for each of their blocks.
-  for (size_t i = 0; bytes != 0 && tile_of(rows, picks, 0) == nullptr && i < ahead && i < picks.count; ++i) {
+  for (size_t i = 0; bytes != 0 && i < ahead && i < picks.count; ++i) {
+    if (tile_of(rows, picks, 0) != nullptr) break;
     const QuantisedRow row = quantised_row(rows, picks.ids, i);
     fetch_bytes(row.data, bytes);
     if (Q::residual_bits != 0) fetch_bytes(row.residual, blocks * kBesideBytes<Q>);
@@ -254,9 +255,11 @@ void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, si
         continue;
       }
     }
-    const bool follows = bytes != 0 && then < picks.count;
+    const bool last = bytes != 0 && then >= picks.count && later.rows != nullptr && later.rows->tiles == nullptr;
+    const bool follows = bytes != 0 && (then < picks.count || last);
     for (size_t r = 0; r < kGroup; ++r) now[r] = quantised_row(rows, picks.ids, i + (r < count ? r : count - 1));
-    for (size_t r = 0; follows && r < kGroup; ++r)
+    for (size_t r = 0; last && r < kGroup; ++r) next[r] = quantised_row(*later.rows, later.ids, r);
+    for (size_t r = 0; follows && !last && r < kGroup; ++r)
       next[r] = quantised_row(rows, picks.ids, then + r < picks.count ? then + r : picks.count - 1);
     const bool consecutive = follows && next[kGroup - 1].data == next[0].data + (kGroup - 1) * bytes;
     project_group<Q>(now, LanesAhead{follows ? next : nullptr, consecutive, small}, blocks, inputs, tokens, out, stride,

@@ -92,6 +92,9 @@ constexpr size_t kLeastAhead = 16;
 struct Ahead {
   const Rows* rows;
   const int32_t* ids;
+
+  // The same picks of other rows, if they are enough. `next` may be null.
+  static Ahead of(const Rows* next, Picks picks) { return {picks.count >= kLeastAhead ? next : nullptr, picks.ids}; }
 };
 
 constexpr size_t kKeyGroup = 8;  // scores of a group, see Kernels::group_maxima

@@ -20,7 +20,7 @@ inline void add_gate_first(const Kernels& kernels, Activation activation, const 
   Picks fired{ids, drop_zeros(mine, tokens, h, ids)};
   for (size_t i = 0; i < fired.count; ++i) marks[ids[i]] = 1;
   if (of.gated) {
-    kernels.project(of.up, fired, inputs.up, tokens, u, {fired.count >= kLeastAhead ? &of.down : nullptr, ids});
+    kernels.project(of.up, fired, inputs.up, tokens, u, Ahead::of(&of.down, fired));
     call.b_up.add(kernels, fired, tokens, u);
     const bool both = activation.kind == Activation::drelu;
     for (size_t i = 0; i < fired.count * tokens; ++i) h[i] *= both && u[i] < 0 ? 0 : u[i];

@@ -180,8 +180,9 @@ struct Batch {
   void project(const Kernels& kernels, const Rows& rows, Picks picks, const Rows* next, Input input, Out out) const {
     const float* inputs[kMost];
     float* outs[kMost];
-    const Ahead ahead{picks.count >= kLeastAhead ? next : nullptr, picks.ids};
-    if (count == 1) return kernels.project(rows, picks, input(front()), front().room.tokens, out(front()), ahead);
+    const Block& first = front();
+    if (count == 1)
+      return kernels.project(rows, picks, input(first), first.room.tokens, out(first), Ahead::of(next, picks));
     for (size_t i = 0; i < count; ++i) inputs[i] = input(*blocks[i]), outs[i] = out(*blocks[i]);
     kernels.project_each(rows, picks, inputs, count, outs);
   }

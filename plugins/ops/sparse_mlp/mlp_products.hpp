@@ -50,11 +50,7 @@ class NestedChunk {
       const Picks picks = by_neuron ? every_ : active_;
       low_products(kernels_, activation_, Batch(block_), picks, by_neuron ? chunk_.begin : at_);
     }
-    for (size_t i = 0; i < active_.count; i += kGroup) {
-      const size_t count = std::min(kGroup, active_.count - i);
-      fetch(i + kGroup);
-      complete({active_.ids + i, count}, at_ + i, by_neuron, block_.low_inputs, sum);
-    }
+    complete(by_neuron, sum);
   }
 
   // Then adds the rows of the copy.
@@ -66,48 +62,37 @@ class NestedChunk {
   }
 
  private:
-  static constexpr size_t kGroup = 16;  // neurons whose residuals are read together: a group of the kernels
-
-  // Adds the residuals of gate and up of a group to the products of the copy, and that of down to the sum.
-  void complete(Picks group, size_t at, bool by_neuron, Inputs inputs, float* sum) const {
-    const size_t tokens = room_.tokens, count = group.count * tokens;
-    float *h = room_.hidden + at * tokens, *u = room_.ups + at * tokens;
+  // Adds the residuals of gate and up to the products of the copy, and that of down to the sum.
+  void complete(bool by_neuron, float* sum) const {
+    const size_t tokens = room_.tokens, count = active_.count * tokens;
+    float *h = room_.hidden + at_ * tokens, *u = room_.ups + at_ * tokens;
     const auto add_copy = [&](const Rows& rows, const float* low, float* to) {
-      for (size_t i = 0; i < group.count; ++i) {
-        const float* from = low + (by_neuron ? static_cast<size_t>(group.ids[i]) : at + i) * tokens;
+      for (size_t i = 0; i < active_.count; ++i) {
+        const float* from = low + (by_neuron ? static_cast<size_t>(active_.ids[i]) : at_ + i) * tokens;
         for (size_t t = 0; t < tokens; ++t) to[i * tokens + t] = from[t] + rows.step * to[i * tokens + t];
       }
     };
     const Matrices& full = call_.full;
+    const Inputs inputs = block_.low_inputs;
     if (full.gated) {
-      kernels_.project(full.gate, group, inputs.gate, tokens, h, {});
+      kernels_.project(full.gate, active_, inputs.gate, tokens, h, Ahead::of(&full.up, active_));
       add_copy(full.gate, room_.low_gates, h);
     } else {
       u = h;
     }
-    kernels_.project(full.up, group, inputs.up, tokens, u, {});
+    kernels_.project(full.up, active_, inputs.up, tokens, u, Ahead::of(&full.down, active_));
     add_copy(full.up, room_.low_ups, u);
     kernels_.activate(activation_, h, full.gated ? u : nullptr, count);
-    for (size_t i = 0; call_.rest && i < group.count; ++i)
-      std::copy_n(h + i * tokens, tokens, room_.low_hidden + static_cast<size_t>(group.ids[i]) * tokens);
-    float* scaled = room_.ups + at * tokens;
+    for (size_t i = 0; call_.rest && i < active_.count; ++i)
+      std::copy_n(h + i * tokens, tokens, room_.low_hidden + static_cast<size_t>(active_.ids[i]) * tokens);
+    float* scaled = room_.ups + at_ * tokens;
     for (size_t i = 0; i < count; ++i) scaled[i] = full.down.step * h[i];
-    kernels_.accumulate(full.down, nonzero(group, scaled, room_.kept + at), scaled, tokens, sum, {});
+    kernels_.accumulate(full.down, nonzero(active_, scaled, room_.kept + at_), scaled, tokens, sum, {});
   }
 
   Picks nonzero(Picks picks, float* h, int32_t* kept) const {
     if (!activation_.zeroes()) return picks;
     return {kept, drop_zeros(picks, room_.tokens, h, kept)};
-  }
-
-  // Prefetches the residuals of a group of active neurons.
-  __attribute__((always_inline)) void fetch(size_t first) const {
-    for (size_t i = first; i < std::min(first + kGroup, active_.count); ++i)
-      for (const Rows* rows : {&call_.full.gate, &call_.full.up, &call_.full.down}) {
-        const char* row = static_cast<const char*>(rows->data) + static_cast<size_t>(active_.ids[i]) * rows->stride;
-        const size_t bytes = rows->width * Rows::bits(rows->type) / 8;
-        for (size_t k = 0; k < bytes; k += 64) __builtin_prefetch(row + k, 0, 2);
-      }
   }
 
   const Kernels& kernels_;

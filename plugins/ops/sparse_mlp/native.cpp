@@ -193,14 +193,13 @@ class SparseMlp {
   // h[i * tokens + t] = act(gate + b_gate) * (up + b_up) of the picked neurons. `after`: the rows that are read next.
   void products(const Call& call, const Matrices& of, Picks picks, Inputs inputs, size_t tokens, const Rows* after,
                 float* h, float* u) const {
-    const bool enough = picks.count >= kLeastAhead;
     if (of.gated) {
-      kernels_.project(of.gate, picks, inputs.gate, tokens, h, {enough ? &of.up : nullptr, picks.ids});
+      kernels_.project(of.gate, picks, inputs.gate, tokens, h, Ahead::of(&of.up, picks));
       call.b_gate.add(kernels_, picks, tokens, h);
     } else {
       u = h;
     }
-    kernels_.project(of.up, picks, inputs.up, tokens, u, {enough ? after : nullptr, picks.ids});
+    kernels_.project(of.up, picks, inputs.up, tokens, u, Ahead::of(after, picks));
     call.b_up.add(kernels_, picks, tokens, u);
     kernels_.activate(activation_, h, of.gated ? u : nullptr, picks.count * tokens);
   }
