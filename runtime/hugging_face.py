@@ -24,6 +24,8 @@ from shadowllm.runtime.session import Prefill
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+GENERATES, WAIT = "the model generates another text", "wait for its end, or open the bundle a second time"
+
 
 class ShadowConfig(PretrainedConfig):
     """Sizes of a bundle's model, under the names of ``transformers``."""
@@ -150,7 +152,7 @@ class ShadowForCausalLM(GenerationMixin):
                 another call that has not ended, because there is one cache.
         """
         if self._generates:
-            raise UserError("the model generates another text", "wait for its end, or open the bundle a second time")
+            raise UserError(GENERATES, WAIT)
         for tokens in (*inputs[:1], options.get("inputs"), options.get("input_ids")):
             if tokens is not None:
                 _check_shape(tokens)
@@ -160,7 +162,7 @@ class ShadowForCausalLM(GenerationMixin):
         self._generates = True
         try:
             # PyTorch only chooses tokens here, unless it also runs the model.
-            with nullcontext() if self._model.backend == "torch" else one_thread():
+            with nullcontext() if self._model.backend.startswith("torch") else one_thread():
                 return super().generate(*inputs, **options)
         finally:
             self.budget, self._generates = before, False
@@ -195,6 +197,8 @@ class ShadowForCausalLM(GenerationMixin):
         Raises:
             UserError: as `generate`, other values of ``logits_to_keep`` and ``return_dict``, or another argument.
         """
+        if self._generates and not continues and logits_to_keep == 0:  # `generate` itself never asks for this
+            raise UserError(GENERATES, WAIT)
         if unknown := [name for name, value in others.items() if value is not None]:
             raise UserError(
                 f"a bundle's forward does not take {', '.join(unknown)}",

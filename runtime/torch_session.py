@@ -62,7 +62,7 @@ class TorchSession:
 
     Attributes:
         decodes: "sparse", or "dense" without a predictor.
-        chosen: the predictor's selection in the last sparse step.
+        chosen: the predictor's selection in the last step; empty if it was dense.
         forced: a selection to use instead of ``chosen``, to compare backends under the same selection.
         shares_selection: whether the sequences of a batch share one selection, as on a GPU. It is chosen by the mean of
             their scores. By default each has its own.
@@ -162,7 +162,7 @@ class TorchSession:
         input_ids, positions, lengths = map(torch.from_numpy, padded)
         self._reserve(input_ids.shape[1])
         logits = self._decoder(input_ids, positions, self.cache)
-        self._lengths[:] = lengths
+        self._lengths[:], self.chosen = lengths, {}
         return logits[torch.arange(len(lengths)), lengths - 1].numpy()
 
     @torch.no_grad()
@@ -188,6 +188,7 @@ class TorchSession:
         positions = self._lengths[:, None] + np.arange(tokens.shape[1])
         logits = self._decoder(torch.from_numpy(tokens), torch.from_numpy(positions), self.cache)
         self._lengths += tokens.shape[1]
+        self.chosen = {}
         return logits.numpy()
 
     def rewind(self, lengths: np.ndarray) -> None:

@@ -182,7 +182,8 @@ def generate(
         options: `GenerateOptions`: ``lossless`` (the dense model's own text, drafted at the model's budget),
             ``draft_length``, ``chat``, ``chat_template``, ``stop``, ``temperature``, ``top_k``, ``top_p``,
             ``min_p``, ``repetition_penalty``, ``no_repeat_ngram_size`` and ``seed``. Options not given come from the
-            model's generation config, except temperature and seed.
+            model's generation config, except temperature and seed. Without a seed it is 0, so a sampled text is the
+            same each time.
 
     Returns:
         Text for a text prompt, without the prompt. Token ids for token ids, including those of a stop string.

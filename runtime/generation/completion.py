@@ -92,6 +92,8 @@ def make_request(
     """
     check_whole("the number of new tokens", max_new_tokens)
     chat, template = _switch(options.pop("chat", None), "chat"), options.pop("chat_template", None)
+    if (chat or template is not None) and not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError("a chat template is for texts, and a prompt is token ids", "leave chat and chat_template out")
     stop = options.pop("stop", None)
     stop = (stop,) if isinstance(stop, str) else stop
     if stop is not None and not (isinstance(stop, Sequence) and all(isinstance(text, str) for text in stop)):

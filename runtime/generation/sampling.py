@@ -22,7 +22,7 @@ from shadowllm.limits import check_seed
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
 
-LEAST_TEMPERATURE = 1e-30  # logits up to 1e8 divided by it stay finite in float32
+LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-30, 1e30  # logits up to 1e8 divided by the least stay finite in float32
 CONFIG = "generation_config.json"
 REMEDY = "mend that file of the model, and export again"
 # Fields of the generation config that are used always, and those that are used only with a temperature.
@@ -86,10 +86,10 @@ class Sampling:
     begin_suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature <= LARGEST_TEMPERATURE:
             raise UserError(
                 f"temperature {self.temperature} cannot be used",
-                f"0 is greedy, 1 samples as trained, {LEAST_TEMPERATURE} is the least above 0",
+                f"0 is greedy, 1 samples as trained, others are from {LEAST_TEMPERATURE} to {LARGEST_TEMPERATURE}",
             )
         if self.top_k < 0:
             raise UserError(f"top-k {self.top_k} is negative", "0 keeps all tokens")
@@ -167,7 +167,7 @@ def bundle_sampling(
     ignored = [name for name, neutral in unused.items() if config.get(name) not in (None, False, neutral)]
     if ignored:
         warnings.warn(f"{path} asks for what is not done here: {', '.join(ignored)}", stacklevel=2)
-    Sampling(**given)  # refuses the user's wrong values, so that errors below are about the config
+    _check_given(given, manifest.spec.vocab_size)
     return _read(path, config, manifest.spec.vocab_size, REMEDY, stops, given)
 
 
@@ -208,6 +208,16 @@ def _read(
     except (ValueError, UserError) as error:
         cause = error.problem if isinstance(error, UserError) else in_one_line(error)
         raise UserError(f"{path} has a value that cannot be used ({cause})", remedy) from error
+
+
+def _check_given(given: Mapping[str, Any], vocab_size: int) -> None:
+    """Refuse the caller's wrong values, so that later errors are about the config."""
+    try:
+        sampling = Sampling(**given)
+        _check_tokens(sampling, vocab_size)
+        sampling.processors(prompt_len=1)
+    except ValueError as error:
+        raise UserError(f"the options cannot be used ({in_one_line(error)})", "see the fields of Sampling") from error
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

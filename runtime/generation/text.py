@@ -188,7 +188,9 @@ class TextStream:
         """Add a token and return the text that is final now; it may be empty."""
         self._ids.append(token)
         text = self._text()
-        if self._bytes_end_with(token) or text.endswith(UNFINISHED):
+        in_bytes, unfinished = self._bytes_end_with(token), text.endswith(UNFINISHED)
+        # After a stop string no byte follows.
+        if unfinished or (in_bytes and not self._stops.would_stop(text[self._given :])):
             return ""
         end = max(self._given, len(text) - self._later)
         piece = text[self._given : end]
@@ -248,6 +250,10 @@ class StopText:
             self.stopped = True
             return self._release(min(found)[1])
         return self._release(len(self._held) - self._begun())
+
+    def would_stop(self, piece: str) -> bool:
+        """Whether a stop string is complete with this text."""
+        return any(stop in self._held + piece for stop in self._stops)
 
     def finish(self) -> str:
         """Return the text that was kept back; no text follows."""

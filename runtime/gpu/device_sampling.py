@@ -36,7 +36,8 @@ class DeviceSampler:
         self._uniforms[:, : uniforms.shape[1]].copy_(torch.from_numpy(uniforms))
         self._first.copy_(torch.from_numpy(lengths)[:, None])
         self._temperature.fill_(sampling.temperature)
-        self._top_k.fill_(sampling.top_k or torch.iinfo(torch.int64).max)
+        most = torch.iinfo(torch.int64).max
+        self._top_k.fill_(min(sampling.top_k or most, most))
         self._top_p.fill_(sampling.top_p)
         self._min_p.fill_(sampling.min_p)
 

@@ -101,6 +101,7 @@ class TrtSession(PipelinedDecode):
             piece.close()
         self._pieces.clear()
         self._cuda.close()
+        self._batch, self.memory = 0, None
 
     def reset(self, batch: int = 1) -> None:
         """See `Session.reset`. Nothing is allocated if ``batch`` is the same as before.

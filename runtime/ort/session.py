@@ -104,7 +104,7 @@ class OrtSession:
     @property
     def fired(self) -> list[float] | None:
         """See `Session.fired`."""
-        if self.manifest.predictor["kind"] != "relu" or self.decodes == "dense":
+        if self.manifest.predictor["kind"] != "relu" or not self._stepped or self.decodes == "dense":
             return None
         shares: list[float] = (self.selection["neurons"] >= 0).mean(axis=(1, 2)).tolist()
         return shares
@@ -121,7 +121,7 @@ class OrtSession:
 
     def reset(self, batch: int = 1) -> None:
         """See `Session.reset`."""
-        self._batch = check_batch(batch)
+        self._batch, self._stepped = check_batch(batch), False
         self._lengths = np.zeros(batch, dtype=np.int64)
         self._cache = KVCache(self.spec, batch)
         self._reserve(1)
@@ -147,7 +147,7 @@ class OrtSession:
         input_ids, positions, lengths = pad_prompts(prompts, self._batch, self.spec)
         self._reserve(input_ids.shape[1])
         logits = run_prompt(self._bundle, input_ids, positions, lengths - 1, self._cache.buffers())
-        self._lengths[:] = lengths
+        self._lengths[:], self._stepped = lengths, False
         return logits
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
@@ -158,6 +158,7 @@ class OrtSession:
         if self.step_seconds is not None:
             self.step_seconds = dict(step.seconds)
         self._lengths += 1
+        self._stepped = True
         return logits
 
     def decode_greedy(self, tokens: np.ndarray, steps: int) -> None:
@@ -171,6 +172,7 @@ class OrtSession:
             self._verifications[seqlen] = Verification(self._bundle, self._batch, seqlen, self._cache.buffers())
         logits = self._verifications[seqlen](tokens, self._lengths)
         self._lengths += seqlen
+        self._stepped = False
         return logits
 
     def rewind(self, lengths: np.ndarray) -> None:

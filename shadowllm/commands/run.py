@@ -130,10 +130,10 @@ def _generate(
         start = time.perf_counter()
         known = 1  # the first tokens come from the prefill
         for pieces in completion.grow(session):
-            fired.append(session.fired or ())
             if (longest := max(map(len, completion.tokens))) > known:
                 # With drafts, each token comes from a dense step.
                 recomputed.add(None if args.lossless else session.recomputed)
+                fired.append(() if args.lossless else session.fired or ())
                 known = longest
             if streaming:
                 print(prompt + pieces[0], end="", flush=True)

@@ -105,6 +105,22 @@ def test_other_relu_like_activations(checkpoint, tmp_path, changes, dtype):
         assert fired == found[1][1]
 
 
+@pytest.mark.parametrize("kind", [OrtSession, TorchSession])
+def test_shares_are_known_after_a_sparse_step_only(bundle, kind):
+    folder = bundle("llama-relu", kind="relu")
+    with kind(folder, "sparse") if kind is OrtSession else kind.open(folder) as session:
+        session.prefill([[5, 17, 42]])
+        assert session.fired is None
+        session.decode(np.array([3]))
+        assert len(session.fired) == 2
+        session.verify(np.array([[3, 4]]))
+        assert session.fired is None
+        session.decode(np.array([3]))
+        session.reset()
+        session.prefill([[5]])
+        assert session.fired is None
+
+
 def test_a_batch_reports_the_mean_of_its_sequences(bundle):
     prompts, tokens = [[5, 17, 42], [8, 61]], np.array([3, 90])
     found, fired = [], []

@@ -147,13 +147,14 @@ def test_other_arguments_of_forward_are_refused_by_name(dense):
         dense(TOKENS, labels=TOKENS, position_ids=TOKENS, use_cache=None)
 
 
-def test_a_text_inside_another_is_refused_and_the_model_still_works(dense):
+@pytest.mark.parametrize("inner", ["generate", "forward"])
+def test_a_text_inside_another_is_refused_and_the_model_still_works(inner, dense):
     """There is one cache, so the second text would change the first."""
     options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
     expected = dense.generate(TOKENS, **options)
 
     def nested(input_ids, scores):
-        dense.generate(TOKENS, **options)
+        dense.generate(TOKENS, **options) if inner == "generate" else dense(TOKENS)
 
     with pytest.raises(UserError, match="generates another text; wait for its end"):
         dense.generate(TOKENS, **options, logits_processor=[nested])

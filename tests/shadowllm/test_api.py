@@ -192,6 +192,8 @@ class TestGenerate:
             ([5], {"chat": 0}, "chat is 0"),
             ([5], {"stream": "no"}, "stream is 'no'"),
             (["a"], {}, "not integers"),
+            ([5, 6], {"chat": True}, "chat template is for texts, and a prompt is token ids"),
+            ([5, 6], {"chat_template": "default"}, "chat template is for texts, and a prompt is token ids"),
             ([[5, 6]], {}, "not integers"),
             (None, {}, "not integers"),
             ((token for token in [5]), {}, "not integers"),

@@ -261,6 +261,16 @@ class TestStops:
         assert "".join(map(stream.push, tokens)) + stream.finish() == "the s"
         assert stream.stopped
 
+    @pytest.mark.parametrize(("stop", "before"), [("é", "a"), ("aé", ""), ("\n", "aé")])
+    def test_it_ends_with_the_byte_that_completes_it(self, stop, before):
+        tokenizer = llama2()
+        tokens = tokenizer("aé\n\n", add_special_tokens=False).input_ids
+        stream, pieces = TextStream(tokenizer, stops=[stop]), []
+        while not stream.stopped:
+            pieces.append(stream.push(tokens.pop(0)))
+        assert "".join(pieces).lstrip() == before
+        assert tokenizer.decode(tokens) == ("\n" if stop == "\n" else "\n\n")
+
     def test_the_prompt_is_not_searched(self):
         tokenizer = llama2()
         prompt, tokens = (tokenizer(text, add_special_tokens=False).input_ids for text in ("the sea", "small"))

@@ -20,6 +20,7 @@ OPTIONS = [
     Sampling(temperature=1.5, top_p=0.6),
     Sampling(temperature=0.9, top_k=20, top_p=0.8, min_p=0.1),
     Sampling(temperature=1.0, top_k=1),
+    Sampling(temperature=1.0, top_k=10**30),
     Sampling(temperature=1.0, top_p=1e-6),
     Sampling(temperature=1e-3),
 ]

@@ -215,6 +215,8 @@ def test_leaving_frees_everything(engines):
         assert session._cuda.held
     assert session._cuda.closed
     assert not session._cuda.held
+    assert session.memory is None
+    session.set_budget(Budget())  # writes to no buffer
 
 
 class TestKeptKernels:
