@@ -75,7 +75,8 @@ class Session(Protocol):
     def fired(self) -> Sequence[float] | None:
         """Share of the neurons of each sparse layer that fired in the last step, with the selector relu.
 
-        It is the mean of the sequences. None with other selectors, after a dense step or a prompt, and if the shares are not known.
+        It is the mean of the sequences. None with other selectors, after a dense step or a prompt, and if the shares
+        are not known.
         """
         ...
 
