@@ -135,7 +135,7 @@ class Manifest:
             "drop" if units that are not active can only be left out.
         budgets: the default `Budget` as a dict; fractions are lists if layers differ.
         predictor: kind, criterion and training record.
-        base_fingerprint: SHA-256 of the checkpoint the predictor was trained on, with its adapter if there is one.
+        base_fingerprint: `Weights.fingerprint` of the model the predictor was trained on, with its adapter if any.
         adapter_fingerprint: SHA-256 of the LoRA adapter that was merged into the weights; None without one.
         op_domain_version: version of the custom ops in the graphs.
         tools: versions of the packages that wrote the bundle.

@@ -142,14 +142,14 @@ class Predictor:
         """Check that the predictor belongs to a model.
 
         Raises:
-            UserError: it was trained on other weights or for other sizes.
+            UserError: it was trained on other weights, with another adapter or activation, or for other sizes.
         """
         mine = (self.dense_layers + self.n_sparse, self.n_heads, self.intermediate_size, self.hidden_size)
         theirs = (spec.n_layers, spec.n_heads, spec.intermediate_size, spec.hidden_size)
         if mine != theirs or self.base_fingerprint != fingerprint:
             raise UserError(
-                "predictor of another model: its base weights differ from the ones given",
-                "train a predictor for this model, or give the model it was trained on",
+                "predictor of another model: its base weights, adapter or activation differ from the ones given",
+                "train a predictor for this model, or give the model and the --activation that it was trained with",
             )
 
     def save(self, path: Path) -> None:

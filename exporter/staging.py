@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from shadowllm.bundle.manifest import DATA_FILE
 from shadowllm.errors import UserError, os_error
 
 LONGEST = 200  # bytes of NAME, so that `.NAME.partial-PID` is shorter than the 255 bytes that file systems allow
@@ -33,7 +34,7 @@ def check_output(out: Path, overwrite: bool) -> None:
     """
     if out.is_symlink() and not out.exists():
         raise UserError(f"{out} is a link to nothing", "remove the link, or name another folder")
-    if out.exists() and not ((out / "manifest.json").is_file() or (out.is_dir() and not any(_entries(out)))):
+    if out.exists() and not (_is_bundle(out) or (out.is_dir() and not any(_entries(out)))):
         raise UserError(f"{out} exists already and is not a bundle", "name another folder")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists already", "name another folder, or replace it: --overwrite or overwrite=True")
@@ -41,6 +42,14 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out.parent} is not a folder", "name another folder")
     if not out.parent.exists():
         raise UserError(f"the folder {out.parent} does not exist", "make it first")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether it is a bundle, perhaps a damaged one. Other programs write a manifest.json too, for example web apps."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return False
+    return (folder / DATA_FILE).is_file() or b'"schema_version"' in manifest.read_bytes()
 
 
 @contextmanager

@@ -115,8 +115,10 @@ def load_model(
     _warn_of_windows(config)
     opened = None if adapter is None else open_adapter(Path(adapter))
     refuse_adapter(checkpoint.folder, None if opened is None else opened.folder)
+    stated = stated_activation(config)
     if activation is not None:
         _override(checkpoint, activation, activation_threshold)
+    other = () if stated_activation(config) == stated else stated_activation(config)
     if opened is not None:
         checkpoint = replace(checkpoint, adapter=opened)
         tensors = _merged(str(model), checkpoint, opened)
@@ -131,7 +133,7 @@ def load_model(
         config.tie_word_embeddings = spec.tied_embeddings
     used = {name for source in sources.values() for name in source.names}
     check_float(tensors, used)
-    weights = Weights(spec, tensors, sources)
+    weights = Weights(spec, tensors, sources, other)
     _warn_of_unused(tensors.names() - used)
     return spec, weights, checkpoint
 

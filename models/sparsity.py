@@ -115,6 +115,8 @@ class Budget:
             raise UserError(f"a shortlist of {self.shortlist} rows is empty", "give 1 or more; 1024 is usual")
         if self.shortlist is not None and self.shortlist > LARGEST:
             raise UserError(f"a shortlist of {self.shortlist} rows is too large", f"give at most {LARGEST}")
+        if self.shortlist is not None:
+            object.__setattr__(self, "shortlist", int(self.shortlist))  # JSON has no numbers of NumPy
         check_switch("certify", self.certify)
         if self.rest not in (None, *get_args(Rest)):
             raise UserError(f"unknown rest {self.rest!r}", f"use {' or '.join(get_args(Rest))}")
@@ -130,6 +132,8 @@ class Budget:
                         f"the {unit.removesuffix('s')} budget {fraction!r} is not a fraction in (0, 1]",
                         "0.5 keeps half; 1 keeps everything",
                     )
+            plain = tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
+            object.__setattr__(self, unit, plain)
 
     def counts(self, layers: SparseLayers) -> ActiveCounts:
         """Return how many units each sparse layer keeps, at least one of each kind.
@@ -219,6 +223,11 @@ def check_neuron_budget(kind: str, budget: Budget) -> None:
         raise UserError(
             "a neuron budget below 1, but the selector relu computes every neuron that fires", "leave it out"
         )
+
+
+def _plain(fraction: float) -> float:
+    """A number that JSON has."""
+    return fraction if type(fraction) in (int, float) else float(fraction)
 
 
 def check_budget(budget: Budget) -> Budget:

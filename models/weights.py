@@ -8,6 +8,7 @@ matrices, and the sparse ops read only active rows.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,15 +79,20 @@ class TensorFile(Protocol):
 class Weights(Mapping[str, torch.Tensor]):
     """Mapping of canonical names to tensors. Each access reads the tensor from the checkpoint again.
 
+    Args:
+        activation: of the MLP, if it is not the one that the checkpoint states: its name and threshold.
+
     Raises:
         UserError: at construction if a tensor is missing; at access if its shape is wrong or it holds NaN or infinity.
     """
 
-    def __init__(self, spec: ModelSpec, tensors: TensorFile, sources: Mapping[str, Source]) -> None:
+    def __init__(
+        self, spec: ModelSpec, tensors: TensorFile, sources: Mapping[str, Source], activation: Sequence[object] = ()
+    ) -> None:
         _check_complete({name for source in sources.values() for name in source.names}, tensors.names())
         self.spec = spec
         self._tensors = tensors
-        self._sources = dict(sources)
+        self._sources, self._activation = dict(sources), tuple(activation)
         self._fingerprint: str | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -128,9 +134,14 @@ class Weights(Mapping[str, torch.Tensor]):
         return tensor_shape(self.spec, name)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the checkpoint's weight files, computed once. A predictor is bound to it."""
+        """Return the SHA-256 of the checkpoint's weight files, computed once. A predictor is bound to it.
+
+        With another activation than the checkpoint's, it is that of this number and the activation.
+        """
         if self._fingerprint is None:
-            self._fingerprint = self._tensors.fingerprint()
+            files = self._tensors.fingerprint()
+            other = repr((files, *self._activation)).encode()
+            self._fingerprint = hashlib.sha256(other).hexdigest() if self._activation else files
         return self._fingerprint
 
     def load(self) -> Floats:

@@ -106,7 +106,7 @@ def _normed(predictor: Predictor, x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) if predictor.normed else x
 
 
-def default_rank(layers: SparseLayers, kind: Kind = "shadow", share: float = SHARE) -> int:
+def default_rank(layers: SparseLayers, kind: str = "shadow", share: float = SHARE) -> int:
     """Return the largest rank that keeps the networks under a share of the model's parameters.
 
     It is a multiple of 16, at most 1024.

@@ -137,7 +137,7 @@ class TrainConfig:
     )
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
-    batch_tokens: int = 128
+    batch_tokens: int = option(128, least=1, called="the batch size")
     rank: int | None = option(
         None,
         least=1,
@@ -155,13 +155,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise UserError(f"no training loss {self.loss!r}", f"known: {', '.join(sorted(LOSSES))}")
-        given = [value for value in (self.epochs, self.batch_tokens, self.rank) if value is not None]
-        if min(given) < 1 or not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf:
-            raise UserError(
-                "epochs, batch size, learning rate and rank must be positive, and weight decay not negative",
-                "correct the training options",
-            )
         check_values(self)
+        check_budget(self.budget)
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf:
+            raise UserError(
+                "the learning rate must be positive, and weight decay not negative", "correct the training options"
+            )
         if self.powerinfer and (names := self.network_options):
             raise UserError(f"networks of PowerInfer are not trained, so {names} cannot be used", f"leave out {names}")
 

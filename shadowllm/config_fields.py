@@ -5,10 +5,12 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from numbers import Real
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from shadowllm.errors import UserError
-from shadowllm.limits import LARGEST, check_switch, check_whole
+from shadowllm.limits import LARGEST, check_path, check_switch, check_whole
 
 T = TypeVar("T")
 KEY = "option"  # of a field's metadata
@@ -44,15 +46,17 @@ def option(default: T, **keywords: Any) -> T:
 
 
 def check_values(config: Any) -> None:
-    """Refuse values that a field cannot have: numbers, switches, names and lists. A name may be short, as fp16.
+    """Refuse values that a field cannot have: numbers, switches, names, paths and lists.
+
+    A name may be short, as fp16. A path may be a text.
 
     Args:
         config: a dataclass with fields that `option` made.
 
     Raises:
-        UserError: a number is outside its limits, or not a whole number; a switch is neither True nor False; a name is
-            unknown; or a field with several values has a text, which would be read letter by letter, or something else
-            that is no sequence.
+        UserError: a number is outside its limits, or not a number; a value is no path; a switch is neither True nor
+            False; a name is unknown; or a field with several values has a text, which would be read letter by letter,
+            or something else that is no sequence.
     """
     hints = get_type_hints(type(config))
     for one in fields(config):
@@ -63,6 +67,11 @@ def check_values(config: Any) -> None:
             check_switch(one.name, value)
         if found is not None and isinstance(one.default, tuple) and not _is_list(value):
             raise UserError(f"{found.called or one.name} is {value!r:.60}", "give a list")
+        kind = without_none(hints[one.name])
+        if kind is Path and value is not None:
+            object.__setattr__(config, one.name, check_path(one.name, value))
+        if kind is float and value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise UserError(f"{one.name} is {value!r:.60}", "give a number")
         if found is None or found.least is None:
             continue
         for number in value if isinstance(value, Sequence) else () if value is None else (value,):

@@ -26,7 +26,7 @@ from shadowllm.config import (
     TrainConfig,
 )
 from shadowllm.errors import UserError
-from shadowllm.export_checks import check_checkpoint
+from shadowllm.export_checks import check_budget_layers, check_checkpoint, check_dense_layers, check_training
 from shadowllm.exporter.engines.build import build_engine, check_options
 from shadowllm.exporter.engines.graph import describe_onnx
 from shadowllm.exporter.engines.profiles import profiles_for
@@ -71,7 +71,10 @@ def train_predictor(source: Source, traces: Traces, selector: str, train_config:
     check_network_options(train_config, selector)
     spec, weights, _ = _open(source)
     if traces.base_fingerprint != weights.fingerprint():
-        raise UserError("the traces are of another model", "calibrate this model, or give the one they were made of")
+        raise UserError(
+            "the traces are of another model, or of another adapter or activation",
+            "calibrate this model, or give the model, --adapter and --activation that they were made with",
+        )
     return _train(spec, weights, traces, selector, train_config)
 
 
@@ -95,7 +98,8 @@ def export_model(
     if process_count() > 1:
         raise UserError("an export runs in one process", "train a predictor in several, then export with --predictor")
     for engine in options.engines:
-        check_options(engine.flavour, engine.sms, engine.timing_cache, options.dtype == "bfloat16")
+        bfloat16 = options.dtype == "bfloat16"
+        check_options(engine.flavour, engine.sms, engine.timing_cache, engine.plugin_library, bfloat16)
     if options.validate or options.budget is None:
         check_package()
     with staged(out, overwrite) as folder:
@@ -112,9 +116,13 @@ def export_model(
         _check_options(spec, options)
         check_network_options(train_config, options.kind, trains=predictor is None)
         check_calibration(calibration, options.kind, made=predictor is None)
-        if predictor is None:
+        if predictor is not None:
+            check_budget_layers(spec, options.budget, predictor.dense_layers)
+        else:
             train_config = train_config or TrainConfig(budget=options.budget or DEFAULT_BUDGET)
             calibration = calibration or Calibration()
+            check_training(spec, options.kind, calibration.dense_layers, train_config)
+            check_budget_layers(spec, options.budget, calibration.dense_layers)
             predictor = _make_predictor(spec, weights, checkpoint, options.kind, calibration, train_config)
             return_freed_memory()  # that of weights and traces
         predictor.check_base(spec, weights.fingerprint())
@@ -191,7 +199,8 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
         UserError: the package or GPU is missing, or a file of the bundle is damaged.
     """
     manifest = read_manifest(bundle)
-    check_options(options.flavour, options.sms, options.timing_cache, manifest.dtype == "bfloat16")
+    bfloat16 = manifest.dtype == "bfloat16"
+    check_options(options.flavour, options.sms, options.timing_cache, options.plugin_library, bfloat16)
     _check_engine_weights(manifest.weight_dtype, manifest.rest)
     _check_engine_spec(manifest.spec)
     verify_files(bundle, {name: digest for name, digest in manifest.files.items() if "onnx" in name})
@@ -261,7 +270,6 @@ def _make_predictor(
     train_config: TrainConfig,
 ) -> Predictor:
     if selector == "random":
-        _check_dense_layers(spec, calibration.dense_layers)
         return random_predictor(spec, weights.fingerprint(), calibration.dense_layers, calibration.seed)
     loaded = weights.load()
     traces = _calibrate(
@@ -285,7 +293,7 @@ def _calibrate(
     fit_heads: bool = True,
     keep_train: bool = True,
 ) -> Traces:
-    _check_dense_layers(spec, options.dense_layers)
+    check_dense_layers(spec, options.dense_layers)
     keep_freed_memory()
     encode, loaded = text_encoder(checkpoint.tokenizer(), spec.vocab_size), loaded or weights.load()
     with progress("Writing calibration text", options.tokens) as advance:
@@ -312,13 +320,6 @@ def _calibrate(
             keep_train=keep_train,
             advance=advance,
         )
-
-
-def _check_dense_layers(spec: ModelSpec, dense_layers: int) -> None:
-    if spec.n_layers < 2:
-        raise UserError("the model has one layer, and the first layer is always dense", "use a model with more layers")
-    if dense_layers >= spec.n_layers:
-        raise UserError(f"{dense_layers} dense layers of {spec.n_layers}", f"give 1 to {spec.n_layers - 1}")
 
 
 def _train(

@@ -61,7 +61,7 @@ def build_engine(
     """
     graph = describe_onnx(onnx_path)
     bfloat16 = any(tensor.dtype == "bfloat16" for tensor in (*graph.inputs, *graph.outputs))
-    check_options(flavour, sms, timing_cache, bfloat16)
+    check_options(flavour, sms, timing_cache, plugin_library, bfloat16)
     check_profiles(graph, profiles)
     files = _hash_sources(onnx_path, graph, file_hashes or {})
     engine_path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,16 +91,20 @@ def build_engine(
     return record
 
 
-def check_options(flavour: Flavour, sms: Sequence[int], timing_cache: Path | None, bfloat16: bool) -> None:
+def check_options(
+    flavour: Flavour, sms: Sequence[int], timing_cache: Path | None, plugin_library: Path | None, bfloat16: bool
+) -> None:
     """Refuse options that no build can follow; `build_engine` explains them.
 
     Args:
         bfloat16: whether the graphs compute in bfloat16.
 
     Raises:
-        UserError: the package or GPU is missing, or an option is not for this flavour or type.
+        UserError: the package, the library or a GPU is missing, or an option is not for this flavour or type.
     """
     require(flavour)
+    if plugin_library is not None and not plugin_library.is_file():
+        raise UserError(f"there is no plugin library {plugin_library}", "build it with `make plugin`")
     if timing_cache is not None and flavour == "tensorrt_rtx":
         raise UserError("TensorRT-RTX keeps no timing cache", "leave it out: its runtime cache does that work")
     if sms and flavour == "tensorrt":

@@ -19,25 +19,29 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
+NAMES = {"manifest": "manifest.json", "data": "model.onnx.data"}
+
+
 def fill(folder, **files):
     """Make a folder that looks like a bundle."""
     folder.mkdir(exist_ok=True)
-    for name, text in ({"manifest": ".json"} | files).items():
-        (folder / (name + ".json" if name == "manifest" else name)).write_text(text)
+    for name, text in ({"manifest": '{"schema_version": 1}'} | files).items():
+        (folder / NAMES.get(name, name)).write_text(text)
 
 
-OLD, NEW = {"manifest.json": "old", "kept": "old", "gone": "old"}, {"manifest.json": "new", "kept": "new"}
+OLD = {"manifest.json": "old", "model.onnx.data": "old", "gone": "old"}
+NEW = {"manifest.json": "new", "model.onnx.data": "new"}
 
 
 @pytest.fixture
 def old(tmp_path):
-    fill(tmp_path / "out", manifest="old", kept="old", gone="old")
+    fill(tmp_path / "out", manifest="old", data="old", gone="old")
     return tmp_path / "out"
 
 
 def publish(out):
     with staged(out, overwrite=True) as folder:
-        fill(folder, manifest="new", kept="new")
+        fill(folder, manifest="new", data="new")
 
 
 class TestStaging:
@@ -65,7 +69,7 @@ class TestStaging:
     def test_existing_output_needs_overwrite(self, tmp_path):
         out = tmp_path / "out"
         out.mkdir()
-        (out / "manifest.json").write_text("old")
+        (out / "manifest.json").write_text('{"schema_version": 1}')
         with pytest.raises(UserError, match="--overwrite or overwrite=True"), staged(out):
             pass
         with staged(out, overwrite=True) as folder:
@@ -76,6 +80,10 @@ class TestStaging:
     def test_overwrite_spares_what_is_no_bundle(self, tmp_path):
         (tmp_path / "home").mkdir()
         (tmp_path / "home" / "letters").write_text("dear")
+        with pytest.raises(UserError, match="not a bundle"), staged(tmp_path / "home", overwrite=True):
+            pass
+        assert (tmp_path / "home" / "letters").read_text() == "dear"
+        (tmp_path / "home" / "manifest.json").write_text('{"name": "a web app"}')
         with pytest.raises(UserError, match="not a bundle"), staged(tmp_path / "home", overwrite=True):
             pass
         assert (tmp_path / "home" / "letters").read_text() == "dear"

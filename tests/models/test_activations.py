@@ -190,3 +190,15 @@ class TestGivenActivation:
     def test_nonsense_is_refused(self, options, words):
         with pytest.raises(UserError, match=words):
             Source("model", **options)
+
+@pytest.mark.filterwarnings("ignore:config.json says that the activation is")
+def test_with_another_activation_it_is_another_model(checkpoint):
+    """Traces and predictors are bound to the fingerprint."""
+    given = (None, "relu", "silu", "fatrelu", "fatrelu")
+    thresholds = (None, None, None, 0.01, 0.02)
+    plain, same, *others = (
+        load_model(checkpoint("llama-relu"), activation=name, activation_threshold=threshold)[1].fingerprint()
+        for name, threshold in zip(given, thresholds, strict=True)
+    )
+    assert same == plain
+    assert len({plain, *others}) == 4

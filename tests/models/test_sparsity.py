@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -105,6 +107,11 @@ def test_numbers_of_other_packages(value):
     found = Budget(neurons=value).neurons
     assert found == (0.5 if np.ndim(value) == 0 else (0.5, 0.25))
     assert all(type(number) is float for number in (found if isinstance(found, tuple) else [found]))
+
+
+def test_numbers_of_other_packages_are_stored_as_those_of_json():
+    budget = Budget(neurons=(np.float32(0.5), Fraction(1, 4)), heads=np.float32(1), shortlist=np.int64(7))
+    assert json.dumps(vars(budget)) == json.dumps(vars(Budget(neurons=(0.5, 0.25), heads=1.0, shortlist=7)))
 
 
 @pytest.mark.parametrize("value", [0.5, (0.25, 1.0)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import pytest
@@ -146,6 +147,7 @@ def test_import_and_export(checkpoint, tmp_path):
 def test_options_of_training_have_no_use(option):
     with pytest.raises(UserError, match=f"leave out {next(iter(option))}"):
         TrainConfig(powerinfer="pi", **option)
+    assert TrainConfig(powerinfer="pi").powerinfer == Path("pi")
 
 
 class Code:

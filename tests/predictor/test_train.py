@@ -170,6 +170,11 @@ def test_default_rank_stays_under_four_percent(llama):
         {"learning_rate": float("inf")},
         {"weight_decay": float("nan")},
         {"weight_decay": -0.1},
+        {"weight_decay": "0.1"},
+        {"epochs": "2"},
+        {"batch_tokens": 64.0},
+        {"budget": 0.5},
+        {"powerinfer": 5},
     ],
 )
 def test_senseless_recipes_are_refused(options):

@@ -113,6 +113,24 @@ def test_networks_that_are_not_there_are_told_before_the_calibration(checkpoint,
         export_model(Source(str(checkpoint("llama-relu"))), tmp_path / "out", Export(), train_config=config)
 
 
+@pytest.mark.parametrize(
+    ("options", "changes", "words"),
+    [
+        ({"budget": Budget(neurons=(0.5, 0.5, 0.5, 0.5, 0.5))}, {}, "5 .*sparse layers"),
+        ({"selector": "static"}, {"train_config": TrainConfig(budget=Budget(heads=(0.5,) * 5))}, "5 .*sparse layers"),
+        ({"selector": "shadow"}, {}, "give --rank"),
+        ({}, {"calibration": Calibration(dense_layers=9)}, "9 dense layers"),
+    ],
+    ids=["budget", "training budget", "rank", "dense layers"],
+)
+def test_sizes_that_do_not_fit_are_told_before_the_calibration(
+    checkpoint, tmp_path, monkeypatch, options, changes, words
+):
+    monkeypatch.setattr(pipeline, "_calibrate", lambda *_, **__: pytest.fail("traced"))
+    with pytest.raises(UserError, match=words):
+        export_model(Source(str(checkpoint("llama-relu"))), tmp_path / "out", Export(**options), **changes)
+
+
 def test_the_name_of_a_model(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path / "model")

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from shadowllm.config import EngineOptions, Export, Source
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines.inspect_engine import engine_contents
+from shadowllm.pipeline import export_model
 from shadowllm.plugins.engine_programs import programs_in
 from tests.exporter.engines.samples import write_sample, write_selection
 from tests.exporter.engines.test_build import build, needs_builder
@@ -39,6 +41,13 @@ def test_engines_of_both_plugins_carry_the_same_programs(tmp_path, dtype):
     assert list(programs_in(python)) == list(programs_in(cpp))
     assert len(python) == len(cpp)
     assert engine_contents(paths[1]).kernels["select_topk"] == (89,)
+
+
+@needs_builder
+def test_a_library_that_is_not_there_is_told_before_the_work(tmp_path):
+    engine = EngineOptions("tensorrt_rtx", plugin_library=str(tmp_path / "none.so"))
+    with pytest.raises(UserError, match=r"there is no plugin library .*none\.so; build it with `make plugin`"):
+        export_model(Source("a model that is not read"), tmp_path / "out", Export(engines=(engine,)))
 
 
 @needs_builder
