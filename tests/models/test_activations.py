@@ -191,6 +191,7 @@ class TestGivenActivation:
         with pytest.raises(UserError, match=words):
             Source("model", **options)
 
+
 @pytest.mark.filterwarnings("ignore:config.json says that the activation is")
 def test_with_another_activation_it_is_another_model(checkpoint):
     """Traces and predictors are bound to the fingerprint."""
