@@ -178,6 +178,7 @@ class ShadowForCausalLM(GenerationMixin):
         continues: bool = False,
         logits_to_keep: int = 0,
         return_dict: bool = True,
+        generates: bool = False,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model.
@@ -189,6 +190,7 @@ class ShadowForCausalLM(GenerationMixin):
             logits_to_keep: 1 prefills dense and returns the logits after the last token. 0 returns the logits after
                 every token, each from a decode step as in generation, but the first one, which is dense.
             return_dict: always True.
+            generates: only `generate` sets it, for its own steps.
             others: None.
 
         Returns:
@@ -197,7 +199,7 @@ class ShadowForCausalLM(GenerationMixin):
         Raises:
             UserError: as `generate`, other values of ``logits_to_keep`` and ``return_dict``, or another argument.
         """
-        if self._generates and not continues and logits_to_keep == 0:  # `generate` itself never asks for this
+        if self._generates and not generates:
             raise UserError(GENERATES, WAIT)
         if unknown := [name for name, value in others.items() if value is not None]:
             raise UserError(
@@ -245,7 +247,8 @@ class ShadowForCausalLM(GenerationMixin):
     ) -> dict[str, Any]:
         """The arguments of `forward` for the next step of ``generate``."""
         mask = None if continues else attention_mask
-        return {"input_ids": input_ids, "attention_mask": mask, "continues": continues, "logits_to_keep": 1}
+        step = {"continues": continues, "logits_to_keep": 1, "generates": True}
+        return {"input_ids": input_ids, "attention_mask": mask, **step}
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, *more: Any, **options: Any) -> Any:
         updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *more, **options)

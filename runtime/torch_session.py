@@ -143,7 +143,7 @@ class TorchSession:
 
     def reset(self, batch: int = 1) -> None:
         """See `Session.reset`."""
-        self._lengths = np.zeros(check_batch(batch), dtype=np.int64)
+        self._lengths, self.chosen = np.zeros(check_batch(batch), dtype=np.int64), {}
         self.cache = KVCache.empty(self.spec, batch, 0)
 
     def set_budget(self, budget: Budget) -> None:

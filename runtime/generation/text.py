@@ -189,10 +189,10 @@ class TextStream:
         self._ids.append(token)
         text = self._text()
         in_bytes, unfinished = self._bytes_end_with(token), text.endswith(UNFINISHED)
-        # After a stop string no byte follows.
+        # After a stop string nothing follows that could change the text.
         if unfinished or (in_bytes and not self._stops.would_stop(text[self._given :])):
             return ""
-        end = max(self._given, len(text) - self._later)
+        end = len(text) if in_bytes else max(self._given, len(text) - self._later)
         piece = text[self._given : end]
         if piece and self._later:
             self._given = end

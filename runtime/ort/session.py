@@ -79,6 +79,7 @@ class OrtSession:
         self.step_seconds: dict[str, float] | None = {} if profile else None
         self._steps: dict[Plan, DecodeStep] = {}
         self._verifications: dict[int, Verification] = {}
+        self._neurons: np.ndarray | None = None  # those of the last step, if it was sparse
         self.set_budget(self.manifest.budget)
 
     @property
@@ -104,9 +105,9 @@ class OrtSession:
     @property
     def fired(self) -> list[float] | None:
         """See `Session.fired`."""
-        if self.manifest.predictor["kind"] != "relu" or not self._stepped or self.decodes == "dense":
+        if self.manifest.predictor["kind"] != "relu" or self._neurons is None:
             return None
-        shares: list[float] = (self.selection["neurons"] >= 0).mean(axis=(1, 2)).tolist()
+        shares: list[float] = (self._neurons >= 0).mean(axis=(1, 2)).tolist()
         return shares
 
     def __enter__(self) -> Self:
@@ -121,7 +122,7 @@ class OrtSession:
 
     def reset(self, batch: int = 1) -> None:
         """See `Session.reset`."""
-        self._batch, self._stepped = check_batch(batch), False
+        self._batch, self._neurons = check_batch(batch), None
         self._lengths = np.zeros(batch, dtype=np.int64)
         self._cache = KVCache(self.spec, batch)
         self._reserve(1)
@@ -147,7 +148,7 @@ class OrtSession:
         input_ids, positions, lengths = pad_prompts(prompts, self._batch, self.spec)
         self._reserve(input_ids.shape[1])
         logits = run_prompt(self._bundle, input_ids, positions, lengths - 1, self._cache.buffers())
-        self._lengths[:], self._stepped = lengths, False
+        self._lengths[:], self._neurons = lengths, None
         return logits
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
@@ -158,7 +159,7 @@ class OrtSession:
         if self.step_seconds is not None:
             self.step_seconds = dict(step.seconds)
         self._lengths += 1
-        self._stepped = True
+        self._neurons = step.selections.indices["neurons"] if self.decodes == "sparse" else None
         return logits
 
     def decode_greedy(self, tokens: np.ndarray, steps: int) -> None:
@@ -172,7 +173,7 @@ class OrtSession:
             self._verifications[seqlen] = Verification(self._bundle, self._batch, seqlen, self._cache.buffers())
         logits = self._verifications[seqlen](tokens, self._lengths)
         self._lengths += seqlen
-        self._stepped = False
+        self._neurons = None
         return logits
 
     def rewind(self, lengths: np.ndarray) -> None:

@@ -15,6 +15,7 @@ from shadowllm.bundle.cost_model import Itemsizes, fired_shares, step_traffic
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.sparse_pays import dense_reasons, sparse_pays
 from shadowllm.bundle.weights import read_weights
+from shadowllm.cli import main
 from shadowllm.errors import UserError
 from shadowllm.evaluation.speed.traffic import traffic_of
 from shadowllm.evaluation.speed.worker import StepTimer
@@ -22,6 +23,7 @@ from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import Budget, SparseLayers
 from shadowllm.predictor.silence import fired_shares as measured_shares
 from shadowllm.runtime import open_session
+from shadowllm.runtime.generation.text import load_tokenizer
 from shadowllm.runtime.ort.session import OrtSession
 from shadowllm.runtime.torch_session import TorchSession
 from tests.bundles import make_bundle
@@ -116,9 +118,39 @@ def test_shares_are_known_after_a_sparse_step_only(bundle, kind):
         session.verify(np.array([[3, 4]]))
         assert session.fired is None
         session.decode(np.array([3]))
-        session.reset()
         session.prefill([[5]])
         assert session.fired is None
+        session.decode(np.array([3]))
+        session.reset()
+        assert session.fired is None
+
+
+def test_a_dense_step_has_no_shares_at_a_later_budget(bundle):
+    with OrtSession(bundle("llama-relu", kind="relu")) as session:
+        logits_of(session)
+        assert session.decodes == "dense"
+        session.set_budget(Budget(heads=0.25))
+        assert session.decodes == "sparse"
+        assert session.fired is None
+        session.decode(np.array([3]))
+        fired = session.fired
+        session.set_budget(Budget())
+        assert session.fired == fired
+
+
+def test_run_reports_the_mean_of_the_steps(bundle, capsys):
+    folder = bundle("llama-relu", kind="relu")
+    main(["run", str(folder), "--prompt", "The sea", "--max-new-tokens", "4", "--head-budget", "0.25", "--json"])
+    [result] = json.loads(capsys.readouterr().out)["results"]
+    steps = []
+    with OrtSession(folder) as session:
+        session.set_budget(Budget(heads=0.25))
+        session.prefill([load_tokenizer(folder, session.manifest)("The sea").input_ids])
+        for token in result["tokens"][0][:-1]:
+            session.decode(np.array([token]))
+            steps.append(session.fired)
+    assert len(steps) == 3
+    assert result["fired"] == pytest.approx(np.mean(steps, axis=0).tolist())
 
 
 def test_a_batch_reports_the_mean_of_its_sequences(bundle):

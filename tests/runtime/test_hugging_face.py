@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessorList, MinPLogitsWa
 
 import shadowllm
 from shadowllm import Budget, ShadowForCausalLM, UserError
+from shadowllm.runtime.torch_session import TorchSession
 from tests.bundles import BUDGET
 
 PROMPTS = ["The sea", "A shadow of a model", "x"]
@@ -147,14 +148,35 @@ def test_other_arguments_of_forward_are_refused_by_name(dense):
         dense(TOKENS, labels=TOKENS, position_ids=TOKENS, use_cache=None)
 
 
-@pytest.mark.parametrize("inner", ["generate", "forward"])
+def test_only_a_model_of_pytorch_keeps_its_threads(dense):
+    found = []
+
+    def asked(input_ids, scores):
+        found.append(torch.get_num_threads())
+        return scores
+
+    torch.set_num_threads(2)  # `one_thread` restores the number
+    dense.generate(TOKENS, max_new_tokens=1, pad_token_id=0, logits_processor=[asked])
+    assert found == [2 if isinstance(dense._model.session, TorchSession) else 1]
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda model, options: model.generate(TOKENS, **options),
+        lambda model, _: model(TOKENS),
+        lambda model, _: model(TOKENS, logits_to_keep=1),
+        lambda model, _: model(TOKENS, continues=True),
+    ],
+    ids=["generate", "score", "prompt", "step"],
+)
 def test_a_text_inside_another_is_refused_and_the_model_still_works(inner, dense):
     """There is one cache, so the second text would change the first."""
     options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
     expected = dense.generate(TOKENS, **options)
 
     def nested(input_ids, scores):
-        dense.generate(TOKENS, **options) if inner == "generate" else dense(TOKENS)
+        inner(dense, options)
 
     with pytest.raises(UserError, match="generates another text; wait for its end"):
         dense.generate(TOKENS, **options, logits_processor=[nested])

@@ -271,6 +271,15 @@ class TestStops:
         assert "".join(pieces).lstrip() == before
         assert tokenizer.decode(tokens) == ("\n" if stop == "\n" else "\n\n")
 
+    def test_its_last_byte_also_ends_text_with_a_clean_up(self):
+        """Nothing follows, so neither the clean-up nor another byte can change what comes before."""
+        tokenizer = llama2()
+        tokens = tokenizer("the" + 12 * "é" + "\n", add_special_tokens=False).input_ids
+        tokenizer.clean_up_tokenization_spaces = True
+        stream = TextStream(tokenizer, stops=["\n"])
+        assert "".join(map(stream.push, tokens)) == "the" + 12 * "é"
+        assert stream.stopped
+
     def test_the_prompt_is_not_searched(self):
         tokenizer = llama2()
         prompt, tokens = (tokenizer(text, add_special_tokens=False).input_ids for text in ("the sea", "small"))
