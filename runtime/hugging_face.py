@@ -243,6 +243,7 @@ class ShadowForCausalLM(GenerationMixin):
         attention_mask: Tensor | None = None,
         continues: bool = False,
         logits_to_keep: int = 1,
+        generates: bool = False,  # an assistant of transformers 5.0 is given its own arguments
         **_: Any,
     ) -> dict[str, Any]:
         """The arguments of `forward` for the next step of ``generate``."""
