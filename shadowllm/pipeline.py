@@ -59,6 +59,7 @@ def calibrate_model(source: Source, options: Calibration) -> Traces:
         UserError: the model, text or criterion does not exist.
     """
     spec, weights, checkpoint = _open(source)
+    check_dense_layers(spec, options.dense_layers)
     return _calibrate(spec, weights, checkpoint, options)
 
 
@@ -293,7 +294,6 @@ def _calibrate(
     fit_heads: bool = True,
     keep_train: bool = True,
 ) -> Traces:
-    check_dense_layers(spec, options.dense_layers)
     keep_freed_memory()
     encode, loaded = text_encoder(checkpoint.tokenizer(), spec.vocab_size), loaded or weights.load()
     with progress("Writing calibration text", options.tokens) as advance:

@@ -183,8 +183,8 @@ struct LanesAhead {
 #include "kernels_bytes_vnni_tiles.hpp"
 
 // out[t * kGroup + r]
-template <class Q, size_t M, class Ahead>
-inline void project_lanes(const QuantisedRow* rows, Ahead ahead, const float* const* inputs, size_t blocks,
+template <class Q, size_t M, class Prefetch>
+inline void project_lanes(const QuantisedRow* rows, Prefetch ahead, const float* const* inputs, size_t blocks,
                           float* out) {
   constexpr size_t chains = M == 1 ? 4 : 2;  // sums that do not wait for each other
   ByteInput in[M];
@@ -217,13 +217,13 @@ inline void project_lanes(const QuantisedRow* rows, Ahead ahead, const float* co
 }
 
 // The products of a group of `count` rows, from place i on; see project_bytes. `ahead`: what is prefetched meanwhile.
-template <class Q, class Ahead>
-inline void project_group(const QuantisedRow* rows, Ahead ahead, size_t blocks, const float* const* inputs,
+template <class Q, class Prefetch>
+inline void project_group(const QuantisedRow* rows, Prefetch ahead, size_t blocks, const float* const* inputs,
                           size_t tokens, float* const* out, size_t stride, size_t i, size_t count) {
   cover_tokens<kProductTokens>(tokens, [&](size_t tile, size_t, size_t first, auto m) {
     constexpr size_t M = m.value;
     float sums[M * kGroup];
-    project_lanes<Q, M>(rows, tile == 0 ? ahead : Ahead{}, inputs + first, blocks, sums);
+    project_lanes<Q, M>(rows, tile == 0 ? ahead : Prefetch{}, inputs + first, blocks, sums);
     for (size_t t = 0; t < M; ++t)
       for (size_t r = 0; r < count; ++r) out[first + t][(i + r) * stride] = sums[t * kGroup + r];
   });
@@ -237,14 +237,13 @@ void project_bytes(const Rows& rows, Picks picks, const float* const* inputs, si
   const bool small = bytes * kGroup < kSmallGroup;
   const size_t ahead = small && Q::residual_bits != 0 ? 2 * kGroup : kGroup;
   QuantisedRow now[kGroup], next[kGroup];
+  const TilesOfPass tiles(rows, picks, later);
   // Prefetches the first groups as a whole. Otherwise the kernel would wait for each of their blocks.
-  for (size_t i = 0; bytes != 0 && i < ahead && i < picks.count; ++i) {
-    if (tile_of(rows, picks, 0) != nullptr) break;
+  for (size_t i = 0; bytes != 0 && tiles.first == nullptr && i < ahead && i < picks.count; ++i) {
     const QuantisedRow row = quantised_row(rows, picks.ids, i);
     fetch_bytes(row.data, bytes);
     if (Q::residual_bits != 0) fetch_bytes(row.residual, blocks * kBesideBytes<Q>);
   }
-  const TilesOfPass tiles(rows, picks, later);
   for (size_t i = 0; i < picks.count; i += kGroup) {
     const size_t count = picks.count - i < kGroup ? picks.count - i : kGroup, then = i + ahead;
     if constexpr (kTiled<Q>) {

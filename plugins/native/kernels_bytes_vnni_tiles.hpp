@@ -115,15 +115,17 @@ inline const char* tile_of(const Rows& rows, Picks picks, size_t i) {
   return whole ? rows.tiles + first / kGroup * rows.tile_stride : nullptr;
 }
 
-// The tiles of a pass over consecutive rows.
+// The first tile of a pass over consecutive rows, the end of its last one, and the first tile of the next pass; null if
+// there are none.
 struct TilesOfPass {
   TilesOfPass(const Rows& rows, Picks picks, Ahead ahead) {
     if (rows.tiles == nullptr || picks.count == 0) return;
+    first = tile_of(rows, picks, 0);
     const size_t last = picks.ids == nullptr ? picks.count - 1 : static_cast<size_t>(picks.ids[picks.count - 1]);
     end = rows.tiles + (last / kGroup + 1) * rows.tile_stride;
     if (ahead.rows != nullptr) next = tile_of(*ahead.rows, {ahead.ids, kLeastAhead}, 0);
   }
-  const char *end = nullptr, *next = nullptr;
+  const char *first = nullptr, *end = nullptr, *next = nullptr;
 };
 
 // Whether rows of this kind are read in tiles.
@@ -134,7 +136,7 @@ inline constexpr bool kTiled<Bits4> = true;
 template <class R>
 constexpr bool kTiled<Nested<R>> = true;
 
-// Longer rows are read as fast without tiles, which are a second copy in memory.
+// Tiles are a second copy in memory. For longer rows, whose copies are larger, they were not measured.
 template <class Q>
 size_t tile_bytes_of(const Rows& rows) {
   return rows.stride * kGroup < kSmallGroup ? Tiled<Q>::bytes(rows.width / kBytesBlock) : 0;

@@ -18,7 +18,7 @@ struct Activation {
   bool zeroes() const { return kind <= drelu; }
 };
 
-constexpr size_t kTileRows = 16;
+constexpr size_t kTileRows = 16;  // see Kernels::write_tiles
 
 // Quantised rows (i8, i4, i2, c4, c2) have the layout of ONNX Runtime's MatMulNBits: unsigned integers around a
 // middle of 128, 8 or 2, and a scale for every `block` of them. Two 4-bit or four 2-bit integers share a byte, and the
@@ -107,9 +107,9 @@ struct Kernels {
   const float* (*prepare)(const Rows&, const float* x, size_t tokens, float* room);
   // out[i * tokens + t] = sum over k of rows[pick i][k] * x[t * width + k], where `input` comes from `prepare`
   void (*project)(const Rows&, Picks, const float* input, size_t tokens, float* out, Ahead);
-  // Tiles: groups of kTileRows rows, in each of which the integers of all rows lie in the order in which `project`
-  // computes. It reads the tiles where a pick is a whole group, and then needs no time to arrange integers. The result
-  // is the same. The bytes of a tile; 0 if rows of this kind are not read in tiles:
+  // The bytes of a tile; 0 if rows of this kind are not read in tiles. A tile holds kTileRows rows: the integers of all
+  // of them, in the order in which `project` multiplies. It reads a tile where the picks are the rows of one, and needs
+  // no time to arrange them. The result is the same.
   size_t (*tile_bytes)(const Rows&);
   // Writes the tiles of the first `count` rows. `to` starts at a cache line.
   void (*write_tiles)(const Rows&, size_t count, char* to);
