@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from shadowllm.bundle.gpu_images import DEPENDENT_LAUNCH_SM
+
 # Name of the ONNX node attribute, and of the plugin field, that holds a program.
 PROGRAM = "program"
 # TensorRT's numbers for its data types.
@@ -80,11 +82,14 @@ class Image:
         sm: compute capability, e.g. 89 for 8.9; `PTX` (0) for PTX text, which the driver compiles.
         shared_bytes: dynamic shared memory per block.
         data: a cubin, or PTX without a terminating zero.
+        waits: whether the kernel waits for the launch in front of it before it accesses memory, so that it may be
+            launched before that one has ended (programmatic dependent launch, from sm_90 on).
     """
 
     sm: int
     shared_bytes: int
     data: bytes
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,7 @@ class Program:
             for image in kernel.images:
                 _within("capability", image.sm, 0, 10_000)
                 _within("shared_bytes", image.shared_bytes, 0)
+                _within("waits", image.waits, 0, int(image.sm >= DEPENDENT_LAUNCH_SM))
         for plan in self.plans:
             self._check_plan(plan)
 

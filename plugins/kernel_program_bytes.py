@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from shadowllm.plugins.kernel_program import DTYPES, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
 
-MAGIC = b"shadowllm program 3"
+MAGIC = b"shadowllm program 4"
 # Kinds of arguments are written as their index in this tuple.
 KINDS = ("input", "output", "workspace", "int")
 
@@ -94,7 +94,7 @@ class _Writer:
         self.many(kernel.images, self.image)
 
     def image(self, image: Image) -> None:
-        self.number(image.sm, image.shared_bytes)
+        self.number(image.sm, image.shared_bytes, image.waits)
         self.blob(image.data)
 
     def plan(self, plan: Plan) -> None:
@@ -152,7 +152,8 @@ class _Reader:
         return Kernel(self.blob().decode(), self.number(), self.number(), self.many(self.image))
 
     def image(self) -> Image:
-        return Image(self.number(), self.number(), self.blob())
+        sm, shared_bytes, waits = self.number(), self.number(), {0: False, 1: True}[self.number()]
+        return Image(sm, shared_bytes, self.blob(), waits)
 
     def plan(self) -> Plan:
         return Plan(self.number(), self.number(), self.number(), self.many(self.launch))

@@ -24,10 +24,11 @@ UNKNOWN_IMAGE = (
 
 
 class Loaded(NamedTuple):
-    """A kernel loaded in a CUDA context: the driver's handle, and the dynamic shared memory of its image."""
+    """A kernel loaded in a CUDA context: the driver's handle, and what its image says (`Image`)."""
 
     function: Any
     shared_bytes: int
+    waits: bool
 
 
 class Launcher:
@@ -99,11 +100,21 @@ def _launch(
     cells = (ctypes.c_uint64 * len(values))(*values)
     places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(cells) + 8 * i for i in range(len(values))))
     grid, block = (axis(*size) for axis in launch.grid), (kernel.threads, 1, 1)
-    _done(
-        driver.cuLaunchKernel(
-            loaded.function, *grid, *block, loaded.shared_bytes, driver.CUstream(stream), ctypes.addressof(places), 0
-        )
-    )
+    parameters = ctypes.addressof(places)
+    if not loaded.waits:
+        own = (*grid, *block, loaded.shared_bytes, driver.CUstream(stream))
+        _done(driver.cuLaunchKernel(loaded.function, *own, parameters, 0))
+        return
+    # A kernel that waits by itself may start before the launch in front of it has ended.
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = block
+    config.sharedMemBytes, config.hStream = loaded.shared_bytes, driver.CUstream(stream)
+    config.attrs, config.numAttrs = [attribute], 1
+    _done(driver.cuLaunchKernelEx(config, loaded.function, parameters, 0))
 
 
 def _load(context: int, sm: int, kernel: Kernel) -> Loaded:
@@ -127,7 +138,7 @@ def _function(module: Any, image: Image, name: str) -> Loaded:
     if image.shared_bytes > USUAL_SHARED_BYTES:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _done(driver.cuFuncSetAttribute(function, attribute, image.shared_bytes))
-    return Loaded(function, image.shared_bytes)
+    return Loaded(function, image.shared_bytes, image.waits)
 
 
 @cache

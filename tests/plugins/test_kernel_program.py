@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
-from shadowllm.plugins.kernel_program import Output, Size
+from shadowllm.bundle.gpu_images import PTX
+from shadowllm.plugins.kernel_program import Image, Output, Size
 from shadowllm.plugins.kernel_program_bytes import pack, unpack
-from tests.plugins.kernel_programs import program
+from tests.plugins.kernel_programs import program as make_program
 
 
 @pytest.fixture(name="program")
 def sample():
-    return program()
+    return make_program()
 
 
 def test_a_program_survives_serialisation(program):
     assert unpack(pack(program)) == program
+
+
+def test_the_images_that_wait_survive_serialisation():
+    waiting = make_program(waits=True)
+    assert unpack(pack(waiting)) == waiting
+    assert [image.waits for image in waiting.kernels[0].images] == [False, True, False]
+
+
+@pytest.mark.parametrize("sm", [PTX, 86, 89])
+def test_a_gpu_without_dependent_launch_has_no_image_that_waits(program, sm):
+    kernel = replace(program.kernels[0], images=(Image(sm, 0, b"", waits=True),))
+    with pytest.raises(ValueError, match=re.escape("waits is True, and should be 0..0")):
+        replace(program, kernels=(kernel, program.kernels[1]))
 
 
 @pytest.mark.parametrize(("batch", "seqlen", "wanted"), [(1, 1, 0), (2, 1, 1), (1, 2, 1), (4, 128, 1)])
@@ -62,7 +77,7 @@ def test_damage_is_noticed(program):
     with pytest.raises(ValueError, match="longer"):
         unpack(whole + b"\1")
     with pytest.raises(ValueError, match="version: build the engine again"):
-        unpack(whole.replace(b"program 3", b"program 2"))
+        unpack(whole.replace(b"program 4", b"program 3"))
 
 
 def test_a_damaged_length_is_noticed(program):

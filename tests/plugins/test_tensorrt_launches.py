@@ -76,6 +76,39 @@ def test_a_call_under_capture_only_launches(built, tmp_path):
     assert python[-1] == "error: CUDA driver: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
 
 
+@pytest.mark.parametrize(("sm", "waits"), [(80, False), (90, True), (121, False)])
+def test_kernels_that_wait_are_launched_early(built, tmp_path, sm, waits):
+    """`CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION` is 6. Images for sm_80 and PTX do not wait."""
+    calls = [(pack(program(waits=waits)), 2, 50) for waits in (False, True)]
+    python, cpp = record(built, tmp_path, calls, FAKE_SM=str(sm))
+    assert cpp == python
+    launches = [line for line in python if line.startswith("launch")]
+    early = [line.replace(" extra (nil):", " extra (nil) attribute 6 = 1:") for line in launches[:2]]
+    assert launches == launches[:2] + (early if waits else launches[:2])
+
+
+def test_early_launches_under_capture(built, tmp_path):
+    python, cpp = record(built, tmp_path, [(pack(program(waits=True)), 2, 50)], FAKE_SM="90", PROBE_CAPTURES="1")
+    assert cpp == python
+    assert [(line.split()[0], " attribute 6 = 1:" in line) for line in python[-4:]] == [("launch", True)] * 4
+
+
+def test_a_driver_too_old_for_an_image_launches_nothing_early(built, tmp_path):
+    """It takes the PTX, which does not wait."""
+    python, cpp = record(built, tmp_path, [(pack(program(waits=True)), 1, 1)], FAKE_SM="90", FAKE_OLD="1")
+    assert cpp == python
+    assert python[-1].startswith("launch second of two-0 ")
+    assert "attribute" not in python[-1]
+
+
+@pytest.mark.parametrize(("sm", "flag"), [(90, 2), (90, -1), (90, 1 << 32), (86, 1), (PTX, 1)])
+def test_a_damaged_flag_is_refused(built, tmp_path, sm, flag):
+    data = pack(program(sms=(sm,)))
+    assert data.count(struct.pack("<3q", sm, 4096 + sm, 0)) == 1
+    data = data.replace(struct.pack("<3q", sm, 4096 + sm, 0), struct.pack("<3q", sm, 4096 + sm, flag))
+    assert record(built, tmp_path, [(data, 1, 1)]) == [["call 0", "refused"]] * 2
+
+
 def test_a_driver_too_old_for_an_image_takes_the_ptx(built, tmp_path):
     calls = [(pack(program(sms=sms)), 1, 1) for sms in ((80, 90, PTX), (90,))]
     python, cpp = record(built, tmp_path, calls, FAKE_SM="90", FAKE_OLD="1")
@@ -116,10 +149,18 @@ def test_a_gpu_that_nothing_serves_is_named(built, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "function", ["cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernel"]
+    ("sm", "function"),
+    [
+        (80, "cuModuleLoadData"),
+        (80, "cuModuleGetFunction"),
+        (80, "cuFuncSetAttribute"),
+        (80, "cuLaunchKernel"),
+        (90, "cuLaunchKernelEx"),
+    ],
 )
-def test_what_the_driver_refuses_is_an_error(built, tmp_path, function):
-    python, cpp = record(built, tmp_path, [(pack(program()), 1, 1)], FAKE_FAIL=function)
+def test_what_the_driver_refuses_is_an_error(built, tmp_path, sm, function):
+    calls = [(pack(program(waits=True)), 1, 1)]
+    python, cpp = record(built, tmp_path, calls, FAKE_SM=str(sm), FAKE_FAIL=function)
     assert python[-1] == "error: CUDA driver: CUDA_ERROR_LAUNCH_FAILED"
     assert cpp == python
 

@@ -24,6 +24,7 @@ Driver load() {
   find(library, "cuModuleGetFunction", found.cuModuleGetFunction);
   find(library, "cuFuncSetAttribute", found.cuFuncSetAttribute);
   find(library, "cuLaunchKernel", found.cuLaunchKernel);
+  find(library, "cuLaunchKernelEx", found.cuLaunchKernelEx);
   find(library, "cuGetErrorName", found.cuGetErrorName);
   return found;
 }

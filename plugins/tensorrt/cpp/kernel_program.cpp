@@ -6,8 +6,8 @@
 namespace shadowllm {
 namespace {
 
-constexpr std::string_view kMagic = "shadowllm program 3";
-constexpr int64_t kInt32 = INT32_MAX, kMaxRank = 8, kNewest = 10000;
+constexpr std::string_view kMagic = "shadowllm program 4";
+constexpr int64_t kInt32 = INT32_MAX, kMaxRank = 8, kNewest = 10000, kDependentLaunchSm = 90;
 constexpr std::array<int64_t, 3> kGrid{kInt32, 65535, 65535};  // largest number of blocks along x, y and z
 
 // Reads little-endian int64 numbers and byte strings. Throws instead of reading past the end.
@@ -90,8 +90,9 @@ Plan read_plan(Reader& from) {
 }
 
 Image read_image(Reader& from) {
-  const int64_t sm = from.number(), shared_bytes = from.number();
-  return {sm, shared_bytes, from.blob()};
+  const int64_t sm = from.number(), shared_bytes = from.number(), waits = from.number();
+  if (waits != 0 && waits != 1) throw Error("the program is damaged");
+  return {sm, shared_bytes, from.blob(), waits == 1};
 }
 
 Kernel read_kernel(Reader& from) {
@@ -185,6 +186,7 @@ void Program::check() const {
     for (const Image& image : kernel.images) {
       within("capability", image.sm, 0, kNewest);
       within("shared_bytes", image.shared_bytes, 0);
+      within("waits", image.waits, 0, image.sm >= kDependentLaunchSm);
     }
   }
   for (const Plan& plan : plans) check(plan);

@@ -41,6 +41,7 @@ struct Argument {
 struct Image {
   int64_t sm, shared_bytes;
   std::string_view data;
+  bool waits;
 };
 
 struct Kernel {

@@ -63,7 +63,20 @@ Loaded load_kernel(Context context, int64_t sm, const Kernel& kernel) {
   cuda.check(cuda.cuModuleGetFunction(&found, module, kernel.name.c_str()));
   if (image->shared_bytes > kUsualSharedBytes)
     cuda.check(cuda.cuFuncSetAttribute(found, kMaxDynamicSharedBytes, int(image->shared_bytes)));
-  return {found, unsigned(image->shared_bytes)};
+  return {found, unsigned(image->shared_bytes), image->waits};
+}
+
+// A kernel that waits by itself may start before the launch in front of it has ended.
+void launch_kernel(const Loaded& kernel, const unsigned (&grid)[3], unsigned threads, Stream stream, void** places) {
+  const Driver& cuda = driver();
+  if (!kernel.waits) {
+    cuda.check(cuda.cuLaunchKernel(kernel.function, grid[0], grid[1], grid[2], threads, 1, 1, kernel.shared_bytes,
+                                   stream, places, nullptr));
+    return;
+  }
+  LaunchAttribute attribute{kProgrammaticStreamSerialization, 0, {1}};
+  const LaunchConfig config{{grid[0], grid[1], grid[2]}, {threads, 1, 1}, kernel.shared_bytes, stream, &attribute, 1};
+  cuda.check(cuda.cuLaunchKernelEx(&config, kernel.function, places, nullptr));
 }
 
 }  // namespace
@@ -115,9 +128,7 @@ void Launcher::run(const int64_t* dims, int rank, const void* const* inputs, voi
     for (uint64_t& cell : cells) places.push_back(&cell);
     unsigned grid[3];
     for (int i = 0; i < 3; ++i) grid[i] = unsigned(launch.grid[i](call.batch, call.seqlen));
-    const Loaded& one = loaded[launch.kernel];
-    driver().check(driver().cuLaunchKernel(one.function, grid[0], grid[1], grid[2], unsigned(kernel.threads), 1, 1,
-                                           one.shared_bytes, stream, places.data(), nullptr));
+    launch_kernel(loaded[launch.kernel], grid, unsigned(kernel.threads), stream, places.data());
   }
 }
 

@@ -11,10 +11,11 @@
 
 namespace shadowllm {
 
-// A kernel loaded in a CUDA context: the driver's handle, and the dynamic shared memory of its image.
+// A kernel loaded in a CUDA context: the driver's handle, and what its image says.
 struct Loaded {
   Function function;
   unsigned shared_bytes;
+  bool waits;
 };
 
 class Launcher {

@@ -16,7 +16,7 @@ typedef struct {
 
 static int status(const char* function) {
   // CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
-  if (getenv("FAKE_CAPTURES") && strcmp(function, "cuLaunchKernel") != 0) return 900;
+  if (getenv("FAKE_CAPTURES") && strncmp(function, "cuLaunchKernel", 14) != 0) return 900;
   const char* failing = getenv("FAKE_FAIL");
   return failing && strcmp(failing, function) == 0 ? 719 : 0;
 }
@@ -92,15 +92,45 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   return said(__func__);
 }
 
-int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared, void* stream, void** parameters, void** extra) {
-  const Function* kernel = function;
-  printf("launch %s of %.*s grid %u %u %u block %u %u %u shared %u stream %p extra %p:", kernel->name,
-         (int)strcspn(kernel->image, " \n"), kernel->image, gx, gy, gz, bx, by, bz, shared, stream, (void*)extra);
+// As in CUDA's header, without the attributes that are not used.
+typedef struct {
+  int id, padding;
+  union {
+    int programmatic_stream_serialization;
+    uint64_t bytes[8];
+  } value;
+} LaunchAttribute;
+
+typedef struct {
+  unsigned gx, gy, gz, bx, by, bz, shared;
+  void* stream;
+  const LaunchAttribute* attributes;
+  unsigned count;
+} LaunchConfig;
+
+static void print_launch(const Function* kernel, const LaunchConfig* config, void** parameters, void** extra) {
+  printf("launch %s of %.*s grid %u %u %u block %u %u %u shared %u stream %p extra %p", kernel->name,
+         (int)strcspn(kernel->image, " \n"), kernel->image, config->gx, config->gy, config->gz, config->bx, config->by,
+         config->bz, config->shared, config->stream, (void*)extra);
+  for (unsigned i = 0; i < config->count; ++i)
+    printf(" attribute %d = %d", config->attributes[i].id,
+           config->attributes[i].value.programmatic_stream_serialization);
+  printf(":");
   for (const char* at = kernel->image; (at = strstr(at, ".param .")); ++at) {
     uint64_t cell;
     memcpy(&cell, *parameters++, 8);
     printf(" %llx", (unsigned long long)cell);
   }
+}
+
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** parameters, void** extra) {
+  const LaunchConfig config = {gx, gy, gz, bx, by, bz, shared, stream, NULL, 0};
+  print_launch(function, &config, parameters, extra);
+  return said(__func__);
+}
+
+int cuLaunchKernelEx(const LaunchConfig* config, void* function, void** parameters, void** extra) {
+  print_launch(function, config, parameters, extra);
   return said(__func__);
 }
