@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shadowllm.bundle.gpu_images import PTX, PTX_SM
+from shadowllm.bundle.gpu_images import PTX, PTX_SM, check_dependent_launch
 from shadowllm.errors import UserError
 from shadowllm.plugins.kernel_program import ALIGNED, Argument, Image, Kernel, Launch, Output, Plan, Program, Size
 from shadowllm.plugins.registry import SCHEMAS, schedules
@@ -34,6 +34,13 @@ ALIGNED_POINTERS = ("*fp32", "*fp16", "*bf16", *WORDS.values())
 # technical specifications). For a GPU that is missing here, the driver reports the error when a kernel is loaded.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 
+# Programmatic dependent launch: the first instructions of each kernel, put into the PTX so that none can lack them. A
+# launch may start when all blocks of the one in front have waited or ended. It accesses memory only after that one has
+# ended and its stores can be seen. So at most two overlap, and all accesses have the order that they have without
+# overlap: also a write after reads, counters that an earlier launch clears, and those of TensorRT's kernels. Blocks
+# that wait for each other (`block_sync`) all run before a block of the next launch can take their place.
+WAIT = "\tgriddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;\n"
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -51,6 +58,7 @@ def compile_program(
     max_batch: int,
     max_seqlen: int,
     sms: Sequence[int],
+    programmatic_dependent_launch: bool = False,
 ) -> Program:
     """Compile the program of a node; equal arguments return the same object, so the layers of a model share it.
 
@@ -63,21 +71,24 @@ def compile_program(
         attributes: attributes of the node; ``layer`` is not read.
         max_batch, max_seqlen: largest number of sequences in a call, and of tokens in each.
         sms: compute capabilities to compile for; `PTX` is for all others from 8.0 on.
+        programmatic_dependent_launch: whether kernels are launched before the launch in front of them has ended, and
+            wait for it; PTX does not, because older GPUs could not run it.
 
     Raises:
         ValueError: the op cannot have these inputs, or ``sms`` is empty.
-        UserError: see `compile_kernel`.
+        UserError: a GPU is too old for ``programmatic_dependent_launch``; or see `compile_kernel`.
     """
     if not sms:
         raise ValueError("there is no GPU to compile for")
+    if programmatic_dependent_launch:
+        check_dependent_launch(sms)
     schema = schema_of(op, inputs)
     known = tuple((name, value) for name, value in attributes.items() if name != "layer")
     order = [port.name for port in schema.inputs if port.name in inputs]
     if len(order) != len(inputs):
         raise ValueError(f"{op} has inputs {sorted(inputs)}, and knows {[port.name for port in schema.inputs]}")
-    return _compile(
-        op, tuple((name, inputs[name]) for name in order), known, max_batch, max_seqlen, tuple(sorted(set(sms)))
-    )
+    ports = tuple((name, inputs[name]) for name in order)
+    return _compile(op, ports, known, max_batch, max_seqlen, tuple(sorted(set(sms))), programmatic_dependent_launch)
 
 
 def schema_of(op: str, inputs: Mapping[str, Tensor]) -> OpSchema:
@@ -93,6 +104,7 @@ def _compile(
     max_batch: int,
     max_seqlen: int,
     sms: tuple[int, ...],
+    dependent_launch: bool,
 ) -> Program:
     tensors = dict(inputs)
     schema = schema_of(op, tensors)
@@ -109,7 +121,7 @@ def _compile(
     )
     written = {operand for schedule in planned for call in schedule.calls for operand in call.operands.values()}
     ports = [port for port in schema.outputs if not port.optional or port.name in written]
-    builder = _Builder(schema, tensors, dtype, sms)
+    builder = _Builder(schema, tensors, dtype, sms, dependent_launch)
     plans = tuple(builder.plan(schedule) for schedule in planned)
     outputs = tuple(
         Output(dtype if port.dtype == "T" else port.dtype, _dimensions(schema, list(tensors), port.shape, attributes))
@@ -135,8 +147,11 @@ def _dimensions(
 class _Builder:
     """Collects the kernels of a program; calls that compile to the same kernel share it."""
 
-    def __init__(self, schema: OpSchema, inputs: Mapping[str, Tensor], dtype: str, sms: tuple[int, ...]) -> None:
+    def __init__(
+        self, schema: OpSchema, inputs: Mapping[str, Tensor], dtype: str, sms: tuple[int, ...], dependent_launch: bool
+    ) -> None:
         self.kernels: list[Kernel] = []
+        self._dependent_launch = dependent_launch
         self._found: dict[Any, int] = {}
         self._inputs, self._names, self._dtype, self._sms = inputs, list(inputs), dtype, sms
         packed = {port.name for port in schema.inputs if port.dtype in ("uint8", "T")}  # T: or a residual
@@ -184,7 +199,13 @@ class _Builder:
     def _build(self, call: Call, types: Mapping[str, str]) -> Kernel:
         ones = {name: 1 for name, operand in call.operands.items() if _folded(operand)}
         return compile_kernel(
-            call.kernel, types, {**ones, **call.constants}, warps=call.warps, stages=call.stages, sms=self._sms
+            call.kernel,
+            types,
+            {**ones, **call.constants},
+            warps=call.warps,
+            stages=call.stages,
+            sms=self._sms,
+            programmatic_dependent_launch=self._dependent_launch,
         )
 
 
@@ -201,6 +222,7 @@ def compile_kernel(
     warps: int,
     stages: int,
     sms: Sequence[int],
+    programmatic_dependent_launch: bool = False,
 ) -> Kernel:
     """Compile a kernel for several architectures in parallel.
 
@@ -209,7 +231,7 @@ def compile_kernel(
         types: Triton's types of the parameters that are passed.
         constants: values of the other parameters; a parameter without a value is None.
         warps, stages: see `Call`.
-        sms: see `compile_program`.
+        sms, programmatic_dependent_launch: see `compile_program`.
 
     Raises:
         UserError: a block needs more shared memory than an architecture has.
@@ -225,12 +247,15 @@ def compile_kernel(
     def build(sm: int) -> Any:
         source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=known)
         options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, **FLOATS_FUSED}
-        options |= {"ptx_version": PTX_VERSION} if sm == PTX else {}
+        options |= {"ptx_version": PTX_VERSION} if sm == PTX else {"launch_pdl": programmatic_dependent_launch}
         return triton.compile(source, target=GPUTarget("cuda", PTX_SM if sm == PTX else sm, 32), options=options)
 
     # Triton releases the GIL while it compiles. The settings below apply to all threads.
-    with triton.knobs.compilation.scope(), warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        triton.knobs.compilation.disable_line_info = True  # it would be half of a cubin
+    knobs = triton.knobs
+    scopes = knobs.compilation.scope(), knobs.runtime.scope()
+    with scopes[0], scopes[1], warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        knobs.compilation.disable_line_info = True  # it would be half of a cubin
+        knobs.runtime.add_stages_inspection_hook = _add_wait
         warnings.simplefilter("ignore")  # deprecations in Triton
         builds = dict(zip(sms, pool.map(build, sms), strict=True))
     for sm, one in builds.items():
@@ -243,10 +268,35 @@ def compile_kernel(
         32 * warps,
         len(re.findall(r"^\s*\.param ", any_build.asm["ptx"], re.MULTILINE)) - len(types),
         tuple(
-            Image(sm, one.metadata.shared, one.asm["ptx"].encode() if sm == PTX else one.asm["cubin"])
+            Image(
+                sm,
+                one.metadata.shared,
+                one.asm["ptx"].encode() if sm == PTX else one.asm["cubin"],
+                one.metadata.launch_pdl,
+            )
             for sm, one in builds.items()
         ),
     )
+
+
+def _add_wait(*given: Any) -> tuple[str, str] | None:
+    """Triton's hook: it is called without arguments for what to add to a kernel's key in the cache, and for its hash.
+
+    Then it is called with the compiler, its stages by name, and the kernel's options.
+    """
+    if not given:
+        return WAIT, WAIT
+    _, stages, options, *_ = given
+    make_ptx = stages["ptx"]
+    if options.launch_pdl:
+        stages["ptx"] = lambda source, metadata: _waiting(make_ptx(source, metadata))
+    return None
+
+
+def _waiting(ptx: str) -> str:
+    """The kernel with `WAIT` as its first instructions."""
+    start = ptx.index("\n{\n", ptx.index(".visible .entry")) + len("\n{\n")
+    return ptx[:start] + WAIT + ptx[start:]
 
 
 def _check_shared(name: str, shared_bytes: int, sm: int) -> None:
