@@ -189,6 +189,7 @@ class EngineOptions:
         workspace_bytes: scratch memory per layer, in bytes.
         verbosity: how much detail the engine keeps for an inspector.
         plugin_library: library of the C++ plugins (`make plugin`) to use instead of the Python ones.
+        programmatic_dependent_launch: let the plugins' kernels start before the one in front has ended (from sm_90 on).
 
     Raises:
         UserError: a size is not positive, or the longest prompt does not fit into the cache.
@@ -196,12 +197,7 @@ class EngineOptions:
 
     flavour: Flavour
     sms: Sequence[int] = option(
-        (),
-        flag="--sm",
-        metavar="SM",
-        least=1,
-        help="compute capabilities, as 89 or 8.9",
-        otherwise="all that the flavour supports",
+        (), flag="--sm", metavar="SM", least=1, help="compute capabilities, as 89 or 8.9", otherwise="all supported"
     )
     capacity: int = option(1024, least=1)
     max_seqlen: int | None = option(
@@ -215,6 +211,7 @@ class EngineOptions:
     )
     verbosity: Verbosity = option("layer_names_only", flag="--profilingVerbosity")
     plugin_library: Path | None = option(None, metavar="FILE")
+    programmatic_dependent_launch: bool = option(False)
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -99,8 +99,7 @@ def export_model(
     if process_count() > 1:
         raise UserError("an export runs in one process", "train a predictor in several, then export with --predictor")
     for engine in options.engines:
-        bfloat16 = options.dtype == "bfloat16"
-        check_options(engine.flavour, engine.sms, engine.timing_cache, engine.plugin_library, bfloat16)
+        check_options(engine, options.dtype == "bfloat16")
     if options.validate or options.budget is None:
         check_package()
     with staged(out, overwrite) as folder:
@@ -200,8 +199,7 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
         UserError: the package or GPU is missing, or a file of the bundle is damaged.
     """
     manifest = read_manifest(bundle)
-    bfloat16 = manifest.dtype == "bfloat16"
-    check_options(options.flavour, options.sms, options.timing_cache, options.plugin_library, bfloat16)
+    check_options(options, manifest.dtype == "bfloat16")
     _check_engine_weights(manifest.weight_dtype, manifest.rest)
     _check_engine_spec(manifest.spec)
     verify_files(bundle, {name: digest for name, digest in manifest.files.items() if "onnx" in name})
@@ -230,6 +228,7 @@ def build_engines(bundle: Path, options: EngineOptions) -> dict[str, EngineRecor
                 workspace_bytes=options.workspace_bytes,
                 profiling_verbosity=options.verbosity,
                 plugin_library=options.plugin_library,
+                programmatic_dependent_launch=options.programmatic_dependent_launch,
                 file_hashes=manifest.files,
             )
         shutil.rmtree(target, ignore_errors=True)

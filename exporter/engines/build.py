@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from shadowllm.bundle.engine_record import CustomNode, EngineRecord, ShapeProfile, write_sidecar
+from shadowllm.bundle.gpu_images import check_dependent_launch
 from shadowllm.bundle.manifest import file_hash
 from shadowllm.bundle.op_domain import VERSION
 from shadowllm.child import Child, ChildError, call, module_command
-from shadowllm.config import Flavour, Verbosity
+from shadowllm.config import EngineOptions, Flavour, Verbosity
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines.graph import GraphInfo, describe_onnx
 from shadowllm.exporter.engines.inspect_engine import missing_contents
 from shadowllm.exporter.engines.profiles import bindings, check_profiles, largest
-from shadowllm.plugins.tensorrt.load_tensorrt import child_environment, known_targets, require
+from shadowllm.plugins.tensorrt.load_tensorrt import child_environment, known_targets, require, targets
 
 
 def build_engine(
@@ -37,6 +38,7 @@ def build_engine(
     workspace_bytes: int | None = None,
     profiling_verbosity: Verbosity = "layer_names_only",
     plugin_library: Path | None = None,
+    programmatic_dependent_launch: bool = False,
     file_hashes: Mapping[str, str] | None = None,
 ) -> EngineRecord:
     """Build ``engine_path`` and its sidecar from an ONNX graph; each file appears only when it is complete.
@@ -53,6 +55,7 @@ def build_engine(
         workspace_bytes: most scratch memory of one layer; None is the builder's default.
         profiling_verbosity: how much an inspector can read about the engine's layers.
         plugin_library: library of the C++ plugins to use instead of the Python ones; the engine is the same.
+        programmatic_dependent_launch: let the plugins' kernels start before the one in front of them has ended.
         file_hashes: known SHA-256 hashes by file name; other source files are hashed here.
 
     Raises:
@@ -61,7 +64,14 @@ def build_engine(
     """
     graph = describe_onnx(onnx_path)
     bfloat16 = any(tensor.dtype == "bfloat16" for tensor in (*graph.inputs, *graph.outputs))
-    check_options(flavour, sms, timing_cache, plugin_library, bfloat16)
+    options = EngineOptions(
+        flavour,
+        sms,
+        timing_cache=timing_cache,
+        plugin_library=plugin_library,
+        programmatic_dependent_launch=programmatic_dependent_launch,
+    )
+    check_options(options, bfloat16)
     check_profiles(graph, profiles)
     files = _hash_sources(onnx_path, graph, file_hashes or {})
     engine_path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +86,7 @@ def build_engine(
         workspace_bytes=workspace_bytes,
         timing_cache=timing_cache and str(timing_cache),
         plugin_library=plugin_library and str(plugin_library.resolve()),
+        programmatic_dependent_launch=programmatic_dependent_launch,
         verbosity=profiling_verbosity,
     )
     try:
@@ -91,21 +102,20 @@ def build_engine(
     return record
 
 
-def check_options(
-    flavour: Flavour, sms: Sequence[int], timing_cache: Path | None, plugin_library: Path | None, bfloat16: bool
-) -> None:
+def check_options(options: EngineOptions, bfloat16: bool) -> None:
     """Refuse options that no build can follow; `build_engine` explains them.
 
     Args:
         bfloat16: whether the graphs compute in bfloat16.
 
     Raises:
-        UserError: the package, the library or a GPU is missing, or an option is not for this flavour or type.
+        UserError: the package, the library or a GPU is missing, or an option is not for this flavour, GPU or type.
     """
+    flavour, sms = options.flavour, options.sms
     require(flavour)
-    if plugin_library is not None and not plugin_library.is_file():
-        raise UserError(f"there is no plugin library {plugin_library}", "build it with `make plugin`")
-    if timing_cache is not None and flavour == "tensorrt_rtx":
+    if options.plugin_library is not None and not options.plugin_library.is_file():
+        raise UserError(f"there is no plugin library {options.plugin_library}", "build it with `make plugin`")
+    if options.timing_cache is not None and flavour == "tensorrt_rtx":
         raise UserError("TensorRT-RTX keeps no timing cache", "leave it out: its runtime cache does that work")
     if sms and flavour == "tensorrt":
         raise UserError("tensorrt builds for the GPU of this machine only", "leave out --sm, or use tensorrt_rtx")
@@ -115,6 +125,8 @@ def check_options(
         raise UserError(f"TensorRT-RTX does not build for sm_{unknown[0]}", f"it knows {', '.join(map(str, known))}")
     if 75 in sms and bfloat16:
         raise UserError("GPUs of sm_75 have no bfloat16", "export with --dtype fp16, or leave 75 out of --sm")
+    if options.programmatic_dependent_launch:
+        check_dependent_launch(targets(flavour, sms))
 
 
 def _record(
@@ -153,6 +165,7 @@ def request_for(
         "workspace_bytes": None,
         "timing_cache": None,
         "plugin_library": None,
+        "programmatic_dependent_launch": False,
         "verbosity": "layer_names_only",
         **options,
         "onnx": str(onnx_path),

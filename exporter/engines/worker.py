@@ -37,7 +37,8 @@ def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     keep = _register(trt, request["plugin_library"])  # noqa: F841  # the registry does not keep the plugins alive
     start = time.perf_counter()
     progress("compiling kernels")
-    prepared = prepare(Path(request["onnx"]), request["bindings"], compiler(request, targets(trt, request)))
+    targets = load_tensorrt.targets(request["flavour"], request["sms"])
+    prepared = prepare(Path(request["onnx"]), request["bindings"], compiler(request, targets))
     progress("parsing")
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -49,22 +50,13 @@ def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     Path(request["engine"]).write_bytes(engine)
     return {
         "version": trt.__version__,
-        "compute_capabilities": targets(trt, request),
+        "compute_capabilities": targets,
         "plugins": [asdict(node) for node in prepared.programs],
         "kernels": carried(prepared.programs.values()),
         "engine_sha256": hashlib.sha256(engine).hexdigest(),
         "engine_bytes": engine.nbytes,
         "build_seconds": round(seconds, 3),
     }
-
-
-def targets(trt: Any, request: dict[str, Any]) -> list[int]:
-    """The compute capabilities that the engine will run on."""
-    if request["flavour"] == "tensorrt":
-        capability = load_tensorrt.gpu_capability()
-        return [] if capability is None else [capability]
-    # By default TensorRT-RTX builds for every GPU from Ampere on. Turing must be requested.
-    return sorted(set(request["sms"])) or [sm for sm in load_tensorrt.known_targets("tensorrt_rtx") if sm >= 80]
 
 
 def compiler(request: dict[str, Any], sms: Sequence[int]) -> Compiler:
@@ -86,8 +78,15 @@ def compiler(request: dict[str, Any], sms: Sequence[int]) -> Compiler:
 
     def compile_node(op: str, inputs: Mapping[str, TensorInfo], attributes: Attributes) -> Program:
         tensors = {name: Tensor(port.dtype, port.shape) for name, port in as_kernels_read(inputs).items()}
-        limits = {"max_batch": most_rows(op, request), "max_seqlen": request["max_seqlen"]}
-        return compile_program(op, tensors, attributes, **limits, sms=images)
+        return compile_program(
+            op,
+            tensors,
+            attributes,
+            max_batch=most_rows(op, request),
+            max_seqlen=request["max_seqlen"],
+            sms=images,
+            programmatic_dependent_launch=request["programmatic_dependent_launch"],
+        )
 
     return compile_node
 
@@ -163,7 +162,7 @@ def _build(trt: Any, builder: Any, network: Any, logger: Any, request: dict[str,
     if request["workspace_bytes"] is not None:
         options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: request["workspace_bytes"]}
     if request["flavour"] == "tensorrt_rtx":
-        chosen = [divmod(sm, 10) for sm in targets(trt, request)] if request["sms"] else None
+        chosen = [divmod(sm, 10) for sm in sorted(set(request["sms"]))] or None
         config = CreateConfigRTX(compute_capabilities=chosen, **options)
     else:
         config = CreateConfig(load_timing_cache=request["timing_cache"], **options)

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -66,6 +66,15 @@ def known_targets(flavour: Flavour) -> list[int]:
     """The compute capabilities that the builder of TensorRT-RTX knows, as 89 for 8.9."""
     names = importlib.import_module(flavour).ComputeCapability.__members__
     return sorted(int(name[2:]) for name in names if name.startswith("SM"))
+
+
+def targets(flavour: Flavour, sms: Sequence[int]) -> list[int]:
+    """The compute capabilities that an engine will run on, if a build names ``sms``."""
+    if flavour == "tensorrt":
+        capability = gpu_capability()
+        return [] if capability is None else [capability]
+    # By default TensorRT-RTX builds for every GPU from Ampere on. Turing must be requested.
+    return sorted(set(sms)) or [sm for sm in known_targets(flavour) if sm >= 80]
 
 
 @contextmanager

@@ -49,7 +49,9 @@ def test_a_model_in_the_place_of_the_bundle(checkpoint, tmp_path):
         check(tmp_path / "out" / "model", tmp_path / "out")
 
 
-@pytest.mark.parametrize("given", [["--sm", "89"], ["--capacity", "2048"], ["--max-draft", "8"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "given", [["--sm", "89"], ["--capacity", "2048"], ["--programmatic-dependent-launch"]], ids=" ".join
+)
 def test_options_of_engines_without_an_engine(checkpoint, tmp_path, capsys, given):
     assert main(["export", str(checkpoint("llama-gqa")), str(tmp_path / "out"), *given]) == 1
     assert "options of engines do nothing without --engine" in capsys.readouterr().err
@@ -62,8 +64,10 @@ def test_options_of_engines_without_an_engine(checkpoint, tmp_path, capsys, give
         ({"sms": [89, 90]}, "float32", "does not build for sm_90; it knows 75, 80"),
         ({"sms": [75]}, "bfloat16", "GPUs of sm_75 have no bfloat16"),
         ({"timing_cache": Path("cache")}, "float32", "keeps no timing cache"),
+        ({"programmatic_dependent_launch": True}, "float32", "sm_80 has no programmatic dependent launch.*--sm 120"),
+        ({"programmatic_dependent_launch": True, "sms": [120, 89]}, "float32", "sm_89 has no programmatic"),
     ],
-    ids=["90", "75", "cache"],
+    ids=["90", "75", "cache", "dependent", "dependent-89"],
 )
 def test_options_that_an_engine_cannot_have(tmp_path, options, dtype, words):
     pytest.importorskip("tensorrt_rtx")

@@ -19,11 +19,11 @@ from shadowllm.bundle.gpu_images import PTX
 from shadowllm.bundle.manifest import file_hash
 from shadowllm.errors import UserError
 from shadowllm.exporter.engines import build as engine
-from shadowllm.exporter.engines import worker as engine_worker
 from shadowllm.exporter.engines.graph import describe_onnx
 from shadowllm.exporter.engines.inspect_engine import engine_contents
 from shadowllm.exporter.engines.profiles import profiles_for
 from shadowllm.plugins.engine_programs import carried, programs_in
+from shadowllm.plugins.tensorrt import load_tensorrt
 from tests.exporter.engines.samples import DTYPES, write_sample, write_selection, write_sum
 
 pytestmark = pytest.mark.slow
@@ -97,9 +97,17 @@ def test_target_gpus_can_be_chosen(tmp_path):
     ("flavour", "capability", "wanted"), [("tensorrt_rtx", None, [80, 86, 89, 120, 121]), ("tensorrt", 90, [90])]
 )
 def test_default_targets(monkeypatch, flavour, capability, wanted):
-    monkeypatch.setattr(engine_worker.load_tensorrt, "gpu_capability", lambda: capability)
-    trt = pytest.importorskip("tensorrt_rtx")
-    assert engine_worker.targets(trt, {"flavour": flavour, "sms": []}) == wanted
+    monkeypatch.setattr(load_tensorrt, "gpu_capability", lambda: capability)
+    assert load_tensorrt.targets(flavour, []) == wanted
+
+
+@needs_builder
+def test_the_kernels_of_an_engine_wait_if_that_is_wanted(tmp_path):
+    path = write_selection(tmp_path / "selection.onnx")
+    for wanted in (False, True):
+        build(path, tmp_path / "x.engine", sms=(120,), programmatic_dependent_launch=wanted)
+        kernels = [k for program in programs_in((tmp_path / "x.engine").read_bytes()) for k in program.kernels]
+        assert {(image.sm, image.waits) for k in kernels for image in k.images} == {(PTX, False), (120, wanted)}
 
 
 @needs_builder
