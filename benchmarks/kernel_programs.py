@@ -97,10 +97,17 @@ class Node:
     max_seqlen: int = 512
     max_batch: int = 1
 
-    def program(self, sms: tuple[int, ...]) -> Program:
-        """Compile its program."""
-        limits = {"max_batch": self.max_batch, "max_seqlen": self.max_seqlen}
-        return compile_program(self.op, self.inputs, self.attributes, **limits, sms=sms)
+    def program(self, sms: tuple[int, ...], programmatic_dependent_launch: bool = False) -> Program:
+        """Compile its program, see `compile_program`."""
+        return compile_program(
+            self.op,
+            self.inputs,
+            self.attributes,
+            max_batch=self.max_batch,
+            max_seqlen=self.max_seqlen,
+            sms=sms,
+            programmatic_dependent_launch=programmatic_dependent_launch,
+        )
 
 
 def block_nodes(

@@ -5,10 +5,11 @@
     TRITON_INTERPRET=1 python -m shadowllm.benchmarks.gpu --tiny      # the same code on a CPU, without times
 
 Sections: ``tensorrt`` (whether TensorRT runs engines on this card), ``checks`` (every kernel compared with its
-reference), ``programs`` (programs packed ahead of time, through the launchers of both plugins), ``rates`` (GB/s
-compared with the card's copy bandwidth), ``decode`` (random models of known shapes, sparse compared with PyTorch dense,
-both as CUDA graphs), ``engines`` (the same with TensorRT and ONNX Runtime, if they run). ``engines`` writes models to
-the temporary folder, and needs a full installation of ShadowLLM. ``programs`` needs ``--programs``.
+reference), ``programs`` (programs packed ahead of time, through the launchers of both plugins: results, and times with
+and without programmatic dependent launch), ``rates`` (GB/s compared with the card's copy bandwidth), ``decode``
+(random models of known shapes, sparse compared with PyTorch dense, both as CUDA graphs), ``engines`` (the same with
+TensorRT and ONNX Runtime, if they run). ``engines`` writes models to the temporary folder, and needs a full
+installation of ShadowLLM. ``programs`` needs ``--programs``.
 
 If a section fails, its error is recorded and the others go on; the exit status is then 1. ``checks``, ``rates``
 and ``decode`` need only PyTorch, Triton, NumPy, transformers and safetensors; ``programs`` needs cuda-bindings too.

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shadowllm.benchmarks.gpu.timing import milliseconds
 from shadowllm.benchmarks.kernel_programs import SHAPES, Node, nested_nodes, nodes
 from shadowllm.benchmarks.script_parser import script, script_parser
-from shadowllm.bundle.gpu_images import with_fallback
+from shadowllm.bundle.gpu_images import DEPENDENT_LAUNCH_SM, with_fallback
 from shadowllm.errors import UserError
 from shadowllm.plugins.kernel_program import Program
 from shadowllm.plugins.kernel_program_bytes import pack, unpack
@@ -38,21 +39,26 @@ INDEX = "index.json"
 Runner = Callable[[bytes, Sequence[int], Sequence[int], Sequence[int], int, int], None]
 LENGTH = 33  # tokens in the cache
 BATCH, PROMPT = 3, 7  # sequences in a batch, and tokens in a prompt
+CALLS = 20  # in the CUDA graph that is timed
 
 
 def write(folder: Path, shapes: Sequence[str], dtype: str, sms: Sequence[int]) -> None:
     """Compile the programs of models and write them, with what is needed to call them.
 
-    Those of nested integers are float32, the type of activations beside integer weights.
+    Those of nested integers are float32, the type of activations beside integer weights. Each program is written once
+    more with programmatic dependent launch, for the GPUs that have it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index = []
+    variants = [("", False, sms), ("-dependent", True, [sm for sm in sms if sm >= DEPENDENT_LAUNCH_SM])]
     for shape in shapes:
         known = SHAPES[shape]
         for number, node in enumerate([*nodes(known, dtype), *nested_nodes(known, "float32")]):
-            name = f"{shape}-{number}-{node.op}.program"
-            (folder / name).write_bytes(pack(node.program(with_fallback(sms))))
-            index.append({"file": name, **asdict(node)})
+            for suffix, dependent, targets in variants:
+                if targets:
+                    name = f"{shape}-{number}-{node.op}{suffix}.program"
+                    (folder / name).write_bytes(pack(node.program(with_fallback(targets), dependent)))
+                    index.append({"file": name, **asdict(node)})
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
@@ -225,9 +231,12 @@ def call(runner: Runner, node: Node, packed: bytes, inputs: Mapping[str, Tensor]
 def check_programs(device: torch.device, folder: Path, library: Path | None) -> dict[str, Any]:
     """Run every program plainly and as a CUDA graph, with each launcher, over one token, a batch and a prompt.
 
+    Programs with programmatic dependent launch ("-dependent" in the name) follow the same ones without it.
+
     Returns:
         JSON types: for each program, launcher and size the largest difference from Triton's own launches, divided by
-        the largest result, plainly and captured; ``passed`` if all are at most four roundings of the type.
+        the largest result, plainly and captured, and the milliseconds of a call in a graph of `CALLS` calls; ``passed``
+        if all differences are at most four roundings of the type.
     """
     runners = {"python": python_runner()} | ({} if library is None else {"c++": library_runner(library)})
     found: dict[str, Any] = {}
@@ -246,8 +255,20 @@ def check_programs(device: torch.device, folder: Path, library: Path | None) -> 
                 torch.cuda.synchronize(device)
                 errors[how] = max(difference(one, other) for one, other in zip(outputs, wanted, strict=True))
             passed &= all(error <= 4 * torch.finfo(inputs_type(inputs)).eps for error in errors.values())
-            found[f"{name} {launcher} {batch}x{seqlen}"] = errors
+            taken = milliseconds(repeated(work), device) or {}
+            each = {name: value / CALLS for name, value in taken.items()}
+            found[f"{name} {launcher} {batch}x{seqlen}"] = {**errors, "milliseconds": each}
     return {"passed": passed, "launchers": list(runners), "programs": found}
+
+
+def repeated(work: Callable[[], Any]) -> Callable[[], None]:
+    """A function that makes a call `CALLS` times, as the layers of a model follow each other."""
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            work()
+
+    return calls
 
 
 def inputs_type(inputs: Mapping[str, Tensor]) -> torch.dtype:

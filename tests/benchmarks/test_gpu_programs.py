@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'shad
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed (pip install 'shadowllm[tensorrt-rtx]')")
 
 from shadowllm.benchmarks.gpu import programs
+from shadowllm.bundle.gpu_images import PTX
 from shadowllm.errors import UserError
 from shadowllm.plugins.kernel_program_bytes import unpack
 
@@ -112,6 +113,32 @@ def test_inputs_and_outputs_fit_the_programs(folder):
             changed = (inputs["key"] != before["key"]).any(dim=-1).nonzero()
             assert (changed[:, 2] == programs.LENGTH - 1).all()
             assert len(changed) == 2 * batch
+
+
+WRITE_TWICE = """
+import sys
+from pathlib import Path
+from shadowllm.benchmarks.gpu import programs
+all_nodes = programs.nodes
+programs.nodes, programs.nested_nodes = lambda *model: all_nodes(*model)[:1], lambda *_model: []
+programs.write(Path(sys.argv[1]), ["smollm2-135m"], "float16", [86, 90])
+"""
+
+
+def test_programs_with_dependent_launch_are_written_too(tmp_path):
+    """Without the GPUs that do not have it; a driver that is too old takes the PTX."""
+    child(WRITE_TWICE, tmp_path)
+    found = {name: unpack(packed) for name, _, packed in programs.read(tmp_path)}
+    assert {name: [(i.sm, i.waits) for i in program.kernels[0].images] for name, program in found.items()} == {
+        "smollm2-135m-0-SelectTopK.program": [(PTX, False), (86, False), (90, False)],
+        "smollm2-135m-0-SelectTopK-dependent.program": [(PTX, False), (90, True)],
+    }
+
+
+def test_a_timed_call_is_repeated():
+    made = []
+    programs.repeated(lambda: made.append(1))()
+    assert len(made) == programs.CALLS
 
 
 def test_a_folder_without_programs(tmp_path):
