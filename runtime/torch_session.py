@@ -7,7 +7,6 @@ compared with it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -120,8 +119,7 @@ class TorchSession:
         manifest = read_manifest(bundle)
         read = read_weights(bundle, manifest)
         if kind == "dense":
-            read = replace(read, copies=None).kept()
-            return cls(manifest.spec, read.sparse, None, None, read.dense)
+            return cls(manifest.spec, dict(read.dense), None)
         read = read.kept()
         copies = read.copies
         return cls(manifest.spec, read.sparse, read.predictor, manifest.budget, read.dense, copies, read.certificate)

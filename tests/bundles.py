@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from shadowllm.bundle.manifest import Manifest
 from shadowllm.bundle.predictor_file import Predictor
+from shadowllm.bundle.weights import BundleWeights, read_weights
 from shadowllm.exporter.write_bundle import write_bundle
 from shadowllm.models.registry import load_model
 from shadowllm.models.sparsity import Budget, SparseLayers, layer_units
@@ -69,6 +73,29 @@ def make_bundle(
         head_unit=head_unit,
         rest=rest,
     )
+
+
+class Unread(Mapping):
+    """Weights that no one may read: to keep them takes as much memory as the model in float32."""
+
+    def __getitem__(self, name):
+        pytest.fail(f"{name} is read")
+
+    def __iter__(self):
+        pytest.fail("the weights are read")
+
+    def __len__(self):
+        return 1
+
+
+def read_only(*kept: str):
+    """A function like `read_weights`, whose result has nothing but these of the weights `sparse`, `dense`, `copies`."""
+
+    def read(folder: Path, manifest: Manifest) -> BundleWeights:
+        others = {"sparse", "dense", "copies"}.difference(kept)
+        return replace(read_weights(folder, manifest), **dict.fromkeys(others, Unread()))
+
+    return read
 
 
 def as_in_the_hub_cache(bundle: Path, cache: Path) -> Path:

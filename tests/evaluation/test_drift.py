@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from shadowllm.bundle import weights as bundle_weights
 from shadowllm.bundle.manifest import read_manifest
 from shadowllm.bundle.weights import read_weights
 from shadowllm.cli import main
@@ -18,6 +19,7 @@ from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.traces import Tracer
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
 from shadowllm.runtime.ort.session import OrtSession
+from tests.bundles import read_only
 
 
 def windows(n=3, seqlen=12):
@@ -86,6 +88,12 @@ def test_command(bundle, tmp_path, capsys):
     assert all(0 < found[name]["neurons"] <= 1 for name in found)
     assert main(["drift", folder, "--text", str(text), *quick]) == 0
     assert "of the important heads" in capsys.readouterr().out
+
+
+def test_the_command_needs_one_copy_of_the_model(with_copies, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle_weights, "read_weights", read_only("sparse"))
+    (tmp_path / "text").write_text("The shadow of a model says what matters. " * 10)
+    assert main(["drift", str(with_copies), "--text", str(tmp_path / "text"), "--tokens", "32", "--seqlen", "16"]) == 0
 
 
 def test_text_of_the_calibration_is_named_and_not_decoded_again(bundle, tmp_path, capsys):

@@ -13,6 +13,7 @@ from shadowllm.bundle.weights import read_weights
 from shadowllm.cli import main
 from shadowllm.config import Target
 from shadowllm.errors import UserError
+from shadowllm.evaluation import draft_tuning
 from shadowllm.evaluation.draft_tuning import Measured, tune_drafts
 from shadowllm.evaluation.quality import evaluate
 from shadowllm.evaluation.tuning import tune
@@ -20,6 +21,7 @@ from shadowllm.models.sparsity import Budget
 from shadowllm.predictor.calibration import measuring_windows
 from shadowllm.runtime import open_session
 from shadowllm.runtime.generation.text import load_tokenizer, plain_encoder
+from tests.bundles import read_only
 
 pytestmark = pytest.mark.slow
 
@@ -184,6 +186,12 @@ def test_drafts_are_measured_and_used(with_copies, capsys):
     assert "times as fast as dense" in capsys.readouterr().out
     assert main(["tune", str(with_copies), "--lossless", "--tokens", "256", "--seqlen", "32", "--threads", "1"]) == 0
     assert capsys.readouterr().out.count("acceptance") == len(found) + 1
+
+
+def test_the_prompts_of_drafts_need_one_copy_of_the_model(with_copies, monkeypatch):
+    monkeypatch.setattr(draft_tuning, "read_weights", read_only("sparse"))
+    prompts = draft_tuning._prompts(with_copies, read_manifest(with_copies), (), **QUICK)
+    assert {len(prompt) for prompt in prompts} == {16}
 
 
 def test_the_speedup_of_drafts():

@@ -13,10 +13,11 @@ from shadowllm.bundle.manifest import DATA_FILE, read_manifest
 from shadowllm.bundle.weights import read_weights
 from shadowllm.errors import UserError
 from shadowllm.plugins import native_ops
-from shadowllm.runtime import Budget, generate, open_session
+from shadowllm.runtime import Budget, generate, open_session, torch_session
 from shadowllm.runtime.ort import kv_cache
 from shadowllm.runtime.ort.session import OrtSession
 from shadowllm.runtime.torch_session import TorchSession
+from tests.bundles import read_only
 
 PROMPT = [5, 17, 42, 8, 61]
 
@@ -38,6 +39,15 @@ def test_full_budget_equals_dense(bundle, variant, kind):
         sparse.set_budget(Budget())
         found, expected = logits_of(sparse, [PROMPT], forced), logits_of(dense, [PROMPT], forced)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_a_dense_session_keeps_one_copy_of_the_model(bundle, monkeypatch):
+    folder = bundle("llama-blocks", kind="quantized-shadow", weight_dtype="int8", rest="shadow")
+    with TorchSession.open(folder, "dense") as session:
+        expected = logits_of(session, [PROMPT], [3])
+    monkeypatch.setattr(torch_session, "read_weights", read_only("dense"))
+    with TorchSession.open(folder, "dense") as session:
+        assert np.array_equal(logits_of(session, [PROMPT], [3]), expected)
 
 
 @pytest.mark.parametrize(
