@@ -123,7 +123,7 @@ class Budget:
         for unit in UNITS:
             value = getattr(self, unit)
             if not isinstance(value, float | int | tuple):  # JSON has no tuples, and NumPy has numbers of its own
-                plain = np.asarray(value).tolist()
+                plain = value if isinstance(value, list) else np.asarray(value).tolist()
                 value = tuple(plain) if isinstance(plain, list) else plain
                 object.__setattr__(self, unit, value)
             for fraction in _each(value):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Literal
 
@@ -253,18 +252,15 @@ class Target:
     )
 
     def __post_init__(self) -> None:
+        check_values(self)
         if (self.ppl_increase is None) == (self.speedup is None):
             raise UserError("one target is needed", "give a perplexity increase or a speedup")
-        if self.ppl_increase is not None and not _above(0, self.ppl_increase):
+        if self.ppl_increase is not None and not 0 < self.ppl_increase < math.inf:
             raise UserError(
                 f"the perplexity increase {self.ppl_increase!r} is no finite number above 0", "0.02 asks for 2%"
             )
-        if self.speedup is not None and not _above(1, self.speedup):
+        if self.speedup is not None and not 1 < self.speedup < math.inf:
             raise UserError(f"the speedup {self.speedup!r} is no finite number above 1", "1.2 asks for 1.2 times")
-
-
-def _above(least: float, value: float) -> bool:
-    return isinstance(value, Real) and least < value < math.inf
 
 
 DEFAULT_TARGET = Target(ppl_increase=0.05)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from shadowllm.errors import UserError
-from shadowllm.limits import LARGEST, check_path, check_switch, check_whole
+from shadowllm.limits import LARGEST, check_path, check_real, check_switch, check_whole
 
 T = TypeVar("T")
 KEY = "option"  # of a field's metadata
@@ -70,8 +69,8 @@ def check_values(config: Any) -> None:
         kind = without_none(hints[one.name])
         if kind is Path and value is not None:
             object.__setattr__(config, one.name, check_path(one.name, value))
-        if kind is float and value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise UserError(f"{one.name} is {value!r:.60}", "give a number")
+        if kind is float and value is not None:
+            object.__setattr__(config, one.name, check_real(one.name, value))
         if found is None or found.least is None:
             continue
         for number in value if isinstance(value, Sequence) else () if value is None else (value,):

@@ -8,6 +8,7 @@ from typing import Literal
 
 from shadowllm.config_fields import check_values, option
 from shadowllm.errors import UserError
+from shadowllm.limits import check_seed, check_whole
 from shadowllm.models.sparsity import Fractions, Rest
 from shadowllm.models.spec import HeadUnit
 
@@ -119,3 +120,5 @@ class Generation:
 
     def __post_init__(self) -> None:
         check_values(self)
+        check_whole("prompt_tokens", self.prompt_tokens)
+        check_seed(self.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +31,20 @@ def check_whole(name: str, value: int, least: int = 1, most: int = LARGEST) -> i
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise UserError(f"{name} is {value!r:.60}", f"give a whole number from {least} to {most}")
     return value
+
+
+def check_real(name: str, value: float) -> float:
+    """Return a number as Python's own, because JSON has none of NumPy.
+
+    Args:
+        name: name of the option or setting, for the message.
+
+    Raises:
+        UserError: it is no number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UserError(f"{name} is {value!r:.60}", "give a number")
+    return value if isinstance(value, int) else float(value)
 
 
 def check_switch(name: str, value: object) -> bool:

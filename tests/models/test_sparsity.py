@@ -90,7 +90,7 @@ def test_kv_groups_stay_whole(spec):
         replace(spec, head_unit="layer")
 
 
-@pytest.mark.parametrize("value", [0.0, 1.1, float("nan"), (0.5, 0.0), True, "0.5", None, ["0.5"]])
+@pytest.mark.parametrize("value", [0.0, 1.1, float("nan"), (0.5, 0.0), True, "0.5", None, ["0.5"], [True, 0.5]])
 def test_only_fractions(value):
     with pytest.raises(UserError, match="the head budget"):
         Budget(heads=value)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 
 from shadowllm.cli import main
 from shadowllm.config import Calibration, EngineOptions, Target, TrainConfig
 from shadowllm.errors import UserError
+from shadowllm.eval_config import Generation
 from shadowllm.limits import check_seed, check_threads
 from shadowllm.runtime.ort.session import OrtSession
 
@@ -86,11 +91,30 @@ def test_calibration_in_python(name):
         Calibration(**{name: 0})
 
 
-@pytest.mark.parametrize("value", ["2%", 0, -1, math.inf, math.nan])
+@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])
 def test_targets_in_python(value):
     for name in ("ppl_increase", "speedup"):
         with pytest.raises(UserError, match=f"{value!r} is no finite number above"):
             Target(**{name: value})
+
+
+@pytest.mark.parametrize("value", ["2%", True, [0.5]])
+@pytest.mark.parametrize("make", [lambda value: Target(speedup=value), lambda value: TrainConfig(learning_rate=value)])
+def test_what_is_no_number(make, value):
+    with pytest.raises(UserError, match=re.escape(f"is {value!r}; give a number")):
+        make(value)
+
+
+def test_numbers_of_numpy_become_those_that_json_has():
+    half = np.float32(0.5)
+    for config in (Target(ppl_increase=half), TrainConfig(learning_rate=half)):
+        assert "0.5" in json.dumps(asdict(config))
+
+
+@pytest.mark.parametrize("given", [{"prompt_tokens": "x"}, {"prompt_tokens": 0}, {"seed": -1}, {"seed": None}])
+def test_comparisons_of_decoded_text_in_python(given):
+    with pytest.raises(UserError, match=f"is {next(iter(given.values()))!r}; give a whole number"):
+        Generation(**given)
 
 
 def test_flavours_in_python():
